@@ -285,8 +285,8 @@ def summarize(problems: Iterable[str], limit: int = 8) -> str:
     """Returns all problems on one line by kind; at most `limit` of each kind are spelled out."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
-        kind, _, details = problem.partition(": ")
-        kinds.setdefault(kind, []).append(details)
+        kind, _, detail = problem.partition(": ")
+        kinds.setdefault(kind, []).append(detail)
     lines = []
     for kind, details in kinds.items():
         rest = f" and {len(details) - limit} more" if len(details) > limit else ""

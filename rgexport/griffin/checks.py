@@ -66,7 +66,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
         total += sum(t.nbytes for t in weights.values()) + (head.nbytes if head else 0)
         with task("Checking the weights", total) as advance, ThreadPoolExecutor(THREADS) as pool:
             digests = pool.map(lambda path: hash_file(path, advance), files.values())
-            scans = pool.map(lambda item: _find_non_finite(*item, advance), weights.items())
+            scans = pool.map(lambda name: _find_non_finite(name, weights[name], advance), weights)
             tied = pool.submit(_compare_head, checkpoint, advance)
             problems = [problem for problem in [*scans, tied.result()] if problem]
             hashes = dict(zip(files, digests, strict=True))

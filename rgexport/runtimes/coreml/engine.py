@@ -4,8 +4,7 @@ import sys
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.runtimes.engine import Engine
-from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.engine import Engine, Observer
 from rgexport.runtimes.session import Session
 
 

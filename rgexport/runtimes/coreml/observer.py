@@ -16,7 +16,7 @@ from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner, States
 from rgexport.runtimes.coreml.runner import joined
 from rgexport.runtimes.coreml.session import CoreMLSession
-from rgexport.runtimes.observation import Observation, observed
+from rgexport.runtimes.engine import Observation, observation_of
 
 
 class CoreMLObserver:
@@ -44,7 +44,7 @@ class CoreMLObserver:
         self._session.prefill(tokens[None])
         given = {name: v for kept in self._kept.values() for name, v in kept.take().items()}
         found = {site: given.pop(name) for name, site in self._sites.items() if name in given}
-        return observed(found, self._session.get_state())
+        return observation_of(found, self._session.get_state())
 
 
 class _Kept(InterpreterRunner):

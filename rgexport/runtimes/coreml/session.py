@@ -10,8 +10,7 @@ from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.processors import usable_threads
 from rgexport.runtimes.coreml.runner import Runner, open_runner
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.runtimes.unchanged_files import UnchangedFiles
+from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
 _LO_SCALE = np.float32(LO_SCALE)
 

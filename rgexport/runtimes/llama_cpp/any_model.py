@@ -14,8 +14,7 @@ from rgexport.runtimes.llama_cpp.context import AnyContext, common_parameters, r
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.llama_cpp.session import UBATCH
 from rgexport.runtimes.memory import available_bytes
-from rgexport.runtimes.sequences import require_fitting
-from rgexport.runtimes.session import Session, SessionInfo
+from rgexport.runtimes.session import Session, SessionInfo, require_fitting
 
 DATA, SIZES = "sequence", "sequence_bytes"
 """Names in a state: what llama.cpp writes, uint8 [B, N], and how much of it counts, [B]."""

@@ -1,8 +1,7 @@
 """The engine of GGUF files."""
 
 from rgexport.export.artifact import Artifact
-from rgexport.runtimes.engine import Engine, Narrowing
-from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.engine import Engine, Observer, OpenNarrow
 from rgexport.runtimes.session import Session
 
 _LEAN_UBATCH = 64
@@ -30,7 +29,7 @@ class LlamaCppEngine(Engine):
 
         return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
 
-    def narrowing(self, artifact: Artifact) -> Narrowing:
+    def narrowing(self, artifact: Artifact) -> OpenNarrow:
         """See `Engine`: by an override of the metadata."""
         from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 

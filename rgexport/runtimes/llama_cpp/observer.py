@@ -15,9 +15,9 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import all_ops, sites
 from rgexport.griffin.state import State
 from rgexport.quantize.ggml_library import load_library
+from rgexport.runtimes.engine import LENGTHS, Observation
 from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-from rgexport.runtimes.observation import LENGTHS, Observation
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {

@@ -12,8 +12,7 @@ from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.processors import usable_threads
 from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.runtimes.unchanged_files import UnchangedFiles
+from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
 UBATCH = 512
 """Most tokens that go through the layers at once; llama.cpp's own default."""

@@ -10,8 +10,7 @@ from rgexport.export.onnx.model_file import read_graph
 from rgexport.export.onnx.native import native_ops
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
-from rgexport.runtimes.engine import Engine, Narrowing
-from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.engine import Engine, Observer, OpenNarrow
 from rgexport.runtimes.session import Session
 
 
@@ -28,7 +27,7 @@ class OnnxEngine(Engine):
 
         return OrtSession(artifact, threads=threads)
 
-    def narrowing(self, artifact: Artifact) -> Narrowing:
+    def narrowing(self, artifact: Artifact) -> OpenNarrow:
         """See `Engine`: the weights in another graph, which takes torch to trace."""
         from rgexport.export.onnx.narrowing import narrowed
         from rgexport.runtimes.onnx.session import OrtSession
@@ -61,10 +60,10 @@ class OnnxEngine(Engine):
 
         return OrtObserver(artifact, threads=threads)
 
-    def _held(self, manifest: Manifest) -> Iterator[int]:
+    def _tensor_bytes(self, manifest: Manifest) -> Iterator[int]:
         """On a CPU it converts float16 weights to float32."""
         names = (*manifest.tensors, EMBEDDING)
-        for name, size in zip(names, super()._held(manifest), strict=True):
+        for name, size in zip(names, super()._tensor_bytes(manifest), strict=True):
             scheme = manifest.tensors[name].scheme
             yield 2 * size if scheme == Float("float16") else size
 

@@ -11,7 +11,7 @@ from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import parse_model, read_graph
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.observation import LENGTHS, Observation, observed
+from rgexport.runtimes.engine import LENGTHS, Observation, observation_of
 from rgexport.runtimes.onnx.session import OrtSession
 
 _PORTABLE_LENGTHS = (7, 1)
@@ -40,7 +40,7 @@ class OrtObserver:
         """Takes tokens [T] from a canonical state of batch 1, in one run."""
         self._session.set_state(state)
         found = self._session.watch(tokens[None], self._names)
-        return observed(found, self._session.get_state())
+        return observation_of(found, self._session.get_state())
 
 
 def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]:

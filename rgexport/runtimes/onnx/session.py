@@ -22,9 +22,7 @@ from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.run import Run, engine_errors
 from rgexport.runtimes.onnx.trial import Trial, state_sites
-from rgexport.runtimes.sequences import checked_tokens
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.runtimes.unchanged_files import UnchangedFiles
+from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles, checked_tokens
 
 PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
