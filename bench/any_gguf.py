@@ -35,7 +35,7 @@ class AnyGguf(AnyModelSession):
     def __init__(self, path: Path, room: int, *, doubling: bool = False) -> None:
         """Loads a file."""
         both = {"n_seq_max": 2} if doubling else {}
-        super().__init__(path, room=room, **both)
+        super().__init__(path, capacity=room, **both)
 
     def doubled(self, state: State) -> State:
         """A transformer's state after twice as many tokens: the same ones once more, further on.
