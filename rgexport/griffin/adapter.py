@@ -44,8 +44,6 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class _LoraPair:
-    """The two matrices for one weight."""
-
     a: Entry
     b: Entry
     scale: float
@@ -106,8 +104,8 @@ def _config(folder: Path) -> Fields:
                 f"{folder} has no {name}; expected a LoRA adapter as the PEFT library saves it"
             )
     fields = read_json(folder / CONFIG)
-    fields.word("peft_type", None, ("LORA",))
-    fields.word("bias", "none", ("none",))
+    fields.choice("peft_type", None, ("LORA",))
+    fields.choice("bias", "none", ("none",))
     for name in _UNSUPPORTED:
         if fields.values.get(name):
             raise fields.wrong(name, "none: merge the adapter with PEFT, and export the result")
@@ -183,7 +181,6 @@ def _by_pattern(fields: Fields, name: str, module: str, default: float) -> float
 
 @lru_cache(maxsize=4)
 def _matrix(entry: Entry) -> np.ndarray:
-    """Reads a matrix in float32; the last four stay in memory."""
     return entry.rows().whole().astype(np.float32)
 
 

@@ -121,7 +121,6 @@ def _with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def means_checkpoint(path: Path) -> bool:
-    """Returns whether a path looks like a checkpoint, valid or not."""
     if not path.is_dir():
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX

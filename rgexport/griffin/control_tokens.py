@@ -57,7 +57,7 @@ class ControlTokens:
 
     @property
     def end_of_turn(self) -> ControlToken | None:
-        """`<end_of_turn>`, which ends a reply as `eos` does."""
+        """Returns `<end_of_turn>`, which ends a reply as `eos` does."""
         index = self.special.get(END_OF_TURN)
         return None if index is None else ControlToken(index, END_OF_TURN)
 

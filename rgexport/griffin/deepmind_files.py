@@ -255,7 +255,6 @@ def _open_array(folder: Path, name: str) -> Any:
 
 @lru_cache(maxsize=3)
 def _unpacked(folder: Path, name: str) -> np.ndarray:
-    """Returns a whole parameter; the last three stay in memory."""
     try:
         return np.asarray(_open_array(folder, name).read().result())
     except ValueError as error:

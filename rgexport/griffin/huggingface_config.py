@@ -22,7 +22,7 @@ Dialect = Literal["_block_types", "block_types"]
 def read_config(
     path: Path, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
-    """The configuration in a `config.json`, in any dialect that the hub or transformers writes.
+    """Reads a `config.json`, in any dialect that the hub or transformers writes.
 
     Defaults are those of transformers' RecurrentGemmaConfig. `soft_cap` is used where the file does
     not state it. `window` may be smaller than what the file states.
@@ -65,7 +65,7 @@ def read_config(
 
 
 def _attention(fields: Fields, width: int, heads: int, used: bool) -> tuple[int, int, float]:
-    """Head dimension, rotated dimensions and base of RoPE; unchecked if no layer uses them."""
+    """Returns head dimension, rotated dimensions and base of RoPE; checked only if used."""
     theta, rotary = _rope(fields)
     head_dim = fields.integer("head_dim", max(1, width // heads))
     rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
@@ -86,8 +86,8 @@ def _check_kind(fields: Fields) -> None:
     if architectures and not known:
         raise fields.wrong("architectures", "['RecurrentGemmaForCausalLM']")
     if not known or "model_type" in fields:
-        fields.word("model_type", None, ("recurrent_gemma",))
-    fields.word("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+        fields.choice("model_type", None, ("recurrent_gemma",))
+    fields.choice("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     if fields.boolean("attention_bias", False):
         raise fields.wrong("attention_bias", "false")
     if "quantization_config" in fields:
@@ -101,10 +101,10 @@ def _check_kind(fields: Fields) -> None:
 
 
 def _block_types(fields: Fields) -> tuple[BlockType, ...]:
-    """The type of each layer: the pattern, repeated over the layers."""
+    """Returns the type of each layer: the pattern, repeated over the layers."""
     layers = fields.integer("num_hidden_layers", 26, maximum=MAX_LAYERS)
     stated = [name for name in ("block_types", "_block_types") if name in fields]
-    patterns = {fields.words(name, BLOCK_TYPES) for name in stated}
+    patterns = {fields.choices(name, BLOCK_TYPES) for name in stated}
     if len(patterns) > 1:
         raise RequestError(f"{fields.where}: block_types and _block_types differ")
     pattern = next(iter(patterns), DEFAULT_PATTERN)
@@ -112,20 +112,19 @@ def _block_types(fields: Fields) -> tuple[BlockType, ...]:
 
 
 def _rope(fields: Fields) -> tuple[float, float]:
-    """Base and rotated share of RoPE, from the flat fields or from the nested ones."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     nested = [fields.object(name) for name in ("rope_parameters", "rope_scaling")]
     for rope in nested:
         for name in ("rope_type", "type"):
-            rope.word(name, "default", ("default",))
+            rope.choice(name, "default", ("default",))
     for rope in (fields, *nested):
         for name in ("rope_theta", "partial_rotary_factor"):
             if name not in rope:
                 continue
             value = rope.number(name, None)
-            if found.setdefault(name, value) != value:
-                raise rope.wrong(name, f"{found[name]:g}, as stated elsewhere in the file")
-    theta, rotary = found.get("rope_theta", 10_000.0), found.get("partial_rotary_factor", 0.5)
+            if values.setdefault(name, value) != value:
+                raise rope.wrong(name, f"{values[name]:g}, as stated elsewhere in the file")
+    theta, rotary = values.get("rope_theta", 10_000.0), values.get("partial_rotary_factor", 0.5)
     if rotary > 1:
         raise RequestError(
             f"{fields.where}: partial_rotary_factor is {rotary:g}; expected at most 1"
@@ -133,35 +132,35 @@ def _rope(fields: Fields) -> tuple[float, float]:
     return theta, rotary
 
 
-def _soft_cap(fields: Fields, given: float | None) -> float:
-    """The cap of the logits; null in the file means none."""
+def _soft_cap(fields: Fields, requested: float | None) -> float:
+    """Returns the cap of the logits; null in the file means none."""
     if "logits_soft_cap" in fields.values and fields.values["logits_soft_cap"] is None:
         return 0.0
-    return fields.number("logits_soft_cap", 30.0 if given is None else given, zero=True)
+    return fields.number("logits_soft_cap", 30.0 if requested is None else requested, zero=True)
 
 
-def _window(fields: Fields, given: int | None) -> int:
-    stated = fields.integer("attention_window_size", given or 2048)
-    if given is not None and given > stated:
+def _window(fields: Fields, requested: int | None) -> int:
+    stated = fields.integer("attention_window_size", requested or 2048)
+    if requested is not None and requested > stated:
         raise RequestError(
-            f"{fields.where} states attention_window_size {stated}, --window says {given}; "
+            f"{fields.where} states attention_window_size {stated}, --window says {requested}; "
             "expected at most as many: the model was not trained to look further back"
         )
-    return stated if given is None else given
+    return stated if requested is None else requested
 
 
-def _check_soft_cap(fields: Fields, given: float | None) -> None:
+def _check_soft_cap(fields: Fields, requested: float | None) -> None:
     name = "logits_soft_cap"
     stated = fields.values.get(name)
-    if given is not None and name in fields and stated != given:
+    if requested is not None and name in fields and stated != requested:
         raise RequestError(
-            f"{fields.where} states {name} {stated!r}, --soft-cap says {given:g}; the option is "
-            "for DeepMind .pt files, which state none: leave it out"
+            f"{fields.where} states {name} {stated!r}, --soft-cap says {requested:g}; the option "
+            "is for DeepMind .pt files, which state none: leave it out"
         )
 
 
 def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
-    """The fields of `config.json`.
+    """Returns the fields of `config.json`.
 
     Raises:
         RequestError: the format cannot say it: another number of RG-LRU blocks than of heads,
@@ -205,7 +204,7 @@ def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
 
 
 def block_pattern(types: tuple[BlockType, ...]) -> tuple[BlockType, ...]:
-    """The shortest pattern that gives `types` when it is repeated."""
+    """Returns the shortest pattern that gives `types` when it is repeated."""
     for period in range(1, len(types)):
         if all(kind == types[i % period] for i, kind in enumerate(types)):
             return types[:period]

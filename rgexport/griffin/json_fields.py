@@ -11,11 +11,11 @@ from rgexport.errors import RequestError
 from rgexport.files.regular_file import read_regular
 
 MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 1e30
-_Word = TypeVar("_Word", bound=str)
+_Text = TypeVar("_Text", bound=str)
 
 
 def read_json(path: Path) -> "Fields":
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
         RequestError: the file cannot be read or holds something else.
@@ -53,24 +53,24 @@ def strict_json(text: bytes) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError("it names a field twice")
-    return found
+    return fields
 
 
-def _finite(word: str) -> float:
-    value = float(word)
-    return value if math.isfinite(value) else _refuse(word)
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
 
 
-def _whole(word: str) -> int:
-    _finite(word)  # other readers turn large integers into floats
-    return int(word)
+def _whole(number: str) -> int:
+    _finite(number)  # other readers turn large integers into floats
+    return int(number)
 
 
-def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
+def _refuse(number: str) -> NoReturn:
+    raise ValueError(f"{number} is no number")
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,12 @@ class Fields:
     values: dict[str, Any]
 
     def __contains__(self, name: str) -> bool:
-        """Whether the field is there and not null."""
         return self.values.get(name) is not None
 
     def integer(
         self, name: str, default: Any, *, minimum: int = 1, maximum: int = MAX_INTEGER
     ) -> int:
-        """A whole number in a range; `2560.0` is one."""
+        """Returns a whole number in a range; `2560.0` is one."""
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -97,7 +96,7 @@ class Fields:
         return int(value)
 
     def number(self, name: str, default: Any, *, zero: bool = False) -> float:
-        """A number above 0 (or 0 if `zero`) and at most `MAX_NUMBER`."""
+        """Returns a number above 0 (or 0 if `zero`) and at most `MAX_NUMBER`."""
         value = self._get(name, default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value <= MAX_NUMBER or (value == 0 and not zero):
@@ -105,38 +104,36 @@ class Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """True or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
         return value
 
-    def words(self, name: str, allowed: tuple[_Word, ...]) -> tuple[_Word, ...]:
-        """A non-empty list of words out of `allowed`."""
+    def choices(self, name: str, allowed: tuple[_Text, ...]) -> tuple[_Text, ...]:
+        """Returns a non-empty list of texts out of `allowed`."""
         value = self._get(name, None)
-        good = isinstance(value, list) and value and all(word in allowed for word in value)
-        if not good:
-            raise self.wrong(name, f"a list of {' and '.join(repr(word) for word in allowed)}")
+        is_valid = isinstance(value, list) and value and all(text in allowed for text in value)
+        if not is_valid:
+            raise self.wrong(name, f"a list of {' and '.join(map(repr, allowed))}")
         return tuple(value)
 
-    def word(self, name: str, default: Any, allowed: tuple[str, ...]) -> str:
-        """One word out of `allowed`."""
+    def choice(self, name: str, default: Any, allowed: tuple[str, ...]) -> str:
+        """Returns a text out of `allowed`."""
         value = self._get(name, default)
         if value not in allowed:
-            raise self.wrong(name, " or ".join(repr(word) for word in allowed))
+            raise self.wrong(name, " or ".join(map(repr, allowed)))
         return str(value)
 
     def object(self, name: str) -> "Fields":
-        """A nested object; empty if absent."""
+        """Returns a nested object; empty if absent."""
         value = self._get(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, "an object")
         return Fields(f"{self.where}: {name}", value)
 
     def wrong(self, name: str, expected: str) -> RequestError:
-        """The error that says that a field has a wrong value."""
-        found = reprlib.repr(self.values.get(name))
-        return RequestError(f"{self.where}: {name} is {found}; expected {expected}")
+        value = reprlib.repr(self.values.get(name))
+        return RequestError(f"{self.where}: {name} is {value}; expected {expected}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.values.get(name)

@@ -158,8 +158,6 @@ def all_ops() -> dict[str, Op]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The shape and role that a tensor must have in a checkpoint."""
-
     shape: tuple[int, ...]
     role: Role
 
@@ -211,7 +209,6 @@ def role_of(name: str) -> Role:
 
 
 def layer_tensors(config: GriffinConfig, index: int) -> dict[str, TensorSpec]:
-    """Returns the tensors of layer `index` in the order of files."""
     blocks: dict[str, list[Op]] = {}
     for op in layer_ops(config.block_types[index]):
         if op.tensors:

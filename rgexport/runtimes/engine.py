@@ -69,8 +69,6 @@ def observation_of(results: dict[str, np.ndarray], state: State) -> Observation:
 
 
 class Engine(ABC):
-    """Opens artifacts of one kind; its library is loaded when it is needed."""
-
     def require(self) -> None:
         """Raises NotInstalled if the engine does not come with every install, and is missing."""
         return
@@ -110,7 +108,6 @@ class Engine(ABC):
         return self.session(artifact)
 
     def portable_observer(self, artifact: Artifact) -> Observer:
-        """Opens an observer without our kernels."""
         return self.observer(artifact)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
@@ -133,7 +130,6 @@ class Engine(ABC):
 
 
 def engine_of(kind: str) -> Engine:
-    """Returns the engine of a kind of artifact."""
     return cast(Engine, format_on("runtimes", kind))
 
 

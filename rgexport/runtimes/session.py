@@ -76,7 +76,6 @@ class UnchangedFiles:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Returns inode, size and time of the last change; None if there is no such file."""
     try:
         stat = path.stat()
     except OSError:
@@ -178,12 +177,10 @@ class Session(ABC):
         """Frees the artifact's files and memory; the session cannot be used any more."""
 
     @abstractmethod
-    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        """Does what `take` does, with checked arguments."""
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray: ...
 
     @abstractmethod
-    def _set_rows(self, rows: range, state: State) -> None:
-        """Does what `set_rows` does, with a state that fits the model."""
+    def _set_rows(self, rows: range, state: State) -> None: ...
 
     def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
         self._before = self.get_rows(rows)
@@ -265,7 +262,6 @@ class Session(ABC):
         return self.take(self._all, np.reshape(tokens, (-1, 1)))[:, 0]
 
     def get_state(self) -> State:
-        """Returns a copy of the canonical state of all rows."""
         return self.get_rows(self._all)
 
     def set_state(self, state: State) -> None:

@@ -12,8 +12,6 @@ from rgexport.runtimes.session import Session
 
 
 class CoreMLEngine(Engine):
-    """Core ML on macOS, our interpreter elsewhere."""
-
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
         return CoreMLSession(artifact, threads=threads)
 

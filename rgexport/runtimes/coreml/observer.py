@@ -54,7 +54,6 @@ class _RecordingRunner(InterpreterRunner):
         self._values: dict[str, np.ndarray] = {}
 
     def take(self) -> dict[str, np.ndarray]:
-        """Returns the values by name, and forgets them."""
         values, self._values = self._values, {}
         return values
 

@@ -34,9 +34,7 @@ class Runner(Protocol):
     engine: str
     version: str
 
-    def make_state(self) -> Any:
-        """Returns the state of a new conversation."""
-        ...
+    def make_state(self) -> Any: ...
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
@@ -124,7 +122,6 @@ def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
 
 
 def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
-    """Returns the runner of a whole model, from those of its packages by name."""
     if len(runners) == 1:
         return next(iter(runners.values()))
     return Pipeline(manifest, runners)
@@ -197,7 +194,6 @@ class Pipeline:
             self._runners[package].write_state(state[package], name, part)
 
     def _rows_of(self, state: Any, name: str) -> list[np.ndarray]:
-        """Returns each package's rows of a state [1, 1, n, width]."""
         return [
             self._runners[package].read_state(state[package], name)
             for package in self._state_packages[name]

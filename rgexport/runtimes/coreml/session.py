@@ -42,7 +42,6 @@ class StateConverter:
 
     @property
     def nbytes(self) -> int:
-        """Size of the state of one sequence, without padding."""
         return sum(array.nbytes for array in self._empty.values())
 
     def zeros(self) -> dict[str, np.ndarray]:
@@ -60,7 +59,6 @@ class StateConverter:
         return {name: array.astype(self._empty[name].dtype) for name, array in state.items()}
 
     def set(self, row: SequenceState, state: State) -> None:
-        """Sets a sequence to canonical states without a batch axis."""
         for record in self._matrices:
             self._write(row, record, state[record.name])
         if self._vectors:
@@ -79,7 +77,6 @@ class StateConverter:
         return matrix
 
     def _write(self, row: SequenceState, record: StateRecord, matrix: np.ndarray) -> None:
-        """Writes a matrix without padding."""
         if record.layout == "row":
             row.carried = {record.input: matrix.copy()}
             return
@@ -196,7 +193,6 @@ class CoreMLSession(Session):
         return logits
 
     def _run(self, row: SequenceState, function: str, ids: np.ndarray) -> np.ndarray:
-        """Returns logits [1 or T, vocab] of one call on tokens [T]."""
         positions = np.arange(row.position, row.position + len(ids), dtype=np.int32)
         inputs = {"input_ids": ids[None].astype(np.int32), "position_ids": positions[None]}
         outputs = self._runner.predict(function, inputs | row.carried, row.in_runner)

@@ -105,7 +105,6 @@ class LlamaContext:
         return np.ctypeslib.as_array(logits, shape).copy()
 
     def clear(self) -> None:
-        """Forgets all sequences."""
         self._llama.llama_memory_clear(self.memory, True)
 
     def forget(self, sequence: int) -> None:
@@ -136,7 +135,6 @@ class LlamaContext:
             raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
 
     def close(self) -> None:
-        """Frees the context, which cannot be used any more."""
         self._handle.close()
 
     def _transfer(self, function: Any, data: np.ndarray, sequence: int) -> bool:

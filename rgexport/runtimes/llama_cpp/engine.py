@@ -12,8 +12,6 @@ _LEAN_UBATCH = 64
 
 
 class LlamaCppEngine(Engine):
-    """llama.cpp, which must be built; see `kernels.llama_cpp`."""
-
     def require(self) -> None:
         bindings()
 

@@ -51,7 +51,6 @@ def bindings() -> Any:
 
 
 def version() -> str:
-    """Returns the versions of llama.cpp and of llama-cpp-python."""
     number = bindings().llama_version().decode()
     package = importlib.import_module("llama_cpp").__version__
     return f"{number} ({port.DISTRIBUTION} {package})"
@@ -123,7 +122,6 @@ class Handle:
         self._finalizer = weakref.finalize(self, free, pointer) if pointer else None
 
     def close(self) -> None:
-        """Frees the pointer, which must not be used any more."""
         if self._finalizer:
             self._finalizer()
 

@@ -56,7 +56,6 @@ _ONCE = {
 
 
 def taps(config: GriffinConfig) -> dict[str, Tap]:
-    """Returns site → tensor, for all sites that the graph of `config` has."""
     in_layer = {site: op.graph for site, op in all_ops().items() if op.graph}
     tapped = {}
     for site in sites(config):
@@ -117,7 +116,6 @@ class _Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Clears the results of the call before."""
         self._values: dict[str, np.ndarray] = {}
         self._seen: set[str] = set()
         self._awaited: dict[str, str] = {}
@@ -182,7 +180,6 @@ def read_floats(tensor: int) -> np.ndarray:
 
 @cache
 def _functions() -> dict[str, Any]:
-    """Returns the functions in the library that llama-cpp-python has loaded."""
     library = load_library()
     functions = {name: getattr(library, name) for name in _FUNCTIONS}
     for name, (result, arguments) in _FUNCTIONS.items():

@@ -118,7 +118,6 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
         threads: int | None = None,
         ubatch: int = UBATCH,
         flash_attention: bool | None = None,
-        cache_type: str | None = None,
         mmap: bool = True,
         window: int | None = None,
         watch: Any = None,
@@ -130,7 +129,6 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
             threads: the processors that this process may use, by default.
             ubatch: most tokens that go through the layers at once.
             flash_attention: whether attention is one fused operation; by default see above.
-            cache_type: `float32` or `float16` for keys and values; by default see above.
             mmap: whether weights stay in the file's pages, where llama.cpp can use them so.
             window: of attention; that of the file, by default, which is the most it can be. With 0,
                 a token sees only itself.
@@ -159,7 +157,7 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
             threads=self._threads,
             ubatch=ubatch,
             flash_attention=stored not in _FLOATS if flash_attention is None else flash_attention,
-            cache_type=cache_type or ("float32" if stored == _ALL_F32 else "float16"),
+            cache_type="float32" if stored == _ALL_F32 else "float16",
             watch=watch,
         )
         self.reset()

@@ -130,7 +130,6 @@ def _checked_record(data: bytes, layout: StateLayout) -> np.ndarray:
 
 
 def _blank(layout: StateLayout, cells: int, stream: int) -> np.ndarray:
-    """Returns a record [1] with all fixed numbers; its cells are in one of the streams."""
     record = np.zeros(1, _fields(layout, cells, stream))
     record["magic"], record["streams"] = MAGIC, layout.streams
     record["number of cells"], record["cells"]["sequences"] = cells, 1
@@ -145,7 +144,6 @@ def _blank(layout: StateLayout, cells: int, stream: int) -> np.ndarray:
 
 
 def _fields(layout: StateLayout, cells: int, stream: int) -> list[tuple]:
-    """Returns the fields of a record for `np.dtype`."""
     config, cache = layout.config, layout.cache_type
     rows = [("type", "<i4"), ("row_bytes", "<u8"), ("data", cache, (cells, config.head_dim))]
     columns = [("type", "<i4"), ("item_bytes", "<u4"), ("columns", "<u4")]
@@ -173,7 +171,6 @@ def _tensors(record: np.ndarray) -> list[str]:
 
 
 def _fixed(record: np.ndarray, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the numbers that are the same in all states of a layout."""
     for name in record.dtype.names or ():
         if record[name].dtype.names:
             yield from _fixed(record[name], f"{name} ")

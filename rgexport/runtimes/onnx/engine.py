@@ -15,8 +15,6 @@ from rgexport.runtimes.session import Session
 
 
 class OnnxEngine(Engine):
-    """ONNX Runtime, which comes with every install."""
-
     def require_trusted(self, artifact: Artifact) -> None:
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 

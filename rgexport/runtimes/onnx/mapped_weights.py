@@ -67,7 +67,6 @@ class MappedWeights:
             self._advice.start(map(_addresses, files), _populate, files)
 
     def close(self) -> None:
-        """Ends the reading in the background; a map is freed with the last tensor in it."""
         self._advice.stop()
 
     def _view(self, tensor: ExternalTensor) -> np.ndarray | None:

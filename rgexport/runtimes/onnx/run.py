@@ -44,7 +44,6 @@ class BoundRun:
             self._session.run_with_iobinding(self._binding)
 
     def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Runs the graph; returns the outputs `names`, none of which is bound."""
         for name in names:
             self._binding.bind_output(name)
         self.run()

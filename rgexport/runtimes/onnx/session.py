@@ -199,7 +199,6 @@ class OrtSession(Session):
         return self._logits(rows, run, 1, 1)
 
     def _run(self, rows: range, ids: np.ndarray, num_logits: int) -> np.ndarray:
-        """Runs a chunk [R, T]."""
         run = self._bind(rows, ids, self._next(rows, ids), num_logits)
         return self._logits(rows, run, ids.shape[1], num_logits)
 
@@ -212,7 +211,6 @@ class OrtSession(Session):
         return logits
 
     def _next(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        """Returns the positions of a chunk [R, T]."""
         seen = self._position[rows.start : rows.stop, None]
         positions: np.ndarray = seen + np.arange(ids.shape[1])
         return positions
@@ -301,7 +299,6 @@ def _open(
 
 
 def _require_version(artifact: Artifact) -> None:
-    """Refuses an ONNX Runtime that lacks ops of the artifact's profile."""
     profile = artifact.manifest.profile
     needed = _NEEDED.get(profile, (0, 0))
     if tuple(map(int, ort.__version__.split(".")[:2])) < needed:

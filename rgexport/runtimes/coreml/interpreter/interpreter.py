@@ -100,8 +100,6 @@ class Interpreter:
 
 
 class InterpreterRunner:
-    """All functions of a package, with one cache of weights; a `Runner`."""
-
     engine, version = "MIL interpreter", __version__
 
     def __init__(self, package: Package, *, extra_results: Sequence[str] = ()):

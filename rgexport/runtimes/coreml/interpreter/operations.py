@@ -73,7 +73,6 @@ class OperationInputs:
         return tuple(self._constant(name).reshape(-1).tolist())
 
     def item(self, name: str) -> Any:
-        """Returns a constant of one element as a Python scalar; raises as `integers`."""
         value = self._constant(name)
         if value.size != 1:
             raise Unsupported(f"its input {name} has {value.size} elements; expected 1")
@@ -168,7 +167,6 @@ def _softmax(inputs: OperationInputs) -> OperationCall:
 
 
 def _mean(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
-    """Computes `np.mean` in a third of its time."""
     add: Callable[..., np.ndarray] = np.add.reduce  # numpy's overloads take no `bool`
     total = add(x, axis=axis, keepdims=keepdims)
     return total / np.float32(x.size // max(1, total.size))

@@ -93,7 +93,6 @@ class Slots:
         return self._wide[slot]
 
     def constants(self, operands: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        """Returns the parameters of an operation that are one known array."""
         singles = {name: slots[0] for name, slots in operands.items() if len(slots) == 1}
         values = {name: self.values[slot] for name, slot in singles.items()}
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
@@ -117,8 +116,6 @@ class Step(NamedTuple):
 
 
 class Translator:
-    """Translates the operations of a function in their order."""
-
     def __init__(self, package: Package, function: Function, cache: WeightCache):
         self.slots = Slots(package, cache)
         self._steps: list[Step] = []

@@ -75,7 +75,6 @@ class FileWeight:
     cache: WeightCache
 
     def slabs(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yields (start, stop, rows in float32)."""
         for start, stop in slab_bounds(self.type.shape[0], self._row_bytes, SLAB_BYTES):
             yield start, stop, self._slab(start, stop)
 
@@ -87,11 +86,9 @@ class FileWeight:
         return rows.reshape(shape).astype(numpy_type(self.type.dtype), copy=False)
 
     def whole(self) -> np.ndarray:
-        """Reads the weight in its declared dtype."""
         return self.wide().astype(numpy_type(self.type.dtype), copy=False)
 
     def wide(self) -> np.ndarray:
-        """Reads the weight in float32."""
         slabs = [slab for _, _, slab in self.slabs()]
         return slabs[0] if len(slabs) == 1 else np.concatenate(slabs)
 
@@ -136,7 +133,6 @@ def whole_constant(package: Package, value: Constant) -> np.ndarray:
 
 
 def file_weight(package: Package, value: FileValue, cache: WeightCache) -> FileWeight:
-    """Returns a constant of floats that a weight file has unquantized."""
     read = rows_of(package, value)
     return FileWeight(
         value.type, key_of(value), lambda start, stop: read(start, stop).astype(_F32), cache
@@ -151,7 +147,6 @@ def rows_of(package: Package, value: Constant) -> Read:
 
 
 def key_of(value: Constant) -> Hashable:
-    """Returns a key that is equal for equal constants."""
     if isinstance(value, FileValue):
         return value.file, value.offset, value.type
     return value.type, value.array.tobytes()
@@ -253,7 +248,6 @@ def _lookup(package: Package, type: TensorType, constants: _Constants) -> Read:
 
 
 def _remainder(size: int, count: int) -> int:
-    """Returns the remainder of `size` in `count` equal groups; not 0 for 0 groups."""
     return size % count if count else size or 1
 
 
