@@ -8,19 +8,21 @@ An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.safetensors import FLOATS, Entry, read_header
+from rgexport.files.typed_json import Mismatch, NotNegative, Positive, from_json, read_json
 from rgexport.griffin.huggingface import HEAD, PREFIX
-from rgexport.griffin.json_fields import Fields, read_json
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header
-from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.griffin.tensor import RowTensor, WeightSource, entry_columns, entry_rows, slab_bounds
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPED = "base_model.model."
@@ -40,6 +42,19 @@ _UNSUPPORTED = (
     *("layer_replication", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens"),
 )
 """Options with which an adapter is more than two matrices for each weight."""
+
+
+@dataclass(frozen=True)
+class _LoraConfig:
+    """Fields of `adapter_config.json`, with PEFT's defaults."""
+
+    peft_type: Literal["LORA"]
+    bias: Literal["none"] = "none"
+    r: Positive | None = None
+    lora_alpha: NotNegative = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, NotNegative] | None = None
+    alpha_pattern: dict[str, NotNegative] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +83,15 @@ def merge_adapter(
     Raises:
         RequestError: no LoRA adapter, one for another model, or one with what is not supported.
     """
-    fields, path = _config(folder), folder / WEIGHTS
+    config, path = _read_config(folder), folder / WEIGHTS
     entries = read_header(path)
-    pairs = _pairs(path, entries, fields)
+    pairs = _pairs(path, entries, config)
     saved: dict[str, RowTensor] = {}
     for key, entry in entries.items():
         # PEFT may save the embedding beside its adapter. A head saved too is a copy of it.
         match = _SAVED_WEIGHT.fullmatch(key)
         if match and f"{match['module']}.weight" == EMBEDDING:
-            saved = {EMBEDDING: entry.rows()}
+            saved = {EMBEDDING: entry_rows(entry)}
             break
     shapes = {name: tensor.shape for name, tensor in saved.items()}
     for name, shape in (*shapes.items(), *((name, pair.shape) for name, pair in pairs.items())):
@@ -97,29 +112,40 @@ def _require_fitting(
         )
 
 
-def _config(folder: Path) -> Fields:
+def _read_config(folder: Path) -> _LoraConfig:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise RequestError(
                 f"{folder} has no {name}; expected a LoRA adapter as the PEFT library saves it"
             )
-    fields = read_json(folder / CONFIG)
-    fields.choice("peft_type", None, ("LORA",))
-    fields.choice("bias", "none", ("none",))
+    path = folder / CONFIG
+    values = read_json(path)
     for name in _UNSUPPORTED:
-        if fields.values.get(name):
-            raise fields.wrong(name, "none: merge the adapter with PEFT, and export the result")
-    start = fields.values.get("init_lora_weights")
+        if values.get(name):
+            raise RequestError(
+                f"{path}: {name} is {reprlib.repr(values[name])}; expected none: merge the adapter "
+                "with PEFT, and export the result"
+            )
+    start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING_INITS):
-        raise fields.wrong(
-            "init_lora_weights",
-            "an adapter that leaves the base as it is; save it with PEFT's "
-            "path_initial_model_for_weight_conversion",
+        raise RequestError(
+            f"{path}: init_lora_weights is {start!r}; expected an adapter that leaves the base as "
+            "it is; save it with PEFT's path_initial_model_for_weight_conversion"
         )
-    return fields
+    try:
+        config = from_json(_LoraConfig, values)
+    except Mismatch as error:
+        raise RequestError(f"{path}: {error}") from None
+    for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+        if not _LITERAL.fullmatch(pattern.removeprefix("^")):
+            raise RequestError(
+                f"{path}: {pattern!r} is a regular expression; expected the name of a module; "
+                "merge the adapter with PEFT, and export the result"
+            )
+    return config
 
 
-def _pairs(path: Path, entries: Mapping[str, Entry], fields: Fields) -> dict[str, _LoraPair]:
+def _pairs(path: Path, entries: Mapping[str, Entry], config: _LoraConfig) -> dict[str, _LoraPair]:
     """Returns canonical name of a weight → its two matrices."""
     sides: dict[str, dict[str, Entry]] = {}
     embeddings: set[str] = set()
@@ -142,11 +168,11 @@ def _pairs(path: Path, entries: Mapping[str, Entry], fields: Fields) -> dict[str
             embeddings.add(name)
     if not sides:
         raise RequestError(f"{path} has no matrices; expected a LoRA adapter")
-    return {name: _pair(path, name, ab, fields, name in embeddings) for name, ab in sides.items()}
+    return {name: _pair(path, name, ab, config, name in embeddings) for name, ab in sides.items()}
 
 
 def _pair(
-    path: Path, name: str, sides: Mapping[str, Entry], fields: Fields, is_embedding: bool
+    path: Path, name: str, sides: Mapping[str, Entry], config: _LoraConfig, is_embedding: bool
 ) -> _LoraPair:
     if sides.keys() != {"A", "B"} or sides["A"].shape[0] != sides["B"].shape[1]:
         shapes = ", ".join(f"{side} {list(entry.shape)}" for side, entry in sides.items())
@@ -155,33 +181,25 @@ def _pair(
             "adapter again"
         )
     rank, module = sides["A"].shape[0], name.removesuffix(".weight")
-    stated = _by_pattern(fields, "rank_pattern", module, fields.number("r", rank))
+    stated = _by_pattern(config.rank_pattern, module, config.r or rank)
     if stated != rank:
         raise RequestError(f"{path}: the rank of {name} is {rank}; {CONFIG} says {stated:g}")
-    alpha = fields.number("lora_alpha", 8, zero=True)
-    alpha = _by_pattern(fields, "alpha_pattern", module, alpha)
-    divisor = math.sqrt(rank) if fields.boolean("use_rslora", False) else rank
+    alpha = _by_pattern(config.alpha_pattern, module, config.lora_alpha)
+    divisor = math.sqrt(rank) if config.use_rslora else rank
     return _LoraPair(sides["A"], sides["B"], alpha / divisor, is_embedding)
 
 
-def _by_pattern(fields: Fields, name: str, module: str, default: float) -> float:
+def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
     """Returns the value of the first pattern that a module's name ends with, as peft does."""
-    patterns = fields.object(name)
-    for pattern in patterns.values:
-        literal = pattern.removeprefix("^")
-        if not _LITERAL.fullmatch(literal):
-            raise RequestError(
-                f"{patterns.where}: {pattern!r} is a regular expression; expected the name of a "
-                "module; merge the adapter with PEFT, and export the result"
-            )
-        if f".{PREFIX}{module}".endswith(f".{literal}"):
-            return patterns.number(pattern, None, zero=True)
+    for pattern, value in (patterns or {}).items():
+        if f".{PREFIX}{module}".endswith(f".{pattern.removeprefix('^')}"):
+            return value
     return default
 
 
 @lru_cache(maxsize=4)
 def _matrix(entry: Entry) -> np.ndarray:
-    return entry.rows().whole().astype(np.float32)
+    return entry_rows(entry).whole().astype(np.float32)
 
 
 def _merged(base: RowTensor, pair: _LoraPair) -> RowTensor:
@@ -189,7 +207,7 @@ def _merged(base: RowTensor, pair: _LoraPair) -> RowTensor:
 
     The matrix that has a row for each row of the weight is read row by row, too.
     """
-    by_row = pair.a.columns() if pair.is_embedding else pair.b.rows()
+    by_row = entry_columns(pair.a) if pair.is_embedding else entry_rows(pair.b)
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = base.read(start, stop).astype(np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.tokenizer_files import MAX_BYTES, TOKENIZER_CONFIG
 from rgexport.griffin.tokenizer_json import read_tokenizer_json
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.files.regular_file import require_regular
+from rgexport.files.paths import require_regular
 from rgexport.griffin.tensor import DTYPES, RowTensor, advise_kernel
 
 MAX_PICKLE_BYTES = 2 << 20

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import replace_folder, require_free_disk
+from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.huggingface import CONFIG
+from rgexport.griffin.huggingface import CONFIG, SHARD_BYTES, write_weights
 from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
 from rgexport.griffin.layout import Role, TensorSpec, model_tensors
-from rgexport.griffin.safetensors_writer import SHARD_BYTES, write_weights
 from rgexport.griffin.sizes import SIZES
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 

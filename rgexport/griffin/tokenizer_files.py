@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """The vocabulary; one of them is enough."""

@@ -8,11 +8,11 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
-from rgexport.progress import amount
 from rgexport.runtimes.llama_cpp.context import LlamaContext, common_parameters, require_batch
 from rgexport.runtimes.llama_cpp.session import LlamaSession
 from rgexport.runtimes.memory import available_bytes
 from rgexport.runtimes.session import require_fitting
+from rgexport.units import amount
 
 DATA, SIZES = "sequence", "sequence_bytes"
 """Names in a state: llama.cpp's own form, uint8 [B, N], and how many of its bytes count, [B]."""

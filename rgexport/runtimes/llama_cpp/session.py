@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
-from rgexport.processors import usable_threads
+from rgexport.parallelism import usable_threads
 from rgexport.runtimes.llama_cpp.context import (
     ContextSettings,
     GriffinContext,

@@ -16,8 +16,8 @@ import onnxruntime as ort
 
 from rgexport.export.onnx.model_file import ExternalTensor
 from rgexport.griffin.tensor import advise_kernel
+from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
 from rgexport.runtimes.memory import available_bytes
-from rgexport.runtimes.onnx.huge_pages import Area, BackgroundAdvice
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 """Advice of Linux."""
