@@ -115,8 +115,8 @@ def run(*command: object, folder: Path | None = None) -> None:
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
         first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -_SHOWN_LINES)
-        shown = lines[first:][:_SHOWN_LINES]
-        raise BuildFailed("\n".join((f"{' '.join(arguments)} failed:", *shown)))
+        reason = "\n".join(lines[first:][:_SHOWN_LINES])
+        raise BuildFailed(f"{' '.join(arguments)} failed:\n{reason}")
 
 
 def main() -> None:
