@@ -37,13 +37,8 @@ def compare_logits(
 ) -> np.ndarray:
     """Compares logits [n, vocab] (any float dtype) of the same n positions.
 
-    Args:
-        reference: the reference's logits.
-        candidate: those of the model in question.
-        next_tokens: [n], the token that follows each position, or -1 where the text ends.
-
-    Returns:
-        [n] rows of dtype `ROWS`. Non-finite logits give non-finite rows.
+    `next_tokens` [n] follow the positions, -1 where the text ends. Returns [n] rows of dtype
+    `ROWS`; non-finite logits give non-finite rows.
     """
     rows = np.empty(len(reference), ROWS)
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
@@ -58,7 +53,7 @@ def _compare_block(
     reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray, out: np.ndarray
 ) -> None:
     ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
-    each = np.arange(len(ref))
+    at = np.arange(len(ref))
     delta = ref - cand
     log_p, log_q = _log_sum_exp(ref), _log_sum_exp(cand)
     # Σ p (log p - log q) with p = exp(ref - log_p); rounding may leave -1e-15 where it is 0.
@@ -77,10 +72,10 @@ def _compare_block(
     out["kl"] = np.maximum(kl, 0)
     out["top1"] = first == first_candidate
     out["top5"] = _top_overlap(ref, cand, 5)
-    out["flip_margin"] = ref[each, first] - ref[each, first_candidate]
+    out["flip_margin"] = ref[at, first] - ref[at, first_candidate]
     out["has_next"] = known
-    out["nll"] = np.where(known, log_p - ref[each, token], 0)
-    out["nll_candidate"] = np.where(known, log_q - cand[each, token], 0)
+    out["nll"] = np.where(known, log_p - ref[at, token], 0)
+    out["nll_candidate"] = np.where(known, log_q - cand[at, token], 0)
 
 
 def _row_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -159,7 +154,7 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """How well both predict the text: mean negative log-likelihood of its tokens, in nats.
+    """Mean negative log-likelihood of a text's tokens under both models, in nats.
 
     `delta` is the candidate's minus the reference's, with the standard error of the paired
     differences; bits per byte where the text's bytes are known.
@@ -177,7 +172,6 @@ class Likelihood:
 
 
 def logit_error(rows: np.ndarray) -> LogitError:
-    """Summarizes all fields of |Δlogit|, and the cosine."""
     largest = float(rows["max_logit"].max())
     worst = float(rows["max_delta"].max())
     square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean())
@@ -198,7 +192,6 @@ def logit_error(rows: np.ndarray) -> LogitError:
 
 
 def kl_summary(rows: np.ndarray) -> KL:
-    """Summarizes `kl`."""
     kl = rows["kl"]
     median, p95, p99 = (float(x) for x in np.quantile(kl, (0.5, 0.95, 0.99)))
     return KL(
@@ -215,11 +208,9 @@ def kl_summary(rows: np.ndarray) -> KL:
 def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
     """Summarizes `top1`, `top5` and `flip_margin`.
 
-    Args:
-        rows: of dtype `ROWS`.
-        noise: the tolerated rms error of a logit, relative to the standard deviation of the
-            reference's logits at its position. The difference of two logits has √2 times as much:
-            a flip of no larger margin is a near tie.
+    `noise` is the tolerated rms error of a logit, relative to the standard deviation of the
+    reference's logits at its position. The difference of two logits has √2 times as much: a flip
+    of no larger margin is a near tie.
     """
     flipped = rows[~rows["top1"]]
     margins = np.sqrt(2 * flipped["variance"]) * noise

@@ -21,13 +21,13 @@ from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.source import Original, find_original
+from rgexport.validate.source import OriginalModel, find_original
 from rgexport.validate.text import Text, choose_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a user asks about an artifact.
+class ValidationRequest:
+    """The options of `rgexport validate` for one artifact.
 
     Attributes:
         model: the original, a folder or hub id; by default the demo or a model in the hub's cache,
@@ -37,11 +37,11 @@ class Request:
             the artifact has no tokenizer.
         max_tokens: how many tokens of it; see `choose_text`.
         reference: a reference file to compare with too.
-        limits: instead of those in `thresholds`, see `checks.NAMES`.
+        limits: replace those in `thresholds`, by names in `checks.NAMES`.
         bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
         reproduce: whether to encode the original's weights again, to compare every level.
-        calibration: the file of the calibration that the weights were encoded with, for that.
+        calibration: with `reproduce`, the calibration that the weights were encoded with.
         min_quality: the lowest grade that will do; None where any will.
         allow_foreign: whether a graph with ops that rgexport does not write may run.
     """
@@ -61,28 +61,27 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenedArtifact:
     """An artifact, the text that it takes, and its original, where that is known.
 
-    `statistics` are those that the weights were encoded with, where they are to be encoded again.
+    `statistics` are those that the weights were encoded with, for `reproduce`.
     """
 
     path: Path
-    request: Request
+    request: ValidationRequest
     artifact: Artifact
     tokenizer: Tokenizer | None
     text: Text
-    original: Original | None
+    original: OriginalModel | None
     statistics: StatisticsOf | None
     identity: tuple[IdentityItem, ...]
 
     @property
     def manifest(self) -> Manifest:
-        """The artifact's."""
         return self.artifact.manifest
 
 
-def open_all(path: Path, request: Request) -> Opened:
+def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
     """Opens an artifact and everything that it is compared with.
 
     Raises:
@@ -108,19 +107,14 @@ def open_all(path: Path, request: Request) -> Opened:
     original = find_original(manifest, request.model, request.adapter)
     statistics = _statistics(request, manifest, original) if request.reproduce else None
     if original is not None:
-        _warn_of_differences(original)
+        if not original.same_files:
+            folder = original.checkpoint.path
+            warn(f"{folder} has other weight files than the artifact was made from")
+        for difference in original.config_differences:
+            warn(f"the configurations differ in {difference}")
     elif request.reference is None:
-        if request.min_quality is not None:
-            raise RequestError(
-                f"--min-quality {request.min_quality}: the original ({manifest.source.name}) was "
-                "not given, so there is no quality to judge; pass it with -m, or a file with "
-                "--reference"
-            )
-        warn(
-            f"the original ({manifest.source.name}) was not given, so the cost of "
-            "compression is not measured; pass it with -m"
-        )
-    return Opened(
+        _require_no_grade(request, manifest.source.name)
+    return OpenedArtifact(
         path=path,
         request=request,
         artifact=artifact,
@@ -132,8 +126,22 @@ def open_all(path: Path, request: Request) -> Opened:
     )
 
 
-def _statistics(request: Request, manifest: Manifest, original: Original | None) -> StatisticsOf:
-    """What `--reproduce` encodes with.
+def _require_no_grade(request: ValidationRequest, source: str) -> None:
+    if request.min_quality is not None:
+        raise RequestError(
+            f"--min-quality {request.min_quality}: the original ({source}) was not given, so there "
+            "is no quality to judge; pass it with -m, or a file with --reference"
+        )
+    warn(
+        f"the original ({source}) was not given, so the cost of compression is not measured; pass "
+        "it with -m"
+    )
+
+
+def _statistics(
+    request: ValidationRequest, manifest: Manifest, original: OriginalModel | None
+) -> StatisticsOf:
+    """The statistics that `--reproduce` encodes with.
 
     Raises:
         RequestError: there is no original, or the levels were chosen by data that were not given.
@@ -153,10 +161,3 @@ def _statistics(request: Request, manifest: Manifest, original: Original | None)
             "took with --calibration (an importance matrix cannot be given)"
         )
     return no_statistics
-
-
-def _warn_of_differences(original: Original) -> None:
-    if not original.same_files:
-        warn(f"{original.checkpoint.path} has other weight files than the artifact was made from")
-    for difference in original.config_differences:
-        warn(f"the configurations differ in {difference}")

@@ -27,9 +27,9 @@ from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.rounding_cost import RoundingCost
-from rgexport.validate.source import Original
-from rgexport.validate.speed import Speed
+from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
+from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import Reproduced
 from rgexport.validate.weights.weight_errors import WeightError
@@ -40,7 +40,7 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Subject:
+class ArtifactInfo:
     """The artifact that was validated."""
 
     path: str
@@ -90,23 +90,38 @@ class TextInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Everything that `validate` found; `to_dict` is its stable JSON.
+class Speed:
+    """Tokens per second from an empty state, medians of a few repetitions.
 
-    `twin` is the comparison with the dequantized reference. `original` is None without an original,
-    and `sites` where the engine does not show its values. `weights`, `cost` and `layers` need the
-    original; `reproduced`, `layers` and `suspects` are there if they were asked for, and
-    `continuations` if there is a tokenizer, and a reference file or a small original.
-    `min_quality` is the grade that was asked for, and `structure` says whether the graph is the one
-    that the exporter writes. `identity` compares what is not weights: configuration, tokenizer,
-    chat template, settings.
+    Attributes:
+        decode: one token at a time.
+        prefill: a prompt of `prompt_tokens`.
+        prompt_tokens: 128, or a chunk where chunks are of a fixed length.
     """
 
-    artifact: Subject
+    decode: float
+    prefill: float
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of `validate`; `to_dict` is its stable JSON.
+
+    `dequantized` is the comparison with the dequantized reference (`twin` is its former name).
+    `original` is None without an original, and `sites` where the engine does not show its values.
+    `weights`, `cost` and `layers` need the original; `reproduced`, `layers` and `suspects` are null
+    unless they were asked for, and `continuations` without a tokenizer, and a reference file or a
+    small original. `min_quality` is the grade that was asked for, and `structure` says whether the
+    graph is the one that the exporter writes. `identity` compares all but the weights:
+    configuration, tokenizer, chat template, settings.
+    """
+
+    artifact: ArtifactInfo
     source: SourceInfo
     text: TextInfo
     engine: SessionInfo
-    twin: Comparison
+    dequantized: Comparison
     original: Comparison | None
     equivalences: dict[str, Equivalence]
     sites: SiteReport | None
@@ -132,14 +147,13 @@ class Result:
 
     @property
     def verdict(self) -> Outcome:
-        """The worst outcome of all checks."""
         return verdict(self.checks)
 
     @property
     def quality(self) -> Quality | None:
         """By the original or, without one, a reference file; None where there is neither."""
-        if (found := self.original) is not None:
-            return grade_quality("original", found.kl, found.agreement, self.text.tokens)
+        if (side := self.original) is not None:
+            return grade_quality("original", side.kl, side.agreement, self.text.tokens)
         if (file := self.reference) is not None:
             return grade_quality("reference", file.kl, file.agreement, file.positions)
         return None
@@ -156,9 +170,14 @@ class Result:
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}
-        added = {"verdict": self.verdict, "verdict_scope": self.verdict_scope}
-        added |= {"quality": plain(self.quality)}
-        return {"schema_version": SCHEMA_VERSION, **added, **fields}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "verdict_scope": self.verdict_scope,
+            "quality": plain(self.quality),
+            **fields,
+            "twin": fields["dequantized"],
+        }
 
 
 def require_writable(path: Path) -> None:
@@ -183,8 +202,8 @@ def write_json(results: Sequence[Result], path: Path) -> None:
     Raises:
         RequestError: the file cannot be written.
     """
-    found = [result.to_dict() for result in results]
-    value = found if len(found) > 1 else found[0]
+    values = [result.to_dict() for result in results]
+    value = values if len(values) > 1 else values[0]
     write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
 
 
@@ -200,9 +219,10 @@ def write_text(text: str, path: Path) -> None:
         raise RequestError(f"cannot write {path}: {error.strerror}") from None
 
 
-def describe_artifact(path: Path, manifest: Manifest) -> Subject:
-    """The artifact's part of a result."""
-    return Subject(
+def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
+    stored = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
+    weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
+    return ArtifactInfo(
         path=str(path),
         name=manifest.name,
         kind=manifest.kind,
@@ -213,25 +233,23 @@ def describe_artifact(path: Path, manifest: Manifest) -> Subject:
         window=manifest.config.window,
         files={name: record.sha256 for name, record in manifest.files.items()},
         bytes=sum(record.size for record in manifest.files.values()),
-        bits_per_weight=_bits_per_weight(manifest),
+        bits_per_weight=8 * sum(part.nbytes for part in stored) / weights,
         matrix_bits_per_weight=matrix_bits(manifest),
     )
 
 
-def _bits_per_weight(manifest: Manifest) -> float:
-    parts = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
-    weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
-    return 8 * sum(part.nbytes for part in parts) / weights
-
-
-def describe_source(made_from: str, original: Original | None) -> SourceInfo:
-    """What a result says of the original."""
+def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
     if original is None:
-        return SourceInfo(made_from, found=False)
+        return SourceInfo(name, found=False)
     return SourceInfo(
-        made_from,
+        name,
         found=True,
         path=str(original.checkpoint.path),
         same_files=original.same_files,
         config_differences=original.config_differences,
     )
+
+
+def describe_text(text: Text, window: int) -> TextInfo:
+    count = len(text.tokens)
+    return TextInfo(text.name, count, count / window, text.bytes, text.truncated)

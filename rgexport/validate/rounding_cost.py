@@ -19,10 +19,8 @@ from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
 from rgexport.validate.weights.steps import is_quantized, shown_steps
 
-TOKENS = 256
-"""The first tokens of the text, which the rounded model takes, …"""
-POSITIONS = 64
-"""… and how many of them are compared."""
+TOKENS, POSITIONS = 256, 64
+"""The first tokens of the text, which the rounded model takes, and how many are compared."""
 _SEED = 20240411
 _LEAST = 1e-12
 """KL, nats, that a cost is divided by at least."""
@@ -48,11 +46,7 @@ def rounding_cost(
 ) -> RoundingCost | None:
     """Runs the artifact's weights with random errors; None where no weight is quantized.
 
-    Args:
-        artifact: whose weights show their steps.
-        dequantized: the pass of its weights over tokens [T].
-        original: the original's pass over them, where there is one.
-        tokens: [T], of which the first `TOKENS` are taken.
+    `dequantized` is the pass of its weights over tokens [T], `original` the original's, if any.
     """
     tensors, generator = artifact.manifest.tensors, np.random.default_rng(_SEED)
     if not is_rounded(artifact.manifest):
@@ -64,8 +58,7 @@ def rounding_cost(
     with watched_layers("Rounding at random", rounded) as watched:
         model = NumpyReference(artifact.manifest.config, watched)
         hidden, _ = model.run(tokens[None, :TOKENS])
-    positions = np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int)
-    positions = np.unique(positions)
+    positions = np.unique(np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int))
     logits = _logits_at(dequantized, positions)
     kl_rounded = _divergence(logits, model.logits(hidden[:, positions])[0])
     base = max(float(kl_rounded.mean()), _LEAST)
@@ -80,12 +73,10 @@ def rounding_cost(
 
 
 def is_rounded(manifest: Manifest) -> bool:
-    """Whether an artifact has quantized weights."""
     return any(is_quantized(stored.scheme) for stored in manifest.tensors.values())
 
 
 def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
-    """Logits [positions, vocab] float32."""
     return model_pass.model.logits(model_pass.hidden[:, positions])[0]
 
 

@@ -35,11 +35,10 @@ class Tolerance:
     reason: str
 
     def at(self, position: int) -> "Tolerance":
-        """The same after so many tokens."""
-        more = PER_POSITION * position
-        return replace(
-            self, logits=self.logits + more, rms=self.rms + more, states=self.states + more
-        )
+        """The tolerance after so many tokens."""
+        angle = PER_POSITION * position
+        wider = {name: getattr(self, name) + angle for name in ("logits", "rms", "states")}
+        return replace(self, **wider)
 
 
 PER_POSITION = 2.0**-27
@@ -80,13 +79,9 @@ Measured on ten random models of odd shapes in int8 and int4, without native ker
 
 
 def consistency(limit: Tolerance, position: int, logits: float, states: float) -> Tolerance:
-    """The tolerance of an artifact against itself, after so many tokens.
+    """The tolerance of an artifact against itself, after `position` tokens.
 
-    Args:
-        limit: against its dequantized reference.
-        position: how many tokens.
-        logits: the largest error of logits against that reference.
-        states: that of states.
+    `limit` is that against its dequantized reference; `logits` and `states` are the largest errors.
     """
     least, most = FLOAT32.at(position), limit.at(position)
     return replace(
@@ -152,8 +147,8 @@ _GGML_STORAGE = {
 
 def tolerance(manifest: Manifest) -> Tolerance:
     """The tolerance of an artifact against its dequantized reference."""
-    found: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
-    return found
+    limit: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
+    return limit
 
 
 def cost_checks(

@@ -15,7 +15,7 @@ from rgexport.runtimes.observation import Observation
 from rgexport.validate import metrics
 from rgexport.validate.bisect.layer_costs import TOKENS as COST_TOKENS
 from rgexport.validate.bisect.layer_costs import layer_costs
-from rgexport.validate.bisect.site_errors import Call, SiteError, layer_of, site_errors
+from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, layer_of, site_errors
 from rgexport.validate.bisect.sites import site_report, with_large_state
 from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
 from rgexport.validate.checks import Check
@@ -63,7 +63,7 @@ def observed(faults=None, tokens: np.ndarray = TOKENS) -> Observation:
 
 def compare(observation: Observation, scheme=FLOAT32, compute="fp32") -> list[SiteError]:
     manifest, model = manifest_of(CONFIG, scheme, compute), NumpyReference(CONFIG, WEIGHTS)
-    return site_errors(model, manifest, [Call(TOKENS, STATE, observation)])
+    return site_errors(model, manifest, [ObservedCall(TOKENS, STATE, observation)])
 
 
 def beyond(errors: list[SiteError]) -> list[str]:
@@ -104,14 +104,14 @@ def test_one_key_of_many_shows_where_the_oldest_are_amplified():
             for name, array in state.items()
         }
         shown = observe(narrow, source, tokens[:1], without_oldest)
-        calls = [Call(tokens[:1], state, shown)]
+        calls = [ObservedCall(tokens[:1], state, shown)]
         errors = site_errors(NumpyReference(config, source), manifest_of(config), calls)
         rms.append(next(e.rms for e in errors if e.op == "local_attention"))
     assert rms[0] < 0.01 and rms[1] > 0.15
 
 
 def test_calls_of_several_lengths_read_every_weight_once():
-    calls = [Call(TOKENS[-n:], STATE, observed(tokens=TOKENS[-n:])) for n in (6, 1)]
+    calls = [ObservedCall(TOKENS[-n:], STATE, observed(tokens=TOKENS[-n:])) for n in (6, 1)]
     calls[1].shown.values[GATE] *= 2
     reads: list[str] = []
     model = NumpyReference(CONFIG, counted(WEIGHTS, reads))

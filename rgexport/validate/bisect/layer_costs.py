@@ -1,4 +1,4 @@
-"""What each part of a model costs in KL, if it alone were stored as the artifact has it."""
+"""The KL that each part of a model costs, if it alone is stored as in the artifact."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from rgexport.validate import metrics
 from rgexport.validate.reference_pass import watched_layers
 
 TOKENS = 48
-"""The most that are taken: a 2B has 29 variants, each of which runs over them."""
+"""Most tokens: each of a 2B's 29 variants takes them."""
 _LOGITS_BYTES = 256 << 20
 """Logits of all variants that exist at a time."""
 
@@ -41,30 +41,21 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Measures every part of the model, from the embedding to the last norm.
 
-    Args:
-        config: the original's.
-        original: its weights.
-        dequantized: the artifact's.
-        tokens: [T], of which the first `TOKENS` are taken.
+    `config` is the original's; at most `TOKENS` of the tokens [T] are taken.
     """
     with watched_layers("Measuring what each layer costs", original) as watched:
         model = Variants(config, watched, dequantized)
         hidden = model.run_all(tokens[:TOKENS])
-    row_bytes = 4 * config.vocab_size * len(hidden)
-    step = max(1, _LOGITS_BYTES // row_bytes)
-    rows = [
-        _compare(model.all_logits(hidden[:, start : start + step]))
-        for start in range(0, hidden.shape[1], step)
-    ]
+    step = max(1, _LOGITS_BYTES // (4 * config.vocab_size * len(hidden)))
+    blocks: list[list[np.ndarray]] = [[] for _ in model.parts]
+    for start in range(0, hidden.shape[1], step):
+        first, *variants = model.all_logits(hidden[:, start : start + step])
+        unknown = np.full(len(first), -1)
+        for rows, logits in zip(blocks, variants, strict=True):
+            rows.append(metrics.compare_logits(first, logits, unknown))
     return [
-        _cost(part, found) for part, found in zip(model.parts, np.concatenate(rows, 1), strict=True)
+        _cost(part, np.concatenate(rows)) for part, rows in zip(model.parts, blocks, strict=True)
     ]
-
-
-def _compare(logits: np.ndarray) -> np.ndarray:
-    """Logits [1 + parts, t, V] → rows [parts, t] of `metrics.ROWS` against the first."""
-    unknown = np.full(logits.shape[1], -1)
-    return np.stack([metrics.compare_logits(logits[0], other, unknown) for other in logits[1:]])
 
 
 def _cost(part: str, rows: np.ndarray) -> LayerCost:

@@ -7,7 +7,7 @@ inherits the errors of the ops before it.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.observation import Observation
-from rgexport.validate.bisect.site_limits import (
-    GAIN,
-    SiteLimit,
-    scan_noise,
-    site_limit,
-    state_limit,
-)
+from rgexport.validate.bisect.site_limits import GAIN, scan_noise, site_limit, state_limit
 
 Arguments = tuple[Any, ...]
 _STATES = {
@@ -39,10 +33,10 @@ class SiteError:
 
     Attributes:
         site: of the op.
-        op: which one, see `griffin.ops`.
+        op: its name in `griffin.ops`.
         layer: the index of its layer; None for the embedding, the last norm and the head.
         state: the canonical name of the state that was compared; None for the op's value.
-        length: number of tokens of the call.
+        length: tokens of the call.
         from_start: whether its first token had position 0.
         portable: whether no native kernel ran.
         rms: ‖Δ‖ / ‖reference‖; of a state, with all tokens that it keeps brought to one norm.
@@ -78,12 +72,11 @@ class SiteError:
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are within their limits."""
         return self.excess <= 1
 
 
 @dataclass(frozen=True)
-class Call:
+class ObservedCall:
     """Tokens [T] that an artifact took in one call, the state before, and its values at sites."""
 
     tokens: np.ndarray
@@ -98,7 +91,7 @@ class Call:
 
 
 def site_errors(
-    model: NumpyReference, manifest: Manifest, calls: Sequence[Call]
+    model: NumpyReference, manifest: Manifest, calls: Sequence[ObservedCall]
 ) -> list[SiteError]:
     """Compares what an artifact computed with the reference, op by op.
 
@@ -113,7 +106,7 @@ def site_errors(
         computation.
     """
     window = model.config.window
-    comparisons = [_Comparison(call, manifest, window) for call in calls]
+    comparisons = [_CallComparison(call, manifest, window) for call in calls]
     turns: Counter[str] = Counter()  # a site's op computes for one call after the other
 
     def look(
@@ -133,7 +126,7 @@ def site_errors(
 
 
 def _fitted(state: State, window: int) -> State:
-    """A state whose caches hold `window` keys: without the oldest ones, or zeros before them."""
+    """A state whose caches hold `window` keys: without the oldest ones, or after zeros."""
 
     def resized(cache: np.ndarray) -> np.ndarray:
         missing = max(0, window - cache.shape[1])
@@ -145,66 +138,68 @@ def _fitted(state: State, window: int) -> State:
     }
 
 
-class _Comparison:
-    """Compares while the reference runs; keeps three sums for each channel of each site."""
+class _CallComparison:
+    """Compares one call while the reference runs; keeps three sums for each channel of a site."""
 
-    def __init__(self, call: Call, manifest: Manifest, window: int):
-        self._call, self._manifest = call, manifest
-        self._found = replace(call.shown, state=_fitted(call.shown.state, window))
+    def __init__(self, call: ObservedCall, manifest: Manifest, window: int):
+        self._call, self._manifest, self._shown = call, manifest, call.shown
+        self._states = _fitted(call.shown.state, window)
         self._sums: dict[tuple[str, str, str | None], list[np.ndarray]] = {}
         self._noise: dict[str, np.ndarray] = {}
 
     def look(
         self, site: str, op: str, arguments: Arguments, results: tuple[np.ndarray, ...]
     ) -> np.ndarray | None:
-        """Compares an op's results; returns what the following ops take."""
+        """Compares an op's results; returns the artifact's value for the following ops."""
         value, *states = results
         if op == "rg_lru_scan":
             _, _, recurrence_gate, a_param, *_ = arguments
             self._noise[site] = scan_noise(recurrence_gate, a_param)
-        other = self._value(site, op, value)
+        replacement = self._compare_value(site, op, value)
         for kind, state in zip(_STATES.get(op, ()), states, strict=True):
             name = f"layers.{layer_of(site)}.{kind}"
             norms = np.linalg.norm(state, axis=-1, keepdims=True)
             norms[norms == 0] = 1
-            self._compare((site, op, name), state / norms, self._found.state[name] / norms)
-        return other
+            self._add((site, op, name), state / norms, self._states[name] / norms)
+        return replacement
 
     def errors(self) -> list[SiteError]:
-        """One for each site and state that was compared."""
         return [self._error(*key, np.concatenate(sums, 1)) for key, sums in self._sums.items()]
 
-    def _value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
-        """Compares the op's value [1, T, n]; returns what is passed on instead of it."""
+    def _compare_value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
+        """Compares the op's value [1, T, n]; returns its replacement."""
         key = site, op, None
-        if site in self._found.gates:
-            self._compare(key, _sigmoid(value), self._found.gates[site])
-        if site not in self._found.values:
+        if site in self._shown.gates:
+            self._add(key, _sigmoid(value), self._shown.gates[site])
+        if site not in self._shown.values:
             return None
         # The head's values come in slabs, and may be those of the last tokens only.
-        start = sum(part.shape[1] for part in self._sums.get(key, ()))
-        other = self._found.values[site][:, start : start + value.shape[2]]
-        rows = value[0, -len(other) :]
-        self._compare(key, rows, other)
-        passed_on = value.copy()
+        start = sum(sums.shape[1] for sums in self._sums.get(key, ()))
+        shown = self._shown.values[site][:, start : start + value.shape[2]]
+        rows = value[0, -len(shown) :]
+        self._add(key, rows, shown)
+        replacement = value.copy()
         # Values that are not finite count here but are not passed on: all that follows would fail.
-        passed_on[0, -len(other) :] = np.where(np.isfinite(other), other, rows)
-        return passed_on
+        replacement[0, -len(shown) :] = np.where(np.isfinite(shown), shown, rows)
+        return replacement
 
-    def _compare(
+    def _add(
         self, key: tuple[str, str, str | None], expected: np.ndarray, value: np.ndarray
     ) -> None:
-        ref, other = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
+        ref, ours = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
         with np.errstate(invalid="ignore", over="ignore"):
-            delta = other - ref
+            delta = ours - ref
             squares = np.stack([(delta**2).sum(0), (ref**2).sum(0), (ref * delta).sum(0)])
         self._sums.setdefault(key, []).append(squares)
 
     def _error(self, site: str, op: str, state: str | None, squares: np.ndarray) -> SiteError:
         delta, norm, along = squares
-        noise = self._noise.get(site, np.zeros(len(norm)))
+        call, noise = self._call, self._noise.get(site, np.zeros(len(norm)))
         steady = ~(noise > np.median(noise))  # all channels where there is no noise, or a NaN
-        limit = self._limit(site, op, state)
+        if state is None:
+            limit = site_limit(self._manifest, op, site, call.start + len(call.tokens))
+        else:
+            limit = state_limit(self._manifest, state)
         limit = limit.plus(_ratio(noise**2 * norm, norm), float(np.median(noise[steady])))
         with np.errstate(invalid="ignore"):
             rms = _ratio(delta, norm)
@@ -217,9 +212,9 @@ class _Comparison:
             op=op,
             layer=layer_of(site),
             state=state,
-            length=len(self._call.tokens),
-            from_start=self._call.start == 0,
-            portable=self._call.portable,
+            length=len(call.tokens),
+            from_start=call.start == 0,
+            portable=call.portable,
             rms=rms,
             median=median,
             limit_rms=limit.rms,
@@ -227,11 +222,6 @@ class _Comparison:
             gain=gain,
             excess=excess if np.isfinite(rms + median) else float("inf"),
         )
-
-    def _limit(self, site: str, op: str, state: str | None) -> SiteLimit:
-        if state is not None:
-            return state_limit(self._manifest, state)
-        return site_limit(self._manifest, op, site, self._call.start + len(self._call.tokens))
 
 
 def layer_of(site: str) -> int | None:

@@ -24,7 +24,6 @@ class SiteLimit:
     median: float
 
     def plus(self, rms: float, median: float) -> "SiteLimit":
-        """Wider limits."""
         return SiteLimit(self.rms + rms, self.median + median)
 
 
@@ -103,31 +102,27 @@ A rotation by another angle moves a pair by as much of its length; at position 4
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
     """The limit of the value of an op of `griffin.ops`; `position` is that of the last token.
 
-    It follows from what the manifest promises, not from the dtype of a value: a gate in float16 is
-    a fault.
+    It follows from the manifest, not from the dtype of a value: a gate in float16 is a fault.
     """
-    expected, more = expected_of(manifest.kind), 0.0
+    expected, rounding = expected_of(manifest.kind), 0.0
     if op == "linear":
         tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
-        more += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
+        rounding += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
     if manifest.compute == "fp16":
-        more += HALF.get(op, ROUNDED["float16"])
+        rounding += HALF.get(op, ROUNDED["float16"])
     if op == "rope":
-        more += position * ANGLE
+        rounding += position * ANGLE
     if op == "local_attention" and expected.attends_in_half(manifest):
-        more += HALF_ATTENTION + expected.half_sums(manifest)
-    return FLOAT32.get(op, FLOAT32_SUMS).plus(more, more)
+        rounding += HALF_ATTENTION + expected.half_sums(manifest)
+    return FLOAT32.get(op, FLOAT32_SUMS).plus(rounding, rounding)
 
 
 def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
-    """What the last bit of exp adds to the limit of each channel of the RG-LRU, [R].
+    """Returns the width that exp's last bit adds to the limit of each channel of the RG-LRU, [R].
 
     Two libraries' exp(2 log a) differ by a unit of 2⁻²⁴, and the root of 1 - a² by half as much of
-    1 - a²: by 1.5e-5 of it for a channel with 1 - a = 1e-3, 0.15 % at 1e-5.
-
-    Args:
-        recurrence_gate: its pre-activations [1, T, R].
-        a_param: [R].
+    1 - a²: by 1.5e-5 of it for a channel with 1 - a = 1e-3, 0.15 % at 1e-5. `recurrence_gate`
+    [1, T, R] are pre-activations, `a_param` is [R].
     """
     gate, param = (x.astype(np.float64) for x in (recurrence_gate[0], a_param))
     square = np.exp(2 * RG_LRU_C / (1 + np.exp(-gate)) * np.logaddexp(0, param))
@@ -143,5 +138,5 @@ def state_limit(manifest: Manifest, state: str) -> SiteLimit:
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
     half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)
-    more = ROUNDED["float16" if half else "float32"]
-    return FLOAT32_SUMS.plus(more, more)
+    rounding = ROUNDED["float16" if half else "float32"]
+    return FLOAT32_SUMS.plus(rounding, rounding)
