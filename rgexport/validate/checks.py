@@ -10,43 +10,17 @@ from rgexport.errors import RequestError
 
 Outcome = Literal["PASS", "AMBIGUOUS", "FAIL"]
 
-TENSOR_CHECKS = (
-    "reference.noise",
-    "reference.row",
-    "reference.shift",
-    "reference.projection",
-    "reference.output",
-    "weights.max_steps",
-    "weights.noise",
-    "weights.shift",
-    "weights.projection",
-    "weights.output",
+TENSOR_CHECKS = tuple(
+    "reference.noise reference.row reference.shift reference.projection reference.output "
+    "weights.max_steps weights.noise weights.shift weights.projection weights.output".split()
 )
 """Kinds of checks that are made of single tensors; the tensor's name is in the check's name."""
 NAMES = (
-    "dequantized.logits",
-    "dequantized.rms",
-    "dequantized.states",
-    "position",
-    "steps",
-    "ragged",
-    "restored",
-    "reset",
-    "start",
-    "long",
-    "batch",
-    "portable",
-    "original.rms",
-    "original.kl",
-    "reference.rms",
-    "reference.kl",
-    "reference.finite",
+    *"dequantized.logits dequantized.rms dequantized.states position".split(),
+    *"steps ragged restored reset start long batch portable".split(),
+    *"original.rms original.kl reference.rms reference.kl reference.finite".split(),
     *TENSOR_CHECKS,
-    "cost",
-    "reproduced",
-    "sites",
-    "structure",
-    "identity",
+    *"cost reproduced sites structure identity".split(),
 )
 """Names that a limit can be set for: a check, or all checks of a kind. KL is checked only where a
 limit is set for it."""

@@ -37,8 +37,7 @@ KnownContinuation = tuple[str, np.ndarray, np.ndarray]
 class Continuation:
     """Each model's own most likely tokens after a prompt; the first `common` are the same.
 
-    `shared` is their text. The next tokens are the first that differ; their texts are empty where
-    there are none.
+    `shared` is their text. The next tokens are the first that differ; their texts may be empty.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Continuation:
     artifact_next: str = ""
 
 
-def continuations_of_file(reference: ReferenceFile) -> list[KnownContinuation]:
+def of_file(reference: ReferenceFile) -> list[KnownContinuation]:
     """The first prompts of a file that are short and have a continuation."""
     short = (
         (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
@@ -62,7 +61,7 @@ def continuations_of_file(reference: ReferenceFile) -> list[KnownContinuation]:
     return list(islice(short, SHOWN))
 
 
-def continue_built_in(model: ReferenceModel, tokenizer: Tokenizer) -> list[KnownContinuation]:
+def of_model(model: ReferenceModel, tokenizer: Tokenizer) -> list[KnownContinuation]:
     """Continues built-in prompts by a model, which should keep its weights in memory."""
     prompts = short_prompts(tokenizer)
     passes = model.run_each([(one.tokens[None], zero_state(model.config, 1)) for one in prompts])
@@ -81,14 +80,10 @@ def continue_greedily(
     count: int,
     stop_ids: Collection[int],
 ) -> list[list[int]]:
-    """The greedy continuation of each text, all in one batch; a stop id ends it.
+    """Continues texts greedily in one batch, by at most `count` tokens; a stop id ends one.
 
-    Args:
-        model: the reference.
-        hidden: of each text, [1, T, width] of the model's own array type.
-        ends: the state after each text.
-        count: tokens of a continuation, at most.
-        stop_ids: see `Tokenizer`.
+    `hidden` has an array [1, T, width] of the model's own type for each text, `ends` the states
+    after them.
     """
     state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
     following = [int(model.logits(last[:, -1:])[0, -1].argmax()) for last in hidden]
@@ -104,7 +99,7 @@ def continue_greedily(
     return continued
 
 
-def compare_continuations(
+def compare(
     session: Session, known: Sequence[KnownContinuation], spell: TokenText
 ) -> Iterator[Continuation]:
     """Continues prompts of more than one token in a session, whose state is reset."""

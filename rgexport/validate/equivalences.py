@@ -90,22 +90,29 @@ def compare_with_itself(
     ending: Ending,
     most_logits: int,
 ) -> dict[str, Equivalence]:
-    """Takes the beginning and the end of a text again in all ways that the engine has.
+    """Takes the beginning and the end of a text [T] again in all ways that the engine has.
+
+    The convolution has no positions: at position 0, its state must be zeros.
 
     Args:
         session: the artifact's, in any state.
         text: tokens [T].
         head: logits [n, vocab] of its first tokens.
         again: its last tokens, `repeated_tokens` of them or all, and the state before them.
-        ending: its end; the chunk has the logits of its last block.
+        ending: its end, with the logits of its last block.
         most_logits: rows of logits that may exist at once.
     """
-    result = _end_again(session, *again, ending.chunk, most_logits)
-    result |= _start_again(session, text[: len(head)], head, ending.chunk.state)
+    result = _compare_end(session, *again, ending.chunk, most_logits)
+    first, used = text[: len(head)], ending.chunk.state
+    fresh = _prefill(session, None, first, len(first))
+    recurrent = {n: a for n, a in fresh.state.items() if not n.endswith((".key", ".value"))}
+    no_position = used | zeros_of(used, (POSITION, ".conv1d"))
+    started = _prefill(session, no_position, first, len(first))
+    result["reset"] = compare([(Chunk(head, {}), fresh)], len(first))
+    result["start"] = compare([(Chunk(head, recurrent), started)], len(first))
     if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
         result["long"] = compare([(ending.chunk, _at_once(session, ending))], len(ending.tokens))
-        pairs = _in_batch(session, text, ending.chunk.state)
-        result["batch"] = compare(pairs, 2 * min(STEPS, len(text)))
+        result["batch"] = compare(_in_batch(session, text, used), 2 * min(STEPS, len(text)))
     return result
 
 
@@ -144,61 +151,47 @@ def compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
     )
 
 
-def _end_again(
+def _compare_end(
     session: Session, tokens: np.ndarray, before: State, chunk: Chunk, most_logits: int
 ) -> dict[str, Equivalence]:
-    """Goes back to the state `before` and takes the tokens [T] of `chunk` again, in three ways.
+    """Takes the tokens [T] of `chunk` again from the state `before`, in three ways.
 
     Where chunks have a fixed length, the text may have been taken in steps: a whole chunk is then
     taken first, and a text that is too short for one is repeated.
     """
-    session.set_state(before)
-    logits = session.prefill(tokens[None], num_logits=len(chunk.logits))[0]
-    restored = compare([(chunk, Chunk(logits, session.get_state()))], len(tokens))
-    if session.info.whole_chunks:
-        tokens = np.resize(tokens, repeated_tokens(session.info))
-        session.set_state(before)
-        chunk = _whole_chunk(session, tokens, most_logits)
+    again, info = _prefill(session, before, tokens, len(chunk.logits)), session.info
+    restored = compare([(chunk, again)], len(tokens))
+    if info.whole_chunks:
+        tokens = np.resize(tokens, repeated_tokens(info))
+        rows = min(info.prefill_chunk, most_logits) if info.chunk_logits else 1
+        first = _prefill(session, before, tokens[:-STEPS], rows)
+        rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
+        chunk = Chunk(np.concatenate([first.logits, rest]), session.get_state())
     result = {}
     for name, sizes in (
         ("steps", [1] * len(tokens)),
-        ("ragged", list(_ragged(len(tokens), session.info))),
+        ("ragged", list(_ragged(len(tokens), info))),
     ):
         (other,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
         result[name] = compare([(chunk, other)], len(tokens))
     return result | {"restored": restored}
 
 
-def _start_again(
-    session: Session, tokens: np.ndarray, logits: np.ndarray, used: State
-) -> dict[str, Equivalence]:
-    """Takes the first tokens [n] of the text again, which gave `logits` [n, V], in two ways.
-
-    reset: after a reset; start: at position 0, from the states `used` of a longer text. The
-    convolution has no positions: its state must be zeros.
-    """
-    session.reset()
-    fresh = _take_recurrent(session, tokens)
-    session.set_state(used | zeros_of(used, (POSITION, ".conv1d")))
-    started = _take_recurrent(session, tokens)
-    return {
-        "reset": compare([(Chunk(logits, {}), fresh)], len(tokens)),
-        "start": compare([(Chunk(logits, fresh.state), started)], len(tokens)),
-    }
-
-
-def _take_recurrent(session: Session, tokens: np.ndarray) -> Chunk:
-    """Takes tokens [n]; keeps all states but caches, which hold earlier tokens."""
-    logits = session.prefill(tokens[None], num_logits=len(tokens))[0]
-    state = session.get_state().items()
-    return Chunk(logits, {n: a for n, a in state if not n.endswith((".key", ".value"))})
+def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> Chunk:
+    """Takes tokens [T] from a state, or after a reset; keeps the last `rows` logits."""
+    if before is None:
+        session.reset()
+    else:
+        session.set_state(before)
+    logits = session.prefill(tokens[None], num_logits=rows)[0]
+    return Chunk(logits, session.get_state())
 
 
 def _at_once(session: Session, ending: Ending) -> Chunk:
     """Takes the end of a text in one call."""
     session.set_state(ending.before)
-    count = len(ending.chunk.logits)
-    logits = session.prefill_at_once(ending.tokens[None], num_logits=count)[0]
+    rows = len(ending.chunk.logits)
+    logits = session.prefill_at_once(ending.tokens[None], num_logits=rows)[0]
     return Chunk(logits, session.get_state())
 
 
@@ -242,15 +235,6 @@ def _in_pieces(
         Chunk(logits[row], {name: array[row : row + 1] for name, array in state.items()})
         for row in range(len(tokens))
     ]
-
-
-def _whole_chunk(session: Session, tokens: np.ndarray, most_logits: int) -> Chunk:
-    """Takes a chunk with as many logits as it gives, and the tokens after it with all of theirs."""
-    most = min(session.info.prefill_chunk, most_logits)
-    count = most if session.info.chunk_logits else 1
-    first = session.prefill(tokens[None, :-STEPS], num_logits=count)[0]
-    rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
-    return Chunk(np.concatenate([first, rest]), session.get_state())
 
 
 def _chunk_and_steps(count: int) -> list[int]:

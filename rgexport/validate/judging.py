@@ -23,11 +23,7 @@ def all_checks(
 ) -> Iterator[Check]:
     """Yields all checks of a result, with their own limits.
 
-    Args:
-        result: its checks do not count.
-        manifest: the artifact's.
-        counted: whether the session counted every token.
-        limits: those that the user set.
+    `counted` says whether the session counted every token; `limits` are those that the user set.
     """
     yield from _dequantized_checks(result.dequantized, result.tolerance, result.text.tokens)
     yield Check(

@@ -52,13 +52,9 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The results of one text.
+    """The comparisons of an artifact with each reference and with itself.
 
-    Attributes:
-        comparisons: with each reference.
-        equivalences: with itself.
-        counted: whether the session counted every token.
-        ending: the end of the text, as the session took it.
+    `counted` says whether the session counted every token; `ending` is the end of the text.
     """
 
     comparisons: list[Comparison]
@@ -119,11 +115,9 @@ def measure(
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
-    The session takes the tokens in chunks and carries its state from one to the next, so that a
-    long conversation is compared. Logits exist for one block at a time.
-
-    Where a chunk has a fixed length, or gives one row of logits, the text is taken in steps, and
-    `equivalences` compares a chunk with the steps.
+    The session takes the tokens in chunks and carries its state from one to the next, as in a long
+    conversation. Logits exist for one block at a time. Where a chunk has a fixed length, or gives
+    one row of logits, the text is taken in steps, and `equivalences` compares a chunk with them.
 
     Args:
         session: the artifact's.

@@ -30,19 +30,17 @@ class ValidationRequest:
     """The options of `rgexport validate` for one artifact.
 
     Attributes:
-        model: the original, a folder or hub id; by default the demo or a model in the hub's cache,
-            if the artifact was made from that.
+        model: the original, a folder or hub id; see `find_original` for the default.
         adapter: the folder of a LoRA adapter that is merged into it.
-        text: a UTF-8 file to compare on; by default the built-in text, or random token ids where
-            the artifact has no tokenizer.
-        max_tokens: how many tokens of it; see `choose_text`.
+        text: a UTF-8 file to compare on; see `choose_text` for the default.
+        max_tokens: how many tokens of it.
         reference: a reference file to compare with too.
         limits: replace those in `thresholds`, by names in `checks.NAMES`.
         bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
         reproduce: whether to encode the original's weights again, to compare every level.
         calibration: with `reproduce`, the calibration that the weights were encoded with.
-        min_quality: the lowest grade that will do; None where any will.
+        min_quality: the lowest grade that passes.
         allow_foreign: whether a graph with ops that rgexport does not write may run.
     """
 
@@ -86,7 +84,7 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
 
     Raises:
         RequestError: no sound artifact, an original or a reference that does not fit, an unreadable
-            text, or a quality that is asked for where there is nothing to grade it by.
+            text, or a quality that is asked for without anything to grade it by.
     """
     if request.calibration is not None and not request.reproduce:
         raise RequestError("--calibration is for --reproduce; give both, or leave it out")
@@ -141,11 +139,7 @@ def _require_no_grade(request: ValidationRequest, source: str) -> None:
 def _statistics(
     request: ValidationRequest, manifest: Manifest, original: OriginalModel | None
 ) -> StatisticsOf:
-    """The statistics that `--reproduce` encodes with.
-
-    Raises:
-        RequestError: there is no original, or the levels were chosen by data that were not given.
-    """
+    """The statistics that `--reproduce` encodes with; refuses what cannot be encoded again."""
     if original is None:
         raise RequestError(
             f"--reproduce encodes the original's weights again, but the original "

@@ -46,19 +46,11 @@ that, so that they decide only where a text has more close calls than most.
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The grade of an artifact, and what it follows from.
+    """The grade of an artifact: the worse one of those of KL and of agreement.
 
-    Attributes:
-        grade: the worse one of those of KL and of agreement.
-        best, worst: the grades at the ends of the margins, two standard errors on each side.
-        meaning: the grade's sentence.
-        decided_by: the number that has that grade; KL where both have.
-        against: what it was compared with, `original` or `reference` (a reference file).
-        positions: tokens that were compared.
-        kl: mean, nats per token.
-        kl_margin: of the mean.
-        top1: share of positions with the same most likely token.
-        top1_margin: of the share.
+    `best` and `worst` are the grades at the ends of the margins, two standard errors on each side.
+    `decided_by` is the number that has the grade; KL where both have. `kl` is the mean in nats per
+    token, `top1` the share of `positions` with the same most likely token.
     """
 
     grade: GradeName

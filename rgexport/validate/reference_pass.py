@@ -1,11 +1,11 @@
 """A reference's teacher-forced pass over a text, kept as hidden states; logits come on demand."""
 
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.progress import Advance, task
+from rgexport.progress import task
 from rgexport.validate.states import checkpoints, recent
 from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
 
@@ -120,40 +120,31 @@ def watched_layers(
     """
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
-        watched = {name: _watched(tensor, advance, ended) for name, tensor in layers.items()}
+
+        def read(tensor: RowTensor, start: int, stop: int) -> np.ndarray:
+            if ended is not None and ended.is_set():
+                raise InterruptedError
+            rows = tensor.read(start, stop)
+            advance(rows.nbytes)
+            return rows
+
+        watched = {n: replace(one, read=partial(read, one)) for n, one in layers.items()}
         yield {**weights, **watched}
 
 
-def _watched(tensor: RowTensor, advance: Advance, ended: threading.Event | None) -> RowTensor:
-    def read(start: int, stop: int) -> np.ndarray:
-        if ended is not None and ended.is_set():
-            raise InterruptedError
-        rows = tensor.read(start, stop)
-        advance(rows.nbytes)
-        return rows
-
-    return dataclasses.replace(tensor, read=read)
-
-
-@dataclass
 class SharedPasses:
     """Passes of originals, each of which serves all artifacts that are compared with it."""
 
-    _passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = {}
 
     def has(self, original: Checkpoint, tokens: np.ndarray) -> bool:
-        return _key(original, tokens) in self._passes
+        return (original.path, original.config, tokens.tobytes()) in self._passes
 
     def run_reference(self, original: Checkpoint, tokens: np.ndarray) -> Pass:
         """Runs an original over tokens [T], or returns its earlier pass over them."""
-        key = _key(original, tokens)
+        label, config, weights = "Running the original", original.config, original.weights
+        key = original.path, config, tokens.tobytes()
         if key not in self._passes:
-            config, weights = original.config, original.weights
-            self._passes[key] = run_reference(
-                "Running the original", config, weights, tokens, mix_inputs=True
-            )
+            self._passes[key] = run_reference(label, config, weights, tokens, mix_inputs=True)
         return self._passes[key]
-
-
-def _key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig, bytes]:
-    return original.path, original.config, tokens.tobytes()

@@ -1,4 +1,4 @@
-"""The outcome of `validate`: what was measured, the checks, and the verdict."""
+"""The result of `validate`: measured values, checks and verdicts."""
 
 import dataclasses
 import json
@@ -54,11 +54,10 @@ class ArtifactInfo:
     files: dict[str, str]
     """File → SHA-256."""
     bytes: int
-    """Of all files."""
     bits_per_weight: float
     """With scales, zero points and tables."""
     matrix_bits_per_weight: float
-    """The same of the matrices and the embedding, which is the head, alone."""
+    """The same for the matrices and the embedding, which is the head, alone."""
 
     @property
     def numbers(self) -> str:
@@ -111,10 +110,9 @@ class Result:
     `dequantized` is the comparison with the dequantized reference (`twin` is its former name).
     `original` is None without an original, and `sites` where the engine does not show its values.
     `weights`, `cost` and `layers` need the original; `reproduced`, `layers` and `suspects` are null
-    unless they were asked for, and `continuations` without a tokenizer, and a reference file or a
-    small original. `min_quality` is the grade that was asked for, and `structure` says whether the
-    graph is the one that the exporter writes. `identity` compares all but the weights:
-    configuration, tokenizer, chat template, settings.
+    unless they were asked for, `continuations` without a tokenizer, or without both a reference
+    file and a small original. `min_quality` is the grade that was asked for. `identity` compares
+    configuration, tokenizer, chat template and settings.
     """
 
     artifact: ArtifactInfo
@@ -151,7 +149,7 @@ class Result:
 
     @property
     def quality(self) -> Quality | None:
-        """By the original or, without one, a reference file; None where there is neither."""
+        """The grade by the original or, without one, by a reference file."""
         if (side := self.original) is not None:
             return grade_quality("original", side.kl, side.agreement, self.text.tokens)
         if (file := self.reference) is not None:
@@ -197,11 +195,7 @@ def require_writable(path: Path) -> None:
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:
-    """Writes a result to a file, or the list of several.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
+    """Writes a result to a file, or the list of several; see `write_text`."""
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
     write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)

@@ -1,8 +1,8 @@
-"""What an artifact's weights cost in KL, beside what rounding to their steps costs at random.
+"""The KL that an artifact's weights cost, beside that of random rounding to their steps.
 
-Nobody needs the original to know what rounding costs: the artifact's weights show their steps, and
-a model is as sensitive to random errors around its artifact's weights as around its own. An
-algorithm loses less than such errors do. Weights that lose much more are not made from the model.
+The latter needs no original: the artifact's weights show their steps, and a model is as sensitive
+to random errors around its artifact's weights as around its own. An algorithm loses less than such
+errors do. Weights that lose much more are not made from the model.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,9 @@ _LEAST = 1e-12
 class RoundingCost:
     """Mean KL over some positions, nats per token.
 
-    Attributes:
-        kl_rounded: of the artifact's weights to themselves with random errors within half a step.
-        kl: of the artifact's weights in exact arithmetic to the original; None without one.
-        ratio: `kl` in units of `kl_rounded`, less two standard errors.
+    `kl_rounded` is that of the artifact's weights to themselves with random errors within half a
+    step, `kl` that of the weights in exact arithmetic to the original; None without one. `ratio` is
+    `kl` in units of `kl_rounded`, less two standard errors.
     """
 
     kl_rounded: float

@@ -14,18 +14,12 @@ from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import SessionInfo
+from rgexport.validate import continuations
 from rgexport.validate.bisect.layer_costs import layer_costs
 from rgexport.validate.bisect.sites import SiteReport, look_at_sites
 from rgexport.validate.bisect.suspects import find_suspects
 from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
-from rgexport.validate.continuations import (
-    SMALL_BYTES,
-    Continuation,
-    KnownContinuation,
-    compare_continuations,
-    continuations_of_file,
-    continue_built_in,
-)
+from rgexport.validate.continuations import Continuation, KnownContinuation
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
 from rgexport.validate.judging import all_checks
 from rgexport.validate.measure import Measurement, measure
@@ -52,14 +46,13 @@ from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.reproduced import reproduce
 from rgexport.validate.weights.weight_errors import weight_errors
 
-DEFAULTS = ValidationRequest()
 BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS = 128, 32, 3
 """`rgexport bench` measures longer ones by default."""
 
 
 def validate_artifacts(
     artifacts: Sequence[Path],
-    request: ValidationRequest = DEFAULTS,
+    request: ValidationRequest,
     *,
     reference: Path | None = None,
     json_file: Path | None = None,
@@ -69,8 +62,8 @@ def validate_artifacts(
 ) -> int:
     """Validates artifacts, writes the report as JSON and HTML, and prints it.
 
-    `limits` are `NAME=VALUE`. Returns 0 if all artifacts pass, or are AMBIGUOUS where that is
-    allowed, and have the quality that was asked for; else 1.
+    Returns 0 if all artifacts pass, or are AMBIGUOUS where that is allowed, and have the quality
+    that was asked for; else 1.
 
     Raises:
         RequestError: see `validate_artifact`; or a file cannot be written.
@@ -104,7 +97,7 @@ def validate_artifacts(
 
 
 def validate_artifact(
-    path: Path, request: ValidationRequest = DEFAULTS, passes: SharedPasses | None = None
+    path: Path, request: ValidationRequest, passes: SharedPasses | None = None
 ) -> Result:
     """Compares an artifact with its dequantized reference and, where it is found, its original.
 
@@ -133,7 +126,7 @@ def _compare(
 ) -> tuple[Result, bool]:
     """Returns a result without checks, and whether the session counted every token."""
     request, artifact, manifest = opened.request, opened.artifact, opened.manifest
-    info, measured, against_file, continuations = _use_session(opened, dequantized, original)
+    info, measured, against_file, answers = _use_session(opened, dequantized, original)
     equivalences = measured.equivalences
     if _has_native(opened) and (same := _portable(opened, measured, dequantized)):
         equivalences |= {"portable": same}
@@ -172,7 +165,7 @@ def _compare(
         tolerance=tolerance(manifest),
         checks=[],
         environment=environment(),
-        continuations=continuations,
+        continuations=answers,
         min_quality=request.min_quality,
         structure=compare_structure(artifact, request.reference),
         identity=opened.identity,
@@ -199,7 +192,7 @@ def _use_session(
     """Runs the artifact over the text, the reference file's prompts, and prompts to continue."""
     known = _known_continuations(opened)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
-    against_file = continuations = None
+    against_file = answers = None
     give_back()
     session = open_session(opened.artifact)
     measured = measure(
@@ -215,8 +208,8 @@ def _use_session(
         with group("Comparing with the reference file"):
             against_file = compare_with_file(session, opened.artifact, file)
     if spell is not None and known is not None:
-        continuations = list(compare_continuations(session, known, spell))
-    return session.info, measured, against_file, continuations
+        answers = list(continuations.compare(session, known, spell))
+    return session.info, measured, against_file, answers
 
 
 def _known_continuations(opened: OpenedArtifact) -> list[KnownContinuation] | None:
@@ -224,7 +217,7 @@ def _known_continuations(opened: OpenedArtifact) -> list[KnownContinuation] | No
     if opened.tokenizer is None:
         return None
     if opened.request.reference is not None:
-        return continuations_of_file(opened.request.reference)
+        return continuations.of_file(opened.request.reference)
     if opened.original is None:
         return None
     checkpoint = opened.original.checkpoint
@@ -236,14 +229,14 @@ def _known_continuations(opened: OpenedArtifact) -> list[KnownContinuation] | No
         )
         return None
     model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
-    return continue_built_in(model, opened.tokenizer)
+    return continuations.of_model(model, opened.tokenizer)
 
 
 def _asks_original(opened: OpenedArtifact) -> bool:
     """Whether the original continues prompts: a small one, where no reference file has any."""
     if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
         return False
-    return float32_bytes(opened.original.checkpoint.config) <= SMALL_BYTES
+    return float32_bytes(opened.original.checkpoint.config) <= continuations.SMALL_BYTES
 
 
 def _has_native(opened: OpenedArtifact) -> bool:

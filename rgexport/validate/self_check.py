@@ -13,13 +13,11 @@ from rgexport.export.checked import CheckRecord, skipped
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import layer_tensors
 from rgexport.progress import amount, task
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import Session
-from rgexport.validate.checks import Check
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.judging import logit_checks
 from rgexport.validate.measure import Comparison, ComparisonRecorder
@@ -45,10 +43,9 @@ _NAMES = {
 def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     """Compares an artifact with its dequantized reference, and with its checkpoint.
 
-    It calls what `validate` calls. Weights are compared with the checkpoint's, too: a few tokens'
-    logits in four bits are as near to those of another model. The references run one layer at a
-    time and are gone when the engine opens the artifact, so beside the engine's memory it takes no
-    more than a layer and a few rows of logits.
+    Weights are compared with the checkpoint's, too: a few tokens' logits in four bits are as near
+    to those of another model. The references run one layer at a time and are gone when the engine
+    opens the artifact, so beside the engine's memory it takes a layer and a few rows of logits.
     """
     try:
         artifact = open_artifact(path)
@@ -66,7 +63,7 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
 def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     manifest = artifact.manifest
     schedule = expected_of(manifest.kind).schedule(manifest)
-    tokens = first_tokens(artifact, schedule.tokens)
+    tokens = first_tokens(artifact, schedule.chunk + schedule.steps)
     models = [
         (manifest.config, artifact.weights, False),
         (checkpoint.config, checkpoint.weights, True),
@@ -86,8 +83,8 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     return CheckRecord(
         status="unverified" if complaints else "verified",
         reason=", and ".join(complaints),
-        tokens=schedule.tokens,
-        positions=schedule.positions,
+        tokens=len(tokens),
+        positions=schedule.rows + schedule.steps,
         kl=_finite(original.kl.mean),
         kl_standard_error=_finite(original.kl.standard_error),
         relative_max=_finite(dequantized.logits.relative_max),
@@ -96,35 +93,24 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
 
 
 def _lack(artifact: Artifact) -> str | None:
-    """Returns a sentence if memory is short; None where there is enough or the system hides it."""
-    engine = engine_of(artifact.manifest.kind)
+    """Returns a sentence if memory is short; None if it suffices or the system hides it."""
+    engine, config = engine_of(artifact.manifest.kind), artifact.manifest.config
     engine.require()
-    references = _reference_bytes(artifact.manifest.config)
-    needed = max(references, engine.memory_bytes(artifact.manifest)) + _REST_BYTES
+    layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
+    largest = max((sum(4 * prod(spec.shape) for spec in layer) for layer in layers), default=0)
+    # Two references, each with a layer and the next in float32. Measured: 0.9 GB each at 2B, where
+    # ONNX Runtime takes 1.9 GB in int4.
+    needed = max(4 * largest, engine.memory_bytes(artifact.manifest)) + _REST_BYTES
     available = available_bytes()
     if available is None or needed <= available:
         return None
     return f"it takes about {amount(needed)} of memory, and {amount(available)} are free"
 
 
-def _reference_bytes(config: GriffinConfig) -> int:
-    """Bytes of two references, each with the weights of a layer, and of the next, in float32.
-
-    Measured: 0.9 GB each at 2B, where ONNX Runtime takes 1.9 GB in int4.
-    """
-    layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
-    return 4 * max((sum(4 * prod(spec.shape) for spec in layer) for layer in layers), default=0)
-
-
 def _run_engine(
     artifact: Artifact, tokens: np.ndarray, schedule: Schedule, references: list[Pass]
 ) -> tuple[list[Comparison], str]:
-    """Compares the artifact with both references; returns the engine's title, too.
-
-    Raises:
-        NotInstalled: no engine can run it.
-        RequestError: the engine cannot open or run it.
-    """
+    """Compares the artifact with both references; returns the engine's title, too."""
     give_back()
     session = open_session(artifact, lean=True)
     engine = session.info.title
@@ -144,8 +130,7 @@ def _run_engine(
 
 
 def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:
-    """Returns a session's logits of the last tokens, [positions, vocab]."""
-    with task("Self-check", schedule.tokens, "tokens") as advance:
+    with task("Self-check", len(tokens), "tokens") as advance:
         logits = [session.prefill(tokens[None, : schedule.chunk], schedule.rows)[0]]
         advance(schedule.chunk)
         for token in tokens[schedule.chunk :]:
@@ -158,12 +143,11 @@ def _complaints(
     manifest: Manifest, dequantized: Comparison, original: Comparison, weights: list[WeightError]
 ) -> Iterator[str]:
     """Yields the values that are beyond the limits of `validate`."""
-    checks: list[Check] = [
+    for check in (
         *logit_checks(dequantized.logits, tolerance(manifest)),
         original_rms(manifest, original.logits),
         *weight_checks(weights),
-    ]
-    for check in checks:
+    ):
         if check.outcome == "FAIL":
             what = _NAMES.get(check.name, f"{check.name} ({check.reason})")
             yield f"{what} is {check.value:.3g}, beyond {check.limit:.3g}"

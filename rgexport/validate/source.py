@@ -1,6 +1,5 @@
 """The original that an artifact was made from, where it can be found."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ class OriginalModel:
             state, and that the export was asked to change.
         stated: the configuration of its files.
         same_files: whether its weight files are those that the artifact was made from.
-        config_differences: `field: artifact's → original's` for each field that differs.
+        config_differences: see the function.
     """
 
     checkpoint: Checkpoint
@@ -81,12 +80,10 @@ def is_asked_for(name: str, manifest: Manifest, stated: Any) -> bool:
 
 
 def unstated_fields(layout: str) -> tuple[str, ...]:
-    """Fields of the configuration that files of a layout do not state."""
     return ("window", "soft_cap") if layout == "deepmind" else ()
 
 
 def _open_by_name(name: str) -> Checkpoint | None:
-    """The demo, or a released model in the hub's cache."""
     ids = {size.hub_id.rpartition("/")[2]: size.hub_id for size in SIZES.values()}
     try:
         if name == DEMO:
@@ -109,6 +106,5 @@ def _same_files(manifest: Manifest, files: Mapping[str, Path]) -> bool:
 
 def config_differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:
     """The fields that differ, as `field: ours → theirs`."""
-    names = [field.name for field in dataclasses.fields(ours)]
-    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    pairs = {name: (value, getattr(theirs, name)) for name, value in vars(ours).items()}
     return tuple(f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b)

@@ -29,24 +29,18 @@ _STATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SiteError:
-    """One op's value, or a state that it leaves.
+    """The value of an op of `griffin.ops` in a call of `length` tokens, or a state that it leaves.
 
     Attributes:
-        site: of the op.
-        op: its name in `griffin.ops`.
         layer: the index of its layer; None for the embedding, the last norm and the head.
         state: the canonical name of the state that was compared; None for the op's value.
-        length: tokens of the call.
-        from_start: whether its first token had position 0.
+        from_start: whether the first token had position 0.
         portable: whether no native kernel ran.
         rms: ‖Δ‖ / ‖reference‖; of a state, with all tokens that it keeps brought to one norm.
         median: of the channels' own ‖Δ‖ / ‖reference‖, over the tokens; for the RG-LRU, of the half
             of the channels that forget faster, since the others show how exp was rounded.
-        limit_rms: the most that `rms` may be.
-        limit_median: the most that `median` may be.
         gain: ⟨reference, Δ⟩ / ⟨reference, reference⟩: 0.05 where all values are 5 % too large.
-        excess: the largest of the three in units of its limit; infinite where the artifact has
-            values that are not finite.
+        excess: the largest of the three in units of its limit; infinite for non-finite values.
     """
 
     site: str
@@ -93,17 +87,11 @@ class ObservedCall:
 def site_errors(
     model: NumpyReference, manifest: Manifest, calls: Sequence[ObservedCall]
 ) -> list[SiteError]:
-    """Compares what an artifact computed with the reference, op by op.
+    """Compares calls from canonical states of batch 1 with the reference, op by op.
 
-    Args:
-        model: the reference, with the artifact's weights. All calls go through one layer before
-            the next is read.
-        manifest: of the artifact; the limits follow from it.
-        calls: each from a canonical state of batch 1.
-
-    Returns:
-        For each call, the error of each site and state that the artifact shows, in the order of
-        computation.
+    The model has the artifact's weights; all calls go through one layer before the next is read.
+    Returns for each call the errors of all sites and states that the artifact shows, in the order
+    of computation.
     """
     window = model.config.window
     comparisons = [_CallComparison(call, manifest, window) for call in calls]

@@ -1,9 +1,8 @@
 """How far one op of an artifact may be from the reference's, given the same inputs.
 
 Only one op's arithmetic lies between the two, so the limits are near to its rounding, and the same
-in every layer. Two numbers are limited: the rms over all values, and the median over the channels
-of each channel's own. The median shows a fault of every channel where a few ill-conditioned ones
-make the rms large. See `site_errors.SiteError`.
+in every layer. The median over the channels, which is limited beside the rms over all values, shows
+a fault of every channel where a few ill-conditioned ones make the rms large.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rgexport.validate.formats.expected import expected_of
 
 @dataclass(frozen=True)
 class SiteLimit:
-    """Limits of ‖Δ‖/‖reference‖: over all values, and the median of the channels' own."""
+    """Limits of ‖Δ‖/‖reference‖: over all values, and the median over the channels."""
 
     rms: float
     median: float
@@ -40,7 +39,7 @@ FLOAT32_SUMS = SiteLimit(5e-5, 5e-5)
 """All other ops.
 
 A sum of K products in another order differs by some √K · 2⁻²⁴ of their norm: 5e-6 at K = 7680. Ten
-times that leaves room for sums that cancel to a tenth of their terms. A float16 in between costs
+times that allows for sums that cancel to a tenth of their terms. A float16 in between costs
 2⁻¹¹ / √3 = 2.8e-4 of each value at least once, in all channels.
 
 Sums of two and products with the embedding's scale are the same on both sides, up to the last bit.
@@ -57,9 +56,8 @@ The scan itself is no worse than the roundings of its tokens, 2⁻²⁴ · √32
 ROUNDED = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1}
 """What an op rounds its values to → what that adds to both limits.
 
-float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean. The result is rounded, and so
-are the op's intermediate values; and where an engine passes on the value before the rounding, an
-input is not the one that it shows. Ten times the mean.
+float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean; ten times that, since an op's
+intermediate values are rounded too, and an engine may pass on the value before the rounding.
 
 bfloat16: eight times as much, at a linear's inputs.
 

@@ -25,12 +25,10 @@ _FADING = 2 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """All sites of an artifact.
+    """The errors of all sites, call by call in the order of computation.
 
-    Attributes:
-        errors: call by call, in the order of computation.
-        first: the first one beyond its limit.
-        unseen: sites that the engine does not show, because it computes them within others.
+    `first` is the first one beyond its limit; `unseen` are sites that the engine does not show,
+    because it computes them within others.
     """
 
     errors: list[SiteError]
@@ -61,7 +59,7 @@ def look_at_sites(
     Args:
         artifact: it and its weights.
         config: the original's, or its own where no original is known.
-        state: the artifact's canonical state of batch 1 to start from. Another start is position
+        state: the artifact's canonical state of batch 1. The ops start from it, and from position
             0, which must ignore the state of the recurrence.
         tokens: [T]; the last ones are taken, and repeated if they are too few.
 

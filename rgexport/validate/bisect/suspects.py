@@ -45,16 +45,10 @@ class _Evidence(NamedTuple):
 def find_suspects(
     report: SiteReport | None, failed: Sequence[Check], config_differences: Sequence[str]
 ) -> list[Suspect]:
-    """Names the sites that may explain that an artifact is not what it should be.
+    """Names the sites that may explain why an artifact differs, the strongest first.
 
-    Args:
-        report: the sites, where they could be observed.
-        failed: checks of weights that did not pass.
-        config_differences: as `source.config_differences` gives them.
-
-    Returns:
-        The strongest first: by the number of findings, then by how far they are beyond their
-        limits. Empty if nothing is beyond one and the configurations agree.
+    They are ranked by the number of findings, then by how far these are beyond their limits.
+    `failed` are checks of weights, `config_differences` those of `source.config_differences`.
     """
     beyond = [] if report is None else report.beyond
     by_site: dict[str, list[_Evidence]] = defaultdict(list)

@@ -1,14 +1,11 @@
-"""The base class of the formats' objects on this floor; its defaults suit a format of its own kind.
-
-Each says how far its engine may be from the reference, and how its graphs are read and made again.
-"""
+"""What validation knows of a format: its tolerances, and how its graphs are read and made again."""
 
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import one_line
@@ -29,33 +26,19 @@ TOKENS, STEPS = 32, 4
 """Tokens that a self-check takes, and how many of them one by one."""
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """A prefill of `chunk` tokens, whose last `rows` logits count, and `steps` single ones."""
 
     chunk: int
     rows: int
     steps: int
 
-    @property
-    def tokens(self) -> int:
-        return self.chunk + self.steps
-
-    @property
-    def positions(self) -> int:
-        """The last positions, whose logits are compared."""
-        return self.rows + self.steps
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that an exporter makes a graph of; the weights' values are not part of it.
+    """Everything that an exporter makes a graph of, except the weights' values.
 
-    Attributes:
-        kind: the format, a key of `formats.FORMATS`.
-        config: the model's.
-        plan: in the order in which tensors are stored.
-        options: those of the format that change a graph, as JSON has them.
+    `plan` is in the order in which tensors are stored; `options` are those that change a graph.
     """
 
     kind: str
@@ -116,15 +99,11 @@ class Expected:
         return {version_text(artifact.manifest.created_with)}
 
     def read(self, artifact: Artifact) -> Iterator[Element]:
-        """The structure of an artifact's files.
-
-        Raises:
-            RequestError: a file cannot be read.
-        """
+        """Reads the structure of an artifact; raises RequestError if a file cannot be read."""
         raise NotImplementedError
 
     def lower(self, recipe: Recipe) -> Iterator[Element]:
-        """The structure that this version writes.
+        """Makes the structure that this version writes.
 
         Raises:
             ModuleNotFoundError: the extra is missing.
@@ -135,16 +114,13 @@ class Expected:
     def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
         """The recipes of a model's named precisions, with default options, for fingerprints.
 
-        By default none. `gates` are the matrices that the checkpoint has in bfloat16.
-
-        Raises:
-            ModuleNotFoundError: the extra is missing.
+        `gates` are the matrices that the checkpoint has in bfloat16. Raises ModuleNotFoundError if
+        the extra is missing.
         """
         yield from ()
 
 
 def expected_of(kind: str) -> Expected:
-    """Returns the object of a kind of artifact."""
     return cast(Expected, format_on("validate", kind))
 
 
@@ -155,11 +131,7 @@ def version_text(created_with: Mapping[str, str | int]) -> str:
 
 @lru_cache(maxsize=2)
 def traced(config: GriffinConfig, activation: str) -> "StepProgram":
-    """The step program of a model, which all its precisions share.
-
-    Raises:
-        ModuleNotFoundError: torch is missing.
-    """
+    """Traces a model, for all its precisions; raises ModuleNotFoundError without torch."""
     from rgexport.export.trace import trace
 
     return trace(config, activation)

@@ -1,15 +1,13 @@
 """Compares an artifact's configuration, adapter and text side with the original's, item by item."""
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.verified import hash_new_files
-from rgexport.files.hashing import FileRecord
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES
@@ -33,15 +31,13 @@ class _ModelIdentity:
     Attributes:
         title: `the original` or `the reference file`.
         config: its configuration.
-        unstated: fields of the configuration that it does not state.
-        adapter: the adapter that is merged into it, in words.
+        items: those that are known.
         text: its text side; None where it was not recorded.
     """
 
     title: str
     config: GriffinConfig
-    unstated: Collection[str]
-    adapter: str | None
+    items: Items
     text: TextIdentity | None
 
 
@@ -61,84 +57,75 @@ def compare_identity(
     """
     expected, manifest = expected_of(artifact.manifest.kind), artifact.manifest
     text = expected.text_items(artifact, tokenizer)
+    adapter = _adapter_item({name: one.sha256 for name, one in manifest.source.files.items()})
+    ours = {**_config_items(manifest.config), **adapter, **text}
     items = list(expected.written_items(artifact))
-    for model in _models(original, reference):
-        items += _config_items(manifest, model)
-        items += _adapter_items(manifest, model)
-        items += _text_items(artifact, text, model)
-    ours = {**{name: _value_text(value) for name, value in vars(manifest.config).items()}, **text}
+    for model in _models(artifact, text, original, reference):
+        items += _compare(manifest, ours, model)
     items += [not_compared(name, value, "no original is known") for name, value in ours.items()]
-    return merge_items(items)
+    none = ("adapter", None, None)
+    return merge_items(i for i in items if (i.name, i.artifact, i.expected) != none)
 
 
 def _models(
-    original: OriginalModel | None, reference: ReferenceFile | None
+    artifact: Artifact,
+    text: Items,
+    original: OriginalModel | None,
+    reference: ReferenceFile | None,
 ) -> Iterator[_ModelIdentity]:
     if original is not None:
-        checkpoint = original.checkpoint
-        yield _ModelIdentity(
-            title="the original",
-            config=original.stated,
-            unstated=unstated_fields(checkpoint.layout),
-            adapter=_adapter_text(_adapter_files(checkpoint.weight_files)),
-            text=text_identity(checkpoint),
-        )
+        checkpoint, side = original.checkpoint, text_identity(original.checkpoint)
+        config = _config_items(original.stated)
+        for name in unstated_fields(checkpoint.layout):
+            del config[name]
+        adapter = _adapter_item(_adapter_hashes(checkpoint.weight_files))
+        items = {**config, **adapter, **_expected_text(artifact, text, side)}
+        yield _ModelIdentity(title="the original", config=original.stated, items=items, text=side)
     if reference is not None:
         header = reference.header
+        adapter = _adapter_item({name: one.sha256 for name, one in header.files.items()})
+        items = {**_config_items(header.config), **adapter}
+        if header.identity is not None:
+            items |= _expected_text(artifact, text, header.identity)
         yield _ModelIdentity(
-            title="the reference file",
-            config=header.config,
-            unstated=(),
-            adapter=_adapter_text(header.files),
-            text=header.identity,
+            title="the reference file", config=header.config, items=items, text=header.identity
         )
 
 
-def _config_items(manifest: Manifest, model: _ModelIdentity) -> Iterator[IdentityItem]:
-    for field in dataclasses.fields(manifest.config):
-        name = field.name
-        ours, theirs = getattr(manifest.config, name), getattr(model.config, name)
-        if name in model.unstated:
-            yield not_compared(name, _value_text(ours), f"{model.title} does not state it")
-        else:
-            asked, reason = is_asked_for(name, manifest, theirs), f"{model.title} has"
-            yield compared(name, _value_text(ours), _value_text(theirs), reason, asked)
-
-
-def _value_text(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _adapter_items(manifest: Manifest, model: _ModelIdentity) -> Iterator[IdentityItem]:
-    """Yields nothing where neither has an adapter."""
-    ours = _adapter_text(manifest.source.files)
-    if ours or model.adapter:
-        yield compared("adapter", ours, model.adapter, f"{model.title} has", not model.adapter)
-
-
-def _adapter_files(files: Mapping[str, Any]) -> dict[str, FileRecord]:
-    paths = {name: files[name] for name in (WEIGHTS, CONFIG) if name in files}
-    hashes = hash_new_files(paths.values())
-    return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
-
-
-def _adapter_text(files: Mapping[str, FileRecord]) -> str | None:
-    hashes = [files[name].sha256[:16] for name in (WEIGHTS, CONFIG) if name in files]
-    return f"sha256 {', '.join(hashes)}" if hashes else None
-
-
-def _text_items(artifact: Artifact, text: Items, model: _ModelIdentity) -> Iterator[IdentityItem]:
-    identity, version = model.text, artifact.manifest.created_with.get("rgexport")
-    expected = {} if identity is None else _expected_text(artifact, text, identity)
-    for name, value in text.items():
-        if identity is None or name not in expected:
+def _compare(manifest: Manifest, ours: Items, model: _ModelIdentity) -> Iterator[IdentityItem]:
+    for name, value in ours.items():
+        if name not in model.items:
             yield not_compared(name, value, f"{model.title} does not record it")
             continue
-        item = compared(name, value, expected[name], f"{model.title} has")
-        converted = name in identity.made and version != identity.version
+        theirs = model.items[name]
+        if name == "adapter":
+            asked = theirs is None
+        else:
+            stated = getattr(model.config, name, None)
+            asked = stated is not None and is_asked_for(name, manifest, stated)
+        item = compared(name, value, theirs, f"{model.title} has", asked)
+        text, version = model.text, manifest.created_with.get("rgexport")
+        converted = text is not None and name in text.made and version != text.version
         if item.outcome == "differs" and converted:
             item = not_compared(name, value, "written by another version of rgexport")
         yield item
+
+
+def _config_items(config: GriffinConfig) -> dict[str, str | None]:
+    values = vars(config).items()
+    return {n: " ".join(v) if isinstance(v, tuple) else str(v) for n, v in values}
+
+
+def _adapter_hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    paths = {name: files[name] for name in (WEIGHTS, CONFIG) if name in files}
+    hashes = hash_new_files(paths.values())
+    return {name: hashes[path] for name, path in paths.items()}
+
+
+def _adapter_item(hashes: Mapping[str, str]) -> dict[str, str | None]:
+    """The adapter that is merged into a model, by its files' SHA-256."""
+    first = [hashes[name][:16] for name in (WEIGHTS, CONFIG) if name in hashes]
+    return {"adapter": f"sha256 {', '.join(first)}" if first else None}
 
 
 def _expected_text(artifact: Artifact, text: Items, identity: TextIdentity) -> Items:

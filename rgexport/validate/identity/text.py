@@ -60,13 +60,10 @@ _MOST_SHOWN = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TextIdentity:
-    """The text side of a checkpoint, as an export would write it.
+    """The text side of a checkpoint of a `layout`, as an export would write it.
 
-    Attributes:
-        layout: the checkpoint's.
-        version: of the rgexport that made the files.
-        made: the files that it converted or completed; the others are copies.
-        items: see `folder_items`.
+    `made` are the files that rgexport `version` converted or completed; the others are copies. The
+    items are those of `folder_items`.
     """
 
     layout: str
@@ -76,11 +73,7 @@ class TextIdentity:
 
 
 def text_identity(checkpoint: Checkpoint) -> TextIdentity:
-    """Reads the text side of a checkpoint.
-
-    Raises:
-        RequestError: its tokenizer, its settings or its chat template cannot be read.
-    """
+    """Reads the text side of a checkpoint; raises RequestError if a file cannot be read."""
     before = {path.name: file_text(path) for path in checkpoint.tokenizer_files}
     with completed_copy(checkpoint.tokenizer_files, checkpoint.name) as (folder, _):
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
@@ -91,25 +84,24 @@ def text_identity(checkpoint: Checkpoint) -> TextIdentity:
 
 @contextmanager
 def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, ControlIds]]:
-    """Copies a tokenizer's files and completes them as an export does; gives folder and ids.
+    """Copies a tokenizer's files and completes them as an export does; yields folder and ids.
 
     Raises:
         RequestError: a file is too large, or no file, or the settings cannot be read.
     """
-    with TemporaryDirectory() as made, without_warnings():
-        folder = Path(made)
-        paths = list(files)
+    with TemporaryDirectory() as temporary, without_warnings():
+        folder, paths = Path(temporary), list(files)
         for path in paths:
             (folder / path.name).write_bytes(read_regular(path, MAX_BYTES))
         try:
             ids = complete_tokenizer(folder, name)
         except RequestError as error:  # names a file of the copy
-            raise RequestError(str(error).replace(made, str(paths[0].parent))) from None
+            raise RequestError(str(error).replace(temporary, str(paths[0].parent))) from None
         yield folder, ids
 
 
 def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
-    """Compares the files that rgexport writes beside a model with those of this version.
+    """Compares the files beside a model with those that this version writes.
 
     They follow from the manifest and the artifact's own tokenizer. Copies of the checkpoint's files
     are left out: they are compared with the original's. Files that rgexport does not write are one

@@ -82,11 +82,7 @@ def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> St
 
 
 def _difference_from_lowered(expected: Expected, artifact: Artifact, recipe: Recipe) -> str | None:
-    """The first difference from what this version writes; None where there is none.
-
-    Raises:
-        ImportError: the extra is missing.
-    """
+    """The first difference from what this version writes; raises ImportError without the extra."""
     try:
         layers = recipe.config.num_layers
         with task("Lowering the graph again", layers, "layers") as advance:

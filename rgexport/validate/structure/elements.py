@@ -45,10 +45,10 @@ class Rules:
     entry of a map has the path `CONTAINER.FIELD.KEY` too.
 
     Attributes:
-        ignored: fields by name or path that compute nothing.
+        ignored: names or paths of fields that compute nothing.
         names: paths of fields with names of values.
-        elements: paths of fields whose messages are elements of their own → what people call one,
-            from its key in a map and the message.
+        elements: paths of fields whose messages are elements → the label of one, from its key in a
+            map and the message.
         simplify: called with each message before it is read.
     """
 
@@ -79,7 +79,6 @@ class _Reader:
         self._names = {name: repr(name) for name in ("", b"", *interface)}
 
     def elements(self, message: Any, container: str, label: str) -> Iterator[Element]:
-        """The elements in a message, followed by one of the rest of it."""
         content: list[Value] = []
         yield from self._fields(message, container, label, content)
         yield Element(label or "the model", tuple(content))
@@ -111,7 +110,6 @@ class _Reader:
                 content.append(")")
 
     def _scalars(self, path: str, value: Any) -> Iterator[Value]:
-        """The contents of a field that holds no messages."""
         single = isinstance(value, str | bytes) or not isinstance(value, Sequence)
         values = [value] if single else value
         if path in self._rules.names:
@@ -140,7 +138,6 @@ def shortened(text: str) -> str:
 
 
 def stored_elements(tensors: Mapping[str, StoredTensor]) -> Iterator[Element]:
-    """Yields where each weight is stored."""
     for name, stored in tensors.items():
         content: list[Value] = [repr(name)]
         for key, part in stored.parts.items():
@@ -186,12 +183,9 @@ def _value_text(value: Value | None) -> str:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A structure in short.
+    """A structure in short: the key of its `Recipe`, and the SHA-256 of all elements.
 
-    Attributes:
-        recipe: the key of the `Recipe` that it is made of.
-        digest: SHA-256 of all elements; a float counts by where it appears first.
-        numbers: all floats, in that order.
+    In the digest a float counts by where it appears first; `numbers` are all floats in that order.
     """
 
     recipe: str
@@ -199,7 +193,6 @@ class Fingerprint:
     numbers: tuple[float, ...]
 
     def matches(self, other: "Fingerprint") -> bool:
-        """Whether both are of equal structures."""
         pairs = zip_longest(self.numbers, other.numbers)
         return self.digest == other.digest and all(_same(*pair) for pair in pairs)
 
