@@ -87,8 +87,8 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     """
     limits = {}
     for text in texts:
-        word, _, number = text.partition("=")
-        name = FORMER_NAMES.get(word, word)
+        key, _, number = text.partition("=")
+        name = FORMER_NAMES.get(key, key)
         if name not in NAMES:
             raise RequestError(
                 f"--limit {text}: expected NAME=VALUE with one of {', '.join(NAMES)}"
@@ -98,6 +98,6 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             value = -1.0
         if not value >= 0:
-            raise RequestError(f"--limit {text}: expected a number of 0 or more after {word}=")
+            raise RequestError(f"--limit {text}: expected a number of 0 or more after {key}=")
         limits[name] = value
     return limits

@@ -29,7 +29,7 @@ MOST_PROMPT = 128
 SMALL_BYTES = 1 << 30
 """Float32 bytes of an original that continues prompts."""
 
-KnownContinuation = tuple[str, np.ndarray, np.ndarray]
+ContinuedPrompt = tuple[str, np.ndarray, np.ndarray]
 """A prompt's name and ids [n], and the ids [m] of the reference's greedy continuation."""
 
 
@@ -51,7 +51,7 @@ class Continuation:
     artifact_next: str = ""
 
 
-def of_file(reference: ReferenceFile) -> list[KnownContinuation]:
+def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
     """The first prompts of a file that are short and have a continuation."""
     short = (
         (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
@@ -61,7 +61,7 @@ def of_file(reference: ReferenceFile) -> list[KnownContinuation]:
     return list(islice(short, SHOWN))
 
 
-def of_model(model: ReferenceModel, tokenizer: Tokenizer) -> list[KnownContinuation]:
+def continue_prompts(model: ReferenceModel, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
     """Continues built-in prompts by a model, which should keep its weights in memory."""
     prompts = short_prompts(tokenizer)
     passes = model.run_each([(one.tokens[None], zero_state(model.config, 1)) for one in prompts])
@@ -100,10 +100,10 @@ def continue_greedily(
 
 
 def compare(
-    session: Session, known: Sequence[KnownContinuation], spell: TokenText
+    session: Session, prompts: Sequence[ContinuedPrompt], spell: TokenText
 ) -> Iterator[Continuation]:
     """Continues prompts of more than one token in a session, whose state is reset."""
-    for name, tokens, theirs in known:
+    for name, tokens, theirs in prompts:
         session.reset()
         logits = session.prefill(tokens[None])[0, -1]
         chosen = [int(logits.argmax())]

@@ -138,16 +138,16 @@ def compare_portable(
 
 
 def compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
-    """Compares pairs of expected and other chunks, by the last logits that both have."""
+    """Compares pairs of expected and repeated chunks, by the last logits that both have."""
     rows = []
-    for expected, other in pairs:
-        count = min(len(expected.logits), len(other.logits))
-        ours, theirs = (chunk.logits[-count:] for chunk in (expected, other))
+    for expected, repeated in pairs:
+        count = min(len(expected.logits), len(repeated.logits))
+        ours, theirs = (chunk.logits[-count:] for chunk in (expected, repeated))
         rows.append(metrics.compare_logits(ours, theirs, np.full(count, -1)))
     return Equivalence(
         tokens=tokens,
         logits=metrics.logit_error(np.concatenate(rows)),
-        states=[e for one, other in pairs for e in state_errors(one.state, other.state)],
+        states=[e for one, two in pairs for e in state_errors(one.state, two.state)],
     )
 
 
@@ -172,8 +172,8 @@ def _compare_end(
         ("steps", [1] * len(tokens)),
         ("ragged", list(_ragged(len(tokens), info))),
     ):
-        (other,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
-        result[name] = compare([(chunk, other)], len(tokens))
+        (repeated,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
+        result[name] = compare([(chunk, repeated)], len(tokens))
     return result | {"restored": restored}
 
 
@@ -238,12 +238,12 @@ def _in_pieces(
 
 
 def _chunk_and_steps(count: int) -> list[int]:
-    """Sizes whose sum is `count`: one chunk, and three single tokens."""
+    """Cuts `count` tokens into one chunk and three single tokens."""
     return [*([count - 3] if count > 3 else []), *[1] * min(count, 3)]
 
 
 def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
-    """Sizes whose sum is `count`; of fixed chunks one, which does not begin where the text's do."""
+    """Cuts `count` tokens into sizes; a fixed chunk does not begin where the text's do."""
     first = (_RAGGED[0], info.prefill_chunk) if info.whole_chunks else ()
     sizes = chain(first, cycle(_RAGGED))
     while count > 0:
@@ -253,5 +253,5 @@ def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
 
 
 def zeros_of(state: State, ends: tuple[str, ...] = ("",)) -> State:
-    """Zeros for the tensors whose names have one of these ends, by default for all."""
+    """Zeros for the tensors with one of these endings, by default for all."""
     return {name: np.zeros_like(array) for name, array in state.items() if name.endswith(ends)}

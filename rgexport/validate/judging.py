@@ -1,4 +1,4 @@
-"""Judges what was measured: compares values with their limits."""
+"""Compares measured values with their limits."""
 
 from collections.abc import Iterator, Mapping
 
@@ -107,7 +107,7 @@ def _site_checks(report: SiteReport) -> Iterator[Check]:
 
 
 def _rounding_checks(result: Result) -> Iterator[Check]:
-    """Checks KL to the original, or to a reference file's, beside that of random rounding."""
+    """Checks KL to the original, or to a reference file, beside that of random rounding."""
     cost, ratios = result.cost, {}
     if cost is None:
         return

@@ -162,7 +162,7 @@ def measure(
 
 
 def _block_size(session: Session) -> int:
-    """Positions whose logits fit into `LOGITS_BYTES`; whole chunks where they are that short."""
+    """Positions per block, by `LOGITS_BYTES`; whole chunks if these are shorter."""
     size = min(MAX_BLOCK, max(STEPS, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
     chunk = session.info.prefill_chunk
     return size - size % chunk if session.info.whole_chunks and size > chunk else size
@@ -175,7 +175,7 @@ def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
 
 
 def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Blocks of positions whose logits fit into memory; one begins or ends at each edge."""
+    """Cuts positions into blocks with logits that fit into memory; edges are not crossed."""
     size = _block_size(session)
     for first, last in pairwise(sorted({0, *edges})):
         for start in range(first, last, size):

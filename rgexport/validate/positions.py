@@ -1,4 +1,4 @@
-"""Where in a text two models differ: means over blocks of positions, and the worst positions.
+"""Differences of two models along a text: means over blocks of positions, and worst positions.
 
 Both have a fixed size, however long the text and however large the vocabulary.
 """

@@ -70,7 +70,7 @@ def run_reference(
     *,
     mix_inputs: bool = False,
 ) -> Pass:
-    """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
+    """Runs a reference over tokens [T]; its progress counts bytes of weights."""
     with watched_layers(label, weights) as watched:
         return _run(config, weights, watched, tokens, mix_inputs)
 
@@ -133,7 +133,7 @@ def watched_layers(
 
 
 class SharedPasses:
-    """Passes of originals, each of which serves all artifacts that are compared with it."""
+    """Passes of originals, shared by all artifacts that are compared with them."""
 
     def __init__(self) -> None:
         self._passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = {}

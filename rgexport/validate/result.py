@@ -164,7 +164,7 @@ class Result:
         return self.quality is not None and self.quality.reaches(self.min_quality)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON; numbers that are not finite become null."""
+        """Returns plain JSON; numbers that are not finite become null."""
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}

@@ -16,10 +16,10 @@ from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import continuations
 from rgexport.validate.bisect.layer_costs import layer_costs
-from rgexport.validate.bisect.sites import SiteReport, look_at_sites
+from rgexport.validate.bisect.sites import SiteReport, compare_sites
 from rgexport.validate.bisect.suspects import find_suspects
 from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
-from rgexport.validate.continuations import Continuation, KnownContinuation
+from rgexport.validate.continuations import Continuation, ContinuedPrompt
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
 from rgexport.validate.judging import all_checks
 from rgexport.validate.measure import Measurement, measure
@@ -190,7 +190,7 @@ def _use_session(
     opened: OpenedArtifact, dequantized: Pass, original: Pass | None
 ) -> tuple[SessionInfo, Measurement, AgainstFile | None, list[Continuation] | None]:
     """Runs the artifact over the text, the reference file's prompts, and prompts to continue."""
-    known = _known_continuations(opened)
+    prompts = _continued_prompts(opened)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
     against_file = answers = None
     give_back()
@@ -207,17 +207,17 @@ def _use_session(
     if (file := opened.request.reference) is not None:
         with group("Comparing with the reference file"):
             against_file = compare_with_file(session, opened.artifact, file)
-    if spell is not None and known is not None:
-        answers = list(continuations.compare(session, known, spell))
+    if spell is not None and prompts is not None:
+        answers = list(continuations.compare(session, prompts, spell))
     return session.info, measured, against_file, answers
 
 
-def _known_continuations(opened: OpenedArtifact) -> list[KnownContinuation] | None:
+def _continued_prompts(opened: OpenedArtifact) -> list[ContinuedPrompt] | None:
     """Prompts that the reference file or a small original continued; None where neither did."""
     if opened.tokenizer is None:
         return None
     if opened.request.reference is not None:
-        return continuations.of_file(opened.request.reference)
+        return continuations.read_prompts(opened.request.reference)
     if opened.original is None:
         return None
     checkpoint = opened.original.checkpoint
@@ -229,7 +229,7 @@ def _known_continuations(opened: OpenedArtifact) -> list[KnownContinuation] | No
         )
         return None
     model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
-    return continuations.of_model(model, opened.tokenizer)
+    return continuations.continue_prompts(model, opened.tokenizer)
 
 
 def _asks_original(opened: OpenedArtifact) -> bool:
@@ -271,7 +271,7 @@ def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
     original, state = opened.original, measured.ending.chunk.state
     config = opened.manifest.config if original is None else original.checkpoint.config
     try:
-        return look_at_sites(opened.artifact, config, state, opened.text.tokens)
+        return compare_sites(opened.artifact, config, state, opened.text.tokens)
     except RequestError as error:
         note(f"the ops were not compared one by one: {error}")
         return None

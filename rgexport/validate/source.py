@@ -74,9 +74,9 @@ def is_asked_for(name: str, manifest: Manifest, stated: Any) -> bool:
     `stated` is the original's value. A window can only become smaller, and a soft cap is an option
     for DeepMind's files alone.
     """
-    value, asked = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
+    value, option = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
     allowed = value < stated if name == "window" else manifest.source.layout == "deepmind"
-    return value == asked and allowed
+    return value == option and allowed
 
 
 def unstated_fields(layout: str) -> tuple[str, ...]:

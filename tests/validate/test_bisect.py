@@ -112,7 +112,7 @@ def test_one_key_of_many_shows_where_the_oldest_are_amplified():
 
 def test_calls_of_several_lengths_read_every_weight_once():
     calls = [ObservedCall(TOKENS[-n:], STATE, observed(tokens=TOKENS[-n:])) for n in (6, 1)]
-    calls[1].shown.values[GATE] *= 2
+    calls[1].observed.values[GATE] *= 2
     reads: list[str] = []
     model = NumpyReference(CONFIG, counted(WEIGHTS, reads))
     errors = site_errors(model, manifest_of(CONFIG), calls)

@@ -75,7 +75,7 @@ class ObservedCall:
 
     tokens: np.ndarray
     before: State
-    shown: Observation
+    observed: Observation
     portable: bool = False
 
     @property
@@ -107,14 +107,14 @@ def site_errors(
     passes = model.run_each([(call.tokens[None], _fitted(call.before, window)) for call in calls])
     for call, (hidden, _), comparison in zip(calls, passes, comparisons, strict=True):
         # An artifact may have the head's values for the last tokens only.
-        if rows := max(len(call.shown.values.get(site, ())) for site in ("lm_head", "logits")):
+        if rows := max(len(call.observed.values.get(site, ())) for site in ("lm_head", "logits")):
             model.look = comparison.look
             model.logits(hidden[:, -rows:])
     return [error for comparison in comparisons for error in comparison.errors()]
 
 
 def _fitted(state: State, window: int) -> State:
-    """A state whose caches hold `window` keys: without the oldest ones, or after zeros."""
+    """Cuts caches to the last `window` keys, or puts zeros before them."""
 
     def resized(cache: np.ndarray) -> np.ndarray:
         missing = max(0, window - cache.shape[1])
@@ -130,8 +130,8 @@ class _CallComparison:
     """Compares one call while the reference runs; keeps three sums for each channel of a site."""
 
     def __init__(self, call: ObservedCall, manifest: Manifest, window: int):
-        self._call, self._manifest, self._shown = call, manifest, call.shown
-        self._states = _fitted(call.shown.state, window)
+        self._call, self._manifest, self._observed = call, manifest, call.observed
+        self._states = _fitted(call.observed.state, window)
         self._sums: dict[tuple[str, str, str | None], list[np.ndarray]] = {}
         self._noise: dict[str, np.ndarray] = {}
 
@@ -157,18 +157,18 @@ class _CallComparison:
     def _compare_value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
         """Compares the op's value [1, T, n]; returns its replacement."""
         key = site, op, None
-        if site in self._shown.gates:
-            self._add(key, _sigmoid(value), self._shown.gates[site])
-        if site not in self._shown.values:
+        if site in self._observed.gates:
+            self._add(key, _sigmoid(value), self._observed.gates[site])
+        if site not in self._observed.values:
             return None
         # The head's values come in slabs, and may be those of the last tokens only.
         start = sum(sums.shape[1] for sums in self._sums.get(key, ()))
-        shown = self._shown.values[site][:, start : start + value.shape[2]]
-        rows = value[0, -len(shown) :]
-        self._add(key, rows, shown)
+        values = self._observed.values[site][:, start : start + value.shape[2]]
+        rows = value[0, -len(values) :]
+        self._add(key, rows, values)
         replacement = value.copy()
         # Values that are not finite count here but are not passed on: all that follows would fail.
-        replacement[0, -len(shown) :] = np.where(np.isfinite(shown), shown, rows)
+        replacement[0, -len(values) :] = np.where(np.isfinite(values), values, rows)
         return replacement
 
     def _add(

@@ -98,7 +98,7 @@ A rotation by another angle moves a pair by as much of its length; at position 4
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
-    """The limit of the value of an op of `griffin.ops`; `position` is that of the last token.
+    """The limit of an op of `griffin.ops`; `position` is the last token's.
 
     It follows from the manifest, not from the dtype of a value: a gate in float16 is a fault.
     """

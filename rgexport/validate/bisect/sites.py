@@ -49,7 +49,7 @@ def site_report(errors: Sequence[SiteError], unseen: Sequence[str] = ()) -> Site
     return SiteReport(errors=list(errors), first=first, unseen=list(unseen))
 
 
-def look_at_sites(
+def compare_sites(
     artifact: Artifact, config: GriffinConfig, state: State, tokens: np.ndarray
 ) -> SiteReport:
     """Compares all ops in the artifact's own engine, in each of the engine's programs.
@@ -76,7 +76,7 @@ def look_at_sites(
     with watched_layers("Per-op check", artifact.weights) as weights:
         model = NumpyReference(config, weights)
         errors = site_errors(model, artifact.manifest, calls)
-    seen = {site for call in calls for site in (*call.shown.values, *call.shown.gates)}
+    seen = {site for call in calls for site in (*call.observed.values, *call.observed.gates)}
     return site_report(errors, [site for site in sites(config) if site not in seen])
 
 

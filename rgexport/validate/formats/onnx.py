@@ -87,7 +87,7 @@ def _name(_: str, message: Any) -> str:
 
 
 def _unpack_floats(message: Any) -> None:
-    """Float32 values of a tensor as numbers, of which the last bits may differ."""
+    """Makes float32 values numbers, so that their last bits may differ."""
     is_tensor = message.DESCRIPTOR.name == "Tensor" and message.data_type == _FLOAT32
     if is_tensor and len(message.raw_data) % 4 == 0:
         message.float_data.extend(np.frombuffer(message.raw_data, "<f4").tolist())

@@ -99,11 +99,11 @@ def _compare(manifest: Manifest, ours: Items, model: _ModelIdentity) -> Iterator
             continue
         theirs = model.items[name]
         if name == "adapter":
-            asked = theirs is None
+            asked_for = theirs is None
         else:
             stated = getattr(model.config, name, None)
-            asked = stated is not None and is_asked_for(name, manifest, stated)
-        item = compared(name, value, theirs, f"{model.title} has", asked)
+            asked_for = stated is not None and is_asked_for(name, manifest, stated)
+        item = compared(name, value, theirs, f"{model.title} has", asked_for)
         text, version = model.text, manifest.created_with.get("rgexport")
         converted = text is not None and name in text.made and version != text.version
         if item.outcome == "differs" and converted:

@@ -35,14 +35,14 @@ class IdentityItem:
     def sentence(self) -> str:
         """Such as `window: 64, asked for at the export (the original has 128)`."""
         ours, theirs = ("none" if one is None else one for one in (self.artifact, self.expected))
-        asked = ", asked for at the export" if self.outcome == "asked for" else ""
-        return f"{self.name}: {ours}{asked} ({self.reason} {theirs})"
+        note = ", asked for at the export" if self.outcome == "asked for" else ""
+        return f"{self.name}: {ours}{note} ({self.reason} {theirs})"
 
 
 def compared(
     name: str, artifact: str | None, expected: str | None, reason: str, asked_for: bool = False
 ) -> IdentityItem:
-    """An item whose outcome follows from its two values."""
+    """Makes an item; its outcome follows from the two values."""
     outcome: IdentityOutcome = "asked for" if asked_for else "differs"
     return IdentityItem(
         name=name,
@@ -82,7 +82,7 @@ def identity_checks(items: Sequence[IdentityItem]) -> Iterator[Check]:
 
 def summary(items: Sequence[IdentityItem]) -> str:
     """Names the items that were asked for, differ, or could not be compared, in one line."""
-    by_outcome = {word: [item for item in items if item.outcome == word] for word in _RANK}
+    by_outcome = {rank: [item for item in items if item.outcome == rank] for rank in _RANK}
     sentences = [item.sentence for item in by_outcome["asked for"]]
     if same := by_outcome["same"]:
         count = f"{len(same)} items as expected"
@@ -95,5 +95,5 @@ def summary(items: Sequence[IdentityItem]) -> str:
 
 def first_names(names: Sequence[str]) -> str:
     """The first of some names, and how many follow."""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + rest

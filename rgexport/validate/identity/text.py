@@ -208,7 +208,7 @@ def _counted(count: int, what: str, content: str) -> str:
 
 
 def file_text(path: Path) -> str | None:
-    """A file's content: short JSON as it is, otherwise a hash; None where there is no file.
+    """Short JSON as it is, of other files a hash; None if the file is missing.
 
     Neither the order of JSON's fields nor white space counts.
 
@@ -228,13 +228,13 @@ def file_text(path: Path) -> str | None:
     return _hash(content)
 
 
-def _file_pair(path: Path, other: Path) -> tuple[str | None, str | None]:
+def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
     """Both files' content; where settings differ, only the fields that do."""
-    pair = file_text(path), file_text(other)
+    pair = file_text(path), file_text(expected)
     if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
         return pair
     with suppress(ValueError, RecursionError, OSError):
-        ours, theirs = (_fields(strict_json(read_regular(file))) for file in (path, other))
+        ours, theirs = (_fields(strict_json(read_regular(file))) for file in (path, expected))
         names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
         first, second = (
             ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)

@@ -124,14 +124,14 @@ class _Reader:
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    """The messages of a field; those of a map with their keys, which have no order of their own."""
+    """The messages of a field; those of a map with their keys, in order."""
     if isinstance(value, Mapping):
         return sorted(value.items(), key=lambda entry: entry[0])
     return [("", item) for item in (value if isinstance(value, Sequence) else [value])]
 
 
 def shortened(text: str) -> str:
-    """A text whose end is replaced by a hash where it is long."""
+    """Replaces the end of a long text by a hash."""
     if len(text) <= _MOST_TEXT:
         return text
     return f"{text[:_MOST_TEXT]}… {hashlib.sha256(text.encode()).hexdigest()}"
