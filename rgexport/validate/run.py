@@ -8,12 +8,13 @@ from rgexport.errors import RequestError
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.printing import print_result
-from rgexport.progress import amount, expect_stages, group, note, task
+from rgexport.progress import expect_stages, group, note, task
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import SessionInfo
+from rgexport.units import amount
 from rgexport.validate import continuations
 from rgexport.validate.bisect.layer_costs import layer_costs
 from rgexport.validate.bisect.sites import SiteReport, compare_sites

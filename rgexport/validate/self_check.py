@@ -14,10 +14,11 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import layer_tensors
-from rgexport.progress import amount, task
+from rgexport.progress import task
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import Session
+from rgexport.units import amount
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.judging import logit_checks
 from rgexport.validate.measure import Comparison, ComparisonRecorder

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
 from rgexport.formats import FORMATS
