@@ -15,18 +15,17 @@ from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.checks import Check, Outcome, verdict
 from rgexport.validate.continuations import Continuation
+from rgexport.validate.costs import LayerCost, RoundingCost
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
-from rgexport.validate.rounding_cost import RoundingCost
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.text import Text

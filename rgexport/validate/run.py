@@ -16,11 +16,11 @@ from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 from rgexport.validate import continuations
-from rgexport.validate.bisect.layer_costs import layer_costs
 from rgexport.validate.bisect.sites import SiteReport, compare_sites
 from rgexport.validate.bisect.suspects import find_suspects
 from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
 from rgexport.validate.continuations import Continuation, ContinuedPrompt
+from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
 from rgexport.validate.judging import all_checks
 from rgexport.validate.measure import Measurement, measure
@@ -41,7 +41,6 @@ from rgexport.validate.result import (
     require_writable,
     write_json,
 )
-from rgexport.validate.rounding_cost import is_rounded, rounding_cost
 from rgexport.validate.structure.compare import compare_structure
 from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.reproduced import reproduce

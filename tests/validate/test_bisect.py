@@ -13,19 +13,18 @@ from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Affine, Float
 from rgexport.runtimes.observation import Observation
 from rgexport.validate import metrics
-from rgexport.validate.bisect.layer_costs import TOKENS as COST_TOKENS
-from rgexport.validate.bisect.layer_costs import layer_costs
 from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, layer_of, site_errors
 from rgexport.validate.bisect.sites import site_report, with_large_state
 from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
 from rgexport.validate.checks import Check
+from rgexport.validate.costs import LAYER_TOKENS, layer_costs
 from tests.models import make_config, random_weights, weight_source
 from tests.validate.toys import FLOAT32, counted, manifest_of
 
 CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
 ARRAYS = random_weights(CONFIG)
 WEIGHTS = weight_source(ARRAYS)
-TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, COST_TOKENS + 9)
+TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, LAYER_TOKENS + 9)
 BEFORE, TOKENS = TEXT[:40], TEXT[40:50]
 GATE, MUL = "layers.2.temporal_block.rg_lru.recurrent_gate", "layers.0.mlp_block.mul"
 
@@ -149,7 +148,7 @@ def rounded(part=""):
 
 def logits(weights) -> np.ndarray:
     model = NumpyReference(CONFIG, weights)
-    return model.logits(model.run(TEXT[None, :COST_TOKENS])[0])[0]
+    return model.logits(model.run(TEXT[None, :LAYER_TOKENS])[0])[0]
 
 
 def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
@@ -163,12 +162,12 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
     assert layers == sorted(layers)
     assert {reads.count(name) for name in WEIGHTS if name != EMBEDDING} == {2}, "once of each"
     for cost in costs:
-        unknown = np.full(COST_TOKENS, -1)
+        unknown = np.full(LAYER_TOKENS, -1)
         rows = metrics.compare_logits(logits(WEIGHTS), logits(rounded(cost.part)), unknown)
         assert cost.kl == pytest.approx(rows["kl"].mean(), rel=1e-4) and cost.kl > 1e-5
         assert cost.standard_error == pytest.approx(metrics.kl_summary(rows).standard_error, 1e-4)
         assert cost.top1 == rows["top1"].mean()
-    monkeypatch.setattr("rgexport.validate.bisect.layer_costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
+    monkeypatch.setattr("rgexport.validate.costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
     cut = layer_costs(CONFIG, WEIGHTS, rounded(), TEXT)
     assert [cost.kl for cost in cut] == pytest.approx([cost.kl for cost in costs], rel=1e-5)
 

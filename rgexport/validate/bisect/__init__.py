@@ -1,1 +1,1 @@
-"""Errors of an artifact op by op, and costs layer by layer."""
+"""Errors of an artifact op by op."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from rgexport.tables import Row
 from rgexport.units import amount
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
+from rgexport.validate.costs import LayerCost
 from rgexport.validate.quality import Quality
 from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.charts import charts, kinds_chart, rms, site_charts

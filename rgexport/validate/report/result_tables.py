@@ -5,10 +5,10 @@ from typing import TypeVar
 
 from rgexport.tables import Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
