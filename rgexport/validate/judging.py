@@ -9,7 +9,6 @@ from rgexport.validate.checks import STANDARD_ERRORS, Check
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.identity.items import identity_checks
 from rgexport.validate.measure import Comparison
-from rgexport.validate.metrics import LogitError
 from rgexport.validate.reference.against import file_checks
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, worst
@@ -53,18 +52,9 @@ def all_checks(
     yield from identity_checks(result.identity)
 
 
-def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
-    """Checks the logits of an artifact against its dequantized reference's."""
-    for what, value, most in (
-        ("logits", logits.relative_max, limit.logits),
-        ("rms", logits.relative_rms, limit.rms),
-    ):
-        yield Check(name=f"dequantized.{what}", value=value, limit=most, reason=limit.reason)
-
-
 def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
     """Checks logits over `length` tokens, and the states that are nearest to their limit."""
-    yield from logit_checks(comparison.logits, limit.at(length))
+    yield from thresholds.logit_checks(comparison.logits, limit.at(length))
     drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
     states = [
         Check(

@@ -20,11 +20,10 @@ from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 from rgexport.validate.formats.expected import Schedule, expected_of
-from rgexport.validate.judging import logit_checks
 from rgexport.validate.measure import Comparison, ComparisonRecorder
 from rgexport.validate.reference_pass import Pass, run_side_by_side
 from rgexport.validate.text import first_tokens
-from rgexport.validate.thresholds import original_rms, tolerance
+from rgexport.validate.thresholds import logit_checks, original_rms, tolerance
 from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 

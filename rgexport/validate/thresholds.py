@@ -138,6 +138,15 @@ def tolerance(manifest: Manifest) -> Tolerance:
     return limit
 
 
+def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
+    """Checks the logits of an artifact against its dequantized reference's."""
+    for what, value, most in (
+        ("logits", logits.relative_max, limit.logits),
+        ("rms", logits.relative_rms, limit.rms),
+    ):
+        yield Check(name=f"dequantized.{what}", value=value, limit=most, reason=limit.reason)
+
+
 def cost_checks(
     side: str, manifest: Manifest, logits: LogitError, kl: KL, limits: Mapping[str, float]
 ) -> Iterator[Check]:
