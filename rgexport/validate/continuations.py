@@ -1,4 +1,4 @@
-"""Answers side by side: greedy continuations of a session's own, and those of its reference.
+"""Answers side by side: greedy continuations by an artifact and by its reference.
 
 The reference's are in a reference file. Without one the original continues some prompts itself, if
 it is so small that all its weights stay in memory: a larger one would be read once for each token.
@@ -102,7 +102,7 @@ def continue_greedily(
 def compare(
     session: Session, prompts: Sequence[ContinuedPrompt], spell: TokenText
 ) -> Iterator[Continuation]:
-    """Continues prompts of more than one token in a session, whose state is reset."""
+    """Resets a session and continues prompts of more than one token."""
     for name, tokens, theirs in prompts:
         session.reset()
         logits = session.prefill(tokens[None])[0, -1]

@@ -1,4 +1,4 @@
-"""The KL that an artifact's weights cost: in all, and those of each part of the model alone.
+"""The KL that an artifact's weights cost, in all and by parts of the model.
 
 The cost in all is compared with that of random rounding to the weights' steps. That needs no
 original: the artifact's weights show their steps, and a model is as sensitive to random errors

@@ -1,4 +1,4 @@
-"""What validation knows of a format: its tolerances, and how its graphs are read and made again."""
+"""The tolerances of a format, and how its graphs are read and made again."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ TOKENS, STEPS = 32, 4
 
 
 class Schedule(NamedTuple):
-    """A prefill of `chunk` tokens, whose last `rows` logits count, and `steps` single ones."""
+    """A prefill of `chunk` tokens that compares the last `rows`, and `steps` single tokens."""
 
     chunk: int
     rows: int
