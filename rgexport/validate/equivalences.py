@@ -108,11 +108,11 @@ def compare_with_itself(
     recurrent = {n: a for n, a in fresh.state.items() if not n.endswith((".key", ".value"))}
     no_position = used | zeros_of(used, (POSITION, ".conv1d"))
     started = _prefill(session, no_position, first, len(first))
-    result["reset"] = compare([(Chunk(head, {}), fresh)], len(first))
-    result["start"] = compare([(Chunk(head, recurrent), started)], len(first))
+    result["reset"] = _compare([(Chunk(head, {}), fresh)], len(first))
+    result["start"] = _compare([(Chunk(head, recurrent), started)], len(first))
     if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
-        result["long"] = compare([(ending.chunk, _at_once(session, ending))], len(ending.tokens))
-        result["batch"] = compare(_in_batch(session, text, used), 2 * min(STEPS, len(text)))
+        result["long"] = _compare([(ending.chunk, _at_once(session, ending))], len(ending.tokens))
+        result["batch"] = _compare(_in_batch(session, text, used), 2 * min(STEPS, len(text)))
     return result
 
 
@@ -134,10 +134,10 @@ def compare_portable(
         (ending.chunk, _at_once(session, ending)),
         *_in_batch(session, text, ending.chunk.state),
     ]
-    return compare(pairs, count + len(ending.tokens))
+    return _compare(pairs, count + len(ending.tokens))
 
 
-def compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
+def _compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
     """Compares pairs of expected and repeated chunks, by the last logits that both have."""
     rows = []
     for expected, repeated in pairs:
@@ -160,7 +160,7 @@ def _compare_end(
     taken first, and a text that is too short for one is repeated.
     """
     again, info = _prefill(session, before, tokens, len(chunk.logits)), session.info
-    restored = compare([(chunk, again)], len(tokens))
+    restored = _compare([(chunk, again)], len(tokens))
     if info.whole_chunks:
         tokens = np.resize(tokens, repeated_tokens(info))
         rows = min(info.prefill_chunk, most_logits) if info.chunk_logits else 1
@@ -173,7 +173,7 @@ def _compare_end(
         ("ragged", list(_ragged(len(tokens), info))),
     ):
         (repeated,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
-        result[name] = compare([(chunk, repeated)], len(tokens))
+        result[name] = _compare([(chunk, repeated)], len(tokens))
     return result | {"restored": restored}
 
 

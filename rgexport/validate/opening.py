@@ -111,7 +111,7 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
         for difference in original.config_differences:
             warn(f"the configurations differ in {difference}")
     elif request.reference is None:
-        _require_no_grade(request, manifest.source.name)
+        _go_without_original(request, manifest.source.name)
     return OpenedArtifact(
         path=path,
         request=request,
@@ -124,7 +124,8 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
     )
 
 
-def _require_no_grade(request: ValidationRequest, source: str) -> None:
+def _go_without_original(request: ValidationRequest, source: str) -> None:
+    """Warns that the cost is not measured; refuses if it was asked for."""
     if request.min_quality is not None:
         raise RequestError(
             f"--min-quality {request.min_quality}: the original ({source}) was not given, so there "
