@@ -63,6 +63,7 @@ def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     assert "Comparing" in messages and "Comparing" not in shown
     written = json.loads(file.read_text())
     assert written["schema_version"] == 2 and written["verdict"] == "PASS"
+    assert written["twin"] == written["dequantized"], "its former name"
     assert written["text"]["tokens"] == 50 and written["text"]["bytes"] is None
     grade = written["quality"]["grade"]
     assert grade in ("fair", "poor") and written["min_quality"] is None
