@@ -14,9 +14,8 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.export.row_groups import groups_of
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.numpy_reference import NumpyReference
+from rgexport.griffin.numpy_reference import NumpyReference, Variants
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.griffin.variants import Variants
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers

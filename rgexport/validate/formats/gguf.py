@@ -18,8 +18,7 @@ from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.gguf.naming import ARCHITECTURE, file_tensors
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
-from rgexport.griffin.control_tokens import ControlToken, ControlTokens
-from rgexport.griffin.markup import END_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate.formats.expected import Expected, Recipe
 from rgexport.validate.identity.items import IdentityItem, compared
