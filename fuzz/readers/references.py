@@ -18,8 +18,12 @@ from fuzz.readers.weights import mutate_safetensors
 from rgexport.export.typed_json import plain
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import DTYPES, METADATA, ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import (
+    DTYPES,
+    METADATA,
+    ReferenceFile,
+    read_reference,
+)
 
 
 def _seeds(folder: Path) -> Iterable[bytes]:

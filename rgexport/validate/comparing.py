@@ -12,7 +12,7 @@ from rgexport.validate.speed import measure_speed
 from rgexport.validate.structure.compare import compare_structure
 from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.reproduced import Reproduced, reproduce
-from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 
 
 def compare_all(opened: Opened, ran: Ran) -> Result:

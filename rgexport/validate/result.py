@@ -32,7 +32,7 @@ from rgexport.validate.speed import Speed
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import Reproduced
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2

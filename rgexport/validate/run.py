@@ -11,7 +11,7 @@ from rgexport.validate.checks import parse_limits
 from rgexport.validate.comparing import compare_all
 from rgexport.validate.judging import judge
 from rgexport.validate.opening import Opened, Request, open_all
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.reference_pass import SharedPasses
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several

@@ -25,7 +25,7 @@ from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.rounding_cost import RoundingCost, rounding_cost
-from rgexport.validate.weights.input_mixtures import Mixtures
+from rgexport.validate.weights.sketch import Mixtures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.text import first_tokens
-from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
-from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
+from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 _REST_BYTES = 384 << 20

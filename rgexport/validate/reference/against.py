@@ -1,8 +1,8 @@
 """Compares an artifact with a reference file: the cost of compression, without the original."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from rgexport.validate.measure import blocks, whole_chunks
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
 from rgexport.validate.states import Drift, StateError, state_errors, worst
-from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
+from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (
@@ -36,10 +36,11 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt; `kl` and `top1` are means over the `positions` whose logits the file has.
+    """One prompt.
 
-    `greedy_common` counts the tokens of the reference's continuation, of `greedy_tokens`, that the
-    artifact chooses too, up to the first that it does not.
+    `kl` and `top1` are means over the `positions` whose logits the file has. `greedy_common` counts
+    the tokens of the reference's continuation, of `greedy_tokens`, that the artifact chooses too,
+    up to the first that it does not.
     """
 
     name: str
@@ -82,26 +83,26 @@ class AgainstFile:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One prompt of T tokens.
+class _Forced:
+    """One prompt of T tokens, teacher-forced.
 
     Attributes:
         rows: of `metrics.ROWS`, at the positions whose logits the file has.
         non_finite: positions of T whose logits are not all finite.
         states: errors after the prompt.
         drift: errors at its checkpoints.
-        greedy_common: tokens of the reference's continuation that the artifact chooses too.
+        result: a summary.
     """
 
     rows: np.ndarray
     non_finite: int
     states: list[StateError]
     drift: list[Drift]
-    greedy_common: int
+    result: PromptResult
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
-    """Makes sure that an artifact can be compared with a file.
+    """Checks that an artifact can be compared with a file.
 
     Raises:
         RequestError: they are of models of different shapes.
@@ -123,7 +124,7 @@ def compare_with_file(
 
     Args:
         session: the artifact's.
-        artifact: whose weights are compared too.
+        artifact: its weights are compared with the file's sketches.
         reference: the file.
 
     Raises:
@@ -131,18 +132,16 @@ def compare_with_file(
     """
     manifest, header = artifact.manifest, reference.header
     check_fits(reference, manifest)
-    measured = []
+    forced, recorded = [], []
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
-            measured.append(_measure(session, reference, index, prompt, span))
+            forced.append(_force(session, reference, index, prompt, span))
+            recorded.append(span.start + np.array(prompt.positions))
             advance(prompt.tokens)
-    rows = np.concatenate([prompt.rows for prompt in measured])
-    positions = np.concatenate(
-        [span.start + np.array(prompt.positions) for _, prompt, span in reference.spans()]
-    )
+    rows, positions = np.concatenate([one.rows for one in forced]), np.concatenate(recorded)
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
-    known = len(rows) == header.tokens and None not in sizes
+    complete = len(rows) == header.tokens and None not in sizes
     ours = {record.sha256 for record in manifest.source.files.values()}
     return AgainstFile(
         path=str(reference.path),
@@ -152,39 +151,27 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=sum(prompt.non_finite for prompt in measured),
+        non_finite_positions=sum(one.non_finite for one in forced),
         logits=replace(logits, worst_position=int(positions[logits.worst_position])),
         kl=replace(kl, worst_position=int(positions[kl.worst_position])),
         agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
-        likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if known else None),
-        states=_worst_states([prompt.states for prompt in measured]),
-        drift=[drift for prompt in measured for drift in prompt.drift],
+        likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
+        states=_worst_states(error for one in forced for error in one.states),
+        drift=[drift for one in forced for drift in one.drift],
         weights=sketch_errors(
             reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
         ),
-        prompts=[
-            PromptResult(
-                name=prompt.name,
-                tokens=prompt.tokens,
-                positions=len(prompt.positions),
-                kl=float(values.rows["kl"].mean()),
-                top1=float(values.rows["top1"].mean()),
-                worst_state=worst(values.states),
-                greedy_tokens=prompt.greedy_tokens,
-                greedy_common=values.greedy_common,
-            )
-            for prompt, values in zip(header.prompts, measured, strict=True)
-        ],
+        prompts=[one.result for one in forced],
     )
 
 
-def _measure(
+def _force(
     session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> _Measured:
+) -> _Forced:
     """Teacher-forces a session with one prompt, from the beginning."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
-    rows: list[np.ndarray] = []
+    blocks_of_rows: list[np.ndarray] = []
     drift: list[Drift] = []
     non_finite, logits = 0, np.empty((1, 0))
     session.reset()
@@ -193,17 +180,27 @@ def _measure(
         non_finite += int((~np.isfinite(logits).all(1)).sum())
         first, last = np.searchsorted(positions, (start, stop)).tolist()
         at, expected = positions[first:last], reference.logits(index, first, last)
-        rows.append(metrics.compare_logits(expected, logits[at - start], following[at]))
+        blocks_of_rows.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
             errors = state_errors(inside[stop], session.get_state())
             drift.append(Drift(position=stop, states=errors))
+    rows = np.concatenate(blocks_of_rows)
     states = state_errors(reference.state(index), session.get_state())
-    common = _common(session, logits[-1], reference.greedy(index))
-    return _Measured(np.concatenate(rows), non_finite, states, drift, common)
+    result = PromptResult(
+        name=prompt.name,
+        tokens=prompt.tokens,
+        positions=len(positions),
+        kl=float(rows["kl"].mean()),
+        top1=float(rows["top1"].mean()),
+        worst_state=worst(states),
+        greedy_tokens=prompt.greedy_tokens,
+        greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
+    )
+    return _Forced(rows, non_finite, states, drift, result)
 
 
-def _common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
-    """How many of the expected tokens [n] the session chooses, up to the first that it does not."""
+def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
+    """Counts the expected tokens [n] that the session chooses, up to the first that it does not."""
     for count, token in enumerate(expected.tolist()):
         if int(logits.argmax()) != token:
             return count
@@ -212,12 +209,12 @@ def _common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
     return len(expected)
 
 
-def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
-    """Each state's error on the prompt where it is worst; NaN is worst of all."""
+def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
+    """Returns each state's error on the prompt where it is worst; NaN is worst of all."""
     worst_of: dict[str, StateError] = {}
-    for error in chain.from_iterable(prompts):
-        other = worst_of.get(error.name)
-        if other is None or not error.relative_max <= other.relative_max:
+    for error in errors:
+        earlier = worst_of.setdefault(error.name, error)
+        if math.isnan(error.relative_max) or error.relative_max > earlier.relative_max:
             worst_of[error.name] = error
     return list(worst_of.values())
 
@@ -225,7 +222,7 @@ def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
 def file_checks(
     result: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
 ) -> Iterator[Check]:
-    """Compares what was measured against a reference file with its limits."""
+    """Compares the numbers of a comparison with a reference file with their limits."""
     yield from thresholds.cost_checks("reference", manifest, result.logits, result.kl, limits)
     yield Check(
         name="reference.finite",

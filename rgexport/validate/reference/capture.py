@@ -7,7 +7,6 @@ the whole model fits into memory, its layers stay there, which speeds up the gre
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,23 +32,22 @@ from rgexport.validate.reference.prompts import choose_prompts
 from rgexport.validate.reference.reference_file import (
     Header,
     PromptRecord,
-    checkpoint_name,
     checkpoint_specs,
-    inputs_name,
     is_reference,
-    outputs_name,
-    sketch_name,
-    state_name,
     stored_shape,
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.states import checkpoints
-from rgexport.validate.structure.elements import Fingerprint
 from rgexport.validate.structure.record import can_record, record_structures
 from rgexport.validate.text import Text
-from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
-from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
+from rgexport.validate.weights.sketch import (
+    SLAB_BYTES,
+    MixtureRecorder,
+    Mixtures,
+    products,
+    sketch,
+)
 
 GREEDY_TOKENS = 32
 MIXED_TOKENS = 256
@@ -73,7 +71,7 @@ def capture(
         target: the file.
         prompts: a file of them; by default the built-in ones.
         device: where torch computes; `auto` is CUDA where there is one.
-        impl: who computes, `implementations.OWN` or `DEEPMIND`.
+        impl: the implementation, `implementations.OWN` or `DEEPMIND`.
         low_memory: hold the weights of one layer at a time even where all would fit.
         force: replace an earlier file.
 
@@ -83,7 +81,7 @@ def capture(
             written.
     """
     check_file_target(target, force=force, replaceable=is_reference)
-    make = choose_implementation(impl, device, low_memory)
+    make_model = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     texts = choose_prompts(
         tokenizer,
@@ -96,45 +94,36 @@ def capture(
     structures = record_structures(checkpoint)
     count = sum(len(text.tokens) for text in texts)
     detail(f"Capturing {checkpoint.name} on {len(texts)} prompts, {count} tokens")
-    model = make(checkpoint.config, checkpoint.weights)
+    model = make_model(checkpoint.config, checkpoint.weights)
     records, arrays = _record(model, texts, tokenizer)
     longest = max(texts, key=lambda text: len(text.tokens))
-    arrays |= sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
-    header = _header(checkpoint, model, records, structures)
-    write_reference(target, header, arrays, force=force)
-    return target
-
-
-def closing_line(target: Path) -> str:
-    """What the command prints."""
-    size = amount(target.stat().st_size)
-    return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
-
-
-def _header(
-    checkpoint: Checkpoint,
-    model: ReferenceModel,
-    prompts: tuple[PromptRecord, ...],
-    structures: tuple[Fingerprint, ...],
-) -> Header:
+    arrays |= _sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
     names = {path: name for name, path in checkpoint.weight_files.items()}
     hashes = hash_new_files(names)
-    return Header(
+    header = Header(
         model=checkpoint.name,
         config=model.config,
         files={names[p]: FileRecord(sha, p.stat().st_size) for p, sha in hashes.items()},
         computed=model.describe(),
         environment=environment(),
-        prompts=prompts,
+        prompts=records,
         structures=structures,
         identity=text_identity(checkpoint),
     )
+    write_reference(target, header, arrays, force=force)
+    return target
+
+
+def closing_line(target: Path) -> str:
+    """Returns the line that the command prints."""
+    size = amount(target.stat().st_size)
+    return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
 
 
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
 ) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts; it continues them where there is a tokenizer.
+    """Runs the model over the prompts; with a tokenizer, it also continues them.
 
     Returns:
         A record of each prompt, and the file's arrays of all prompts.
@@ -143,7 +132,13 @@ def _record(
     longest = int(np.argmax(lengths))
     stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
     positions = choose_positions(lengths, model.config.vocab_size)
-    hidden, states = zip(*_run(model, texts, stops), strict=True)
+    starts = [(text.tokens[None], zero_state(model.config, 1)) for text in texts]
+    total = sum(lengths) * model.config.num_layers
+    with task("Running the reference", total, "tokens through layers") as advance:
+        passes = model.run_each(
+            starts, stops=stops, watch=lambda layer, index, stream: advance(stream.shape[1])
+        )
+    hidden, states = zip(*passes, strict=True)
     arrays = {"tokens": np.concatenate([text.tokens for text in texts])}
     for index, (codes, scales) in enumerate(record_logits(model, hidden, positions)):
         arrays |= {f"logits.{index}": codes, f"scales.{index}": scales}
@@ -161,51 +156,39 @@ def _record(
     return tuple(records), arrays
 
 
-def _run(
-    model: ReferenceModel, texts: Sequence[Text], stops: Sequence[Sequence[int]]
-) -> list[tuple[Any, list[State]]]:
-    """Runs all prompts from their beginnings; see `ReferenceModel.run_each`."""
-    starts = [(text.tokens[None], zero_state(model.config, 1)) for text in texts]
-    total = sum(len(text.tokens) for text in texts) * model.config.num_layers
-    with task("Running the reference", total, "tokens through layers") as advance:
-        return model.run_each(
-            starts, stops=stops, watch=lambda layer, index, stream: advance(stream.shape[1])
-        )
-
-
 def _state_arrays(
     config: GriffinConfig, index: int, tokens: int, states: Sequence[State]
 ) -> dict[str, np.ndarray]:
-    """The arrays of a prompt's states: after its checkpoints, and after its end."""
+    """Returns the arrays of a prompt's states: after its checkpoints, and after its end."""
     *inside, end = states
     arrays = {}
     for spec in state_specs(config):
         rows = stored_shape(spec, tokens)[0]
-        arrays[state_name(index, spec)] = end[spec.name][0, spec.shape[0] - rows :]
+        arrays[f"states.{index}.{spec.name}"] = end[spec.name][0, spec.shape[0] - rows :]
     for spec in checkpoint_specs(config) if inside else ():
         stacked = np.concatenate([state[spec.name] for state in inside])
-        arrays[checkpoint_name(index, spec)] = stacked
+        arrays[f"checkpoints.{index}.{spec.name}"] = stacked
     return arrays
 
 
-def sketch_arrays(
+def _sketch_arrays(
     config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sketches of all tensors that an artifact may hold, and the sums of their squares.
+    """Sketches all tensors that an artifact may hold, and sums their squares.
 
     Linears are sketched by mixtures of their inputs over the first of tokens [T], too.
     """
-    names = list(model_tensors(config))
     sites, mixtures = linear_inputs(config), _record_mixtures(config, weights, tokens)
-    arrays = {inputs_name(site): mixture for site, mixture in mixtures.items()}
+    arrays = {f"inputs.{site}": mixture for site, mixture in mixtures.items()}
+    tensors = {name: weights[name] for name in model_tensors(config)}
     squares = []
-    with task("Sketching the weights", sum(weights[name].nbytes for name in names)) as advance:
-        for name in names:
-            arrays[sketch_name(name)], square = sketch(weights[name])
+    with task("Sketching the weights", sum(t.nbytes for t in tensors.values())) as advance:
+        for name, tensor in tensors.items():
+            arrays[f"weights.{name}"], square = sketch(tensor)
             squares.append(square)
             if name in sites:
-                arrays[outputs_name(name)] = _outputs(weights[name], mixtures[sites[name]])
-            advance(weights[name].nbytes)
+                arrays[f"outputs.{name}"] = _outputs(tensor, mixtures[sites[name]])
+            advance(tensor.nbytes)
     return arrays | {"squares": np.array(squares)}
 
 
@@ -221,7 +204,7 @@ def _record_mixtures(config: GriffinConfig, weights: WeightSource, tokens: np.nd
 
 
 def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
-    """Products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
+    """Returns the products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
     slabs = weight.slabs(SLAB_BYTES)
-    products = [mixed(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
-    return np.concatenate(products).astype(np.float32)
+    blocks = [products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
+    return np.concatenate(blocks).astype(np.float32)

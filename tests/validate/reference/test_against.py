@@ -19,8 +19,7 @@ from rgexport.validate.metrics import agreement, compare_logits, kl_summary, log
 from rgexport.validate.opening import Request
 from rgexport.validate.reference import against, logit_rows
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.run import validate_artifacts
 from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face

@@ -18,8 +18,7 @@ from rgexport.validate import states
 from rgexport.validate.reference import implementations, logit_rows
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
-from rgexport.validate.reference.reference_file import is_reference, write_reference
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import is_reference, read_reference, write_reference
 from tests.command_line import rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.validate.toys import counted
