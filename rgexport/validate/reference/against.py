@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,15 +21,8 @@ from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (
-    "vocab_size",
-    "width",
-    "mlp_width",
-    "lru_width",
-    "lru_heads",
-    "num_heads",
-    "head_dim",
-    "block_types",
-    "conv_width",
+    *("vocab_size", "width", "mlp_width", "lru_width", "lru_heads", "num_heads", "head_dim"),
+    *("block_types", "conv_width"),
 )
 """Fields of the configuration that an artifact and its reference must share."""
 
@@ -82,23 +75,16 @@ class AgainstFile:
     prompts: list[PromptResult]
 
 
-@dataclass(frozen=True)
-class _Forced:
-    """One prompt of T tokens, teacher-forced.
+@dataclass
+class _Collected:
+    """Numbers of all prompts; `rows` are of `metrics.ROWS`, at the file's `positions`."""
 
-    Attributes:
-        rows: of `metrics.ROWS`, at the positions whose logits the file has.
-        non_finite: positions of T whose logits are not all finite.
-        states: errors after the prompt.
-        drift: errors at its checkpoints.
-        result: a summary.
-    """
-
-    rows: np.ndarray
-    non_finite: int
-    states: list[StateError]
-    drift: list[Drift]
-    result: PromptResult
+    rows: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    non_finite: int = 0
+    states: list[StateError] = field(default_factory=list)
+    drift: list[Drift] = field(default_factory=list)
+    prompts: list[PromptResult] = field(default_factory=list)
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
@@ -120,25 +106,21 @@ def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
 def compare_with_file(
     session: Session, artifact: Artifact, reference: ReferenceFile
 ) -> AgainstFile:
-    """Teacher-forces a session with all prompts; logits exist for a block of positions at a time.
+    """Teacher-forces an artifact's session with all prompts, and compares its weights.
 
-    Args:
-        session: the artifact's.
-        artifact: its weights are compared with the file's sketches.
-        reference: the file.
+    Logits exist for a block of positions at a time.
 
     Raises:
         RequestError: the file is of a model of another shape.
     """
     manifest, header = artifact.manifest, reference.header
     check_fits(reference, manifest)
-    forced, recorded = [], []
+    collected = _Collected()
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
-            forced.append(_force(session, reference, index, prompt, span))
-            recorded.append(span.start + np.array(prompt.positions))
+            _force(session, reference, index, prompt, span, collected)
             advance(prompt.tokens)
-    rows, positions = np.concatenate([one.rows for one in forced]), np.concatenate(recorded)
+    rows, positions = np.concatenate(collected.rows), np.concatenate(collected.positions)
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
     complete = len(rows) == header.tokens and None not in sizes
@@ -151,40 +133,43 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=sum(one.non_finite for one in forced),
+        non_finite_positions=collected.non_finite,
         logits=replace(logits, worst_position=int(positions[logits.worst_position])),
         kl=replace(kl, worst_position=int(positions[kl.worst_position])),
         agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
-        states=_worst_states(error for one in forced for error in one.states),
-        drift=[drift for one in forced for drift in one.drift],
+        states=_worst_states(collected.states),
+        drift=collected.drift,
         weights=sketch_errors(
             reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
         ),
-        prompts=[one.result for one in forced],
+        prompts=collected.prompts,
     )
 
 
 def _force(
-    session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> _Forced:
+    session: Session,
+    reference: ReferenceFile,
+    index: int,
+    prompt: PromptRecord,
+    span: slice,
+    collected: _Collected,
+) -> None:
     """Teacher-forces a session with one prompt, from the beginning."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
-    blocks_of_rows: list[np.ndarray] = []
-    drift: list[Drift] = []
-    non_finite, logits = 0, np.empty((1, 0))
+    compared, logits = [], np.empty((1, 0))
     session.reset()
     for start, stop in blocks(session, {len(tokens)} | whole_chunks(session, inside)):
         logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-        non_finite += int((~np.isfinite(logits).all(1)).sum())
+        collected.non_finite += int((~np.isfinite(logits).all(1)).sum())
         first, last = np.searchsorted(positions, (start, stop)).tolist()
         at, expected = positions[first:last], reference.logits(index, first, last)
-        blocks_of_rows.append(metrics.compare_logits(expected, logits[at - start], following[at]))
+        compared.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
             errors = state_errors(inside[stop], session.get_state())
-            drift.append(Drift(position=stop, states=errors))
-    rows = np.concatenate(blocks_of_rows)
+            collected.drift.append(Drift(position=stop, states=errors))
+    rows = np.concatenate(compared)
     states = state_errors(reference.state(index), session.get_state())
     result = PromptResult(
         name=prompt.name,
@@ -196,7 +181,10 @@ def _force(
         greedy_tokens=prompt.greedy_tokens,
         greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
     )
-    return _Forced(rows, non_finite, states, drift, result)
+    collected.rows.append(rows)
+    collected.positions.append(span.start + positions)
+    collected.states += states
+    collected.prompts.append(result)
 
 
 def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:

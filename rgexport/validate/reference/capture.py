@@ -5,8 +5,9 @@ positions at a time, so memory is that of a layer and a block, whatever the prom
 the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +22,18 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import amount, detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity.text import text_identity
 from rgexport.validate.reference.implementations import OWN, choose_implementation
-from rgexport.validate.reference.logit_rows import choose_positions, record_logits
 from rgexport.validate.reference.prompts import choose_prompts
 from rgexport.validate.reference.reference_file import (
     Header,
     PromptRecord,
     checkpoint_specs,
+    encode_logits,
     is_reference,
     stored_shape,
     write_reference,
@@ -41,17 +42,17 @@ from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.states import checkpoints
 from rgexport.validate.structure.record import can_record, record_structures
 from rgexport.validate.text import Text
-from rgexport.validate.weights.sketch import (
-    SLAB_BYTES,
-    MixtureRecorder,
-    Mixtures,
-    products,
-    sketch,
-)
+from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, products, sketch
 
 GREEDY_TOKENS = 32
 MIXED_TOKENS = 256
 """The most tokens whose inputs of linears are mixed."""
+LOGITS_BYTES = 17_280_000
+"""The file's budget for logits: all positions of the demo."""
+LEAST_POSITIONS = 128
+"""Positions that have logits, whatever they take: 64 MB of a 2B."""
+BLOCK_BYTES = 128 << 20
+"""Logits that exist at a time."""
 
 
 def capture(
@@ -66,14 +67,7 @@ def capture(
 ) -> Path:
     """Captures a reference into the file `target`, which appears once it is complete.
 
-    Args:
-        checkpoint: the model.
-        target: the file.
-        prompts: a file of them; by default the built-in ones.
-        device: where torch computes; `auto` is CUDA where there is one.
-        impl: the implementation, `implementations.OWN` or `DEEPMIND`.
-        low_memory: hold the weights of one layer at a time even where all would fit.
-        force: replace an earlier file.
+    The options are those of `rgexport reference`; `prompts` is a file.
 
     Raises:
         RequestError: no torch or no such device or package, an unsound checkpoint, or one that the
@@ -123,10 +117,9 @@ def closing_line(target: Path) -> str:
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
 ) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts; with a tokenizer, it also continues them.
+    """Runs the model over the prompts and, with a tokenizer, continues them.
 
-    Returns:
-        A record of each prompt, and the file's arrays of all prompts.
+    Returns a record of each prompt, and the arrays of all prompts.
     """
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
@@ -140,7 +133,7 @@ def _record(
         )
     hidden, states = zip(*passes, strict=True)
     arrays = {"tokens": np.concatenate([text.tokens for text in texts])}
-    for index, (codes, scales) in enumerate(record_logits(model, hidden, positions)):
+    for index, (codes, scales) in enumerate(_record_logits(model, hidden, positions)):
         arrays |= {f"logits.{index}": codes, f"scales.{index}": scales}
     greedy: list[list[int]] = [[] for _ in texts]
     if tokenizer is not None:
@@ -154,6 +147,39 @@ def _record(
         for text, at, ids, inside in zip(texts, positions, greedy, stops, strict=True)
     )
     return tuple(records), arrays
+
+
+def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    """Returns the positions of each prompt whose logits are recorded.
+
+    As many as fit into `LOGITS_BYTES`: the last one of every prompt, and others at even distances
+    over all prompts.
+    """
+    ends = np.cumsum(lengths)
+    others = np.setdiff1d(np.arange(ends[-1]), ends - 1)
+    most = max(LEAST_POSITIONS, LOGITS_BYTES // (2 * vocab_size))
+    count = min(max(0, most - len(ends)), len(others))
+    spread = others[np.linspace(0, len(others) - 1, count).round().astype(np.int64)]
+    chosen = np.union1d(ends - 1, spread)
+    return [
+        (chosen[(chosen >= end - length) & (chosen < end)] - (end - length)).tolist()
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+def _record_logits(
+    model: ReferenceModel, hidden: Sequence[Any], positions: Sequence[Sequence[int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes each prompt's logits at its positions, from its hidden states [1, T, width]."""
+    row_bytes = 4 * model.config.vocab_size
+    with task("Recording logits", sum(map(len, positions)), "positions") as advance:
+        for states, chosen in zip(hidden, positions, strict=True):
+            blocks = []
+            for start, stop in slab_bounds(len(chosen), row_bytes, BLOCK_BYTES):
+                blocks.append(encode_logits(model.logits(states[:, chosen[start:stop]])[0]))
+                advance(stop - start)
+            codes, scales = zip(*blocks, strict=True)
+            yield np.concatenate(codes), np.concatenate(scales)
 
 
 def _state_arrays(
@@ -174,12 +200,14 @@ def _state_arrays(
 def _sketch_arrays(
     config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sketches all tensors that an artifact may hold, and sums their squares.
-
-    Linears are sketched by mixtures of their inputs over the first of tokens [T], too.
-    """
-    sites, mixtures = linear_inputs(config), _record_mixtures(config, weights, tokens)
-    arrays = {f"inputs.{site}": mixture for site, mixture in mixtures.items()}
+    """Sketches all tensors, and linears also by mixtures of their inputs over tokens [T]."""
+    tokens, sites = tokens[:MIXED_TOKENS], linear_inputs(config)
+    recorder = MixtureRecorder(config, len(tokens))
+    with watched_layers("Recording inputs", weights) as watched:
+        model = NumpyReference(config, watched)
+        model.look = recorder.look
+        model.run(tokens[None])
+    arrays = {f"inputs.{site}": mixture for site, mixture in recorder.mixtures.items()}
     tensors = {name: weights[name] for name in model_tensors(config)}
     squares = []
     with task("Sketching the weights", sum(t.nbytes for t in tensors.values())) as advance:
@@ -187,20 +215,9 @@ def _sketch_arrays(
             arrays[f"weights.{name}"], square = sketch(tensor)
             squares.append(square)
             if name in sites:
-                arrays[f"outputs.{name}"] = _outputs(tensor, mixtures[sites[name]])
+                arrays[f"outputs.{name}"] = _outputs(tensor, recorder.mixtures[sites[name]])
             advance(tensor.nbytes)
     return arrays | {"squares": np.array(squares)}
-
-
-def _record_mixtures(config: GriffinConfig, weights: WeightSource, tokens: np.ndarray) -> Mixtures:
-    """Runs a model over the first of tokens [T] and returns mixtures of its linears' inputs."""
-    tokens = tokens[:MIXED_TOKENS]
-    recorder = MixtureRecorder(config, len(tokens))
-    with watched_layers("Recording inputs", weights) as watched:
-        model = NumpyReference(config, watched)
-        model.look = recorder.look
-        model.run(tokens[None])
-    return recorder.mixtures
 
 
 def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:

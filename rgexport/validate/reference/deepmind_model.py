@@ -30,11 +30,7 @@ class DeepMindModel:
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
-        """Loads all weights.
-
-        Raises:
-            RequestError: a model that the package cannot run.
-        """
+        """Loads all weights; raises `RequestError` for a model that the package cannot run."""
         self.config, self._device = config, torch.device(device)
         self._model = _load(config, weights, device)
         self._stream = torch.empty(0)
@@ -65,10 +61,7 @@ class DeepMindModel:
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Tensor, list[State]]]:
-        """Takes one text of batch 1 after another, each from its beginning.
-
-        `watch` is called once for each layer when a text is done, with the last norm's output.
-        """
+        """Takes one text of batch 1 after another; calls `watch` when a text is done."""
         passes = []
         for index, (tokens, state) in enumerate(texts):
             inside = stops[index] if stops else ()
@@ -97,10 +90,7 @@ class DeepMindModel:
         return torch.cat(hidden, 1), state
 
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Takes tokens [1, T] from the beginning, or one token from a state of batch 1.
-
-        Returns the final norm's output [1, T, width] and the canonical state after it.
-        """
+        """Takes tokens [1, T] from the beginning, or one token from a state of batch 1."""
         start = int(state[POSITION][0])
         stop = start + tokens.shape[1]
         positions = torch.arange(start, stop, device=tokens.device)[None]
@@ -114,10 +104,7 @@ class DeepMindModel:
         self._stream = output[0]
 
     def _to_cache(self, state: State) -> Cache:
-        """Copies a canonical state, because the package writes into its caches.
-
-        Keys lie at their positions modulo window.
-        """
+        """Copies a state, since the package writes into its caches; keys lie modulo window."""
         count = state[POSITION].astype(np.int32)
         turn = int(count[0]) % self.config.window
         cache: Cache = {}
@@ -209,5 +196,4 @@ def _load_tensor(name: str, weights: WeightSource, device: str) -> Tensor:
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    """Returns a copy in float32, on the CPU."""
     return tensor.detach().float().cpu().numpy().copy()

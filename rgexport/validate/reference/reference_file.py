@@ -7,7 +7,7 @@ checkpoints inside it have states. `array_layouts` has the shapes and dtypes.
 | name | array |
 |---|---|
 | `tokens` | [N] |
-| `logits.{prompt}` | [M, vocab] at `PromptRecord.positions`; see `logit_rows` |
+| `logits.{prompt}` | [M, vocab] at `PromptRecord.positions`, as multiples of a step |
 | `scales.{prompt}` | [M, 2]: each row's smallest logit and its step |
 | `greedy.{prompt}` | [n]: the reference's greedy continuation; missing where there is none |
 | `states.{prompt}.{state}` | canonical, without batch; keys and values without zeros at the front |
@@ -16,6 +16,9 @@ checkpoints inside it have states. `array_layouts` has the shapes and dtypes.
 | `inputs.{site}` | [4, K]: mixtures of a linear's inputs, see `weights.sketch` |
 | `outputs.{tensor}` | [rows, 4]: products of the checkpoint's rows with those |
 | `squares` | [tensors], in the order of `griffin.layout`: Σ W² of each |
+
+A logit has 16 bits. Measured on the demo, their rounding moves a KL of 1e-5 by 0.03 %; that of
+float16, whose steps are 2⁻⁶ for logits of 16 to 32, moves it by 5 %.
 
 Checkpoints have no keys and values: those of a whole window are 33 MB in a 2B, and a prompt's last
 window is in the states at its end.
@@ -45,7 +48,6 @@ from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.validate.identity.text import TextIdentity
-from rgexport.validate.reference.logit_rows import decode
 from rgexport.validate.structure.elements import Fingerprint
 from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
 
@@ -61,6 +63,7 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "U16": np.dtype(np.uint16),
 }
+_LAST_CODE = 2**16 - 1
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -68,13 +71,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class PromptRecord:
     """One prompt.
 
-    Attributes:
-        name: for people.
-        tokens: their number.
-        bytes: the text's length in UTF-8; None for token ids.
-        positions: those that have logits, ascending; at least one.
-        greedy_tokens: length of the continuation.
-        checkpoints: the numbers of tokens, ascending, after which there are recurrent states too.
+    `bytes` is the text's length in UTF-8, None for token ids. `positions` (at least one) have
+    logits, and there are recurrent states after `checkpoints` tokens. Both ascend.
     """
 
     name: str
@@ -90,12 +88,9 @@ class Header:
     """All of the file but its arrays.
 
     Attributes:
-        format_version: see `FORMAT_VERSION`.
         model: the checkpoint's name.
-        config: of the model that was computed.
         files: the checkpoint's weight files.
         computed: `implementation`, `device`, `dtype`, `tf32` and versions.
-        environment: of the machine.
         prompts: in the order of their tokens.
         structures: of the graphs that the exporter writes for the model.
         identity: the checkpoint's text side.
@@ -138,7 +133,7 @@ class ReferenceFile:
     def logits(self, prompt: int, start: int, stop: int) -> np.ndarray:
         """Logits [stop - start, vocab] float64 at `PromptRecord.positions[start:stop]`."""
         rows = (self.arrays[f"{name}.{prompt}"].read(start, stop) for name in ("logits", "scales"))
-        return decode(*rows)
+        return decode_logits(*rows)
 
     def greedy(self, prompt: int) -> np.ndarray:
         """The reference's greedy continuation of a prompt, [n] int64; may be empty."""
@@ -166,11 +161,11 @@ class ReferenceFile:
         return states
 
     def sketch(self, tensor: str) -> np.ndarray:
-        """The sketch of a tensor, [rows, width] float32; see `weights.sketch`."""
+        """The sketch of a tensor, [rows, width] float32."""
         return self.arrays[f"weights.{tensor}"].whole()
 
     def inputs(self, site: str) -> np.ndarray:
-        """Mixtures of the inputs that linears take from a site, [m, K] float32."""
+        """Mixtures of a linear's inputs, [m, K] float32."""
         return self.arrays[f"inputs.{site}"].whole()
 
     def outputs(self, tensor: str) -> np.ndarray:
@@ -223,6 +218,25 @@ def stored_shape(spec: StateSpec, tokens: int) -> tuple[int, ...]:
 
 def _is_cache(spec: StateSpec) -> bool:
     return spec.name.endswith((".key", ".value"))
+
+
+def encode_logits(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds logits [n, vocab] float32.
+
+    Returns:
+        Codes [n, vocab] uint16, and scales [n, 2] float32: each row's smallest logit and its step.
+    """
+    low = logits.min(1)
+    step = (logits.max(1) - low) / np.float32(_LAST_CODE)
+    codes = np.rint((logits - low[:, None]) / np.where(step, step, 1)[:, None])
+    return np.clip(codes, 0, _LAST_CODE).astype(np.uint16), np.stack([low, step], 1)
+
+
+def decode_logits(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Returns the logits [n, vocab] float64 of encoded rows."""
+    low, step = scales.astype(np.float64).T[:, :, None]
+    logits: np.ndarray = low + step * codes
+    return logits
 
 
 def is_reference(path: Path) -> bool:

@@ -1,9 +1,8 @@
 """Limits of sound weights, by the algorithm that chose their levels.
 
-A layout says which values a tensor can hold, an algorithm which of them it holds. Rounding to
-nearest leaves every weight within half a step; a search for the best scale leaves every block with
-at most the error that rounding has there, but clips single weights; error feedback moves whole rows
-further away, so that the errors of their products cancel.
+Rounding to nearest leaves every weight within half a step; a search for the best scale leaves every
+block with at most the error that rounding has there, but clips single weights; error feedback moves
+whole rows further away, so that the errors of their products cancel.
 """
 
 from dataclasses import dataclass, replace
@@ -42,20 +41,17 @@ Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """The limits of sound weights; `weight_limits` explains the quantities.
+    """Limits of the quantities that `weight_limits` explains.
 
     Attributes:
-        why: the reason of a limit, for people.
+        why: the reason of `max_steps`, for people.
         measure: the unit whose error `max_steps` limits.
-        max_steps: the limit. Of a block, row or group, 1 is twice the root mean square that
-            rounding to nearest gives there.
-        noise: the limit of the noise of a tensor whose single weights are not compared, or may be
-            further off than half a step.
-        row_noise: the same of one row, as its sketch estimates it.
+        noise: for tensors whose single weights are not compared, or may be further off than half a
+            step.
+        row_noise: `noise` of one row, as its sketch estimates it.
         shrinks: how much smaller weights become, at least and at most, in units of the relative
             squared error: 0 for unbiased rounding, 1 for the least squared error.
         projection: how far the projection may be from that, besides its own uncertainty.
-        output_noise: the limit of the noise of the linear's outputs for the inputs of a text.
         weighted: whether some weights count more than others.
     """
 
@@ -153,11 +149,9 @@ def expectation(scheme: Scheme, weighted: bool) -> Expectation:
 
 
 def expectation_key(scheme: Scheme, weighted: bool) -> str:
-    """Returns the key of `EXPECTATIONS`: the algorithm, or what it does for a type of ggml.
+    """Returns the key of `EXPECTATIONS` for a tensor or a row group.
 
-    Args:
-        scheme: of the tensor, or of one of its row groups.
-        weighted: whether the artifact was made with an importance matrix or a calibration.
+    `weighted` says whether the artifact was made with an importance matrix or a calibration.
 
     Raises:
         RequestError: an algorithm that is not known here.

@@ -38,12 +38,7 @@ class Reproduced:
 def reproduce(
     artifact: Artifact, original: WeightSource, statistics: StatisticsOf
 ) -> list[Reproduced]:
-    """Compares all quantized tensors of an artifact, two at a time, in slabs.
-
-    Args:
-        artifact: its manifest names the algorithms that chose the levels.
-        original: the weights that it should have been made from.
-        statistics: of the inputs, for the algorithms that need them.
+    """Compares all quantized tensors of an artifact with the encoded original's.
 
     Raises:
         RequestError: an algorithm needs statistics that are missing.

@@ -57,7 +57,7 @@ class SketchShape:
         return 1 + self.directions if self.directions else self.columns
 
     def project(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the sketch [n, width] float64 of rows [n, columns]."""
+        """Sketches rows [n, columns]: [n, width] float64."""
         wide = rows.astype(np.float64)
         return (
             products(wide, directions(self.columns, self.directions)) if self.directions else wide

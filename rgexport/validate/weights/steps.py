@@ -4,8 +4,7 @@ Steps follow from the original weights and the scheme, not from the artifact's s
 a wrong scale, even where the noise of four bits would hide it in a norm.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -38,41 +37,48 @@ In ONNX, bfloat16 holds what the checkpoint has in bfloat16: nothing may be roun
 
 @dataclass(frozen=True)
 class Blocks:
-    """A ggml type's division of rows. Scales and minimums are float16.
+    """Even levels in each block of a row.
 
     Attributes:
         size: weights that share a step.
-        below: steps from 0 to the outermost level on the side of the largest magnitude where
-            levels lie around 0; else steps from the least weight (or 0) to the largest.
-        asymmetric: whether levels begin at the least weight.
+        below: steps from 0 to the level of the largest magnitude, whatever its sign; where
+            `asymmetric`, steps from the least weight to the largest.
+        with_zero: extends that range to 0, at its lower end or at both.
         clips: whether the side opposite to the largest magnitude has one level less.
         grouped: weights whose steps are multiples of one number, so that small steps are not
-            exact: the largest step of the group counts for all of it. These types choose their
-            steps for the least squared error. 0 for the other types.
-        scales: the largest of those multiples, which multiplies the rounding error of the number.
+            exact: the largest step of the group counts. 0 for types without such groups; the
+            others choose their steps for the least squared error.
+        scales: the largest multiple.
     """
 
     size: int
     below: int
     asymmetric: bool = False
+    with_zero: Literal["", "low", "both"] = ""
     clips: bool = False
     grouped: int = 0
     scales: int = 1
 
+    @property
+    def inner(self) -> np.float32:
+        """Steps from 0 to the outermost level on the side that has one less."""
+        return np.float32(self.below - 1)
 
+
+_LOW = Blocks(0, 0, asymmetric=True, with_zero="low", grouped=256)
 BLOCKS = {
     "q8_0": Blocks(32, 127),
     "q4_0": Blocks(32, 8, clips=True),
     "q5_0": Blocks(32, 16, clips=True),
     "q4_1": Blocks(32, 15, asymmetric=True),
     "q5_1": Blocks(32, 31, asymmetric=True),
-    "q2_k": Blocks(16, 3, asymmetric=True, grouped=256, scales=15),
+    "q2_k": replace(_LOW, size=16, below=3, scales=15),
     "q3_k": Blocks(16, 4, clips=True, grouped=256, scales=32),
-    "q4_k": Blocks(32, 15, asymmetric=True, grouped=256, scales=63),
-    "q5_k": Blocks(32, 31, asymmetric=True, grouped=256, scales=63),
+    "q4_k": replace(_LOW, size=32, below=15, scales=63),
+    "q5_k": replace(_LOW, size=32, below=31, scales=63),
     "q6_k": Blocks(16, 32, clips=True, grouped=256, scales=128),
 }
-"""ggml type → its blocks (ggml-quants.c: quantize_row_*_ref)."""
+"""ggml type → its blocks, with float16 scales (ggml-quants.c: quantize_row_*_ref)."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,14 @@ class StepSizes:
 
     Attributes:
         step: at each weight, [rows, columns]; with `spans`, [rows or groups of rows, spans].
-        levels: the distance of levels at each weight, or one number for each row, [rows, 1].
-            `step` may be larger: it allows for rounded scales.
-        limit: the magnitude, at each weight, beyond which it may be stored as the outermost
-            level; None where no level is missing.
-        grid: the distance of levels at each weight, before scales are rounded; None where 0 is no
-            level, or levels are chosen for the least squared error.
-        spans: the first columns of the blocks, rows or groups of rows whose root mean squares
-            count; None where single weights do.
+        levels: the distance of levels at each weight or of each row, [rows, 1]. `step` may be
+            larger: it allows for rounded scales.
+        limit: the magnitude at each weight beyond which it may be stored as the outermost level;
+            None where no level is missing.
+        grid: `levels` before scales are rounded; None where 0 is no level, or levels are chosen
+            for the least squared error.
+        spans: first columns of the blocks, rows or groups of rows whose root mean squares count;
+            None where single weights do.
     """
 
     step: np.ndarray
@@ -98,10 +104,9 @@ class StepSizes:
     spans: np.ndarray | None = None
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Subtracts the part of the error that comes from values beyond the outermost levels.
+        """Subtracts the error of values beyond the outermost levels.
 
-        Some schemes have one level less on one side. The encoder chooses the side, so the smaller
-        error counts.
+        The encoder chooses which side has one level less, so the smaller error counts.
         """
         if self.limit is None:
             return error
@@ -124,8 +129,7 @@ class StepSizes:
     def rounding(self, columns: int, squares: np.ndarray | None = None) -> np.ndarray:
         """Returns Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
 
-        An error that is uniform within half a step has the variance step²/12. With the `squares`
-        [columns] of inputs, each column's share is multiplied with its square.
+        The `squares` [columns] of inputs multiply each column's share.
         """
         steps = np.square(self.levels, dtype=np.float64)
         if squares is None:
@@ -146,14 +150,10 @@ class StepSizes:
 
 
 def step_sizes(name: str, w: np.ndarray, scheme: Scheme, measure: Measure = "weight") -> StepSizes:
-    """Returns the steps of a tensor's original weights.
+    """Returns the steps of the tensor `name` from its original weights.
 
-    Args:
-        name: of the tensor, since some are stored as something else.
-        w: rows [rows, columns] float32, in whole groups of `rows_together`.
-        scheme: for these rows.
-        measure: the unit whose error counts. One step of a block or row is twice the root mean
-            square of rounding to nearest there, so that rounding is off by half a step as usual.
+    `w` is [rows, columns] float32, in whole groups of `rows_together`. One step of a block or row
+    is twice the root mean square of rounding to nearest there: rounding is off by half a step.
     """
     if isinstance(scheme, Affine):
         if measure in ("block", "row"):
@@ -161,12 +161,15 @@ def step_sizes(name: str, w: np.ndarray, scheme: Scheme, measure: Measure = "wei
         return _affine(w, scheme)
     if isinstance(scheme, Palette):
         return _palette(w, scheme, measure)
-    for end, transformed in _TRANSFORMED.items():
-        if name.endswith(end):
-            return _of_each_weight(transformed(w))
-    if scheme.label in _FLOATS:
-        return _of_each_weight(_float_steps(w, *_FLOATS[scheme.label]))
-    return _ggml(w, BLOCKS[scheme.label])
+    if scheme.label in BLOCKS:
+        return _ggml(w, BLOCKS[scheme.label])
+    if name.endswith("norm.weight"):  # stored with 1 added
+        steps = np.spacing(np.abs(w + np.float32(1)))
+    elif name.endswith("recurrent_param"):
+        steps = decay_steps(w)
+    else:
+        steps = _float_steps(w, *_FLOATS[scheme.label])
+    return StepSizes(steps, steps)
 
 
 def shown_steps(name: str, dequantized: np.ndarray, scheme: Scheme) -> StepSizes:
@@ -175,25 +178,24 @@ def shown_steps(name: str, dequantized: np.ndarray, scheme: Scheme) -> StepSizes
     Where levels are even, the outermost ones of a block tell their distance.
     """
     if isinstance(scheme, Affine):
-        exact, _, _ = _affine_ranges(dequantized, scheme)
-        return _of_each_weight(_spread(exact, scheme.block, dequantized))
+        blocks = _affine_blocks(scheme, dequantized)
+        exact, _, _ = _block_steps(dequantized, blocks)
+        steps = _spread(exact, blocks, dequantized)
+        return StepSizes(steps, steps)
     if isinstance(scheme, Palette):
-        return _of_each_weight(_palette_gaps(dequantized, scheme))
+        steps = _palette_gaps(dequantized, scheme)
+        return StepSizes(steps, steps)
     return step_sizes(name, dequantized, scheme)
 
 
 def rows_together(scheme: Scheme) -> int:
-    """Returns how many rows share their steps."""
+    """Number of rows that share their steps."""
     return scheme.group if isinstance(scheme, Palette) else 1
 
 
 def is_quantized(scheme: Scheme) -> bool:
     """Returns whether weights are stored as integers or indices, and not as floats."""
     return scheme.label not in _FLOATS
-
-
-def _of_each_weight(steps: np.ndarray) -> StepSizes:
-    return StepSizes(steps, steps)
 
 
 def _root_mean_squares(error: np.ndarray, spans: np.ndarray, rows: int = 1) -> np.ndarray:
@@ -209,10 +211,9 @@ def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(np.abs(b) < np.abs(a), b, a)
 
 
-def _spread(blocks: np.ndarray, size: int | None, w: np.ndarray) -> np.ndarray:
-    """Repeats each block's value at each of its weights; `size` None is a whole row."""
-    columns = w.shape[1]
-    return np.repeat(blocks, size or columns, axis=1)[:, :columns]
+def _spread(values: np.ndarray, blocks: Blocks, w: np.ndarray) -> np.ndarray:
+    """Repeats each block's value at each of its weights."""
+    return np.repeat(values, blocks.size, axis=1)[:, : w.shape[1]]
 
 
 def _spacing(values: np.ndarray) -> np.ndarray:
@@ -226,69 +227,56 @@ def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
     return np.maximum(np.ldexp(np.float32(1), exponent), np.float32(smallest))
 
 
-def _norm_steps(w: np.ndarray) -> np.ndarray:
-    """Norms are stored with 1 added."""
-    return np.spacing(np.abs(w + np.float32(1)))
-
-
 def decay_steps(w: np.ndarray) -> np.ndarray:
-    """Λ is stored as -8 softplus(Λ): rounding moves Λ by softplus/sigmoid times as much."""
+    """GGUF stores Λ as -8 softplus(Λ): rounding moves Λ by softplus/sigmoid times as much."""
     wide = w.astype(np.float64)
     softplus = np.logaddexp(0, wide)
     moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
     return np.maximum(moved + np.spacing(np.abs(w)), NEGLIGIBLE).astype(np.float32)
 
 
-_TRANSFORMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "norm.weight": _norm_steps,
-    "recurrent_param": decay_steps,
-}
-"""End of a tensor's name → its steps in a GGUF file, where it is stored as something else."""
+def _block_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns each block's step, its range over its number of steps; and the range's ends."""
+    starts = np.arange(0, w.shape[1], blocks.size)
+    high, low = (end.reduceat(w, starts, axis=1) for end in (np.maximum, np.minimum))
+    if not blocks.asymmetric:
+        return np.maximum(np.maximum(high, -low) / np.float32(blocks.below), NEGLIGIBLE), high, low
+    if blocks.with_zero:
+        low = np.minimum(low, 0)
+    if blocks.with_zero == "both":
+        high = np.maximum(high, 0)
+    return np.maximum((high - low) / np.float32(blocks.below), NEGLIGIBLE), high, low
 
 
-def _ranges(w: np.ndarray, size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the largest and the least weight of each block, [rows, blocks]."""
-    starts = np.arange(0, w.shape[1], size or w.shape[1])
-    return np.maximum.reduceat(w, starts, axis=1), np.minimum.reduceat(w, starts, axis=1)
-
-
-def _affine_ranges(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns each block's step, its range over its number of steps; largest and least weight.
-
-    Symmetric: 2^(bits - 1) steps from zero to the value of largest magnitude, whatever its sign;
-    asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
-    """
-    high, low = _ranges(w, scheme.block)
+def _affine_blocks(scheme: Affine, w: np.ndarray) -> Blocks:
+    size = scheme.block or w.shape[1]
     if scheme.symmetric:
-        exact = np.maximum(high, -low) / np.float32(2 ** (scheme.bits - 1))
-    else:
-        exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
-    return np.maximum(exact, NEGLIGIBLE), high, low
+        return Blocks(size, 2 ** (scheme.bits - 1), clips=True)
+    return Blocks(size, 2**scheme.bits - 1, asymmetric=True, with_zero="both")
 
 
 def _affine(w: np.ndarray, scheme: Affine) -> StepSizes:
-    exact, _, _ = _affine_ranges(w, scheme)
-    grid = step = _spread(exact, scheme.block, w)
+    blocks = _affine_blocks(scheme, w)
+    exact, _, _ = _block_steps(w, blocks)
+    grid = step = _spread(exact, blocks, w)
     if scheme.scale == "float16":
         # the scale is rounded up, and in Core ML its product with the integer to nearest
-        step = _spread(exact + _spacing(exact), scheme.block, w)
+        step = _spread(exact + _spacing(exact), blocks, w)
         step = step + _spacing(np.abs(w) + step)
-    limit = grid * np.float32(2 ** (scheme.bits - 1) - 1) if scheme.symmetric else None
-    return StepSizes(step, step, limit, grid)
+    return StepSizes(step, step, grid * blocks.inner if blocks.clips else None, grid)
 
 
 def _affine_spans(w: np.ndarray, scheme: Affine, measure: Measure) -> StepSizes:
     """Rounds to nearest with the scales of the extremes, as `quantize.affine` does."""
-    top = 2**scheme.bits - 1
-    exact, high, low = _affine_ranges(w, scheme)
-    levels = _spread(exact, scheme.block, w)
+    top, blocks = 2**scheme.bits - 1, _affine_blocks(scheme, w)
+    exact, high, low = _block_steps(w, blocks)
+    levels = _spread(exact, blocks, w)
     if scheme.symmetric:
         # the extreme has the level without an opposite
         sign = np.where(high > -low, -1, 1).astype(np.float32)
-        step, zeros = _spread(exact * sign, scheme.block, w), np.array(top // 2 + 1, np.float32)
+        step, zeros = _spread(exact * sign, blocks, w), np.array(top // 2 + 1, np.float32)
     else:
-        step = levels
-        zeros = _spread(np.clip(np.rint(-np.minimum(low, 0) / exact), 0, top), scheme.block, w)
+        step, zeros = levels, _spread(np.clip(np.rint(-low / exact), 0, top), blocks, w)
     error = (np.clip(np.rint(w / step) + zeros, 0, top) - zeros) * step - w
     # how far rounded scales move a level
     largest = np.maximum(high, -low)
@@ -296,7 +284,7 @@ def _affine_spans(w: np.ndarray, scheme: Affine, measure: Measure) -> StepSizes:
     if scheme.scale == "float16":  # of the scale, and of its product with the level
         moved = top * _spacing(exact) + _spacing(largest)
     columns = w.shape[1]
-    spans = np.arange(0, columns, columns if measure == "row" else scheme.block or columns)
+    spans = np.arange(0, columns, columns if measure == "row" else blocks.size)
     rounding = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
     return StepSizes(np.maximum(rounding, NEGLIGIBLE), levels, spans=spans)
 
@@ -316,8 +304,7 @@ def _palette(w: np.ndarray, scheme: Palette, measure: Measure) -> StepSizes:
     step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
     step = np.maximum(step, NEGLIGIBLE)
     of_rows = np.repeat(step, scheme.group, axis=0)
-    # Half a step is an rms error here, and a step over √12 elsewhere.
-    levels = 3**0.5 * of_rows
+    levels = 3**0.5 * of_rows  # half a step is an rms error here, and a step over √12 elsewhere
     return StepSizes(of_rows if measure == "row" else step, levels, spans=np.zeros(1, np.intp))
 
 
@@ -335,18 +322,13 @@ def _palette_gaps(dequantized: np.ndarray, scheme: Palette) -> np.ndarray:
 
 def _ggml(w: np.ndarray, blocks: Blocks) -> StepSizes:
     """Steps of whole blocks; rounded scales and minimums move every value of a block."""
-    high, low = _ranges(w, blocks.size)
-    if blocks.asymmetric:
-        least = np.minimum(low, 0) if blocks.grouped else low
-        exact, minimum = (high - least) / np.float32(blocks.below), np.abs(least)
-    else:
-        exact = np.maximum(high, -low) / np.float32(blocks.below)
-        minimum = np.zeros_like(exact)
+    exact, _, low = _block_steps(w, blocks)
+    minimum = np.abs(low) if blocks.asymmetric else np.zeros_like(low)
     smallest = blocks.scales * _LEAST  # what rounding may do to a step, however small it is
     moved = blocks.below * np.maximum(exact * _HALF, smallest)
     moved += np.maximum(minimum * _HALF, smallest)
-    step = np.maximum(exact + 2 * moved, NEGLIGIBLE)
-    levels, grid = step, None
+    step = levels = exact + 2 * moved
+    grid = None
     if blocks.grouped:
         step = _largest_of_group(step, blocks)
         # Rounding to nearest has the block's own step, within the resolution of its scale.
@@ -354,10 +336,10 @@ def _ggml(w: np.ndarray, blocks: Blocks) -> StepSizes:
         rounded = np.float32(2 * blocks.below * smallest)
         levels = np.maximum(exact, np.maximum(resolution, rounded))
     elif not blocks.asymmetric:
-        grid = _spread(np.maximum(exact, NEGLIGIBLE), blocks.size, w)
-    step, levels = (_spread(values, blocks.size, w) for values in (step, levels))
-    outermost = (step if grid is None else grid) * np.float32(blocks.below - 1)
-    return StepSizes(step, levels, outermost if blocks.clips else None, grid)
+        grid = _spread(exact, blocks, w)
+    step, levels = (_spread(values, blocks, w) for values in (step, levels))
+    limit = (step if grid is None else grid) * blocks.inner if blocks.clips else None
+    return StepSizes(step, levels, limit, grid)
 
 
 def _largest_of_group(steps: np.ndarray, blocks: Blocks) -> np.ndarray:

@@ -126,23 +126,6 @@ class SketchError(TensorError):
     largest_share: float
     estimated: bool = False
 
-    @property
-    def values(self) -> int:
-        """Weights in all."""
-        return self.rows * self.columns
-
-    @property
-    def uncertainty(self) -> float:
-        """The relative standard error of ‖W−Ŵ‖²."""
-        return math.sqrt(2 / (self.evenness * self.directions)) if self.directions else 0.0
-
-    @property
-    def products(self) -> float:
-        """The number of independent products of W and E that the projection is known from."""
-        if self.estimated and self.directions:
-            return self.evenness * self.directions
-        return self.values
-
 
 def weight_errors(
     original: WeightSource,
@@ -152,20 +135,15 @@ def weight_errors(
     weighted: bool = False,
     inputs: Mixtures | None = None,
 ) -> list[WeightError]:
-    """Compares all `tensors` of an artifact with the original's.
-
-    A tensor in row groups has an error for each, by the label of its own scheme.
+    """Compares all `tensors` of an artifact, each of its row groups for itself.
 
     Args:
-        original: the weights that the artifact was made from.
-        dequantized: the artifact's own.
-        tensors: the scheme of each; all must be in both sources, in the same shape.
+        original: the weights that the artifact was made from, in the same shapes.
+        dequantized: the artifact's weights.
+        tensors: their schemes.
         weighted: whether the artifact was made with an importance matrix, or a calibration.
         inputs: mixtures of the linears' inputs, where they are known.
     """
-
-    def mixtures_of(name: str) -> np.ndarray | None:
-        return (inputs or {}).get(input_site(name) or "")
 
     def measure(name: str, scheme: Scheme, w: np.ndarray, rows: np.ndarray) -> Sums:
         expected, error, columns = expectation(scheme, weighted), rows - w, w.shape[1]
@@ -183,7 +161,8 @@ def weight_errors(
             "moved": float(error.sum(dtype=np.float64)),
             "steps": steps.total(columns),
         }
-        if (mixtures := mixtures_of(name)) is not None:
+        mixtures = (inputs or {}).get(input_site(name) or "")
+        if mixtures is not None:
             sums |= _output_sums(products(error, mixtures), steps, mixtures)
         return sums
 
@@ -210,14 +189,7 @@ def sketch_errors(
     *,
     weighted: bool = False,
 ) -> list[SketchError]:
-    """Compares all `tensors` of an artifact with a reference file's sketches, as `weight_errors`.
-
-    Args:
-        reference: has sketches of the weights that the artifact should have been made from.
-        dequantized: the artifact's own.
-        tensors: the scheme of each.
-        weighted: whether the artifact was made with an importance matrix, or a calibration.
-    """
+    """Compares all `tensors` of an artifact with a file's sketches; see `weight_errors`."""
     inputs = functools.cache(reference.inputs)
 
     def original(name: str) -> RowTensor:
@@ -318,6 +290,7 @@ def _compare(
     def compare_tensor(name: str, advance: Advance) -> list[T]:
         stored = tensors[name]
         totals: list[tuple[StoredGroup, Sums]] = [(group, {}) for group in groups_of(stored)]
+        # Temporaries of small slabs stay in cache, which makes the table 6x faster.
         pairs = paired_slabs(original(name), dequantized[name], stored, SLAB_BYTES)
         for start, known, rows in pairs:
             for group, total in totals:
@@ -349,8 +322,7 @@ def paired_slabs(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields the first row of the tensor, and rows of both sources, float32, as matrices.
 
-    A slab of the dequantized tensor has at most `limit` bytes: its temporaries stay in cache,
-    which makes the table 6x faster.
+    A slab of the dequantized tensor has at most `limit` bytes.
     """
     row_bytes, together = 4 * math.prod(stored.shape[1:]), rows_together(stored.scheme)
     for start, stop in slab_bounds(stored.shape[0], row_bytes, limit, together):

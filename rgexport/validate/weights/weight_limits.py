@@ -89,19 +89,23 @@ def _weight_limits(error: WeightError) -> Iterator[Limited]:
 
 def _sketch_limits(error: SketchError) -> Iterator[Limited]:
     expected = EXPECTATIONS[error.chosen]
+    values, known = error.rows * error.columns, error.evenness * (error.directions or 0)
     limit = expected.noise if error.quantized else HALF_STEPS
     if error.directions:
-        limit *= _most(error.evenness * error.directions, error.largest_share / error.directions)
+        limit *= _most(known, error.largest_share / error.directions)
     yield "noise", error.noise, limit
     count = error.directions or error.columns
     limit = expected.row_noise * _most(count, 1 / count, CHANCE / error.rows)
     yield "row", error.worst_row, limit
-    yield from _shift_limit(error, error.values)
+    yield from _shift_limit(error, values)
     # Without the weights it is not known how many clip: by rounding to nearest, too, some shrink.
     square = min(error.relative_error**2, expected.noise * error.expected_error**2)
-    deviation = error.relative_error / error.products**0.5
-    if not error.estimated:
-        deviation += square * error.uncertainty / 2
+    if error.estimated and error.directions:  # from as many independent products of W and E
+        deviation = error.relative_error / known**0.5
+    else:
+        deviation = error.relative_error / values**0.5
+    if error.directions and not error.estimated:  # √(2/known): the relative error of ‖W−Ŵ‖²
+        deviation += square * (2 / known) ** 0.5 / 2
     shrinks = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
     yield _projection_limit(error, square, shrinks, 0.0, 5 * deviation)
     yield from _output_limit(error)
