@@ -38,15 +38,15 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, parse, plain, read
-from rgexport.files.atomic import replace_file
+from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord, hash_file
+from rgexport.files.safetensors import DTYPES, read_header, read_metadata
+from rgexport.files.targets import replace_file
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import linear_inputs, model_tensors
-from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
-from rgexport.griffin.tensor import RowTensor
+from rgexport.griffin.tensor import RowTensor, file_rows
 from rgexport.validate.identity.text import TextIdentity
 from rgexport.validate.structure.elements import Fingerprint
 from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
@@ -57,14 +57,7 @@ METADATA = "rgexport_reference"
 MAX_STATE_BYTES = 1 << 30
 """States of one prompt: thirty times those of a 2B."""
 
-DTYPES: dict[str, np.dtype] = {
-    "I64": np.dtype(np.int64),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "U16": np.dtype(np.uint16),
-}
 _LAST_CODE = 2**16 - 1
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -259,20 +252,13 @@ def write_reference(
     for array in arrays.values():
         digest.update(array.tobytes())
     header = dataclasses.replace(header, data_sha256=digest.hexdigest())
-    fields: dict[str, object] = {"__metadata__": {METADATA: json.dumps(plain(header))}}
-    offset = 0
-    for name, array in arrays.items():
-        end = offset + array.nbytes
-        dtype, shape = _DTYPE_NAMES[array.dtype], list(array.shape)
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layouts = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    metadata = {METADATA: json.dumps(to_json(header))}
     with (
         replace_file(path, force=force, replaceable=is_reference) as partial,
         partial.open("wb") as file,
     ):
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors.header(layouts, metadata))
         file.writelines(array.tobytes() for array in arrays.values())
         file.flush()
         os.fsync(file.fileno())
@@ -302,7 +288,7 @@ def read_reference(path: Path) -> ReferenceFile:
 
 
 def _parse_header(path: Path, text: str) -> Header:
-    fields = parse(text)
+    fields = parse_json(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version != FORMAT_VERSION:
         newer = version > FORMAT_VERSION
@@ -310,7 +296,7 @@ def _parse_header(path: Path, text: str) -> Header:
             f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
             + ("update rgexport" if newer else "record it again with `rgexport reference`")
         )
-    header = read(Header, fields)
+    header = from_json(Header, fields)
     check_config(header.config)
     states = sum(4 * math.prod(spec.shape) for spec in state_specs(header.config))
     if states > MAX_STATE_BYTES:
