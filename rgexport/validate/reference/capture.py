@@ -150,7 +150,7 @@ def _record(
 
 
 def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Returns the positions of each prompt whose logits are recorded.
+    """Chooses the positions that have logits in the file, for each prompt.
 
     As many as fit into `LOGITS_BYTES`: the last one of every prompt, and others at even distances
     over all prompts.

@@ -318,7 +318,7 @@ def _is_inside(values: Sequence[int], start: int, stop: int) -> bool:
 
 
 def _open_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
-    """Opens the arrays, which must be those of `array_layouts`."""
+    """Opens the arrays and compares their layouts with `array_layouts`."""
     entries, layouts = read_header(path), dict(array_layouts(header))
     for name in entries.keys() ^ layouts.keys():
         raise Mismatch(f"{name} is {'unknown' if name in entries else 'missing'}")

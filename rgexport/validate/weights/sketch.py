@@ -39,7 +39,7 @@ Mixtures = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class SketchShape:
-    """The sketch of a tensor as a matrix, whose rows are the tensor's last axis.
+    """Shape of a tensor's sketch. The tensor is a matrix here: a row is its last axis.
 
     Attributes:
         rows: of the matrix.

@@ -270,7 +270,7 @@ def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) ->
 
 
 def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
-    """Returns ‖E p‖² over mixtures p, from the products E p; and that of rounding to nearest."""
+    """Sums ‖E p‖² over mixtures p, from the products E p, and the same for rounding to nearest."""
     return {
         "output": float(np.square(moved).sum()),
         "expected_output": expected_noise(steps, mixtures),

@@ -118,7 +118,7 @@ def _projection_limit(
     clipping: float,
     uncertainty: float,
 ) -> Limited:
-    """Compares the projection with the middle of what is expected.
+    """Compares the projection with the middle of its expected range.
 
     With ρ² = ‖W−Ŵ‖²/‖W‖², the `square`, the least squared error changes it by -ρ², unbiased
     rounding by 0; `shrinks` is in units of ρ².
