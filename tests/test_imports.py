@@ -21,7 +21,9 @@ FLOORS = (
     *("griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve", "page"),
     *("validate", "evaluate", "compress", "commands", "cli"),
 )
-ANYWHERE = {*"errors files formats printing processors progress tables web __init__".split()}
+ANYWHERE = {
+    *"choices errors files formats printing processors progress tables web __init__".split()
+}
 """What every floor may import."""
 
 NEEDS_TORCH = {

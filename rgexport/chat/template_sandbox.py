@@ -41,7 +41,7 @@ MAX_INDENT = 16
 _STEP, _ITEM = 16, 64
 """Bytes charged for an operation, and for an item of a list."""
 
-_Generators = GeneratorType | map | filter
+_GENERATORS = GeneratorType, map, filter
 _FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
 title trim unique upper""".split()
@@ -291,7 +291,8 @@ class _Charging(NodeTransformer):
         """Charges a slice, which is a copy."""
         if isinstance(node.arg, nodes.Slice):
             return self.visit_List(node)
-        return self.generic_visit(node)
+        visited: nodes.Node = self.generic_visit(node)
+        return visited
 
 
 def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
@@ -302,7 +303,7 @@ def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
 
 def _listed(values: Sequence[Any]) -> tuple[Any, ...]:
     """The values, with a list for each generator."""
-    return tuple(list(v) if isinstance(v, _Generators) else v for v in values)
+    return tuple(list(v) if isinstance(v, _GENERATORS) else v for v in values)
 
 
 def _unstable(*_: Any, **__: Any) -> NoReturn:
@@ -327,5 +328,6 @@ def _has_no_text(value: Any) -> bool:
     """Whether the text of an object would be its address in memory."""
     if type(value) is str or isinstance(value, Undefined):
         return False
-    has_address = type(value).__repr__ is object.__repr__
-    return has_address or callable(value) or isinstance(value, _Generators)
+    representation: Any = type(value).__repr__
+    has_address = representation is object.__repr__
+    return has_address or callable(value) or isinstance(value, _GENERATORS)

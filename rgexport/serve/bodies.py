@@ -26,7 +26,7 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRoute(APIRoute):
-    """A route that lets `app.state.offload` parse and validate its argument `body`."""
+    """A route that lets the server's `Offload` parse and validate its argument `body`."""
 
     def get_route_handler(self) -> _Handler:
         """Returns what answers a request: FastAPI's handler, after the body was read."""
@@ -39,7 +39,7 @@ class JsonRoute(APIRoute):
             if not data:
                 return await handle(request)
             require_json(request.headers.get("content-type", ""))
-            parsed = await request.app.state.offload.parse(request, kind, data)
+            parsed = await request.app.state.server.offload.parse(request, kind, data)
             return await handle(_ParsedRequest(request, data, parsed))
 
         return read_and_handle

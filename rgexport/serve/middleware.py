@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rgexport.progress import note, warn
 from rgexport.serve.errors import INVALID, SERVER, ServerEnds, error_response
-from rgexport.serve.metrics import Metrics
+from rgexport.serve.monitoring import Metrics
 
 _BODY_SECONDS = 60.0
 """Time in which a whole request must arrive."""

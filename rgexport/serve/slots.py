@@ -1,12 +1,12 @@
-"""Slots: the last conversations of each client, by number, as llama-server has them."""
+"""Slots of llama-server: the last conversations of each client, by number."""
 
 import threading
 from collections import Counter
 from dataclasses import dataclass
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import Prompt
-from rgexport.chat.reply import Reply
+from rgexport.chat.prompts import PromptTokens
+from rgexport.chat.reply import ModelReply
 from rgexport.chat.state_file import SavedState
 from rgexport.chat.template import Message
 
@@ -15,20 +15,25 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Slot:
-    """The last conversation of a slot, its reply included, or a text; `count` tokens of it."""
+    """A conversation with its last reply, or a text.
+
+    Attributes:
+        count: number of tokens.
+        messages: the conversation, if it is one.
+        known: the tokens, if they need not be rendered.
+    """
 
     count: int
     messages: tuple[Message, ...] | None
     known: tuple[int, ...] = ()
-    """Its tokens, where they need not be rendered."""
 
     def ids(self, model: Model) -> list[int]:
-        """Its tokens."""
+        """Returns the tokens."""
         return [*self.known] if self.known else model.conversation_ids(self.messages or ())
 
 
-def slot_after(prompt: Prompt, reply: Reply) -> Slot:
-    """Returns a prompt with its reply."""
+def slot_after(prompt: PromptTokens, reply: ModelReply) -> Slot:
+    """Returns the slot of a prompt and its reply."""
     count = reply.prompt_tokens + reply.new_tokens
     if prompt.messages is None:
         return Slot(count, None, (*prompt.ids, *reply.ids))
@@ -36,7 +41,7 @@ def slot_after(prompt: Prompt, reply: Reply) -> Slot:
 
 
 def slot_from(saved: SavedState) -> Slot | None:
-    """Returns the text of a saved state, None if the file does not have it."""
+    """Returns the slot of a saved state, None if the file has no text."""
     if saved.tokens is None:
         return None
     messages = None if saved.messages is None else (*saved.messages,)
@@ -44,7 +49,7 @@ def slot_from(saved: SavedState) -> Slot | None:
 
 
 class ClientSlots:
-    """The slots of all clients. Where there are too many, the client with most loses its oldest."""
+    """The slots of all clients. Above the maximum, the client with most slots loses its oldest."""
 
     def __init__(self, most: int = _MOST_SLOTS) -> None:
         self._most, self._lock = most, threading.Lock()

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, get_args
 
+from rgexport.choices import GradeName
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.metrics import KL, Agreement
-
-GradeName = Literal["lossless", "excellent", "good", "fair", "poor"]
 
 
 @dataclass(frozen=True)
