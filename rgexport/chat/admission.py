@@ -86,7 +86,6 @@ class Admission:
                 self.changed.wait(seconds)
 
     def wake(self) -> None:
-        """Ends the scheduler's waiting."""
         with self.changed:
             self.changed.notify()
 
@@ -133,13 +132,11 @@ class Admission:
             self._live.discard(job)
 
     def close(self) -> None:
-        """Refuses further jobs and wakes the scheduler."""
         with self.changed:
             self._closed = True
             self.changed.notify()
 
     def busy(self) -> Busy:
-        """Returns the error for a request that cannot wait."""
         return Busy(f"{self._max_waiting} requests wait already; try again later")
 
     def _is_full_for(self, job: GenerationJob) -> bool:

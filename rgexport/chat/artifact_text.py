@@ -12,11 +12,9 @@ class ArtifactText:
     """Reads both from the artifact's folder, which holds copies of the checkpoint's files."""
 
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
-        """Returns the tokenizer, see `open_tokenizer`."""
         return load_tokenizer(artifact.path)
 
     def template(self, artifact: Artifact) -> ChatTemplate:
-        """Returns the template, see `open_template`."""
         return load_template(artifact.path)
 
 

@@ -22,7 +22,6 @@ FileName = tuple[str, str]
 
 
 def file_name(key: Key) -> str:
-    """Returns the name of the file of a state."""
     return f"{key[0]}-{key[1]}.state"
 
 
@@ -61,7 +60,6 @@ class FolderIndex:
             return set(self._lengths)
 
     def has(self, key: Key) -> bool:
-        """Returns whether this artifact has a state of that key."""
         with self._lock:
             return (self._name, file_name(key)) in self._files
 
@@ -72,7 +70,6 @@ class FolderIndex:
             return None if file is None else file.has_logits
 
     def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
-        """Adds a file of this artifact, or replaces its entry."""
         with self._lock:
             name = self._name, file_name(key)
             self._discard(name)
@@ -87,7 +84,6 @@ class FolderIndex:
                 self._files.move_to_end(name)
 
     def discard(self, key: Key) -> None:
-        """Removes the entry of a missing file."""
         with self._lock:
             self._discard((self._name, file_name(key)))
 

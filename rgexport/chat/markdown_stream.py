@@ -1,7 +1,6 @@
 """Streamed Markdown on a terminal: finished blocks are printed, the last one is redrawn."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -20,7 +19,6 @@ class MarkdownStream:
         self._live = self._new_live()
 
     def add(self, piece: str) -> None:
-        """Shows the next piece."""
         self._text += piece
         if end := _end_of_blocks(self._text):
             # Live output is cut at the height of the screen, so finished blocks leave it.
@@ -38,12 +36,7 @@ class MarkdownStream:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Prints the last block."""
         self._live.stop()
         if self._text.strip():

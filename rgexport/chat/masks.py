@@ -47,7 +47,6 @@ class MaskThreads:
         self._slow = DaemonExecutor("slow masks", low_priority=True)
 
     def submit(self, compute: Callable[[], np.ndarray], *, slow: bool) -> Future[np.ndarray]:
-        """Computes a mask in the thread for quick or for slow ones."""
         future = (self._slow if slow else self._quick).submit(compute)
         future.add_done_callback(lambda _: self._ready())
         return future
@@ -95,7 +94,6 @@ class ReplyMask:
         self._start(token)
 
     def cancel(self) -> None:
-        """Skips a computation that has not begun."""
         self._bias.cancel()
 
     def _start(self, token: int | None) -> None:

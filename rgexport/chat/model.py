@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -132,7 +131,6 @@ class Model(PromptEncoder):
 
     @property
     def name(self) -> str:
-        """The model's name."""
         return self.identity.name
 
     def require_chat(self) -> None:
@@ -165,7 +163,6 @@ class Model(PromptEncoder):
         return self.continue_ids(self.text_ids(text), reply_options(**options))
 
     def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
-        """Returns the continuation of tokens, piece by piece."""
         return ReplyStream(partial(self.start, PromptTokens(ids), options))
 
     def draft_of(self, text: str) -> list[int]:
@@ -335,19 +332,13 @@ class Model(PromptEncoder):
         return saved
 
     def close(self) -> None:
-        """Ends all replies and frees the engine."""
         self._settling.shutdown()
         self.scheduler.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _settle(
@@ -389,7 +380,6 @@ class _ReadingListener:
         return False
 
     def end(self, end: End) -> None:
-        """Sets the future, unless it was cancelled."""
         if not self.done.set_running_or_notify_cancel():
             return
         if end.error is not None:
@@ -423,7 +413,6 @@ def load(
 
 
 def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:
-    """Opens the engine of an artifact, see `load`."""
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     identity = identity_of(artifact.manifest, template.source)
     session = open_session(artifact, threads=threads)

@@ -17,7 +17,6 @@ def in_namespace(key: Key, namespace: str) -> Key:
 
 
 def key_of(ids: Sequence[int] | np.ndarray) -> Key:
-    """Returns the key of these tokens."""
     (key,) = keys_of(ids, [len(ids)])
     return key
 

@@ -34,7 +34,6 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Size in memory."""
         arrays = [*self.state.values(), *([] if self.logits is None else [self.logits])]
         return sum(array.nbytes for array in arrays)
 
@@ -56,7 +55,6 @@ class PrefixStore:
     """
 
     def __init__(self, max_bytes: int, folder: StateFolder | None = None) -> None:
-        """Starts without states in memory."""
         self._max_bytes, self._folder = max_bytes, folder
         self._entries: OrderedDict[Key, Prefix] = OrderedDict()
         self.nbytes = 0
@@ -129,13 +127,11 @@ class PrefixStore:
         return 0
 
     def clear(self) -> None:
-        """Drops the states in memory."""
         with self._lock:
             self._entries.clear()
             self.nbytes = 0
 
     def close(self) -> None:
-        """Waits until the folder is written, for a limited time."""
         if self._folder:
             self._folder.close()
 

@@ -184,7 +184,6 @@ class PromptEncoder:
                 yield length
 
     def _shared(self, messages: Sequence[Message], ids: list[int]) -> int:
-        """Returns the length of the common prefix; 0 if the messages cannot be rendered."""
         with contextlib.suppress(RequestError):
             return common_prefix(ids, self._render(messages, reply=False))
         return 0
@@ -219,7 +218,6 @@ def _without_system(messages: Sequence[Message]) -> list[Message] | None:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Returns the length of the common prefix of two sequences."""
     length = min(len(left), len(right))
     differing = np.flatnonzero(np.array(left[:length]) != np.array(right[:length]))
     return int(differing[0]) if len(differing) else length

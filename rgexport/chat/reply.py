@@ -118,7 +118,6 @@ class ModelReply:
 
     @property
     def new_tokens(self) -> int:
-        """Number of tokens of the reply."""
         return len(self.ids)
 
     @property
@@ -146,7 +145,6 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Takes the stop strings; empty ones are left out."""
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.match: str | None = None
@@ -165,7 +163,6 @@ class StopStrings:
         return text[:sure]
 
     def finish(self) -> str:
-        """Returns the text that was held back."""
         held, self._held = self._held, ""
         return held
 
@@ -195,7 +192,6 @@ class ReplyWriter:
         self._ids: list[int] = []
 
     def token(self, token: Token) -> bool:
-        """Takes the next token; returns whether the reply goes on."""
         self._ids.append(token.id)
         if self._logprobs is not None:
             self._undelivered.append(scored(token, self._logprobs))
@@ -208,7 +204,6 @@ class ReplyWriter:
             self._undelivered.append(scored(Token(token, row), self._logprobs or 0))
 
     def end(self, end: End) -> None:
-        """Takes the end."""
         self._add(self._stop.add(self._decoder.finish()) + self._stop.finish(), last=True)
         if end.error is not None:
             self._deliver_end(end.error)
@@ -255,7 +250,6 @@ class ReplyStream(Iterator[str]):
 
     @property
     def failed(self) -> bool:
-        """Whether the engine ended the reply by an error."""
         return isinstance(self._end, RequestError)
 
     def __next__(self) -> str:

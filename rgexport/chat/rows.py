@@ -20,7 +20,7 @@ class Rows:
     def __init__(self, session: Session, capacity: int) -> None:
         """Empties the session, and takes the maximum number of jobs."""
         session.reset(capacity)
-        self._session, self._capacity = session, capacity
+        self._session, self.capacity = session, capacity
         self._empty: State = {name: np.zeros((1, *s)) for name, s in session.state_shapes.items()}
         self._empty[POSITION] = np.zeros(1, np.int64)
         self._jobs: list[GenerationJob] = []
@@ -34,8 +34,7 @@ class Rows:
 
     @property
     def is_full(self) -> bool:
-        """Whether no row is free."""
-        return len(self._jobs) == self._capacity
+        return len(self._jobs) == self.capacity
 
     @property
     def writing(self) -> list[GenerationJob]:
@@ -52,7 +51,6 @@ class Rows:
         self._jobs.append(job)
 
     def state(self, job: GenerationJob) -> State:
-        """Returns the state of a job's row, with a batch of 1."""
         return self._get(self._jobs.index(job))
 
     def set_state(self, job: GenerationJob, state: State | None) -> None:
@@ -60,22 +58,18 @@ class Rows:
         self._set(self._jobs.index(job), self._empty if state is None else state)
 
     def range(self, job: GenerationJob) -> range:
-        """Returns the row of a job as a range of rows."""
         row = self._jobs.index(job)
         return range(row, row + 1)
 
     def start_writing(self, job: GenerationJob) -> None:
-        """Adds a job to the next step."""
         self._swap(self._jobs.index(job), self._writing)
         self._writing += 1
 
     def stop_writing(self, job: GenerationJob) -> None:
-        """Removes a job from the next step."""
         self._writing -= 1
         self._swap(self._jobs.index(job), self._writing)
 
     def remove(self, job: GenerationJob) -> None:
-        """Frees the row of a job."""
         row = self._jobs.index(job)
         if row < self._writing:
             self._writing -= 1
@@ -109,5 +103,4 @@ class Rows:
 
 
 def count_by_client(jobs: Iterable[GenerationJob]) -> Counter[str]:
-    """Returns the number of jobs by client."""
     return Counter(job.request.client for job in jobs)

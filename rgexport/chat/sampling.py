@@ -71,14 +71,11 @@ class Sampling:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything but the temperature changes logits."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return any(penalties) or bool(self.logit_bias)
 
 
 class Sampler:
-    """Chooses the tokens of one reply."""
-
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
         """Takes the prompt, whose tokens `repetition_penalty` also counts."""
         self.options = options

@@ -3,9 +3,6 @@
 One thread owns the session. Its rows are conversations: the first ones decode one token each in a
 common step; the others read their prompts, in chunks between the steps. Rows are taken and freed
 between steps. The states of prompts go into a prefix store, so that no prompt is read twice.
-
-Clients share rows and chunks: a row goes to the client with the fewest; if all rows are taken, from
-a client that has two more, whose job is paused. That is cheap, since a state has a fixed size.
 """
 
 import contextlib
@@ -29,8 +26,8 @@ from rgexport.chat.jobs import (
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.prompts import common_prefix
-from rgexport.chat.rows import Rows, count_by_client
+from rgexport.chat.row_assignment import RowAssignment
+from rgexport.chat.rows import Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
@@ -53,8 +50,6 @@ _POLL_SECONDS = 0.05
 
 @dataclass
 class Counters:
-    """Totals of a scheduler since its start."""
-
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -94,8 +89,9 @@ class Scheduler:
             lookup: whether steps may check drafts, if the engine's results stay bit-identical.
         """
         self.counters, self.store = Counters(), store
-        self._session, self._capacity = session, rows
+        self._session = session
         self._rows, self._admission = Rows(session, rows), Admission(rows, max_waiting)
+        self._assignment = RowAssignment(self._admission, self._rows, store)
         self._last_read: dict[str, float] = {}
         """Client whose prompts are being read → end of its last chunk."""
         self._chunk_size = ChunkSize(session)
@@ -110,17 +106,14 @@ class Scheduler:
 
     @property
     def most_requests(self) -> int:
-        """Maximum number of requests that run and wait."""
         return self._admission.most
 
     @property
     def running(self) -> int:
-        """Number of requests that have a row."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Number of requests that wait for a row."""
         return self._admission.waiting
 
     @property
@@ -179,7 +172,7 @@ class Scheduler:
         while self._admission.wait_for_work(running=bool(self._rows)):
             try:
                 self._drop_cancelled()
-                self._admit()
+                self._assignment.assign(self._begin)
                 if not self._rows:
                     self._admission.wait_for_folder(_FOLDER_SECONDS)
                 self._read()
@@ -203,49 +196,7 @@ class Scheduler:
             if job.paused is not None and job.fed > job.stored:
                 self._store(job, job.paused, lasting=False)
 
-    def _admit(self) -> None:
-        """Gives rows to waiting jobs, each with the longest known prefix."""
-        postponed: list[GenerationJob] = []  # includes the current job, lest an error lose it
-        try:
-            for _ in range(self._capacity):
-                job = self._next_job(postponed)
-                if job is None:
-                    return
-                postponed.append(job)
-                if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
-                    continue
-                if self._rows.is_full:
-                    self._pause_one()
-                self._begin(postponed.pop())
-        finally:
-            for job in reversed(postponed):
-                self._admission.put_back(job)
-
-    def _next_job(self, postponed: list[GenerationJob]) -> GenerationJob | None:
-        """Takes the next job that may have a row.
-
-        If all rows are taken, its client must have two fewer than another one.
-        """
-        if not self._admission.has_queues:
-            return None
-        turns = count_by_client([*self._rows, *postponed])
-        if not self._rows.is_full:
-            return self._admission.take(turns)
-        most = max(count_by_client(self._rows).values()) - 2
-        if most < 0 or self._admission.paused >= self._capacity:
-            return None
-        return self._admission.take(turns, most)
-
-    def _pause_one(self) -> None:
-        """Pauses the newest job of the client with most rows."""
-        ((client, _),) = count_by_client(self._rows).most_common(1)
-        job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
-        job.paused = self._rows.state(job)
-        self._rows.remove(job)
-        self._admission.put_back(job)
-
     def _begin(self, job: GenerationJob) -> None:
-        """Gives a job the next row."""
         self._rows.add(job)
         if job.paused is not None:
             self._rows.set_state(job, job.paused)
@@ -269,27 +220,6 @@ class Scheduler:
         self.counters.cached_tokens += prefix.length
         if prefix.length == len(job.ids):
             self._reply(job, prefix.logits, prefix.state)
-
-    def _is_being_read(self, job: GenerationJob) -> bool:
-        """Returns whether another row will soon store a longer prefix than the known one."""
-        namespace = job.request.namespace
-        reading = [r for r in self._rows.reading if r.request.namespace == namespace]
-        if job.paused is not None or job.request.prompt_logits or not reading:
-            return False
-        known = self.store.length(job.ids, namespace)
-        for running in reading:
-            shared = common_prefix(job.ids, running.ids)
-            if any(known < stop <= shared for stop in running.stops()):
-                return True
-        return False
-
-    def _is_being_fetched(self, job: GenerationJob) -> bool:
-        """Returns whether the store's folder is reading a longer prefix than memory has."""
-        if job.paused is not None or job.request.prompt_logits:
-            return False
-        wake, namespace = self._admission.wake, job.request.namespace
-        job.fetch = job.fetch or self.store.fetch(job.ids, wake, namespace)
-        return job.fetch is not None and job.fetch.pending
 
     def _read(self) -> None:
         """Reads a chunk of one prompt, at most up to where its state is stored next."""
@@ -492,6 +422,6 @@ class Scheduler:
         failure = EngineError(f"the engine: {error}")
         jobs = self._rows.clear()
         with contextlib.suppress(Exception):  # then each request reports the failure
-            self._session.reset(self._capacity)
+            self._session.reset(self._rows.capacity)
         for job in jobs:
             self._end(job, "error", failure)

@@ -71,12 +71,10 @@ class SavedState:
 
     @property
     def position(self) -> int:
-        """Number of tokens that the state has seen."""
         return self.key[0]
 
     @property
     def count(self) -> int:
-        """Number of tokens of the text."""
         return self.position if self.tokens is None else len(self.tokens)
 
 

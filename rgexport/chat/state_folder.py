@@ -61,7 +61,6 @@ class Fetch:
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
     def wait(self) -> None:
-        """Waits until it is not pending."""
         self._ended.wait(max(0.0, self._deadline - time.monotonic()))
 
     def end(self, state: SavedState | None) -> None:
@@ -135,11 +134,9 @@ class StateFolder:
         return set() if hangs else self._index.lengths()
 
     def has(self, key: Key) -> bool:
-        """Returns whether the state can be read."""
         return self._index.has(key) and time.monotonic() >= self._avoided.get(key, 0.0)
 
     def has_logits(self, key: Key) -> bool | None:
-        """Returns whether the state has logits; None if only its file knows."""
         return self._index.has_logits(key)
 
     def save(self, key: Key, state: State, logits: np.ndarray | None) -> None:

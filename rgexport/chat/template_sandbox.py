@@ -253,7 +253,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Charging(NodeTransformer):
     """Inserts calls of the sandbox's methods into a template's tree."""
 
-    def visit_For(self, node: Any) -> nodes.Node:
+    def visit_For(self, node: Any) -> Any:
         """Charges each round of a loop, and the constant text in it."""
         self.generic_visit(node)
         text = sum(len(part.data) for part in node.find_all(nodes.TemplateData))

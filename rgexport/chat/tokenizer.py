@@ -78,12 +78,10 @@ class Tokenizer:
 
     @property
     def end_of_turn_id(self) -> int | None:
-        """The id of `<end_of_turn>`; None if this vocabulary has no turns."""
         return self.special.get(END_OF_TURN)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end a reply."""
         return frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
 
     def literal(self, token: int | None) -> str:
@@ -135,7 +133,6 @@ class Tokenizer:
 
     @functools.cached_property
     def _firsts(self) -> frozenset[str]:
-        """The characters that special literals begin with."""
         return frozenset(literal[0] for literal in self.special)
 
     @functools.cached_property

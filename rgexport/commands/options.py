@@ -136,7 +136,7 @@ def _inferred(kind: type[click.Parameter], annotation: Any) -> dict[str, Any]:
         names = get_args(annotation)
         return attributes | {"type": click.Choice(names), "metavar": "|".join(names)}
     if annotation is bool:
-        return {"is_flag": True}
+        return {"is_flag": True} | ({"default": None} if attributes else {})
     return attributes | {"type": _PATH if annotation is Path else annotation}
 
 

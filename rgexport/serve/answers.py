@@ -35,7 +35,6 @@ class OpenAIAnswer:
     def whole(
         self, replies: Sequence[ModelReply], tokens: Sequence[Sequence[ScoredToken]]
     ) -> dict[str, Any]:
-        """Returns the complete answer."""
         choices = []
         for index, (reply, scored) in enumerate(zip(replies, tokens, strict=True)):
             message = {"message": {"role": "assistant", "content": reply.text}}
@@ -60,12 +59,10 @@ class OpenAIAnswer:
         return self._chunk(index, {"text": before}) if before else None
 
     def piece(self, index: int, piece: TextPiece) -> dict[str, Any]:
-        """Returns a chunk with text."""
         text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
         return self._chunk(index, text | {"logprobs": self._logprobs(piece.tokens)})
 
     def closing(self, index: int, reply: ModelReply) -> dict[str, Any]:
-        """Returns the last chunk of a reply."""
         empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         last = self._chunk(index, empty, _REASONS[reply.reason])
         return last | {"timings": timings(reply)}
@@ -142,7 +139,6 @@ def usage(replies: Sequence[ModelReply], n: int = 1) -> dict[str, Any]:
 
 
 def timings(reply: ModelReply) -> dict[str, Any]:
-    """Returns llama-server's timings."""
     return {
         "cache_n": reply.cached_tokens,
         "prompt_n": reply.prompt_tokens - reply.cached_tokens,

@@ -53,11 +53,9 @@ class _ParsedRequest(Request):
         self._data, self._parsed = data, parsed
 
     async def body(self) -> bytes:
-        """Returns the bytes."""
         return self._data
 
     async def json(self) -> object:
-        """Returns the object."""
         return self._parsed
 
 

@@ -28,7 +28,6 @@ class Client:
 
     @property
     def namespace(self) -> str:
-        """The namespace of its prefixes."""
         return "" if self.is_sharing else self.owner
 
     def folder(self, saved: Path) -> Path:

@@ -68,7 +68,6 @@ class Connection(H11Protocol):
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets the connection."""
         self._stop_waiting()
         self.connections_of_server.open.pop(self, None)
         super().connection_lost(exc)
@@ -83,11 +82,9 @@ class Connection(H11Protocol):
 
     @property
     def is_silent(self) -> bool:
-        """Whether no request is under way."""
         return self.cycle is None or self.cycle.response_complete
 
     def drop(self) -> None:
-        """Closes the connection at once."""
         self._stop_waiting()
         self.connections_of_server.open.pop(self, None)
         self.transport.abort()
@@ -108,7 +105,6 @@ def protocol(connections: Connections) -> type[Connection]:
 
 
 def _full() -> bytes:
-    """Returns an answer for whoever finds no room."""
     body = json.dumps(error_object("there are too many connections; try again later", BUSY))
     lines = (
         "HTTP/1.1 503 Service Unavailable",

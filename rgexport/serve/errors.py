@@ -19,8 +19,6 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 429: BUSY}
 
 
 class ErrorObject(BaseModel):
-    """The members of an error."""
-
     message: str
     type: str
     param: str | None
@@ -91,19 +89,16 @@ _STATUSES: dict[type[RequestError], tuple[int, str]] = {
 
 
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an error."""
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
 
 
 def error_response(
     status: int, message: str, kind: str = INVALID, param: str | None = None
 ) -> JSONResponse:
-    """Returns the answer with an error object."""
     return JSONResponse(error_object(message, kind, param), status)
 
 
 def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Returns the status and the body of the answer."""
     if isinstance(error, EngineError):
         warn(str(error))  # not for clients: it may name files of this machine
         return 500, error_object("the engine failed; the server's log says why", SERVER)
@@ -128,8 +123,6 @@ def _is_type(part: str | int) -> bool:
 
 
 def install(app: FastAPI) -> None:
-    """Lets the app answer with error objects."""
-
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]

@@ -106,7 +106,6 @@ class Exchange:
             raise
 
     def cancel(self) -> None:
-        """Ends the running replies."""
         self._is_over = True
         for job in self._jobs:
             job.cancel()
@@ -217,7 +216,6 @@ class EventStream(StreamingResponse):
 
 
 async def until_gone(request: Request) -> None:
-    """Waits until the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

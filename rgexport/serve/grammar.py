@@ -81,13 +81,10 @@ class CompiledGrammar:
     vocab_size: int
 
     def mask(self) -> "GrammarMask":
-        """Returns the mask of another reply."""
         return GrammarMask(self)
 
 
 class GrammarMask:
-    """The mask of one reply."""
-
     def __init__(self, grammar: CompiledGrammar) -> None:
         self._grammar, self._size = grammar, grammar.vocab_size
         self._seconds = 0.0

@@ -26,7 +26,6 @@ class Record:
         self._app, self._metrics, self._log = app, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the app, and notes its answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -52,12 +51,10 @@ class Guard:
     """An ASGI middleware that checks key, size and time, and answers unexpected errors."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
-        """See `app.Settings`."""
         self._app, self._key, self._body_bytes = app, api_key, body_bytes
         self._too_large = f"the request is larger than {body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or answers it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

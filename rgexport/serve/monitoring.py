@@ -58,11 +58,9 @@ class Health:
         return problems
 
     def start(self) -> None:
-        """Starts the thread."""
         threading.Thread(target=self._watch, name="health", daemon=True).start()
 
     def close(self) -> None:
-        """Ends the thread."""
         self._closed.set()
 
     def look(self) -> None:
@@ -100,8 +98,6 @@ class _ModelCollector(Collector):
 
 
 class Metrics:
-    """The metrics of one server."""
-
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_ModelCollector(models))
@@ -121,5 +117,4 @@ class Metrics:
         self._seconds.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """Returns all metrics, in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -82,5 +82,4 @@ class Offload:
 
 
 def kind_of(size: int) -> Kind:
-    """Returns the kind of threads for a body of this size."""
     return "long" if size > _SHORT else "short"

@@ -20,11 +20,9 @@ class Origins:
     """An ASGI middleware that refuses foreign names and pages."""
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], pages: Collection[str]) -> None:
-        """Takes the names that `Host` may have, and the origins of allowed pages."""
         self._app, self._hosts, self._pages = app, hosts, pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or refuses it."""
         complaint = self._complaint(scope) if scope["type"] in ("http", "websocket") else None
         if complaint is None:
             await self._app(scope, receive, send)

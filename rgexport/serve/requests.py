@@ -47,22 +47,16 @@ class _Body(BaseModel):
 
 
 class TextPart(_Body):
-    """A part of a message, always a text."""
-
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(_Body):
-    """A turn of a conversation."""
-
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], FirstError]
 
 
 class JsonSchema(_Body):
-    """The `json_schema` of a response format."""
-
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
@@ -74,8 +68,6 @@ class ResponseFormat(_Body):
 
 
 class StreamOptions(_Body):
-    """Options of a stream."""
-
     include_usage: bool = False
 
 

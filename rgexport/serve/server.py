@@ -112,12 +112,10 @@ class Server:
         ]
 
     def client(self, request: Request) -> Client:
-        """Returns the client of a request."""
         settings = self.settings
         return client_of(request, settings.api_key, is_sharing=settings.share_prefixes)
 
 
 def server_of(request: Request) -> Server:
-    """Returns the server that got a request."""
     server: Server = request.app.state.server
     return server

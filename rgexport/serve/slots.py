@@ -28,12 +28,10 @@ class Slot:
     known: tuple[int, ...] = ()
 
     def ids(self, model: Model) -> list[int]:
-        """Returns the tokens."""
         return [*self.known] if self.known else model.conversation_ids(self.messages or ())
 
 
 def slot_after(prompt: PromptTokens, reply: ModelReply) -> Slot:
-    """Returns the slot of a prompt and its reply."""
     count = reply.prompt_tokens + reply.new_tokens
     if prompt.messages is None:
         return Slot(count, None, (*prompt.ids, *reply.ids))
@@ -56,12 +54,10 @@ class ClientSlots:
         self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def get(self, owner: str, model: str, number: int) -> Slot | None:
-        """Returns a slot of a client."""
         with self._lock:
             return self._slots.get((owner, model, number))
 
     def put(self, owner: str, model: str, number: int, slot: Slot) -> None:
-        """Replaces a slot of a client."""
         with self._lock:
             self._slots.pop((owner, model, number), None)
             self._slots[owner, model, number] = slot
@@ -70,7 +66,6 @@ class ClientSlots:
                 self._slots.pop(next(key for key in self._slots if key[0] == most))
 
     def pop(self, owner: str, model: str, number: int) -> Slot | None:
-        """Removes a slot of a client, and returns it."""
         with self._lock:
             return self._slots.pop((owner, model, number), None)
 

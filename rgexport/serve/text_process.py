@@ -37,7 +37,6 @@ class TextProcess:
     """The process: it starts at the first call, and runs one call at a time."""
 
     def __init__(self, openers: Openers) -> None:
-        """Takes functions that can be pickled."""
         self._openers = dict(openers)
         self._turn = threading.Lock()
         self._process: SpawnProcess | None = None
@@ -66,7 +65,6 @@ class TextProcess:
         return result
 
     def close(self) -> None:
-        """Kills the process."""
         self._closed = True
         if self._process:
             self._process.kill()
