@@ -20,6 +20,7 @@ import click
 
 from rgexport import progress
 from rgexport.choices import FloatPrecision, Quality, SizeName
+from rgexport.errors import RequestError
 from rgexport.printing import print_result
 
 if TYPE_CHECKING:
@@ -119,11 +120,13 @@ def _parameters(arguments: type[Any]) -> Iterator[click.Parameter]:
             yield from _parameters(inner)
             continue
         kind, flags, attributes = declared.metadata[_PARAMETER]
-        inferred = _inferred(kind, declared.type)
+        inferred = _inferred(kind, flags, declared.type)
         yield kind((*flags, declared.name), **inferred | attributes)
 
 
-def _inferred(kind: type[click.Parameter], annotation: Any) -> dict[str, Any]:
+def _inferred(
+    kind: type[click.Parameter], flags: tuple[str, ...], annotation: Any
+) -> dict[str, Any]:
     """Returns the attributes of a click parameter that follow from the type of its field."""
     attributes: dict[str, Any] = {}
     if get_origin(annotation) in (Union, UnionType):
@@ -134,10 +137,21 @@ def _inferred(kind: type[click.Parameter], annotation: Any) -> dict[str, Any]:
         attributes |= {"nargs": -1} if kind is click.Argument else {"multiple": True}
     if get_origin(annotation) is Literal:
         names = get_args(annotation)
-        return attributes | {"type": click.Choice(names), "metavar": "|".join(names)}
+        return attributes | {"type": _one_of(names, flags[-1]), "metavar": "|".join(names)}
     if annotation is bool:
         return {"is_flag": True} | ({"default": None} if attributes else {})
     return attributes | {"type": _PATH if annotation is Path else annotation}
+
+
+def _one_of(words: tuple[str, ...], flag: str) -> Callable[[str], str]:
+    """Returns a click type whose error, unlike that of `click.Choice`, looks like the core's."""
+
+    def choice(word: str) -> str:
+        if word not in words:
+            raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
+        return word
+
+    return choice
 
 
 def _filled(arguments: type[Arguments], values: dict[str, Any]) -> Arguments:
