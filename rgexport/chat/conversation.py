@@ -97,29 +97,17 @@ class Conversation:
         yield from self._reply_to([*self.messages, _user(self._after_document(text))])
 
     def retry(self) -> Generator[str, None, None]:
-        """Yields another reply to the last message.
-
-        Raises:
-            RequestError: there is no message, or as for `send`.
-        """
+        """Yields another reply to the last message."""
         self._attempts += 1
         yield from self._reply_to(self.messages[: self._last_index() + 1])
 
     def edit(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text` in place of the last message.
-
-        Raises:
-            RequestError: there is no message, or as for `send`.
-        """
+        """Yields the reply to `text` in place of the last message."""
         self._attempts = 0
         yield from self._reply_to([*self.messages[: self._last_index()], _user(text)])
 
     def undo(self) -> None:
-        """Removes the last message and its reply.
-
-        Raises:
-            RequestError: there is no message.
-        """
+        """Removes the last message and its reply."""
         self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:

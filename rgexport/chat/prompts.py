@@ -114,11 +114,7 @@ class PromptEncoder:
         return self.tokenizer.encode_text(text)
 
     def opening_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation up to where its last message can go on.
-
-        Raises:
-            RequestError: the template refuses the messages.
-        """
+        """Returns the tokens of a conversation up to where its last message can go on."""
         *before, last = messages
         one, two = (
             self._render([*before, {**last, "content": last["content"] + end}], reply=False)

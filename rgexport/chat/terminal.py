@@ -48,11 +48,7 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
 def one_message(
     conversation: Conversation, text: str, output: TextIO, *, as_json: bool = False
 ) -> None:
-    """Sends one message; streams the reply, or writes it as JSON at its end.
-
-    Raises:
-        RequestError: the template refuses it, or the engine failed.
-    """
+    """Sends one message; streams the reply, or writes it as JSON at its end."""
     for piece in conversation.send(text):
         print_reply("" if as_json else piece, output)
     if as_json:

@@ -74,15 +74,15 @@ def command(
         def call(**values: Any) -> int | None:
             return run(_filled(arguments, values))
 
-        made = click.Command(
+        click_command = click.Command(
             run.__name__,
             callback=call,
             params=[*_parameters(arguments), _verbose_option()],
             help=inspect.getdoc(run),
         )
         if parent is not None:
-            parent.add_command(made)
-        return made
+            parent.add_command(click_command)
+        return click_command
 
     return decorate
 

@@ -192,11 +192,7 @@ def _saved_folder(state_folder: Path | None) -> Path | None:
 
 
 def _host_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names in lower case.
-
-    Raises:
-        RequestError: one has a port, or is no name.
-    """
+    """Returns the names in lower case."""
     from rgexport.serve.host_names import ANY, host_name
 
     for name in names:

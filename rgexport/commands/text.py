@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftArguments(LookupArguments):
-    """What replies are drafted from."""
+    """Sources of drafts."""
 
     draft_text: Path | None = option(
         "--draft-text", help="A text that replies may repeat: they come sooner."
@@ -86,11 +86,7 @@ class SamplingArguments(ThreadsArguments):
     seed: int | None = option("--seed", help="Makes sampling repeatable.")
 
     def sampling(self) -> "Sampling":
-        """Returns the options of sampling.
-
-        Raises:
-            RequestError: an option is outside its range, or changes nothing.
-        """
+        """Returns the options of sampling."""
         from rgexport.chat.sampling import Sampling
 
         names = {field.name for field in dataclasses.fields(Sampling)}
@@ -122,11 +118,7 @@ class ReplyArguments:
     engine: NativeArguments = group(NativeArguments)
 
     def options(self, stop: tuple[str, ...]) -> "ReplyOptions":
-        """Returns the options of replies.
-
-        Raises:
-            RequestError: the options contradict each other, or the state file cannot be written.
-        """
+        """Returns the options of replies."""
         from rgexport.chat.reply import ReplyOptions
         from rgexport.chat.state_file import require_replaceable
 
@@ -204,11 +196,7 @@ def generate(arguments: GenerateArguments) -> None:
 
 
 def _prompt(arguments: GenerateArguments) -> str | None:
-    """Returns the text of --prompt or --prompt-file.
-
-    Raises:
-        RequestError: there are several prompts, or the file is no text.
-    """
+    """Returns the text of --prompt or --prompt-file."""
     from rgexport.files.regular_file import read_text
 
     values = {

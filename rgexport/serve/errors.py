@@ -1,4 +1,4 @@
-"""OpenAI's error objects, for whatever goes wrong."""
+"""Errors of the server, as OpenAI's error objects."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ class Gone(Exception):
 
 
 class NotFound(RequestError):
-    """The field `param` names what there is not."""
+    """A missing object, which the field `param` of the request names."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -85,7 +85,7 @@ _STATUSES: dict[type[RequestError], tuple[int, str]] = {
     ServerEnds: (503, SERVER),
     RequestError: (400, INVALID),
 }
-"""Error → status and type of the answer; the first one that fits."""
+"""Error → status and type of the answer; the first match counts."""
 
 
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def invalid_body(errors: Sequence[Any]) -> InvalidBody:
-    """Returns the error for what pydantic found, which may be a problem of each type of a union."""
-    error = max(errors, key=lambda problem: len(problem["loc"]))  # of a union: the nearest
+    """Returns one of pydantic's errors; a union has errors for each of its types."""
+    error = max(errors, key=lambda problem: len(problem["loc"]))  # the nearest type of a union
     param = ".".join(str(part) for part in error["loc"] if not _is_type(part))
     if not param:
         return InvalidBody("the body is not a JSON object")
@@ -118,7 +118,7 @@ def invalid_body(errors: Sequence[Any]) -> InvalidBody:
 
 
 def _is_type(part: str | int) -> bool:
-    """Returns whether a part of a place names a type of a union, which no client knows."""
+    """Returns whether a part of a location is the name of a union's type."""
     return part in ("str", "int") or "[" in str(part)
 
 

@@ -52,11 +52,7 @@ class GrammarSource:
 
 
 def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
-    """Returns the grammar of JSON that fits a schema, or of any object.
-
-    Raises:
-        RequestError: the schema is too long.
-    """
+    """Returns the grammar of JSON that fits a schema, or of any object."""
     text = json.dumps(({"type": "object"} if schema is None else schema) | _COMPACT)
     if len(text) > _MOST_SCHEMA_CHARACTERS:
         raise RequestError(
@@ -118,11 +114,7 @@ class GrammarMask:
         return bits[: self._size].view(bool)
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen.
-
-        Raises:
-            RequestError: the grammar is beyond llguidance's limits.
-        """
+        """Takes the token that was chosen."""
         if self._seconds < _SHORT_SECONDS:
             self._matcher.consume_token(token)
         else:  # only a call for two matchers releases the lock of the interpreter
@@ -145,11 +137,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
-        """Returns a grammar from the cache.
-
-        Raises:
-            RequestError: the grammar cannot be used.
-        """
+        """Returns a grammar from the cache."""
         with self._lock:
             if source not in self._known:
                 return None
@@ -160,11 +148,7 @@ class Grammars:
         return compiled
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """Returns a compiled grammar; compiling takes up to seconds.
-
-        Raises:
-            RequestError: the grammar cannot be used.
-        """
+        """Returns a compiled grammar; compiling takes up to seconds."""
         if known := self.known(source):
             return known
         compiled: CompiledGrammar | RequestError

@@ -1,4 +1,4 @@
-"""The middlewares around every request: the log, the key, the size and the time of the body."""
+"""Middlewares around every request: metrics and log; API key, size and time limits."""
 
 import asyncio
 import hmac
@@ -31,14 +31,14 @@ class Record:
             return
         started, status = time.perf_counter(), 0
 
-        async def noted(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_noted)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
@@ -63,20 +63,20 @@ class Guard:
             return
         has_started = False
 
-        async def noted(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal has_started
             has_started = True
             await send(message)
 
         try:
-            await self._app(scope, self._limited(receive), noted)
+            await self._app(scope, self._limited(receive), send_noted)
         except asyncio.CancelledError:  # uvicorn's, when the time of running replies is over
             if not has_started:
                 await error_response(503, str(ServerEnds()), SERVER)(scope, receive, send)
         except Exception as error:
             if has_started:
                 raise
-            warn(f"{scope['method']} {scope['path']}: {_place(error)}")
+            warn(f"{scope['method']} {scope['path']}: {_origin(error)}")
             failure = error_response(500, "the server failed; its log says why", SERVER)
             await failure(scope, receive, send)
 
@@ -123,7 +123,7 @@ class Guard:
         return limited
 
 
-def _place(error: Exception) -> str:
+def _origin(error: Exception) -> str:
     """Returns the error's type and where it was raised; its message may hold a user's text."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {last.filename}:{last.lineno}"

@@ -57,11 +57,7 @@ class Listening:
 
 
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
-    """Opens the artifacts, by name; of two of one name, the second has that of its folder.
-
-    Raises:
-        RequestError: one cannot be opened, or is given twice.
-    """
+    """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
     resolved = [path.resolve() for path in artifacts]
     for path in artifacts:
         if resolved.count(path.resolve()) > 1:
@@ -95,11 +91,7 @@ def serve(
     text_process: TextProcess,
     listening: Listening,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk.
-
-    Raises:
-        RequestError: the address cannot be used.
-    """
+    """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
     opened = _listen(listening.host, listening.port)
     address = authority_of(listening.host, opened.getsockname()[1])
     note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")

@@ -103,11 +103,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
 def plan_chat(
     model: Model, body: ChatRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
-    """Returns the replies of a chat.
-
-    Raises:
-        RequestError: the template refuses the messages, or a field cannot be met.
-    """
+    """Returns the replies of a chat."""
     model.require_chat()
     if body.tools and "tools" not in model.template.source:
         raise RequestError("tools: the chat template of this model has none; leave tools out")
@@ -132,11 +128,7 @@ def plan_chat(
 def plan_completion(
     model: Model, body: CompletionRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
-    """Returns the replies of a completion: `n` to each prompt.
-
-    Raises:
-        RequestError: a prompt is empty, or a field cannot be met.
-    """
+    """Returns the replies of a completion: `n` to each prompt."""
     if body.suffix:
         raise RequestError("suffix: this model cannot fill a gap; leave suffix out")
     if body.best_of not in (None, body.n):
