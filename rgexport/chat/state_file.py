@@ -4,10 +4,9 @@ A safetensors file. Its arrays are the canonical states (`griffin.state`) of one
 without a batch axis, in float32, or in float16 except `rg_lru`; and `tokens`, int32 [N], or only
 their hash, `tokens_sha256`, uint8 [32]. The state has seen all tokens, or all but the last: going
 on needs a token that the state has not seen, or the `logits` after the last one, float32 [vocab].
-The metadata have one JSON object, see `_fields`.
+The metadata have one JSON object, `StateHeader`.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity
-from rgexport.files.atomic import check_place
-from rgexport.files.durable import write_file
-from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
-from rgexport.griffin.safetensors_writer import header
+from rgexport.files.atomic import write_file
+from rgexport.files.safetensors import Entry, header, read_header, read_metadata
+from rgexport.files.targets import require_writable
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.state import POSITION, State
 
 METADATA = "rgexport.state"
@@ -42,6 +41,22 @@ _OTHER_DTYPES: dict[str, dict[str, np.dtype[Any]]] = {
     LOGITS: {"F32": np.dtype(np.float32)},
 }
 """Array that is no state → its dtype, in the file and in NumPy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateHeader:
+    """The metadata of a file; `sha256` is the hash of its arrays."""
+
+    format_version: int = FORMAT_VERSION
+    identity: Identity
+    tokens: int
+    position: int
+    has_text: bool
+    messages: list[dict[str, str]] | None
+    engine: str
+    artifact: str = ""
+    tool: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ def require_precision(precision: str | None) -> None:
 
 def require_replaceable(path: Path) -> None:
     """Raises RequestError if something else than a state file would be lost, or cannot be there."""
-    check_place(path)
+    require_writable(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
         raise RequestError(f"{path} exists and is not a state file; give another name")
 
@@ -129,8 +144,8 @@ def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryv
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.data)
-    fields = _fields(saved, digest.hexdigest())
-    begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: fields})
+    text = json.dumps(to_json(_header(saved, digest.hexdigest())))
+    begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: text})
     return [memoryview(begin), *(array.data for array in arrays.values())]
 
 
@@ -140,15 +155,15 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
     Raises:
         RequestError: it is no state file, is damaged, or is of a model with other states.
     """
-    fields, entries = read_fields(path), read_header(path)
+    fields, entries = read_state_header(path), read_header(path)
     if dict(shapes) != {n: entry.shape for n, entry in entries.items() if n not in _OTHER_DTYPES}:
         raise RequestError(
-            f"{path} is a state of {fields['identity']['name']}, whose states have other shapes; "
+            f"{path} is a state of {fields.identity.name}, whose states have other shapes; "
             "load it with an artifact of that model"
         )
     arrays = _read_arrays(path, fields, entries)
     tokens, sha256, logits = (arrays.pop(name, None) for name in _OTHER_DTYPES)
-    position = fields["position"]
+    position = fields.position
     if tokens is not None:
         key = key_of(tokens[:position])
     else:
@@ -156,24 +171,24 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         key = position, sha256.tobytes().hex()
     state: State = {name: array[None] for name, array in arrays.items()}
     return SavedState(
-        Identity(**fields["identity"]),
+        fields.identity,
         key,
         state | {POSITION: np.array([position], np.int64)},
         None if tokens is None else tokens.astype(np.int64),
-        fields["messages"],
-        fields["engine"],
+        fields.messages,
+        fields.engine,
         logits,
-        fields.get("artifact", ""),
+        fields.artifact,
     )
 
 
 def require_intact(path: Path) -> None:
     """Raises RequestError if a file, of any model, is damaged or no state file."""
-    _read_arrays(path, read_fields(path), read_header(path))
+    _read_arrays(path, read_state_header(path), read_header(path))
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a file, see `_fields`.
+def read_state_header(path: Path) -> StateHeader:
+    """Returns the metadata of a file.
 
     Raises:
         RequestError: it is no state file, or one of a later version.
@@ -182,17 +197,18 @@ def read_fields(path: Path) -> dict[str, Any]:
     if text is None:
         raise RequestError(f"{path} is no state file; expected one that rgexport saved")
     try:
-        fields = json.loads(text)
-        version = fields["format_version"]
-    except (ValueError, TypeError, KeyError):
-        raise RequestError(f"{path} is damaged: its metadata cannot be read") from None
-    if version != FORMAT_VERSION:
-        raise RequestError(
-            f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
-        )
-    if not _is_valid(fields):
-        raise RequestError(f"{path} is damaged: its metadata lack a field")
-    return dict(fields)
+        fields = from_json(dict[str, Any], parse_json(text))
+        version = fields.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise RequestError(
+                f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
+            )
+        state_header = from_json(StateHeader, fields)
+        if any(not m.keys() >= {"role", "content"} for m in state_header.messages or ()):
+            raise Mismatch("a message lacks its role or content")
+    except Mismatch as error:
+        raise RequestError(f"{path} is damaged: in its metadata, {error}") from None
+    return state_header
 
 
 def require_same_model(path: Path, saved: SavedState, expected: Identity) -> None:
@@ -217,7 +233,7 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
 
 
 def _read_arrays(
-    path: Path, fields: dict[str, Any], entries: Mapping[str, Entry]
+    path: Path, fields: StateHeader, entries: Mapping[str, Entry]
 ) -> dict[str, np.ndarray]:
     """Returns all arrays, after comparing them with the metadata."""
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
@@ -234,21 +250,21 @@ def _read_arrays(
                 arrays[name] = np.frombuffer(data, dtypes[entry.dtype]).reshape(entry.shape)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
-    if digest.hexdigest() != fields["sha256"] or not _is_consistent(fields, arrays):
+    if digest.hexdigest() != fields.sha256 or not _is_consistent(fields, arrays):
         raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     return arrays
 
 
-def _is_consistent(fields: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+def _is_consistent(fields: StateHeader, arrays: Mapping[str, np.ndarray]) -> bool:
     """Returns whether the shapes of tokens, hash and logits agree with the metadata."""
-    count, position = fields["tokens"], fields["position"]
+    count, position = fields.tokens, fields.position
     shapes = {name: arrays[name].shape for name in _OTHER_DTYPES if name in arrays}
     if len(shapes.pop(LOGITS, (0,))) != 1:
         return False
-    if fields["has_text"]:
+    if fields.has_text:
         unseen = count - position
         return shapes == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
-    has_only_hash = shapes == {TOKENS_SHA256: (32,)} and fields["messages"] is None
+    has_only_hash = shapes == {TOKENS_SHA256: (32,)} and fields.messages is None
     return has_only_hash and count == position >= 0
 
 
@@ -269,43 +285,15 @@ def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _fields(saved: SavedState, sha256: str) -> str:
-    fields = {
-        "format_version": FORMAT_VERSION,
-        "identity": dataclasses.asdict(saved.identity),
-        "tokens": saved.count,
-        "position": saved.position,
-        "has_text": saved.tokens is not None,
-        "messages": None if saved.messages is None else [dict(m) for m in saved.messages],
-        "engine": saved.engine,
-        "artifact": saved.artifact,
-        "tool": f"rgexport {__version__}",
-        "sha256": sha256,
-    }
-    return json.dumps(fields)
-
-
-_FIELD_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("tokens", "position"), int),
-    "has_text": bool,
-    **dict.fromkeys(("engine", "tool", "sha256"), str),
-}
-
-
-def _is_valid(fields: dict[str, Any]) -> bool:
-    identity, messages = fields.get("identity"), fields.get("messages")
-    types = {field.name: field.type for field in dataclasses.fields(Identity)}
-    return (
-        all(type(fields.get(name)) is kind for name, kind in _FIELD_TYPES.items())
-        and "messages" in fields
-        and isinstance(identity, dict)
-        and {name: type(value) for name, value in identity.items()} == types
-        and isinstance(fields.get("artifact", ""), str)
-        and (messages is None or (isinstance(messages, list) and all(map(_is_message, messages))))
-    )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(text, str) for text in (message.get("role"), message.get("content"))
+def _header(saved: SavedState, sha256: str) -> StateHeader:
+    return StateHeader(
+        identity=saved.identity,
+        tokens=saved.count,
+        position=saved.position,
+        has_text=saved.tokens is not None,
+        messages=None if saved.messages is None else [dict(m) for m in saved.messages],
+        engine=saved.engine,
+        artifact=saved.artifact,
+        tool=f"rgexport {__version__}",
+        sha256=sha256,
     )

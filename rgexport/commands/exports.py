@@ -67,7 +67,7 @@ def onnx(arguments: OnnxArguments) -> int:
     from rgexport.export.onnx.exporter import export_onnx
     from rgexport.export.onnx.options import OnnxOptions
     from rgexport.export.request import default_target, precision_word
-    from rgexport.files.atomic import check_target
+    from rgexport.files.targets import check_target
 
     def target(name: str, options: OnnxOptions) -> Path:
         return default_target(name, options.precision_word, "onnx", options.profile)
@@ -137,7 +137,7 @@ def coreml(arguments: CoreMLArguments) -> int:
     from rgexport.export.coreml.options import CoreMLOptions
     from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.request import bytes_of, default_target, precision_word
-    from rgexport.files.atomic import check_target
+    from rgexport.files.targets import check_target
 
     def target(name: str, options: CoreMLOptions) -> Path:
         return default_target(name, options.precision_word, "coreml")
@@ -205,7 +205,7 @@ def gguf(arguments: GgufArguments) -> int:
     from rgexport.export.gguf.exporter import default_target, export_gguf
     from rgexport.export.gguf.options import GgufOptions, type_word
     from rgexport.export.request import precision_word
-    from rgexport.files.atomic import check_file_target
+    from rgexport.files.targets import check_file_target
     from rgexport.quantize.gguf_header import is_gguf
 
     def target(name: str, options: GgufOptions) -> Path:

@@ -55,9 +55,9 @@ def web(arguments: WebArguments) -> None:
     browser use its graphics card where it can, and the processor where it cannot.
     """
     from rgexport.export.opening import open_artifact
-    from rgexport.files.atomic import check_target
-    from rgexport.page.local_server import serve_site
-    from rgexport.page.site import is_site, make_site, write_site
+    from rgexport.files.targets import check_target
+    from rgexport.web_page.local_server import serve_site
+    from rgexport.web_page.site import is_site, make_site, write_site
 
     output, force = arguments.output, arguments.force
     if output is None and not arguments.serve:

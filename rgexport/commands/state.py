@@ -49,9 +49,9 @@ def save(arguments: SaveArguments) -> None:
     """Reads a text once, and saves the state."""
     from rgexport.chat.from_artifact import open_model
     from rgexport.chat.state_file import is_state_file
-    from rgexport.files.atomic import check_file_target
-    from rgexport.files.regular_file import read_text
-    from rgexport.progress import amount
+    from rgexport.files.paths import read_text
+    from rgexport.files.targets import check_file_target
+    from rgexport.units import amount
 
     output, plain = arguments.output, arguments.plain
     check_file_target(output, force=arguments.force, replaceable=is_state_file)
@@ -106,9 +106,10 @@ class InfoArguments:
 @command(InfoArguments, parent=state)
 def info(arguments: InfoArguments) -> None:
     """Shows which model and text a state file belongs to, and checks that it is whole."""
-    from rgexport.chat.state_file import read_fields, require_intact
+    from rgexport.chat.state_file import read_state_header, require_intact
+    from rgexport.files.typed_json import to_json
 
-    fields = read_fields(arguments.file)
+    fields: dict[str, Any] = to_json(read_state_header(arguments.file))
     require_intact(arguments.file)
     if arguments.as_json:
         print_result(json.dumps(fields, ensure_ascii=False))

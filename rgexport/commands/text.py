@@ -36,7 +36,7 @@ class DraftArguments(LookupArguments):
 
     def text(self) -> str:
         """Returns the text that replies may repeat, "" for none."""
-        from rgexport.files.regular_file import read_text
+        from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
             raise RequestError(
@@ -197,7 +197,7 @@ def generate(arguments: GenerateArguments) -> None:
 
 def _prompt(arguments: GenerateArguments) -> str | None:
     """Returns the text of --prompt or --prompt-file."""
-    from rgexport.files.regular_file import read_text
+    from rgexport.files.paths import read_text
 
     values = {
         "--prompt": arguments.prompt,
@@ -236,7 +236,7 @@ def chat(arguments: ChatArguments) -> None:
     """
     from rgexport.chat.conversation import Conversation
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
-    from rgexport.files.regular_file import read_text
+    from rgexport.files.paths import read_text
 
     reply, state, prompt = arguments.reply, arguments.reply.state, arguments.prompt
     options, draft = reply.options(arguments.stop), reply.draft.text()

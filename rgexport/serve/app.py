@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.model import Model
 from rgexport.serve import errors
 from rgexport.serve.bodies import JsonRoute
