@@ -24,7 +24,7 @@ class PatchArguments:
 @command(PatchArguments, parent=llama_cpp)
 def patch(arguments: PatchArguments) -> None:
     """Adds RecurrentGemma to a llama.cpp checkout."""
-    from rgexport.kernels.llama_cpp.patch import patch_checkout
+    from rgexport.kernels.llama_cpp.port import patch_checkout
 
     changed = patch_checkout(arguments.checkout)
     for path in changed:
