@@ -1,1 +1,1 @@
-"""What the model is: configuration, checkpoints, op set, step model, state contract."""
+"""The model: configuration, checkpoints, op set, step model, state contract."""
