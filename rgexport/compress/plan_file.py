@@ -15,7 +15,7 @@ from rgexport.files.regular_file import read_regular
 from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.progress import amount
-from rgexport.quantize.scheme import Plan, scheme_to_dict
+from rgexport.quantize.scheme import Plan
 from rgexport.tables import Table, render
 from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
 from rgexport.validate.report.page import templates_of
@@ -62,7 +62,7 @@ class PlanReport:
             "standard_error": error if math.isfinite(error) else None,
             "text": {"name": self.text, "tokens": found.measured.tokens},
             "front": [asdict(point) for point in found.front],
-            "plan": {name: scheme_to_dict(scheme) for name, scheme in found.plan.items()},
+            "plan": {name: scheme.to_dict() for name, scheme in found.plan.items()},
         }
 
     def as_text(self) -> str:

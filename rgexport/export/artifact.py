@@ -15,8 +15,7 @@ from rgexport.export.storage import aligned
 from rgexport.export.verified import hash_files, hash_new_files, remember
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.quantize import affine
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.scheme import Parts
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -73,20 +72,17 @@ class Artifact:
         """Rows of a row group of the tensor `name`."""
         together = stored.rows_together
         first, last = start // together * together, aligned(stop, together)
-        parts = {label: self._part(stored, label, first, last) for label in stored.parts}
+        parts = {
+            "data" if label == COLUMNS else label: self._part(stored, label, first, last)
+            for label in stored.parts
+        }
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
         rows = self._decode(name, stored, parts, columns)[start - first : stop - first]
         return rows.reshape(stop - start, *stored.shape[1:])
 
-    def _decode(
-        self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int
-    ) -> np.ndarray:
-        """Float32 [rows, columns] from rows of all parts of a row group of the tensor `name`."""
-        scheme = stored.scheme
-        if isinstance(scheme, Affine):
-            rows = parts if COLUMNS not in parts else {"data": parts[COLUMNS], **parts}
-            return affine.decode(rows, scheme, columns)
-        return parts["data"].astype(np.float32)
+    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
+        """Returns float32 [rows, columns] from rows of all parts of a row group."""
+        return stored.uniform.decode(parts, columns)
 
     def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
         if label == COLUMNS:

@@ -23,7 +23,7 @@ from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
 from rgexport.progress import amount
-from rgexport.quantize.scheme import Float, Ggml
+from rgexport.quantize.scheme import Ggml
 
 MAX_STATE_BYTES = 1 << 30
 """The largest state of a conversation in float32: twenty times a 9B's."""
@@ -153,7 +153,7 @@ def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) 
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
     """The parts must be those of the scheme, and inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
-    quantized = not isinstance(stored.scheme, Float)
+    quantized = stored.scheme.is_quantized
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
     try:
         expected = dict(form.part_layouts(stored.shape, stored.scheme))

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.quantize.row_groups import group_sizes, members
-from rgexport.quantize.scheme import Mixed, Scheme
+from rgexport.quantize.scheme import Scheme, Uniform
 
 Shape = tuple[int, ...]
 Layouts = Mapping[str, tuple[str, Shape]]
@@ -50,12 +49,13 @@ class StoredGroup:
 
 def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
     """The row groups of a tensor; they have all rows of it."""
-    if not isinstance(stored.scheme, Mixed):
+    groups = stored.scheme.row_groups(stored.shape[0])
+    if len(groups) == 1:
         return (StoredGroup("", stored, stored.scheme.label),)
-    found = members(stored.scheme, stored.shape[0])
     return tuple(
-        StoredGroup(f"{i}.", _group(stored, i, len(rows)), group.label, rows)
-        for i, (group, rows) in enumerate(zip(stored.scheme.groups, found, strict=True))
+        StoredGroup(f"{i}.", _group(stored, i, len(rows)), label, rows)
+        for i, (label, _, rows) in enumerate(groups)
+        if rows is not None
     )
 
 
@@ -66,8 +66,8 @@ def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         **{
             group_name(name, i): _group(stored, i, size)
             for name, stored in tensors.items()
-            if isinstance(stored.scheme, Mixed)
-            for i, size in enumerate(group_sizes(stored.scheme, stored.shape[0]))
+            if len(stored.scheme.uniform) > 1
+            for i, size in enumerate(stored.scheme.group_sizes(stored.shape[0]))
         },
     }
 
@@ -77,28 +77,29 @@ def group_name(tensor: str, index: int) -> str:
     return f"{tensor}.{index}"
 
 
-def grouped_layouts(
-    shape: Shape, scheme: Mixed, layouts: Callable[[Shape, Scheme], Layouts]
+def part_layouts_by_group(
+    shape: Shape, scheme: Scheme, layouts: Callable[[Shape, Uniform], Layouts]
 ) -> dict[str, tuple[str, Shape]]:
-    """The parts of a tensor in row groups, from those of a tensor that is one group.
+    """The parts of a tensor, from those of a tensor that is one group.
 
     Raises:
         RequestError: the groups do not fit the shape, or the format does not have their schemes.
     """
-    sizes = group_sizes(scheme, shape[0])
+    if len(scheme.uniform) == 1:
+        return dict(layouts(shape, scheme.uniform[0]))
+    sizes = scheme.group_sizes(shape[0])
     return {
         f"{i}.{label}": layout
-        for i, (group, size) in enumerate(zip(scheme.groups, sizes, strict=True))
-        for label, layout in layouts((size, *shape[1:]), group.scheme).items()
+        for i, (uniform, size) in enumerate(zip(scheme.uniform, sizes, strict=True))
+        for label, layout in layouts((size, *shape[1:]), uniform).items()
     }
 
 
 def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
-    assert isinstance(stored.scheme, Mixed)
     prefix = f"{index}."
     parts = {
         label.removeprefix(prefix): part
         for label, part in stored.parts.items()
         if label.startswith(prefix)
     }
-    return StoredTensor((size, *stored.shape[1:]), stored.scheme.groups[index].scheme, parts)
+    return StoredTensor((size, *stored.shape[1:]), stored.scheme.uniform[index], parts)

@@ -19,9 +19,7 @@ from rgexport.export.row_groups import groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.processors import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.algorithms import needs_statistics
-from rgexport.quantize.scheme import Plan, Scheme
+from rgexport.quantize.scheme import Parts, Plan, Scheme
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
@@ -113,7 +111,7 @@ def fill(
 
 def slab_bytes(scheme: Scheme, *, by_columns: bool = False) -> int:
     """Bytes of source weights that are encoded together."""
-    return SLAB_BYTES * (_LARGER if by_columns or needs_statistics(scheme) else 1)
+    return SLAB_BYTES * (_LARGER if by_columns or scheme.needs_statistics else 1)
 
 
 def _write_slab(

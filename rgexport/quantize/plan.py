@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,19 @@ from rgexport.files.regular_file import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, WeightSource
-from rgexport.quantize.algorithms import require_known
-from rgexport.quantize.row_groups import group_sizes
+from rgexport.kernels.rounding import library
+from rgexport.progress import warn
 from rgexport.quantize.scheme import (
     BFLOAT16,
     BLOCKS,
     Affine,
     Float,
     Ggml,
-    Mixed,
     Palette,
     Plan,
     Scheme,
     coarsest,
     scheme_from_dict,
-    scheme_to_dict,
 )
 
 PRECISIONS: dict[str, Scheme] = {
@@ -67,14 +64,7 @@ def choose_scheme(
         )
     if precision not in words:
         raise RequestError(f"unknown precision {precision!r}; expected one of {', '.join(words)}")
-    scheme = words[precision]
-    if not isinstance(scheme, Affine):
-        return scheme
-    return replace(
-        scheme,
-        block=scheme.block if block is None else block,
-        symmetric=scheme.symmetric if symmetric is None else symmetric,
-    )
+    return words[precision].with_blocks(block, symmetric)
 
 
 def choose_schemes(
@@ -96,7 +86,7 @@ def choose_schemes(
     """
     linear, table = words
     chosen = choose(linear, block, symmetric)
-    if table == linear or not isinstance(chosen, Affine):
+    if table == linear or not has_blocks(chosen):
         return chosen, choose(table, block, symmetric)
     return chosen, choose(table, None, None)
 
@@ -139,14 +129,37 @@ def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 
 def precision_of(plan: Plan) -> str:
     """The precision of a plan: that of the tensor, or the row group, with the fewest bits."""
-    scheme = coarsest(plan.values())
-    if isinstance(scheme, Affine):
-        return f"int{scheme.bits}"
-    if isinstance(scheme, Palette):
-        return f"pal{scheme.bits}"
-    if isinstance(scheme, Ggml):
-        return scheme.type
-    return next(word for word, other in PRECISIONS.items() if other == scheme)
+    return coarsest(plan.values()).precision
+
+
+def has_blocks(scheme: Scheme) -> bool:
+    """Whether users can set the block size and symmetry of a scheme."""
+    return any(uniform.has_blocks for uniform in scheme.uniform)
+
+
+def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
+    """Returns the plan filled by the algorithm that a user asks for.
+
+    Without one: by those of the plan, or else by clip search, which needs no data; without its
+    library by rounding to nearest.
+
+    Args:
+        plan: the layouts.
+        algorithm: a key of `ALGORITHMS`, or None.
+        keep: whether the algorithms of the plan were chosen by a user.
+    """
+    if algorithm is None and keep:
+        return plan
+    if algorithm is None:
+        if not any("search" in one.encoders for scheme in plan.values() for one in scheme.uniform):
+            return plan
+        algorithm = "search" if library.is_there() else "rtn"
+        if algorithm == "rtn":
+            warn(
+                "weights are rounded to nearest, as the library that chooses better levels is "
+                f"missing: {library.unusable()}"
+            )
+    return {name: scheme.with_algorithm(algorithm) for name, scheme in plan.items()}
 
 
 def load_plan(path: Path, config: GriffinConfig) -> Plan:
@@ -175,8 +188,7 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     }
     for name, scheme in plan.items():
         if rule := _broken_rule(name, scheme, tensors):
-            stored = scheme_to_dict(scheme)
-            raise RequestError(f"the plan {path} stores {name} as {stored}; {rule}")
+            raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
     return plan
 
 
@@ -196,9 +208,9 @@ def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -
 def _read_scheme(path: Path, name: str, fields: Any, spec: TensorSpec) -> Scheme:
     try:
         scheme = scheme_from_dict(fields)
-        require_known(scheme)
-        if isinstance(scheme, Mixed) and spec.role in QUANTIZABLE:
-            group_sizes(scheme, spec.shape[0])
+        scheme.require_known_algorithm()
+        if spec.role in QUANTIZABLE:
+            scheme.group_sizes(spec.shape[0])
         return scheme
     except RequestError as error:
         raise RequestError(f"the plan {path}: {name}: {error}") from None

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors
-from rgexport.quantize.affine import Parts
 from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.scheme import Uniform
+
+if TYPE_CHECKING:
+    from rgexport.quantize.scheme_base import Parts, Uniform
 
 _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
@@ -104,8 +105,10 @@ class RemoteStatistics(ABC):
     """Statistics that another process has, which therefore does what needs them."""
 
     @abstractmethod
-    def encode(self, name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
-        """See `quantize.algorithms.encode`."""
+    def encode(
+        self, name: str, rows: np.ndarray, scheme: "Uniform", ids: np.ndarray | None
+    ) -> "Parts":
+        """Returns what `scheme.encode` returns with the statistics."""
 
 
 Known = Statistics | RemoteStatistics | None

@@ -13,7 +13,6 @@ from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize import ggml_library
-from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_grid import GRID_TYPES, grid_of, with_levels
 from rgexport.quantize.ggml_library import find_library, load_library, quantize_rows
 from rgexport.quantize.ggml_mix import (
@@ -161,7 +160,7 @@ def losses(statistics, off):
 
 
 def packed_by(word, rows, kind, statistics):
-    return encode("w", rows, Ggml(kind, algorithm=word), statistics)["data"]
+    return Ggml(kind, algorithm=word).encode("w", rows, statistics)["data"]
 
 
 def plain_gptq(rows, grid, statistics):

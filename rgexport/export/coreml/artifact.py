@@ -17,7 +17,7 @@ from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package
 from rgexport.export.mil.program import Function, TensorType
 from rgexport.files.hashing import hash_file
-from rgexport.quantize.affine import Parts
+from rgexport.quantize.scheme import Parts
 
 _NAMED = 4
 """Complaints that are shown; of the rest, only the number."""

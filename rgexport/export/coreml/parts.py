@@ -8,54 +8,51 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.row_groups import grouped_layouts
+from rgexport.export.row_groups import part_layouts_by_group
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.griffin.layer import Role
 from rgexport.griffin.layout import role_of
-from rgexport.quantize import affine, algorithms, palette
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.fitting import fitted
-from rgexport.quantize.scheme import Affine, Float, FloatDtype, Mixed, Palette, Scheme
+from rgexport.quantize.scheme import (
+    Affine,
+    FloatDtype,
+    Ggml,
+    Parts,
+    PartShapes,
+    Scheme,
+    Uniform,
+)
 from rgexport.quantize.statistics import StatisticsOf
-
-Layouts = dict[str, tuple[str, tuple[int, ...]]]
-"""Part name → dtype and shape."""
 
 _SIGNED = {4: "uint8", 8: "int8"}
 """Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
 _TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
 
 
-def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
     """The parts of a tensor of `shape` that is stored by `scheme`.
 
-    Those of `quantize.affine` and `quantize.palette`, except that the integers of a symmetric
-    scheme are signed: MIL then needs no offset.
+    Those of the scheme, except that the integers of a symmetric one are signed: MIL then needs no
+    offset.
 
     Raises:
         RequestError: Core ML has no such scheme for that shape.
     """
-    if isinstance(scheme, Float):
-        return {"data": (scheme.dtype, shape)}
-    if (
-        not isinstance(scheme, Affine | Palette | Mixed)
-        or len(shape) != 2
-        or (isinstance(scheme, Affine | Palette) and scheme.bits not in _SIGNED)
-        or fitted(scheme, shape) != scheme
-    ):
+    if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
         raise RequestError(
             f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
         )
-    if isinstance(scheme, Mixed):
-        return grouped_layouts(shape, scheme, part_layouts)
-    rows, columns = shape
-    if isinstance(scheme, Palette):
-        return palette.part_layouts(rows, columns, scheme)
-    layouts: Layouts = {
-        name: (dtype, (rows, width))
-        for name, (dtype, width) in affine.part_shapes(columns, scheme).items()
-    }
-    if scheme.symmetric:
+    return part_layouts_by_group(shape, scheme, _group_layouts)
+
+
+def _is_storable(shape: tuple[int, ...], scheme: Uniform) -> bool:
+    if not scheme.is_quantized:
+        return not isinstance(scheme, Ggml)
+    return scheme.level_bits in _SIGNED and len(shape) == 2 and scheme.fitted(shape) == scheme
+
+
+def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+    layouts = scheme.part_shapes(shape)
+    if isinstance(scheme, Affine) and scheme.symmetric:
         layouts["data"] = (_SIGNED[scheme.bits], layouts["data"][1])
     return layouts
 
@@ -77,11 +74,11 @@ def encode(
         RequestError: a weight that its scheme cannot hold.
     """
     values = transform_of(name).store(rows.astype(np.float32, copy=False))
-    scheme = stored.scheme
+    scheme = stored.uniform
     if not isinstance(scheme, Affine):
-        return algorithms.encode(name, values, scheme, statistics(name), ids)
+        return scheme.encode(name, values, statistics(name), ids)
     _require_held(name, np.abs(values).max(initial=0), scheme.scale)
-    parts = algorithms.encode(name, values, scheme, statistics(name), ids)
+    parts = scheme.encode(name, values, statistics(name), ids)
     levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
     steps = np.abs(parts["scales"].astype(np.float32))
     _require_held(name, steps.max(initial=0) * np.float32(levels), scheme.scale)
@@ -101,14 +98,12 @@ def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
 def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:
     """The inverse of `encode`: float32 [rows, columns]."""
     columns = int(np.prod(stored.shape[1:], dtype=np.int64))
-    scheme = stored.scheme
+    scheme = stored.uniform
     if isinstance(scheme, Affine):
-        rows = affine.decode(_with_sign(parts, scheme, "uint8"), scheme, columns)
+        rows = scheme.decode(_with_sign(parts, scheme, "uint8"), columns)
         rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
-    elif isinstance(scheme, Palette):
-        rows = palette.decode(parts, scheme, columns)
     else:
-        rows = parts["data"]
+        rows = scheme.decode(parts, columns)
     return transform_of(name).restore(rows.astype(np.float32, copy=False))
 
 

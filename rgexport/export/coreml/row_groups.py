@@ -14,7 +14,6 @@ from coremltools.converters.mil.mil import Var
 from rgexport.export.coreml.emitter import Emitter
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import group_name
-from rgexport.quantize.row_groups import group_sizes, in_order, places
 from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[Emitter, Node], Sequence[Var | None]]
@@ -29,13 +28,12 @@ def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
     scheme = g.stored(weight).scheme if weight else None
     if make is None or weight is None or not isinstance(scheme, Mixed):
         return lower(g, node)
-    sizes = group_sizes(scheme, weight.size(0))
+    sizes = scheme.group_sizes(weight.size(0))
     groups = [
         replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
         for i, size in enumerate(sizes)
     ]
-    order = None if in_order(scheme) else places(scheme, weight.size(0))
-    return [make(g, node, lower, groups, order)]
+    return [make(g, node, lower, groups, scheme.positions(weight.size(0)))]
 
 
 def _linear(

@@ -18,8 +18,7 @@ from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import Places, fill
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.scheme import Affine, Palette, Plan
+from rgexport.quantize.scheme import Affine, Palette, Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 ALIGNMENT = 64

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from rgexport.errors import RequestError
 from rgexport.export.gguf import integrity
 from rgexport.export.typed_json import Mismatch, parse, read
-from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import GgufHeader
 from rgexport.quantize.scheme import Ggml, Plan, scheme_from_dict
 
@@ -29,8 +28,8 @@ def to_text(schemes: Mapping[str, Ggml]) -> str:
 
 def used(plan: Plan) -> set[str]:
     """What chose the levels of the quantized tensors."""
-    schemes = (scheme for scheme in plan.values() if isinstance(scheme, Ggml))
-    return {scheme.algorithm for scheme in schemes if TYPES[scheme.type].is_quantized}
+    uniform = (one for scheme in plan.values() for one in scheme.uniform)
+    return {one.algorithm for one in uniform if one.is_quantized}
 
 
 def read_schemes(header: GgufHeader) -> dict[str, Ggml]:

@@ -24,10 +24,9 @@ from rgexport.export.verified import hash_files, hash_new_files
 from rgexport.files.hashing import FileRecord
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.sentencepiece_file import BYTE, CONTROL, USER_DEFINED
-from rgexport.quantize import affine
-from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
+from rgexport.quantize.ggml_types import FILE_TYPES
 from rgexport.quantize.gguf_header import GgufHeader, read_header
-from rgexport.quantize.scheme import Ggml
+from rgexport.quantize.scheme import Ggml, Parts
 
 _FILE_TYPES = {row.value: row.name for row in FILE_TYPES.values()}
 _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
@@ -98,12 +97,9 @@ class GgufArtifact(Artifact):
         words = "general.source.huggingface.repository", "general.license"
         return Origin(*(_value(str, self.header.values, word) for word in words))
 
-    def _decode(
-        self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int
-    ) -> np.ndarray:
-        transform = self.tensors[name].transform
-        rows = _dequantize(parts["data"], stored.scheme.label)
-        return transform.restore(rows.reshape(-1, *stored.shape[1:]))
+    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
+        rows = super()._decode(name, stored, parts, columns)
+        return self.tensors[name].transform.restore(rows.reshape(-1, *stored.shape[1:]))
 
 
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
@@ -237,20 +233,9 @@ def _manifest(
 
 def _stored(header: GgufHeader, tensor: FileTensor, schemes: Mapping[str, Ggml]) -> StoredTensor:
     scheme = schemes[tensor.name]
-    rows, *row = tensor.canonical_shape
-    row_bytes = TYPES[scheme.type].row_bytes(prod(row))
-    offset = header.tensors[tensor.name].offset
-    part = StoredPart(header.path.name, offset, "uint8", (rows, row_bytes))
+    ((dtype, shape),) = scheme.part_shapes(tensor.canonical_shape).values()
+    part = StoredPart(header.path.name, header.tensors[tensor.name].offset, dtype, shape)
     return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
-
-
-def _dequantize(rows: np.ndarray, kind: str) -> np.ndarray:
-    """Rows as stored, uint8 [n, bytes], as float32 [n, weights]."""
-    if kind == "f32":
-        return rows.view(np.float32)
-    from gguf import GGMLQuantizationType, quants  # an extra; only validation dequantizes
-
-    return quants.dequantize(rows, GGMLQuantizationType(TYPES[kind].value))
 
 
 def _damaged(path: Path, what: str) -> RequestError:

@@ -24,7 +24,6 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, expect_stages, group, note, task, warn
-from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
@@ -211,6 +210,6 @@ def _encode(
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])
     ids = np.arange(start, stop)
-    stored = encode(tensor.canonical, values, scheme, statistics, ids)["data"].tobytes()
+    stored = scheme.encode(tensor.canonical, values, statistics, ids)["data"].tobytes()
     last = stop == source.shape[0]
     return stored + bytes(-_tensor_bytes(tensor, scheme.type) % ALIGNMENT * last), rows.nbytes

@@ -13,7 +13,6 @@ import onnx_ir as ir
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import group_name
-from rgexport.quantize.row_groups import group_sizes, in_order, places
 from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[Emitter, Node], Sequence[ir.Value]]
@@ -32,7 +31,7 @@ def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
 
 def _groups(g: Emitter, weight: Value) -> list[Value]:
     """The groups of a weight, as weights."""
-    sizes = group_sizes(_scheme(g, weight), weight.size(0))
+    sizes = _scheme(g, weight).group_sizes(weight.size(0))
     return [
         replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
         for i, size in enumerate(sizes)
@@ -50,8 +49,8 @@ def _linear(g: Emitter, node: Node, lower: Lowering, groups: list[Value]) -> ir.
         part = replace(node, inputs=(x, group, None), outputs=(replace(out, shape=shape),))
         products += lower(g, part)
     y, last = g.op("Concat", *products, axis=-1), len(out.shape) - 1
-    if not in_order(_scheme(g, weight)):
-        y = g.op("Gather", y, _places(g, weight), axis=last)
+    if (order := _positions(g, weight)) is not None:
+        y = g.op("Gather", y, order, axis=last)
     y = g.typed(y, out.dtype)
     return y if bias is None else g.op("Add", y, g.cast(g.value(bias), out.dtype))
 
@@ -60,8 +59,10 @@ def _embedding(g: Emitter, node: Node, lower: Lowering, groups: list[Value]) -> 
     """Of each token, the row of the group that has it; the others look up some row of theirs."""
     ids, table = node.inputs
     assert ids is not None and table is not None
-    place = g.value(ids)
-    place = g.cast(place, "int32") if in_order(_scheme(g, table)) else _place_of(g, table, place)
+    order, place = _positions(g, table), g.value(ids)
+    place = (
+        g.cast(place, "int32") if order is None else g.typed(g.op("Gather", order, place), "int32")
+    )
     result: ir.Value | None = None
     bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
     for group, (start, stop) in zip(groups, bounds, strict=True):
@@ -86,13 +87,10 @@ def _within(g: Emitter, place: ir.Value, start: int, stop: int, is_last: bool) -
     return g.op("And", from_start, before_stop) if start else before_stop
 
 
-def _place_of(g: Emitter, table: Value, ids: ir.Value) -> ir.Value:
-    return g.typed(g.op("Gather", _places(g, table), ids), "int32")
-
-
-def _places(g: Emitter, weight: Value) -> ir.Value:
-    """The place of each row, inside the file: a few bytes for each."""
-    return g.constant(places(_scheme(g, weight), weight.size(0)), "int32")
+def _positions(g: Emitter, weight: Value) -> ir.Value | None:
+    """The position of each row, inside the file: a few bytes for each; None if not needed."""
+    positions = _scheme(g, weight).positions(weight.size(0))
+    return None if positions is None else g.constant(positions, "int32")
 
 
 def _scheme(g: Emitter, weight: Value) -> Mixed:

@@ -13,9 +13,7 @@ from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
 from rgexport.export.onnx.graph import DTYPES
 from rgexport.export.storage import Places, aligned, fill
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.algorithms import encode
-from rgexport.quantize.scheme import Plan
+from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 _ALIGNMENT = 4096
@@ -93,5 +91,5 @@ def initializer(
 def _encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, tensor: StoredTensor
 ) -> Parts:
-    parts = encode(name, rows, tensor.scheme, statistics(name), ids)
+    parts = tensor.uniform.encode(name, rows, statistics(name), ids)
     return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}

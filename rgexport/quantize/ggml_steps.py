@@ -4,13 +4,12 @@ Scales and minimums are float16 there. Their rounding moves every value of a blo
 the step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-NEGLIGIBLE = np.float32(2.0**-100)
-"""No integer step is taken for smaller than this: such weights may be stored as zeros."""
+from rgexport.quantize.steps import NEGLIGIBLE, StepSizes
+
 _HALF = 2.0**-11
 """Largest relative error of rounding to float16, and `_LEAST` the largest absolute one."""
 _LEAST = 2.0**-25
@@ -62,28 +61,26 @@ BLOCKS = {
 """Type → its blocks (ggml-quants.c: quantize_row_*_ref)."""
 
 
-def block_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
-    """The step at each of the weights [rows, columns]; the columns are whole blocks."""
+def step_sizes(w: np.ndarray, blocks: Blocks) -> StepSizes:
+    """Returns the steps of the weights [rows, columns]; the columns are whole blocks."""
     exact, base = _exact_steps(w, blocks)
     # half a step, and what the rounding of scale and minimum adds to it, twice
     moved = blocks.below * np.maximum(exact * _HALF, blocks.least)
     moved += np.maximum(base * _HALF, blocks.least)
     step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
+    own = grid = None
     if blocks.grouped:
         step = _largest_of_group(step, blocks)
-    return np.repeat(step, blocks.size, axis=1)
-
-
-def own_steps(w: np.ndarray, blocks: Blocks) -> np.ndarray:
-    """The step of each weight's own block in a grouped type, as rounding to nearest has it.
-
-    Scales are multiples of a fraction of the group's largest one, so none is much smaller. And
-    blocks may be too small for float16, which may store them as zeros.
-    """
-    own, _ = _exact_steps(w, blocks)
-    rounded = np.float32(2 * blocks.below * blocks.least)
-    least = np.maximum(_largest_of_group(own, blocks) * _LEAST_SCALE, rounded)
-    return np.repeat(np.maximum(own, least), blocks.size, axis=1)
+        # Scales are multiples of a fraction of the group's largest one, so none is much smaller.
+        # And blocks may be too small for float16, which may store them as zeros.
+        rounded = np.float32(2 * blocks.below * blocks.least)
+        least = np.maximum(_largest_of_group(exact, blocks) * _LEAST_SCALE, rounded)
+        own = np.repeat(np.maximum(exact, least), blocks.size, axis=1)
+    elif not blocks.asymmetric:
+        grid = np.repeat(np.maximum(exact, NEGLIGIBLE), blocks.size, axis=1)
+    step = np.repeat(step, blocks.size, axis=1)
+    outermost = (step if grid is None else grid) * np.float32(blocks.below - 1)
+    return StepSizes(step, own=own, limit=outermost if blocks.clips else None, grid=grid)
 
 
 def _exact_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
@@ -101,34 +98,3 @@ def _largest_of_group(steps: np.ndarray, blocks: Blocks) -> np.ndarray:
     """The largest step in the group of each block, [rows, blocks]."""
     per_group = blocks.grouped // blocks.size
     return np.repeat(steps.reshape(len(steps), -1, per_group).max(2), per_group, axis=1)
-
-
-def block_grid(w: np.ndarray, blocks: Blocks) -> np.ndarray | None:
-    """The distance of levels at each of the weights, before scales are rounded.
-
-    None where levels do not lie around 0, or are chosen for the least squared error.
-    """
-    if blocks.asymmetric or blocks.grouped:
-        return None
-    exact, _ = _exact_steps(w, blocks)
-    return np.repeat(np.maximum(exact, NEGLIGIBLE), blocks.size, axis=1)
-
-
-def norm_steps(w: np.ndarray) -> np.ndarray:
-    """Norms are stored with 1 added."""
-    return np.spacing(np.abs(w + np.float32(1)))
-
-
-def decay_steps(w: np.ndarray) -> np.ndarray:
-    """Λ is stored as -8 softplus(Λ), whose rounding moves Λ by softplus/sigmoid times as much."""
-    wide = w.astype(np.float64)
-    softplus = np.logaddexp(0, wide)
-    moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
-    return np.maximum(moved + np.spacing(np.abs(w)), NEGLIGIBLE).astype(np.float32)
-
-
-TRANSFORMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "norm.weight": norm_steps,
-    "recurrent_param": decay_steps,
-}
-"""End of a tensor's name → its steps in a GGUF file, where it is stored as something else."""
