@@ -40,6 +40,7 @@ class FormatLayouts:
         beside: bytes of all that is not weights, about.
         row_groups: whether the rows of a matrix may have several layouts.
         bfloat16_gates: whether matrices of gates may be bfloat16.
+        schemes: to choose from; `fit` leaves out what the format lacks.
     """
 
     fit: Callable[[Uniform, Shape], Uniform | None]
@@ -49,10 +50,11 @@ class FormatLayouts:
     beside: Callable[[Checkpoint], int]
     row_groups: bool = True
     bfloat16_gates: bool = False
+    schemes: tuple[Uniform, ...] = tuple(candidates())
 
     def options(self, shape: Shape) -> dict[Uniform, int]:
         """The layouts that fit a matrix, each once, with its bytes; float32 if none does."""
-        fits = [self.fit(scheme, shape) for scheme in candidates()]
+        fits = [self.fit(scheme, shape) for scheme in self.schemes]
         found = [one for one in fits if one is not None] or [FLOAT32]
         return {one: self._nbytes(shape, one) for one in found}
 

@@ -63,35 +63,21 @@ class Affine(Uniform):
 
     @property
     def label(self) -> str:
-        """`int4/128`, `int8/row` or `int8/32 asym`."""
         return f"int{self.bits}/{self.block or 'row'}" + ("" if self.symmetric else " asym")
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales and zero points of blocks included."""
         if self.block is None:
             return float(self.bits)
         zero_point = 0 if self.symmetric else self.bits
         return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
 
     @property
-    def precision(self) -> str:
-        """`int4`."""
-        return f"int{self.bits}"
-
-    @property
-    def storage_class(self) -> str:
-        """`int4`."""
-        return f"int{self.bits}"
-
-    @property
     def level_bits(self) -> int:
-        """Bits of a level."""
         return self.bits
 
     @property
     def rounds_activations(self) -> bool:
-        """Always."""
         return True
 
     @property
@@ -107,7 +93,6 @@ class Affine(Uniform):
         return -(-columns // self.block_size(columns))
 
     def part_shapes(self, shape: Shape) -> PartShapes:
-        """Returns the parts of a matrix [N, K]."""
         rows, columns = shape
         blocks = self.num_blocks(columns)
         padded = blocks * self.block_size(columns)
@@ -120,7 +105,6 @@ class Affine(Uniform):
         return shapes
 
     def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        """Returns rows [n, columns] float32 from rows of the parts."""
         scales = parts["scales"].astype(np.float32)
         count, blocks = scales.shape
         shape = (count, blocks, self.block_size(columns))
@@ -229,7 +213,6 @@ class Affine(Uniform):
         return parts
 
     def fitted(self, shape: Shape) -> "Affine":
-        """Returns the scheme with blocks that divide a row, in 8 bits for odd rows of 4 bits."""
         columns = shape[1]
         if self.bits == 4 and columns % 2:
             return replace(self, bits=8).fitted(shape)
@@ -248,7 +231,7 @@ class Affine(Uniform):
         return block if SMALLEST_BLOCK <= block < columns else None
 
     def least_padded(self, columns: int) -> "Affine":
-        """Returns the scheme with the block, up to its own, that takes the fewest bytes a row.
+        """Chooses the block size.
 
         Small blocks cost scales, large ones padding: rows of 288 take 384 integers in blocks of
         128, and 288 in blocks of 32. Of equal sizes, the smaller block is nearer to the weights.
@@ -263,18 +246,15 @@ class Affine(Uniform):
         return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in parts)
 
     def with_dtype(self, dtype: FloatDtype) -> "Affine":
-        """Returns the scheme with scales in `dtype`."""
         return replace(self, scale=dtype)
 
     def with_blocks(self, block: int | None, symmetric: bool | None) -> "Affine":
-        """Returns the scheme with a user's block size and symmetry, None for its own."""
         block = self.block if block is None else block
         symmetric = self.symmetric if symmetric is None else symmetric
         return replace(self, block=block, symmetric=symmetric)
 
     @classmethod
     def candidates(cls) -> tuple["Affine", ...]:
-        """Returns the layouts that plans for a target choose from."""
         make = partial(cls, scale="float16", algorithm="gptq")
         return (
             *(make(3, block, symmetric=True) for block in (128, 64, 32)),
@@ -284,7 +264,7 @@ class Affine(Uniform):
         )
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Returns each block's range over the number of steps in it.
+        """Divides each block's range by the number of steps in it.
 
         Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
         asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
@@ -299,7 +279,6 @@ class Affine(Uniform):
         return StepSizes(step, limit=limit, grid=grid)
 
     def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
-        """Returns the steps of stored weights: the outermost levels of a block tell them."""
         return StepSizes(self._spread(self._ranges(dequantized)[2], dequantized))
 
     def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:

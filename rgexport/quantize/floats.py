@@ -10,6 +10,7 @@ from rgexport.quantize.scheme_base import Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import StepSizes, float_steps
 
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _DIGITS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24), "bfloat16": (23, 2.0**-126)}
 """dtype → binary digits after the point, smallest step.
 
@@ -30,28 +31,23 @@ class Float(Uniform):
         return "cast"
 
     @property
-    def is_quantized(self) -> bool:
-        """Never."""
-        return False
-
-    @property
     def label(self) -> str:
-        """The dtype."""
         return self.dtype
 
     @property
+    def is_quantized(self) -> bool:
+        return False
+
+    @property
     def bits_per_weight(self) -> float:
-        """Bits of storage per weight."""
         return 32.0 if self.dtype == "float32" else 16.0
 
     @property
     def precision(self) -> str:
-        """`fp32`, `fp16` or `bf16`."""
-        return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+        return _PRECISIONS[self.dtype]
 
     @property
     def storage_class(self) -> str:
-        """The dtype."""
         return self.dtype
 
     @property
@@ -60,20 +56,13 @@ class Float(Uniform):
         return "f16" if self.dtype == "float16" else "f32"
 
     def part_shapes(self, shape: Shape) -> PartShapes:
-        """Returns one part, `data`."""
         return {"data": (self.dtype, shape)}
 
     def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        """Returns the rows as float32."""
         return parts["data"].astype(np.float32, copy=False)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Returns the distance of floats at each weight."""
         return StepSizes(float_steps(w, *_DIGITS[self.dtype]))
-
-    def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
-        """Returns the same for stored weights."""
-        return self.weight_steps(dequantized)
 
     def _cast(self, rows: np.ndarray, _: Statistics | None) -> Parts:
         with np.errstate(over="ignore"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from rgexport.kernels.rounding import library
 from rgexport.quantize import ggml_steps, gptq
-from rgexport.quantize.ggml_grid import GRID_TYPES, grid_of, with_levels
+from rgexport.quantize.ggml_grid import read_levels, replace_levels
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme_base import Parts, PartShapes, Shape, Uniform
@@ -41,46 +41,38 @@ class Ggml(Uniform):
 
     @property
     def label(self) -> str:
-        """`q4_k`."""
         return self.type
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the type has scales that several weights share."""
         return TYPES[self.type].is_quantized
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales and minimums included."""
         return TYPES[self.type].bits_per_weight
 
     @property
     def precision(self) -> str:
-        """The type."""
         return self.type
 
     @property
     def storage_class(self) -> str:
-        """The class of precision that tolerances are given for."""
         return _STORAGE_CLASSES.get(self.type, "int4")
 
     @property
     def ggml_type(self) -> str:
-        """The type."""
         return self.type
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether the type is quantized: llama.cpp's kernels then always do."""
         return self.is_quantized
 
     def part_shapes(self, shape: Shape) -> PartShapes:
-        """Returns one part, `data`, in bytes."""
         rows, *row = shape
         return {"data": ("uint8", (rows, TYPES[self.type].row_bytes(prod(row))))}
 
     def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        """Returns rows float32 [n, columns], by gguf-py: it shares no code with the encoder."""
+        """Decodes with gguf-py, which shares no code with the encoder."""
         rows = parts["data"]
         if self.type == "f32":
             return rows.view(np.float32)
@@ -94,24 +86,22 @@ class Ggml(Uniform):
 
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
         parts = self._quantize(rows, statistics)
-        if self.type not in GRID_TYPES:
+        if not self.is_quantized:
             return parts
-        grid = grid_of(parts["data"], self.type)
+        grid = read_levels(parts["data"], self.type)
         columns = (np.repeat(part, grid.group, axis=1) for part in (grid.scale, grid.offset))
         levels = gptq.choose_levels(
             rows, library.Grid(1, grid.top, *columns), statistics.hessians, grid.levels
         )
-        return {"data": with_levels(parts["data"], self.type, levels)}
+        return {"data": replace_levels(parts["data"], self.type, levels)}
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
 
     @classmethod
     def candidates(cls) -> tuple["Ggml", ...]:
-        """Returns the layouts that plans for a target choose from."""
         return tuple(cls(kind, algorithm="gptq") for kind in _CANDIDATES)
 
     def rounding_rule(self, weighted: bool) -> str:
-        """Returns the rule by which llama-quantize chose levels, or another algorithm."""
         if self.algorithm != "ggml":
             return self.algorithm
         if not self.is_quantized:
@@ -121,11 +111,6 @@ class Ggml(Uniform):
         return "ggml search" if ggml_steps.BLOCKS[self.type].grouped else "ggml"
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Returns the steps of the type's blocks."""
         if not self.is_quantized:
             return StepSizes(float_steps(w, *_DIGITS[self.type]))
-        return ggml_steps.step_sizes(w, ggml_steps.BLOCKS[self.type])
-
-    def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
-        """Returns the same for stored weights."""
-        return self.weight_steps(dequantized)
+        return ggml_steps.step_sizes(w, self.type)

@@ -18,7 +18,7 @@ Scales = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Grid:
+class GgmlLevels:
     """Rows as levels: the value of a weight is `scale · level + offset` of its group.
 
     Attributes:
@@ -36,20 +36,20 @@ class Grid:
     levels: np.ndarray
 
 
-def grid_of(packed: np.ndarray, kind: str) -> Grid:
-    """The grid of rows that ggml packed.
+def read_levels(packed: np.ndarray, kind: str) -> GgmlLevels:
+    """Returns the levels of rows that ggml packed.
 
     Args:
         packed: uint8 [n, row_bytes].
-        kind: one of `GRID_TYPES`.
+        kind: a key of `LAYOUTS`.
     """
-    layout, blocks = _LAYOUTS[kind], _blocks(packed, kind)
+    layout, blocks = LAYOUTS[kind], packed.reshape(-1, TYPES[kind].block_bytes)
     with np.errstate(all="ignore"):
         scale, offset = layout.scales(blocks)
     levels = sum((plane.read(blocks) for plane in layout.planes), layout.bias)
     rows, columns = len(packed), packed.shape[1] // TYPES[kind].block_bytes * TYPES[kind].block
     groups = rows, columns // layout.group
-    return Grid(
+    return GgmlLevels(
         layout.group,
         layout.top,
         scale.astype(np.float32, copy=False).reshape(groups),
@@ -58,18 +58,14 @@ def grid_of(packed: np.ndarray, kind: str) -> Grid:
     )
 
 
-def with_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
-    """A copy of packed rows that has other levels, uint8 [n, columns], none above the top one."""
-    layout, copy = _LAYOUTS[kind], packed.copy()
-    blocks = _blocks(copy, kind)
+def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
+    """Returns a copy of packed rows with other levels, uint8 [n, columns], none above the top."""
+    layout, copy = LAYOUTS[kind], packed.copy()
+    blocks = copy.reshape(-1, TYPES[kind].block_bytes)
     stored = levels.reshape(len(blocks), TYPES[kind].block) - layout.bias
     for plane in layout.planes:
         plane.write(blocks, stored)
     return copy
-
-
-def _blocks(packed: np.ndarray, kind: str) -> Blocks:
-    return packed.reshape(-1, TYPES[kind].block_bytes)
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class _Plane:
         count: how many bytes.
         bits: how many of a level.
         width: of a run.
-        shift: the place of the lowest bit in the level.
+        shift: the position of the lowest bit in the level.
     """
 
     start: int
@@ -93,24 +89,19 @@ class _Plane:
     shift: int = 0
 
     def read(self, blocks: Blocks) -> np.ndarray:
-        """These bits at their place in the levels, uint8 [blocks, levels]."""
-        runs = self._bytes(blocks).reshape(len(blocks), self._runs, 1, self.width)
+        """Returns these bits of the levels, uint8 [blocks, levels]."""
+        runs = self._bytes(blocks).reshape(len(blocks), self.count // self.width, 1, self.width)
         bits = (runs >> self._shifts) & self._mask
         return bits.reshape(len(blocks), self.count * 8 // self.bits) << np.uint8(self.shift)
 
     def write(self, blocks: Blocks, levels: np.ndarray) -> None:
-        """Replaces these bits."""
         bits = (levels >> np.uint8(self.shift)) & self._mask
-        runs = bits.reshape(len(blocks), self._runs, 8 // self.bits, self.width) << self._shifts
-        joined = np.bitwise_or.reduce(runs, axis=2)
+        shape = len(blocks), self.count // self.width, 8 // self.bits, self.width
+        joined = np.bitwise_or.reduce(bits.reshape(shape) << self._shifts, axis=2)
         self._bytes(blocks)[:] = joined.reshape(len(blocks), self.count)
 
     def _bytes(self, blocks: Blocks) -> np.ndarray:
         return blocks[:, self.start : self.start + self.count]
-
-    @property
-    def _runs(self) -> int:
-        return self.count // self.width
 
     @property
     def _mask(self) -> np.uint8:
@@ -121,9 +112,9 @@ class _Plane:
         return np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
 
 
-def _half(blocks: Blocks, place: int) -> np.ndarray:
+def _half(blocks: Blocks, start: int) -> np.ndarray:
     """A float16 of each block, as float32 [blocks, 1]."""
-    return np.ascontiguousarray(blocks[:, place : place + 2]).view("<f2").astype(np.float32)
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
 
 
 def _one_scale(zero: int) -> Callable[[Blocks], Scales]:
@@ -173,14 +164,14 @@ _NO_BIAS = np.uint8(0)
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a block has its levels and scales.
+    """The levels and scales of a block.
 
     Attributes:
         group: levels that share a scale.
         top: the largest level.
-        planes: of the levels' bits.
+        planes: the bits of the levels.
         scales: reads scales and offsets.
-        bias: what is added, modulo 256, to a stored number to get the level.
+        bias: is added, modulo 256, to a stored number to get the level.
     """
 
     group: int
@@ -190,7 +181,7 @@ class _Layout:
     bias: np.uint8 = _NO_BIAS
 
 
-_LAYOUTS = {
+LAYOUTS = {
     # ggml writes no -128, which has no negative in the kernels
     "q8_0": _Layout(32, 254, (_Plane(2, 32, 8, 32),), _one_scale(127), bias=np.uint8(127)),
     "q4_0": _Layout(32, 15, (_Plane(2, 16, 4, 16),), _one_scale(8)),
@@ -203,5 +194,4 @@ _LAYOUTS = {
     "q5_k": _Layout(32, 31, (_Plane(48, 128, 4, 32), _Plane(16, 32, 1, 32, 4)), _q45_k),
     "q6_k": _Layout(16, 63, (_Plane(0, 128, 4, 64), _Plane(128, 64, 2, 32, 4)), _q6_k),
 }
-GRID_TYPES = tuple(_LAYOUTS)
 """All quantized types of `ggml_types.TYPES`."""

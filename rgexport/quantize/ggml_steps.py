@@ -18,8 +18,8 @@ _LEAST_SCALE = np.float32(1 / 32)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """How a type divides a row.
+class BlockSteps:
+    """How a type divides a row into steps.
 
     Attributes:
         size: weights that share a step.
@@ -30,7 +30,7 @@ class Blocks:
         grouped: weights whose steps are multiples of one number, so that small steps are not
             exact: the largest step of the group counts for all of it. These types choose their
             steps for the least squared error. 0 for the other types.
-        scales: the largest of those multiples, which multiplies what rounding does to the number.
+        scales: the largest of those multiples, which multiplies the rounding of the number.
     """
 
     size: int
@@ -40,42 +40,38 @@ class Blocks:
     grouped: int = 0
     scales: int = 1
 
-    @property
-    def least(self) -> float:
-        """What rounding may do to the step of a block, however small it is."""
-        return self.scales * _LEAST
-
 
 BLOCKS = {
-    "q8_0": Blocks(32, 127),
-    "q4_0": Blocks(32, 8, clips=True),
-    "q5_0": Blocks(32, 16, clips=True),
-    "q4_1": Blocks(32, 15, asymmetric=True),
-    "q5_1": Blocks(32, 31, asymmetric=True),
-    "q2_k": Blocks(16, 3, asymmetric=True, grouped=256, scales=15),
-    "q3_k": Blocks(16, 4, clips=True, grouped=256, scales=32),
-    "q4_k": Blocks(32, 15, asymmetric=True, grouped=256, scales=63),
-    "q5_k": Blocks(32, 31, asymmetric=True, grouped=256, scales=63),
-    "q6_k": Blocks(16, 32, clips=True, grouped=256, scales=128),
+    "q8_0": BlockSteps(32, 127),
+    "q4_0": BlockSteps(32, 8, clips=True),
+    "q5_0": BlockSteps(32, 16, clips=True),
+    "q4_1": BlockSteps(32, 15, asymmetric=True),
+    "q5_1": BlockSteps(32, 31, asymmetric=True),
+    "q2_k": BlockSteps(16, 3, asymmetric=True, grouped=256, scales=15),
+    "q3_k": BlockSteps(16, 4, clips=True, grouped=256, scales=32),
+    "q4_k": BlockSteps(32, 15, asymmetric=True, grouped=256, scales=63),
+    "q5_k": BlockSteps(32, 31, asymmetric=True, grouped=256, scales=63),
+    "q6_k": BlockSteps(16, 32, clips=True, grouped=256, scales=128),
 }
 """Type → its blocks (ggml-quants.c: quantize_row_*_ref)."""
 
 
-def step_sizes(w: np.ndarray, blocks: Blocks) -> StepSizes:
-    """Returns the steps of the weights [rows, columns]; the columns are whole blocks."""
+def step_sizes(w: np.ndarray, kind: str) -> StepSizes:
+    """Returns the steps of the weights [rows, columns] in a type whose blocks fit the columns."""
+    blocks = BLOCKS[kind]
     exact, base = _exact_steps(w, blocks)
+    least = blocks.scales * _LEAST  # rounding of the step of a block, however small it is
     # half a step, and what the rounding of scale and minimum adds to it, twice
-    moved = blocks.below * np.maximum(exact * _HALF, blocks.least)
-    moved += np.maximum(base * _HALF, blocks.least)
+    moved = blocks.below * np.maximum(exact * _HALF, least) + np.maximum(base * _HALF, least)
     step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
     own = grid = None
     if blocks.grouped:
         step = _largest_of_group(step, blocks)
         # Scales are multiples of a fraction of the group's largest one, so none is much smaller.
         # And blocks may be too small for float16, which may store them as zeros.
-        rounded = np.float32(2 * blocks.below * blocks.least)
-        least = np.maximum(_largest_of_group(exact, blocks) * _LEAST_SCALE, rounded)
-        own = np.repeat(np.maximum(exact, least), blocks.size, axis=1)
+        smallest = _largest_of_group(exact, blocks) * _LEAST_SCALE
+        smallest = np.maximum(smallest, np.float32(2 * blocks.below * least))
+        own = np.repeat(np.maximum(exact, smallest), blocks.size, axis=1)
     elif not blocks.asymmetric:
         grid = np.repeat(np.maximum(exact, NEGLIGIBLE), blocks.size, axis=1)
     step = np.repeat(step, blocks.size, axis=1)
@@ -83,10 +79,10 @@ def step_sizes(w: np.ndarray, blocks: Blocks) -> StepSizes:
     return StepSizes(step, own=own, limit=outermost if blocks.clips else None, grid=grid)
 
 
-def _exact_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+def _exact_steps(w: np.ndarray, blocks: BlockSteps) -> tuple[np.ndarray, np.ndarray]:
     """For each block: its range over its number of steps, and the magnitude of its minimum."""
-    parts = w.reshape(len(w), -1, blocks.size)
-    low, high = parts.min(2), parts.max(2)
+    weights = w.reshape(len(w), -1, blocks.size)
+    low, high = weights.min(2), weights.max(2)
     if not blocks.asymmetric:
         exact = np.maximum(high, -low) / np.float32(blocks.below)
         return exact, np.zeros_like(exact)
@@ -94,7 +90,7 @@ def _exact_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]
     return (high - least) / np.float32(blocks.below), np.abs(least)
 
 
-def _largest_of_group(steps: np.ndarray, blocks: Blocks) -> np.ndarray:
+def _largest_of_group(steps: np.ndarray, blocks: BlockSteps) -> np.ndarray:
     """The largest step in the group of each block, [rows, blocks]."""
     per_group = blocks.grouped // blocks.size
     return np.repeat(steps.reshape(len(steps), -1, per_group).max(2), per_group, axis=1)

@@ -48,36 +48,26 @@ class Palette(Uniform):
 
     @property
     def label(self) -> str:
-        """`pal4/16`."""
         return f"pal{self.bits}/{self.group}"
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage per weight; the tables are not counted."""
+        """Bits of an index; the tables are not counted."""
         return float(self.bits)
 
     @property
     def precision(self) -> str:
-        """`pal4`."""
         return f"pal{self.bits}"
 
     @property
-    def storage_class(self) -> str:
-        """That of integers of as many bits."""
-        return f"int{self.bits}"
-
-    @property
     def level_bits(self) -> int:
-        """Bits of an index."""
         return self.bits
 
     @property
     def rows_together(self) -> int:
-        """Rows that share a table."""
         return self.group
 
     def part_shapes(self, shape: Shape) -> PartShapes:
-        """Returns the parts of a matrix [N, K] whose rows are whole groups."""
         rows, columns = shape
         return {
             "data": ("uint8", (rows, packed_width(columns, self.bits))),
@@ -85,7 +75,6 @@ class Palette(Uniform):
         }
 
     def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        """Returns rows [n, columns] float32 from rows of the parts, in whole groups."""
         lut = parts["lut"].astype(np.float32)
         indices = unpack(parts["data"], self.bits)[:, :columns].reshape(len(lut), -1)
         rows = np.take_along_axis(lut, indices.astype(np.intp), axis=1)
@@ -122,23 +111,20 @@ class Palette(Uniform):
         return lut, indices.reshape(rows.shape)
 
     def fitted(self, shape: Shape) -> Uniform:
-        """Returns a palette of groups that divide the rows; 8-bit integers for odd rows."""
         rows, columns = shape
         if columns % 2:
             return Affine(8, None, symmetric=True, scale=self.lut).fitted(shape)
         return replace(self, group=largest_divisor(rows, self.group))
 
     def with_dtype(self, dtype: FloatDtype) -> "Palette":
-        """Returns the scheme with tables in `dtype`."""
         return replace(self, lut=dtype)
 
     @classmethod
     def candidates(cls) -> tuple["Palette", ...]:
-        """Returns the layouts that plans for a target choose from."""
         return (cls(algorithm="gptq"),)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Returns twice the rms error of even levels from the least to the largest of a group.
+        """Computes twice the rms error of even levels from the least to the largest of a group.
 
         With those, rounding is off by half a step of `max_steps`; the least squared error is less.
         """
@@ -156,7 +142,7 @@ class Palette(Uniform):
         return StepSizes(step, own, spans=np.zeros(1, np.intp))
 
     def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
-        """Returns half the distance between the neighbours of each weight's level on both sides."""
+        """Computes half the distance between the neighbours of each weight's level."""
         gaps = np.empty_like(dequantized)
         for start in range(0, len(gaps), self.group):
             group = dequantized[start : start + self.group]

@@ -15,6 +15,7 @@ from rgexport.progress import warn
 from rgexport.quantize.scheme import (
     BFLOAT16,
     BLOCKS,
+    FLOAT32,
     Affine,
     Float,
     Ggml,
@@ -26,16 +27,16 @@ from rgexport.quantize.scheme import (
 )
 
 PRECISIONS: dict[str, Scheme] = {
-    "fp32": Float("float32"),
+    "fp32": FLOAT32,
     "fp16": Float("float16"),
     "int8": Affine(8, 128, symmetric=True),
     "int4": Affine(4, 32, symmetric=True),
 }
-"""Precision → scheme of the linears and the embedding, before options for block and symmetry."""
+"""Precision → scheme of the linears and the embedding, before a user's block and symmetry."""
 WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetric=False)}
-"""The same for browsers, whose scales are float32: there, small blocks cost another half bit."""
+"""The same for browsers: scales are float32, so small blocks would cost another half bit."""
 COREML_PRECISIONS: dict[str, Scheme] = {
-    "fp32": Float("float32"),
+    "fp32": FLOAT32,
     "fp16": Float("float16"),
     "int8": Affine(8, None, symmetric=True),
     "int4": Affine(4, 32, symmetric=True),
@@ -43,7 +44,7 @@ COREML_PRECISIONS: dict[str, Scheme] = {
 }
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
-_FULL: tuple[Scheme, ...] = (Float("float32"), Ggml("f32"))
+_FULL: tuple[Scheme, ...] = (FLOAT32, Ggml("f32"))
 """For tensors that are never quantized."""
 
 
@@ -51,40 +52,42 @@ def choose_scheme(
     precision: str,
     block: int | None = None,
     symmetric: bool | None = None,
-    words: Mapping[str, Scheme] = PRECISIONS,
+    precisions: Mapping[str, Scheme] = PRECISIONS,
 ) -> Scheme:
-    """The scheme of a precision; None leaves its default.
+    """Returns the scheme of a precision, with a user's block size and symmetry.
 
     Raises:
-        RequestError: an unknown word, or a block size that is none of `BLOCKS`.
+        RequestError: an unknown precision, or a block size that is none of `BLOCKS`.
     """
     if block is not None and block not in BLOCKS:
         raise RequestError(
             f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
         )
-    if precision not in words:
-        raise RequestError(f"unknown precision {precision!r}; expected one of {', '.join(words)}")
-    return words[precision].with_blocks(block, symmetric)
+    if precision not in precisions:
+        raise RequestError(
+            f"unknown precision {precision!r}; expected one of {', '.join(precisions)}"
+        )
+    return precisions[precision].with_blocks(block, symmetric)
 
 
 def choose_schemes(
-    words: tuple[str, str],
+    precisions: tuple[str, str],
     choose: Callable[[str, int | None, bool | None], Scheme],
     block: int | None,
     symmetric: bool | None,
 ) -> tuple[Scheme, Scheme]:
-    """The schemes of the linears and of the embedding.
+    """Returns the schemes of the linears and of the embedding.
 
-    Block and symmetry are those of the linears. The embedding has them too if it is stored in the
-    same precision, or if the linears are not quantized; else it keeps the defaults of its own.
+    Block size and symmetry are those of the linears. The embedding has them too if it is stored in
+    the same precision, or if the linears are not quantized; else it keeps its defaults.
 
     Args:
-        words: their precisions.
-        choose: a precision, a block size and a symmetry → the scheme.
+        precisions: of the linears and of the embedding.
+        choose: precision, block size and symmetry → scheme.
         block: `--block-size`.
         symmetric: `--symmetric` or `--asymmetric`.
     """
-    linear, table = words
+    linear, table = precisions
     chosen = choose(linear, block, symmetric)
     if table == linear or not has_blocks(chosen):
         return chosen, choose(table, block, symmetric)
@@ -92,16 +95,14 @@ def choose_schemes(
 
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
-    """`linear` for the linears, `embedding` for the table, float32 for everything else."""
+    """Returns a plan: `linear`, `embedding` for the table, float32 for everything else."""
     by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
-    return {
-        name: by_role.get(spec.role, Float("float32"))
-        for name, spec in model_tensors(config).items()
-    }
+    tensors = model_tensors(config).items()
+    return {name: by_role.get(spec.role, FLOAT32) for name, spec in tensors}
 
 
 def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[str]:
-    """The matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
+    """Returns the matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
     return frozenset(
         name
         for name, spec in model_tensors(config).items()
@@ -110,9 +111,9 @@ def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[st
 
 
 def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan with bfloat16 for no other tensors than `names`: float32 for the rest of them."""
+    """Returns the plan with float32 for all bfloat16 tensors except `names`."""
     return {
-        name: Float("float32") if scheme == BFLOAT16 and name not in names else scheme
+        name: FLOAT32 if scheme == BFLOAT16 and name not in names else scheme
         for name, scheme in plan.items()
     }
 
@@ -128,7 +129,7 @@ def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    """The precision of a plan: that of the tensor, or the row group, with the fewest bits."""
+    """Returns the precision of the tensor, or the row group, with the fewest bits."""
     return coarsest(plan.values()).precision
 
 
@@ -163,7 +164,7 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
 
 
 def load_plan(path: Path, config: GriffinConfig) -> Plan:
-    """A plan from a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
+    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
 
     Raises:
         RequestError: it is not JSON, a tensor is missing or unknown, one that must be float32
@@ -177,19 +178,26 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
         entries = entries["plan"]
     tensors = model_tensors(config)
     if not isinstance(entries, dict) or entries.keys() != tensors.keys():
-        found = set(entries) if isinstance(entries, dict) else set()
-        differing = sorted(found ^ set(tensors))[:5]
+        names = set(entries) if isinstance(entries, dict) else set()
+        differing = sorted(names ^ set(tensors))[:5]
         raise RequestError(
             f"the plan {path} does not name the tensors of this model (first differences: "
             f"{', '.join(differing)}); print a fitting one with `rgexport inspect ARTIFACT --json`"
         )
-    plan = {
-        name: _read_scheme(path, name, fields, tensors[name]) for name, fields in entries.items()
-    }
-    for name, scheme in plan.items():
-        if rule := _broken_rule(name, scheme, tensors):
-            raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
-    return plan
+    return {name: _read_scheme(path, name, entries[name], tensors) for name in entries}
+
+
+def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, TensorSpec]) -> Scheme:
+    try:
+        scheme = scheme_from_dict(fields)
+        scheme.require_known_algorithm()
+        if tensors[name].role in QUANTIZABLE:
+            scheme.group_sizes(tensors[name].shape[0])
+    except RequestError as error:
+        raise RequestError(f"the plan {path}: {name}: {error}") from None
+    if rule := _broken_rule(name, scheme, tensors):
+        raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
+    return scheme
 
 
 def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -> str | None:
@@ -203,14 +211,3 @@ def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -
         return None
     allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
     return f"a {role} is never quantized; expected {allowed}"
-
-
-def _read_scheme(path: Path, name: str, fields: Any, spec: TensorSpec) -> Scheme:
-    try:
-        scheme = scheme_from_dict(fields)
-        scheme.require_known_algorithm()
-        if spec.role in QUANTIZABLE:
-            scheme.group_sizes(spec.shape[0])
-        return scheme
-    except RequestError as error:
-        raise RequestError(f"the plan {path}: {name}: {error}") from None

@@ -17,14 +17,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.quantize.affine import Affine
-from rgexport.quantize.scheme_base import Scheme, Uniform
+from rgexport.quantize.scheme_base import FloatDtype, Scheme, Shape, Uniform
 
 MAX_GROUPS = 16
 """Row groups that a tensor may have: each is a product of its own."""
 MAX_ROWS = 1 << 31
 """Rows that a tensor may have: their numbers are int32."""
 _TEXT = re.compile(r"\d{1,10}(-\d{1,10})?(,\d{1,10}(-\d{1,10})?)*", re.ASCII)
-_SHOWN = 60
+_MAX_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,15 @@ class Mixed(Scheme):
 
     @property
     def uniform(self) -> tuple[Uniform, ...]:
-        """The schemes of the groups."""
         return tuple(group.scheme for group in self.groups)
 
     def row_groups(self, rows: int) -> list[tuple[str, Uniform, np.ndarray | None]]:
-        """Returns label, scheme and row numbers (int32, ascending) of each group.
-
-        Raises:
-            RequestError: see `group_sizes`.
-        """
         self.group_sizes(rows)
         members = zip(self.groups, _members(self, rows), strict=True)
         return [(group.label, group.scheme, ids) for group, ids in members]
 
     def group_sizes(self, rows: int) -> tuple[int, ...]:
-        """Returns how many rows of a matrix of `rows` rows each group has, at least one.
-
-        Takes no memory for each row.
-
-        Raises:
-            RequestError: groups share a row, or name one that the matrix lacks, or leave none over.
-        """
+        """Refuses groups that share a row, name one that the matrix lacks, or leave none over."""
         bounds = np.concatenate(self._bounds)
         bounds = bounds[np.argsort(bounds[:, 0], kind="stable")]
         if (shared := bounds[1:, 0] < bounds[:-1, 1]).any():
@@ -145,18 +133,21 @@ class Mixed(Scheme):
         """The ranges of all groups but the last, [ranges, 2] each."""
         return [row_bounds(group.rows) for group in self.groups if group.rows]
 
-    def each(self, change: Callable[[Any], Any]) -> "Mixed":
-        """Returns the same groups with changed schemes."""
+    def fitted(self, shape: Shape) -> "Mixed":
+        return self._each(lambda scheme: scheme.fitted(shape))
+
+    def with_dtype(self, dtype: FloatDtype) -> "Mixed":
+        return self._each(lambda scheme: scheme.with_dtype(dtype))
+
+    def with_algorithm(self, algorithm: str) -> "Mixed":
+        return self._each(lambda scheme: scheme.with_algorithm(algorithm))
+
+    def _each(self, change: Callable[[Affine], Affine]) -> "Mixed":
         changed = (replace(group, scheme=change(group.scheme)) for group in self.groups)
         return Mixed(tuple(changed))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Mixed":
-        """Reads what `to_dict` returns.
-
-        Raises:
-            RequestError: an unknown field, too few or too many groups, or an unsound one.
-        """
         entries = values.get("groups")
         entries = entries if isinstance(entries, list) else []
         count = len(entries)
@@ -200,17 +191,17 @@ def _members(scheme: Mixed, rows: int) -> tuple[np.ndarray, ...]:
 
 @functools.lru_cache(maxsize=64)
 def row_bounds(text: str) -> np.ndarray:
-    """The ranges of a text: [ranges, 2] int64, the first row and the one after the last.
+    """Returns the ranges of a text: [ranges, 2] int64, first row and the one after the last.
 
     Raises:
-        RequestError: it is not what `rows_text` makes; so equal sets are equal texts.
+        RequestError: it differs from the text of `rows_text`, so that equal sets are equal texts.
     """
-    bounds = _parsed(text) if _TEXT.fullmatch(text) else np.zeros((0, 2), np.int64)
+    bounds = _parse(text) if _TEXT.fullmatch(text) else np.zeros((0, 2), np.int64)
     sound = len(bounds) and (bounds[:, 0] < bounds[:, 1]).all() and _text(bounds) == text
     if not sound or bounds[-1, 1] > MAX_ROWS:
-        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        excerpt = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
         raise RequestError(
-            f"a row group has rows {shown!r}; expected ascending ranges with gaps between them, "
+            f"a row group has rows {excerpt!r}; expected ascending ranges with gaps between them, "
             'such as "0-255,300,412-500"'
         )
     bounds.flags.writeable = False
@@ -218,14 +209,14 @@ def row_bounds(text: str) -> np.ndarray:
 
 
 def rows_text(rows: np.ndarray) -> str:
-    """The text of ascending row numbers, of which there is at least one."""
+    """Returns the text of ascending row numbers, at least one."""
     last = np.flatnonzero(np.diff(rows) != 1)
     starts, ends = rows[np.append(0, last + 1)], rows[np.append(last, len(rows) - 1)]
     return _text(np.stack([starts, ends + 1], 1).astype(np.int64))
 
 
 def rows_of(bounds: np.ndarray) -> np.ndarray:
-    """The row numbers in ranges, ascending, int32."""
+    """Returns the row numbers in ranges, ascending, int32."""
     lengths = bounds[:, 1] - bounds[:, 0]
     before = np.cumsum(lengths) - lengths
     offsets = np.repeat(bounds[:, 0] - before, lengths)
@@ -233,11 +224,10 @@ def rows_of(bounds: np.ndarray) -> np.ndarray:
 
 
 def count_rows(bounds: np.ndarray) -> int:
-    """How many rows are in ranges."""
     return int((bounds[:, 1] - bounds[:, 0]).sum())
 
 
-def _parsed(text: str) -> np.ndarray:
+def _parse(text: str) -> np.ndarray:
     ends = [range_.partition("-") for range_ in text.split(",")]
     return np.array([(int(first), int(last or first) + 1) for first, _, last in ends], np.int64)
 

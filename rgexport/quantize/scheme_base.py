@@ -48,21 +48,6 @@ class Scheme(ABC):
         """A short name for people, such as `int4/32`."""
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether weights are stored as integers or indices, not as floats."""
-        return True
-
-    @property
-    def rows_together(self) -> int:
-        """Rows that share stored data, such as a palette, and are encoded together."""
-        return 1
-
-    @property
-    def ggml_type(self) -> str | None:
-        """The type of a GGUF file that stores the same; None where there is none."""
-        return None
-
-    @property
     @abstractmethod
     def uniform(self) -> "tuple[Uniform, ...]":
         """The scheme itself, or that of each row group."""
@@ -74,18 +59,6 @@ class Scheme(ABC):
         Raises:
             RequestError: the groups do not fit a tensor of so many rows.
         """
-
-    @abstractmethod
-    def group_sizes(self, rows: int) -> tuple[int, ...]:
-        """Returns the number of rows of each row group; takes no memory for each row.
-
-        Raises:
-            RequestError: see `row_groups`.
-        """
-
-    @abstractmethod
-    def each(self, change: "Callable[[Any], Scheme]") -> "Scheme":
-        """Returns a copy with every uniform scheme changed."""
 
     @classmethod
     @abstractmethod
@@ -100,38 +73,20 @@ class Scheme(ABC):
         """Returns the fields as JSON."""
         return asdict(self)  # type: ignore[call-overload]
 
-    @classmethod
-    def candidates(cls) -> "tuple[Uniform, ...]":
-        """Returns the layouts that plans for a target choose from."""
-        return ()
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are stored as integers or indices, not as floats."""
+        return True
 
-    def index_bytes(self, rows: int) -> int:
-        """Returns the bytes that lists of the groups' rows take in a manifest and a graph."""
-        return 0
+    @property
+    def rows_together(self) -> int:
+        """Rows that share stored data, such as a palette, and are encoded together."""
+        return 1
 
-    def fitted(self, shape: Shape) -> "Scheme":
-        """Returns the closest scheme that stores a matrix [N, K] without padding.
-
-        Core ML needs blocks that divide a row and groups that divide the rows, and packs two 4-bit
-        values to a byte: rows of an odd number of weights are stored in 8 bits.
-        """
-        return self.each(lambda scheme: scheme.fitted(shape))
-
-    def with_dtype(self, dtype: FloatDtype) -> "Scheme":
-        """Returns the scheme with scales or tables in `dtype`."""
-        return self.each(lambda scheme: scheme.with_dtype(dtype))
-
-    def with_algorithm(self, algorithm: str) -> "Scheme":
-        """Returns the scheme filled by another algorithm; unchanged where that does not apply."""
-        return self.each(lambda scheme: scheme.with_algorithm(algorithm))
-
-    def least_padded(self, columns: int) -> "Scheme":
-        """Returns the scheme with the block, up to its own, that takes the fewest bytes a row."""
-        return self
-
-    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Scheme":
-        """Returns the scheme with a user's block size and symmetry, None for its own."""
-        return self
+    @property
+    def ggml_type(self) -> str | None:
+        """The type of a GGUF file that stores the same; None where there is none."""
+        return None
 
     @property
     def needs_statistics(self) -> bool:
@@ -151,6 +106,47 @@ class Scheme(ABC):
                     f"a scheme has algorithm = {scheme.algorithm!r}; "
                     f"expected {', '.join(scheme.encoders)}"
                 )
+
+    def group_sizes(self, rows: int) -> tuple[int, ...]:
+        """Returns the number of rows of each row group; takes no memory for each row.
+
+        Raises:
+            RequestError: see `row_groups`.
+        """
+        return (rows,)
+
+    def index_bytes(self, rows: int) -> int:
+        """Returns the bytes that lists of the groups' rows take in a manifest and a graph."""
+        return 0
+
+    @classmethod
+    def candidates(cls) -> "tuple[Uniform, ...]":
+        """Returns the layouts that plans for a target choose from."""
+        return ()
+
+    def fitted(self, shape: Shape) -> "Scheme":
+        """Returns the closest scheme that stores a matrix [N, K] without padding.
+
+        Core ML needs blocks that divide a row and groups that divide the rows, and packs two 4-bit
+        values to a byte: rows of an odd number of weights are stored in 8 bits.
+        """
+        return self
+
+    def least_padded(self, columns: int) -> "Scheme":
+        """Returns the scheme with the block, up to its own, that takes the fewest bytes a row."""
+        return self
+
+    def with_dtype(self, dtype: FloatDtype) -> "Scheme":
+        """Returns the scheme with scales or tables in `dtype`."""
+        return self
+
+    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Scheme":
+        """Returns the scheme with a user's block size and symmetry, None for its own."""
+        return self
+
+    @abstractmethod
+    def with_algorithm(self, algorithm: str) -> Self:
+        """Returns the scheme filled by another algorithm; unchanged where that does not apply."""
 
 
 class Uniform(Scheme):
@@ -173,26 +169,6 @@ class Uniform(Scheme):
     def bits_per_weight(self) -> float:
         """Bits of storage per weight, with scales and zero points of blocks."""
 
-    @property
-    @abstractmethod
-    def precision(self) -> str:
-        """The word of `--precision` or `--type` for such weights."""
-
-    @property
-    @abstractmethod
-    def storage_class(self) -> str:
-        """The class of precision that tolerances are given for: `int4`, `float16`."""
-
-    @property
-    def level_bits(self) -> int | None:
-        """Bits of a level or index; None for floats and ggml's types."""
-        return None
-
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether kernels may round activations to int8 in products with such weights."""
-        return False
-
     @abstractmethod
     def part_shapes(self, shape: Shape) -> PartShapes:
         """Returns the parts of a tensor of `shape`."""
@@ -205,40 +181,29 @@ class Uniform(Scheme):
     def weight_steps(self, w: np.ndarray) -> StepSizes:
         """Returns the distance of stored values at the original weights `w` [rows, columns]."""
 
-    @abstractmethod
     def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
         """Returns the distance of stored values at dequantized weights, from these alone."""
+        return self.weight_steps(dequantized)
 
     @property
-    def uniform(self) -> "tuple[Uniform, ...]":
-        """The scheme itself."""
-        return (self,)
+    def level_bits(self) -> int | None:
+        """Bits of a level or index; None for floats and ggml's types."""
+        return None
 
-    def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
-        """Returns one group with all rows."""
-        return [(self.label, self, None)]
+    @property
+    def precision(self) -> str:
+        """The word of `--precision` or `--type` for such weights."""
+        return f"int{self.level_bits}"
 
-    def group_sizes(self, rows: int) -> tuple[int, ...]:
-        """Returns all rows as one group."""
-        return (rows,)
+    @property
+    def storage_class(self) -> str:
+        """The class of precision that tolerances are given for: `int4`, `float16`."""
+        return f"int{self.level_bits}"
 
-    def each(self, change: Callable[[Any], Scheme]) -> Scheme:
-        """Returns the changed scheme."""
-        return change(self)
-
-    def fitted(self, shape: Shape) -> "Uniform":
-        """Returns a scheme that stores a matrix [N, K] without padding; most always do."""
-        return self
-
-    def with_dtype(self, dtype: FloatDtype) -> "Uniform":
-        """Returns the scheme with scales or tables in `dtype`."""
-        return self
-
-    def with_algorithm(self, algorithm: str) -> Self:
-        """Returns the scheme filled by another algorithm; unchanged where that does not apply."""
-        if not self.is_quantized or algorithm not in self.encoders:
-            return self
-        return replace(self, algorithm=algorithm)  # type: ignore[type-var]
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether kernels may round activations to int8 in products with such weights."""
+        return False
 
     def rounding_rule(self, weighted: bool) -> str:
         """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights.
@@ -247,6 +212,21 @@ class Uniform(Scheme):
             weighted: whether importances of the inputs were used.
         """
         return self.algorithm
+
+    @property
+    def uniform(self) -> "tuple[Uniform, ...]":
+        return (self,)
+
+    def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
+        return [(self.label, self, None)]
+
+    def fitted(self, shape: Shape) -> "Uniform":
+        return self
+
+    def with_algorithm(self, algorithm: str) -> Self:
+        if not self.is_quantized or algorithm not in self.encoders:
+            return self
+        return replace(self, algorithm=algorithm)  # type: ignore[type-var]
 
     def step_sizes(self, w: np.ndarray, measure: Measure = "weight") -> StepSizes:
         """Returns the units of the errors of the original weights `w` [rows, columns].
@@ -263,11 +243,7 @@ class Uniform(Scheme):
         return span_steps(error, np.zeros((1, 1)), np.zeros(1, np.intp), levels)
 
     def encode(
-        self,
-        name: str,
-        rows: np.ndarray,
-        statistics: Known = None,
-        ids: np.ndarray | None = None,
+        self, name: str, rows: np.ndarray, statistics: Known = None, ids: np.ndarray | None = None
     ) -> Parts:
         """Returns the parts of rows, with levels chosen by the scheme's algorithm.
 
@@ -320,29 +296,23 @@ class Uniform(Scheme):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Reads what `to_dict` returns.
-
-        Raises:
-            RequestError: an unknown field or value.
-        """
         types = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
-        rest = {key: value for key, value in values.items() if key != "kind"}
-        for key, value in rest.items():
-            options = cls.allowed.get(key) or get_args(types.get(key))
+        values = {key: value for key, value in values.items() if key != "kind"}
+        for key, value in values.items():
             if key == "algorithm" and key in types:
-                if isinstance(value, str) and _ALGORITHM.fullmatch(value):
-                    continue
+                known = isinstance(value, str) and _ALGORITHM.fullmatch(value) is not None
                 expected = "a word"
             else:
-                if any(_matches(value, option) for option in options):
-                    continue
+                options = cls.allowed.get(key) or get_args(types.get(key))
+                known = any(_matches(value, option) for option in options)
                 expected = ", ".join(map(_describe, options)) or "no such field"
-            raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
+            if not known:
+                raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
         try:
-            return cls(**rest)
+            return cls(**values)
         except TypeError:
             raise RequestError(
-                f"a scheme of kind {cls.kind} has {', '.join(rest) or 'no fields'}; "
+                f"a scheme of kind {cls.kind} has {', '.join(values) or 'no fields'}; "
                 f"expected {', '.join(types)}"
             ) from None
 

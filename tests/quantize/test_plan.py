@@ -72,13 +72,13 @@ def test_wrong_plans(tensor, scheme, complaint, tmp_path):
 
 @pytest.mark.parametrize("word", COREML_PRECISIONS)
 def test_a_precision_has_defaults_and_is_the_name_of_a_plan(word, tmp_path):
-    scheme = choose_scheme(word, words=COREML_PRECISIONS)
+    scheme = choose_scheme(word, precisions=COREML_PRECISIONS)
     plan = make_plan(CONFIG, scheme, Float("float32"))
     changes = {name: one.to_dict() for name, one in plan.items()}
     assert precision_of(plan) == word and load_plan(written(tmp_path, changes), CONFIG) == plan
     assert choose_scheme("int8") == Affine(8, 128, symmetric=True)
     assert choose_scheme("int4", symmetric=False) == Affine(4, 32, symmetric=False)
-    assert choose_scheme("int4", words=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)
+    assert choose_scheme("int4", precisions=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)
 
 
 INT4, INT8 = Affine(4, 32, symmetric=True), Affine(8, 128, symmetric=True)

@@ -109,7 +109,7 @@ class CoreMLOptions:
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
         """The schemes of the linears and of the embedding, before they are fitted."""
-        choose = partial(choose_scheme, words=COREML_PRECISIONS)
+        choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
         return choose_schemes(self._words(), choose, self.block_size, self.symmetric)
 
     def _words(self) -> tuple[str, str]:

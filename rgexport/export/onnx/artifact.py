@@ -31,7 +31,7 @@ class OnnxArtifact(Artifact):
     """A folder with `model.onnx`, its data files and their manifest."""
 
     def complaints(self, verify: bool) -> list[str]:
-        """Lists the complaints; the graph comes last: a hash tells more of an altered one."""
+        """Lists damaged files; the graph comes last, as a hash says more of an altered one."""
         return super().complaints(verify) or list(self._wrong_graph())
 
     def _wrong_graph(self) -> Iterator[str]:
@@ -41,12 +41,12 @@ class OnnxArtifact(Artifact):
         yield from _differences("output", graph.outputs, io.outputs)
 
     def facts(self) -> dict[str, Any]:
-        """The profile, and which kernels would run the graph on this machine."""
-        found = native_ops(self.file(MODEL_FILE))
-        kernels = {"runs": found.kernels, "reason": found.reason}
+        """Returns the profile, and the kernels that would run the graph on this machine."""
+        ops = native_ops(self.file(MODEL_FILE))
+        kernels = {"runs": ops.kernels, "reason": ops.reason}
         return {
             "profile": self.manifest.profile,
-            "kernels": kernels | {"native": list(found.native), "ops": found.ops},
+            "kernels": kernels | {"native": list(ops.native), "ops": ops.ops},
         }
 
 
@@ -57,22 +57,22 @@ def _differences(
     by_name = attrgetter("name")
     for value, right in zip_longest(sorted(values, key=by_name), sorted(expected, key=by_name)):
         if value != right:
-            yield f"{MODEL_FILE}: {kind} {_shown(value)}; expected {_shown(right)}"
+            yield f"{MODEL_FILE}: {kind} {_describe(value)}; expected {_describe(right)}"
             return
 
 
-def _shown(value: ValueRecord | None) -> str:
+def _describe(value: ValueRecord | None) -> str:
     return f"{value.name} {value.dtype} {reprlib.repr(value.shape)}" if value else "none"
 
 
 def weight_files(manifest: Manifest) -> list[str]:
-    """The names of the files of the weights, in order."""
+    """Returns the names of the files of the weights, in order."""
     parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
     return list(dict.fromkeys(part.file for part in parts))
 
 
 def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Part name → dtype and shape of a tensor that is stored by `scheme`.
+    """Returns the parts of a tensor that is stored by `scheme`.
 
     An int8 matrix with a scale per row is stored by columns, as `MatMulInteger` needs it; all
     others by rows.
@@ -94,7 +94,7 @@ def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 
 
 def is_storable(scheme: Scheme) -> bool:
-    """Whether a tensor may be stored so: as floats, or in blocks, as row groups always are."""
+    """Whether ONNX has the scheme: floats, or blocks of some sizes and bits."""
     return all(map(_is_storable, scheme.uniform))
 
 

@@ -13,9 +13,15 @@ from hypothesis.extra import numpy as hnp
 from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.coreml.segments import packages
-from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
+from rgexport.export.coreml.storage import (
+    ALIGNMENT,
+    Storage,
+    blob_dtype,
+    decode,
+    encode,
+    part_layouts,
+)
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.scheme import Affine, Float, Palette, Parts, Scheme
