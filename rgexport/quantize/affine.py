@@ -23,14 +23,7 @@ from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
 from rgexport.quantize import gptq
 from rgexport.quantize.packing import pack, packed_width, unpack
-from rgexport.quantize.scheme_base import (
-    POSITIVE,
-    FloatDtype,
-    Parts,
-    PartShapes,
-    Shape,
-    Uniform,
-)
+from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
 
@@ -59,7 +52,8 @@ class Affine(Uniform):
     kind: Literal["affine"] = "affine"
 
     allowed: ClassVar = {"block": (None, POSITIVE), "symmetric": (False, True)}
-    has_blocks: ClassVar[bool] = True
+    has_blocks = True
+    rounds_activations = True
 
     @property
     def label(self) -> str:
@@ -73,12 +67,12 @@ class Affine(Uniform):
         return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
 
     @property
-    def level_bits(self) -> int:
-        return self.bits
+    def precision(self) -> str:
+        return f"int{self.bits}"
 
     @property
-    def rounds_activations(self) -> bool:
-        return True
+    def level_bits(self) -> int:
+        return self.bits
 
     @property
     def _top(self) -> int:

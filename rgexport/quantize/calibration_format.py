@@ -55,15 +55,8 @@ _FLOAT, _INT = np.dtype(np.float32), np.dtype(np.int32)
 class Provenance:
     """The source of statistics.
 
-    Attributes:
-        model: the checkpoint's name.
-        files: SHA-256 of each of its weight files.
-        tokens: tokens of the text.
-        gradient_tokens: how many of them, from the first on, have gradients.
-        text: the source of the text, for people.
-        tokens_sha256: the hash of `tokens` as int32.
-        seed: of the random numbers.
-        tool: the program that wrote the file.
+    `files` are the SHA-256 of the checkpoint's weight files, `tokens_sha256` that of the tokens as
+    int32. The first `gradient_tokens` of the tokens have gradients. `text` names the text's source.
     """
 
     model: str

@@ -24,19 +24,12 @@ class Float(Uniform):
 
     dtype: Literal["float32", "float16", "bfloat16"]
     kind: Literal["float"] = "float"
-
-    @property
-    def algorithm(self) -> str:
-        """The only one, which is not stored."""
-        return "cast"
+    algorithm = "cast"
+    is_quantized = False
 
     @property
     def label(self) -> str:
         return self.dtype
-
-    @property
-    def is_quantized(self) -> bool:
-        return False
 
     @property
     def bits_per_weight(self) -> float:

@@ -95,8 +95,9 @@ def choose_types(
             kind = "q6_k" if is_coarse else "q8_0"
         elif kind is None:
             at = _Occurrence(seen[site], counts[site], gqa, has_imatrix)
-            rules = _MIXES.get(site, {}).get(file_type.name, ())
-            kind = next((mixed for holds, mixed in rules if holds(at)), file_type.default)
+            rules = _MIXES.get(site, {}).get(file_type.name, {}).items()
+            mixed = (kind for condition, kind in rules if _CONDITIONS[condition](at))
+            kind = next(mixed, file_type.default)
             seen[site] += 1
         fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
         types[name] = next(one for one in fallbacks if TYPES[one].fits(columns))
@@ -161,62 +162,49 @@ class _Occurrence:
     has_imatrix: bool
 
 
-_Condition = Callable[[_Occurrence], bool]
-
-
-def _always(at: _Occurrence) -> bool:
-    return True
-
-
-def _more_bits(at: _Occurrence) -> bool:
+def _gets_more_bits(at: _Occurrence) -> bool:
     """The first and the last eighth, and every third between them."""
     eighth = at.count // 8
     outer = at.index < eighth or at.index >= 7 * at.count // 8
     return outer or (at.index - eighth) % 3 == 2
 
 
-def _first(number: int) -> _Condition:
-    return lambda at: at.index < number
-
-
-def _first_part(parts: int) -> _Condition:
-    return lambda at: at.index < at.count // parts
-
-
-def _grouped(at: _Occurrence) -> bool:
-    return at.gqa >= 4
-
-
-def _first_with_imatrix(at: _Occurrence) -> bool:
-    """Importances of the first ffn_down can make types without a minimum very inexact."""
-    return at.has_imatrix and at.index < at.count // 8
-
-
-_MIXES: dict[str, dict[str, tuple[tuple[_Condition, str], ...]]] = {
+_CONDITIONS: dict[str, Callable[[_Occurrence], bool]] = {
+    "always": lambda at: True,
+    "more bits": _gets_more_bits,
+    "first 2": lambda at: at.index < 2,
+    "first 4": lambda at: at.index < 4,
+    "first 1/8": lambda at: at.index < at.count // 8,
+    "first 1/16": lambda at: at.index < at.count // 16,
+    "grouped": lambda at: at.gqa >= 4,
+    # Importances of the first ffn_down can make types without a minimum very inexact.
+    "imatrix": lambda at: at.has_imatrix and at.index < at.count // 8,
+}
+_MIXES: dict[str, dict[str, dict[str, str]]] = {
     "attn_v": {
-        "q2_k": ((_grouped, "q4_k"), (_always, "q3_k")),
-        "q2_k_s": ((_grouped, "q4_k"),),
-        "q3_k_m": ((_first(2), "q5_k"), (_always, "q4_k")),
-        "q3_k_l": ((_always, "q5_k"),),
-        "q4_k_s": ((_first(4), "q5_k"),),
-        "q4_k_m": ((_more_bits, "q6_k"),),
-        "q5_k_m": ((_more_bits, "q6_k"),),
+        "q2_k": {"grouped": "q4_k", "always": "q3_k"},
+        "q2_k_s": {"grouped": "q4_k"},
+        "q3_k_m": {"first 2": "q5_k", "always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+        "q4_k_s": {"first 4": "q5_k"},
+        "q4_k_m": {"more bits": "q6_k"},
+        "q5_k_m": {"more bits": "q6_k"},
     },
     "attn_output": {
-        "q2_k": ((_always, "q3_k"),),
-        "q3_k_m": ((_always, "q4_k"),),
-        "q3_k_l": ((_always, "q5_k"),),
+        "q2_k": {"always": "q3_k"},
+        "q3_k_m": {"always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
     },
     "ffn_down": {
-        "q2_k": ((_always, "q3_k"),),
-        "q2_k_s": ((_first_part(8), "q4_k"),),
-        "q3_k_m": ((_first_part(16), "q5_k"), (_always, "q4_k")),
-        "q3_k_l": ((_always, "q5_k"),),
-        "q4_k_s": ((_first_part(8), "q5_k"),),
-        "q4_k_m": ((_more_bits, "q6_k"),),
-        "q5_k_m": ((_more_bits, "q6_k"),),
-        "q4_0": ((_first_with_imatrix, "q4_1"),),
-        "q5_0": ((_first_with_imatrix, "q5_1"),),
+        "q2_k": {"always": "q3_k"},
+        "q2_k_s": {"first 1/8": "q4_k"},
+        "q3_k_m": {"first 1/16": "q5_k", "always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+        "q4_k_s": {"first 1/8": "q5_k"},
+        "q4_k_m": {"more bits": "q6_k"},
+        "q5_k_m": {"more bits": "q6_k"},
+        "q4_0": {"imatrix": "q4_1"},
+        "q5_0": {"imatrix": "q5_1"},
     },
 }
 """Site → file type → the first condition that holds gives the type; else it is the default."""

@@ -74,12 +74,9 @@ BY_VALUE: dict[int, GgmlType] = {row.value: row for row in TYPES.values()}
 
 @dataclass(frozen=True)
 class FileType:
-    """A value of `general.file_type`.
+    """A value of `general.file_type`, a number of `enum llama_ftype` (llama.h).
 
-    Attributes:
-        name: llama-quantize's, in lower case.
-        value: the number of `enum llama_ftype` (llama.h).
-        default: the type of all tensors for which `ggml_mix` has no other.
+    `default` is the type of all tensors for which `ggml_mix` has no other.
     """
 
     name: str

@@ -71,12 +71,8 @@ class GgufTensor:
 class GgufHeader:
     """Everything before the data of a GGUF file, in the order of the file.
 
-    Attributes:
-        path: the file.
-        version: of the format.
-        values: key → number, bool, str, list of str, or numpy array.
-        spans: key → begin and end of its type and value in the file.
-        tensors: by name.
+    Values are numbers, bools, strings, lists of strings, or numpy arrays. `spans` has the begin and
+    the end of each key's type and value in the file.
     """
 
     path: Path
@@ -131,11 +127,7 @@ class Cursor:
         return self.size - self.at
 
     def take(self, count: int) -> bytes:
-        """Reads `count` bytes.
-
-        Raises:
-            RequestError: see `require`.
-        """
+        """Reads `count` bytes; raises as `require`."""
         self.require(count)
         data = self._file.read(count)
         if len(data) != count:
@@ -160,11 +152,9 @@ class Cursor:
             raise self.damaged(f"it would have to be read beyond byte {self._limit}")
 
     def integer(self, nbytes: int, *, signed: bool = False) -> int:
-        """Reads an integer of so many bytes."""
         return int.from_bytes(self.take(nbytes), "little", signed=signed)
 
     def array(self, dtype: np.dtype, count: int) -> np.ndarray:
-        """Reads `count` numbers."""
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def text(self, nbytes: int) -> str:

@@ -67,11 +67,11 @@ def choose_levels(
     levels = nearest.copy()
     for hessian in hessians:
         columns = slice(hessian.start, hessian.stop)
-        own = grid
+        column_grid = grid
         if grid.scale is not None and grid.offset is not None:
             scale, offset = (np.ascontiguousarray(x[:, columns]) for x in (grid.scale, grid.offset))
-            own = Grid(1, grid.top, scale, offset)
-        levels[:, columns] = _chosen(rows[:, columns], own, hessian, nearest[:, columns])
+            column_grid = Grid(1, grid.top, scale, offset)
+        levels[:, columns] = _chosen(rows[:, columns], column_grid, hessian, nearest[:, columns])
     return levels
 
 

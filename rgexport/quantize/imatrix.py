@@ -28,13 +28,10 @@ _METADATA_BYTES = 127
 
 @dataclass(frozen=True)
 class Imatrix:
-    """The importances of a model's columns.
+    """The importances of a model's columns, by ggml tensor name.
 
-    Attributes:
-        path: the file.
-        entries: ggml tensor name → float32 [columns], finite and not negative.
-        dataset: the name of the text that they were computed from.
-        chunks: the number of pieces of that text; 0 if unknown.
+    They are float32 [columns], finite and not negative. `dataset` and `chunks` (0 if unknown) are
+    the name and the number of pieces of the text that they were computed from.
     """
 
     path: Path

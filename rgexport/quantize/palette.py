@@ -22,14 +22,7 @@ from rgexport.quantize import gptq
 from rgexport.quantize.affine import Affine, largest_divisor
 from rgexport.quantize.clusters import centers
 from rgexport.quantize.packing import pack, packed_width, unpack
-from rgexport.quantize.scheme_base import (
-    POSITIVE,
-    FloatDtype,
-    Parts,
-    PartShapes,
-    Shape,
-    Uniform,
-)
+from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, StepSizes, float16_spacing
 
@@ -138,8 +131,8 @@ class Palette(Uniform):
         step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
         step = np.maximum(step, NEGLIGIBLE)
         # Half a step is an rms error here, and a step over √12 elsewhere.
-        own = np.repeat(3**0.5 * step, self.group, axis=0)
-        return StepSizes(step, own, spans=np.zeros(1, np.intp))
+        distance = np.repeat(3**0.5 * step, self.group, axis=0)
+        return StepSizes(step, distance, spans=np.zeros(1, np.intp))
 
     def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
         """Computes half the distance between the neighbours of each weight's level."""

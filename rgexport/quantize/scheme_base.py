@@ -193,7 +193,7 @@ class Uniform(Scheme):
     @property
     def precision(self) -> str:
         """The word of `--precision` or `--type` for such weights."""
-        return f"int{self.level_bits}"
+        return self.label
 
     @property
     def storage_class(self) -> str:

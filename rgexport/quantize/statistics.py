@@ -36,11 +36,9 @@ _CACHED = 2
 
 @dataclass(frozen=True)
 class Hessian:
-    """A diagonal block of H, made fit for inversion; its factors are computed on first access.
+    """A diagonal block of H from column `start` on, float32 [k, k], symmetric and positive.
 
-    Attributes:
-        start: its first column.
-        matrix: float32 [k, k], symmetric and positive.
+    Its factors are computed on first access.
     """
 
     start: int
@@ -54,12 +52,10 @@ class Hessian:
 
     @property
     def stop(self) -> int:
-        """The column after its last one."""
         return self.start + len(self.matrix)
 
     @property
     def factors(self) -> Factors:
-        """The factors for `kernels.rounding`."""
         with self._lock:
             if not self._factors:
                 self._factors.append(_factorize(self.matrix))

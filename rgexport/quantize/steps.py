@@ -17,8 +17,8 @@ class StepSizes:
 
     Attributes:
         step: at each weight; of each span where there are `spans`, [rows or groups of rows, spans].
-        own: the distance of levels in a weight's own block, at each weight, or of each row,
-            [rows, 1]; None where it is `step`, which may be only an upper bound of it.
+        distance: of levels at each weight, or of each row, [rows, 1]; None where it is `step`,
+            which may be only an upper bound of it.
         limit: the magnitude, at each weight, beyond which it may be stored as the outermost
             level; None where no level is missing.
         grid: the distance of levels at each weight, before scales are rounded; None where 0 is no
@@ -28,7 +28,7 @@ class StepSizes:
     """
 
     step: np.ndarray
-    own: np.ndarray | None = None
+    distance: np.ndarray | None = None
     limit: np.ndarray | None = None
     grid: np.ndarray | None = None
     spans: np.ndarray | None = None
@@ -78,7 +78,7 @@ class StepSizes:
     @property
     def levels(self) -> np.ndarray:
         """The distance of levels at each weight, or one number for each row, [rows, 1]."""
-        return self.step if self.own is None else self.own
+        return self.step if self.distance is None else self.distance
 
     def largest(self, error: np.ndarray) -> float:
         """Returns the largest error in steps: of a weight, or the root mean square of a span."""
@@ -98,10 +98,10 @@ def span_steps(
         error: of rounding to nearest, [rows, columns].
         moved: how far the rounding of scales moves levels, [rows, blocks].
         spans: the first columns of the spans.
-        levels: see `StepSizes.own`.
+        levels: see `StepSizes.distance`.
     """
     step = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
-    return StepSizes(np.maximum(step, NEGLIGIBLE), own=levels, spans=spans)
+    return StepSizes(np.maximum(step, NEGLIGIBLE), distance=levels, spans=spans)
 
 
 def float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.ggml_steps import BLOCKS
+from rgexport.quantize.ggml_grid import LAYOUTS
 from rgexport.quantize.row_groups import rows_text
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
 from rgexport.quantize.statistics import Hessian, Statistics
@@ -194,7 +194,7 @@ WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns",
 @needs_llama_cpp
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(["f16", "bf16", *BLOCKS]),
+    kind=st.sampled_from(["f16", "bf16", *LAYOUTS]),
     weights=st.sampled_from(WEIGHTS),
     size=st.floats(1e-2, 1e2),
     weighted=st.booleans(),
@@ -209,7 +209,7 @@ def test_what_ggml_stores_passes(kind, weights, size, weighted, seed):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_wrong_scale_or_block_is_seen(kind):
     """A scale off by three percent, which hides in the noise of four bits.
 
