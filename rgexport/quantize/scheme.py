@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import register_reader
 from rgexport.quantize.affine import BLOCKS as BLOCKS
 from rgexport.quantize.affine import INT8_ROWS as INT8_ROWS
 from rgexport.quantize.affine import Affine
@@ -47,6 +48,9 @@ def scheme_from_dict(values: Any) -> Scheme:
     return SCHEMES[kind].from_dict(values)
 
 
+register_reader(Scheme, scheme_from_dict)
+
+
 def coarsest(schemes: Iterable[Scheme]) -> Uniform:
     """Returns the scheme with the fewest bits, of tensors and of row groups.
 
@@ -61,9 +65,4 @@ def coarsest(schemes: Iterable[Scheme]) -> Uniform:
 
 def candidates() -> list[Uniform]:
     """Returns the schemes that plans for a target choose from; formats refuse what they lack."""
-    return [
-        one
-        for scheme in SCHEMES.values()
-        if issubclass(scheme, Uniform)
-        for one in scheme.candidates()
-    ]
+    return list(chain.from_iterable(scheme.candidates() for scheme in SCHEMES.values()))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.processors import parallel_jobs
+from rgexport.parallelism import parallel_jobs
 from rgexport.quantize.scheme import Float, Plan, Scheme
 from rgexport.quantize.statistics import StatisticsOf
 

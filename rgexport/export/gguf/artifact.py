@@ -22,9 +22,8 @@ from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest, read_e
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.origin import Origin
-from rgexport.export.typed_json import Mismatch, parse, read
-from rgexport.export.verified import hash_files, hash_new_files
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_files, hash_new_files
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.sentencepiece_file import BYTE, CONTROL, USER_DEFINED
 from rgexport.quantize.ggml_types import FILE_TYPES
@@ -258,7 +257,7 @@ def _used_algorithms(plan: Plan) -> set[str]:
 def _read_schemes(header: GgufHeader) -> dict[str, Ggml]:
     """The scheme and algorithm of each tensor; Mismatch if the metadata's text cannot be read."""
     text = header.values.get(ALGORITHMS_KEY)
-    algorithms = {} if text is None else read(dict[str, str], parse(text))
+    algorithms = {} if text is None else from_json(dict[str, str], parse_json(text))
     if not integrity.has_original_types(header):
         algorithms = {}
     fields = {
