@@ -196,7 +196,7 @@ def test_loss_is_at_most_that_of_published_gptq(cuts, library):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    *(st.sampled_from(LAYOUTS), st.integers(0, 4), st.integers(1, 2)),
+    *(st.sampled_from([*LAYOUTS]), st.integers(0, 4), st.integers(1, 2)),
     *(st.floats(0, 3), st.integers(0, 2**32)),
 )
 def test_no_row_is_worse_than_ggml_leaves_it(library, kind, rows, blocks, width, seed):
