@@ -21,7 +21,6 @@ from rgexport.quantize.calibration_format import (
     diagonal,
     gradient_name,
     hessian_name,
-    is_linear,
     provenance_from,
     triangle_size,
     triangle_width,
@@ -49,7 +48,6 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the text."""
         return self.provenance.tokens
 
     def require_for(self, hashes: Iterable[str]) -> None:
@@ -86,7 +84,7 @@ class Calibration:
         """
         if tensor == EMBEDDING:
             return self.row_fisher
-        name = gradient_name(site_of(tensor)) if is_linear(tensor) else ""
+        name = gradient_name(site_of(tensor)) if input_site(tensor) else ""
         return self._vector(name) if name in self._entries else None
 
     @cached_property
@@ -129,7 +127,7 @@ class Calibration:
 
     @cached_property
     def held_out(self) -> list[np.ndarray]:
-        """Sequences like those of the text, but in no statistic; there may be none."""
+        """Sequences of the same source that are in no statistic; may be empty."""
         if names.HELD_OUT not in self._entries:
             return []
         return self._sequences(names.HELD_OUT, names.HELD_OUT_LENGTHS)
@@ -202,7 +200,7 @@ def open_calibration(path: Path) -> Calibration:
 
 
 def is_calibration(path: Path) -> bool:
-    """Whether the metadata of a file are those of a calibration."""
+    """Whether a file has the metadata of a calibration."""
     try:
         return METADATA in read_metadata(path)
     except RequestError:
@@ -210,7 +208,7 @@ def is_calibration(path: Path) -> bool:
 
 
 def _in_other_text(values: np.ndarray) -> np.ndarray:
-    """Values [vocab], a tenth of whose sum is the same for all tokens."""
+    """Values [vocab]; a tenth of their sum is spread evenly over all tokens."""
     return (1 - _FOREIGN) * values + np.float32(_FOREIGN * values.mean(dtype=np.float64))
 
 

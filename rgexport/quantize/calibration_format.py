@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors, role_of, site_of
+from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors, site_of
 
 METADATA = "rgexport.calibration"
 FORMAT_VERSION = 1
@@ -70,7 +70,6 @@ class Provenance:
     format_version: int = FORMAT_VERSION
 
     def as_metadata(self) -> dict[str, str]:
-        """Returns the file's metadata."""
         return {METADATA: json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
 
@@ -107,14 +106,6 @@ def column_blocks(columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
-def is_linear(name: str) -> bool:
-    """Whether a canonical name is that of a linear's weight."""
-    try:
-        return role_of(name) == "linear"
-    except (KeyError, IndexError):
-        return False
-
-
 def linears(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
     """Returns name → shape [rows, columns] of every linear."""
     return {n: spec.shape for n, spec in model_tensors(config).items() if spec.role == "linear"}
@@ -127,7 +118,7 @@ def input_columns(config: GriffinConfig) -> dict[str, int]:
 
 
 def arrays_of(config: GriffinConfig, texts: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns all arrays of a file, in their order; `texts` are those of its tokens and lengths."""
+    """Returns all arrays of a file, in their order; `texts` holds its tokens and lengths."""
     floats: dict[str, int] = dict.fromkeys((PROBABILITY, FISHER, FREQUENCY), config.vocab_size)
     floats[gradient_name(EMBEDDED)] = config.width
     for name, shape in linears(config).items():
@@ -145,7 +136,7 @@ def triangle_size(width: int) -> int:
 
 
 def triangle_width(size: int) -> int | None:
-    """Returns the width of the matrix whose lower triangle has so many elements, or None."""
+    """Returns the width of a matrix from the size of its lower triangle, or None."""
     width = (math.isqrt(8 * size + 1) - 1) // 2
     return width if width > 0 and triangle_size(width) == size else None
 

@@ -152,7 +152,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 
 def _require_known_types(library: ctypes.CDLL, path: Path) -> None:
-    """Refuses a library whose types differ from `TYPES`, naming the first that does."""
+    """Refuses a library with other types than `TYPES`, and names the first difference."""
     for kind in TYPES.values():
         loaded = (
             (library.ggml_type_name(kind.value) or b"nothing").decode().lower(),

@@ -154,7 +154,7 @@ def _site(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Occurrence:
-    """The position of a tensor among those of its site that the mix decides on."""
+    """The position of a tensor among the tensors of its site; the mix depends on it."""
 
     index: int
     count: int

@@ -21,8 +21,6 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
-from rgexport.griffin.file_rows import file_rows
-from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.quantize.ggml_types import BY_VALUE, GgmlType
 
 MAX_HEADER_BYTES = 64 << 20
@@ -39,7 +37,6 @@ _NUMBERS: dict[int, np.dtype] = {
         **{_BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8"},
     }.items()
 }
-_FLOATS = {"f32": DTYPES["float32"], "f16": DTYPES["float16"], "bf16": DTYPES["bfloat16"]}
 _MAX_DIMENSIONS, _MAX_NAME = 4, 127
 """ggml's names are shorter still."""
 
@@ -51,20 +48,11 @@ class GgufTensor:
     `offset` counts from the start of the file.
     """
 
-    path: Path
     name: str
     shape: tuple[int, ...]
     type: GgmlType
     offset: int
     nbytes: int
-
-    def rows(self) -> RowTensor:
-        """Returns the stored tensor: floats, or the bytes of quantized rows."""
-        if dtype := _FLOATS.get(self.type.name):
-            return file_rows(self.path, self.shape, dtype, self.offset)
-        *lead, columns = self.shape
-        shape = (*lead, self.type.row_bytes(columns))
-        return file_rows(self.path, shape, np.dtype(np.uint8), self.offset)
 
 
 @dataclass(frozen=True)
@@ -254,7 +242,7 @@ def _read_tensors(cursor: Cursor, count: int, values: dict[str, Any]) -> dict[st
         if data + offset != start:
             raise cursor.damaged(f"tensor {name} does not follow the tensor before it")
         nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
-        tensors[name] = GgufTensor(cursor.path, name, shape, kind, start, nbytes)
+        tensors[name] = GgufTensor(name, shape, kind, start, nbytes)
         end = start + nbytes
     if not end <= cursor.size <= _align(end, alignment):
         what = "is truncated" if cursor.size < end else "is damaged"

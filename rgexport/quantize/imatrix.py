@@ -13,6 +13,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
+from rgexport.griffin.file_rows import file_rows
 from rgexport.quantize.gguf_header import Cursor, GgufHeader, is_gguf, read_header
 
 MAX_BYTES = 1 << 30
@@ -137,7 +138,7 @@ def _floats(header: GgufHeader, name: str) -> np.ndarray:
     if tensor is None or tensor.type.name != "f32":
         kind = "missing" if tensor is None else tensor.type.name
         raise RequestError(f"{header.path} is damaged: {name} is {kind}; expected f32")
-    return tensor.rows().whole().reshape(-1)
+    return file_rows(header.path, tensor.shape, _FLOAT, tensor.offset).whole().reshape(-1)
 
 
 def _from_legacy(cursor: Cursor) -> Imatrix:

@@ -166,7 +166,7 @@ class Mixed(Scheme):
 
 
 def group_rows(schemes: Mapping[Any, np.ndarray]) -> Scheme:
-    """Returns the scheme of a matrix whose rows [n] have different affine schemes.
+    """Combines affine schemes, each with its rows [n] of a matrix.
 
     Groups with few rows come first; the last one, with the most rows, needs no list of them.
     """

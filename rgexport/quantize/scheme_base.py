@@ -50,7 +50,7 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def uniform(self) -> "tuple[Uniform, ...]":
-        """The scheme itself, or that of each row group."""
+        """The scheme itself, or the schemes of the row groups."""
 
     @abstractmethod
     def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
@@ -85,7 +85,7 @@ class Scheme(ABC):
 
     @property
     def ggml_type(self) -> str | None:
-        """The type of a GGUF file that stores the same; None where there is none."""
+        """The equivalent type of a GGUF file, or None."""
         return None
 
     @property
@@ -279,7 +279,7 @@ class Uniform(Scheme):
         return self.decode(self.encode(name, rows, statistics, ids), rows.shape[1])
 
     def _encode_kinds(self, rows: np.ndarray, kinds: RowKinds, ids: np.ndarray) -> Parts:
-        """Encodes rows of each kind by its statistics; rows of one palette are of the last kind."""
+        """Encodes rows of each kind by its statistics; rows of one palette share the last kind."""
         together = self.rows_together
         kind_of_row = kinds.kind[ids].reshape(-1, together).max(1).repeat(together)
         parts: Parts = {}

@@ -34,7 +34,7 @@ class StepSizes:
     spans: np.ndarray | None = None
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Returns the error without that of values beyond the outermost levels.
+        """Subtracts the error of values beyond the outermost levels.
 
         Some schemes lack a level on one side. The encoder chooses the side, so the smaller error
         counts.
@@ -44,7 +44,7 @@ class StepSizes:
         return _smaller(error, error + (w - np.clip(w, -self.limit, self.limit)))
 
     def beyond_rounding(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Returns the error without that of rounding to nearest, clipped or not.
+        """Subtracts the error of rounding to nearest, clipped or not.
 
         Rounding is biased where a block has one weight so large that most others are nearer to
         zero than to the first level.
@@ -117,7 +117,7 @@ def float16_spacing(values: np.ndarray) -> np.ndarray:
 
 
 def _root_mean_squares(error: np.ndarray, spans: np.ndarray, rows: int = 1) -> np.ndarray:
-    """Of groups of `rows`, from each first column in `spans` to the next: [groups, spans]."""
+    """Root mean squares of groups of `rows`, within each span of columns: [groups, spans]."""
     squares = np.square(error, dtype=np.float64)
     counts = rows * np.diff(spans, append=error.shape[1])
     sums = np.add.reduceat(squares, spans, axis=1)

@@ -15,7 +15,7 @@ _ROWS = 192
 
 
 def quantized(weights: WeightSource, plan: Plan, statistics_of: StatisticsOf) -> WeightSource:
-    """Returns the weights as a plan stores them; those of float schemes are unchanged."""
+    """Returns the weights as a plan stores them; float schemes change nothing."""
     return {
         name: tensor
         if isinstance(plan[name], Float)
