@@ -61,7 +61,6 @@ def test_values_and_tensors_are_those_that_were_written(good):
     assert good.read_bytes()[start:stop] == struct.pack("<II", 4, 4_000_000_000)
     quantized = header.tensors["q.weight"]
     assert (quantized.shape, quantized.type.name, quantized.nbytes) == ((3, 64), "q8_0", 3 * 68)
-    assert quantized.nbytes == 3 * 68
 
 
 def refusal(read, path, content):
