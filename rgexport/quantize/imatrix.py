@@ -13,7 +13,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
-from rgexport.griffin.file_rows import file_rows
+from rgexport.griffin.tensor import file_rows
 from rgexport.quantize.gguf_header import Cursor, GgufHeader, is_gguf, read_header
 
 MAX_BYTES = 1 << 30

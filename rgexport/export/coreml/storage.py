@@ -24,8 +24,7 @@ from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of, part_layouts_by_group
 from rgexport.export.storage import Places, fill
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
-from rgexport.griffin.layer import Role
-from rgexport.griffin.layout import role_of
+from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.scheme import (
     Affine,
