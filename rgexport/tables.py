@@ -1,4 +1,4 @@
-"""Text and tables on a terminal."""
+"""Renders text and tables for a terminal."""
 
 import io
 import shutil
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 Row = tuple[str, ...]
 _NAME, _GAP = 12, 3
-"""Least width of the column of names, which may be broken; space between two columns."""
+"""Least width of the first column, whose names may be broken; space between two columns."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; columns whose name is in `numbers` are set flush right."""
+    """A table; the columns named in `numbers` are aligned to the right."""
 
     title: str
     header: Row
@@ -29,10 +29,10 @@ class Table:
     numbers: Collection[str] = ()
 
 
-def render(parts: Iterable[str | Table]) -> str:
-    """Lines and tables one below another, as wide as the terminal (110 columns elsewhere).
+def render(blocks: Iterable[str | Table]) -> str:
+    """Returns texts and tables one below another, as wide as the terminal (110 columns elsewhere).
 
-    Control characters, which names from a file may hold, are replaced.
+    Control characters, which names from a file may have, are escaped.
     """
     from rich.console import Console
 
@@ -40,17 +40,17 @@ def render(parts: Iterable[str | Table]) -> str:
     columns = shutil.get_terminal_size().columns if terminal else 110
     buffer = io.StringIO()
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
-    for part in parts:
-        if isinstance(part, str):
-            text = printable(part, kept="\n")
+    for block in blocks:
+        if isinstance(block, str):
+            text = printable(block, kept="\n")
             console.print(_wrapped(text, columns) if terminal else text, soft_wrap=True)
         else:
-            _print_table(console, part)
+            _print_table(console, block)
     return buffer.getvalue()
 
 
 def _wrapped(text: str, columns: int) -> str:
-    """Lines broken between words; one that is too wide, such as a path, is left whole."""
+    """Breaks lines between words; leaves a longer word, such as a path, whole."""
     wrap = partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
     return "\n".join("\n".join(wrap(line)) for line in text.split("\n"))
 
@@ -66,13 +66,13 @@ def _print_table(console: "Console", table: Table) -> None:
 
 
 def _least_width(header: Row, rows: Sequence[Row]) -> int:
-    """The least width of a grid, whose first column may be broken."""
+    """Returns the least width of a grid whose first column may be broken."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
 
 
 def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:
-    """For narrow terminals: each row's cells below its name."""
+    """Prints each row's cells below its name, for narrow terminals."""
     for name, *cells in rows:
         console.print(name, soft_wrap=True)
         for label, cell in zip(table.header[1:], cells, strict=True):
@@ -90,7 +90,7 @@ def _print_grid(console: "Console", table: Table, rows: Iterable[Row]) -> None:
     grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.show_header = any(table.header)
     for index, name in enumerate(table.header):
-        # Where there is no room, names are broken; numbers are never cut.
+        # On a narrow terminal names are broken; numbers are never cut.
         grid.add_column(
             printable(name),
             justify="right" if name in table.numbers else "left",

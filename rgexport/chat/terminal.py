@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rgexport.chat.commands import COMMANDS, Quit, Replies, run_command
 from rgexport.chat.conversation import Conversation
 from rgexport.errors import RequestError, printable
-from rgexport.printing import print_reply, shown_reply
+from rgexport.printing import print_reply, printable_reply
 from rgexport.progress import note
 
 if TYPE_CHECKING:
@@ -98,12 +98,12 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
 
     answer = _answer(conversation, line)
     if isinstance(answer, str):
-        console.print(shown_reply(answer), style="dim", markup=False)
+        console.print(printable_reply(answer), style="dim", markup=False)
         return
     with MarkdownStream(console) as shown, contextlib.closing(answer) as reply:
         try:
             for piece in reply:
-                shown.add(shown_reply(piece))
+                shown.add(printable_reply(piece))
         except KeyboardInterrupt:
             shown.add(" [stopped]")
     if conversation.last and conversation.last.reason == "length":

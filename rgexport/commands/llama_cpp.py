@@ -20,7 +20,7 @@ def llama_cpp(context: click.Context) -> None:
 @verbose
 def patch(checkout: Path) -> None:
     """Adds RecurrentGemma to a llama.cpp checkout."""
-    from rgexport.kernels.llama_cpp.patch import patch_checkout
+    from rgexport.kernels.llama_cpp.port import patch_checkout
 
     changed = patch_checkout(checkout)
     for path in changed:

@@ -143,10 +143,10 @@ def validate(
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
-    from rgexport.validate.opening import Request
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.run import validate_artifacts
 
-    asked = Request(
+    asked = ValidationRequest(
         model=model,
         adapter=adapter,
         text=text,

@@ -45,8 +45,8 @@ from rgexport.validate.reference.reference_file import (
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.states import checkpoints
+from rgexport.validate.structure.compare import can_record, record_structures
 from rgexport.validate.structure.elements import Fingerprint
-from rgexport.validate.structure.record import can_record, record_structures
 from rgexport.validate.text import Text
 from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
 from rgexport.validate.weights.sketch import SLAB_BYTES, sketch

@@ -1,6 +1,5 @@
 """The prompts that a reference is captured on."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import Mismatch, parse_json
 from rgexport.validate.text import SEED, Text, built_in_text, encode
 
 LONG_WINDOWS = 2.25
@@ -142,9 +142,9 @@ def _items(file: Path) -> list[Any]:
         raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
     if text.lstrip().startswith("["):
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{file} begins as a JSON list, but is not one: {error}") from None
+            found = parse_json(text)
+        except Mismatch as error:
+            raise RequestError(f"{file} begins as a JSON list, but is {error}") from None
     else:
         found = [line for line in text.splitlines() if line.strip()]
     if not found:

@@ -46,9 +46,9 @@ def charts(r: Result) -> Iterator[Chart]:
     yield _agreement_chart(r)
     if any(side.drift and side.states for _, side in sides):
         yield drift_chart(r)
-    if r.twin.drift:
+    if r.dequantized.drift:
         title = f"Drift from the {LABELS['twin']}, by kind of state"
-        yield from kinds_chart(title, _with_end(r, r.twin), _state_limit(r, "limit"))
+        yield from kinds_chart(title, _with_end(r, r.dequantized), _state_limit(r, "limit"))
     if any(side.states for _, side in sides):
         yield _layer_state_chart(r)
     yield from _weight_chart(r.weights or [])

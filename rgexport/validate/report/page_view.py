@@ -7,8 +7,8 @@ from typing import Any
 
 from rgexport.tables import Row
 from rgexport.units import amount
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
+from rgexport.validate.costs import LayerCost
 from rgexport.validate.quality import Quality
 from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.charts import charts, kinds_chart, rms, site_charts
@@ -104,7 +104,7 @@ def view(anchor: str, r: Result) -> dict[str, Any]:
     """The variables of `artifact.html.j2`; `anchor` begins the ids of its elements."""
     count = len(r.checks) if r.verdict == "PASS" else counted_checks(r)
     named, file, sites = not_passed(r), r.reference, r.sites
-    compared = r.original or r.twin
+    compared = r.original or r.dequantized
     found: dict[str, Any] = {
         "anchor": anchor,
         "result": r,
@@ -175,7 +175,7 @@ def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
             yield "perplexity", f"{more:+.2g} %", from_to, "original"
     limit = r.tolerance.at(r.text.tokens).rms
     against = f"to the dequantized reference, limit {number(limit)}"
-    yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
+    yield "RMS logit error", number(r.dequantized.logits.relative_rms), against, "twin"
 
 
 def _file_view(found: AgainstFile) -> dict[str, Any]:

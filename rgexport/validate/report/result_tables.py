@@ -5,10 +5,10 @@ from typing import TypeVar
 
 from rgexport.tables import Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
@@ -37,7 +37,7 @@ E = TypeVar("E", bound=SketchError | WeightError)
 
 def sides_of(r: Result) -> list[tuple[str, Comparison]]:
     """The comparisons with models, by their fields' names."""
-    return [("twin", r.twin)] + ([] if r.original is None else [("original", r.original)])
+    return [("twin", r.dequantized)] + ([] if r.original is None else [("original", r.original)])
 
 
 def cost_of(r: Result) -> Compared | None:
@@ -81,7 +81,7 @@ def summary_table(r: Result) -> Table:
     sides = {
         LABELS["original"]: r.original,
         "reference file": r.reference,
-        LABELS["twin"]: r.twin,
+        LABELS["twin"]: r.dequantized,
     }
     present = {name: side for name, side in sides.items() if side is not None}
     return _table("", ("compared with",), tuple(present), _rows(_SUMMARY, present.values()))

@@ -16,7 +16,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.checks import TENSOR_CHECKS
 from rgexport.validate.metrics import agreement, compare_logits, kl_summary, logit_error
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference import against, logit_rows
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile
@@ -152,7 +152,7 @@ def another(tmp_path, seed=0, **change) -> ReferenceFile:
 
 
 def test_other_weights_are_named_and_judged(clean, tmp_path, capsys):
-    other, request = another(tmp_path, seed=1), Request(max_tokens=20)
+    other, request = another(tmp_path, seed=1), ValidationRequest(max_tokens=20)
     assert wrong_tensors(held(clean("int4"), other)) == set(model_tensors(CONFIG))
     assert validate_artifacts([clean("fp32")], request, reference=other.path) == 1
     shown = capsys.readouterr().out
