@@ -35,8 +35,7 @@ from rgexport.progress import note
 from rgexport.tables import Table, render
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.run import validate_artifact
 
 TOKENS = 300

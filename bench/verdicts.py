@@ -34,8 +34,7 @@ from rgexport.tables import Table, render
 from rgexport.validate.checks import Check
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 

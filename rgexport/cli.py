@@ -9,18 +9,7 @@ from typing import NoReturn
 import click
 
 from rgexport import progress
-from rgexport.commands import (
-    compress,
-    evaluate,
-    exports,
-    hub,
-    llama_cpp,
-    proof,
-    serve,
-    state,
-    use,
-    web,
-)
+from rgexport.commands import compress, exports, llama_cpp, measure, publish, serve, state, text
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
@@ -139,19 +128,10 @@ def rgexport(context: click.Context) -> None:
 
 
 for command in (
-    *(
-        exports.onnx,
-        exports.coreml,
-        exports.gguf,
-        use.generate,
-        use.chat,
-        serve.serve,
-        web.web,
-        state.state,
-        use.bench,
-    ),
-    *(proof.inspect, exports.random, proof.reference, proof.validate, evaluate.evaluate),
-    llama_cpp.llama_cpp,
-    *(compress.calibrate, compress.quantize, hub.push),
+    *(exports.onnx, exports.coreml, exports.gguf, exports.random),
+    *(text.generate, text.chat, serve.serve, state.state),
+    *(measure.inspect, measure.reference, measure.validate, measure.evaluate, measure.bench),
+    *(compress.calibrate, compress.quantize),
+    *(publish.push, publish.web, llama_cpp.llama_cpp),
 ):
     rgexport.add_command(command)

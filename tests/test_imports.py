@@ -19,7 +19,17 @@ FACE = PACKAGE / "__init__.py"
 TREES = {path: ast.parse(path.read_text()) for path in sorted({*PACKAGE.rglob("*.py")} - {FACE})}
 MODULES = list(TREES)
 LAYERS = (
-    *("_version", "errors", "units", "parallelism", "progress", "printing", "tables", "formats"),
+    *(
+        "_version",
+        "choices",
+        "errors",
+        "units",
+        "parallelism",
+        "progress",
+        "printing",
+        "tables",
+        "formats",
+    ),
     *("files", "npm", "griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve"),
     *("web_page", "validate", "evaluate", "compress", "commands", "cli"),
 )

@@ -103,7 +103,7 @@ def _with_errors(
         for group in groups_of(stored):
             chosen = group.chosen(start, stop)
             if len(some := rows[chosen]):
-                steps = shown_steps(name, some, group.stored).levels
+                steps = shown_steps(name, some, group.stored.uniform).levels
                 errors = generator.random(some.shape, np.float32) - np.float32(0.5)
                 rows[chosen] = some + steps * errors
         return rows

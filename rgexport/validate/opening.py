@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.choices import GradeName
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
@@ -17,7 +18,6 @@ from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.engine import engine_of
 from rgexport.validate.identity.compare import compare_identity
 from rgexport.validate.identity.items import IdentityItem
-from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.source import OriginalModel, find_original

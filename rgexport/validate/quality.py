@@ -8,10 +8,10 @@ original, which sees every change of a probability, and the top-1 agreement, whi
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rgexport.choices import GradeName
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.metrics import KL, Agreement
 
-GradeName = Literal["lossless", "excellent", "good", "fair", "poor"]
 GRADE_NAMES: tuple[GradeName, ...] = get_args(GradeName)
 """The names, from the best to the worst."""
 Against = Literal["original", "reference"]

@@ -19,7 +19,7 @@ from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import task
 from rgexport.validate.states import checkpoints, recent
-from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
+from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
 
 
 class ReferenceModel(Protocol):

@@ -31,7 +31,7 @@ from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import Reproduced
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2

@@ -28,7 +28,7 @@ from rgexport.validate.opening import OpenedArtifact, ValidationRequest, open_al
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.implementations import float32_bytes
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
@@ -44,7 +44,7 @@ from rgexport.validate.result import (
 from rgexport.validate.structure.compare import compare_structure
 from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.reproduced import reproduce
-from rgexport.validate.weights.weight_errors import weight_errors
+from rgexport.validate.weights.tensor_errors import weight_errors
 
 BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS = 128, 32, 3
 """`rgexport bench` measures longer ones by default."""

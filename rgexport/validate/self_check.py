@@ -24,7 +24,7 @@ from rgexport.validate.measure import Comparison, ComparisonRecorder
 from rgexport.validate.reference_pass import Pass, run_side_by_side
 from rgexport.validate.text import first_tokens
 from rgexport.validate.thresholds import logit_checks, original_rms, tolerance
-from rgexport.validate.weights.weight_errors import WeightError, weight_errors
+from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 _REST_BYTES = 384 << 20

@@ -12,7 +12,7 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint, summarize
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.hub import cached_model
 from rgexport.griffin.sizes import DEMO, SIZES
-from rgexport.validate.weights.weight_errors import check_shapes
+from rgexport.validate.weights.tensor_errors import check_shapes
 
 
 @dataclass(frozen=True)

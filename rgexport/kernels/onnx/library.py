@@ -6,7 +6,8 @@ counters are those of the sessions of this process.
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, takewhile
@@ -44,9 +45,24 @@ class Kernels:
     reason: str = ""
 
 
+_is_turned_off = False
+"""Whether the running command turned our kernels off, see `without_kernels`."""
+
+
 def turned_off() -> bool:
-    """Whether the environment turns our kernels off."""
-    return os.environ.get(NO_NATIVE, "") not in ("", "0")
+    """Whether the environment or the running command turns our kernels off."""
+    return _is_turned_off or os.environ.get(NO_NATIVE, "") not in ("", "0")
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Turns our kernels off for sessions that are opened inside."""
+    global _is_turned_off
+    before, _is_turned_off = _is_turned_off, True
+    try:
+        yield
+    finally:
+        _is_turned_off = before
 
 
 def library() -> Path | None:

@@ -24,7 +24,7 @@ from rgexport.validate.report.result_tables import cost_of, sides_of
 from rgexport.validate.report.words import LABELS, number, percent
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, StateError, worst
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 AGREEMENT_BLOCKS = 32
 """At most so many points: a share needs more positions than a mean of KL to be meaningful."""

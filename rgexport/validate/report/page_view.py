@@ -45,7 +45,7 @@ from rgexport.validate.report.words import (
     verdict_words,
 )
 from rgexport.validate.result import Result
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 _LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {

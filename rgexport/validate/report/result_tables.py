@@ -17,8 +17,7 @@ from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.words import LABELS, mean_kl, number, percent, plus_minus, rate
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst
-from rgexport.validate.weights.sketch_errors import SketchError
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import SketchError, WeightError
 
 WORST = 5
 """Rows of tables that show only the worst ones."""

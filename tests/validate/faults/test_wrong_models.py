@@ -13,7 +13,7 @@ from bench.wrong_models import SPOILED, WRONG_WEIGHTS, matrix_of
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.models import write_hugging_face

@@ -22,7 +22,7 @@ from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report import chart
 from rgexport.validate.report.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
 from rgexport.validate.report.page import breakable, piece, render_page, visible, write_html
