@@ -12,8 +12,6 @@ from rgexport.export.manifest import CARD, Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Float, Ggml, Uniform, uniform_schemes
 from rgexport.units import amount
 
 _TEMPLATE = """\
@@ -111,14 +109,8 @@ def matrix_bits(manifest: Manifest) -> float:
 
 def algorithms(manifest: Manifest) -> dict[str, int]:
     """What chose the levels of the quantized tensors and row groups → how many of them."""
-    each = (one for scheme in manifest.plan.values() for one in uniform_schemes(scheme))
-    return dict(Counter(one.algorithm for one in each if _is_quantized(one)).most_common())
-
-
-def _is_quantized(scheme: Uniform) -> bool:
-    if isinstance(scheme, Ggml):
-        return TYPES[scheme.type].is_quantized
-    return not isinstance(scheme, Float)
+    each = (one for scheme in manifest.plan.values() for one in scheme.uniform)
+    return dict(Counter(one.algorithm for one in each if one.is_quantized).most_common())
 
 
 def _title(word: str) -> str:

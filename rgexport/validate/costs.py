@@ -19,7 +19,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.steps import is_quantized, shown_steps
+from rgexport.validate.weights.steps import shown_steps
 
 ROUNDED_TOKENS, POSITIONS = 256, 64
 """The first tokens of the text, which the rounded model takes, and how many are compared."""
@@ -78,7 +78,7 @@ def rounding_cost(
 
 
 def is_rounded(manifest: Manifest) -> bool:
-    return any(is_quantized(stored.scheme) for stored in manifest.tensors.values())
+    return any(stored.scheme.is_quantized for stored in manifest.tensors.values())
 
 
 def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def _with_errors(
     name: str, weight: RowTensor, stored: StoredTensor, generator: np.random.Generator
 ) -> RowTensor:
     """The weight with other errors, uniform within half a step, whenever it is read."""
-    if not is_quantized(stored.scheme):
+    if not stored.scheme.is_quantized:
         return weight
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def _with_errors(
         for group in groups_of(stored):
             chosen = group.chosen(start, stop)
             if len(some := rows[chosen]):
-                steps = shown_steps(name, some, group.stored.scheme).levels
+                steps = shown_steps(name, some, group.stored.uniform).levels
                 errors = generator.random(some.shape, np.float32) - np.float32(0.5)
                 rows[chosen] = some + steps * errors
         return rows

@@ -51,7 +51,9 @@ def test_values_and_tensors_are_those_that_were_written(good):
     assert values == {"general.architecture": "some", **VALUES}
     assert list(header.tensors) == [*ARRAYS, "q.weight"]
     for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(header.tensors[name].rows().whole(), array)
+        tensor = header.tensors[name]
+        content = good.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+        assert content == array.tobytes() and tensor.shape == array.shape
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(good).tensors}
     for name, tensor in header.tensors.items():
         assert (tensor.offset, tensor.nbytes) == (theirs[name].data_offset, theirs[name].n_bytes)
@@ -59,7 +61,6 @@ def test_values_and_tensors_are_those_that_were_written(good):
     assert good.read_bytes()[start:stop] == struct.pack("<II", 4, 4_000_000_000)
     quantized = header.tensors["q.weight"]
     assert (quantized.shape, quantized.type.name, quantized.nbytes) == ((3, 64), "q8_0", 3 * 68)
-    assert quantized.rows().whole().shape == (3, 68)
 
 
 def refusal(read, path, content):

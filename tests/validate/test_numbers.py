@@ -80,8 +80,8 @@ def manifest(kind, linear, embedding, compute="fp32", exact=False):
         types = {EMBEDDING: embedding, "layers.0.mlp_block.up_proj.weight": linear}
         plan = {name: Ggml(types.get(name, "f32")) for name in model_tensors(CONFIG)}
     else:
-        words = {"words": COREML_PRECISIONS} if kind == "coreml" else {}
-        plan = make_plan(CONFIG, *(choose_scheme(word, **words) for word in (linear, embedding)))
+        options = {"precisions": COREML_PRECISIONS} if kind == "coreml" else {}
+        plan = make_plan(CONFIG, *(choose_scheme(word, **options) for word in (linear, embedding)))
     return dataclasses.replace(
         manifest_of(CONFIG), compute=compute, exact=exact, plan=plan, kind=kind
     )

@@ -18,17 +18,16 @@ from rgexport.export.request import (
 )
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.quantize.affine import num_blocks
-from rgexport.quantize.algorithms import filled
-from rgexport.quantize.fitting import least_padded, with_dtype
 from rgexport.quantize.plan import (
     choose_scheme,
     choose_schemes,
+    has_blocks,
     make_plan,
     precision_of,
+    with_algorithm,
     with_bfloat16,
 )
-from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme, uniform_schemes
+from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme
 
 _SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 
@@ -109,11 +108,11 @@ class OnnxOptions:
             chosen = choose_schemes(words, self._scheme, self.block_size, self.symmetric)
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-            plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
-            if any(isinstance(scheme, Affine) for scheme in chosen):
+            plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}
+            if any(map(has_blocks, chosen)):
                 plan |= dict.fromkeys(exact, BFLOAT16)
         plan = with_bfloat16(plan, exact)
-        plan = filled(plan, self.algorithm, keep=self.plan is not None)
+        plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
@@ -122,7 +121,7 @@ class OnnxOptions:
         Raises:
             RequestError: zero points were asked for.
         """
-        odd = [s for s in uniform_schemes(plan[EMBEDDING]) if _has_odd_zero_points(s, width)]
+        odd = [s for s in plan[EMBEDDING].uniform if _has_odd_zero_points(s, width)]
         if not self._profile.even_zero_points or not odd:
             return plan
         if self.plan or self.symmetric is False:
@@ -144,7 +143,7 @@ class OnnxOptions:
         scheme = choose_scheme(precision, block, symmetric, self._profile.precisions)
         by_blocks = self.exact or block is not None or symmetric is False
         rows = None if by_blocks else self._profile.rows.get(precision)
-        return rows or with_dtype(scheme, self._profile.scale)
+        return rows or scheme.with_dtype(self._profile.scale)
 
     def _require_known(self, name: str, scheme: Scheme) -> None:
         """Refuses a scheme that neither ONNX nor the profile has."""
@@ -156,7 +155,7 @@ class OnnxOptions:
                 )
             return
         bits = self._profile.bits
-        own = (x.bits for x in uniform_schemes(scheme) if isinstance(x, Affine))
+        own = (one.level_bits for one in scheme.uniform if one.level_bits is not None)
         if not is_storable(scheme) or not bits >= {*own}:
             symmetric = " (those of 3 are symmetric)" if 3 in bits else ""
             raise RequestError(
@@ -169,4 +168,4 @@ class OnnxOptions:
 def _has_odd_zero_points(scheme: Scheme, columns: int) -> TypeGuard[Affine]:
     if not isinstance(scheme, Affine) or scheme.bits != 4 or scheme.symmetric:
         return False
-    return num_blocks(columns, scheme) % 2 == 1
+    return scheme.num_blocks(columns) % 2 == 1

@@ -13,7 +13,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.scheme import Plan, scheme_to_dict
+from rgexport.quantize.scheme import Plan
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.identity.text import Items, folder_items, written_files
 from rgexport.validate.structure.elements import Element
@@ -49,7 +49,7 @@ class Recipe:
     @property
     def key(self) -> str:
         """SHA-256 of all fields, without the algorithms that chose the weights' levels."""
-        plan = [(name, _layout(scheme_to_dict(scheme))) for name, scheme in self.plan.items()]
+        plan = [(name, _layout(scheme.to_dict())) for name, scheme in self.plan.items()]
         fields = self.kind, self.config.to_dict(), plan, self.options
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -19,7 +19,6 @@ from rgexport.export.gguf.naming import ARCHITECTURE, file_tensors
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
-from rgexport.quantize.scheme import Ggml
 from rgexport.validate.formats.expected import Expected, Recipe
 from rgexport.validate.identity.items import IdentityItem, compared
 from rgexport.validate.identity.text import NO_MEANING, Items, meaning
@@ -70,17 +69,15 @@ class GgufExpected(Expected):
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """The largest of all types in the file."""
-        types = {scheme.type for scheme in manifest.plan.values() if isinstance(scheme, Ggml)}
+        types = {scheme.label for scheme in manifest.plan.values()}
         return max((_TOLERANCES.get(one, INT8) for one in types), key=lambda limit: limit.logits)
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        scheme = manifest.plan[tensor]
-        assert isinstance(scheme, Ggml)
-        return _INPUTS.get(scheme.type, "int8")
+        return _INPUTS.get(manifest.plan[tensor].label, "int8")
 
     def attends_in_half(self, manifest: Manifest) -> bool:
         """Keys and values are float16 where any weight is not float32."""
-        return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
+        return any(scheme.label != "f32" for scheme in manifest.plan.values())
 
     def half_sums(self, manifest: Manifest) -> float:
         return float(HALF_SUMS * manifest.config.window**0.5)

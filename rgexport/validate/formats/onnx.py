@@ -11,7 +11,6 @@ from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, parse_model, read_graph
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize.scheme import Affine, Mixed
 from rgexport.validate.formats.expected import Expected, Recipe, traced
 from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
 
@@ -28,7 +27,7 @@ class OnnxExpected(Expected):
     has_exact = True
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        blocks = isinstance(manifest.plan[tensor], Affine | Mixed)
+        blocks = manifest.plan[tensor].is_quantized
         return "int8" if blocks and not manifest.exact else "float32"
 
     def recipe(self, manifest: Manifest) -> Recipe:

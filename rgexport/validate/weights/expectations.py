@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from rgexport.errors import RequestError
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.scheme import Ggml, Mixed, Scheme
-from rgexport.validate.weights.steps import BLOCKS, Measure
+from rgexport.quantize.scheme import Uniform
+from rgexport.quantize.steps import Measure
 
 MAX_STEPS = 0.501
 """Half a step, and 1e-5 more for the float32 arithmetic on 255 levels."""
@@ -143,12 +143,12 @@ to 1.0 steps, with an importance matrix 2.6.
 """
 
 
-def expectation(scheme: Scheme, weighted: bool) -> Expectation:
+def expectation(scheme: Uniform, weighted: bool) -> Expectation:
     """Returns the limits for a tensor; see `expectation_key`."""
     return EXPECTATIONS[expectation_key(scheme, weighted)]
 
 
-def expectation_key(scheme: Scheme, weighted: bool) -> str:
+def expectation_key(scheme: Uniform, weighted: bool) -> str:
     """Returns the key of `EXPECTATIONS` for a tensor or a row group.
 
     `weighted` says whether the artifact was made with an importance matrix or a calibration.
@@ -156,18 +156,11 @@ def expectation_key(scheme: Scheme, weighted: bool) -> str:
     Raises:
         RequestError: an algorithm that is not known here.
     """
-    assert not isinstance(scheme, Mixed), "row groups are compared one by one"
-    if isinstance(scheme, Ggml) and scheme.algorithm == "ggml":
-        blocks = BLOCKS.get(scheme.type)
-        if blocks is None:
-            return "cast"
-        if weighted and blocks.below < BLOCKS["q8_0"].below:  # an importance matrix is not for q8_0
-            return "ggml weighted"
-        return "ggml search" if blocks.grouped else "ggml"
-    if scheme.algorithm not in EXPECTATIONS:
+    rule = scheme.rounding_rule(weighted)
+    if rule not in EXPECTATIONS:
         raise RequestError(
-            f"the artifact has levels chosen by {scheme.algorithm!r}, which this version cannot "
-            f"judge; expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
+            f"the artifact has levels chosen by {rule!r}, which this version cannot judge; "
+            f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
         )
-    fine = f"{scheme.algorithm}, 8 bits"
-    return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else scheme.algorithm
+    fine = f"{rule}, 8 bits"
+    return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else rule

@@ -16,7 +16,6 @@ from rgexport.progress import Advance
 from rgexport.quantize.statistics import StatisticsOf
 from rgexport.quantize.stored_weights import quantized
 from rgexport.validate.checks import Check
-from rgexport.validate.weights.steps import is_quantized
 from rgexport.validate.weights.tensor_errors import of_each_tensor, paired_slabs
 
 _SAME = 2.0**-9
@@ -44,7 +43,7 @@ def reproduce(
         RequestError: an algorithm needs statistics that are missing.
     """
     manifest = artifact.manifest
-    tensors = {name: t for name, t in manifest.tensors.items() if is_quantized(t.scheme)}
+    tensors = {name: t for name, t in manifest.tensors.items() if t.scheme.is_quantized}
     encoded = quantized({name: original[name] for name in tensors}, manifest.plan, statistics)
 
     def compare(name: str, advance: Advance) -> Reproduced:

@@ -21,7 +21,7 @@ from numpy.random import PCG64  # here, since threads that import it at once rec
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs
 from rgexport.griffin.tensor import RowTensor, slab_bounds
-from rgexport.validate.weights.steps import StepSizes
+from rgexport.quantize.steps import StepSizes
 
 DIRECTIONS = 3
 """The fewest random directions: they show nine in ten exchanged rows of an embedding."""

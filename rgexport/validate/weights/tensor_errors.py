@@ -20,7 +20,8 @@ from rgexport.export.row_groups import StoredGroup, groups_of
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
 from rgexport.progress import Advance, task
-from rgexport.quantize.scheme import Scheme
+from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.steps import StepSizes
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights.expectations import expectation, expectation_key
 from rgexport.validate.weights.sketch import (
@@ -31,13 +32,7 @@ from rgexport.validate.weights.sketch import (
     sketch_shape,
     square_sum,
 )
-from rgexport.validate.weights.steps import (
-    StepSizes,
-    is_quantized,
-    rows_together,
-    shown_steps,
-    step_sizes,
-)
+from rgexport.validate.weights.steps import shown_steps, step_sizes
 
 _THREADS = 2
 _PIECE = 1 << 14
@@ -145,7 +140,7 @@ def weight_errors(
         inputs: mixtures of the linears' inputs, where they are known.
     """
 
-    def measure(name: str, scheme: Scheme, w: np.ndarray, rows: np.ndarray) -> Sums:
+    def measure(name: str, scheme: Uniform, w: np.ndarray, rows: np.ndarray) -> Sums:
         expected, error, columns = expectation(scheme, weighted), rows - w, w.shape[1]
         steps = step_sizes(name, w, scheme, expected.measure)
         square, along, along_rounding, error_square = _products(
@@ -167,7 +162,7 @@ def weight_errors(
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> WeightError:
-        shape, expected = group.stored.shape, expectation(group.stored.scheme, weighted)
+        shape, expected = group.stored.shape, expectation(group.stored.uniform, weighted)
         return WeightError(
             **_shared_fields(name, group, weighted, sums),
             values=math.prod(shape),
@@ -199,7 +194,7 @@ def sketch_errors(
             known = np.hstack([known, reference.outputs(name)])
         return from_array(known.reshape(stored.shape[0], -1, known.shape[1]))
 
-    def measure(name: str, scheme: Scheme, known: np.ndarray, rows: np.ndarray) -> Sums:
+    def measure(name: str, scheme: Uniform, known: np.ndarray, rows: np.ndarray) -> Sums:
         shape = sketch_shape(tensors[name].shape)
         w, outputs = known[:, : shape.width].astype(np.float64), known[:, shape.width :]
         delta, steps = shape.project(rows) - w, shown_steps(name, rows, scheme)
@@ -247,16 +242,16 @@ def sketch_errors(
 
 def _known_site(name: str, scheme: Scheme) -> str | None:
     """Returns the input site of a quantized linear; None for all other tensors."""
-    return input_site(name) if is_quantized(scheme) else None
+    return input_site(name) if scheme.is_quantized else None
 
 
 def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) -> dict[str, Any]:
     """Returns the fields of `TensorError` except `rows`."""
-    scheme = group.stored.scheme
+    scheme = group.stored.uniform
     return {
         "name": name,
         "scheme": group.label,
-        "quantized": is_quantized(scheme),
+        "quantized": scheme.is_quantized,
         "relative_error": _ratio(sums["error"], sums["square"]) ** 0.5,
         "projection": 1 + _ratio(sums["along"], sums["square"]),
         "noise": _ratio(sums["error"], sums["expected"]),
@@ -282,7 +277,7 @@ def _compare(
     original: Callable[[str], RowTensor],
     dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
-    measure: Callable[[str, Scheme, np.ndarray, np.ndarray], Sums],
+    measure: Callable[[str, Uniform, np.ndarray, np.ndarray], Sums],
     summarize: Callable[[str, StoredGroup, Sums], T],
 ) -> list[T]:
     """Adds what `measure` returns for slabs of each row group, and summarizes the sums."""
@@ -298,7 +293,7 @@ def _compare(
                 if not len(some := rows[chosen]):
                     continue
                 with np.errstate(invalid="ignore", over="ignore"):
-                    sums = measure(name, group.stored.scheme, known[chosen], some)
+                    sums = measure(name, group.stored.uniform, known[chosen], some)
                 for key, value in sums.items():
                     add = np.maximum if key in _MAXIMA else np.add  # NaN if one of them is
                     total[key] = float(add(total.get(key, 0.0), value))
@@ -324,7 +319,7 @@ def paired_slabs(
 
     A slab of the dequantized tensor has at most `limit` bytes.
     """
-    row_bytes, together = 4 * math.prod(stored.shape[1:]), rows_together(stored.scheme)
+    row_bytes, together = 4 * math.prod(stored.shape[1:]), stored.scheme.rows_together
     for start, stop in slab_bounds(stored.shape[0], row_bytes, limit, together):
         known, rows = (
             tensor.read(start, stop)
