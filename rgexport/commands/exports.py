@@ -129,8 +129,9 @@ def _export_folder(
     precision: str | None,
     **request: Any,
 ) -> int:
+    from rgexport.export.advice import default_target
     from rgexport.export.manifest_reader import is_artifact
-    from rgexport.export.request import default_target, precision_word
+    from rgexport.export.request import precision_word
     from rgexport.files.atomic import check_target
 
     def target(name: str, asked: Any) -> Path:
@@ -191,9 +192,9 @@ def _export(
 
 def _close(target: Path) -> int:
     """Prints the artifact and its self-check; exit code 1 if that says `unverified`."""
+    from rgexport.export.advice import check_line, closing_line
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import open_artifact
-    from rgexport.export.request import check_line, closing_line
 
     artifact = open_artifact(target)
     if progress.verbose:
@@ -264,7 +265,7 @@ def gguf(int4: bool, int8: bool, kind: str | None, precision: str | None, **requ
 @verbose
 def random(size: str, seed: int, output: Path, force: bool) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.export.request import as_argument
+    from rgexport.export.advice import as_argument
     from rgexport.griffin.synthetic import write_random
 
     write_random(size, output, seed=seed, force=force)

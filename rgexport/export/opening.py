@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rgexport.errors import RequestError
+from rgexport.export.advice import as_argument
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format
 from rgexport.export.hub import fetch_artifact, is_hub_name
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import is_artifact, read_manifest
-from rgexport.export.request import as_argument
 from rgexport.griffin.checkpoint import means_checkpoint
 from rgexport.progress import note
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to an ONNX artifact."""
+"""Exports a checkpoint to an ONNX artifact."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,11 @@ from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.format import FORMAT
-from rgexport.export.onnx.genai import require_kernels
 from rgexport.export.onnx.interface import io_record, state_records, with_interface
 from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.onnx.program_files import require_kernels
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace

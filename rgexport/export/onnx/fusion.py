@@ -5,7 +5,7 @@ milliseconds (2B).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from rgexport.export.manifest import StoredTensor
@@ -19,7 +19,7 @@ Nodes = tuple[Node, ...]
 def fused(
     program: StepProgram, stored: Mapping[str, StoredTensor], *, rounded: bool
 ) -> StepProgram:
-    """The program with `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
+    """Merges ops into `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
 
     The first two only in float32. The residual sum stays a value of the program; nodes whose only
     reader was the fused op are removed. `linears` only where activations are `rounded` to int8,
@@ -83,7 +83,7 @@ def _merge_gates(nodes: Nodes) -> Nodes:
 
 
 def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
-    """Groups linears of one input and one scheme at the place of the first."""
+    """Merges linears of one input and one scheme, up to three, where the first one stands."""
     alike: dict[tuple[str, Affine], list[Node]] = {}
     for node in nodes:
         if node.op == "linear":
@@ -93,20 +93,17 @@ def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
             if isinstance(scheme, Affine):
                 alike.setdefault((x.name, scheme), []).append(node)
     merged, gone = {}, set()
-    for group in alike.values():
-        for first in range(0, len(group), len(QUANT_LINEARS)):
-            some = group[first : first + len(QUANT_LINEARS)]
-            if len(some) > 1:
-                merged[some[0].site] = _together(some)
-                gone |= {node.site for node in some[1:]}
+    size = len(QUANT_LINEARS)
+    batches = (g[start : start + size] for g in alike.values() for start in range(0, len(g), size))
+    for first, *others in batches:
+        if others:
+            columns = zip(*(node.inputs for node in (first, *others)), strict=True)
+            (x, *_), weights, biases = columns
+            outputs = tuple(node.outputs[0] for node in (first, *others))
+            inputs = (x, *weights, *biases)
+            merged[first.site] = replace(first, op="linears", inputs=inputs, outputs=outputs)
+            gone |= {node.site for node in others}
     return _replaced(nodes, merged, gone)
-
-
-def _together(linears: Sequence[Node]) -> Node:
-    """A node with the input, all weights, and all biases or None, to all results."""
-    inputs, weights, biases = zip(*(node.inputs for node in linears), strict=True)
-    outputs = tuple(node.outputs[0] for node in linears)
-    return replace(linears[0], op="linears", inputs=(inputs[0], *weights, *biases), outputs=outputs)
 
 
 def _replaced(nodes: Nodes, merged: Mapping[str, Node], gone: set[str]) -> Nodes:

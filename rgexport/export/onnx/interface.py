@@ -1,10 +1,9 @@
-"""The inputs and outputs of a graph, as onnxruntime-genai and transformers.js take them.
+"""Derives the inputs and outputs of a graph, as onnxruntime-genai and transformers.js take them.
 
 Both allocate keys and values as [batch_size, heads, window, head_dim], and read shapes from the
 graph: the first one asks for logits of one token, the second one for the name `batch_size`.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -24,7 +23,7 @@ layout in the graph."""
 
 
 def with_interface(program: StepProgram) -> StepProgram:
-    """The program with an axis for the one head of keys and values, and logits of one token."""
+    """Adds an axis for the one head of keys and values; logits become those of one token."""
     rings = [
         value
         for name, values in program.states.items()
@@ -34,16 +33,23 @@ def with_interface(program: StepProgram) -> StepProgram:
     batch, _, vocabulary = program.logits.shape
     shaped = {v.name: replace(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in rings}
     shaped[program.logits.name] = replace(program.logits, shape=(batch, 1, vocabulary))
+
+    def resized(value: Value) -> Value:
+        return shaped.get(value.name, value)
+
+    def resized_node(node: Node) -> Node:
+        inputs = tuple(value and resized(value) for value in node.inputs)
+        return replace(node, inputs=inputs, outputs=tuple(map(resized, node.outputs)))
+
     return replace(
         program,
-        states={name: (_in(a, shaped), _in(b, shaped)) for name, (a, b) in program.states.items()},
-        nodes=tuple(_with_values(node, shaped) for node in program.nodes),
-        logits=_in(program.logits, shaped),
+        states={name: (resized(a), resized(b)) for name, (a, b) in program.states.items()},
+        nodes=tuple(map(resized_node, program.nodes)),
+        logits=resized(program.logits),
     )
 
 
 def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
-    """The states of a program with the names of their inputs and outputs in the graph."""
     return tuple(
         _state_record(name, tuple(map(value.size, range(1, len(value.shape)))), value.dtype)
         for name, (value, _) in program.states.items()
@@ -95,12 +101,3 @@ def _state_record(name: str, shape: tuple[int, ...], dtype: str) -> StateRecord:
     graph_name, layout = _STATES[kind]
     names = f"past_key_values.{layer}.{graph_name}", f"present.{layer}.{graph_name}"
     return StateRecord(name, shape, dtype, layout, *names)
-
-
-def _with_values(node: Node, shaped: Mapping[str, Value]) -> Node:
-    inputs = tuple(None if value is None else _in(value, shaped) for value in node.inputs)
-    return replace(node, inputs=inputs, outputs=tuple(_in(v, shaped) for v in node.outputs))
-
-
-def _in(value: Value, shaped: Mapping[str, Value]) -> Value:
-    return shaped.get(value.name, value)

@@ -1,4 +1,4 @@
-"""What a user can ask of an ONNX export."""
+"""The options of an ONNX export."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -37,13 +37,17 @@ _SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 class OnnxOptions:
     """How weights are stored and activations computed; None stands for a default.
 
-    `profile` is what the graph is lowered for (see `profiles`, which has a default `precision` for
-    each). Block size and symmetry are those of the linears, and of an embedding of the same
-    precision (see `quantize.plan.choose_schemes`). `compute` is fp32 unless `precision` is fp16;
-    `exact` keeps activations out of int8; `plan` says for each tensor what `precision`,
-    `block_size`, `symmetric` and `embedding_precision` say for all. `algorithm` chooses the levels
-    (`quantize.algorithms`); None leaves it to the plan, or to clip search. `genai_native` copies
-    our kernels for onnxruntime-genai.
+    Attributes:
+        profile: the runtime that the graph is lowered for; it has a default `precision`.
+        precision: precision of the weights.
+        compute: type of the activations; fp32 unless `precision` is fp16.
+        block_size: of the linears, and of an embedding of the same precision.
+        symmetric: likewise.
+        embedding_precision: of the embedding, which is the head too.
+        exact: keeps activations out of int8.
+        plan: says for each tensor what precision, block size and symmetry say for all.
+        algorithm: chooses the levels; None leaves it to the plan, or to clip search.
+        genai_native: copies our kernels for onnxruntime-genai.
     """
 
     profile: str = "cpu"
@@ -58,12 +62,7 @@ class OnnxOptions:
     genai_native: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses contradictions.
-
-        Raises:
-            RequestError: a plan beside an option that it replaces, a plan for another
-                format, an unknown compute word or profile, or an option that changes nothing.
-        """
+        """Raises RequestError: an unknown word, a contradiction, an option without effect."""
         require_word("--profile", self.profile, PROFILES)
         refuse_beside_plan(self, _SET_BY_A_PLAN)
         refuse_ggml(self.plan)
@@ -79,7 +78,6 @@ class OnnxOptions:
 
     @property
     def precision_word(self) -> str:
-        """`precision`, or the word for the plan, or the profile's default."""
         return precision_of(self.plan) if self.plan else self.precision or self._profile.precision
 
     @property
@@ -89,16 +87,13 @@ class OnnxOptions:
 
     @property
     def compute_word(self) -> str:
-        """`compute`, or its default."""
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig, gates: Collection[str] = ()) -> Plan:
-        """The plan for a model: blocks that fit its rows, unless they were given in a plan.
+        """Makes the plan for a model: blocks that fit its rows, unless a plan sets them.
 
-        Args:
-            config: the model's shape.
-            gates: the matrices that the checkpoint has in bfloat16. They stay so if others are
-                quantized, and the profile has our functions.
+        `gates` are the matrices that the checkpoint has in bfloat16. They stay so if others are
+        quantized, and the profile has our functions.
 
         Raises:
             RequestError: an unknown word or block size.
@@ -117,11 +112,7 @@ class OnnxOptions:
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
-        """The plan with a symmetric embedding, if the profile cannot take its zero points.
-
-        Raises:
-            RequestError: zero points were asked for.
-        """
+        """Makes the embedding symmetric, if the profile cannot take its zero points."""
         odd = [s for s in uniform_schemes(plan[EMBEDDING]) if _has_odd_zero_points(s, width)]
         if not self._profile.even_zero_points or not odd:
             return plan
@@ -137,17 +128,13 @@ class OnnxOptions:
         return PROFILES[self.profile]
 
     def _scheme(self, precision: str, block: int | None, symmetric: bool | None) -> Scheme:
-        """The scheme of a precision word: the profile's scale per row, or else blocks.
-
-        A scale per row needs symmetric weights and activations in int8.
-        """
         scheme = choose_scheme(precision, block, symmetric, self._profile.precisions)
+        # A scale per row needs symmetric weights and activations in int8.
         by_blocks = self.exact or block is not None or symmetric is False
         rows = None if by_blocks else self._profile.rows.get(precision)
         return rows or with_dtype(scheme, self._profile.scale)
 
     def _require_known(self, name: str, scheme: Scheme) -> None:
-        """Refuses a scheme that neither ONNX nor the profile has."""
         if scheme in self._profile.rows.values():
             if self.exact:
                 raise RequestError(
@@ -156,8 +143,8 @@ class OnnxOptions:
                 )
             return
         bits = self._profile.bits
-        own = (x.bits for x in uniform_schemes(scheme) if isinstance(x, Affine))
-        if not is_storable(scheme) or not bits >= {*own}:
+        stored = {x.bits for x in uniform_schemes(scheme) if isinstance(x, Affine)}
+        if not is_storable(scheme) or not bits >= stored:
             symmetric = " (those of 3 are symmetric)" if 3 in bits else ""
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which the profile {self.profile} does "

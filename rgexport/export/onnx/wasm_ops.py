@@ -1,4 +1,4 @@
-"""Lowerings for WebAssembly: products of int8 weights and of activations in two int8 digits.
+"""Lowers for WebAssembly: products of int8 weights and of activations in two int8 digits.
 
 ONNX Runtime has a fast integer product there, but none for blocks: `MatMulNBits` takes 7 times as
 long per weight. Every token is rounded by itself, so a step and a prefill see the same integers.
@@ -19,8 +19,8 @@ import onnx_ir as ir
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import linear_ops
 from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.operators import MICROSOFT
 from rgexport.export.onnx.storage import initializer
+from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.scheme import INT8_ROWS, Affine
@@ -55,7 +55,6 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _by_digits(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
-    """The product in integers."""
     digits, scale = _digits(g, x)
     zero = g.constant(_ZERO_POINT, "uint8")
     sums = g.op("MatMulInteger", digits, g.part(weight, COLUMNS), zero, zero)
@@ -68,7 +67,7 @@ def _by_digits(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) ->
 def _in_pieces(
     g: Emitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
 ) -> ir.Value:
-    """The product with a large matrix in blocks, such as the head, as several products.
+    """Splits the product with a large matrix in blocks, such as the head, into several.
 
     `MatMulNBits` unpacks all of its weights to float32 there, and WebAssembly has 4 GB.
     """
@@ -93,7 +92,7 @@ def _in_pieces(
 def _rows_of(
     g: Emitter, weight: Value, label: str, start: int, shape: tuple[int, ...]
 ) -> ir.Value | None:
-    """Rows of a part from `start` on, in the shape `shape`; None where there is no such part."""
+    """Returns rows of a part from `start` on, in `shape`; None if there is no such part."""
     part = g.stored(weight).parts.get(label)
     if part is None:
         return None
@@ -127,7 +126,6 @@ def _digits(g: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _scales(g: Emitter, weight: Value) -> ir.Value:
-    """One scale per row: [out]."""
     scales = g.part(weight, "scales", (weight.size(0),))
     assert scales is not None
     return scales
