@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.manifest import CoreMLManifest, io_record, stored_states
 from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.parts import decode
 from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
-from rgexport.export.coreml.states import io_record, stored_states
 from rgexport.export.manifest import StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package

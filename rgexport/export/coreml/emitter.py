@@ -1,24 +1,190 @@
-"""Builds one MIL function from a step program: its values, weights and states."""
+"""Builds one MIL function from a step program; equal pure operations are made once."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var, types
 
-from rgexport.export.coreml.graph import Graph
-from rgexport.export.coreml.state_io import StateIo
-from rgexport.export.coreml.states import feature_name
+from rgexport.export.coreml.manifest import (
+    LO_SCALE,
+    RECURRENT,
+    RECURRENT_OUTPUT,
+    Shape,
+    feature_name,
+    pair,
+)
 from rgexport.export.coreml.storage import blob_dtype
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import with_groups
 from rgexport.quantize.scheme import Affine, Palette
 
+DTYPES = {
+    "float32": types.fp32,
+    "float16": types.fp16,
+    "int32": types.int32,
+    "bool": types.bool,
+    "int8": types.int8,
+    "uint8": types.uint8,
+    "int4": types.int4,
+    "uint4": types.uint4,
+}
+_CAST_NAMES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
+"""dtype → its name in `cast`."""
 _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}
 
-Shape = tuple[int, ...]
+
+class Graph:
+    """Adds operations to the function that is being built.
+
+    Every operation is named after the site that is being lowered. Operations of the same type and
+    arguments are made once, so that lowerings may ask for a mask or a cosine repeatedly.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Var] = {}
+        self._names: Counter[str] = Counter()
+        self._site = ""
+
+    @contextmanager
+    def site(self, name: str) -> Iterator[None]:
+        """Names the operations made inside after the site `name`."""
+        self._site, before = name, self._site
+        yield
+        self._site = before
+
+    def op(self, kind: str, name: str | None = None, **arguments: Any) -> Var:
+        """Adds an operation with one output, named after the site unless `name` is set."""
+        key = (kind, name, *((k, _identity(v)) for k, v in sorted(arguments.items())))
+        if key not in self._made:
+            name = name or self._unique(f"{self._site}_{kind}")
+            self._made[key] = getattr(mb, kind)(name=name, **arguments)
+        return self._made[key]
+
+    def cast(self, x: Var, dtype: str) -> Var:
+        if x.dtype == DTYPES[dtype]:
+            return x
+        return self.op("cast", x=x, dtype=_CAST_NAMES[dtype])
+
+    def reshape(self, x: Var, *shape: int) -> Var:
+        return x if x.shape == shape else self.op("reshape", x=x, shape=list(shape))
+
+    def slice(self, x: Var, start: int, stop: int, axis: int) -> Var:
+        """Returns x[start:stop] along `axis`; `x` itself if that is all of it."""
+        axis %= x.rank
+        if (start, stop) == (0, x.shape[axis]):
+            return x
+        begin, end = [0] * x.rank, list(x.shape)
+        begin[axis], end[axis] = start, stop
+        return self.op("slice_by_index", x=x, begin=begin, end=end)
+
+    def concat(self, values: Sequence[Var], axis: int) -> Var:
+        return values[0] if len(values) == 1 else self.op("concat", values=values, axis=axis)
+
+    def _unique(self, name: str) -> str:
+        self._names[name] += 1
+        count = self._names[name]
+        return name if count == 1 else f"{name}_{count - 1}"
+
+
+def _identity(argument: Any) -> object:
+    if isinstance(argument, Var):
+        return id(argument)
+    if isinstance(argument, np.ndarray | np.generic):
+        return argument.dtype.str, argument.shape, argument.tobytes()
+    if isinstance(argument, list | tuple):
+        return tuple(map(_identity, argument))
+    return argument
+
+
+class StateIo:
+    """Reads and writes the states of one function: padding, stacking, pairs of float16.
+
+    A state is read where it is first used, and written as soon as its new value is computed. The
+    RG-LRU states are the rows of one matrix, which is written at the end.
+    """
+
+    def __init__(self, states: Mapping[str, tuple[Value, Value]], inputs: Mapping[str, Var]):
+        """`states`: name → value before and after; `inputs`: the function's, with its states."""
+        self._inputs = inputs
+        items = states.items()
+        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
+        self._after = {after.name: name for name, (_, after) in items}
+        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
+
+    def read(self, g: Graph, value: str) -> Var | None:
+        """Reads the state with the name `value` in the step program; None if that is no state.
+
+        Keys, values and convolution inputs are [1, n, width], RG-LRU states [1, R].
+        """
+        if value not in self._before:
+            return None
+        name, width = self._before[value]
+        if name not in self._rows:
+            return self._read(g, feature_name(name), width)
+        matrix = self._inputs.get(RECURRENT)
+        if matrix is None:
+            matrix = g.reshape(self._read(g, RECURRENT, width), len(self._rows), width)
+        row = list(self._rows).index(name)
+        return g.slice(matrix, row, row + 1, 0)
+
+    def write(self, g: Graph, value: str, state: Var) -> None:
+        """Writes `state` if the step program's `value` is the new value of a state."""
+        name = self._after.get(value)
+        if name in self._rows:
+            self._rows[name] = state
+        elif name is not None:
+            self._write(g, feature_name(name), state)
+
+    def finish(self, g: Graph) -> list[Var]:
+        """Writes the RG-LRU states; returns the outputs that hold states."""
+        rows = [row for row in self._rows.values() if row is not None]
+        if not rows:
+            return []
+        with g.site(RECURRENT_OUTPUT):
+            matrix = g.concat(rows, 0)
+            if RECURRENT in self._inputs:
+                return [g.op("reshape", RECURRENT_OUTPUT, x=matrix, shape=list(matrix.shape))]
+        self._write(g, RECURRENT, g.reshape(matrix, 1, *matrix.shape))
+        return []
+
+    def _read(self, g: Graph, name: str, width: int) -> Var:
+        """Reads a state [1, n, width]: float16, or float32 if it is a pair."""
+        with g.site(name):
+            if name in self._inputs:
+                return self._load(g, name, width)
+            hi, lo = (g.cast(self._load(g, half, width), "float32") for half in pair(name))
+            return g.op("add", x=hi, y=g.op("mul", x=lo, y=np.float32(1 / LO_SCALE)))
+
+    def _write(self, g: Graph, name: str, value: Var) -> None:
+        with g.site(name):
+            if name in self._inputs:
+                return self._store(g, name, value)
+            hi = g.cast(value, "float16")
+            rest = g.op("sub", x=value, y=g.cast(hi, "float32"))
+            lo = g.cast(g.op("mul", x=rest, y=np.float32(LO_SCALE)), "float16")
+            for feature, half in zip(pair(name), (hi, lo), strict=True):
+                self._store(g, feature, half)
+
+    def _load(self, g: Graph, name: str, width: int) -> Var:
+        """Reads a Core ML state [1, 1, n, padded] as [1, n, width]."""
+        state = g.op("read_state", input=self._inputs[name])
+        return g.slice(g.reshape(state, 1, *state.shape[2:]), 0, width, 2)
+
+    def _store(self, g: Graph, name: str, value: Var) -> None:
+        """Writes [1, n, width] into a Core ML state."""
+        state = self._inputs[name]
+        _, _, count, padded = state.sym_type.wrapped_type().get_shape()
+        if padded > value.shape[2]:
+            zeros = np.zeros((1, count, padded - value.shape[2]), np.float16)
+            value = g.concat([value, g.op("const", val=zeros)], 2)
+        value = g.reshape(value, 1, 1, count, padded)
+        g.op("coreml_update_state", f"{name}_write", state=state, value=value)
 
 
 class Emitter(Graph):
@@ -41,18 +207,17 @@ class Emitter(Graph):
         self._tensors, self._states, self._activation = with_groups(tensors), states, activation
 
     def value(self, declared: Value) -> Var:
-        """An activation, a state before this call, or a weight in its canonical shape."""
+        """Returns an activation, a state before this call, or a weight in its canonical shape."""
         if declared.name not in self.values:
             state = self._states.read(self, declared.name)
             self.values[declared.name] = self.weight(declared) if state is None else state
         return self.values[declared.name]
 
     def stored(self, weight: Value) -> StoredTensor:
-        """How and where a weight, or a row group of one, is stored."""
+        """Returns how a weight, or a row group of one, is stored."""
         return self._tensors[weight.name]
 
     def inputs(self, node: Node) -> list[Var]:
-        """All inputs of an op, none of which is optional."""
         return [self.value(declared) for declared in node.tensors]
 
     def declare(self, declared: Value, value: Var) -> None:
@@ -66,10 +231,10 @@ class Emitter(Graph):
         self._states.write(self, declared.name, value)
 
     def weight(self, declared: Value, *shape: int) -> Var:
-        """A weight, dequantized if it is quantized; one of floats may be given another `shape`.
+        """Returns a weight, dequantized if it is quantized; one of floats may get another `shape`.
 
-        Its parts are placeholders without memory, which `exporter_proto` replaces by places in the
-        file of weights.
+        Its parts are placeholders without memory, which `model` replaces by places in the file of
+        weights.
         """
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
@@ -94,7 +259,7 @@ class Emitter(Graph):
     def _placeholder(
         self, weight: str, stored: StoredTensor, label: str, shape: Shape, name: str = ""
     ) -> Var:
-        """A constant for one part of a weight, with the memory of one element."""
+        """Makes a constant for one part of a weight, with the memory of one element."""
         name, dtype = name or f"{weight}_{label}", blob_dtype(label, stored)
         self.parts[name] = stored.parts[label]
         zero = np.zeros(1, _NUMPY.get(dtype) or np.dtype(dtype))

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.manifest import CoreMLManifest, io_record, state_records
 from rgexport.export.coreml.package import PACKAGE, model_file
 from rgexport.export.coreml.parts import part_layouts
 from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
-from rgexport.export.coreml.states import io_record, state_records
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.export.typed_json import Mismatch, label

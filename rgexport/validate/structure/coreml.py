@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import KIND, CoreMLManifest
+from rgexport.export.coreml.manifest import KIND, CoreMLManifest, Form
 from rgexport.export.coreml.package import model_file
 from rgexport.export.coreml.segments import PackagePlan, packages
-from rgexport.export.coreml.states import Form
 from rgexport.export.coreml.storage import Storage
 from rgexport.export.manifest import Manifest
 from rgexport.export.mil.messages import messages
