@@ -1,11 +1,21 @@
-"""From protobuf messages to `program`'s dataclasses; sizes are checked before they are used."""
+"""Decodes protobuf messages into `program`'s dataclasses; sizes are checked before they are used.
 
+Importing `coremltools` takes seconds and 300 MB, since it loads its converters, and torch if that
+is installed. Its messages, generated from Apple's schema, need neither: they are loaded by
+themselves from its folder. `tests/export/mil/test_package.py` fails if a release moves them.
+"""
+
+import sys
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil.messages import messages
+from rgexport.errors import NotInstalled
 from rgexport.export.mil.program import (
     BITS,
     UNKNOWN,
@@ -23,19 +33,47 @@ from rgexport.export.mil.program import (
 
 MAX_RANK, MAX_DIMENSION = 16, 2**31 - 1
 """Above what any runtime can hold (Core ML's own limit is rank 5)."""
+_MESSAGES = "_rgexport_coreml_messages"
+"""The name under which coremltools' package of messages is loaded."""
+_CONTAINERS = {"listType": "list", "tupleType": "tuple", "dictionaryType": "dictionary"}
+_FIELDS = {"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"}
+"""Field of a `TensorValue` → numpy dtype of its values."""
 
 
 class Damaged(Exception):
     """A program that contradicts itself."""
 
 
-_CONTAINERS = {"listType": "list", "tupleType": "tuple", "dictionaryType": "dictionary"}
-_FIELDS = {"floats": "f4", "ints": "i4", "bools": "?", "longInts": "i8", "doubles": "f8"}
-"""Field of a `TensorValue` → numpy dtype of its values."""
+def messages(name: str) -> ModuleType:
+    """Loads the module `NAME_pb2` of coremltools, such as `Model` or `MIL`.
+
+    Raises:
+        NotInstalled: coremltools is missing.
+    """
+    return import_module(f"{_message_package()}.{name}_pb2")
+
+
+@cache
+def _message_package() -> str:
+    try:
+        spec = find_spec("coremltools")
+    except ValueError:  # an entry of sys.modules that is None
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise NotInstalled(
+            "reading a Core ML package needs coremltools: pip install 'rgexport[coreml]'"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "proto"
+    spec = spec_from_file_location(
+        _MESSAGES, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec
+    sys.modules[_MESSAGES] = module_from_spec(spec)
+    return _MESSAGES
 
 
 def functions(program: Any) -> dict[str, Function]:
-    """The functions of a `Program` message.
+    """Decodes the functions of a `Program` message.
 
     Raises:
         Damaged: it contradicts itself.
@@ -44,7 +82,7 @@ def functions(program: Any) -> dict[str, Function]:
 
 
 def _sorted(entries: Any) -> list[tuple[str, Any]]:
-    """A protobuf map has no order."""
+    """Sorts the entries of a protobuf map, which has no order."""
     return sorted(entries.items(), key=lambda entry: entry[0])
 
 
@@ -61,13 +99,7 @@ def _function(name: str, message: Any) -> Function:
             raise Damaged(f"function {name} has the input {value.name} twice")
         (states if stateful else inputs)[value.name] = _type(f"{name}: {value.name}", kind)
     block = blocks[message.opset]
-    return Function(
-        name=name,
-        inputs=inputs,
-        states=states,
-        outputs=tuple(block.outputs),
-        operations=_operations(name, block),
-    )
+    return Function(name, inputs, states, tuple(block.outputs), _operations(name, block))
 
 
 def _operations(where: str, block: Any) -> tuple[Operation, ...]:
@@ -92,9 +124,9 @@ def _operation(where: str, message: Any) -> Operation:
 
 
 def _text(value: Any) -> str:
-    """The string of a `name` attribute, "" if there is none."""
-    words = value.immediateValue.tensor.strings.values if value is not None else ()
-    return words[0] if words else ""
+    """Returns the string of a `name` attribute, "" if there is none."""
+    strings = value.immediateValue.tensor.strings.values if value is not None else ()
+    return strings[0] if strings else ""
 
 
 def _binding(where: str, message: Any) -> Value:
@@ -149,18 +181,17 @@ def _type(where: str, message: Any) -> TensorType:
         raise Damaged(f"{where} has the unknown dtype {tensor.dataType}")
     if tensor.rank != len(tensor.dimensions):
         raise Damaged(f"{where} has rank {tensor.rank} and {len(tensor.dimensions)} dimensions")
-    shape = tuple(map(_dimension, tensor.dimensions))
+    shape = tuple(
+        n.constant.size if n.WhichOneof("dimension") == "constant" else UNKNOWN
+        for n in tensor.dimensions
+    )
     if len(shape) > MAX_RANK or any(n > MAX_DIMENSION for n in shape):
         raise Damaged(f"{where} cannot have the shape {list(shape)}")
     return TensorType(dtype, shape)
 
 
-def _dimension(message: Any) -> int:
-    return message.constant.size if message.WhichOneof("dimension") == "constant" else UNKNOWN
-
-
 @cache
 def _data_types() -> dict[int, str]:
-    """MIL.proto's `DataType` → name."""
+    """Returns the number of a dtype in MIL.proto → its name."""
     names = {number: name.lower() for name, number in messages("MIL").DataType.items()}
     return {number: name for number, name in names.items() if name in {*BITS, "string"}}

@@ -10,7 +10,7 @@ from rgexport.export.coreml.package import model_file
 from rgexport.export.coreml.segments import PackagePlan, packages
 from rgexport.export.coreml.storage import Storage
 from rgexport.export.manifest import Manifest
-from rgexport.export.mil.messages import messages
+from rgexport.export.mil.decoder import messages
 from rgexport.export.mil.package import MAX_MODEL_BYTES
 from rgexport.files.regular_file import read_regular
 from rgexport.griffin.layout import model_tensors

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.architecture import architecture
 from rgexport.export.gguf.artifact import GgufArtifact
-from rgexport.export.gguf.naming import ARCHITECTURE, file_tensors
+from rgexport.export.gguf.naming import ARCHITECTURE, architecture, file_tensors
 from rgexport.export.manifest import Manifest
 from rgexport.validate.structure.elements import Element, shortened
 from rgexport.validate.structure.format import Recipe, Structure, maker
