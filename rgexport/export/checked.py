@@ -47,18 +47,11 @@ class CheckRecord:
         verdict = self.status + (f", since {self.reason}" if self.reason else "")
         if not self.positions:
             return f"Checked: {verdict}."
-        return f"{self.occasion}: {self.measured}: {verdict}."
-
-    @property
-    def occasion(self) -> str:
-        some = f" ({self.positions} compared)" if self.positions < self.tokens else ""
-        return f"Checked on {self.tokens} tokens{some} in {self.engine}"
-
-    @property
-    def measured(self) -> str:
+        compared = f" ({self.positions} compared)" if self.positions < self.tokens else ""
         return (
+            f"Checked on {self.tokens} tokens{compared} in {self.engine}: "
             f"KL to the original {self.nats}; largest difference to the dequantized reference "
-            f"{self.share} of the largest logit"
+            f"{self.share} of the largest logit: {verdict}."
         )
 
     @property

@@ -1,11 +1,15 @@
 """Reads and checks the options that exports of all formats share."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.format import format_of
+from rgexport.export.manifest import ACTIVATIONS
+from rgexport.quantize.plan import precision_of
 from rgexport.quantize.scheme import Ggml, Plan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
@@ -73,21 +77,81 @@ def algorithm_word(
     return QUALITIES[quality or "best"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(ABC):
+    """The options that exports to folders share; None stands for a default.
+
+    Attributes:
+        precision: precision of the weights.
+        compute: type of the activations.
+        block_size: of the linears, and of an embedding of the same precision.
+        symmetric: likewise.
+        embedding_precision: of the embedding, which is the head too.
+        plan: says for each tensor what the fields above, except `compute`, say for all.
+        algorithm: chooses the levels; None leaves it to the plan, or to clip search.
+    """
+
+    precision: str | None = None
+    compute: str | None = None
+    block_size: int | None = None
+    symmetric: bool | None = None
+    embedding_precision: str | None = None
+    plan: Plan | None = None
+    algorithm: str | None = None
+
+    @property
+    @abstractmethod
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        """The default precision; precision of the linears → that of the embedding, if another."""
+
+    @property
+    @abstractmethod
+    def compute_word(self) -> str:
+        """`compute`, or its default."""
+
+    @property
+    def precision_word(self) -> str:
+        """`precision`, or the plan's, or the default."""
+        return precision_of(self.plan) if self.plan else self.precision or self.defaults[0]
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The precisions of the linears and of the embedding."""
+        word = self.precision_word
+        return word, self.embedding_precision or self.defaults[1].get(word, word)
+
+    def require_consistent(self, *, exact: bool = False) -> None:
+        """Checks the options without the model; `exact` is `--exact`.
+
+        Raises:
+            RequestError: an unknown word, a plan beside an option that it replaces, a plan for
+                GGUF, or an option without effect.
+        """
+        by_plan = "precision", "block_size", "symmetric", "embedding_precision"
+        refuse_beside_plan(self, by_plan)
+        for name, scheme in (self.plan or {}).items():
+            if isinstance(scheme, Ggml):
+                raise RequestError(
+                    f"the plan stores {name} as {scheme.label}, which only GGUF files have"
+                )
+        require_word("--compute", self.compute_word, ACTIVATIONS)
+        if _BLOCKS.isdisjoint(self.words):
+            block, symmetric = self.block_size is not None, self.symmetric is not None
+            flag = "--symmetric" if self.symmetric else "--asymmetric"
+            refuse_idle(
+                {"--block-size": block, "--exact": exact, flag: symmetric},
+                f"{' and '.join(dict.fromkeys(self.words))} weights; expected it beside --int8 or "
+                "--int4: give one of those, or leave it out",
+            )
+        require_levels(self.words, self.algorithm)
+
+
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
     """Raises RequestError if one of the fields `names` is set although there is a plan."""
     changed = [name for name in names if getattr(options, name) != getattr(type(options), name)]
     if options.plan is not None and changed:
         fields = ", ".join(name.replace("_", " ") for name in changed)
         raise RequestError(f"--plan says how each tensor is stored; leave out the {fields}")
-
-
-def refuse_ggml(plan: Plan | None) -> None:
-    """Raises RequestError if a plan stores a tensor in a ggml type."""
-    for name, scheme in (plan or {}).items():
-        if isinstance(scheme, Ggml):
-            raise RequestError(
-                f"the plan stores {name} as {scheme.label}, which only GGUF files have"
-            )
 
 
 def refuse_idle(options: Mapping[str, object], where: str) -> None:
@@ -100,23 +164,6 @@ def refuse_idle(options: Mapping[str, object], where: str) -> None:
     if flags := [flag for flag, value in options.items() if value]:
         change = "changes" if len(flags) == 1 else "change"
         raise RequestError(f"{' and '.join(flags)} {change} nothing in {where}")
-
-
-def require_blocks(
-    words: Collection[str], block: int | None, symmetric: bool | None, exact: bool = False
-) -> None:
-    """Refuses options of blocks if none of the precisions `words` has blocks.
-
-    Raises:
-        RequestError: `--block-size`, `--symmetric`, `--asymmetric` or `--exact` has no effect.
-    """
-    if _BLOCKS.isdisjoint(words):
-        flag = "--symmetric" if symmetric else "--asymmetric"
-        refuse_idle(
-            {"--block-size": block is not None, "--exact": exact, flag: symmetric is not None},
-            f"{' and '.join(dict.fromkeys(words))} weights; expected it beside --int8 or --int4: "
-            "give one of those, or leave it out",
-        )
 
 
 def require_levels(words: Collection[str], algorithm: str | None) -> None:

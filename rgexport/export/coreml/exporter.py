@@ -42,15 +42,14 @@ def export_coreml(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the folder `target`, which appears when it is complete.
+    """Exports `checkpoint` to the folder `target`, as `export_folder` does.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
     slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
     `statistics` are for algorithms that need them.
 
     Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, an option that does not fit.
+        RequestError: those of `export_folder`, or an option that does not fit the model.
     """
     # coremltools takes seconds to load; its warnings about versions of torch are silenced.
     logging.getLogger("coremltools").setLevel(logging.ERROR)

@@ -1,19 +1,13 @@
 """The options of a Core ML export."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
 from rgexport.errors import RequestError
 from rgexport.export.coreml.manifest import Form, RecurrentState
-from rgexport.export.manifest import ACTIVATIONS
-from rgexport.export.request import (
-    refuse_beside_plan,
-    refuse_ggml,
-    require_blocks,
-    require_levels,
-    require_word,
-)
+from rgexport.export.request import FolderOptions, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.algorithms import filled
@@ -24,66 +18,46 @@ from rgexport.quantize.plan import (
     choose_schemes,
     is_linear_bias,
     make_plan,
-    precision_of,
 )
 from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 
 DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
 _EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
 """Precision of the linears → that of the embedding, where it is not the same."""
-_SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreMLOptions:
+class CoreMLOptions(FolderOptions):
     """How weights are stored and activations computed; None stands for a default.
 
+    Scales, tables and biases of linears are stored in the dtype of `compute`.
+
     Attributes:
-        precision: precision of the weights.
-        compute: type of the activations; fp16 unless `precision` is fp32. Scales, tables and biases
-            of linears are stored in that dtype.
-        block_size: of the linears, and of an embedding of the same precision.
-        symmetric: likewise.
-        embedding_precision: of the embedding, which is the head too.
-        plan: says for each tensor what precision, block size and symmetry say for all.
         prefill_length: tokens that the `prefill` function takes.
         all_logits: whether it gives the logits of all of them, or of the last one.
         recurrent_state: the RG-LRU's state is a float32 input and output (`io`), or a pair of
             float16 states (`hilo`).
         split: the most bytes of weights that a package may have.
-        algorithm: chooses the levels; None leaves it to the plan, or to clip search.
     """
 
-    precision: str | None = None
-    compute: str | None = None
-    block_size: int | None = None
-    symmetric: bool | None = None
-    embedding_precision: str | None = None
-    plan: Plan | None = None
     prefill_length: int = DEFAULT_PREFILL_LENGTH
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
     split: int | None = None
-    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError: an unknown word, a contradiction, an option without effect."""
-        refuse_beside_plan(self, _SET_BY_A_PLAN)
-        refuse_ggml(self.plan)
-        require_word("--compute", self.compute_word, ACTIVATIONS)
+        self.require_consistent()
         require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
         if self.prefill_length < 2:
             raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
-        for scheme in self._schemes():
+        for scheme in () if self.plan else self._schemes():
             self._require_computable("weights are to be stored", scheme)
-        require_blocks(self._words(), self.block_size, self.symmetric)
-        words = (self.precision_word,) if self.plan else self._words()
-        require_levels(words, self.algorithm)
 
     @property
-    def precision_word(self) -> str:
-        return precision_of(self.plan) if self.plan else self.precision or DEFAULT_PRECISION
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        return DEFAULT_PRECISION, _EMBEDDINGS
 
     @property
     def compute_word(self) -> str:
@@ -109,12 +83,7 @@ class CoreMLOptions:
     def _schemes(self) -> tuple[Scheme, Scheme]:
         """Chooses the schemes of the linears and of the embedding, before they are fitted."""
         choose = partial(choose_scheme, words=COREML_PRECISIONS)
-        return choose_schemes(self._words(), choose, self.block_size, self.symmetric)
-
-    def _words(self) -> tuple[str, str]:
-        """Returns the precisions of the linears and of the embedding."""
-        word = self.precision or DEFAULT_PRECISION
-        return word, self.embedding_precision or _EMBEDDINGS.get(word, word)
+        return choose_schemes(self.words, choose, self.block_size, self.symmetric)
 
     def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
         dtype, spec = _DTYPES[self.compute_word], tensors[name]

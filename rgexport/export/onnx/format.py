@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
-from rgexport.export.manifest import IoRecord, Manifest, StateRecord
+from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE, OnnxArtifact, part_layouts, weight_files
-from rgexport.export.onnx.interface import expected_interface
+from rgexport.export.onnx.interface import graph_interface
+from rgexport.export.onnx.model_file import NUM_LOGITS
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
 
@@ -66,7 +67,8 @@ class OnnxFormat(FolderFormat):
         return part_layouts(shape, scheme)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        return expected_interface(manifest)
+        earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)
+        return graph_interface(manifest.config, ACTIVATIONS[manifest.compute], earlier=earlier)
 
     def write_program_files(
         self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]

@@ -7,9 +7,10 @@ graph: the first one asks for logits of one token, the second one for the name `
 from dataclasses import replace
 from typing import Literal
 
-from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
+from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
 from rgexport.export.onnx.model_file import NUM_LOGITS
 from rgexport.export.program import Node, StepProgram, Value
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import state_specs
 
 _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
@@ -49,55 +50,35 @@ def with_interface(program: StepProgram) -> StepProgram:
     )
 
 
-def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
-    return tuple(
-        _state_record(name, tuple(map(value.size, range(1, len(value.shape)))), value.dtype)
-        for name, (value, _) in program.states.items()
-    )
+def graph_interface(
+    config: GriffinConfig, activation: str, *, earlier: bool = False
+) -> tuple[tuple[StateRecord, ...], IoRecord]:
+    """Returns the states, inputs and outputs of a graph; with a window of 0 it has no rings.
 
-
-def io_record(program: StepProgram) -> IoRecord:
-    """All inputs and outputs of the graph."""
-
-    def record(value: Value, name: str) -> ValueRecord:
-        return ValueRecord(name, value.dtype, value.shape)
-
-    states = list(zip(state_records(program), program.states.values(), strict=True))
-    plain = (program.input_ids, program.position_ids)
-    return IoRecord(
-        (*(record(v, v.name) for v in plain), *(record(v, s.input) for s, (v, _) in states)),
-        (record(program.logits, "logits"), *(record(v, s.output) for s, (_, v) in states)),
-    )
-
-
-def expected_interface(manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-    """Derives the states, inputs and outputs of a graph from the sizes in its manifest.
-
-    In graphs of an earlier release `num_logits` is an input, and rings have no axis for the head.
+    In graphs of an `earlier` release `num_logits` is an input, and rings have no axis for the head.
     """
-    config = manifest.config
-    earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)
     batch, logits, head = ("batch", NUM_LOGITS, ()) if earlier else ("batch_size", 1, (1,))
-    states = []
-    for spec in state_specs(config, ACTIVATIONS[manifest.compute]):
-        is_ring = _STATES[spec.name.rpartition(".")[2]][1] == "ring"
-        states.append(
-            _state_record(spec.name, (*(head if is_ring else ()), *spec.shape), spec.dtype)
-        )
     inputs = [
         ValueRecord(name, "int64", (batch, "tokens")) for name in ("input_ids", "position_ids")
     ]
     if earlier:
         inputs.append(ValueRecord(NUM_LOGITS, "int64", ()))
     outputs = [ValueRecord("logits", "float32", (batch, logits, config.vocab_size))]
-    for state in states:
-        inputs.append(ValueRecord(state.input, state.dtype, (batch, *state.shape)))
-        outputs.append(ValueRecord(state.output, state.dtype, (batch, *state.shape)))
+    states = []
+    for spec in state_specs(config, activation):
+        _, layout = _STATES[spec.name.rpartition(".")[2]]
+        if layout == "ring" and config.window == 0:
+            continue
+        shape = (*(head if layout == "ring" else ()), *spec.shape)
+        state = StateRecord(spec.name, shape, spec.dtype, layout, *feature_names(spec.name))
+        states.append(state)
+        inputs.append(ValueRecord(state.input, state.dtype, (batch, *shape)))
+        outputs.append(ValueRecord(state.output, state.dtype, (batch, *shape)))
     return tuple(states), IoRecord(tuple(inputs), tuple(outputs))
 
 
-def _state_record(name: str, shape: tuple[int, ...], dtype: str) -> StateRecord:
-    _, layer, kind = name.split(".")
-    graph_name, layout = _STATES[kind]
-    names = f"past_key_values.{layer}.{graph_name}", f"present.{layer}.{graph_name}"
-    return StateRecord(name, shape, dtype, layout, *names)
+def feature_names(state: str) -> tuple[str, str]:
+    """Returns the graph's input and output of a canonical state."""
+    _, layer, kind = state.split(".")
+    name, _ = _STATES[kind]
+    return f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"

@@ -13,7 +13,7 @@ from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, OPSET
-from rgexport.export.onnx.interface import io_record, state_records, with_interface
+from rgexport.export.onnx.interface import feature_names, graph_interface, with_interface
 from rgexport.export.onnx.lowering import lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
@@ -75,19 +75,18 @@ def add_description(model: ir.Model, name: str, precision: str, config: GriffinC
 
 
 def _build_graph(program: StepProgram, emitter: Emitter, profile: LoweringProfile) -> ir.Graph:
-    states = list(zip(state_records(program), program.states.values(), strict=True))
     count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
     emitter.values[program.num_logits.name] = count
     inputs = [(value, value.name) for value in (program.input_ids, program.position_ids)]
-    inputs += [(before, record.input) for record, (before, _) in states]
+    inputs += [(before, feature_names(state)[0]) for state, (before, _) in program.states.items()]
     for value, name in inputs:
         emitter.values[value.name] = _input(value, name)
     for node in program.nodes:
         lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
-    for record, (_, after) in states:
+    for state, (_, after) in program.states.items():
         outputs.append(emitter.values[after.name])
-        outputs[-1].name = record.output
+        outputs[-1].name = feature_names(state)[1]
     return ir.Graph(
         [emitter.values[value.name] for value, _ in inputs],
         outputs,
@@ -137,18 +136,18 @@ def narrowed(artifact: Artifact, window: int) -> tuple[Artifact, bytes]:
     """
     manifest = artifact.manifest
     config = replace(manifest.config, window=window)
-    program = trace(replace(config, window=max(1, window)), ACTIVATIONS[manifest.compute])
-    program = with_interface(program)
+    activation = ACTIVATIONS[manifest.compute]
+    program = with_interface(trace(replace(config, window=max(1, window)), activation))
     profile = PROFILES[manifest.profile]
     if window == 0:
         ends = ".key", ".value"
-        states = {name: both for name, both in program.states.items() if not name.endswith(ends)}
-        program = replace(program, states=states, nodes=tuple(map(_without_past, program.nodes)))
+        kept = {name: pair for name, pair in program.states.items() if not name.endswith(ends)}
+        program = replace(program, states=kept, nodes=tuple(map(_without_past, program.nodes)))
         lowerings = {**profile.lowerings, _ITSELF: _attend_to_itself}
         profile = replace(profile, lowerings=lowerings)
     model = build_model(program, manifest.tensors, profile, exact=manifest.exact)
-    states_in_graph, io = state_records(program), io_record(program)
-    manifest = replace(manifest, config=config, states=states_in_graph, io=io)
+    states, io = graph_interface(config, activation)
+    manifest = replace(manifest, config=config, states=states, io=io)
     return replace(artifact, manifest=manifest), ir.to_proto(model).SerializeToString()
 
 

@@ -1,21 +1,13 @@
 """The options of an ONNX export."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import ACTIVATIONS
 from rgexport.export.onnx.artifact import is_storable
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
-from rgexport.export.request import (
-    refuse_beside_plan,
-    refuse_ggml,
-    refuse_idle,
-    require_blocks,
-    require_levels,
-    require_word,
-)
+from rgexport.export.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.affine import num_blocks
@@ -25,65 +17,38 @@ from rgexport.quantize.plan import (
     choose_scheme,
     choose_schemes,
     make_plan,
-    precision_of,
     with_bfloat16,
 )
 from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme, uniform_schemes
 
-_SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
-
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxOptions:
+class OnnxOptions(FolderOptions):
     """How weights are stored and activations computed; None stands for a default.
 
     Attributes:
         profile: the runtime that the graph is lowered for; it has a default `precision`.
-        precision: precision of the weights.
-        compute: type of the activations; fp32 unless `precision` is fp16.
-        block_size: of the linears, and of an embedding of the same precision.
-        symmetric: likewise.
-        embedding_precision: of the embedding, which is the head too.
         exact: keeps activations out of int8.
-        plan: says for each tensor what precision, block size and symmetry say for all.
-        algorithm: chooses the levels; None leaves it to the plan, or to clip search.
         genai_native: copies our kernels for onnxruntime-genai.
     """
 
     profile: str = "cpu"
-    precision: str | None = None
-    compute: str | None = None
-    block_size: int | None = None
-    symmetric: bool | None = None
-    embedding_precision: str | None = None
     exact: bool = False
-    plan: Plan | None = None
-    algorithm: str | None = None
     genai_native: bool = False
 
     def __post_init__(self) -> None:
         """Raises RequestError: an unknown word, a contradiction, an option without effect."""
         require_word("--profile", self.profile, PROFILES)
-        refuse_beside_plan(self, _SET_BY_A_PLAN)
-        refuse_ggml(self.plan)
+        self.require_consistent(exact=self.exact)
         for name, scheme in (self.plan or {}).items():
             self._require_known(name, scheme)
-        require_word("--compute", self.compute_word, ACTIVATIONS)
-        words = self.precision_word, self._embedding_word
-        require_blocks(words, self.block_size, self.symmetric, self.exact)
-        require_levels(words, self.algorithm)
         if self.genai_native and not self._profile.functions:
             where = f"--profile {self.profile}, whose graph has no op for native kernels"
             refuse_idle({"--genai-native": True}, where)
 
     @property
-    def precision_word(self) -> str:
-        return precision_of(self.plan) if self.plan else self.precision or self._profile.precision
-
-    @property
-    def _embedding_word(self) -> str:
-        word = self.precision_word
-        return self.embedding_precision or self._profile.embeddings.get(word, word)
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        return self._profile.precision, self._profile.embeddings
 
     @property
     def compute_word(self) -> str:
@@ -100,8 +65,7 @@ class OnnxOptions:
         """
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
-            words = self.precision_word, self._embedding_word
-            chosen = choose_schemes(words, self._scheme, self.block_size, self.symmetric)
+            chosen = choose_schemes(self.words, self._scheme, self.block_size, self.symmetric)
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
