@@ -134,10 +134,25 @@ def as_text(description: Description) -> str:
 
 def _text(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
-    yield Table("Stored", ("role", "as", *_NUMBERS), map(_stored_row, d["stored"]), _NUMBERS)
+    stored = (
+        (
+            share["role"],
+            share["scheme"],
+            f"{share['tensors']:,}",
+            f"{share['weights']:,}",
+            amount(share["bytes"]),
+            f"{8 * share['bytes'] / share['weights']:.2f}",
+        )
+        for share in d["stored"]
+    )
+    yield Table("Stored", ("role", "as", *_NUMBERS), stored, _NUMBERS)
     if "algorithms" in d:
         yield levels_sentence(d["algorithms"]) + "\n"
-    yield Table("Configuration", ("", ""), _config_rows(d["config"]))
+    config = (
+        (name, " ".join(kind[0] for kind in value) if name == "block_types" else f"{value:,}")
+        for name, value in d["config"].items()
+    )
+    yield Table("Configuration", ("", ""), config)
     for title in ("Tokenizer", "GGUF", "Core ML"):
         if facts := d.get(title.replace(" ", "").lower()):
             yield Table(title, ("", ""), _fact_rows(facts))
@@ -145,11 +160,11 @@ def _text(d: Description) -> Iterator[str | Table]:
         header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
     hash_name = format_of(d["kind"]).hash_name if d["kind"] in FORMATS else "sha256"
-    rows = (
+    files = (
         (name, amount(record["size"]), record.get(hash_name, "")[:16])
         for name, record in d["files"].items()
     )
-    yield Table("Files", ("name", "size", hash_name.replace("_", " ")), rows, _NUMBERS)
+    yield Table("Files", ("name", "size", hash_name.replace("_", " ")), files, _NUMBERS)
     if "kernels" in d:
         yield _kernels_sentence(**d["kernels"])
     if "check" in d:
@@ -194,18 +209,6 @@ def _closing(d: Description) -> str:
             "Another tool stored its tensors in other types: there is no hash to check them with."
         )
     return _CLOSING["artifact", d["all_hashes_verified"]]
-
-
-def _stored_row(share: dict[str, Any]) -> Row:
-    bits = 8 * share["bytes"] / share["weights"]
-    counts = f"{share['tensors']:,}", f"{share['weights']:,}"
-    return (share["role"], share["scheme"], *counts, amount(share["bytes"]), f"{bits:.2f}")
-
-
-def _config_rows(config: dict[str, Any]) -> Iterator[Row]:
-    for name, value in config.items():
-        text = " ".join(kind[0] for kind in value) if name == "block_types" else f"{value:,}"
-        yield name, text
 
 
 def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:

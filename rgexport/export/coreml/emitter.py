@@ -102,116 +102,49 @@ def _identity(argument: Any) -> object:
     return argument
 
 
-class StateIo:
-    """Reads and writes the states of one function: padding, stacking, pairs of float16.
+class Emitter(Graph):
+    """One function that is being built from a step program, for a fixed number of tokens.
 
     A state is read where it is first used, and written as soon as its new value is computed. The
     RG-LRU states are the rows of one matrix, which is written at the end.
     """
 
-    def __init__(self, states: Mapping[str, tuple[Value, Value]], inputs: Mapping[str, Var]):
-        """`states`: name → value before and after; `inputs`: the function's, with its states."""
-        self._inputs = inputs
-        items = states.items()
-        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
-        self._after = {after.name: name for name, (_, after) in items}
-        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
-
-    def read(self, g: Graph, value: str) -> Var | None:
-        """Reads the state with the name `value` in the step program; None if that is no state.
-
-        Keys, values and convolution inputs are [1, n, width], RG-LRU states [1, R].
-        """
-        if value not in self._before:
-            return None
-        name, width = self._before[value]
-        if name not in self._rows:
-            return self._read(g, feature_name(name), width)
-        matrix = self._inputs.get(RECURRENT)
-        if matrix is None:
-            matrix = g.reshape(self._read(g, RECURRENT, width), len(self._rows), width)
-        row = list(self._rows).index(name)
-        return g.slice(matrix, row, row + 1, 0)
-
-    def write(self, g: Graph, value: str, state: Var) -> None:
-        """Writes `state` if the step program's `value` is the new value of a state."""
-        name = self._after.get(value)
-        if name in self._rows:
-            self._rows[name] = state
-        elif name is not None:
-            self._write(g, feature_name(name), state)
-
-    def finish(self, g: Graph) -> list[Var]:
-        """Writes the RG-LRU states; returns the outputs that hold states."""
-        rows = [row for row in self._rows.values() if row is not None]
-        if not rows:
-            return []
-        with g.site(RECURRENT_OUTPUT):
-            matrix = g.concat(rows, 0)
-            if RECURRENT in self._inputs:
-                return [g.op("reshape", RECURRENT_OUTPUT, x=matrix, shape=list(matrix.shape))]
-        self._write(g, RECURRENT, g.reshape(matrix, 1, *matrix.shape))
-        return []
-
-    def _read(self, g: Graph, name: str, width: int) -> Var:
-        """Reads a state [1, n, width]: float16, or float32 if it is a pair."""
-        with g.site(name):
-            if name in self._inputs:
-                return self._load(g, name, width)
-            hi, lo = (g.cast(self._load(g, half, width), "float32") for half in pair(name))
-            return g.op("add", x=hi, y=g.op("mul", x=lo, y=np.float32(1 / LO_SCALE)))
-
-    def _write(self, g: Graph, name: str, value: Var) -> None:
-        with g.site(name):
-            if name in self._inputs:
-                return self._store(g, name, value)
-            hi = g.cast(value, "float16")
-            rest = g.op("sub", x=value, y=g.cast(hi, "float32"))
-            lo = g.cast(g.op("mul", x=rest, y=np.float32(LO_SCALE)), "float16")
-            for feature, half in zip(pair(name), (hi, lo), strict=True):
-                self._store(g, feature, half)
-
-    def _load(self, g: Graph, name: str, width: int) -> Var:
-        """Reads a Core ML state [1, 1, n, padded] as [1, n, width]."""
-        state = g.op("read_state", input=self._inputs[name])
-        return g.slice(g.reshape(state, 1, *state.shape[2:]), 0, width, 2)
-
-    def _store(self, g: Graph, name: str, value: Var) -> None:
-        """Writes [1, n, width] into a Core ML state."""
-        state = self._inputs[name]
-        _, _, count, padded = state.sym_type.wrapped_type().get_shape()
-        if padded > value.shape[2]:
-            zeros = np.zeros((1, count, padded - value.shape[2]), np.float16)
-            value = g.concat([value, g.op("const", val=zeros)], 2)
-        value = g.reshape(value, 1, 1, count, padded)
-        g.op("coreml_update_state", f"{name}_write", state=state, value=value)
-
-
-class Emitter(Graph):
-    """One function that is being built from a step program, for a fixed number of tokens."""
-
     def __init__(
         self,
         tensors: Mapping[str, StoredTensor],
-        states: StateIo,
+        states: Mapping[str, tuple[Value, Value]],
+        inputs: Mapping[str, Var],
         *,
         activation: str,
         num_logits: int,
     ):
-        """`activation`: dtype of the linears; `num_logits`: for how many tokens logits are made."""
+        """Prepares a function.
+
+        Args:
+            tensors: the stored weights.
+            states: name → the step program's values before and after.
+            inputs: the function's, with its states.
+            activation: dtype of the linears.
+            num_logits: for how many tokens logits are made.
+        """
         super().__init__()
         self.num_logits = num_logits
         self.values: dict[str, Var] = {}
         self.parts: dict[str, StoredPart] = {}
         """Name of a placeholder → the stored part that it stands for."""
-        self._tensors, self._states, self._activation = with_groups(tensors), states, activation
+        self._tensors, self._inputs, self._activation = with_groups(tensors), inputs, activation
+        items = states.items()
+        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
+        self._after = {after.name: name for name, (_, after) in items}
+        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
 
     def value(self, declared: Value) -> Var:
         """Returns an activation, a state before this call, or a weight in its canonical shape."""
-        if declared.name not in self.values:
-            state = self._states.read(self, declared.name)
-            self.values[declared.name] = self.weight(declared) if state is None else state
-        return self.values[declared.name]
+        name = declared.name
+        if name not in self.values:
+            is_state = name in self._before
+            self.values[name] = self._old_state(name) if is_state else self.weight(declared)
+        return self.values[name]
 
     def stored(self, weight: Value) -> StoredTensor:
         """Returns how a weight, or a row group of one, is stored."""
@@ -228,13 +161,29 @@ class Emitter(Graph):
         if value not in self.values.values():
             value.name = value.op.name = feature_name(declared.name)
         self.values[declared.name] = value
-        self._states.write(self, declared.name, value)
+        state = self._after.get(declared.name)
+        if state in self._rows:
+            self._rows[state] = value
+        elif state is not None:
+            self._write(feature_name(state), value)
+
+    def finish(self) -> list[Var]:
+        """Writes the RG-LRU states; returns the outputs that hold states."""
+        rows = [row for row in self._rows.values() if row is not None]
+        if not rows:
+            return []
+        with self.site(RECURRENT_OUTPUT):
+            matrix = self.concat(rows, 0)
+            if RECURRENT in self._inputs:
+                return [self.op("reshape", RECURRENT_OUTPUT, x=matrix, shape=list(matrix.shape))]
+        self._write(RECURRENT, self.reshape(matrix, 1, *matrix.shape))
+        return []
 
     def weight(self, declared: Value, *shape: int) -> Var:
         """Returns a weight, dequantized if it is quantized; one of floats may get another `shape`.
 
-        Its parts are placeholders without memory, which `model` replaces by places in the file of
-        weights.
+        Its parts are placeholders without memory, which `exporter_proto` replaces by places in the
+        file of weights.
         """
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
@@ -265,3 +214,47 @@ class Emitter(Graph):
         zero = np.zeros(1, _NUMPY.get(dtype) or np.dtype(dtype))
         zeros = np.lib.stride_tricks.as_strided(zero, shape, (0,) * len(shape))
         return mb.const(name=name, val=zeros)
+
+    def _old_state(self, value: str) -> Var:
+        """Reads keys, values or convolution inputs [1, n, width], or an RG-LRU state [1, R]."""
+        name, width = self._before[value]
+        if name not in self._rows:
+            return self._read(feature_name(name), width)
+        matrix = self._inputs.get(RECURRENT)
+        if matrix is None:
+            matrix = self.reshape(self._read(RECURRENT, width), len(self._rows), width)
+        row = list(self._rows).index(name)
+        return self.slice(matrix, row, row + 1, 0)
+
+    def _read(self, name: str, width: int) -> Var:
+        """Reads a state [1, n, width]: float16, or float32 if it is a pair."""
+        with self.site(name):
+            if name in self._inputs:
+                return self._load(name, width)
+            hi, lo = (self.cast(self._load(half, width), "float32") for half in pair(name))
+            return self.op("add", x=hi, y=self.op("mul", x=lo, y=np.float32(1 / LO_SCALE)))
+
+    def _write(self, name: str, value: Var) -> None:
+        with self.site(name):
+            if name in self._inputs:
+                return self._store(name, value)
+            hi = self.cast(value, "float16")
+            rest = self.op("sub", x=value, y=self.cast(hi, "float32"))
+            lo = self.cast(self.op("mul", x=rest, y=np.float32(LO_SCALE)), "float16")
+            for feature, half in zip(pair(name), (hi, lo), strict=True):
+                self._store(feature, half)
+
+    def _load(self, name: str, width: int) -> Var:
+        """Reads a Core ML state [1, 1, n, padded] as [1, n, width]."""
+        state = self.op("read_state", input=self._inputs[name])
+        return self.slice(self.reshape(state, 1, *state.shape[2:]), 0, width, 2)
+
+    def _store(self, name: str, value: Var) -> None:
+        """Writes [1, n, width] into a Core ML state."""
+        state = self._inputs[name]
+        _, _, count, padded = state.sym_type.wrapped_type().get_shape()
+        if padded > value.shape[2]:
+            zeros = np.zeros((1, count, padded - value.shape[2]), np.float16)
+            value = self.concat([value, self.op("const", val=zeros)], 2)
+        value = self.reshape(value, 1, 1, count, padded)
+        self.op("coreml_update_state", f"{name}_write", state=state, value=value)

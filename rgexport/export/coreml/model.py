@@ -12,7 +12,7 @@ from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlace
 from coremltools.proto.Model_pb2 import Model
 
 from rgexport import __version__
-from rgexport.export.coreml.emitter import DTYPES, Emitter, StateIo
+from rgexport.export.coreml.emitter import DTYPES, Emitter
 from rgexport.export.coreml.exporter_proto import forget_names, to_model
 from rgexport.export.coreml.lowering import lower
 from rgexport.export.coreml.manifest import (
@@ -78,9 +78,11 @@ def _function(
     }
     before, after = segment.hidden(program)
     with Function(inputs, opset_version=target.iOS18) as function:
-        states = StateIo(segment.of_layers(program.states), function.inputs)
+        states = segment.of_layers(program.states)
         count = tokens if form.all_logits else 1
-        emitter = Emitter(tensors, states, activation=form.activation, num_logits=count)
+        emitter = Emitter(
+            tensors, states, function.inputs, activation=form.activation, num_logits=count
+        )
         values = {value.name: value for value in (program.input_ids, program.position_ids)}
         if before:
             values[HIDDEN] = before
@@ -91,7 +93,7 @@ def _function(
         result = emitter.values[(after or program.logits).name]
         if after:  # under a name of its own; the site keeps its own
             result = emitter.op("mul", HIDDEN_OUTPUT, x=result, y=np.float32(1))
-        function.set_outputs([result, *states.finish(emitter)])
+        function.set_outputs([result, *emitter.finish()])
     parts |= emitter.parts
     return function
 

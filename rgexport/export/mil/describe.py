@@ -107,15 +107,35 @@ def _weights(package: Package) -> list[dict[str, Any]]:
 def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
     """Yields the description as text and tables."""
     yield _headline(d)
-    yield Table("Metadata", ("", ""), _metadata_rows(d["metadata"]))
+    texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
+    metadata = (
+        (name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+        for name, text in texts.items()
+        if text
+    )
+    yield Table("Metadata", ("", ""), metadata)
     header = ("function", "", "name", "dtype", "shape")
-    yield Table("Inputs, outputs and states", header, _value_rows(d["functions"]))
+    values = (
+        (name, group.removesuffix("s"), *row)
+        for name, function in d["functions"].items()
+        for group in ("inputs", "outputs", "states")
+        for row in _grouped_rows(function[group])
+    )
+    yield Table("Inputs, outputs and states", header, values)
     names = tuple(d["functions"])
-    yield Table("Operations", ("type", *names), _operation_rows(d["functions"]), names)
+    counts = [function["operations"] for function in d["functions"].values()]
+    operations = (
+        (kind, *(f"{count.get(kind, 0):,}" for count in counts))
+        for kind in sorted({kind for count in counts for kind in count})
+    )
+    yield Table("Operations", ("type", *names), operations, names)
     numbers = ("blobs", "items", "size")
-    yield Table("Weights", ("dtype", *numbers), map(_weight_row, d["weights"]), numbers)
-    rows = ((name, amount(record["size"])) for name, record in d["files"].items())
-    yield Table("Files", ("name", "size"), rows, ("size",))
+    weights = (
+        (w["dtype"], f"{w['blobs']:,}", f"{w['items']:,}", amount(w["bytes"])) for w in d["weights"]
+    )
+    yield Table("Weights", ("dtype", *numbers), weights, numbers)
+    files = ((name, amount(record["size"])) for name, record in d["files"].items())
+    yield Table("Files", ("name", "size"), files, ("size",))
     yield _closing(d)
 
 
@@ -145,20 +165,6 @@ def _closing(d: dict[str, Any]) -> str:
     )
 
 
-def _metadata_rows(metadata: dict[str, str]) -> Iterator[Row]:
-    for name, value in metadata.items():
-        text = " ".join(value.split())
-        if text:
-            yield name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def _value_rows(functions: dict[str, Any]) -> Iterator[Row]:
-    for name, function in functions.items():
-        for group in ("inputs", "outputs", "states"):
-            for row in _grouped_rows(function[group]):
-                yield (name, group.removesuffix("s"), *row)
-
-
 def _grouped_rows(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
     """Yields one row for all values that differ only in numbers in their names."""
     rows: Counter[Row] = Counter()
@@ -167,13 +173,3 @@ def _grouped_rows(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
         rows[_NUMBER.sub("*", value["name"]), value.get("dtype", "?"), shape] += 1
     for (name, *kind), count in rows.items():
         yield (f"{name} ({count})" if count > 1 else name, *kind)
-
-
-def _operation_rows(functions: dict[str, Any]) -> Iterator[Row]:
-    counts = [function["operations"] for function in functions.values()]
-    for kind in sorted({kind for count in counts for kind in count}):
-        yield (kind, *(f"{count.get(kind, 0):,}" for count in counts))
-
-
-def _weight_row(share: dict[str, Any]) -> Row:
-    return share["dtype"], f"{share['blobs']:,}", f"{share['items']:,}", amount(share["bytes"])

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 from rgexport.errors import RequestError
 from rgexport.export.onnx.artifact import is_storable
@@ -77,7 +76,12 @@ class OnnxOptions(FolderOptions):
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
         """Makes the embedding symmetric, if the profile cannot take its zero points."""
-        odd = [s for s in uniform_schemes(plan[EMBEDDING]) if _has_odd_zero_points(s, width)]
+        odd = [
+            scheme
+            for scheme in uniform_schemes(plan[EMBEDDING])
+            if isinstance(scheme, Affine) and scheme.bits == 4 and not scheme.symmetric
+            if num_blocks(width, scheme) % 2 == 1
+        ]
         if not self._profile.even_zero_points or not odd:
             return plan
         if self.plan or self.symmetric is False:
@@ -115,9 +119,3 @@ class OnnxOptions(FolderOptions):
                 f"not have; expected blocks of {', '.join(map(str, BLOCKS))} weights in "
                 f"{', '.join(map(str, sorted(bits)))} bits{symmetric}"
             )
-
-
-def _has_odd_zero_points(scheme: Scheme, columns: int) -> TypeGuard[Affine]:
-    if not isinstance(scheme, Affine) or scheme.bits != 4 or scheme.symmetric:
-        return False
-    return num_blocks(columns, scheme) % 2 == 1

@@ -261,12 +261,9 @@ def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
     if first is None or second is None:
         return None
     count = max(len(first), len(second))
-    pairs = zip(_spread(first, count), _spread(second, count), strict=False)
+    first, second = (list(x) * count if len(x) == 1 else x for x in (first, second))
+    pairs = zip(first, second, strict=False)
     return [_computed(_ARITHMETIC[operation], a, b) for a, b in pairs]
-
-
-def _spread(items: Sizes, count: int) -> Sizes:
-    return list(items) * count if len(items) == 1 else items
 
 
 def _computed(function: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
