@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.compress.planning import Found, Point, Target
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
-from rgexport.griffin.json_fields import strict_json
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import EMBEDDING, input_site
-from rgexport.progress import amount
 from rgexport.quantize.scheme import Plan, scheme_to_dict
 from rgexport.tables import Table, render
+from rgexport.units import amount
 from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
 from rgexport.validate.report.page import templates_of
 from rgexport.validate.report.words import number, plus_minus
@@ -128,7 +128,7 @@ class PlanReport:
 def is_plan(path: Path) -> bool:
     """Whether a file is a plan that this wrote."""
     try:
-        return "plan" in strict_json(read_regular(path))
+        return "plan" in parse_json(read_regular(path))
     except (RequestError, OSError, ValueError, RecursionError, TypeError):
         return False
 

@@ -16,7 +16,7 @@ from rgexport.errors import RequestError
 from rgexport.export.advice import as_argument
 from rgexport.export.origin import folder_of
 from rgexport.export.request import bytes_of
-from rgexport.files.atomic import check_file_target, replace_file
+from rgexport.files.targets import check_file_target, replace_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.quantize.calibration import Calibration, open_calibration

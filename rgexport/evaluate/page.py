@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.evaluate.pieces import Result
 from rgexport.evaluate.tables import TABLES, by_window
 from rgexport.tables import Table

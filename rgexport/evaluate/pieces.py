@@ -6,7 +6,6 @@ same; so a run that was cut off goes on with the pieces that are missing.
 
 import hashlib
 import json
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import rename
-from rgexport.files.regular_file import read_regular
+from rgexport.files.atomic import replacing
+from rgexport.files.typed_json import read_json
 from rgexport.griffin.state import State
 
 Result = dict[str, Any]
@@ -89,10 +88,9 @@ class Results:
     def get(self, piece: Piece) -> Result | None:
         """What a piece gave, or None where it is not done, or its file is damaged."""
         try:
-            found = json.loads(read_regular(self._file(piece)))
-        except (OSError, ValueError, RequestError):
+            return read_json(self._file(piece)).get("result")
+        except RequestError:
             return None
-        return found["result"] if isinstance(found, dict) and "result" in found else None
 
     def put(self, piece: Piece, result: Result) -> None:
         """Keeps what a piece gave; the file is there as a whole or not at all."""
@@ -156,16 +154,12 @@ def unfinished(chain: Chain, results: Results) -> list[Piece]:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that appears as a whole, whoever else writes it at the same time."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    """Writes a file in one step; several processes may do so at once."""
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             write(file)
-        rename(partial, path)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_empty(folder: Path) -> bool:

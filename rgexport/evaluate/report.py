@@ -7,7 +7,7 @@ from pathlib import Path
 from rgexport.evaluate.page import render_page
 from rgexport.evaluate.pieces import Result
 from rgexport.evaluate.tables import TABLES
-from rgexport.files.atomic import replace_file
+from rgexport.files.targets import replace_file
 from rgexport.tables import Table, render
 
 JSON, PAGE = "evaluation.json", "evaluation.html"

@@ -8,7 +8,7 @@ from subprocess import list2cmdline
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
-from rgexport.progress import amount
+from rgexport.units import amount
 
 _CHECK_ADVICE = {"unverified": "Look closer", "skipped": "Do it later"}
 """Status of a self-check → why to run `validate`."""

@@ -19,27 +19,28 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.chat_template import JINJA_FILE, chosen_template
 from rgexport.griffin.control_tokens import (
     ControlTokens,
+    is_markup,
     literal,
     read_control_tokens,
     sentencepiece_tokens,
 )
-from rgexport.griffin.markup import is_markup
-from rgexport.griffin.sentencepiece_file import (
+from rgexport.griffin.tokenizer_files import (
     BYTE,
     CONTROL,
     NORMAL,
+    TOKENIZER_CONFIG,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    has_tokenizer,
     is_gemmas_kind,
     normalization,
     read_pieces,
 )
-from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG, has_tokenizer
 from rgexport.progress import warn
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}

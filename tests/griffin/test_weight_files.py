@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as safetensors_bytes
 
-from rgexport.errors import RequestError
+from rgexport.errors import NotInstalled, RequestError
+from rgexport.files.safetensors import read_header, read_metadata
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import sqrt_embedding_scale
-from rgexport.griffin.safetensors_file import read_header, read_metadata
-from rgexport.griffin.safetensors_writer import write_weights
-from rgexport.griffin.tensor import DTYPES, from_array
-from rgexport.griffin.torch_file import locate_tensors
+from rgexport.griffin.deepmind_files import read_torch_file
+from rgexport.griffin.huggingface import write_weights
+from rgexport.griffin.tensor import DTYPES, entry_rows, from_array
+from rgexport.runtimes.memory import rss_bytes
 from tests.deepmind import deepmind_state_dict, write_deepmind
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
 
@@ -117,7 +121,6 @@ def test_files_that_are_damaged_or_no_state_dict(tmp_path, state):
         (whole[:-1000], "is truncated"),
         (b"Call me Ishmael.", "is not a torch checkpoint"),
         (legacy, "legacy format"),
-        (whole.replace(b"ctorch._utils", b"\xfftorch._utils"), "is damaged: Bad CRC"),
     ):
         path = save(tmp_path, content)
         if isinstance(content, bytes):
@@ -132,9 +135,7 @@ REWRITTEN = {
     "other function": (zipfile.ZIP_STORED, (b"torch._utils", b"torch._utilz"), "could run code"),
     "unknown opcode": (zipfile.ZIP_STORED, (b"ctorch", b"\xfftorch"), "opcode .* unknown"),
     "compressed": (zipfile.ZIP_DEFLATED, (b"", b""), "is compressed"),
-    # the count of a storage of 16 bytes
-    "storage too large": (zipfile.ZIP_STORED, (b"K\4tq", b"K\6tq"), "record 0 of 16 bytes is said"),
-    "tensor too large": (zipfile.ZIP_STORED, (b"K\4\x85", b"K\6\x85"), "tensor a does not lie in"),
+    "tensor too large": (zipfile.ZIP_STORED, (b"K\4\x85", b"K\6\x85"), "is damaged, or holds"),
 }
 
 
@@ -148,7 +149,34 @@ def test_rewritten_files(tmp_path, case):
             assert name != PICKLE or old in content
             other.writestr(name, content.replace(old, new, 1) if name == PICKLE else content, how)
     with pytest.raises(RequestError, match=message):
-        locate_tensors(target)
+        read_torch_file(target)
+
+
+HOSTILE = Path(__file__).with_name("hostile_torch_files")
+
+
+@pytest.mark.parametrize("name", sorted(os.listdir(HOSTILE)))
+def test_hostile_files_end_in_one_line(name):
+    """Found by fuzzing: pickles that would run code, take for ever, or fill the memory."""
+    with pytest.raises(RequestError) as caught:
+        read_torch_file(HOSTILE / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_torch_files_need_torch(tmp_path, state, monkeypatch):
+    path = save(tmp_path, state)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(NotInstalled, match=r"needs torch: pip install 'rgexport\[export\]'"):
+        open_checkpoint(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_reading_a_torch_file_gives_its_pages_back(tmp_path):
+    tensor = read_torch_file(save(tmp_path, {"a": torch.ones(4096, 8192)}))["a"]
+    before = rss_bytes()
+    for _, rows in tensor.rows().slabs(1 << 20):
+        assert rss_bytes() - before < 32 << 20, "of 128 MiB"
+        assert rows.all()
 
 
 Header = dict[str, object]
@@ -165,7 +193,7 @@ def test_reads_what_the_reference_implementation_writes(tmp_path_factory, shapes
     header = read_header(path)
     assert header.keys() == arrays.keys()
     for name, array in arrays.items():
-        rows = header[name].rows()
+        rows = entry_rows(header[name])
         assert rows.dtype == array.dtype
         np.testing.assert_array_equal(rows.whole(), array)
         slabs = [slab for _, slab in rows.slabs(limit)]
@@ -195,8 +223,8 @@ BROKEN = {
     "twice": (content(b'{"a": {}, "a": {}}'), "names a field twice"),
     "metadata": (content({"__metadata__": {"a": 1}}), "__metadata__ is no object of texts"),
     "dtype": (content({"a": tensor("F31")}, bytes(8)), "tensor a has the unknown dtype 'F31'"),
-    "shape": (content({"a": tensor(shape=[-2])}, bytes(8)), "no valid shape"),
-    "boolean shape": (content({"a": tensor(shape=[True, 2])}, bytes(8)), "no valid shape"),
+    "shape": (content({"a": tensor(shape=[-2])}, bytes(8)), "shape.0. is -2"),
+    "boolean shape": (content({"a": tensor(shape=[True, 2])}, bytes(8)), "shape.0. is True"),
     "length": (content({"a": tensor(offsets=(0, 4))}, bytes(4)), "spans 4 bytes; expected 8"),
     "overlap": (content({"a": tensor(), "b": tensor(offsets=(4, 12))}, bytes(12)), "b overlaps"),
     "gap": (content({"a": tensor(), "b": tensor(offsets=(12, 20))}, bytes(20)), "b leaves a gap"),
@@ -222,7 +250,7 @@ def test_says_what_is_wrong_with_a_broken_file(tmp_path, case):
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     write_weights(tmp_path, {"a": from_array(np.zeros((8, 8), np.float32))})
     path = tmp_path / "model.safetensors"
-    rows = read_header(path)["model.a"].rows()
+    rows = entry_rows(read_header(path)["model.a"])
     path.write_bytes(path.read_bytes()[:-16])
     with pytest.raises(RequestError, match="was changed while it was read"):
         rows.whole()

@@ -22,8 +22,7 @@ from rgexport.evaluate.losses import losses
 from rgexport.evaluate.pieces import Piece, Result
 from rgexport.evaluate.request import Request
 from rgexport.evaluate.subjects import Subject
-from rgexport.files.names import without_ending
-from rgexport.files.regular_file import read_text
+from rgexport.files.paths import read_text, without_ending
 from rgexport.runtimes.session import Session
 from rgexport.validate.text import built_in_text
 

@@ -11,7 +11,7 @@ from coremltools.converters.mil.mil import Function, Program
 from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlaceholder
 from coremltools.proto.Model_pb2 import Model
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.coreml.emitter import DTYPES, Emitter
 from rgexport.export.coreml.exporter_proto import forget_names, to_model
 from rgexport.export.coreml.lowering import lower

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.verified import hash_new_files
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_new_files
 from rgexport.quantize.gguf_header import is_gguf, read_values
 
 OURS = "rgexport."

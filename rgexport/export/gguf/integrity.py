@@ -18,7 +18,7 @@ from typing import Literal
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.manifest import FORMAT_VERSION, Source
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, parse, plain, read
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 
@@ -57,11 +57,11 @@ def read_embedded(text: str) -> EmbeddedManifest:
     Raises:
         Mismatch: no JSON, another format version, or a value of the wrong type.
     """
-    fields = parse(text)
+    fields = parse_json(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
         raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")
-    embedded = read(EmbeddedManifest, fields)
+    embedded = from_json(EmbeddedManifest, fields)
     check_config(embedded.config)
     return embedded
 
@@ -113,10 +113,10 @@ def write_check(path: Path, record: CheckRecord) -> None:
 
 def check_text(record: CheckRecord) -> str:
     """Formats a check as ASCII of `CHECK_WIDTH` bytes; a reason that is too long is cut."""
-    text, reason = json.dumps(plain(record)), record.reason
+    text, reason = json.dumps(to_json(record)), record.reason
     while len(text) > CHECK_WIDTH:
         reason = reason[: 3 * len(reason) // 4]
-        text = json.dumps(plain(dataclasses.replace(record, reason=f"{reason}...")))
+        text = json.dumps(to_json(dataclasses.replace(record, reason=f"{reason}...")))
     return text.ljust(CHECK_WIDTH)
 
 
@@ -129,7 +129,7 @@ def read_check(header: GgufHeader) -> CheckRecord:
     if CHECK not in header.values:
         return NOT_ASKED_FOR
     try:
-        record = read(CheckRecord, parse(header.values[CHECK]))
+        record = from_json(CheckRecord, parse_json(header.values[CHECK]))
     except Mismatch as error:
         raise Mismatch(f"{CHECK}: {error}") from None
     if not has_original_types(header):

@@ -11,13 +11,13 @@ from typing import Any
 import gguf
 from gguf import GGUFValueType as Kind
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE, architecture
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Source
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
-from rgexport.export.typed_json import plain
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
@@ -51,7 +51,7 @@ def metadata(
             for key, value in architecture(checkpoint.config).items()
         ),
         *tokenizer_values(vocabulary, template),
-        KeyValue(MANIFEST_KEY, json.dumps(plain(_manifest(checkpoint, hashes))), Kind.STRING),
+        KeyValue(MANIFEST_KEY, json.dumps(to_json(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
 

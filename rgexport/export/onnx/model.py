@@ -6,7 +6,7 @@ from dataclasses import replace
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, StoredTensor
 from rgexport.export.onnx.emitter import Emitter

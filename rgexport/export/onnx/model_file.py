@@ -15,8 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from rgexport.export.manifest import ValueRecord
-from rgexport.files.names import stays_inside
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular, stays_inside
 
 _SCHEMA = """
 Model: ir_version=1:int64 producer_name=2:bytes producer_version=3:bytes domain=4:bytes

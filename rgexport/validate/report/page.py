@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rgexport.progress import amount
+from rgexport.units import amount
 from rgexport.validate.bisect.suspects import site_evidence
 from rgexport.validate.checks import verdict
 from rgexport.validate.quality import GRADES

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rgexport.progress import amount
 from rgexport.tables import Row
+from rgexport.units import amount
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.quality import Quality

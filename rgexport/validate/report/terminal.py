@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rgexport import progress, tables
 from rgexport.export.advice import as_argument
-from rgexport.progress import amount
 from rgexport.tables import Table
+from rgexport.units import amount
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.result_tables import (

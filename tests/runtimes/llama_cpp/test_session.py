@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.state import POSITION, state_specs
@@ -15,12 +16,13 @@ from rgexport.runtimes.llama_cpp import library
 from rgexport.runtimes.llama_cpp.any_model import DATA, AnyModelSession
 from rgexport.runtimes.llama_cpp.library import load_model
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-from rgexport.runtimes.llama_cpp.state import Layout, pack, unpack
+from rgexport.runtimes.llama_cpp.state import StateLayout, pack, unpack
 from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.foreign_gguf import TRAINED, write_gpt2, write_llama
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
+from tests.quantize.ggml_files import write_tensors
 from tests.sessions import distance, random_tokens
 
 pytestmark = needs_llama_cpp
@@ -49,6 +51,30 @@ def test_batches_of_any_size(name, flash, limit, tmp_path):
             assert distance(session.prefill(tokens[:batch], 999), expected[:batch]) <= limit
 
 
+def write_without(name, source, target):
+    """Copies a GGUF file, but for one tensor."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "recurrentgemma")
+    for field in reader.fields.values():
+        if field.types and not field.name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        if tensor.name != name:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    write_tensors(writer, {})
+
+
+def test_every_tensor_is_required(tmp_path):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["irregular"], tmp_path)
+    target = tmp_path / "copy.gguf"
+    write_without(None, artifact.path, target)
+    load_model(target)
+    for tensor in GGUFReader(artifact.path).tensors:
+        write_without(tensor.name, artifact.path, target)
+        with pytest.raises(RequestError, match=tensor.name):
+            load_model(target)
+
+
 def test_there_is_no_last_token(tmp_path):
     """Many times what fits into llama.cpp's context, in chunks and token by token."""
     config = ODD_CONFIGS["irregular"]
@@ -57,7 +83,7 @@ def test_there_is_no_last_token(tmp_path):
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = opened(artifact, ubatch=20)
     session.reset(2)
-    assert session._open.room < 300
+    assert session._open.capacity < 300
     assert distance(session.prefill(tokens[:, :700], 700), expected[:, :700]) <= FP32
     for column in range(700, 900):
         assert distance(session.step(tokens[:, column]), expected[:, column]) <= FP32
@@ -147,7 +173,7 @@ def test_damaged_file(cut, old, new, complaint, tmp_path):
         load_model(damaged)
 
 
-LAYOUT = Layout(ODD_CONFIGS["regular"], "float16", transposed=True, streams=1)
+LAYOUT = StateLayout(ODD_CONFIGS["regular"], "float16", transposed=True, streams=1)
 
 
 def test_a_state_in_another_layout_is_refused():

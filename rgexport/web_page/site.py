@@ -1,0 +1,178 @@
+"""A static site: the chat page, and the files of the models that it runs, in chunks.
+
+A chunk is named by its hash. So any host will do, the page can check what came and go on where a
+download broke, and whatever two models or versions share is loaded once.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import CARD
+from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
+from rgexport.export.onnx.program_files import CONFIG
+from rgexport.export.origin import GEMMA, GEMMA_TERMS
+from rgexport.files.hashing import hash_file
+from rgexport.files.targets import replace_folder, require_free_disk
+from rgexport.progress import Advance, task, warn
+from rgexport.web_page.build import BUILT
+
+CHUNK_BYTES = 8 << 20
+CATALOG = "model.json"
+PROFILES = "webgpu", "wasm"
+"""Those that a browser runs."""
+_UNNAMED = "other"
+"""The hub's word for a licence that has none."""
+_NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
+_ALWAYS = {CATALOG, "index.html", "sw.js"}
+_OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")
+"""What a site has at its top, in this version or an earlier one."""
+_WELCOME = ("generation_config.json",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`size` bytes of a file from `offset` on."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.file, "rb") as opened:
+            opened.seek(self.offset)
+            return opened.read(self.size)
+
+
+Site = Mapping[str, Part | bytes]
+"""Address, relative to the site's → what is there."""
+
+
+def make_site(artifacts: Sequence[Artifact]) -> Site:
+    """The site for one model, exported for one or for both profiles.
+
+    Raises:
+        RequestError: the page was not built, or an artifact is not for browsers or not for chats.
+    """
+    for artifact in artifacts:
+        _require_suitable(artifact)
+    profiles = [artifact.manifest.profile for artifact in artifacts]
+    if len(set(profiles)) < len(profiles):
+        raise RequestError(
+            f"two artifacts have the profile {profiles[0]}; give one for each of "
+            f"{' and '.join(PROFILES)}"
+        )
+    if not BUILT.is_file():
+        raise RequestError(
+            "this installation has no page, as Node was missing when it was built: install Node, "
+            "then run `make page` in a clone, or install rgexport again"
+        )
+    site: dict[str, Part | bytes] = {}
+    total = sum(path.stat().st_size for artifact in artifacts for path in _files(artifact))
+    with task("Hashing the model", total) as advance:
+        models = [_add_model(site, artifact, advance) for artifact in artifacts]
+    catalog = {"chunk_bytes": CHUNK_BYTES, "models": models}
+    site[CATALOG] = (json.dumps(catalog, indent=1) + "\n").encode()
+    with ZipFile(BUILT) as page:
+        site |= {name: page.read(name) for name in page.namelist()}
+    return site
+
+
+def write_site(site: Site, folder: Path, *, force: bool) -> None:
+    """Writes all files into a folder.
+
+    Raises:
+        RequestError: the folder exists and is no such site, or not without `force`; no space.
+    """
+    total = sum(_size(content) for content in site.values())
+    require_free_disk(folder, total)
+    with (
+        replace_folder(folder, force=force, replaceable=is_site) as new,
+        task("Writing the site", total) as advance,
+    ):
+        for address, content in site.items():
+            path = new / address
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(read(content))
+            advance(_size(content))
+
+
+def is_site(folder: Path) -> bool:
+    """Whether `write_site` has made a folder, and nobody has added anything."""
+    names = {path.name for path in folder.iterdir()}
+    return names >= _ALWAYS and all(_OURS.fullmatch(name) for name in names)
+
+
+def read(content: Part | bytes) -> bytes:
+    """The bytes at an address of a site."""
+    return content if isinstance(content, bytes) else content.read()
+
+
+def _size(content: Part | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.size
+
+
+def _require_suitable(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    if manifest.kind != "onnx" or manifest.profile not in PROFILES:
+        form = manifest.profile if manifest.kind == "onnx" else manifest.kind
+        raise RequestError(
+            f"{artifact.path} is for {form}; a browser needs the profile wasm or webgpu: "
+            "rgexport onnx --profile wasm"
+        )
+    if manifest.instruction_tuned is False:
+        warn(f"{manifest.name} is a base model: it continues text, but answers poorly")
+    if artifact.origin().licence is None:
+        warn(
+            f"the card of {manifest.name} names no licence, so the page names none: add `license:` "
+            f"to the head of {artifact.file(CARD)}. If the model is made from Google's weights, "
+            f"write `license: {GEMMA}`, as the Gemma Terms of Use apply ({GEMMA_TERMS})"
+        )
+    if missing := [name for name in _NEEDED if name not in manifest.files]:
+        raise RequestError(
+            f"{artifact.path} lacks {', '.join(missing)}: it has no tokenizer, or an earlier "
+            "rgexport made it; export it again"
+        )
+
+
+def _files(artifact: Artifact) -> list[Path]:
+    names = [*_NEEDED, *weight_files(artifact.manifest)]
+    names += [name for name in _WELCOME if name in artifact.manifest.files]
+    return [artifact.file(name) for name in dict.fromkeys(names)]
+
+
+def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advance) -> Any:
+    """Adds the chunks of a model's files; its entry in the catalog.
+
+    Its `bytes` are those of a download, to which a chunk that occurs twice counts once.
+    """
+    files, sizes = [], dict[str, int]()
+    for path in _files(artifact):
+        hashes = []
+        for part in _parts(path):
+            name = hash_file(path, advance, part.offset, part.size).sha256
+            site[f"chunks/{name}.bin"] = part
+            sizes[name] = part.size
+            hashes.append(name)
+        files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
+    licence = artifact.origin().licence
+    return {
+        "name": artifact.manifest.name,
+        "profile": artifact.manifest.profile,
+        "gemma": licence == GEMMA,
+        "licence": None if licence == _UNNAMED else licence,
+        "bytes": sum(sizes.values()),
+        "files": files,
+    }
+
+
+def _parts(path: Path) -> Iterator[Part]:
+    size = path.stat().st_size
+    for offset in range(0, size, CHUNK_BYTES):
+        yield Part(path, offset, min(CHUNK_BYTES, size - offset))
