@@ -4,9 +4,8 @@ import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize import affine
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.row_ranges import rows_text
+from rgexport.quantize.row_groups import rows_text
 from rgexport.quantize.scheme import Affine, Mixed, Plan, RowGroup
 
 INT4, INT8 = Affine(4, 32, symmetric=True), Affine(8, 32, symmetric=True)
@@ -43,7 +42,7 @@ def decoded(rows: np.ndarray, scheme: Mixed) -> np.ndarray:
             first, _, last = part.partition("-")
             owner[int(first) : int(last or first) + 1] = index
     found = [
-        affine.decode(affine.encode(row[None], one), one, rows.shape[1])
+        one.round_trip("w", row[None], None, np.arange(1))
         for row, one in zip(rows, (scheme.groups[i].scheme for i in owner), strict=True)
     ]
     return np.concatenate(found)

@@ -10,7 +10,7 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Float, Mixed, RowGroup, scheme_to_dict
+from rgexport.quantize.scheme import Float, Mixed, RowGroup
 from tests.broken_checkpoints import BROKEN_CHECKPOINTS, BROKEN_PT, CONFIG, WEIGHTS, save, truncate
 from tests.command_line import assert_matches, refused, rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
@@ -174,7 +174,7 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "model.pt").touch()
     rows = Mixed((RowGroup("3", INT8), RowGroup(None, INT4)))
     plan = make_plan(CONFIG, Float("float32"), rows)
-    entries = {name: scheme_to_dict(scheme) for name, scheme in plan.items()}
+    entries = {name: scheme.to_dict() for name, scheme in plan.items()}
     (tmp_path / "groups.json").write_text(json.dumps(entries))
     arguments, complaint = BAD_REQUESTS[case]
     assert_matches(complaint, refused(arguments.split(), capsys))

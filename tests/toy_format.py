@@ -17,7 +17,6 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.quantize.algorithms import encode
 from rgexport.quantize.scheme import Float, Scheme
 from rgexport.runtimes.engine import Engine
 from rgexport.runtimes.session import Session, SessionInfo
@@ -95,7 +94,7 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         (folder / DATA).write_bytes(bytes(places.size))
-        fill(folder, tensors, checkpoint.weights, lambda n, rows, _, s: encode(n, rows, s.scheme))
+        fill(folder, tensors, checkpoint.weights, lambda n, rows, _, s: s.uniform.encode(n, rows))
         return Manifest(
             kind=KIND,
             precision="fp32",

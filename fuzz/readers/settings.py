@@ -13,7 +13,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface_config import read_config, to_hugging_face
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import choose_scheme, load_plan, make_plan
-from rgexport.quantize.scheme import Float, Plan, scheme_to_dict
+from rgexport.quantize.scheme import Float, Plan
 
 _FIELDS = {
     **{"vocab_size": "vocab_size", "hidden_size": "width", "num_attention_heads": "num_heads"},
@@ -64,14 +64,14 @@ def _plan_seeds(folder: Path) -> Iterable[bytes]:
     tensors = [("int4", "int8", None), ("int8", "fp16", 32), ("fp32", "int4", 64)]
     for linear, embedding, block in tensors:
         plan = make_plan(small.CONFIG, choose_scheme(linear, block), choose_scheme(embedding))
-        entries = {name: scheme_to_dict(scheme) for name, scheme in plan.items()}
+        entries = {name: scheme.to_dict() for name, scheme in plan.items()}
         yield json.dumps(entries).encode()
-    palettes = {name: scheme_to_dict(Float("float32")) for name in model_tensors(small.CONFIG)}
+    palettes = {name: Float("float32").to_dict() for name in model_tensors(small.CONFIG)}
     palettes["embed_tokens.weight"] = {"kind": "palette", "bits": 4, "group": 8}
     palettes["layers.0.mlp_block.up_proj.weight"] = {"kind": "ggml", "type": "q4_0"}
     yield json.dumps({"plan": palettes}).encode()
     plan = make_plan(small.CONFIG, choose_scheme("int4"), small.ROW_GROUPS)
-    yield json.dumps({name: scheme_to_dict(scheme) for name, scheme in plan.items()}).encode()
+    yield json.dumps({name: scheme.to_dict() for name, scheme in plan.items()}).encode()
 
 
 def _mutate_plan(data: bytes, random: Random) -> bytes:
@@ -100,7 +100,7 @@ def _agree_on_plan(data: bytes, folder: Path, plan: Plan) -> None:
     entries = entries["plan"] if isinstance(entries.get("plan"), dict) else entries
     require(plan.keys() == model_tensors(small.CONFIG).keys(), "other tensors than the model has")
     for name, fields in entries.items():
-        again = scheme_to_dict(plan[name])
+        again = plan[name].to_dict()
         require(_is_part_of(fields, again), "a scheme of other fields than the file has", name)
 
 

@@ -15,10 +15,8 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.algorithms import encode
 from rgexport.quantize.calibration import Calibration, open_calibration
-from rgexport.quantize.scheme import Uniform
+from rgexport.quantize.scheme import Parts, Uniform
 from rgexport.quantize.statistics import (
     Calibrated,
     LastInputs,
@@ -114,7 +112,7 @@ def _encode(
     statistics: Statistics | None,
     ids: np.ndarray | None,
 ) -> Parts:
-    return encode(name, rows, scheme, statistics, ids)
+    return scheme.encode(name, rows, statistics, ids)
 
 
 def _forward(

@@ -7,8 +7,8 @@ import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
-from rgexport.quantize.row_ranges import rows_text
-from rgexport.quantize.scheme import Affine, Float, Mixed, Plan, RowGroup, Uniform
+from rgexport.quantize.row_groups import group_rows
+from rgexport.quantize.scheme import FLOAT32, Plan, Uniform
 
 _SMALLEST_GROUP = 256
 """Rows of the embedding in the smallest groups; the largest group has half of all rows."""
@@ -54,7 +54,7 @@ def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[Item]
 
 def plan_of(config: GriffinConfig, items: Sequence[Item], layouts: Sequence[Uniform]) -> Plan:
     """The plan in which each item has its layout, and all other tensors are float32."""
-    plan: Plan = {name: Float("float32") for name in model_tensors(config)}
+    plan: Plan = {name: FLOAT32 for name in model_tensors(config)}
     groups: dict[Uniform, list[np.ndarray]] = {}
     for item, layout in zip(items, layouts, strict=True):
         if item.rows is None:
@@ -62,7 +62,9 @@ def plan_of(config: GriffinConfig, items: Sequence[Item], layouts: Sequence[Unif
         else:
             groups.setdefault(layout, []).append(item.rows)
     if groups:
-        plan[EMBEDDING] = _mixed({layout: np.concatenate(ids) for layout, ids in groups.items()})
+        plan[EMBEDDING] = group_rows(
+            {layout: np.concatenate(ids) for layout, ids in groups.items()}
+        )
     return plan
 
 
@@ -73,15 +75,3 @@ def _groups(importance: np.ndarray) -> list[np.ndarray]:
     while ends[0] // 2 >= _SMALLEST_GROUP:
         ends.insert(0, ends[0] // 2)
     return np.split(order, ends[:-1])
-
-
-def _mixed(groups: dict[Uniform, np.ndarray]) -> Mixed | Uniform:
-    """Row groups with few rows first; the last one, with the most rows, needs no list of them."""
-    if len(groups) == 1:
-        return next(iter(groups))
-    ordered = sorted(groups.items(), key=lambda group: len(group[1]))
-    found = []
-    for layout, ids in ordered:
-        assert isinstance(layout, Affine)
-        found.append(RowGroup(rows_text(np.sort(ids)), layout))
-    return Mixed((*found[:-1], RowGroup(None, found[-1].scheme)))

@@ -15,32 +15,11 @@ from rgexport.export.storage import Places
 from rgexport.export.tokenizer import bytes_to_add
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize.fitting import fitted
 from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import (
-    Affine,
-    Float,
-    Ggml,
-    Mixed,
-    Palette,
-    Plan,
-    Scheme,
-    Uniform,
-    uniform_schemes,
-)
+from rgexport.quantize.scheme import FLOAT32, Plan, Scheme, Uniform, candidates
 
 Shape = tuple[int, ...]
 
-_ALGORITHM = "gptq"
-_affine = partial(Affine, scale="float16", algorithm=_ALGORITHM)
-_BLOCKS: tuple[Uniform, ...] = (
-    *(_affine(3, block, symmetric=True) for block in (128, 64, 32)),
-    *(_affine(4, block, symmetric=True) for block in (128, 64, 32, 16)),
-    _affine(4, 32, symmetric=False),
-    *(_affine(8, block, symmetric=True) for block in (128, 32)),
-)
-"""What a format lacks is left out there."""
-_GGML = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 _GRAPH_BYTES = {"onnx": 24_000, "coreml": 124_000}
 """Of a graph, or of a package's programs, and a manifest, for each layer."""
 _WIDENING_BYTES = 6_300
@@ -54,7 +33,6 @@ class FormatLayouts:
     """What a format offers.
 
     Attributes:
-        schemes: to choose from.
         fit: a scheme as it is for a matrix of some shape; None where it does not fit.
         parts: dtype and shape of the parts of a tensor.
         alignment: of the parts of tensors in the file.
@@ -62,9 +40,9 @@ class FormatLayouts:
         beside: bytes of all that is not weights, about.
         row_groups: whether the rows of a matrix may have several layouts.
         bfloat16_gates: whether matrices of gates may be bfloat16.
+        schemes: to choose from; `fit` leaves out what the format lacks.
     """
 
-    schemes: tuple[Uniform, ...]
     fit: Callable[[Uniform, Shape], Uniform | None]
     parts: Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
     alignment: int
@@ -72,11 +50,12 @@ class FormatLayouts:
     beside: Callable[[Checkpoint], int]
     row_groups: bool = True
     bfloat16_gates: bool = False
+    schemes: tuple[Uniform, ...] = tuple(candidates())
 
     def options(self, shape: Shape) -> dict[Uniform, int]:
         """The layouts that fit a matrix, each once, with its bytes; float32 if none does."""
         fits = [self.fit(scheme, shape) for scheme in self.schemes]
-        found = [one for one in fits if one is not None] or [Float("float32")]
+        found = [one for one in fits if one is not None] or [FLOAT32]
         return {one: self._nbytes(shape, one) for one in found}
 
     def artifact_bytes(self, plan: Plan, checkpoint: Checkpoint) -> int:
@@ -103,7 +82,7 @@ def layouts_of(kind: str) -> FormatLayouts:
     return _FORMATS[kind]
 
 
-def _in_folder(kind: str, fit: Callable[[Uniform, Shape], Scheme], *more: Uniform) -> FormatLayouts:
+def _in_folder(kind: str, fit: Callable[[Uniform, Shape], Uniform]) -> FormatLayouts:
     form = folder_format(kind)
     assert form is not None
 
@@ -111,12 +90,11 @@ def _in_folder(kind: str, fit: Callable[[Uniform, Shape], Scheme], *more: Unifor
         with suppress(RequestError):
             fits = fit(scheme, shape)
             form.part_layouts(shape, fits)
-            return None if isinstance(fits, Mixed) else fits
+            return fits
         return None
 
     alignment, header = _ALIGNMENTS[kind]
     return FormatLayouts(
-        (*_BLOCKS, *more),
         fitting,
         form.part_layouts,
         alignment,
@@ -127,13 +105,13 @@ def _in_folder(kind: str, fit: Callable[[Uniform, Shape], Scheme], *more: Unifor
 
 
 def _fitting_ggml(scheme: Uniform, shape: Shape) -> Uniform | None:
-    assert isinstance(scheme, Ggml)
-    return scheme if shape[0] > 1 and TYPES[scheme.type].fits(shape[1]) else None
+    kind = scheme.ggml_type
+    return scheme if kind and shape[0] > 1 and TYPES[kind].fits(shape[1]) else None
 
 
 def _ggml_parts(shape: Shape, scheme: Scheme) -> dict[str, tuple[str, Shape]]:
-    kind = scheme.type if isinstance(scheme, Ggml) else "f32"
-    return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}
+    kind = TYPES[scheme.ggml_type or "f32"]
+    return {"data": ("uint8", (shape[0], kind.row_bytes(prod(shape[1:]))))}
 
 
 def _bytes_beside(scheme: Scheme, rows: int) -> int:
@@ -142,11 +120,8 @@ def _bytes_beside(scheme: Scheme, rows: int) -> int:
     The nodes that widen integers of 3 bits; of row groups their rows, which a manifest lists twice,
     and the place of each row in the graph.
     """
-    each = uniform_schemes(scheme)
-    widened = sum(isinstance(one, Affine) and one.bits == 3 for one in each) * _WIDENING_BYTES
-    if not isinstance(scheme, Mixed):
-        return widened
-    return widened + 4 * rows + sum(2 * len(group.rows or "") for group in scheme.groups)
+    widened = sum(one.level_bits == 3 for one in scheme.uniform) * _WIDENING_BYTES
+    return widened + scheme.index_bytes(rows)
 
 
 def _folder_bytes(kind: str, checkpoint: Checkpoint) -> int:
@@ -168,9 +143,8 @@ _ALIGNMENTS = {"onnx": (4096, 0), "coreml": (64, 64)}
 """Of a part in the file of the weights, and the bytes before it."""
 _FORMATS = {
     "onnx": _in_folder("onnx", lambda scheme, shape: scheme),
-    "coreml": _in_folder("coreml", fitted, Palette(algorithm=_ALGORITHM)),
+    "coreml": _in_folder("coreml", lambda scheme, shape: scheme.fitted(shape)),
     "gguf": FormatLayouts(
-        tuple(Ggml(kind, algorithm=_ALGORITHM) for kind in _GGML),
         *(_fitting_ggml, _ggml_parts, 32, 0, _metadata_bytes),
         row_groups=False,
     ),

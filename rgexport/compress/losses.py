@@ -20,9 +20,8 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
 from rgexport.parallelism import parallel_jobs
 from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.scheme import Palette, Uniform
+from rgexport.quantize.scheme import Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
-from rgexport.quantize.stored_weights import stored
 
 _SAMPLE = 256
 """Rows of a matrix, or of a row group, that are quantized in every layout."""
@@ -48,7 +47,7 @@ class Losses:
         Raises:
             RequestError: a weight that a layout cannot hold, or a damaged calibration.
         """
-        together = max(one.group if isinstance(one, Palette) else 1 for one in layouts)
+        together = max(layout.rows_together for layout in layouts)
         losses = np.zeros(len(layouts))
         for tensor in item.tensors:
             rows = _evenly(item.shape[0], sample, together)
@@ -79,7 +78,7 @@ class Losses:
         cost: Callable[[np.ndarray], float],
         layout: Uniform,
     ) -> float:
-        return cost(stored(tensor, rows, layout, self._statistics(tensor), ids) - rows)
+        return cost(layout.round_trip(tensor, rows, self._statistics(tensor), ids) - rows)
 
     def _cost(
         self, tensor: str, ids: np.ndarray, among: np.ndarray | None

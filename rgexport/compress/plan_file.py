@@ -14,7 +14,7 @@ from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import EMBEDDING, input_site
-from rgexport.quantize.scheme import Plan, scheme_to_dict
+from rgexport.quantize.scheme import Plan
 from rgexport.tables import Table, render
 from rgexport.units import amount
 from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
@@ -62,7 +62,7 @@ class PlanReport:
             "standard_error": error if math.isfinite(error) else None,
             "text": {"name": self.text, "tokens": found.measured.tokens},
             "front": [asdict(point) for point in found.front],
-            "plan": {name: scheme_to_dict(scheme) for name, scheme in found.plan.items()},
+            "plan": {name: scheme.to_dict() for name, scheme in found.plan.items()},
         }
 
     def as_text(self) -> str:

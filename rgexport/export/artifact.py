@@ -20,27 +20,28 @@ from rgexport.files.hashing import (
     remember_hashes,
 )
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.quantize import affine
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.scheme import Parts
 
 _FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model: a folder with its manifest, or one GGUF file (see `export.gguf`)."""
+    """An exported model: a folder with its manifest, or one GGUF file (see `export.gguf`).
+
+    `allow_foreign`: whether an engine may run a graph with ops that rgexport does not write.
+    """
 
     path: Path
     manifest: Manifest
     allow_foreign: bool = field(default=False, kw_only=True)
-    """Whether an engine may run a graph with ops that rgexport does not write."""
 
     def file(self, name: str) -> Path:
-        """The path of the file `name` of the manifest."""
+        """Returns the path of a file of the manifest."""
         return self.path / name
 
     def tensor(self, name: str) -> RowTensor:
-        """The weight `name`, dequantized to float32 in its canonical shape, read in slabs.
+        """Returns a weight, dequantized to float32 in its canonical shape, read in slabs.
 
         Raises:
             RequestError: the artifact has no such weight.
@@ -58,7 +59,7 @@ class Artifact:
         return {name: self.tensor(name) for name in self.manifest.tensors}
 
     def facts(self) -> dict[str, Any]:
-        """Facts for `rgexport inspect` that are not in the manifest, as plain JSON."""
+        """Returns facts for `rgexport inspect` that are not in the manifest, as plain JSON."""
         return {}
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -70,28 +71,23 @@ class Artifact:
         for group in groups:
             first, last = group.run(start, stop)
             if first < last:
-                found = self._group_rows(name, group.stored, first, last)
-                rows[group.chosen(start, stop)] = found
+                group_rows = self._group_rows(name, group.stored, first, last)
+                rows[group.chosen(start, stop)] = group_rows
         return rows
 
     def _group_rows(self, name: str, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
-        """Rows of a row group of the tensor `name`."""
         together = stored.rows_together
         first, last = start // together * together, aligned(stop, together)
-        parts = {label: self._part(stored, label, first, last) for label in stored.parts}
+        parts = {
+            "data" if label == COLUMNS else label: self._part(stored, label, first, last)
+            for label in stored.parts
+        }
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
         rows = self._decode(name, stored, parts, columns)[start - first : stop - first]
         return rows.reshape(stop - start, *stored.shape[1:])
 
-    def _decode(
-        self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int
-    ) -> np.ndarray:
-        """Float32 [rows, columns] from rows of all parts of a row group of the tensor `name`."""
-        scheme = stored.scheme
-        if isinstance(scheme, Affine):
-            rows = parts if COLUMNS not in parts else {"data": parts[COLUMNS], **parts}
-            return affine.decode(rows, scheme, columns)
-        return parts["data"].astype(np.float32)
+    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
+        return stored.uniform.decode(parts, columns)
 
     def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
         if label == COLUMNS:
@@ -105,7 +101,7 @@ class Artifact:
         return items.reshape((end - offset) // part.row_bytes, -1)
 
     def _columns(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
-        """Columns `start` to `stop` of a part, transposed to rows."""
+        """Reads columns `start` to `stop` of a part, transposed to rows."""
         path = self.file(part.file)
         try:
             mapped = np.memmap(path, part.dtype, "r", part.offset, part.shape)
@@ -114,11 +110,11 @@ class Artifact:
         return np.ascontiguousarray(mapped[:, start:stop].T)
 
     def origin(self) -> Origin:
-        """Who made the model, and its licence, as far as the card tells."""
+        """Returns the author of the model and its licence, from the card."""
         return origin_of_card(self.file(CARD))
 
     def notes(self) -> list[str]:
-        """What has changed since the export and does no harm: the card, and added files."""
+        """Lists harmless changes since the export: of the card, and added files."""
         card, record = self.file(CARD), self.manifest.files.get(CARD)
         notes = []
         if record and not card.is_file():
@@ -129,7 +125,7 @@ class Artifact:
         return notes + [f"{name} was added" for name in added]
 
     def complaints(self, verify: bool) -> list[str]:
-        """What is wrong with the files: sizes first, and hashes only if the sizes are right."""
+        """Lists damaged files: by size first, and by hash only if the sizes are right."""
         return list(self._wrong_sizes()) or list(self._wrong_hashes(verify))
 
     @property
@@ -146,26 +142,26 @@ class Artifact:
                 yield f"{name} has {size} bytes instead of {record.size}"
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
-        paths = {self.file(name): record for name, record in self._sealed.items()}
-        for path, digest in (hash_files if anew else hash_new_files)(paths).items():
-            if digest != paths[path].sha256:
+        records = {self.file(name): record for name, record in self._sealed.items()}
+        for path, digest in (hash_files if anew else hash_new_files)(records).items():
+            if digest != records[path].sha256:
                 yield f"{path.relative_to(self.path)} was altered (its hash differs)"
 
 
 def files_of(folder: Path) -> set[str]:
-    """Relative names of the files in `folder`, without the manifest and hidden ones."""
+    """Returns relative names of the files in `folder`, without the manifest and hidden ones."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
-    return {path.as_posix() for path in shown} - {MANIFEST}
+    visible = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    return {path.as_posix() for path in visible} - {MANIFEST}
 
 
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
-    """Hashes and sizes of the named files in `folder`, or of all, for its manifest."""
+    """Returns hashes and sizes of the named files in `folder`, or of all, for its manifest."""
     paths = {name: folder / name for name in sorted(files_of(folder) if names is None else names)}
     hashes = hash_files(paths.values())
     return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
 
 
 def remember_verified(folder: Path, manifest: Manifest) -> None:
-    """Saves the next opening of an artifact from hashing what the exporter has just hashed."""
+    """Records the exporter's hashes, so that the next opening need not hash the files."""
     remember_hashes({folder / name: record.sha256 for name, record in manifest.files.items()})

@@ -12,8 +12,6 @@ from rgexport.export.manifest import CARD, Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Float, Ggml, Uniform, uniform_schemes
 from rgexport.units import amount
 
 _TEMPLATE = """\
@@ -111,14 +109,8 @@ def matrix_bits(manifest: Manifest) -> float:
 
 def algorithms(manifest: Manifest) -> dict[str, int]:
     """Returns algorithm → the number of quantized tensors and row groups whose levels it chose."""
-    schemes = (uniform for scheme in manifest.plan.values() for uniform in uniform_schemes(scheme))
-    return dict(Counter(s.algorithm for s in schemes if _is_quantized(s)).most_common())
-
-
-def _is_quantized(scheme: Uniform) -> bool:
-    if isinstance(scheme, Ggml):
-        return TYPES[scheme.type].is_quantized
-    return not isinstance(scheme, Float)
+    schemes = (uniform for scheme in manifest.plan.values() for uniform in scheme.uniform)
+    return dict(Counter(s.algorithm for s in schemes if s.is_quantized).most_common())
 
 
 def levels_sentence(counts: Mapping[str, int]) -> str:

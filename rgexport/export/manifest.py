@@ -15,8 +15,7 @@ from rgexport.files.hashing import FileRecord
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Affine, Ggml, Mixed, Scheme, Uniform, uniform_schemes
+from rgexport.quantize.scheme import Scheme, Uniform
 
 MANIFEST = "rgexport.json"
 CARD = "README.md"
@@ -63,9 +62,15 @@ class StoredTensor:
     parts: dict[str, StoredPart]
 
     @property
+    def uniform(self) -> Uniform:
+        """The scheme of a tensor, or of a row group, that has no row groups of its own."""
+        (scheme,) = self.scheme.uniform
+        return scheme
+
+    @property
     def rows_together(self) -> int:
         """How many rows share stored data, such as a palette, and are read together."""
-        if isinstance(self.scheme, Mixed):
+        if len(self.scheme.uniform) > 1:
             return 1
         by_row = (part for label, part in self.parts.items() if label != COLUMNS)
         return max(map(self._rows_per_row, by_row))
@@ -164,9 +169,9 @@ class Manifest:
         llama.cpp's always do.
         """
         return not self.exact and any(
-            _rounds_activations(uniform)
+            uniform.rounds_activations
             for scheme in self.plan.values()
-            for uniform in uniform_schemes(scheme)
+            for uniform in scheme.uniform
         )
 
     @property
@@ -192,12 +197,6 @@ def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
     """One phrase for how an artifact stores weights and computes."""
     rounded = " (int8 in products)" if rounds_activations else ""
     return f"{precision} weights, {compute} activations{rounded}"
-
-
-def _rounds_activations(scheme: Uniform) -> bool:
-    if isinstance(scheme, Ggml):
-        return TYPES[scheme.type].is_quantized
-    return isinstance(scheme, Affine)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -28,7 +28,7 @@ from rgexport.files.typed_json import (
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Float, Ggml
+from rgexport.quantize.scheme import Ggml
 from rgexport.units import amount
 
 MAX_STATE_BYTES = 1 << 30
@@ -159,7 +159,7 @@ def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) 
 def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
     """The parts must be those of the scheme, and inside their files."""
     _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
-    quantized = not isinstance(stored.scheme, Float)
+    quantized = stored.scheme.is_quantized
     _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
     try:
         expected = dict(form.part_layouts(stored.shape, stored.scheme))

@@ -1,7 +1,7 @@
-"""A stored tensor as its row groups; one that is stored by one scheme is a single group.
+"""A stored tensor as its row groups; a tensor with one scheme is a single group.
 
-A group is stored as a matrix of its own, whose parts have the group's number before their names:
-`0.data`, `0.scales`, `1.data`, and so on.
+A group is stored as a matrix of its own. The names of its parts begin with its number: `0.data`,
+`0.scales`, `1.data`, and so on.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.quantize.row_groups import group_sizes, members
-from rgexport.quantize.scheme import Mixed, Scheme
+from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
 
 Shape = tuple[int, ...]
-Layouts = Mapping[str, tuple[str, Shape]]
-"""Part of a tensor → dtype and shape."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +20,9 @@ class StoredGroup:
     """Some rows of a tensor.
 
     Attributes:
-        prefix: of the names of the group's parts in the tensor.
+        prefix: the beginning of the names of the group's parts in the tensor.
         stored: the rows as a tensor of their own.
-        label: how they are stored, for people: `int8/128 (1,024 rows)`.
+        label: the scheme for people: `int8/128 (1,024 rows)`.
         rows: their numbers in the tensor, ascending; None for all rows.
     """
 
@@ -35,70 +32,68 @@ class StoredGroup:
     rows: np.ndarray | None = None
 
     def run(self, start: int, stop: int) -> tuple[int, int]:
-        """The first and last row of the group among the tensor's rows `start` to `stop`."""
+        """Returns the group's range of rows among the tensor's rows `start` to `stop`."""
         if self.rows is None:
             return start, stop
         first, last = np.searchsorted(self.rows, [start, stop]).tolist()
         return first, last
 
     def chosen(self, start: int, stop: int) -> slice | np.ndarray:
-        """The group's rows as an index of the tensor's rows `start` to `stop`."""
+        """Returns the group's rows as an index of the tensor's rows `start` to `stop`."""
         if self.rows is None:
             return slice(None)
         return self.rows[slice(*self.run(start, stop))] - start
 
 
 def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
-    """The row groups of a tensor; they have all rows of it."""
-    if not isinstance(stored.scheme, Mixed):
-        return (StoredGroup("", stored, stored.scheme.label),)
-    found = members(stored.scheme, stored.shape[0])
+    """Returns the row groups of a tensor; together they have all its rows."""
     return tuple(
-        StoredGroup(f"{i}.", _group(stored, i, len(rows)), group.label, rows)
-        for i, (group, rows) in enumerate(zip(stored.scheme.groups, found, strict=True))
+        StoredGroup("", stored, label)
+        if rows is None
+        else StoredGroup(f"{i}.", _group(stored, i, len(rows)), label, rows)
+        for i, (label, _, rows) in enumerate(stored.scheme.row_groups(stored.shape[0]))
     )
 
 
 def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors, and the groups of those that have several, each by `group_name`."""
-    return {
-        **tensors,
-        **{
-            group_name(name, i): _group(stored, i, size)
-            for name, stored in tensors.items()
-            if isinstance(stored.scheme, Mixed)
-            for i, size in enumerate(group_sizes(stored.scheme, stored.shape[0]))
-        },
+    """Returns the tensors, and the row groups of those that have several, by `group_name`."""
+    groups = {
+        group_name(name, i): _group(stored, i, size)
+        for name, stored in tensors.items()
+        if len(stored.scheme.uniform) > 1
+        for i, size in enumerate(stored.scheme.group_sizes(stored.shape[0]))
     }
+    return {**tensors, **groups}
 
 
 def group_name(tensor: str, index: int) -> str:
-    """The name of a row group as a tensor of its own: before its parts it is that of the tensor."""
+    """Returns the name of a row group as a tensor of its own."""
     return f"{tensor}.{index}"
 
 
-def grouped_layouts(
-    shape: Shape, scheme: Mixed, layouts: Callable[[Shape, Scheme], Layouts]
-) -> dict[str, tuple[str, Shape]]:
-    """The parts of a tensor in row groups, from those of a tensor that is one group.
+def part_layouts_by_group(
+    shape: Shape, scheme: Scheme, layouts: Callable[[Shape, Uniform], PartShapes]
+) -> PartShapes:
+    """Returns the parts of a tensor, from those of a tensor that is one group.
 
     Raises:
-        RequestError: the groups do not fit the shape, or the format does not have their schemes.
+        RequestError: the groups do not fit the shape.
     """
-    sizes = group_sizes(scheme, shape[0])
+    if len(scheme.uniform) == 1:
+        return layouts(shape, scheme.uniform[0])
+    sizes = scheme.group_sizes(shape[0])
     return {
         f"{i}.{label}": layout
-        for i, (group, size) in enumerate(zip(scheme.groups, sizes, strict=True))
-        for label, layout in layouts((size, *shape[1:]), group.scheme).items()
+        for i, (uniform, size) in enumerate(zip(scheme.uniform, sizes, strict=True))
+        for label, layout in layouts((size, *shape[1:]), uniform).items()
     }
 
 
 def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
-    assert isinstance(stored.scheme, Mixed)
     prefix = f"{index}."
     parts = {
         label.removeprefix(prefix): part
         for label, part in stored.parts.items()
         if label.startswith(prefix)
     }
-    return StoredTensor((size, *stored.shape[1:]), stored.scheme.groups[index].scheme, parts)
+    return StoredTensor((size, *stored.shape[1:]), stored.scheme.uniform[index], parts)

@@ -19,38 +19,34 @@ from rgexport.export.row_groups import groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.algorithms import needs_statistics
-from rgexport.quantize.scheme import Plan, Scheme
+from rgexport.quantize.scheme import Parts, Plan, Scheme
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
 _LARGER = 4
-"""Times as large are slabs of what is stored by columns, which are written in runs of a few bytes,
-and of what is encoded by statistics, which are read once for many rows."""
-_MOST_WORKERS = 8
-_IN_FLIGHT = 3
-"""Slabs for each worker that are being made, or wait to be taken in order."""
+"""Factor by which slabs of column-major tensors are larger, which are written in runs of a few
+bytes, and those that are encoded by statistics, which are read once for many rows."""
+_MAX_WORKERS = 8
+_PENDING = 3
+"""Slabs for each worker that are being encoded, or wait for their turn."""
 
 Shape = tuple[int, ...]
 Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
-"""From shape and scheme of a tensor to part name → dtype and shape."""
+"""Shape and scheme of a tensor → part name → dtype and shape."""
 Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]
-"""From name, rows in the checkpoint's dtype, their numbers, and stored form of a tensor to these
-rows' parts.
-
-The stored form is that of a row group, where the tensor has several."""
+"""Name, rows in the checkpoint's dtype, their numbers, and stored form of a tensor (or of one of
+its row groups) → the parts of these rows."""
 _Result = TypeVar("_Result")
 
 
 def aligned(size: int, alignment: int) -> int:
-    """`size` rounded up to a multiple of `alignment`."""
+    """Returns `size` rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
 @dataclass
 class Places:
-    """Assigns places in a data file, one after another; `size` is what is taken so far.
+    """Assigns offsets in a data file, one after another; `size` is the end of the last part.
 
     Every part begins `header` bytes after a multiple of `alignment`.
     """
@@ -63,20 +59,16 @@ class Places:
     def tensors(
         self, plan: Plan, shapes: Mapping[str, Shape], layouts: Layouts
     ) -> dict[str, StoredTensor]:
-        """Places for all tensors, in the plan's order."""
-        return {
-            name: StoredTensor(shapes[name], scheme, self._parts(layouts(shapes[name], scheme)))
-            for name, scheme in plan.items()
-        }
-
-    def _parts(self, layouts: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredPart]:
-        return {name: self._part(*layout) for name, layout in layouts.items()}
-
-    def _part(self, dtype: str, shape: Shape) -> StoredPart:
-        offset = aligned(self.size, self.alignment) + self.header
-        part = StoredPart(self.file, offset, dtype, shape)
-        self.size = part.offset + part.nbytes
-        return part
+        """Assigns offsets to all tensors, in the plan's order."""
+        tensors = {}
+        for name, scheme in plan.items():
+            parts = {}
+            for label, (dtype, shape) in layouts(shapes[name], scheme).items():
+                offset = aligned(self.size, self.alignment) + self.header
+                parts[label] = StoredPart(self.file, offset, dtype, shape)
+                self.size = offset + parts[label].nbytes
+            tensors[name] = StoredTensor(shapes[name], scheme, parts)
+        return tensors
 
 
 def fill(
@@ -86,7 +78,7 @@ def fill(
     encode: Encode,
     written: Callable[[str, Parts], None] = lambda name, parts: None,
 ) -> None:
-    """Writes every weight to its place in the files in `folder`, which exist and have their sizes.
+    """Writes every weight into the files in `folder`, which exist and have their sizes.
 
     `written` is called for each slab with the tensor's name and the parts, in order.
 
@@ -112,8 +104,8 @@ def fill(
 
 
 def slab_bytes(scheme: Scheme, *, by_columns: bool = False) -> int:
-    """Bytes of source weights that are encoded together."""
-    return SLAB_BYTES * (_LARGER if by_columns or needs_statistics(scheme) else 1)
+    """Returns the bytes of source weights that are encoded together."""
+    return SLAB_BYTES * (_LARGER if by_columns or scheme.needs_statistics else 1)
 
 
 def _write_slab(
@@ -127,45 +119,45 @@ def _write_slab(
 ) -> tuple[str, Parts, int]:
     """Encodes and writes rows `start` to `stop`; returns the name, their parts, and bytes read.
 
-    Each row group gets the rows that are its own, as a tensor that is stored by one scheme.
+    Each row group gets its rows, as a tensor that is stored by one scheme.
     """
     rows = source.read(start, stop)
-    written: Parts = {}
+    slab: Parts = {}
     for group in groups_of(stored):
         chosen = group.chosen(start, stop)
-        own, ids = rows[chosen], np.arange(start, stop)[chosen]
-        if not len(own):
+        ids = np.arange(start, stop)[chosen]
+        if not len(ids):
             continue
-        parts = {
-            label: np.ascontiguousarray(array)
-            for label, array in encode(name, own, ids, group.stored).items()
-        }
-        _write_rows(folder, group.stored, *group.run(start, stop), parts)
-        written |= {group.prefix + label: array for label, array in parts.items()}
-    return name, written, rows.nbytes
+        first, last = group.run(start, stop)
+        for label, encoded in encode(name, rows[chosen], ids, group.stored).items():
+            array = np.ascontiguousarray(encoded)
+            _write_part(folder, group.stored, label, first, last, array)
+            slab[group.prefix + label] = array
+    return name, slab, rows.nbytes
 
 
-def _write_rows(folder: Path, stored: StoredTensor, start: int, stop: int, parts: Parts) -> None:
-    for label, array in parts.items():
-        part = stored.parts[label]
-        if label == COLUMNS:
-            mapped = np.memmap(folder / part.file, part.dtype, "r+", part.offset, part.shape)
-            mapped[:, start:stop] = array.T
-            continue
-        # Each thread opens the file itself: `pwrite` does not exist on Windows.
-        with open(folder / part.file, "r+b") as file:
-            file.seek(stored.row_offset(label, start))
-            file.write(array.reshape(-1).view(np.uint8).data)
+def _write_part(
+    folder: Path, stored: StoredTensor, label: str, start: int, stop: int, array: np.ndarray
+) -> None:
+    part = stored.parts[label]
+    if label == COLUMNS:
+        mapped = np.memmap(folder / part.file, part.dtype, "r+", part.offset, part.shape)
+        mapped[:, start:stop] = array.T
+        return
+    # Each thread opens the file itself: `pwrite` does not exist on Windows.
+    with open(folder / part.file, "r+b") as file:
+        file.seek(stored.row_offset(label, start))
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def in_order(jobs: Iterable[Callable[[], _Result]]) -> Iterator[_Result]:
-    """Results of jobs, in order; few of them run at a time, each on its thread."""
+    """Yields results of jobs, in order; few of them run at a time, each on its thread."""
     pending: deque[Future[_Result]] = deque()
-    workers = parallel_jobs(_MOST_WORKERS)
+    workers = parallel_jobs(_MAX_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
         for job in jobs:
             pending.append(pool.submit(job))
-            if len(pending) > _IN_FLIGHT * workers:
+            if len(pending) > _PENDING * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -1,7 +1,7 @@
-"""The layout of block-wise affine quantization; rounding to nearest, and the inverse.
+"""Affine integers in blocks: `w ≈ (q - zero_point) * scale`.
 
-A row of K weights is cut into ceil(K / block) blocks; the last one is padded with zeros. What is
-stored is ONNX Runtime's `MatMulNBits` layout (its ContribOperators.md), one row after another:
+A row of K weights is cut into ceil(K / block) blocks; the last one is padded with zeros. The parts
+have the layout of ONNX Runtime's `MatMulNBits` (its ContribOperators.md), row by row:
 
 | part | per row | |
 |---|---|---|
@@ -13,149 +13,336 @@ Scales are rounded to float16 before the integers are chosen, and away from zero
 is beyond the last level.
 """
 
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, Literal
+
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.kernels.rounding import library
+from rgexport.quantize import gptq
 from rgexport.quantize.packing import pack, packed_width, unpack
-from rgexport.quantize.scheme import Affine, FloatDtype
+from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.statistics import Statistics
+from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
 
-Parts = dict[str, np.ndarray]
-"""Part name → its rows."""
-
+BLOCKS = (16, 32, 64, 128)
+"""Block sizes that a user may ask for."""
+SMALLEST_BLOCK = 8
+"""Smaller blocks cost more in scales than they gain."""
 _TINY = np.float32(np.finfo(np.float32).tiny)
+_LANES = 16
+"""The blocks of the search kernel are multiples of this."""
 
 
-def block_size(columns: int, scheme: Affine) -> int:
-    """Weights that share a scale, in rows of `columns` weights."""
-    return scheme.block or columns
+@dataclass(frozen=True)
+class Affine(Uniform):
+    """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
 
+    Integers are unsigned. A symmetric scheme has the zero point `2**(bits - 1)` everywhere, an
+    asymmetric one stores an integer zero point per block.
+    """
 
-def num_blocks(columns: int, scheme: Affine) -> int:
-    """Blocks of a row of `columns` weights."""
-    return -(-columns // block_size(columns, scheme))
+    bits: Literal[2, 3, 4, 8]
+    block: int | None
+    symmetric: bool
+    scale: FloatDtype = "float32"
+    algorithm: str = field(default="rtn", compare=False)
+    kind: Literal["affine"] = "affine"
 
+    allowed: ClassVar = {"block": (None, POSITIVE), "symmetric": (False, True)}
+    has_blocks = True
+    rounds_activations = True
 
-def part_shapes(columns: int, scheme: Affine) -> dict[str, tuple[str, int]]:
-    """Part name → dtype and elements per row, for rows of `columns` weights."""
-    blocks = num_blocks(columns, scheme)
-    padded = blocks * block_size(columns, scheme)
-    shapes: dict[str, tuple[str, int]] = {
-        "data": ("uint8", packed_width(padded, scheme.bits)),
-        "scales": (scheme.scale, blocks),
+    @property
+    def label(self) -> str:
+        return f"int{self.bits}/{self.block or 'row'}" + ("" if self.symmetric else " asym")
+
+    @property
+    def bits_per_weight(self) -> float:
+        if self.block is None:
+            return float(self.bits)
+        zero_point = 0 if self.symmetric else self.bits
+        return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
+
+    @property
+    def precision(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def level_bits(self) -> int:
+        return self.bits
+
+    @property
+    def _top(self) -> int:
+        return int(2**self.bits - 1)
+
+    def block_size(self, columns: int) -> int:
+        """Returns the number of weights that share a scale, in rows of `columns` weights."""
+        return self.block or columns
+
+    def num_blocks(self, columns: int) -> int:
+        """Returns the number of blocks in a row of `columns` weights."""
+        return -(-columns // self.block_size(columns))
+
+    def part_shapes(self, shape: Shape) -> PartShapes:
+        rows, columns = shape
+        blocks = self.num_blocks(columns)
+        padded = blocks * self.block_size(columns)
+        shapes: PartShapes = {
+            "data": ("uint8", (rows, packed_width(padded, self.bits))),
+            "scales": (self.scale, (rows, blocks)),
+        }
+        if not self.symmetric:
+            shapes["zero_points"] = ("uint8", (rows, packed_width(blocks, self.bits)))
+        return shapes
+
+    def decode(self, parts: Parts, columns: int) -> np.ndarray:
+        scales = parts["scales"].astype(np.float32)
+        count, blocks = scales.shape
+        shape = (count, blocks, self.block_size(columns))
+        levels = unpack(parts["data"], self.bits)[:, : shape[1] * shape[2]]
+        weights = levels.astype(np.float32).reshape(shape)
+        if self.symmetric:
+            weights -= 2 ** (self.bits - 1)
+        else:
+            weights -= unpack(parts["zero_points"], self.bits)[:, :blocks, None]
+        weights *= scales[..., None]
+        return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
+
+    def _round(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+        weights = self._in_blocks(rows)
+        scales, zeros = self._extreme_scales(weights)
+        weights *= np.reciprocal(scales)[..., None]
+        np.rint(weights, out=weights)
+        weights += zeros[..., None]
+        np.clip(weights, 0, self._top, out=weights)
+        return self._pack(weights.astype(np.uint8), scales, zeros)
+
+    def _search(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+        return self._pack(*self.search(rows))
+
+    def _search_weighed(self, rows: np.ndarray, statistics: Statistics) -> Parts:
+        return self._pack(*self.search(rows, statistics))
+
+    def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
+        nearest, scales, zeros = self.search(rows, statistics)
+        levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
+        block, half = self.block_size(rows.shape[1]), self.scale == "float16"
+        for hessian in statistics.hessians:
+            gptq.refill_blocks(rows, levels, scales, zeros, hessian, block, self._top, half)
+        return self._pack(levels.reshape(nearest.shape), scales, zeros)
+
+    encoders: ClassVar = {
+        "rtn": _round,
+        "search": _search,
+        "importance": _search_weighed,
+        "gptq": _gptq,
     }
-    if not scheme.symmetric:
-        shapes["zero_points"] = ("uint8", packed_width(blocks, scheme.bits))
-    return shapes
+
+    def search(
+        self, rows: np.ndarray, statistics: Statistics | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Searches the scale of each block that gives the least squared error.
+
+        The largest weights of a block may be clipped, so that all others are nearer to a level.
+        Fractions of the scale of the extremes are tried, with both signs where levels are symmetric
+        (int4 has -8, but not 8), and with three zero points where they are not; then the scale is
+        fitted to the levels. The scale of the extremes itself is among them, so no block is worse
+        than by rounding to nearest. Statistics weigh the errors of columns by their importance.
+
+        Returns:
+            Levels uint8 [n, blocks, block], and scales and zero points float32 [n, blocks].
+
+        Raises:
+            RequestError: a weight is too large for float16 scales.
+        """
+        weights = self._in_blocks(rows)
+        scales, zeros = self._extreme_scales(weights)
+        importance = None
+        if statistics is not None:
+            weighs = statistics.importance / statistics.importance.max(initial=np.float32(1e-30))
+            importance = _in_lanes(self._in_blocks(weighs[None]))[0]
+        half = self.scale == "float16"
+        levels = library.search(
+            _in_lanes(weights), importance, self.bits, self.symmetric, half, scales, zeros
+        )
+        return levels[..., : weights.shape[2]], scales, zeros
+
+    def _in_blocks(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [n, K] as float32 [n, blocks, block], with zeros at the end of the last block."""
+        count, columns = rows.shape
+        blocks, block = self.num_blocks(columns), self.block_size(columns)
+        padded = np.zeros((count, blocks * block), np.float32)
+        padded[:, :columns] = rows
+        return padded.reshape(count, blocks, block)
+
+    def _extreme_scales(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points float32 [n, blocks] by the extremes of [n, blocks, block].
+
+        Symmetric: as in ggml's q4_0, the extreme of a block gets the level -2**(bits - 1), with a
+        negative scale where the extreme is positive, so that 16 levels are used instead of 15.
+        Asymmetric: the range contains zero and both extremes.
+        """
+        high, low = weights.max(-1), weights.min(-1)
+        if self.symmetric:
+            extreme = np.where(high > -low, high, low)
+            zero = 2 ** (self.bits - 1)
+            scales = _storable(extreme / np.float32(-zero), self.scale)
+            return scales, np.full_like(high, zero)
+        high, low = np.maximum(high, 0), np.minimum(low, 0)
+        scales = _storable((high - low) / np.float32(self._top), self.scale)
+        return scales, np.clip(np.rint(-low / scales), 0, self._top)
+
+    def _pack(self, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> Parts:
+        """The parts of levels uint8 [n, blocks, block] with scales and zero points [n, blocks]."""
+        count, blocks, block = levels.shape
+        parts = {
+            "data": pack(levels.reshape(count, blocks * block), self.bits),
+            "scales": scales.astype(self.scale),
+        }
+        if not self.symmetric:
+            parts["zero_points"] = pack(zeros.astype(np.uint8), self.bits)
+        return parts
+
+    def fitted(self, shape: Shape) -> "Affine":
+        columns = shape[1]
+        if self.bits == 4 and columns % 2:
+            return replace(self, bits=8).fitted(shape)
+        return replace(self, block=self._fitted_block(columns))
+
+    def _fitted_block(self, columns: int) -> int | None:
+        """The largest divisor of a row up to the scheme's block; None means the whole row.
+
+        4-bit zero points are packed too, so they need an even number of blocks.
+        """
+        if self.bits == 4 and not self.symmetric:
+            half = columns // 2
+            block = largest_divisor(half, self.block or half)
+            return block if block >= SMALLEST_BLOCK else half
+        block = largest_divisor(columns, self.block or columns)
+        return block if SMALLEST_BLOCK <= block < columns else None
+
+    def least_padded(self, columns: int) -> "Affine":
+        """Chooses the block size.
+
+        Small blocks cost scales, large ones padding: rows of 288 take 384 integers in blocks of
+        128, and 288 in blocks of 32. Of equal sizes, the smaller block is nearer to the weights.
+        """
+        if self.block is None:
+            return self
+        candidates = [replace(self, block=block) for block in BLOCKS if block <= self.block]
+        return min(candidates, key=lambda scheme: scheme._row_bytes(columns))
+
+    def _row_bytes(self, columns: int) -> int:
+        parts = self.part_shapes((1, columns)).values()
+        return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in parts)
+
+    def with_dtype(self, dtype: FloatDtype) -> "Affine":
+        return replace(self, scale=dtype)
+
+    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Affine":
+        block = self.block if block is None else block
+        symmetric = self.symmetric if symmetric is None else symmetric
+        return replace(self, block=block, symmetric=symmetric)
+
+    @classmethod
+    def candidates(cls) -> tuple["Affine", ...]:
+        make = partial(cls, scale="float16", algorithm="gptq")
+        return (
+            *(make(3, block, symmetric=True) for block in (128, 64, 32)),
+            *(make(4, block, symmetric=True) for block in (128, 64, 32, 16)),
+            make(4, 32, symmetric=False),
+            *(make(8, block, symmetric=True) for block in (128, 32)),
+        )
+
+    def weight_steps(self, w: np.ndarray) -> StepSizes:
+        """Divides each block's range by the number of steps in it.
+
+        Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
+        asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
+        """
+        _, _, exact = self._ranges(w)
+        grid = step = self._spread(exact, w)
+        limit = step * np.float32(2 ** (self.bits - 1) - 1) if self.symmetric else None
+        if self.scale == "float16":
+            # the scale is rounded up, and in Core ML its product with the integer to nearest
+            step = self._spread(exact + float16_spacing(exact), w)
+            step = step + float16_spacing(np.abs(w) + step)
+        return StepSizes(step, limit=limit, grid=grid)
+
+    def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
+        return StepSizes(self._spread(self._ranges(dequantized)[2], dequantized))
+
+    def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:
+        """Rounds to nearest with the scales of the extremes."""
+        high, low, exact = self._ranges(w)
+        top, spans = self._top, np.zeros(1, np.intp)
+        if measure == "block":
+            spans = np.arange(0, w.shape[1], self.block_size(w.shape[1]))
+        if self.symmetric:
+            # As in `_extreme_scales`, the extreme has the level without an opposite.
+            sign = np.where(high > -low, -1, 1).astype(np.float32)
+            step, zeros = self._spread(exact * sign, w), np.array(top // 2 + 1, np.float32)
+        else:
+            step = self._spread(exact, w)
+            zeros = self._spread(np.clip(np.rint(-np.minimum(low, 0) / exact), 0, top), w)
+        levels = np.clip(np.rint(w / step) + zeros, 0, top) - zeros
+        largest = np.maximum(high, -low)
+        moved = largest * np.float32(2.0**-22)
+        if self.scale == "float16":  # of the scale, and of its product with the level
+            moved = top * float16_spacing(exact) + float16_spacing(largest)
+        return span_steps(levels * step - w, moved, spans, self._spread(exact, w))
+
+    def _ranges(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Largest weight, least weight and exact step of each block, [rows, blocks]."""
+        starts = np.arange(0, w.shape[1], self.block_size(w.shape[1]))
+        high = np.maximum.reduceat(w, starts, axis=1)
+        low = np.minimum.reduceat(w, starts, axis=1)
+        if self.symmetric:
+            exact = np.maximum(high, -low) / np.float32(2 ** (self.bits - 1))
+        else:
+            exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(self._top)
+        return high, low, np.maximum(exact, NEGLIGIBLE)
+
+    def _spread(self, blocks: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """The value of a weight's block, at each weight."""
+        return np.repeat(blocks, self.block_size(w.shape[1]), axis=1)[:, : w.shape[1]]
 
 
-def row_bytes(columns: int, scheme: Affine) -> int:
-    """Bytes of a row of `columns` weights."""
-    shapes = part_shapes(columns, scheme).values()
-    return sum(np.dtype(dtype).itemsize * width for dtype, width in shapes)
+INT8_ROWS = Affine(8, None, symmetric=True)
+"""One scale per row, the only int8 that integer matrix products can take."""
 
 
-def encode(rows: np.ndarray, scheme: Affine) -> Parts:
-    """Quantizes rows [n, K] of any float dtype, each independently of the others.
-
-    Raises:
-        RequestError: the weights of a block need a larger scale than float16 holds.
-    """
-    weights = in_blocks(rows, scheme)
-    scales, zeros = extreme_scales(weights, scheme)
-    weights *= np.reciprocal(scales)[..., None]
-    np.rint(weights, out=weights)
-    weights += zeros[..., None]
-    np.clip(weights, 0, 2**scheme.bits - 1, out=weights)
-    return pack_parts(weights.astype(np.uint8), scales, zeros, scheme)
+def largest_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of `number` that is not larger than `limit`; at least 1."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
-def in_blocks(rows: np.ndarray, scheme: Affine) -> np.ndarray:
-    """Rows [n, K] as float32 [n, blocks, block], with zeros at the end of the last block."""
-    count, columns = rows.shape
-    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
-    padded = np.zeros((count, blocks * block), np.float32)
-    padded[:, :columns] = rows
-    return padded.reshape(count, blocks, block)
-
-
-def extreme_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and zero points float32 [n, blocks] by the extremes of blocks [n, blocks, block].
-
-    Raises:
-        RequestError: a weight is too large for float16 scales.
-    """
-    choose = _symmetric_scales if scheme.symmetric else _asymmetric_scales
-    return choose(weights, scheme)
-
-
-def pack_parts(levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray, scheme: Affine) -> Parts:
-    """The parts of levels uint8 [n, blocks, block] with scales and zero points [n, blocks]."""
-    count, blocks, block = levels.shape
-    parts = {
-        "data": pack(levels.reshape(count, blocks * block), scheme.bits),
-        "scales": scales.astype(scheme.scale),
-    }
-    if not scheme.symmetric:
-        parts["zero_points"] = pack(zeros.astype(np.uint8), scheme.bits)
-    return parts
-
-
-def decode(parts: Parts, scheme: Affine, columns: int) -> np.ndarray:
-    """Rows [n, columns] float32 from rows of the parts."""
-    scales = parts["scales"].astype(np.float32)
-    count, blocks = scales.shape
-    shape = (count, blocks, block_size(columns, scheme))
-    levels = unpack(parts["data"], scheme.bits)[:, : shape[1] * shape[2]]
-    weights = levels.astype(np.float32).reshape(shape)
-    if scheme.symmetric:
-        weights -= 2 ** (scheme.bits - 1)
-    else:
-        weights -= unpack(parts["zero_points"], scheme.bits)[:, :blocks, None]
-    weights *= scales[..., None]
-    return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
-
-
-def _symmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """Scales [n, blocks] and the fixed zero point, for weights [n, blocks, block].
-
-    As in ggml's q4_0, the extreme of a block gets the level -2**(bits - 1), with a negative scale
-    where the extreme is positive: so 16 levels are used instead of 15.
-    """
-    high, low = weights.max(-1), weights.min(-1)
-    extreme = np.where(high > -low, high, low)
-    zero = 2 ** (scheme.bits - 1)
-    scales = _storable(extreme / np.float32(-zero), scheme.scale)
-    return scales, np.full_like(high, zero)
-
-
-def _asymmetric_scales(weights: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and integer zero points of a range that contains zero and both extremes."""
-    high, low = np.maximum(weights.max(-1), 0), np.minimum(weights.min(-1), 0)
-    levels = 2**scheme.bits - 1
-    scales = _storable((high - low) / np.float32(levels), scheme.scale)
-    return scales, np.clip(np.rint(-low / scales), 0, levels)
+def _in_lanes(weights: np.ndarray) -> np.ndarray:
+    """Blocks padded with zeros, which are without error in any scale."""
+    padding = -weights.shape[2] % _LANES
+    return np.pad(weights, ((0, 0), (0, 0), (0, padding))) if padding else weights
 
 
 def _storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
     """Scales rounded to `dtype`, as float32; 1 for a block of zeros.
 
-    Raises:
-        RequestError: a scale is more than `dtype` can hold.
+    float16 is rounded away from zero: at least to 2⁻²⁴, except for zero itself.
     """
     if dtype == "float16":
-        needed, scales = np.abs(scales).max(initial=0), _away_from_zero(scales)
+        with np.errstate(over="ignore"):
+            near = scales.astype(np.float16)
+        away = np.nextafter(near, np.copysign(np.float16(np.inf), near))
+        short = np.abs(near.astype(np.float32)) < np.abs(scales)
+        needed, scales = (
+            np.abs(scales).max(initial=0),
+            np.where(short, away, near).astype(np.float32),
+        )
         if not np.isfinite(scales).all():
             raise RequestError(
                 f"its weights need a scale of {needed:.4g}, and float16 holds at most 65504; "
                 'take a plan with "scale": "float32" for it, or another precision'
             )
     return np.where(np.abs(scales) < _TINY, np.float32(1), scales)
-
-
-def _away_from_zero(scales: np.ndarray) -> np.ndarray:
-    """Rounds to float16, away from zero: at least to 2⁻²⁴, except for zero itself."""
-    with np.errstate(over="ignore"):
-        near = scales.astype(np.float16)
-    away = np.nextafter(near, np.copysign(np.float16(np.inf), near))
-    short = np.abs(near.astype(np.float32)) < np.abs(scales)
-    return np.where(short, away, near).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Which layout each part of a model gets: the least loss for every budget of bytes.
+"""Chooses one option for each item: the least loss for every budget of bytes.
 
-A knapsack with one choice per item, solved by dynamic programming over bytes. Bytes are counted in
-units; where the sizes have a large common divisor, that is the unit and the solution is exact.
-Otherwise sizes are rounded up, so that a budget is always kept.
+A knapsack, solved by dynamic programming over bytes. Bytes are counted in units; where the sizes
+have a large common divisor, that is the unit and the solution is exact. Otherwise sizes are rounded
+up, so that a budget is always kept.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from math import gcd
 import numpy as np
 
 _UNITS = 100_000
-"""How finely bytes are counted, between the smallest choice and the largest."""
+"""Units between the smallest choice and the largest."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store an item: what it takes and what it costs."""
+    """The bytes and the loss of an item in one layout."""
 
     bytes: int
     loss: float
@@ -26,7 +26,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """One option for each item: their indices, and what they sum to."""
+    """One option for each item: their indices, and the sums of their bytes and losses."""
 
     picks: tuple[int, ...]
     bytes: int
@@ -42,7 +42,7 @@ class Front:
         unit: bytes of a unit.
         least: bytes of the smallest choice.
         losses: float64 [units + 1], the least loss with at most so many units beyond `least`.
-        picks: uint8 [items, units + 1], the option that each item gets there if only the items
+        picks: uint8 [items, units + 1], the option that each item gets if only the items
             before it and itself share these units.
         extras: units of each item's options beyond its smallest.
     """
@@ -55,26 +55,26 @@ class Front:
     extras: tuple[dict[int, int], ...]
 
     def within(self, budget: float) -> Choice | None:
-        """The choice of least loss in at most `budget` bytes; None where nothing is so small."""
+        """Returns the choice of least loss in at most `budget` bytes, or None."""
         if budget < self.least:
             return None
         units = min(int((budget - self.least) // self.unit), len(self.losses) - 1)
         return self._choice(units)
 
     def below(self, loss: float) -> Choice | None:
-        """The smallest choice with at most this loss; None where there is none."""
+        """Returns the smallest choice with at most this loss, or None."""
         units = int(np.searchsorted(-self.losses, -loss))
         return None if units == len(self.losses) else self._choice(units)
 
     def points(self, count: int) -> list[Choice]:
-        """At most `count` choices, evenly from the smallest to the largest."""
-        places = np.linspace(0, len(self.losses) - 1, count).round().astype(int)
-        found = [self._choice(int(place)) for place in places]
-        ends = [one for one, after in pairwise(found) if after.bytes > one.bytes]
-        return [*ends, found[-1]]
+        """Returns at most `count` choices, evenly from the smallest to the largest."""
+        units = np.linspace(0, len(self.losses) - 1, count).round().astype(int)
+        choices = [self._choice(int(unit)) for unit in units]
+        ends = [choice for choice, after in pairwise(choices) if after.bytes > choice.bytes]
+        return [*ends, choices[-1]]
 
     def _choice(self, units: int) -> Choice:
-        # The fewest units with this loss: others would only be left over.
+        # The fewest units with this loss: the rest would only be left over.
         units = int(np.searchsorted(-self.losses, -self.losses[units]))
         picks = []
         for chosen, extras in zip(self.picks[::-1], self.extras[::-1], strict=True):
@@ -82,47 +82,47 @@ class Front:
             units -= extras[picks[-1]]
         picks.reverse()
         options = [options[pick] for options, pick in zip(self.items, picks, strict=True)]
-        return Choice(
-            tuple(picks), sum(one.bytes for one in options), sum(one.loss for one in options)
-        )
+        nbytes, loss = sum(one.bytes for one in options), sum(one.loss for one in options)
+        return Choice(tuple(picks), nbytes, loss)
 
 
-def solve(items: Sequence[Sequence[Option]], units: int = _UNITS) -> Front:
-    """The front of items that each get one of their options; at most 256 options an item."""
+def solve(items: Sequence[Sequence[Option]]) -> Front:
+    """Returns the front of items with at most 256 options each."""
     useful = [_undominated(options) for options in items]
-    least = [options[places[0]].bytes for options, places in zip(items, useful, strict=True)]
-    more = [
-        {place: options[place].bytes - start for place in places}
-        for options, places, start in zip(items, useful, least, strict=True)
+    least = [options[indices[0]].bytes for options, indices in zip(items, useful, strict=True)]
+    sizes_beyond = [
+        {index: options[index].bytes - start for index in indices}
+        for options, indices, start in zip(items, useful, least, strict=True)
     ]
-    reach = sum(max(sizes.values()) for sizes in more)
-    unit = max(gcd(*(size for sizes in more for size in sizes.values())), -(-reach // units), 1)
-    extras = tuple({place: -(-size // unit) for place, size in sizes.items()} for sizes in more)
+    reach = sum(max(sizes.values()) for sizes in sizes_beyond)
+    divisor = gcd(*(size for sizes in sizes_beyond for size in sizes.values()))
+    unit = max(divisor, -(-reach // _UNITS), 1)
+    extras = tuple({i: -(-size // unit) for i, size in sizes.items()} for sizes in sizes_beyond)
     count = sum(max(sizes.values()) for sizes in extras) + 1
     losses, picks = np.zeros(count), np.zeros((len(items), count), np.uint8)
     for options, sizes, chosen in zip(items, extras, picks, strict=True):
-        losses = _with_item(losses, options, sizes, chosen)
+        losses = _add_item(losses, options, sizes, chosen)
     return Front(tuple(map(tuple, items)), unit, sum(least), losses, picks, extras)
 
 
-def _with_item(
+def _add_item(
     losses: np.ndarray, options: Sequence[Option], extras: dict[int, int], chosen: np.ndarray
 ) -> np.ndarray:
-    """The least losses with one more item; `chosen` is filled."""
+    """The least losses with one more item; fills `chosen`."""
     best = np.full(len(losses), np.inf)
-    for place, size in extras.items():
-        found = losses[: len(losses) - size] + options[place].loss
-        better = found < best[size:]
-        best[size:][better] = found[better]
-        chosen[size:][better] = place
+    for index, size in extras.items():
+        sums = losses[: len(losses) - size] + options[index].loss
+        better = sums < best[size:]
+        best[size:][better] = sums[better]
+        chosen[size:][better] = index
     return best
 
 
 def _undominated(options: Sequence[Option]) -> list[int]:
     """The options that no other one beats in both bytes and loss, by ascending bytes."""
     order = sorted(range(len(options)), key=lambda i: (options[i].bytes, options[i].loss))
-    kept = order[:1]
-    for place in order[1:]:
-        if options[place].loss < options[kept[-1]].loss:
-            kept.append(place)
-    return kept
+    best = order[:1]
+    for index in order[1:]:
+        if options[index].loss < options[best[-1]].loss:
+            best.append(index)
+    return best

@@ -12,18 +12,11 @@ from rgexport.files.safetensors import Entry, read_header, read_metadata
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import EMBEDDING, input_site, site_of
 from rgexport.griffin.tensor import file_rows
+from rgexport.quantize import calibration_format as names
 from rgexport.quantize.calibration_format import (
-    EMBEDDED,
-    FISHER,
     FORMAT_VERSION,
-    FREQUENCY,
-    HELD_OUT,
-    HELD_OUT_LENGTHS,
-    LENGTHS,
     MAX_BLOCK,
     METADATA,
-    PROBABILITY,
-    TOKENS,
     Provenance,
     diagonal,
     gradient_name,
@@ -36,15 +29,19 @@ from rgexport.quantize.calibration_format import (
 )
 
 _MOST = {"I32": 1 << 26, "F32": triangle_size(MAX_BLOCK)}
-"""Elements of an array that is read: of a text, and of a block's triangle."""
+"""Most elements of an array: of a text, and of a block's triangle."""
 _FOREIGN = 0.1
-"""Of other text's tokens, those of which the calibration says nothing."""
+"""Share of the tokens of another text on which the calibration gives no information."""
 _DTYPES = {"I32": np.dtype(np.int32), "F32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """An open calibration file. Matrices are read when they are asked for."""
+    """An open calibration file; matrices are read on access.
+
+    Vectors over the vocabulary are float32 [vocab]. All methods raise RequestError where the file
+    is damaged.
+    """
 
     path: Path
     provenance: Provenance
@@ -68,84 +65,74 @@ class Calibration:
             )
 
     def hessian(self, tensor: str) -> list[np.ndarray] | None:
-        """Σ x xᵀ / N of a linear's inputs, float32: the diagonal blocks, each [k, k].
+        """Returns Σ x xᵀ / N of a linear's inputs, float32: the diagonal blocks, each [k, k].
 
         The blocks cover the columns in their order. For the embedding it is the input of the head.
         None if the tensor has none.
-
-        Raises:
-            RequestError: the file is damaged.
         """
-        found = [unpack(*triangle) for triangle in self._triangles(tensor)]
-        return found or None
+        return [unpack(*triangle) for triangle in self._triangles(tensor)] or None
 
     def importance(self, tensor: str) -> np.ndarray | None:
-        """The mean square of each input of a linear, float32 [columns]: the Hessian's diagonal."""
-        found = [diagonal(*triangle) for triangle in self._triangles(tensor)]
-        return np.concatenate(found) if found else None
+        """Returns the mean square of each input of a linear, float32 [columns], or None."""
+        diagonals = [diagonal(*triangle) for triangle in self._triangles(tensor)]
+        return np.concatenate(diagonals) if diagonals else None
 
     def output_sensitivity(self, tensor: str) -> np.ndarray | None:
-        """The mean g² of each output of a linear, float32 [rows].
+        """Returns the mean g² of each output of a linear, float32 [rows], or None.
 
         g is the gradient of a token's summed negative log-likelihood. For the embedding it is
-        `row_fisher`, its expected value for each logit before the soft cap. None if the tensor has
-        none.
+        `row_fisher`, its expected value for each logit before the soft cap. ½ of its mean times
+        tr(ΔW H ΔWᵀ) predicts the KL.
         """
         if tensor == EMBEDDING:
             return self.row_fisher
         name = gradient_name(site_of(tensor)) if is_linear(tensor) else ""
         return self._vector(name) if name in self._entries else None
 
-    def sensitivity(self, tensor: str) -> float | None:
-        """The mean of `output_sensitivity`: ½ of it times tr(ΔW H ΔWᵀ) predicts the KL."""
-        found = self.output_sensitivity(tensor)
-        return None if found is None else float(found.mean(dtype=np.float64))
-
     @cached_property
     def row_probability(self) -> np.ndarray:
-        """The mean probability of each token, float32 [vocab]."""
-        return self._vector(PROBABILITY)
+        """The mean probability of each token."""
+        return self._vector(names.PROBABILITY)
 
     @cached_property
     def row_fisher(self) -> np.ndarray:
-        """The mean of p (1 - p) c² of each token, float32 [vocab]; c is the cap's derivative."""
-        return self._vector(FISHER)
+        """The mean of p (1 - p) c² of each token; c is the soft cap's derivative."""
+        return self._vector(names.FISHER)
 
     @cached_property
     def token_frequency(self) -> np.ndarray:
-        """The share of the text that each token has, float32 [vocab]."""
-        return self._vector(FREQUENCY)
+        """The share of each token in the text."""
+        return self._vector(names.FREQUENCY)
 
     @cached_property
     def token_share(self) -> np.ndarray:
-        """The share of each token that is expected in other text, float32 [vocab].
-
-        The model's own probabilities, and for what it would not write the same for all tokens.
-        """
+        """The expected share of each token in another text: by the model's own probabilities."""
         return _in_other_text(self.row_probability)
 
     @cached_property
     def row_sensitivity(self) -> np.ndarray:
-        """`row_fisher` as it is expected in other text, float32 [vocab]."""
+        """`row_fisher` as expected in another text."""
         return _in_other_text(self.row_fisher)
 
     @cached_property
     def lookup_sensitivity(self) -> np.ndarray:
         """The mean g² of each channel of the embedding's scaled output, float32 [width]."""
-        return self._vector(gradient_name(EMBEDDED))
+        return self._vector(gradient_name(names.EMBEDDED))
 
     @cached_property
     def sequences(self) -> list[np.ndarray]:
-        """The text, int32: sequences that were taken each from a fresh state."""
-        found = self._sequences(TOKENS, LENGTHS)
-        if sum(map(len, found)) != self.tokens:
+        """The text, int32: sequences that each begin in a fresh state."""
+        sequences = self._sequences(names.TOKENS, names.LENGTHS)
+        if sum(map(len, sequences)) != self.tokens:
             raise self._damaged("its text does not fit its header")
-        return found
+        return sequences
 
     @cached_property
     def held_out(self) -> list[np.ndarray]:
-        """Sequences like those of the text, which no statistic has seen; there may be none."""
-        return self._sequences(HELD_OUT, HELD_OUT_LENGTHS) if HELD_OUT in self._entries else []
+        """Sequences like those of the text, but in no statistic; there may be none."""
+        if names.HELD_OUT not in self._entries:
+            return []
+        return self._sequences(names.HELD_OUT, names.HELD_OUT_LENGTHS)
 
     def _sequences(self, tokens_name: str, lengths_name: str) -> list[np.ndarray]:
         tokens, lengths = self._read(tokens_name, "I32"), self._read(lengths_name, "I32")
@@ -158,14 +145,14 @@ class Calibration:
     def _triangles(self, tensor: str) -> list[tuple[np.ndarray, int]]:
         """The packed triangle and the width of each block; none if the tensor has no Hessian."""
         site = input_site(tensor)
-        found: list[tuple[np.ndarray, int]] = []
-        while site and (name := hessian_name(site, len(found))) in self._entries:
+        triangles: list[tuple[np.ndarray, int]] = []
+        while site and (name := hessian_name(site, len(triangles))) in self._entries:
             packed = self._vector(name, negative=True)
             width = triangle_width(len(packed))
             if width is None or diagonal(packed, width).min() < 0:
                 raise self._damaged(f"{name} is no triangle of a Hessian")
-            found.append((packed, width))
-        return found
+            triangles.append((packed, width))
+        return triangles
 
     def _vector(self, name: str, *, negative: bool = False) -> np.ndarray:
         """Float values, which must be finite, and not negative unless they may be."""
@@ -192,7 +179,7 @@ class Calibration:
 
 
 def open_calibration(path: Path) -> Calibration:
-    """Opens a calibration file; checks its header and all that is small.
+    """Opens a calibration file; checks its header and everything but the Hessians.
 
     Raises:
         RequestError: no such file, another kind of file, another version of the format, or damage.
@@ -201,15 +188,12 @@ def open_calibration(path: Path) -> Calibration:
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise RequestError(f"cannot read the calibration {path}: {what}")
     calibration = Calibration(path, _provenance(path), read_header(path))
-    heads = {
-        len(calibration.row_probability),
-        len(calibration.row_fisher),
-        len(calibration.token_frequency),
-    }
-    if len(heads) > 1:
+    vectors = calibration.row_probability, calibration.row_fisher, calibration.token_frequency
+    sizes = {*map(len, vectors)}
+    if len(sizes) > 1:
         raise calibration._damaged("its vectors of the vocabulary differ in length")
     texts = [*calibration.sequences, *calibration.held_out]
-    if max(sequence.max() for sequence in texts) >= heads.pop():
+    if max(sequence.max() for sequence in texts) >= sizes.pop():
         raise calibration._damaged("its text has tokens that are not in the vocabulary")
     for name in calibration._entries:
         if name.endswith(gradient_name("")):
@@ -217,17 +201,17 @@ def open_calibration(path: Path) -> Calibration:
     return calibration
 
 
-def _in_other_text(values: np.ndarray) -> np.ndarray:
-    """Values [vocab], a tenth of whose sum is the same for all tokens."""
-    return (1 - _FOREIGN) * values + np.float32(_FOREIGN * values.mean(dtype=np.float64))
-
-
 def is_calibration(path: Path) -> bool:
-    """Whether a file says in its metadata that it is a calibration."""
+    """Whether the metadata of a file are those of a calibration."""
     try:
         return METADATA in read_metadata(path)
     except RequestError:
         return False
+
+
+def _in_other_text(values: np.ndarray) -> np.ndarray:
+    """Values [vocab], a tenth of whose sum is the same for all tokens."""
+    return (1 - _FOREIGN) * values + np.float32(_FOREIGN * values.mean(dtype=np.float64))
 
 
 def _provenance(path: Path) -> Provenance:

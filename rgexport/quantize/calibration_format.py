@@ -1,4 +1,4 @@
-"""The calibration file: what is in it, under which names, in which shapes.
+"""The format of a calibration file: names, shapes and packing of its arrays.
 
 It is a safetensors file. Its metadata have one JSON object, `Provenance`. Its arrays:
 
@@ -11,18 +11,18 @@ It is a safetensors file. Its metadata have one JSON object, `Provenance`. Its a
 | `embed_tokens.gradient` | float32 [width] | the same at the embedding's output |
 | `lm_head.probability` | float32 [vocab] | mean probability of each token |
 | `lm_head.fisher` | float32 [vocab] | mean of p (1 - p) c², c the soft cap's derivative |
-| `embed_tokens.frequency` | float32 [vocab] | share of the text that each token has |
+| `embed_tokens.frequency` | float32 [vocab] | share of each token in the text |
 
 SITE is the op whose result some linears share as their input x. Its columns are cut into diagonal
-blocks, and of each there is the lower triangle, row by row. g is the gradient of the summed
-negative log-likelihood, with labels drawn from the model's own distribution.
+blocks; each is stored as its lower triangle, row by row. g is the gradient of the summed negative
+log-likelihood, with labels drawn from the model's own distribution.
 """
 
 import dataclasses
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 
 MAX_BLOCK = 4096
 """Columns of one Hessian; wider inputs are cut into diagonal blocks."""
-_TOGETHER = 128
+_ALIGNMENT = 128
 """Blocks begin at multiples of this, so that no quantization block is cut."""
 
 TOKENS, LENGTHS = "tokens", "lengths"
@@ -53,17 +53,10 @@ _FLOAT, _INT = np.dtype(np.float32), np.dtype(np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where statistics come from.
+    """The source of statistics.
 
-    Attributes:
-        model: the checkpoint's name.
-        files: SHA-256 of each of its weight files.
-        tokens: tokens of the text.
-        gradient_tokens: how many of them, from the first on, have gradients.
-        text: where the text is from, in words.
-        tokens_sha256: the hash of `tokens` as int32.
-        seed: of what was drawn.
-        tool: what made the file.
+    `files` are the SHA-256 of the checkpoint's weight files, `tokens_sha256` that of the tokens as
+    int32. The first `gradient_tokens` of the tokens have gradients. `text` names the text's source.
     """
 
     model: str
@@ -77,94 +70,8 @@ class Provenance:
     format_version: int = FORMAT_VERSION
 
     def as_metadata(self) -> dict[str, str]:
-        """The file's metadata."""
+        """Returns the file's metadata."""
         return {METADATA: json.dumps(dataclasses.asdict(self), sort_keys=True)}
-
-
-def hessian_name(site: str, block: int) -> str:
-    """The array of one diagonal block of the inputs that `site` gives."""
-    return f"{site}.hessian.{block}"
-
-
-def gradient_name(site: str) -> str:
-    """The array of the gradients at the output of `site`."""
-    return f"{site}.gradient"
-
-
-def column_blocks(columns: int) -> list[tuple[int, int]]:
-    """First and last column (exclusive) of each diagonal block, as equal as may be."""
-    count = -(-columns // MAX_BLOCK)
-    step = columns if count == 1 else -(-columns // (count * _TOGETHER)) * _TOGETHER
-    return [(start, min(start + step, columns)) for start in range(0, columns, step)]
-
-
-def linears(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape [rows, columns] of every linear."""
-    return {n: spec.shape for n, spec in model_tensors(config).items() if spec.role == "linear"}
-
-
-def input_columns(config: GriffinConfig) -> dict[str, int]:
-    """Site → number of columns of what it gives to linears, the head included."""
-    found = {str(input_site(name)): shape[1] for name, shape in linears(config).items()}
-    return found | {str(input_site(EMBEDDING)): config.width}
-
-
-def arrays_of(config: GriffinConfig, texts: Mapping[str, np.ndarray]) -> Arrays:
-    """All arrays of a file, in their order; `texts` are those of its tokens and lengths."""
-    own = {name: (_INT, array.shape) for name, array in texts.items()}
-    return own | dict(_statistics(config))
-
-
-def _statistics(config: GriffinConfig) -> Iterator[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:
-    for name in (PROBABILITY, FISHER, FREQUENCY):
-        yield name, (_FLOAT, (config.vocab_size,))
-    yield gradient_name(EMBEDDED), (_FLOAT, (config.width,))
-    for name, shape in linears(config).items():
-        yield gradient_name(site_of(name)), (_FLOAT, (shape[0],))
-    for site, columns in input_columns(config).items():
-        for block, (start, stop) in enumerate(column_blocks(columns)):
-            yield hessian_name(site, block), (_FLOAT, (triangle_size(stop - start),))
-
-
-def triangle_size(width: int) -> int:
-    """Elements of the lower triangle of a square matrix, with its diagonal."""
-    return width * (width + 1) // 2
-
-
-def triangle_width(size: int) -> int | None:
-    """The width of the matrix whose lower triangle has so many elements; None if none has."""
-    width = (math.isqrt(8 * size + 1) - 1) // 2
-    return width if width > 0 and triangle_size(width) == size else None
-
-
-def pack(matrix: np.ndarray) -> np.ndarray:
-    """The lower triangle of [k, k], row by row."""
-    packed: np.ndarray = matrix[np.tri(len(matrix), dtype=bool)]
-    return packed
-
-
-def unpack(packed: np.ndarray, width: int) -> np.ndarray:
-    """The symmetric matrix [width, width] with this lower triangle."""
-    matrix = np.empty((width, width), packed.dtype)
-    lower = np.tri(width, dtype=bool)
-    matrix[lower] = packed
-    matrix.T[lower] = packed
-    return matrix
-
-
-def diagonal(packed: np.ndarray, width: int) -> np.ndarray:
-    """The diagonal of the matrix with this lower triangle."""
-    rows = np.arange(width)
-    values: np.ndarray = packed[rows * (rows + 3) // 2]
-    return values
-
-
-def is_linear(name: str) -> bool:
-    """Whether a canonical name is that of a linear's weight."""
-    try:
-        return role_of(name) == "linear"
-    except (KeyError, IndexError):
-        return False
 
 
 def provenance_from(fields: Any) -> Provenance:
@@ -181,3 +88,85 @@ def provenance_from(fields: Any) -> Provenance:
     if not all(isinstance(sha, str) for sha in fields["files"].values()):
         raise ValueError("its metadata have no valid files")
     return Provenance(**{name: fields[name] for name in kinds})
+
+
+def hessian_name(site: str, block: int) -> str:
+    """Returns the array of one diagonal block of the outputs of `site`."""
+    return f"{site}.hessian.{block}"
+
+
+def gradient_name(site: str) -> str:
+    """Returns the array of the gradients at the output of `site`."""
+    return f"{site}.gradient"
+
+
+def column_blocks(columns: int) -> list[tuple[int, int]]:
+    """Returns first and last column (exclusive) of each diagonal block, of nearly equal sizes."""
+    count = -(-columns // MAX_BLOCK)
+    step = columns if count == 1 else -(-columns // (count * _ALIGNMENT)) * _ALIGNMENT
+    return [(start, min(start + step, columns)) for start in range(0, columns, step)]
+
+
+def is_linear(name: str) -> bool:
+    """Whether a canonical name is that of a linear's weight."""
+    try:
+        return role_of(name) == "linear"
+    except (KeyError, IndexError):
+        return False
+
+
+def linears(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
+    """Returns name → shape [rows, columns] of every linear."""
+    return {n: spec.shape for n, spec in model_tensors(config).items() if spec.role == "linear"}
+
+
+def input_columns(config: GriffinConfig) -> dict[str, int]:
+    """Returns site → columns of its output, for the inputs of linears and of the head."""
+    columns = {str(input_site(name)): shape[1] for name, shape in linears(config).items()}
+    return columns | {str(input_site(EMBEDDING)): config.width}
+
+
+def arrays_of(config: GriffinConfig, texts: Mapping[str, np.ndarray]) -> Arrays:
+    """Returns all arrays of a file, in their order; `texts` are those of its tokens and lengths."""
+    floats: dict[str, int] = dict.fromkeys((PROBABILITY, FISHER, FREQUENCY), config.vocab_size)
+    floats[gradient_name(EMBEDDED)] = config.width
+    for name, shape in linears(config).items():
+        floats[gradient_name(site_of(name))] = shape[0]
+    for site, columns in input_columns(config).items():
+        for block, (start, stop) in enumerate(column_blocks(columns)):
+            floats[hessian_name(site, block)] = triangle_size(stop - start)
+    arrays: Arrays = {name: (_INT, array.shape) for name, array in texts.items()}
+    return arrays | {name: (_FLOAT, (size,)) for name, size in floats.items()}
+
+
+def triangle_size(width: int) -> int:
+    """Returns the elements of the lower triangle of a square matrix, with its diagonal."""
+    return width * (width + 1) // 2
+
+
+def triangle_width(size: int) -> int | None:
+    """Returns the width of the matrix whose lower triangle has so many elements, or None."""
+    width = (math.isqrt(8 * size + 1) - 1) // 2
+    return width if width > 0 and triangle_size(width) == size else None
+
+
+def pack(matrix: np.ndarray) -> np.ndarray:
+    """Returns the lower triangle of [k, k], row by row."""
+    packed: np.ndarray = matrix[np.tri(len(matrix), dtype=bool)]
+    return packed
+
+
+def unpack(packed: np.ndarray, width: int) -> np.ndarray:
+    """Returns the symmetric matrix [width, width] with this lower triangle."""
+    matrix = np.empty((width, width), packed.dtype)
+    lower = np.tri(width, dtype=bool)
+    matrix[lower] = packed
+    matrix.T[lower] = packed
+    return matrix
+
+
+def diagonal(packed: np.ndarray, width: int) -> np.ndarray:
+    """Returns the diagonal of the matrix with this lower triangle."""
+    rows = np.arange(width)
+    values: np.ndarray = packed[rows * (rows + 3) // 2]
+    return values

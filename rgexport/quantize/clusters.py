@@ -1,7 +1,7 @@
 """K-means in one dimension.
 
 Clusters of a line are intervals, so a clustering is a choice of cuts between sorted values. The
-best cuts at some hundred places are found exactly, by dynamic programming (as in Wang and Song,
+best of some hundred possible cuts are chosen exactly, by dynamic programming (as in Wang and Song,
 Ckmeans.1d.dp, 2011), and then refined by Lloyd's iterations. With few different values all cuts are
 tried, so the result is optimal. With many it starts from the optimum of a grid, which avoids the
 poor local optima of random starts.
@@ -20,7 +20,7 @@ _ROUNDS = 20
 
 
 def centers(values: np.ndarray, count: int) -> np.ndarray:
-    """`count` numbers, float64 ascending, with a small sum of squared distances to `values` [n].
+    """Returns `count` numbers, float64 ascending, near to `values` [n] by squared distances.
 
     Up to `count` different values are returned as they are; fewer are padded with the largest.
     """
@@ -31,11 +31,11 @@ def centers(values: np.ndarray, count: int) -> np.ndarray:
     middle = ordered[len(ordered) // 2]
     ordered -= middle  # squares of small numbers: their sums lose fewer digits
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
-    cuts = _best_cuts(ordered, sums, _places(ordered, changes), count)
+    cuts = _best_cuts(ordered, sums, _possible_cuts(ordered, changes), count)
     return _lloyd(ordered, sums, cuts) + middle
 
 
-def _places(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
+def _possible_cuts(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
     """Indices where a cut may be, ascending, with 0 and n; `changes` is where values change."""
     last = len(ordered)
     if len(changes) > _QUANTILES + _EVEN + 2 * _ENDS:
@@ -47,28 +47,30 @@ def _places(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate([[0], changes, [last]]))
 
 
-def _best_cuts(ordered: np.ndarray, sums: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-    """`count + 1` of the places, with 0 and n, that give the least squared error."""
-    errors = _interval_errors(ordered, sums, places)
+def _best_cuts(
+    ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray, count: int
+) -> np.ndarray:
+    """`count + 1` of the indices, with 0 and n, for the least squared error."""
+    errors = _interval_errors(ordered, sums, indices)
     least, choices = errors[:, 0], []
     for _ in range(count - 1):
         totals = errors + least
         choices.append(totals.argmin(1))
-        least = totals[np.arange(len(places)), choices[-1]]
-    chosen = [len(places) - 1]
+        least = totals[np.arange(len(indices)), choices[-1]]
+    chosen = [len(indices) - 1]
     for choice in reversed(choices):
         chosen.append(int(choice[chosen[-1]]))
-    return places[[0, *reversed(chosen)]]
+    return indices[[0, *reversed(chosen)]]
 
 
-def _interval_errors(ordered: np.ndarray, sums: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """At [j, i], the squared error of the values from place i to place j around their mean.
+def _interval_errors(ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """At [j, i], the squared error of the values from index i to index j around their mean.
 
     Zero for an empty interval, infinite for one that ends before it begins.
     """
-    squares = np.add.reduceat(ordered * ordered, places[:-1])
+    squares = np.add.reduceat(ordered * ordered, indices[:-1])
     squares = np.concatenate([[0.0], np.cumsum(squares)])
-    n, first, second = (x[:, None] - x for x in (places, sums[places], squares))
+    n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))
     errors = second - first * first / np.maximum(n, 1)
     return np.where(n < 0, np.inf, np.maximum(errors, 0))
 

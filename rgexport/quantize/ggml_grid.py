@@ -13,12 +13,15 @@ from rgexport.quantize.ggml_types import TYPES
 
 Blocks = np.ndarray
 """uint8 [blocks, bytes of a block]."""
-Scales = tuple[np.ndarray, np.ndarray]
-"""float32 [blocks, groups in a block]: the distance of levels, and the value of level 0."""
+Scales = tuple[np.ndarray, np.ndarray | None]
+"""float32 [blocks, groups in a block]: the distance of levels, and the value of level 0.
+
+The latter is None where another level is 0.
+"""
 
 
 @dataclass(frozen=True)
-class Grid:
+class GgmlLevels:
     """Rows as levels: the value of a weight is `scale · level + offset` of its group.
 
     Attributes:
@@ -36,20 +39,22 @@ class Grid:
     levels: np.ndarray
 
 
-def grid_of(packed: np.ndarray, kind: str) -> Grid:
-    """The grid of rows that ggml packed.
+def read_levels(packed: np.ndarray, kind: str) -> GgmlLevels:
+    """Returns the levels of rows that ggml packed.
 
     Args:
         packed: uint8 [n, row_bytes].
-        kind: one of `GRID_TYPES`.
+        kind: a key of `LAYOUTS`.
     """
-    layout, blocks = _LAYOUTS[kind], _blocks(packed, kind)
+    layout, blocks = LAYOUTS[kind], packed.reshape(-1, TYPES[kind].block_bytes)
     with np.errstate(all="ignore"):
         scale, offset = layout.scales(blocks)
+        if offset is None:
+            offset = -layout.zero * scale
     levels = sum((plane.read(blocks) for plane in layout.planes), layout.bias)
     rows, columns = len(packed), packed.shape[1] // TYPES[kind].block_bytes * TYPES[kind].block
     groups = rows, columns // layout.group
-    return Grid(
+    return GgmlLevels(
         layout.group,
         layout.top,
         scale.astype(np.float32, copy=False).reshape(groups),
@@ -58,18 +63,14 @@ def grid_of(packed: np.ndarray, kind: str) -> Grid:
     )
 
 
-def with_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
-    """A copy of packed rows that has other levels, uint8 [n, columns], none above the top one."""
-    layout, copy = _LAYOUTS[kind], packed.copy()
-    blocks = _blocks(copy, kind)
+def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
+    """Returns a copy of packed rows with other levels, uint8 [n, columns], none above the top."""
+    layout, copy = LAYOUTS[kind], packed.copy()
+    blocks = copy.reshape(-1, TYPES[kind].block_bytes)
     stored = levels.reshape(len(blocks), TYPES[kind].block) - layout.bias
     for plane in layout.planes:
         plane.write(blocks, stored)
     return copy
-
-
-def _blocks(packed: np.ndarray, kind: str) -> Blocks:
-    return packed.reshape(-1, TYPES[kind].block_bytes)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,7 @@ class _Plane:
 
     A run of `width` bytes holds the bits of `8 / bits` such runs of levels, one above the other.
 
-    Attributes:
-        start: the first byte.
-        count: how many bytes.
-        bits: how many of a level.
-        width: of a run.
-        shift: the place of the lowest bit in the level.
+    There are `count` bytes from `start` on. `shift` is the position of the lowest bit in a level.
     """
 
     start: int
@@ -93,24 +89,19 @@ class _Plane:
     shift: int = 0
 
     def read(self, blocks: Blocks) -> np.ndarray:
-        """These bits at their place in the levels, uint8 [blocks, levels]."""
-        runs = self._bytes(blocks).reshape(len(blocks), self._runs, 1, self.width)
+        """Returns these bits of the levels, uint8 [blocks, levels]."""
+        runs = self._bytes(blocks).reshape(len(blocks), self.count // self.width, 1, self.width)
         bits = (runs >> self._shifts) & self._mask
         return bits.reshape(len(blocks), self.count * 8 // self.bits) << np.uint8(self.shift)
 
     def write(self, blocks: Blocks, levels: np.ndarray) -> None:
-        """Replaces these bits."""
         bits = (levels >> np.uint8(self.shift)) & self._mask
-        runs = bits.reshape(len(blocks), self._runs, 8 // self.bits, self.width) << self._shifts
-        joined = np.bitwise_or.reduce(runs, axis=2)
+        shape = len(blocks), self.count // self.width, 8 // self.bits, self.width
+        joined = np.bitwise_or.reduce(bits.reshape(shape) << self._shifts, axis=2)
         self._bytes(blocks)[:] = joined.reshape(len(blocks), self.count)
 
     def _bytes(self, blocks: Blocks) -> np.ndarray:
         return blocks[:, self.start : self.start + self.count]
-
-    @property
-    def _runs(self) -> int:
-        return self.count // self.width
 
     @property
     def _mask(self) -> np.uint8:
@@ -121,19 +112,13 @@ class _Plane:
         return np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
 
 
-def _half(blocks: Blocks, place: int) -> np.ndarray:
+def _half(blocks: Blocks, start: int) -> np.ndarray:
     """A float16 of each block, as float32 [blocks, 1]."""
-    return np.ascontiguousarray(blocks[:, place : place + 2]).view("<f2").astype(np.float32)
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
 
 
-def _one_scale(zero: int) -> Callable[[Blocks], Scales]:
-    """A scale at the beginning; the level `zero` is 0."""
-
-    def scales(blocks: Blocks) -> Scales:
-        scale = _half(blocks, 0)
-        return scale, -zero * scale
-
-    return scales
+def _one_scale(blocks: Blocks) -> Scales:
+    return _half(blocks, 0), None
 
 
 def _scale_and_minimum(blocks: Blocks) -> Scales:
@@ -150,8 +135,7 @@ def _q3_k(blocks: Blocks) -> Scales:
     """16 groups, with 6 bits each: the lower 4 in 8 bytes, the upper 2 in 4."""
     low = _Plane(96, 8, 4, 8).read(blocks)
     high = _Plane(104, 4, 2, 4, shift=4).read(blocks)
-    scale = _half(blocks, 108) * ((low | high).astype(np.float32) - 32)
-    return scale, -4 * scale
+    return _half(blocks, 108) * ((low | high).astype(np.float32) - 32), None
 
 
 def _q45_k(blocks: Blocks) -> Scales:
@@ -164,44 +148,56 @@ def _q45_k(blocks: Blocks) -> Scales:
 
 def _q6_k(blocks: Blocks) -> Scales:
     """16 groups, with a scale of 8 bits each."""
-    scale = _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
-    return scale, -32 * scale
-
-
-_NO_BIAS = np.uint8(0)
+    return _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8), None
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where a block has its levels and scales.
+class GgmlLayout:
+    """The levels and scales of a block.
 
     Attributes:
         group: levels that share a scale.
         top: the largest level.
-        planes: of the levels' bits.
-        scales: reads scales and offsets.
-        bias: what is added, modulo 256, to a stored number to get the level.
+        zero: the level that is 0; 0 where level 0 is a minimum that is stored.
+        planes: the bits of the levels.
+        scales: reads scales and minimums.
+        multiples: the largest multiple of the block's scale that is a group's scale. Types with
+            more than 1 choose their scales for the least squared error.
+        bias: is added, modulo 256, to a stored number to get the level.
     """
 
     group: int
     top: int
+    zero: int
     planes: tuple[_Plane, ...]
     scales: Callable[[Blocks], Scales]
-    bias: np.uint8 = _NO_BIAS
+    multiples: int = 1
+    bias: np.uint8 = np.uint8(0)  # noqa: RUF009
+
+    @property
+    def steps(self) -> int:
+        """Steps between 0, or the minimum, and the outermost level on its longer side."""
+        return self.zero or self.top
+
+    @property
+    def clips(self) -> bool:
+        """Whether the side above 0 has one level less."""
+        return 0 < self.top < 2 * self.zero
 
 
-_LAYOUTS = {
+LAYOUTS = {
     # ggml writes no -128, which has no negative in the kernels
-    "q8_0": _Layout(32, 254, (_Plane(2, 32, 8, 32),), _one_scale(127), bias=np.uint8(127)),
-    "q4_0": _Layout(32, 15, (_Plane(2, 16, 4, 16),), _one_scale(8)),
-    "q4_1": _Layout(32, 15, (_Plane(4, 16, 4, 16),), _scale_and_minimum),
-    "q5_0": _Layout(32, 31, (_Plane(6, 16, 4, 16), _Plane(2, 4, 1, 1, 4)), _one_scale(16)),
-    "q5_1": _Layout(32, 31, (_Plane(8, 16, 4, 16), _Plane(4, 4, 1, 1, 4)), _scale_and_minimum),
-    "q2_k": _Layout(16, 3, (_Plane(16, 64, 2, 32),), _q2_k),
-    "q3_k": _Layout(16, 7, (_Plane(32, 64, 2, 32), _Plane(0, 32, 1, 32, 2)), _q3_k),
-    "q4_k": _Layout(32, 15, (_Plane(16, 128, 4, 32),), _q45_k),
-    "q5_k": _Layout(32, 31, (_Plane(48, 128, 4, 32), _Plane(16, 32, 1, 32, 4)), _q45_k),
-    "q6_k": _Layout(16, 63, (_Plane(0, 128, 4, 64), _Plane(128, 64, 2, 32, 4)), _q6_k),
+    "q8_0": GgmlLayout(32, 254, 127, (_Plane(2, 32, 8, 32),), _one_scale, bias=np.uint8(127)),
+    "q4_0": GgmlLayout(32, 15, 8, (_Plane(2, 16, 4, 16),), _one_scale),
+    "q4_1": GgmlLayout(32, 15, 0, (_Plane(4, 16, 4, 16),), _scale_and_minimum),
+    "q5_0": GgmlLayout(32, 31, 16, (_Plane(6, 16, 4, 16), _Plane(2, 4, 1, 1, 4)), _one_scale),
+    "q5_1": GgmlLayout(
+        32, 31, 0, (_Plane(8, 16, 4, 16), _Plane(4, 4, 1, 1, 4)), _scale_and_minimum
+    ),
+    "q2_k": GgmlLayout(16, 3, 0, (_Plane(16, 64, 2, 32),), _q2_k, 15),
+    "q3_k": GgmlLayout(16, 7, 4, (_Plane(32, 64, 2, 32), _Plane(0, 32, 1, 32, 2)), _q3_k, 32),
+    "q4_k": GgmlLayout(32, 15, 0, (_Plane(16, 128, 4, 32),), _q45_k, 63),
+    "q5_k": GgmlLayout(32, 31, 0, (_Plane(48, 128, 4, 32), _Plane(16, 32, 1, 32, 4)), _q45_k, 63),
+    "q6_k": GgmlLayout(16, 63, 32, (_Plane(0, 128, 4, 64), _Plane(128, 64, 2, 32, 4)), _q6_k, 128),
 }
-GRID_TYPES = tuple(_LAYOUTS)
 """All quantized types of `ggml_types.TYPES`."""

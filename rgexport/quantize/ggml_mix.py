@@ -17,7 +17,7 @@ EMBEDDING = "token_embd.weight"
 
 @dataclass(frozen=True)
 class GgmlTensor:
-    """A tensor of the file; `shape` as numpy has it, the length of a row last."""
+    """A tensor of the file; `shape` has the length of a row last, as in numpy."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,10 +26,10 @@ class GgmlTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TypeRequest:
-    """What a user asks for.
+    """The types that a user asks for.
 
     `pure` gives every tensor the file type's default. `overrides` are (regex, tensor type); the
-    first that is found in a name counts. `token_embedding_type`, the type of the embedding and the
+    first that matches a name counts. `token_embedding_type`, the type of the embedding and the
     head, has precedence over both.
     """
 
@@ -52,29 +52,29 @@ class TypeRequest:
 
 
 def parse_override(text: str) -> tuple[str, str]:
-    """The regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`.
+    """Returns the regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`.
 
     Raises:
         RequestError: another form, no regular expression, or an unknown type.
     """
-    pattern, separator, word = text.partition("=")
-    if not pattern or not separator or not word:
+    pattern, separator, kind = text.partition("=")
+    if not pattern or not separator or not kind:
         raise RequestError(f"--tensor-type is {text!r}; expected REGEX=TYPE, as in attn_v=q8_0")
     try:
         re.compile(pattern.lower())
     except (re.error, OverflowError, RecursionError) as error:
         raise RequestError(f"--tensor-type {text!r} has no regular expression: {error}") from None
-    return pattern.lower(), find_type(word).name
+    return pattern.lower(), find_type(kind).name
 
 
 def choose_types(
     tensors: Sequence[GgmlTensor], request: TypeRequest, *, gqa: int, has_imatrix: bool
 ) -> dict[str, str]:
-    """Tensor name → tensor type.
+    """Returns tensor name → tensor type.
 
     Args:
         tensors: in the order of the file, which the choice depends on.
-        request: what the user asks for.
+        request: from the user.
         gqa: query heads per key head of the *first* layer, 0 if that is recurrent.
         has_imatrix: whether there is an importance matrix.
 
@@ -85,27 +85,31 @@ def choose_types(
     quantizable = [tensor for tensor in tensors if tensor.quantizable]
     _refuse_idle_overrides(request, quantizable)
     counts, seen = Counter(_site(tensor.name) for tensor in quantizable), Counter[str]()
-    chosen: dict[str, str] = {}
+    file_type, types = request.file_type, dict.fromkeys((tensor.name for tensor in tensors), "f32")
     for tensor in quantizable:
         name, columns, site = tensor.name, tensor.shape[-1], _site(tensor.name)
-        kind = _requested(name, request)
+        kind = _requested_type(name, request)
         if kind is None and name == EMBEDDING:
-            kind = _mixed_embedding(request.file_type.default, columns)
+            # It is also the head, for which llama-quantize takes q6_k or better.
+            is_coarse = file_type.default != "q8_0" and TYPES[file_type.default].fits(columns)
+            kind = "q6_k" if is_coarse else "q8_0"
         elif kind is None:
-            kind = _mixed(
-                name, request.file_type, _Place(seen[site], counts[site], gqa, has_imatrix)
-            )
+            at = _Occurrence(seen[site], counts[site], gqa, has_imatrix)
+            rules = _MIXES.get(site, {}).get(file_type.name, {}).items()
+            mixed = (kind for condition, kind in rules if _CONDITIONS[condition](at))
+            kind = next(mixed, file_type.default)
             seen[site] += 1
-        chosen[name] = _fitting(kind, columns)
+        fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
+        types[name] = next(one for one in fallbacks if TYPES[one].fits(columns))
     if not has_imatrix:
-        require_importances(chosen, request.file_type, available=())
-    return {tensor.name: chosen.get(tensor.name, "f32") for tensor in tensors}
+        require_importances(types, file_type, available=())
+    return types
 
 
 def require_importances(
     types: Mapping[str, str], file_type: FileType, available: Container[str]
 ) -> None:
-    """Refuses what llama-quantize refuses to make without importances.
+    """Refuses q2_k_s without importances, as llama-quantize does.
 
     Args:
         types: tensor name → tensor type.
@@ -133,8 +137,23 @@ def _refuse_idle_overrides(request: TypeRequest, tensors: Sequence[GgmlTensor]) 
             )
 
 
+def _requested_type(name: str, request: TypeRequest) -> str | None:
+    """The type that the request names for a tensor; None if the mix decides."""
+    if name == EMBEDDING and request.token_embedding_type is not None:
+        return request.token_embedding_type
+    overrides = (kind for pattern, kind in request.overrides if re.search(pattern, name))
+    default = request.file_type.default
+    fixed = request.pure or not TYPES[default].is_quantized
+    return next(overrides, default if fixed else None)
+
+
+def _site(name: str) -> str:
+    """`attn_v` for `blk.2.attn_v.weight`."""
+    return name.split(".")[-2]
+
+
 @dataclass(frozen=True)
-class _Place:
+class _Occurrence:
     """The position of a tensor among those of its site that the mix decides on."""
 
     index: int
@@ -143,96 +162,52 @@ class _Place:
     has_imatrix: bool
 
 
-_Condition = Callable[[_Place], bool]
-
-
-def _always(at: _Place) -> bool:
-    return True
-
-
-def _more_bits(at: _Place) -> bool:
+def _gets_more_bits(at: _Occurrence) -> bool:
     """The first and the last eighth, and every third between them."""
     eighth = at.count // 8
     outer = at.index < eighth or at.index >= 7 * at.count // 8
     return outer or (at.index - eighth) % 3 == 2
 
 
-def _first(number: int) -> _Condition:
-    return lambda at: at.index < number
-
-
-def _first_part(parts: int) -> _Condition:
-    return lambda at: at.index < at.count // parts
-
-
-def _grouped(at: _Place) -> bool:
-    return at.gqa >= 4
-
-
-def _first_with_imatrix(at: _Place) -> bool:
-    """Importances of the first ffn_down can make types without a minimum very inexact."""
-    return at.has_imatrix and _first_part(8)(at)
-
-
-_MIXES: dict[str, dict[str, tuple[tuple[_Condition, str], ...]]] = {
+_CONDITIONS: dict[str, Callable[[_Occurrence], bool]] = {
+    "always": lambda at: True,
+    "more bits": _gets_more_bits,
+    "first 2": lambda at: at.index < 2,
+    "first 4": lambda at: at.index < 4,
+    "first 1/8": lambda at: at.index < at.count // 8,
+    "first 1/16": lambda at: at.index < at.count // 16,
+    "grouped": lambda at: at.gqa >= 4,
+    # Importances of the first ffn_down can make types without a minimum very inexact.
+    "imatrix": lambda at: at.has_imatrix and at.index < at.count // 8,
+}
+_MIXES: dict[str, dict[str, dict[str, str]]] = {
     "attn_v": {
-        "q2_k": ((_grouped, "q4_k"), (_always, "q3_k")),
-        "q2_k_s": ((_grouped, "q4_k"),),
-        "q3_k_m": ((_first(2), "q5_k"), (_always, "q4_k")),
-        "q3_k_l": ((_always, "q5_k"),),
-        "q4_k_s": ((_first(4), "q5_k"),),
-        "q4_k_m": ((_more_bits, "q6_k"),),
-        "q5_k_m": ((_more_bits, "q6_k"),),
+        "q2_k": {"grouped": "q4_k", "always": "q3_k"},
+        "q2_k_s": {"grouped": "q4_k"},
+        "q3_k_m": {"first 2": "q5_k", "always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+        "q4_k_s": {"first 4": "q5_k"},
+        "q4_k_m": {"more bits": "q6_k"},
+        "q5_k_m": {"more bits": "q6_k"},
     },
     "attn_output": {
-        "q2_k": ((_always, "q3_k"),),
-        "q3_k_m": ((_always, "q4_k"),),
-        "q3_k_l": ((_always, "q5_k"),),
+        "q2_k": {"always": "q3_k"},
+        "q3_k_m": {"always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
     },
     "ffn_down": {
-        "q2_k": ((_always, "q3_k"),),
-        "q2_k_s": ((_first_part(8), "q4_k"),),
-        "q3_k_m": ((_first_part(16), "q5_k"), (_always, "q4_k")),
-        "q3_k_l": ((_always, "q5_k"),),
-        "q4_k_s": ((_first_part(8), "q5_k"),),
-        "q4_k_m": ((_more_bits, "q6_k"),),
-        "q5_k_m": ((_more_bits, "q6_k"),),
-        "q4_0": ((_first_with_imatrix, "q4_1"),),
-        "q5_0": ((_first_with_imatrix, "q5_1"),),
+        "q2_k": {"always": "q3_k"},
+        "q2_k_s": {"first 1/8": "q4_k"},
+        "q3_k_m": {"first 1/16": "q5_k", "always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+        "q4_k_s": {"first 1/8": "q5_k"},
+        "q4_k_m": {"more bits": "q6_k"},
+        "q5_k_m": {"more bits": "q6_k"},
+        "q4_0": {"imatrix": "q4_1"},
+        "q5_0": {"imatrix": "q5_1"},
     },
 }
 """Site → file type → the first condition that holds gives the type; else it is the default."""
 
 _FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """For rows that are not a multiple of 256; f16 if they are not a multiple of 32 either."""
-
-
-def _requested(name: str, request: TypeRequest) -> str | None:
-    """The type that the request names for a tensor; None if the mix decides."""
-    if name == EMBEDDING and request.token_embedding_type is not None:
-        return request.token_embedding_type
-    found = (kind for pattern, kind in request.overrides if re.search(pattern, name))
-    default = request.file_type.default
-    fixed = request.pure or not TYPES[default].is_quantized
-    return next(found, default if fixed else None)
-
-
-def _mixed(name: str, file_type: FileType, at: _Place) -> str:
-    rules = _MIXES.get(_site(name), {}).get(file_type.name, ())
-    return next((kind for holds, kind in rules if holds(at)), file_type.default)
-
-
-def _mixed_embedding(default: str, columns: int) -> str:
-    """It is also the head, for which llama-quantize takes Q6_K or better."""
-    return "q8_0" if default == "q8_0" or not TYPES[default].fits(columns) else "q6_k"
-
-
-def _site(name: str) -> str:
-    """`attn_v` for `blk.2.attn_v.weight`."""
-    return name.split(".")[-2]
-
-
-def _fitting(kind: str, columns: int) -> str:
-    """`kind`, or its fallback if its blocks do not fit the rows."""
-    fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
-    return next(other for other in fallbacks if TYPES[other].fits(columns))

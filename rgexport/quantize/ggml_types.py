@@ -1,6 +1,6 @@
 """ggml's tensor types that are written (ggml.h, ggml-common.h), and llama-quantize's file types.
 
-A file type is a word for how most tensors of a GGUF file are stored.
+A file type names the type of most tensors of a GGUF file.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class GgmlType:
-    """One way in which ggml stores a row: blocks of `block` weights in `block_bytes` bytes."""
+    """A type that stores rows in blocks of `block` weights in `block_bytes` bytes.
+
+    `value` is the number of `enum ggml_type`, as a GGUF file has it.
+    """
 
     name: str
     value: int
-    """The number of `enum ggml_type`, as a GGUF file has it."""
     block: int
     block_bytes: int
 
@@ -36,7 +38,7 @@ class GgmlType:
         return columns % self.block == 0
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of `columns` weights.
+        """Returns the bytes of a row of `columns` weights.
 
         Raises:
             ValueError: the row is not a whole number of blocks.
@@ -72,13 +74,14 @@ BY_VALUE: dict[int, GgmlType] = {row.value: row for row in TYPES.values()}
 
 @dataclass(frozen=True)
 class FileType:
-    """What `general.file_type` says of a file."""
+    """A value of `general.file_type`, a number of `enum llama_ftype` (llama.h).
+
+    `default` is the type of all tensors for which `ggml_mix` has no other.
+    """
 
     name: str
     value: int
-    """The number of `enum llama_ftype` (llama.h)."""
     default: str
-    """The type of all tensors for which `ggml_mix` has no other."""
 
 
 _ROWS = (
@@ -105,31 +108,31 @@ _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 _BY_NAME = {row.name: row for row in _ROWS}
 
 FILE_TYPES: dict[str, FileType] = _BY_NAME | {a: _BY_NAME[name] for a, name in _ALIASES.items()}
-"""llama-quantize's word in lower case → file type; an alias gives the type that it stands for."""
+"""llama-quantize's name in lower case → file type; aliases included."""
 
 INT_WORDS = {"int8": "q8_0", "int4": "q4_k_m"}
 """`--int8` and `--int4` → the best file type of so many bits."""
 
 
-def find_type(word: str) -> GgmlType:
-    """The tensor type that a user names, in any case.
+def find_type(name: str) -> GgmlType:
+    """Returns the tensor type that a user names, in any case.
 
     Raises:
         RequestError: an unknown type.
     """
-    return _find(TYPES, word, "tensor type")
+    return _find(TYPES, name, "tensor type")
 
 
-def find_file_type(word: str) -> FileType:
-    """The file type that a user names, in any case.
+def find_file_type(name: str) -> FileType:
+    """Returns the file type that a user names, in any case.
 
     Raises:
         RequestError: an unknown type.
     """
-    return _find(FILE_TYPES, word, "type")
+    return _find(FILE_TYPES, name, "type")
 
 
-def _find(table: dict[str, _Row], word: str, what: str) -> _Row:
-    if word.lower() not in table:
-        raise RequestError(f"unknown {what} {word!r}; expected one of {', '.join(table)}")
-    return table[word.lower()]
+def _find(table: dict[str, _Row], name: str, what: str) -> _Row:
+    if name.lower() not in table:
+        raise RequestError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
+    return table[name.lower()]

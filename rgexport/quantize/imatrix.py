@@ -13,23 +13,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
-from rgexport.quantize.gguf_header import (
-    Cursor,
-    GgufHeader,
-    GgufTensor,
-    is_gguf,
-    read_header,
-)
+from rgexport.quantize.gguf_header import Cursor, GgufHeader, is_gguf, read_header
 
 MAX_BYTES = 1 << 30
 """Far above what the widest model needs (2B: 3 MB)."""
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_DATASETS, _CHUNKS, _CHUNK_SIZE = (
-    "imatrix.datasets",
-    "imatrix.chunk_count",
-    "imatrix.chunk_size",
-)
+_DATASETS, _CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
+_KEYS = {_DATASETS, _CHUNKS, "imatrix.chunk_size"}
 _FLOAT = np.dtype("<f4")
 _METADATA_BYTES = 127
 """The most that llama-quantize copies of a string into the metadata."""
@@ -37,27 +28,28 @@ _METADATA_BYTES = 127
 
 @dataclass(frozen=True)
 class Imatrix:
-    """The importances of a model's columns."""
+    """The importances of a model's columns, by ggml tensor name.
+
+    They are float32 [columns], finite and not negative. `dataset` and `chunks` (0 if unknown) are
+    the name and the number of pieces of the text that they were computed from.
+    """
 
     path: Path
     entries: dict[str, np.ndarray]
-    """ggml tensor name → float32 [columns], finite and not negative."""
     dataset: str | None
-    """The name of the text that they were computed from."""
     chunks: int
-    """The number of pieces of that text; 0 if unknown."""
 
     def importance(self, name: str, columns: int) -> np.ndarray | None:
-        """The importances of a tensor's columns, or None if the matrix has none.
+        """Returns the importances of a tensor's columns, or None if the matrix has none.
 
         Raises:
             RequestError: the tensor has another number of columns.
         """
-        found = self.entries.get(name)
-        if found is None or len(found) == columns:
-            return found
+        entry = self.entries.get(name)
+        if entry is None or len(entry) == columns:
+            return entry
         raise RequestError(
-            f"{self.path} has {len(found)} importances for {name}, which has {columns} columns: "
+            f"{self.path} has {len(entry)} importances for {name}, which has {columns} columns: "
             "it was made for another model"
         )
 
@@ -74,18 +66,18 @@ class Imatrix:
             )
 
     def metadata(self) -> dict[str, str | int]:
-        """The keys `quantize.imatrix.*` that llama-quantize writes, in its order."""
-        told: dict[str, str | int | None] = {
-            "quantize.imatrix.file": _shortened(str(self.path)),
-            "quantize.imatrix.dataset": None if self.dataset is None else _shortened(self.dataset),
+        """Returns the keys `quantize.imatrix.*` that llama-quantize writes, in its order."""
+        values: dict[str, str | int | None] = {
+            "quantize.imatrix.file": _shorten(str(self.path)),
+            "quantize.imatrix.dataset": None if self.dataset is None else _shorten(self.dataset),
             "quantize.imatrix.entries_count": len(self.entries),
             "quantize.imatrix.chunks_count": self.chunks if self.chunks > 0 else None,
         }
-        return {key: value for key, value in told.items() if value is not None}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """The importance matrix in a file of either format.
+    """Reads a file of either format.
 
     Raises:
         RequestError: the file cannot be read, is something else, or is damaged.
@@ -109,13 +101,13 @@ def _not_one(path: Path, why: str) -> RequestError:
     return RequestError(f"{path} is not an importance matrix of llama-imatrix: {why}")
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     return text.encode(errors="replace")[:_METADATA_BYTES].decode(errors="ignore")
 
 
 def _from_gguf(header: GgufHeader) -> Imatrix:
     path, values = header.path, header.values
-    if missing := {_DATASETS, _CHUNKS, _CHUNK_SIZE} - values.keys():
+    if missing := _KEYS - values.keys():
         raise _not_one(path, f"it has no {min(missing)}")
     datasets, chunks = values[_DATASETS], values[_CHUNKS]
     if not isinstance(datasets, list) or type(chunks) is not int:
@@ -141,28 +133,28 @@ def _mean_squares(header: GgufHeader, name: str) -> np.ndarray:
 
 
 def _floats(header: GgufHeader, name: str) -> np.ndarray:
-    tensor: GgufTensor | None = header.tensors.get(name)
+    tensor = header.tensors.get(name)
     if tensor is None or tensor.type.name != "f32":
-        found = "missing" if tensor is None else tensor.type.name
-        raise RequestError(f"{header.path} is damaged: {name} is {found}; expected f32")
+        kind = "missing" if tensor is None else tensor.type.name
+        raise RequestError(f"{header.path} is damaged: {name} is {kind}; expected f32")
     return tensor.rows().whole().reshape(-1)
 
 
 def _from_legacy(cursor: Cursor) -> Imatrix:
     """Entries (name, calls, sums of means over calls), then chunks and data set if known."""
-    count = _integer(cursor) if cursor.left >= 4 else 0
+
+    def integer() -> int:
+        return cursor.integer(4, signed=True)
+
+    count = integer() if cursor.left >= 4 else 0
     if not 1 <= count <= cursor.left // 12:
         raise _not_one(cursor.path, "it is no GGUF file, and none of the older format")
     entries: dict[str, np.ndarray] = {}
     for _ in range(count):
-        name, calls, length = cursor.text(_integer(cursor)), _integer(cursor), _integer(cursor)
+        name, calls, length = cursor.text(integer()), integer(), integer()
         if not name or length < 1 or name in entries:
             raise cursor.damaged(f"entry {len(entries)} has no new name, or no values")
         entries[name] = cursor.array(_FLOAT, length) / _FLOAT.type(max(calls, 1))
-    chunks = _integer(cursor) if cursor.left else 0
-    dataset = cursor.text(_integer(cursor)) if cursor.left else ""
+    chunks = integer() if cursor.left else 0
+    dataset = cursor.text(integer()) if cursor.left else ""
     return Imatrix(cursor.path, entries, dataset or None, chunks)
-
-
-def _integer(cursor: Cursor) -> int:
-    return cursor.integer(4, signed=True)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,33 @@ from rgexport.files.paths import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, WeightSource
-from rgexport.quantize.algorithms import require_known
-from rgexport.quantize.row_groups import group_sizes
+from rgexport.kernels.rounding import library
+from rgexport.progress import warn
 from rgexport.quantize.scheme import (
     BFLOAT16,
     BLOCKS,
+    FLOAT32,
     Affine,
     Float,
     Ggml,
-    Mixed,
     Palette,
     Plan,
     Scheme,
     coarsest,
     scheme_from_dict,
-    scheme_to_dict,
 )
 
 PRECISIONS: dict[str, Scheme] = {
-    "fp32": Float("float32"),
+    "fp32": FLOAT32,
     "fp16": Float("float16"),
     "int8": Affine(8, 128, symmetric=True),
     "int4": Affine(4, 32, symmetric=True),
 }
-"""Precision → scheme of the linears and the embedding, before options for block and symmetry."""
+"""Precision → scheme of the linears and the embedding, before a user's block and symmetry."""
 WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetric=False)}
-"""The same for browsers, whose scales are float32: there, small blocks cost another half bit."""
+"""The same for browsers: scales are float32, so small blocks would cost another half bit."""
 COREML_PRECISIONS: dict[str, Scheme] = {
-    "fp32": Float("float32"),
+    "fp32": FLOAT32,
     "fp16": Float("float16"),
     "int8": Affine(8, None, symmetric=True),
     "int4": Affine(4, 32, symmetric=True),
@@ -46,7 +44,7 @@ COREML_PRECISIONS: dict[str, Scheme] = {
 }
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
-_FULL: tuple[Scheme, ...] = (Float("float32"), Ggml("f32"))
+_FULL: tuple[Scheme, ...] = (FLOAT32, Ggml("f32"))
 """For tensors that are never quantized."""
 
 
@@ -54,64 +52,57 @@ def choose_scheme(
     precision: str,
     block: int | None = None,
     symmetric: bool | None = None,
-    words: Mapping[str, Scheme] = PRECISIONS,
+    precisions: Mapping[str, Scheme] = PRECISIONS,
 ) -> Scheme:
-    """The scheme of a precision; None leaves its default.
+    """Returns the scheme of a precision, with a user's block size and symmetry.
 
     Raises:
-        RequestError: an unknown word, or a block size that is none of `BLOCKS`.
+        RequestError: an unknown precision, or a block size that is none of `BLOCKS`.
     """
     if block is not None and block not in BLOCKS:
         raise RequestError(
             f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
         )
-    if precision not in words:
-        raise RequestError(f"unknown precision {precision!r}; expected one of {', '.join(words)}")
-    scheme = words[precision]
-    if not isinstance(scheme, Affine):
-        return scheme
-    return replace(
-        scheme,
-        block=scheme.block if block is None else block,
-        symmetric=scheme.symmetric if symmetric is None else symmetric,
-    )
+    if precision not in precisions:
+        raise RequestError(
+            f"unknown precision {precision!r}; expected one of {', '.join(precisions)}"
+        )
+    return precisions[precision].with_blocks(block, symmetric)
 
 
 def choose_schemes(
-    words: tuple[str, str],
+    precisions: tuple[str, str],
     choose: Callable[[str, int | None, bool | None], Scheme],
     block: int | None,
     symmetric: bool | None,
 ) -> tuple[Scheme, Scheme]:
-    """The schemes of the linears and of the embedding.
+    """Returns the schemes of the linears and of the embedding.
 
-    Block and symmetry are those of the linears. The embedding has them too if it is stored in the
-    same precision, or if the linears are not quantized; else it keeps the defaults of its own.
+    Block size and symmetry are those of the linears. The embedding has them too if it is stored in
+    the same precision, or if the linears are not quantized; else it keeps its defaults.
 
     Args:
-        words: their precisions.
-        choose: a precision, a block size and a symmetry → the scheme.
+        precisions: of the linears and of the embedding.
+        choose: precision, block size and symmetry → scheme.
         block: `--block-size`.
         symmetric: `--symmetric` or `--asymmetric`.
     """
-    linear, table = words
+    linear, table = precisions
     chosen = choose(linear, block, symmetric)
-    if table == linear or not isinstance(chosen, Affine):
+    if table == linear or not has_blocks(chosen):
         return chosen, choose(table, block, symmetric)
     return chosen, choose(table, None, None)
 
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
-    """`linear` for the linears, `embedding` for the table, float32 for everything else."""
+    """Returns a plan: `linear`, `embedding` for the table, float32 for everything else."""
     by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
-    return {
-        name: by_role.get(spec.role, Float("float32"))
-        for name, spec in model_tensors(config).items()
-    }
+    tensors = model_tensors(config).items()
+    return {name: by_role.get(spec.role, FLOAT32) for name, spec in tensors}
 
 
 def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[str]:
-    """The matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
+    """Returns the matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
     return frozenset(
         name
         for name, spec in model_tensors(config).items()
@@ -120,9 +111,9 @@ def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[st
 
 
 def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan with bfloat16 for no other tensors than `names`: float32 for the rest of them."""
+    """Returns the plan with float32 for all bfloat16 tensors except `names`."""
     return {
-        name: Float("float32") if scheme == BFLOAT16 and name not in names else scheme
+        name: FLOAT32 if scheme == BFLOAT16 and name not in names else scheme
         for name, scheme in plan.items()
     }
 
@@ -138,19 +129,42 @@ def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    """The precision of a plan: that of the tensor, or the row group, with the fewest bits."""
-    scheme = coarsest(plan.values())
-    if isinstance(scheme, Affine):
-        return f"int{scheme.bits}"
-    if isinstance(scheme, Palette):
-        return f"pal{scheme.bits}"
-    if isinstance(scheme, Ggml):
-        return scheme.type
-    return next(word for word, other in PRECISIONS.items() if other == scheme)
+    """Returns the precision of the tensor, or the row group, with the fewest bits."""
+    return coarsest(plan.values()).precision
+
+
+def has_blocks(scheme: Scheme) -> bool:
+    """Whether users can set the block size and symmetry of a scheme."""
+    return any(uniform.has_blocks for uniform in scheme.uniform)
+
+
+def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
+    """Returns the plan filled by the algorithm that a user asks for.
+
+    Without one: by those of the plan, or else by clip search, which needs no data; without its
+    library by rounding to nearest.
+
+    Args:
+        plan: the layouts.
+        algorithm: a key of `ALGORITHMS`, or None.
+        keep: whether the algorithms of the plan were chosen by a user.
+    """
+    if algorithm is None and keep:
+        return plan
+    if algorithm is None:
+        if not any("search" in one.encoders for scheme in plan.values() for one in scheme.uniform):
+            return plan
+        algorithm = "search" if library.is_there() else "rtn"
+        if algorithm == "rtn":
+            warn(
+                "weights are rounded to nearest, as the library that chooses better levels is "
+                f"missing: {library.unusable()}"
+            )
+    return {name: scheme.with_algorithm(algorithm) for name, scheme in plan.items()}
 
 
 def load_plan(path: Path, config: GriffinConfig) -> Plan:
-    """A plan from a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
+    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
 
     Raises:
         RequestError: it is not JSON, a tensor is missing or unknown, one that must be float32
@@ -164,20 +178,26 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
         entries = entries["plan"]
     tensors = model_tensors(config)
     if not isinstance(entries, dict) or entries.keys() != tensors.keys():
-        found = set(entries) if isinstance(entries, dict) else set()
-        differing = sorted(found ^ set(tensors))[:5]
+        names = set(entries) if isinstance(entries, dict) else set()
+        differing = sorted(names ^ set(tensors))[:5]
         raise RequestError(
             f"the plan {path} does not name the tensors of this model (first differences: "
             f"{', '.join(differing)}); print a fitting one with `rgexport inspect ARTIFACT --json`"
         )
-    plan = {
-        name: _read_scheme(path, name, fields, tensors[name]) for name, fields in entries.items()
-    }
-    for name, scheme in plan.items():
-        if rule := _broken_rule(name, scheme, tensors):
-            stored = scheme_to_dict(scheme)
-            raise RequestError(f"the plan {path} stores {name} as {stored}; {rule}")
-    return plan
+    return {name: _read_scheme(path, name, entries[name], tensors) for name in entries}
+
+
+def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, TensorSpec]) -> Scheme:
+    try:
+        scheme = scheme_from_dict(fields)
+        scheme.require_known_algorithm()
+        if tensors[name].role in QUANTIZABLE:
+            scheme.group_sizes(tensors[name].shape[0])
+    except RequestError as error:
+        raise RequestError(f"the plan {path}: {name}: {error}") from None
+    if rule := _broken_rule(name, scheme, tensors):
+        raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
+    return scheme
 
 
 def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -> str | None:
@@ -191,14 +211,3 @@ def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -
         return None
     allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
     return f"a {role} is never quantized; expected {allowed}"
-
-
-def _read_scheme(path: Path, name: str, fields: Any, spec: TensorSpec) -> Scheme:
-    try:
-        scheme = scheme_from_dict(fields)
-        require_known(scheme)
-        if isinstance(scheme, Mixed) and spec.role in QUANTIZABLE:
-            group_sizes(scheme, spec.shape[0])
-        return scheme
-    except RequestError as error:
-        raise RequestError(f"the plan {path}: {name}: {error}") from None

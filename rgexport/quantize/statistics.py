@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,28 +18,27 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Factors
-from rgexport.quantize.affine import Parts
 from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.scheme import Uniform
+
+if TYPE_CHECKING:
+    from rgexport.quantize.scheme_base import Parts, Uniform
 
 _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
 _SHRINKAGE = 0.3, 0.6
-"""The least and the most that is taken from what is beside the diagonal."""
+"""The least and the most by which values beside the diagonal are reduced."""
 _LOOKUPS = 1.0, 10.0, 100.0
-"""Added as `_DAMPING` for kinds of the embedding's rows, by what they cost where they are looked
-up, beside the head: there all columns count alike."""
-_KEPT = 2
-"""Inputs whose statistics are kept: tensors come one after another, on several threads."""
+"""Added as `_DAMPING` for kinds of the embedding's rows, by the cost of their lookups relative to
+the head: in lookups all columns count alike."""
+_CACHED = 2
+"""Inputs whose statistics are cached: tensors come one after another, on several threads."""
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """A diagonal block of H, made fit for inversion; its factors are computed when first asked for.
+    """A diagonal block of H from column `start` on, float32 [k, k], symmetric and positive.
 
-    Attributes:
-        start: its first column.
-        matrix: float32 [k, k], symmetric and positive.
+    Its factors are computed on first access.
     """
 
     start: int
@@ -48,20 +47,18 @@ class Hessian:
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the lock, for another process."""
+        """Pickles without the lock, for another process."""
         return Hessian, (self.start, self.matrix, self._factors)
 
     @property
     def stop(self) -> int:
-        """The column after its last one."""
         return self.start + len(self.matrix)
 
     @property
     def factors(self) -> Factors:
-        """See `kernels.rounding`."""
         with self._lock:
             if not self._factors:
-                self._factors.append(_factors_of(self.matrix))
+                self._factors.append(_factorize(self.matrix))
             return self._factors[0]
 
 
@@ -74,6 +71,7 @@ class Statistics:
             square of its inputs.
         hessians: H's diagonal blocks, which together have all columns; none if only the
             importance is known.
+        kinds: statistics for each kind of rows, where rows weigh errors differently.
     """
 
     importance: np.ndarray
@@ -82,88 +80,82 @@ class Statistics:
 
     def factor(self) -> None:
         """Computes all factors now."""
-        for one in self.kinds.statistics if self.kinds else (self,):
-            for hessian in one.hessians:
+        for statistics in self.kinds.statistics if self.kinds else (self,):
+            for hessian in statistics.hessians:
                 hessian.factors  # noqa: B018
 
 
 @dataclass(frozen=True)
 class RowKinds:
-    """Statistics of a matrix whose rows do not all weigh errors alike.
-
-    Attributes:
-        kind: of each row, uint8 [rows].
-        statistics: of each kind.
-    """
+    """The kind of each row, uint8 [rows], and the statistics of each kind."""
 
     kind: np.ndarray
     statistics: tuple[Statistics, ...]
 
 
 class RemoteStatistics(ABC):
-    """Statistics that another process has, which therefore does what needs them."""
+    """Statistics in another process, which therefore runs the encoders that need them."""
 
     @abstractmethod
-    def encode(self, name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
-        """See `quantize.algorithms.encode`."""
+    def encode(
+        self, name: str, rows: np.ndarray, scheme: "Uniform", ids: np.ndarray | None
+    ) -> "Parts":
+        """Returns what `scheme.encode` returns with the statistics."""
 
 
 Known = Statistics | RemoteStatistics | None
 StatisticsOf = Callable[[str], Known]
-"""Canonical name of a matrix → what is known of its inputs."""
+"""Canonical name of a matrix → statistics of its inputs, or None."""
 
 
 def no_statistics(name: str) -> None:
-    """Knows nothing."""
+    """Returns None for every matrix."""
     return None
 
 
 class LastInputs(ABC):
-    """Statistics, of which those of the last few inputs are kept."""
+    """A `StatisticsOf` that caches the statistics of the last few inputs."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, Known] = OrderedDict()
+        self._cache: OrderedDict[str, Known] = OrderedDict()
         self._lock = Lock()
 
     @abstractmethod
     def _read(self, name: str) -> Known:
-        """Those of a matrix."""
+        """Reads the statistics of a matrix."""
 
     def __call__(self, name: str) -> Known:
-        """See `StatisticsOf`; None for what is no matrix."""
         key = input_site(name)
         if key is None:
             return None
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self._read(name)
-            self._kept.move_to_end(key)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+            if key not in self._cache:
+                self._cache[key] = self._read(name)
+            self._cache.move_to_end(key)
+            while len(self._cache) > _CACHED:
+                self._cache.popitem(last=False)
+            return self._cache[key]
 
 
 class Calibrated(LastInputs):
-    """Statistics by a calibration, kept with their factors."""
+    """Statistics by a calibration, cached with their factors."""
 
     def __init__(self, calibration: Calibration, config: GriffinConfig):
         super().__init__()
         self._calibration, self._scale = calibration, config.embedding_scale
 
     def _read(self, name: str) -> Statistics | None:
-        blocks = self._calibration.hessian(name)
+        blocks, tokens = self._calibration.hessian(name), self._calibration.tokens
         if blocks is None:
             return None
         if name != EMBEDDING:
-            return statistics_of(blocks, self._calibration.tokens)
-        of_kinds = [
-            statistics_of(blocks, self._calibration.tokens, identity=lookup) for lookup in _LOOKUPS
-        ]
+            return statistics_of(blocks, tokens)
+        kinds = tuple(statistics_of(blocks, tokens, identity=lookup) for lookup in _LOOKUPS)
         diagonal = np.concatenate([np.diagonal(block) for block in blocks])
-        return replace(of_kinds[0], kinds=RowKinds(self._kinds(diagonal), tuple(of_kinds)))
+        return replace(kinds[0], kinds=RowKinds(self._kind_of_rows(diagonal), kinds))
 
-    def _kinds(self, diagonal: np.ndarray) -> np.ndarray:
-        """Of the embedding's rows: what its lookups cost, beside what its logits cost, in tens."""
+    def _kind_of_rows(self, diagonal: np.ndarray) -> np.ndarray:
+        """The power of ten of the cost of an embedding row's lookups, relative to its logits."""
         known = self._calibration
         lookup = known.token_share * known.lookup_sensitivity.mean() * self._scale**2
         logits = known.row_fisher * diagonal.mean()
@@ -175,15 +167,15 @@ class Calibrated(LastInputs):
 def statistics_of(
     blocks: Sequence[np.ndarray], tokens: int, *, identity: float = 0.0
 ) -> Statistics:
-    """Statistics from diagonal blocks of H.
+    """Computes statistics from diagonal blocks of H.
 
-    A few tokens tell little of how columns go together: H is shrunk towards its diagonal by
+    Correlations of columns over few tokens are unreliable: H is shrunk towards its diagonal by
     k / (k + tokens). Without that GPTQ is worse than rounding to nearest.
 
     Args:
         blocks: float32 [k, k] each, symmetric.
-        tokens: how many the sums are of.
-        identity: of the mean of the diagonal, is added to it, for uses beside this one.
+        tokens: the number of tokens in the sums.
+        identity: is added to the diagonal, in units of its mean, for uses beside this one.
 
     Raises:
         RequestError: a value is not finite.
@@ -193,26 +185,25 @@ def statistics_of(
             "the statistics have NaN or infinite values; make them again: rgexport calibrate"
         )
     mean = float(np.concatenate([np.diagonal(block) for block in blocks]).mean(dtype=np.float64))
-    more = np.float32((_DAMPING + identity) * (mean or 1.0))
-    matrices = [_shrunk(block, tokens, np.float32(mean), more) for block in blocks]
+    damping = np.float32((_DAMPING + identity) * (mean or 1.0))
+    matrices = [_shrink(block, tokens, np.float32(mean), damping) for block in blocks]
     starts = np.cumsum([0, *map(len, blocks)])
     hessians = tuple(Hessian(int(s), m) for s, m in zip(starts, matrices, strict=False))
     return Statistics(np.concatenate([np.diagonal(m) for m in matrices]), hessians)
 
 
-def _shrunk(block: np.ndarray, tokens: int, mean: np.float32, more: np.float32) -> np.ndarray:
+def _shrink(block: np.ndarray, tokens: int, mean: np.float32, damping: np.float32) -> np.ndarray:
     k = len(block)
     share = np.float32(min(max(k / (k + tokens), _SHRINKAGE[0]), _SHRINKAGE[1]))
     diagonal = np.diagonal(block).astype(np.float32)
     matrix = block * (1 - share)
-    # An input that never was there may be any other time.
-    np.fill_diagonal(matrix, np.where(diagonal > 0, diagonal, mean) + more)
+    # An input that was always zero in this text may be anything in another.
+    np.fill_diagonal(matrix, np.where(diagonal > 0, diagonal, mean) + damping)
     return np.ascontiguousarray(matrix, np.float32)
 
 
-def _factors_of(matrix: np.ndarray) -> Factors:
-    found = library.factor(matrix.astype(np.float64))
-    while found is None:  # sums in float32 can leave a matrix that is not quite positive
+def _factorize(matrix: np.ndarray) -> Factors:
+    while (factors := library.factor(matrix.astype(np.float64))) is None:
+        # Sums in float32 can leave a matrix that is not quite positive.
         matrix = matrix + np.diag(np.diagonal(matrix))
-        found = library.factor(matrix.astype(np.float64))
-    return found
+    return factors

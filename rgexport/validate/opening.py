@@ -12,7 +12,6 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_new_files
 from rgexport.progress import detail, warn
-from rgexport.quantize.algorithms import needs_statistics
 from rgexport.quantize.calibration import open_calibration
 from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.engine import engine_of
@@ -147,7 +146,7 @@ def _statistics(request: Request, manifest: Manifest, original: Original | None)
         calibration, checkpoint = open_calibration(request.calibration), original.checkpoint
         calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
         return Calibrated(calibration, checkpoint.config)
-    if manifest.weighted or any(map(needs_statistics, manifest.plan.values())):
+    if manifest.weighted or any(scheme.needs_statistics for scheme in manifest.plan.values()):
         raise RequestError(
             "--reproduce: these levels were chosen by data; give the calibration that the export "
             "took with --calibration (an importance matrix cannot be given)"

@@ -17,7 +17,7 @@ from rgexport.griffin.tensor import RowTensor
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.steps import is_quantized, shown_steps
+from rgexport.validate.weights.steps import shown_steps
 
 TOKENS = 256
 """The first tokens of the text, which the rounded model takes, …"""
@@ -81,7 +81,7 @@ def rounding_cost(
 
 def is_rounded(manifest: Manifest) -> bool:
     """Whether an artifact has quantized weights."""
-    return any(is_quantized(stored.scheme) for stored in manifest.tensors.values())
+    return any(stored.scheme.is_quantized for stored in manifest.tensors.values())
 
 
 def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ def _with_errors(
     name: str, weight: RowTensor, stored: StoredTensor, generator: np.random.Generator
 ) -> RowTensor:
     """The weight with other errors, uniform within half a step, whenever it is read."""
-    if not is_quantized(stored.scheme):
+    if not stored.scheme.is_quantized:
         return weight
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.quantize import scheme as schemes
-from rgexport.quantize.scheme import Affine, Float, Palette
 from rgexport.validate.checks import STANDARD_ERRORS, Check
 from rgexport.validate.metrics import KL, LogitError
 
@@ -139,15 +138,6 @@ ones is checked in `weights.weight_limits`.
 MOST_COST = {"original": 2.0, "reference": 3.0}
 """KL of an artifact in units of what rounding to nearest costs: to the original on the same
 positions, and to a reference file, whose texts are others."""
-_GGML_STORAGE = {
-    "f32": "float32",
-    "f16": "float16",
-    "bf16": "int8",
-    "q8_0": "int8",
-    "q3_k": "int2",
-    "q2_k": "int2",
-}
-"""ggml type → key of `ORIGINAL_RMS`; int4 for all others, which have four to six bits."""
 
 
 def tolerance(manifest: Manifest) -> Tolerance:
@@ -188,7 +178,4 @@ def original_rms(manifest: Manifest, logits: LogitError, side: str = "original")
 
 def coarsest(manifest: Manifest) -> str:
     """The key of `ORIGINAL_RMS` for the rows that are stored in the fewest bits."""
-    scheme = schemes.coarsest(manifest.plan.values())
-    if isinstance(scheme, Affine | Palette):
-        return f"int{scheme.bits}"
-    return scheme.dtype if isinstance(scheme, Float) else _GGML_STORAGE.get(scheme.type, "int4")
+    return schemes.coarsest(manifest.plan.values()).storage_class

@@ -24,12 +24,10 @@ from rgexport.export.gguf.exporter import GgufOptions, export_gguf
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, input_site, model_tensors
-from rgexport.quantize import affine, algorithms
 from rgexport.quantize.calibration import open_calibration
 from rgexport.quantize.plan import bfloat16_gates, load_plan
-from rgexport.quantize.row_groups import group_sizes, members
-from rgexport.quantize.row_ranges import rows_text
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, uniform_schemes
+from rgexport.quantize.row_groups import rows_text
+from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup
 from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
 from rgexport.quantize.stored_weights import quantized
 from tests.deepmind import deepmind_logits, deepmind_model
@@ -70,8 +68,8 @@ def test_rows_get_the_layouts_of_their_groups(layouts):
         assert scheme == layouts[0]
         return
     assert isinstance(scheme, Mixed) and len(scheme.groups) == len(set(layouts))
-    for group, ids in zip(scheme.groups, members(scheme, 2048), strict=True):
-        wanted = [i.rows for i, one in zip(items, layouts, strict=False) if one == group.scheme]
+    for _, layout, ids in scheme.row_groups(2048):
+        wanted = [i.rows for i, one in zip(items, layouts, strict=False) if one == layout]
         assert sorted(np.concatenate(wanted)) == ids.tolist()
 
 
@@ -133,8 +131,8 @@ def bits_of(plan, config):
     for name, spec in model_tensors(config).items():
         if spec.role in QUANTIZABLE:
             (rows, columns), scheme = spec.shape, plan[name]
-            sizes = group_sizes(scheme, rows) if isinstance(scheme, Mixed) else (rows,)
-            for one, count in zip(uniform_schemes(scheme), sizes, strict=True):
+            sizes = scheme.group_sizes(rows)
+            for one, count in zip(scheme.uniform, sizes, strict=True):
                 total += count * columns * (one.bits + 16 / one.block)
             weights += rows * columns
     return total / weights
@@ -243,8 +241,8 @@ def error(tensor, layout, known):
     if tensor == EMBEDDING:
         statistics = Calibrated(known, CONFIG)(tensor)
         assert {*statistics.kinds.kind[::8]} == {2} and len({*statistics.kinds.kind}) > 1
-    parts = algorithms.encode(tensor, WEIGHTS[tensor], layout, statistics, ids)
-    return affine.decode(parts, layout, WEIGHTS[tensor].shape[1]) - WEIGHTS[tensor]
+    parts = layout.encode(tensor, WEIGHTS[tensor], statistics, ids)
+    return layout.decode(parts, WEIGHTS[tensor].shape[1]) - WEIGHTS[tensor]
 
 
 def outputs(delta, blocks):

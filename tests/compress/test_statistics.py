@@ -90,7 +90,6 @@ def test_hessians_and_probabilities_are_those_of_deepminds_model(case):
     assert_close(known.row_fisher, (p * (1 - p) * slope**2).mean(0).numpy())
     counts = np.bincount(text.tokens, minlength=config.vocab_size) / len(text.tokens)
     np.testing.assert_allclose(known.token_frequency, counts, rtol=1e-6)
-    assert known.sensitivity(EMBEDDING) == pytest.approx(float(known.row_fisher.mean()))
 
 
 def test_wide_inputs_are_cut_into_diagonal_blocks(tmp_path, monkeypatch):
@@ -136,7 +135,6 @@ def test_gradients_are_those_of_deepminds_model(case):
     for tensor in linears(config):
         expected = (squares[tensor] / len(text.tokens)).numpy()
         assert_close(known.output_sensitivity(tensor), expected, 1e-4)
-        assert known.sensitivity(tensor) == pytest.approx(expected.mean(), rel=1e-4)
     embedded = (squares["embedded"] / len(text.tokens)).numpy()
     assert_close(known.lookup_sensitivity, embedded, 1e-4)
 

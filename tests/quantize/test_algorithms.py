@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
-from rgexport.quantize import affine, palette
-from rgexport.quantize.algorithms import by_default, encode, require_known, search
 from rgexport.quantize.clusters import centers
-from rgexport.quantize.scheme import Affine, Float, Palette, scheme_from_dict, scheme_to_dict
+from rgexport.quantize.plan import with_algorithm
+from rgexport.quantize.scheme import Affine, Float, Palette, scheme_from_dict
 from rgexport.quantize.statistics import RowKinds, statistics_of
 
 HALVES = [
@@ -31,9 +30,9 @@ MATRICES = hnp.arrays(
 @given(MATRICES, st.sampled_from(SCHEMES))
 def test_scales_reach_every_weight(weights, scheme):
     """They are rounded away from zero: only a level that is missing on one side may clip."""
-    parts = affine.encode(weights, scheme)
+    parts = scheme.encode("w", weights)
     scales = np.abs(parts["scales"].astype(np.float64))
-    block = affine.block_size(weights.shape[1], scheme)
+    block = scheme.block_size(weights.shape[1])
     spread = scales.repeat(block, axis=1)[:, : weights.shape[1]]
     starts = np.arange(0, weights.shape[1], block)
     wide = weights.astype(np.float64)
@@ -46,7 +45,7 @@ def test_scales_reach_every_weight(weights, scheme):
     used = scales != 1
     most = np.maximum(reach * (1 + 2**-10 + 1e-6), 2**-24 * 1.000001 + reach)
     assert (scales >= reach * (1 - 1e-6))[used].all() and (scales <= most)[used].all()
-    error = np.abs(affine.decode(parts, scheme, weights.shape[1]) - wide)
+    error = np.abs(scheme.decode(parts, weights.shape[1]) - wide)
     missing = np.maximum(np.abs(wide) - (2 ** (scheme.bits - 1) - 1.5) * spread, 0)
     assert (error <= spread * 0.5001 + (missing if scheme.symmetric else 0)).all()
 
@@ -60,17 +59,16 @@ def stream(packed, bits):
 
 @given(MATRICES, st.sampled_from(SCHEMES))
 def test_weights_are_products_of_integers_and_scales(weights, scheme):
-    parts, columns = affine.encode(weights, scheme), weights.shape[1]
-    layout = {name: (part.dtype.name, part.shape[1]) for name, part in parts.items()}
-    assert layout == affine.part_shapes(columns, scheme)
-    assert all(len(part) == len(weights) for part in parts.values())
-    blocks = np.arange(columns) // affine.block_size(columns, scheme)
+    parts, columns = scheme.encode("w", weights), weights.shape[1]
+    layout = {name: (part.dtype.name, part.shape) for name, part in parts.items()}
+    assert layout == scheme.part_shapes(weights.shape)
+    blocks = np.arange(columns) // scheme.block_size(columns)
     zeros = np.full(parts["scales"].shape, 2 ** (scheme.bits - 1))
     if not scheme.symmetric:
         zeros = stream(parts["zero_points"], scheme.bits)
     integers = stream(parts["data"], scheme.bits)[:, :columns] - zeros[:, blocks]
     exact = integers * parts["scales"].astype(np.float64)[:, blocks]
-    decoded = affine.decode(parts, scheme, columns)
+    decoded = scheme.decode(parts, columns)
     np.testing.assert_array_equal(decoded, exact.astype(np.float32))
 
 
@@ -80,11 +78,11 @@ def test_weights_that_float16_cannot_hold_are_refused(scheme):
     weights = np.ones((2, 26), np.float32)
     weights[1, 3] = -70_000 * levels
     with pytest.raises(RequestError, match=r"need a scale of 7e\+04, and float16 holds at most"):
-        affine.encode(weights, scheme)
+        scheme.encode("w", weights)
     with pytest.raises(RequestError, match=r"e\+05 are more than float16 holds"):
-        palette.encode(weights, Palette(group=2))
+        Palette(group=2).encode("w", weights)
     weights[1, 3] = -60_000 * levels
-    decoded = affine.decode(affine.encode(weights, scheme), scheme, 26)
+    decoded = scheme.decode(scheme.encode("w", weights), 26)
     assert decoded[1, 3] == pytest.approx(weights[1, 3], rel=1e-3)
 
 
@@ -101,11 +99,11 @@ def matrices(draw):
 @given(matrices())
 def test_every_weight_is_the_nearest_value_of_its_group(case):
     weights, scheme = case
-    parts = palette.encode(weights, scheme)
+    parts = scheme.encode("w", weights)
     layout = {name: (part.dtype.name, part.shape) for name, part in parts.items()}
-    assert layout == palette.part_layouts(*weights.shape, scheme)
+    assert layout == scheme.part_shapes(weights.shape)
     assert (np.diff(parts["lut"].astype(np.float64)) >= 0).all()
-    decoded = palette.decode(parts, scheme, weights.shape[1])
+    decoded = scheme.decode(parts, weights.shape[1])
     assert decoded.shape == weights.shape and decoded.dtype == np.float32
     tables = parts["lut"].astype(np.float64)[np.arange(len(weights)) // scheme.group]
     distances = np.abs(weights.astype(np.float64)[..., None] - tables[:, None])
@@ -189,9 +187,7 @@ def weights(count, k, seed=0):
 
 def stored(rows, scheme, word, known):
     scheme = replace(scheme, algorithm=word)
-    decode = affine.decode if isinstance(scheme, Affine) else palette.decode
-    parts = encode("w", rows, scheme, known)
-    return decode(parts, scheme, rows.shape[1]).astype(np.float64)
+    return scheme.round_trip("w", rows, known, np.arange(len(rows))).astype(np.float64)
 
 
 def losses(rows, quantized, h):
@@ -209,8 +205,7 @@ def test_never_worse_than_rounding_to_nearest(scheme, count, k, seed):
         before, after = (np.square(rows - x)[block].sum(1) for x in (nearest, searched))
         assert (after <= before * (1 + 1e-5) + 1e-9).all()
     h = known.hessians[0].matrix
-    parts = affine.pack_parts(*search.choose(rows, scheme, known), scheme)
-    weighed, diagonal = affine.decode(parts, scheme, k), np.diag(np.diagonal(h))
+    weighed, diagonal = stored(rows, scheme, "importance", known), np.diag(np.diagonal(h))
     assert losses(rows, weighed, diagonal).sum() <= losses(rows, nearest, diagonal).sum() * 1.00001
     solved = stored(rows, scheme, "gptq", known)
     assert (losses(rows, solved, h) <= losses(rows, weighed, h) * 1.00001 + 1e-9).all()
@@ -280,7 +275,7 @@ def test_hard_weights(rows, scheme, word):
 def test_the_tensor_with_weights_that_a_scheme_cannot_hold_is_named():
     rows, known = weights(2, 64) * 1e6, statistics(64)
     with pytest.raises(RequestError, match=r"w: a weight of .*e.0\d is more than float16 holds"):
-        encode("w", rows, Float("float16"))
+        Float("float16").encode("w", rows)
     for word in ("search", "gptq"):
         with pytest.raises(RequestError, match=r"w: its weights need a scale of .*float16"):
             stored(rows, SYMMETRIC, word, known)
@@ -288,12 +283,22 @@ def test_the_tensor_with_weights_that_a_scheme_cannot_hold_is_named():
 
 def test_the_default_is_search_where_its_library_is(monkeypatch, capsys):
     plan = {"a": INT4, "b": Float("float32"), "c": Palette()}
-    assert [x.algorithm for x in by_default(plan).values()] == ["search", "cast", "kmeans"]
+    assert [x.algorithm for x in with_algorithm(plan, None, keep=False).values()] == [
+        "search",
+        "cast",
+        "kmeans",
+    ]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("rgexport.kernels.rounding.library.is_there", lambda: False)
-    assert [x.algorithm for x in by_default(plan).values()] == ["rtn", "cast", "kmeans"]
+    assert [x.algorithm for x in with_algorithm(plan, None, keep=False).values()] == [
+        "rtn",
+        "cast",
+        "kmeans",
+    ]
     assert "rounded to nearest, as the library" in capsys.readouterr().err
-    assert by_default({"b": Float("float32")}) and capsys.readouterr().err == ""
+    assert (
+        with_algorithm({"b": Float("float32")}, None, keep=False) and capsys.readouterr().err == ""
+    )
 
 
 @pytest.mark.parametrize("layout", [INT4, Palette(4, 16)])
@@ -304,18 +309,18 @@ def test_rows_of_each_kind_go_by_their_own_statistics(layout):
     kind, scheme = rng.integers(0, 2, 100).astype(np.uint8), replace(layout, algorithm="gptq")
     kind[36:52] = 0
     whole = replace(known[0], kinds=RowKinds(kind, tuple(known)))
-    parts = encode("w", rows, scheme, whole, ids := np.arange(36, 100))
+    parts = scheme.encode("w", rows, whole, ids := np.arange(36, 100))
     if isinstance(layout, Palette):
         kind[52:] = 1
     for value in (0, 1):
         mask = kind[ids] == value
-        for label, part in encode("w", rows[mask], scheme, known[value]).items():
+        for label, part in scheme.encode("w", rows[mask], known[value]).items():
             step = len(rows) // len(parts[label])
             np.testing.assert_array_equal(parts[label][mask[::step]], part)
 
 
 def test_an_unknown_algorithm_can_be_read_but_not_requested():
-    later = scheme_from_dict(scheme_to_dict(INT4) | {"algorithm": "later-2"})
+    later = scheme_from_dict(INT4.to_dict() | {"algorithm": "later-2"})
     assert later == INT4 and hash(later) == hash(INT4)
     with pytest.raises(RequestError, match="'later-2'; expected rtn, search, importance, gptq"):
-        require_known(later)
+        later.require_known_algorithm()

@@ -13,8 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize import ggml_library
-from rgexport.quantize.algorithms import encode
-from rgexport.quantize.ggml_grid import GRID_TYPES, grid_of, with_levels
+from rgexport.quantize.ggml_grid import LAYOUTS, read_levels, replace_levels
 from rgexport.quantize.ggml_library import find_library, load_library, quantize_rows
 from rgexport.quantize.ggml_mix import (
     GgmlTensor,
@@ -161,7 +160,7 @@ def losses(statistics, off):
 
 
 def packed_by(word, rows, kind, statistics):
-    return encode("w", rows, Ggml(kind, algorithm=word), statistics)["data"]
+    return Ggml(kind, algorithm=word).encode("w", rows, statistics)["data"]
 
 
 def plain_gptq(rows, grid, statistics):
@@ -186,18 +185,18 @@ def plain_gptq(rows, grid, statistics):
 def test_loss_is_at_most_that_of_published_gptq(cuts, library):
     draw = np.random.default_rng(0)
     rows, known = draw.standard_normal((24, 768)).astype(np.float32), correlated(draw, 768, cuts)
-    assert {*GRID_TYPES} == {*QUANTIZED}
-    for kind in GRID_TYPES:
+    assert {*LAYOUTS} == {*QUANTIZED}
+    for kind in LAYOUTS:
         plain = packed_by("ggml", rows, kind, known)
         ours = losses(known, dequantized(packed_by("gptq", rows, kind, known), kind) - rows)
-        theirs = losses(known, plain_gptq(rows, grid_of(plain, kind), known) - rows)
+        theirs = losses(known, plain_gptq(rows, read_levels(plain, kind), known) - rows)
         assert ours.sum() <= 1.001 * theirs.sum(), kind
         assert ours.sum() < 0.8 * losses(known, dequantized(plain, kind) - rows).sum(), kind
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    *(st.sampled_from(GRID_TYPES), st.integers(0, 4), st.integers(1, 2)),
+    *(st.sampled_from([*LAYOUTS]), st.integers(0, 4), st.integers(1, 2)),
     *(st.floats(0, 3), st.integers(0, 2**32)),
 )
 def test_no_row_is_worse_than_ggml_leaves_it(library, kind, rows, blocks, width, seed):
@@ -208,13 +207,13 @@ def test_no_row_is_worse_than_ggml_leaves_it(library, kind, rows, blocks, width,
     known = correlated(draw, columns, tuple(sorted({*draw.integers(1, columns, 2).tolist()})))
     plain, ours = (packed_by(word, weights, kind, known) for word in ("ggml", "gptq"))
     np.testing.assert_array_equal(plain, quantize_rows(weights, kind, known.importance))
-    grid = grid_of(plain, kind)
+    grid = read_levels(plain, kind)
     scale, offset = spread(grid)
     error = np.abs(scale * grid.levels + offset - dequantized(plain, kind))
     largest = np.abs(scale) * grid.top + np.abs(offset)
     np.testing.assert_array_less(error, 1e-30 + 2e-7 * largest)
     # all but the levels is as ggml left it
-    np.testing.assert_array_equal(with_levels(ours, kind, grid.levels), plain)
+    np.testing.assert_array_equal(replace_levels(ours, kind, grid.levels), plain)
     before, after = (losses(known, dequantized(x, kind) - weights) for x in (plain, ours))
     np.testing.assert_array_less(after, before * (1 + 1e-4) + 1e-12)
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
 from rgexport.quantize.allocation import Option, solve
-from rgexport.quantize.fitting import fitted, least_padded, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     WEB_PRECISIONS,
@@ -20,8 +19,7 @@ from rgexport.quantize.plan import (
     make_plan,
     precision_of,
 )
-from rgexport.quantize.row_groups import group_sizes, in_order, members, places
-from rgexport.quantize.row_ranges import row_bounds, rows_of, rows_text
+from rgexport.quantize.row_groups import row_bounds, rows_of, rows_text
 from rgexport.quantize.scheme import (
     Affine,
     Float,
@@ -30,8 +28,6 @@ from rgexport.quantize.scheme import (
     RowGroup,
     coarsest,
     scheme_from_dict,
-    scheme_to_dict,
-    uniform_schemes,
 )
 from tests.models import ODD_CONFIGS
 
@@ -45,7 +41,7 @@ PLAN = make_plan(CONFIG, Affine(4, 32, symmetric=False), Affine(8, 64, symmetric
 
 
 def written(folder, changes):
-    entries = {name: scheme_to_dict(scheme) for name, scheme in PLAN.items()}
+    entries = {name: scheme.to_dict() for name, scheme in PLAN.items()}
     path = folder / "plan.json"
     path.write_text(json.dumps({"plan": entries | changes}))
     return path
@@ -76,13 +72,13 @@ def test_wrong_plans(tensor, scheme, complaint, tmp_path):
 
 @pytest.mark.parametrize("word", COREML_PRECISIONS)
 def test_a_precision_has_defaults_and_is_the_name_of_a_plan(word, tmp_path):
-    scheme = choose_scheme(word, words=COREML_PRECISIONS)
+    scheme = choose_scheme(word, precisions=COREML_PRECISIONS)
     plan = make_plan(CONFIG, scheme, Float("float32"))
-    changes = {name: scheme_to_dict(one) for name, one in plan.items()}
+    changes = {name: one.to_dict() for name, one in plan.items()}
     assert precision_of(plan) == word and load_plan(written(tmp_path, changes), CONFIG) == plan
     assert choose_scheme("int8") == Affine(8, 128, symmetric=True)
     assert choose_scheme("int4", symmetric=False) == Affine(4, 32, symmetric=False)
-    assert choose_scheme("int4", words=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)
+    assert choose_scheme("int4", precisions=WEB_PRECISIONS) == Affine(4, 128, symmetric=False)
 
 
 INT4, INT8 = Affine(4, 32, symmetric=True), Affine(8, 128, symmetric=True)
@@ -109,11 +105,12 @@ def test_each_row_is_in_its_group_at_its_place(owners):
         assert rows_of(row_bounds(text)).tolist() == group
     scheme = Mixed((*(RowGroup(text, INT8) for text in texts[:-1]), RowGroup(None, INT4)))
     count, stored = len(owners), [row for group in rows for row in group]
-    assert group_sizes(scheme, count) == tuple(map(len, rows))
-    assert [group.tolist() for group in members(scheme, count)] == rows
-    assert [stored[place] for place in places(scheme, count)] == list(range(count))
-    assert in_order(scheme) == (stored == list(range(count)))
-    again = scheme_from_dict(json.loads(json.dumps(scheme_to_dict(scheme))))
+    assert scheme.group_sizes(count) == tuple(map(len, rows))
+    assert [ids.tolist() for _, _, ids in scheme.row_groups(count)] == rows
+    positions = scheme.positions(count)
+    assert (positions is None) == (stored == list(range(count)))
+    assert positions is None or [stored[i] for i in positions] == list(range(count))
+    again = scheme_from_dict(json.loads(json.dumps(scheme.to_dict())))
     assert again == scheme and hash(again) == hash(scheme)
 
 
@@ -125,15 +122,15 @@ def test_an_older_manifest_has_float32_scales():
 def test_row_groups_are_named_and_fitted_as_matrices_are():
     assert MIXED.label == "int8/128 (4 rows) + int4/32 (1 row) + int4/32"
     assert coarsest([INT8, MIXED]) == INT4 and precision_of({"a": INT8, "b": MIXED}) == "int4"
-    even = uniform_schemes(with_dtype(fitted(MIXED, (9, 48)), "float16"))
+    even = MIXED.fitted((9, 48)).with_dtype("float16").uniform
     blocks = [(s.block, s.scale) for s in even]
     assert blocks == [(None, "float16"), (24, "float16"), (24, "float16")]
-    assert [s.bits for s in uniform_schemes(fitted(MIXED, (9, 33)))] == [8, 8, 8]
+    assert [s.bits for s in MIXED.fitted((9, 33)).uniform] == [8, 8, 8]
 
 
 def test_rows_that_the_matrix_does_not_have():
     huge = Mixed((RowGroup("0-2147483646", INT8), RowGroup(None, INT4)))
-    assert group_sizes(huge, 1 << 40) == ((1 << 31) - 1, (1 << 40) - (1 << 31) + 1)
+    assert huge.group_sizes(1 << 40) == ((1 << 31) - 1, (1 << 40) - (1 << 31) + 1)
     overlapping = Mixed((RowGroup("0-5", INT8), RowGroup("4", INT4), RowGroup(None, INT4)))
     whole = Mixed((RowGroup("0-5", INT8), RowGroup(None, INT4)))
     for scheme, rows, complaint in (
@@ -142,10 +139,10 @@ def test_rows_that_the_matrix_does_not_have():
         (overlapping, 9, "row 4 is in two row groups"),
     ):
         with pytest.raises(RequestError, match=complaint):
-            group_sizes(scheme, rows)
+            scheme.group_sizes(rows)
 
 
-FIRST, *REST = scheme_to_dict(MIXED)["groups"]
+FIRST, *REST = MIXED.to_dict()["groups"]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +153,8 @@ FIRST, *REST = scheme_to_dict(MIXED)["groups"]
         ([FIRST, *REST] * 6, "18 groups"),
         ([FIRST | {"rows": 3}, *REST], "rows 3; expected a text or null"),
         ([FIRST | {"more": 3}, *REST], "a row group has rows, scheme, more"),
-        ([FIRST | {"scheme": scheme_to_dict(Palette())}, *REST], "'palette'; expected affine"),
-        ([FIRST | {"scheme": scheme_to_dict(MIXED)}, *REST], "of kind 'mixed'; expected affine"),
+        ([FIRST | {"scheme": Palette().to_dict()}, *REST], "'palette'; expected affine"),
+        ([FIRST | {"scheme": MIXED.to_dict()}, *REST], "of kind 'mixed'; expected affine"),
     ],
 )
 def test_wrong_row_groups(groups, complaint):
@@ -182,15 +179,15 @@ def test_wrong_row_groups(groups, complaint):
     ],
 )
 def test_blocks_and_groups_divide_a_matrix(asked, shape, expected):
-    assert fitted(asked, shape) == fitted(expected, shape) == expected
+    assert asked.fitted(shape) == expected.fitted(shape) == expected
 
 
 def test_no_other_block_takes_fewer_bytes():
     """Small blocks cost scales, large ones padding."""
     for columns, block, fewest in ((288, 128, 32), (256, 128, 128), (130, 128, 32), (16, 64, 16)):
         asked = Affine(4, block, symmetric=True)
-        assert least_padded(asked, columns) == replace(asked, block=fewest)
-    assert least_padded(Affine(8, None, True), 288) == Affine(8, None, True)
+        assert asked.least_padded(columns) == replace(asked, block=fewest)
+    assert Affine(8, None, True).least_padded(288) == Affine(8, None, True)
 
 
 OPTIONS = st.builds(

@@ -1,4 +1,4 @@
-"""A Core ML package that is opened: its program is checked, and altered weights are named."""
+"""An opened Core ML package: checks its program, and names altered weights."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,17 +9,17 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, stored_states
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import decode
 from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.storage import decode
 from rgexport.export.manifest import StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package
 from rgexport.export.mil.program import Function, TensorType
 from rgexport.files.hashing import hash_file
-from rgexport.quantize.affine import Parts
+from rgexport.quantize.scheme import Parts
 
-_NAMED = 4
-"""Complaints that are shown; of the rest, only the number."""
+_MAX_COMPLAINTS = 4
+"""Complaints that are listed; the rest are counted."""
 
 Types = dict[str, TensorType]
 
@@ -31,7 +31,6 @@ class CoreMLArtifact(Artifact):
     manifest: CoreMLManifest
 
     def facts(self) -> dict[str, Any]:
-        """What the package looks like from outside; as plain JSON."""
         record = asdict(self.manifest.coreml)
         del record["blobs"]
         return {"coreml": record}
@@ -40,11 +39,12 @@ class CoreMLArtifact(Artifact):
         return decode(name, parts, stored)
 
     def complaints(self, verify: bool) -> list[str]:
-        """What is wrong with the package; the program first, since a hash says less about it."""
+        """Lists damage; the program comes first, since a hash says less about it."""
         if missing := [name for name in self._sealed if not self.file(name).is_file()]:
             return [f"{name} is missing" for name in missing]
-        wrong = [*self._wrong_packages(), *self._wrong_sizes()]
-        return _first(wrong or list(self._wrong_hashes(verify)))
+        wrong = [*self._wrong_packages(), *self._wrong_sizes()] or [*self._wrong_hashes(verify)]
+        rest = len(wrong) - _MAX_COMPLAINTS
+        return wrong[:_MAX_COMPLAINTS] + ([f"and {rest} more"] if rest > 0 else [])
 
     def _wrong_packages(self) -> Iterator[str]:
         for plan in self.manifest.packages:
@@ -53,14 +53,14 @@ class CoreMLArtifact(Artifact):
             yield from self._wrong_form(package, plan)
 
     def _wrong_form(self, package: Package, plan: PackagePlan) -> Iterator[str]:
-        """Functions, inputs, outputs and states that a session could not use."""
+        """Compares functions, inputs, outputs and states with those that a session needs."""
         expected = plan.functions
         if {*package.functions} != {*expected} or package.default_function != expected[0]:
-            found = ", ".join(sorted(package.functions))
-            first, *others = expected
+            functions = ", ".join(sorted(package.functions))
+            first, *rest = expected
             yield (
-                f"{plan.name} has the functions {found}, by default {package.default_function}; "
-                f"expected {first} (the default) and {', '.join(others)}"
+                f"{plan.name} has the functions {functions}, by default "
+                f"{package.default_function}; expected {first} (the default) and {', '.join(rest)}"
             )
             return
         tokens = {DECODE: 1, PREFILL: self.manifest.coreml.prefill_length}
@@ -79,7 +79,7 @@ class CoreMLArtifact(Artifact):
         yield from _differences(name, "state", function.states, states)
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
-        """Of the file of weights, the parts that were altered are named too."""
+        """Names altered files, and for a file of weights its altered parts."""
         for complaint in super()._wrong_hashes(anew):
             yield complaint
             for plan in self.manifest.packages:
@@ -108,16 +108,10 @@ def _outputs(function: Function) -> Types:
     return {name: types[name] for name in function.outputs if name in types}
 
 
-def _differences(function: str, kind: str, found: Types, expected: Types) -> Iterator[str]:
-    for name in sorted(found.keys() | expected.keys()):
-        here, there = found.get(name), expected.get(name)
-        if here != there:
+def _differences(function: str, kind: str, actual: Types, expected: Types) -> Iterator[str]:
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
             yield (
-                f"{function}: {kind} {name} is {here or 'missing'}; the manifest has "
-                f"{there or 'none'}"
+                f"{function}: {kind} {name} is {actual.get(name) or 'missing'}; the manifest has "
+                f"{expected.get(name) or 'none'}"
             )
-
-
-def _first(complaints: list[str]) -> list[str]:
-    rest = len(complaints) - _NAMED
-    return complaints[:_NAMED] + ([f"and {rest} more"] if rest > 0 else [])

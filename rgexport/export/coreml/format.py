@@ -7,8 +7,8 @@ from typing import Any
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, state_records
 from rgexport.export.coreml.package import PACKAGE, model_file
-from rgexport.export.coreml.parts import part_layouts
 from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
+from rgexport.export.coreml.storage import part_layouts
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.files.typed_json import Mismatch, shown_key

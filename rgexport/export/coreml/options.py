@@ -10,14 +10,13 @@ from rgexport.export.coreml.manifest import Form, RecurrentState
 from rgexport.export.request import FolderOptions, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
-from rgexport.quantize.algorithms import filled
-from rgexport.quantize.fitting import fitted, with_dtype
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     choose_scheme,
     choose_schemes,
     is_linear_bias,
     make_plan,
+    with_algorithm,
 )
 from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 
@@ -76,20 +75,20 @@ class CoreMLOptions(FolderOptions):
             RequestError: the plan has weights of more precision than the computation.
         """
         plan = self.plan or make_plan(config, *self._schemes())
-        plan = filled(plan, self.algorithm, keep=self.plan is not None)
+        plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         tensors = model_tensors(config)
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
         """Chooses the schemes of the linears and of the embedding, before they are fitted."""
-        choose = partial(choose_scheme, words=COREML_PRECISIONS)
+        choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
         return choose_schemes(self.words, choose, self.block_size, self.symmetric)
 
     def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
         dtype, spec = _DTYPES[self.compute_word], tensors[name]
         if spec.role in QUANTIZABLE:
             self._require_computable(f"the plan stores {name}", scheme)
-            return with_dtype(fitted(scheme, spec.shape), dtype)
+            return scheme.fitted(spec.shape).with_dtype(dtype)
         return Float(dtype if is_linear_bias(name, tensors) else "float32")
 
     def _require_computable(self, subject: str, scheme: Scheme) -> None:

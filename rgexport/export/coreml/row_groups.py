@@ -1,7 +1,7 @@
 """Lowerings of the ops whose weight is stored in row groups: one op for each group.
 
-They are made of the usual lowerings, which see each group as a tensor of its own. Results are put
-into the order of the rows by the rows' places (`quantize.row_groups`), which are in the program.
+They use the usual lowerings, which see each group as a tensor of its own. Results are put into the
+order of the rows by the rows' positions (`quantize.row_groups`), which are in the program.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from coremltools.converters.mil.mil import Var
 from rgexport.export.coreml.emitter import Emitter
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import group_name
-from rgexport.quantize.row_groups import group_sizes, in_order, places
 from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[Emitter, Node], Sequence[Var | None]]
@@ -23,60 +22,54 @@ _WEIGHT = 1
 
 
 def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
-    """What `lower` gives, once for each row group if the weight of `node` has several."""
-    make = _OPS.get(node.op)
-    weight = node.inputs[_WEIGHT] if make else None
+    """Lowers a node, once for each row group if its weight has several."""
+    combine = _OPS.get(node.op)
+    weight = node.inputs[_WEIGHT] if combine else None
     scheme = g.stored(weight).scheme if weight else None
-    if make is None or weight is None or not isinstance(scheme, Mixed):
+    if combine is None or weight is None or not isinstance(scheme, Mixed):
         return lower(g, node)
-    sizes = group_sizes(scheme, weight.size(0))
     groups = [
         replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
-        for i, size in enumerate(sizes)
+        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
     ]
-    order = None if in_order(scheme) else places(scheme, weight.size(0))
-    return [make(g, node, lower, groups, order)]
+    return [combine(g, node, lower, groups, scheme.positions(weight.size(0)))]
 
 
 def _linear(
-    g: Emitter, node: Node, lower: Lowering, groups: list[Value], order: np.ndarray | None
+    g: Emitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> Var:
     """The products side by side, gathered in the order of the rows, plus the bias."""
     x, _, bias = node.inputs
     products = [lower(g, replace(node, inputs=(x, group, None)))[0] for group in groups]
     y = g.concat([product for product in products if product is not None], axis=-1)
-    if order is not None:
-        y = g.op("gather", x=y, indices=order, axis=y.rank - 1)
+    if positions is not None:
+        y = g.op("gather", x=y, indices=positions, axis=y.rank - 1)
     return y if bias is None else g.op("add", x=y, y=g.value(bias))
 
 
 def _embedding(
-    g: Emitter, node: Node, lower: Lowering, groups: list[Value], order: np.ndarray | None
+    g: Emitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> Var:
-    """Of each token, the row of the group that has it; the others look up some row of theirs."""
+    """Each token's row from its group; the other groups look up some row of theirs."""
     ids = node.inputs[0]
     assert ids is not None
-    place = g.value(ids)
-    if order is not None:
-        place = g.op("gather", x=order, indices=place, axis=0)
+    position = g.value(ids)
+    if positions is not None:
+        position = g.op("gather", x=positions, indices=position, axis=0)
     result: Var | None = None
-    for group, (start, stop) in zip(groups, _bounds(groups), strict=True):
-        from_start = g.op("greater_equal", x=place, y=np.int32(start))
-        before_stop = g.op("less_equal", x=place, y=np.int32(stop - 1))
-        here = g.op("logical_and", x=from_start, y=before_stop)
-        local = g.op("sub", x=place, y=np.int32(start))
+    bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
+    for group, (start, stop) in zip(groups, bounds, strict=True):
+        from_start = g.op("greater_equal", x=position, y=np.int32(start))
+        before_stop = g.op("less_equal", x=position, y=np.int32(stop - 1))
+        inside = g.op("logical_and", x=from_start, y=before_stop)
+        local = g.op("sub", x=position, y=np.int32(start))
         index = replace(ids, name=f"{group.name}.ids")
-        g.values[index.name] = g.op("select", cond=here, a=local, b=np.int32(0))
+        g.values[index.name] = g.op("select", cond=inside, a=local, b=np.int32(0))
         (rows,) = lower(g, replace(node, inputs=(index, group)))
-        chosen = g.reshape(here, *here.shape, 1)
+        chosen = g.reshape(inside, *inside.shape, 1)
         result = rows if result is None else g.op("select", cond=chosen, a=rows, b=result)
     return result
 
 
-def _bounds(groups: list[Value]) -> list[tuple[int, int]]:
-    """The first place of each group, and the one after its last."""
-    return list(pairwise(accumulate((group.size(0) for group in groups), initial=0)))
-
-
 _OPS = {"embedding": _embedding, "linear": _linear}
-"""Griffin op → what makes its result of that of each row group."""
+"""Griffin op → combines the results of all row groups."""

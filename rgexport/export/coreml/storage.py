@@ -1,7 +1,11 @@
-"""Writes the files of weights as a stream: a MIL blob file, version 2.
+"""Stores the weights of packages: the parts of tensors, their encoding, and MIL blob files.
 
-A header of 64 bytes is followed by the blobs, each with its own header of 64 bytes, at multiples of
-64. MIL's C++ `StorageFormat.hpp` defines the headers; coremltools' blob reader reads them.
+A blob file (version 2) begins with a header of 64 bytes. The blobs follow, each with its own header
+of 64 bytes, at multiples of 64. MIL's C++ `StorageFormat.hpp` defines the headers; coremltools'
+blob reader reads them.
+
+MIL has two's complement where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ
+from it in the top bit, and need no offset.
 """
 
 import hashlib
@@ -11,15 +15,27 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
+from rgexport.errors import RequestError
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import encode, part_layouts
 from rgexport.export.coreml.segments import PackagePlan
 from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.export.row_groups import groups_of
+from rgexport.export.row_groups import groups_of, part_layouts_by_group
 from rgexport.export.storage import Places, fill
+from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
+from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.scheme import Affine, Palette, Plan
+from rgexport.quantize.scheme import (
+    Affine,
+    FloatDtype,
+    Ggml,
+    Parts,
+    PartShapes,
+    Plan,
+    Scheme,
+    Uniform,
+)
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 ALIGNMENT = 64
@@ -28,28 +44,30 @@ _FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
 BLOB_HEADER_BYTES = _BLOB_HEADER.size
 """A program has the offset of a blob's header; the data follow it."""
 MOST_PADDING = 2 * ALIGNMENT
-"""Bytes that a blob may take beside its data: a header, and what fills up the one before."""
+"""Most bytes of a blob's header and of the padding before it."""
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
 """MIL's `BlobDataType`."""
+_SIGNED = {4: "uint8", 8: "int8"}
+"""Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
+_TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
+_TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
+"""Role → the change of values before they are stored."""
 
 
 class Storage:
     """The layout of the files: in each, tensors in the plan's order, one after another."""
 
     def __init__(
-        self,
-        plan: Plan,
-        shapes: Mapping[str, tuple[int, ...]],
-        packages: Sequence[PackagePlan],
+        self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], packages: Sequence[PackagePlan]
     ):
-        found: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         self._sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
             places = Places(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
-            found |= places.tensors(package.tensors(plan), shapes, part_layouts)
+            tensors |= places.tensors(package.tensors(plan), shapes, part_layouts)
             self._sizes[file] = places.size
-        self.tensors = {name: found[name] for name in plan}
+        self.tensors = {name: tensors[name] for name in plan}
 
     @property
     def size(self) -> int:
@@ -59,7 +77,7 @@ class Storage:
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> dict[str, str]:
-        """Fills the files in `folder` from `weights`; `statistics` are for algorithms.
+        """Fills the files in `folder` from `weights`; algorithms use `statistics`.
 
         Returns:
             The SHA-256 of every blob's data, by `TENSOR.PART`.
@@ -84,7 +102,7 @@ class Storage:
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
-        """All blobs: `TENSOR.PART`, its place, and MIL's name of its dtype."""
+        """All blobs: `TENSOR.PART`, its offset, and MIL's name of its dtype."""
         for name, stored in self.tensors.items():
             for group in groups_of(stored):
                 for label, part in group.stored.parts.items():
@@ -101,8 +119,86 @@ class Storage:
 
 
 def blob_dtype(label: str, stored: StoredTensor) -> str:
-    """MIL's name for the dtype of a part; items of 4 bits are packed two to a byte."""
-    scheme, dtype = stored.scheme, stored.parts[label].dtype
-    if dtype != "uint8" or not isinstance(scheme, Affine | Palette) or scheme.bits == 8:
+    """Returns MIL's name for the dtype of a part; items of 4 bits are packed two to a byte."""
+    scheme, dtype = stored.uniform, stored.parts[label].dtype
+    if dtype != "uint8" or scheme.level_bits != 4:
         return dtype
     return "int4" if isinstance(scheme, Affine) and scheme.symmetric else "uint4"
+
+
+def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+    """Returns the parts of a tensor: those of its scheme, with signed integers where symmetric.
+
+    Raises:
+        RequestError: Core ML has no such scheme for that shape.
+    """
+    if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
+        raise RequestError(
+            f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
+        )
+    return part_layouts_by_group(shape, scheme, _group_layouts)
+
+
+def _is_storable(shape: tuple[int, ...], scheme: Uniform) -> bool:
+    if not scheme.is_quantized:
+        return not isinstance(scheme, Ggml)
+    return scheme.level_bits in _SIGNED and len(shape) == 2 and scheme.fitted(shape) == scheme
+
+
+def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+    layouts = scheme.part_shapes(shape)
+    if isinstance(scheme, Affine) and scheme.symmetric:
+        layouts["data"] = (_SIGNED[scheme.bits], layouts["data"][1])
+    return layouts
+
+
+def encode(
+    statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
+) -> Parts:
+    """Returns the parts of rows of a checkpoint, whose numbers are `ids`.
+
+    Raises:
+        RequestError: a weight that its scheme cannot hold.
+    """
+    values = _transform(name).store(rows.astype(np.float32, copy=False))
+    scheme = stored.uniform
+    if not isinstance(scheme, Affine):
+        return scheme.encode(name, values, statistics(name), ids)
+    _require_held(name, np.abs(values).max(initial=0), scheme.scale)
+    parts = scheme.encode(name, values, statistics(name), ids)
+    levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
+    steps = np.abs(parts["scales"].astype(np.float32))
+    _require_held(name, steps.max(initial=0) * np.float32(levels), scheme.scale)
+    return _with_sign(parts, scheme, stored.parts["data"].dtype)
+
+
+def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:
+    """Inverts `encode`: float32 [rows, columns]."""
+    columns = int(np.prod(stored.shape[1:], dtype=np.int64))
+    scheme = stored.uniform
+    if isinstance(scheme, Affine):
+        rows = scheme.decode(_with_sign(parts, scheme, "uint8"), columns)
+        rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
+    else:
+        rows = scheme.decode(parts, columns)
+    return _transform(name).restore(rows.astype(np.float32, copy=False))
+
+
+def _transform(name: str) -> Transform:
+    return _TRANSFORMS.get(role_of(name), PLAIN)
+
+
+def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
+    """Refuses weights that are infinities where an engine multiplies in the dtype of the scales."""
+    with np.errstate(over="ignore"):
+        held = np.isfinite(largest.astype(dtype))
+    if not held:
+        raise RequestError(
+            f"{name}: weights of {largest:.4g} are more than {dtype} holds; take --compute fp32"
+        )
+
+
+def _with_sign(parts: Parts, scheme: Affine, dtype: str) -> Parts:
+    if not scheme.symmetric:
+        return parts
+    return parts | {"data": (parts["data"].view(np.uint8) ^ _TOP_BITS[scheme.bits]).view(dtype)}

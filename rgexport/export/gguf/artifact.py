@@ -1,8 +1,11 @@
 """An opened GGUF file: a checked header, and its weights dequantized.
 
-Rows are dequantized by gguf-py, which shares no code with the library that quantized them.
+The metadata name the algorithms that chose levels, where llama-quantize could not have made the
+file. Like the data's hash, that holds only while the tensors have the types that they were written
+in: another tool that stores them in others copies it all the same.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,63 +17,63 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.gguf import algorithms, integrity
+from rgexport.export.gguf import integrity
 from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest, read_embedded
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.origin import Origin
 from rgexport.files.hashing import FileRecord, hash_files, hash_new_files
-from rgexport.files.typed_json import Mismatch
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tokenizer_files import BYTE, CONTROL, USER_DEFINED
-from rgexport.quantize import affine
-from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
+from rgexport.quantize.ggml_types import FILE_TYPES
 from rgexport.quantize.gguf_header import GgufHeader, read_header
-from rgexport.quantize.scheme import Ggml
+from rgexport.quantize.scheme import Ggml, Parts, Plan
 
+ALGORITHMS_KEY = "rgexport.algorithms"
+_OWN = Ggml("f32").algorithm
+"""llama-quantize's algorithm."""
 _FILE_TYPES = {row.value: row.name for row in FILE_TYPES.values()}
 _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufManifest(Manifest):
-    """The whole manifest; `precision` is the word of the file's type, such as `q4_k_m`.
+    """The whole manifest; `precision` is the name of the file's type, such as `q4_k_m`.
 
     `states` and `io` are empty: llama.cpp builds the graph. The one record in `files` has the
     hash of the tensors' data, since no file can hold its own.
+
+    Attributes:
+        pieces: tokens of the vocabulary in the file; 0 where there is none.
+        imatrix: whether an importance matrix was used.
     """
 
     kind: str = "gguf"
     pieces: int
-    """Tokens of the vocabulary in the file; 0 where there is none."""
     imatrix: bool
-    """Whether an importance matrix was used."""
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the file has a vocabulary."""
         return self.pieces > 0
 
     @property
     def weighted(self) -> bool:
-        """Whether statistics of inputs said which weights may be further off."""
-        return self.imatrix or bool(algorithms.used(self.plan) - {algorithms.OWN})
+        return self.imatrix or bool(_used_algorithms(self.plan) - {_OWN})
 
 
 @dataclass(frozen=True)
 class GgufArtifact(Artifact):
-    """A GGUF file of a Griffin model."""
+    """A GGUF file of a Griffin model; `tensors` are by canonical name."""
 
     header: GgufHeader
     tensors: dict[str, FileTensor]
-    """By canonical name."""
 
     def file(self, name: str) -> Path:
-        """The GGUF file."""
         return self.path
 
     def facts(self) -> dict[str, Any]:
-        """Bits per weight, facts of the metadata, and the tokenizer."""
+        """Returns bits per weight, facts of the metadata, and the tokenizer."""
         values, tensors = self.header.values, self.header.tensors.values()
         gguf = {
             "architecture": values["general.architecture"],
@@ -81,7 +84,7 @@ class GgufArtifact(Artifact):
             "license": _value(str, values, "general.license"),
             "source": _value(str, values, "general.source.url"),
             "importance_matrix": _value(str, values, "quantize.imatrix.file"),
-            "algorithms": ", ".join(sorted(algorithms.used(self.manifest.plan))) or None,
+            "algorithms": ", ".join(sorted(_used_algorithms(self.manifest.plan))) or None,
             "data_hash": integrity.has_original_types(self.header),
             "runs_in": "the llama.cpp of `rgexport llama-cpp build`",
         }
@@ -93,23 +96,20 @@ class GgufArtifact(Artifact):
         }
 
     def origin(self) -> Origin:
-        """What the metadata say."""
-        words = "general.source.huggingface.repository", "general.license"
-        return Origin(*(_value(str, self.header.values, word) for word in words))
+        """Returns the author and licence, from the metadata."""
+        keys = "general.source.huggingface.repository", "general.license"
+        return Origin(*(_value(str, self.header.values, key) for key in keys))
 
-    def _decode(
-        self, name: str, stored: StoredTensor, parts: affine.Parts, columns: int
-    ) -> np.ndarray:
-        transform = self.tensors[name].transform
-        rows = _dequantize(parts["data"], stored.scheme.label)
-        return transform.restore(rows.reshape(-1, *stored.shape[1:]))
+    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
+        rows = super()._decode(name, stored, parts, columns)
+        return self.tensors[name].transform.restore(rows.reshape(-1, *stored.shape[1:]))
 
 
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
-    """Opens a file that `rgexport gguf` made, or that another tool quantized from one.
+    """Opens a file of `rgexport gguf`, or a file that another tool quantized from one.
 
-    The header and the metadata's hash are always checked; the data's hash where the file was not
-    seen before in this state, and with `verify`.
+    The header and the metadata's hash are always checked; the data's hash where the file has
+    changed since the last opening, and with `verify`.
 
     Raises:
         RequestError: no such file, not GGUF, another model, not made by rgexport, a part of a
@@ -144,7 +144,7 @@ def _require_ours(header: GgufHeader) -> None:
         )
     if not isinstance(architecture, str) or architecture != ARCHITECTURE:
         raise RequestError(
-            f"{path} holds a model of the architecture {_shown(architecture)}; expected "
+            f"{path} holds a model of the architecture {_shorten(architecture)}; expected "
             f"{ARCHITECTURE}, from `rgexport gguf`"
         )
     if not isinstance(values.get(MANIFEST_KEY), str):
@@ -152,35 +152,32 @@ def _require_ours(header: GgufHeader) -> None:
             f"{path} was not made by rgexport (it has no {MANIFEST_KEY}); make one from the "
             "checkpoint with `rgexport gguf`"
         )
-    if not isinstance(found := values.get(integrity.FILE_TYPE), int) or found not in _FILE_TYPES:
+    file_type = values.get(integrity.FILE_TYPE)
+    if not isinstance(file_type, int) or file_type not in _FILE_TYPES:
         raise RequestError(
-            f"{path} has the file type {_shown(found)}; expected that "
+            f"{path} has the file type {_shorten(file_type)}; expected that "
             f"of one of {', '.join(_FILE_TYPES.values())}"
         )
     for key in integrity.HASHES:
         if not isinstance(values.get(key), str):
-            raise _damaged(path, f"its {key} is {_shown(values.get(key))}")
-    _require_vocabulary(header)
-
-
-def _require_vocabulary(header: GgufHeader) -> None:
-    tokens: Any = header.values.get(_TOKENS)
-    types: Any = header.values.get(_TOKEN_TYPES)
+            raise _damaged(path, f"its {key} is {_shorten(values.get(key))}")
+    tokens: Any = values.get(_TOKENS)
+    types: Any = values.get(_TOKEN_TYPES)
     if tokens is not None or types is not None:
         lists = isinstance(tokens, list) and isinstance(types, np.ndarray)
         if not lists or types.dtype.kind not in "iu" or len(tokens) != len(types):
-            raise _damaged(header.path, "its lists of tokens and of their types do not match")
+            raise _damaged(path, "its lists of tokens and of their types do not match")
 
 
 def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None:
-    expected = {tensor.name: tensor.shape for tensor in tensors.values()}
-    found = {name: tensor.shape for name, tensor in header.tensors.items()}
-    for name in expected.keys() | found.keys():
-        if expected.get(name) != found.get(name):
+    expected = {tensor.name: list(tensor.shape) for tensor in tensors.values()}
+    actual = {name: list(tensor.shape) for name, tensor in header.tensors.items()}
+    for name in expected.keys() | actual.keys():
+        if expected.get(name) != actual.get(name):
             raise _damaged(
                 header.path,
-                f"its tensor {_shown(name)} has the shape {_dims(found.get(name))}; expected "
-                f"{_dims(expected.get(name))}",
+                f"its tensor {_shorten(name)} has the shape {actual.get(name, 'none')}; expected "
+                f"{expected.get(name, 'none')}",
             )
 
 
@@ -205,7 +202,7 @@ def _manifest(
 ) -> GgufManifest:
     try:
         check = integrity.read_check(header)
-        schemes = algorithms.read_schemes(header)
+        schemes = _read_schemes(header)
     except Mismatch as error:
         raise _damaged(header.path, str(error)) from None
     name = header.path.name
@@ -236,34 +233,51 @@ def _manifest(
 
 def _stored(header: GgufHeader, tensor: FileTensor, schemes: Mapping[str, Ggml]) -> StoredTensor:
     scheme = schemes[tensor.name]
-    rows, *row = tensor.canonical_shape
-    row_bytes = TYPES[scheme.type].row_bytes(prod(row))
-    offset = header.tensors[tensor.name].offset
-    part = StoredPart(header.path.name, offset, "uint8", (rows, row_bytes))
+    ((dtype, shape),) = scheme.part_shapes(tensor.canonical_shape).values()
+    part = StoredPart(header.path.name, header.tensors[tensor.name].offset, dtype, shape)
     return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
 
 
-def _dequantize(rows: np.ndarray, kind: str) -> np.ndarray:
-    """Rows as stored, uint8 [n, bytes], as float32 [n, weights]."""
-    if kind == "f32":
-        return rows.view(np.float32)
-    from gguf import GGMLQuantizationType, quants  # an extra; only validation dequantizes
+def algorithms_text(schemes: Mapping[str, Ggml]) -> str:
+    """Returns tensor → algorithm as JSON, without llama-quantize's; empty if there are no others.
 
-    return quants.dequantize(rows, GGMLQuantizationType(TYPES[kind].value))
+    It is the value of `ALGORITHMS_KEY`.
+    """
+    algorithms = {name: scheme.algorithm for name, scheme in schemes.items()}
+    named = {name: algorithm for name, algorithm in algorithms.items() if algorithm != _OWN}
+    return json.dumps(named) if named else ""
+
+
+def _used_algorithms(plan: Plan) -> set[str]:
+    """The algorithms of the quantized tensors."""
+    uniform = (one for scheme in plan.values() for one in scheme.uniform)
+    return {scheme.algorithm for scheme in uniform if scheme.is_quantized}
+
+
+def _read_schemes(header: GgufHeader) -> dict[str, Ggml]:
+    """The scheme and algorithm of each tensor; Mismatch if the metadata's text cannot be read."""
+    text = header.values.get(ALGORITHMS_KEY)
+    algorithms = {} if text is None else from_json(dict[str, str], parse_json(text))
+    if not integrity.has_original_types(header):
+        algorithms = {}
+    fields = {
+        name: {"type": tensor.type.name, "algorithm": algorithms.get(name, _OWN)}
+        for name, tensor in header.tensors.items()
+    }
+    try:
+        return {name: Ggml.from_dict(values) for name, values in fields.items()}
+    except RequestError as error:
+        raise Mismatch(f"{ALGORITHMS_KEY}: {error}") from None
 
 
 def _damaged(path: Path, what: str) -> RequestError:
     return RequestError(f"{path} is damaged: {what}; copy it again, or export it again")
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     """A value on one line, cut to 60 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _dims(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else str(list(shape))
 
 
 def _tokenizer_facts(values: dict[str, Any]) -> dict[str, Any]:

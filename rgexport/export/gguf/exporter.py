@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
 from rgexport.export.checked import SelfCheck
-from rgexport.export.gguf import algorithms, integrity
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
 from rgexport.export.gguf.metadata import KeyValue, metadata
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
@@ -24,7 +25,6 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, expect_stages, group, note, task, warn
-from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
@@ -112,8 +112,8 @@ def _values_of_types(choice: Choice) -> Iterator[KeyValue]:
     types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
     for key, text in integrity.placeholders(types).items():
         yield KeyValue(key, text, Kind.STRING)
-    if text := algorithms.to_text(choice.schemes):
-        yield KeyValue(algorithms.KEY, text, Kind.STRING)
+    if text := algorithms_text(choice.schemes):
+        yield KeyValue(ALGORITHMS_KEY, text, Kind.STRING)
     yield KeyValue("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
     yield KeyValue(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
     for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
@@ -208,6 +208,6 @@ def _encode(
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])
     ids = np.arange(start, stop)
-    stored = encode(tensor.canonical, values, scheme, statistics, ids)["data"].tobytes()
+    stored = scheme.encode(tensor.canonical, values, statistics, ids)["data"].tobytes()
     last = stop == source.shape[0]
     return stored + bytes(-_tensor_bytes(tensor, scheme.type) % ALIGNMENT * last), rows.nbytes

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import FileTensor, file_tensors
 from rgexport.export.request import refuse_beside_plan, refuse_idle, require_levels
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.algorithms import ALGORITHMS, by_algorithm
+from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_mix import (
     GgmlTensor,
     TypeRequest,
@@ -28,14 +28,12 @@ from rgexport.quantize.ggml_types import (
     find_type,
 )
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
-from rgexport.quantize.scheme import Float, Ggml, Mixed, Plan, Scheme
+from rgexport.quantize.scheme import Ggml, Plan
 
 DEFAULT_TYPE = "q4_k_m"
 PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
 """Precision word of the other formats → file type."""
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
-_FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "f32"}
-"""Only gates are bfloat16 in a plan, and those are f32 in a file."""
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
 """File types that are no mix, and that importances do not change."""
 _SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
@@ -137,9 +135,8 @@ class GgufOptions:
         """Sets the algorithm of the schemes, if there is one."""
         if self.algorithm is None:
             return dict(schemes)
-        word = self.algorithm if Ggml in ALGORITHMS[self.algorithm].layouts else "ggml"
-        filled = by_algorithm(dict(schemes), word)
-        return {name: scheme for name, scheme in filled.items() if isinstance(scheme, Ggml)}
+        algorithm = self.algorithm if self.algorithm in Ggml.encoders else "ggml"
+        return {name: scheme.with_algorithm(algorithm) for name, scheme in schemes.items()}
 
     def _request(self) -> TypeRequest:
         word = self.embedding and self.embedding.lower()
@@ -180,9 +177,9 @@ def _importances(
 
 def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     scheme, columns = plan[tensor.canonical], tensor.shape[-1]
-    kind = _ggml_type(scheme)
+    kind = scheme.ggml_type
     if kind is None or not TYPES[kind].fits(columns):
-        layout = "in row groups" if isinstance(scheme, Mixed) else f"for rows of {columns}"
+        layout = "in row groups" if len(scheme.uniform) > 1 else f"for rows of {columns}"
         raise RequestError(
             f"the plan stores {tensor.canonical} as {scheme.label}, which GGUF cannot do {layout}; "
             "expected a ggml type that fits, such as "
@@ -193,15 +190,9 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     return scheme if isinstance(scheme, Ggml) else Ggml(kind)
 
 
-def _ggml_type(scheme: Scheme) -> str | None:
-    if isinstance(scheme, Ggml):
-        return scheme.type
-    return _FLOATS[scheme.dtype] if isinstance(scheme, Float) else None
-
-
 def _file_type_of(plan: Plan) -> FileType:
     """Returns the file type whose default most tensors have that are not float32."""
-    kinds = Counter(kind for scheme in plan.values() if (kind := _ggml_type(scheme)) is not None)
+    kinds = Counter(kind for scheme in plan.values() if (kind := scheme.ggml_type) is not None)
     fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
     most = (fewer or Counter(["f32"])).most_common(1)[0][0]
     return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)

@@ -11,16 +11,15 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import COLUMNS, Manifest, ValueRecord
 from rgexport.export.onnx.model_file import read_graph, read_model
 from rgexport.export.onnx.native import native_ops
-from rgexport.export.row_groups import grouped_layouts
-from rgexport.quantize import affine
+from rgexport.export.row_groups import part_layouts_by_group
 from rgexport.quantize.scheme import (
     BLOCKS,
     INT8_ROWS,
     Affine,
     Float,
-    Mixed,
+    PartShapes,
     Scheme,
-    uniform_schemes,
+    Uniform,
 )
 
 BITS = (3, 4, 8)
@@ -32,7 +31,7 @@ class OnnxArtifact(Artifact):
     """A folder with `model.onnx`, its data files and their manifest."""
 
     def complaints(self, verify: bool) -> list[str]:
-        """Lists the complaints; the graph comes last: a hash tells more of an altered one."""
+        """Lists damaged files; the graph comes last, as a hash says more of an altered one."""
         return super().complaints(verify) or list(self._wrong_graph())
 
     def _wrong_graph(self) -> Iterator[str]:
@@ -42,12 +41,12 @@ class OnnxArtifact(Artifact):
         yield from _differences("output", graph.outputs, io.outputs)
 
     def facts(self) -> dict[str, Any]:
-        """The profile, and which kernels would run the graph on this machine."""
-        found = native_ops(self.file(MODEL_FILE))
-        kernels = {"runs": found.kernels, "reason": found.reason}
+        """Returns the profile, and the kernels that would run the graph on this machine."""
+        ops = native_ops(self.file(MODEL_FILE))
+        kernels = {"runs": ops.kernels, "reason": ops.reason}
         return {
             "profile": self.manifest.profile,
-            "kernels": kernels | {"native": list(found.native), "ops": found.ops},
+            "kernels": kernels | {"native": list(ops.native), "ops": ops.ops},
         }
 
 
@@ -58,22 +57,22 @@ def _differences(
     by_name = attrgetter("name")
     for value, right in zip_longest(sorted(values, key=by_name), sorted(expected, key=by_name)):
         if value != right:
-            yield f"{MODEL_FILE}: {kind} {_shown(value)}; expected {_shown(right)}"
+            yield f"{MODEL_FILE}: {kind} {_describe(value)}; expected {_describe(right)}"
             return
 
 
-def _shown(value: ValueRecord | None) -> str:
+def _describe(value: ValueRecord | None) -> str:
     return f"{value.name} {value.dtype} {reprlib.repr(value.shape)}" if value else "none"
 
 
 def weight_files(manifest: Manifest) -> list[str]:
-    """The names of the files of the weights, in order."""
+    """Returns the names of the files of the weights, in order."""
     parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
     return list(dict.fromkeys(part.file for part in parts))
 
 
-def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Part name → dtype and shape of a tensor that is stored by `scheme`.
+def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+    """Returns the parts of a tensor that is stored by `scheme`.
 
     An int8 matrix with a scale per row is stored by columns, as `MatMulInteger` needs it; all
     others by rows.
@@ -81,24 +80,25 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, tuple[str,
     Raises:
         RequestError: ONNX does not have that scheme.
     """
-    if isinstance(scheme, Mixed) and is_storable(scheme):
-        return grouped_layouts(shape, scheme, part_layouts)
-    if isinstance(scheme, Float):
-        return {"data": (scheme.dtype, shape)}
-    if scheme == INT8_ROWS:
-        rows, columns = shape
-        return {COLUMNS: ("uint8", (columns, rows)), "scales": ("float32", (rows, 1))}
-    if not isinstance(scheme, Affine) or not is_storable(scheme):
+    if scheme != INT8_ROWS and not is_storable(scheme):
         raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
+    return part_layouts_by_group(shape, scheme, _group_layouts)
+
+
+def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+    layouts = scheme.part_shapes(shape)
+    if scheme != INT8_ROWS:
+        return layouts
     rows, columns = shape
-    widths = affine.part_shapes(columns, scheme)
-    return {name: (dtype, (rows, width)) for name, (dtype, width) in widths.items()}
+    return {COLUMNS: ("uint8", (columns, rows)), "scales": layouts["scales"]}
 
 
 def is_storable(scheme: Scheme) -> bool:
-    """Whether a tensor may be stored so: as floats, or in blocks, as row groups always are."""
-    if isinstance(scheme, Mixed):
-        return all(map(is_storable, uniform_schemes(scheme)))
+    """Whether ONNX has the scheme: floats, or blocks of some sizes and bits."""
+    return all(map(_is_storable, scheme.uniform))
+
+
+def _is_storable(scheme: Uniform) -> bool:
     if isinstance(scheme, Affine):
         has_bits = scheme.bits in BITS and (scheme.bits > 3 or scheme.symmetric)
         return scheme.block in BLOCKS and has_bits

@@ -15,7 +15,6 @@ from rgexport.export.onnx.functions import (
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.affine import block_size, num_blocks
 from rgexport.quantize.scheme import Affine
 
 
@@ -38,7 +37,7 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
     points of rows with an odd number of blocks. The padding of rows to whole blocks is cut off.
     """
     columns = table.size(1)
-    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
+    blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
 
     def gather(part: str) -> ir.Value:
         return g.op("Gather", g.part(table, part), ids)
@@ -184,14 +183,14 @@ def block_attributes(g: Emitter, weight: Value) -> dict[str, int]:
     """Returns the attributes of `MatMulNBits` for a weight in blocks, without its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
     bits = max(scheme.bits, 4)  # see `_widened`
-    return {"K": columns, "bits": bits, "block_size": block_size(columns, scheme)}
+    return {"K": columns, "bits": bits, "block_size": scheme.block_size(columns)}
 
 
 def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
     """Returns data [N, blocks, bytes], scales, and zero points or None."""
     rows, columns = weight.size(0), weight.size(1)
     scheme = _affine(g, weight)
-    blocks, block = num_blocks(columns, scheme), block_size(columns, scheme)
+    blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
     data = g.part(weight, "data", (rows, blocks, block * scheme.bits // 8))
     if scheme.bits == 3:
         assert data is not None

@@ -9,16 +9,15 @@ from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
 from rgexport.export.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.quantize.affine import num_blocks
-from rgexport.quantize.algorithms import filled
-from rgexport.quantize.fitting import least_padded, with_dtype
 from rgexport.quantize.plan import (
     choose_scheme,
     choose_schemes,
+    has_blocks,
     make_plan,
+    with_algorithm,
     with_bfloat16,
 )
-from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme, uniform_schemes
+from rgexport.quantize.scheme import BFLOAT16, BLOCKS, Affine, Plan, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +66,20 @@ class OnnxOptions(FolderOptions):
             chosen = choose_schemes(self.words, self._scheme, self.block_size, self.symmetric)
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-            plan = {name: least_padded(scheme, shapes[name][-1]) for name, scheme in plan.items()}
-            if any(isinstance(scheme, Affine) for scheme in chosen):
+            plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}
+            if any(map(has_blocks, chosen)):
                 plan |= dict.fromkeys(exact, BFLOAT16)
         plan = with_bfloat16(plan, exact)
-        plan = filled(plan, self.algorithm, keep=self.plan is not None)
+        plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
         """Makes the embedding symmetric, if the profile cannot take its zero points."""
         odd = [
             scheme
-            for scheme in uniform_schemes(plan[EMBEDDING])
+            for scheme in plan[EMBEDDING].uniform
             if isinstance(scheme, Affine) and scheme.bits == 4 and not scheme.symmetric
-            if num_blocks(width, scheme) % 2 == 1
+            if scheme.num_blocks(width) % 2 == 1
         ]
         if not self._profile.even_zero_points or not odd:
             return plan
@@ -100,7 +99,7 @@ class OnnxOptions(FolderOptions):
         # A scale per row needs symmetric weights and activations in int8.
         by_blocks = self.exact or block is not None or symmetric is False
         rows = None if by_blocks else self._profile.rows.get(precision)
-        return rows or with_dtype(scheme, self._profile.scale)
+        return rows or scheme.with_dtype(self._profile.scale)
 
     def _require_known(self, name: str, scheme: Scheme) -> None:
         if scheme in self._profile.rows.values():
@@ -111,7 +110,7 @@ class OnnxOptions(FolderOptions):
                 )
             return
         bits = self._profile.bits
-        stored = {x.bits for x in uniform_schemes(scheme) if isinstance(x, Affine)}
+        stored = {s.level_bits for s in scheme.uniform if s.level_bits is not None}
         if not is_storable(scheme) or not bits >= stored:
             symmetric = " (those of 3 are symmetric)" if 3 in bits else ""
             raise RequestError(

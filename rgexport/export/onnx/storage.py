@@ -13,9 +13,7 @@ from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
 from rgexport.export.onnx.graph import DTYPES
 from rgexport.export.storage import Places, aligned, fill
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.algorithms import encode
-from rgexport.quantize.scheme import Plan
+from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 _ALIGNMENT = 4096
@@ -24,12 +22,10 @@ _ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class FileLimit:
-    """The most bytes of a file."""
+    """The most bytes of a file: of several tensors (`filled`), and of one (`largest`)."""
 
     filled: int
-    """For a file of several tensors."""
     largest: int
-    """For a file of one tensor."""
 
 
 class Storage:
@@ -38,7 +34,7 @@ class Storage:
     def __init__(
         self, plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None = None
     ):
-        """One file, unless there is a `limit`; a tensor is never in two files.
+        """Lays out one file, or more if there is a `limit`; a tensor is never in two files.
 
         Raises:
             RequestError: a tensor that is larger than `limit` allows a file to be.
@@ -49,17 +45,17 @@ class Storage:
         places = Places(DATA_FILE, _ALIGNMENT)
         for name, scheme in plan.items():
             before = places.size
-            placed = places.tensors({name: scheme}, shapes, part_layouts)
+            stored = places.tensors({name: scheme}, shapes, part_layouts)
             if limit and before and aligned(places.size, _ALIGNMENT) > limit.filled:
                 places = Places(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
-                placed = places.tensors({name: scheme}, shapes, part_layouts)
+                stored = places.tensors({name: scheme}, shapes, part_layouts)
             if limit and places.size > limit.largest:
                 raise RequestError(
                     f"{name} takes {places.size:,} bytes as {scheme.label}, more than the "
                     f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
                     "such as with --embedding-precision int8"
                 )
-            self.tensors |= placed
+            self.tensors |= stored
             self.sizes[places.file] = aligned(places.size, _ALIGNMENT)
 
     @property
@@ -70,7 +66,7 @@ class Storage:
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> None:
-        """Fills the data files in `folder` from `weights`; `statistics` are for algorithms.
+        """Fills the data files in `folder` from `weights`; algorithms use `statistics`.
 
         Raises:
             RequestError: a weight that its scheme cannot hold.
@@ -85,13 +81,13 @@ class Storage:
 def initializer(
     part: StoredPart, name: str, shape: tuple[int, ...] | None = None
 ) -> ir.ExternalTensor:
-    """A tensor of the graph over a stored part, optionally in another shape."""
-    dtype, seen = DTYPES[part.dtype], ir.Shape(shape or part.shape)
-    return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=seen, name=name)
+    """Returns a tensor of the graph over a stored part, optionally in another shape."""
+    dtype, dims = DTYPES[part.dtype], ir.Shape(shape or part.shape)
+    return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=dims, name=name)
 
 
 def _encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, tensor: StoredTensor
 ) -> Parts:
-    parts = encode(name, rows, tensor.scheme, statistics(name), ids)
+    parts = tensor.uniform.encode(name, rows, statistics(name), ids)
     return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}

@@ -22,7 +22,6 @@ from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
-from rgexport.quantize.affine import num_blocks
 from rgexport.quantize.scheme import INT8_ROWS, Affine
 
 _ZERO_POINT = 128
@@ -73,7 +72,7 @@ def _in_pieces(
     """
     rows, columns = weight.size(0), weight.size(1)
     sizes = linear_ops.block_attributes(g, weight)
-    blob = (num_blocks(columns, scheme), sizes["block_size"] * scheme.bits // 8)
+    blob = (scheme.num_blocks(columns), sizes["block_size"] * scheme.bits // 8)
     level = g.accuracy_level
     product = partial(g.op, "MatMulNBits", domain=MICROSOFT, accuracy_level=level, **sizes)
     pieces = []

@@ -15,7 +15,6 @@ from rgexport.export.onnx.lowering import ring_attention
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
-from rgexport.quantize.affine import block_size, num_blocks
 from rgexport.quantize.scheme import Affine
 
 _FORGOTTEN = -1e4
@@ -38,11 +37,11 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
         g.part(table, "zero_points"),
         domain=MICROSOFT,
         bits=scheme.bits,
-        block_size=block_size(columns, scheme),
+        block_size=scheme.block_size(columns),
         gather_axis=0,
         quantize_axis=1,
     )
-    if num_blocks(columns, scheme) * block_size(columns, scheme) > columns:
+    if scheme.num_blocks(columns) * scheme.block_size(columns) > columns:
         rows = g.slice(rows, 0, columns, 2)
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 

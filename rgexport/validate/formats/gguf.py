@@ -6,7 +6,6 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.manifest import Manifest
-from rgexport.quantize.scheme import Ggml
 from rgexport.validate.formats.expected import Expected
 from rgexport.validate.identity.gguf_keys import gguf_items, gguf_keys
 from rgexport.validate.identity.items import IdentityItem
@@ -55,18 +54,16 @@ class GgufExpected(Expected):
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """The largest of all types in the file."""
-        kinds = {scheme.type for scheme in manifest.plan.values() if isinstance(scheme, Ggml)}
+        kinds = {scheme.label for scheme in manifest.plan.values()}
         return max((_TOLERANCES.get(kind, INT8) for kind in kinds), key=lambda found: found.logits)
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
         """See `Expected`."""
-        scheme = manifest.plan[tensor]
-        assert isinstance(scheme, Ggml)
-        return _INPUTS.get(scheme.type, "int8")
+        return _INPUTS.get(manifest.plan[tensor].label, "int8")
 
     def attends_in_half(self, manifest: Manifest) -> bool:
         """Keys and values are float16 where any weight is not float32."""
-        return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
+        return any(scheme.label != "f32" for scheme in manifest.plan.values())
 
     def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
         """See `Expected`: by the file's metadata."""

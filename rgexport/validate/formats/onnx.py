@@ -1,7 +1,6 @@
 """What is expected of ONNX artifacts."""
 
 from rgexport.export.manifest import Manifest
-from rgexport.quantize.scheme import Affine, Mixed
 from rgexport.validate.formats.expected import Expected
 from rgexport.validate.structure.onnx import OnnxStructure
 
@@ -17,7 +16,7 @@ class OnnxExpected(Expected):
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
         """See `Expected`."""
-        blocks = isinstance(manifest.plan[tensor], Affine | Mixed)
+        blocks = manifest.plan[tensor].is_quantized
         rounded = blocks and not manifest.exact
         return "int8" if rounded else "float32"
 

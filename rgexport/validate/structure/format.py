@@ -12,7 +12,7 @@ from rgexport.errors import one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.scheme import Plan, scheme_to_dict
+from rgexport.quantize.scheme import Plan
 from rgexport.validate.structure.elements import Element
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Recipe:
     @property
     def key(self) -> str:
         """SHA-256 of all fields, without the algorithms that chose the weights' levels."""
-        plan = [(name, _layout(scheme_to_dict(scheme))) for name, scheme in self.plan.items()]
+        plan = [(name, _layout(scheme.to_dict())) for name, scheme in self.plan.items()]
         fields = self.kind, self.config.to_dict(), plan, self.options
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -7,15 +7,11 @@ further away, so that the errors of their products cancel.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from rgexport.errors import RequestError
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.scheme import Ggml, Mixed, Scheme
-from rgexport.validate.weights.ggml_steps import BLOCKS
-
-Measure = Literal["weight", "block", "row", "group"]
-"""What `max_steps` is the largest of: errors of single weights, or root mean squares."""
+from rgexport.quantize.scheme import Uniform
+from rgexport.quantize.steps import Measure
 
 MAX_STEPS = 0.501
 """Half a step, and 1e-5 more for the float32 arithmetic on 255 levels."""
@@ -149,7 +145,7 @@ to 1.0 steps, with an importance matrix 2.6.
 """
 
 
-def expectation_key(scheme: Scheme, weighted: bool) -> str:
+def expectation_key(scheme: Uniform, weighted: bool) -> str:
     """The key of `EXPECTATIONS`: the algorithm, or what it does for a type of ggml.
 
     Args:
@@ -159,20 +155,11 @@ def expectation_key(scheme: Scheme, weighted: bool) -> str:
     Raises:
         RequestError: an algorithm that is not known here.
     """
-    assert not isinstance(scheme, Mixed), "row groups are compared one by one"
-    if scheme.algorithm != "ggml":
-        word = scheme.algorithm
-        if word not in EXPECTATIONS:
-            raise RequestError(
-                f"the artifact has levels chosen by {word!r}, which this version cannot judge; "
-                f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
-            )
-        fine = f"{word}, 8 bits"
-        return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else word
-    assert isinstance(scheme, Ggml)
-    blocks = BLOCKS.get(scheme.type)
-    if blocks is None:
-        return "cast"
-    if weighted and blocks.below < BLOCKS["q8_0"].below:  # an importance matrix is not for q8_0
-        return "ggml weighted"
-    return "ggml search" if blocks.grouped else "ggml"
+    rule = scheme.rounding_rule(weighted)
+    if rule not in EXPECTATIONS:
+        raise RequestError(
+            f"the artifact has levels chosen by {rule!r}, which this version cannot judge; "
+            f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
+        )
+    fine = f"{rule}, 8 bits"
+    return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else rule

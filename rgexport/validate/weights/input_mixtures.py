@@ -12,7 +12,7 @@ import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs
-from rgexport.validate.weights.steps import StepSizes
+from rgexport.quantize.steps import StepSizes
 
 MIXTURES = 4
 """Mixtures of each input."""

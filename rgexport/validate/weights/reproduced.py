@@ -15,7 +15,6 @@ from rgexport.progress import Advance
 from rgexport.quantize.statistics import StatisticsOf
 from rgexport.quantize.stored_weights import quantized
 from rgexport.validate.checks import Check
-from rgexport.validate.weights.steps import is_quantized
 from rgexport.validate.weights.weight_errors import of_each_tensor, paired_slabs
 
 _SAME = 2.0**-9
@@ -50,7 +49,7 @@ def reproduce(
     tensors = {
         name: stored
         for name, stored in artifact.manifest.tensors.items()
-        if is_quantized(stored.scheme)
+        if stored.scheme.is_quantized
     }
     plan = artifact.manifest.plan
     encoded = quantized({name: original[name] for name in tensors}, plan, statistics)

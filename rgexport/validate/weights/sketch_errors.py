@@ -21,7 +21,7 @@ from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
 from rgexport.validate.weights.input_mixtures import expected_noise, mixed
 from rgexport.validate.weights.sketch import SLAB_BYTES, SketchShape, sketch_shape, square_sum
-from rgexport.validate.weights.steps import is_quantized, rows_together, shown_steps
+from rgexport.validate.weights.steps import shown_steps
 from rgexport.validate.weights.weight_errors import of_each_tensor, ratio
 
 _KEPT = 2.0**-22
@@ -186,7 +186,7 @@ def _errors(
     shape, sketch, groups = sketch_shape(stored.shape), reference.sketch(name), groups_of(stored)
     known = _known_outputs(name, reference, stored)
     sums, first = [_Sums() for _ in groups], 0
-    for rows in _slabs(weights, shape, rows_together(stored.scheme)):
+    for rows in _slabs(weights, shape, stored.scheme.rows_together):
         stop = first + len(rows)
         original = sketch[first:stop].astype(np.float64)
         for group, total in zip(groups, sums, strict=True):
@@ -209,7 +209,7 @@ def _known_outputs(
 ) -> _KnownOutputs | None:
     """What a file has of a quantized linear; None for all other tensors."""
     site = input_site(name)
-    if site is None or not is_quantized(stored.scheme):
+    if site is None or not stored.scheme.is_quantized:
         return None
     return _KnownOutputs(reference.inputs(site), reference.outputs(name))
 
@@ -225,13 +225,13 @@ def _slabs(weights: RowTensor, shape: SketchShape, together: int) -> Iterator[np
 def _summary(
     name: str, group: StoredGroup, shape: SketchShape, found: _Sums, weighted: bool
 ) -> SketchError:
-    scheme = group.stored.scheme
+    scheme = group.stored.uniform
     key = expectation_key(scheme, weighted)
-    is_linear = input_site(name) is not None and is_quantized(scheme)
+    is_linear = input_site(name) is not None and scheme.is_quantized
     return SketchError(
         name=name,
         scheme=group.label,
-        quantized=is_quantized(scheme),
+        quantized=scheme.is_quantized,
         rows=len(group.rows) if group.rows is not None else shape.rows,
         columns=shape.columns,
         directions=shape.directions or None,

@@ -23,7 +23,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, task
 from rgexport.validate.weights.expectations import EXPECTATIONS, expectation_key
 from rgexport.validate.weights.input_mixtures import Mixtures, output_noise
-from rgexport.validate.weights.steps import is_quantized, rows_together, step_sizes
+from rgexport.validate.weights.steps import step_sizes
 
 _SLAB_BYTES = 1 << 20
 """Float32 bytes of one slab: its temporaries stay in cache, which makes the table 6x faster."""
@@ -102,7 +102,7 @@ def weight_errors(
         stored, mixtures = tensors[name], (inputs or {}).get(input_site(name) or "")
         groups = groups_of(stored)
         sums = [
-            _Sums(group, expectation_key(group.stored.scheme, weighted), mixtures)
+            _Sums(group, expectation_key(group.stored.uniform, weighted), mixtures)
             for group in groups
         ]
         for start, w, other in paired_slabs(original[name], dequantized[name], stored):
@@ -171,7 +171,7 @@ class _Sums:
         return WeightError(
             name=name,
             scheme=group.label,
-            quantized=is_quantized(group.stored.scheme),
+            quantized=group.stored.scheme.is_quantized,
             values=math.prod(group.stored.shape),
             rows=group.stored.shape[0],
             relative_error=ratio(error_square, square) ** 0.5,
@@ -193,7 +193,7 @@ def paired_slabs(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The first row, and rows of both, [n, values of a row] float32, of at most `limit` bytes."""
     columns = math.prod(stored.shape[1:])
-    together = rows_together(stored.scheme)
+    together = stored.scheme.rows_together
     for start, stop in slab_bounds(stored.shape[0], 4 * columns, limit, together):
         both = (tensor.read(start, stop) for tensor in (original, dequantized))
         w, found = (x.astype(np.float32, copy=False).reshape(-1, columns) for x in both)

@@ -13,14 +13,18 @@ from hypothesis.extra import numpy as hnp
 from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.parts import decode, encode, part_layouts
 from rgexport.export.coreml.segments import packages
-from rgexport.export.coreml.storage import ALIGNMENT, Storage, blob_dtype
+from rgexport.export.coreml.storage import (
+    ALIGNMENT,
+    Storage,
+    blob_dtype,
+    decode,
+    encode,
+    part_layouts,
+)
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.affine import Parts
-from rgexport.quantize.fitting import fitted
-from rgexport.quantize.scheme import Affine, Float, Palette, Scheme
+from rgexport.quantize.scheme import Affine, Float, Palette, Parts, Scheme
 from rgexport.quantize.statistics import no_statistics
 
 pytest.importorskip("coremltools")
@@ -78,7 +82,7 @@ def encoded(rows: np.ndarray, stored: StoredTensor, name: str = NAME) -> Parts:
 @settings(deadline=None, max_examples=150)
 @given(matrices, st.one_of(affines, palettes))
 def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None:
-    scheme = fitted(asked, rows.shape)
+    scheme = asked.fitted(rows.shape)
     assert isinstance(scheme, Affine | Palette)
     stored = stored_tensor(rows.shape, scheme)
     parts = encoded(rows, stored)

@@ -11,8 +11,8 @@ from gguf import GGUFReader
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.gguf import algorithms, integrity
-from rgexport.export.gguf.artifact import GgufArtifact, open_gguf
+from rgexport.export.gguf import integrity
+from rgexport.export.gguf.artifact import ALGORITHMS_KEY, GgufArtifact, open_gguf
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.gguf.options import GgufOptions
@@ -127,7 +127,7 @@ def test_importances_reach_the_quantizer(imatrix, tmp_path):
     assert weighted.manifest.weighted and not plain.manifest.weighted
     assert weighted.header.values["quantize.imatrix.file"] == str(imatrix)[:127]
     assert list(weighted.header.values)[-1].startswith("quantize.imatrix.")
-    assert algorithms.KEY not in plain.header.values
+    assert ALGORITHMS_KEY not in plain.header.values
     name = "layers.0.mlp_block.up_proj.weight"
     assert not np.array_equal(weighted.tensor(name).whole(), plain.tensor(name).whole())
     # The metadata's hash does not cover what is said of the matrix.
@@ -185,7 +185,7 @@ def test_statistics_reach_the_algorithm_which_the_file_names(calibrated, tmp_pat
             assert scheme.algorithm == "gptq"
         else:
             np.testing.assert_array_equal(levels, expected)
-    stated = json.loads(calibrated.header.values[algorithms.KEY])
+    stated = json.loads(calibrated.header.values[ALGORITHMS_KEY])
     quantized = {tensor.name for tensor in file_tensors(CALIBRATED) if tensor.quantizable}
     assert stated == dict.fromkeys(quantized, "gptq") and calibrated.manifest.weighted
     assert run(["inspect", str(calibrated.path)]) == 0

@@ -6,7 +6,7 @@ import pytest
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.row_ranges import rows_text
+from rgexport.quantize.row_groups import rows_text
 from rgexport.quantize.scheme import Affine, Mixed, Plan, RowGroup
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_planned

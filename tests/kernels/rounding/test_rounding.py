@@ -29,7 +29,7 @@ def rows_of(count, k, seed=0):
     return np.random.default_rng(seed).standard_normal((count, k)).astype(np.float32)
 
 
-def grid_of(weights, group=GROUP):
+def read_levels(weights, group=GROUP):
     """Symmetric levels by the extremes of groups, and their zero points."""
     starts = np.arange(0, weights.shape[1], group)
     high = np.maximum.reduceat(np.abs(weights), starts, axis=1)
@@ -86,7 +86,7 @@ def test_factors_give_the_matrix_back(k):
 @pytest.mark.parametrize(("count", "k"), [(1, 1), (5, 33), (49, 130), (100, 257)])
 def test_feedback_is_gptq(count, k):
     weights, h = rows_of(count, k), positive(k)
-    grid, _ = grid_of(weights)
+    grid, _ = read_levels(weights)
     factors = library.factor(h.copy())
     levels, lost = library.feedback(weights, grid, factors)
     expected = gptq(weights, grid, h)
@@ -105,7 +105,7 @@ def test_feedback_is_gptq(count, k):
 @given(st.integers(1, 60), st.integers(1, 150), st.sampled_from([1, 5, 16, 32]), st.integers(0, 9))
 def test_refining_only_lowers_the_loss(count, k, group, seed):
     weights, h = rows_of(count, k, seed), positive(k, seed)
-    grid, zeros = grid_of(weights, group)
+    grid, zeros = read_levels(weights, group)
     levels = nearest(weights, grid)
     before = losses(weights, levels, grid, h)
     options = {"rounds": 1, "zeros": zeros, "half": True}
@@ -121,7 +121,7 @@ def test_refining_only_lowers_the_loss(count, k, group, seed):
 def test_scales_are_those_of_least_squares_and_no_other_level_is_better():
     """With H = L Lᵀ the loss is ‖(w − Σ s_g u_g) L‖², for which there is a solver."""
     weights, h = rows_of(9, 80), positive(80)
-    grid, zeros = grid_of(weights)
+    grid, zeros = read_levels(weights)
     levels = nearest(weights, grid)
     groups, root = np.repeat(np.eye(5), GROUP, axis=1), np.linalg.cholesky(h)
     units = levels.astype(np.float64) - MIDDLE
@@ -193,7 +193,7 @@ def test_search_finds_what_trying_finds(symmetric, half, bits, weighted):
 def everything():
     """All functions on rows of an odd size."""
     weights, h = rows_of(70, 150), positive(150)
-    grid, zeros = grid_of(weights)
+    grid, zeros = read_levels(weights)
     factors = library.factor(h.copy())
     levels, lost = library.feedback(weights, grid, factors)
     library.refine(weights, grid, h.astype(np.float32), levels, rounds=2, zeros=zeros, half=True)

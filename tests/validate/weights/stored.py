@@ -8,8 +8,6 @@ from gguf import GGMLQuantizationType, quants
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize import affine, palette
-from rgexport.quantize.algorithms import encode
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme
@@ -41,10 +39,10 @@ def draw(kind: str, shape: tuple[int, int], *, size: float = 0.02, seed: int = 0
 def store(w, scheme, gain=1.0, importance=None, statistics=None) -> np.ndarray:
     """Ŵ, with all scales or tables multiplied by `gain`."""
     if isinstance(scheme, Affine | Palette):
-        parts = encode("w", w, scheme, statistics)
-        label, module = ("scales", affine) if isinstance(scheme, Affine) else ("lut", palette)
+        parts = scheme.encode("w", w, statistics)
+        label = "scales" if isinstance(scheme, Affine) else "lut"
         parts[label] = (parts[label] * np.float32(gain)).astype(parts[label].dtype)
-        return module.decode(parts, scheme, w.shape[1])
+        return scheme.decode(parts, w.shape[1])
     if isinstance(scheme, Ggml):
         kind = GGMLQuantizationType(TYPES[scheme.type].value)
         return gain * quants.dequantize(quantize_rows(w, scheme.type, importance), kind)

@@ -11,15 +11,14 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.row_groups import members
-from rgexport.quantize.row_ranges import rows_text
+from rgexport.quantize.ggml_grid import LAYOUTS
+from rgexport.quantize.row_groups import rows_text
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
 from rgexport.quantize.statistics import Hessian, Statistics
 from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
-from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
 from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
-from rgexport.validate.weights.steps import shown_steps
+from rgexport.validate.weights.steps import decay_steps, shown_steps
 from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
@@ -195,7 +194,7 @@ WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns",
 @needs_llama_cpp
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(["f16", "bf16", *BLOCKS]),
+    kind=st.sampled_from(["f16", "bf16", *LAYOUTS]),
     weights=st.sampled_from(WEIGHTS),
     size=st.floats(1e-2, 1e2),
     weighted=st.booleans(),
@@ -210,7 +209,7 @@ def test_what_ggml_stores_passes(kind, weights, size, weighted, seed):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_wrong_scale_or_block_is_seen(kind):
     """A scale off by three percent, which hides in the noise of four bits.
 
@@ -379,16 +378,17 @@ def test_a_wrong_group_fails_by_its_name(gains, failing):
     """By the steps of its own scheme: the noise of the other groups would hide it."""
     w, tensors = draw("normal", (ROWS, COLUMNS)), {"w": StoredTensor((ROWS, COLUMNS), SPLIT, {})}
     stored = np.empty_like(w)
-    for group, rows, gain in zip(SPLIT.groups, members(SPLIT, ROWS), gains, strict=True):
-        stored[rows] = store(w[rows], group.scheme, gain)
+    groups = SPLIT.row_groups(ROWS)
+    for (_, scheme, rows), gain in zip(groups, gains, strict=True):
+        stored[rows] = store(w[rows], scheme, gain)
     original, dequantized = ({"w": from_array(array)} for array in (w, stored))
     table = weight_errors(original, dequantized, tensors)
     sketches = sketch_errors(known(w), dequantized, tensors)
     for checks in (weight_checks(table), sketch_checks(sketches)):
         lines = [f"{check.kind}: {check.reason}" for check in checks if not check.passed]
         assert any(failing in line for line in lines) if failing else lines == []
-    for error, group, rows in zip(table, SPLIT.groups, members(SPLIT, ROWS), strict=True):
-        alone = error_of(w[rows], stored[rows], group.scheme)
+    for error, (_, scheme, rows) in zip(table, groups, strict=True):
+        alone = error_of(w[rows], stored[rows], scheme)
         for number in ("relative_error", "projection", "clipping", "max_steps", "noise", "shift"):
             expected = pytest.approx(getattr(alone, number), rel=1e-9, abs=1e-12)
             assert getattr(error, number) == expected

@@ -1,0 +1,75 @@
+"""Floats: weights rounded to a dtype."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.quantize.scheme_base import Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.statistics import Statistics
+from rgexport.quantize.steps import StepSizes, float_steps
+
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_DIGITS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24), "bfloat16": (23, 2.0**-126)}
+"""dtype → binary digits after the point, smallest step.
+
+bfloat16 stores what the checkpoint has in bfloat16: nothing may be rounded.
+"""
+
+
+@dataclass(frozen=True)
+class Float(Uniform):
+    """Floats in `dtype`."""
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    kind: Literal["float"] = "float"
+    algorithm = "cast"
+    is_quantized = False
+
+    @property
+    def label(self) -> str:
+        return self.dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 32.0 if self.dtype == "float32" else 16.0
+
+    @property
+    def precision(self) -> str:
+        return _PRECISIONS[self.dtype]
+
+    @property
+    def storage_class(self) -> str:
+        return self.dtype
+
+    @property
+    def ggml_type(self) -> str:
+        """The GGUF type; only gates are bfloat16 in a plan, and those are f32 in a file."""
+        return "f16" if self.dtype == "float16" else "f32"
+
+    def part_shapes(self, shape: Shape) -> PartShapes:
+        return {"data": (self.dtype, shape)}
+
+    def decode(self, parts: Parts, columns: int) -> np.ndarray:
+        return parts["data"].astype(np.float32, copy=False)
+
+    def weight_steps(self, w: np.ndarray) -> StepSizes:
+        return StepSizes(float_steps(w, *_DIGITS[self.dtype]))
+
+    def _cast(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+        with np.errstate(over="ignore"):
+            stored = rows.astype(self.dtype)
+        if not np.isfinite(stored).all():
+            raise RequestError(
+                f"a weight of {np.abs(rows).max():.4g} is more than {self.dtype} holds; "
+                "store it in another precision"
+            )
+        assert self.dtype != "bfloat16" or (stored.astype(rows.dtype) == rows).all()
+        return {"data": stored}
+
+    encoders: ClassVar = {"cast": _cast}
+
+
+BFLOAT16 = Float("bfloat16")
+"""Lossless for the matrices of gates that a checkpoint has in bfloat16."""

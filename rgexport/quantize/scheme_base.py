@@ -1,0 +1,330 @@
+"""The interface of storage schemes.
+
+A scheme describes how the rows of a tensor are stored: the arrays (parts) that hold them, and the
+algorithm that chooses their levels. Each scheme is a frozen dataclass in a file of its own and a
+row of `scheme.SCHEMES`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.quantize.algorithms import ALGORITHMS
+from rgexport.quantize.statistics import Known, RemoteStatistics, RowKinds
+from rgexport.quantize.steps import Measure, StepSizes, span_steps
+
+FloatDtype = Literal["float32", "float16"]
+Shape = tuple[int, ...]
+Parts = dict[str, np.ndarray]
+"""Part name → its rows."""
+PartShapes = dict[str, tuple[str, Shape]]
+"""Part name → dtype and shape."""
+Encoder = Callable[[Any, np.ndarray, Any], Parts]
+"""Scheme, rows [n, K] of any float dtype, and `Statistics` or None → parts.
+
+Rows are independent of one another, except those of one palette. Raises RequestError for a weight
+that the scheme cannot hold.
+"""
+POSITIVE = range(1, 1 << 31)
+_ALGORITHM = re.compile("[a-z0-9_-]{1,32}")
+
+
+class Scheme(ABC):
+    """The layout of a tensor."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The key of `scheme.SCHEMES`."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short name for people, such as `int4/32`."""
+
+    @property
+    @abstractmethod
+    def uniform(self) -> "tuple[Uniform, ...]":
+        """The scheme itself, or that of each row group."""
+
+    @abstractmethod
+    def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
+        """Returns label, scheme and row numbers (ascending, None for all) of each row group.
+
+        Raises:
+            RequestError: the groups do not fit a tensor of so many rows.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Reads what `to_dict` returns.
+
+        Raises:
+            RequestError: an unknown field or value.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are stored as integers or indices, not as floats."""
+        return True
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that share stored data, such as a palette, and are encoded together."""
+        return 1
+
+    @property
+    def ggml_type(self) -> str | None:
+        """The type of a GGUF file that stores the same; None where there is none."""
+        return None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a known algorithm of the scheme, or of a row group, needs statistics."""
+        rows = (ALGORITHMS.get(scheme.algorithm) for scheme in self.uniform)
+        return any(row is not None and row.needs_statistics for row in rows)
+
+    def require_known_algorithm(self) -> None:
+        """Refuses algorithms that are unknown or for other schemes.
+
+        Raises:
+            RequestError: such an algorithm.
+        """
+        for scheme in self.uniform:
+            if scheme.algorithm not in scheme.encoders:
+                raise RequestError(
+                    f"a scheme has algorithm = {scheme.algorithm!r}; "
+                    f"expected {', '.join(scheme.encoders)}"
+                )
+
+    def group_sizes(self, rows: int) -> tuple[int, ...]:
+        """Returns the number of rows of each row group; takes no memory for each row.
+
+        Raises:
+            RequestError: see `row_groups`.
+        """
+        return (rows,)
+
+    def index_bytes(self, rows: int) -> int:
+        """Returns the bytes that lists of the groups' rows take in a manifest and a graph."""
+        return 0
+
+    @classmethod
+    def candidates(cls) -> "tuple[Uniform, ...]":
+        """Returns the layouts that plans for a target choose from."""
+        return ()
+
+    def fitted(self, shape: Shape) -> "Scheme":
+        """Returns the closest scheme that stores a matrix [N, K] without padding.
+
+        Core ML needs blocks that divide a row and groups that divide the rows, and packs two 4-bit
+        values to a byte: rows of an odd number of weights are stored in 8 bits.
+        """
+        return self
+
+    def least_padded(self, columns: int) -> "Scheme":
+        """Returns the scheme with the block, up to its own, that takes the fewest bytes a row."""
+        return self
+
+    def with_dtype(self, dtype: FloatDtype) -> "Scheme":
+        """Returns the scheme with scales or tables in `dtype`."""
+        return self
+
+    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Scheme":
+        """Returns the scheme with a user's block size and symmetry, None for its own."""
+        return self
+
+    @abstractmethod
+    def with_algorithm(self, algorithm: str) -> Self:
+        """Returns the scheme filled by another algorithm; unchanged where that does not apply."""
+
+
+class Uniform(Scheme):
+    """A scheme that all rows of a tensor, or of a row group, share."""
+
+    encoders: ClassVar[Mapping[str, Encoder]]
+    """Algorithm → encoder."""
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Field → values or ranges that JSON may have, where the field's type is no literal."""
+    has_blocks: ClassVar[bool] = False
+    """Whether users can set the block size and symmetry."""
+
+    @property
+    @abstractmethod
+    def algorithm(self) -> str:
+        """The key of `algorithms.ALGORITHMS` that chose the levels; not part of the layout."""
+
+    @property
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight, with scales and zero points of blocks."""
+
+    @abstractmethod
+    def part_shapes(self, shape: Shape) -> PartShapes:
+        """Returns the parts of a tensor of `shape`."""
+
+    @abstractmethod
+    def decode(self, parts: Parts, columns: int) -> np.ndarray:
+        """Returns rows float32 [n, columns] from rows of the parts."""
+
+    @abstractmethod
+    def weight_steps(self, w: np.ndarray) -> StepSizes:
+        """Returns the distance of stored values at the original weights `w` [rows, columns]."""
+
+    def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
+        """Returns the distance of stored values at dequantized weights, from these alone."""
+        return self.weight_steps(dequantized)
+
+    @property
+    def level_bits(self) -> int | None:
+        """Bits of a level or index; None for floats and ggml's types."""
+        return None
+
+    @property
+    def precision(self) -> str:
+        """The word of `--precision` or `--type` for such weights."""
+        return self.label
+
+    @property
+    def storage_class(self) -> str:
+        """The class of precision that tolerances are given for: `int4`, `float16`."""
+        return f"int{self.level_bits}"
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether kernels may round activations to int8 in products with such weights."""
+        return False
+
+    def rounding_rule(self, weighted: bool) -> str:
+        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights.
+
+        Args:
+            weighted: whether importances of the inputs were used.
+        """
+        return self.algorithm
+
+    @property
+    def uniform(self) -> "tuple[Uniform, ...]":
+        return (self,)
+
+    def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
+        return [(self.label, self, None)]
+
+    def fitted(self, shape: Shape) -> "Uniform":
+        return self
+
+    def with_algorithm(self, algorithm: str) -> Self:
+        if not self.is_quantized or algorithm not in self.encoders:
+            return self
+        return replace(self, algorithm=algorithm)  # type: ignore[type-var]
+
+    def step_sizes(self, w: np.ndarray, measure: Measure = "weight") -> StepSizes:
+        """Returns the units of the errors of the original weights `w` [rows, columns].
+
+        Rows are whole groups of `rows_together`. `measure` is the unit whose error is bounded.
+        """
+        if measure in ("block", "row"):
+            return self._span_steps(w, measure)
+        return self.weight_steps(w)
+
+    def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:
+        levels = self.weight_steps(w).levels
+        error = np.broadcast_to(levels * 12**-0.5, w.shape)
+        return span_steps(error, np.zeros((1, 1)), np.zeros(1, np.intp), levels)
+
+    def encode(
+        self, name: str, rows: np.ndarray, statistics: Known = None, ids: np.ndarray | None = None
+    ) -> Parts:
+        """Returns the parts of rows, with levels chosen by the scheme's algorithm.
+
+        Args:
+            name: the tensor, for messages.
+            rows: [n, K] of any float dtype.
+            statistics: of the tensor's inputs.
+            ids: the numbers of the rows in the tensor, where its statistics have kinds of rows.
+
+        Raises:
+            RequestError: a weight that the scheme cannot hold, or missing statistics.
+        """
+        if isinstance(statistics, RemoteStatistics):
+            if self.is_quantized:
+                return statistics.encode(name, rows, self, ids)
+            statistics = None
+        weighed = self.needs_statistics
+        if weighed and (statistics is None or not statistics.hessians):
+            raise RequestError(
+                f"{name}: {self.algorithm} needs statistics of its inputs; give --calibration FILE"
+            )
+        try:
+            if weighed and statistics and statistics.kinds and ids is not None:
+                return self._encode_kinds(rows, statistics.kinds, ids)
+            return self.encoders[self.algorithm](self, rows, statistics)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}") from None
+
+    def round_trip(
+        self, name: str, rows: np.ndarray, statistics: Known, ids: np.ndarray
+    ) -> np.ndarray:
+        """Returns rows [n, K] float32 as they are read back after `encode`."""
+        return self.decode(self.encode(name, rows, statistics, ids), rows.shape[1])
+
+    def _encode_kinds(self, rows: np.ndarray, kinds: RowKinds, ids: np.ndarray) -> Parts:
+        """Encodes rows of each kind by its statistics; rows of one palette are of the last kind."""
+        together = self.rows_together
+        kind_of_row = kinds.kind[ids].reshape(-1, together).max(1).repeat(together)
+        parts: Parts = {}
+        for kind in np.unique(kind_of_row):
+            chosen = np.flatnonzero(kind_of_row == kind)
+            encoded = self.encoders[self.algorithm](self, rows[chosen], kinds.statistics[kind])
+            for label, array in encoded.items():
+                share = len(chosen) // len(array)  # weight rows for each row of the part
+                whole = parts.setdefault(
+                    label, np.empty((len(rows) // share, *array.shape[1:]), array.dtype)
+                )
+                whole[chosen[::share] // share] = array
+        return parts
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        types = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+        values = {key: value for key, value in values.items() if key != "kind"}
+        for key, value in values.items():
+            if key == "algorithm" and key in types:
+                known = isinstance(value, str) and _ALGORITHM.fullmatch(value) is not None
+                expected = "a word"
+            else:
+                options = cls.allowed.get(key) or get_args(types.get(key))
+                known = any(_matches(value, option) for option in options)
+                expected = ", ".join(map(_describe, options)) or "no such field"
+            if not known:
+                raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
+        try:
+            return cls(**values)
+        except TypeError:
+            raise RequestError(
+                f"a scheme of kind {cls.kind} has {', '.join(values) or 'no fields'}; "
+                f"expected {', '.join(types)}"
+            ) from None
+
+
+def _matches(value: Any, allowed: Any) -> bool:
+    # JSON's 32.0 and 1 equal 32 and true, but must not be stored as such.
+    if isinstance(allowed, range):
+        return type(value) is int and value in allowed
+    return type(value) is type(allowed) and value == allowed
+
+
+def _describe(allowed: Any) -> str:
+    if isinstance(allowed, range):
+        return "a whole number from 1 on"
+    return "null" if allowed is None else str(allowed)
