@@ -28,7 +28,7 @@ def as_argument(path: Path) -> str:
 
 
 def closing_line(artifact: Artifact) -> str:
-    """Says where an artifact is, and what to type next."""
+    """Returns the last line of an export: the artifact's path, and the next command."""
     size = amount(sum(record.size for record in artifact.manifest.files.values()))
     runs_on = format_of(artifact.manifest.kind).runs_on
     engine = f"It runs {runs_on}. " if runs_on else ""
@@ -47,7 +47,7 @@ def _next_step(artifact: Artifact) -> str:
 
 
 def check_line(artifact: Artifact) -> str | None:
-    """Says how the self-check ended, and what to do about it; None with `--no-check`."""
+    """Returns the self-check's outcome, and advice; None with `--no-check`."""
     check = artifact.manifest.check
     if check == NOT_ASKED_FOR:
         return None

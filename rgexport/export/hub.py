@@ -41,11 +41,7 @@ def is_hub_name(path: PurePath | str) -> bool:
 
 
 def parse(path: PurePath | str) -> HubName:
-    """Parses `hf:owner/name[/FILE.gguf][@REVISION]`.
-
-    Raises:
-        RequestError: it is no such name.
-    """
+    """Parses `hf:owner/name[/FILE.gguf][@REVISION]`; raises RequestError for another text."""
     text = path.as_posix() if isinstance(path, PurePath) else path  # without Windows' backslashes
     match = _NAME.fullmatch(text.removeprefix(PREFIX))
     if not match or ".." in text:

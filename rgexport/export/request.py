@@ -21,11 +21,7 @@ QUALITIES = {"fast": "rtn", "default": "search", "best": "gptq"}
 
 
 def bytes_of(flag: str, text: str) -> float:
-    """Returns the number of bytes that an option's text means, such as `1.5GB`.
-
-    Raises:
-        RequestError: it is no number of bytes.
-    """
+    """Converts the text of an option, such as `1.5GB`, to bytes; raises RequestError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise RequestError(
@@ -167,11 +163,7 @@ def refuse_idle(options: Mapping[str, object], where: str) -> None:
 
 
 def require_levels(words: Collection[str], algorithm: str | None) -> None:
-    """Refuses an algorithm if none of the precisions or types `words` has levels.
-
-    Raises:
-        RequestError: `--quality` or `--calibration` has no effect.
-    """
+    """Raises RequestError if there is an algorithm, but no precision or type with levels."""
     if algorithm is not None and {*words} <= _FLOATS:
         refuse_idle(
             {"--quality (or --calibration)": True},

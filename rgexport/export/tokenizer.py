@@ -95,7 +95,7 @@ def bytes_to_add(files: Iterable[Path]) -> int:
 
 @lru_cache(maxsize=1)
 def _converted_bytes(model: Path) -> int:
-    """Is cached, since every plan needs it and the conversion takes seconds."""
+    # Cached, since every plan needs it and the conversion takes seconds.
     with TemporaryDirectory() as folder:
         target = Path(folder) / "tokenizer.json"
         try:

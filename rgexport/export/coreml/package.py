@@ -1,4 +1,4 @@
-"""Writes the folder of a package, with the layout of Core ML's own tools."""
+"""Names and writes the files of a package, in the layout of Core ML's own tools."""
 
 import hashlib
 import json

@@ -52,11 +52,7 @@ class EmbeddedManifest:
 
 
 def read_embedded(text: str) -> EmbeddedManifest:
-    """Reads and checks an embedded manifest.
-
-    Raises:
-        Mismatch: no JSON, another format version, or a value of the wrong type.
-    """
+    """Reads an embedded manifest; raises Mismatch if it is damaged or of another version."""
     fields = parse_json(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
@@ -121,11 +117,7 @@ def check_text(record: CheckRecord) -> str:
 
 
 def read_check(header: GgufHeader) -> CheckRecord:
-    """Reads the check; it counts only for the tensors that it was made with.
-
-    Raises:
-        Mismatch: it cannot be read.
-    """
+    """Reads the check of a file's own tensors; raises Mismatch if it is damaged."""
     if CHECK not in header.values:
         return NOT_ASKED_FOR
     try:

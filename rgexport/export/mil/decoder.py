@@ -45,11 +45,7 @@ class Damaged(Exception):
 
 
 def messages(name: str) -> ModuleType:
-    """Loads the module `NAME_pb2` of coremltools, such as `Model` or `MIL`.
-
-    Raises:
-        NotInstalled: coremltools is missing.
-    """
+    """Loads the module `NAME_pb2` of coremltools, such as `Model`; raises NotInstalled."""
     return import_module(f"{_message_package()}.{name}_pb2")
 
 
@@ -73,11 +69,7 @@ def _message_package() -> str:
 
 
 def functions(program: Any) -> dict[str, Function]:
-    """Decodes the functions of a `Program` message.
-
-    Raises:
-        Damaged: it contradicts itself.
-    """
+    """Decodes the functions of a `Program` message; raises Damaged if it contradicts itself."""
     return {name: _function(name, message) for name, message in _sorted(program.functions)}
 
 

@@ -52,11 +52,7 @@ class Blob:
     offset: int
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads its bytes from `start` to `stop`, uint8.
-
-        Raises:
-            RequestError: the file has changed since it was opened.
-        """
+        """Reads its bytes from `start` to `stop`, uint8; raises RequestError if it has changed."""
         out = np.empty((1, stop - start), np.uint8)
         read_lines(self.path, self.offset + start, 0, out)
         return out[0]
@@ -71,11 +67,7 @@ class BlobFile:
 
     @classmethod
     def open(cls, path: Path) -> "BlobFile":
-        """Reads the file's header.
-
-        Raises:
-            RequestError: it is missing, or no weight file of version 2.
-        """
+        """Reads the header; raises RequestError if the file is missing or of another version."""
         try:
             with path.open("rb") as file:
                 head = file.read(HEADER_BYTES)
@@ -92,11 +84,7 @@ class BlobFile:
         return cls(path, size)
 
     def blob(self, offset: int, type: TensorType) -> Blob:
-        """Returns the blob with its header at `offset` and the type that the program declares.
-
-        Raises:
-            RequestError: the header says otherwise, or the file is too short.
-        """
+        """Returns the blob with its header at `offset`; raises RequestError for another type."""
         data_offset = offset + HEADER_BYTES
         if not 0 < offset <= self.size - HEADER_BYTES - type.nbytes:
             raise RequestError(
@@ -134,11 +122,7 @@ class Package:
     """By their names in the program."""
 
     def blob(self, value: FileValue) -> Blob:
-        """Returns the stored bytes of a value.
-
-        Raises:
-            RequestError: the header of the blob does not agree with the program.
-        """
+        """Returns the blob of a value; raises RequestError if its header has another type."""
         return self.blob_files[value.file].blob(value.offset, value.type)
 
 

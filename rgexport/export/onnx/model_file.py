@@ -89,20 +89,12 @@ class ModelFile:
 
 
 def read_graph(path: Path) -> bytes:
-    """Reads a serialized model without its weights.
-
-    Raises:
-        RequestError: it is too large for a graph.
-    """
+    """Reads a serialized model without its weights; raises RequestError if it is too large."""
     return read_regular(path)
 
 
 def parse_model(model: bytes) -> Any:
-    """Parses a serialized model, as a message of the schema above.
-
-    Raises:
-        DecodeError: it is damaged, or its subgraphs are nested too deeply.
-    """
+    """Parses a serialized model; raises DecodeError if it is damaged or nested too deeply."""
     return _model_class().FromString(model)
 
 
@@ -174,11 +166,7 @@ def _value(value: Any) -> ValueRecord:
 
 
 def external_tensor(tensor: Any) -> ExternalTensor:
-    """Reads where the bytes of an external tensor are.
-
-    Raises:
-        ValueError: its shape, offset or file name cannot be one of ours.
-    """
+    """Reads where the bytes of an external tensor are; raises ValueError if it is not ours."""
     location = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK or min(shape, default=0) < 0:

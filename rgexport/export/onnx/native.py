@@ -50,8 +50,7 @@ class NativeOps:
 def native_ops(model: Path | bytes) -> NativeOps:
     """Compares the ops of a model file, or a serialized model, with those of our library.
 
-    Raises:
-        RequestError: the environment asks for an instruction set that does not exist.
+    Raises RequestError if the environment names an instruction set that does not exist.
     """
     file = read_model(model if isinstance(model, bytes) else read_graph(model))
     counts = Counter(node.op for node in file.nodes if node.domain == DOMAIN)

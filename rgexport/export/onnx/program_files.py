@@ -49,11 +49,7 @@ def kernels_among(files: Iterable[str]) -> str | None:
 
 
 def require_kernels() -> Path:
-    """Returns the library of kernels that this machine has.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """Returns the library of kernels for this machine; raises RequestError without one."""
     path = library.library()
     if path is None:
         raise RequestError(

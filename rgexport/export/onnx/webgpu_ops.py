@@ -108,7 +108,7 @@ def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
-    """As `lowering._mask`, with `_UNSEEN` instead of minus infinity."""
+    """The mask of `lowering` in float32, with `_UNSEEN` instead of minus infinity."""
     positions = g.cast(positions, "float32")
     last = g.op("Sub", g.slice(positions, 0, 1, 1), g.constant(1, "float32"))
     slots = g.constant(list(range(window)), "float32")
@@ -124,7 +124,7 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
-    """As `lowering._ring_slots`, in float32."""
+    """The slots of `lowering`, in float32."""
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
     zero = g.op("Squeeze", g.cast(never, "float32"), g.constant([3]))
