@@ -102,7 +102,7 @@ def _identity(argument: Any) -> object:
     return argument
 
 
-class Emitter(Graph):
+class CoreMLEmitter(Graph):
     """One function that is being built from a step program, for a fixed number of tokens.
 
     A state is read where it is first used, and written as soon as its new value is computed. The

@@ -5,34 +5,34 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from coremltools.converters.mil.mil import Var
 
-from rgexport.export.coreml.emitter import Emitter
+from rgexport.export.coreml.emitter import CoreMLEmitter
 from rgexport.export.coreml.manifest import feature_name
 from rgexport.export.coreml.row_groups import by_groups
 from rgexport.export.program import Node
 from rgexport.griffin.ops import rope_frequencies
 
-Lowering = Callable[[Emitter, Node], Sequence[Var | None]]
+Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]
 _NO_EPSILON = np.float32(1e-30)
 """MIL's `rsqrt` adds an epsilon, 1e-12 by default; its argument has the model's epsilon already."""
 _UNSEEN = np.float32(3e4)
 """Subtracted from the score of a masked key: within float16's range, and exp of it is 0."""
 
 
-def _embedding(g: Emitter, node: Node) -> Sequence[Var]:
+def _embedding(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """Rows of the table, as float32, times the scale."""
     ids, table = g.inputs(node)
     rows = g.cast(g.op("gather", x=table, indices=ids, axis=0), "float32")
     return [g.op("mul", x=rows, y=np.float32(node.attributes["scale"]))]
 
 
-def _linear(g: Emitter, node: Node) -> Sequence[Var]:
+def _linear(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """`x · weightᵀ + bias` in the activation dtype; the head's weight is the embedding table."""
     x, weight, bias = (None if value is None else g.value(value) for value in node.inputs)
     arguments = {} if bias is None else {"bias": bias}
     return [g.op("linear", x=g.cast(x, node.outputs[0].dtype), weight=weight, **arguments)]
 
 
-def _rms_norm(g: Emitter, node: Node) -> Sequence[Var]:
+def _rms_norm(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """In float32; 1 + weight is stored as the weight."""
     x, weight = g.value(node.tensors[0]), node.tensors[1]
     square = g.op("reduce_mean", x=g.op("mul", x=x, y=x), axes=[-1], keep_dims=True)
@@ -41,7 +41,7 @@ def _rms_norm(g: Emitter, node: Node) -> Sequence[Var]:
     return [g.op("mul", x=normed, y=g.weight(weight, 1, 1, weight.size(0)))]
 
 
-def _gelu(g: Emitter, node: Node) -> Sequence[Var]:
+def _gelu(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """The tanh form, in the dtype of its input."""
     (x,) = g.inputs(node)
     return [g.op("gelu", x=x, mode="TANH_APPROXIMATION")]
@@ -50,20 +50,20 @@ def _gelu(g: Emitter, node: Node) -> Sequence[Var]:
 def _elementwise(kind: str) -> Lowering:
     """Makes a lowering to `kind` in the dtype of the result."""
 
-    def lower(g: Emitter, node: Node) -> Sequence[Var]:
+    def lower(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
         x, y = (g.cast(x, node.outputs[0].dtype) for x in g.inputs(node))
         return [g.op(kind, x=x, y=y)]
 
     return lower
 
 
-def _last_tokens(g: Emitter, node: Node) -> Sequence[Var]:
+def _last_tokens(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """The tokens that get logits: all or the last one, fixed for each function."""
     x = g.value(node.tensors[0])
     return [g.slice(x, x.shape[1] - g.num_logits, x.shape[1], 1)]
 
 
-def _soft_cap(g: Emitter, node: Node) -> Sequence[Var]:
+def _soft_cap(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """`cap · tanh(x / cap)` in float32; without a cap (0), x · 1 gives the output its own name."""
     (x,) = g.inputs(node)
     x, cap = g.cast(x, "float32"), np.float32(node.attributes["cap"])
@@ -72,7 +72,7 @@ def _soft_cap(g: Emitter, node: Node) -> Sequence[Var]:
     return [g.op("mul", x=g.op("tanh", x=g.op("mul", x=x, y=1 / cap)), y=cap)]
 
 
-def _causal_conv1d(g: Emitter, node: Node) -> Sequence[Var]:
+def _causal_conv1d(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """The convolution over the last inputs, which are rounded to the state's dtype first."""
     x, weight, bias, state = node.tensors
     channels, taps = weight.size(0), weight.size(2)
@@ -85,7 +85,7 @@ def _causal_conv1d(g: Emitter, node: Node) -> Sequence[Var]:
     return [g.op("add", x=y, y=g.weight(bias, 1, 1, channels)), following]
 
 
-def _taps(g: Emitter, window: Var, weight: Var, tokens: int) -> Var:
+def _taps(g: CoreMLEmitter, window: Var, weight: Var, tokens: int) -> Var:
     """The sum over the taps [1, C, R] times views of the window [1, C - 1 + T, R]."""
     if tokens == 1:
         products = g.op("mul", x=window, y=weight)
@@ -98,7 +98,7 @@ def _taps(g: Emitter, window: Var, weight: Var, tokens: int) -> Var:
     return total
 
 
-def _block_diagonal_linear(g: Emitter, node: Node) -> Sequence[Var]:
+def _block_diagonal_linear(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """A matmul with the blocks of channels as its batch."""
     x, weight, bias = node.tensors
     heads, block = weight.size(0), weight.size(1)
@@ -115,7 +115,7 @@ def _block_diagonal_linear(g: Emitter, node: Node) -> Sequence[Var]:
     return [g.reshape(y, 1, tokens, heads * block)]
 
 
-def _rg_lru_scan(g: Emitter, node: Node) -> Sequence[Var]:
+def _rg_lru_scan(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """Gates and recurrence; the parameter is stored as the factor of its gate (`DECAY`)."""
     a_param = node.tensors[3]
     activations = (value for value in node.tensors if value is not a_param)
@@ -137,7 +137,7 @@ def _rg_lru_scan(g: Emitter, node: Node) -> Sequence[Var]:
     return [h, g.reshape(g.slice(h, tokens - 1, tokens, 1), 1, width)]
 
 
-def _linear_scan(g: Emitter, a: Var, b: Var, h0: Var) -> Var:
+def _linear_scan(g: CoreMLEmitter, a: Var, b: Var, h0: Var) -> Var:
     """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [1, T, R] and h0 [1, 1, R].
 
     A Hillis-Steele prefix scan in log2(T) passes, since Core ML has no scan and its loops are slow.
@@ -154,7 +154,7 @@ def _linear_scan(g: Emitter, a: Var, b: Var, h0: Var) -> Var:
     return g.op("add", x=b, y=g.op("mul", x=a, y=h0))
 
 
-def _rope(g: Emitter, node: Node) -> Sequence[Var]:
+def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """Angles in float32 from the integer positions; all layers share the cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
@@ -173,7 +173,7 @@ def _rope(g: Emitter, node: Node) -> Sequence[Var]:
     return [g.cast(turned, node.outputs[0].dtype)]
 
 
-def _rotation(g: Emitter, positions: Var, dims: int, theta: float) -> tuple[Var, Var]:
+def _rotation(g: CoreMLEmitter, positions: Var, dims: int, theta: float) -> tuple[Var, Var]:
     """Cosines and sines [1, T, 1, dims / 2] from the reference's own frequencies."""
     position = g.reshape(g.cast(positions, "float32"), 1, positions.shape[1], 1, 1)
     frequencies = rope_frequencies(dims, theta).numpy().reshape(1, 1, 1, -1)
@@ -181,7 +181,7 @@ def _rotation(g: Emitter, positions: Var, dims: int, theta: float) -> tuple[Var,
     return g.op("cos", x=angles), g.op("sin", x=angles)
 
 
-def _local_attention(g: Emitter, node: Node) -> Sequence[Var]:
+def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     """Attention to the past keys and the new ones, and the states with the new keys and values.
 
     The whole state is written at every call. That is 2 % of what a step reads, needs no index that
@@ -204,7 +204,7 @@ def _local_attention(g: Emitter, node: Node) -> Sequence[Var]:
     return [attended, _latest(g, past_k, k), _latest(g, past_v, v)]
 
 
-def _softmax(g: Emitter, scores: Var, positions: Var, window: int, dtype: str) -> Var:
+def _softmax(g: CoreMLEmitter, scores: Var, positions: Var, window: int, dtype: str) -> Var:
     """Attention weights in `dtype` from scores [1, T · H, window + T]."""
     tokens = positions.shape[1]
     by_row = scores.shape
@@ -214,7 +214,7 @@ def _softmax(g: Emitter, scores: Var, positions: Var, window: int, dtype: str) -
     return g.reshape(g.op("softmax", x=masked, axis=-1), *by_row)
 
 
-def _bias(g: Emitter, positions: Var, window: int) -> Var:
+def _bias(g: CoreMLEmitter, positions: Var, window: int) -> Var:
     """The mask, float32 [1, T, 1, window + T]: 0 where a token sees a key, else -30,000.
 
     A token at q sees the keys at q - window ≤ k ≤ q. If the first token is at p, slot s of the past
@@ -233,7 +233,7 @@ def _bias(g: Emitter, positions: Var, window: int) -> Var:
     return g.op("mul", x=unseen, y=_UNSEEN)
 
 
-def _latest(g: Emitter, past: Var, new: Var) -> Var:
+def _latest(g: CoreMLEmitter, past: Var, new: Var) -> Var:
     """The last `window` of the past [1, window, D] and the new [1, T, D]."""
     window, tokens = past.shape[1], new.shape[1]
     if tokens >= window:
@@ -258,7 +258,7 @@ LOWERINGS: dict[str, Lowering] = {
 }
 
 
-def lower(emitter: Emitter, node: Node) -> None:
+def lower(emitter: CoreMLEmitter, node: Node) -> None:
     """Adds the operations of one op, and names its results as the step program does."""
     with emitter.site(feature_name(node.site)):
         results = by_groups(emitter, node, LOWERINGS[node.op])

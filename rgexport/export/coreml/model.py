@@ -12,7 +12,7 @@ from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlace
 from coremltools.proto.Model_pb2 import Model
 
 from rgexport._version import __version__
-from rgexport.export.coreml.emitter import DTYPES, Emitter
+from rgexport.export.coreml.emitter import DTYPES, CoreMLEmitter
 from rgexport.export.coreml.exporter_proto import forget_names, to_model
 from rgexport.export.coreml.lowering import lower
 from rgexport.export.coreml.manifest import (
@@ -80,7 +80,7 @@ def _function(
     with Function(inputs, opset_version=target.iOS18) as function:
         states = segment.of_layers(program.states)
         count = tokens if form.all_logits else 1
-        emitter = Emitter(
+        emitter = CoreMLEmitter(
             tensors, states, function.inputs, activation=form.activation, num_logits=count
         )
         values = {value.name: value for value in (program.input_ids, program.position_ids)}

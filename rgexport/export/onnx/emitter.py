@@ -16,7 +16,7 @@ Body = Callable[..., Sequence[ir.Value]]
 """Takes a graph builder, a node of the program and its inputs' values; returns the results."""
 
 
-class Emitter(GraphBuilder):
+class OnnxEmitter(GraphBuilder):
     """The graph that is being built, with the values of the program and the stored weights."""
 
     def __init__(

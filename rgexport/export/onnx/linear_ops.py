@@ -6,7 +6,7 @@ from itertools import chain
 
 import onnx_ir as ir
 
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.functions import (
     QUANT_LINEAR_LEVEL,
     QUANT_LINEAR_SIZES,
@@ -18,7 +18,7 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Affine
 
 
-def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Rows of the table, as float32, times the scale."""
     ids, table = node.tensors
     scheme = g.stored(table).scheme
@@ -30,7 +30,7 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
+def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
     """Gathers rows of a quantized table from the bytes that the head reads; dequantizes them.
 
     With standard ops, since `GatherBlockQuantized` before ONNX Runtime 1.27 misreads the zero
@@ -56,7 +56,7 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
     return rows if blocks * block == columns else g.slice(rows, 0, columns, 2)
 
 
-def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
+def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:
     """Unsigned integers from rows of bytes [B, T, n], as `quantize.packing` packs them."""
     if bits == 8:
         return packed
@@ -64,7 +64,7 @@ def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
     return g.op("Reshape", levels, g.constant([0, 0, -1]))
 
 
-def _levels(g: Emitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> list[ir.Value]:
+def _levels(g: OnnxEmitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> list[ir.Value]:
     """Returns the n-th integer of each group of whole bytes, [*rows, m, 1], for each n."""
     size = math.lcm(bits, 8) // 8
     shape = g.constant([*rows, -1, size])
@@ -83,11 +83,11 @@ def _levels(g: Emitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> l
     return levels
 
 
-def _shifted(g: Emitter, x: ir.Value, bits: int, direction: str) -> ir.Value:
+def _shifted(g: OnnxEmitter, x: ir.Value, bits: int, direction: str) -> ir.Value:
     return g.op("BitShift", x, g.constant(bits, "uint8"), direction=direction) if bits else x
 
 
-def _widened(g: Emitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     """Widens symmetric integers of 3 bits to 4 bits, the least that kernels multiply.
 
     Runtimes fold this when they load the file: in memory they take what 4 bits take.
@@ -104,7 +104,7 @@ def _widened(g: Emitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     return g.op("Reshape", raised, g.constant(shape))
 
 
-def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """`x · weightᵀ + bias`; the head's weight is the embedding's table."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
@@ -118,7 +118,7 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _float_linear(
-    g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None, dtype: str
+    g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None, dtype: str
 ) -> ir.Value:
     """`Gemm` takes the weight as it is stored, [out, in]; `MatMul` would need a transposed copy."""
     rows, columns = weight.size(0), weight.size(1)
@@ -130,7 +130,9 @@ def _float_linear(
     return g.typed(g.op("Reshape", y, shape), dtype)
 
 
-def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
+def _quantized_linear(
+    g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
+) -> ir.Value:
     """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
         return _quant_linear(g, x, [weight], [bias])[0]
@@ -142,7 +144,7 @@ def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | N
     return g.typed(y, "float32")
 
 
-def linears(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def linears(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Several quantized linears with one input and one scheme, which `fusion` merged."""
     x, *rest = node.inputs
     weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
@@ -153,7 +155,7 @@ def linears(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _quant_linear(
-    g: Emitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
+    g: OnnxEmitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
 ) -> list[ir.Value]:
     """The function QuantLinear: its inputs are all data, then all scales, and so on."""
     rows = [weight.size(0) for weight in weights]
@@ -179,14 +181,14 @@ def takes_two_digits(weight: str, scheme: Affine) -> bool:
     return scheme.bits == 8 and is_site
 
 
-def block_attributes(g: Emitter, weight: Value) -> dict[str, int]:
+def block_attributes(g: OnnxEmitter, weight: Value) -> dict[str, int]:
     """Returns the attributes of `MatMulNBits` for a weight in blocks, without its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
     bits = max(scheme.bits, 4)  # see `_widened`
     return {"K": columns, "bits": bits, "block_size": scheme.block_size(columns)}
 
 
-def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
+def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
     """Returns data [N, blocks, bytes], scales, and zero points or None."""
     rows, columns = weight.size(0), weight.size(1)
     scheme = _affine(g, weight)
@@ -198,12 +200,12 @@ def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
     return data, g.part(weight, "scales"), g.part(weight, "zero_points")
 
 
-def _affine(g: Emitter, weight: Value) -> Affine:
+def _affine(g: OnnxEmitter, weight: Value) -> Affine:
     scheme = g.stored(weight).scheme
     assert isinstance(scheme, Affine), weight.name
     return scheme
 
 
-def float32(g: Emitter, value: ir.Value | None) -> ir.Value | None:
+def float32(g: OnnxEmitter, value: ir.Value | None) -> ir.Value | None:
     """A bias or scales as `MatMulNBits` takes them beside float32 activations."""
     return None if value is None else g.cast(value, "float32")

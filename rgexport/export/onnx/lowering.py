@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import Body, Emitter
+from rgexport.export.onnx.emitter import Body, OnnxEmitter
 from rgexport.export.onnx.functions import RG_LRU_SCAN, UNGATED_SCAN
 from rgexport.export.onnx.graph import END, GraphBuilder
 from rgexport.export.onnx.row_groups import by_groups
@@ -14,14 +14,14 @@ from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.ops import rope_frequencies
 
-Lowering = Callable[[Emitter, Node], Sequence[ir.Value]]
+Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
 """Adds the nodes of one op, and returns its results."""
 
 
 def _native(name: str, body: Body, *attributes: str) -> Lowering:
     """Makes a lowering to a function `name` of our domain, which a native kernel can replace."""
 
-    def lower(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    def lower(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         return g.native_op(name, node, body, **{key: node.attributes[key] for key in attributes})
 
     return lower
@@ -30,7 +30,7 @@ def _native(name: str, body: Body, *attributes: str) -> Lowering:
 def _elementwise(op: str) -> Lowering:
     """Makes a lowering to the ONNX op `op`, computed in the dtype of the result."""
 
-    def lower(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    def lower(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         dtype = node.outputs[0].dtype
         return [g.op(op, *(g.cast(x, dtype) for x in g.inputs(node)))]
 
@@ -54,21 +54,21 @@ def gelu_mul(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Seque
     return [g.op("Mul", g.op("Gelu", gate, approximate="tanh"), up)]
 
 
-def _gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Gelu in its tanh form, in float32: processors have no kernel for float16."""
     (x,) = g.inputs(node)
     y = g.typed(g.op("Gelu", g.cast(x, "float32"), approximate="tanh"), "float32")
     return [g.cast(y, node.outputs[0].dtype)]
 
 
-def _last_tokens(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _last_tokens(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """The last tokens; all of them where there are fewer."""
     x, count = g.inputs(node)
     start = g.op("Reshape", g.op("Neg", count), g.constant([1]))
     return [g.slice(x, start, END, 1)]
 
 
-def _soft_cap(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _soft_cap(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """`cap · tanh(x / cap)`, or x where the cap is 0."""
     if not node.attributes["cap"]:
         return [g.op("Identity", g.cast(g.inputs(node)[0], "float32"))]
@@ -97,7 +97,7 @@ def convolved(
     return [y, present]
 
 
-def _block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _block_diagonal_linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """One batched `MatMul` with a matrix per block of channels."""
     x, weight, bias = g.inputs(node)
     heads, block = (node.tensors[1].size(axis) for axis in (0, 1))
@@ -110,7 +110,7 @@ def _block_diagonal_linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 def _scan(function: ir.Function) -> Lowering:
     """Makes a lowering to a function of the scan, with or without its gates."""
 
-    def lower(g: Emitter, node: Node) -> Sequence[ir.Value]:
+    def lower(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         *inputs, a_param, positions, state = g.inputs(node)
         # -8 softplus(a_param), which runtimes fold when they load the file.
         decay = g.op("Mul", g.op("Softplus", a_param), g.constant(RG_LRU_C, "float32"))
@@ -119,7 +119,7 @@ def _scan(function: ir.Function) -> Lowering:
     return lower
 
 
-def _rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _rope(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """RoPE, with angles computed in float32; all layers share their cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
@@ -139,7 +139,7 @@ def _rope(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.cast(g.typed(rotated, "float32"), node.outputs[0].dtype)]
 
 
-def _local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _local_attention(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """A function; the attribute tells its native kernel the number of heads."""
     heads = node.tensors[0].size(2) // node.tensors[1].size(2)
     return g.native_op("LocalAttention", node, attention, heads=heads)
@@ -270,7 +270,7 @@ LOWERINGS: dict[str, Lowering] = {
 }
 
 
-def lower(emitter: Emitter, node: Node, lowerings: Mapping[str, Lowering]) -> None:
+def lower(emitter: OnnxEmitter, node: Node, lowerings: Mapping[str, Lowering]) -> None:
     """Adds the nodes of one op; its results get their names in the program."""
     with emitter.site(node.site):
         results = by_groups(emitter, node, lowerings[node.op])

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import InlinePass
 from rgexport._version import __version__
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, StoredTensor
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, OPSET
@@ -36,7 +36,7 @@ def build_model(
 ) -> ir.Model:
     """Builds the model for a profile; its initializers point to where `tensors` are stored."""
     level = _EXACT if exact else profile.accuracy_level
-    emitter = Emitter(tensors, level, native=profile.functions)
+    emitter = OnnxEmitter(tensors, level, native=profile.functions)
     if profile.functions:
         program = fused(program, tensors, rounded=level == QUANT_LINEAR_LEVEL)
     graph = _build_graph(program, emitter, profile)
@@ -74,7 +74,7 @@ def add_description(model: ir.Model, name: str, precision: str, config: GriffinC
     model.metadata_props.update({f"rgexport.{key}": str(value) for key, value in facts.items()})
 
 
-def _build_graph(program: StepProgram, emitter: Emitter, profile: LoweringProfile) -> ir.Graph:
+def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringProfile) -> ir.Graph:
     count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
     emitter.values[program.num_logits.name] = count
     inputs = [(value, value.name) for value in (program.input_ids, program.position_ids)]
@@ -162,7 +162,7 @@ def _without_past(node: Node) -> Node:
     return replace(node, op=_ITSELF, inputs=(query, value), outputs=node.outputs[:1])
 
 
-def _attend_to_itself(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def _attend_to_itself(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     query, value = node.tensors
     heads = query.size(2) // value.size(2)
     return [g.op("Concat", *[g.value(value)] * heads, axis=-1)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.graph import END, GraphBuilder
 from rgexport.export.onnx.lowering import ring_attention
 from rgexport.export.onnx.trust import MICROSOFT
@@ -23,7 +23,7 @@ _UNSEEN = -1e30
 """Added to the score of a masked key; infinities are not safe in shaders."""
 
 
-def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Rows of the table that the head reads, unpacked by one op; padding is cut off."""
     ids, table = node.tensors
     scheme, columns = g.stored(table).scheme, table.size(1)
@@ -46,12 +46,12 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Gelu in its tanh form, in the type of its input."""
     return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
 
 
-def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def rg_lru_scan(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """`LinearAttention` with a head of size 1 per channel, whose queries and keys are 1."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
     width = node.tensors[0].size(2)
@@ -85,7 +85,7 @@ def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [h, g.op("Reshape", present, g.constant([0, width]))]
 
 
-def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
+def _decay(g: OnnxEmitter, a_param: ir.Value) -> ir.Value:
     """-8 softplus(a_param), which runtimes fold when they load the file.
 
     softplus(p) = max(p, 0) + log1p(u), u = exp(-|p|), and log1p(u) = u · log(1 + u) / (1 + u - 1),
@@ -102,7 +102,7 @@ def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
     return g.op("Mul", softplus, g.constant(RG_LRU_C, "float32"))
 
 
-def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def local_attention(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """The general lowering with mask and slots in float32."""
     return ring_attention(g, node, *g.inputs(node), mask=_mask, slots=_ring_slots)
 
