@@ -101,16 +101,16 @@ def _operations(where: str, block: Any) -> tuple[Operation, ...]:
 def _operation(where: str, message: Any) -> Operation:
     attributes = dict(_sorted(message.attributes))
     name = _text(attributes.pop("name", None))
-    here = f"{where}: {message.type} {name or ','.join(v.name for v in message.outputs)}"
+    label = f"{where}: {message.type} {name or ','.join(v.name for v in message.outputs)}"
     return Operation(
         type=message.type,
         name=name,
         inputs={
-            parameter: tuple(_binding(f"{here}, {parameter}", b) for b in argument.arguments)
+            parameter: tuple(_binding(f"{label}, {parameter}", b) for b in argument.arguments)
             for parameter, argument in _sorted(message.inputs)
         },
-        outputs=tuple((v.name, _type(f"{here}, {v.name}", v.type)) for v in message.outputs),
-        attributes={key: _constant(f"{here}, {key}", value) for key, value in attributes.items()},
+        outputs=tuple((v.name, _type(f"{label}, {v.name}", v.type)) for v in message.outputs),
+        attributes={key: _constant(f"{label}, {key}", value) for key, value in attributes.items()},
         blocks=tuple(_operations(where, block) for block in message.blocks),
     )
 

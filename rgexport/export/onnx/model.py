@@ -141,8 +141,8 @@ def narrowed(artifact: Artifact, window: int) -> tuple[Artifact, bytes]:
     profile = PROFILES[manifest.profile]
     if window == 0:
         ends = ".key", ".value"
-        kept = {name: pair for name, pair in program.states.items() if not name.endswith(ends)}
-        program = replace(program, states=kept, nodes=tuple(map(_without_past, program.nodes)))
+        remaining = {name: pair for name, pair in program.states.items() if not name.endswith(ends)}
+        program = replace(program, states=remaining, nodes=tuple(map(_without_past, program.nodes)))
         lowerings = {**profile.lowerings, _ITSELF: _attend_to_itself}
         profile = replace(profile, lowerings=lowerings)
     model = build_model(program, manifest.tensors, profile, exact=manifest.exact)

@@ -127,11 +127,11 @@ def read_model(model: bytes) -> ModelFile:
         return ModelFile()
 
 
-def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
+def for_session(model: bytes, values: Iterable[str] = ()) -> bytes:
     """Adds an input to a serialized model: for how many last tokens it gives logits.
 
     In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default,
-    and other programs want it to be 1. The values in `shown` become outputs, if the graph has all
+    and other programs want it to be 1. The `values` become outputs, if the graph has all
     of them. What is not declared above stays as it is; so does a damaged model, which the engine
     refuses.
     """
@@ -149,7 +149,7 @@ def for_session(model: bytes, shown: Iterable[str] = ()) -> bytes:
             count = output.type.tensor_type.shape.dim[1]
             count.ClearField("value")
             count.symbol = NUM_LOGITS.encode()
-    names = {name.encode() for name in shown}
+    names = {name.encode() for name in values}
     if names <= {name for node in graph.node for name in node.output}:
         for name in sorted(names - {output.name for output in graph.output}):
             graph.output.add(name=name)
