@@ -19,7 +19,6 @@ from fuzz.readers.target import Target, WrongAccept, oracle, require
 from rgexport.errors import RequestError
 from rgexport.export.describe import describe
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.embedded import MANIFEST_KEY
 from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import GgufHeader, read_header
@@ -120,7 +119,7 @@ def _mutate_artifact(data: bytes, random: Random) -> bytes:
         parts = gguf_mutator.take_apart(data)
     except ValueError:
         return gguf_mutator.mutate(data, random)
-    keys = {MANIFEST_KEY.encode(), integrity.CHECK.encode()}
+    keys = {integrity.MANIFEST_KEY.encode(), integrity.CHECK.encode()}
     for at, (key, kind, value) in enumerate(parts.values):
         if key in keys and random.randrange(2):
             text = json_mutator.mutate(value[8:], random)

@@ -63,10 +63,11 @@ class OnnxArguments:
 @command(OnnxArguments)
 def onnx(arguments: OnnxArguments) -> int:
     """Exports a checkpoint to ONNX."""
+    from rgexport.export.advice import default_target
     from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.onnx.exporter import export_onnx
     from rgexport.export.onnx.options import OnnxOptions
-    from rgexport.export.request import default_target, precision_word
+    from rgexport.export.request import precision_word
     from rgexport.files.targets import check_target
 
     def target(name: str, options: OnnxOptions) -> Path:
@@ -133,10 +134,11 @@ def coreml(arguments: CoreMLArguments) -> int:
     The package has two functions, decode for one token and prefill for many, that share weights
     and states.
     """
+    from rgexport.export.advice import default_target
     from rgexport.export.coreml.exporter import export_coreml
     from rgexport.export.coreml.options import CoreMLOptions
     from rgexport.export.manifest_reader import is_artifact
-    from rgexport.export.request import bytes_of, default_target, precision_word
+    from rgexport.export.request import bytes_of, precision_word
     from rgexport.files.targets import check_target
 
     def target(name: str, options: CoreMLOptions) -> Path:
@@ -269,9 +271,9 @@ def _export(
 
 def _print_artifact(target: Path) -> int:
     """Prints the artifact and its self-check; returns exit code 1 if that says `unverified`."""
+    from rgexport.export.advice import check_line, closing_line
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import open_artifact
-    from rgexport.export.request import check_line, closing_line
 
     artifact = open_artifact(target)
     if progress.verbose:
@@ -292,7 +294,7 @@ class RandomArguments:
 @command(RandomArguments)
 def random(arguments: RandomArguments) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.export.request import as_argument
+    from rgexport.export.advice import as_argument
     from rgexport.griffin.synthetic import write_random
 
     output = arguments.output

@@ -15,8 +15,8 @@ from rgexport.compress.passages import LENGTH, Passages, join, read_text
 from rgexport.compress.sampling import sample
 from rgexport.compress.work import StatisticsFile, Work, open_work
 from rgexport.errors import RequestError
+from rgexport.export.advice import as_argument
 from rgexport.export.origin import folder_of
-from rgexport.export.request import as_argument
 from rgexport.files.hashing import hash_file, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint

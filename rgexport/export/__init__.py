@@ -1,1 +1,1 @@
-"""From a checkpoint to an artifact: the trace, one folder per format, the manifest."""
+"""Exports a checkpoint to an artifact: the trace, one folder per format, the manifest."""

@@ -1,4 +1,4 @@
-"""The model card of an artifact: its README.md."""
+"""Writes the model card of an artifact: its README.md."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -75,7 +75,7 @@ class Share:
 
 
 def shares(manifest: Manifest) -> list[Share]:
-    """The shares of each role and scheme, in the order of the model."""
+    """Returns the shares of each role and scheme, in the order of the model."""
     specs = model_tensors(manifest.config)
     return group_shares(
         Share(
@@ -92,9 +92,9 @@ def shares(manifest: Manifest) -> list[Share]:
 def group_shares(tensors: Iterable[Share]) -> list[Share]:
     """Adds up the shares of one tensor each, by role and scheme."""
     totals: dict[tuple[str, str], Counter[str]] = {}
-    for one in tensors:
-        total = totals.setdefault((one.role, one.scheme), Counter())
-        total.update(tensors=one.tensors, weights=one.weights, bytes=one.bytes)
+    for tensor in tensors:
+        total = totals.setdefault((tensor.role, tensor.scheme), Counter())
+        total.update(tensors=tensor.tensors, weights=tensor.weights, bytes=tensor.bytes)
     return [
         Share(*key, total["tensors"], total["weights"], total["bytes"])
         for key, total in totals.items()
@@ -102,27 +102,23 @@ def group_shares(tensors: Iterable[Share]) -> list[Share]:
 
 
 def matrix_bits(manifest: Manifest) -> float:
-    """Bits per weight of the matrices and the embedding, with scales, zero points and tables."""
-    found = [share for share in shares(manifest) if share.role in QUANTIZABLE]
-    return 8 * sum(share.bytes for share in found) / sum(share.weights for share in found)
+    """Returns bits per weight of matrices and embedding, with scales, zero points and tables."""
+    matrices = [share for share in shares(manifest) if share.role in QUANTIZABLE]
+    return 8 * sum(share.bytes for share in matrices) / sum(share.weights for share in matrices)
 
 
 def algorithms(manifest: Manifest) -> dict[str, int]:
-    """What chose the levels of the quantized tensors and row groups → how many of them."""
-    each = (one for scheme in manifest.plan.values() for one in scheme.uniform)
-    return dict(Counter(one.algorithm for one in each if one.is_quantized).most_common())
-
-
-def _title(word: str) -> str:
-    """Of an algorithm; a later version may have named one that is not known here."""
-    return ALGORITHMS[word].title if word in ALGORITHMS else word
+    """Returns algorithm → the number of quantized tensors and row groups whose levels it chose."""
+    schemes = (uniform for scheme in manifest.plan.values() for uniform in scheme.uniform)
+    return dict(Counter(s.algorithm for s in schemes if s.is_quantized).most_common())
 
 
 def levels_sentence(counts: Mapping[str, int]) -> str:
-    """Such as `Levels were chosen by GPTQ (40 tensors), clip search (1).`"""
+    """Returns text such as `Levels were chosen by GPTQ (40 tensors), clip search (1).`"""
     if not counts:
         return "No tensor is quantized."
-    titles = {_title(word): count for word, count in counts.items()}
+    # A later version may have named an algorithm that is not known here.
+    titles = {ALGORITHMS[w].title if w in ALGORITHMS else w: n for w, n in counts.items()}
     if len(titles) == 1:
         return f"Levels were chosen by {next(iter(titles))}."
     (first, number), *others = titles.items()
@@ -131,30 +127,29 @@ def levels_sentence(counts: Mapping[str, int]) -> str:
 
 
 def write_card(folder: Path, manifest: Manifest, origin: Origin) -> None:
-    """Writes the card to the artifact's folder."""
     (folder / CARD).write_text(card(manifest, origin), "utf-8")
 
 
 def _header(manifest: Manifest, origin: Origin) -> str:
-    """What the hub reads of a card, as YAML: licence, original, tags, and the measured KL."""
+    """Returns the YAML header for the hub: licence, original, tags, and the measured KL."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    form, found = format_of(manifest.kind), manifest.check
+    check = manifest.check
     measured = None
-    if found.kl is not None and isfinite(found.kl):
+    if check.kl is not None and isfinite(check.kl):
         result = EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=f"the self-check's {found.tokens} tokens",
+            dataset_name=f"the self-check's {check.tokens} tokens",
             metric_type="kl_divergence",
             metric_name="KL divergence to the original, nats per token",
-            metric_value=found.kl,
+            metric_value=check.kl,
         )
         measured = [result]
     data = ModelCardData(
         license=origin.licence,
         base_model=origin.hub_id,
-        library_name=form.library,
+        library_name=format_of(manifest.kind).library,
         pipeline_tag="text-generation",
         tags=["rgexport", "recurrent_gemma", "griffin", manifest.kind, manifest.precision],
         model_name=f"{manifest.name}, {manifest.precision}",
@@ -166,7 +161,7 @@ def _header(manifest: Manifest, origin: Origin) -> str:
 
 
 def card(manifest: Manifest, origin: Origin) -> str:
-    """The text of the card; the hub reads its header."""
+    """Returns the text of the card; the hub reads its header."""
     config = manifest.config
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
@@ -196,17 +191,12 @@ def card(manifest: Manifest, origin: Origin) -> str:
     )
 
 
-def _checked(found: CheckRecord) -> str:
-    if not found.positions:
-        return found.sentence
-    return _CHECKED.format(
-        tokens=found.tokens,
-        engine=found.engine,
-        positions=found.positions,
-        nats=found.nats,
-        share=found.share,
-        verdict=", since ".join(filter(None, (found.status, found.reason))),
-    )
+def _checked(check: CheckRecord) -> str:
+    if not check.positions:
+        return check.sentence
+    verdict = ", since ".join(filter(None, (check.status, check.reason)))
+    shares = {"nats": check.nats, "share": check.share}
+    return _CHECKED.format(**vars(check) | shares, verdict=verdict)
 
 
 def _row(share: Share) -> str:

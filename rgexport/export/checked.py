@@ -1,4 +1,4 @@
-"""What an artifact's manifest says of the self-check that ended its export."""
+"""Records the self-check that ends an export, for the artifact's manifest."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,20 +12,19 @@ Status = Literal["verified", "unverified", "skipped"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRecord:
-    """The outcome of a self-check, and what it measured where it came so far.
+    """The outcome of a self-check, and its measurements if it came so far.
 
     Attributes:
         status: `verified` by numbers within their limits; `unverified` where one was beyond its
             limit, or the artifact could not be run; `skipped` where it was not tried.
-        reason: why it was skipped, or what was wrong; empty where nothing was.
-        tokens: how many the artifact took.
-        positions: of how many of them the logits were compared.
+        reason: why it was skipped, or the fault; else empty.
+        tokens: number of tokens that the artifact took.
+        positions: number of tokens whose logits were compared.
         kl: mean KL(original ‖ artifact) over these positions, in nats; None where it was not
             measured or is no number.
         kl_standard_error: of that mean, positions taken as independent.
-        relative_max: max |Δlogit| / max |logit| against the dequantized reference,
-            which has the artifact's weights.
-        engine: what ran it, and which version.
+        relative_max: max |Δlogit| / max |logit| against the dequantized reference.
+        engine: name and version of the runtime.
     """
 
     status: Status
@@ -39,7 +38,7 @@ class CheckRecord:
 
     @property
     def sentence(self) -> str:
-        """All of it in one line of printable characters."""
+        """Outcome and measurements in one line of printable characters."""
         return printable(self._sentence())
 
     def _sentence(self) -> str:
@@ -48,37 +47,26 @@ class CheckRecord:
         verdict = self.status + (f", since {self.reason}" if self.reason else "")
         if not self.positions:
             return f"Checked: {verdict}."
-        return f"{self.occasion}: {self.measured}: {verdict}."
-
-    @property
-    def occasion(self) -> str:
-        """The tokens and the engine."""
-        some = f" ({self.positions} compared)" if self.positions < self.tokens else ""
-        return f"Checked on {self.tokens} tokens{some} in {self.engine}"
-
-    @property
-    def measured(self) -> str:
-        """KL and the largest difference."""
+        compared = f" ({self.positions} compared)" if self.positions < self.tokens else ""
         return (
+            f"Checked on {self.tokens} tokens{compared} in {self.engine}: "
             f"KL to the original {self.nats}; largest difference to the dequantized reference "
-            f"{self.share} of the largest logit"
+            f"{self.share} of the largest logit: {verdict}."
         )
 
     @property
     def nats(self) -> str:
-        """The KL with its standard error."""
         if self.kl is None or self.kl_standard_error is None:
             return "not a number"
         return f"{self.kl:.3g} ± {self.kl_standard_error:.1g} nats"
 
     @property
     def share(self) -> str:
-        """The largest difference to the dequantized reference, of the largest logit."""
+        """`relative_max` in percent."""
         return "not a number" if self.relative_max is None else f"{100 * self.relative_max:.2g} %"
 
 
 def skipped(reason: str) -> CheckRecord:
-    """A check that was not made."""
     return CheckRecord(status="skipped", reason=reason)
 
 

@@ -1,4 +1,4 @@
-"""What `rgexport inspect` says about a checkpoint or an artifact, as data and as text."""
+"""Describes a checkpoint or an artifact for `rgexport inspect`, as data and as text."""
 
 import json
 from collections.abc import Iterator
@@ -25,27 +25,36 @@ from rgexport.units import amount
 
 Description = dict[str, Any]
 """Plain JSON. `kind` is `checkpoint` or the artifact's. Scripts rely on the names of fields."""
+_NUMBERS = ("tensors", "weights", "size", "bits/weight")
+"""Columns that are aligned to the right."""
+_TUNED = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
+_CLOSING = {
+    ("checkpoint", True): "No problems: every value was checked.",
+    ("checkpoint", False): "No problems in the headers (--verify checks every value).",
+    ("artifact", True): "All hashes were verified.",
+    ("artifact", False): "File sizes match; hashes were verified when each file was first seen "
+    "(--verify does it again).",
+}
 
 
-def describe(thing: str | None, *, size: str | None = None, verify: bool = False) -> Description:
-    """Describes the artifact, Core ML package or checkpoint `thing`, or the checkpoint of a size.
+def describe(path: str | None, *, size: str | None = None, verify: bool = False) -> Description:
+    """Describes an artifact, Core ML package or checkpoint, or the checkpoint of a size.
 
     `verify` reads every byte: the hashes of an artifact, the values of a checkpoint.
 
     Raises:
-        RequestError: nothing usable is there, or an artifact is damaged. What is wrong with the
-            tensors of a checkpoint, or with a package, is listed under `problems` instead.
+        RequestError: the path has nothing usable, or an artifact is damaged. Faults in the tensors
+            of a checkpoint, or in a package, are listed under `problems` instead.
     """
-    if thing is not None and size is None:
-        path = Path(thing)
-        if means_artifact(path):
-            return _describe_artifact(open_artifact(path, verify=verify), verify)
+    if path is not None and size is None:
+        if means_artifact(Path(path)):
+            return _describe_artifact(open_artifact(Path(path), verify=verify), verify)
         for form in all_formats():
-            if found := form.describe_foreign(path, verify=verify):
-                return found
-    if thing is None and size is None:
+            if description := form.describe_foreign(Path(path), verify=verify):
+                return description
+    if path is None and size is None:
         raise RequestError("nothing to inspect; give a model, an artifact or --size")
-    return _describe_checkpoint(open_checkpoint(thing, size=size), verify)
+    return _describe_checkpoint(open_checkpoint(path, size=size), verify)
 
 
 def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
@@ -80,36 +89,31 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
 
 def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
     problems = check_checkpoint(checkpoint).problems if verify else checkpoint.problems
+    specs, weights = model_tensors(checkpoint.config), checkpoint.weights
+    stored = group_shares(
+        Share(specs[name].role, tensor.dtype.name, 1, prod(tensor.shape), tensor.nbytes)
+        for name, tensor in weights.items()
+    )
+    sizes = {name: path.stat().st_size for name, path in checkpoint.weight_files.items()}
     return {
         "kind": "checkpoint",
         "name": checkpoint.name,
         "path": str(checkpoint.path),
         "layout": checkpoint.layout,
-        "parameters": _parameters(checkpoint.weights),
-        "size": sum(path.stat().st_size for path in checkpoint.weight_files.values()),
+        "parameters": _parameters(weights),
+        "size": sum(sizes.values()),
         "instruction_tuned": checkpoint.instruction_tuned,
         "has_tokenizer": any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files),
         "all_values_checked": verify,
         "problems": list(problems),
         "config": checkpoint.config.to_dict(),
-        "stored": _stored(checkpoint),
-        "files": {
-            name: {"size": path.stat().st_size} for name, path in checkpoint.weight_files.items()
-        },
+        "stored": [asdict(share) for share in stored],
+        "files": {name: {"size": size} for name, size in sizes.items()},
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
-            for name, tensor in checkpoint.weights.items()
+            for name, tensor in weights.items()
         },
     }
-
-
-def _stored(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    specs = model_tensors(checkpoint.config)
-    tensors = (
-        Share(specs[name].role, tensor.dtype.name, 1, prod(tensor.shape), tensor.nbytes)
-        for name, tensor in checkpoint.weights.items()
-    )
-    return [asdict(share) for share in group_shares(tensors)]
 
 
 def _parameters(weights: WeightSource) -> int:
@@ -117,27 +121,38 @@ def _parameters(weights: WeightSource) -> int:
 
 
 def as_json(description: Description) -> str:
-    """The description for programs."""
     return json.dumps(description, indent=1).replace("\x7f", "\\u007f") + "\n"
 
 
 def as_text(description: Description) -> str:
-    """The description as text and tables for a terminal."""
-    foreign = (form for form in all_formats() if form.foreign_kind == description["kind"])
-    form = next(foreign, None)
-    return render(form.foreign_parts(description) if form else _parts(description))
+    """Formats a description as text and tables for a terminal."""
+    for form in all_formats():
+        if description["kind"] == form.foreign_kind:
+            return render(form.foreign_text(description))
+    return render(_text(description))
 
 
-_NUMBERS = ("tensors", "weights", "size", "bits/weight")
-"""Columns that are aligned to the right."""
-
-
-def _parts(d: Description) -> Iterator[str | Table]:
+def _text(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
-    yield Table("Stored", ("role", "as", *_NUMBERS), map(_stored_row, d["stored"]), _NUMBERS)
+    stored = (
+        (
+            share["role"],
+            share["scheme"],
+            f"{share['tensors']:,}",
+            f"{share['weights']:,}",
+            amount(share["bytes"]),
+            f"{8 * share['bytes'] / share['weights']:.2f}",
+        )
+        for share in d["stored"]
+    )
+    yield Table("Stored", ("role", "as", *_NUMBERS), stored, _NUMBERS)
     if "algorithms" in d:
         yield levels_sentence(d["algorithms"]) + "\n"
-    yield Table("Configuration", ("", ""), _config_rows(d["config"]))
+    config = (
+        (name, " ".join(kind[0] for kind in value) if name == "block_types" else f"{value:,}")
+        for name, value in d["config"].items()
+    )
+    yield Table("Configuration", ("", ""), config)
     for title in ("Tokenizer", "GGUF", "Core ML"):
         if facts := d.get(title.replace(" ", "").lower()):
             yield Table(title, ("", ""), _fact_rows(facts))
@@ -145,8 +160,11 @@ def _parts(d: Description) -> Iterator[str | Table]:
         header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
     hash_name = format_of(d["kind"]).hash_name if d["kind"] in FORMATS else "sha256"
-    rows = _file_rows(d["files"], hash_name)
-    yield Table("Files", ("name", "size", hash_name.replace("_", " ")), rows, _NUMBERS)
+    files = (
+        (name, amount(record["size"]), record.get(hash_name, "")[:16])
+        for name, record in d["files"].items()
+    )
+    yield Table("Files", ("name", "size", hash_name.replace("_", " ")), files, _NUMBERS)
     if "kernels" in d:
         yield _kernels_sentence(**d["kernels"])
     if "check" in d:
@@ -155,19 +173,18 @@ def _parts(d: Description) -> Iterator[str | Table]:
 
 
 def _headline(d: Description) -> str:
-    what = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
     if d["kind"] == "checkpoint":
-        how = f"checkpoint ({d['layout']})"
+        kind = f"checkpoint ({d['layout']})"
     else:
         profile = "" if d["profile"] in (None, "cpu") else f" ({d['profile']})"
         numbers = arithmetic(d["precision"], d["compute"], d["rounds_activations"])
-        how = f"{d['kind']}{profile} artifact, {numbers}"
+        kind = f"{d['kind']}{profile} artifact, {numbers}"
     facts = (
-        f"{d['name']}: {how}",
+        f"{d['name']}: {kind}",
         f"{d['parameters']:,} parameters",
         amount(d["size"]),
         *([f"{d['bits_per_weight']:.2f} bits per weight"] if "bits_per_weight" in d else []),
-        what[d["instruction_tuned"]],
+        _TUNED[d["instruction_tuned"]],
         "with tokenizer" if d["has_tokenizer"] else "no tokenizer",
     )
     return ", ".join(facts) + f"\n{d['path']}\n"
@@ -178,8 +195,8 @@ def _kernels_sentence(runs: str, reason: str, native: list[str], ops: dict[str, 
         return f"Native kernels: none ({reason}); it runs on {runs} kernels."
     counts = ", ".join(f"{ops[name]} {name}" for name in native)
     rest = ", ".join(f"{ops[name]} {name}" for name in ops if name not in native)
-    others = f"; as standard ops: {rest}" if rest else ""
-    return f"It runs on {runs} kernels: {counts}{others}."
+    standard = f"; as standard ops: {rest}" if rest else ""
+    return f"It runs on {runs} kernels: {counts}{standard}."
 
 
 def _closing(d: Description) -> str:
@@ -194,27 +211,6 @@ def _closing(d: Description) -> str:
     return _CLOSING["artifact", d["all_hashes_verified"]]
 
 
-_CLOSING = {
-    ("checkpoint", True): "No problems: every value was checked.",
-    ("checkpoint", False): "No problems in the headers (--verify checks every value).",
-    ("artifact", True): "All hashes were verified.",
-    ("artifact", False): "File sizes match; hashes were verified when each file was first seen "
-    "(--verify does it again).",
-}
-
-
-def _stored_row(share: dict[str, Any]) -> Row:
-    bits = 8 * share["bytes"] / share["weights"]
-    counts = f"{share['tensors']:,}", f"{share['weights']:,}"
-    return (share["role"], share["scheme"], *counts, amount(share["bytes"]), f"{bits:.2f}")
-
-
-def _config_rows(config: dict[str, Any]) -> Iterator[Row]:
-    for name, value in config.items():
-        text = " ".join(kind[0] for kind in value) if name == "block_types" else f"{value:,}"
-        yield name, text
-
-
 def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
     for name, fact in facts.items():
         if fact is not None:
@@ -223,7 +219,7 @@ def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
 
 
 def _state_rows(d: Description) -> Iterator[Row]:
-    """One row for all layers with the same state."""
+    """Yields one row for all layers with the same state."""
     layers: dict[Row, list[str]] = {}
     for state in d["states"]:
         _, index, kind = state["name"].split(".")
@@ -231,8 +227,3 @@ def _state_rows(d: Description) -> Iterator[Row]:
         layers.setdefault((kind, shape, state["dtype"], state["layout"]), []).append(index)
     for row, indices in layers.items():
         yield (", ".join(indices), *row)
-
-
-def _file_rows(files: dict[str, dict[str, Any]], hash_name: str) -> Iterator[Row]:
-    for name, record in files.items():
-        yield name, amount(record["size"]), record.get(hash_name, "")[:16]

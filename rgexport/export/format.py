@@ -1,7 +1,7 @@
-"""What a format of artifacts defines in this layer: what it stores, how it opens, its card."""
+"""Defines what each format of artifacts provides here: storage, opening, model card."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,17 +21,14 @@ Layouts = Mapping[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class CardText:
-    """What a model card says of a format.
-
-    Attributes:
-        engine: what runs the artifact.
-        float32: what is always computed in float32.
-        run: how to run it, as Markdown.
-    """
+    """The texts of a model card that depend on the format."""
 
     engine: str
+    """Runs the artifact."""
     float32: str
+    """Computed in float32 with any `--compute`."""
     run: str
+    """Instructions to run it, as Markdown."""
 
 
 def installation(extra: str = "") -> str:
@@ -44,33 +41,32 @@ def installation(extra: str = "") -> str:
 
 
 class Format(ABC):
-    """What all formats define."""
+    """A kind of artifact."""
 
     precisions: Collection[str] = ()
     """Words of `--precision`."""
     planned_precisions: Collection[str] = ()
-    """Others, which an artifact has by a plan."""
+    """Words for artifacts that were made by a plan."""
     runs_on: str = ""
     """The end of the sentence `It runs …`, printed after an export; empty for none."""
     library: str | None = None
-    """The hub's word for what runs it."""
+    """The hub's name of the library that runs it."""
     hash_name: str = "sha256"
     """The field of `inspect --json` that has the hash of a file."""
-
     foreign_kind: str | None = None
-    """The `kind` of `describe_foreign`'s descriptions."""
+    """The kind in descriptions of models of this format that rgexport did not export."""
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
         """Describes a model of this format that rgexport did not export; None if it is none."""
         return None
 
-    def foreign_parts(self, description: dict[str, Any]) -> Iterable[str | Table]:
-        """Returns a description by `describe_foreign` as text and tables."""
-        return ()
+    def foreign_text(self, description: dict[str, Any]) -> Iterator[str | Table]:
+        """Formats what `describe_foreign` returned."""
+        raise NotImplementedError
 
     @abstractmethod
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """What the card says; `verb` is the command to try: `chat .` or `generate . -p …`."""
+        """Returns the card's texts; `verb` is a command: `chat .` or `generate . -p …`."""
 
 
 class FileFormat(Format):
@@ -82,7 +78,7 @@ class FileFormat(Format):
 
     @abstractmethod
     def open(self, path: Path, *, verify: bool) -> Artifact:
-        """Opens a path that `owns` accepts; see `opening.open_artifact`."""
+        """Opens a path that `owns` accepts, as `open_artifact` does."""
 
 
 class FolderFormat(Format):
@@ -93,57 +89,44 @@ class FolderFormat(Format):
     """Files or folders of an artifact that a user may name instead of its folder."""
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """The artifact in a folder, its files not yet checked."""
+        """Returns the artifact in a folder, its files not yet checked."""
         return Artifact(folder, manifest)
 
     @abstractmethod
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        """The parts of a tensor of `shape` that is stored by `scheme`.
+        """Returns the parts of a tensor of `shape` that is stored by `scheme`.
 
         Raises:
             RequestError: the format does not have that scheme, or not for that shape.
         """
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """Derives the states, inputs and outputs that a manifest must have from its other fields.
-
-        A format without a graph has none.
-        """
+        """Derives the states, inputs and outputs of a graph from the manifest's other fields."""
         return (), IoRecord((), ())
 
     def write_program_files(
         self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
     ) -> None:
-        """Writes the files by which other programs run an artifact; most formats have none.
+        """Writes the files by which other programs run an artifact, beside its tokenizer.
 
-        Args:
-            folder: where they go, beside the artifact's tokenizer.
-            manifest: the artifact's; its files are not needed.
-            ids: of the tokenizer's control tokens.
-            files: the names of the artifact's files.
+        `files` are the names of the artifact's files.
         """
         return
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """Checks the fields that only manifests of this format have.
-
-        Raises:
-            Mismatch: a field is wrong.
-        """
-        return  # most formats have none
+        """Raises Mismatch if a field that only this format has is wrong."""
+        return
 
 
 def format_of(kind: str) -> Format:
-    """The format of a kind of artifact."""
     return cast(Format, format_on("export", kind))
 
 
 def folder_format(kind: str) -> FolderFormat | None:
-    """The format of a kind of artifact that is a folder; None for any other word."""
+    """Returns the format of a kind of folder; None for any other word."""
     form = format_of(kind) if kind in FORMATS else None
     return form if isinstance(form, FolderFormat) else None
 
 
 def all_formats() -> list[Format]:
-    """All registered formats."""
     return [format_of(kind) for kind in FORMATS]

@@ -1,8 +1,8 @@
-"""Artifacts of the Hugging Face hub: `hf:owner/name` opens one, `push` makes one."""
+"""Downloads and uploads artifacts of the Hugging Face hub, such as `hf:owner/name`."""
 
 import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,8 +22,8 @@ from rgexport.units import amount
 
 PREFIX = "hf:"
 _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?P<file>(/[\w.-]+)+\.gguf)?(@(?P<revision>[\w./-]+))?")
-_KEPT = {".gitattributes", CARD}
-"""Files that a repository may have before an artifact is there."""
+_NEUTRAL = {".gitattributes", CARD}
+"""Files that a repository may have before it has an artifact."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,7 @@ def is_hub_name(path: PurePath | str) -> bool:
 
 
 def parse(path: PurePath | str) -> HubName:
-    """What `hf:owner/name[/FILE.gguf][@REVISION]` says.
-
-    Raises:
-        RequestError: it says nothing of that kind.
-    """
+    """Parses `hf:owner/name[/FILE.gguf][@REVISION]`; raises RequestError for another text."""
     text = path.as_posix() if isinstance(path, PurePath) else path  # without Windows' backslashes
     match = _NAME.fullmatch(text.removeprefix(PREFIX))
     if not match or ".." in text:
@@ -58,7 +54,7 @@ def parse(path: PurePath | str) -> HubName:
 
 
 def fetch_artifact(path: Path | str) -> Path:
-    """The local copy of an artifact of the hub, below `HF_HOME`: a folder or a GGUF file.
+    """Returns the local copy of an artifact below `HF_HOME`, a folder or a GGUF file.
 
     A complete copy is used without asking the network. Only what the manifest lists is downloaded,
     and an interrupted download goes on.
@@ -71,16 +67,16 @@ def fetch_artifact(path: Path | str) -> Path:
 
 
 def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    """Uploads an artifact in one commit; its address.
+    """Uploads an artifact in one commit; returns its address.
 
-    Large files that an earlier, interrupted upload has brought are not sent again. Files of an
-    artifact that was there before are removed; what somebody else added stays.
+    Large files that an earlier, interrupted upload has sent are not sent again. Files of an earlier
+    artifact in the repository are removed; files that somebody else added stay.
 
     Args:
-        artifact: what to upload.
-        repo: `owner/name`, which is made if it is not there.
+        artifact: the artifact.
+        repo: `owner/name`, which is made if it does not exist.
         public: whether everybody may see a new repository.
-        force: whether a repository with something else may take it.
+        force: whether the repository may have other files.
 
     Raises:
         RequestError: no such name, no permission, no network, or a repository of something else.
@@ -103,28 +99,28 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
     show_bars_on_terminals_alone()
     api = HfApi()
     page = api.create_repo(repo, private=not public, exist_ok=True)
-    there = set(api.list_repo_files(repo))
-    earlier = _earlier(repo) if MANIFEST in there else None
+    existing = set(api.list_repo_files(repo))
+    earlier = _earlier_manifest(repo) if MANIFEST in existing else None
     if not force:
-        _require_room(artifact, repo, there, earlier)
+        _require_own(artifact, repo, existing, earlier)
     files = _files(artifact)
-    if CARD in there and _keeps_card(artifact, repo, earlier):
+    if CARD in existing and _keeps_card(artifact, repo, earlier):
         note(f"The card of {repo} stays as it is")
         del files[CARD]
-    gone = set[str]()
+    stale = set[str]()
     if earlier and not artifact.path.is_file():
-        gone = earlier.files.keys() & there - files.keys() - {CARD}
+        stale = earlier.files.keys() & existing - files.keys() - {CARD}
     total = sum(len(x) if isinstance(x, bytes) else x.stat().st_size for x in files.values())
     note(f"Uploading {amount(total)} to {page.url}")
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(gone)]
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
     title = f"{artifact.manifest.name}, {artifact.manifest.precision}, by rgexport"
     api.create_commit(repo, operations, commit_message=title)
     return str(page.url)
 
 
-def _earlier(repo: str) -> Manifest | None:
-    """The manifest of the artifact that a repository has; None if it cannot be read."""
+def _earlier_manifest(repo: str) -> Manifest | None:
+    """Returns the manifest of a repository's artifact; None if it cannot be read."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -133,19 +129,22 @@ def _earlier(repo: str) -> Manifest | None:
         return None
 
 
-def _require_room(artifact: Artifact, repo: str, there: set[str], earlier: Manifest | None) -> None:
-    """Refuses a repository that has something else than an earlier form of the artifact.
+def _require_own(
+    artifact: Artifact, repo: str, existing: set[str], earlier: Manifest | None
+) -> None:
+    """Refuses a repository unless it is empty or has an earlier export of the same model.
 
     GGUF files may lie beside one another.
     """
-    ours = artifact.manifest
+    manifest, foreign = artifact.manifest, existing - _NEUTRAL
     if earlier:
-        fits = (earlier.kind, earlier.name) == (ours.kind, ours.name)
+        fits = (earlier.kind, earlier.name) == (manifest.kind, manifest.name)
     else:
-        fits = there <= _KEPT or (artifact.path.is_file() and _is_only_gguf(there))
+        only_gguf = all(name.endswith(".gguf") for name in foreign)
+        fits = not foreign or (artifact.path.is_file() and only_gguf)
     if not fits:
         raise RequestError(
-            f"{repo} has other files ({', '.join(sorted(there - _KEPT)[:3])}); give a new name, or "
+            f"{repo} has other files ({', '.join(sorted(foreign)[:3])}); give a new name, or "
             "--force to add the artifact to it"
         )
 
@@ -164,7 +163,7 @@ def _keeps_card(artifact: Artifact, repo: str, earlier: Manifest | None) -> bool
 
 
 def _files(artifact: Artifact) -> dict[str, Path | bytes]:
-    """Name in the repository → a file, or what is in it."""
+    """Returns name in the repository → a local file, or its contents."""
     if artifact.path.is_file():
         text = card(artifact.manifest, artifact.origin())
         return {artifact.path.name: artifact.path, CARD: text.encode()}
@@ -172,37 +171,30 @@ def _files(artifact: Artifact) -> dict[str, Path | bytes]:
     return {name: artifact.file(name) for name in names if artifact.file(name).is_file()}
 
 
-def _is_only_gguf(names: Iterable[str]) -> bool:
-    """Whether a repository has nothing but GGUF files, of which there may be many."""
-    return all(name in _KEPT or name.endswith(".gguf") for name in names)
-
-
 def _warn_of_terms(artifact: Artifact) -> None:
-    """Tells of the licence that goes on to apply."""
     licence = artifact.origin().licence
     if licence in (None, "gemma"):
-        known = "" if licence else "If it is made from Google's weights: "
+        condition = "" if licence else "If it is made from Google's weights: "
         warn(
-            f"{known}the Gemma Terms of Use apply to this artifact too ({GEMMA_TERMS}): whoever "
-            "gets it must get them, and know that the files were changed. A card of rgexport says "
-            "both"
+            f"{condition}the Gemma Terms of Use apply to this artifact too ({GEMMA_TERMS}): "
+            "whoever gets it must get them, and know that the files were changed. A card of "
+            "rgexport says both"
         )
 
 
 def _folder(name: HubName) -> Path:
-    """Where the files of a repository are kept.
+    """Returns the local folder for the files of a repository.
 
     The hub's own cache has links to them, and ONNX Runtime reads no weights through links.
     """
     from huggingface_hub import constants
 
     revision = [quote(name.revision, safe="")] if name.revision else []
-    words = [*name.id.split("/"), *revision]
-    return Path(constants.HF_HOME) / "rgexport" / "--".join(words)
+    return Path(constants.HF_HOME) / "rgexport" / "--".join([*name.id.split("/"), *revision])
 
 
 def _complete(name: HubName) -> Path | None:
-    """The local copy of an artifact, if nothing is missing from it."""
+    """Returns the local copy of an artifact if it is complete."""
     folder = _folder(name)
     if name.file is not None:
         return folder / name.file if (folder / name.file).is_file() else None
@@ -220,30 +212,30 @@ def _download(name: HubName) -> Path:
         info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         is_folder = MANIFEST in sizes and name.file is None
-        wanted = [MANIFEST] if is_folder else [_gguf(name, sizes)]
+        files = [MANIFEST] if is_folder else [_gguf(name, sizes)]
         if is_folder:
-            snapshot(name.id, info.sha, wanted, folder)
-            wanted += sizes.keys() & read_manifest(folder).files.keys()
-        missing = sum(sizes[file] for file in wanted if not (folder / file).is_file())
+            snapshot(name.id, info.sha, files, folder)
+            files += sizes.keys() & read_manifest(folder).files.keys()
+        missing = sum(sizes[file] for file in files if not (folder / file).is_file())
         require_free_disk(Path(constants.HF_HOME), missing)
-        snapshot(name.id, info.sha, [glob.escape(file) for file in wanted], folder)
+        snapshot(name.id, info.sha, [glob.escape(file) for file in files], folder)
     except RequestError:
         raise
     except Exception as error:  # as above
         advice = "or give a local artifact"
         raise RequestError(explain(name.id, error, "download", advice)) from None
-    found = _complete(name) if is_folder else folder / wanted[0]
-    if found is None:
+    path = _complete(name) if is_folder else folder / files[0]
+    if path is None:
         raise RequestError(
             f"{PREFIX}{name.id} is incomplete: {MANIFEST} lists files that are not there; push it "
             "again"
         )
-    return found
+    return path
 
 
 def _gguf(name: HubName, sizes: Iterable[str]) -> str:
-    """The GGUF file of a repository that is meant."""
-    files: Sequence[str] = sorted(file for file in sizes if file.endswith(".gguf"))
+    """Returns the GGUF file that is named, or the only one of a repository."""
+    files = sorted(file for file in sizes if file.endswith(".gguf"))
     if name.file in files:
         return str(name.file)
     if len(files) == 1 and name.file is None:

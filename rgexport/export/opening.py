@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rgexport.errors import RequestError
+from rgexport.export.advice import as_argument
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format
 from rgexport.export.hub import fetch_artifact, is_hub_name
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.manifest_reader import is_artifact, read_manifest
-from rgexport.export.request import as_argument
 from rgexport.griffin.checkpoint import means_checkpoint
 from rgexport.progress import note
 
@@ -21,32 +21,32 @@ def open_artifact(
 
     Names, sizes and headers are always checked; hashes are computed where a file was not seen
     before in this state (size, mtime, ctime), and of all files with `verify`. An edited card and
-    files that were added are noted, no more.
+    added files are only noted.
 
     Args:
         path: the artifact, a file or package in its folder, or `hf:owner/name`.
-        verify: see above.
+        verify: whether hashes are computed of all files.
         allow_foreign: whether engines may run a graph with ops that rgexport does not write.
 
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing, truncated or
             altered; the line names it.
     """
-    place = fetch_artifact(path) if is_hub_name(path) else Path(path)
-    if form := _file_format(place):
-        return form.open(place, verify=verify)
+    path = fetch_artifact(path) if is_hub_name(path) else Path(path)
+    if form := _file_format(path):
+        return form.open(path, verify=verify)
     folders = (form for form in all_formats() if isinstance(form, FolderFormat))
     entries = {MANIFEST, *(entry for form in folders for entry in form.entries)}
-    folder = place.parent if place.name in entries and is_artifact(place.parent) else place
+    folder = path.parent if path.name in entries and is_artifact(path.parent) else path
     if not is_artifact(folder) and means_checkpoint(folder):
         raise RequestError(
             f"{folder} is not an rgexport artifact but a checkpoint; export it first: "
             f"rgexport onnx -m {as_argument(folder)} --int4"
         )
     manifest = read_manifest(folder)
-    found = folder_format(manifest.kind)
-    assert found, "a manifest of another kind was refused"
-    artifact = found.artifact(folder, manifest)
+    folder_form = folder_format(manifest.kind)
+    assert folder_form, "a manifest of another kind was refused"
+    artifact = folder_form.artifact(folder, manifest)
     if complaints := artifact.complaints(verify):
         raise RequestError(
             f"{folder} is damaged: {'; '.join(complaints)}; restore it or export it again"

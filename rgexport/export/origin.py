@@ -1,4 +1,4 @@
-"""Who made a checkpoint and its licence, as far as its path, name and model card tell."""
+"""Finds out who made a checkpoint, and its licence, from its path, name and model card."""
 
 import re
 from dataclasses import dataclass
@@ -12,16 +12,18 @@ _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RELEASED = {size.hub_id for size in SIZES.values()}
 _PREFIX = "recurrentgemma"
 GEMMA = "gemma"
-"""The hub's word for Gemma's terms."""
+"""The hub's name of Gemma's terms."""
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The hub's words, such as `google/recurrentgemma-2b` and `gemma`; None if unknown."""
+    """The origin of a checkpoint; fields are None if unknown."""
 
     hub_id: str | None
+    """Such as `google/recurrentgemma-2b`."""
     licence: str | None
+    """The hub's name of it, such as `gemma`."""
 
     @property
     def released(self) -> bool:
@@ -30,21 +32,27 @@ class Origin:
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
-    """The origin of a checkpoint."""
     hub_id = _hub_id(checkpoint)
     if hub_id in _RELEASED:
         return Origin(hub_id, GEMMA)
-    return Origin(hub_id, _licence(folder_of(checkpoint) / "README.md"))
+    return Origin(hub_id, origin_of_card(folder_of(checkpoint) / "README.md").licence)
 
 
 def origin_of_card(path: Path) -> Origin:
-    """What the YAML header of an artifact's card says."""
+    """Reads the model that a card names as its base, and its licence, in the YAML header.
+
+    Without a licence it is Gemma's if the base is one of Google's models.
+    """
     head = _head(path)
-    return Origin(_base_in(head), _licence_in(head))
+    base = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
+    licence = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
+    hub_id = base[1] if base else None
+    gemma = GEMMA if hub_id in _RELEASED else None
+    return Origin(hub_id, licence[1] if licence else gemma)
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
-    """The folder that has a checkpoint's tokenizer and card."""
+    """Returns the folder that has a checkpoint's tokenizer and card."""
     if checkpoint.tokenizer_files:
         return checkpoint.tokenizer_files[0].parent
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -60,29 +68,11 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
     return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
 
 
-def _licence(card: Path) -> str | None:
-    """The `license` in the YAML header of a model card."""
-    return _licence_in(_head(card))
-
-
 def _head(card: Path) -> str:
-    """The YAML header of a model card, "" where there is none."""
+    """Returns the YAML header of a model card, or ""."""
     try:
         with card.open(encoding="utf-8", errors="replace") as file:
             head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
     except OSError:
         return ""
     return head[1] if head else ""
-
-
-def _licence_in(head: str) -> str | None:
-    """The licence that a card names; Gemma's terms where it names Google's weights alone."""
-    if match := re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE):
-        return match[1]
-    return GEMMA if _base_in(head) in _RELEASED else None
-
-
-def _base_in(head: str) -> str | None:
-    """The model that a card says its own is made from, in a line or as the first of a list."""
-    match = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
-    return match[1] if match else None

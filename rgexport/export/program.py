@@ -1,4 +1,4 @@
-"""The step program: the result of the trace, which every emitter lowers. Plain data."""
+"""Holds the step program: the result of the trace, which every emitter lowers."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Value:
     dtype: str
 
     def size(self, axis: int) -> int:
-        """The size of an axis, which must be fixed."""
+        """Returns the size of an axis, which must be fixed."""
         size = self.shape[axis]
         assert isinstance(size, int), f"axis {axis} of {self.name} is {size}"
         return size
@@ -39,16 +39,14 @@ class Node:
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A traced step.
-
-    `weights` are keyed by canonical tensor name; `states` holds per state its canonical name,
-    the value that comes in and the one that goes out.
-    """
+    """A traced step."""
 
     input_ids: Value
     position_ids: Value
     num_logits: Value
     weights: dict[str, Value]
+    """By canonical tensor name."""
     states: dict[str, tuple[Value, Value]]
+    """Canonical name → the values that come in and go out."""
     nodes: tuple[Node, ...]
     logits: Value

@@ -1,31 +1,28 @@
-"""What a user asks an export for, and what the export answers."""
+"""Reads and checks the options that exports of all formats share."""
 
-import os
 import re
-import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from subprocess import list2cmdline
+from dataclasses import dataclass
 from typing import Any
 
 from rgexport.choices import Quality
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
+from rgexport.export.manifest import ACTIVATIONS
+from rgexport.quantize.plan import precision_of
 from rgexport.quantize.scheme import Ggml, Plan
-from rgexport.units import amount
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
+_BLOCKS = {"int3", "int4", "int8"}
+QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
+"""Word of `--quality` → the algorithm that chooses levels."""
 
 
 def bytes_of(flag: str, text: str) -> float:
-    """The bytes that an option's text means, such as `1.5GB`.
-
-    Raises:
-        RequestError: it is no number of bytes.
-    """
+    """Converts the text of an option, such as `1.5GB`, to bytes; raises RequestError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise RequestError(
@@ -35,17 +32,16 @@ def bytes_of(flag: str, text: str) -> float:
 
 
 def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> str | None:
-    """The precision that `--precision`, `--int4` and `--int8` name, if any, for a kind of artifact.
+    """Returns the precision that `--precision`, `--int4` and `--int8` name, if any.
 
     Raises:
-        RequestError: they contradict each other, or the word is unknown.
+        RequestError: they contradict each other, or artifacts of this kind do not have it.
     """
-    flags = {"int4": int4, "int8": int8}
-    asked = [word for word, given in flags.items() if given]
-    named = {*asked, *([precision] if precision else [])}
+    flags = [word for word, is_set in (("int4", int4), ("int8", int8)) if is_set]
+    named = {*flags, *([precision] if precision else [])}
     if len(named) > 1:
-        given = [f"--{word}" for word in asked] + [f"--precision {precision}"] * bool(precision)
-        raise RequestError(f"{' and '.join(given)} contradict each other; give one of them")
+        options = [f"--{word}" for word in flags] + [f"--precision {precision}"] * bool(precision)
+        raise RequestError(f"{' and '.join(options)} contradict each other; give one of them")
     word = named.pop() if named else None
     if word:
         require_word("--precision", word, format_of(kind).precisions)
@@ -53,27 +49,18 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> 
 
 
 def require_word(flag: str, word: str, words: Iterable[str]) -> None:
-    """Refuses an unknown word of an option.
-
-    Raises:
-        RequestError: it is none of `words`.
-    """
+    """Raises RequestError if an option has another word than one of `words`."""
     if word not in words:
         raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
-
-
-_FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
-QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
-"""Word of `--quality` → the algorithm that chooses levels."""
 
 
 def algorithm_word(
     quality: Quality | None, calibration: object | None, plan: object | None
 ) -> str | None:
-    """The algorithm that is asked for; None leaves it to a plan, or to the default.
+    """Returns the algorithm that the options name; None leaves it to a plan, or to the default.
 
     Raises:
-        RequestError: an unknown word, or a quality that a calibration is not for.
+        RequestError: an unknown word, or a calibration for a quality that takes none.
     """
     if quality is not None:
         require_word("--quality", quality, QUALITIES)
@@ -87,136 +74,100 @@ def algorithm_word(
     return QUALITIES[quality or "best"]
 
 
-def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
-    """Refuses options that a plan replaces.
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(ABC):
+    """The options that exports to folders share; None stands for a default.
 
-    Args:
-        options: a dataclass with a `plan`.
-        names: its fields that say for all tensors what a plan says for each.
-
-    Raises:
-        RequestError: there is a plan, and one of these fields is not its default.
+    Attributes:
+        precision: precision of the weights.
+        compute: type of the activations.
+        block_size: of the linears, and of an embedding of the same precision.
+        symmetric: likewise.
+        embedding_precision: of the embedding, which is the head too.
+        plan: says for each tensor what the fields above, except `compute`, say for all.
+        algorithm: chooses the levels; None leaves it to the plan, or to clip search.
     """
-    given = [name for name in names if getattr(options, name) != getattr(type(options), name)]
-    if options.plan is not None and given:
-        words = ", ".join(name.replace("_", " ") for name in given)
-        raise RequestError(f"--plan says how each tensor is stored; leave out the {words}")
 
+    precision: str | None = None
+    compute: str | None = None
+    block_size: int | None = None
+    symmetric: bool | None = None
+    embedding_precision: str | None = None
+    plan: Plan | None = None
+    algorithm: str | None = None
 
-def refuse_ggml(plan: Plan | None) -> None:
-    """Refuses a plan for GGUF.
+    @property
+    @abstractmethod
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        """The default precision; precision of the linears → that of the embedding, if another."""
 
-    Raises:
-        RequestError: it stores a tensor in a ggml type.
-    """
-    for name, scheme in (plan or {}).items():
-        if isinstance(scheme, Ggml):
-            raise RequestError(
-                f"the plan stores {name} as {scheme.label}, which only GGUF files have"
+    @property
+    @abstractmethod
+    def compute_word(self) -> str:
+        """`compute`, or its default."""
+
+    @property
+    def precision_word(self) -> str:
+        """`precision`, or the plan's, or the default."""
+        return precision_of(self.plan) if self.plan else self.precision or self.defaults[0]
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The precisions of the linears and of the embedding."""
+        word = self.precision_word
+        return word, self.embedding_precision or self.defaults[1].get(word, word)
+
+    def require_consistent(self, *, exact: bool = False) -> None:
+        """Checks the options without the model; `exact` is `--exact`.
+
+        Raises:
+            RequestError: an unknown word, a plan beside an option that it replaces, a plan for
+                GGUF, or an option without effect.
+        """
+        by_plan = "precision", "block_size", "symmetric", "embedding_precision"
+        refuse_beside_plan(self, by_plan)
+        for name, scheme in (self.plan or {}).items():
+            if isinstance(scheme, Ggml):
+                raise RequestError(
+                    f"the plan stores {name} as {scheme.label}, which only GGUF files have"
+                )
+        require_word("--compute", self.compute_word, ACTIVATIONS)
+        if _BLOCKS.isdisjoint(self.words):
+            block, symmetric = self.block_size is not None, self.symmetric is not None
+            flag = "--symmetric" if self.symmetric else "--asymmetric"
+            refuse_idle(
+                {"--block-size": block, "--exact": exact, flag: symmetric},
+                f"{' and '.join(dict.fromkeys(self.words))} weights; expected it beside --int8 or "
+                "--int4: give one of those, or leave it out",
             )
+        require_levels(self.words, self.algorithm)
+
+
+def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
+    """Raises RequestError if one of the fields `names` is set although there is a plan."""
+    changed = [name for name in names if getattr(options, name) != getattr(type(options), name)]
+    if options.plan is not None and changed:
+        fields = ", ".join(name.replace("_", " ") for name in changed)
+        raise RequestError(f"--plan says how each tensor is stored; leave out the {fields}")
 
 
 def refuse_idle(options: Mapping[str, object], where: str) -> None:
-    """Refuses options that change nothing.
+    """Raises RequestError if an option is set that changes nothing.
 
     Args:
-        options: flag → its value; None, False and empty values were not given.
+        options: flag → its value; None, False and empty values are not set.
         where: goes on after `changes nothing in`, and says what to do.
-
-    Raises:
-        RequestError: one was given.
     """
-    if given := [flag for flag, value in options.items() if value]:
-        change = "changes" if len(given) == 1 else "change"
-        raise RequestError(f"{' and '.join(given)} {change} nothing in {where}")
-
-
-def require_blocks(
-    words: Collection[str], block: int | None, symmetric: bool | None, exact: bool = False
-) -> None:
-    """Refuses the options of quantized weights where none is quantized in blocks.
-
-    Args:
-        words: the precisions of the linears and of the embedding.
-        block: `--block-size`.
-        symmetric: `--symmetric` or `--asymmetric`.
-        exact: `--exact`.
-
-    Raises:
-        RequestError: one was given, and no precision has blocks.
-    """
-    if {"int3", "int4", "int8"}.isdisjoint(words):
-        flag = "--symmetric" if symmetric else "--asymmetric"
-        refuse_idle(
-            {"--block-size": block is not None, "--exact": exact, flag: symmetric is not None},
-            f"{' and '.join(dict.fromkeys(words))} weights; expected it beside --int8 or --int4: "
-            "give one of those, or leave it out",
-        )
+    if flags := [flag for flag, value in options.items() if value]:
+        change = "changes" if len(flags) == 1 else "change"
+        raise RequestError(f"{' and '.join(flags)} {change} nothing in {where}")
 
 
 def require_levels(words: Collection[str], algorithm: str | None) -> None:
-    """Refuses to choose the levels of weights that have none.
-
-    Args:
-        words: the precisions of the linears and of the embedding, or the type of a GGUF file.
-        algorithm: what `--quality` or `--calibration` asks for.
-
-    Raises:
-        RequestError: there is an algorithm, and no precision has levels.
-    """
+    """Raises RequestError if there is an algorithm, but no precision or type with levels."""
     if algorithm is not None and {*words} <= _FLOATS:
         refuse_idle(
             {"--quality (or --calibration)": True},
             f"{' and '.join(dict.fromkeys(words))} weights; expected it beside weights of 8 or 4 "
             "bits: give --int8 or --int4, or leave it out",
         )
-
-
-def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
-    """The folder that is written without `-o`, such as `./recurrentgemma-2b-int4-onnx`."""
-    words = [model, precision, kind, *([] if profile == "cpu" else [profile])]
-    return Path("-".join(words))
-
-
-def as_argument(path: Path) -> str:
-    """Returns a path, quoted for a shell of this system."""
-    text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
-    return list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
-
-
-def closing_line(artifact: Artifact) -> str:
-    """Where an artifact is, and what to type next."""
-    size = amount(sum(record.size for record in artifact.manifest.files.values()))
-    place = format_of(artifact.manifest.kind).runs_on
-    engine = f"It runs {place}. " if place else ""
-    return f"{artifact.path} is complete ({size}). {engine}{_next_step(artifact)}"
-
-
-def check_line(artifact: Artifact) -> str | None:
-    """How the self-check ended, and what to do about it; None where none was asked for."""
-    found = artifact.manifest.check
-    if found == NOT_ASKED_FOR:
-        return None
-    advice = _ADVICE.get(found.status)
-    if advice is None:
-        return found.sentence
-    return f"{found.sentence} {advice}: rgexport validate {as_argument(artifact.path)}"
-
-
-_ADVICE = {"unverified": "Look closer", "skipped": "Do it later"}
-"""Status of a self-check → why to run `validate`."""
-
-
-def _next_step(artifact: Artifact) -> str:
-    path = as_argument(artifact.path)
-    if not artifact.manifest.has_tokenizer:
-        return f"It has no tokenizer; try: rgexport generate {path} --ids 2"
-    if artifact.manifest.instruction_tuned:
-        return f"Chat with it: rgexport chat {path}"
-    line = f'Try: rgexport generate {path} -p "The meaning of life is"'
-    tuned = _TUNED.get(artifact.manifest.name)
-    return line + (f" (a base model; to chat, export --size {tuned})" if tuned else "")
-
-
-_TUNED = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}
-"""Released base models → the size word of the model to chat with."""

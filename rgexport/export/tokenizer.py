@@ -1,26 +1,44 @@
 """Completes an artifact's tokenizer for programs that read no SentencePiece model.
 
-Control tokens and the chat template become what `rgexport chat` uses, so that all programs read the
-same ids.
+Control tokens and the chat template become those of `rgexport chat`, so that all programs read the
+same ids. `tokenizer.json` has 256,000 pieces and half a million merges, which are written one by
+one: the library that reads them would take 250 MB for them.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
+
 from rgexport.errors import RequestError
-from rgexport.export.tokenizer_json import write_tokenizer_json
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.chat_template import JINJA_FILE, chosen_template
-from rgexport.griffin.control_tokens import ControlTokens, literal, read_control_tokens
+from rgexport.griffin.control_tokens import (
+    ControlTokens,
+    is_markup,
+    literal,
+    read_control_tokens,
+    sentencepiece_tokens,
+)
 from rgexport.griffin.tokenizer_files import (
+    BYTE,
+    CONTROL,
+    NORMAL,
     TOKENIZER_CONFIG,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
     has_tokenizer,
+    is_gemmas_kind,
     normalization,
     read_pieces,
 )
@@ -32,16 +50,11 @@ _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 @dataclass(frozen=True, kw_only=True)
 class ControlIds:
-    """Ids of control tokens, as configurations name them; by default Gemma's.
-
-    Attributes:
-        bos_token_id: the beginning of a text.
-        eos_token_id: what ends a reply: the end of a text, and the end of a turn if there is one.
-        pad_token_id: padding.
-    """
+    """Ids of control tokens, as configurations name them; by default Gemma's."""
 
     bos_token_id: int | None = 2
     eos_token_id: tuple[int, ...] = (1,)
+    """The tokens that end a reply: the end of a text, and the end of a turn if there is one."""
     pad_token_id: int | None = 0
 
     def fields(self) -> dict[str, Any]:
@@ -50,13 +63,10 @@ class ControlIds:
 
 
 def complete_tokenizer(folder: Path, name: str) -> ControlIds:
-    """Writes `tokenizer.json`, and what `tokenizer_config.json` lacks.
+    """Writes `tokenizer.json`, and completes `tokenizer_config.json`, in an unfinished artifact.
 
     A tokenizer that cannot be converted causes a warning and no error: rgexport itself may read it.
-
-    Args:
-        folder: an artifact in the making, with the checkpoint's tokenizer if it has one.
-        name: the model's, for warnings.
+    `name` is the model's, for warnings.
     """
     if not has_tokenizer(folder):
         return ControlIds()
@@ -86,7 +96,7 @@ def bytes_to_add(files: Iterable[Path]) -> int:
 
 @lru_cache(maxsize=1)
 def _converted_bytes(model: Path) -> int:
-    """Plans ask again and again, and the conversion takes seconds."""
+    # Cached, since every plan needs it and the conversion takes seconds.
     with TemporaryDirectory() as folder:
         target = Path(folder) / "tokenizer.json"
         try:
@@ -101,17 +111,13 @@ def _convert(folder: Path) -> None:
     if target.is_file():
         return
     write_tokenizer_json(model, target)
-    if rule := _change_of_text(model):
+    pieces = read_pieces(model)
+    prefix = "a space in front" if pieces.normalizer_spec.add_dummy_prefix else None
+    if rule := normalization(pieces) or prefix:
         warn(
             f"{model.name} changes text before it splits it ({rule}), which onnxruntime-genai "
             "does not: it will split some texts differently"
         )
-
-
-def _change_of_text(model: Path) -> str | None:
-    pieces = read_pieces(model)
-    prefix = "a space in front" if pieces.normalizer_spec.add_dummy_prefix else None
-    return normalization(pieces) or prefix
 
 
 def _complete_config(path: Path, tokens: ControlTokens, template: str | None) -> None:
@@ -130,3 +136,109 @@ def _complete_config(path: Path, tokens: ControlTokens, template: str | None) ->
         raise RequestError(f"{path} cannot be read ({error}); copy it again") from None
     if completed != config or not path.is_file():
         path.write_text(json.dumps(completed, indent=1) + "\n", "utf-8")
+
+
+def write_tokenizer_json(source: Path, target: Path) -> None:
+    """Converts a `tokenizer.model` to a `tokenizer.json` that puts BOS before a text.
+
+    SentencePiece merges the pair whose result has the highest score; here pairs are listed in that
+    order. User-defined pieces, which it finds before it merges, are added tokens.
+
+    Raises:
+        RequestError: it is no BPE model with byte fallback, or cannot be read.
+    """
+    try:
+        model = read_pieces(source)
+        if not is_gemmas_kind(model):
+            raise ValueError("it is no BPE model with byte fallback, as Gemma's is")
+        engine = sentencepiece.SentencePieceProcessor(model_file=str(source))
+        frame = _frame(model, sentencepiece_tokens(engine))
+        pieces = [piece.piece for piece in model.pieces]
+        merged = (NORMAL, USER_DEFINED)
+        scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
+    except Exception as error:  # of protobuf and tokenizers
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"{source} cannot be converted to tokenizer.json ({reason}); copy it again from the "
+            "original checkpoint, or put its tokenizer.json beside it"
+        ) from None
+    del model, engine
+    vocabulary = (f"{json.dumps(piece)}:{i}" for i, piece in enumerate(pieces))
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(_fill(frame, vocabulary, _merges(pieces, scores)))
+
+
+def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
+    """Returns the file without the vocabulary and the merges."""
+    added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
+    engine = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece.piece: i for i, piece in added.items()},
+            merges=[],
+            unk_token=tokens.unk and tokens.unk.piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    engine.add_tokens([_added(piece) for piece in added.values()])
+    engine.normalizer = _normalizer(model.normalizer_spec)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    engine.decoder = decoders.Sequence(steps)
+    if tokens.bos is not None:
+        bos = tokens.bos.piece
+        engine.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"],
+            pair=[bos, "$A", f"{bos}:1", "$B:1"],
+            special_tokens=[(bos, tokens.bos.id)],
+        )
+    frame: dict[str, Any] = json.loads(engine.to_str())
+    return frame
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """Returns a normalizer that changes text as SentencePiece does before it splits it."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(tokenizers.Regex("^ +| +$"), ""))
+        steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    spaces = normalizers.Replace(" ", "▁")
+    return normalizers.Sequence([*steps, spaces]) if steps else spaces
+
+
+def _added(piece: Any) -> tokenizers.AddedToken:
+    """Matches text pieces after spaces became "▁", and markup before."""
+    special = piece.type in (UNKNOWN, CONTROL) or is_markup(piece.piece)
+    return tokenizers.AddedToken(piece.piece, special=special, normalized=not special)
+
+
+def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]:
+    """Yields every pair of pieces that makes a piece, those of the highest score first."""
+    known = {pieces[i] for i in scores}
+    pairs = (
+        (-score, i, cut)
+        for i, score in scores.items()
+        for cut in range(1, len(pieces[i]))
+        if pieces[i][:cut] in known and pieces[i][cut:] in known
+    )
+    rows = np.fromiter(pairs, [("order", "f4"), ("id", "i4"), ("cut", "i4")])
+    for _, i, cut in np.sort(rows):
+        yield json.dumps([pieces[i][:cut], pieces[i][cut:]])
+
+
+def _fill(frame: dict[str, Any], vocabulary: Iterator[str], merges: Iterator[str]) -> Iterator[str]:
+    """Yields the text of the file."""
+    lists = {"vocab": ("{", vocabulary, "}"), "merges": ("[", merges, "]")}
+    model = frame.pop("model")
+    yield json.dumps(frame)[:-1] + ', "model": {'
+    rest = {name: value for name, value in model.items() if name not in lists}
+    yield json.dumps(rest)[1:-1]
+    for name, (start, items, end) in lists.items():
+        yield f', "{name}": {start}'
+        for i, item in enumerate(items):
+            yield f",\n{item}" if i else item
+        yield end
+    yield "}}\n"

@@ -1,7 +1,7 @@
-"""Transforms of weights before they are stored, and their inverses.
+"""Transforms weights before they are stored, and back.
 
-What a graph would compute again for every token is computed once: norms are stored as 1 + w, the
-RG-LRU's parameter as the factor of its gate, -8 softplus(a_param).
+A graph need not compute these for every token: norms are stored as 1 + w, the RG-LRU's parameter as
+the factor of its gate, -8 softplus(a_param).
 """
 
 from collections.abc import Callable
@@ -33,14 +33,14 @@ class Transform:
 
 
 def _decay(a_param: np.ndarray) -> np.ndarray:
-    """-8 softplus(a_param), computed in float64."""
+    """Returns -8 softplus(a_param), computed in float64."""
     p = a_param.astype(np.float64)
     softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
     return (RG_LRU_C * softplus).astype(np.float32)
 
 
 def _a_param(decay: np.ndarray) -> np.ndarray:
-    """The inverse of softplus: log(exp(s) - 1) = s + log(1 - exp(-s))."""
+    """Inverts softplus: log(exp(s) - 1) = s + log(1 - exp(-s))."""
     softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
     return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
 

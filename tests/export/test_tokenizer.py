@@ -20,8 +20,7 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
-from rgexport.export.tokenizer import complete_tokenizer
-from rgexport.export.tokenizer_json import write_tokenizer_json
+from rgexport.export.tokenizer import complete_tokenizer, write_tokenizer_json
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.control_tokens import read_control_tokens
 from tests.command_line import ROOT

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.manifest import CoreMLManifest, io_record, stored_states
 from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
-from rgexport.export.coreml.states import io_record, stored_states
 from rgexport.export.coreml.storage import decode
 from rgexport.export.manifest import StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package

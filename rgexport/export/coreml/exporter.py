@@ -1,18 +1,22 @@
-"""From a checkpoint to a Core ML artifact."""
+"""Exports a checkpoint to a Core ML artifact."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.checked import SelfCheck
-from rgexport.export.coreml.manifest import CoreMLManifest, CoreMLRecord
-from rgexport.export.coreml.metadata import add_metadata
+from rgexport.export.coreml.manifest import (
+    CoreMLManifest,
+    CoreMLRecord,
+    Shape,
+    io_record,
+    state_records,
+)
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import write_package
 from rgexport.export.coreml.segments import PackagePlan, packages, split_by_size, whole
-from rgexport.export.coreml.states import Shape, io_record, state_records
 from rgexport.export.coreml.storage import MOST_PADDING, Storage
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest, StoredTensor
@@ -26,9 +30,6 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.scheme import Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
-if TYPE_CHECKING:
-    from coremltools.proto.Model_pb2 import Model
-
 _TOOLS = ("torch", "coremltools", "numpy")
 
 
@@ -41,17 +42,19 @@ def export_coreml(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the folder `target`, which appears when it is complete.
+    """Exports `checkpoint` to the folder `target`, as `export_folder` does.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
     slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
     `statistics` are for algorithms that need them.
 
     Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, an option that does not fit.
+        RequestError: those of `export_folder`, or an option that does not fit the model.
     """
-    build_model = _load_builder()
+    # coremltools takes seconds to load; its warnings about versions of torch are silenced.
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    from rgexport.export.coreml.model import add_metadata, build_model
+
     config, form = checkpoint.config, options.form
     plan = options.resolve_plan(config)
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
@@ -61,12 +64,12 @@ def export_coreml(
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         program = trace(config, form.activation)
-        models = [build_model(program, config, storage.tensors, form, each) for each in plans]
+        models = [build_model(program, config, storage.tensors, form, p) for p in plans]
         blobs = storage.write(folder, checkpoint.weights, statistics)
-        for each, model in zip(plans, models, strict=True):
-            add_metadata(model, checkpoint, options, each, blobs)
-            write_package(folder, model, each.name)
-            _require_sound_package(folder / each.name, each, storage.tensors)
+        for package, model in zip(plans, models, strict=True):
+            add_metadata(model, checkpoint, options, package, blobs)
+            write_package(folder, model, package.name)
+            _require_sound_package(folder / package.name, package, storage.tensors)
         return CoreMLManifest(
             precision=options.precision_word,
             compute=options.compute_word,
@@ -92,18 +95,10 @@ def export_coreml(
     )
 
 
-def _load_builder() -> "Callable[..., Model]":
-    """Loads coremltools, which takes seconds, without its warnings about versions of torch."""
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    from rgexport.export.coreml.model import build_model
-
-    return build_model
-
-
 def _split(
     config: GriffinConfig, plan: Plan, shapes: Mapping[str, Shape], limit: int | None
 ) -> tuple[int, ...]:
-    """The layers of each package, so that no file of weights has more than `limit` bytes."""
+    """Returns the layers of each package; no file of weights gets more than `limit` bytes."""
     if limit is None:
         return ()
     tensors = Storage(plan, shapes, packages(config.num_layers, ())).tensors

@@ -1,4 +1,4 @@
-"""From coremltools' program to Core ML's protobuf: the only place that uses its private parts.
+"""Converts coremltools' program to Core ML's protobuf; only this file uses its private names.
 
 Written against coremltools 9, whose `MILProtoExporter` calls a method for the value of every
 constant. Placeholders of weights become places in the file of weights, which is written without
@@ -29,7 +29,6 @@ class _Exporter(MILProtoExporter):
         self._parts = parts
 
     def get_milproto_value(self, var: Var) -> Value:
-        """See `MILProtoExporter`."""
         part = self._parts.get(var.name)
         if part is None:
             return helper.create_immediate_value(var)
@@ -47,7 +46,7 @@ def forget_names() -> None:
 
 
 def to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
-    """The model of a program; `parts`: name of a placeholder → what it stands for.
+    """Converts a program; `parts` has the name of each placeholder → the stored part.
 
     No passes run over the program: coremltools' deduplication would merge placeholders.
     """

@@ -1,14 +1,13 @@
-"""Core ML artifacts, as `export.format` asks."""
+"""The format of Core ML artifacts, and of Core ML packages of other tools."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import CoreMLManifest
+from rgexport.export.coreml.manifest import CoreMLManifest, io_record, state_records
 from rgexport.export.coreml.package import PACKAGE, model_file
 from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
-from rgexport.export.coreml.states import io_record, state_records
 from rgexport.export.coreml.storage import part_layouts
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
@@ -26,16 +25,7 @@ Inputs: {inputs}.
 Outputs: {outputs}.
 The rest of a conversation is an `MLState`; Xcode shows what each feature is.
 
-The Swift package swift-transformers reads `tokenizer.json`. `docs/coreml.md` in rgexport's
-repository has Swift code for a conversation.
-
-{install}, in this folder,
-
-    rgexport {verb}
-
-runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
-
-
+"""
 _RUN_SPLIT = """\
 The packages go into an Xcode project, for iOS 18, macOS 15 and later. They are parts of one model.
 A step runs {steps}; each gives the `hidden_state_out` that is the `hidden_state` of the next. For
@@ -45,6 +35,8 @@ has an `MLState`, and its own rows of `recurrent_state`.
 Inputs of the model as a whole: {inputs}.
 Outputs: {outputs}.
 
+"""
+_RUN_ON_A_MAC = """\
 The Swift package swift-transformers reads `tokenizer.json`. `docs/coreml.md` in rgexport's
 repository has Swift code for a conversation.
 
@@ -62,27 +54,25 @@ class CoreMLFormat(FolderFormat):
     library = "coreml"
     precisions = COREML_PRECISIONS
     entries = (PACKAGE, ENDS)
+    foreign_kind = "mlpackage"
     runs_on = "on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode project"
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """See `FolderFormat`."""
         from rgexport.export.coreml.artifact import CoreMLArtifact  # reads programs, too
 
         assert isinstance(manifest, CoreMLManifest)
         return CoreMLArtifact(folder, manifest)
 
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        """See `FolderFormat`."""
         return part_layouts(shape, scheme)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """Derives the interface of a package, see `FolderFormat`."""
         assert isinstance(manifest, CoreMLManifest)
         config, form = manifest.config, manifest.form
         return state_records(config, form), io_record(config, form, whole(config.num_layers))
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """See `FolderFormat`: checks the length of a chunk, and the hashes of all parts."""
+        """Checks the length of a chunk, the split, and the hashes of all parts."""
         assert isinstance(manifest, CoreMLManifest)
         length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
         layers, split = manifest.config.num_layers, manifest.coreml.split
@@ -103,17 +93,16 @@ class CoreMLFormat(FolderFormat):
                 raise Mismatch(f"coreml.blobs.{blob}: not a hash")
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """See `FolderFormat`."""
         assert isinstance(manifest, CoreMLManifest)
         inputs, outputs = (
             ", ".join(f"`{value.name}`" for value in values)
             for values in (manifest.io.inputs, manifest.io.outputs)
         )
         length = manifest.coreml.prefill_length
-        stages = [(plan.name, each.function(DECODE)) for plan, each in in_order(manifest.packages)]
-        steps = [f"`{function}` of `{package}`" for package, function in stages]
+        stages = list(in_order(manifest.packages))
+        steps = [f"`{s.function(DECODE)}` of `{plan.name}`" for plan, s in stages]
         text = _RUN_SPLIT if len(stages) > 1 else _RUN
-        run = text.format(
+        run = (text + _RUN_ON_A_MAC).format(
             verb=verb,
             install=installation("coreml"),
             prefill_length=length,
@@ -123,20 +112,16 @@ class CoreMLFormat(FolderFormat):
         )
         return CardText("Core ML", "soft cap", run)
 
-    foreign_kind = "mlpackage"
-
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
-        """See `Format`: any Core ML package."""
         from rgexport.export.mil.describe import describe_package  # reads programs, too
         from rgexport.export.mil.package import means_package
 
         return describe_package(path) if means_package(path) else None
 
-    def foreign_parts(self, description: dict[str, Any]) -> Iterable[str | Table]:
-        """See `Format`."""
-        from rgexport.export.mil.describe import package_parts
+    def foreign_text(self, description: dict[str, Any]) -> Iterator[str | Table]:
+        from rgexport.export.mil.describe import package_text
 
-        return package_parts(description)
+        return package_text(description)
 
 
 FORMAT = CoreMLFormat()

@@ -1,6 +1,9 @@
-"""Lowers a step program into a Core ML model of two functions over the stored weights."""
+"""Lowers a step program into a Core ML model of two functions, and describes it for Xcode."""
 
+import json
+import re
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 from coremltools import target
@@ -8,16 +11,29 @@ from coremltools.converters.mil.mil import Function, Program
 from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlaceholder
 from coremltools.proto.Model_pb2 import Model
 
-from rgexport.export.coreml.emitter import Emitter
+from rgexport._version import __version__
+from rgexport.export.coreml.emitter import DTYPES, CoreMLEmitter
 from rgexport.export.coreml.exporter_proto import forget_names, to_model
-from rgexport.export.coreml.graph import DTYPES
 from rgexport.export.coreml.lowering import lower
+from rgexport.export.coreml.manifest import (
+    HIDDEN,
+    HIDDEN_OUTPUT,
+    RECURRENT,
+    RECURRENT_OUTPUT,
+    Form,
+    io_record,
+    stored_states,
+)
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
-from rgexport.export.coreml.state_io import StateIo
-from rgexport.export.coreml.states import HIDDEN, HIDDEN_OUTPUT, Form, io_record, stored_states
 from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
+from rgexport.export.origin import GEMMA_TERMS, origin_of
 from rgexport.export.program import StepProgram
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
+
+_STATE = re.compile(r"(?:layers_(?P<layer>\d+)_)?(?P<kind>.+?)(?P<half>_hi|_lo)?")
 
 
 def build_model(
@@ -27,14 +43,14 @@ def build_model(
     form: Form,
     plan: PackagePlan,
 ) -> Model:
-    """The model of one package; its weights are places in the file that `tensors` describes."""
+    """Builds the model of one package; its weights are places in the file that `tensors` names."""
     forget_names()
     functions = Program()
     parts: dict[str, StoredPart] = {}
     for segment in plan.segments:
         for name, tokens in ((DECODE, 1), (PREFILL, form.prefill_length)):
-            made = _function(program, config, tensors, form, segment, tokens, parts)
-            functions.add_function(segment.function(name), made)
+            function = _function(program, config, tensors, form, segment, tokens, parts)
+            functions.add_function(segment.function(name), function)
     functions.default_function_name = plan.segments[0].function(DECODE)
     return to_model(functions, parts)
 
@@ -48,7 +64,7 @@ def _function(
     tokens: int,
     parts: dict[str, StoredPart],
 ) -> Function:
-    """The function for `tokens` tokens; adds its placeholders of weights to `parts`."""
+    """Builds the function for `tokens` tokens; adds its placeholders of weights to `parts`."""
     inputs = {
         value.name: Placeholder(
             [tokens if size == "tokens" else size for size in value.shape],
@@ -62,19 +78,103 @@ def _function(
     }
     before, after = segment.hidden(program)
     with Function(inputs, opset_version=target.iOS18) as function:
-        states = StateIo(segment.of_layers(program.states), function.inputs)
+        states = segment.of_layers(program.states)
         count = tokens if form.all_logits else 1
-        emitter = Emitter(tensors, states, activation=form.activation, num_logits=count)
-        given = {value.name: value for value in (program.input_ids, program.position_ids)}
+        emitter = CoreMLEmitter(
+            tensors, states, function.inputs, activation=form.activation, num_logits=count
+        )
+        values = {value.name: value for value in (program.input_ids, program.position_ids)}
         if before:
-            given[HIDDEN] = before
-        for name in function.inputs.keys() & given.keys():
-            emitter.values[given[name].name] = function.inputs[name]
-        for node in segment.nodes(program)[0]:
+            values[HIDDEN] = before
+        for name in function.inputs.keys() & values.keys():
+            emitter.values[values[name].name] = function.inputs[name]
+        for node in segment.nodes(program):
             lower(emitter, node)
         result = emitter.values[(after or program.logits).name]
         if after:  # under a name of its own; the site keeps its own
             result = emitter.op("mul", HIDDEN_OUTPUT, x=result, y=np.float32(1))
-        function.set_outputs([result, *states.finish(emitter)])
+        function.set_outputs([result, *emitter.finish()])
     parts |= emitter.parts
     return function
+
+
+def add_metadata(
+    model: Model,
+    checkpoint: Checkpoint,
+    options: CoreMLOptions,
+    plan: PackagePlan,
+    blobs: Mapping[str, str],
+) -> None:
+    """Adds the texts that Xcode shows: author, license, description, and help for every feature.
+
+    The hashes of its weights, from `blobs` (`TENSOR.PART` → SHA-256), let a package be checked
+    without its manifest.
+    """
+    config, form, origin = checkpoint.config, options.form, origin_of(checkpoint)
+    metadata = model.description.metadata
+    owner = origin.hub_id.split("/")[0].capitalize() if origin.hub_id else "Unknown"
+    metadata.author = f"{owner} (exported by rgexport)"
+    gemma = f"Gemma Terms of Use, {GEMMA_TERMS}"
+    licence = origin.licence or "That of the checkpoint it was made from"
+    metadata.license = gemma if origin.released else licence
+    metadata.versionString = __version__
+    metadata.shortDescription = (
+        f"{checkpoint.name}, a RecurrentGemma (Griffin) language model, {options.precision_word} "
+        f"weights. {_contents(plan, form)}"
+    )
+    metadata.userDefined.update(
+        {
+            "rgexport.version": __version__,
+            "rgexport.precision": options.precision_word,
+            "rgexport.compute": options.compute_word,
+            CONFIG: json.dumps(config.to_dict()),
+            DIGESTS: json.dumps(short_digests(plan.tensors(blobs))),
+        }
+    )
+    for function in model.description.functions:
+        for feature in chain(function.input, function.output, function.state):
+            feature.shortDescription = _help(feature.name, config, form)
+
+
+def _contents(plan: PackagePlan, form: Form) -> str:
+    """Describes the functions of a package, and its part of the model."""
+    *segments, last = plan.segments
+    if segments:
+        return (
+            "It has both ends of the model: embed_decode and head_decode for 1 token, "
+            f"embed_prefill and head_prefill for {form.prefill_length}."
+        )
+    part = "" if last.begins else f"It has the layers {last.layers[0]} to {last.layers[-1]}. "
+    return (
+        f"{part}Its functions, decode for 1 token and prefill for {form.prefill_length}, share "
+        "weights and states. A new conversation begins with a new state."
+    )
+
+
+def _help(name: str, config: GriffinConfig, form: Form) -> str:
+    """Tells a developer how to fill or read a feature."""
+    match = _STATE.fullmatch(name)
+    assert match, name
+    text = _HELP[match["kind"]].format(
+        layer=match["layer"],
+        window=config.window,
+        before=config.conv_width - 1,
+        logits="each token" if form.all_logits else "the last token",
+    )
+    return text + _HALVES[match["half"]]
+
+
+_HELP = {
+    "input_ids": "Token ids, as the tokenizer beside the package has them.",
+    "position_ids": "Positions of these tokens, counted from 0 where the conversation begins.",
+    "logits": "Scores of the next token, after the soft cap, for {logits}.",
+    HIDDEN: "What the package before has made of these tokens.",
+    HIDDEN_OUTPUT: f"What this package has made of these tokens: {HIDDEN} of the next one.",
+    RECURRENT: "Hidden states of the RG-LRUs, a row per recurrent layer: zeros at first, "
+    f"then {RECURRENT_OUTPUT} of the call before.",
+    RECURRENT_OUTPUT: f"Hidden states of the RG-LRUs: {RECURRENT} of the next call.",
+    "conv1d": "Layer {layer}: the last {before} inputs of its convolution, oldest first",
+    "key": "Layer {layer}: the last {window} keys, rotated, oldest first, zeros in front",
+    "value": "Layer {layer}: the last {window} values, oldest first, zeros in front",
+}
+_HALVES = {None: "", "_hi": " (in float16)", "_lo": " (what float16 left over, times 2048)"}

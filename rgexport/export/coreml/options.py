@@ -1,19 +1,13 @@
 """The options of a Core ML export."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.states import Form, RecurrentState
-from rgexport.export.manifest import ACTIVATIONS
-from rgexport.export.request import (
-    refuse_beside_plan,
-    refuse_ggml,
-    require_blocks,
-    require_levels,
-    require_word,
-)
+from rgexport.export.coreml.manifest import Form, RecurrentState
+from rgexport.export.request import FolderOptions, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.quantize.plan import (
@@ -22,7 +16,6 @@ from rgexport.quantize.plan import (
     choose_schemes,
     is_linear_bias,
     make_plan,
-    precision_of,
     with_algorithm,
 )
 from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
@@ -30,74 +23,53 @@ from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
 _EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
 """Precision of the linears → that of the embedding, where it is not the same."""
-_SET_BY_A_PLAN = ("precision", "block_size", "symmetric", "embedding_precision")
 _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreMLOptions:
-    """How weights are stored and activations computed; None means the default.
+class CoreMLOptions(FolderOptions):
+    """How weights are stored and activations computed; None stands for a default.
 
-    `compute` is fp16 unless `precision` is fp32; scales, tables and biases of linears are stored in
-    that dtype. `plan` sets for each tensor what `precision`, `block_size`, `symmetric` and
-    `embedding_precision` set for all. The `prefill` function takes `prefill_length` tokens and
-    gives the logits of the last one, or with `all_logits` of all. The RG-LRU's state is a float32
-    input and output (`io`) or a pair of float16 states (`hilo`). `split` is the most bytes of
-    weights that a package may have. `algorithm` chooses the levels (`quantize.algorithms`); None
-    leaves it to the plan, or to clip search.
+    Scales, tables and biases of linears are stored in the dtype of `compute`.
+
+    Attributes:
+        prefill_length: tokens that the `prefill` function takes.
+        all_logits: whether it gives the logits of all of them, or of the last one.
+        recurrent_state: the RG-LRU's state is a float32 input and output (`io`), or a pair of
+            float16 states (`hilo`).
+        split: the most bytes of weights that a package may have.
     """
 
-    precision: str | None = None
-    compute: str | None = None
-    block_size: int | None = None
-    symmetric: bool | None = None
-    embedding_precision: str | None = None
-    plan: Plan | None = None
     prefill_length: int = DEFAULT_PREFILL_LENGTH
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
     split: int | None = None
-    algorithm: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuses contradictions.
-
-        Raises:
-            RequestError: a plan with an option that it replaces, a plan for GGUF, a prefill of
-                fewer than two tokens, weights of more precision than the computation, an unknown
-                word or block size, or an option without effect.
-        """
-        refuse_beside_plan(self, _SET_BY_A_PLAN)
-        refuse_ggml(self.plan)
-        require_word("--compute", self.compute_word, ACTIVATIONS)
+        """Raises RequestError: an unknown word, a contradiction, an option without effect."""
+        self.require_consistent()
         require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
         if self.prefill_length < 2:
             raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
-        for scheme in self._schemes():
+        for scheme in () if self.plan else self._schemes():
             self._require_computable("weights are to be stored", scheme)
-        require_blocks(self._words(), self.block_size, self.symmetric)
-        words = (self.precision_word,) if self.plan else self._words()
-        require_levels(words, self.algorithm)
 
     @property
-    def precision_word(self) -> str:
-        """`precision`, or the plan's, or the default."""
-        return precision_of(self.plan) if self.plan else self.precision or DEFAULT_PRECISION
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        return DEFAULT_PRECISION, _EMBEDDINGS
 
     @property
     def compute_word(self) -> str:
-        """`compute`, or its default."""
         return self.compute or ("fp32" if self.precision_word == "fp32" else "fp16")
 
     @property
     def form(self) -> Form:
-        """The functions, inputs, outputs and states of the package."""
         return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
-        """The plan for a model: schemes that fit the shapes, in the dtype of `compute`.
+        """Makes the plan for a model: schemes that fit the shapes, in the dtype of `compute`.
 
-        Blocks and groups of a given plan are fitted too, so that a plan for another format works.
+        Blocks and groups of a user's plan are fitted too, so that one for another format works.
 
         Raises:
             RequestError: the plan has weights of more precision than the computation.
@@ -108,14 +80,9 @@ class CoreMLOptions:
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
-        """The schemes of the linears and of the embedding, before they are fitted."""
+        """Chooses the schemes of the linears and of the embedding, before they are fitted."""
         choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
-        return choose_schemes(self._words(), choose, self.block_size, self.symmetric)
-
-    def _words(self) -> tuple[str, str]:
-        """The precisions of the linears and of the embedding."""
-        word = self.precision or DEFAULT_PRECISION
-        return word, self.embedding_precision or _EMBEDDINGS.get(word, word)
+        return choose_schemes(self.words, choose, self.block_size, self.symmetric)
 
     def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
         dtype, spec = _DTYPES[self.compute_word], tensors[name]
@@ -124,10 +91,10 @@ class CoreMLOptions:
             return scheme.fitted(spec.shape).with_dtype(dtype)
         return Float(dtype if is_linear_bias(name, tensors) else "float32")
 
-    def _require_computable(self, what: str, scheme: Scheme) -> None:
+    def _require_computable(self, subject: str, scheme: Scheme) -> None:
         """MIL's `linear` takes weights of the dtype of its activations."""
         if self.compute_word == "fp16" and scheme == Float("float32"):
             raise RequestError(
-                f"{what} as float32, but products in fp16 take fp16 weights; take --compute fp32 "
-                "or another precision"
+                f"{subject} as float32, but products in fp16 take fp16 weights; take --compute "
+                "fp32 or another precision"
             )

@@ -1,4 +1,4 @@
-"""Writes the folder of a package, with the layout of Core ML's own tools."""
+"""Names and writes the files of a package, in the layout of Core ML's own tools."""
 
 import hashlib
 import json
@@ -14,17 +14,15 @@ _AUTHOR = "com.apple.CoreML"
 
 
 def model_file(package: str = PACKAGE) -> str:
-    """The path of the model file, below the artifact's folder."""
+    """Returns the path of the model file below the artifact's folder."""
     return f"{package}/Data/{_AUTHOR}/model.mlmodel"
 
 
 def weight_file(package: str = PACKAGE) -> str:
-    """The path of the file of weights."""
     return f"{package}/Data/{_AUTHOR}/weights/weight.bin"
 
 
 def manifest_file(package: str = PACKAGE) -> str:
-    """The path of the package's own manifest."""
     return f"{package}/Manifest.json"
 
 
@@ -44,23 +42,20 @@ def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
     path = folder / model_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    manifest = _manifest(hashlib.sha256(data).hexdigest())
-    text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
-    (folder / manifest_file(name)).write_text(text, "utf-8")
-
-
-def _manifest(digest: str) -> dict[str, object]:
-    identifiers = {name: str(uuid.uuid5(uuid.NAMESPACE_OID, digest + name)) for name in _ITEMS}
-    return {
+    digest = hashlib.sha256(data).hexdigest()
+    identifiers = {item: str(uuid.uuid5(uuid.NAMESPACE_OID, digest + item)) for item in _ITEMS}
+    manifest = {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": {
-            identifiers[name]: {
+            identifiers[item]: {
                 "author": _AUTHOR,
                 "description": description,
-                "name": name,
-                "path": f"{_AUTHOR}/{name}",
+                "name": item,
+                "path": f"{_AUTHOR}/{item}",
             }
-            for name, description in _ITEMS.items()
+            for item, description in _ITEMS.items()
         },
         "rootModelIdentifier": identifiers["model.mlmodel"],
     }
+    text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+    (folder / manifest_file(name)).write_text(text, "utf-8")

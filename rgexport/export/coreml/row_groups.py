@@ -11,17 +11,17 @@ from itertools import accumulate, pairwise
 import numpy as np
 from coremltools.converters.mil.mil import Var
 
-from rgexport.export.coreml.emitter import Emitter
+from rgexport.export.coreml.emitter import CoreMLEmitter
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import group_name
 from rgexport.quantize.scheme import Mixed
 
-Lowering = Callable[[Emitter, Node], Sequence[Var | None]]
+Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]
 _WEIGHT = 1
 """The input that may be stored in row groups, of each of these ops."""
 
 
-def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
+def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
     """Lowers a node, once for each row group if its weight has several."""
     combine = _OPS.get(node.op)
     weight = node.inputs[_WEIGHT] if combine else None
@@ -36,7 +36,7 @@ def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
 
 
 def _linear(
-    g: Emitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
+    g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> Var:
     """The products side by side, gathered in the order of the rows, plus the bias."""
     x, _, bias = node.inputs
@@ -48,7 +48,7 @@ def _linear(
 
 
 def _embedding(
-    g: Emitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
+    g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> Var:
     """Each token's row from its group; the other groups look up some row of theirs."""
     ids = node.inputs[0]

@@ -1,4 +1,4 @@
-"""How a model is cut into packages: not at all, or into its ends and groups of layers.
+"""Cuts a model into packages: one, or its ends and groups of layers.
 
 The ends are the embedding and the output head. They are functions of one package, since they have
 one table. A cut is a hidden state: an output of one package and an input of the next.
@@ -24,27 +24,26 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the model that is run at once.
-
-    prefix: before the names of its functions; begins: whether it takes token ids, and has the
-    embedding; ends: whether it gives logits.
-    """
+    """A part of the model that is run at once."""
 
     prefix: str
+    """Before the names of its functions."""
     begins: bool
+    """Whether it takes token ids, and has the embedding."""
     layers: range
     ends: bool
+    """Whether it gives logits."""
 
     def function(self, name: str) -> str:
-        """The name in the package of `decode` or `prefill`."""
+        """Returns the name in the package of `decode` or `prefill`."""
         return self.prefix + name
 
     def of_layers(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
-        """What belongs to its layers, by canonical names."""
+        """Returns the items of its layers, by canonical names."""
         return {name: item for name, item in items.items() if layer_of(name) in self.layers}
 
     def tensors(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
-        """The weights that it has."""
+        """Returns the items of its weights."""
         return {name: item for name, item in items.items() if self.has(name)}
 
     def has(self, name: str) -> bool:
@@ -54,36 +53,51 @@ class Segment:
             return layer in self.layers
         return self.ends or (self.begins and name == EMBEDDING)
 
-    def nodes(self, program: StepProgram) -> tuple[list[Node], list[Node]]:
-        """Its nodes, and all others. A program has a beginning, the layers, and an end."""
+    def nodes(self, program: StepProgram) -> list[Node]:
+        """Returns its nodes. A program has a beginning, the layers, and an end."""
         layers = [layer_of(node.site) for node in program.nodes]
         inside = [i for i, layer in enumerate(layers) if layer is not None]
-        own: list[Node] = []
-        others: list[Node] = []
-        for i, (node, layer) in enumerate(zip(program.nodes, layers, strict=True)):
-            end = (self.begins and i < inside[0]) or (self.ends and i > inside[-1])
-            (own if end or layer in self.layers else others).append(node)
-        return own, others
+        return [
+            node
+            for i, (node, layer) in enumerate(zip(program.nodes, layers, strict=True))
+            if layer in self.layers
+            or (self.begins and i < inside[0])
+            or (self.ends and i > inside[-1])
+        ]
 
     def hidden(self, program: StepProgram) -> tuple[Value | None, Value | None]:
-        """The values that come from the segment before and go to the one after it."""
-        own, others = self.nodes(program)
-        made, taken = _values(own)
-        made_elsewhere, taken_elsewhere = _values(others)
-        before, after = _only(taken & made_elsewhere), _only(made & taken_elsewhere)
+        """Returns the values that come from the segment before and go to the one after it."""
+        nodes = self.nodes(program)
+        sites = {node.site for node in nodes}
+        outputs, inputs = _values(nodes)
+        outer = [node for node in program.nodes if node.site not in sites]
+        outer_outputs, outer_inputs = _values(outer)
+        before, after = _only(inputs & outer_outputs), _only(outputs & outer_inputs)
         assert (before is None, after is None) == (self.begins, self.ends)
         return before, after
 
 
+def _values(nodes: Sequence[Node]) -> tuple[set[Value], set[Value]]:
+    """Returns the outputs and the inputs of some nodes."""
+    outputs = {value for node in nodes for value in node.outputs}
+    return outputs, {value for node in nodes for value in node.tensors}
+
+
+def _only(values: set[Value]) -> Value | None:
+    assert len(values) <= 1, "a cut has one value"
+    return next(iter(values), None)
+
+
 @dataclass(frozen=True)
 class PackagePlan:
-    """One package, by the name of its folder, and its segments."""
+    """One package and its segments."""
 
     name: str
+    """The name of its folder."""
     segments: tuple[Segment, ...]
 
     def tensors(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
-        """The weights that are in its file."""
+        """Returns the items of the weights in its file."""
         return {
             name: item
             for name, item in items.items()
@@ -92,11 +106,11 @@ class PackagePlan:
 
     @property
     def functions(self) -> list[str]:
-        """The names of its functions; the first is the default."""
+        """Names of its functions; the first is the default."""
         return [s.function(name) for s in self.segments for name in (DECODE, PREFILL)]
 
     def uses(self, items: Mapping[str, _Item]) -> dict[str, dict[str, _Item]]:
-        """Function → the weights that it uses."""
+        """Returns function → the items of the weights that it uses."""
         return {
             segment.function(name): segment.tensors(items)
             for segment in self.segments
@@ -105,12 +119,11 @@ class PackagePlan:
 
 
 def whole(num_layers: int) -> Segment:
-    """All of a model."""
     return Segment("", True, range(num_layers), True)
 
 
 def packages(num_layers: int, split: Sequence[int]) -> tuple[PackagePlan, ...]:
-    """The packages of a model: one, or with `split` the ends and groups of so many layers."""
+    """Returns one package, or with `split` the ends and groups of so many layers."""
     if not split:
         return (PackagePlan(PACKAGE, (whole(num_layers),)),)
     nothing = range(0)
@@ -126,7 +139,7 @@ def packages(num_layers: int, split: Sequence[int]) -> tuple[PackagePlan, ...]:
 
 
 def in_order(plans: Sequence[PackagePlan]) -> Iterator[tuple[PackagePlan, Segment]]:
-    """The segments as they are run."""
+    """Yields the segments in the order in which they run."""
     if len(plans) == 1:
         yield from ((plans[0], segment) for segment in plans[0].segments)
         return
@@ -138,14 +151,10 @@ def in_order(plans: Sequence[PackagePlan]) -> Iterator[tuple[PackagePlan, Segmen
 
 
 def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tuple[int, ...]:
-    """How many layers each package gets, for files of at most `limit` bytes; () if one is enough.
+    """Returns the layers of each package, for files of at most `limit` bytes; () if one is enough.
 
-    There are as few packages as possible, and the largest of them is as small as possible.
-
-    Args:
-        num_layers: of the model.
-        sizes: bytes of each weight.
-        limit: bytes.
+    There are as few packages as possible, and the largest of them is as small as possible. `sizes`
+    has the bytes of each weight.
 
     Raises:
         RequestError: the ends, or a layer, take more.
@@ -160,10 +169,10 @@ def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tupl
             ends += size
         else:
             layers[layer] += size
-    for what, size in (("the embedding", ends), ("a layer", max(layers))):
+    for item, size in (("the embedding", ends), ("a layer", max(layers))):
         if size > limit:
             raise RequestError(
-                f"--split is {amount(limit)}, but {what} takes {amount(size)}; give more, or store "
+                f"--split is {amount(limit)}, but {item} takes {amount(size)}; give more, or store "
                 "it in fewer bits"
             )
     fewest = len(_groups(layers, limit))
@@ -178,28 +187,17 @@ def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tupl
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a site, a weight or a state belongs to."""
+    """Returns the layer of a site, a weight or a state."""
     return int(name.split(".")[1]) if name.startswith(_LAYER) else None
 
 
 def _groups(sizes: Sequence[int], limit: int) -> list[int]:
-    """How many layers fit into each package, from the first layer on."""
-    counts, taken = [0], 0
+    """Returns how many layers fit into each package, from the first layer on."""
+    counts, total = [0], 0
     for size in sizes:
-        if taken + size > limit:
+        if total + size > limit:
             counts.append(0)
-            taken = 0
+            total = 0
         counts[-1] += 1
-        taken += size
+        total += size
     return counts
-
-
-def _values(nodes: Sequence[Node]) -> tuple[set[Value], set[Value]]:
-    """The values that some nodes make, and those that they take."""
-    made = {value for node in nodes for value in node.outputs}
-    return made, {value for node in nodes for value in node.tensors}
-
-
-def _only(values: set[Value]) -> Value | None:
-    assert len(values) <= 1, "a cut has one value"
-    return next(iter(values), None)

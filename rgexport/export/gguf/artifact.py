@@ -18,7 +18,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest, read_embedded
+from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest, read_embedded
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.origin import Origin

@@ -1,4 +1,4 @@
-"""From a checkpoint to a GGUF file: the header with gguf-py, then every tensor slab by slab."""
+"""Exports a checkpoint to a GGUF file: the header with gguf-py, then every tensor by slabs."""
 
 import hashlib
 import math
@@ -14,7 +14,7 @@ from gguf import GGUFValueType as Kind
 from rgexport.export.checked import SelfCheck
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
-from rgexport.export.gguf.metadata import Value, metadata
+from rgexport.export.gguf.metadata import KeyValue, metadata
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
@@ -34,13 +34,13 @@ from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_sta
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
 _HEADER_BYTES = 32 << 20
-"""Upper bound of what precedes the data: a vocabulary of 256k takes 7 MB."""
+"""Upper bound of the header: a vocabulary of 256k takes 7 MB."""
 Job = Callable[[], tuple[bytes, int]]
-"""Makes a slab as it is stored, and says how many bytes of weights it read for it."""
+"""Encodes a slab; returns its bytes, and the number of bytes of weights that were read."""
 
 
 def default_target(model: str, file_type: str) -> Path:
-    """The file that is written without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
+    """Returns the file for an export without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
     return Path(f"{model}-{file_type.upper()}.gguf")
 
 
@@ -86,42 +86,41 @@ def export_gguf(
         if check is not None:
             remember_hashes({unfinished: digest}, start=start)
             with group("Self-check"):
-                found = check(unfinished)
-            integrity.write_check(unfinished, found)
+                record = check(unfinished)
+            integrity.write_check(unfinished, record)
     remember_hashes({target: digest}, start=start)
     return target
 
 
 def _announce(choice: Choice) -> None:
-    """Says which tensors get another type because their rows are no whole number of blocks."""
-    wanted = choice.file_type.default
-    fallen = [
+    """Notes the tensors that get another type because their rows are no whole number of blocks."""
+    default = choice.file_type.default
+    unfit = [
         tensor.name
         for tensor in choice.tensors
-        if tensor.quantizable and not TYPES[wanted].fits(tensor.shape[-1])
+        if tensor.quantizable and not TYPES[default].fits(tensor.shape[-1])
     ]
-    if fallen:
+    if unfit:
         note(
-            f"{len(fallen)} tensors have rows that {wanted} does not fit, such as {fallen[0]}; "
-            f"they are stored in another type, as llama-quantize does ({choice.types[fallen[0]]})"
+            f"{len(unfit)} tensors have rows that {default} does not fit, such as {unfit[0]}; "
+            f"they are stored in another type, as llama-quantize does ({choice.types[unfit[0]]})"
         )
 
 
-def _values_of_types(choice: Choice) -> Iterator[Value]:
-    """The values that depend on the types: last, where llama-quantize appends them."""
+def _values_of_types(choice: Choice) -> Iterator[KeyValue]:
+    """Yields the values that depend on the types: last, where llama-quantize appends them."""
     types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
     for key, text in integrity.placeholders(types).items():
-        yield Value(key, text, Kind.STRING)
-    if others := algorithms_text(choice.schemes):
-        yield Value(ALGORITHMS_KEY, others, Kind.STRING)
-    yield Value("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
-    yield Value(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
+        yield KeyValue(key, text, Kind.STRING)
+    if text := algorithms_text(choice.schemes):
+        yield KeyValue(ALGORITHMS_KEY, text, Kind.STRING)
+    yield KeyValue("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
+    yield KeyValue(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
     for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
-        yield Value(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
+        yield KeyValue(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
 
 
 def _data_bytes(choice: Choice) -> int:
-    """Bytes of the tensors' data in the file, padding included."""
     sizes = (_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors)
     return sum(aligned(size, ALIGNMENT) for size in sizes)
 
@@ -132,7 +131,11 @@ def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
 
 
 def _write_file(
-    path: Path, values: Iterable[Value], choice: Choice, jobs: Iterable[Job], advance: Advance
+    path: Path,
+    values: Iterable[KeyValue],
+    choice: Choice,
+    jobs: Iterable[Job],
+    advance: Advance,
 ) -> str:
     """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
     _write_header(path, values, choice)
@@ -148,10 +151,11 @@ def _write_file(
     return digest.hexdigest()
 
 
-def _write_header(path: Path, values: Iterable[Value], choice: Choice) -> None:
+def _write_header(path: Path, values: Iterable[KeyValue], choice: Choice) -> None:
     writer = GGUFWriter(path, ARCHITECTURE)
     for value in values:
-        _add(writer, value)
+        kinds = (Kind.ARRAY, value.kind) if isinstance(value.value, list) else (value.kind, None)
+        writer.add_key_value(value.key, value.value, *kinds)
     for tensor in choice.tensors:
         kind = choice.types[tensor.name]
         writer.add_tensor_info(
@@ -169,15 +173,8 @@ def _write_header(path: Path, values: Iterable[Value], choice: Choice) -> None:
         writer.close()
 
 
-def _add(writer: GGUFWriter, value: Value) -> None:
-    if isinstance(value.value, list):
-        writer.add_key_value(value.key, value.value, Kind.ARRAY, sub_type=value.kind)
-    else:
-        writer.add_key_value(value.key, value.value, value.kind)
-
-
 def _jobs(choice: Choice, weights: WeightSource, statistics: StatisticsOf) -> Iterator[Job]:
-    """Jobs that make the slabs of the data, in order; see `_encode`."""
+    """Yields jobs that encode the slabs of the data, in order."""
     for tensor in choice.tensors:
         scheme, source = choice.schemes[tensor.name], weights[tensor.canonical]
         known = _statistics(tensor, choice, statistics)
@@ -186,7 +183,7 @@ def _jobs(choice: Choice, weights: WeightSource, statistics: StatisticsOf) -> It
 
 
 def _statistics(tensor: FileTensor, choice: Choice, statistics: StatisticsOf) -> Known:
-    """What the importance matrix says of a tensor's inputs, or where there is none, `statistics`.
+    """Returns a tensor's statistics from the importance matrix, or else from `statistics`.
 
     Both are of columns as they are stored: no transform moves those of a matrix.
     """
@@ -206,7 +203,7 @@ def _encode(
     scheme: Ggml,
     statistics: Known,
 ) -> tuple[bytes, int]:
-    """Rows as stored, with the padding after the last one; and how many bytes were read."""
+    """Encodes rows, with the padding after the last one; also returns the bytes read."""
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])

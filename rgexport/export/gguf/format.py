@@ -1,4 +1,4 @@
-"""GGUF files, as `export.format` asks."""
+"""The format of GGUF files."""
 
 from pathlib import Path
 
@@ -31,17 +31,15 @@ class GgufFormat(FileFormat):
     hash_name = "data_sha256"  # no file can hold its own hash
 
     def owns(self, path: Path) -> bool:
-        """By the file's first bytes or, where there is no file, by its name."""
+        """Checks the file's first bytes or, where there is no file, its name."""
         return is_gguf(path) or (path.suffix == ".gguf" and not path.is_dir())
 
     def open(self, path: Path, *, verify: bool) -> Artifact:
-        """See `FileFormat`."""
         from rgexport.export.gguf.artifact import open_gguf
 
         return open_gguf(path, verify=verify)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """See `Format`."""
         run = _RUN.format(install=installation(), verb=verb.replace(" .", " FILE.gguf", 1))
         return CardText("llama.cpp", "softmax", run)
 

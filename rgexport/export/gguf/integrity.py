@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: three hashes, and what the export's self-check found.
+"""Reads and writes the manifest, hashes and self-check in a GGUF file's metadata.
 
 Another tool may change one part and keep the rest: llama-quantize copies all metadata except those
 about types, and writes other tensors. So the metadata have a hash of their own, and the hash of the
@@ -11,12 +11,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.manifest import FORMAT_VERSION, Source
+from rgexport.export.manifest_reader import check_config
 from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
+from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 
+MANIFEST_KEY = "rgexport.manifest"
 FILE_TYPE = "general.file_type"
 DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadata", "tensor_types"))
 HASHES = DATA, METADATA, TYPES
@@ -28,8 +34,36 @@ _NOT_HASHED = {DATA, METADATA, TYPES, CHECK, FILE_TYPE, "general.quantization_ve
 _PREFIXES_NOT_HASHED = ("split.", "quantize.imatrix.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedManifest:
+    """The fields of `Manifest` that are in the metadata; the header gives the others.
+
+    They do not depend on how tensors are stored: they hold when another tool quantizes the file.
+    """
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["gguf"] = "gguf"
+    name: str
+    created_with: dict[str, str]
+    source: Source
+    config: GriffinConfig
+    instruction_tuned: bool | None
+    asked_for: AskedFor = NOTHING_ASKED_FOR
+
+
+def read_embedded(text: str) -> EmbeddedManifest:
+    """Reads an embedded manifest; raises Mismatch if it is damaged or of another version."""
+    fields = parse_json(text)
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")
+    embedded = from_json(EmbeddedManifest, fields)
+    check_config(embedded.config)
+    return embedded
+
+
 def metadata_sha256(header: GgufHeader) -> str:
-    """Over all keys and values except the hashes, the check, and what other tools set anew."""
+    """Hashes all keys and values except the hashes, the check, and those that other tools set."""
     digest = hashlib.sha256()
     with header.path.open("rb") as file:
         for key, (start, stop) in header.spans.items():
@@ -40,7 +74,7 @@ def metadata_sha256(header: GgufHeader) -> str:
 
 
 def types_sha256(tensors: Iterable[tuple[str, str]]) -> str:
-    """Over the names and types of the tensors, in the file's order."""
+    """Hashes the names and types of the tensors, in the file's order."""
     lines = "".join(f"{name} {kind}\n" for name, kind in tensors)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -52,12 +86,12 @@ def has_original_types(header: GgufHeader) -> bool:
 
 
 def data_start(header: GgufHeader) -> int:
-    """The offset of the data; their hash covers the file from there to its end."""
+    """Returns the offset of the data; their hash covers the file from it to the end."""
     return min(tensor.offset for tensor in header.tensors.values())
 
 
 def placeholders(tensors: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Key → text for a file that is not written yet, from the names and types of its tensors."""
+    """Returns key → text for a file that is not written yet, from its tensors' names and types."""
     hashes = {DATA: _UNKNOWN, METADATA: _UNKNOWN, TYPES: types_sha256(tensors)}
     return hashes | {CHECK: check_text(NOT_ASKED_FOR)}
 
@@ -74,7 +108,7 @@ def write_check(path: Path, record: CheckRecord) -> None:
 
 
 def check_text(record: CheckRecord) -> str:
-    """ASCII of `CHECK_WIDTH` bytes; a reason that is too long is cut."""
+    """Formats a check as ASCII of `CHECK_WIDTH` bytes; a reason that is too long is cut."""
     text, reason = json.dumps(to_json(record)), record.reason
     while len(text) > CHECK_WIDTH:
         reason = reason[: 3 * len(reason) // 4]
@@ -83,11 +117,7 @@ def check_text(record: CheckRecord) -> str:
 
 
 def read_check(header: GgufHeader) -> CheckRecord:
-    """The check of the tensors that are in the file; llama-quantize copies it beside others.
-
-    Raises:
-        Mismatch: it cannot be read.
-    """
+    """Reads the check of a file's own tensors; raises Mismatch if it is damaged."""
     if CHECK not in header.values:
         return NOT_ASKED_FOR
     try:
@@ -100,7 +130,7 @@ def read_check(header: GgufHeader) -> CheckRecord:
 
 
 def _overwrite(header: GgufHeader, texts: Mapping[str, str]) -> None:
-    """Replaces values by others of the same length."""
+    """Replaces values by texts of the same length, and syncs the file."""
     with header.path.open("r+b") as file:
         for key, text in texts.items():
             file.seek(header.spans[key][1] - len(text))  # the text ends the span

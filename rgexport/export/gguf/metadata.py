@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, except the values that depend on its type and its data."""
+"""Makes the metadata of a GGUF file, without the values that depend on its type and its data."""
 
 import dataclasses
 import json
@@ -12,9 +12,8 @@ import gguf
 from gguf import GGUFValueType as Kind
 
 from rgexport._version import __version__
-from rgexport.export.gguf.architecture import architecture
-from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest
-from rgexport.export.gguf.naming import ARCHITECTURE
+from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
+from rgexport.export.gguf.naming import ARCHITECTURE, architecture
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Source
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
@@ -22,12 +21,14 @@ from rgexport.files.typed_json import to_json
 from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
+
+_KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
+"""Type of a value of the architecture → its kind, or that of its items."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
+class KeyValue:
     """One key-value pair; where `value` is a list, `kind` is that of its items."""
 
     key: str
@@ -37,71 +38,57 @@ class Value:
 
 def metadata(
     checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
-) -> list[Value]:
-    """All pairs, in the file's order; they do not depend on the file's type."""
+) -> list[KeyValue]:
+    """Returns the pairs in the file's order; they do not depend on the file's type."""
+    template = None
+    if vocabulary is not None:
+        special = vocabulary.control.special
+        template = chosen_template(folder_of(checkpoint), special, checkpoint.name)
     return [
         *_general(checkpoint),
-        *_architecture(checkpoint.config),
-        *tokenizer_values(vocabulary, _template(checkpoint, vocabulary)),
-        Value(MANIFEST_KEY, json.dumps(to_json(_manifest(checkpoint, hashes))), Kind.STRING),
+        *(
+            KeyValue(key, value, _KINDS[type(value)])
+            for key, value in architecture(checkpoint.config).items()
+        ),
+        *tokenizer_values(vocabulary, template),
+        KeyValue(MANIFEST_KEY, json.dumps(to_json(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
 
-def _general(checkpoint: Checkpoint) -> Iterator[Value]:
+def _general(checkpoint: Checkpoint) -> Iterator[KeyValue]:
     count = sum(math.prod(spec.shape) for spec in model_tensors(checkpoint.config).values())
+    origin = origin_of(checkpoint)
+    page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
+    terms: dict[str, str | None] = {"license": origin.licence}
+    if origin.released:
+        names = {"license.name": "Gemma Terms of Use", "license.link": GEMMA_TERMS}
+        terms = {"organization": "Google", **terms, **names}
     texts = {
         "type": "model",
         "name": checkpoint.name,
         "basename": ARCHITECTURE,
         "finetune": "it" if checkpoint.instruction_tuned else None,
         "size_label": gguf.size_label(count, count, 0, 0),
-        **_origin(checkpoint),
+        **terms,
+        "source.url": page,
+        "source.huggingface.repository": origin.hub_id,
     }
     for key, text in texts.items():
         if text:
-            yield Value(f"general.{key}", text, Kind.STRING)
-    yield Value("general.tags", ["text-generation", "griffin"], Kind.STRING)
+            yield KeyValue(f"general.{key}", text, Kind.STRING)
+    yield KeyValue("general.tags", ["text-generation", "griffin"], Kind.STRING)
 
 
-def _origin(checkpoint: Checkpoint) -> dict[str, str | None]:
-    """Licence and source, as far as they are known."""
-    origin = origin_of(checkpoint)
-    page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
-    released = {
-        "organization": "Google",
-        "license": origin.licence,
-        "license.name": "Gemma Terms of Use",
-        "license.link": GEMMA_TERMS,
-    }
-    terms = released if origin.released else {"license": origin.licence}
-    return {**terms, "source.url": page, "source.huggingface.repository": origin.hub_id}
-
-
-_KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
-"""Type of a value of the architecture → its kind, or that of its items."""
-
-
-def _architecture(config: GriffinConfig) -> Iterator[Value]:
-    for key, value in architecture(config).items():
-        yield Value(key, value, _KINDS[type(value)])
-
-
-def _template(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> str | None:
+def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[KeyValue]:
+    """Yields the pairs from which llama.cpp makes its tokenizer; `template` is for a chat."""
     if vocabulary is None:
-        return None
-    return chosen_template(folder_of(checkpoint), vocabulary.control.special, checkpoint.name)
-
-
-def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[Value]:
-    """The pairs from which llama.cpp makes its tokenizer; `template` is for a chat."""
-    if vocabulary is None:
-        yield Value("tokenizer.ggml.model", "no_vocab", Kind.STRING)
+        yield KeyValue("tokenizer.ggml.model", "no_vocab", Kind.STRING)
         return
-    yield Value("tokenizer.ggml.model", "llama", Kind.STRING)
-    yield Value("tokenizer.ggml.pre", "default", Kind.STRING)
-    yield Value("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
-    yield Value("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
-    yield Value("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
+    yield KeyValue("tokenizer.ggml.model", "llama", Kind.STRING)
+    yield KeyValue("tokenizer.ggml.pre", "default", Kind.STRING)
+    yield KeyValue("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
+    yield KeyValue("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
+    yield KeyValue("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
     control = vocabulary.control
     tokens = {
         "bos": control.bos,
@@ -112,16 +99,16 @@ def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Ite
     }
     for name, token in tokens.items():
         if token is not None:
-            yield Value(f"tokenizer.ggml.{name}_token_id", token.id, Kind.UINT32)
+            yield KeyValue(f"tokenizer.ggml.{name}_token_id", token.id, Kind.UINT32)
     flags = {
         "add_bos_token": control.bos is not None,
         "add_eos_token": False,
         "add_space_prefix": vocabulary.add_space_prefix,
     }
     for name, flag in flags.items():
-        yield Value(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
+        yield KeyValue(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
     if template:
-        yield Value("tokenizer.chat_template", template, Kind.STRING)
+        yield KeyValue("tokenizer.chat_template", template, Kind.STRING)
 
 
 def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:

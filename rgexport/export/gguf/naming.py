@@ -1,4 +1,4 @@
-"""The tensors of a Griffin model in a GGUF file: names, shapes, and transforms of their values.
+"""Maps a Griffin model to a GGUF file: hyperparameters, and names and shapes of the tensors.
 
 Names follow llama.cpp's for other hybrid models. In addition to `export.transforms`, the blocks of
 the gates are transposed, because ggml multiplies by rows.
@@ -14,6 +14,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, TensorSpec, all_ops, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
+CONTEXT_LENGTH = 1 << 20
+"""A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
 
 def _transposed(blocks: np.ndarray) -> np.ndarray:
@@ -38,6 +40,40 @@ _LAYER: dict[str, str] = {
 """Canonical name without `layers.i.` → name without `blk.i.`."""
 
 
+def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
+    """Returns the metadata from which llama.cpp builds the graph, in the file's order.
+
+    The values are integers, floats, and a list with a number for each layer.
+    """
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "context_length": CONTEXT_LENGTH,
+        "embedding_length": c.width,
+        "feed_forward_length": c.mlp_width,
+        "block_count": c.num_layers,
+        "attention.head_count": c.num_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.sliding_window": c.window + 1,  # llama.cpp counts the token itself
+        "rope.dimension_count": c.rope_dims,
+        "ssm.conv_kernel": c.conv_width,
+        "ssm.inner_size": c.lru_width,
+        "ssm.state_size": 1,
+        "ssm.group_count": 0,
+        "ssm.time_step_rank": c.lru_heads,
+    }
+    factors = {
+        "attention.layer_norm_rms_epsilon": c.rms_eps,
+        "rope.freq_base": c.rope_theta,
+        "final_logit_softcapping": c.soft_cap,
+        "embedding_scale": c.embedding_scale,
+    }
+    key_heads = [int(kind == "attention") for kind in c.block_types]
+    pairs: dict[str, int | float | list[int]]
+    pairs = {**sizes, **factors, "attention.head_count_kv": key_heads}
+    return {f"{ARCHITECTURE}.{key}": value for key, value in pairs.items()}
+
+
 @dataclass(frozen=True)
 class FileTensor:
     """A tensor of the file; shapes are in numpy's order (ggml's `ne` is the reverse)."""
@@ -51,7 +87,7 @@ class FileTensor:
 
 
 def file_tensors(config: GriffinConfig) -> list[FileTensor]:
-    """All tensors in the file's order, which is llama.cpp's: globals, then by layer and name."""
+    """Returns all tensors in llama.cpp's order: globals, then by layer and name."""
     tensors = []
     for canonical, spec in model_tensors(config).items():
         name, transform = _name(canonical), _transform(spec)
@@ -69,19 +105,19 @@ def _name(canonical: str) -> str:
     return f"blk.{index}.{_LAYER[local]}"
 
 
+def _layer(name: str) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
 def _transform(spec: TensorSpec) -> Transform:
     if spec.role == "gate" and len(spec.shape) == 2:
         return _GATE_BIAS
     return _TRANSFORMS.get(spec.role, PLAIN)
 
 
-def _layer(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
 def _without_leading_ones(shape: Shape) -> Shape:
-    """The dimensions that ggml counts."""
+    """Returns the dimensions that ggml counts."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape

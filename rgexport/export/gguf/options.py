@@ -1,4 +1,4 @@
-"""What a user can ask of a GGUF export, and which type each tensor gets."""
+"""The options of a GGUF export, and the type that each tensor gets."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -41,16 +41,14 @@ _SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 @dataclass(frozen=True)
 class Choice:
-    """How a model's tensors are stored, by their names in the file.
-
-    importances: name → float32 [columns], where there are some.
-    """
+    """How a model's tensors are stored, by their names in the file."""
 
     file_type: FileType
     tensors: list[FileTensor]
     schemes: dict[str, Ggml]
     imatrix: Imatrix | None = None
     importances: dict[str, np.ndarray] = field(default_factory=dict)
+    """Name → float32 [columns]; tensors without importances are missing."""
 
     @property
     def types(self) -> dict[str, str]:
@@ -62,11 +60,14 @@ class Choice:
 class GgufOptions:
     """How weights are stored; None stands for a default.
 
-    type: a file type of llama-quantize, such as `q4_k_m`; pure: no mix, that type everywhere;
-    tensor_types: each `REGEX=TYPE`, searched for in the names in the file; embedding: the type
-    of the embedding, which is the head too; imatrix: a file of llama-imatrix; plan: says for
-    each tensor what these say for all; algorithm: what chooses levels (`quantize.algorithms`),
-    where it fills ggml's types, else llama-quantize's own.
+    Attributes:
+        type: a file type of llama-quantize, such as `q4_k_m`.
+        pure: that type everywhere, no mix.
+        tensor_types: each `REGEX=TYPE`, searched for in the names in the file.
+        embedding: the type of the embedding, which is the head too.
+        imatrix: a file of llama-imatrix.
+        plan: says for each tensor what the fields above say for all.
+        algorithm: chooses the levels of the types that it can fill; llama-quantize's own the rest.
     """
 
     type: str | None = None
@@ -78,22 +79,17 @@ class GgufOptions:
     algorithm: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuses contradictions before anything is opened.
-
-        Raises:
-            RequestError: a plan beside an option that it replaces, an unknown word, options that
-                exclude one another, or an option that changes nothing.
-        """
+        """Raises RequestError: an unknown word, a contradiction, an option without effect."""
         refuse_beside_plan(self, _SET_BY_A_PLAN)
         self._request()
         if self.imatrix and self._takes_statistics:
             raise RequestError(
                 "--imatrix and --calibration both say which columns count; leave out one of them"
             )
-        others = self.embedding is not None or self.tensor_types
-        if not others:
-            require_levels([self.file_type.name], self.algorithm)
-        if self.file_type.name in _ONE_WAY and not others:
+        if self.embedding is not None or self.tensor_types:
+            return
+        require_levels([self.file_type.name], self.algorithm)
+        if self.file_type.name in _ONE_WAY:
             refuse_idle(
                 {"--pure": self.pure, "--imatrix": self.imatrix},
                 f"a file of type {self.file_type.name}, whose tensors are stored in one way; "
@@ -108,7 +104,7 @@ class GgufOptions:
         return find_file_type(self.type or DEFAULT_TYPE)
 
     def choose(self, config: GriffinConfig) -> Choice:
-        """The types for a model.
+        """Chooses the types for a model.
 
         Raises:
             RequestError: an unreadable importance matrix or one of another model, a plan that
@@ -136,7 +132,7 @@ class GgufOptions:
         return self.algorithm is not None and ALGORITHMS[self.algorithm].needs_statistics
 
     def _filled(self, schemes: Mapping[str, Ggml]) -> dict[str, Ggml]:
-        """The schemes with the algorithm that was asked for."""
+        """Sets the algorithm of the schemes, if there is one."""
         if self.algorithm is None:
             return dict(schemes)
         algorithm = self.algorithm if self.algorithm in Ggml.encoders else "ggml"
@@ -153,11 +149,7 @@ class GgufOptions:
 
 
 def type_word(kind: str | None, precision: str | None) -> str | None:
-    """The file type that `--type` or a precision word names, if any.
-
-    Raises:
-        RequestError: both were given.
-    """
+    """Returns the file type that `--type` or a precision word names; raises for both."""
     if kind and precision:
         raise RequestError(f"--type {kind} and {precision} contradict each other; give one of them")
     return kind or (PRECISION_TYPES[precision] if precision else None)
@@ -166,9 +158,9 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Name → importances of the quantized tensors; the sizes of all quantizable ones are checked.
+    """Returns name → importances of the quantized tensors; checks sizes of all quantizable ones.
 
-    Gates are none: llama-imatrix has the importances of all their blocks in one row.
+    Gates have none: llama-imatrix has the importances of all their blocks in one row.
 
     Raises:
         RequestError: the importance matrix was made for another model.
@@ -187,9 +179,9 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     scheme, columns = plan[tensor.canonical], tensor.shape[-1]
     kind = scheme.ggml_type
     if kind is None or not TYPES[kind].fits(columns):
-        place = "in row groups" if len(scheme.uniform) > 1 else f"for rows of {columns}"
+        layout = "in row groups" if len(scheme.uniform) > 1 else f"for rows of {columns}"
         raise RequestError(
-            f"the plan stores {tensor.canonical} as {scheme.label}, which GGUF cannot do {place}; "
+            f"the plan stores {tensor.canonical} as {scheme.label}, which GGUF cannot do {layout}; "
             "expected a ggml type that fits, such as "
             f"{next(k for k in ('q4_k', 'q4_0', 'f16') if TYPES[k].fits(columns))}"
         )
@@ -199,7 +191,7 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
 
 
 def _file_type_of(plan: Plan) -> FileType:
-    """The file type whose default is the type of most tensors that are not float32."""
+    """Returns the file type whose default most tensors have that are not float32."""
     kinds = Counter(kind for scheme in plan.values() if (kind := scheme.ggml_type) is not None)
     fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
     most = (fewer or Counter(["f32"])).most_common(1)[0][0]

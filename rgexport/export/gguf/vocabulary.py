@@ -1,4 +1,4 @@
-"""A checkpoint's vocabulary in llama.cpp's form: pieces, scores and types by token id.
+"""Reads a checkpoint's vocabulary in llama.cpp's form: pieces, scores and types by token id.
 
 llama.cpp merges by the pieces' scores, as SentencePiece's BPE does. It finds user-defined pieces in
 any text, but CONTROL tokens only if the caller asks for them (`parse_special`). So turn tokens and
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,7 +55,7 @@ _Piece = tuple[str, float, int]
 
 
 def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
-    """The vocabulary in a checkpoint's tokenizer.model, else tokenizer.json, if there is one.
+    """Reads a checkpoint's tokenizer.model, else its tokenizer.json; None if it has neither.
 
     Raises:
         RequestError: it cannot be read, llama.cpp would split text differently, or it has more
@@ -110,7 +109,7 @@ def _make(
 
 
 def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
-    """The pieces with which llama.cpp splits text as SentencePiece does.
+    """Yields the pieces with which llama.cpp splits text as SentencePiece does.
 
     Runs of spaces become NORMAL with score 0: no merge has a higher one, and of equal ones the
     leftmost comes first, so the longest runs are found, whether spaces or "▁" were typed. Where
@@ -128,10 +127,11 @@ def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
             yield text.replace("▁", " "), score, USER_DEFINED
 
 
-_Found = tuple[list[_Piece], ControlTokens, bool]
+_Contents = tuple[list[_Piece], ControlTokens, bool]
+"""Pieces, control tokens, and whether a space is put in front of a text."""
 
 
-def _read_sentencepiece(path: Path) -> _Found:
+def _read_sentencepiece(path: Path) -> _Contents:
     import sentencepiece  # slow to load
 
     model = read_pieces(path)
@@ -150,7 +150,7 @@ def _read_sentencepiece(path: Path) -> _Found:
     return pieces, sentencepiece_tokens(engine), model.normalizer_spec.add_dummy_prefix
 
 
-def _read_json(path: Path) -> _Found:
+def _read_json(path: Path) -> _Contents:
     """Reads Hugging Face's conversion, whose merges are sorted by the scores of their results."""
     file = read_tokenizer_json(path)
     layout = file.fields
@@ -175,11 +175,14 @@ def _read_json(path: Path) -> _Found:
         (text, 0.0, kinds[text]) if text in kinds else (text, scores.get(text, lowest), NORMAL)
         for text in sorted(known, key=lambda text: known[text])
     ]
-    return pieces, json_tokens(layout, known, path.parent), _prepends_space(layout)
+    normalizer = layout.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    add_space_prefix = any(step.get("type") == "Prepend" for step in steps)
+    return pieces, json_tokens(layout, known, path.parent), add_space_prefix
 
 
 def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
-    """Piece → minus the rank of the first merge that results in it."""
+    """Returns piece → minus the rank of the first merge that results in it."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
@@ -187,13 +190,7 @@ def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
     return scores
 
 
-def _prepends_space(layout: dict[str, Any]) -> bool:
-    normalizer = layout.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    return any(step.get("type") == "Prepend" for step in steps)
-
-
-_READERS: dict[str, Callable[[Path], _Found]] = {
+_READERS: dict[str, Callable[[Path], _Contents]] = {
     "tokenizer.model": _read_sentencepiece,
     "tokenizer.json": _read_json,
 }

@@ -1,4 +1,4 @@
-"""What `rgexport inspect` shows of a Core ML package without a manifest, from any tool."""
+"""Describes a Core ML package without a manifest, from any tool, for `rgexport inspect`."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any
 
 from rgexport.export.mil.checks import check_without_manifest, made_by_rgexport
 from rgexport.export.mil.package import PACKAGE_SUFFIX, Package, file_values, open_package
-from rgexport.export.mil.program import Function, TensorType
+from rgexport.export.mil.program import Function
 from rgexport.tables import Row, Table
 from rgexport.units import amount
 
@@ -25,12 +25,12 @@ OPERATIONS = frozenset(
 _SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
 """Specification version → the first system that runs it."""
 _SHOWN, _LISTED = 60, 20
-"""How many characters of a metadata value, and how many problems, are shown as text."""
+"""Characters of a metadata value, and problems, in the text."""
 _NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 
 
 def describe_package(path: Path) -> dict[str, Any]:
-    """Plain JSON about a package.
+    """Describes a package as plain JSON.
 
     One of ours is checked, and its weights are hashed: `problems` lists what is wrong.
 
@@ -72,34 +72,29 @@ def _function(function: Function, package: Package) -> dict[str, Any]:
     types = {name: kind for op in function.operations for name, kind in op.outputs}
     types |= function.inputs | function.states
     # A model of a single function has its features beside the list of functions.
-    described = {each.name: each for each in package.description.functions}
+    described = {message.name: message for message in package.description.functions}
     features = described.get(function.name, package.description)
     helps = {
         feature.name: feature.shortDescription
         for group in (features.input, features.output, features.state)
         for feature in group
     }
-    groups = {
-        "inputs": function.inputs,
-        "outputs": function.outputs,
-        "states": function.states,
-    }
+
+    def value(name: str) -> dict[str, Any]:
+        kind = types.get(name)
+        form = {"dtype": kind.dtype, "shape": list(kind.shape)} if kind else {}
+        return {"name": name, **form, "help": helps.get(name, "")}
+
     return {
-        **{
-            group: [_value(name, types.get(name), helps.get(name, "")) for name in names]
-            for group, names in groups.items()
-        },
+        "inputs": list(map(value, function.inputs)),
+        "outputs": list(map(value, function.outputs)),
+        "states": list(map(value, function.states)),
         "operations": dict(Counter(op.type for op in function.walk()).most_common()),
     }
 
 
-def _value(name: str, kind: TensorType | None, text: str) -> dict[str, Any]:
-    given = {"dtype": kind.dtype, "shape": list(kind.shape)} if kind else {}
-    return {"name": name, **given, "help": text}
-
-
 def _weights(package: Package) -> list[dict[str, Any]]:
-    """Totals of the weight files by dtype; a blob that several operations use counts once."""
+    """Adds up the weight files by dtype; a blob that several operations use counts once."""
     values = file_values(package.functions.values())
     blobs = {(value.file, value.offset): value.type for value in values}
     totals: dict[str, Counter[str]] = {}
@@ -109,18 +104,38 @@ def _weights(package: Package) -> list[dict[str, Any]]:
     return [{"dtype": dtype, **total} for dtype, total in sorted(totals.items())]
 
 
-def package_parts(d: dict[str, Any]) -> Iterator[str | Table]:
-    """The description as text and tables."""
+def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
+    """Yields the description as text and tables."""
     yield _headline(d)
-    yield Table("Metadata", ("", ""), _metadata_rows(d["metadata"]))
+    texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
+    metadata = (
+        (name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+        for name, text in texts.items()
+        if text
+    )
+    yield Table("Metadata", ("", ""), metadata)
     header = ("function", "", "name", "dtype", "shape")
-    yield Table("Inputs, outputs and states", header, _value_rows(d["functions"]))
+    values = (
+        (name, group.removesuffix("s"), *row)
+        for name, function in d["functions"].items()
+        for group in ("inputs", "outputs", "states")
+        for row in _grouped_rows(function[group])
+    )
+    yield Table("Inputs, outputs and states", header, values)
     names = tuple(d["functions"])
-    yield Table("Operations", ("type", *names), _operation_rows(d["functions"]), names)
+    counts = [function["operations"] for function in d["functions"].values()]
+    operations = (
+        (kind, *(f"{count.get(kind, 0):,}" for count in counts))
+        for kind in sorted({kind for count in counts for kind in count})
+    )
+    yield Table("Operations", ("type", *names), operations, names)
     numbers = ("blobs", "items", "size")
-    yield Table("Weights", ("dtype", *numbers), map(_weight_row, d["weights"]), numbers)
-    rows = ((name, amount(record["size"])) for name, record in d["files"].items())
-    yield Table("Files", ("name", "size"), rows, ("size",))
+    weights = (
+        (w["dtype"], f"{w['blobs']:,}", f"{w['items']:,}", amount(w["bytes"])) for w in d["weights"]
+    )
+    yield Table("Weights", ("dtype", *numbers), weights, numbers)
+    files = ((name, amount(record["size"])) for name, record in d["files"].items())
+    yield Table("Files", ("name", "size"), files, ("size",))
     yield _closing(d)
 
 
@@ -139,8 +154,9 @@ def _headline(d: dict[str, Any]) -> str:
 def _closing(d: dict[str, Any]) -> str:
     if problems := d["problems"]:
         lines = [f"Problem: {problem}" for problem in problems[:_LISTED]]
-        more = [f"and {len(problems) - _LISTED} more problems"] * (len(problems) > _LISTED)
-        return "\n".join(lines + more)
+        if len(problems) > _LISTED:
+            lines.append(f"and {len(problems) - _LISTED} more problems")
+        return "\n".join(lines)
     if d["made_by_rgexport"]:
         return "No problems."
     unknown = ", ".join(d["unchecked"])
@@ -149,35 +165,11 @@ def _closing(d: dict[str, Any]) -> str:
     )
 
 
-def _metadata_rows(metadata: dict[str, str]) -> Iterator[Row]:
-    for name, value in metadata.items():
-        text = " ".join(value.split())
-        if text:
-            yield name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def _value_rows(functions: dict[str, Any]) -> Iterator[Row]:
-    for name, function in functions.items():
-        for group in ("inputs", "outputs", "states"):
-            for row in _alike(function[group]):
-                yield (name, group.removesuffix("s"), *row)
-
-
-def _alike(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    """One row for all values that differ only in numbers in their names."""
+def _grouped_rows(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """Yields one row for all values that differ only in numbers in their names."""
     rows: Counter[Row] = Counter()
     for value in values:
         shape = " x ".join(map(str, value.get("shape", ())))
         rows[_NUMBER.sub("*", value["name"]), value.get("dtype", "?"), shape] += 1
     for (name, *kind), count in rows.items():
         yield (f"{name} ({count})" if count > 1 else name, *kind)
-
-
-def _operation_rows(functions: dict[str, Any]) -> Iterator[Row]:
-    counts = [function["operations"] for function in functions.values()]
-    for kind in sorted({kind for count in counts for kind in count}):
-        yield (kind, *(f"{count.get(kind, 0):,}" for count in counts))
-
-
-def _weight_row(share: dict[str, Any]) -> Row:
-    return share["dtype"], f"{share['blobs']:,}", f"{share['items']:,}", amount(share["bytes"])

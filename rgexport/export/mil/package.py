@@ -1,29 +1,109 @@
-"""Opens a `.mlpackage`: a folder with a manifest, a model file and weight files."""
+"""Opens a `.mlpackage`: a folder with a manifest, a model file and weight files.
+
+Weight files are MIL's blob format, version 2, little-endian. The file's header has 64 bytes (number
+of blobs u32, version u32), and so has the header before each blob: `0xDEADBEEF` u32, dtype u32,
+size in bytes u64, offset of the data u64, unused bits at their end u64. Elements of fewer than 8
+bits are packed, the lowest bits first.
+"""
 
 import os
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from rgexport.errors import RequestError, one_line
 from rgexport.export.mil import decoder
-from rgexport.export.mil.blob import Blob, BlobFile
-from rgexport.export.mil.messages import messages
-from rgexport.export.mil.program import FileValue, Function
+from rgexport.export.mil.program import FileValue, Function, TensorType
 from rgexport.files.paths import read_regular, stays_inside
 from rgexport.files.typed_json import read_json
+from rgexport.griffin.tensor import read_lines
 
-_MANIFEST, _DATA = "Manifest.json", "Data"
 PACKAGE_SUFFIX = ".mlpackage"
-_MAIN = "main"
-"""What the only function of a model is called."""
-_MODEL_PATH = "@model_path/"
-"""A program's word for the folder of its model file."""
 MAX_MODEL_BYTES = 512 << 20
 """Far above the size of any program, since weights have their own files."""
+HEADER_BYTES = 64
+"""Size of a weight file's header, and of each blob's."""
+_MANIFEST, _DATA = "Manifest.json", "Data"
+_MAIN = "main"
+"""The name of the only function of a model."""
+_MODEL_PATH = "@model_path/"
+"""A program's name for the folder of its model file."""
+_SENTINEL, _VERSION = 0xDEADBEEF, 2
+_FILE, _BLOB = struct.Struct("<4xI"), struct.Struct("<IIQQ")
+_BLOB_TYPES: dict[int, str] = {
+    **{1: "float16", 2: "float32", 3: "uint8", 4: "int8", 5: "bfloat16", 6: "int16", 7: "uint16"},
+    **{8: "int4", 9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32"},
+    **{15: "uint32", 16: "float8e4m3fn", 17: "float8e5m2"},
+}
+"""The number of a dtype in a blob's header → its name."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A tensor in a weight file, its header checked; `offset` is where its data begin."""
+
+    path: Path
+    type: TensorType
+    offset: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Reads its bytes from `start` to `stop`, uint8; raises RequestError if it has changed."""
+        out = np.empty((1, stop - start), np.uint8)
+        read_lines(self.path, self.offset + start, 0, out)
+        return out[0]
+
+
+@dataclass(frozen=True)
+class BlobFile:
+    """A weight file of `size` bytes."""
+
+    path: Path
+    size: int
+
+    @classmethod
+    def open(cls, path: Path) -> "BlobFile":
+        """Reads the header; raises RequestError if the file is missing or of another version."""
+        try:
+            with path.open("rb") as file:
+                head = file.read(HEADER_BYTES)
+            size = path.stat().st_size
+        except OSError as error:
+            raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+        if len(head) < HEADER_BYTES:
+            raise RequestError(f"{path} is truncated: it has {size} bytes, less than its header")
+        (version,) = _FILE.unpack_from(head)
+        if version != _VERSION:
+            raise RequestError(
+                f"{path} is damaged: a weight file of version {version}; expected {_VERSION}"
+            )
+        return cls(path, size)
+
+    def blob(self, offset: int, type: TensorType) -> Blob:
+        """Returns the blob with its header at `offset`; raises RequestError for another type."""
+        data_offset = offset + HEADER_BYTES
+        if not 0 < offset <= self.size - HEADER_BYTES - type.nbytes:
+            raise RequestError(
+                f"{self.path} is truncated or damaged: it has {self.size} bytes; expected "
+                f"{type.nbytes} bytes of a weight at {data_offset}"
+            )
+        header = np.empty((1, HEADER_BYTES), np.uint8)
+        read_lines(self.path, offset, 0, header)
+        sentinel, number, nbytes, start = _BLOB.unpack_from(header.tobytes())
+        if sentinel != _SENTINEL:
+            raise RequestError(f"{self.path} is damaged: there is no weight at offset {offset}")
+        dtype = _BLOB_TYPES.get(number, f"type {number}")
+        if (dtype, nbytes, start) != (type.dtype, type.nbytes, data_offset):
+            raise RequestError(
+                f"{self.path} is damaged: its header at {offset} describes {nbytes} bytes of "
+                f"{dtype} at {start}; the program needs {type.nbytes} of {type.dtype} at "
+                f"{data_offset}"
+            )
+        return Blob(self.path, type, data_offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +122,7 @@ class Package:
     """By their names in the program."""
 
     def blob(self, value: FileValue) -> Blob:
-        """The stored bytes of a value.
-
-        Raises:
-            RequestError: the header of the blob does not agree with the program.
-        """
+        """Returns the blob of a value; raises RequestError if its header has another type."""
         return self.blob_files[value.file].blob(value.offset, value.type)
 
 
@@ -88,18 +164,6 @@ def open_package(path: Path | str) -> Package:
         description=message.description,
         blob_files={name: BlobFile.open(_weight_file(folder, model, name)) for name in names},
     )
-    _require_weights(package, values)
-    return package
-
-
-def file_values(functions: Iterable[Function]) -> set[FileValue]:
-    """All values in weight files."""
-    constants = (c for f in functions for op in f.walk() for _, c in op.constants)
-    return {constant for constant in constants if isinstance(constant, FileValue)}
-
-
-def _require_weights(package: Package, values: set[FileValue]) -> None:
-    """Refuses headers that do not agree with the program, and weights that overlap."""
     sizes: dict[str, dict[int, int]] = {}
     for value in sorted(values, key=lambda value: (value.file, value.offset)):
         package.blob(value)
@@ -108,10 +172,28 @@ def _require_weights(package: Package, values: set[FileValue]) -> None:
         file = package.blob_files[name]
         if sum(blobs.values()) > file.size:
             raise RequestError(f"{file.path} is damaged: its weights overlap")
+    return package
+
+
+def file_values(functions: Iterable[Function]) -> set[FileValue]:
+    """Returns all values in weight files."""
+    constants = (c for f in functions for op in f.walk() for _, c in op.constants)
+    return {constant for constant in constants if isinstance(constant, FileValue)}
+
+
+def _parse(path: Path) -> Any:
+    try:
+        content = read_regular(path, MAX_MODEL_BYTES)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return decoder.messages("Model").Model.FromString(content)
+    except DecodeError:
+        raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None
 
 
 def _model_file(folder: Path) -> Path:
-    """The model file that the manifest names."""
+    """Returns the model file that the manifest names."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         missing = f"it has no {_MANIFEST}" if folder.is_dir() else "there is no such folder"
@@ -134,26 +216,15 @@ def _weight_file(folder: Path, model: Path, name: str) -> Path:
 
 
 def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:
-    """The file `relative` to `base`, which must be in `folder` after links are resolved."""
+    """Returns the file `relative` to `base`, which must be in `folder` after links are resolved."""
     path = base / PurePosixPath(relative)
     root = os.path.realpath(folder)
     if not stays_inside(relative) or os.path.commonpath([root, os.path.realpath(path)]) != root:
         raise RequestError(f"{source} is damaged: {relative!r} leads out of {folder}")
     try:
-        there = path.is_file()
+        is_file = path.is_file()
     except OSError:  # the name is too long
-        there = False
-    if not there:
+        is_file = False
+    if not is_file:
         raise RequestError(f"{folder} is damaged: {path.relative_to(folder)} is missing")
     return path
-
-
-def _parse(path: Path) -> Any:
-    try:
-        content = read_regular(path, MAX_MODEL_BYTES)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return messages("Model").Model.FromString(content)
-    except DecodeError:
-        raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None

@@ -1,4 +1,4 @@
-"""A MIL program as plain data: functions, operations, values, and the dtypes of their elements."""
+"""Holds a MIL program as plain data: functions, operations, values, and their dtypes."""
 
 import math
 from collections.abc import Iterator
@@ -38,20 +38,15 @@ class TensorType:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes where it is stored, elements of fewer than 8 bits packed.
-
-        Raises:
-            KeyError: it is no tensor of numbers.
-        """
+        """Bytes where it is stored, elements of fewer than 8 bits packed."""
         return -(-self.size * BITS[self.dtype] // 8)
 
     def __str__(self) -> str:
-        """For people: `float16 [1, 1, 4]`."""
+        """Formats it as `float16 [1, 1, 4]`."""
         return f"{self.dtype} [{', '.join('?' if n == UNKNOWN else str(n) for n in self.shape)}]"
 
 
@@ -65,15 +60,13 @@ class Immediate:
 
 @dataclass(frozen=True)
 class FileValue:
-    """A value in a weight file, as one blob.
-
-    `offset` is that of the blob's header; `file` is the program's word for the file, such as
-    `@model_path/weights/weight.bin`.
-    """
+    """A value in a weight file, as one blob."""
 
     type: TensorType
     file: str
+    """The program's name for the file, such as `@model_path/weights/weight.bin`."""
     offset: int
+    """Where the blob's header begins."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +96,14 @@ class Operation:
 
     @property
     def constants(self) -> Iterator[tuple[str, Constant]]:
-        """(parameter, value) of all inputs and attributes that are constants."""
+        """Yields (parameter, value) of all inputs and attributes that are constants."""
         for name, values in self.inputs.items():
             yield from ((name, value) for value in values if not isinstance(value, Name))
         yield from self.attributes.items()
 
     @property
     def label(self) -> str:
-        """For messages: its name, else that of its first output, else its type."""
+        """Its name in messages: its own, else that of its first output, else its type."""
         return self.name or (self.outputs[0][0] if self.outputs else self.type)
 
 
@@ -125,7 +118,7 @@ class Function:
     operations: tuple[Operation, ...]
 
     def walk(self) -> Iterator[Operation]:
-        """All operations; those of nested blocks follow the one that holds them."""
+        """Yields all operations; those of nested blocks follow the one that holds them."""
         return _walk(self.operations)
 
 
@@ -137,14 +130,14 @@ def _walk(operations: tuple[Operation, ...]) -> Iterator[Operation]:
 
 
 def numpy_type(dtype: str) -> np.dtype:
-    """The dtype of elements in memory: of those with fewer than 8 bits, `int8` or `uint8`."""
+    """Returns the dtype of elements in memory; `int8` or `uint8` for fewer than 8 bits."""
     if BITS[dtype] < 8:
         return np.dtype(dtype.rstrip("0123456789") + "8")
     return _STORED.get(dtype) or np.dtype(dtype)
 
 
 def unpack(packed: np.ndarray, dtype: str, count: int) -> np.ndarray:
-    """Elements `[..., count]` of `dtype` from their bytes `[..., n]` (uint8), lowest bits first."""
+    """Unpacks elements `[..., count]` from bytes `[..., n]` (uint8), lowest bits first."""
     bits, held = BITS[dtype], numpy_type(dtype)
     if bits >= 8:
         return packed.view(held)[..., :count]

@@ -1,19 +1,23 @@
-"""The state that lowerings share: the graph, the values of the program, the stored weights."""
+"""Builds a graph from a step program: its values, its stored weights, its functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.onnx.functions import DOMAIN, Body, function_of
-from rgexport.export.onnx.graph import DTYPES, Attribute, GraphBuilder
+from rgexport.export.onnx.functions import DOMAIN
+from rgexport.export.onnx.graph import DTYPES, OPSET, Attribute, GraphBuilder
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import with_groups
 
+Body = Callable[..., Sequence[ir.Value]]
+"""Takes a graph builder, a node of the program and its inputs' values; returns the results."""
 
-class Emitter(GraphBuilder):
-    """A graph being built from a step program and the stored weights."""
+
+class OnnxEmitter(GraphBuilder):
+    """The graph that is being built, with the values of the program and the stored weights."""
 
     def __init__(
         self, stored: dict[str, StoredTensor], accuracy_level: int, *, native: bool = False
@@ -30,33 +34,32 @@ class Emitter(GraphBuilder):
         self._stored = with_groups(stored)
 
     def value(self, declared: Value) -> ir.Value:
-        """An activation, a state, or a weight that is stored as floats."""
+        """Returns an activation, a state, or a weight that is stored as floats."""
         if declared.name not in self.values:
             part = self.stored(declared).parts["data"]
             self.values[declared.name] = self.initializer(initializer(part, declared.name))
         return self.values[declared.name]
 
     def inputs(self, node: Node) -> list[ir.Value]:
-        """All inputs of an op, none of which is optional."""
         return [self.value(declared) for declared in node.tensors]
 
     def declare(self, declared: Value, value: ir.Value) -> None:
-        """Gives a value the name, dtype and shape that it has in the program."""
+        """Sets the name, dtype and shape of a value to those in the program."""
         value.name = declared.name
         value.dtype = DTYPES[declared.dtype]
         value.shape = ir.Shape(declared.shape)
         self.values[declared.name] = value
 
     def stored(self, weight: Value) -> StoredTensor:
-        """How and where a weight, or a row group of one, is stored."""
+        """Returns how a weight, or a row group of one, is stored."""
         return self._stored[weight.name]
 
     def part(
         self, weight: Value, part: str, shape: tuple[int, ...] | None = None
     ) -> ir.Value | None:
-        """One part of a quantized weight in a shape; None where it has no such part.
+        """Returns a part of a quantized weight, perhaps reshaped; None if it has no such part.
 
-        The same bytes may be asked for in several shapes: each is an initializer of its own.
+        Each shape of the same bytes is an initializer of its own.
         """
         parts = self.stored(weight).parts
         if part not in parts:
@@ -70,7 +73,7 @@ class Emitter(GraphBuilder):
     def call(
         self, function: ir.Function, *inputs: ir.Value | None, **attributes: Attribute
     ) -> list[ir.Value]:
-        """A node of our own domain, whose function is added to the file."""
+        """Adds a node of our own domain, and its function to the file."""
         self.functions[function.name] = function
         outputs = len(function.outputs)
         return self.ops(function.name, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
@@ -78,10 +81,10 @@ class Emitter(GraphBuilder):
     def native_op(
         self, name: str, node: Node, body: Body, **attributes: int | float
     ) -> Sequence[ir.Value]:
-        """An op that has a native kernel, as a function whose body is what `body` adds to a graph.
+        """Adds an op with a native kernel, as a function with the nodes that `body` builds.
 
-        Native kernels take float32. For other dtypes, and where functions are not wanted, the nodes
-        of the body are added in place.
+        Native kernels take float32. For other dtypes, and without `native`, the body's nodes are
+        added to the graph itself.
         """
         inputs = self.inputs(node)
         dtypes = {value.dtype for value in inputs} | {DTYPES[v.dtype] for v in node.outputs}
@@ -90,3 +93,35 @@ class Emitter(GraphBuilder):
         if name not in self.functions:
             self.functions[name] = function_of(name, node, inputs, body, attributes)
         return self.call(self.functions[name], *inputs, **attributes)
+
+
+class _FunctionBuilder(GraphBuilder):
+    """Builds the body of a function, which has no initializers: its constants are nodes."""
+
+    def constant(self, value: object, dtype: str = "int64") -> ir.Value:
+        array = np.asarray(value, dtype)
+        key = ("constant", dtype, array.shape, array.tobytes())
+        if key not in self._made:
+            name = self._unique("Constant")
+            node = ir.node("Constant", (), {"value": ir.tensor(array, name=name)}, name=name)
+            node.outputs[0].name = name
+            self.nodes.append(node)
+            self._made[key] = list(node.outputs)
+        return self._made[key][0]
+
+
+def function_of(
+    name: str, node: Node, inputs: Sequence[ir.Value], body: Body, attributes: Mapping[str, object]
+) -> ir.Function:
+    """Makes a function of our domain from the nodes that `body` builds for `node`.
+
+    All layers of a model have the sizes of that node. The attributes tell native kernels what the
+    inputs do not show; the body does not use them.
+    """
+    builder = _FunctionBuilder()
+    formals = [ir.Value(name=f"input.{i}", type=value.type) for i, value in enumerate(inputs)]
+    results = body(builder, node, *formals)
+    graph = ir.Graph(formals, results, nodes=builder.nodes, opset_imports={"": OPSET})
+    types = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
+    declared = [ir.Attr(key, types[type(value)], None) for key, value in attributes.items()]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=declared)

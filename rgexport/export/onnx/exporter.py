@@ -1,4 +1,4 @@
-"""From a checkpoint to an ONNX artifact."""
+"""Exports a checkpoint to an ONNX artifact."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,11 @@ from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.format import FORMAT
-from rgexport.export.onnx.genai import require_kernels
-from rgexport.export.onnx.interface import io_record, state_records, with_interface
+from rgexport.export.onnx.interface import graph_interface, with_interface
 from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.onnx.program_files import require_kernels
 from rgexport.export.onnx.storage import Storage
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
@@ -37,15 +37,14 @@ def export_onnx(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the folder `target`, which appears when it is complete.
+    """Exports `checkpoint` to the folder `target`, as `export_folder` does.
 
     Peak memory does not depend on the model's size: weights are read, encoded and written in
     slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
     `statistics` are for algorithms that need them.
 
     Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, an option that does not fit.
+        RequestError: those of `export_folder`, or an option that does not fit the model.
     """
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
     plan = options.resolve_plan(checkpoint.config, gates)
@@ -58,6 +57,7 @@ def export_onnx(
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
         program = with_interface(trace(checkpoint.config, activation))
+        states, io = graph_interface(checkpoint.config, activation)
         model = build_model(program, storage.tensors, profile, exact=options.exact)
         add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
         ir.save(model, folder / MODEL_FILE)
@@ -69,8 +69,8 @@ def export_onnx(
             profile=profile.name,
             plan=plan,
             tensors=storage.tensors,
-            states=state_records(program),
-            io=io_record(program),
+            states=states,
+            io=io,
             **common,
         )
         if options.genai_native:

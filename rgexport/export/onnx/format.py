@@ -1,4 +1,4 @@
-"""ONNX artifacts, as `export.format` asks."""
+"""The format of ONNX artifacts: layouts of tensors, interface, model card."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
-from rgexport.export.manifest import IoRecord, Manifest, StateRecord
+from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE, OnnxArtifact, part_layouts, weight_files
-from rgexport.export.onnx.interface import expected_interface
+from rgexport.export.onnx.interface import graph_interface
+from rgexport.export.onnx.model_file import NUM_LOGITS
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import Scheme
 
@@ -60,29 +61,25 @@ class OnnxFormat(FolderFormat):
     planned_precisions = ("int3",)
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """See `FolderFormat`."""
         return OnnxArtifact(folder, manifest)
 
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        """See `FolderFormat`."""
         return part_layouts(shape, scheme)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """Derives the interface of a graph, see `FolderFormat`."""
-        return expected_interface(manifest)
+        earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)
+        return graph_interface(manifest.config, ACTIVATIONS[manifest.compute], earlier=earlier)
 
     def write_program_files(
         self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
     ) -> None:
-        """Writes files for onnxruntime-genai and transformers.js, see `FolderFormat`."""
-        from rgexport.export.onnx.genai import write_genai_config
-        from rgexport.export.onnx.transformers_js import write_web_files  # loads tokenizers, too
+        """Writes files for onnxruntime-genai and transformers.js."""
+        from rgexport.export.onnx.program_files import write_genai_config, write_web_files
 
         write_genai_config(folder, manifest.config, ids, files)
         write_web_files(folder, manifest, ids)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        """See `FolderFormat`."""
         engine, run = "ONNX Runtime", _DESKTOP
         if manifest.profile != "cpu":
             engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER

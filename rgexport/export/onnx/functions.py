@@ -3,16 +3,12 @@
 A runtime that has a native kernel of that name uses it; every other one runs the body.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
 import onnx_ir as ir
 from onnx import parser
 
-from rgexport.export.onnx.graph import DTYPES, OPSET, GraphBuilder
+from rgexport.export.onnx.graph import DTYPES, OPSET
 from rgexport.export.onnx.native import DOMAIN
-from rgexport.export.onnx.operators import MICROSOFT
-from rgexport.export.program import Node
+from rgexport.export.onnx.trust import MICROSOFT
 
 _SCAN = """
     last = Constant <value_ints = [-1]> ()
@@ -98,19 +94,18 @@ QUANT_LINEAR_SIZES = "N", "N2", "N3"
 
 
 def _quant_linear(matrices: int) -> str:
-    """The product with one matrix, or with several of one format.
+    """Returns the text of the product of x with one to three matrices of one format.
 
-    Inputs: x [B, T, K]; for each matrix data [N, blocks, block_size · bits / 8], scales [N,
-    blocks] in float32 or float16, optional zero points, optional bias [N]. Outputs: for each matrix
-    y [B, T, N]. Activations are rounded to int8 for each row and block. Runtimes fold the `Cast`
-    when they load the file; of float32 nothing is left of it.
+    Inputs: x [B, T, K]; then for each matrix data [N, blocks, block_size · bits / 8], scales [N,
+    blocks] in float32 or float16, optional zero points, optional bias [N]. Outputs: y [B, T, N] for
+    each matrix. Activations are rounded to int8 for each row and block. Runtimes fold the `Cast`.
 
-    With two `digits`, native kernels round what that leaves of the activations once more, and add
-    both products. The body does not: it would read the weights twice.
+    With two `digits`, native kernels round the rest of the activations once more and add both
+    products. The body does not, since it would read the weights twice.
     """
-    each = range(1, matrices + 1)
+    numbers = range(1, matrices + 1)
     sizes = QUANT_LINEAR_SIZES[:matrices]
-    inputs = [f"{part}{i}" for part in ("data", "scales", "zero_points", "bias") for i in each]
+    inputs = [f"{part}{i}" for part in ("data", "scales", "zero_points", "bias") for i in numbers]
     products = [
         f"""
     wide_scales{i} = Cast <to = {int(DTYPES["float32"])}> (scales{i})
@@ -118,20 +113,16 @@ def _quant_linear(matrices: int) -> str:
         K: int = @K, N: int = @{size}, bits: int = @bits, block_size: int = @block_size,
         accuracy_level = {QUANT_LINEAR_LEVEL}
     > (x, data{i}, wide_scales{i}, zero_points{i}, , bias{i})"""
-        for i, size in zip(each, sizes, strict=True)
+        for i, size in zip(numbers, sizes, strict=True)
     ]
     return f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]>
 QuantLinear{"" if matrices == 1 else matrices}
 <K, {", ".join(sizes)}, bits, block_size, digits> (x, {", ".join(inputs)})
-=> ({", ".join(f"y{i}" for i in each)})
+=> ({", ".join(f"y{i}" for i in numbers)})
 {{{"".join(products)}
 }}
 """
-
-
-Body = Callable[..., Sequence[ir.Value]]
-"""From a graph builder, the program's node, and the values of its inputs to its results."""
 
 
 def _parsed(text: str) -> ir.Function:
@@ -143,36 +134,3 @@ QUANT_LINEARS = tuple(
     _parsed(_quant_linear(matrices)) for matrices in range(1, len(QUANT_LINEAR_SIZES) + 1)
 )
 """The functions for one, two and three matrices."""
-
-
-class _FunctionBuilder(GraphBuilder):
-    """Builds the body of a function, which has no initializers: its constants are nodes."""
-
-    def constant(self, value: object, dtype: str = "int64") -> ir.Value:
-        """A small constant: a number, or a list of them."""
-        array = np.asarray(value, dtype)
-        key = ("constant", dtype, array.shape, array.tobytes())
-        if key not in self._made:
-            name = self._unique("Constant")
-            node = ir.node("Constant", (), {"value": ir.tensor(array, name=name)}, name=name)
-            node.outputs[0].name = name
-            self.nodes.append(node)
-            self._made[key] = list(node.outputs)
-        return self._made[key][0]
-
-
-def function_of(
-    name: str, node: Node, inputs: Sequence[ir.Value], body: Body, attributes: Mapping[str, object]
-) -> ir.Function:
-    """A function of our domain whose body is what `body` builds for `node`.
-
-    Its sizes are those of the node: all layers of a model share them. The attributes are for native
-    kernels, and say what the inputs do not show; the body does not use them.
-    """
-    builder = _FunctionBuilder()
-    formals = [ir.Value(name=f"input.{i}", type=value.type) for i, value in enumerate(inputs)]
-    results = body(builder, node, *formals)
-    graph = ir.Graph(formals, results, nodes=builder.nodes, opset_imports={"": OPSET})
-    types = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
-    declared = [ir.Attr(word, types[type(value)], None) for word, value in attributes.items()]
-    return ir.Function(DOMAIN, name, graph=graph, attributes=declared)

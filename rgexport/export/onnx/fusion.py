@@ -5,7 +5,7 @@ milliseconds (2B).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from rgexport.export.manifest import StoredTensor
@@ -14,25 +14,38 @@ from rgexport.export.program import Node, StepProgram
 from rgexport.quantize.scheme import Affine
 
 Nodes = tuple[Node, ...]
+Merges = Iterator[tuple[Node, set[str]]]
+"""Merged nodes, each at the site of an old one, and the sites of the nodes that it replaces too."""
 
 
 def fused(
     program: StepProgram, stored: Mapping[str, StoredTensor], *, rounded: bool
 ) -> StepProgram:
-    """The program with `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
+    """Merges ops into `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
 
     The first two only in float32. The residual sum stays a value of the program; nodes whose only
     reader was the fused op are removed. `linears` only where activations are `rounded` to int8,
     which the linears of one input then share.
     """
-    nodes = _merge_gates(_merge_norms(_merge_gelu(program.nodes)))
-    return replace(program, nodes=_merge_linears(nodes, stored) if rounded else nodes)
+    nodes = program.nodes
+    for rule in (_merge_gelu, _merge_norms, _merge_gates):
+        nodes = _apply(nodes, rule(nodes))
+    if rounded:
+        nodes = _apply(nodes, _merge_linears(nodes, stored))
+    return replace(program, nodes=nodes)
 
 
-def _merge_gelu(nodes: Nodes) -> Nodes:
+def _apply(nodes: Nodes, merges: Merges) -> Nodes:
+    merged, gone = {}, set[str]()
+    for node, sites in merges:
+        merged[node.site] = node
+        gone |= sites
+    return tuple(merged.get(node.site, node) for node in nodes if node.site not in gone)
+
+
+def _merge_gelu(nodes: Nodes) -> Merges:
     uses = Counter(value.name for node in nodes for value in node.tensors)
     gelus = {n.outputs[0].name: n for n in nodes if n.op == "gelu" and _float32(n)}
-    merged, gone = {}, set()
     for node in nodes:
         if node.op != "mul" or not _float32(node):
             continue
@@ -40,50 +53,40 @@ def _merge_gelu(nodes: Nodes) -> Nodes:
         for gate, up in ((first, second), (second, first)):
             if gate.name in gelus and uses[gate.name] == 1 and gate.shape == up.shape:
                 gelu = gelus[gate.name]
-                merged[node.site] = replace(node, op="gelu_mul", inputs=(*gelu.inputs, up))
-                gone.add(gelu.site)
+                yield replace(node, op="gelu_mul", inputs=(*gelu.inputs, up)), {gelu.site}
                 break
-    return _replaced(nodes, merged, gone)
 
 
-def _merge_norms(nodes: Nodes) -> Nodes:
+def _merge_norms(nodes: Nodes) -> Merges:
     norms = {n.tensors[0].name: n for n in reversed(nodes) if n.op == "rms_norm" and _float32(n)}
-    merged, gone = {}, set()
     for node in nodes:
         norm = norms.get(node.outputs[0].name)
         if node.op == "add" and norm and _float32(node):
-            merged[node.site] = replace(
+            merged = replace(
                 node,
                 op="add_rms_norm",
                 inputs=(*node.inputs, norm.inputs[1]),
                 attributes=norm.attributes,
                 outputs=(*node.outputs, *norm.outputs),
             )
-            gone.add(norm.site)
-    return _replaced(nodes, merged, gone)
+            yield merged, {norm.site}
 
 
-def _merge_gates(nodes: Nodes) -> Nodes:
+def _merge_gates(nodes: Nodes) -> Merges:
     gates = {n.outputs[0].name: n for n in nodes if n.op == "block_diagonal_linear"}
-    merged, gone = {}, set()
     for node in nodes:
-        if node.op != "rg_lru_scan":
-            continue
-        x, input_gate, recurrence_gate, *others = node.tensors
-        both = gates[input_gate.name], gates[recurrence_gate.name]
-        weights = [weight for gate in both for weight in gate.tensors[1:]]
-        merged[node.site] = replace(
-            node,
-            op="gated_rg_lru_scan",
-            inputs=(x, *weights, *others),
-            outputs=(*node.outputs, *(gate.outputs[0] for gate in both)),
-        )
-        gone |= {gate.site for gate in both}
-    return _replaced(nodes, merged, gone)
+        if node.op == "rg_lru_scan":
+            x, input_gate, recurrence_gate, *rest = node.tensors
+            both = gates[input_gate.name], gates[recurrence_gate.name]
+            weights = [weight for gate in both for weight in gate.tensors[1:]]
+            outputs = (*node.outputs, *(gate.outputs[0] for gate in both))
+            inputs = (x, *weights, *rest)
+            merged = replace(node, op="gated_rg_lru_scan", inputs=inputs, outputs=outputs)
+            yield merged, {gate.site for gate in both}
 
 
-def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
-    """Groups linears of one input and one scheme at the place of the first."""
+def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Merges:
+    """Merges linears of one input and one scheme, up to three, where the first one stands."""
     alike: dict[tuple[str, Affine], list[Node]] = {}
     for node in nodes:
         if node.op == "linear":
@@ -92,25 +95,16 @@ def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Nodes:
             scheme = stored[weight.name].scheme
             if isinstance(scheme, Affine):
                 alike.setdefault((x.name, scheme), []).append(node)
-    merged, gone = {}, set()
-    for group in alike.values():
-        for first in range(0, len(group), len(QUANT_LINEARS)):
-            some = group[first : first + len(QUANT_LINEARS)]
-            if len(some) > 1:
-                merged[some[0].site] = _together(some)
-                gone |= {node.site for node in some[1:]}
-    return _replaced(nodes, merged, gone)
-
-
-def _together(linears: Sequence[Node]) -> Node:
-    """A node with the input, all weights, and all biases or None, to all results."""
-    inputs, weights, biases = zip(*(node.inputs for node in linears), strict=True)
-    outputs = tuple(node.outputs[0] for node in linears)
-    return replace(linears[0], op="linears", inputs=(inputs[0], *weights, *biases), outputs=outputs)
-
-
-def _replaced(nodes: Nodes, merged: Mapping[str, Node], gone: set[str]) -> Nodes:
-    return tuple(merged.get(node.site, node) for node in nodes if node.site not in gone)
+    size = len(QUANT_LINEARS)
+    batches = (g[start : start + size] for g in alike.values() for start in range(0, len(g), size))
+    for first, *rest in batches:
+        if rest:
+            columns = zip(*(node.inputs for node in (first, *rest)), strict=True)
+            (x, *_), weights, biases = columns
+            outputs = tuple(node.outputs[0] for node in (first, *rest))
+            inputs = (x, *weights, *biases)
+            merged = replace(first, op="linears", inputs=inputs, outputs=outputs)
+            yield merged, {node.site for node in rest}
 
 
 def _float32(node: Node) -> bool:

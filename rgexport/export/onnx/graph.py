@@ -48,7 +48,6 @@ class GraphBuilder:
     def op(
         self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute
     ) -> ir.Value:
-        """One node with one output."""
         return self.ops(op, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
@@ -59,7 +58,6 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Attribute,
     ) -> list[ir.Value]:
-        """One node with several outputs."""
         frozen = tuple(sorted((name, str(value)) for name, value in attributes.items()))
         key = (domain, op, tuple(id(value) for value in inputs), frozen, outputs)
         if key not in self._made:
@@ -72,7 +70,7 @@ class GraphBuilder:
         return self._made[key]
 
     def cast(self, value: ir.Value, dtype: str) -> ir.Value:
-        """`value` in `dtype`; the same value where it has it."""
+        """Returns `value` in `dtype`; the same value where it has it."""
         if value.dtype == DTYPES[dtype]:
             return value
         return self.typed(self.op("Cast", value, to=int(DTYPES[dtype])), dtype)
@@ -83,7 +81,7 @@ class GraphBuilder:
         return value
 
     def constant(self, value: object, dtype: str = "int64") -> ir.Value:
-        """A small constant inside the file: a number, or a list of them."""
+        """Returns a small constant inside the file: a number, or a list of them."""
         array = np.asarray(value, dtype)
         key = ("constant", dtype, array.shape, array.tobytes())
         if key not in self._made:
@@ -92,12 +90,12 @@ class GraphBuilder:
         return self._made[key][0]
 
     def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:
-        """x[start:stop] along `axis`; `start` may be a value of one element."""
+        """Returns x[start:stop] along `axis`; `start` may be a value of one element."""
         first = self.constant([start]) if isinstance(start, int) else start
         return self.op("Slice", x, first, self.constant([stop]), self.constant([axis]))
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """A tensor of the file, under its own name."""
+        """Adds a tensor of the file, under its own name."""
         value = ir.Value(
             name=tensor.name,
             type=ir.TensorType(tensor.dtype),

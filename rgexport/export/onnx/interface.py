@@ -1,16 +1,16 @@
-"""The inputs and outputs of a graph, as onnxruntime-genai and transformers.js take them.
+"""Derives the inputs and outputs of a graph, as onnxruntime-genai and transformers.js take them.
 
 Both allocate keys and values as [batch_size, heads, window, head_dim], and read shapes from the
 graph: the first one asks for logits of one token, the second one for the name `batch_size`.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
+from rgexport.export.manifest import IoRecord, StateRecord, ValueRecord
 from rgexport.export.onnx.model_file import NUM_LOGITS
 from rgexport.export.program import Node, StepProgram, Value
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import state_specs
 
 _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
@@ -24,7 +24,7 @@ layout in the graph."""
 
 
 def with_interface(program: StepProgram) -> StepProgram:
-    """The program with an axis for the one head of keys and values, and logits of one token."""
+    """Adds an axis for the one head of keys and values; logits become those of one token."""
     rings = [
         value
         for name, values in program.states.items()
@@ -34,73 +34,51 @@ def with_interface(program: StepProgram) -> StepProgram:
     batch, _, vocabulary = program.logits.shape
     shaped = {v.name: replace(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in rings}
     shaped[program.logits.name] = replace(program.logits, shape=(batch, 1, vocabulary))
+
+    def resized(value: Value) -> Value:
+        return shaped.get(value.name, value)
+
+    def resized_node(node: Node) -> Node:
+        inputs = tuple(value and resized(value) for value in node.inputs)
+        return replace(node, inputs=inputs, outputs=tuple(map(resized, node.outputs)))
+
     return replace(
         program,
-        states={name: (_in(a, shaped), _in(b, shaped)) for name, (a, b) in program.states.items()},
-        nodes=tuple(_with_values(node, shaped) for node in program.nodes),
-        logits=_in(program.logits, shaped),
+        states={name: (resized(a), resized(b)) for name, (a, b) in program.states.items()},
+        nodes=tuple(map(resized_node, program.nodes)),
+        logits=resized(program.logits),
     )
 
 
-def state_records(program: StepProgram) -> tuple[StateRecord, ...]:
-    """The states of a program with the names of their inputs and outputs in the graph."""
-    return tuple(
-        _state_record(name, tuple(map(value.size, range(1, len(value.shape)))), value.dtype)
-        for name, (value, _) in program.states.items()
-    )
+def graph_interface(
+    config: GriffinConfig, activation: str, *, earlier: bool = False
+) -> tuple[tuple[StateRecord, ...], IoRecord]:
+    """Returns the states, inputs and outputs of a graph; with a window of 0 it has no rings.
 
-
-def io_record(program: StepProgram) -> IoRecord:
-    """All inputs and outputs of the graph."""
-
-    def record(value: Value, name: str) -> ValueRecord:
-        return ValueRecord(name, value.dtype, value.shape)
-
-    states = list(zip(state_records(program), program.states.values(), strict=True))
-    plain = (program.input_ids, program.position_ids)
-    return IoRecord(
-        (*(record(v, v.name) for v in plain), *(record(v, s.input) for s, (v, _) in states)),
-        (record(program.logits, "logits"), *(record(v, s.output) for s, (_, v) in states)),
-    )
-
-
-def expected_interface(manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-    """Derives the states, inputs and outputs of a graph from the sizes in its manifest.
-
-    In graphs of an earlier release `num_logits` is an input, and rings have no axis for the head.
+    In graphs of an `earlier` release `num_logits` is an input, and rings have no axis for the head.
     """
-    config = manifest.config
-    earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)
     batch, logits, head = ("batch", NUM_LOGITS, ()) if earlier else ("batch_size", 1, (1,))
-    states = []
-    for spec in state_specs(config, ACTIVATIONS[manifest.compute]):
-        is_ring = _STATES[spec.name.rpartition(".")[2]][1] == "ring"
-        states.append(
-            _state_record(spec.name, (*(head if is_ring else ()), *spec.shape), spec.dtype)
-        )
     inputs = [
         ValueRecord(name, "int64", (batch, "tokens")) for name in ("input_ids", "position_ids")
     ]
     if earlier:
         inputs.append(ValueRecord(NUM_LOGITS, "int64", ()))
     outputs = [ValueRecord("logits", "float32", (batch, logits, config.vocab_size))]
-    for state in states:
-        inputs.append(ValueRecord(state.input, state.dtype, (batch, *state.shape)))
-        outputs.append(ValueRecord(state.output, state.dtype, (batch, *state.shape)))
+    states = []
+    for spec in state_specs(config, activation):
+        _, layout = _STATES[spec.name.rpartition(".")[2]]
+        if layout == "ring" and config.window == 0:
+            continue
+        shape = (*(head if layout == "ring" else ()), *spec.shape)
+        state = StateRecord(spec.name, shape, spec.dtype, layout, *feature_names(spec.name))
+        states.append(state)
+        inputs.append(ValueRecord(state.input, state.dtype, (batch, *shape)))
+        outputs.append(ValueRecord(state.output, state.dtype, (batch, *shape)))
     return tuple(states), IoRecord(tuple(inputs), tuple(outputs))
 
 
-def _state_record(name: str, shape: tuple[int, ...], dtype: str) -> StateRecord:
-    _, layer, kind = name.split(".")
-    graph_name, layout = _STATES[kind]
-    names = f"past_key_values.{layer}.{graph_name}", f"present.{layer}.{graph_name}"
-    return StateRecord(name, shape, dtype, layout, *names)
-
-
-def _with_values(node: Node, shaped: Mapping[str, Value]) -> Node:
-    inputs = tuple(None if value is None else _in(value, shaped) for value in node.inputs)
-    return replace(node, inputs=inputs, outputs=tuple(_in(v, shaped) for v in node.outputs))
-
-
-def _in(value: Value, shaped: Mapping[str, Value]) -> Value:
-    return shaped.get(value.name, value)
+def feature_names(state: str) -> tuple[str, str]:
+    """Returns the graph's input and output of a canonical state."""
+    _, layer, kind = state.split(".")
+    name, _ = _STATES[kind]
+    return f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"

@@ -1,4 +1,4 @@
-"""Lowerings of the ops whose weights may be quantized: embedding, linears and head."""
+"""Lowers the ops whose weights may be quantized: embedding, linears and head."""
 
 import math
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from itertools import chain
 
 import onnx_ir as ir
 
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.functions import (
     QUANT_LINEAR_LEVEL,
     QUANT_LINEAR_SIZES,
     QUANT_LINEARS,
 )
-from rgexport.export.onnx.operators import MICROSOFT
+from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Affine
 
 
-def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Rows of the table, as float32, times the scale."""
     ids, table = node.tensors
     scheme = g.stored(table).scheme
@@ -30,8 +30,8 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
-    """Rows of a quantized table, gathered from the bytes that the head reads, and dequantized.
+def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
+    """Gathers rows of a quantized table from the bytes that the head reads; dequantizes them.
 
     With standard ops, since `GatherBlockQuantized` before ONNX Runtime 1.27 misreads the zero
     points of rows with an odd number of blocks. The padding of rows to whole blocks is cut off.
@@ -56,7 +56,7 @@ def _quantized_rows(g: Emitter, ids: ir.Value, table: Value, scheme: Affine) -> 
     return rows if blocks * block == columns else g.slice(rows, 0, columns, 2)
 
 
-def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
+def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:
     """Unsigned integers from rows of bytes [B, T, n], as `quantize.packing` packs them."""
     if bits == 8:
         return packed
@@ -64,33 +64,31 @@ def _unpack(g: Emitter, packed: ir.Value, bits: int) -> ir.Value:
     return g.op("Reshape", levels, g.constant([0, 0, -1]))
 
 
-def _levels(g: Emitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> list[ir.Value]:
-    """The integers [*rows, m, 1] of each place in the fewest whole bytes that integers fill."""
+def _levels(g: OnnxEmitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> list[ir.Value]:
+    """Returns the n-th integer of each group of whole bytes, [*rows, m, 1], for each n."""
     size = math.lcm(bits, 8) // 8
     shape = g.constant([*rows, -1, size])
     packed = g.op("Reshape", packed, shape)
     last = len(rows) + 1
     bytes_ = [packed] if size == 1 else [g.slice(packed, i, i + 1, last) for i in range(size)]
-    return [_level(g, bytes_, bits * i, bits) for i in range(8 * size // bits)]
+    levels = []
+    for start in range(0, 8 * size, bits):
+        byte, low = divmod(start, 8)
+        level = _shifted(g, bytes_[byte], low, "RIGHT")
+        if low + bits > 8:  # its last bits are in the next byte
+            level = g.op("BitwiseOr", level, _shifted(g, bytes_[byte + 1], 8 - low, "LEFT"))
+        if low + bits != 8:
+            level = g.op("BitwiseAnd", level, g.constant(2**bits - 1, "uint8"))
+        levels.append(level)
+    return levels
 
 
-def _level(g: Emitter, bytes_: Sequence[ir.Value], start: int, bits: int) -> ir.Value:
-    """The integer that begins at a bit; its last bits may be in the next byte."""
-    byte, low = divmod(start, 8)
-    level = _shifted(g, bytes_[byte], low, "RIGHT")
-    if low + bits > 8:
-        level = g.op("BitwiseOr", level, _shifted(g, bytes_[byte + 1], 8 - low, "LEFT"))
-    if low + bits == 8:
-        return level
-    return g.op("BitwiseAnd", level, g.constant(2**bits - 1, "uint8"))
-
-
-def _shifted(g: Emitter, x: ir.Value, bits: int, direction: str) -> ir.Value:
+def _shifted(g: OnnxEmitter, x: ir.Value, bits: int, direction: str) -> ir.Value:
     return g.op("BitShift", x, g.constant(bits, "uint8"), direction=direction) if bits else x
 
 
-def _widened(g: Emitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-    """Symmetric integers of 3 bits as those of 4 bits, the least that kernels multiply.
+def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """Widens symmetric integers of 3 bits to 4 bits, the least that kernels multiply.
 
     Runtimes fold this when they load the file: in memory they take what 4 bits take.
     """
@@ -100,19 +98,19 @@ def _widened(g: Emitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         for low, high in zip(levels[::2], levels[1::2], strict=True)
     ]
     both = g.op("Concat", *pairs, axis=1)
-    # The middle is 8 instead of 4. Runtimes do not add bytes, but 4 more is a matter of two bits.
+    # The middle is 8 instead of 4. Runtimes do not add bytes, but adding 4 changes two bits.
     carried = _shifted(g, g.op("BitwiseAnd", both, g.constant(0x44, "uint8")), 1, "LEFT")
-    more = g.op("BitwiseOr", g.op("BitwiseXor", both, g.constant(0x44, "uint8")), carried)
-    return g.op("Reshape", more, g.constant(shape))
+    raised = g.op("BitwiseOr", g.op("BitwiseXor", both, g.constant(0x44, "uint8")), carried)
+    return g.op("Reshape", raised, g.constant(shape))
 
 
-def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """`x · weightᵀ + bias`; the head's weight is the embedding's table."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
-    scheme, dtype = g.stored(weight).scheme, node.outputs[0].dtype
+    dtype = node.outputs[0].dtype
     addend = None if bias is None else g.value(bias)
-    if isinstance(scheme, Affine):
+    if isinstance(g.stored(weight).scheme, Affine):
         y = _quantized_linear(g, g.value(x), weight, addend)
     else:
         y = _float_linear(g, g.value(x), weight, addend, dtype)
@@ -120,7 +118,7 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _float_linear(
-    g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None, dtype: str
+    g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None, dtype: str
 ) -> ir.Value:
     """`Gemm` takes the weight as it is stored, [out, in]; `MatMul` would need a transposed copy."""
     rows, columns = weight.size(0), weight.size(1)
@@ -132,17 +130,9 @@ def _float_linear(
     return g.typed(g.op("Reshape", y, shape), dtype)
 
 
-def linears(g: Emitter, node: Node) -> Sequence[ir.Value]:
-    """Several quantized linears with one input and one scheme, see `fusion`."""
-    x, *rest = node.inputs
-    weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
-    assert x is not None
-    addends = [None if bias is None else g.value(bias) for bias in biases]
-    results = _quant_linear(g, g.value(x), [w for w in weights if w is not None], addends)
-    return [g.cast(y, out.dtype) for y, out in zip(results, node.outputs, strict=True)]
-
-
-def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
+def _quantized_linear(
+    g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
+) -> ir.Value:
     """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
         return _quant_linear(g, x, [weight], [bias])[0]
@@ -154,8 +144,18 @@ def _quantized_linear(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | N
     return g.typed(y, "float32")
 
 
+def linears(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
+    """Several quantized linears with one input and one scheme, which `fusion` merged."""
+    x, *rest = node.inputs
+    weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
+    assert x is not None
+    addends = [None if bias is None else g.value(bias) for bias in biases]
+    results = _quant_linear(g, g.value(x), [w for w in weights if w is not None], addends)
+    return [g.cast(y, out.dtype) for y, out in zip(results, node.outputs, strict=True)]
+
+
 def _quant_linear(
-    g: Emitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
+    g: OnnxEmitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
 ) -> list[ir.Value]:
     """The function QuantLinear: its inputs are all data, then all scales, and so on."""
     rows = [weight.size(0) for weight in weights]
@@ -171,26 +171,25 @@ def _quant_linear(
 def takes_two_digits(weight: str, scheme: Affine) -> bool:
     """Whether native kernels round the activations for a weight, or a row group of one, twice.
 
-    Where weights have 8 bits, rounding activations to int8 costs more than rounding weights does.
-    Most of it comes from what follows the embedding, from the channels that the recurrence gives,
-    whose sizes differ most, and from the head, whose errors no layer evens out. With these sites
-    alone the demo model's KL is 1.7e-4 instead of 3.0e-4. Two digits everywhere give 1.4e-4, but a
-    product takes 1.75 times as long in a prompt. A step takes no longer: it waits for the weights.
+    Where weights have 8 bits, rounding activations to int8 costs more than rounding weights. Most
+    of the loss comes from the first layer, from the channels of the recurrence, whose sizes differ
+    most, and from the head, whose errors no layer evens out. With these sites alone the demo
+    model's KL is 1.7e-4 instead of 3.0e-4. Two digits everywhere give 1.4e-4, but a product takes
+    1.75 times as long in a prefill. A decode step takes no longer: it waits for the weights.
     """
-    parts = weight.split(".")
-    here = weight.startswith((EMBEDDING, "layers.0.")) or "linear_out" in parts
-    return scheme.bits == 8 and here
+    is_site = weight.startswith((EMBEDDING, "layers.0.")) or "linear_out" in weight.split(".")
+    return scheme.bits == 8 and is_site
 
 
-def block_attributes(g: Emitter, weight: Value) -> dict[str, int]:
-    """The attributes of `MatMulNBits` that describe a weight in blocks, but for its rows."""
+def block_attributes(g: OnnxEmitter, weight: Value) -> dict[str, int]:
+    """Returns the attributes of `MatMulNBits` for a weight in blocks, without its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
     bits = max(scheme.bits, 4)  # see `_widened`
     return {"K": columns, "bits": bits, "block_size": scheme.block_size(columns)}
 
 
-def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
-    """Data [N, blocks, bytes], scales, and zero points where there are some."""
+def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
+    """Returns data [N, blocks, bytes], scales, and zero points or None."""
     rows, columns = weight.size(0), weight.size(1)
     scheme = _affine(g, weight)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
@@ -201,12 +200,12 @@ def _parts(g: Emitter, weight: Value) -> tuple[ir.Value | None, ...]:
     return data, g.part(weight, "scales"), g.part(weight, "zero_points")
 
 
-def _affine(g: Emitter, weight: Value) -> Affine:
+def _affine(g: OnnxEmitter, weight: Value) -> Affine:
     scheme = g.stored(weight).scheme
     assert isinstance(scheme, Affine), weight.name
     return scheme
 
 
-def float32(g: Emitter, value: ir.Value | None) -> ir.Value | None:
+def float32(g: OnnxEmitter, value: ir.Value | None) -> ir.Value | None:
     """A bias or scales as `MatMulNBits` takes them beside float32 activations."""
     return None if value is None else g.cast(value, "float32")

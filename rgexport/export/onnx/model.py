@@ -1,22 +1,25 @@
 """Lowers a step program into an ONNX model over the stored weights."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from rgexport._version import __version__
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import ACTIVATIONS, StoredTensor
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
 from rgexport.export.onnx.fusion import fused
 from rgexport.export.onnx.graph import DTYPES, OPSET
-from rgexport.export.onnx.interface import state_records
-from rgexport.export.onnx.lowering import Lowering, lower
+from rgexport.export.onnx.interface import feature_names, graph_interface, with_interface
+from rgexport.export.onnx.lowering import lower
 from rgexport.export.onnx.native import DOMAIN, VERSION
-from rgexport.export.onnx.operators import MICROSOFT
-from rgexport.export.onnx.profiles import LoweringProfile
-from rgexport.export.program import StepProgram, Value
+from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
+from rgexport.export.onnx.trust import MICROSOFT
+from rgexport.export.program import Node, StepProgram, Value
+from rgexport.export.trace import trace
 from rgexport.griffin.config import GriffinConfig
 
 _IR_VERSION = 10
@@ -31,12 +34,12 @@ def build_model(
     *,
     exact: bool,
 ) -> ir.Model:
-    """The model for a profile; its initializers point to where `tensors` are stored."""
+    """Builds the model for a profile; its initializers point to where `tensors` are stored."""
     level = _EXACT if exact else profile.accuracy_level
-    emitter = Emitter(tensors, level, native=profile.functions)
+    emitter = OnnxEmitter(tensors, level, native=profile.functions)
     if profile.functions:
         program = fused(program, tensors, rounded=level == QUANT_LINEAR_LEVEL)
-    graph = _build_graph(program, emitter, profile.lowerings)
+    graph = _build_graph(program, emitter, profile)
     model = ir.Model(
         graph,
         ir_version=_IR_VERSION,
@@ -47,12 +50,13 @@ def build_model(
     if not profile.functions:
         _inline(model)
     profile.require_allowed(model)
-    _require_reads_before_writes(list(zip(graph.inputs[2:], graph.outputs[1:], strict=True)))
+    for before, after in zip(graph.inputs[2:], graph.outputs[1:], strict=True):
+        _require_reads_before_write(before, after)
     return model
 
 
 def add_description(model: ir.Model, name: str, precision: str, config: GriffinConfig) -> None:
-    """Adds what tools such as Netron show of a model, and its sizes for programs that read them."""
+    """Adds the text that tools such as Netron show, and the model's sizes for programs."""
     model.doc_string = (
         f"One step of {name}, a Griffin model (arXiv 2402.19427), in {precision}: token ids, their "
         "positions and the states in; logits of the last token and the new states out. Keys and "
@@ -70,35 +74,31 @@ def add_description(model: ir.Model, name: str, precision: str, config: GriffinC
     model.metadata_props.update({f"rgexport.{key}": str(value) for key, value in facts.items()})
 
 
-def _build_graph(
-    program: StepProgram, emitter: Emitter, lowerings: Mapping[str, Lowering]
-) -> ir.Graph:
-    states = list(zip(state_records(program), program.states.values(), strict=True))
+def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringProfile) -> ir.Graph:
     count = emitter.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name=program.num_logits.name))
     emitter.values[program.num_logits.name] = count
-    inputs = []
-    for value in (program.input_ids, program.position_ids):
-        emitter.values[value.name] = _input(value, value.name)
-        inputs.append(emitter.values[value.name])
-    for record, (before, _) in states:
-        emitter.values[before.name] = _input(before, record.input)
-        inputs.append(emitter.values[before.name])
-
+    inputs = [(value, value.name) for value in (program.input_ids, program.position_ids)]
+    inputs += [(before, feature_names(state)[0]) for state, (before, _) in program.states.items()]
+    for value, name in inputs:
+        emitter.values[value.name] = _input(value, name)
     for node in program.nodes:
-        lower(emitter, node, lowerings)
+        lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
-    for record, (_, after) in states:
+    for state, (_, after) in program.states.items():
         outputs.append(emitter.values[after.name])
-        outputs[-1].name = record.output
-
+        outputs[-1].name = feature_names(state)[1]
     return ir.Graph(
-        inputs,
+        [emitter.values[value.name] for value, _ in inputs],
         outputs,
         nodes=emitter.nodes,
         initializers=list(emitter.initializers.values()),
         opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
         name="griffin_step",
     )
+
+
+def _input(value: Value, name: str) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
 
 
 def _inline(model: ir.Model) -> None:
@@ -111,30 +111,58 @@ def _inline(model: ir.Model) -> None:
     del model.graph.opset_imports[DOMAIN]
 
 
-def _input(value: Value, name: str) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
-
-
-def _require_reads_before_writes(states: list[tuple[ir.Value, ir.Value]]) -> None:
+def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:
     """Asserts that all readers of an old state run before the node that writes the new one.
 
     Runtimes write a state into the buffer that it was read from. So each reader must be the writing
     node, or one whose results it needs.
     """
-    for before, after in states:
-        writer = after.producer()
-        earlier = _ancestors(writer)
-        for use in before.uses():
-            assert use.node in earlier, f"{use.node.name} may read {before.name} too late"
+    earlier: set[ir.Node] = set()
+    queue = [after.producer()]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in earlier:
+            earlier.add(node)
+            queue += [value.producer() for value in node.inputs if value is not None]
+    for use in before.uses():
+        assert use.node in earlier, f"{use.node.name} may read {before.name} too late"
 
 
-def _ancestors(node: ir.Node | None) -> set[ir.Node]:
-    """The node and all nodes whose results it needs."""
-    found: set[ir.Node] = set()
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [value.producer() for value in node.inputs if value is not None]
-    return found
+def narrowed(artifact: Artifact, window: int) -> tuple[Artifact, bytes]:
+    """Returns an artifact as it were with another attention window, and its serialized graph.
+
+    The weights stay: the window is only in the shapes of states and in a few constants. With a
+    window of 0 a token sees only itself, so attention needs no state.
+    """
+    manifest = artifact.manifest
+    config = replace(manifest.config, window=window)
+    activation = ACTIVATIONS[manifest.compute]
+    program = with_interface(trace(replace(config, window=max(1, window)), activation))
+    profile = PROFILES[manifest.profile]
+    if window == 0:
+        ends = ".key", ".value"
+        remaining = {name: pair for name, pair in program.states.items() if not name.endswith(ends)}
+        program = replace(program, states=remaining, nodes=tuple(map(_without_past, program.nodes)))
+        lowerings = {**profile.lowerings, _ITSELF: _attend_to_itself}
+        profile = replace(profile, lowerings=lowerings)
+    model = build_model(program, manifest.tensors, profile, exact=manifest.exact)
+    states, io = graph_interface(config, activation)
+    manifest = replace(manifest, config=config, states=states, io=io)
+    return replace(artifact, manifest=manifest), ir.to_proto(model).SerializeToString()
+
+
+_ITSELF = "attend_to_itself"
+
+
+def _without_past(node: Node) -> Node:
+    """Replaces attention by that of each token to itself: its weight is 1."""
+    if node.op != "local_attention":
+        return node
+    query, _, value = node.tensors[:3]
+    return replace(node, op=_ITSELF, inputs=(query, value), outputs=node.outputs[:1])
+
+
+def _attend_to_itself(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
+    query, value = node.tensors
+    heads = query.size(2) // value.size(2)
+    return [g.op("Concat", *[g.value(value)] * heads, axis=-1)]

@@ -1,4 +1,4 @@
-"""Which kernels compute the ops of our own domain in a model file, and why native ones do not.
+"""Finds which native kernels compute the ops of our own domain in a model file.
 
 Such an op is a model-local function with a body of standard ops, which runs where there is no
 native kernel.
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from rgexport.export.onnx.model_file import ExternalTensor, ModelFile, read_graph, read_model
-from rgexport.kernels.onnx import library as build
+from rgexport.export.onnx.model_file import ExternalTensor, read_graph, read_model
+from rgexport.kernels.onnx import library
 
 DOMAIN, VERSION = "ai.rgexport", 2
 SINCE = {"RgLruScan": 2}
@@ -43,38 +43,34 @@ class NativeOps:
     small: tuple[ExternalTensor, ...] = ()
     """External tensors that the engine reads by itself, to fold constants."""
     exact_tokens: int = 1
-    """Up to so many tokens of a step, of all rows together, give the bits that each gives alone,
-    if what is left to the engine does."""
+    """Tokens of a step, of all rows together, up to which each gets the bits that it gets alone,
+    as far as our kernels compute them."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
-    """What a model file, or a serialized model, needs, and what the library of kernels has.
+    """Compares the ops of a model file, or a serialized model, with those of our library.
 
-    Raises:
-        RequestError: the environment asks for an instruction set that does not exist.
+    Raises RequestError if the environment names an instruction set that does not exist.
     """
-    read = read_model(model if isinstance(model, bytes) else read_graph(model))
-    counts = Counter(node.op for node in read.nodes if node.domain == DOMAIN)
+    file = read_model(model if isinstance(model, bytes) else read_graph(model))
+    counts = Counter(node.op for node in file.nodes if node.domain == DOMAIN)
     ops = dict(sorted(counts.items()))
-    found, path = build.kernels(), build.library()
-    version = read.versions.get(DOMAIN, VERSION)
-    native = tuple(n for n in ops if n in found.ops and SINCE.get(n, 1) <= version)
-    if native and path:
-        kernels = f"native {found.instruction_set}"
-        names = _read_in_place(read)
-        weights = tuple(t for t in read.tensors if t.name in names)
-        small = tuple(t for t in read.tensors if t.name not in names and prod(t.shape) < _SMALL)
-        others = len(native) < len(ops) or any(node.op in _PRODUCTS for node in read.nodes)
-        exact = 1 if others else found.exact_tokens
-        return NativeOps(ops, native, path, kernels, "", weights, small, exact)
-    reason = found.reason or f"the file has no op of {', '.join(sorted(found.ops))}"
-    return NativeOps(ops, (), None, STOCK, reason)
-
-
-def _read_in_place(read: ModelFile) -> set[str]:
-    """Inputs of nodes of our domain, and of the `Gather` that looks up rows of the embedding.
-
-    The embedding is the head's table: mapped twice, its pages would count twice as memory.
-    """
-    readers = (node for node in read.nodes if node.domain == DOMAIN or node.op == "Gather")
-    return {name for node in readers for name in node.inputs}
+    kernels, path = library.kernels(), library.library()
+    version = file.versions.get(DOMAIN, VERSION)
+    native = tuple(n for n in ops if n in kernels.ops and SINCE.get(n, 1) <= version)
+    if not native or not path:
+        reason = kernels.reason or f"the file has no op of {', '.join(sorted(kernels.ops))}"
+        return NativeOps(ops, reason=reason)
+    # The embedding is the head's table: mapped twice, its pages would count twice as memory.
+    readers = (node for node in file.nodes if node.domain == DOMAIN or node.op == "Gather")
+    names = {name for node in readers for name in node.inputs}
+    has_stock_sums = len(native) < len(ops) or any(node.op in _PRODUCTS for node in file.nodes)
+    return NativeOps(
+        ops,
+        native,
+        path,
+        kernels=f"native {kernels.instruction_set}",
+        weights=tuple(t for t in file.tensors if t.name in names),
+        small=tuple(t for t in file.tensors if t.name not in names and prod(t.shape) < _SMALL),
+        exact_tokens=1 if has_stock_sums else kernels.exact_tokens,
+    )

@@ -1,6 +1,6 @@
 """Lowering profiles: the ops that a runtime has, and the lowerings that differ for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -8,8 +8,8 @@ import onnx_ir as ir
 from rgexport.export.manifest import Profile
 from rgexport.export.onnx import wasm_ops, webgpu_ops
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
-from rgexport.export.onnx.operators import OPERATORS, Ops
 from rgexport.export.onnx.storage import FileLimit
+from rgexport.export.onnx.trust import OPERATORS, Ops
 from rgexport.quantize.plan import PRECISIONS, WEB_PRECISIONS
 from rgexport.quantize.scheme import INT8_ROWS, FloatDtype, Plan, Scheme
 
@@ -56,25 +56,19 @@ class LoweringProfile:
         """All ops that the graph may have, also in bodies of functions and in subgraphs."""
         return OPERATORS[self.name]
 
-    def is_exact(self, plan: Plan, asked: bool) -> bool:
-        """Whether activations are never rounded to int8, because the user asked or by itself."""
-        return asked or (self.accuracy_level == 1 and INT8_ROWS not in plan.values())
+    def is_exact(self, plan: Plan, exact: bool) -> bool:
+        """Whether activations are never rounded to int8: with `--exact`, or by the plan."""
+        return exact or (self.accuracy_level == 1 and INT8_ROWS not in plan.values())
 
     def require_allowed(self, model: ir.Model) -> None:
         """Asserts that a model has only ops of the profile: another one is a bug of ours."""
-        for place, node in _nodes(model):
-            allowed = node.op_type in self.ops.get(node.domain, ())
-            op = f"{node.domain or 'ai.onnx'}::{node.op_type}"
-            assert allowed, f"{place}{node.name}: {op} is no op of the profile {self.name}"
-
-
-def _nodes(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
-    """Every node, also of subgraphs, with a prefix that names its function."""
-    for function in model.functions.values():
-        for node in ir.traversal.RecursiveGraphIterator(function):
-            yield f"{function.name}: ", node
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        yield "", node
+        scopes: list[tuple[str, ir.Function | ir.Graph]]
+        scopes = [(f"{function.name}: ", function) for function in model.functions.values()]
+        for prefix, scope in (*scopes, ("", model.graph)):
+            for node in ir.traversal.RecursiveGraphIterator(scope):
+                allowed = node.op_type in self.ops.get(node.domain, ())
+                op = f"{node.domain or 'ai.onnx'}::{node.op_type}"
+                assert allowed, f"{prefix}{node.name}: {op} is no op of the profile {self.name}"
 
 
 PROFILES: dict[str, LoweringProfile] = {

@@ -10,17 +10,17 @@ from itertools import accumulate, pairwise
 
 import onnx_ir as ir
 
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import group_name
 from rgexport.quantize.scheme import Mixed
 
-Lowering = Callable[[Emitter, Node], Sequence[ir.Value]]
+Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
 _WEIGHT = 1
 """The input that may be stored in row groups, of each of these ops."""
 
 
-def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
+def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
     """Lowers a node, once for each row group if its weight has several."""
     combine = _OPS.get(node.op)
     weight = node.inputs[_WEIGHT] if combine else None
@@ -35,7 +35,7 @@ def by_groups(g: Emitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
 
 
 def _linear(
-    g: Emitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
 ) -> ir.Value:
     """The products side by side, gathered in the order of the rows, plus the bias."""
     x, weight, bias = node.inputs
@@ -54,7 +54,7 @@ def _linear(
 
 
 def _embedding(
-    g: Emitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
 ) -> ir.Value:
     """Each token's row from its group; the other groups look up some row of theirs."""
     ids, table = node.inputs
@@ -80,7 +80,7 @@ def _embedding(
     return g.typed(result, node.outputs[0].dtype)
 
 
-def _within(g: Emitter, position: ir.Value, start: int, stop: int, is_last: bool) -> ir.Value:
+def _within(g: OnnxEmitter, position: ir.Value, start: int, stop: int, is_last: bool) -> ir.Value:
     """Whether start ≤ position < stop; every position is below the end of the last group."""
     from_start = g.op("GreaterOrEqual", position, g.constant(start, "int32"))
     if is_last:

@@ -1,4 +1,4 @@
-"""Lowerings for WebAssembly: products of int8 weights and of activations in two int8 digits.
+"""Lowers for WebAssembly: products of int8 weights and of activations in two int8 digits.
 
 ONNX Runtime has a fast integer product there, but none for blocks: `MatMulNBits` takes 7 times as
 long per weight. Every token is rounded by itself, so a step and a prefill see the same integers.
@@ -18,9 +18,9 @@ import onnx_ir as ir
 
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import Emitter
-from rgexport.export.onnx.operators import MICROSOFT
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.storage import initializer
+from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.quantize.scheme import INT8_ROWS, Affine
 
@@ -36,7 +36,7 @@ _LEAST = 1e-30
 """Lower bound of the largest activation of a row, so that its scale is not zero."""
 
 
-def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """`x · weightᵀ + bias`, in integers if the weight has a scale per row."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
@@ -53,8 +53,7 @@ def linear(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.cast(y, node.outputs[0].dtype)]
 
 
-def _by_digits(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
-    """The product in integers."""
+def _by_digits(g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
     digits, scale = _digits(g, x)
     zero = g.constant(_ZERO_POINT, "uint8")
     sums = g.op("MatMulInteger", digits, g.part(weight, COLUMNS), zero, zero)
@@ -65,9 +64,9 @@ def _by_digits(g: Emitter, x: ir.Value, weight: Value, bias: ir.Value | None) ->
 
 
 def _in_pieces(
-    g: Emitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
+    g: OnnxEmitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
 ) -> ir.Value:
-    """The product with a large matrix in blocks, such as the head, as several products.
+    """Splits the product with a large matrix in blocks, such as the head, into several.
 
     `MatMulNBits` unpacks all of its weights to float32 there, and WebAssembly has 4 GB.
     """
@@ -90,9 +89,9 @@ def _in_pieces(
 
 
 def _rows_of(
-    g: Emitter, weight: Value, label: str, start: int, shape: tuple[int, ...]
+    g: OnnxEmitter, weight: Value, label: str, start: int, shape: tuple[int, ...]
 ) -> ir.Value | None:
-    """Rows of a part from `start` on, in the shape `shape`; None where there is no such part."""
+    """Returns rows of a part from `start` on, in `shape`; None if there is no such part."""
     part = g.stored(weight).parts.get(label)
     if part is None:
         return None
@@ -100,7 +99,7 @@ def _rows_of(
     return g.initializer(initializer(piece, f"{weight.name}.{label}.from.{start}"))
 
 
-def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Columns of the head's matrix, as rows of float32, times the scale."""
     ids, table = node.tensors
     if g.stored(table).scheme != INT8_ROWS:
@@ -113,7 +112,7 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def _digits(g: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _digits(g: OnnxEmitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Digits [2 · B, T, K] uint8 of x [B, T, K] float32, and the scales [B, T, 1] of its rows."""
     largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
     largest = g.op("Max", largest, g.constant(_LEAST, "float32"))
@@ -125,8 +124,7 @@ def _digits(g: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return g.cast(g.op("Add", both, g.constant(_ZERO_POINT, "float32")), "uint8"), scale
 
 
-def _scales(g: Emitter, weight: Value) -> ir.Value:
-    """One scale per row: [out]."""
+def _scales(g: OnnxEmitter, weight: Value) -> ir.Value:
     scales = g.part(weight, "scales", (weight.size(0),))
     assert scales is not None
     return scales

@@ -1,4 +1,4 @@
-"""Lowerings for WebGPU: only ops for which ONNX Runtime has kernels there, in their types.
+"""Lowers for WebGPU: only ops for which ONNX Runtime has kernels there, in their types.
 
 Shapes and token ids are int64, which ONNX Runtime keeps on the CPU; masks and slots are computed
 from positions in float32, which is exact up to 4 million.
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.attention_ops import ring_attention
-from rgexport.export.onnx.emitter import Emitter
+from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.graph import END, GraphBuilder
-from rgexport.export.onnx.operators import MICROSOFT
+from rgexport.export.onnx.lowering import ring_attention
+from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.quantize.scheme import Affine
@@ -23,7 +23,7 @@ _UNSEEN = -1e30
 """Added to the score of a masked key; infinities are not safe in shaders."""
 
 
-def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Rows of the table that the head reads, unpacked by one op; padding is cut off."""
     ids, table = node.tensors
     scheme, columns = g.stored(table).scheme, table.size(1)
@@ -46,18 +46,18 @@ def embedding(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def gelu(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """Gelu in its tanh form, in the type of its input."""
     return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
 
 
-def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def rg_lru_scan(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """`LinearAttention` with a head of size 1 per channel, whose queries and keys are 1."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
     width = node.tensors[0].size(2)
     one, two = (g.constant(number, "float32") for number in (1, 2))
     zero = g.constant(0, "float32")
-    first = g.op("Equal", g.op("Unsqueeze", _float(g, positions), g.constant([2])), zero)
+    first = g.op("Equal", g.op("Unsqueeze", g.cast(positions, "float32"), g.constant([2])), zero)
 
     # Not decay · Sigmoid(gate): see `functions`.
     odds = g.op("Exp", g.op("Neg", recurrence_gate))
@@ -85,7 +85,7 @@ def rg_lru_scan(g: Emitter, node: Node) -> Sequence[ir.Value]:
     return [h, g.op("Reshape", present, g.constant([0, width]))]
 
 
-def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
+def _decay(g: OnnxEmitter, a_param: ir.Value) -> ir.Value:
     """-8 softplus(a_param), which runtimes fold when they load the file.
 
     softplus(p) = max(p, 0) + log1p(u), u = exp(-|p|), and log1p(u) = u · log(1 + u) / (1 + u - 1),
@@ -93,23 +93,23 @@ def _decay(g: Emitter, a_param: ir.Value) -> ir.Value:
     """
     one, zero = g.constant(1, "float32"), g.constant(0, "float32")
     u = g.op("Exp", g.op("Neg", g.op("Abs", a_param)))
-    more = g.op("Add", u, one)
-    shown = g.op("Sub", more, one)
-    lost = g.op("Equal", shown, zero)
-    ratio = g.op("Div", g.op("Log", more), g.op("Where", lost, one, shown))
+    raised = g.op("Add", u, one)
+    digits = g.op("Sub", raised, one)
+    lost = g.op("Equal", digits, zero)
+    ratio = g.op("Div", g.op("Log", raised), g.op("Where", lost, one, digits))
     log1p = g.op("Mul", u, g.op("Where", lost, one, ratio))
     softplus = g.op("Add", g.op("Relu", a_param), log1p)
     return g.op("Mul", softplus, g.constant(RG_LRU_C, "float32"))
 
 
-def local_attention(g: Emitter, node: Node) -> Sequence[ir.Value]:
+def local_attention(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     """The general lowering with mask and slots in float32."""
     return ring_attention(g, node, *g.inputs(node), mask=_mask, slots=_ring_slots)
 
 
 def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
-    """As `attention_ops._mask`, with `_UNSEEN` instead of minus infinity."""
-    positions = _float(g, positions)
+    """The mask of `lowering` in float32, with `_UNSEEN` instead of minus infinity."""
+    positions = g.cast(positions, "float32")
     last = g.op("Sub", g.slice(positions, 0, 1, 1), g.constant(1, "float32"))
     slots = g.constant(list(range(window)), "float32")
     age = _modulo(g, g.op("Sub", last, slots), window)
@@ -124,11 +124,11 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
-    """As `attention_ops._ring_slots`."""
+    """The slots of `lowering`, in float32."""
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
     zero = g.op("Squeeze", g.cast(never, "float32"), g.constant([3]))
-    slots = _modulo(g, g.slice(_float(g, positions), -window, END, 1), window)
+    slots = _modulo(g, g.slice(g.cast(positions, "float32"), -window, END, 1), window)
     slots = g.op("Add", g.op("Unsqueeze", slots, g.constant([2])), zero)
     batch = g.op("Squeeze", g.op("Shape", positions, start=0, end=1))
     bounds = g.constant(0, "float32"), g.cast(batch, "float32"), g.constant(1, "float32")
@@ -143,10 +143,6 @@ def _modulo(g: GraphBuilder, x: ir.Value, size: int) -> ir.Value:
     halved = g.op("Add", x, g.constant(0.5, "float32"))
     turns = g.op("Floor", g.op("Div", halved, g.constant(size, "float32")))
     return g.op("Sub", x, g.op("Mul", turns, g.constant(size, "float32")))
-
-
-def _float(g: GraphBuilder, positions: ir.Value) -> ir.Value:
-    return g.cast(positions, "float32")
 
 
 LOWERINGS = {

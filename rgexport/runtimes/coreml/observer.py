@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.states import feature_name
+from rgexport.export.coreml.manifest import CoreMLManifest, feature_name
 from rgexport.export.mil.package import Package, open_package
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State

@@ -11,17 +11,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.segments import Segment, in_order
-from rgexport.export.coreml.states import (
+from rgexport.export.coreml.manifest import (
     HIDDEN,
     HIDDEN_OUTPUT,
     RECURRENT,
     RECURRENT_OUTPUT,
+    CoreMLManifest,
     io_record,
     recurrent_layers,
     stored_states,
 )
+from rgexport.export.coreml.segments import Segment, in_order
 from rgexport.export.mil.package import open_package
 
 _ROWS = -2

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.allocations import require_trusted
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import read_graph
 from rgexport.export.onnx.native import native_ops
+from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
 from rgexport.runtimes.engine import Engine, Observer, OpenNarrow
@@ -25,7 +25,7 @@ class OnnxEngine(Engine):
 
     def narrowing(self, artifact: Artifact) -> OpenNarrow:
         """Returns a function that puts the weights into another graph, which torch traces."""
-        from rgexport.export.onnx.narrowing import narrowed
+        from rgexport.export.onnx.model import narrowed
         from rgexport.runtimes.onnx.session import OrtSession
 
         def open_narrow(window: int, threads: int | None) -> Session:

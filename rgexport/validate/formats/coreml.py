@@ -6,13 +6,12 @@ from math import prod
 from typing import Any
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import KIND, CoreMLManifest
+from rgexport.export.coreml.manifest import KIND, CoreMLManifest, Form
 from rgexport.export.coreml.package import model_file
 from rgexport.export.coreml.segments import PackagePlan, packages
-from rgexport.export.coreml.states import Form
 from rgexport.export.coreml.storage import Storage
 from rgexport.export.manifest import Manifest
-from rgexport.export.mil.messages import messages
+from rgexport.export.mil.decoder import messages
 from rgexport.export.mil.package import MAX_MODEL_BYTES
 from rgexport.files.paths import read_regular
 from rgexport.griffin.layout import model_tensors

@@ -13,9 +13,8 @@ import numpy as np
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.architecture import architecture
 from rgexport.export.gguf.artifact import GgufArtifact
-from rgexport.export.gguf.naming import ARCHITECTURE, file_tensors
+from rgexport.export.gguf.naming import ARCHITECTURE, architecture, file_tensors
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rgexport import progress, tables
-from rgexport.export.request import as_argument
+from rgexport.export.advice import as_argument
 from rgexport.tables import Table
 from rgexport.units import amount
 from rgexport.validate.continuations import Continuation

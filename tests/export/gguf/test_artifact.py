@@ -167,5 +167,5 @@ def test_a_check_counts_only_for_the_types_that_it_was_made_for(checked, tmp_pat
 
 
 def test_a_manifest_of_another_version_is_refused(sound, monkeypatch):
-    monkeypatch.setattr("rgexport.export.gguf.embedded.FORMAT_VERSION", 2)
+    monkeypatch.setattr("rgexport.export.gguf.integrity.FORMAT_VERSION", 2)
     assert "format version is 1; this rgexport reads 2" in refusal(sound.path)

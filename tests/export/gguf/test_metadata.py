@@ -10,7 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.gguf import vocabulary as kinds
 from rgexport.export.gguf.metadata import metadata
 from rgexport.export.gguf.vocabulary import read_vocabulary
-from rgexport.export.tokenizer_json import write_tokenizer_json
+from rgexport.export.tokenizer import write_tokenizer_json
 from rgexport.griffin.chat_template import read_chat_template
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from tests.artifacts import export_random_gguf

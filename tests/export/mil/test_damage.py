@@ -43,7 +43,7 @@ DAMAGES: dict[str, Damage] = {
     "dropped state write": Damage(edit(edits.drop_write), "state layers_1_key is never written"),
     "swapped state writes": Damage(
         edit(edits.swap_writes),
-        r"decode: write_state layers_1_key\S*: it writes the state layers_1_key with what does not",
+        r"decode: write_state layers_1_key\S*: the new value of the state layers_1_key does not",
     ),
     "state of one function alone": Damage(
         edit(edits.forget_state),

@@ -10,21 +10,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rgexport.export.onnx.attention_ops import _ring_attention
-from rgexport.export.onnx.functions import function_of
-from rgexport.export.onnx.pointwise_ops import _norm, _soft_cap
-from rgexport.export.onnx.recurrent_ops import _shifted_products
+from rgexport.export.onnx.emitter import function_of
+from rgexport.export.onnx.lowering import attention, capped, convolved, gelu_mul, norm
 from tests.kernels.onnx.one_node import Arrays, Case, Worker, model, run_model
 from tests.kernels.onnx.quant_matrix import activations, random_matrix
 from tests.kernels.onnx.test_float_ops import attention_case, conv_case, positions, scan_case
 
 BAD = [np.nan, -np.nan, np.inf, -np.inf]
 BODIES = {
-    "LocalAttention": _ring_attention,
-    "CausalConv1d": _shifted_products,
-    "RmsNorm": _norm,
-    "SoftCap": _soft_cap,
-    "GeluMul": lambda g, node, gate, up: [g.op("Mul", g.op("Gelu", gate, approximate="tanh"), up)],
+    "LocalAttention": attention,
+    "CausalConv1d": convolved,
+    "RmsNorm": norm,
+    "SoftCap": capped,
+    "GeluMul": gelu_mul,
 }
 
 

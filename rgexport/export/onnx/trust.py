@@ -1,4 +1,4 @@
-"""Bounds on the tensors that a graph declares, before an engine allocates them.
+"""Refuses a graph before an engine opens it: unknown ops, or tensors that no model has.
 
 Sizes that a graph computes from its inputs are not known here. Those that it computes from
 constants are: an engine would allocate such tensors while it opens the file, to fold constants.
@@ -8,7 +8,7 @@ import operator
 import sys
 from bisect import bisect_right
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,66 @@ from google.protobuf.message import DecodeError
 
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import Manifest, Profile
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import (
     LOCATIONS,
+    MAX_NODES,
     ExternalTensor,
     external_tensor,
     parse_model,
     subgraphs,
 )
-from rgexport.export.onnx.operators import require_known_ops
+from rgexport.export.onnx.native import DOMAIN
+
+Ops = Mapping[str, frozenset[str]]
+"""Domain → names of ops."""
+
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own ops, in every stock build."""
+
+_EVERYWHERE = frozenset(
+    """
+    Abs Add And BitShift BitwiseAnd Cast Concat Constant Cos Div Equal Exp Expand Gather Gelu Gemm
+    GreaterOrEqual Identity Less LessOrEqual MatMul Mod Mul Neg RMSNormalization Range Reshape
+    RotaryEmbedding Scan ScatterND Shape Sigmoid Sin Slice Softmax Softplus Sqrt Squeeze Sub Tanh
+    Transpose Unsqueeze Where
+    """.split()
+)
+"""Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""
+_NATIVE = frozenset(
+    """
+    AddRmsNorm CausalConv1d GeluMul LocalAttention QuantLinear QuantLinear2 QuantLinear3 RgLruScan
+    RmsNorm SoftCap
+    """.split()
+)
+_WEBGPU = frozenset(
+    """
+    Abs Add And Cast Concat Cos Div Equal Exp Expand Floor Gather Gelu Gemm GreaterOrEqual Identity
+    Less LessOrEqual Log MatMul Mul Neg RMSNormalization Range Relu Reshape RotaryEmbedding
+    ScatterND Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
+    """.split()
+)
+"""Ops with kernels in onnxruntime-web 1.30."""
+
+OPERATORS: Mapping[Profile, Ops] = {
+    "cpu": {
+        "": _EVERYWHERE | {"BitwiseOr", "BitwiseXor"},
+        MICROSOFT: frozenset({"MatMulNBits"}),
+        DOMAIN: _NATIVE,
+    },
+    "wasm": {
+        "": _EVERYWHERE | {"MatMulInteger", "Max", "ReduceMax", "Round", "Split"},
+        MICROSOFT: frozenset({"MatMulNBits"}),
+    },
+    "webgpu": {
+        "": _WEBGPU,
+        MICROSOFT: frozenset({"GatherBlockQuantized", "LinearAttention", "MatMulNBits"}),
+    },
+}
+"""Profile → all ops that a graph may have, also in bodies of functions and in subgraphs."""
+_EARLIER = {DOMAIN: frozenset({"BlockDiagonalLinear"})}
+"""Ops that only earlier versions wrote."""
 
 MOST_ELEMENTS = 1 << 28
 """Of a tensor that is no weight: a GB in float32."""
@@ -56,7 +106,7 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
     except DecodeError:
         raise RequestError(f"{path} is not an ONNX model, or is damaged") from None
     if not artifact.allow_foreign:
-        require_known_ops(path, parsed, manifest.profile)
+        _require_known_ops(path, parsed, manifest.profile)
     tensors = []
     for scope in (parsed.graph, *parsed.function):
         tensors += _Scope(path, scope, ChainMap()).external
@@ -70,6 +120,27 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
         )
 
 
+def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
+    """Refuses ops that an exporter of this profile does not write, also in functions."""
+    queue: list[Any] = [model.graph, *model.function]
+    count = 0
+    while queue:
+        nodes = queue.pop().node
+        count += len(nodes)
+        if count > MAX_NODES:
+            raise RequestError(f"{path} has more than {MAX_NODES} nodes; expected fewer")
+        for node in nodes:
+            domain, op = (text.decode(errors="replace") for text in (node.domain, node.op_type))
+            domain = "" if domain == "ai.onnx" else domain
+            if not any(op in ops.get(domain, ()) for ops in (OPERATORS[profile], _EARLIER)):
+                name = one_line(f"{domain or 'ai.onnx'}::{op}")
+                raise _not_ours(
+                    f"{path} has the op {name}, which rgexport does not write for the profile "
+                    f"{profile}: the file is not its export"
+                )
+            queue.extend(subgraphs(node))
+
+
 def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
     """Checks that each tensor lies within a part of a weight."""
     weights = [part for stored in manifest.tensors.values() for part in stored.parts.values()]
@@ -79,11 +150,17 @@ def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifes
         before = bisect_right(spans, (tensor.file, start, sys.maxsize)) - 1
         file, _, end = spans[max(0, before)]
         if before < 0 or file != tensor.file or stop > end:
-            raise RequestError(
+            raise _not_ours(
                 f"{path} has the tensor {one_line(tensor.name)} of {_nbytes(tensor)} bytes, where "
-                "rgexport.json has no weight of that size: the file is not rgexport's export; if "
-                "you trust who made it, pass --allow-foreign (in Python, allow_foreign=True)"
+                "rgexport.json has no weight of that size: the file is not rgexport's export"
             )
+
+
+def _not_ours(complaint: str) -> RequestError:
+    return RequestError(
+        f"{complaint}; if you trust who made it, pass --allow-foreign (in Python, "
+        "allow_foreign=True)"
+    )
 
 
 def _nbytes(tensor: ExternalTensor) -> int:
@@ -119,7 +196,7 @@ class _Scope:
             self.external += _Scope(self._path, graph, self._known).external
 
     def _constant(self, node: Any) -> Sizes | None:
-        """The items of a constant that stands in an attribute."""
+        """Checks the tensors in attributes; returns the items of a constant."""
         sizes: Sizes | None = None
         for attribute in node.attribute:
             self._require_small(prod(attribute.sparse.dims), "a sparse tensor")
@@ -129,7 +206,7 @@ class _Scope:
                 sizes = list(attribute.ints)
             elif attribute.name == b"value_int":
                 sizes = [attribute.i]
-        return sizes if node.op_type == b"Constant" else None
+        return sizes
 
     def _tensor(self, tensor: Any) -> Sizes | None:
         if tensor.data_location == LOCATIONS["EXTERNAL"]:
@@ -150,18 +227,29 @@ class _Scope:
 
 
 def _items(tensor: Any) -> Sizes | None:
-    """The integers of a small tensor in the file."""
+    """Returns the integers of a small tensor in the file."""
     dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
     if dtype is None or not 0 <= count <= _SMALL:
         return None
-    size = count * np.dtype(dtype).itemsize
-    if len(tensor.raw_data) == size:
+    if len(tensor.raw_data) == count * np.dtype(dtype).itemsize:
         return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
     return [*tensor.int64_data[:count], *tensor.int32_data[:count]]
 
 
+_SAME = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+"""Ops that keep the items of their first input."""
+_ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
+_SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Resize": 3}
+"""Op → its input that is the shape of its result."""
+_GROWING: dict[str, Callable[[list[int]], int]] = {
+    "Concat": sum,
+    **dict.fromkeys(("Tile", "Identity", "Cast", "Add", "Mul"), max),
+}
+"""Op → how its result's size follows from those of its inputs."""
+
+
 def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
-    """The items of a node's first result, as far as they follow from those of its inputs."""
+    """Returns the items of a node's first result, as far as they follow from its inputs."""
     if operation in _SAME:
         return inputs[0] if inputs else None
     if operation == "Concat":
@@ -173,39 +261,20 @@ def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
     if first is None or second is None:
         return None
     count = max(len(first), len(second))
-    pairs = zip(_spread(first, count), _spread(second, count), strict=False)
+    first, second = (list(x) * count if len(x) == 1 else x for x in (first, second))
+    pairs = zip(first, second, strict=False)
     return [_computed(_ARITHMETIC[operation], a, b) for a, b in pairs]
 
 
-def _spread(items: Sizes, count: int) -> Sizes:
-    return list(items) * count if len(items) == 1 else items
-
-
 def _computed(function: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
-    """A result that is cut at the limit, so that numbers do not grow without end."""
+    """Cuts the result at the limit, so that numbers do not grow without end."""
     if a is None or b is None:
         return None
     return max(-MOST_ELEMENTS - 1, min(function(a, b), MOST_ELEMENTS + 1))
 
 
-_SAME = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-"""Ops that keep the items of their first input."""
-_ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
-_SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Resize": 3}
-"""Op → its input that is the shape of its result."""
-_GROWING: dict[str, Callable[[list[int]], int]] = {
-    "Concat": sum,
-    "Tile": max,
-    "Identity": max,
-    "Cast": max,
-    "Add": max,
-    "Mul": max,
-}
-"""Op → how its result's size follows from those of its inputs."""
-
-
 def _least_elements(operation: str, inputs: list[Sizes | None], least: list[int]) -> int:
-    """The elements that a result has at least, as far as constants tell."""
+    """Returns the elements that a result has at least, as far as constants tell."""
     elements = _GROWING[operation](least) if operation in _GROWING and least else 1
     if _SHAPES.get(operation, len(inputs)) < len(inputs):
         elements = max(elements, _product(inputs[_SHAPES[operation]]))

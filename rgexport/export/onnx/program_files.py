@@ -1,0 +1,125 @@
+"""Writes the files by which onnxruntime-genai and transformers.js run an artifact as it is.
+
+The names of recurrent states are not in `genai_config.json`: versions before 0.16 refuse them, and
+every version derives them from the names of the keys. A fixed axis of keys and values makes them a
+cache that is updated in place, so a conversation may be longer than the window.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rgexport import npm
+from rgexport._version import __version__
+from rgexport.errors import RequestError
+from rgexport.export.identity import identity_of
+from rgexport.export.manifest import Manifest
+from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
+from rgexport.export.tokenizer import ControlIds
+from rgexport.files.typed_json import to_json
+from rgexport.griffin.chat_template import chat_template
+from rgexport.griffin.config import GriffinConfig
+from rgexport.kernels.onnx import library
+
+GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
+MODULES = "recurrent_gemma.mjs", "state_file.mjs"
+"""The class that transformers.js lacks."""
+_CONTEXT = 1 << 20
+"""Most tokens of a conversation; a state of fixed size has no limit of its own."""
+_LENGTH = 8192
+"""The same where a program sets none."""
+
+
+def write_genai_config(
+    folder: Path, config: GriffinConfig, ids: ControlIds, files: Iterable[str]
+) -> None:
+    """Writes `genai_config.json`; it names our kernels if they are among the artifact's `files`."""
+    fields = _genai_config(config, ids)
+    if kernels := kernels_among(files):
+        fields["model"]["decoder"]["session_options"]["custom_ops_library"] = kernels
+    _write_json(folder / GENAI_CONFIG, fields)
+
+
+def kernels_among(files: Iterable[str]) -> str | None:
+    """Returns the file of native kernels, made for any system; None where there is none."""
+    return next((name for name in sorted(files) if Path(name).stem == library.LIBRARY.stem), None)
+
+
+def require_kernels() -> Path:
+    """Returns the library of kernels for this machine; raises RequestError without one."""
+    path = library.library()
+    if path is None:
+        raise RequestError(
+            f"--genai-native copies the native kernels, but {library.kernels().reason}; "
+            "or leave it out, and onnxruntime-genai runs its own"
+        )
+    return path
+
+
+def _genai_config(config: GriffinConfig, ids: ControlIds) -> dict[str, Any]:
+    decoder = {
+        "filename": MODEL_FILE,
+        "head_size": config.head_dim,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": config.num_layers,
+        # 0 is ONNX Runtime's own choice; genai's is half of it on machines with two processors.
+        "session_options": {"provider_options": [], "intra_op_num_threads": 0},
+        "inputs": {
+            "input_ids": "input_ids",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {
+        "type": "decoder",
+        **ids.fields(),
+        "context_length": _CONTEXT,
+        "vocab_size": config.vocab_size,
+        "decoder": decoder,
+    }
+    # Version 0.14 demands the last one.
+    search = {"do_sample": False, "max_length": _LENGTH, "past_present_share_buffer": True}
+    return {"model": model, "search": search}
+
+
+def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
+    """Writes `config.json`, and copies the modules, which read `rgexport` in it."""
+    template, _ = chat_template(folder)
+    config = manifest.config
+    fields = {
+        "model_type": "recurrent_gemma",
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        **ids.fields(),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "block_types": list(config.block_types),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": 1,
+        "head_dim": config.head_dim,
+        "attention_window_size": config.window,
+        "rgexport": {
+            "version": __version__,
+            "identity": asdict(identity_of(manifest, template)),
+            "states": [to_json(record) for record in manifest.states],
+            "data_files": weight_files(manifest),
+        },
+    }
+    _write_json(folder / CONFIG, fields)
+    for name in MODULES:
+        shutil.copyfile(Path(npm.__file__).with_name(name), folder / name)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
