@@ -31,7 +31,7 @@ from rgexport.griffin.safetensors_writer import write_weights
 from rgexport.griffin.sizes import DEMO
 from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, render
 from rgexport.validate.checks import Check
 from rgexport.validate.opening import Request
 from rgexport.validate.reference.capture import capture

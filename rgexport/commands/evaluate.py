@@ -88,21 +88,21 @@ def evaluate(
 ) -> None:
     """Measures what models can do: texts, memory, windows, a million tokens, benchmarks.
 
-    MODEL is an artifact of any format, another GGUF file, a checkpoint, or `demo`; the first one is
-    what the others are compared with.
+    MODEL is an artifact of any format, a checkpoint, or `demo`; the others are compared with the
+    first one.
     """
+    from rgexport.evaluate.models import open_models
     from rgexport.evaluate.report import JSON, as_text, write_files
-    from rgexport.evaluate.request import Request, require_overlap
+    from rgexport.evaluate.request import EvaluationRequest, require_overlap
     from rgexport.evaluate.run import evaluate as run
     from rgexport.evaluate.run import require_known
-    from rgexport.evaluate.subjects import open_subjects
     from rgexport.runtimes.cluster import connected
 
     names = require_known(suites, settings["tasks"])
     require_overlap(settings["stride"], settings["context"])
-    subjects = open_subjects(models, allow_foreign=allow_foreign)
-    request = Request(folder=output, texts=texts, **settings)
+    opened = open_models(models, allow_foreign=allow_foreign)
+    request = EvaluationRequest(folder=output, texts=texts, **settings)
     with connected(cluster) as workers:
-        found = run(subjects, names, request, threads=threads, workers=workers)
-    print_result(as_text(found), end="")
-    print_result(f"{write_files(found, output)} has the curves, {output / JSON} all figures.")
+        evaluation = run(opened, names, request, threads=threads, workers=workers)
+    print_result(as_text(evaluation), end="")
+    print_result(f"{write_files(evaluation, output)} has the curves, {output / JSON} all figures.")

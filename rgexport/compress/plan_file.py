@@ -16,7 +16,7 @@ from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.progress import amount
 from rgexport.quantize.scheme import Plan, scheme_to_dict
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, render
 from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
 from rgexport.validate.report.page import templates_of
 from rgexport.validate.report.words import number, plus_minus

@@ -5,6 +5,7 @@ Canonical names and shapes are Hugging Face's without the leading `model.`; line
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer import Op, Role, all_ops, layer_ops
@@ -96,3 +97,8 @@ def model_tensors(config: GriffinConfig) -> dict[str, TensorSpec]:
     for index in range(config.num_layers):
         tensors |= layer_tensors(config, index)
     return tensors | {"final_norm.weight": TensorSpec((config.width,), "norm")}
+
+
+def float32_bytes(config: GriffinConfig) -> int:
+    """Returns the size of all weights in float32."""
+    return 4 * sum(prod(spec.shape) for spec in model_tensors(config).values())

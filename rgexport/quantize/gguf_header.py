@@ -101,16 +101,6 @@ def read_header(path: Path) -> GgufHeader:
         return _read(cursor)
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The values alone, of a file whose tensors may be of types that `read_header` does not know.
-
-    Raises:
-        RequestError: as `read_header`, but for what is said of tensors.
-    """
-    with _opened(path) as cursor:
-        return _read_values(cursor).values
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator["Cursor"]:
     try:

@@ -1,13 +1,13 @@
 """Runs an artifact over one text and compares it with the references' passes over the same text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from rgexport.griffin.state import State
 from rgexport.progress import task
+from rgexport.runtimes.blocks import MAX_BLOCK, block_size, blocks, whole_chunks
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
 from rgexport.validate.equivalences import (
@@ -30,10 +30,6 @@ from rgexport.validate.positions import (
 )
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
-
-LOGITS_BYTES = 192 << 20
-"""Logits of a block of positions, the artifact's and one reference's together."""
-MAX_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +112,7 @@ def measure(
     counted = session.position.tolist() == [len(tokens)]
     chunk = Chunk(logits, session.get_state())
     ending = Ending(tokens[long:], before[long], chunk)
-    same = equivalences(session, tokens[again:], before[again], chunk, _block_size(session))
+    same = equivalences(session, tokens[again:], before[again], chunk, block_size(session))
     same |= from_start(session, tokens[: len(head)], head, chunk.state)
     if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
         same["long"] = long_call(session, ending)
@@ -181,24 +177,3 @@ def _compare(
         state = recent(session.get_state())
         for side in sides:
             side.see_state(stop, state)
-
-
-def _block_size(session: Session) -> int:
-    """Positions whose logits fit into `LOGITS_BYTES`; whole chunks where they are that short."""
-    size = min(MAX_BLOCK, max(STEPS, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
-    chunk = session.info.prefill_chunk
-    return size - size % chunk if session.info.whole_chunks and size > chunk else size
-
-
-def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
-    """The positions between chunks, where these have a fixed length; else all positions."""
-    whole = session.info.prefill_chunk if session.info.whole_chunks else 1
-    return {position for position in positions if position % whole == 0}
-
-
-def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Blocks of positions whose logits fit into memory; one begins or ends at each edge."""
-    size = _block_size(session)
-    for first, last in pairwise(sorted({0, *edges})):
-        for start in range(first, last, size):
-            yield start, min(start + size, last)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from rgexport.export.manifest import Manifest
+from rgexport.griffin.layout import float32_bytes
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.progress import amount, group, note, task
 from rgexport.runtimes.engine import engine_of, open_session
@@ -22,7 +23,6 @@ from rgexport.validate.opening import Opened
 from rgexport.validate.portable import longest_call, portable
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
-from rgexport.validate.reference.implementations import float32_bytes
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.rounding_cost import RoundingCost, rounding_cost
 from rgexport.validate.weights.input_mixtures import Mixtures

@@ -3,12 +3,12 @@
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -94,11 +94,6 @@ def _encode_built_in(tokenizer: Tokenizer, window: int, limit: int | None) -> Te
     if wanted <= once and limit is None:
         return encode(encoder, tokenizer.bos_id, text, "built-in", MAX_TOKENS)
     return encode(encoder, tokenizer.bos_id, text * -(-wanted // once), "built-in", wanted)
-
-
-def built_in_text() -> str:
-    """Prose, code, tables, numbers, other languages, emoji and a conversation; 5.9 kB."""
-    return (files("rgexport.validate") / "sample.txt").read_text("utf-8")
 
 
 def random_text(vocab_size: int, length: int) -> Text:

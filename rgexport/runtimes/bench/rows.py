@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from rgexport.progress import amount
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, render
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rgexport import __version__
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
@@ -26,7 +27,6 @@ from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.sentencepiece_file import MAX_BYTES, NORMAL
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
 from rgexport.progress import without_warnings
-from rgexport.validate.text import built_in_text
 
 Items = Mapping[str, str | None]
 """Name → value in words; None where there is none."""

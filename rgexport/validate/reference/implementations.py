@@ -1,12 +1,12 @@
 """Which implementation computes a reference: rgexport's own, or DeepMind's."""
 
-import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from rgexport.errors import NotInstalled, RequestError
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.device import torch_device
+from rgexport.griffin.layout import float32_bytes
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import amount, note
@@ -66,29 +66,6 @@ def _deepmind(device: str) -> MakeReference:
     return make
 
 
-def torch_device(device: str = "auto") -> str:
-    """A device that torch can use; `auto` is CUDA where there is one.
-
-    Raises:
-        NotInstalled: there is no torch.
-        RequestError: it has no such device.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise NotInstalled(
-            "this needs torch for the reference model: pip install 'rgexport[export]'"
-        ) from None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
-    return device
-
-
 def _cuda_or_cpu(device: str) -> str:
     """A device for rgexport's own reference, which takes torch only on a GPU."""
     if device == "cpu" or (device == "auto" and find_spec("torch") is None):
@@ -110,11 +87,6 @@ def _own(device: str, low_memory: bool) -> MakeReference:
         return Reference(config, weights, device=device, keep=keep)
 
     return make
-
-
-def float32_bytes(config: GriffinConfig) -> int:
-    """Size of all weights in float32."""
-    return 4 * sum(math.prod(spec.shape) for spec in model_tensors(config).values())
 
 
 def _free_bytes(device: str) -> int | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.validate.text import SEED, Text, built_in_text, encode
+from rgexport.validate.text import SEED, Text, encode
 
 LONG_WINDOWS = 2.25
 """Length of the longest built-in prompt in windows, …"""

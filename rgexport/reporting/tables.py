@@ -1,4 +1,4 @@
-"""Text and tables on a terminal."""
+"""Tables for a terminal and for Markdown."""
 
 import io
 import shutil
@@ -29,10 +29,35 @@ class Table:
     numbers: Collection[str] = ()
 
 
-def render(parts: Iterable[str | Table]) -> str:
-    """Lines and tables one below another, as wide as the terminal (110 columns elsewhere).
+@dataclass(frozen=True)
+class BarTable:
+    """A table of a page with a bar in each row.
 
-    Control characters, which names from a file may hold, are replaced.
+    Attributes:
+        header: the columns but the bar.
+        numbers: columns that are set flush right.
+        bar: the meaning of the bars.
+        rows: as in `Table`.
+        shares: the lengths of the bars, 1 being the whole length; longer ones turn red.
+    """
+
+    header: Row
+    numbers: Row
+    bar: str
+    rows: Sequence[Row]
+    shares: list[float]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table; all columns but the first are set flush right."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def render(blocks: Iterable[str | Table]) -> str:
+    """Returns lines and tables one below another, as wide as the terminal or 110 columns.
+
+    Control characters, which names from a file may hold, are escaped.
     """
     from rich.console import Console
 
@@ -40,17 +65,17 @@ def render(parts: Iterable[str | Table]) -> str:
     columns = shutil.get_terminal_size().columns if terminal else 110
     buffer = io.StringIO()
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
-    for part in parts:
-        if isinstance(part, str):
-            text = printable(part, kept="\n")
+    for block in blocks:
+        if isinstance(block, str):
+            text = printable(block, kept="\n")
             console.print(_wrapped(text, columns) if terminal else text, soft_wrap=True)
         else:
-            _print_table(console, part)
+            _print_table(console, block)
     return buffer.getvalue()
 
 
 def _wrapped(text: str, columns: int) -> str:
-    """Lines broken between words; one that is too wide, such as a path, is left whole."""
+    """Breaks lines between words; a word that is too wide, such as a path, stays whole."""
     wrap = partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
     return "\n".join("\n".join(wrap(line)) for line in text.split("\n"))
 
@@ -58,21 +83,17 @@ def _wrapped(text: str, columns: int) -> str:
 def _print_table(console: "Console", table: Table) -> None:
     rows = [tuple(map(printable, row)) for row in table.rows]
     console.print(_wrapped(printable(table.title), console.width), soft_wrap=True)
-    if _least_width(table.header, rows) <= console.width:
+    widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
+    least = min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
+    if least <= console.width:
         _print_grid(console, table, rows)
     else:
         _print_lists(console, table, rows)
     console.print()
 
 
-def _least_width(header: Row, rows: Sequence[Row]) -> int:
-    """The least width of a grid, whose first column may be broken."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
-
-
 def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:
-    """For narrow terminals: each row's cells below its name."""
+    """Prints each row's cells below its name, for narrow terminals."""
     for name, *cells in rows:
         console.print(name, soft_wrap=True)
         for label, cell in zip(table.header[1:], cells, strict=True):
@@ -90,7 +111,7 @@ def _print_grid(console: "Console", table: Table, rows: Iterable[Row]) -> None:
     grid = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.show_header = any(table.header)
     for index, name in enumerate(table.header):
-        # Where there is no room, names are broken; numbers are never cut.
+        # On a narrow terminal names are broken; numbers are never cut.
         grid.add_column(
             printable(name),
             justify="right" if name in table.numbers else "left",
