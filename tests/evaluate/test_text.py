@@ -187,8 +187,10 @@ def test_wrong_requests(words, line, tmp_path, capsys):
     thesis.mkdir()
     (thesis / "evaluation.json").write_text("mine")
     llama = GGUFWriter(tmp_path / "llama.gguf", "llama")
+    llama.add_tensor("token_embd.weight", np.zeros((1, 32), np.float32))
     llama.write_header_to_file()
     llama.write_kv_data_to_file()
+    llama.write_tensors_to_file()
     llama.close()
     paths = {"bare": bare, "broken": broken, "small": small, "thesis": thesis}
     asked = words.format(**paths, llama=tmp_path / "llama.gguf").split()
