@@ -20,9 +20,8 @@ LLAMA_TOOLS := $(LLAMA)/.tools
 PORT := $(addprefix rgexport/kernels/llama_cpp/, recurrentgemma.cpp registration.patch port.py build.py)
 NATIVE := $(VENV)/.native
 DOCS := $(VENV)/.docs
-MACHINE ?= here
-PAGE := rgexport/page/page.zip
-PAGE_SOURCES := rgexport/page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/web/*.*)
+PAGE := rgexport/web_page/page.zip
+PAGE_SOURCES := rgexport/web_page/build.py $(wildcard page/*.* page/src/* page/public/* rgexport/npm/*.*)
 NATIVE_SOURCES := rgexport/kernels/build.py $(wildcard $(foreach library, onnx rounding, $(addprefix rgexport/kernels/$(library)/, CMakeLists.txt src/*)))
 
 .PHONY: demo demo-web page docs pictures test test-full test-nightly fuzz native lint bench bench-export bench-llama llama llama-tools release clean
@@ -73,14 +72,14 @@ lint: $(LINT)  ## Installs no more than ruff, mypy and the packages whose types 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(DEV) native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes docs/MACHINE/onnx.md.
-	$(BIN)/python -m bench.onnx --docs docs/$(MACHINE)
+bench: $(DEV) native llama-tools  ## Our kernels beside stock ONNX Runtime, llama.cpp and oneDNN, at 2B size: needs 16 GB of disk and half an hour; writes out/bench/onnx.md.
+	$(BIN)/python -m bench.onnx
 
 bench-export: $(DEV)  ## Export and decode at 2B size: needs 8 GB of disk and some minutes.
 	$(BIN)/python -m bench.run
 
-bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes docs/MACHINE/llama_cpp.md.
-	$(BIN)/python -m bench.llama --docs docs/$(MACHINE)
+bench-llama: llama llama-tools  ## llama.cpp at 2B size, down to depth 32,768: half an hour; writes out/bench/llama_cpp.md.
+	$(BIN)/python -m bench.llama
 
 release:  ## Checks everything and tags the commit, such as VERSION=0.1.0; pushes nothing.
 	@.ci/release '$(VERSION)'
@@ -96,7 +95,7 @@ $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
 
 $(PAGE): $(PAGE_SOURCES)
 	@echo 'Building the page of rgexport web'
-	@$(PYTHON) rgexport/page/build.py
+	@$(PYTHON) rgexport/web_page/build.py
 
 $(LLAMA_WHEEL): $(DEV) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)

@@ -17,7 +17,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 BUILDER = Path("rgexport/kernels/build.py")
-PAGE_BUILDER = Path("rgexport/page/build.py")
+PAGE_BUILDER = Path("rgexport/web_page/build.py")
 WITHOUT = {
     "onnx": "models run on ONNX Runtime's own kernels, slower",
     "rounding": "weights are rounded to nearest, and calibrations cannot be used",
@@ -80,7 +80,7 @@ class BuiltParts(BuildHookInterface):
         except builder.BuildFailed as failed:
             self.app.display_warning(f"rgexport is installed without its web page: {failed}")
             return
-        build_data["force_include"][str(page)] = f"rgexport/page/{page.name}"
+        build_data["force_include"][str(page)] = f"rgexport/web_page/{page.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Removes the scratch folder."""

@@ -8,14 +8,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
-from rgexport.processors import usable_threads
-from rgexport.progress import amount
+from rgexport.parallelism import usable_threads
 from rgexport.runtimes.llama_cpp.context import AnyContext, common_parameters, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.llama_cpp.session import UBATCH
 from rgexport.runtimes.memory import available_bytes
 from rgexport.runtimes.sequences import require_fitting
 from rgexport.runtimes.session import Session, SessionInfo
+from rgexport.units import amount
 
 DATA, SIZES = "sequence", "sequence_bytes"
 """Names in a state: what llama.cpp writes, uint8 [B, N], and how much of it counts, [B]."""

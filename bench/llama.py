@@ -5,7 +5,7 @@
 Both are 2B, all Q4_0, with random weights. Stock `llama-bench`, built from the patched tree, times
 single tokens of each in turn; between the runs stands a measurement of the memory's read speed,
 which drifts. Then both are timed at depths down to 32,768 tokens. What was found goes to
-`out/bench/llama.json`, and from there to `llama_cpp.md` and its plot in the folder `--docs`.
+`out/bench/llama.json`, and from there to `out/bench/llama_cpp.md`.
 Nearly all of the time goes into reaching the depths; the states are kept, so that a second run on
 a quieter machine takes minutes.
 """
@@ -31,7 +31,6 @@ DEPTHS = "0,2048,4096,8192,16384,32768"
 PROCESSED = {"recurrent": "32768", "transformer": "16384"}
 """The most tokens that are processed; a deeper state is made by doubling one."""
 ANY_GGUF = "-m", "bench.any_gguf"
-DOCS = Path("docs/here")
 RESULT = FOLDER / "llama.json"
 
 
@@ -54,8 +53,8 @@ def main() -> None:
         }
     result["depths"] = sweep(files, options.depths)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    write_page(result, options.docs)
-    note(f"{options.docs / 'llama_cpp.md'} is complete")
+    write_page(result, FOLDER)
+    note(f"{FOLDER / 'llama_cpp.md'} is complete")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--depths", default=DEPTHS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--docs", type=Path, default=DOCS)
     return parser
 
 

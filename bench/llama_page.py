@@ -1,10 +1,5 @@
-"""From the results of `bench.llama` to `docs/MACHINE/llama_cpp.md` and its plot.
+"""Writes the results of `bench.llama` as a page in Markdown."""
 
-python -m bench.llama_page FILE FOLDER
-"""
-
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -16,15 +11,11 @@ NAMES = {
     "recurrent": "RecurrentGemma 2B",
     "transformer": "Gemma 2B's shape",
 }
-COLOURS = {"recurrent": "#1b6ca8", "transformer": "#c0504d"}
-PLOT = "llama_cpp.svg"
 
 
-def write_page(result: Result, docs: Path) -> None:
-    """Writes the page and the plot into the folder `docs`."""
-    docs.mkdir(parents=True, exist_ok=True)
-    plot(result, docs / PLOT)
-    (docs / "llama_cpp.md").write_text(page(result))
+def write_page(result: Result, folder: Path) -> None:
+    """Writes the page into a folder."""
+    (folder / "llama_cpp.md").write_text(page(result))
 
 
 def page(result: Result) -> str:
@@ -32,7 +23,6 @@ def page(result: Result) -> str:
     return TEXT.format(
         cpu=result["environment"]["cpu"],
         machine=_machine(result),
-        plot=PLOT,
         decode=_decode(result),
         depths=_depths(result),
         even=_even(result),
@@ -42,8 +32,6 @@ def page(result: Result) -> str:
 
 
 TEXT = """# Speed in llama.cpp: {cpu}
-
-<!-- Written by `make bench-llama MACHINE=…`; to change it, change bench/llama_page.py. -->
 
 {machine}
 
@@ -72,8 +60,6 @@ full length would take too long.
 
 The weights of both lie in huge pages here. At depth 0, RecurrentGemma reads {even:.2f} times as
 many bytes per second as the transformer.
-
-![tokens per second against depth]({plot})
 
 RecurrentGemma's state does not grow beyond its window of 2,048 tokens. The transformer reads the
 keys and values of all earlier tokens again for each new one.
@@ -180,34 +166,3 @@ def _rate_at(row: Result) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def plot(result: Result, file: Path) -> None:
-    """Tokens per second against depth, of both."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "rgexport"  # the same figures give the same file
-    from matplotlib import pyplot
-    from matplotlib.ticker import StrMethodFormatter
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in NAMES.items():
-        rows = result["depths"][name]
-        depths = [row["depth"] for row in rows]
-        rates = [row["tokens_per_second"] for row in rows]
-        axes.plot(depths, rates, "o-", color=COLOURS[name], label=label)
-    axes.set(xlabel="tokens before", ylabel="tokens per second", ylim=(0, None))
-    axes.set_xticks(depths[:1] + [depth for depth in depths if depth >= depths[-1] / 8])
-    axes.set_title("Decoding in llama.cpp, Q4_0", loc="left")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
-    unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, metadata=unnamed)
-    pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    write_page(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -304,7 +304,7 @@ KINDS = (
     Kind(
         "TypeScript",
         5,
-        {"page/src/*.ts": c_edits, "rgexport/web/*.mjs": c_edits},
+        {"page/src/*.ts": c_edits, "rgexport/npm/*.mjs": c_edits},
         lambda path: path.name,
     ),
     Kind(
@@ -415,8 +415,8 @@ def _modules(root: Path, path: Path) -> list[str]:
     """Returns the module, or the modules of the nearest package if the file is no Python."""
     if path.suffix == ".py":
         return [path.as_posix()]
-    in_page = path.parts[0] == "page" or path.parts[:2] == ("rgexport", "web")
-    folder = Path("rgexport/page") if in_page else path.parent
+    in_page = path.parts[0] == "page" or path.parts[:2] == ("rgexport", "npm")
+    folder = Path("rgexport/web_page") if in_page else path.parent
     while not any((root / folder).glob("*.py")):
         folder = folder.parent
     return [module.relative_to(root).as_posix() for module in (root / folder).glob("*.py")]

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[1]
 TIERS = {"test": ("full", "nightly"), "full": ("nightly",)}
 """Tier → the markers of tests that it leaves out, as `make test` and `make test-full` do."""
 _LIMIT_SECONDS = 7200  # of a run of pytest; each test has a limit, too
-PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/page/page.zip"
+PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/web_page/page.zip"
 LLAMA = "out/llama"
 _NATIVE = "-m", "rgexport.kernels.build", "--build-folder", "build/native"
-_PAGE = "rgexport/page/build.py"
+_PAGE = "rgexport/web_page/build.py"
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
@@ -160,7 +160,7 @@ class Checkout:
 _BUILDS: dict[str, Callable[[Checkout], None]] = {
     "rgexport/kernels/llama_cpp/": Checkout._build_llama,
     "rgexport/kernels/": lambda checkout: checkout._build(*_NATIVE),
-    "rgexport/web/": lambda checkout: checkout._build(_PAGE),
+    "rgexport/npm/": lambda checkout: checkout._build(_PAGE),
     "page/": lambda checkout: checkout._build(_PAGE),
 }
 

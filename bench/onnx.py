@@ -6,9 +6,9 @@ A random 2B in int4 and int8, with and without the native kernels, takes turns w
 `llama-bench` on a transformer of Gemma 2B's shape, all Q4_0; between the turns stand measurements
 of the memory's read speed, by numpy and by a C program. `op` is one quantized linear alone, beside
 oneDNN's int8 product through torch; `depth` is what a token costs after many others. Each part
-leaves what it found in `out/bench/onnx/`; the page `onnx.md` in the folder `--docs`, such as
-`docs/amx`, is made of all that is there. A machine is rarely left alone for long: models that were
-not asked for keep what an earlier run on the same machine with the same versions found.
+leaves its figures in `out/bench/onnx/`; the page `out/bench/onnx.md` shows all of them. A machine
+is rarely left alone for long: models that were not asked for keep what an earlier run on the same
+machine with the same versions found.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from rgexport.progress import note
 from rgexport.runtimes.environment import environment
 
 RESULTS = FOLDER / "onnx"
-DOCS = Path("docs/here")
 MEASURE: dict[str, Callable[[argparse.Namespace], Any]] = {
     "decode": lambda options: take_turns("tg", options.tokens, options),
     "prefill": lambda options: take_turns("pp", options.prompt, options),
@@ -51,8 +50,8 @@ def main() -> None:
         earlier = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(joined(earlier, found), indent=1) + "\n")
     files = {part: RESULTS / f"{part}.json" for part in PARTS}
-    write_page({p: json.loads(f.read_text()) for p, f in files.items() if f.exists()}, options.docs)
-    note(f"{options.docs / 'onnx.md'} is complete")
+    write_page({p: json.loads(f.read_text()) for p, f in files.items() if f.exists()}, FOLDER)
+    note(f"{FOLDER / 'onnx.md'} is complete")
 
 
 def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=32, help="single tokens of a turn")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--tools", type=Path, default=Path("out/llama/bin"))
-    parser.add_argument("--docs", type=Path, default=DOCS)
     return parser
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.onnx_models import SHAPES, STORAGES, Storage, op_model
 from rgexport.kernels.onnx.library import library
-from rgexport.processors import usable_processors
+from rgexport.parallelism import usable_processors
 from rgexport.progress import note
 from rgexport.runtimes.bench.roofline import seconds
 

@@ -1,4 +1,4 @@
-"""From the results of `bench.onnx` to a machine's page, `docs/MACHINE/onnx.md`."""
+"""Writes the results of `bench.onnx` as a page in Markdown."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +13,8 @@ READS = "numpy", "c", "weights"
 
 TEXT = """# Speed of the ONNX kernels: {cpu}
 
-<!-- Written by `make bench MACHINE=…`; to change it, change bench/onnx_page.py. -->
-
 An ONNX artifact runs in stock ONNX Runtime. Where the
-[native kernels](../onnx.md#native-kernels) are built, the same file runs faster; `--no-native`
+native kernels are built, the same file runs faster; `--no-native`
 turns them off. This page compares the two with each other and with other engines.
 
 - **native** is ONNX Runtime with the native kernels, **stock** is ONNX Runtime alone.
@@ -29,10 +27,10 @@ turns them off. This page compares the two with each other and with other engine
 {sections}"""
 
 
-def write_page(results: dict[str, Result], docs: Path) -> None:
-    """Writes the page, from part → what was found, into the folder `docs`."""
-    docs.mkdir(parents=True, exist_ok=True)
-    (docs / "onnx.md").write_text(page(results))
+def write_page(results: dict[str, Result], folder: Path) -> None:
+    """Writes the page, from part → what was found, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "onnx.md").write_text(page(results))
 
 
 def page(results: dict[str, Result]) -> str:

@@ -9,8 +9,8 @@ from bench.onnx_models import STORAGES, TRANSFORMER, Storage, make_missing
 from bench.read_speed import c_roofline
 from bench.worker import Worker
 from rgexport.export.onnx.artifact import DATA_FILE
-from rgexport.files.page_cache import forget
-from rgexport.processors import usable_processors
+from rgexport.files.atomic import evict_from_page_cache
+from rgexport.parallelism import usable_processors
 from rgexport.progress import note
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline
 
@@ -37,7 +37,7 @@ def take_turns(test: str, length: int, options: argparse.Namespace) -> dict[str,
     )
     found = {}
     for name, storage in storages.items():
-        forget(storage.artifact / DATA_FILE)  # read anew, as at a first opening
+        evict_from_page_cache(storage.artifact / DATA_FILE)  # read anew, as at a first opening
         with ExitStack() as stack:
             speeds = _read_speeds(stack, threads, storage) if test == "tg" else {}
             workers = {

@@ -23,9 +23,9 @@ from rich.text import Text
 from bench.run import START
 from bench.terminal import Scene, play
 from rgexport.export.opening import open_artifact
-from rgexport.page.site import make_site
-from tests.page.chat_page import Browser
-from tests.page.site_server import serving
+from rgexport.web_page.site import make_site
+from tests.web_page.chat_page import Browser
+from tests.web_page.site_server import serving
 
 COLUMNS = 96
 ROOT = Path(__file__).parents[1]

@@ -19,15 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
-from rgexport.export import verified
 from rgexport.export.artifact import remember_verified
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.opening import open_artifact
-from rgexport.files import page_cache
+from rgexport.files import hashing, page_cache
 from rgexport.progress import note
+from rgexport.runtimes.huge_pages import BackgroundAdvice
 from rgexport.runtimes.onnx import session
-from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice
 from rgexport.runtimes.onnx.session import OrtSession
 
 ROUNDS, STEPS = 7, 24
@@ -91,7 +90,7 @@ class Trick:
 
 
 TRICKS = {
-    "known hashes": Trick(opening, verified, "_load", dict),
+    "known hashes": Trick(opening, hashing, "_read_cache", dict),
     "MADV_COLLAPSE": Trick(
         decode_stock, session, "huge_pages", lambda: nullcontext(BackgroundAdvice())
     ),

@@ -1,8 +1,8 @@
 // How long a step and a prefill of an artifact for `wasm` take in Node, which has Chromium's engine.
-// node bench/web.mjs FOLDER [THREADS]; tests/web has onnxruntime-web, after `npm install` there.
+// node bench/web.mjs FOLDER [THREADS]; tests/npm has onnxruntime-web, after `npm install` there.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import * as ort from "../tests/web/node_modules/onnxruntime-web/dist/ort.node.min.mjs";
+import * as ort from "../tests/npm/node_modules/onnxruntime-web/dist/ort.node.min.mjs";
 import { Model } from "../docs/web/recurrentgemma.mjs";
 
 const [folder, threads = "2"] = process.argv.slice(2);

@@ -9,7 +9,7 @@ from evaluate import CONTEXT
 from model import Griffin
 from text import Corpus
 
-from rgexport.processors import usable_processors
+from rgexport.parallelism import usable_processors
 
 FIGURES = "figures.json"
 SOURCES = {

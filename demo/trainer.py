@@ -15,7 +15,7 @@ from muon import optimizers
 from ops import CappedLoss
 from torch import Tensor
 
-from rgexport.processors import usable_processors
+from rgexport.parallelism import usable_processors
 
 ROWS, LENGTH, MICRO = 4, 1024, 1  # a step's rows, tokens a row, rows that a thread takes at a time
 WARMUP, DECAY_FROM = 0.01, 0.3  # fractions of the training time

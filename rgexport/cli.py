@@ -110,7 +110,7 @@ def _fail(message: str) -> int:
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from rgexport import __version__
+    from rgexport._version import __version__
     from rgexport.kernels.onnx.library import kernels
     from rgexport.kernels.rounding.library import unusable
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rgexport.errors import printable
+from rgexport.units import amount, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,7 +23,6 @@ LATER_LINES = 1.25
 """The next line follows when the stage has run so many times longer, and `FIRST_LINE` later."""
 _BAR = range(8, 31)
 """Columns that a bar may have; with less room there is none."""
-_SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 Advance = Callable[[int], None]
 
@@ -57,27 +57,6 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         _no_warnings = before
-
-
-def amount(value: float, unit: str = "bytes") -> str:
-    """`1.51 GB` for bytes (decimal units), `1,234 tokens` for anything else."""
-    if unit != "bytes":
-        return f"{value:,.0f} {unit}"
-    for scale, name in _SCALES:
-        if (scaled := value / scale) >= 1:
-            return f"{scaled:.{2 - (scaled >= 10) - (scaled >= 100)}f} {name}"
-    return f"{value:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `27 s`, `3 min 05 s` or `2 h 07 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 @dataclass

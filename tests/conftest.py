@@ -17,7 +17,7 @@ from tests.skips import ExpectedSkips
 
 __all__ = ["llama_tools"]  # a fixture for all
 
-FOLDERS_OF_FULL = {"page", "web", "kernels/llama_cpp", "runtimes/llama_cpp", "fuzz"}
+FOLDERS_OF_FULL = {"web_page", "npm", "kernels/llama_cpp", "runtimes/llama_cpp", "fuzz"}
 """Folders whose tests are all marked `full`."""
 MODULE_OF_FULL = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.(full|nightly)\b", re.MULTILINE)
 

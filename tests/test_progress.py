@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rgexport import progress
+from rgexport import progress, units
 from rgexport.progress import Work
 from tests.command_line import ROOT
 
@@ -33,14 +33,14 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("shown", "text"),
     [
-        (progress.amount(999), "999 bytes"),
-        (progress.amount(65_536), "65.5 kB"),
-        (progress.amount(1_512_000_000), "1.51 GB"),
-        (progress.amount(256_000, "tokens"), "256,000 tokens"),
-        (progress.duration(0.04), "0.0 s"),
-        (progress.duration(9.96), "10 s"),
-        (progress.duration(59.6), "1 min 00 s"),
-        (progress.duration(7651), "2 h 07 min"),
+        (units.amount(999), "999 bytes"),
+        (units.amount(65_536), "65.5 kB"),
+        (units.amount(1_512_000_000), "1.51 GB"),
+        (units.amount(256_000, "tokens"), "256,000 tokens"),
+        (units.duration(0.04), "0.0 s"),
+        (units.duration(9.96), "10 s"),
+        (units.duration(59.6), "1 min 00 s"),
+        (units.duration(7651), "2 h 07 min"),
     ],
 )
 def test_amounts_and_durations_are_short(shown, text):
@@ -116,7 +116,7 @@ def test_a_line_fits(clock, columns, label, ended):
 
 SHOW = """
 import time
-from rgexport import progress
+from rgexport import progress, units
 progress.expect_stages(1)
 with progress.task("Running the dequantized reference", 1 << 30) as advance:
     for _ in range(4):

@@ -15,8 +15,8 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.manifest import CARD
 from rgexport.export.opening import open_artifact
-from rgexport.page import build, site
-from rgexport.page.local_server import local_server
+from rgexport.web_page import build, site
+from rgexport.web_page.local_server import local_server
 from tests.artifacts import export_demo
 from tests.command_line import rgexport
 

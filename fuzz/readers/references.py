@@ -15,7 +15,7 @@ from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import json_mutator, small
 from fuzz.readers.target import Target, covers, oracle, require
 from fuzz.readers.weights import mutate_safetensors
-from rgexport.export.typed_json import plain
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import DTYPES, METADATA, ReferenceFile
@@ -98,7 +98,7 @@ def _agree(data: bytes, folder: Path, found: ReferenceFile) -> None:
         )
     length = int.from_bytes(data[:8], "little")
     text = json.loads(data[8 : 8 + length])["__metadata__"][METADATA]
-    stated, again = json.loads(text), plain(found.header)
+    stated, again = json.loads(text), to_json(found.header)
     for key, value in again.items():
         require(key not in stated or covers(stated[key], value), "a header of other fields", key)
     total = sum(prompt["tokens"] for prompt in again["prompts"])

@@ -16,7 +16,8 @@ from fuzz.readers import folders, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, oracle, require
 from rgexport.export.describe import describe
-from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header, read_metadata
+from rgexport.files.safetensors import FLOATS, Entry, read_header, read_metadata
+from rgexport.griffin.file_rows import entry_rows
 
 _DTYPES = ("F32", "F16", "BF16", "F4", "F6_E2M3", "F8_E4M3", "BOOL", "I64", "U8", "C64", "E9")
 
@@ -92,7 +93,7 @@ def _read_file(data: bytes, folder: Path) -> tuple[dict[str, Entry], dict[str, s
     found = read_header(path), read_metadata(path)
     for entry in found[0].values():
         if entry.dtype in FLOATS and entry.shape:
-            entry.rows().whole()
+            entry_rows(entry).whole()
     return found
 
 

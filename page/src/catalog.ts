@@ -1,4 +1,4 @@
-// `model.json`: what the site has, as rgexport/page/site.py writes it.
+// `model.json`: what the site has, as rgexport/web_page/site.py writes it.
 
 export interface ModelFile {
   path: string;

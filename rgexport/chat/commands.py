@@ -8,9 +8,9 @@ from typing import Any
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.from_artifact import summary
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_text
-from rgexport.progress import amount
+from rgexport.files.paths import read_text
 from rgexport.runtimes.memory import peak_rss_bytes
+from rgexport.units import amount
 
 Replies = Generator[str, None, None]
 

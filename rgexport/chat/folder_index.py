@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport.chat.prefix_key import Key
-from rgexport.files.durable import remove_abandoned
+from rgexport.files.atomic import remove_abandoned
 
 _FOLDER = re.compile(r"[0-9a-f]{16}-\d+(-[0-9a-f]{16})?")
 """Name of the folder of an artifact; earlier versions had one for each model and window."""

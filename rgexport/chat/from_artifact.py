@@ -13,9 +13,10 @@ from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
-from rgexport.progress import amount, detail, warn
+from rgexport.progress import detail, warn
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import SessionInfo
+from rgexport.units import amount
 
 _DIGITS = 20
 """The most digits of a token id that an error shows."""

@@ -4,10 +4,9 @@ A safetensors file. Its arrays are the canonical states (`griffin.state`) of one
 without a batch axis, in float32, or in float16 but for `rg_lru`; and `tokens`, int32 [N], or
 instead only their hash, `tokens_sha256`, uint8 [32]. The state has seen all tokens, or all but the
 last: to go on with a state, a token is needed that it has not seen, or the `logits` of the last
-one, float32 [vocab]. Its metadata have one JSON object, see `_fields`.
+one, float32 [vocab]. Its metadata have one JSON object, `StateHeader`.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity
-from rgexport.files.atomic import check_place
-from rgexport.files.durable import write_file
-from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
-from rgexport.griffin.safetensors_writer import header
+from rgexport.files.atomic import write_file
+from rgexport.files.safetensors import Entry, header, read_header, read_metadata
+from rgexport.files.targets import require_writable
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.state import POSITION, State
 
 METADATA = "rgexport.state"
@@ -42,6 +41,22 @@ _BESIDE: dict[str, dict[str, np.dtype]] = {
 }
 """Array that is no state → its dtype, in the file and in numpy."""
 _FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateHeader:
+    """The metadata of a file; `sha256` is of its arrays."""
+
+    format_version: int = FORMAT_VERSION
+    identity: Identity
+    tokens: int
+    position: int
+    has_text: bool
+    messages: list[dict[str, str]] | None
+    engine: str
+    artifact: str = ""
+    tool: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ def require_replaceable(path: Path) -> None:
     Raises:
         RequestError: it would be lost, or there is no such folder.
     """
-    check_place(path)
+    require_writable(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
         raise RequestError(f"{path} exists and is not a state file; give another name")
 
@@ -139,8 +154,8 @@ def state_parts(saved: SavedState, precision: str | None = None) -> list[memoryv
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.data)
-    fields = _fields(saved, digest.hexdigest())
-    begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: fields})
+    text = json.dumps(to_json(_header(saved, digest.hexdigest())))
+    begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: text})
     return [memoryview(begin), *(array.data for array in arrays.values())]
 
 
@@ -150,16 +165,16 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
     Raises:
         RequestError: it is none, is damaged, or is of a model with other states.
     """
-    fields, entries = read_fields(path), read_header(path)
+    fields, entries = read_state_header(path), read_header(path)
     found = {name: entry.shape for name, entry in entries.items() if name not in _BESIDE}
     if found != dict(shapes):
         raise RequestError(
-            f"{path} is a state of {fields['identity']['name']}, whose states have other shapes; "
+            f"{path} is a state of {fields.identity.name}, whose states have other shapes; "
             "load it with an artifact of that model"
         )
     arrays = _read_arrays(path, fields, entries)
     tokens, sha256, logits = (arrays.pop(name, None) for name in _BESIDE)
-    position = fields["position"]
+    position = fields.position
     if tokens is not None:
         key = key_of(tokens[:position])
     else:
@@ -167,14 +182,14 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
         key = position, sha256.tobytes().hex()
     state: State = {name: array[None] for name, array in arrays.items()}
     return SavedState(
-        Identity(**fields["identity"]),
+        fields.identity,
         key,
         state | {POSITION: np.array([position], np.int64)},
         None if tokens is None else tokens.astype(np.int64),
-        fields["messages"],
-        fields["engine"],
+        fields.messages,
+        fields.engine,
         logits,
-        fields.get("artifact", ""),
+        fields.artifact,
     )
 
 
@@ -184,11 +199,11 @@ def require_intact(path: Path) -> None:
     Raises:
         RequestError: it is none, or is damaged.
     """
-    _read_arrays(path, read_fields(path), read_header(path))
+    _read_arrays(path, read_state_header(path), read_header(path))
 
 
 def _read_arrays(
-    path: Path, fields: dict[str, Any], entries: Mapping[str, Entry]
+    path: Path, fields: StateHeader, entries: Mapping[str, Entry]
 ) -> dict[str, np.ndarray]:
     """All arrays, if they are those that the metadata tell of."""
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
@@ -201,26 +216,26 @@ def _read_arrays(
                 arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
-    if digest.hexdigest() != fields["sha256"] or not _is_of(fields, arrays):
+    if digest.hexdigest() != fields.sha256 or not _is_of(fields, arrays):
         raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     return arrays
 
 
-def _is_of(fields: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+def _is_of(fields: StateHeader, arrays: Mapping[str, np.ndarray]) -> bool:
     """Whether the tokens, or their hash, are what the metadata tell of."""
-    count, position = fields["tokens"], fields["position"]
+    count, position = fields.tokens, fields.position
     shapes = {name: arrays[name].shape for name in _BESIDE if name in arrays}
     if len(shapes.pop(LOGITS, (0,))) != 1:
         return False
-    if fields["has_text"]:
+    if fields.has_text:
         unseen = count - position
         return shapes == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
-    sealed = shapes == {TOKENS_SHA256: (32,)} and fields["messages"] is None
+    sealed = shapes == {TOKENS_SHA256: (32,)} and fields.messages is None
     return sealed and count == position >= 0
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """What the metadata of a file say, see `_fields`.
+def read_state_header(path: Path) -> StateHeader:
+    """Returns the metadata of a file.
 
     Raises:
         RequestError: it is no state file, or one of a later version.
@@ -229,17 +244,20 @@ def read_fields(path: Path) -> dict[str, Any]:
     if text is None:
         raise RequestError(f"{path} is no state file; expected one that rgexport saved")
     try:
-        fields = json.loads(text)
-        version = fields["format_version"]
-    except (ValueError, TypeError, KeyError):
-        raise RequestError(f"{path} is damaged: its metadata cannot be read") from None
-    if version != FORMAT_VERSION:
-        raise RequestError(
-            f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
-        )
-    if not _is_valid(fields):
-        raise RequestError(f"{path} is damaged: its metadata lack a field")
-    return dict(fields)
+        fields = from_json(dict[str, Any], parse_json(text))
+        version = fields.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise RequestError(
+                f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
+            )
+        state_header = from_json(StateHeader, fields)
+        if any(
+            not message.keys() >= {"role", "content"} for message in state_header.messages or ()
+        ):
+            raise Mismatch("a message lacks its role or content")
+    except Mismatch as error:
+        raise RequestError(f"{path} is damaged: in its metadata, {error}") from None
+    return state_header
 
 
 def require_same_model(path: Path, saved: SavedState, expected: Identity) -> None:
@@ -280,49 +298,17 @@ def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _fields(saved: SavedState, sha256: str) -> str:
-    """The metadata: what the state is of, how long it is, and a hash of the data."""
-    fields = {
-        "format_version": FORMAT_VERSION,
-        "identity": dataclasses.asdict(saved.identity),
-        "tokens": saved.count,
-        "position": saved.position,
-        "has_text": saved.tokens is not None,
-        "messages": None if saved.messages is None else [dict(m) for m in saved.messages],
-        "engine": saved.engine,
-        "artifact": saved.artifact,
-        "tool": f"rgexport {__version__}",
-        "sha256": sha256,
-    }
-    return json.dumps(fields)
-
-
-_KINDS: dict[str, Any] = {
-    "tokens": int,
-    "position": int,
-    "has_text": bool,
-    "engine": str,
-    "tool": str,
-    "sha256": str,
-}
-
-
-def _is_valid(fields: dict[str, Any]) -> bool:
-    identity, messages = fields.get("identity"), fields.get("messages")
-    kinds = {field.name: field.type for field in dataclasses.fields(Identity)}
-    return (
-        all(type(fields.get(name)) is kind for name, kind in _KINDS.items())
-        and "messages" in fields
-        and isinstance(identity, dict)
-        and {name: type(value) for name, value in identity.items()} == kinds
-        and isinstance(fields.get("artifact", ""), str)
-        and (messages is None or (isinstance(messages, list) and all(map(_is_message, messages))))
-    )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(text, str) for text in (message.get("role"), message.get("content"))
+def _header(saved: SavedState, sha256: str) -> StateHeader:
+    return StateHeader(
+        identity=saved.identity,
+        tokens=saved.count,
+        position=saved.position,
+        has_text=saved.tokens is not None,
+        messages=None if saved.messages is None else [dict(m) for m in saved.messages],
+        engine=saved.engine,
+        artifact=saved.artifact,
+        tool=f"rgexport {__version__}",
+        sha256=sha256,
     )
 
 

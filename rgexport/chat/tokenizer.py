@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
 from rgexport.griffin.markup import END_OF_TURN
 from rgexport.griffin.sentencepiece_file import MAX_BYTES

@@ -131,7 +131,7 @@ def _export_folder(
 ) -> int:
     from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.request import default_target, precision_word
-    from rgexport.files.atomic import check_target
+    from rgexport.files.targets import check_target
 
     def target(name: str, asked: Any) -> Path:
         profile = getattr(asked, "profile", "cpu")
@@ -245,7 +245,7 @@ def gguf(int4: bool, int8: bool, kind: str | None, precision: str | None, **requ
     from rgexport.export.gguf.exporter import default_target, export_gguf
     from rgexport.export.gguf.options import GgufOptions, type_word
     from rgexport.export.request import precision_word
-    from rgexport.files.atomic import check_file_target
+    from rgexport.files.targets import check_file_target
     from rgexport.quantize.gguf_header import is_gguf
 
     def target(name: str, asked: GgufOptions) -> Path:

@@ -55,9 +55,9 @@ def save(
     """Reads a text once, and saves the state."""
     from rgexport.chat.from_artifact import open_model
     from rgexport.chat.state_file import is_state_file
-    from rgexport.files.atomic import check_file_target
-    from rgexport.files.regular_file import read_text
-    from rgexport.progress import amount
+    from rgexport.files.paths import read_text
+    from rgexport.files.targets import check_file_target
+    from rgexport.units import amount
 
     check_file_target(output, force=force, replaceable=is_state_file)
     written = read_text(text)
@@ -105,9 +105,10 @@ def info(file: Path, as_json: bool) -> None:
     """Shows which model and text a state file belongs to, and checks that it is whole."""
     import json
 
-    from rgexport.chat.state_file import read_fields, require_intact
+    from rgexport.chat.state_file import read_state_header, require_intact
+    from rgexport.files.typed_json import to_json
 
-    fields = read_fields(file)
+    fields: dict[str, Any] = to_json(read_state_header(file))
     require_intact(file)
     if as_json:
         print_result(json.dumps(fields, ensure_ascii=False))

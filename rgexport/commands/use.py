@@ -138,7 +138,7 @@ def chat(
     from rgexport.chat.reply import ReplyOptions
     from rgexport.chat.state_file import require_replaceable
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
-    from rgexport.files.regular_file import read_text
+    from rgexport.files.paths import read_text
 
     options = ReplyOptions(sampling=_sampling(sampling), max_new_tokens=max_new_tokens, stop=stop)
     draft = _draft(draft_text, lookup)
@@ -180,7 +180,7 @@ def chat(
 
 def _draft(file: Path | None, lookup: bool) -> str:
     """The text that replies may repeat, "" for none."""
-    from rgexport.files.regular_file import read_text
+    from rgexport.files.paths import read_text
 
     if file and not lookup:
         raise RequestError("--draft-text changes nothing with --no-lookup; leave out one of them")
@@ -189,7 +189,7 @@ def _draft(file: Path | None, lookup: bool) -> str:
 
 def _text_of(file: Path) -> str:
     """The text of a file, or of the standard input."""
-    from rgexport.files.regular_file import read_text
+    from rgexport.files.paths import read_text
 
     if str(file) != "-":
         return read_text(file)

@@ -31,9 +31,9 @@ def web(
     browser use its graphics card where it can, and the processor where it cannot.
     """
     from rgexport.export.opening import open_artifact
-    from rgexport.files.atomic import check_target
-    from rgexport.page.local_server import serve_site
-    from rgexport.page.site import is_site, make_site, write_site
+    from rgexport.files.targets import check_target
+    from rgexport.web_page.local_server import serve_site
+    from rgexport.web_page.site import is_site, make_site, write_site
 
     if output is None and not serve:
         raise RequestError("nothing to do: give -o DIR to write the site, --serve, or both")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.compress.cluster import spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text
@@ -17,13 +17,13 @@ from rgexport.compress.work import StatisticsFile, Work, open_work
 from rgexport.errors import RequestError
 from rgexport.export.origin import folder_of
 from rgexport.export.request import as_argument
-from rgexport.export.verified import remember
-from rgexport.files.atomic import check_file_target, continue_file, require_free_disk
-from rgexport.files.hashing import hash_file
+from rgexport.files.hashing import hash_file, remember_hashes
+from rgexport.files.targets import check_file_target, continue_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.progress import amount, expect_stages
+from rgexport.griffin.device import torch_device
+from rgexport.progress import expect_stages
 from rgexport.quantize.calibration import is_calibration
 from rgexport.quantize.calibration_format import (
     FREQUENCY,
@@ -36,7 +36,7 @@ from rgexport.quantize.calibration_format import (
     arrays_of,
 )
 from rgexport.runtimes.cluster import Cluster
-from rgexport.validate.reference.implementations import torch_device
+from rgexport.units import amount
 
 SUFFIX = ".calibration"
 BUILT_IN = Path(__file__).with_name("text.txt")
@@ -190,7 +190,7 @@ def calibrate(
     given = _given_text(options, tokenizer, checkpoint.config.vocab_size)
     expect_stages(5 if options.from_model else 4)
     hashes = require_sound(checkpoint)
-    remember({path: hashes[name].sha256 for name, path in checkpoint.weight_files.items()})
+    remember_hashes({path: hashes[name].sha256 for name, path in checkpoint.weight_files.items()})
     request = _request(options, hashes)
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
         work = open_work(folder, request, force=force)

@@ -18,7 +18,7 @@ from rgexport.compress.items import Item
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
-from rgexport.processors import parallel_jobs
+from rgexport.parallelism import parallel_jobs
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Palette, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf

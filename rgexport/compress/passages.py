@@ -9,7 +9,7 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import require_regular
+from rgexport.files.paths import require_regular
 
 LENGTH = 512
 """Tokens of a sequence: enough context for what int4 changes, and many sequences in a text."""

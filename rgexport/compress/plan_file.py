@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.compress.planning import Found, Point, Target
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
-from rgexport.griffin.json_fields import strict_json
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import EMBEDDING, input_site
-from rgexport.progress import amount
 from rgexport.quantize.scheme import Plan, scheme_to_dict
+from rgexport.reporting.chart import Chart, Series, logarithmic_axis
+from rgexport.reporting.numbers import number, plus_minus
+from rgexport.reporting.page import render_page
 from rgexport.reporting.tables import Table, render
-from rgexport.validate.report.chart import Chart, Series, logarithmic_axis
-from rgexport.validate.report.page import templates_of
-from rgexport.validate.report.words import number, plus_minus
+from rgexport.units import amount
 
 _ELSEWHERE = (
     " Text that the model would not write itself costs more, from 1.3 times to several times as "
@@ -92,16 +92,13 @@ class PlanReport:
 
     def page(self) -> str:
         """An HTML page that needs nothing else."""
-        return (
-            templates_of("compress")
-            .get_template("plan.html.j2")
-            .render(
-                report=self,
-                front=self._front(),
-                layouts=self._layouts(),
-                chart=self._chart(),
-                rgexport=__version__,
-            )
+        return render_page(
+            "compress",
+            "plan.html.j2",
+            report=self,
+            front=self._front(),
+            layouts=self._layouts(),
+            chart=self._chart(),
         )
 
     def _chart(self) -> Chart:
@@ -128,7 +125,7 @@ class PlanReport:
 def is_plan(path: Path) -> bool:
     """Whether a file is a plan that this wrote."""
     try:
-        return "plan" in strict_json(read_regular(path))
+        return "plan" in parse_json(read_regular(path))
     except (RequestError, OSError, ValueError, RecursionError, TypeError):
         return False
 

@@ -12,13 +12,14 @@ from rgexport.compress.losses import Losses
 from rgexport.compress.measure import Divergence, Original
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.progress import amount, group, task
+from rgexport.progress import group, task
 from rgexport.quantize.allocation import Choice, Front, Option, solve
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.plan import bfloat16_gates
 from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.quantize.stored_weights import quantized
+from rgexport.units import amount
 
 _ATTEMPTS = 4
 """Plans that are measured, at most, until one costs what was asked for."""

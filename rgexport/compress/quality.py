@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, calibrate
 from rgexport.compress.cluster import spread_statistics
-from rgexport.export.verified import hash_new_files
+from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, note
 from rgexport.quantize.calibration import Calibration, open_calibration

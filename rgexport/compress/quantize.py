@@ -15,12 +15,12 @@ from rgexport.compress.planning import FLAGS, Kind, Planner, Target
 from rgexport.errors import RequestError
 from rgexport.export.origin import folder_of
 from rgexport.export.request import as_argument, bytes_of
-from rgexport.files.atomic import check_file_target, replace_file
+from rgexport.files.targets import check_file_target, replace_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.quantize.calibration import Calibration, open_calibration
+from rgexport.reporting.page import write_text
 from rgexport.runtimes.cluster import Cluster
-from rgexport.validate.result import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.compress.passages import LENGTH
 from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.layout import float32_bytes
 from rgexport.progress import group, task
-from rgexport.validate.reference.implementations import float32_bytes
 
 _BATCH = 16
 """Sequences that are sampled together, for which each weight is read once."""

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import COMPLETE, rename
-from rgexport.griffin.json_fields import read_json
-from rgexport.griffin.safetensors_writer import header
+from rgexport.files.atomic import remove_partials, replacing
+from rgexport.files.safetensors import header
+from rgexport.files.targets import COMPLETE
+from rgexport.files.typed_json import read_json
 from rgexport.quantize.calibration_format import Arrays, Provenance
 
 _REQUEST = "request.json"
@@ -33,12 +34,10 @@ class Work:
 
     def save(self, name: str, array: np.ndarray) -> None:
         """Writes an array, which appears when it is complete and on the disk."""
-        partial = self._path(name).with_suffix(".writing")
-        with partial.open("wb") as file:
+        path = self._path(name)
+        remove_partials(path)
+        with replacing(path, durable=True) as partial, partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, self._path(name))
 
     def load(self, name: str) -> np.ndarray | None:
         """An array, None if it is not there.
@@ -91,7 +90,7 @@ def _require_same(folder: Path, request: Mapping[str, Any], force: bool) -> None
         raise RequestError(
             f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
         )
-    found = read_json(folder / _REQUEST).values
+    found = read_json(folder / _REQUEST)
     differing = [key for key in request if found.get(key) != request[key]]
     if not differing:
         return

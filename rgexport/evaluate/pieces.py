@@ -6,7 +6,6 @@ that was interrupted measures only the pieces whose results are missing.
 
 import hashlib
 import json
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import rename
-from rgexport.files.regular_file import read_regular
+from rgexport.files.atomic import replacing
+from rgexport.files.typed_json import read_json
 from rgexport.griffin.state import State
 
 Result = dict[str, Any]
@@ -105,10 +104,9 @@ class Results:
     def get(self, piece: Piece) -> Result | None:
         """Returns the result of a piece, or None if its file is missing or damaged."""
         try:
-            entry = json.loads(read_regular(self._result_file(piece)))
-        except (OSError, ValueError, RequestError):
+            return read_json(self._result_file(piece)).get("result")
+        except RequestError:
             return None
-        return entry["result"] if isinstance(entry, dict) and "result" in entry else None
 
     def put(self, piece: Piece, result: Result) -> None:
         """Writes the result of a piece atomically."""
@@ -172,13 +170,9 @@ class Results:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file under a name of its own and renames it; several writers do no harm."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    """Writes a file in one step; several processes may do so at once."""
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             write(file)
-        rename(partial, path)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

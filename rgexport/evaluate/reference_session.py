@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION, State, state_specs, zero_state
-from rgexport.processors import usable_threads
+from rgexport.parallelism import usable_threads
 from rgexport.runtimes.memory import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 

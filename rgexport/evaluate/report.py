@@ -6,7 +6,7 @@ from pathlib import Path
 from rgexport.evaluate.charts import CHARTS
 from rgexport.evaluate.pieces import Result
 from rgexport.evaluate.tables import TABLES
-from rgexport.files.atomic import replace_file
+from rgexport.files.targets import replace_file
 from rgexport.reporting import page
 from rgexport.reporting.tables import render
 

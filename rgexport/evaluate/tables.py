@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from rgexport.evaluate.pieces import Result
-from rgexport.progress import amount
 from rgexport.reporting.tables import Row, Table
+from rgexport.units import amount
 
 _COLUMNS = 10
 """Most distances in a table of `memory`: ten fit a terminal."""

@@ -12,8 +12,13 @@ from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredPa
 from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import aligned
-from rgexport.export.verified import hash_files, hash_new_files, remember
-from rgexport.files.hashing import FileRecord, hash_file
+from rgexport.files.hashing import (
+    FileRecord,
+    hash_file,
+    hash_files,
+    hash_new_files,
+    remember_hashes,
+)
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize import affine
 from rgexport.quantize.scheme import Affine
@@ -163,4 +168,4 @@ def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
 
 def remember_verified(folder: Path, manifest: Manifest) -> None:
     """Saves the next opening of an artifact from hashing what the exporter has just hashed."""
-    remember({folder / name: record.sha256 for name, record in manifest.files.items()})
+    remember_hashes({folder / name: record.sha256 for name, record in manifest.files.items()})

@@ -11,10 +11,10 @@ from rgexport.export.format import format_of
 from rgexport.export.manifest import CARD, Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
-from rgexport.progress import amount
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.scheme import Float, Ggml, Uniform, uniform_schemes
+from rgexport.units import amount
 
 _TEMPLATE = """\
 # {name}: {precision} for {engine}

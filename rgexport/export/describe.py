@@ -21,8 +21,8 @@ from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.progress import amount
 from rgexport.reporting.tables import Row, Table, render
+from rgexport.units import amount
 
 Description = dict[str, Any]
 """Plain JSON. `kind` is `checkpoint` or the artifact's. Scripts rely on the names of fields."""

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.artifact import record_files, remember_verified
 from rgexport.export.card import write_card
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
@@ -15,8 +15,8 @@ from rgexport.export.manifest import CARD, Manifest, Source, write_manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.origin import origin_of
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer
-from rgexport.files.atomic import check_target, replace_folder, require_free_disk
-from rgexport.files.page_cache import forget
+from rgexport.files.atomic import evict_from_page_cache
+from rgexport.files.targets import check_target, replace_folder, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
@@ -77,7 +77,7 @@ def export_folder(
         manifest = manifest.with_files(dict(sorted(records.items())))
         write_manifest(folder, manifest)
         for name in manifest.files:
-            forget(folder / name)
+            evict_from_page_cache(folder / name)
     remember_verified(target, manifest)
     return target
 

@@ -14,10 +14,11 @@ from rgexport.export.card import card
 from rgexport.export.manifest import CARD, MANIFEST, Manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.origin import GEMMA_TERMS
-from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import hash_file
+from rgexport.files.targets import require_free_disk
 from rgexport.griffin.hub import explain, show_bars_on_terminals_alone, snapshot
-from rgexport.progress import amount, note, warn
+from rgexport.progress import note, warn
+from rgexport.units import amount
 
 PREFIX = "hf:"
 _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?P<file>(/[\w.-]+)+\.gguf)?(@(?P<revision>[\w./-]+))?")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
-from rgexport.export.typed_json import plain
+from rgexport.files.atomic import write_file
 from rgexport.files.hashing import FileRecord
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.ggml_types import TYPES
@@ -183,8 +183,8 @@ class Manifest:
         return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
-        fields: dict[str, Any] = plain(self)
+        """Returns the manifest as JSON."""
+        fields: dict[str, Any] = to_json(self)
         return fields
 
 
@@ -201,9 +201,6 @@ def _rounds_activations(scheme: Uniform) -> bool:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes and syncs `rgexport.json` in `folder`."""
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(manifest.to_dict(), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes `rgexport.json` in `folder`, to the disk."""
+    text = json.dumps(manifest.to_dict(), indent=1) + "\n"
+    write_file(folder / MANIFEST, [text.encode()])

@@ -16,14 +16,20 @@ from rgexport.export.manifest import (
     Manifest,
     StoredTensor,
 )
-from rgexport.export.typed_json import Mismatch, label, read
-from rgexport.files.names import stays_inside
+from rgexport.files.paths import stays_inside
+from rgexport.files.typed_json import (
+    MAX_INTEGER,
+    MAX_NUMBER,
+    Mismatch,
+    from_json,
+    read_json,
+    shown_key,
+)
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.json_fields import MAX_INTEGER, MAX_NUMBER, read_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.progress import amount
 from rgexport.quantize.scheme import Float, Ggml
+from rgexport.units import amount
 
 MAX_STATE_BYTES = 1 << 30
 """The largest state of a conversation in float32: twenty times a 9B's."""
@@ -49,7 +55,7 @@ def read_manifest(folder: Path) -> Manifest:
             + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
         )
     try:
-        manifest = read(form.manifest, fields)
+        manifest = from_json(form.manifest, fields)
         _check(manifest, form)
     except (Mismatch, RequestError) as error:
         raise RequestError(f"{path} is damaged: {error}") from None
@@ -66,7 +72,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise RequestError(f"there is no {path.parent}")
     if not path.is_file():
         raise RequestError(f"{path.parent} is not an rgexport artifact: it has no {MANIFEST}")
-    return read_json(path).values
+    return read_json(path)
 
 
 def _check(manifest: Manifest, form: FolderFormat) -> None:
@@ -91,7 +97,7 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
     for name in expected.keys() | found.keys():
         _require(
             found.get(name) == expected.get(name),
-            f"tensors.{label(name)} has shape {found.get(name)}; expected {expected.get(name)}",
+            f"tensors.{shown_key(name)} has shape {found.get(name)}; expected {expected.get(name)}",
         )
         _require(
             manifest.plan.get(name) == manifest.tensors[name].scheme,

@@ -12,8 +12,8 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
-from rgexport.progress import amount
 from rgexport.quantize.scheme import Ggml, Plan
+from rgexport.units import amount
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}

@@ -17,7 +17,7 @@ import numpy as np
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.processors import parallel_jobs
+from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import needs_statistics

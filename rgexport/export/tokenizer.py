@@ -14,7 +14,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.tokenizer_json import write_tokenizer_json
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.chat_template import JINJA_FILE, chosen_template
 from rgexport.griffin.control_tokens import ControlTokens, literal, read_control_tokens
 from rgexport.griffin.sentencepiece_file import normalization, read_pieces

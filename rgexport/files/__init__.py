@@ -1,1 +1,1 @@
-"""Files on a disk: written whole or not at all, hashed, and looked at before they are opened."""
+"""Bytes on disk: atomic writes, hashes, typed JSON, safetensors."""

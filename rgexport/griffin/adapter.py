@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.safetensors import FLOATS, Entry, read_header
 from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.file_rows import entry_columns, entry_rows
 from rgexport.griffin.huggingface import HEAD, PREFIX
-from rgexport.griffin.json_fields import Fields, read_json
+from rgexport.griffin.json_fields import Fields, read_fields
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header
 from rgexport.griffin.tensor import RowTensor, slab_bounds
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,7 +105,7 @@ def _whole_weights(entries: Mapping[str, Entry]) -> dict[str, RowTensor]:
     for key, entry in entries.items():
         match = _WHOLE.fullmatch(key)
         if match and f"{match['module']}.weight" == EMBEDDING:
-            return {EMBEDDING: entry.rows()}
+            return {EMBEDDING: entry_rows(entry)}
     return {}
 
 
@@ -114,7 +115,7 @@ def _config(folder: Path) -> Fields:
             raise RequestError(
                 f"{folder} has no {name}; expected a LoRA adapter as the PEFT library saves it"
             )
-    fields = read_json(folder / CONFIG)
+    fields = read_fields(folder / CONFIG)
     fields.word("peft_type", None, ("LORA",))
     fields.word("bias", "none", ("none",))
     for name in _UNSUPPORTED:
@@ -195,7 +196,7 @@ def _by_pattern(fields: Fields, name: str, module: str, otherwise: float) -> flo
 @lru_cache(maxsize=4)
 def _matrix(entry: Entry) -> np.ndarray:
     """A matrix in float32; those of the weights that are being read stay in memory."""
-    return entry.rows().whole().astype(np.float32)
+    return entry_rows(entry).whole().astype(np.float32)
 
 
 def _merged(base: RowTensor, pair: _Pair) -> RowTensor:
@@ -204,7 +205,7 @@ def _merged(base: RowTensor, pair: _Pair) -> RowTensor:
     Of the matrix whose size is the vocabulary's, or the layer's outputs, only the rows are read
     that are asked for.
     """
-    by_row = pair.a.columns() if pair.is_embedding else pair.b.rows()
+    by_row = entry_columns(pair.a) if pair.is_embedding else entry_rows(pair.b)
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = base.read(start, stop).astype(np.float32)

@@ -5,7 +5,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
 from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
 from rgexport.progress import warn

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import read_json
 from rgexport.griffin import deepmind, huggingface
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.huggingface_config import read_config
 from rgexport.griffin.inventory import take_inventory
-from rgexport.griffin.json_fields import read_json
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.orbax_folder import orbax_folder
 from rgexport.griffin.sizes import DEMO, SIZE_WORDS, SIZES
@@ -256,4 +256,4 @@ def _instruction_tuned(name: str, folder: Path) -> bool | None:
     if (folder / "chat_template.jinja").is_file():
         return True
     settings = folder / "tokenizer_config.json"
-    return "chat_template" in read_json(settings) if settings.is_file() else None
+    return read_json(settings).get("chat_template") is not None if settings.is_file() else None

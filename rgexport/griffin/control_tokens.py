@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.markup import END_OF_TURN, is_markup
 from rgexport.griffin.sentencepiece_file import MAX_BYTES
 from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG

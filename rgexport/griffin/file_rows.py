@@ -12,10 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.safetensors import FLOATS, Entry
 from rgexport.griffin.tensor import RowTensor, slab_bounds
 
 TRANSPOSE_BYTES = 4 << 20
 """Bytes read at a time while a slab is transposed."""
+
+
+def entry_rows(entry: Entry) -> RowTensor:
+    """Returns a tensor of a safetensors file, for a float dtype and at least one axis."""
+    return file_rows(entry.path, entry.shape, FLOATS[entry.dtype], entry.offset)
+
+
+def entry_columns(entry: Entry) -> RowTensor:
+    """Returns the transpose of a matrix of floats in a safetensors file."""
+    height, width = entry.shape
+    return transposed_rows(entry.path, (height, width), FLOATS[entry.dtype], entry.offset)
 
 
 def file_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> RowTensor:

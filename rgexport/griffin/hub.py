@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import require_free_disk
+from rgexport.files.targets import require_free_disk
 from rgexport.griffin.huggingface import CONFIG, INDEX, SINGLE, find_shards
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 from rgexport.progress import warn

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from rgexport.errors import RequestError
+from rgexport.files.safetensors import FLOATS, Entry, read_header
+from rgexport.files.typed_json import read_json
+from rgexport.griffin.file_rows import entry_rows
 from rgexport.griffin.inventory import FoundTensor
-from rgexport.griffin.json_fields import read_json
-from rgexport.griffin.safetensors_file import FLOATS, Entry, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -24,15 +25,15 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         return (folder / SINGLE,), None
     if not (folder / INDEX).exists():
         raise RequestError(_no_weights(folder))
-    index = read_json(folder / INDEX)
-    weight_map = index.object("weight_map").values
-    if not weight_map:
-        raise RequestError(f"{index.where} has no weight_map")
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RequestError(f"{index} has no weight_map")
     for name, file in weight_map.items():
         # A path could lead to any file of the user.
         if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
             raise RequestError(
-                f"{index.where} maps tensor {name} to {file!r}; expected a file name in the folder"
+                f"{index} maps tensor {name} to {file!r}; expected a file name in the folder"
             )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).exists()]
@@ -75,4 +76,4 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
 
 
 def _tensor(entry: Entry) -> FoundTensor:
-    return entry.rows() if entry.dtype in FLOATS else entry.dtype
+    return entry_rows(entry) if entry.dtype in FLOATS else entry.dtype

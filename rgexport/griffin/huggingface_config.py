@@ -1,12 +1,24 @@
 """Reads and writes the `config.json` of Hugging Face's layout."""
 
 import itertools
+import reprlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import (
+    MAX_INTEGER,
+    MIN_NUMBER,
+    Between,
+    Mismatch,
+    NotNegative,
+    Positive,
+    Size,
+    from_json,
+    read_json,
+)
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.json_fields import Fields, read_json
 
 MAX_LAYERS = 512
 """Far more than any model has: a wrong config must not fill the memory with names of tensors."""
@@ -19,145 +31,181 @@ Dialect = Literal["_block_types", "block_types"]
 """The field that holds the block pattern: 2B's config.json has the first, 9B's the second."""
 
 
+@dataclass(frozen=True)
+class _Rope:
+    """RoPE's fields, at the top of `config.json` or in an object."""
+
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Annotated[float, Between(MIN_NUMBER, 1)] | None = None
+
+
+@dataclass(frozen=True)
+class _NestedRope(_Rope):
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = "default"
+
+
+@dataclass(frozen=True)
+class _Fields(_Rope):
+    """The fields of `config.json`, with the defaults of transformers' RecurrentGemmaConfig."""
+
+    architectures: tuple[Any, ...] = ()
+    model_type: Literal["recurrent_gemma"] | None = None
+    hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    attention_bias: Literal[False] = False
+    quantization_config: Any = None
+    num_hidden_layers: Annotated[int, Between(1, MAX_LAYERS)] = 26
+    block_types: tuple[BlockType, ...] | None = None
+    _block_types: tuple[BlockType, ...] | None = None
+    vocab_size: Size = 256_000
+    hidden_size: Size = 2560
+    intermediate_size: Size = 3 * 2560
+    lru_width: Size | None = None
+    conv1d_width: Annotated[int, Between(2, MAX_INTEGER)] = 4
+    num_attention_heads: Size = 10
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    attention_window_size: Size | None = None
+    rope_parameters: _NestedRope = _NestedRope()
+    rope_scaling: _NestedRope = _NestedRope()
+    rms_norm_eps: Positive = 1e-6
+    logits_soft_cap: NotNegative | None = 30.0
+    embeddings_scale_by_sqrt_dim: bool = True
+
+
 def read_config(
     path: Path, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
-    """The configuration in a `config.json`, in any dialect that the hub or transformers writes.
+    """Reads a `config.json`, in any dialect that the hub or transformers writes.
 
-    Defaults are those of transformers' RecurrentGemmaConfig. `soft_cap` is used where the file does
-    not state it. `window` may be smaller than what the file states.
+    Args:
+        path: the file.
+        window: the attention window, at most the one that the file states.
+        soft_cap: the cap of the logits, where the file states none.
 
     Raises:
         RequestError: a field is wrong, contradicts another, or asks for something that no
             RecurrentGemma has; or the file states a smaller window or another `soft_cap`.
     """
-    fields = read_json(path)
-    _check_kind(fields)
-    width = fields.integer("hidden_size", 2560)
-    heads = fields.integer("num_attention_heads", 10)
-    lru_width = fields.integer("lru_width", width)
-    types = _block_types(fields)
-    if "recurrent" in types and lru_width % heads:
-        raise fields.wrong("num_attention_heads", f"a divisor of the RG-LRU's width {lru_width}")
-    branches = fields.integer("intermediate_size", 3 * 2560, minimum=2)
-    if branches % 2:
-        raise fields.wrong("intermediate_size", "an even number, twice the width of a branch")
-    head_dim, rope_dims, theta = _attention(fields, width, heads, "attention" in types)
-    scaled = fields.boolean("embeddings_scale_by_sqrt_dim", True)
-    _check_soft_cap(fields, soft_cap)
+    values = read_json(path)
+    try:
+        fields = from_json(_Fields, values)
+        _check_kind(fields)
+        width, heads = fields.hidden_size, fields.num_attention_heads
+        types = _block_types(fields)
+        lru_width = fields.lru_width or width
+        if "recurrent" in types and lru_width % heads:
+            raise Mismatch(
+                f"num_attention_heads is {heads}; expected a divisor of the RG-LRU's width "
+                f"{lru_width}"
+            )
+        if fields.intermediate_size % 2:
+            raise Mismatch(
+                f"intermediate_size is {fields.intermediate_size}; expected an even number, twice "
+                "the width of a branch"
+            )
+        head_dim, rope_dims, theta = _attention(fields, "attention" in types)
+    except Mismatch as error:
+        raise RequestError(f"{path}: {error}") from None
     return GriffinConfig(
-        vocab_size=fields.integer("vocab_size", 256_000),
+        vocab_size=fields.vocab_size,
         width=width,
-        mlp_width=branches // 2,
+        mlp_width=fields.intermediate_size // 2,
         lru_width=lru_width,
         lru_heads=heads,
         num_heads=heads,
         head_dim=head_dim,
         block_types=types,
-        window=_window(fields, window),
-        conv_width=fields.integer("conv1d_width", 4, minimum=2),
+        window=_window(path, fields.attention_window_size, window),
+        conv_width=fields.conv1d_width,
         rope_dims=rope_dims,
         rope_theta=theta,
-        rms_eps=fields.number("rms_norm_eps", 1e-6),
-        soft_cap=_soft_cap(fields, soft_cap),
-        embedding_scale=sqrt_embedding_scale(width) if scaled else 1.0,
+        rms_eps=fields.rms_norm_eps,
+        soft_cap=_soft_cap(path, fields, "logits_soft_cap" in values, soft_cap),
+        embedding_scale=(
+            sqrt_embedding_scale(width) if fields.embeddings_scale_by_sqrt_dim else 1.0
+        ),
     )
 
 
-def _attention(fields: Fields, width: int, heads: int, used: bool) -> tuple[int, int, float]:
-    """Head dimension, rotated dimensions and base of RoPE; unchecked if no layer uses them."""
-    theta, rotary = _rope(fields)
-    head_dim = fields.integer("head_dim", max(1, width // heads))
+def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
+    """Returns head dimension, rotated dimensions and base of RoPE, checked if a layer uses them."""
+    theta = _rope(fields, "rope_theta", 10_000.0)
+    rotary = _rope(fields, "partial_rotary_factor", 0.5)
+    width, heads = fields.hidden_size, fields.num_attention_heads
+    head_dim = fields.head_dim or max(1, width // heads)
     rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
-    if used and "head_dim" not in fields and width % heads:
-        raise fields.wrong("num_attention_heads", f"a divisor of hidden_size {width}")
+    if used and fields.head_dim is None and width % heads:
+        raise Mismatch(f"num_attention_heads is {heads}; expected a divisor of hidden_size {width}")
     if used and (rope_dims < 2 or rope_dims % 2):
-        raise RequestError(
-            f"{fields.where}: RoPE would rotate {rope_dims} of {head_dim} dimensions "
-            f"(partial_rotary_factor {rotary:g}); expected an even number of at least 2"
+        raise Mismatch(
+            f"RoPE would rotate {rope_dims} of {head_dim} dimensions (partial_rotary_factor "
+            f"{rotary:g}); expected an even number of at least 2"
         )
     return head_dim, rope_dims, theta
 
 
-def _check_kind(fields: Fields) -> None:
+def _rope(fields: _Fields, name: str, default: float) -> float:
+    """Returns a field of RoPE, from the flat fields or from the nested ones."""
+    places = fields, fields.rope_parameters, fields.rope_scaling
+    stated = {getattr(rope, name) for rope in places} - {None}
+    if len(stated) > 1:
+        raise Mismatch(f"{name} is {' and '.join(map(str, sorted(stated)))}; expected one value")
+    return float(next(iter(stated), default))
+
+
+def _check_kind(fields: _Fields) -> None:
     """Refuses other models, and variants that RecurrentGemma's own code cannot run either."""
-    architectures = fields.values.get("architectures") or []
-    known = isinstance(architectures, list) and any(a in _ARCHITECTURES for a in architectures)
-    if architectures and not known:
-        raise fields.wrong("architectures", "['RecurrentGemmaForCausalLM']")
-    if not known or "model_type" in fields:
-        fields.word("model_type", None, ("recurrent_gemma",))
-    fields.word("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    if fields.boolean("attention_bias", False):
-        raise fields.wrong("attention_bias", "false")
-    if "quantization_config" in fields:
-        raise RequestError(
-            f"{fields.where}: the weights are quantized already (quantization_config); "
-            "expected the original checkpoint"
+    known = any(name in _ARCHITECTURES for name in fields.architectures)
+    if fields.architectures and not known:
+        raise Mismatch(
+            f"architectures is {reprlib.repr(list(fields.architectures))}; expected "
+            "['RecurrentGemmaForCausalLM']"
+        )
+    if not known and fields.model_type is None:
+        raise Mismatch("model_type is None; expected 'recurrent_gemma'")
+    if fields.quantization_config is not None:
+        raise Mismatch(
+            "the weights are quantized already (quantization_config); expected the original "
+            "checkpoint"
         )
     # A missing value means as many as there are heads.
-    if fields.integer("num_key_value_heads", fields.integer("num_attention_heads", 10)) != 1:
-        raise fields.wrong("num_key_value_heads", "1")
+    heads = fields.num_key_value_heads or fields.num_attention_heads
+    if heads != 1:
+        raise Mismatch(f"num_key_value_heads is {heads}; expected 1")
 
 
-def _block_types(fields: Fields) -> tuple[BlockType, ...]:
-    """The type of each layer: the pattern, repeated over the layers."""
-    layers = fields.integer("num_hidden_layers", 26, maximum=MAX_LAYERS)
-    stated = [name for name in ("block_types", "_block_types") if name in fields]
-    patterns = {fields.words(name, BLOCK_TYPES) for name in stated}
-    if len(patterns) > 1:
-        raise RequestError(f"{fields.where}: block_types and _block_types differ")
-    pattern = next(iter(patterns), DEFAULT_PATTERN)
-    return tuple(itertools.islice(itertools.cycle(pattern), layers))
+def _block_types(fields: _Fields) -> tuple[BlockType, ...]:
+    """Returns the type of each layer: the pattern, repeated over the layers."""
+    stated = {fields.block_types, fields._block_types} - {None}
+    if len(stated) > 1:
+        raise Mismatch("block_types and _block_types differ")
+    pattern = next(iter(stated), DEFAULT_PATTERN)
+    if not pattern:
+        raise Mismatch("block_types is empty; expected at least one type")
+    return tuple(itertools.islice(itertools.cycle(pattern), fields.num_hidden_layers))
 
 
-def _rope(fields: Fields) -> tuple[float, float]:
-    """Base and rotated share of RoPE, from the flat fields or from the nested ones."""
-    found: dict[str, float] = {}
-    nested = [fields.object(name) for name in ("rope_parameters", "rope_scaling")]
-    for rope in nested:
-        for name in ("rope_type", "type"):
-            rope.word(name, "default", ("default",))
-    for rope in (fields, *nested):
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name not in rope:
-                continue
-            value = rope.number(name, None)
-            if found.setdefault(name, value) != value:
-                raise rope.wrong(name, f"{found[name]:g}, as stated elsewhere in the file")
-    theta, rotary = found.get("rope_theta", 10_000.0), found.get("partial_rotary_factor", 0.5)
-    if rotary > 1:
+def _window(path: Path, stated: int | None, requested: int | None) -> int:
+    if requested is not None and stated is not None and requested > stated:
         raise RequestError(
-            f"{fields.where}: partial_rotary_factor is {rotary:g}; expected at most 1"
-        )
-    return theta, rotary
-
-
-def _soft_cap(fields: Fields, given: float | None) -> float:
-    """The cap of the logits; null in the file means none."""
-    if "logits_soft_cap" in fields.values and fields.values["logits_soft_cap"] is None:
-        return 0.0
-    return fields.number("logits_soft_cap", 30.0 if given is None else given, zero=True)
-
-
-def _window(fields: Fields, given: int | None) -> int:
-    stated = fields.integer("attention_window_size", given or 2048)
-    if given is not None and given > stated:
-        raise RequestError(
-            f"{fields.where} states attention_window_size {stated}, --window says {given}; "
+            f"{path} states attention_window_size {stated}, --window says {requested}; "
             "expected at most as many: the model was not trained to look further back"
         )
-    return stated if given is None else given
+    return requested or stated or 2048
 
 
-def _check_soft_cap(fields: Fields, given: float | None) -> None:
-    name = "logits_soft_cap"
-    stated = fields.values.get(name)
-    if given is not None and name in fields and stated != given:
+def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | None) -> float:
+    """Returns the cap of the logits; null in the file means none."""
+    stated = fields.logits_soft_cap
+    if requested is not None and is_stated and stated not in (None, requested):
         raise RequestError(
-            f"{fields.where} states {name} {stated!r}, --soft-cap says {given:g}; the option is "
-            "for DeepMind .pt files, which state none: leave it out"
+            f"{path} states logits_soft_cap {stated!r}, --soft-cap says {requested:g}; the option "
+            "is for DeepMind .pt files, which state none: leave it out"
         )
+    if requested is not None and not is_stated:
+        return requested
+    return stated or 0.0
 
 
 def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:

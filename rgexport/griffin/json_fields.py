@@ -1,76 +1,18 @@
-"""Strict JSON, and typed access to the fields of an object."""
+"""Typed access to the fields of a JSON object."""
 
-import json
-import math
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.typed_json import MAX_INTEGER, MAX_NUMBER, read_json
 
-MAX_INTEGER, MAX_NUMBER = 2**31 - 1, 1e30
 _Word = TypeVar("_Word", bound=str)
 
 
-def read_json(path: Path) -> "Fields":
-    """The JSON object in a file.
-
-    Raises:
-        RequestError: the file cannot be read or holds something else.
-    """
-    try:
-        values = strict_json(read_regular(path))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise RequestError(f"{path} holds {type(values).__name__}; expected a JSON object")
-    return Fields(str(path), values)
-
-
-def strict_json(text: bytes) -> Any:
-    """Parses JSON in UTF-8; refuses duplicate keys, NaN, infinity and lone surrogates.
-
-    Python's reader accepts all of these, and other readers would see something else.
-
-    Raises:
-        ValueError: it is not strict JSON.
-        RecursionError: it is nested too deeply.
-    """
-    value = json.loads(
-        text.decode(),
-        object_pairs_hook=_without_repeats,
-        parse_constant=_refuse,
-        parse_float=_finite,
-        parse_int=_whole,
-    )
-    if b"\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("it names a field twice")
-    return found
-
-
-def _finite(word: str) -> float:
-    value = float(word)
-    return value if math.isfinite(value) else _refuse(word)
-
-
-def _whole(word: str) -> int:
-    _finite(word)  # other readers turn large integers into floats
-    return int(word)
-
-
-def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
+def read_fields(path: Path) -> "Fields":
+    return Fields(str(path), read_json(path))
 
 
 @dataclass(frozen=True)

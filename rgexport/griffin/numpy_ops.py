@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from rgexport.griffin.config import RG_LRU_C
-from rgexport.processors import usable_threads
+from rgexport.parallelism import usable_threads
 
 _ROWS = 256
 """Queries that attention takes at once, so that its scores stay small."""

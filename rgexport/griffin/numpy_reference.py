@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.griffin import numpy_ops as ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer_by_layer import LayerByLayer, RunLayer

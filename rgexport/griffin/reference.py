@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.griffin import ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer_by_layer import LayerByLayer

@@ -1,25 +1,18 @@
 """Writes safetensors files, sharded as the hub does it, in slabs."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from rgexport.files.safetensors import header
 from rgexport.griffin.huggingface import INDEX, PREFIX, SINGLE
-from rgexport.griffin.safetensors_file import FLOATS
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance, task
 
 SHARD_BYTES = 3_000_000_000
 SLAB_BYTES = 8 << 20
-
-_NAMES: dict[np.dtype, str] = {
-    np.dtype(np.uint8): "U8",
-    np.dtype(np.int32): "I32",
-    **{dtype: name for name, dtype in FLOATS.items()},
-}
 
 
 def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -67,23 +60,3 @@ def _write_file(path: Path, weights: WeightSource, advance: Advance) -> None:
             for _, rows in tensor.slabs(SLAB_BYTES):
                 file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
                 advance(rows.nbytes)
-
-
-def header(
-    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
-    """What a file begins with, for arrays that follow one another without gaps.
-
-    Args:
-        arrays: name → dtype and shape.
-        metadata: of the file.
-    """
-    fields: dict[str, object] = {"__metadata__": dict(metadata)}
-    start = 0
-    for name, (dtype, shape) in arrays.items():
-        end = start + dtype.itemsize * math.prod(shape)
-        fields[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
-        start = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    return len(text).to_bytes(8, "little") + text

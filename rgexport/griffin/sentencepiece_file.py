@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces, with the same numbers in llama.cpp."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import replace_folder, require_free_disk
+from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface import CONFIG

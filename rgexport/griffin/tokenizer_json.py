@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
-from rgexport.griffin.json_fields import strict_json
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.sentencepiece_file import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         ValueError: it is not strict JSON.
     """
     content = read_regular(path, MAX_BYTES)
-    fields = strict_json(content)
+    fields = parse_json(content)
     for complaint in _complaints(fields):
         raise RequestError(
             f"{path} is not a readable tokenizer ({complaint}); copy it again from the original "

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import require_regular
+from rgexport.files.paths import require_regular
 from rgexport.griffin.stored import Located, Stored, Transposed
 from rgexport.griffin.tensor import DTYPES
 

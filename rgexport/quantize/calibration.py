@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.safetensors import Entry, read_header, read_metadata
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.file_rows import file_rows
-from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.layout import EMBEDDING, input_site, site_of
-from rgexport.griffin.safetensors_file import Entry, read_header, read_metadata
 from rgexport.quantize.calibration_format import (
     EMBEDDED,
     FISHER,
@@ -237,7 +237,7 @@ def _provenance(path: Path) -> Provenance:
             f"{path} is not a calibration; expected a file that `rgexport calibrate` made"
         )
     try:
-        fields = strict_json(text.encode())
+        fields = parse_json(text.encode())
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if type(version) is int and version != FORMAT_VERSION:
             raise RequestError(
@@ -245,5 +245,5 @@ def _provenance(path: Path) -> Provenance:
                 + ("update rgexport" if version > FORMAT_VERSION else "make it again")
             )
         return provenance_from(fields)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"{path} is damaged: {error}") from None

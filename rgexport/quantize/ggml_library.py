@@ -17,7 +17,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.tensor import slab_bounds
-from rgexport.processors import usable_processors
+from rgexport.parallelism import usable_processors
 from rgexport.quantize.ggml_types import TYPES, GgmlType
 
 CHUNK_BYTES = 4 << 20

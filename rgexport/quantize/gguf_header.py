@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import require_regular
+from rgexport.files.paths import require_regular
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.quantize.ggml_types import BY_VALUE, GgmlType

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import require_regular
+from rgexport.files.paths import require_regular
 from rgexport.quantize.gguf_header import (
     Cursor,
     GgufHeader,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, WeightSource

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import register_reader
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.row_ranges import count_rows, row_bounds
 
@@ -202,6 +203,9 @@ def scheme_from_dict(fields: Any) -> Scheme:
     if kind == Mixed.kind:
         return _mixed(fields)
     return _uniform(fields, kind)
+
+
+register_reader(Scheme, scheme_from_dict)
 
 
 def _uniform(fields: Any, kind: Any) -> Uniform:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.processors import parallel_jobs
+from rgexport.parallelism import parallel_jobs
 from rgexport.quantize import affine, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.algorithms import encode

@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.errors import RequestError
 from rgexport.reporting import chart
 

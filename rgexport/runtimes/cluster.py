@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.kernels.rounding import library
-from rgexport.processors import more_jobs
+from rgexport.parallelism import more_jobs
 
 _SECONDS = 10
 """For a scheduler to answer, and for a worker to be there."""

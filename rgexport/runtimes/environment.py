@@ -4,8 +4,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rgexport import __version__
-from rgexport.processors import usable_processors
+from rgexport._version import __version__
+from rgexport.parallelism import usable_processors
 
 _PACKAGES = ("coremltools", "llama_cpp_python", "numpy", "onnxruntime", "torch")
 _CPUINFO = Path("/proc/cpuinfo")

@@ -12,7 +12,7 @@ from weakref import WeakSet
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import Prompt
 from rgexport.chat.reply import Reply

@@ -12,10 +12,10 @@ from rgexport.chat.jobs import Busy
 from rgexport.chat.model import Model
 from rgexport.chat.state_file import SavedState, require_replaceable, state_parts, write_parts
 from rgexport.errors import RequestError, system_error
-from rgexport.files.durable import remove_abandoned, sync_folder
-from rgexport.progress import amount
+from rgexport.files.atomic import remove_abandoned, sync_folder
 from rgexport.serve.clients import Client
 from rgexport.serve.errors import DiskFailed, NotFound
+from rgexport.units import amount
 
 DISK_SECONDS = 30.0
 """How long a client waits for the disk."""

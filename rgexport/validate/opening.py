@@ -10,7 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
-from rgexport.export.verified import hash_new_files
+from rgexport.files.hashing import hash_new_files
 from rgexport.progress import detail, warn
 from rgexport.quantize.algorithms import needs_statistics
 from rgexport.quantize.calibration import open_calibration

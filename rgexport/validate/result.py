@@ -13,7 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.export.card import matrix_bits
 from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
-from rgexport.export.typed_json import plain
+from rgexport.files.typed_json import to_json
 from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.layer_costs import LayerCost
@@ -154,11 +154,11 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON; numbers that are not finite become null."""
-        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}
         added = {"verdict": self.verdict, "verdict_scope": self.verdict_scope}
-        added |= {"quality": plain(self.quality)}
+        added |= {"quality": to_json(self.quality)}
         return {"schema_version": SCHEMA_VERSION, **added, **fields}
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import float32_bytes
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.progress import amount, group, note, task
+from rgexport.progress import group, note, task
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import SessionInfo
+from rgexport.units import amount
 from rgexport.validate import thresholds
 from rgexport.validate.continuations import (
     SMALL_BYTES,

@@ -21,10 +21,11 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import layer_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
-from rgexport.progress import amount, task
+from rgexport.progress import task
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import available_bytes, give_back
 from rgexport.runtimes.session import Session
+from rgexport.units import amount
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import Check
 from rgexport.validate.formats.expected import Schedule, expected_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
-from rgexport.export.verified import hash_new_files
+from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.hub import cached_model

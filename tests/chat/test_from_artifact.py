@@ -12,8 +12,8 @@ from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
 from rgexport.export.opening import open_artifact
+from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import demo_folder
-from rgexport.griffin.safetensors_file import read_header
 from tests.artifacts import export_demo
 from tests.command_line import rgexport
 from tests.llama_tools import installed_version

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rgexport.chat import state_folder
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.state_file import read_fields
+from rgexport.chat.state_file import read_state_header
 from rgexport.chat.state_folder import StateFolder
 from rgexport.griffin.state import POSITION
 from tests.chat.conftest import IDENTITY, until
@@ -104,7 +104,7 @@ def test_another_artifact_or_model_has_other_states(tmp_path):
     with opened(tmp_path) as store:
         assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
         store.put([1, 2], state_of([1, 2]))
-    assert read_fields(other / file.name)["artifact"] == FP32, "it is replaced"
+    assert read_state_header(other / file.name).artifact == FP32, "it is replaced"
 
 
 def test_a_folder_is_trimmed_and_shared_with_other_processes(tmp_path):

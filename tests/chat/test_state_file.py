@@ -15,12 +15,13 @@ from rgexport.chat.state_file import (
     METADATA,
     SavedState,
     is_state_file,
-    read_fields,
     read_state,
+    read_state_header,
     require_same_model,
     write_state,
 )
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.state import POSITION, state_specs
 from tests.chat.conftest import IDENTITY
 from tests.models import ODD_CONFIGS
@@ -48,7 +49,7 @@ def test_what_is_written_is_read(precision, dtype, pending, tmp_path):
     write_state(path, saved_state(count=5))
     write_state(path, saved, precision=precision)
     assert [*tmp_path.iterdir()] == [path], "an earlier file is replaced at once"
-    assert is_state_file(path) and read_fields(path)["tokens"] == 9
+    assert is_state_file(path) and read_state_header(path).tokens == 9
     arrays = safetensors.numpy.load_file(path)
     assert arrays.keys() >= {*SHAPES, "tokens"} and arrays["tokens"].tolist() == list(range(9))
     loaded = read_state(path, SHAPES)
@@ -109,7 +110,7 @@ def test_an_altered_file_is_refused(place, bit, tmp_path_factory):
 
 WRONG = {
     "has the format version 3; this rgexport reads 2": [{"format_version": 3}],
-    "its metadata lack a field": [{"messages": [{"role": "user"}]}, {"position": True}],
+    "is damaged: in its metadata": [{"messages": [{"role": "user"}]}, {"position": True}],
     "is damaged": [{"position": 3}, {"tokens": 10}, {"sha256": "0" * 64}],
 }
 
@@ -118,7 +119,7 @@ WRONG = {
 def test_metadata_that_are_wrong(message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.state"
     write_state(path, saved_state())
-    fields, arrays = read_fields(path), safetensors.numpy.load_file(path)
+    fields, arrays = to_json(read_state_header(path)), safetensors.numpy.load_file(path)
     for change in WRONG[message]:
         safetensors.numpy.save_file(arrays, path, {METADATA: json.dumps(fields | change)})
         with pytest.raises(RequestError, match=message):

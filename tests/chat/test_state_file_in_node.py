@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rgexport.web
+import rgexport.npm
 from rgexport.chat.state_file import read_state, write_state
 from tests.chat.conftest import IDENTITY
 from tests.chat.test_state_file import SHAPES, saved_state
 
 pytestmark = pytest.mark.skipif(not shutil.which("node"), reason="Node is not installed")
 
-MODULE = Path(rgexport.web.__file__).with_name("state_file.mjs")
+MODULE = Path(rgexport.npm.__file__).with_name("state_file.mjs")
 READ_AND_WRITE = f"""
 import {{ readFile, writeFile }} from "node:fs/promises";
 import {{ readState, writeState }} from {json.dumps(MODULE.as_uri())};

@@ -2,7 +2,7 @@
 
 from rgexport.compress.calibrate import CalibrationOptions, collect
 from rgexport.compress.work import open_work
-from rgexport.files.atomic import COMPLETE
+from rgexport.files.targets import COMPLETE
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.quantize.calibration import open_calibration

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export import storage, verified
+from rgexport.export import storage
 from rgexport.export.artifact import Artifact, record_files, remember_verified
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
 from rgexport.export.manifest import MANIFEST, write_manifest
@@ -23,6 +23,7 @@ from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.export.row_groups import groups_of
 from rgexport.export.storage import in_order
+from rgexport.files import hashing
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.scheme import Mixed
@@ -101,21 +102,21 @@ def test_what_an_owner_may_do_is_noted(made, capsys):
 
 
 def test_files_are_hashed_once(made, monkeypatch):
-    monkeypatch.setattr(verified, "hash_file", hashing := Mock(side_effect=verified.hash_file))
+    monkeypatch.setattr(hashing, "hash_file", hash_file := Mock(side_effect=hashing.hash_file))
     open_artifact(made.folder)
-    first = [call.args[0].name for call in hashing.call_args_list]
+    first = [call.args[0].name for call in hash_file.call_args_list]
     assert {"model.onnx", "model.onnx.data"} <= {*first} and len({*first}) == len(first)
-    hashing.reset_mock()
+    hash_file.reset_mock()
     os.utime(made.folder / "model.onnx")
     open_artifact(made.folder)
-    assert [call.args[0].name for call in hashing.call_args_list] == ["model.onnx"]
+    assert [call.args[0].name for call in hash_file.call_args_list] == ["model.onnx"]
 
 
 def test_the_exporter_saves_the_first_hashing_but_not_that_of_verify(made, monkeypatch):
     flip(made.folder / "model.onnx.data")
     remember_verified(made.folder, made.manifest)
     with monkeypatch.context() as patch:
-        patch.setattr(verified, "hash_file", None)
+        patch.setattr(hashing, "hash_file", None)
         assert open_artifact(made.folder).manifest == made.manifest
     with pytest.raises(RequestError, match=r"model.onnx.data was altered"):
         open_artifact(made.folder, verify=True)

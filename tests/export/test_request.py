@@ -17,8 +17,8 @@ from rgexport.export.describe import as_text, describe
 from rgexport.export.hub import is_hub_name, parse
 from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.request import algorithm_word, as_argument, check_line, closing_line
-from rgexport.files.atomic import require_free_disk
 from rgexport.files.hashing import FileRecord
+from rgexport.files.targets import require_free_disk
 from rgexport.quantize.scheme import Affine
 from tests.artifacts import export_random_coreml, export_random_gguf
 from tests.files import windows_rules

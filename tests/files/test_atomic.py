@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.files import atomic
+from rgexport.files import atomic, targets
 from tests.command_line import ROOT, tree
 
 KINDS = {
-    "folder": (atomic.replace_folder, atomic.check_target),
-    "file": (atomic.replace_file, atomic.check_file_target),
+    "folder": (targets.replace_folder, targets.check_target),
+    "file": (targets.replace_file, targets.check_file_target),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -234,6 +234,6 @@ def test_a_full_disk_is_one_line_and_other_errors_pass(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "out"):
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     assert entries(tmp_path) == []
-    atomic.require_free_disk(tmp_path, 1)
+    targets.require_free_disk(tmp_path, 1)
     with pytest.raises(RequestError, match=r"not enough space .* needed, .* free"):
-        atomic.require_free_disk(tmp_path / "not" / "there", 1 << 60)
+        targets.require_free_disk(tmp_path / "not" / "there", 1 << 60)

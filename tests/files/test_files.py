@@ -6,9 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from rgexport.files.durable import write_file
-from rgexport.files.names import stays_inside, windows_objection
-from rgexport.files.page_cache import forget
+from rgexport.files.atomic import evict_from_page_cache, write_file
+from rgexport.files.paths import stays_inside, windows_objection
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_only_large_files_are_dropped_from_the_page_cache(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[3]))
     for size in (4, 64 << 20):
         (tmp_path / "file").write_bytes(bytes(size))
-        forget(tmp_path / "file")
+        evict_from_page_cache(tmp_path / "file")
     assert advised == [os.POSIX_FADV_DONTNEED]
     monkeypatch.setattr(os, "fdatasync", Mock(side_effect=OSError("read only")))
-    forget(tmp_path / "file")
+    evict_from_page_cache(tmp_path / "file")

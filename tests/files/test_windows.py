@@ -4,7 +4,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.files import atomic
-from rgexport.files.atomic import COMPLETE, continue_file
+from rgexport.files.targets import COMPLETE, continue_file, replace_folder
 from tests.files import windows_rules
 from tests.files.test_atomic import content, each_kind, entries, is_ours, write
 
@@ -36,7 +36,7 @@ def test_what_a_program_has_open_stays(tmp_path, kind):
 def test_the_target_stays_where_the_second_rename_fails(tmp_path):
     """An open file in the new folder, as an engine would leave it, is such a case."""
     write(tmp_path / "out", "ours, old")
-    replacing = atomic.replace_folder(tmp_path / "out", force=True, replaceable=is_ours)
+    replacing = replace_folder(tmp_path / "out", force=True, replaceable=is_ours)
     with pytest.raises(RequestError, match="cannot replace"), replacing as new:
         reader = (new / "ours").open("w")
     assert content(tmp_path / "out").read_text() == "ours, old"

@@ -15,8 +15,8 @@ from typing import Any
 import filelock
 import pytest
 
-from rgexport.files import atomic
-from rgexport.files.names import windows_objection
+from rgexport.files import atomic, targets
+from rgexport.files.paths import windows_objection
 
 _FDS, _MAPS = Path("/proc/self/fd"), Path("/proc/self/maps")
 
@@ -25,7 +25,8 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the functions of `os` that change folders refuse what Windows refuses."""
     if not _MAPS.is_file():
         pytest.skip("only Linux lists what a process has open")
-    monkeypatch.setattr(atomic, "_WINDOWS", True)
+    monkeypatch.setattr(atomic, "WINDOWS", True)
+    monkeypatch.setattr(targets, "WINDOWS", True)
     monkeypatch.setattr(atomic, "_PAUSES", (0.001,))
     monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)

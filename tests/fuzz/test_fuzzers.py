@@ -13,7 +13,7 @@ from fuzz.readers import targets, weights
 from fuzz.readers.judge import Judge
 from fuzz.readers.target import Target
 from fuzz.readers.targets import load_target
-from rgexport.griffin import safetensors_file
+from rgexport.files import safetensors
 from tests.command_line import ROOT
 
 FINDINGS = sorted((ROOT / "tests" / "fuzz_findings").glob("*/*"))
@@ -43,7 +43,7 @@ SOUND = weights.TARGETS["safetensors"]
 
 def _believe(data, folder):
     """Believes what a header says of where its tensors lie."""
-    with patch.object(safetensors_file, "_check_extents"):
+    with patch.object(safetensors, "_check_extents"):
         return SOUND.read(data, folder)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rgexport.serve.app import Settings
+from tests.npm.browser import launched
 from tests.serve.conftest import COMPLETE
-from tests.web.browser import launched
 
 pytestmark = pytest.mark.full
 EVIL = "evil.test"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import read_text
+from rgexport.files.paths import read_text
 
 _CODE = {
     "class": "a class",

@@ -21,8 +21,8 @@ import numpy as np
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     SavedState,
-    read_fields,
     read_state,
+    read_state_header,
     require_same_model,
     write_state,
 )
@@ -90,7 +90,7 @@ def _text(model: EvaluatedModel, request: EvaluationRequest) -> dict[str, Any]:
     if request.state is None:
         return {"ids": ids, "start": 0, "state": None}
     saved = _saved(model, request)
-    return {"ids": ids, "start": saved.position, "state": read_fields(request.state)["sha256"]}
+    return {"ids": ids, "start": saved.position, "state": read_state_header(request.state).sha256}
 
 
 def _saved(model: EvaluatedModel, request: EvaluationRequest) -> SavedState:

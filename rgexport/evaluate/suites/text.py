@@ -23,8 +23,7 @@ from rgexport.evaluate.losses import block_sums, losses
 from rgexport.evaluate.models import EvaluatedModel
 from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
 from rgexport.evaluate.request import EvaluationRequest
-from rgexport.files.names import without_ending
-from rgexport.files.regular_file import read_text
+from rgexport.files.paths import read_text, without_ending
 from rgexport.runtimes.session import Session
 
 NAME = "text"

@@ -11,7 +11,7 @@ from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
 from rgexport.export.coreml.states import io_record, state_records
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
-from rgexport.export.typed_json import Mismatch, label
+from rgexport.files.typed_json import Mismatch, shown_key
 from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.quantize.scheme import Scheme
 
@@ -93,7 +93,9 @@ class CoreMLFormat(FolderFormat):
             raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
         parts = {f"{name}.{part}" for name, t in manifest.tensors.items() for part in t.parts}
         for blob in parts ^ hashes.keys():
-            raise Mismatch(f"coreml.blobs: {label(blob)} is not a part of a tensor, or has no hash")
+            raise Mismatch(
+                f"coreml.blobs: {shown_key(blob)} is not a part of a tensor, or has no hash"
+            )
         for blob, digest in hashes.items():
             if len(digest) != 64:
                 raise Mismatch(f"coreml.blobs.{blob}: not a hash")

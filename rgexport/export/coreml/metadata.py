@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.segments import PackagePlan
 from rgexport.export.coreml.states import HIDDEN, HIDDEN_OUTPUT, RECURRENT, RECURRENT_OUTPUT, Form

@@ -13,7 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.program import Node, StepProgram, Value
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.progress import amount
+from rgexport.units import amount
 
 DECODE, PREFILL = "decode", "prefill"
 """The functions of a segment: of one token, and of a fixed number of them."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf import integrity
-from rgexport.export.typed_json import Mismatch, parse, read
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import GgufHeader
 from rgexport.quantize.scheme import Ggml, Plan, scheme_from_dict
@@ -40,7 +40,7 @@ def read_schemes(header: GgufHeader) -> dict[str, Ggml]:
         Mismatch: the metadata's text cannot be read.
     """
     text = header.values.get(KEY)
-    words = {} if text is None else read(dict[str, str], parse(text))
+    words = {} if text is None else from_json(dict[str, str], parse_json(text))
     if not integrity.has_original_types(header):
         words = {}
     return {

@@ -19,9 +19,8 @@ from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest, read_e
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
 from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
 from rgexport.export.origin import Origin
-from rgexport.export.typed_json import Mismatch
-from rgexport.export.verified import hash_files, hash_new_files
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_files, hash_new_files
+from rgexport.files.typed_json import Mismatch
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.sentencepiece_file import BYTE, CONTROL, USER_DEFINED
 from rgexport.quantize import affine

@@ -5,7 +5,7 @@ from typing import Literal
 
 from rgexport.export.manifest import FORMAT_VERSION, Source
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, parse, read
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 
 MANIFEST_KEY = "rgexport.manifest"
@@ -35,10 +35,10 @@ def read_embedded(text: str) -> EmbeddedManifest:
     Raises:
         Mismatch: no JSON, another format version, or a value of the wrong type.
     """
-    fields = parse(text)
+    fields = parse_json(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
         raise Mismatch(f"its format version is {version}; this rgexport reads {FORMAT_VERSION}")
-    embedded = read(EmbeddedManifest, fields)
+    embedded = from_json(EmbeddedManifest, fields)
     check_config(embedded.config)
     return embedded

@@ -18,8 +18,8 @@ from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
 from rgexport.export.gguf.options import Choice, GgufOptions
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.storage import aligned, in_order, slab_bytes
-from rgexport.export.verified import remember
-from rgexport.files.atomic import check_file_target, replace_file, require_free_disk
+from rgexport.files.hashing import remember_hashes
+from rgexport.files.targets import check_file_target, replace_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
@@ -84,11 +84,11 @@ def export_gguf(
             digest = _write_file(unfinished, values, choice, jobs, advance)
         start = integrity.data_start(read_header(unfinished))
         if check is not None:
-            remember({unfinished: digest}, start=start)
+            remember_hashes({unfinished: digest}, start=start)
             with group("Self-check"):
                 found = check(unfinished)
             integrity.write_check(unfinished, found)
-    remember({target: digest}, start=start)
+    remember_hashes({target: digest}, start=start)
     return target
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
-from rgexport.export.typed_json import Mismatch, parse, plain, read
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 
 FILE_TYPE = "general.file_type"
@@ -75,10 +75,10 @@ def write_check(path: Path, record: CheckRecord) -> None:
 
 def check_text(record: CheckRecord) -> str:
     """ASCII of `CHECK_WIDTH` bytes; a reason that is too long is cut."""
-    text, reason = json.dumps(plain(record)), record.reason
+    text, reason = json.dumps(to_json(record)), record.reason
     while len(text) > CHECK_WIDTH:
         reason = reason[: 3 * len(reason) // 4]
-        text = json.dumps(plain(dataclasses.replace(record, reason=f"{reason}...")))
+        text = json.dumps(to_json(dataclasses.replace(record, reason=f"{reason}...")))
     return text.ljust(CHECK_WIDTH)
 
 
@@ -91,7 +91,7 @@ def read_check(header: GgufHeader) -> CheckRecord:
     if CHECK not in header.values:
         return NOT_ASKED_FOR
     try:
-        record = read(CheckRecord, parse(header.values[CHECK]))
+        record = from_json(CheckRecord, parse_json(header.values[CHECK]))
     except Mismatch as error:
         raise Mismatch(f"{CHECK}: {error}") from None
     if not has_original_types(header):

@@ -11,14 +11,14 @@ from typing import Any
 import gguf
 from gguf import GGUFValueType as Kind
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.gguf.architecture import architecture
 from rgexport.export.gguf.embedded import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Source
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
-from rgexport.export.typed_json import plain
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
@@ -43,7 +43,7 @@ def metadata(
         *_general(checkpoint),
         *_architecture(checkpoint.config),
         *tokenizer_values(vocabulary, _template(checkpoint, vocabulary)),
-        Value(MANIFEST_KEY, json.dumps(plain(_manifest(checkpoint, hashes))), Kind.STRING),
+        Value(MANIFEST_KEY, json.dumps(to_json(_manifest(checkpoint, hashes))), Kind.STRING),
     ]
 
 

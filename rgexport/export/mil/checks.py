@@ -15,8 +15,8 @@ from rgexport.export.manifest import StoredTensor
 from rgexport.export.mil.blob import HEADER_BYTES
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import FileValue, Function, Name, Operation, TensorType
-from rgexport.export.typed_json import parse
 from rgexport.files.hashing import hash_file
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import site_of
 
 CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
@@ -220,7 +220,7 @@ def _read_digests(package: Package) -> dict[str, str]:
     text = package.description.metadata.userDefined.get(DIGESTS)
     if text is None:
         raise ValueError(f"there is no {DIGESTS}")
-    digests = parse(text)
+    digests = parse_json(text)
     if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
         raise ValueError(f"{DIGESTS} holds no hashes")
     return digests

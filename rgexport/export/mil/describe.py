@@ -9,8 +9,8 @@ from typing import Any
 from rgexport.export.mil.checks import check_without_manifest, made_by_rgexport
 from rgexport.export.mil.package import PACKAGE_SUFFIX, Package, file_values, open_package
 from rgexport.export.mil.program import Function, TensorType
-from rgexport.progress import amount
 from rgexport.reporting.tables import Row, Table
+from rgexport.units import amount
 
 KIND = "mlpackage"
 OPERATIONS = frozenset(

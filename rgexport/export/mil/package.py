@@ -13,9 +13,8 @@ from rgexport.export.mil import decoder
 from rgexport.export.mil.blob import Blob, BlobFile
 from rgexport.export.mil.messages import messages
 from rgexport.export.mil.program import FileValue, Function
-from rgexport.files.names import stays_inside
-from rgexport.files.regular_file import read_regular
-from rgexport.griffin.json_fields import read_json
+from rgexport.files.paths import read_regular, stays_inside
+from rgexport.files.typed_json import read_json
 
 _MANIFEST, _DATA = "Manifest.json", "Data"
 PACKAGE_SUFFIX = ".mlpackage"
@@ -117,7 +116,7 @@ def _model_file(folder: Path) -> Path:
     if not manifest.is_file():
         missing = f"it has no {_MANIFEST}" if folder.is_dir() else "there is no such folder"
         raise RequestError(f"{folder} is not a Core ML package: {missing}")
-    fields = read_json(manifest).values
+    fields = read_json(manifest)
     items, root = fields.get("itemInfoEntries"), fields.get("rootModelIdentifier")
     item = items.get(root) if isinstance(items, dict) and isinstance(root, str) else None
     relative = item.get("path") if isinstance(item, dict) else None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.manifest import StoredTensor
 from rgexport.export.onnx.emitter import Emitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL

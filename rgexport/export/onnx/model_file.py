@@ -14,8 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from rgexport.export.manifest import ValueRecord
-from rgexport.files.names import stays_inside
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular, stays_inside
 
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {

@@ -5,12 +5,13 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from rgexport import __version__, web
+from rgexport import npm
+from rgexport._version import __version__
 from rgexport.export.identity import identity_of
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import weight_files
 from rgexport.export.tokenizer import ControlIds
-from rgexport.export.typed_json import plain
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.chat_template import chat_template
 
 CONFIG = "config.json"
@@ -36,10 +37,10 @@ def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
         "rgexport": {
             "version": __version__,
             "identity": asdict(identity_of(manifest, template)),
-            "states": [plain(record) for record in manifest.states],
+            "states": [to_json(record) for record in manifest.states],
             "data_files": weight_files(manifest),
         },
     }
     (folder / CONFIG).write_text(json.dumps(made, indent=1) + "\n", "utf-8")
     for name in MODULES:
-        shutil.copyfile(Path(web.__file__).with_name(name), folder / name)
+        shutil.copyfile(Path(npm.__file__).with_name(name), folder / name)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock, Timeout
 
 from rgexport.errors import RequestError
-from rgexport.files.atomic import replace_folder, require_free_disk
+from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.kernels.llama_cpp import port, sources
 from rgexport.kernels.llama_cpp.command import Commands
 

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 from rgexport import progress
 from rgexport.errors import RequestError
-from rgexport.files.atomic import replace_folder
 from rgexport.files.hashing import hash_file
+from rgexport.files.targets import replace_folder
 from rgexport.kernels.llama_cpp import port, unified_diff
 
 ROOT = f"llama_cpp_python-{port.RELEASE}"

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from rgexport.progress import amount
 from rgexport.reporting.tables import Table, render
+from rgexport.units import amount
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from rgexport.export.coreml.segments import DECODE, PREFILL
 from rgexport.export.coreml.states import LO_SCALE
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import POSITION, State, state_specs
-from rgexport.processors import usable_threads
+from rgexport.parallelism import usable_threads
 from rgexport.runtimes.coreml.runner import Runner, open_runner
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.runtimes.unchanged_files import UnchangedFiles

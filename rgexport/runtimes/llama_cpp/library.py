@@ -13,7 +13,7 @@ from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.kernels.llama_cpp import port
-from rgexport.runtimes.onnx.huge_pages import BackgroundAdvice, huge_pages
+from rgexport.runtimes.huge_pages import BackgroundAdvice, huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = f"unknown model architecture: '{ARCHITECTURE}'"

@@ -9,7 +9,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
-from rgexport.processors import usable_threads
+from rgexport.parallelism import usable_threads
 from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
 from rgexport.runtimes.session import Session, SessionInfo

@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from rgexport.export.onnx.model_file import ExternalTensor
+from rgexport.runtimes.huge_pages import Area, BackgroundAdvice, advise
 from rgexport.runtimes.memory import available_bytes
-from rgexport.runtimes.onnx.huge_pages import Area, BackgroundAdvice, advise
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 """Advice of Linux."""

@@ -16,9 +16,9 @@ from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, for_session, read_graph
 from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.griffin.state import POSITION, State
-from rgexport.processors import usable_threads
+from rgexport.parallelism import usable_threads
 from rgexport.progress import warn
-from rgexport.runtimes.onnx.huge_pages import huge_pages, zeros_together
+from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.run import Run, engine_errors
 from rgexport.runtimes.onnx.trial import Trial, state_sites

@@ -8,8 +8,7 @@ from typing import Any
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.export.verified import hash_new_files
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_new_files
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES

@@ -13,17 +13,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.control_tokens import ControlTokens, read_control_tokens
-from rgexport.griffin.json_fields import strict_json
 from rgexport.griffin.sentencepiece_file import MAX_BYTES, NORMAL
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
 from rgexport.progress import without_warnings
@@ -201,7 +201,7 @@ def file_words(path: Path) -> str | None:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix == ".json":
         with suppress(ValueError, RecursionError):
-            text = json.dumps(strict_json(content), sort_keys=True)
+            text = json.dumps(parse_json(content), sort_keys=True)
             return text if len(text) <= _MOST_SHOWN else _hash(text.encode())
     return _hash(content)
 
@@ -216,7 +216,7 @@ def file_pair(path: Path, other: Path) -> tuple[str | None, str | None]:
     if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
         return pair
     with suppress(ValueError, RecursionError, OSError):
-        ours, theirs = (_fields(strict_json(read_regular(each))) for each in (path, other))
+        ours, theirs = (_fields(parse_json(read_regular(each))) for each in (path, other))
         names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
         first, second = (
             ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.export.artifact import Artifact, files_of
 from rgexport.export.format import folder_format
 from rgexport.export.manifest import CARD

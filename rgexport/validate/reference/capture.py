@@ -13,9 +13,8 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.origin import folder_of
-from rgexport.export.verified import hash_new_files
-from rgexport.files.atomic import check_file_target
-from rgexport.files.hashing import FileRecord
+from rgexport.files.hashing import FileRecord, hash_new_files
+from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
@@ -23,8 +22,9 @@ from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.progress import amount, detail, expect_stages, task
+from rgexport.progress import detail, expect_stages, task
 from rgexport.runtimes.environment import environment
+from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity.text import text_identity
 from rgexport.validate.reference.implementations import OWN, choose_implementation

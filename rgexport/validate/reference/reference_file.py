@@ -32,12 +32,13 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.typed_json import plain
-from rgexport.files.atomic import replace_file
+from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord
+from rgexport.files.safetensors import read_metadata
+from rgexport.files.targets import replace_file
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.safetensors_file import read_metadata
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.validate.identity.text import TextIdentity
@@ -47,14 +48,6 @@ from rgexport.validate.structure.elements import Fingerprint
 FORMAT_VERSION = 3
 """Version 2 had most logits as bounds, version 1 no sketches of the weights."""
 METADATA = "rgexport_reference"
-
-DTYPES: dict[str, np.dtype] = {
-    "I64": np.dtype(np.int64),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "U16": np.dtype(np.uint16),
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -237,20 +230,13 @@ def write_reference(
     for array in arrays.values():
         digest.update(array.tobytes())
     header = dataclasses.replace(header, data_sha256=digest.hexdigest())
-    fields: dict[str, object] = {"__metadata__": {METADATA: json.dumps(plain(header))}}
-    offset = 0
-    for name, array in arrays.items():
-        end = offset + array.nbytes
-        dtype, shape = DTYPE_NAMES[array.dtype], list(array.shape)
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layouts = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    metadata = {METADATA: json.dumps(to_json(header))}
     with (
         replace_file(path, force=force, replaceable=is_reference) as partial,
         partial.open("wb") as file,
     ):
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors.header(layouts, metadata))
         file.writelines(array.tobytes() for array in arrays.values())
         file.flush()
         os.fsync(file.fileno())

@@ -9,15 +9,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import check_config
-from rgexport.export.typed_json import Mismatch, parse, read
 from rgexport.files.hashing import hash_file
+from rgexport.files.safetensors import DTYPES, read_header, read_metadata
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import linear_inputs, model_tensors
-from rgexport.griffin.safetensors_file import read_header, read_metadata
 from rgexport.griffin.state import state_specs
 from rgexport.griffin.tensor import RowTensor
 from rgexport.validate.reference.reference_file import (
-    DTYPES,
     FORMAT_VERSION,
     METADATA,
     Header,
@@ -60,7 +59,7 @@ def _read_header(path: Path) -> Header:
             f"{path} is not a reference file; expected one that `rgexport reference` made"
         )
     try:
-        fields = parse(text)
+        fields = parse_json(text)
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if type(version) is int and version != FORMAT_VERSION:
             newer = version > FORMAT_VERSION
@@ -68,7 +67,7 @@ def _read_header(path: Path) -> Header:
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
                 + ("update rgexport" if newer else "record it again with `rgexport reference`")
             )
-        header = read(Header, fields)
+        header = from_json(Header, fields)
         _check_header(header)
     except ValueError as error:
         raise _damaged(path, str(error)) from None

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgexport.progress import amount
 from rgexport.reporting.numbers import number, percent, plus_minus
 from rgexport.reporting.page import page_environment, visible, write_text
 from rgexport.reporting.tables import BarTable
+from rgexport.units import amount
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.suspects import site_evidence

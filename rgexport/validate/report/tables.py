@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from rgexport.progress import amount
 from rgexport.reporting.numbers import number, percent, plus_minus, rate
 from rgexport.reporting.tables import Row, Table
+from rgexport.units import amount
 from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.sites import SiteReport

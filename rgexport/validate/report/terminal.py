@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rgexport import progress
 from rgexport.export.request import as_argument
-from rgexport.progress import amount
 from rgexport.reporting import tables
 from rgexport.reporting.numbers import number
 from rgexport.reporting.tables import Table
+from rgexport.units import amount
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.errors import one_line
 from rgexport.export.artifact import Artifact
 from rgexport.progress import task

@@ -13,7 +13,7 @@ from rgexport.export.coreml.storage import Storage
 from rgexport.export.manifest import Manifest
 from rgexport.export.mil.messages import messages
 from rgexport.export.mil.package import MAX_MODEL_BYTES
-from rgexport.files.regular_file import read_regular
+from rgexport.files.paths import read_regular
 from rgexport.griffin.layout import model_tensors
 from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
 from rgexport.validate.structure.format import Recipe, Structure, maker, traced

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.coreml import exporter

@@ -147,7 +147,7 @@ def test_a_wheel_has_the_library_and_its_platform(tmp_path):
     assert path.name.endswith(f"-py3-none-{platform}.whl")
     made = zipfile.ZipFile(path)
     assert f"rgexport/kernels/rounding/{rounding.LIBRARY.name}" in made.namelist()
-    assert "rgexport/page/page.zip" in made.namelist() or not shutil.which("npm")
+    assert "rgexport/web_page/page.zip" in made.namelist() or not shutil.which("npm")
     made.extractall(tmp_path / "installed")
     code = "from rgexport.kernels.onnx.library import *; print(LIBRARY, *kernels().ops)"
     variables = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}

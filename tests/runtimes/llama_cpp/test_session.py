@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.state import POSITION, state_specs
@@ -18,6 +19,7 @@ from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
+from tests.quantize.ggml_files import write_tensors
 from tests.sessions import distance, random_tokens
 
 pytestmark = needs_llama_cpp
@@ -44,6 +46,30 @@ def test_batches_of_any_size(name, flash, limit, tmp_path):
         for batch in (3, 1):
             session.reset(batch)
             assert distance(session.prefill(tokens[:batch], 999), expected[:batch]) <= limit
+
+
+def write_without(name, source, target):
+    """Copies a GGUF file, but for one tensor."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "recurrentgemma")
+    for field in reader.fields.values():
+        if field.types and not field.name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        if tensor.name != name:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    write_tensors(writer, {})
+
+
+def test_every_tensor_is_required(tmp_path):
+    artifact, _ = export_random_gguf(ODD_CONFIGS["irregular"], tmp_path)
+    target = tmp_path / "copy.gguf"
+    write_without(None, artifact.path, target)
+    load_model(target)
+    for tensor in GGUFReader(artifact.path).tensors:
+        write_without(tensor.name, artifact.path, target)
+        with pytest.raises(RequestError, match=tensor.name):
+            load_model(target)
 
 
 def test_there_is_no_last_token(tmp_path):

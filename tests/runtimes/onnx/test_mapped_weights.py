@@ -13,10 +13,10 @@ import pytest
 
 from rgexport.export.onnx.model_file import ExternalTensor
 from rgexport.export.opening import open_artifact
+from rgexport.runtimes import huge_pages as module
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.onnx import huge_pages as module
+from rgexport.runtimes.huge_pages import huge_pages
 from rgexport.runtimes.onnx import mapped_weights
-from rgexport.runtimes.onnx.huge_pages import huge_pages
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 
 FLOAT32, UINT8, INT64, BFLOAT16 = 1, 2, 7, 16

@@ -22,8 +22,8 @@ from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_demo, export_random
 from tests.command_line import ROOT
 from tests.models import ODD_CONFIGS
-from tests.web.browser import HERE, run_page
-from tests.web.npm import install_our_package, node_with_packages
+from tests.npm.browser import HERE, run_page
+from tests.npm.install import install_our_package, node_with_packages
 
 SHARE = 1e-3  # largest |Δlogit| allowed, as a share of the largest |logit|
 ON_A_PROCESSOR = set("Cast Concat Cos Neg Reshape Shape Sin Slice Squeeze Unsqueeze".split())
@@ -116,7 +116,7 @@ def demo(folder, profile="cpu"):
 
 
 def in_node(program, artifact, folder, job, *before):
-    """Returns what a program beside tests/web's prints after a job in `folder`."""
+    """Returns what a program beside tests/npm's prints after a job in `folder`."""
     (folder / "job.json").write_text(json.dumps(job))
     command = ["node", program, *before, artifact, folder / "job.json"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport import __version__
+from rgexport._version import __version__
 from rgexport.errors import RequestError
 from rgexport.export.mil.package import Package
 from rgexport.export.mil.program import TensorType, numpy_type

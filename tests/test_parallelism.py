@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rgexport import processors
+from rgexport import parallelism
 
 CASES = {
     "no_groups": ({}, None, 8),
@@ -39,14 +39,14 @@ def test_quotas_count(tmp_path: Path, monkeypatch, case):
     if mine is not None:
         (tmp_path / "mine").write_text(mine)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(processors, "_GROUPS", tmp_path)
-    monkeypatch.setattr(processors, "_MINE", tmp_path / "mine")
-    assert processors.usable_processors() == expected
-    assert processors.usable_threads(None) == expected
-    assert processors.usable_threads(1) == 1
-    assert processors.usable_threads(9) == expected
+    monkeypatch.setattr(parallelism, "_GROUPS", tmp_path)
+    monkeypatch.setattr(parallelism, "_MINE", tmp_path / "mine")
+    assert parallelism.usable_processors() == expected
+    assert parallelism.usable_threads(None) == expected
+    assert parallelism.usable_threads(1) == 1
+    assert parallelism.usable_threads(9) == expected
 
 
 def test_a_mask_counts(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert processors.usable_threads(4) == 1
+    assert parallelism.usable_threads(4) == 1

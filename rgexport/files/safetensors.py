@@ -1,24 +1,26 @@
-"""Reads a safetensors file: a strictly checked header, and tensors in slabs of rows.
+"""The headers of safetensors files, read strictly and written.
 
 Format: 8 bytes little-endian header length, a JSON header
 `{name: {"dtype": …, "shape": […], "data_offsets": [begin, end]}}`, then the data without gaps.
 
 Why not `safetensors.safe_open(…).get_slice(…)`: it drops one of two tensors with the same name,
-blocks on a pipe, and maps the file (see `file_rows`).
+blocks on a pipe, and maps the file (see `griffin.file_rows`).
 """
 
+import json
+import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import ml_dtypes
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.regular_file import require_regular
-from rgexport.griffin.file_rows import file_rows, transposed_rows
-from rgexport.griffin.json_fields import strict_json
-from rgexport.griffin.tensor import DTYPES, RowTensor
+from rgexport.files.paths import require_regular
+from rgexport.files.typed_json import Between, Mismatch, from_json, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 """A hundred times the header of a 9B; parsed JSON takes up to twenty times its size. The reference
@@ -28,11 +30,21 @@ MAX_RANK = 16
 """Axes of a tensor: no model has more than four."""
 
 FLOATS: dict[str, np.dtype] = {
-    "F32": DTYPES["float32"],
-    "F16": DTYPES["float16"],
-    "BF16": DTYPES["bfloat16"],
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """Safetensors' names of the dtypes that weights may have."""
+
+DTYPES = FLOATS | {
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+}
+"""Safetensors' names of the dtypes that we write."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _ITEM_BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4},
@@ -40,8 +52,10 @@ _ITEM_BITS = {
     **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
 }
+_MAX_BITS = 1 << 62
 _METADATA = "__metadata__"
 _LFS_POINTER = b"version https://git-lfs"
+_Size = Annotated[int, Between(0, _MAX_BITS - 1)]
 
 
 @dataclass(frozen=True)
@@ -54,18 +68,18 @@ class Entry:
     offset: int
     nbytes: int
 
-    def rows(self) -> RowTensor:
-        """The tensor, for a float dtype and at least one axis."""
-        return file_rows(self.path, self.shape, FLOATS[self.dtype], self.offset)
 
-    def columns(self) -> RowTensor:
-        """The transpose of a matrix of floats."""
-        height, width = self.shape
-        return transposed_rows(self.path, (height, width), FLOATS[self.dtype], self.offset)
+@dataclass(frozen=True)
+class _Fields:
+    """One tensor in the header's JSON."""
+
+    dtype: str
+    shape: tuple[_Size, ...]
+    data_offsets: tuple[_Size, _Size]
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file, in the order of their data.
+    """Returns the tensors of a file by name, in the order of their data.
 
     Raises:
         RequestError: the file is no safetensors file, or its header contradicts itself or
@@ -74,14 +88,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     text, size = _read_text(path)
     data = 8 + len(text)
     tensors, _ = _parse(path, text)
-    entries = [_entry(path, name, fields, data) for name, fields in tensors.items()]
+    entries = [(name, _entry(path, name, fields, data)) for name, fields in tensors.items()]
     entries.sort(key=lambda named: (named[1].offset, named[1].nbytes))
     _check_extents(path, entries, data, size)
     return dict(entries)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a file: texts by name.
+    """Returns the `__metadata__` of a file: texts by name.
 
     Raises:
         RequestError: the file is no safetensors file, or its metadata are not texts.
@@ -89,8 +103,28 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _parse(path, _read_text(path)[0])[1]
 
 
+def header(
+    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Returns the begin of a file whose arrays follow one another without gaps.
+
+    Args:
+        arrays: name → dtype and shape.
+        metadata: texts by name.
+    """
+    fields: dict[str, object] = {_METADATA: dict(metadata)}
+    start = 0
+    for name, (dtype, shape) in arrays.items():
+        end = start + dtype.itemsize * math.prod(shape)
+        fields[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
 def _read_text(path: Path) -> tuple[bytes, int]:
-    """The header's bytes, and the file's size."""
+    """Returns the header's bytes, and the file's size."""
     try:
         size = require_regular(path)
         with path.open("rb") as file:
@@ -123,64 +157,54 @@ def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header's entry for each tensor, and the metadata.
+    """Returns the header's entry for each tensor, and the metadata.
 
     As strict as the reference implementation, so that both see the same tensors.
     """
     try:
-        header = strict_json(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged: its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
+        fields = parse_json(text)
+    except Mismatch as error:
+        raise RequestError(f"{path} is damaged: its header is {error}") from None
+    if not isinstance(fields, dict):
         raise RequestError(f"{path} is damaged: its header is not a JSON object")
-    metadata = header.pop(_METADATA, None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-        raise RequestError(f"{path} is damaged: its {_METADATA} is no object of texts")
-    return header, metadata
+    try:
+        metadata = fields.pop(_METADATA, None)
+        metadata = {} if metadata is None else from_json(dict[str, str], metadata)
+    except Mismatch:
+        raise RequestError(f"{path} is damaged: its {_METADATA} is no object of texts") from None
+    return fields, metadata
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
-def _sizes(value: Any) -> list[int] | None:
-    """`value` if it is a list of sizes."""
-    return value if isinstance(value, list) and all(map(_is_size, value)) else None
-
-
-def _entry(path: Path, name: str, fields: Any, data: int) -> tuple[str, Entry]:
-    fields = fields if isinstance(fields, dict) else {}
-    shape, offsets = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
-    dtype = fields.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _ITEM_BITS:
+def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
+    try:
+        fields = from_json(_Fields, value)
+    except Mismatch as error:
+        raise RequestError(f"{path} is damaged: in the header of tensor {name}, {error}") from None
+    dtype, shape, (begin, end) = fields.dtype, fields.shape, fields.data_offsets
+    if dtype not in _ITEM_BITS:
         raise RequestError(f"{path}: tensor {name} has the unknown dtype {reprlib.repr(dtype)}")
-    if shape is None or offsets is None or len(offsets) != 2:
-        raise RequestError(
-            f"{path} is damaged: the header of tensor {name} has no valid shape and data_offsets"
-        )
-    begin, end = offsets
     nbytes = _nbytes(shape, _ITEM_BITS[dtype])
     if nbytes is None:
         raise RequestError(
-            f"{path} is damaged: tensor {name} cannot be {dtype} in the shape {reprlib.repr(shape)}"
+            f"{path} is damaged: tensor {name} cannot be {dtype} in the shape "
+            f"{reprlib.repr(list(shape))}"
         )
     if end - begin != nbytes:
         raise RequestError(
-            f"{path} is damaged: tensor {name} ({dtype} {shape}) spans {end - begin} bytes; "
+            f"{path} is damaged: tensor {name} ({dtype} {list(shape)}) spans {end - begin} bytes; "
             f"expected {nbytes}"
         )
-    return name, Entry(path, dtype, tuple(shape), data + begin, nbytes)
+    return Entry(path, dtype, shape, data + begin, nbytes)
 
 
-def _nbytes(shape: list[int], item_bits: int) -> int | None:
-    """The bytes of a tensor; None if it has too many axes or elements, or ends within a byte."""
+def _nbytes(shape: tuple[int, ...], item_bits: int) -> int | None:
+    """Returns a tensor's bytes; None for too many axes or elements, or an end within a byte."""
     if len(shape) > MAX_RANK:
         return None
     bits = item_bits
     for size in shape:
         bits *= max(size, 1)
-        if bits >= 1 << 62:
+        if bits >= _MAX_BITS:
             return None
     return None if bits % 8 else 0 if 0 in shape else bits // 8
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.page.chat_page import LONGEST, ChatPage
-from tests.page.site_server import serving
+from tests.web_page.chat_page import LONGEST, ChatPage
+from tests.web_page.site_server import serving
 
 NOT_STORED = "storage is full: the page works now, but not offline"
 FAIL_TO_STORE = """(store) => {

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import ThreadingHTTPServer
 
-from rgexport.page.local_server import SiteHandler
-from rgexport.page.site import read
+from rgexport.web_page.local_server import SiteHandler
+from rgexport.web_page.site import read
 
 
 class Broken(Exception):

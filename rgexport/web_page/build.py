@@ -11,7 +11,7 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 SOURCES = Path(__file__).parents[2] / "page"
-LIBRARY = Path(__file__).parents[1] / "web"
+LIBRARY = Path(__file__).parents[1] / "npm"
 """The npm package that the page includes."""
 BUILT = Path(__file__).with_name("page.zip")
 _INSTALL = "ci --ignore-scripts --no-audit --no-fund".split()

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from rgexport.page import site
-from tests.page.chat_page import PATIENCE
-from tests.page.site_server import Broken, serving
+from rgexport.web_page import site
+from tests.web_page.chat_page import PATIENCE
+from tests.web_page.site_server import Broken, serving
 
 pytestmark = pytest.mark.full
 

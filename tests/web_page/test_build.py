@@ -7,7 +7,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from rgexport.page import build
+from rgexport.web_page import build
 
 pytestmark = pytest.mark.full
 
@@ -20,7 +20,7 @@ def test_two_builds_are_equal(tmp_path):
     archives, skipped = [], shutil.ignore_patterns("node_modules", "dist")
     for clone in (tmp_path / "one", tmp_path / "two" / "deeper"):
         shutil.copytree(build.SOURCES, clone / "page", ignore=skipped)
-        shutil.copytree(build.LIBRARY, clone / "rgexport" / "web")
+        shutil.copytree(build.LIBRARY, clone / "rgexport" / "npm")
         try:
             archive = build.build(clone / "page.zip", clone / "page")
         except build.BuildFailed as failed:

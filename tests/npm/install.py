@@ -11,7 +11,7 @@ import pytest
 from tests.built import one_at_a_time
 
 HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1] / "rgexport" / "web"
+PACKAGE = HERE.parents[1] / "rgexport" / "npm"
 _QUIET = "--no-audit", "--no-fund", "--no-package-lock"
 _NO_NETWORK = re.compile(r"\b(ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT)\b")
 

@@ -5,12 +5,12 @@ import re
 import pytest
 
 import rgexport
-from rgexport.chat.state_file import read_fields
+from rgexport.chat.state_file import read_state_header
 from rgexport.export.opening import open_artifact
-from rgexport.page import site
-from tests.page.chat_page import LONGEST, Profile, plain
-from tests.page.site_server import serving
-from tests.web.npm import HERE, node_with_packages
+from rgexport.web_page import site
+from tests.npm.install import HERE, node_with_packages
+from tests.web_page.chat_page import LONGEST, Profile, plain
+from tests.web_page.site_server import serving
 
 MESSAGES = ["Hi there", "What did I say?", "Tell me a story.", "Thanks!"]
 GREEDY = {"temperature": 0, "max_new_tokens": LONGEST}
@@ -32,7 +32,7 @@ def test_a_conversation_and_its_state(tab, artifact, tmp_path):
             new = reply.prompt_tokens - reply.cached_tokens + reply.new_tokens
             assert new - 1 <= tab.tokens_read <= new + 3
         file = tab.save(tmp_path)
-        assert read_fields(file)["messages"] == messages
+        assert read_state_header(file).messages == messages
         saved = model.load_state(file)
         reply = model.chat([*messages, {"role": "user", "content": "And now?"}], **GREEDY)
         assert reply.cached_tokens >= saved.position - 1

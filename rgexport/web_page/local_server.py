@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.page.site import Site, read
 from rgexport.progress import note
 from rgexport.serve.host_names import is_allowed
+from rgexport.web_page.site import Site, read
 
 HOST = "127.0.0.1"
 """Browsers run the page from this machine, and from others only over https."""

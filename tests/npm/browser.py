@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import TimeoutError as TooSlow
 from playwright.sync_api import sync_playwright
 
-from rgexport.page.site import Part
-from tests.page.site_server import serving
+from rgexport.web_page.site import Part
+from tests.web_page.site_server import serving
 
 HERE = Path(__file__).parent
 MODULES = HERE / "node_modules"

@@ -9,11 +9,11 @@ from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.page import build, site
+from rgexport.web_page import build, site
 from tests.built import one_at_a_time
-from tests.page.chat_page import Profile
-from tests.page.site_server import serving
-from tests.web.browser import launched
+from tests.npm.browser import launched
+from tests.web_page.chat_page import Profile
+from tests.web_page.site_server import serving
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 

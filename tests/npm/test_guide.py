@@ -16,9 +16,9 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.markup import END_OF_TURN
 from rgexport.griffin.state import POSITION
-from tests.page.site_server import serving
-from tests.web.browser import FOLDERS, HERE, launched, parts_of
-from tests.web.npm import install_our_package, node_with_packages
+from tests.npm.browser import FOLDERS, HERE, launched, parts_of
+from tests.npm.install import install_our_package, node_with_packages
+from tests.web_page.site_server import serving
 
 DEMO = HERE.parents[1] / "demo" / "model"
 GUIDE = (HERE.parents[1] / "docs" / "transformers-js.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-// What `tests/web/test_guide.py` asks of an artifact in transformers.js: a conversation in
+// What `tests/npm/test_guide.py` asks of an artifact in transformers.js: a conversation in
 // which the model writes tokens that the test chose, each reply up to its last token.
 
 import { readFileSync } from "node:fs";

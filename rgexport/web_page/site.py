@@ -18,10 +18,10 @@ from rgexport.export.manifest import CARD
 from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
 from rgexport.export.onnx.transformers_js import CONFIG
 from rgexport.export.origin import GEMMA, GEMMA_TERMS
-from rgexport.files.atomic import replace_folder, require_free_disk
 from rgexport.files.hashing import hash_file
-from rgexport.page.build import BUILT
+from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.progress import Advance, task, warn
+from rgexport.web_page.build import BUILT
 
 CHUNK_BYTES = 8 << 20
 CATALOG = "model.json"

@@ -1,0 +1,82 @@
+"""Names and kinds of files, checked before a file is opened."""
+
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from rgexport.errors import RequestError
+
+MAX_SETTINGS_BYTES = 8 << 20
+"""Limit for files of settings: a manifest has 2 MB. Parsed JSON takes up to twenty times its
+size."""
+MAX_TEXT_BYTES = 64 << 20
+"""Limit for a text that is read as a whole: a hundred times a long novel."""
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE
+)
+
+
+def without_ending(name: str, endings: Iterable[str]) -> str:
+    """Returns `name` without its ending, if that is one of `endings`.
+
+    Any other dot belongs to the name: `Path.stem` would turn `text-4.25` into `text-4`.
+    """
+    return name.removesuffix(next(filter(name.endswith, endings), ""))
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a path from an untrusted file leads into its folder on every system."""
+    path = PurePosixPath(name)
+    plain = name.isprintable() and not set(name) & set("\\:") and path.parts
+    return bool(plain) and not path.is_absolute() and ".." not in path.parts
+
+
+def windows_objection(name: str) -> str:
+    """Returns why Windows could not store a file of this name, or "" if it could."""
+    if _DEVICE.fullmatch(name):
+        return "is the name of a device"
+    if bad := sorted({c for c in name if c in '<>:"|?*\\/' or c < " "}):
+        return f"has {' '.join(map(repr, bad))}, which names cannot have"
+    return "ends in a dot or space, which would be lost" if name[-1:] in (".", " ") else ""
+
+
+def require_regular(path: Path) -> int:
+    """Returns the size of a file; reading a pipe or device could block or never end.
+
+    Raises:
+        RequestError: it is a folder, a pipe or a device.
+        OSError: there is none.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise RequestError(f"{path} cannot be read: it is {kind}; expected a file")
+    return status.st_size
+
+
+def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
+    """Returns the content of a small file.
+
+    Raises:
+        RequestError: it is a folder, a pipe or a device, or has more than `most` bytes.
+        OSError: it cannot be read.
+    """
+    size = require_regular(path)
+    if size > most:
+        raise RequestError(f"{path} has {size} bytes; expected at most {most}")
+    return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file.
+
+    Raises:
+        RequestError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        return read_regular(path, MAX_TEXT_BYTES).decode()
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} is not UTF-8 text") from None

@@ -1,0 +1,192 @@
+"""Files and folders that a user names with `-o`: checked, locked, and replaced in one step."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rgexport.errors import RequestError
+from rgexport.files.atomic import WINDOWS, TargetInUse, move, remove, remove_partials, replacing
+from rgexport.files.paths import windows_objection
+from rgexport.units import amount
+
+Replaceable = Callable[[Path], bool]
+"""Says whether an existing target is of a kind that `--force` may replace."""
+
+COMPLETE = "complete"
+"""The file in a folder of `continue_file` that becomes its target."""
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def replace_folder(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
+    """Yields a temporary folder beside `target` that becomes `target` when the block ends well.
+
+    Any exception removes it. A killed process leaves it, and the next run with the same target
+    removes it. A kernel lock, released even by a kill, keeps two runs from writing one target.
+
+    Args:
+        target: the folder to make; its parent must exist.
+        force: whether an existing target may be replaced.
+        replaceable: whether it is of a kind that may be; an empty folder always is.
+
+    Raises:
+        RequestError: see `check_target`; or the parent is not writable, another run is writing the
+            target, or the disk is full.
+    """
+    check = partial(check_target, target, force=force, replaceable=replaceable)
+    with _locked(target) as real, _replaced(real, check) as new:
+        new.mkdir()
+        yield new
+
+
+@contextmanager
+def replace_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
+    """Yields the path of a new file that becomes `target`, see `replace_folder`."""
+    check = partial(check_file_target, target, force=force, replaceable=replaceable)
+    with _locked(target) as real, _replaced(real, check) as new:
+        yield new
+
+
+@contextmanager
+def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
+    """Yields the path of a folder `NAME.partial` for work that a later run may continue.
+
+    The folder may have files of an earlier run. Any exception leaves it. When the block ends well,
+    its file `COMPLETE` becomes `target`, and the folder is removed. See `replace_folder`.
+    """
+    check = partial(check_file_target, target, force=force, replaceable=replaceable)
+    with _locked(target) as real:
+        check()
+        folder = real.with_name(f"{real.name}.partial")
+        yield folder
+        check()
+        move(folder / COMPLETE, real)
+        remove(folder)
+
+
+@contextmanager
+def _replaced(real: Path, check: Callable[[], None]) -> Iterator[Path]:
+    remove_partials(real)
+    check()
+    with replacing(real) as new:
+        yield new
+        check()
+
+
+def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
+    """Refuses a target that `replace_folder` would refuse, before any work is done.
+
+    Raises:
+        RequestError: it is a file, or a folder that may not be replaced; it holds the current
+            folder, is a mount point, or has no parent.
+    """
+    if os.path.lexists(require_writable(target)):
+        if not target.is_dir():
+            raise RequestError(f"{target} exists and is a file; pass another -o")
+        may_replace = not any(target.iterdir()) or replaceable(target)
+        _check_replaceable(target, may_replace, force, "holds")
+
+
+def check_file_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
+    """Refuses a target that `replace_file` would refuse, before any work is done.
+
+    Raises:
+        RequestError: it is a folder, or a file that may not be replaced, or has no parent.
+    """
+    if os.path.lexists(require_writable(target)):
+        if target.is_dir():
+            raise RequestError(f"{target} exists and is a folder; pass a file with -o")
+        _check_replaceable(target, replaceable(target), force, "is")
+
+
+def _check_replaceable(target: Path, may_replace: bool, force: bool, verb: str) -> None:
+    if not may_replace:
+        raise RequestError(
+            f"{target} exists and {verb} something else than what would be written there; "
+            "pass another -o"
+        )
+    if not force:
+        raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
+
+
+def require_writable(target: Path) -> Path:
+    """Returns the target's real path.
+
+    Raises:
+        RequestError: nothing can be written to that path, whatever is there.
+    """
+    real = Path(os.path.realpath(target))
+    if WINDOWS and (objection := windows_objection(target.name)):
+        raise RequestError(f"cannot write {target}: the name {objection}; pass another -o")
+    if Path.cwd().is_relative_to(real):
+        raise RequestError(
+            f"cannot write {target}: it is the current folder or holds it; pass another -o"
+        )
+    if os.path.ismount(real):
+        raise RequestError(f"cannot write {target}: it is a mount point; pass a folder in it")
+    if not real.parent.is_dir():
+        raise RequestError(
+            f"cannot write {target}: there is no folder {real.parent}; make it first"
+        )
+    return real
+
+
+def require_free_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuses to begin to write more than the disk of `folder` has room for.
+
+    Raises:
+        RequestError: fewer than `needed_bytes` are free.
+    """
+    absolute = folder.absolute()
+    existing = next((p for p in [absolute, *absolute.parents] if p.exists()), None)
+    if existing is None:
+        raise RequestError(f"cannot write {folder}: there is no drive {absolute.anchor}")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise RequestError(
+            f"not enough space for {folder}: {amount(needed_bytes)} needed, "
+            f"{amount(free)} free; free some or choose another disk"
+        )
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[Path]:
+    """Yields the target's real path while no other run may write it."""
+    real = require_writable(target)
+    path = real.with_name(f".{real.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RequestError(
+            f"another run is writing {target}; wait for it, or pass another -o"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        yield real
+    except TargetInUse as error:
+        raise RequestError(
+            f"cannot replace {target}: {error.strerror}; close the programs that use it, or pass "
+            "another -o"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise RequestError(
+            f"no space left while writing {target}; free some or choose another disk"
+        ) from error
+    finally:
+        # Removed while it is held: a process that has opened it meanwhile sees that it has no
+        # name. Windows removes no open file; there, the release removes it, unless another run
+        # has opened it.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
