@@ -30,7 +30,7 @@ SIBLINGS = {"validate", "evaluate", "compress"}
 """None of these imports another one."""
 
 NEEDS_TORCH = {
-    *(f"compress/{name}.py" for name in "backward grams head measure statistics".split()),
+    *(f"compress/{name}.py" for name in "head measure statistics sums".split()),
     *(f"griffin/{name}.py" for name in "gradients ops reference scan step triton_scan".split()),
     *("validate/reference/deepmind_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }

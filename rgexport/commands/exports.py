@@ -178,7 +178,7 @@ def _export(
     target = output or default_target(checkpoint.name, asked)
     check = None if no_check else partial(self_check, checkpoint)
     if algorithm == "gptq" or calibration:
-        from rgexport.compress.quality import known_statistics
+        from rgexport.compress.calibrate import known_statistics
 
         check_target(target, force=force)  # before a calibration that takes minutes
         with known_statistics(checkpoint, calibration, cluster) as statistics:

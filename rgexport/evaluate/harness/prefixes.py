@@ -110,7 +110,6 @@ class PrefixReader(ABC):
             yield from self._branches(list(group), start)
 
     def _common(self, indices: Sequence[int]) -> int:
-        """Returns the length of the common prefix: in sorted texts, that of the first and last."""
         first, last = self.texts[indices[0]].ids, self.texts[indices[-1]].ids
         pairs = enumerate(zip(first, last, strict=False))
         return next((at for at, (a, b) in pairs if a != b), min(len(first), len(last)))

@@ -85,7 +85,6 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
 
 @lru_cache(maxsize=1)
 def _text(model: EvaluatedModel, request: EvaluationRequest) -> dict[str, Any]:
-    """Returns hashes of the ids and of the state file, and the position where reading starts."""
     ids = key_of(_ids(model, request)[: request.length + 1])[1]
     if request.state is None:
         return {"ids": ids, "start": 0, "state": None}
@@ -110,7 +109,6 @@ def _saved(model: EvaluatedModel, request: EvaluationRequest) -> SavedState:
 
 
 def _ids(model: EvaluatedModel, request: EvaluationRequest) -> np.ndarray:
-    """Returns a bos and the texts, repeated: the tokens that all pieces read."""
     return _text_ids(model, request.texts, request.length + 1 + _STEPS)
 
 

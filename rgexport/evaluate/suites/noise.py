@@ -75,7 +75,6 @@ def _swap(tokens: list[str], random: Random) -> list[str]:
 
 
 def _insert_markers(tokens: list[str], random: Random) -> list[str]:
-    """Inserts the markers of chats, as text."""
 
     def marked(token: str) -> str:
         return f"{token} {_MARKERS[random.integers(len(_MARKERS))]}"

@@ -12,8 +12,9 @@ from rgexport.export.coreml.states import io_record, state_records
 from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.files.typed_json import Mismatch, shown_key
+from rgexport.quantize.fitting import fitted
 from rgexport.quantize.plan import COREML_PRECISIONS
-from rgexport.quantize.scheme import Scheme
+from rgexport.quantize.scheme import Scheme, Uniform
 
 _RUN = """\
 `model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
@@ -60,6 +61,8 @@ class CoreMLFormat(FolderFormat):
     library = "coreml"
     precisions = COREML_PRECISIONS
     entries = (PACKAGE, ENDS)
+    alignment = part_header = 64
+    graph_bytes = 124_000
     runs_on = "on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode project"
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
@@ -72,6 +75,11 @@ class CoreMLFormat(FolderFormat):
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
         """See `FolderFormat`."""
         return part_layouts(shape, scheme)
+
+    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
+        """Returns the closest scheme without padding, see `Format`."""
+        closest = fitted(scheme, shape)
+        return super().candidate(closest, shape) if isinstance(closest, Uniform) else None
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         """Derives the interface of a package, see `FolderFormat`."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from rgexport.reporting.tables import Table, render
+from rgexport.reporting.tables import Table, markdown, render
 from rgexport.units import amount
 
 
@@ -76,11 +76,8 @@ def as_table(rows: Sequence[Row]) -> str:
 def as_markdown(rows: Sequence[Row]) -> str:
     """The same in Markdown."""
     columns = _columns(rows)
-    lines = [tuple(columns), ("---", *["---:"] * (len(columns) - 1))]
-    lines += [tuple(cell(row) for cell in columns.values()) for row in rows]
-    return "\n".join(
-        ["; ".join(_titles(rows[0])), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
-    )
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    return f"{'; '.join(_titles(rows[0]))}\n\n{markdown(list(columns), cells)}\n"
 
 
 def _titles(row: Row) -> tuple[str, str, str]:

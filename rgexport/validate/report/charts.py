@@ -262,7 +262,6 @@ def _lines(
 def _ranges(
     template: str, series: Sequence[Series], show: FormatNumber = number, joint: str = ", "
 ) -> str:
-    """Returns the label and the range of each series."""
     return joint.join(template.format(line.label, _range(line.points, show)) for line in series)
 
 
@@ -274,7 +273,6 @@ def _range(points: Sequence[Point], show: FormatNumber) -> str:
 
 
 def _block_names(series: Series, end: int) -> FormatNumber:
-    """Names a block of positions, which ends at the next one or at the text's end."""
     starts = [int(x) for x, _ in series.points]
     stops = dict(zip(starts, [*starts[1:], end], strict=True))
     return lambda x: f"{x:,}" if stops[int(x)] - x == 1 else f"{x:,}–{stops[int(x)] - 1:,}"

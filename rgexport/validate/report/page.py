@@ -225,7 +225,6 @@ def op_bars(errors: Sequence[SiteError]) -> BarTable:
 
 
 def _cost_bars(costs: Sequence[LayerCost]) -> BarTable | None:
-    """Returns the cost of each layer, the most expensive one first."""
     ranked = sorted(costs, key=lambda cost: -cost.kl)
     numbers = ("KL, nats", "top-1 agreement")
     rows = [(c.part, plus_minus(c.kl, c.standard_error), percent(c.top1)) for c in ranked]

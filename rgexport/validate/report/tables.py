@@ -47,21 +47,18 @@ def cost_of(r: Result) -> Compared | None:
 
 
 def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
-    """Returns a table with columns of names, followed by columns of numbers."""
     return Table(title, (*names, *numbers), list(rows), numbers)
 
 
 def _first(
     rows: Sequence[Row], most: int = WORST, ending: str = "with smaller errors"
 ) -> Iterator[Row]:
-    """Yields the first rows, and one that counts the others."""
     yield from rows[:most]
     if len(rows) > most:
         yield f"… and {len(rows) - most} {ending}", *[""] * (len(rows[0]) - 1)
 
 
 def _of_likelihood(show: Callable[[Likelihood], str]) -> Callable[[Compared], str]:
-    """Returns a cell that is empty if the comparison has no likelihood."""
     return lambda c: "" if c.likelihood is None else show(c.likelihood)
 
 

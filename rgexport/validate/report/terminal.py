@@ -147,7 +147,6 @@ def _one_line(text: str) -> str:
 
 
 def _failures(r: Result) -> Iterator[str]:
-    """Yields a line for each check that did not pass, the failed ones first."""
     checks = not_passed(r)
     for check in checks[:MOST_NAMED]:
         yield f"{_OUTCOMES[check.outcome]}  {check.name} is {check_text(check)} ({check.reason})"
