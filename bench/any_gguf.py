@@ -21,9 +21,9 @@ import numpy as np
 
 from bench.any_model import DATA, SIZES, AnyModelSession
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.bench.measure import MOST, BenchRequest, Measuring
+from rgexport.runtimes.bench.measure import MOST, BenchMeasurement, BenchRequest
 from rgexport.runtimes.bench.roofline import roofline
-from rgexport.runtimes.bench.rows import Row
+from rgexport.runtimes.bench.rows import BenchRow
 
 STATES = Path("out/bench/states")
 TOKENS, REPETITIONS = 32, 3
@@ -35,7 +35,7 @@ class AnyGguf(AnyModelSession):
     def __init__(self, path: Path, room: int, *, doubling: bool = False) -> None:
         """Loads a file."""
         both = {"n_seq_max": 2} if doubling else {}
-        super().__init__(path, room=room, **both)
+        super().__init__(path, capacity=room, **both)
 
     def doubled(self, state: State) -> State:
         """A transformer's state after twice as many tokens: the same ones once more, further on.
@@ -58,7 +58,7 @@ class AnyGguf(AnyModelSession):
 
 
 @dataclass
-class KeptStates(Measuring):
+class KeptStates(BenchMeasurement):
     """Keeps the states at the depths in files: reaching one takes long, timing needs quiet."""
 
     processed: int = MOST
@@ -83,7 +83,7 @@ class KeptStates(Measuring):
         for depth in sorted(self.request.depths):
             state = self.state_at(depth, state)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[BenchRow]:
         """As any measuring; `doubled` says how such a depth came about."""
         for row in super().rows():
             yield replace(row, state="doubled") if row.depth > self.processed else row

@@ -17,7 +17,7 @@ from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, oracle, require
 from rgexport.export.describe import describe
 from rgexport.files.safetensors import FLOATS, Entry, read_header, read_metadata
-from rgexport.griffin.file_rows import entry_rows
+from rgexport.griffin.tensor import entry_rows
 
 _DTYPES = ("F32", "F16", "BF16", "F4", "F6_E2M3", "F8_E4M3", "BOOL", "I64", "U8", "C64", "E9")
 

@@ -13,7 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE
-from rgexport.griffin.sentencepiece_file import NORMAL, UNKNOWN, USER_DEFINED
+from rgexport.griffin.tokenizer_files import NORMAL, UNKNOWN, USER_DEFINED
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model
 
 TYPES_KEY, TEMPLATE_KEY = "tokenizer.ggml.token_type", "tokenizer.chat_template"

@@ -15,9 +15,13 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
-from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
-from rgexport.griffin.markup import END_OF_TURN
-from rgexport.griffin.sentencepiece_file import MAX_BYTES
+from rgexport.griffin.control_tokens import (
+    END_OF_TURN,
+    ControlTokens,
+    json_tokens,
+    sentencepiece_tokens,
+)
+from rgexport.griffin.tokenizer_files import MAX_BYTES
 from rgexport.griffin.tokenizer_json import panics_raised, read_tokenizer_json
 
 CUT = "\ud800"

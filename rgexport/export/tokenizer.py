@@ -17,8 +17,12 @@ from rgexport.export.tokenizer_json import write_tokenizer_json
 from rgexport.files.paths import read_regular
 from rgexport.griffin.chat_template import JINJA_FILE, chosen_template
 from rgexport.griffin.control_tokens import ControlTokens, literal, read_control_tokens
-from rgexport.griffin.sentencepiece_file import normalization, read_pieces
-from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG, has_tokenizer
+from rgexport.griffin.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    has_tokenizer,
+    normalization,
+    read_pieces,
+)
 from rgexport.progress import warn
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}

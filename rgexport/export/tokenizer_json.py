@@ -15,9 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from rgexport.errors import RequestError
-from rgexport.griffin.control_tokens import ControlTokens, sentencepiece_tokens
-from rgexport.griffin.markup import is_markup
-from rgexport.griffin.sentencepiece_file import (
+from rgexport.griffin.control_tokens import ControlTokens, is_markup, sentencepiece_tokens
+from rgexport.griffin.tokenizer_files import (
     BYTE,
     CONTROL,
     NORMAL,

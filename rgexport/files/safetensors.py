@@ -4,7 +4,7 @@ Format: 8 bytes little-endian header length, a JSON header
 `{name: {"dtype": …, "shape": […], "data_offsets": [begin, end]}}`, then the data without gaps.
 
 Why not `safetensors.safe_open(…).get_slice(…)`: it drops one of two tensors with the same name,
-blocks on a pipe, and maps the file (see `griffin.file_rows`).
+blocks on a pipe, and maps the file (see `griffin.tensor`).
 """
 
 import json

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
-from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
 from rgexport.progress import warn
 
 JINJA_FILE = "chat_template.jinja"
-"""It decides where tokenizer_config.json has a template, too."""
+"""Takes precedence over the template in tokenizer_config.json."""
 BUILT_IN = "built-in"
 """The origin of a template that no file has."""
 # As in the tokenizer_config.json of google/recurrentgemma-2b-it.
@@ -32,13 +32,29 @@ GEMMA_TEMPLATE = (
 
 
 def read_chat_template(folder: Path) -> tuple[str, str] | None:
-    """The template in chat_template.jinja or tokenizer_config.json, and the file's name.
+    """Returns the template in chat_template.jinja or tokenizer_config.json, and the file's name.
 
     Raises:
         RequestError: a file that cannot be read, or several named templates and no default.
     """
     try:
-        return _read(folder)
+        jinja, config = folder / JINJA_FILE, folder / TOKENIZER_CONFIG
+        if jinja.is_file():
+            return read_regular(jinja).decode(), jinja.name
+        if not config.is_file():
+            return None
+        template = json.loads(read_regular(config)).get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in named:
+                raise RequestError(
+                    f"{config} has the chat templates {', '.join(named)}; expected one named "
+                    "default"
+                )
+            template = named["default"]
+        if not isinstance(template, str | None):
+            raise TypeError(f"chat_template is a {type(template).__name__}; expected text")
+        return (template, config.name) if template else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(
             f"the chat template in {folder} cannot be read ({type(error).__name__}: {error}); "
@@ -47,12 +63,12 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
 
 
 def chat_template(folder: Path) -> tuple[str, str]:
-    """As `read_chat_template`, or Gemma's template where the folder has none."""
+    """Returns the folder's chat template, or Gemma's where it has none."""
     return read_chat_template(folder) or (GEMMA_TEMPLATE, BUILT_IN)
 
 
 def chosen_template(folder: Path, special: Container[str], name: str) -> str | None:
-    """Returns the template that a chat with a model uses, for its artifact; None if it has none.
+    """Returns the template of an artifact's chats; None if it has none.
 
     Warns if such a chat would be refused.
 
@@ -62,7 +78,7 @@ def chosen_template(folder: Path, special: Container[str], name: str) -> str | N
         name: the model's, for the warning.
 
     Raises:
-        RequestError: as `read_chat_template`.
+        RequestError: the reasons of `read_chat_template`.
     """
     source, origin = chat_template(folder)
     missing = missing_turns(source, special)
@@ -79,22 +95,3 @@ def missing_turns(template: str, special: Container[str]) -> list[str]:
     """Returns the turn tokens that a template writes but a vocabulary lacks."""
     turns = (START_OF_TURN, END_OF_TURN)
     return [turn for turn in turns if turn in template and turn not in special]
-
-
-def _read(folder: Path) -> tuple[str, str] | None:
-    jinja, config = folder / JINJA_FILE, folder / TOKENIZER_CONFIG
-    if jinja.is_file():
-        return read_regular(jinja).decode(), jinja.name
-    if not config.is_file():
-        return None
-    found = json.loads(read_regular(config)).get("chat_template")
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        if "default" not in named:
-            raise RequestError(
-                f"{config} has the chat templates {', '.join(named)}; expected one named default"
-            )
-        found = named["default"]
-    if not isinstance(found, str | None):
-        raise TypeError(f"chat_template is a {type(found).__name__}; expected text")
-    return (found, config.name) if found else None

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,13 +10,13 @@ from typing import Literal
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import read_json
 from rgexport.griffin import deepmind, huggingface
+from rgexport.griffin.adapter import merge_adapter
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
+from rgexport.griffin.deepmind_files import orbax_folder
 from rgexport.griffin.huggingface_config import read_config
-from rgexport.griffin.inventory import take_inventory
-from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.orbax_folder import orbax_folder
+from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.sizes import DEMO, SIZE_WORDS, SIZES
-from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.griffin.tensor import DTYPES, FoundTensor, RowTensor, WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
 
 Layout = Literal["hugging-face", "deepmind"]
@@ -26,27 +27,31 @@ _HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers have been read; its weights have not."""
+    """A checkpoint; only its headers are in memory.
+
+    Attributes:
+        name: the folder's or the hub id's last part, or `demo`; for display and output names.
+        path: the folder, or DeepMind's `.pt` file or orbax folder.
+        weights: canonical name → tensor in its stored dtype, for the tensors that fit the model.
+        head: `lm_head.weight`, where it was saved too; it must equal the embedding.
+        problems: what is wrong according to the headers, each as `kind: details`.
+        weight_files: by name; in an orbax folder, by the path inside it.
+        instruction_tuned: whether it was tuned for chat, by its name or its chat template; None if
+            unknown.
+        adapter: the folder of a LoRA adapter that is merged into `weights`.
+    """
 
     name: str
-    """For display and default output names: the folder's or the hub id's last part, or `demo`."""
     path: Path
-    """The folder, or DeepMind's `.pt` file or orbax folder."""
     layout: Layout
     config: GriffinConfig
     weights: WeightSource
-    """Canonical name → tensor in its stored dtype, for the tensors that are there and fit."""
     head: RowTensor | None
-    """`lm_head.weight`, where it was saved too; it must equal the embedding."""
     problems: tuple[str, ...]
-    """What is wrong according to the headers, each as `kind: details`."""
     weight_files: dict[str, Path]
-    """By name; in an orbax folder, by the path inside it."""
     tokenizer_files: tuple[Path, ...]
     instruction_tuned: bool | None
-    """Whether it was tuned for chat, by its name or its chat template; None if unknown."""
     adapter: Path | None = None
-    """The folder of a LoRA adapter that is merged into `weights`."""
     asked_for: AskedFor = NOTHING_ASKED_FOR
 
 
@@ -66,26 +71,24 @@ def open_checkpoint(
         size: instead of `model`, one of `SIZE_WORDS`.
         window: the attention window: smaller than what the files state, or what they do not state.
         soft_cap: the cap of the logits, for files that do not state it; 0 means none.
-        adapter: the folder of a LoRA adapter to merge, see `griffin.adapter`.
+        adapter: the folder of a LoRA adapter to merge.
 
     Raises:
         RequestError: nothing usable is there; problems of single tensors do not raise, they are
             listed in `Checkpoint.problems`.
     """
     _check_request(model, size, window, soft_cap)
-    if adapter is not None:
-        from rgexport.griffin.adapter import with_adapter  # needs this module
-
-        base = open_checkpoint(model, size=size, window=window, soft_cap=soft_cap)
-        return with_adapter(base, adapter)
     try:
         name, path = _find_size(str(size)) if model is None else _find_model(model)
-        found = _deepmind_path(path)
-        open_layout = _open_hugging_face if found is None else _open_deepmind
-        checkpoint = open_layout(name, found or path, window, soft_cap)
+        deepmind_path = _deepmind_path(path)
+        if deepmind_path is None:
+            checkpoint = _open_hugging_face(name, path, window, soft_cap)
+        else:
+            checkpoint = _open_deepmind(name, deepmind_path, window, soft_cap)
     except OSError as error:
         raise RequestError(f"{model or size} cannot be read: {error.strerror or error}") from None
-    return replace(checkpoint, asked_for=AskedFor(window=window, soft_cap=soft_cap))
+    checkpoint = replace(checkpoint, asked_for=AskedFor(window=window, soft_cap=soft_cap))
+    return checkpoint if adapter is None else _with_adapter(checkpoint, adapter)
 
 
 def _check_request(
@@ -103,8 +106,21 @@ def _check_request(
         raise RequestError(f"--soft-cap is {soft_cap:g}; expected at least 0 (0 means none)")
 
 
+def _with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
+    merged, files = merge_adapter(folder, base.name, base.weights)
+    name = folder.resolve().name
+    return replace(
+        base,
+        name=f"{base.name}-{name}",
+        weights={**base.weights, **merged},
+        head=None if EMBEDDING in merged else base.head,
+        weight_files=base.weight_files | files,
+        adapter=folder,
+        asked_for=replace(base.asked_for, adapter=name),
+    )
+
+
 def means_checkpoint(path: Path) -> bool:
-    """Whether a path looks like a checkpoint, valid or not."""
     if not path.is_dir():
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
@@ -114,7 +130,7 @@ def means_checkpoint(path: Path) -> bool:
 
 
 def demo_folder() -> Path:
-    """The bundled demo model: in the installed package, else in the repository.
+    """Returns the bundled demo model, in the installed package or in the repository.
 
     Raises:
         RequestError: this install has none.
@@ -143,7 +159,8 @@ def _find_hub(hub_id: str) -> tuple[str, Path]:
 def _find_model(model: str | Path) -> tuple[str, Path]:
     path = Path(os.path.expanduser(model))
     if path.exists():
-        return _display_name(path), path
+        name = _path_name(path.resolve())
+        return os.fsencode(name).decode("utf-8", "replace"), path
     hub_id = model.as_posix() if isinstance(model, Path) else model  # without Windows' backslashes
     if _HUB_ID.fullmatch(hub_id):
         try:
@@ -156,11 +173,6 @@ def _find_model(model: str | Path) -> tuple[str, Path]:
     )
 
 
-def _display_name(path: Path) -> str:
-    """The model's name by its path; bytes that are not UTF-8 become U+FFFD."""
-    return os.fsencode(_path_name(path.resolve())).decode("utf-8", "replace")
-
-
 def _path_name(path: Path) -> str:
     for part in reversed(path.parts):  # a snapshot in the hub's cache is named by a hash
         if match := _HUB_CACHE.fullmatch(part):
@@ -169,7 +181,7 @@ def _path_name(path: Path) -> str:
 
 
 def _deepmind_path(path: Path) -> Path | None:
-    """The `.pt` file or orbax folder that `path` means; None if it has Hugging Face's layout."""
+    """Returns the `.pt` file or orbax folder at `path`; None for Hugging Face's layout."""
     if path.is_file():
         if path.suffix != ".pt":
             raise RequestError(
@@ -180,13 +192,13 @@ def _deepmind_path(path: Path) -> Path | None:
         return None
     if orbax := orbax_folder(path):
         return orbax
-    found = sorted(path.glob("*.pt"))
-    if len(found) > 1:
+    files = sorted(path.glob("*.pt"))
+    if len(files) > 1:
         raise RequestError(
-            f"{path} holds {len(found)} .pt files ({', '.join(p.name for p in found[:3])}, …); "
+            f"{path} holds {len(files)} .pt files ({', '.join(p.name for p in files[:3])}, …); "
             "give the one you mean"
         )
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _open_hugging_face(
@@ -195,20 +207,21 @@ def _open_hugging_face(
     if not (folder / huggingface.CONFIG).is_file():
         raise RequestError(f"{folder} has no config.json; expected a RecurrentGemma model folder")
     config = read_config(folder / huggingface.CONFIG, window, soft_cap)
-    found, index_problems, files = huggingface.read_tensors(folder)
-    head = found.pop(huggingface.HEAD, None)
-    weights, problems = take_inventory(config, found)
+    tensors, index_problems, files = huggingface.read_tensors(folder)
+    head = tensors.pop(huggingface.HEAD, None)
+    weights, problems = _match_tensors(config, tensors)
     problems = [*index_problems, *problems]
-    fits = isinstance(head, RowTensor) and head.shape == (config.vocab_size, config.width)
-    if head is not None and not fits:
-        problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
+    if not isinstance(head, RowTensor) or head.shape != (config.vocab_size, config.width):
+        if head is not None:
+            problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
+        head = None
     return Checkpoint(
         name=name,
         path=folder,
         layout="hugging-face",
         config=config,
         weights=weights,
-        head=head if isinstance(head, RowTensor) and fits else None,
+        head=head,
         problems=tuple(problems),
         weight_files={file.name: file for file in files},
         tokenizer_files=find_tokenizer_files(folder),
@@ -217,12 +230,16 @@ def _open_hugging_face(
 
 
 def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | None) -> Checkpoint:
-    found = deepmind.read_tensors(path)
-    config = deepmind.infer_config(path, found, window, soft_cap)
-    weights, problems = take_inventory(config, deepmind.canonical(found))
-    # Beside a `.pt` file, or in an orbax folder or beside it.
+    stored = deepmind.read_tensors(path)
+    config = deepmind.infer_config(path, stored, window, soft_cap)
+    weights, problems = _match_tensors(config, deepmind.canonical(stored))
+    if path.is_file():
+        weight_files = {path.name: path}
+    else:
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in TOKENIZER_FILES)
+        weight_files = {file.relative_to(path).as_posix(): file for file in files}
+    # The tokenizer lies beside a `.pt` file, and in an orbax folder or beside it.
     folder = path if path.is_dir() and has_tokenizer(path) else path.parent
-    tokenizer = find_tokenizer_files(folder)
     return Checkpoint(
         name=name,
         path=path,
@@ -231,28 +248,58 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
         weights=weights,
         head=None,
         problems=tuple(problems),
-        weight_files=_files(path),
-        tokenizer_files=tokenizer,
+        weight_files=weight_files,
+        tokenizer_files=find_tokenizer_files(folder),
         instruction_tuned=_instruction_tuned(name, folder),
     )
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """The file, or all files of an orbax folder."""
-    if path.is_file():
-        return {path.name: path}
-    found = (file for file in sorted(path.rglob("*")) if file.is_file())
-    own = (file for file in found if file.name not in TOKENIZER_FILES)
-    return {file.relative_to(path).as_posix(): file for file in own}
+def _match_tensors(
+    config: GriffinConfig, tensors: Mapping[str, FoundTensor]
+) -> tuple[dict[str, RowTensor], list[str]]:
+    """Splits tensors (by canonical names) into those that fit the model, and problems.
+
+    A problem reads `kind: details`; the kinds are missing, unexpected, wrong shape, wrong dtype.
+    """
+    expected = model_tensors(config)
+    weights: dict[str, RowTensor] = {}
+    problems = []
+    for name, spec in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            problems.append(f"missing: {name}")
+        elif isinstance(tensor, str):
+            problems.append(f"wrong dtype: {name} is {tensor} (expected {', '.join(DTYPES)})")
+        elif tensor.shape != spec.shape:
+            problems.append(
+                f"wrong shape: {name} is {list(tensor.shape)} (expected {list(spec.shape)})"
+            )
+        else:
+            weights[name] = tensor
+    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
+    return weights, problems
+
+
+def summarize(problems: Iterable[str], limit: int = 8) -> str:
+    """Returns all problems on one line by kind; at most `limit` of each kind are spelled out."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kind, _, detail = problem.partition(": ")
+        kinds.setdefault(kind, []).append(detail)
+    lines = []
+    for kind, details in kinds.items():
+        rest = f" and {len(details) - limit} more" if len(details) > limit else ""
+        lines.append(f"{kind}: {', '.join(details[:limit])}{rest}")
+    return "; ".join(lines)
 
 
 def _instruction_tuned(name: str, folder: Path) -> bool | None:
-    """By the name of a released model, otherwise by whether there is a chat template."""
-    word = name.removeprefix("recurrentgemma-")
-    if word.endswith("-it"):
+    """Decides by the name of a released model, otherwise by whether there is a chat template."""
+    size = name.removeprefix("recurrentgemma-")
+    if size.endswith("-it"):
         return True
-    if word in SIZES:
-        return SIZES[word].instruction_tuned
+    if size in SIZES:
+        return SIZES[size].instruction_tuned
     if (folder / "chat_template.jinja").is_file():
         return True
     settings = folder / "tokenizer_config.json"

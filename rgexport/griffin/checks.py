@@ -8,9 +8,8 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.hashing import FileRecord, hash_file
-from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.checkpoint import Checkpoint, summarize
 from rgexport.griffin.huggingface import HEAD
-from rgexport.griffin.inventory import summarize
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import DTYPES, RowTensor
 from rgexport.progress import Advance, task
@@ -61,35 +60,28 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
     Raises:
         RequestError: a file cannot be read.
     """
+    files, weights, head = checkpoint.weight_files, checkpoint.weights, checkpoint.head
     try:
-        return _check(checkpoint)
+        total = sum(path.stat().st_size for path in files.values())
+        total += sum(t.nbytes for t in weights.values()) + (head.nbytes if head else 0)
+        with task("Checking the weights", total) as advance, ThreadPoolExecutor(THREADS) as pool:
+            digests = pool.map(lambda path: hash_file(path, advance), files.values())
+            scans = pool.map(lambda name: _find_non_finite(name, weights[name], advance), weights)
+            tied = pool.submit(_compare_head, checkpoint, advance)
+            problems = [problem for problem in [*scans, tied.result()] if problem]
+            hashes = dict(zip(files, digests, strict=True))
     except OSError as error:
         raise RequestError(
             f"{error.filename or checkpoint.path} cannot be read: {error.strerror}"
         ) from None
+    return CheckReport((*checkpoint.problems, *problems), hashes)
 
 
-def _check(checkpoint: Checkpoint) -> CheckReport:
-    files, head = checkpoint.weight_files, checkpoint.head
-    work = sum(path.stat().st_size for path in files.values())
-    work += sum(t.nbytes for t in checkpoint.weights.values()) + (head.nbytes if head else 0)
-    with task("Checking the weights", work) as advance, ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda path: hash_file(path, advance), files.values())
-        scans = pool.map(
-            lambda name: _scan(name, checkpoint.weights[name], advance), checkpoint.weights
-        )
-        tied = pool.submit(_compare_head, checkpoint, advance)
-        found = [problem for problem in [*scans, tied.result()] if problem]
-        hashes = dict(zip(files, digests, strict=True))
-    return CheckReport((*checkpoint.problems, *found), hashes)
-
-
-def _scan(name: str, tensor: RowTensor, advance: Advance) -> str | None:
-    """The problem of a tensor with values that are not finite, if there are any."""
+def _find_non_finite(name: str, tensor: RowTensor, advance: Advance) -> str | None:
     count, first = 0, 0
-    is_bad = _finder(tensor.dtype)
+    mask_non_finite = _non_finite_masker(tensor.dtype)
     for start, rows in tensor.slabs(SLAB_BYTES):
-        bad = is_bad(rows)
+        bad = mask_non_finite(rows)
         if bad is not None:
             first = first if count else start + int(bad.reshape(len(rows), -1).any(1).argmax())
             count += int(bad.sum())
@@ -99,15 +91,15 @@ def _scan(name: str, tensor: RowTensor, advance: Advance) -> str | None:
     return f"NaN/Inf: {name} ({count} value{'s' * (count != 1)}, the first in row {first})"
 
 
-def _finder(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray | None]:
-    """A function that returns the mask of NaNs and infinities, or None if there are none.
+def _non_finite_masker(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray | None]:
+    """Returns a function that masks NaNs and infinities, and returns None if there are none.
 
     It compares bits, because numpy has no fast test for bfloat16.
     """
     integer, mask, infinity = _EXPONENTS[dtype]
     scratch: np.ndarray = np.empty(0, integer)
 
-    def find(rows: np.ndarray) -> np.ndarray | None:
+    def mask_rows(rows: np.ndarray) -> np.ndarray | None:
         nonlocal scratch
         if len(scratch) < rows.size:
             scratch = np.empty(rows.size, integer)
@@ -117,19 +109,18 @@ def _finder(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray | None]:
             return None
         return (bits >= infinity).reshape(rows.shape)
 
-    return find
+    return mask_rows
 
 
 def _compare_head(checkpoint: Checkpoint, advance: Advance) -> str | None:
-    """The problem of a saved head that differs from the embedding, if it does."""
     head, embedding = checkpoint.head, checkpoint.weights.get(EMBEDDING)
     if head is None or embedding is None:
         return None
     differing = 0
     for start, rows in head.slabs(SLAB_BYTES):
-        other = embedding.read(start, start + len(rows))
-        if rows.dtype != other.dtype or rows.tobytes() != other.tobytes():
-            unequal = rows.astype(np.float32) != other.astype(np.float32)
+        copied = embedding.read(start, start + len(rows))
+        if rows.dtype != copied.dtype or rows.tobytes() != copied.tobytes():
+            unequal = rows.astype(np.float32) != copied.astype(np.float32)
             differing += int(unequal.any(axis=1).sum())
         advance(rows.nbytes)
     if not differing:

@@ -41,11 +41,9 @@ class GriffinConfig:
 
     @property
     def num_layers(self) -> int:
-        """Number of residual blocks."""
         return len(self.block_types)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
         return dataclasses.asdict(self) | {"block_types": list(self.block_types)}
 
 
@@ -65,7 +63,7 @@ class AskedFor:
 
     @property
     def flags(self) -> str:
-        """The flags with their values, as Markdown; empty where there is none."""
+        """Returns the flags with their values as Markdown, or an empty text."""
         given = {name.replace("_", "-"): value for name, value in vars(self).items()}
         return " and ".join(f"`--{k} {value}`" for k, value in given.items() if value is not None)
 
@@ -74,5 +72,5 @@ NOTHING_ASKED_FOR = AskedFor()
 
 
 def sqrt_embedding_scale(width: int) -> float:
-    """sqrt(width) rounded to bfloat16, as the released models multiply (50.5 for 2560)."""
+    """Returns sqrt(width) rounded to bfloat16, as the released models multiply (50.5 for 2560)."""
     return float(ml_dtypes.bfloat16(math.sqrt(width)))

@@ -1,6 +1,7 @@
 """Control tokens of a vocabulary: the ends of a text, unknown text, padding, and markup."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
-from rgexport.griffin.markup import END_OF_TURN, is_markup
-from rgexport.griffin.sentencepiece_file import MAX_BYTES
-from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
+from rgexport.griffin.tokenizer_files import MAX_BYTES, TOKENIZER_CONFIG
 from rgexport.griffin.tokenizer_json import read_tokenizer_json
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+
+# Gemma has pieces for some HTML tags: those are text.
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_HTML = re.compile(
+    r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|[bius]|sub|sup|code)>"
+)
 
 _CONVENTIONAL = {
     "bos_token": ("<bos>", "<s>"),
@@ -26,8 +33,6 @@ _CONVENTIONAL = {
 
 
 class ControlToken(NamedTuple):
-    """A token by its id and its literal."""
-
     id: int
     piece: str
 
@@ -52,7 +57,7 @@ class ControlTokens:
 
     @property
     def end_of_turn(self) -> ControlToken | None:
-        """`<end_of_turn>`, which ends a reply as `eos` does."""
+        """Returns `<end_of_turn>`, which ends a reply as `eos` does."""
         index = self.special.get(END_OF_TURN)
         return None if index is None else ControlToken(index, END_OF_TURN)
 
@@ -60,6 +65,11 @@ class ControlTokens:
         """Returns the entries of tokenizer_config.json, such as `bos_token`."""
         tokens = {key: getattr(self, key.removesuffix("_token")) for key in _CONVENTIONAL}
         return {key: token and token.piece for key, token in tokens.items()}
+
+
+def is_markup(piece: str) -> bool:
+    """Returns whether a user-defined piece is markup, which text must not be encoded to."""
+    return bool(_MARKUP.fullmatch(piece)) and not _HTML.fullmatch(piece)
 
 
 def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:

@@ -5,18 +5,18 @@ those of the released models (`recurrentgemma.common.Preset`), unless a user giv
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.inventory import FoundTensor
-from rgexport.griffin.layer import all_ops
-from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.orbax_folder import read_orbax
-from rgexport.griffin.stored import RowMajor, Stored
-from rgexport.griffin.tensor import DTYPES, RowTensor
-from rgexport.griffin.torch_file import locate_tensors
+from rgexport.griffin.deepmind_files import (
+    StoredTensor,
+    StoredTensors,
+    read_orbax,
+    read_torch_file,
+)
+from rgexport.griffin.layout import EMBEDDING, all_ops
+from rgexport.griffin.tensor import DTYPES, FoundTensor
 
 NAMES: dict[str, str] = {
     f"{op.deepmind}{tensor.deepmind}": f"{op.site}{tensor.end}"
@@ -33,74 +33,58 @@ BRANCHES = ("mlp_block.gate_proj", "mlp_block.up_proj")
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.((recurrent|attention)_block\.)?.+")
 
-Tensors = Mapping[str, Stored | str]
 
+def read_tensors(path: Path) -> StoredTensors:
+    """Opens a `.pt` file or an orbax folder; names are those of DeepMind's torch files.
 
-def read_tensors(path: Path) -> dict[str, Stored | str]:
-    """The tensors of a `.pt` file or an orbax folder by the names in DeepMind's torch files.
-
-    For the errors see `locate_tensors` and `read_orbax`.
+    Raises:
+        RequestError: the reasons of `read_torch_file` and `read_orbax`.
     """
     if path.is_dir():
         return read_orbax(path)
-    found = locate_tensors(path)
-    return {name.removeprefix("params."): tensor for name, tensor in found.items()}
+    return {n.removeprefix("params."): tensor for n, tensor in read_torch_file(path).items()}
 
 
-def canonical(stored: Tensors) -> dict[str, FoundTensor]:
-    """Canonical name → tensor of canonical shape; names that are unknown stay as they are."""
-    found: dict[str, FoundTensor] = {}
+def canonical(stored: StoredTensors) -> dict[str, FoundTensor]:
+    """Returns canonical name → tensor of canonical shape; unknown names stay as they are."""
+    tensors: dict[str, FoundTensor] = {}
     for name, tensor in stored.items():
-        if isinstance(tensor, Stored) and tensor.dtype not in DTYPES.values():
+        if isinstance(tensor, StoredTensor) and tensor.dtype not in DTYPES.values():
             tensor = tensor.dtype.name
-        found |= _convert(name, tensor)
-    return found
+        tensors |= _convert(name, tensor)
+    return tensors
 
 
-def _convert(name: str, tensor: Stored | str) -> dict[str, FoundTensor]:
+def _convert(name: str, tensor: StoredTensor | str) -> dict[str, FoundTensor]:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match is None:
-        return {GLOBAL_NAMES.get(name, name): _rows(tensor)}
-    prefix, suffix = f"layers.{match[1]}.", match[2]
-    if suffix in (UP, UP_BIAS):
-        kind = "weight" if suffix == UP else "bias"
-        names = [f"{prefix}{branch}.{kind}" for branch in BRANCHES]
-        return dict(zip(names, _split_up(tensor), strict=True))
-    rows = _conv(tensor) if suffix == CONV else _rows(tensor)
-    return {prefix + NAMES[suffix] if suffix in NAMES else name: rows}
+    prefix, suffix = (f"layers.{match[1]}.", match[2]) if match else ("", name)
+    if suffix in (UP, UP_BIAS) and match:
+        names = [f"{prefix}{branch}.{'weight' if suffix == UP else 'bias'}" for branch in BRANCHES]
+        return dict(zip(names, _branches(tensor), strict=True))
+    names_here = NAMES if match else GLOBAL_NAMES
+    canonical_name = prefix + names_here[suffix] if suffix in names_here else name
+    if isinstance(tensor, str):
+        return {canonical_name: tensor}
+    if suffix == CONV and len(tensor.shape) == 2:  # [K, W] → [W, 1, K]
+        return {canonical_name: tensor.rows(lambda array: array.T[:, None])}
+    return {canonical_name: tensor.rows()}
 
 
-def _rows(tensor: Stored | str) -> FoundTensor:
-    return tensor if isinstance(tensor, str) else tensor.rows()
-
-
-def _split_up(tensor: Stored | str) -> list[FoundTensor]:
+def _branches(tensor: StoredTensor | str) -> list[FoundTensor]:
     """`ffw_up.w` [2, W, M] → two [M, W]; `ffw_up.b` [2, 1, 1, M] → two [M]."""
-    if not isinstance(tensor, RowMajor) or tensor.shape[:1] != (2,):
-        return [_rows(tensor)] * 2  # the inventory reports its shape
-    shape = tensor.shape[1:]
-    if len(shape) == 2:
-        return [tensor.item(index, shape).transposed() for index in range(2)]
-    if len(shape) == 3 and shape[:2] == (1, 1):
-        return [tensor.item(index, shape[2:]).rows() for index in range(2)]
-    return [_rows(tensor)] * 2
-
-
-def _conv(tensor: Stored | str) -> FoundTensor:
-    """`conv_1d.w` [K, W] → [W, 1, K]."""
-    if isinstance(tensor, str) or len(tensor.shape) != 2:
-        return _rows(tensor)
-    taps, width = tensor.shape
-    matrix = tensor.transposed()
-    return RowTensor(
-        (width, 1, taps), matrix.dtype, lambda start, stop: matrix.read(start, stop)[:, None]
-    )
+    if isinstance(tensor, str):
+        return [tensor] * 2
+    if tensor.shape[:1] == (2,) and len(tensor.shape) == 3:
+        return [tensor.rows(lambda array: array[0].T), tensor.rows(lambda array: array[1].T)]
+    if tensor.shape[:3] == (2, 1, 1) and len(tensor.shape) == 4:
+        return [tensor.rows(lambda array: array[0, 0, 0]), tensor.rows(lambda a: a[1, 0, 0])]
+    return [tensor.rows()] * 2  # the comparison with the model reports its shape
 
 
 def infer_config(
-    path: Path, stored: Tensors, window: int | None = None, soft_cap: float | None = None
+    path: Path, stored: StoredTensors, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
-    """The configuration that the shapes imply.
+    """Returns the configuration that the shapes imply.
 
     Raises:
         RequestError: the tensors are not those of a Griffin model.
@@ -142,10 +126,10 @@ def infer_config(
     )
 
 
-def _shape(path: Path, stored: Tensors, pattern: str, rank: int) -> tuple[int, ...]:
-    """The shape of the first tensor of that name and rank, without empty axes."""
+def _shape(path: Path, stored: StoredTensors, pattern: str, rank: int) -> tuple[int, ...]:
+    """Returns the shape of the first tensor of that name and rank without empty axes."""
     for name, tensor in stored.items():
-        if not re.fullmatch(pattern, name) or not isinstance(tensor, Stored):
+        if not re.fullmatch(pattern, name) or not isinstance(tensor, StoredTensor):
             continue
         if len(tensor.shape) == rank and all(tensor.shape):
             return tensor.shape
@@ -155,7 +139,7 @@ def _shape(path: Path, stored: Tensors, pattern: str, rank: int) -> tuple[int, .
     )
 
 
-def _block_types(path: Path, stored: Tensors) -> tuple[BlockType, ...]:
+def _block_types(path: Path, stored: StoredTensors) -> tuple[BlockType, ...]:
     kinds: dict[int, set[str]] = {}
     for name in stored:
         if match := _BLOCK.fullmatch(name):
@@ -167,9 +151,9 @@ def _block_types(path: Path, stored: Tensors) -> tuple[BlockType, ...]:
                 types.append("recurrent")
             case ["attention"]:
                 types.append("attention")
-            case other:
-                found = " and ".join(other) or "no temporal block"
+            case blocks:
+                names = " and ".join(blocks) or "no temporal block"
                 raise RequestError(
-                    f"{path}: blocks.{index} has {found}; expected recurrent or attention"
+                    f"{path}: blocks.{index} has {names}; expected recurrent or attention"
                 )
     return tuple(types)

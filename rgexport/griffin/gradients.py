@@ -20,30 +20,30 @@ def _register(op: Any) -> None:
         ctx.inputs = inputs
 
     def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
-        found = _again(op, ctx.inputs, ctx.needs_input_grad, grads)
-        return tuple(map(_in_the_limit, found)) if op is ops.rg_lru_scan else found
+        results = _gradients(op, ctx.inputs, ctx.needs_input_grad, grads)
+        return tuple(map(_finite, results)) if op is ops.rg_lru_scan else results
 
     op.register_autograd(backward, setup_context=keep)
 
 
-def _again(op: Any, inputs: _Inputs, needed: tuple[bool, ...], grads: _Grads) -> _Grads:
-    """The gradients of an op's inputs (those that are needed) from those of its results."""
+def _gradients(op: Any, inputs: _Inputs, needed: tuple[bool, ...], grads: _Grads) -> _Grads:
+    """Returns the gradients of the inputs that need them."""
     with torch.enable_grad():
-        again = [
-            x.detach().requires_grad_() if wanted else x
-            for x, wanted in zip(inputs, needed, strict=True)
+        copies = [
+            x.detach().requires_grad_() if is_needed else x
+            for x, is_needed in zip(inputs, needed, strict=True)
         ]
-        found = ops.EAGER[op](*again)
-    results = found if isinstance(found, tuple) else (found,)
+        results = ops.EAGER[op](*copies)
+    results = results if isinstance(results, tuple) else (results,)
     used = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     outputs, by_output = zip(*((y, g) for y, g in used if y.requires_grad), strict=True)
-    leaves = [x for x, wanted in zip(again, needed, strict=True) if wanted]
+    leaves = [x for x, is_needed in zip(copies, needed, strict=True) if is_needed]
     by_leaf = iter(torch.autograd.grad(outputs, leaves, by_output, allow_unused=True))
-    return tuple(next(by_leaf) if wanted else None for wanted in needed)
+    return tuple(next(by_leaf) if is_needed else None for is_needed in needed)
 
 
-def _in_the_limit(grad: Tensor | None) -> Tensor | None:
-    """0 where the gradient of the RG-LRU's gate is not finite, because a is 1 in float32.
+def _finite(grad: Tensor | None) -> Tensor | None:
+    """Replaces gradients of the RG-LRU's gate by 0 where a is 1 in float32.
 
     The root of 1 - a² has no derivative there, but the gate moves a ever less as a nears 1.
     """

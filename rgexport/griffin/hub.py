@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 ALLOWED = (SINGLE, "model-*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES)
-"""All that is ever downloaded: no pickles and no code."""
+"""Patterns of the files that are downloaded: no pickles and no code."""
 
 
 def fetch_model(hub_id: str) -> Path:
-    """The folder of a model such as `google/recurrentgemma-2b`.
+    """Returns the folder of a model such as `google/recurrentgemma-2b`.
 
-    A complete copy in the hub's cache is used without asking the network. One that lacks only
-    the tokenizer is completed if possible.
+    A complete copy in the hub's cache is used without the network. One that lacks only the
+    tokenizer is completed if possible.
 
     Raises:
         RequestError: no such model, no permission, no network, no disk space, or no safetensors.
@@ -37,7 +37,7 @@ def fetch_model(hub_id: str) -> Path:
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """The newest snapshot in the hub's cache, if nothing is missing from it."""
+    """Returns the newest snapshot in the hub's cache, if nothing is missing from it."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -75,7 +75,6 @@ def _download_tokenizer(hub_id: str, folder: Path) -> None:
 def snapshot(
     hub_id: str, revision: str | None, patterns: Sequence[str], target: Path | None = None
 ) -> Path:
-    """Downloads what is missing of a commit's files; the folder, by default in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     show_bars_on_terminals_alone()
@@ -103,7 +102,7 @@ def _check_files(hub_id: str, info: "ModelInfo") -> None:
 
 
 def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
-    """How much of the model is still to be downloaded."""
+    """Returns the size of the files that are still to be downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     return sum(
@@ -114,21 +113,21 @@ def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
     )
 
 
-def explain(hub_id: str, error: Exception, work: str, advice: str) -> str:
-    """A line for an error of the hub's client.
+def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
+    """Returns a line for an error of the hub's client.
 
     Args:
         hub_id: the repository.
-        error: what the client raised.
-        work: what failed, such as `download`.
-        advice: what else can be done, after a comma or a semicolon.
+        error: the client's.
+        action: the action that failed, such as `download`.
+        advice: an alternative, to follow a comma or a semicolon.
     """
     from huggingface_hub import errors
 
     log_in = "log in (`hf auth login`, or set HF_TOKEN)"
     page = f"https://huggingface.co/{hub_id}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if work == "upload" and status in (401, 403):
+    if action == "upload" and status in (401, 403):
         return f"the hub refuses the upload to {hub_id}: {log_in} with a token that may write there"
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return f"{hub_id} is gated: accept its licence at {page}, then {log_in}, {advice}"
@@ -141,7 +140,7 @@ def explain(hub_id: str, error: Exception, work: str, advice: str) -> str:
         return f"{hub_id} has no such revision; check the name, {advice}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {advice}"
-    if work == "upload":
+    if action == "upload":
         return f"the upload to {hub_id} failed ({_reason(error)}); {advice}"
     return (
         f"{hub_id} is not in the local cache and cannot be downloaded ({_reason(error)}); check "

@@ -1,4 +1,4 @@
-"""A model's passes over texts, one layer after the other; subclasses compute in torch or NumPy."""
+"""Runs a model layer by layer over texts; subclasses compute in torch or NumPy."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ _NORM = "final_norm.weight"
 Array = Any
 """A NumPy array, or what a subclass computes with in its place."""
 Watch = Callable[[int, int, Array], None]
-"""Takes the index of a layer, that of a text, and the residual stream [B, T, width] float32 after
+"""Takes the indices of a layer and of a text, and the residual stream [B, T, width] float32 after
 the layer."""
 RunLayer = Callable[[Array, Array, tuple[Array, Array]], tuple[Array, tuple[Array, Array]]]
 """The residual stream [B, T, width], positions [B, T] and the two states of a layer → the stream
@@ -32,11 +32,11 @@ and the states after it."""
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens from `start` up to `stop`; `kept` if the state after them is wanted."""
+    """Tokens from `start` up to `stop`; `keeps_state`: the state after them is returned."""
 
     start: int
     stop: int
-    kept: bool
+    keeps_state: bool
 
 
 class LayerByLayer(ABC):
@@ -55,20 +55,17 @@ class LayerByLayer(ABC):
         self._head: list[tuple[int, Array]] = []
 
     @abstractmethod
-    def describe(self) -> dict[str, str]:
-        """Returns what computes: `implementation`, `device`, `dtype`, and the library's version."""
+    def describe(self) -> dict[str, str]: ...
 
     @abstractmethod
-    def _array(self, array: np.ndarray) -> Array:
-        """Brings a NumPy array to where the model computes."""
+    def _array(self, array: np.ndarray) -> Array: ...
 
     @abstractmethod
-    def _numpy(self, array: Array) -> np.ndarray:
-        """Brings an array back."""
+    def _numpy(self, array: Array) -> np.ndarray: ...
 
     @abstractmethod
     def _embedding(self, ids: Array, table: Array) -> Array:
-        """Rows of `table` [n, width] for `ids` [B, T], scaled."""
+        """Returns scaled rows of `table` [n, width] for `ids` [B, T]."""
 
     @abstractmethod
     def _build(self, index: int, weights: dict[str, Array]) -> RunLayer:
@@ -76,14 +73,14 @@ class LayerByLayer(ABC):
 
     @abstractmethod
     def _normalized(self, hidden: Array, weight: Array) -> Array:
-        """The last norm's output for the residual stream [B, T, width]."""
+        """Applies the final norm to the residual stream [B, T, width]."""
 
     @abstractmethod
     def _head_logits(self, hidden: Array, rows: Array) -> Array:
-        """Soft-capped logits [B, t, n] of some rows [n, width] of the embedding."""
+        """Returns soft-capped logits [B, t, n] of some rows [n, width] of the embedding."""
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Array, State]:
-        """One pass over tokens [B, T], from the beginning or from a canonical state.
+        """Takes tokens [B, T], from the beginning or from a canonical state.
 
         Returns:
             The final norm's output [B, T, width] float32, and the canonical state after it.
@@ -99,15 +96,15 @@ class LayerByLayer(ABC):
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Array, list[State]]]:
-        """As `run`, for several texts, which may differ in length; every weight is read once.
+        """Runs several texts, which may differ in length; every weight is read once.
 
         A text goes through a layer in pieces, so that the memory for activations does not grow
         with its length.
 
         Args:
             texts: tokens [B, T] and the canonical state before them.
-            stops: for each text, numbers of tokens, ascending and below T, after which the state
-                is wanted too.
+            stops: for each text, ascending numbers of tokens below T; the states after them are
+                returned, too.
             watch: called with the residual stream after each layer.
 
         Returns:
@@ -118,18 +115,18 @@ class LayerByLayer(ABC):
             for i, (tokens, _) in enumerate(texts)
         ]
         hidden = [self.embed(tokens) for tokens, _ in texts]
-        states: list[list[State]] = [[{} for p in cut if p.kept] for cut in pieces]
+        states: list[list[State]] = [[{} for p in cut if p.keeps_state] for cut in pieces]
         for index in range(self.config.num_layers):
             layer = self.layer(index)
             for i, (_, state) in enumerate(texts):
                 self._through(layer, index, state, hidden[i], pieces[i], states[i])
                 if watch is not None:
                     watch(index, i, hidden[i])
-        for (_, state), cut, kept in zip(texts, pieces, states, strict=True):
-            for piece, after in zip((p for p in cut if p.kept), kept, strict=True):
-                after[POSITION] = state[POSITION] + piece.stop
+        for (_, state), cut, after in zip(texts, pieces, states, strict=True):
+            for piece, next_state in zip((p for p in cut if p.keeps_state), after, strict=True):
+                next_state[POSITION] = state[POSITION] + piece.stop
         weight = self._load(self._weights[_NORM])
-        return [(self._normalized(x, weight), kept) for x, kept in zip(hidden, states, strict=True)]
+        return [(self._normalized(x, weight), s) for x, s in zip(hidden, states, strict=True)]
 
     def _through(
         self,
@@ -138,37 +135,35 @@ class LayerByLayer(ABC):
         before: State,
         hidden: Array,
         pieces: Sequence[_Piece],
-        kept: list[State],
+        states: list[State],
     ) -> None:
-        """Takes one text through one layer; `hidden` [B, T, width] is changed in place."""
         names = [spec.name for spec in layer_states(self.config, index, "float32")]
         first, second = (self._array(before[name].astype(np.float32)) for name in names)
-        wanted = iter(kept)
+        next_states = iter(states)
         for piece in pieces:
             positions = before[POSITION][:, None] + np.arange(piece.start, piece.stop)
-            part = hidden[:, piece.start : piece.stop]
-            part[:], (first, second) = layer(part, self._array(positions), (first, second))
-            if piece.kept:
+            rows = hidden[:, piece.start : piece.stop]
+            rows[:], (first, second) = layer(rows, self._array(positions), (first, second))
+            if piece.keeps_state:
                 after = zip(names, (first, second), strict=True)
-                next(wanted).update({name: self._numpy(array) for name, array in after})
+                next(next_states).update({name: self._numpy(array) for name, array in after})
 
     def logits(self, hidden: Array) -> np.ndarray:
-        """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
+        """Returns soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
         logits = np.empty((*hidden.shape[:2], self.config.vocab_size), np.float32)
         for start, rows in self.head_slabs():
-            part = self._head_logits(hidden, rows)
-            logits[..., start : start + len(rows)] = self._numpy(part)
+            logits[..., start : start + len(rows)] = self._numpy(self._head_logits(hidden, rows))
         return logits
 
     def embed(self, tokens: np.ndarray) -> Array:
-        """The residual stream [B, T, width] before the first layer, of tokens [B, T]."""
+        """Returns the residual stream [B, T, width] before the first layer, of tokens [B, T]."""
         table = self._weights[EMBEDDING]
         ids, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([table.read(i, i + 1) for i in ids.tolist()]).astype(np.float32)
         return self._embedding(self._array(inverse.reshape(tokens.shape)), self._array(rows))
 
     def head_slabs(self) -> Iterable[tuple[int, Array]]:
-        """The embedding in float32, slab by slab, each with its first row's number."""
+        """Yields the embedding in float32 in slabs, each with its first row's number."""
         if self._head:
             return self._head
         slabs = self._weights[EMBEDDING].slabs(_HEAD_BYTES)
@@ -179,7 +174,7 @@ class LayerByLayer(ABC):
         return self._head
 
     def layer(self, index: int) -> RunLayer:
-        """One layer with its weights, which are read anew unless they are kept."""
+        """Returns one layer; its weights are read anew unless they are kept."""
         if index in self._layers:
             return self._layers[index]
         prefix = f"layers.{index}."
@@ -191,11 +186,10 @@ class LayerByLayer(ABC):
         return layer
 
     def final_norm(self, hidden: Array) -> Array:
-        """The output [B, T, width] of the norm before the head."""
         return self._normalized(hidden, self._load(self._weights[_NORM]))
 
     def _load(self, weight: RowTensor) -> Array:
-        """A whole weight in float32, filled slab by slab."""
+        """Reads a whole weight in float32, slab by slab."""
         array = np.empty(weight.shape, np.float32)
         for start, rows in weight.slabs():
             array[start : start + len(rows)] = rows
@@ -203,7 +197,6 @@ class LayerByLayer(ABC):
 
 
 def _pieces(count: int, stops: Sequence[int]) -> list[_Piece]:
-    """Cuts `count` tokens at the stops, and after every `_PIECE` tokens between them."""
     return [
         _Piece(first, min(first + _PIECE, stop), first + _PIECE >= stop)
         for start, stop in zip([0, *stops], [*stops, count], strict=True)

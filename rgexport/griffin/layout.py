@@ -1,14 +1,26 @@
-"""The tensors of a Griffin model: canonical names, shapes and roles.
+"""The ops of a Griffin model's step and their tensors: names, shapes and roles.
+
+Everything derives from one table of ops: canonical tensors, sites, and the names in DeepMind's
+checkpoints (`deepmind`), GGUF files (`export.gguf.naming`) and llama.cpp's graph
+(`runtimes.llama_cpp.observer`).
 
 Canonical names and shapes are Hugging Face's without the leading `model.`; linear weights are
 `[out, in]`. The head is the embedding (tied), so there is no `lm_head`.
+
+A site is the stable name of an op. Emitters use sites in the names of their values, so that the
+results of two engines can be compared op by op.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
+from operator import attrgetter
+from typing import Literal
 
-from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer import Op, Role, all_ops, layer_ops
+from rgexport.griffin.config import BlockType, GriffinConfig
+
+Role = Literal["embedding", "linear", "bias", "gate", "conv", "norm", "a_param"]
+Shape = tuple[int, ...]
 
 QUANTIZABLE: frozenset[Role] = frozenset({"embedding", "linear"})
 """Roles that may be stored in fewer than 16 bits.
@@ -18,20 +30,141 @@ matrices of gates bfloat16 where the checkpoint has them so.
 """
 
 EMBEDDING = "embed_tokens.weight"
+HEAD_SITES = ("last_tokens", "final_norm", "lm_head", "logits")
+"""Sites that compute only the last tokens, whose logits are requested."""
+
+
+@dataclass(frozen=True)
+class OpTensor:
+    """A tensor of an op: the ends of its canonical, DeepMind's and GGUF's names, role and shape."""
+
+    end: str
+    deepmind: str
+    gguf: str
+    role: Role
+    shape: Callable[[GriffinConfig], Shape]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of a layer.
+
+    Attributes:
+        site: its canonical name within the layer; its tensors' names are this and their `end`.
+        tensors: those that it reads.
+        deepmind: the beginning of their names in DeepMind's files, after `blocks.{i}.`; empty
+            where the tensors do not map one to one.
+        gguf: the beginning of their names in GGUF files, after `blk.{i}.`.
+        graph: the tensor of llama.cpp's graph that holds the result (`cb` in
+            kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp, commit
+            0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`, such as
+            `Qcur/ROPE`. Empty where the op is computed together with the next one.
+        reads: of a linear, the site within the layer whose result is its input.
+    """
+
+    site: str
+    tensors: tuple[OpTensor, ...] = ()
+    deepmind: str = ""
+    gguf: str = ""
+    graph: str = ""
+    reads: str = ""
+
+
+Size = Callable[[GriffinConfig], int]
+_WIDTH: Size = attrgetter("width")
+_MLP_WIDTH: Size = attrgetter("mlp_width")
+_LRU_WIDTH: Size = attrgetter("lru_width")
+_HEAD: Size = attrgetter("head_dim")
+
+
+def _queries(c: GriffinConfig) -> int:
+    return c.num_heads * c.head_dim
+
+
+def _block(c: GriffinConfig) -> int:
+    return c.lru_width // c.lru_heads
+
+
+def _linear(rows: Size, columns: Size, bias: bool = True) -> tuple[OpTensor, ...]:
+    weight = OpTensor(".weight", ".weight", ".weight", "linear", lambda c: (rows(c), columns(c)))
+    added = OpTensor(".bias", ".bias", ".bias", "bias", lambda c: (rows(c),))
+    return (weight, added) if bias else (weight,)
+
+
+_NORM = (OpTensor(".weight", ".scale", ".weight", "norm", lambda c: (c.width,)),)
+_CONV = (
+    OpTensor(".weight", ".w", ".weight", "conv", lambda c: (c.lru_width, 1, c.conv_width)),
+    OpTensor(".bias", ".b", ".bias", "bias", lambda c: (c.lru_width,)),
+)
+_GATE = (
+    OpTensor("_weight", ".w", ".weight", "gate", lambda c: (c.lru_heads, _block(c), _block(c))),
+    OpTensor("_bias", ".b", ".bias", "gate", lambda c: (c.lru_heads, _block(c))),
+)
+_DECAY = (OpTensor(".recurrent_param", ".a_param", "", "a_param", lambda c: (c.lru_width,)),)
+_INTO_LRU, _OUT_OF_LRU = _linear(_LRU_WIDTH, _WIDTH), _linear(_WIDTH, _LRU_WIDTH)
+_Q = _linear(_queries, _WIDTH, bias=False)
+_K = _V = _linear(_HEAD, _WIDTH, bias=False)
+_O = _linear(_WIDTH, _queries)
+_INTO_MLP, _OUT_OF_MLP = _linear(_MLP_WIDTH, _WIDTH), _linear(_WIDTH, _MLP_WIDTH)
+
+_MIX_IN, _MLP_IN, _MIXED = "temporal_pre_norm", "channel_pre_norm", "temporal_block."
+_R, _LRU, _A, _M = "recurrent_block.", "recurrent_block.rg_lru", "attention_block.", "mlp_block."
+_TEMPORAL: dict[BlockType, tuple[Op, ...]] = {
+    "recurrent": (
+        Op("linear_y", _INTO_LRU, _R + "linear_y", "attn_gate", "linear_y", _MIX_IN),
+        Op("gelu"),
+        Op("linear_x", _INTO_LRU, _R + "linear_x", "ssm_in", "linear_x", _MIX_IN),
+        Op("conv_1d", _CONV, _R + "conv_1d", "ssm_conv1d", "conv_output"),
+        Op("rg_lru.input_gate", _GATE, _LRU + ".input_gate", *["rg_lru_input_gate"] * 2),
+        Op("rg_lru.recurrent_gate", _GATE, _LRU + ".a_gate", *["rg_lru_a_gate"] * 2),
+        Op("rg_lru", _DECAY, _LRU, "ssm_a", "rg_lru"),
+        Op("mul", graph="recurrent_gated"),
+        Op("linear_out", _OUT_OF_LRU, _R + "linear_out", "ssm_out", "linear_out", _MIXED + "mul"),
+    ),
+    "attention": (
+        Op("q_proj", _Q, _A + "proj_q", "attn_q", "Qcur", _MIX_IN),
+        Op("rope_q", graph="Qcur/ROPE"),
+        Op("k_proj", _K, _A + "proj_k", "attn_k", "Kcur", _MIX_IN),
+        Op("rope_k", graph="Kcur/ROPE"),
+        Op("v_proj", _V, _A + "proj_v", "attn_v", "Vcur", _MIX_IN),
+        Op("attention", graph="kqv_out"),
+        Op("o_proj", _O, _A + "proj_final", "attn_output", "kqv_out/ADD", _MIXED + "attention"),
+    ),
+}
+"""The ops of temporal blocks, in the order of a step; sites without `temporal_block.`."""
+
+_MLP = (
+    Op("gate_proj", _INTO_MLP, "", "ffn_gate", "ffn_gate", _MLP_IN),  # DeepMind's ffw_up holds both
+    Op("gelu"),
+    Op("up_proj", _INTO_MLP, "", "ffn_up", "ffn_up", _MLP_IN),
+    Op("mul", graph="ffn_geglu"),
+    Op("down_proj", _OUT_OF_MLP, _M + "ffw_down", "ffn_down", "ffn_out", "mlp_block.mul"),
+)
+
+
+def layer_ops(kind: BlockType) -> Iterator[Op]:
+    """Yields the ops of a layer in the order in which a step computes them."""
+    yield Op("temporal_pre_norm", _NORM, "temporal_pre_norm", "attn_norm", "attn_norm")
+    yield from (replace(op, site=f"temporal_block.{op.site}") for op in _TEMPORAL[kind])
+    yield Op("temporal_residual", graph="residual")
+    yield Op("channel_pre_norm", _NORM, "channel_pre_norm", "ffn_norm", "ffn_norm")
+    yield from (replace(op, site=f"mlp_block.{op.site}") for op in _MLP)
+    yield Op("channel_residual", graph="l_out")
+
+
+def all_ops() -> dict[str, Op]:
+    """Returns site within a layer → op, for layers of both kinds."""
+    return {op.site: op for kind in _TEMPORAL for op in layer_ops(kind)}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a checkpoint must hold under one name."""
-
     shape: tuple[int, ...]
     role: Role
 
 
 _STORED = "norm", "linear", "conv", "a_param", "gate"
 """The order of a block's tensors in files, by the role of their op's weight."""
-
-
 _USERS: dict[str, tuple[str, Role]] = {
     f"{op.site}{tensor.end}": (op.site, tensor.role)
     for op in all_ops().values()
@@ -45,7 +178,7 @@ _GLOBAL: dict[str, tuple[str, Role]] = {
 
 
 def site_of(name: str) -> str:
-    """The op that uses a tensor, such as `layers.3.mlp_block.up_proj`."""
+    """Returns the site of the op that reads a tensor, such as `layers.3.mlp_block.up_proj`."""
     if name in _GLOBAL:
         return _GLOBAL[name][0]
     layers, index, local = name.split(".", 2)
@@ -53,9 +186,9 @@ def site_of(name: str) -> str:
 
 
 def input_site(name: str) -> str | None:
-    """The op whose result a matrix multiplies; None if the tensor is no matrix of that kind.
+    """Returns the site whose result a linear multiplies; None for tensors that are no linear.
 
-    Linears that share an input have one site. That of the embedding is its input as the head.
+    Linears that share an input have one site. The embedding counts as the head.
     """
     if name == EMBEDDING:
         return "final_norm"
@@ -67,18 +200,16 @@ def input_site(name: str) -> str | None:
 
 
 def linear_inputs(config: GriffinConfig) -> dict[str, str]:
-    """Every linear's weight, and the embedding as the head, with the site of its inputs."""
+    """Returns weight → input site, for all linears and the embedding as the head."""
     sites = {name: input_site(name) for name in model_tensors(config)}
     return {name: site for name, site in sites.items() if site is not None}
 
 
 def role_of(name: str) -> Role:
-    """The role of a tensor by its canonical name."""
     return _GLOBAL[name][1] if name in _GLOBAL else _USERS[name.split(".", 2)[2]][1]
 
 
 def layer_tensors(config: GriffinConfig, index: int) -> dict[str, TensorSpec]:
-    """The tensors of layer `index`, in the order in which files have them."""
     blocks: dict[str, list[Op]] = {}
     for op in layer_ops(config.block_types[index]):
         if op.tensors:
@@ -92,11 +223,17 @@ def layer_tensors(config: GriffinConfig, index: int) -> dict[str, TensorSpec]:
 
 
 def model_tensors(config: GriffinConfig) -> dict[str, TensorSpec]:
-    """All tensors of the model."""
     tensors = {EMBEDDING: TensorSpec((config.vocab_size, config.width), "embedding")}
     for index in range(config.num_layers):
         tensors |= layer_tensors(config, index)
     return tensors | {"final_norm.weight": TensorSpec((config.width,), "norm")}
+
+
+def sites(config: GriffinConfig) -> tuple[str, ...]:
+    """Returns all sites of a step in the order in which the step model computes them."""
+    kinds = enumerate(config.block_types)
+    layers = (f"layers.{index}.{op.site}" for index, kind in kinds for op in layer_ops(kind))
+    return ("embed_tokens", *layers, *HEAD_SITES)
 
 
 def float32_bytes(config: GriffinConfig) -> int:

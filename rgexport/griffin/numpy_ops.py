@@ -17,18 +17,17 @@ _GELU = np.float32(math.sqrt(2 / math.pi))
 
 
 def embedding(ids: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
-    """Rows of `table` [V, W] for `ids` [B, T], times `scale`."""
+    """Returns rows of `table` [V, W] for `ids` [B, T], times `scale`."""
     return table[ids] * np.float32(scale)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """`x / √(mean(x²) + eps) · (1 + weight)` over the last axis."""
     mean = np.square(x).mean(-1, keepdims=True)
     return x / np.sqrt(mean + np.float32(eps)) * (1 + weight)
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """`x · weightᵀ + bias` for x [B, T, K] and weight [N, K]."""
+    """Computes `x · weightᵀ + bias` for x [B, T, K] and weight [N, K]."""
     y = _product(x.reshape(-1, x.shape[-1]), weight)
     if bias is not None:
         y += bias
@@ -60,7 +59,6 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU in its tanh form."""
     y = x * x
     y *= np.float32(0.044715)
     y += 1
@@ -74,12 +72,10 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`x + y`."""
     return x + y
 
 
 def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`x · y`."""
     return x * y
 
 
@@ -95,7 +91,7 @@ def causal_conv1d(
 
 
 def block_diagonal_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """One matrix per block of channels: x [B, T, R], weight [H, R/H, R/H] (not transposed)."""
+    """Multiplies blocks of x [B, T, R] by weight [H, R/H, R/H] (not transposed)."""
     blocks = x.reshape(-1, *weight.shape[:2]).swapaxes(0, 1)
     y = np.matmul(blocks, weight) + bias[:, None]
     return y.swapaxes(0, 1).reshape(x.shape)
@@ -109,7 +105,7 @@ def rg_lru_scan(
     position_ids: np.ndarray,
     state: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The RG-LRU (arXiv 2402.19427, eq. 1–4), from its gates' pre-activations on."""
+    """Computes the RG-LRU (arXiv 2402.19427, eq. 1–4) from its gates' pre-activations."""
     log_a = np.float32(RG_LRU_C) * _sigmoid(recurrence_gate) * _softplus(a_param)
     first = (position_ids == 0)[..., None]
     a = np.where(first, np.float32(0), _exp(log_a))
@@ -145,7 +141,7 @@ def local_attention(
     past_v: np.ndarray,
     position_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Multi-query attention of each query to itself and the `window` keys before it."""
+    """Computes multi-query attention of each query to itself and `window` keys before it."""
     (batch, length), (window, head_dim) = q.shape[:2], past_k.shape[1:]
     keys, values = np.concatenate([past_k, k], 1), np.concatenate([past_v, v], 1)
     # Slot j holds position p0 + j - window; those below 0 are the zeros before the first token.
@@ -166,7 +162,6 @@ def local_attention(
 
 
 def soft_cap(x: np.ndarray, cap: float) -> np.ndarray:
-    """`cap · tanh(x / cap)`; `x` for a cap of 0."""
     return np.tanh(x / np.float32(cap)) * np.float32(cap) if cap else x
 
 
@@ -188,7 +183,6 @@ def _softplus(x: np.ndarray) -> np.ndarray:
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis, in place."""
     x -= x.max(-1, keepdims=True)
     np.exp(x, out=x)
     x /= x.sum(-1, keepdims=True)

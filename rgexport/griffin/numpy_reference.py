@@ -1,5 +1,6 @@
-"""The reference in NumPy: it needs no more than the core install."""
+"""The reference in NumPy, which needs only the core install, and its variants."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,41 +11,35 @@ from rgexport._version import __version__
 from rgexport.griffin import numpy_ops as ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer_by_layer import LayerByLayer, RunLayer
+from rgexport.griffin.state import layer_states
 from rgexport.griffin.tensor import WeightSource
 
 Look = Callable[[str, str, tuple[Any, ...], tuple[np.ndarray, ...]], np.ndarray | None]
-"""Takes a site, its op (`linear`, see `griffin.ops`), the op's arguments and its results; returns
-what replaces the first result, in its shape [B, T, n], or None."""
+"""Takes a site, the name of its op (`linear`), the op's arguments and its results; returns a
+replacement for the first result, in its shape [B, T, n], or None."""
 
 _States = tuple[np.ndarray, np.ndarray]
 
 
 class NumpyReference(LayerByLayer):
-    """A model in float32 on the CPU, whose ops can be observed and replaced one by one."""
+    """A model in float32 on the CPU. `look`, if set, sees each op and may replace its result.
 
-    def __init__(
-        self,
-        config: GriffinConfig,
-        weights: WeightSource,
-        *,
-        keep: bool = False,
-    ):
-        """With `keep`, all weights stay in memory in float32 once they are read."""
-        super().__init__(config, weights, keep=keep)
-        self.look: Look | None = None
-        """Called after each op; the following ops take what it returns.
+    The head reads its table in slabs, and `look` sees its sites once for each slab.
+    """
 
-        The head reads its table in slabs, and its sites are seen once for each.
-        """
+    look: Look | None = None
 
     # `numpy_ops.linear` has threads of its own.
     run_each = threadpool_limits.wrap(limits=1, user_api="blas")(LayerByLayer.run_each)
     logits = threadpool_limits.wrap(limits=1, user_api="blas")(LayerByLayer.logits)
 
     def describe(self) -> dict[str, str]:
-        """Returns `implementation`, `device`, `dtype` and `numpy`."""
-        here = {"device": "cpu", "dtype": "float32", "numpy": np.__version__}
-        return {"implementation": f"rgexport {__version__}", **here}
+        return {
+            "implementation": f"rgexport {__version__}",
+            "device": "cpu",
+            "dtype": "float32",
+            "numpy": np.__version__,
+        }
 
     def _array(self, array: np.ndarray) -> np.ndarray:
         return array
@@ -66,14 +61,13 @@ class NumpyReference(LayerByLayer):
         return self._op("logits", ops.soft_cap, logits, self.config.soft_cap)
 
     def _op(self, site: str, op: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls an op, and lets `look` replace its first result."""
         results = op(*arguments)
         if self.look is None:
             return results
         first, *rest = results if isinstance(results, tuple) else (results,)
-        other = self.look(site, op.__name__, arguments, (first, *rest))
-        if other is not None:
-            first = np.asarray(other, np.float32)
+        replacement = self.look(site, op.__name__, arguments, (first, *rest))
+        if replacement is not None:
+            first = np.asarray(replacement, np.float32)
         return (first, *rest) if rest else first
 
 
@@ -87,7 +81,6 @@ class _Layer:
         weights: Mapping[str, np.ndarray],
         op: Callable[..., Any],
     ):
-        """`op` calls an op at a site, with the op's arguments."""
         self._config, self._kind = config, config.block_types[index]
         self._prefix, self._weights, self._call = f"layers.{index}.", weights, op
 
@@ -106,14 +99,14 @@ class _Layer:
         hidden, conv = state
         gate = self._op("temporal_block.gelu", ops.gelu, self._linear("temporal_block.linear_y", x))
         u = self._linear("temporal_block.linear_x", x)
-        weights = self._take("temporal_block.conv_1d", ".weight", ".bias")
+        weights = self._weights_of("temporal_block.conv_1d", ".weight", ".bias")
         u, conv = self._op("temporal_block.conv_1d", ops.causal_conv1d, u, *weights, conv)
         gates = []
         for site in ("temporal_block.rg_lru.input_gate", "temporal_block.rg_lru.recurrent_gate"):
-            weights = self._take(site, "_weight", "_bias")
+            weights = self._weights_of(site, "_weight", "_bias")
             gates.append(self._op(site, ops.block_diagonal_linear, u, *weights))
         site = "temporal_block.rg_lru"
-        (a_param,) = self._take(site, ".recurrent_param")
+        (a_param,) = self._weights_of(site, ".recurrent_param")
         h, hidden = self._op(site, ops.rg_lru_scan, u, *gates, a_param, positions, hidden)
         mixed = self._op("temporal_block.mul", ops.mul, h, gate)
         return self._linear("temporal_block.linear_out", mixed), (hidden, conv)
@@ -139,15 +132,61 @@ class _Layer:
         return self._linear("mlp_block.down_proj", self._op("mlp_block.mul", ops.mul, gate, up))
 
     def _norm(self, site: str, x: np.ndarray) -> np.ndarray:
-        weights = self._take(site, ".weight")
+        weights = self._weights_of(site, ".weight")
         return self._op(site, ops.rms_norm, x, *weights, self._config.rms_eps)
 
     def _linear(self, site: str, x: np.ndarray) -> np.ndarray:
         bias = self._weights.get(f"{site}.bias")
-        return self._op(site, ops.linear, x, *self._take(site, ".weight"), bias)
+        return self._op(site, ops.linear, x, *self._weights_of(site, ".weight"), bias)
 
-    def _take(self, site: str, *ends: str) -> list[np.ndarray]:
+    def _weights_of(self, site: str, *ends: str) -> list[np.ndarray]:
         return [self._weights[site + end] for end in ends]
 
     def _op(self, site: str, op: Callable[..., Any], *arguments: Any) -> Any:
         return self._call(self._prefix + site, op, *arguments)
+
+
+class Variants(NumpyReference):
+    """A model and its variants, each with another model's weights in one part.
+
+    The parts are the embedding (which is also the head), each layer, and the final norm. All
+    variants go through the layers together. Before its part, a variant equals the model, so the
+    batch grows from layer to layer. One layer of one of the two models is in memory at a time.
+    """
+
+    def __init__(
+        self, config: GriffinConfig, weights: WeightSource, replacements: WeightSource
+    ) -> None:
+        super().__init__(config, weights)
+        self._replacement = NumpyReference(config, replacements)
+        layers = (f"layers.{i}" for i in range(config.num_layers))
+        self.parts = ("embed_tokens", *layers, "final_norm")
+
+    def run_all(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the final norm's output [1 + parts, T, width] float32 of tokens [T].
+
+        The first row is the model's; the variants follow in the order of `parts`.
+        """
+        text = tokens[None]
+        hidden = np.concatenate([self.embed(text), self._replacement.embed(text)])
+        for index in range(self.config.num_layers):
+            variant = self._run_layer(self._replacement.layer(index), index, hidden[:1])
+            hidden = np.concatenate([self._run_layer(self.layer(index), index, hidden), variant])
+        return np.concatenate([self.final_norm(hidden), self._replacement.final_norm(hidden[:1])])
+
+    def all_logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Returns soft-capped logits [1 + parts, t, V] float32 of some positions of `run_all`."""
+        logits = self.logits(hidden)
+        logits[1] = self._replacement.logits(hidden[1:2])[0]
+        return logits
+
+    def _run_layer(self, layer: RunLayer, index: int, hidden: np.ndarray) -> np.ndarray:
+        """Takes the residual stream [B, T, width] through a layer, from an empty state."""
+        batch, length = hidden.shape[:2]
+        # There are no keys before the first token: a window as long as the text is enough.
+        window = min(self.config.window, length)
+        specs = layer_states(dataclasses.replace(self.config, window=window), index, "float32")
+        first, second = (np.zeros((batch, *spec.shape), np.float32) for spec in specs)
+        positions = np.broadcast_to(np.arange(length), (batch, length))
+        after: np.ndarray = layer(hidden, positions, (first, second))[0]
+        return after

@@ -40,7 +40,7 @@ def _op(name: str):  # type: ignore[no-untyped-def]  # torch's decorator is unty
 
 @_op("embedding")
 def embedding(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
-    """Rows of `table` [V, W] for `ids` [B, T], times `scale`, float32 [B, T, W]."""
+    """Returns rows of `table` [V, W] for `ids` [B, T], times `scale`, float32 [B, T, W]."""
     return F.embedding(ids, table).float() * scale
 
 
@@ -51,14 +51,14 @@ def _(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
 
 @_op("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
-    """`x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last axis, float32."""
+    """Computes `x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last axis, float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
 
 
 @_op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
-    """`x · weightᵀ + bias` for x [B, T, K] and weight [N, K], in the weight's dtype."""
+    """Computes `x · weightᵀ + bias` for x [B, T, K] and weight [N, K], in the weight's dtype."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
@@ -69,19 +69,19 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
 
 @_op("gelu")
 def gelu(x: Tensor, site: str) -> Tensor:
-    """GELU in its tanh form, in the dtype of `x`."""
+    """Computes GELU in its tanh form, in the dtype of `x`."""
     return F.gelu(x, approximate="tanh")
 
 
 @_op("add")
 def add(x: Tensor, y: Tensor, site: str) -> Tensor:
-    """`x + y` on the residual stream, float32."""
+    """Adds on the residual stream, float32."""
     return x.float() + y.float()
 
 
 @_op("mul")
 def mul(x: Tensor, y: Tensor, site: str) -> Tensor:
-    """`x · y`, in the wider of both dtypes."""
+    """Multiplies in the wider of both dtypes."""
     return x * y
 
 
@@ -112,7 +112,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str) -> tupl
 
 @_op("block_diagonal_linear")
 def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor, site: str) -> Tensor:
-    """One matrix per block of channels: x [B, T, R], weight [H, R/H, R/H] (not transposed)."""
     blocks = x.float().unflatten(-1, weight.shape[:2])
     y = torch.einsum("bthi,hij->bthj", blocks, weight.float()) + bias.float()
     return y.flatten(-2)
@@ -152,7 +151,7 @@ def _(
 
 
 def rope_frequencies(dims: int, theta: float) -> Tensor:
-    """The `dims / 2` rotation frequencies, float32, rounded as `recurrentgemma` rounds them."""
+    """Returns `dims / 2` rotation frequencies, float32, rounded as `recurrentgemma` rounds them."""
     return 1.0 / theta ** (2 * torch.arange(dims // 2) / dims)
 
 
@@ -217,7 +216,7 @@ def _(
 
 @_op("last_tokens")
 def last_tokens(x: Tensor, count: Tensor, site: str) -> Tensor:
-    """The last `count` (a scalar tensor) tokens of x [B, T, W]; all of them if T is less."""
+    """Returns the last `count` (a scalar tensor) tokens of x [B, T, W], or all if T is less."""
     return x[:, max(0, x.shape[1] - int(count)) :].clone()
 
 
@@ -229,7 +228,7 @@ def _(x: Tensor, count: Tensor, site: str) -> Tensor:
 
 @_op("soft_cap")
 def soft_cap(x: Tensor, cap: float, site: str) -> Tensor:
-    """`cap · tanh(x / cap)` in float32; the identity for a cap of 0."""
+    """Computes `cap · tanh(x / cap)` in float32; the identity for a cap of 0."""
     x = x.to(torch.float32, copy=True)
     return torch.tanh(x / cap) * cap if cap else x
 

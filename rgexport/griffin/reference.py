@@ -35,13 +35,12 @@ class Reference(LayerByLayer):
     logits = torch.inference_mode()(LayerByLayer.logits)
 
     def layer(self, index: int) -> Layer:
-        """One layer with its weights, which has gradients."""
         layer = super().layer(index)
         assert isinstance(layer, Layer)
         return layer
 
     def describe(self) -> dict[str, str]:
-        """`implementation`, and what `describe_device` says."""
+        """Returns `implementation` and the entries of `describe_device`."""
         return {"implementation": f"rgexport {__version__}", **describe_device(self.device)}
 
     def _array(self, array: np.ndarray) -> Tensor:
@@ -77,7 +76,7 @@ def turn_off_tf32(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """What torch computes on: `device`, `dtype`, `tf32`, `torch`."""
+    """Returns torch's `device`, `dtype`, `tf32` and `torch` (version)."""
     cuda = device.type == "cuda"
     tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return {

@@ -23,7 +23,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """The gradients of a scan are the same recurrence, from the end backwards."""
+    """A scan with gradients: these are the same recurrence, from the end backwards."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 @cache
 def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The Triton kernel if it runs here: it needs the package, which needs a C compiler."""
+    """Returns the Triton kernel if it runs on this machine: Triton needs a C compiler."""
     try:
         from rgexport.griffin.triton_scan import scan
 
@@ -79,7 +79,7 @@ def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 
 def _prefix_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For each token, the product of `a` up to it and the state from a zero start."""
+    """Returns, for each token, the product of `a` up to it and the state from a zero start."""
     shift = 1
     while shift < b.shape[1]:
         b = torch.cat([b[:, :shift], torch.addcmul(b[:, shift:], a[:, shift:], b[:, :-shift])], 1)

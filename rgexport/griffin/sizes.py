@@ -30,7 +30,7 @@ CONFIG_9B = _released(layers=38, width=4096, heads=16)
 
 @dataclass(frozen=True)
 class Size:
-    """A released model: where the hub has it, and what it is."""
+    """A released model."""
 
     hub_id: str
     config: GriffinConfig

@@ -22,7 +22,7 @@ POSITION = "position"
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One state tensor: `shape` is without the batch axis, `dtype` a numpy dtype name."""
+    """A state tensor: `shape` is without the batch axis, `dtype` a numpy dtype name."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class StateSpec:
 
 
 def layer_states(config: GriffinConfig, index: int, activation: str) -> tuple[StateSpec, StateSpec]:
-    """The two states of layer `index`, in the order in which the step model takes them."""
+    """Returns the two states of layer `index`, in the order in which the step model takes them."""
     prefix = f"layers.{index}"
     if config.block_types[index] == "recurrent":
         conv = (config.conv_width - 1, config.lru_width)
@@ -46,12 +46,11 @@ def layer_states(config: GriffinConfig, index: int, activation: str) -> tuple[St
 
 
 def state_specs(config: GriffinConfig, activation: str = "float32") -> list[StateSpec]:
-    """All state tensors but `position`, layer by layer."""
     layers = range(config.num_layers)
     return [spec for i in layers for spec in layer_states(config, i, activation)]
 
 
 def zero_state(config: GriffinConfig, batch: int, activation: str = "float32") -> State:
-    """The state before the first token."""
+    """Returns the state before the first token."""
     state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in state_specs(config, activation)}
     return state | {POSITION: np.zeros(batch, np.int64)}

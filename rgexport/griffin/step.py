@@ -27,26 +27,20 @@ class Weight(nn.Module):
 
 
 class Linear(Weight):
-    """`ops.linear` with weights [out, in]."""
-
     def __init__(self, site: str, out: int, width: int, dtype: torch.dtype, bias: bool = True):
         super().__init__((out, width), (out,) if bias else None, dtype)
         self.site = site
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, in] → [B, T, out] in the weights' dtype."""
         return ops.linear(x, self.weight, self.bias, self.site)
 
 
 class RMSNorm(Weight):
-    """`ops.rms_norm`."""
-
     def __init__(self, site: str, config: GriffinConfig):
         super().__init__((config.width,), None, torch.float32)
         self.site, self.eps = site, config.rms_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, W] → [B, T, W] float32."""
         return ops.rms_norm(x, self.weight, self.eps, self.site)
 
 
@@ -68,7 +62,6 @@ class RgLru(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor, positions: Tensor, state: Tensor) -> LayerState:
-        """[B, T, R] and the state [B, R] → [B, T, R] and the next state."""
         gates = [
             ops.block_diagonal_linear(
                 x,
@@ -96,7 +89,6 @@ class RecurrentBlock(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor, positions: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """[B, T, W] → [B, T, W] and the next states."""
         hidden, conv = state
         gate = ops.gelu(self.linear_y(x), f"{self.site}.gelu")
         weight, bias = self.conv_1d.weight, self.conv_1d.bias
@@ -119,7 +111,6 @@ class AttentionBlock(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor, positions: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """[B, T, W] → [B, T, W] and the next keys and values."""
         q = ops.rope(self.q_proj(x), positions, *self.rotary, f"{self.site}.rope_q")
         k = ops.rope(self.k_proj(x), positions, *self.rotary, f"{self.site}.rope_k")
         attended, key, value = ops.local_attention(
@@ -129,8 +120,6 @@ class AttentionBlock(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """The gated MLP."""
-
     def __init__(self, site: str, config: GriffinConfig, dtype: torch.dtype):
         super().__init__()
         self.gate_proj = Linear(f"{site}.gate_proj", config.mlp_width, config.width, dtype)
@@ -139,7 +128,6 @@ class MlpBlock(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, W] → [B, T, W]."""
         gate = ops.gelu(self.gate_proj(x), f"{self.site}.gelu")
         return self.down_proj(ops.mul(gate, self.up_proj(x), f"{self.site}.mul"))
 
@@ -164,7 +152,6 @@ class Layer(nn.Module):
         self.site = site
 
     def forward(self, x: Tensor, positions: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """The residual stream [B, T, W] and two states → the same."""
         mixed, state = self.temporal_block(self.temporal_pre_norm(x), positions, state)
         x = ops.add(x, mixed, f"{self.site}.temporal_residual")
         return ops.add(

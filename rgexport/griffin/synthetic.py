@@ -1,8 +1,8 @@
-"""A random checkpoint with the statistics of a trained one, for measuring without real weights.
+"""Writes random checkpoints with the statistics of trained ones, to measure without real weights.
 
-Drawing the 2.7 G normals of a 2B would take minutes. Instead there is one pool of about a
-million normals, and each row of a large tensor is a window of it at a random place. Rows differ
-and each is normal, as quantizers and engines would see in trained weights.
+Drawing the 2.7 G normals of a 2B would take minutes. Instead there is one pool of about a million
+normals, and each row of a large tensor is a window of it at a random offset. Rows differ and each
+is normal, as quantizers and engines would see in trained weights.
 """
 
 import json
@@ -19,10 +19,9 @@ from rgexport.errors import RequestError
 from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.huggingface import CONFIG
+from rgexport.griffin.huggingface import CONFIG, SHARD_BYTES, write_weights
 from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
 from rgexport.griffin.layout import Role, TensorSpec, model_tensors
-from rgexport.griffin.safetensors_writer import SHARD_BYTES, write_weights
 from rgexport.griffin.sizes import SIZES
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 
@@ -57,24 +56,24 @@ def write_random(
     Raises:
         RequestError: an unknown size or dtype, a target that exists, or no space.
     """
-    config, word = (_released(model), model) if isinstance(model, str) else (model, "")
+    config, size = (_released(model), model) if isinstance(model, str) else (model, "")
     if dtype not in DTYPES:
         raise RequestError(f"the dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     count = sum(math.prod(spec.shape) for spec in model_tensors(config).values())
     require_free_disk(target, count * DTYPES[dtype].itemsize)
-    dialect: Dialect = "block_types" if word.startswith("9b") else "_block_types"
+    dialect: Dialect = "block_types" if size.startswith("9b") else "_block_types"
     fields = to_hugging_face(config, dialect) | {"torch_dtype": dtype, MARK: {"seed": seed}}
     with replace_folder(target, force=force, replaceable=_is_random) as folder:
         (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
-        _write_tokenizer(folder, config.vocab_size, chat=word.endswith("-it"))
+        _write_tokenizer(folder, config.vocab_size, chat=size.endswith("-it"))
         weights = random_weights(config, seed=seed, dtype=dtype)
         write_weights(folder, weights, shard_bytes=shard_bytes)
 
 
-def _released(word: str) -> GriffinConfig:
-    if word not in SIZES:
-        raise RequestError(f"the size is {word!r}; expected one of {', '.join(SIZES)}")
-    return SIZES[word].config
+def _released(size: str) -> GriffinConfig:
+    if size not in SIZES:
+        raise RequestError(f"the size is {size!r}; expected one of {', '.join(SIZES)}")
+    return SIZES[size].config
 
 
 def _is_random(folder: Path) -> bool:
@@ -116,7 +115,7 @@ def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
 def random_weights(
     config: GriffinConfig, *, seed: int = 0, dtype: str = "bfloat16"
 ) -> WeightSource:
-    """Random weights, made when they are read; slabs of any size give the same rows."""
+    """Returns random weights, made when they are read; slabs of any size give the same rows."""
     tensors = model_tensors(config)
     longest = max(spec.shape[-1] for spec in tensors.values())
     draw = _Draw(seed, DTYPES[dtype], POOL + longest)
@@ -124,8 +123,6 @@ def random_weights(
 
 
 class _Draw:
-    """Draws tensors from one pool of normals."""
-
     def __init__(self, seed: int, dtype: np.dtype, length: int) -> None:
         self.seed = seed
         self.dtype = dtype
@@ -143,16 +140,16 @@ class _Draw:
         return RowTensor(spec.shape, self.dtype, lambda start, stop: stored[start:stop].copy())
 
     def _large(self, spec: TensorSpec, rng: np.random.Generator) -> RowTensor:
-        """Rows from the pool, scaled so that unit inputs give unit outputs."""
+        """Takes rows from the pool, scaled so that unit inputs give unit outputs."""
         columns = spec.shape[-1]
         count, inner = math.prod(spec.shape[:-1]), math.prod(spec.shape[1:-1])
         # Without repeats: equal rows of the embedding would tie for the largest logit.
-        places = rng.choice(POOL, count, replace=count > POOL)
+        offsets = rng.choice(POOL, count, replace=count > POOL)
         windows = sliding_window_view(self._pool(columns**-0.5), columns)
         loud = self._loud_columns(spec, rng)
 
         def read(start: int, stop: int) -> np.ndarray:
-            rows = windows[places[start * inner : stop * inner]].view(self.dtype)
+            rows = windows[offsets[start * inner : stop * inner]].view(self.dtype)
             rows[:, loud] = (rows[:, loud].astype(np.float32) * OUTLIER_GAIN).astype(self.dtype)
             return rows.reshape(stop - start, *spec.shape[1:])
 
@@ -163,7 +160,7 @@ class _Draw:
         return rng.choice(spec.shape[-1], count, replace=False)
 
     def _pool(self, std: float) -> np.ndarray:
-        """The normals times `std` in the stored dtype, as integers, which numpy copies faster."""
+        """Returns the normals times `std`, stored as integers, which numpy copies faster."""
         if std not in self.scaled:
             stored = (self.normals * np.float32(std)).astype(self.dtype)
             self.scaled[std] = stored.view(f"u{self.dtype.itemsize}")
@@ -175,7 +172,7 @@ def _normal(std: float) -> Callable[[np.random.Generator, tuple[int, ...]], np.n
 
 
 def _a_param(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """`softplus(p) = -log(a) / 8`, with 1 - a spread evenly over its orders of magnitude."""
+    """Solves `softplus(p) = -log(a) / 8`, with 1 - a spread evenly over its orders of magnitude."""
     decay = np.exp(rng.uniform(np.log(SLOWEST), np.log(FASTEST), shape))
     return np.asarray(np.log(np.expm1(-np.log1p(-decay) / 8)))
 

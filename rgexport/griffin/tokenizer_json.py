@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
-from rgexport.griffin.sentencepiece_file import MAX_BYTES
+from rgexport.griffin.tokenizer_files import MAX_BYTES
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,8 +44,6 @@ _PARTS = {"normalizers", "pretokenizers", "decoders", "processors"}
 
 @dataclass(frozen=True)
 class TokenizerJson:
-    """A checked file."""
-
     path: Path
     content: bytes
     fields: dict[str, Any]
@@ -112,7 +110,7 @@ def _complaints(fields: Any) -> Iterator[str]:
 
 
 def _wrong_steps(field: str, value: Any, types: list[str]) -> Iterator[str]:
-    """Checks all steps of a component, and how much they make of a text together."""
+    """Checks all steps of a component, and their common growth of a text."""
     steps: list[dict[str, Any]] = []
     waiting = [value] if value is not None else []
     while waiting and len(steps) <= _MOST_STEPS:
@@ -150,7 +148,7 @@ def _wrong_pattern(label: str, pattern: Any) -> Iterator[str]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """How many times as long a replacement makes a text at most, in bytes."""
+    """Returns the most times as long that a replacement makes a text, in bytes."""
     content = step.get("content")
     if step["type"] != "Replace" or not isinstance(content, str):
         return 1.0

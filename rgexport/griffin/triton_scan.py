@@ -10,7 +10,7 @@ _TOKENS, _CHANNELS = 64, 32
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32, on a GPU."""
+    """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32."""
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
     h = torch.empty_like(b)
     batch, tokens, channels = b.shape
@@ -35,16 +35,16 @@ def _scan(a, b, h0, h, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.cons
     """
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    there = channel < channels
+    in_range = channel < channels
     row = tl.arange(0, TOKENS)
-    carried = tl.load(h0 + sequence * channels + channel, mask=there, other=0.0)
+    carried = tl.load(h0 + sequence * channels + channel, mask=in_range, other=0.0)
     for start in range(0, tokens, TOKENS):
         time = start + row
-        mask = (time < tokens)[:, None] & there[None, :]
-        places = (sequence * tokens + time)[:, None] * channels + channel[None, :]
-        tile_a = tl.load(a + places, mask=mask, other=1.0)
-        tile_b = tl.load(b + places, mask=mask, other=0.0)
+        mask = (time < tokens)[:, None] & in_range[None, :]
+        offsets = (sequence * tokens + time)[:, None] * channels + channel[None, :]
+        tile_a = tl.load(a + offsets, mask=mask, other=1.0)
+        tile_b = tl.load(b + offsets, mask=mask, other=0.0)
         decay, local = tl.associative_scan((tile_a, tile_b), 0, _then)
         states = local + decay * carried[None, :]
-        tl.store(h + places, states, mask=mask)
+        tl.store(h + offsets, states, mask=mask)
         carried = tl.sum(tl.where((row == TOKENS - 1)[:, None], states, 0.0), axis=0)

@@ -10,8 +10,8 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.safetensors import Entry, read_header, read_metadata
 from rgexport.files.typed_json import parse_json
-from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import EMBEDDING, input_site, site_of
+from rgexport.griffin.tensor import file_rows
 from rgexport.quantize.calibration_format import (
     EMBEDDED,
     FISHER,

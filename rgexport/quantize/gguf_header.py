@@ -21,8 +21,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
-from rgexport.griffin.file_rows import file_rows
-from rgexport.griffin.tensor import DTYPES, RowTensor
+from rgexport.griffin.tensor import DTYPES, RowTensor, file_rows
 from rgexport.quantize.ggml_types import BY_VALUE, GgmlType
 
 MAX_HEADER_BYTES = 64 << 20

@@ -25,13 +25,11 @@ _JOBS_PER_THREAD = 2
 
 
 class Cluster:
-    """Workers that are connected."""
-
     def __init__(self, client: Any, address: str):
         self._client, self._address = client, address
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A future of `function(*arguments)`; futures among the arguments become their results."""
+        """Returns a future of `function(*arguments)`, which takes futures as arguments, too."""
         with warnings.catch_warnings():
             # Data that go with a job are there when it runs again; those on a worker may be lost.
             warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
@@ -39,7 +37,7 @@ class Cluster:
                 return self._client.submit(function, *arguments, pure=False)
 
     def everywhere(self, function: Callable[[], Any]) -> None:
-        """Calls a function in the process of each worker that is there now."""
+        """Calls a function in the process of each present worker."""
         with self._connected():
             self._client.run(function)
 
@@ -125,7 +123,6 @@ def _client(address: str) -> Any:
 
 
 def _require_same(client: Any, address: str) -> None:
-    """Refuses workers that would compute something else."""
     ours = _able()
     try:
         found = client.run(_able)

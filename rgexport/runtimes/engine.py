@@ -1,34 +1,80 @@
-"""Opening sessions and observers: each format has an engine that runs its artifacts."""
+"""Engines open sessions and observers: one engine for the artifacts of each format."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.runtimes.observation import Observer
+from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 
-Narrowing = Callable[[int, int | None], Session]
+OpenNarrow = Callable[[int, int | None], Session]
 """Opens a session with so many tokens of window, and so many threads."""
+
+LENGTHS = (32, 1)
+"""`Observer.lengths` of an engine that takes any number of tokens in one call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One call of an engine on tokens [T] of one conversation.
+
+    Attributes:
+        values: site → result of its op, converted to float32 [T, n]. Sites that the engine fuses
+            away are missing. Those of `HEAD_SITES` may be of the last token alone, [1, n].
+        gates: the same for the gates of the RG-LRU, where the engine has them only after the
+            sigmoid.
+        dtypes: site → the dtype that the value was computed in, where it is not float32.
+        state: the canonical state of batch 1 after the tokens.
+    """
+
+    values: dict[str, np.ndarray]
+    gates: dict[str, np.ndarray]
+    dtypes: dict[str, str]
+    state: State
+
+
+class Observer(Protocol):
+    """An engine that shows the values at its sites."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of tokens per call that take different code paths, the longest first."""
+        ...
+
+    def observe(self, tokens: np.ndarray, state: State) -> Observation:
+        """Takes tokens [T], T in `lengths`, from a canonical state of batch 1, in one call."""
+        ...
+
+
+def observation_of(results: dict[str, np.ndarray], state: State) -> Observation:
+    """Makes an observation of one conversation.
+
+    Args:
+        results: site → [1, T, n] in the engine's dtype; it is emptied, to save memory.
+        state: the canonical state after the tokens.
+    """
+    dtypes = {site: a.dtype.name for site, a in results.items() if a.dtype != np.float32}
+    values = {}
+    for site in tuple(results):
+        values[site] = results.pop(site)[0].astype(np.float32, copy=False)
+    return Observation(values=values, gates={}, dtypes=dtypes, state=state)
 
 
 class Engine(ABC):
-    """Opens artifacts of one kind; its library is loaded when it is needed."""
-
     def require(self) -> None:
-        """Checks that the engine is installed, before there is an artifact to open.
-
-        Raises:
-            NotInstalled: it is not.
-        """
-        return  # most come with every install
+        """Raises NotInstalled if the engine does not come with every install, and is missing."""
+        return
 
     def require_trusted(self, artifact: Artifact) -> None:
-        """Checks what an artifact would run, before there is a session; by default, nothing.
+        """Checks what an artifact would run, before there is a session.
 
         Raises:
             RequestError: it would run what rgexport does not write, or allocate too much.
@@ -36,15 +82,14 @@ class Engine(ABC):
         return
 
     @abstractmethod
-    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """See `open_session`."""
+    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """As `session`, with the settings that take the least memory."""
+        """Opens a session with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
-    def narrowing(self, artifact: Artifact) -> Narrowing:
-        """What opens sessions with a smaller window; by default, there is nothing that can.
+    def narrowing(self, artifact: Artifact) -> OpenNarrow:
+        """Returns a function that opens sessions with a smaller window.
 
         Raises:
             RequestError: the engine takes the window that the artifact has.
@@ -55,43 +100,41 @@ class Engine(ABC):
         )
 
     def has_native(self, artifact: Artifact) -> bool:
-        """Whether our kernels replace functions of the artifact here; by default, they do not."""
+        """Returns whether our kernels replace functions of the artifact on this machine."""
         return False
 
     def portable_session(self, artifact: Artifact) -> Session:
-        """As `session`, without our kernels: it computes what other programs compute."""
+        """Opens a session without our kernels, which computes what other programs compute."""
         return self.session(artifact)
 
     def portable_observer(self, artifact: Artifact) -> Observer:
-        """As `observer`, without our kernels."""
         return self.observer(artifact)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        """See `open_observer`; by default, an engine shows no intermediate values."""
+        """Opens an observer; by default, an engine shows no intermediate values."""
         raise RequestError(
             f"the engine of {artifact.manifest.kind} artifacts does not show its values"
         )
 
     def memory_bytes(self, manifest: Manifest) -> int:
-        """About what a lean session takes: all weights, and the embedding again, as the head.
+        """Estimates a lean session's memory: all weights, and the embedding again, as the head.
 
         Measured: 0.98 to 1.03 times that for 150 million weights in ONNX Runtime, 0.85 to 1.1
         times in llama.cpp.
         """
-        return sum(self._held(manifest))
+        return sum(self._tensor_bytes(manifest))
 
-    def _held(self, manifest: Manifest) -> Iterator[int]:
+    def _tensor_bytes(self, manifest: Manifest) -> Iterator[int]:
         for name in (*manifest.tensors, EMBEDDING):
             yield sum(part.nbytes for part in manifest.tensors[name].parts.values())
 
 
 def engine_of(kind: str) -> Engine:
-    """The engine of a kind of artifact."""
     return cast(Engine, format_on("runtimes", kind))
 
 
 def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool = False) -> Session:
-    """A session in the engine of the artifact's format; a lean one takes the least memory.
+    """Opens a session in the engine of the artifact's format; a lean one takes the least memory.
 
     Raises:
         RequestError: the engine is missing or cannot open the model.
@@ -101,21 +144,23 @@ def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool =
 
 
 def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None = None) -> Session:
-    """A session in which attention sees `window` tokens before its own, fewer than it could.
+    """Opens a session in which attention sees only `window` tokens before its own.
 
     Raises:
         RequestError: the engine is missing, cannot open the model, or cannot do that; or the
             artifact's window is smaller.
     """
-    narrowing = engine_of(artifact.manifest.kind).narrowing(artifact)
-    own = artifact.manifest.config.window
-    if not 0 <= window <= own:
-        raise RequestError(f"the window is {window}; expected 0 to {own}, that of {artifact.path}")
-    return narrowing(window, threads)
+    open_narrow = engine_of(artifact.manifest.kind).narrowing(artifact)
+    widest = artifact.manifest.config.window
+    if not 0 <= window <= widest:
+        raise RequestError(
+            f"the window is {window}; expected 0 to {widest}, that of {artifact.path}"
+        )
+    return open_narrow(window, threads)
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:
-    """An observer in the engine of the artifact's format, with a model of its own in memory.
+    """Opens an observer in the engine of the artifact's format; it loads the model again.
 
     Raises:
         RequestError: the engine or a package that observing needs is missing, or the engine cannot

@@ -14,7 +14,7 @@ _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "
 
 
 def environment() -> dict[str, str | int]:
-    """CPU, cores that this process may use, system, and versions of the packages that compute."""
+    """Returns CPU, usable cores, system, and versions of the packages that compute."""
     facts: dict[str, str | int] = {
         "cpu": cpu(),
         "cores": usable_processors(),
@@ -26,7 +26,7 @@ def environment() -> dict[str, str | int]:
 
 
 def cpu() -> str:
-    """The processor's name and its instructions for small integers, as far as they are known."""
+    """Returns the processor's name and its instructions for small integers, if known."""
     facts = _cpuinfo()
     flags = facts.get("flags", facts.get("Features", "")).split()
     name = facts.get("model name") or platform.processor() or platform.machine()
@@ -35,7 +35,6 @@ def cpu() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Linux's description of the first processor."""
     if not _CPUINFO.is_file():
         return {}
     first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]

@@ -1,18 +1,16 @@
-"""Weights and states in huge pages, on Linux.
+"""Puts weights and states into huge pages, on Linux.
 
 A decode step reads all weights and states once. In pages of 4 kB it spends a tenth of its time on
-address translation. Engines do not ask the kernel for huge pages; afterwards anyone may, by
-`madvise(MADV_COLLAPSE)` (Linux 6.1), which copies 1.5 GB in about two seconds. It is advice: it
-never changes what is in memory, and where it fails only speed is lost.
+address translation. Engines do not ask the kernel for huge pages. `madvise(MADV_COLLAPSE)` (Linux
+6.1) does so afterwards, and copies 1.5 GB in about two seconds. It never changes the content of
+memory; where it fails, only speed is lost.
 
 A token of a 2B takes 8 % less time with it in ONNX Runtime's own kernels
 (`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/amx/llama_cpp.md`). Our
-kernels read mapped files (`mapped_weights.py`), and have little that could be moved.
+kernels read mapped files (`mapped_weights.py`), so there is little to move.
 """
 
-import ctypes
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.export.storage import aligned
+from rgexport.griffin.tensor import advise_kernel
 
 Area = tuple[int, int]
 """The first address of some memory, and the first after it."""
@@ -74,7 +73,7 @@ def _give_all(
 
 @contextmanager
 def huge_pages() -> Iterator[BackgroundAdvice]:
-    """Begins to collapse the private memory that was mapped inside the block when it ends.
+    """After the block, begins to collapse the private memory that was mapped inside it.
 
     The advice must be stopped before that memory is freed.
     """
@@ -85,10 +84,10 @@ def huge_pages() -> Iterator[BackgroundAdvice]:
 
 
 def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
-    """Zeros of these shapes and dtypes, by name, as parts of one array.
+    """Returns zeros of these shapes and dtypes, by name, as slices of one array.
 
-    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB. Each part begins at a
-    cache line, so that no vector that is loaded lies in two.
+    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB. Slices begin at cache
+    lines, so that no loaded vector spans two.
     """
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
     starts = [0, *accumulate(aligned(size, _CACHE_LINE) for size in sizes)]
@@ -100,30 +99,16 @@ def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, 
     }
 
 
-def advise(start: int, end: int, advice: int) -> bool:
-    """Calls `madvise` on whole pages, with a number of Linux's; whether the kernel took the advice.
-
-    Other systems take none, nor does a C library without that function.
-    """
-    if sys.platform != "linux":
-        return False
-    try:
-        call = ctypes.CDLL(None).madvise
-    except (OSError, TypeError, AttributeError):
-        return False
-    return call(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) == 0
-
-
 def _large_mappings() -> set[Area]:
-    """The large writable mappings without a file; none where the system does not list them."""
-    found = set()
+    """Returns the large writable mappings without a file; none if the system lists no mappings."""
+    mappings = set()
     with suppress(OSError):
         for line in _MAPS.read_text("utf-8", "surrogateescape").splitlines():
             addresses, access, _, _, inode, *_ = line.split(maxsplit=5)
             start, end = (int(address, 16) for address in addresses.split("-"))
             if access == "rw-p" and inode == "0" and end - start >= _LEAST:
-                found.add((start, end))
-    return found
+                mappings.add((start, end))
+    return mappings
 
 
 def _whole_pages(areas: Iterable[Area]) -> Iterator[Area]:
@@ -135,4 +120,4 @@ def _whole_pages(areas: Iterable[Area]) -> Iterator[Area]:
 
 def _collapse(start: int, end: int) -> None:
     for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
-        advise(start, end, advice)
+        advise_kernel(start, end, advice)

@@ -20,7 +20,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def rss_bytes() -> int | None:
-    """What this process holds now; None where it is unknown (it is known on Linux only)."""
+    """Returns the memory of this process; None where it is unknown (not on Linux)."""
     try:
         pages = int(_STATM.read_text("utf-8").split()[1])
     except OSError:
@@ -29,7 +29,7 @@ def rss_bytes() -> int | None:
 
 
 def peak_rss_bytes() -> int | None:
-    """The most that this process has held; None on Windows."""
+    """Returns the most memory that this process has held; None on Windows."""
     try:
         import resource
     except ModuleNotFoundError:
@@ -38,7 +38,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def peak_bytes(usage: "struct_rusage") -> int:
-    """The most that a process has held, whose unit depends on the system."""
+    """Returns the peak of a process in bytes; its unit depends on the system."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -61,7 +61,7 @@ def give_back() -> None:
 
 
 def _left_in_container() -> int | None:
-    """What control groups (version 2) leave; None where there is no limit."""
+    """Returns what control groups (version 2) leave; None where there is no limit."""
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
         return None
@@ -77,7 +77,7 @@ def _number(file: Path) -> int | None:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """The numbers in lines such as `name 12 kB`; none where there is no such file."""
+    """Returns the numbers in lines such as `name 12 kB`; none if there is no such file."""
     try:
         pairs = (line.split()[:2] for line in file.read_text("utf-8").splitlines())
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

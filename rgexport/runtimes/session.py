@@ -1,43 +1,130 @@
-"""The interface that every engine implements."""
+"""The interface that every engine implements, and the checks that all engines share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.sequences import checked_tokens, require_fitting
-from rgexport.runtimes.unchanged_files import UnchangedFiles
 
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """What a session runs, for reports."""
+    """Facts about a session, for reports.
+
+    Attributes:
+        weight_bytes: weights that one decode step reads.
+        state_bytes: state of one sequence.
+        prefill_chunk: most tokens of a prefill for which the weights are read once.
+        chunk_logits: whether a chunk can return the logits of all its tokens; if not, it takes
+            single steps.
+        whole_chunks: whether tokens that do not fill a chunk are taken in single steps.
+        exact_tokens: up to so many tokens of a call, of all rows together, give the bits that each
+            gives alone.
+        kernels: `native` and an instruction set where our kernels run, otherwise `stock`.
+    """
 
     engine: str
     engine_version: str
     threads: int
     activation_dtype: str
     weight_bytes: int
-    """Bytes of weights that one decode step reads."""
     state_bytes: int
-    """Bytes of state of one sequence."""
     prefill_chunk: int
-    """Most tokens of a prefill for which the weights are read once."""
     chunk_logits: bool = True
-    """Whether a chunk can return the logits of all its tokens; if not, it takes single steps."""
     whole_chunks: bool = False
-    """Whether tokens that do not fill a chunk are taken in single steps."""
     exact_tokens: int = 1
-    """Up to so many tokens of a call, of all rows together, give the bits that each gives alone."""
     kernels: str = "stock"
-    """`native` and an instruction set where our kernels run, `stock` where only the engine's do."""
 
     @property
     def title(self) -> str:
-        """Engine, version and kernels, as text."""
         return f"{self.engine} {self.engine_version}, {self.kernels} kernels"
+
+
+class UnchangedFiles:
+    """The files of an artifact whose names begin with `prefix`, as they are when this is made.
+
+    A session may have mapped them: a write changes its weights at once, and reading past the end of
+    a file that was cut ends the process. No program can check before each read; sessions check
+    whenever a conversation begins.
+    """
+
+    def __init__(self, artifact: Artifact, prefix: str = ""):
+        """Notes the files.
+
+        Raises:
+            RequestError: one has another size than when the artifact was opened.
+        """
+        is_file = artifact.path.is_file()  # a GGUF file is its own folder
+        self._stamps: dict[Path, tuple[int, int, int] | None] = {}
+        for name, record in artifact.manifest.files.items():
+            path = artifact.path if is_file else artifact.file(name)
+            if name.startswith(prefix) and path.exists():  # the engine reports missing files
+                self._stamps[path] = _stamp(path)
+                if path.stat().st_size != record.size:
+                    raise _changed(path)
+
+    def require(self) -> None:
+        """Raises RequestError if a file was written to, cut, replaced or removed."""
+        for path, before in self._stamps.items():
+            if _stamp(path) != before:
+                raise _changed(path)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _changed(path: Path) -> RequestError:
+    return RequestError(f"{path} changed while it was open; open the artifact again")
+
+
+def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarray:
+    """Returns token ids as int64 [batch, T].
+
+    Raises:
+        RequestError: another shape, or an id outside of the vocabulary.
+    """
+    tokens = np.asarray(tokens, np.int64)
+    if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
+        raise RequestError(f"tokens have shape {tokens.shape}; expected [{batch}, T], T ≥ 1")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        worst = tokens.max() if tokens.min() >= 0 else tokens.min()
+        raise RequestError(f"token id {worst} is outside of the vocabulary of {vocab_size}")
+    return tokens
+
+
+def require_fitting(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a state of another model.
+
+    Args:
+        state: a canonical state of any batch size.
+        shapes: name → shape without the batch axis, of all tensors but the position.
+
+    Raises:
+        RequestError: a name or shape does not fit.
+    """
+    complaints = list(_misfits(state, {**shapes, POSITION: ()}))
+    if complaints:
+        raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
+
+
+def _misfits(state: State, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for name in expected.keys() ^ state.keys():
+        yield f"{name} is {'missing' if name in expected else 'unknown'}"
+    batch = np.shape(state.get(POSITION, ()))[:1]
+    for name in expected.keys() & state.keys():
+        shape = np.shape(state[name])
+        if shape != (*batch, *expected[name]):
+            yield f"{name} has shape {shape}; expected {(*batch, *expected[name])}"
 
 
 class Session(ABC):
@@ -51,71 +138,64 @@ class Session(ABC):
     _opened_files: Sequence[UnchangedFiles] = ()
     """The files that `require_unchanged` compares."""
     _tried: tuple[range, np.ndarray] | None = None
-    """The rows and tokens that `accept` is about."""
+    """The rows and tokens of the last `verify`, until `accept`."""
 
     @property
     @abstractmethod
-    def info(self) -> SessionInfo:
-        """What this session runs."""
-        ...
+    def info(self) -> SessionInfo: ...
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
         """Number of logits per token."""
-        ...
 
     @property
     @abstractmethod
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape without the batch axis of each canonical state but the position."""
-        ...
 
     @property
     @abstractmethod
     def position(self) -> np.ndarray:
         """Tokens seen so far, [B] int64."""
-        ...
 
     @abstractmethod
     def reset(self, batch: int = 1) -> None:
         """Clears the state, and sets the number of conversations.
 
         Raises:
-            RequestError: a file of the artifact changed while the session was open.
+            RequestError: a file of the artifact changed while the session was open, or the engine
+                cannot hold so many conversations.
         """
-        ...
 
     @abstractmethod
-    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        """As `take`; tokens and `num_logits` are checked."""
-        ...
+    def get_rows(self, rows: range) -> State:
+        """Returns a copy of the canonical state of some rows."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the artifact's files and memory; the session cannot be used any more."""
+
+    @abstractmethod
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray: ...
+
+    @abstractmethod
+    def _set_rows(self, rows: range, state: State) -> None: ...
 
     def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        """As `verify`, of tokens that are checked."""
         self._before = self.get_rows(rows)
         return self._take(rows, tokens, tokens.shape[1])
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
-        """As `accept`, of the tokens of the last `_verify`: from the states before it."""
-        for place, count in enumerate(counts):
+        """Repeats the accepted tokens from the states before `_verify`."""
+        for index, count in enumerate(counts):
             if count == tokens.shape[1]:
                 continue
-            row = range(rows[place], rows[place] + 1)
-            self._set_rows(row, {n: array[place : place + 1] for n, array in self._before.items()})
+            row = range(rows[index], rows[index] + 1)
+            self._set_rows(row, {n: array[index : index + 1] for n, array in self._before.items()})
             if count:
-                self._take(row, tokens[place : place + 1, :count], 1)
+                self._take(row, tokens[index : index + 1, :count], 1)
         del self._before
-
-    @abstractmethod
-    def get_rows(self, rows: range) -> State:
-        """A copy of the canonical state of some rows."""
-        ...
-
-    @abstractmethod
-    def _set_rows(self, rows: range, state: State) -> None:
-        """As `set_rows`; the state fits the model."""
-        ...
 
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
@@ -167,11 +247,11 @@ class Session(ABC):
         self._set_rows(rows, state)
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """As `take`, for all rows: tokens [B, T]; returns logits [B, num_logits, vocab]."""
+        """Takes tokens [B, T] of all rows like `take`; returns logits [B, num_logits, vocab]."""
         return self.take(self._all, tokens, num_logits)
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """As `prefill`, in one run of the model where the engine takes any number of tokens.
+        """Prefills in one run of the model where the engine takes any number of tokens.
 
         Memory grows with their number; other programs take whole prompts so.
         """
@@ -182,14 +262,13 @@ class Session(ABC):
         return self.take(self._all, np.reshape(tokens, (-1, 1)))[:, 0]
 
     def get_state(self) -> State:
-        """A copy of the canonical state of all rows."""
         return self.get_rows(self._all)
 
     def set_state(self, state: State) -> None:
         """Continues from a canonical state, of any batch size, by any engine.
 
         Raises:
-            RequestError: see `set_rows`.
+            RequestError: the reasons of `set_rows`.
         """
         self._require_fitting(state)
         if len(state[POSITION]) != len(self._all):
@@ -197,7 +276,6 @@ class Session(ABC):
         self._set_rows(self._all, state)
 
     def _require_fitting(self, state: State) -> None:
-        """Refuses a state of another model."""
         require_fitting(state, self.state_shapes)
 
     @property
@@ -212,8 +290,3 @@ class Session(ABC):
         """
         for files in self._opened_files:
             files.require()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Frees the artifact's files and memory; the session cannot be used any more."""
-        ...

@@ -9,10 +9,9 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
 from rgexport.files.hashing import hash_new_files
-from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint, summarize
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.hub import cached_model
-from rgexport.griffin.inventory import summarize
 from rgexport.griffin.sizes import DEMO, SIZES
 from rgexport.validate.weights.weight_errors import check_shapes
 

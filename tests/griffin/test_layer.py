@@ -11,9 +11,7 @@ from rgexport.export.onnx.lowering import LOWERINGS as ONNX
 from rgexport.export.trace import trace
 from rgexport.griffin import ops
 from rgexport.griffin.deepmind import BRANCHES, NAMES
-from rgexport.griffin.layer import all_ops
-from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
-from rgexport.griffin.sites import HEAD_SITES, sites
+from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, all_ops, input_site, model_tensors, sites
 from rgexport.runtimes.llama_cpp.observer import taps
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights

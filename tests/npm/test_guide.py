@@ -14,7 +14,7 @@ from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.griffin.markup import END_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN
 from rgexport.griffin.state import POSITION
 from tests.npm.browser import FOLDERS, HERE, launched, parts_of
 from tests.npm.install import install_our_package, node_with_packages

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
+from rgexport.griffin.layout import HEAD_SITES, sites
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.sites import HEAD_SITES, sites
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_observer, open_session
 from rgexport.runtimes.llama_cpp import observer as llama_cpp_observer

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING
+from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.sites import sites
 from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Affine, Float
-from rgexport.runtimes.observation import Observation
+from rgexport.runtimes.engine import Observation
 from rgexport.validate import metrics
 from rgexport.validate.bisect.layer_costs import TOKENS as COST_TOKENS
 from rgexport.validate.bisect.layer_costs import layer_costs

@@ -9,7 +9,7 @@ from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder
-from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.validate import text as module
 from rgexport.validate.reference.prompts import TEXTS, choose_prompts
 from rgexport.validate.text import choose_text, random_text

@@ -11,7 +11,7 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.harness.prefixes import PrefixReader, TokenText
 from rgexport.evaluate.losses import require_finite
-from rgexport.griffin.markup import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 

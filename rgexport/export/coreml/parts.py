@@ -10,8 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.export.row_groups import grouped_layouts
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
-from rgexport.griffin.layer import Role
-from rgexport.griffin.layout import role_of
+from rgexport.griffin.layout import Role, role_of
 from rgexport.quantize import affine, algorithms, palette
 from rgexport.quantize.affine import Parts
 from rgexport.quantize.fitting import fitted

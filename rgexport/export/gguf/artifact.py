@@ -22,7 +22,7 @@ from rgexport.export.origin import Origin
 from rgexport.files.hashing import FileRecord, hash_files, hash_new_files
 from rgexport.files.typed_json import Mismatch
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.sentencepiece_file import BYTE, CONTROL, USER_DEFINED
+from rgexport.griffin.tokenizer_files import BYTE, CONTROL, USER_DEFINED
 from rgexport.quantize import affine
 from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import GgufHeader, read_header

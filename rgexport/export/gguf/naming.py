@@ -11,8 +11,7 @@ import numpy as np
 
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer import Role, all_ops
-from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, TensorSpec, all_ops, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
 

@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.griffin.control_tokens import ControlTokens, json_tokens, sentencepiece_tokens
-from rgexport.griffin.markup import is_markup
-from rgexport.griffin.sentencepiece_file import (
+from rgexport.griffin.control_tokens import (
+    ControlTokens,
+    is_markup,
+    json_tokens,
+    sentencepiece_tokens,
+)
+from rgexport.griffin.tokenizer_files import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -13,7 +13,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.mil.program import TensorType
-from rgexport.griffin.file_rows import read_lines
+from rgexport.griffin.tensor import read_lines
 
 HEADER_BYTES = 64
 """Of the file, and of each blob."""

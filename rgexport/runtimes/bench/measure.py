@@ -1,8 +1,8 @@
-"""How fast an artifact runs: prompts, tokens, and both at a depth, beside the memory's read speed.
+"""Measures an artifact's speed: prompts and tokens, at depths, beside the memory's read speed.
 
-It measures what llama-bench measures, through the Session interface, so that all formats are
-measured alike. The machine's read speed drifts within minutes. So tests at all depths take turns,
-the memory is read between the timed pieces, and a row compares medians of the same minutes.
+The tests are those of llama-bench, through the Session interface, so that all formats are measured
+alike. The machine's read speed drifts within minutes. So tests at all depths take turns, the memory
+is read between the timed pieces, and a row compares medians of the same minutes.
 """
 
 import re
@@ -21,7 +21,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline, seconds
-from rgexport.runtimes.bench.rows import Row
+from rgexport.runtimes.bench.rows import BenchRow
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import cpu
 from rgexport.runtimes.memory import peak_rss_bytes, rss_bytes
@@ -39,7 +39,7 @@ PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Trial:
+class BenchTest:
     """A prompt of `length` tokens (`pp`), or as many tokens one by one (`tg`)."""
 
     kind: str
@@ -47,7 +47,6 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """As llama-bench writes it: `pp512`."""
         return f"{self.kind}{self.length}"
 
     @property
@@ -56,7 +55,6 @@ class Trial:
         return min(self.length, PIECE) if self.kind == "pp" else 1
 
     def readings(self, info: SessionInfo) -> int:
-        """How many times the engine reads all weights."""
         if self.kind != "pp":
             return self.length
         chunks, rest = divmod(self.length, info.prefill_chunk)
@@ -65,21 +63,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to measure: each prompt length and each number of tokens, at each depth."""
+    """A request to measure each prompt length and each number of tokens at each depth.
+
+    With `synthetic`, a depth is a state of random numbers instead of processed tokens.
+    """
 
     prompts: tuple[int, ...] = (512,)
     tokens: tuple[int, ...] = (128,)
     depths: tuple[int, ...] = (0,)
     repetitions: int = 5
     synthetic: bool = False
-    """Whether a depth is a state of random numbers instead of tokens that were processed."""
 
     def __post_init__(self) -> None:
-        """Checks that there is something to measure; lengths of 0 are left out.
-
-        Raises:
-            RequestError: all lengths are 0, or an option that changes nothing.
-        """
+        """Raises RequestError if all lengths are 0, or for an option that changes nothing."""
         if not any((*self.prompts, *self.tokens)):
             raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
         if self.synthetic and not any(self.depths):
@@ -89,7 +85,7 @@ class BenchRequest:
 
     @classmethod
     def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
-        """A request from lists as text, such as `128,512`.
+        """Reads lists such as `128,512`.
 
         Raises:
             RequestError: a text is no list of lengths, or all lengths are 0.
@@ -97,20 +93,19 @@ class BenchRequest:
         return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
 
     @property
-    def trials(self) -> list[Trial]:
-        """Prompts first, in the order asked for."""
-        prompts = [Trial("pp", length) for length in self.prompts if length]
-        return prompts + [Trial("tg", length) for length in self.tokens if length]
+    def tests(self) -> list[BenchTest]:
+        """The prompts, then the single steps, in the order of the request."""
+        prompts = [BenchTest("pp", length) for length in self.prompts if length]
+        return prompts + [BenchTest("tg", length) for length in self.tokens if length]
 
 
 def _lengths(option: str, text: str) -> tuple[int, ...]:
-    """The numbers of a list, each once."""
-    words = text.split(",")
-    if not all(re.fullmatch("[0-9]{1,8}", word) and int(word) <= MOST for word in words):
+    lengths = text.split(",")
+    if not all(re.fullmatch("[0-9]{1,8}", n) and int(n) <= MOST for n in lengths):
         raise RequestError(
             f"{option} is {text!r}; expected numbers from 0 to {MOST}, such as 512 or 128,512"
         )
-    return tuple(dict.fromkeys(map(int, words)))
+    return tuple(dict.fromkeys(map(int, lengths)))
 
 
 def bench_artifact(
@@ -119,7 +114,7 @@ def bench_artifact(
     *,
     threads: int | None = None,
     allow_foreign: bool = False,
-) -> list[Row]:
+) -> list[BenchRow]:
     """Opens an artifact and measures it.
 
     Raises:
@@ -128,19 +123,18 @@ def bench_artifact(
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
     session = open_session(artifact, threads=threads)
-    took = time.perf_counter() - began
+    elapsed = time.perf_counter() - began
     with roofline(session.info.threads) as read_speed:
-        return list(Measuring(session, request, read_speed, artifact.path, took).rows())
+        return list(BenchMeasurement(session, request, read_speed, artifact.path, elapsed).rows())
 
 
 @dataclass
 class _Cell:
-    """One test at one depth, and the results of its repetitions."""
+    """A test at a depth, and the results of its repetitions."""
 
-    trial: Trial
+    test: BenchTest
     depth: int
-    state: Path
-    """The file of the state that every repetition starts from."""
+    state_file: Path
     rates: list[float] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
     memory: list[int | None] = field(default_factory=list)
@@ -148,12 +142,11 @@ class _Cell:
 
     @property
     def token_seconds(self) -> float:
-        """Seconds per token, the median over the repetitions."""
         return 1 / median(self.rates)
 
 
 @dataclass
-class Measuring:
+class BenchMeasurement:
     """Measures a session with one conversation of random tokens, as llama-bench does."""
 
     session: Session
@@ -163,18 +156,17 @@ class Measuring:
     load_seconds: float
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def rows(self) -> Iterator[Row]:
-        """Processes tokens up to each depth, then measures in rounds."""
+    def rows(self) -> Iterator[BenchRow]:
         self._warm_up()
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
             cells = self._cells(Path(folder))
             self._measure(cells)
-        lowest: dict[Trial, _Cell] = {}
+        lowest: dict[BenchTest, _Cell] = {}
         for cell in cells:
-            yield self._row(cell, lowest.setdefault(cell.trial, cell))
+            yield self._row(cell, lowest.setdefault(cell.test, cell))
 
     def _cells(self, folder: Path) -> list[_Cell]:
-        """The lowest depth first. States are kept in files, because memory is measured too."""
+        """Returns the cells, the lowest depth first; states are in files, to save memory."""
         self.session.reset()
         state = self.session.get_state()
         cells = []
@@ -182,42 +174,41 @@ class Measuring:
             state = self.state_at(depth, state)
             file = folder / f"{depth}.npz"
             np.savez(file, **state)  # type: ignore[arg-type]  # no state is named `allow_pickle`
-            cells += [_Cell(trial, depth, file) for trial in self.request.trials]
+            cells += [_Cell(test, depth, file) for test in self.request.tests]
         return cells
 
     def _measure(self, cells: list[_Cell]) -> None:
         rounds = self.request.repetitions
         with task("Measuring", len(cells) * (rounds + 1), "repetitions") as advance:
             for cell in cells:
-                self._run(cell, cell.trial.warm_up, [])
+                self._run(cell, cell.test.warm_up, [])
                 advance(1)
             speed = self.read_speed()
             for _ in range(rounds):
                 for cell in cells:
                     cell.speeds.append(speed)
-                    took = self._run(cell, cell.trial.length, cell.speeds)
-                    cell.rates.append(cell.trial.length / took)
+                    elapsed = self._run(cell, cell.test.length, cell.speeds)
+                    cell.rates.append(cell.test.length / elapsed)
                     cell.memory.append(rss_bytes())
                     cell.peak = peak_rss_bytes()
                     cell.speeds.append(speed := self.read_speed())
                     advance(1)
 
     def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
-        """Seconds for `length` tokens after the cell's state."""
-        with np.load(cell.state) as state:
+        with np.load(cell.state_file) as state:
             self.session.set_state(dict(state))
-        if cell.trial.kind == "pp":
+        if cell.test.kind == "pp":
             tokens = self._random(length).T
             return seconds(lambda: self.session.prefill(tokens))
         return self._steps(length, speeds)
 
-    def _row(self, cell: _Cell, lowest: _Cell) -> Row:
-        info, trial, rates = self.session.info, cell.trial, cell.rates
-        per_token = info.weight_bytes * trial.readings(info) / trial.length
+    def _row(self, cell: _Cell, lowest: _Cell) -> BenchRow:
+        info, test, rates = self.session.info, cell.test, cell.rates
+        per_token = info.weight_bytes * test.readings(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
         memory = [size for size in cell.memory if size is not None]
-        return Row(
-            test=trial.name,
+        return BenchRow(
+            test=test.name,
             depth=cell.depth,
             state="synthetic" if cell.depth and self.request.synthetic else "processed",
             repetitions=len(rates),
@@ -248,7 +239,7 @@ class Measuring:
             self.session.step(self._random(1)[0])
 
     def _steps(self, length: int, speeds: list[float]) -> float:
-        """Seconds for `length` steps; adds read speeds that are measured in between to `speeds`."""
+        """Returns seconds for `length` steps; adds read speeds measured in between to `speeds`."""
         total = since = 0.0
         for token in self._random(length):
             if since >= SLICE_SECONDS:
@@ -256,15 +247,15 @@ class Measuring:
                 since = 0.0
             began = time.perf_counter()
             self.session.step(token)
-            took = time.perf_counter() - began
-            total, since = total + took, since + took
+            elapsed = time.perf_counter() - began
+            total, since = total + elapsed, since + elapsed
         return total
 
     def _random(self, length: int) -> np.ndarray:
         return self._generator.integers(0, self.session.vocab_size, (length, 1))
 
     def state_at(self, depth: int, state: State) -> State:
-        """The state after `depth` tokens, continuing from `state`, which has seen no more."""
+        """Returns the state after `depth` tokens, continuing from an earlier `state`."""
         ahead = depth - int(state[POSITION][0])
         if not ahead:
             return state
@@ -284,15 +275,15 @@ class Measuring:
 
 
 def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> State:
-    """A state of random numbers at the position `depth`.
+    """Returns a state of random numbers at the position `depth`.
 
     The cost of a step depends on shapes and on the position, not on the numbers.
     """
-    made_up = {
+    random = {
         name: (0.1 * generator.standard_normal(array.shape)).astype(array.dtype)
         for name, array in like.items()
     }
-    return made_up | {POSITION: np.full_like(like[POSITION], depth)}
+    return random | {POSITION: np.full_like(like[POSITION], depth)}
 
 
 def _announce_duration(expected: float) -> None:

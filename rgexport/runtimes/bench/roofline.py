@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the limit of a decode step, which reads all weights.
+"""Measures how fast this machine reads memory: the limit of a decode step, which reads all weights.
 
 numpy keeps large arrays in huge pages where it can. Memory in pages of 4 kB, as a plain C program
 gets it, is read more slowly, and would overstate the shares of the bandwidth. The memory is read in
@@ -53,47 +53,44 @@ def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> It
         pool.shutdown(cancel_futures=True)
 
 
-class Reader:
-    """Memory of `nbytes`, and `threads` threads that each read a part of it."""
+class MemoryReader:
+    """Memory of `nbytes`, and `threads` threads that each read a share of it."""
 
     def __init__(self, threads: int, nbytes: int, huge: bool = True) -> None:
-        part = nbytes // threads // 8
-        self._parts = [
-            (np.empty if huge else _small_pages)(part, np.uint64) for _ in range(threads)
-        ]
-        for array in self._parts:
+        length = nbytes // threads // 8
+        allocate = np.empty if huge else _small_pages
+        self._arrays = [allocate(length, np.uint64) for _ in range(threads)]
+        for array in self._arrays:
             array.fill(1)  # so that each page is allocated
         self._pool = ThreadPoolExecutor(threads)
-        self._nbytes = sum(part.nbytes for part in self._parts)
+        self._nbytes = sum(array.nbytes for array in self._arrays)
 
     def read_speed(self, passes: int = _PASSES) -> float:
-        """Bytes per second of the fastest pass."""
         return self._nbytes / min(seconds(self._read) for _ in range(passes))
 
     def _read(self) -> None:
-        list(self._pool.map(np.bitwise_or.reduce, self._parts))
+        list(self._pool.map(np.bitwise_or.reduce, self._arrays))
 
 
 def _small_pages(length: int, dtype: type[np.generic]) -> np.ndarray:
-    """An array for which no huge pages were asked."""
+    """Returns an array in pages of 4 kB."""
     return np.frombuffer(mmap.mmap(-1, length * np.dtype(dtype).itemsize), dtype)
 
 
-_readers: list[Reader] = []
+_readers: list[MemoryReader] = []
 
 
 def _prepare(threads: int, nbytes: int, huge: bool) -> None:
     """Initializes the process that reads; only its parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _readers[:] = [Reader(threads, nbytes, huge)]
+    _readers[:] = [MemoryReader(threads, nbytes, huge)]
 
 
 def _read_speed() -> float:
     return _readers[0].read_speed()
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - start

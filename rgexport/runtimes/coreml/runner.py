@@ -1,4 +1,4 @@
-"""What executes the functions of a Core ML package: Core ML itself, or the interpreter."""
+"""Executes the functions of Core ML packages, in Core ML itself or in the interpreter."""
 
 import logging
 import platform
@@ -12,7 +12,7 @@ import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.segments import PackagePlan, Segment, in_order
+from rgexport.export.coreml.segments import Segment, in_order
 from rgexport.export.coreml.states import (
     HIDDEN,
     HIDDEN_OUTPUT,
@@ -24,6 +24,9 @@ from rgexport.export.coreml.states import (
 )
 from rgexport.export.mil.package import open_package
 
+_ROWS = -2
+"""The axis along which packages share a state."""
+
 
 class Runner(Protocol):
     """Executes the functions of a package; a state is what its `make_state` returns."""
@@ -31,9 +34,7 @@ class Runner(Protocol):
     engine: str
     version: str
 
-    def make_state(self) -> Any:
-        """The state of a new conversation."""
-        ...
+    def make_state(self) -> Any: ...
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
@@ -44,13 +45,9 @@ class Runner(Protocol):
         """
         ...
 
-    def read_state(self, state: Any, name: str) -> np.ndarray:
-        """The array of one state."""
-        ...
+    def read_state(self, state: Any, name: str) -> np.ndarray: ...
 
-    def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
-        """Replaces one state."""
-        ...
+    def write_state(self, state: Any, name: str, value: np.ndarray) -> None: ...
 
 
 class FrameworkRunner:
@@ -70,43 +67,30 @@ class FrameworkRunner:
             NotInstalled: coremltools is missing.
             RequestError: Core ML cannot load the package.
         """
-        tools = _coremltools()
+        logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of versions of torch
+        try:
+            import coremltools as tools
+        except ImportError:
+            raise NotInstalled(
+                "Core ML needs coremltools here; install it: pip install 'rgexport[coreml]'"
+            ) from None
         self.version = f"macOS {platform.mac_ver()[0]}, coremltools {tools.__version__}"
         self._models = {name: _load(tools, path, name) for name in functions}
 
     def make_state(self) -> Any:
-        """An `MLState` of zeros."""
         return next(iter(self._models.values())).make_state()
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """See `Runner`."""
         outputs = self._models[function].predict(dict(inputs), state=state)
         return {name: np.asarray(value) for name, value in outputs.items()}
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
-        """See `Runner`."""
         return np.asarray(state.read_state(name))
 
     def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
-        """See `Runner`."""
         state.write_state(name, np.ascontiguousarray(value, np.float16))
-
-
-_ROWS = -2
-"""The axis along which packages share a state."""
-
-
-def _coremltools() -> Any:
-    logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of versions of torch
-    try:
-        import coremltools
-    except ImportError:
-        raise NotInstalled(
-            "Core ML needs coremltools here; install it: pip install 'rgexport[coreml]'"
-        ) from None
-    return coremltools
 
 
 def _load(tools: Any, path: Path, function: str) -> Any:
@@ -120,26 +104,24 @@ def _load(tools: Any, path: Path, function: str) -> Any:
 
 
 def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
-    """Core ML on macOS, the interpreter elsewhere, for the packages in the folder of an artifact.
+    """Opens the packages of an artifact in Core ML on macOS, elsewhere in the interpreter.
 
     Raises:
         RequestError: a package cannot be executed here.
     """
-    return joined(
-        manifest, {plan.name: _open(folder / plan.name, plan) for plan in manifest.packages}
-    )
+    runners: dict[str, Runner] = {}
+    for plan in manifest.packages:
+        path = folder / plan.name
+        if sys.platform == "darwin":
+            runners[plan.name] = FrameworkRunner(path, plan.functions)
+        else:
+            from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 
-
-def _open(path: Path, plan: PackagePlan) -> Runner:
-    if sys.platform == "darwin":
-        return FrameworkRunner(path, plan.functions)
-    from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
-
-    return InterpreterRunner(open_package(path))
+            runners[plan.name] = InterpreterRunner(open_package(path))
+    return joined(manifest, runners)
 
 
 def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
-    """The runner of a whole model, from those of its packages by name."""
     if len(runners) == 1:
         return next(iter(runners.values()))
     return Pipeline(manifest, runners)
@@ -147,12 +129,12 @@ def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A segment in a package; `rows`: how many RG-LRU states are its."""
+    """A segment in a package, with its number of RG-LRU states."""
 
     package: str
     segment: Segment
     inputs: list[str]
-    rows: int
+    recurrent_states: int
 
 
 class Pipeline:
@@ -172,49 +154,47 @@ class Pipeline:
             )
             for plan, segment in in_order(manifest.packages)
         ]
-        self._homes: dict[str, list[str]] = {}
+        self._state_packages: dict[str, list[str]] = {}
         """State → the packages that have it, or rows of it."""
         for stage in self._stages:
             for name in stored_states(config, form, stage.segment):
-                self._homes.setdefault(name, []).append(stage.package)
+                self._state_packages.setdefault(name, []).append(stage.package)
 
     def make_state(self) -> Any:
-        """The states of all packages, by name."""
-        stateful = {package for packages in self._homes.values() for package in packages}
+        stateful = {package for packages in self._state_packages.values() for package in packages}
         return {package: self._runners[package].make_state() for package in stateful}
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """See `Runner`. Each segment has its own rows of the RG-LRU states."""
-        carried, found = dict(inputs), dict[str, np.ndarray]()
-        rows, first, after = inputs.get(RECURRENT), 0, list[np.ndarray]()
+        """Runs all segments, each on its own rows of the RG-LRU states."""
+        carried, outputs = dict(inputs), dict[str, np.ndarray]()
+        rows, first, next_rows = inputs.get(RECURRENT), 0, list[np.ndarray]()
         for stage in self._stages:
             if rows is not None:
-                carried[RECURRENT] = rows[first : first + stage.rows]
-                first += stage.rows
-            given = {name: carried[name] for name in stage.inputs}
+                carried[RECURRENT] = rows[first : first + stage.recurrent_states]
+                first += stage.recurrent_states
+            stage_inputs = {name: carried[name] for name in stage.inputs}
             runner, name = self._runners[stage.package], stage.segment.function(function)
-            made = runner.predict(name, given, state.get(stage.package))
-            if RECURRENT_OUTPUT in made:
-                after.append(made[RECURRENT_OUTPUT])
-            if HIDDEN_OUTPUT in made:
-                carried[HIDDEN] = made[HIDDEN_OUTPUT]
-            found |= made
-        return found | ({RECURRENT_OUTPUT: np.concatenate(after)} if after else {})
+            results = runner.predict(name, stage_inputs, state.get(stage.package))
+            if RECURRENT_OUTPUT in results:
+                next_rows.append(results[RECURRENT_OUTPUT])
+            if HIDDEN_OUTPUT in results:
+                carried[HIDDEN] = results[HIDDEN_OUTPUT]
+            outputs |= results
+        return outputs | ({RECURRENT_OUTPUT: np.concatenate(next_rows)} if next_rows else {})
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
-        """See `Runner`."""
         return np.concatenate(self._rows_of(state, name), axis=_ROWS)
 
     def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
-        """See `Runner`."""
         sizes = [rows.shape[_ROWS] for rows in self._rows_of(state, name)]
         parts = np.split(value, np.cumsum(sizes[:-1]), axis=_ROWS)
-        for package, part in zip(self._homes[name], parts, strict=True):
+        for package, part in zip(self._state_packages[name], parts, strict=True):
             self._runners[package].write_state(state[package], name, part)
 
     def _rows_of(self, state: Any, name: str) -> list[np.ndarray]:
-        """What each package has of a state [1, 1, n, width]."""
-        packages = self._homes[name]
-        return [self._runners[each].read_state(state[each], name) for each in packages]
+        return [
+            self._runners[package].read_state(state[package], name)
+            for package in self._state_packages[name]
+        ]

@@ -10,22 +10,21 @@ from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.parallelism import usable_threads
 from rgexport.runtimes.coreml.runner import Runner, open_runner
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.runtimes.unchanged_files import UnchangedFiles
+from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
 _LO_SCALE = np.float32(LO_SCALE)
 
 
-class Row:
-    """One sequence: its state in the runner, and the state that goes in and out of each call."""
+class SequenceState:
+    """The state of a sequence: in the runner, and as inputs and outputs of each call."""
 
-    def __init__(self, states: "States"):
+    def __init__(self, converter: "StateConverter"):
         self.position = 0
-        self.state = states.runner.make_state()
-        self.carried = states.zeros()
+        self.in_runner = converter.runner.make_state()
+        self.carried = converter.zeros()
 
 
-class States:
+class StateConverter:
     """Converts the canonical states of a sequence to the features of a package, and back.
 
     The RG-LRU states of all layers are the rows of one matrix, in the order of the manifest.
@@ -36,65 +35,62 @@ class States:
         specs = state_specs(manifest.config, ACTIVATIONS[manifest.compute])
         self.shapes = {spec.name: spec.shape for spec in specs}
         self._empty = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
-        self._kept = [r for r in manifest.states if r.layout not in ("row", "hilo")]
-        self._lines = [r for r in manifest.states if r.layout in ("row", "hilo")]
-        self.carried_names = {r.input: r.output for r in self._lines if r.layout == "row"}
+        self._matrices = [r for r in manifest.states if r.layout not in ("row", "hilo")]
+        self._vectors = [r for r in manifest.states if r.layout in ("row", "hilo")]
+        self.carried_names = {r.input: r.output for r in self._vectors if r.layout == "row"}
         """Input → the output that is this input in the next call."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state of one sequence, without padding."""
         return sum(array.nbytes for array in self._empty.values())
 
     def zeros(self) -> dict[str, np.ndarray]:
-        """The carried inputs of the first call."""
-        matrix = np.array([self._empty[record.name] for record in self._lines], np.float32)
+        """Returns the carried inputs of the first call."""
+        matrix = np.array([self._empty[record.name] for record in self._vectors], np.float32)
         return {name: matrix.copy() for name in self.carried_names}
 
-    def canonical(self, row: Row) -> State:
-        """The states of a sequence by their canonical names."""
+    def canonical(self, row: SequenceState) -> State:
+        """Returns the states of a sequence by their canonical names."""
         state = {name: array.copy() for name, array in self._empty.items()}
-        for record in self._kept:
+        for record in self._matrices:
             state[record.name] = self._read(row, record)[:, : record.shape[1]]
-        for index, record in enumerate(self._lines):
+        for index, record in enumerate(self._vectors):
             state[record.name] = self._read(row, record)[index, : record.shape[0]]
         return {name: array.astype(self._empty[name].dtype) for name, array in state.items()}
 
-    def set(self, row: Row, state: State) -> None:
-        """Sets a sequence to canonical states without a batch axis."""
-        for record in self._kept:
+    def set(self, row: SequenceState, state: State) -> None:
+        for record in self._matrices:
             self._write(row, record, state[record.name])
-        if self._lines:
-            matrix = np.array([state[record.name] for record in self._lines], np.float32)
-            self._write(row, self._lines[0], matrix)
+        if self._vectors:
+            matrix = np.array([state[record.name] for record in self._vectors], np.float32)
+            self._write(row, self._vectors[0], matrix)
 
-    def _read(self, row: Row, record: StateRecord) -> np.ndarray:
-        """The matrix of a state, or the one that holds it as a row, with its padding."""
+    def _read(self, row: SequenceState, record: StateRecord) -> np.ndarray:
+        """Returns the matrix of a state, or the one that has it as a row, with padding."""
         if record.layout == "row":
             return row.carried[record.input]
-        hi = self.runner.read_state(row.state, record.input)[0, 0]
+        hi = self.runner.read_state(row.in_runner, record.input)[0, 0]
         if record.layout == "canonical":
             return hi
-        lo = self.runner.read_state(row.state, record.output)[0, 0]
-        whole: np.ndarray = hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE
-        return whole
+        lo = self.runner.read_state(row.in_runner, record.output)[0, 0]
+        matrix: np.ndarray = hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE
+        return matrix
 
-    def _write(self, row: Row, record: StateRecord, matrix: np.ndarray) -> None:
-        """The inverse of `_read`, for a matrix without padding."""
+    def _write(self, row: SequenceState, record: StateRecord, matrix: np.ndarray) -> None:
         if record.layout == "row":
             row.carried = {record.input: matrix.copy()}
             return
         hi = matrix.astype(np.float16)
         self._store(row, record.input, hi)
         if record.layout != "canonical":
-            rest = (matrix.astype(np.float32) - hi.astype(np.float32)) * _LO_SCALE
-            self._store(row, record.output, rest.astype(np.float16))
+            lo = (matrix.astype(np.float32) - hi.astype(np.float32)) * _LO_SCALE
+            self._store(row, record.output, lo.astype(np.float16))
 
-    def _store(self, row: Row, name: str, matrix: np.ndarray) -> None:
+    def _store(self, row: SequenceState, name: str, matrix: np.ndarray) -> None:
         """Fills a float16 state [1, 1, n, padded width] with [n, width]."""
-        stored = np.zeros_like(self.runner.read_state(row.state, name))
+        stored = np.zeros_like(self.runner.read_state(row.in_runner, name))
         stored[0, 0, :, : matrix.shape[1]] = matrix
-        self.runner.write_state(row.state, name, stored)
+        self.runner.write_state(row.in_runner, name, stored)
 
 
 class CoreMLSession(Session):
@@ -123,12 +119,11 @@ class CoreMLSession(Session):
         self._runner = runner or open_runner(artifact.path, artifact.manifest)
         self._chunk = artifact.manifest.coreml.prefill_length
         self._vocab = artifact.manifest.config.vocab_size
-        self._states = States(artifact.manifest, self._runner)
+        self._states = StateConverter(artifact.manifest, self._runner)
         self.reset()
 
     @property
     def info(self) -> SessionInfo:
-        """What this session runs."""
         tensors = self._manifest.tensors.values()
         return SessionInfo(
             engine=self._runner.engine,
@@ -144,32 +139,26 @@ class CoreMLSession(Session):
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits per token."""
         return self._vocab
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each state."""
         return self._states.shapes
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens seen so far, [B] int64."""
         return np.array([row.position for row in self._rows], np.int64)
 
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations."""
         self.require_unchanged()
-        self._rows = [Row(self._states) for _ in range(batch)]
+        self._rows = [SequenceState(self._states) for _ in range(batch)]
 
     def get_rows(self, rows: range) -> State:
-        """A copy of the canonical state of some rows."""
-        found = [self._states.canonical(self._rows[index]) for index in rows]
-        state = {name: np.stack([row[name] for row in found]) for name in self._states.shapes}
+        states = [self._states.canonical(self._rows[index]) for index in rows]
+        state = {name: np.stack([row[name] for row in states]) for name in self._states.shapes}
         return state | {POSITION: self.position[rows.start : rows.stop]}
 
     def close(self) -> None:
-        """Frees the package and the states; the session cannot be used afterwards."""
         del self._rows, self._states, self._runner
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
@@ -179,13 +168,13 @@ class CoreMLSession(Session):
 
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()
-        for place, index in enumerate(rows):
-            row = self._rows[index] = Row(self._states)
-            row.position = int(state[POSITION][place])
-            self._states.set(row, {name: state[name][place] for name in self._states.shapes})
+        for source, index in enumerate(rows):
+            row = self._rows[index] = SequenceState(self._states)
+            row.position = int(state[POSITION][source])
+            self._states.set(row, {name: state[name][source] for name in self._states.shapes})
 
-    def _take_row(self, row: Row, ids: np.ndarray, first: int) -> np.ndarray:
-        """Takes tokens [T] of one sequence; logits [T - first, vocab] of those from `first` on.
+    def _take_row(self, row: SequenceState, ids: np.ndarray, first: int) -> np.ndarray:
+        """Takes tokens [T] of one sequence; returns logits [T - first, vocab] from `first` on.
 
         Whole chunks go through `prefill`, the rest through `decode`, as do all tokens whose logits
         `prefill` does not give.
@@ -193,21 +182,20 @@ class CoreMLSession(Session):
         logits = np.empty((len(ids) - first, self._vocab), np.float32)
         start = 0
         while start < len(ids):
-            whole = self._manifest.coreml.all_logits or start + self._chunk <= first + 1
-            chunk = self._chunk if whole and start + self._chunk <= len(ids) else 1
+            prefills = self._manifest.coreml.all_logits or start + self._chunk <= first + 1
+            chunk = self._chunk if prefills and start + self._chunk <= len(ids) else 1
             stop = start + chunk
-            found = self._run(row, PREFILL if chunk > 1 else DECODE, ids[start:stop])
-            wanted = stop - max(first, start)
-            if wanted > 0:
-                logits[stop - first - wanted : stop - first] = found[-wanted:]
+            result = self._run(row, PREFILL if chunk > 1 else DECODE, ids[start:stop])
+            count = stop - max(first, start)
+            if count > 0:
+                logits[stop - first - count : stop - first] = result[-count:]
             start = stop
         return logits
 
-    def _run(self, row: Row, function: str, ids: np.ndarray) -> np.ndarray:
-        """Logits [1 or T, vocab] of one call on tokens [T]."""
+    def _run(self, row: SequenceState, function: str, ids: np.ndarray) -> np.ndarray:
         positions = np.arange(row.position, row.position + len(ids), dtype=np.int32)
         inputs = {"input_ids": ids[None].astype(np.int32), "position_ids": positions[None]}
-        outputs = self._runner.predict(function, inputs | row.carried, row.state)
+        outputs = self._runner.predict(function, inputs | row.carried, row.in_runner)
         row.carried = {
             source: outputs[target] for source, target in self._states.carried_names.items()
         }

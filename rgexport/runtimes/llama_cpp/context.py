@@ -11,15 +11,15 @@ from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import State
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, complaint, logged
-from rgexport.runtimes.llama_cpp.state import TYPES, Layout, pack, unpack
+from rgexport.runtimes.llama_cpp.state import TYPES, StateLayout, pack, unpack
 
 LOGITS_BYTES = 64 << 20
 """Most logits of one call: llama.cpp reserves memory for as many as a call may ask for."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a context computes.
+class ContextSettings:
+    """Settings of a context.
 
     Attributes:
         threads: processors that it uses.
@@ -36,18 +36,18 @@ class Settings:
     watch: Any = None
 
 
-class AnyContext:
+class LlamaContext:
     """The memory of `batch` sequences in llama.cpp; it keeps its model alive.
 
     Attributes:
         batch: number of sequences.
-        room: tokens that a sequence can take.
+        capacity: tokens that a sequence can take.
         chunk: most tokens of one sequence in one call.
         rows: most logits of one sequence in one call.
     """
 
     _flags = 0
-    """What a saved state has: all of a sequence."""
+    """Flags of `llama_state_seq_*`: a saved state has all of a sequence."""
 
     def __init__(
         self, model: Handle, vocab_size: int, batch: int, parameters: Any, keep: Any = None
@@ -67,15 +67,15 @@ class AnyContext:
         self.pointer = pointer
         self.memory = self._llama.llama_get_memory(pointer)
         self._vocab_size = vocab_size
-        self._numbers = np.arange(batch, dtype=np.int32)
+        self._sequence_ids = np.arange(batch, dtype=np.int32)
         self.batch = batch
         shared = batch if parameters.kv_unified else 1
-        self.room: int = self._llama.llama_n_ctx_seq(pointer) // shared
+        self.capacity: int = self._llama.llama_n_ctx_seq(pointer) // shared
         self.chunk: int = self._llama.llama_n_batch(pointer) // batch
         self.rows: int = parameters.n_outputs_max // batch
 
     def calls(self, count: int, num_logits: int) -> Iterator[tuple[slice, int]]:
-        """Cuts `count` tokens into what one call takes, each with how many logits are wanted."""
+        """Cuts `count` tokens into the calls they take; yields each with its number of logits."""
         first, start = count - num_logits, 0
         while start < count:
             stop = min(start + self.chunk, max(first, start) + self.rows, count)
@@ -83,78 +83,77 @@ class AnyContext:
             start = stop
 
     def decode(
-        self, sequences: range, tokens: np.ndarray, positions: np.ndarray, wanted: int
+        self, sequences: range, tokens: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> np.ndarray:
         """Takes tokens [S, T], T ≤ `chunk`, of sequences that have seen `positions` [S].
 
         Returns:
-            The last `wanted` logits, [S, wanted, vocab]; `wanted` ≤ `rows`.
+            The last `num_logits` logits, [S, num_logits, vocab]; `num_logits` ≤ `rows`.
 
         Raises:
             RequestError: llama.cpp failed; with its reason.
         """
         with logged():
-            batch = self._batch(sequences, tokens, positions, wanted)
+            batch = self._batch(sequences, tokens, positions, num_logits)
             status = self._llama.llama_decode(self.pointer, batch)
         if status != 0:
             raise RequestError(f"llama.cpp stopped with status {status}: {complaint()}")
-        shape = len(tokens), wanted, self._vocab_size
-        if not wanted:
+        shape = len(tokens), num_logits, self._vocab_size
+        if not num_logits:
             return np.empty(shape, np.float32)
         logits = self._llama.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(logits, shape).copy()
 
     def clear(self) -> None:
-        """Forgets all sequences."""
         self._llama.llama_memory_clear(self.memory, True)
 
     def forget(self, sequence: int) -> None:
-        """Forgets one sequence."""
         self._llama.llama_memory_seq_rm(self.memory, sequence, -1, -1)
 
     def saved_bytes(self, sequence: int) -> int:
-        """The size of what `save` gives."""
         size: int = self._llama.llama_state_seq_get_size_ext(self.pointer, sequence, self._flags)
         return size
 
     def save(self, sequence: int) -> np.ndarray:
-        """The state of a sequence that has seen a token, in llama.cpp's own form, uint8 [N].
+        """Returns the state of a sequence that has seen a token, in llama.cpp's form, uint8 [N].
 
         Raises:
             RequestError: llama.cpp failed; with its reason.
         """
         data = np.empty(self.saved_bytes(sequence), np.uint8)
-        if not self._move(self._llama.llama_state_seq_get_data_ext, data, sequence):
+        if not self._transfer(self._llama.llama_state_seq_get_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot save its state: {complaint()}")
         return data
 
     def restore(self, sequence: int, data: np.ndarray) -> None:
-        """Sets an empty sequence to what `save` gave.
+        """Sets an empty sequence to a result of `save`.
 
         Raises:
             RequestError: llama.cpp does not take it.
         """
-        if not self._move(self._llama.llama_state_seq_set_data_ext, data, sequence):
+        if not self._transfer(self._llama.llama_state_seq_set_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
 
     def close(self) -> None:
-        """Frees the context, which cannot be used any more."""
         self._handle.close()
 
-    def _move(self, function: Any, data: np.ndarray, sequence: int) -> bool:
-        """Whether llama.cpp wrote or read all of the data."""
-        place = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    def _transfer(self, function: Any, data: np.ndarray, sequence: int) -> bool:
+        """Returns whether llama.cpp wrote or read all of the data."""
+        address = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         with logged():
-            done = function(self.pointer, place, data.size, sequence, self._flags)
-        return bool(done == data.size > 0)
+            size = function(self.pointer, address, data.size, sequence, self._flags)
+        return bool(size == data.size > 0)
 
     def _batch(
-        self, sequences: range, tokens: np.ndarray, positions: np.ndarray, wanted: int
+        self, sequences: range, tokens: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> Any:
-        """All tokens of the first sequence, then those of the next; it keeps its arrays alive."""
+        """Lists all tokens of the first sequence, then those of the next.
+
+        The batch keeps its arrays alive.
+        """
         batch, count = tokens.shape
-        addresses = self._numbers.ctypes.data + 4 * np.array(sequences, np.uintp)
-        last = np.arange(count) >= count - wanted
+        addresses = self._sequence_ids.ctypes.data + 4 * np.array(sequences, np.uintp)
+        last = np.arange(count) >= count - num_logits
         columns = {
             "token": tokens.astype(np.int32).reshape(-1),
             "pos": (positions[:, None] + np.arange(count)).astype(np.int32).reshape(-1),
@@ -162,33 +161,38 @@ class AnyContext:
             "seq_id": np.repeat(addresses, count),
             "logits": np.tile(last, batch).astype(np.int8),
         }
-        found = self._llama.llama_batch(n_tokens=batch * count)
+        structure = self._llama.llama_batch(n_tokens=batch * count)
         for name, array in columns.items():
-            setattr(found, name, ctypes.cast(array.ctypes.data, type(getattr(found, name))))
-        found.arrays = columns
-        return found
+            pointer = ctypes.cast(array.ctypes.data, type(getattr(structure, name)))
+            setattr(structure, name, pointer)
+        structure.arrays = columns
+        return structure
 
 
-class Context(AnyContext):
+class GriffinContext(LlamaContext):
     """The memory of sequences of a Griffin model.
 
     Beside the cache of the window, llama.cpp keeps one for layers without a window. There are no
-    such layers, but every token takes a cell of it, and only this cache can become full: `room` is
-    the number of its cells per sequence, and a sequence can take so many tokens until its state
+    such layers, but every token takes a cell of it, and only this cache can become full: `capacity`
+    is the number of its cells per sequence, and a sequence can take so many tokens until its state
     must be written again. A saved state does not include it, so `write` frees all of its cells.
     """
 
     def __init__(
-        self, model: Handle, config: GriffinConfig, settings: Settings, batch: int
+        self, model: Handle, config: GriffinConfig, settings: ContextSettings, batch: int
     ) -> None:
-        """Opens a context; see `AnyContext`."""
-        parameters = _parameters(config, settings, batch)
+        parameters = common_parameters(config.vocab_size, batch, settings.threads, settings.ubatch)
+        parameters.n_ctx = 2 * (config.window + 1 + settings.ubatch) * batch
+        parameters.flash_attn_type = int(settings.flash_attention)
+        parameters.type_k = parameters.type_v = TYPES[settings.cache_type]
+        if settings.watch is not None:
+            parameters.cb_eval = settings.watch
         super().__init__(model, config.vocab_size, batch, parameters, keep=settings)
         self._flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        self._layout = Layout(config, settings.cache_type, not settings.flash_attention, batch)
+        self._layout = StateLayout(config, settings.cache_type, not settings.flash_attention, batch)
 
     def read(self, sequence: int) -> State:
-        """The canonical state, without a batch axis, of a sequence that has seen a token.
+        """Returns the canonical state, without a batch axis, of a sequence that has seen a token.
 
         Raises:
             RequestError: llama.cpp's layout is not the one that we know.
@@ -205,48 +209,20 @@ class Context(AnyContext):
 
 
 def require_batch(batch: int) -> None:
-    """Refuses a number of sequences.
-
-    Raises:
-        RequestError: llama.cpp does not take so many.
-    """
+    """Raises RequestError if llama.cpp does not take so many sequences."""
     most = bindings().llama_max_parallel_sequences()
     if not 1 <= batch <= most:
         raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
 
 
 def common_parameters(vocab_size: int, batch: int, threads: int, ubatch: int) -> Any:
-    """What all contexts have; all other parameters keep llama.cpp's defaults."""
+    """Returns the parameters that all contexts share; the others keep llama.cpp's defaults."""
     parameters = bindings().llama_context_default_params()
     tokens = max(ubatch, batch)
     rows = min(tokens, LOGITS_BYTES // (4 * vocab_size))
-    values = {
-        "n_batch": tokens,
-        "n_ubatch": ubatch,
-        "n_seq_max": batch,
-        "n_outputs_max": max(rows, batch),
-        "n_threads": threads,
-        "n_threads_batch": threads,
-        "swa_full": False,
-        "kv_unified": False,
-        "no_perf": True,
-    }
-    for name, value in values.items():
-        setattr(parameters, name, value)
-    return parameters
-
-
-def _parameters(config: GriffinConfig, settings: Settings, batch: int) -> Any:
-    """The parameters of memory and arithmetic."""
-    parameters = common_parameters(config.vocab_size, batch, settings.threads, settings.ubatch)
-    values = {
-        "n_ctx": 2 * (config.window + 1 + settings.ubatch) * batch,
-        "flash_attn_type": int(settings.flash_attention),
-        "type_k": TYPES[settings.cache_type],
-        "type_v": TYPES[settings.cache_type],
-    }
-    if settings.watch is not None:
-        values["cb_eval"] = settings.watch
-    for name, value in values.items():
-        setattr(parameters, name, value)
+    parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = tokens, ubatch, batch
+    parameters.n_outputs_max = max(rows, batch)
+    parameters.n_threads = parameters.n_threads_batch = threads
+    parameters.swa_full = parameters.kv_unified = False
+    parameters.no_perf = True
     return parameters

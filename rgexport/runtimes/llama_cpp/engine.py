@@ -1,8 +1,10 @@
 """The engine of GGUF files."""
 
 from rgexport.export.artifact import Artifact
-from rgexport.runtimes.engine import Engine, Narrowing
-from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.engine import Engine, Observer, OpenNarrow
+from rgexport.runtimes.llama_cpp.library import bindings
+from rgexport.runtimes.llama_cpp.observer import LlamaCppObserver
+from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.session import Session
 
 _LEAN_UBATCH = 64
@@ -10,36 +12,20 @@ _LEAN_UBATCH = 64
 
 
 class LlamaCppEngine(Engine):
-    """llama.cpp, which must be built; see `kernels.llama_cpp`."""
-
     def require(self) -> None:
-        """See `Engine`."""
-        from rgexport.runtimes.llama_cpp.library import bindings
-
         bindings()
 
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """See `Engine`."""
-        from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-
         return LlamaCppSession(artifact, threads=threads)
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """Without `mmap`, with which memory would hold repacked weights twice."""
-        from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-
+        """Opens a session without `mmap`, with which memory would hold repacked weights twice."""
         return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
 
-    def narrowing(self, artifact: Artifact) -> Narrowing:
-        """See `Engine`: by an override of the metadata."""
-        from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-
+    def narrowing(self, artifact: Artifact) -> OpenNarrow:
         return lambda window, threads: LlamaCppSession(artifact, threads=threads, window=window)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        """See `Engine`."""
-        from rgexport.runtimes.llama_cpp.observer import LlamaCppObserver
-
         return LlamaCppObserver(artifact, threads=threads)
 
 

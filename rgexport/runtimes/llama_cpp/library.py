@@ -1,4 +1,4 @@
-"""The llama.cpp of llama-cpp-python: loading it, its log, and its models."""
+"""Loads the llama.cpp of llama-cpp-python and its models, and receives its log."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ _ERROR, _CONTINUED = 4, 5
 
 @functools.cache
 def bindings() -> Any:
-    """The low-level bindings, `llama_cpp.llama_cpp`; llama.cpp's log goes to `-v` from here on.
+    """Returns the low-level bindings, `llama_cpp.llama_cpp`; llama.cpp then logs to `-v`.
 
     Raises:
         NotInstalled: llama-cpp-python is missing, cannot be loaded, or is another release than the
@@ -40,21 +40,17 @@ def bindings() -> Any:
         ) from None
     except (OSError, RuntimeError, AttributeError) as error:  # a library missing, broken, or old
         raise NotInstalled(f"llama-cpp-python cannot be loaded: {error}; {REMEDY}") from None
-    _require_known(package.__version__)
+    if package.__version__.partition("+")[0] != port.RELEASE:
+        raise NotInstalled(
+            f"llama-cpp-python is {package.__version__}; this rgexport knows {port.RELEASE}: "
+            f"{REMEDY}"
+        )
     _log.receive_from(module)
     module.llama_backend_init()
     return module
 
 
-def _require_known(version: str) -> None:
-    if version.partition("+")[0] != port.RELEASE:
-        raise NotInstalled(
-            f"llama-cpp-python is {version}; this rgexport knows {port.RELEASE}: {REMEDY}"
-        )
-
-
 def version() -> str:
-    """The versions of llama.cpp and of llama-cpp-python."""
     number = bindings().llama_version().decode()
     package = importlib.import_module("llama_cpp").__version__
     return f"{number} ({port.DISTRIBUTION} {package})"
@@ -97,7 +93,7 @@ _log = _Log()
 
 @contextlib.contextmanager
 def logged() -> Iterator[None]:
-    """For a call of llama.cpp: clears earlier errors, and raises a Ctrl-C that came meanwhile."""
+    """Surrounds a call of llama.cpp: clears earlier errors, and raises a Ctrl-C during the call."""
     _log.errors.clear()
     yield
     if _log.interrupted:
@@ -106,7 +102,7 @@ def logged() -> Iterator[None]:
 
 
 def complaint() -> str:
-    """The first error that llama.cpp logged in the last `logged` call, without the function's name.
+    """Returns the first error that the last `logged` call logged, without the function's name.
 
     The first line is nearest to the cause.
     """
@@ -126,7 +122,6 @@ class Handle:
         self._finalizer = weakref.finalize(self, free, pointer) if pointer else None
 
     def close(self) -> None:
-        """Frees the pointer, which must not be used any more."""
         if self._finalizer:
             self._finalizer()
 
@@ -172,7 +167,7 @@ def load_model(
 
 
 def _overrides(metadata: Mapping[str, int]) -> Any:
-    """An array for `kv_overrides`, which ends with an empty key; None where there are none."""
+    """Returns an array for `kv_overrides`, which ends with an empty key; None if it is empty."""
     llama = bindings()
     if not metadata:
         return None

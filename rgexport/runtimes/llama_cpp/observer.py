@@ -1,4 +1,4 @@
-"""The values at the sites of a GGUF file: llama.cpp passes each tensor to a callback."""
+"""Observes the values at the sites of a GGUF file: llama.cpp passes each tensor to a callback."""
 
 import ctypes
 from collections import defaultdict
@@ -12,13 +12,12 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer import all_ops
-from rgexport.griffin.sites import sites
+from rgexport.griffin.layout import all_ops, sites
 from rgexport.griffin.state import State
 from rgexport.quantize.ggml_library import load_library
+from rgexport.runtimes.engine import LENGTHS, Observation
 from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-from rgexport.runtimes.observation import LENGTHS, Observation
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -29,7 +28,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ggml_is_contiguous": (ctypes.c_bool, (_POINTER,)),
     "ggml_backend_tensor_get": (None, (_POINTER, _POINTER, _SIZE, _SIZE)),
 }
-"""Functions of ggml.h and ggml-backend.h → result and arguments. A tensor pointer is an integer."""
+"""Function of ggml.h or ggml-backend.h → result and arguments. A tensor pointer is an integer."""
 
 _GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
 _ATTENTION = "temporal_block.attention"
@@ -37,11 +36,11 @@ _ATTENTION = "temporal_block.attention"
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor of the graph that llama.cpp builds.
+    """A tensor of llama.cpp's graph.
 
     Attributes:
         name: of the first such tensor; in a layer, with the layer's index.
-        then: if given, the tap is the first result of this operation after that tensor.
+        then: unless empty, the tap is the first result of this operation after that tensor.
     """
 
     name: str
@@ -57,22 +56,21 @@ _ONCE = {
 
 
 def taps(config: GriffinConfig) -> dict[str, Tap]:
-    """Site → tensor, for all sites that the graph of `config` has."""
     in_layer = {site: op.graph for site, op in all_ops().items() if op.graph}
-    found = {}
+    tapped = {}
     for site in sites(config):
         if site in _ONCE:
-            found[site] = _ONCE[site]
+            tapped[site] = _ONCE[site]
         elif site.startswith("layers."):
             _, index, name = site.split(".", 2)
             if name in in_layer:
                 tensor, _, then = in_layer[name].partition("/")
-                found[site] = Tap(f"{tensor}-{index}", then)
-    return found
+                tapped[site] = Tap(f"{tensor}-{index}", then)
+    return tapped
 
 
 class LlamaCppObserver:
-    """llama.cpp with the settings of a session, and its callback for evaluation.
+    """A session of llama.cpp with its evaluation callback.
 
     The GELU is part of a fused operation and cannot be seen. Attention has the precision of the
     cached keys and values, whatever the dtype of its result.
@@ -92,30 +90,20 @@ class LlamaCppObserver:
         self._session = LlamaCppSession(artifact, threads=threads, watch=callback)
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
-        """Takes tokens [T] from a canonical state of batch 1, in one call of llama.cpp."""
         self._session.set_state(state)
         self._watch.begin()
         self._session.prefill(tokens[None], len(tokens))
-        found = {s: array.reshape(len(tokens), -1) for s, array in self._watch.take().items()}
-        gates = {site for site in found if site.endswith(_GATES)}
+        values = {s: array.reshape(len(tokens), -1) for s, array in self._watch.take().items()}
+        gates = {site: values.pop(site) for site in list(values) if site.endswith(_GATES)}
         after = self._session.get_state()
-        return Observation(
-            values={site: value for site, value in found.items() if site not in gates},
-            gates={site: found[site] for site in gates},
-            dtypes=_rounded(found, after),
-            state=after,
-        )
-
-
-def _rounded(found: Mapping[str, np.ndarray], state: State) -> dict[str, str]:
-    """The attention sites whose keys are float16, with that dtype."""
-    keys = {site: site.replace(_ATTENTION, "key") for site in found if site.endswith(_ATTENTION)}
-    dtypes = {site: state[key].dtype for site, key in keys.items()}
-    return {site: dtype.name for site, dtype in dtypes.items() if dtype != np.float32}
+        attention = (site for site in values if site.endswith(_ATTENTION))
+        dtypes = {site: after[site.replace(_ATTENTION, "key")].dtype for site in attention}
+        rounded = {site: dtype.name for site, dtype in dtypes.items() if dtype != np.float32}
+        return Observation(values=values, gates=gates, dtypes=rounded, state=after)
 
 
 class _Watch:
-    """llama.cpp's callback: asked about every tensor in turn, and shown those that it wants."""
+    """llama.cpp's callback: is asked about every tensor in turn, and then gets those it needs."""
 
     def __init__(self, tapped: Mapping[str, Tap]):
         self._named: dict[str, list[str]] = defaultdict(list)
@@ -128,28 +116,27 @@ class _Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Clears the results of a call, before the next one."""
-        self._found: dict[str, np.ndarray] = {}
+        self._values: dict[str, np.ndarray] = {}
         self._seen: set[str] = set()
         self._awaited: dict[str, str] = {}
         self._sites: list[str] = []
         self._failure: BaseException | None = None
 
     def take(self) -> dict[str, np.ndarray]:
-        """Site → elements, float32 [T · n]; raises an error that occurred in the callback."""
-        found, failure = self._found, self._failure
+        """Returns site → elements, float32 [T · n]; raises the callback's error, if any."""
+        values, failure = self._values, self._failure
         self.begin()
         if failure is not None:
             raise failure
-        return found
+        return values
 
     def __call__(self, tensor: int, ask: bool, _: Any) -> bool:
-        """Returns whether it wants a tensor, or, with the tensor, whether to continue."""
+        """Returns whether a site needs the tensor (`ask`), otherwise whether to continue."""
         try:
             if ask:
                 self._sites = self._sites_of(tensor)
                 return bool(self._sites)
-            self._found |= dict.fromkeys(self._sites, read_floats(tensor))
+            self._values |= dict.fromkeys(self._sites, read_floats(tensor))
             return True
         except BaseException as error:  # C cannot pass it on
             self._failure = self._failure or error
@@ -166,17 +153,15 @@ class _Watch:
 
 
 def _name_of(tensor: int) -> str:
-    """Its name in the graph, such as `attn_norm-3`."""
     return str(_functions()["ggml_get_name"](tensor).decode())
 
 
 def _operation_of(tensor: int) -> str:
-    """The operation that computes it, such as `MUL_MAT`."""
     return str(_functions()["ggml_op_desc"](tensor).decode())
 
 
 def read_floats(tensor: int) -> np.ndarray:
-    """A copy of its elements, float32 [n] with the innermost axis last, from any device.
+    """Copies a tensor's elements, float32 [n] with the innermost axis last, from any device.
 
     Raises:
         RequestError: it has gaps, or another type.
@@ -195,9 +180,8 @@ def read_floats(tensor: int) -> np.ndarray:
 
 @cache
 def _functions() -> dict[str, Any]:
-    """The functions in the library that llama-cpp-python has loaded."""
     library = load_library()
-    found = {name: getattr(library, name) for name in _FUNCTIONS}
+    functions = {name: getattr(library, name) for name in _FUNCTIONS}
     for name, (result, arguments) in _FUNCTIONS.items():
-        found[name].restype, found[name].argtypes = result, arguments
-    return found
+        functions[name].restype, functions[name].argtypes = result, arguments
+    return functions

@@ -1,7 +1,9 @@
 """llama.cpp behind the Session interface: the sequences of one context are the batch."""
 
 import dataclasses
-from typing import Any
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -10,10 +12,14 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.parallelism import usable_threads
-from rgexport.runtimes.llama_cpp.context import Context, Settings, require_batch
+from rgexport.runtimes.llama_cpp.context import (
+    ContextSettings,
+    GriffinContext,
+    LlamaContext,
+    require_batch,
+)
 from rgexport.runtimes.llama_cpp.library import bindings, load_model, version
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.runtimes.unchanged_files import UnchangedFiles
+from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
 UBATCH = 512
 """Most tokens that go through the layers at once; llama.cpp's own default."""
@@ -25,8 +31,78 @@ _WINDOW = f"{ARCHITECTURE}.attention.sliding_window"
 _ALL_F32, _FLOATS = 0, (0, 1, 32)
 """`LLAMA_FTYPE_ALL_F32`; that, `MOSTLY_F16` and `MOSTLY_BF16` (llama.h)."""
 
+_Context = TypeVar("_Context", bound=LlamaContext)
 
-class LlamaCppSession(Session):
+
+class LlamaSession(Session, Generic[_Context]):
+    """A model of llama.cpp and the context that its rows share."""
+
+    _position: np.ndarray
+
+    def __init__(self, path: Path, threads: int | None, **options: Any) -> None:
+        """Loads the model with options of `load_model`.
+
+        Raises:
+            RequestError: llama.cpp is missing, or cannot load the file.
+        """
+        self._llama = bindings()
+        self._threads = usable_threads(threads)
+        self._model = load_model(path, **options)
+        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
+        self._vocab_size: int = self._llama.llama_vocab_n_tokens(vocabulary)
+        self._context: _Context | None = None
+        self._ubatch = UBATCH
+
+    @property
+    def info(self) -> SessionInfo:
+        return SessionInfo(
+            engine="llama.cpp",
+            engine_version=version(),
+            threads=self._threads,
+            activation_dtype="float32",
+            weight_bytes=self._llama.llama_model_size(self._model.pointer),
+            state_bytes=self._state_bytes,
+            prefill_chunk=self._ubatch,
+        )
+
+    @property
+    @abstractmethod
+    def _state_bytes(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def position(self) -> np.ndarray:
+        return self._position.copy()
+
+    def close(self) -> None:
+        self._close_context()
+        self._model.close()
+
+    @property
+    def _open(self) -> _Context:
+        if self._context is None:
+            raise ValueError("the session is closed")
+        return self._context
+
+    def _close_context(self) -> None:
+        if self._context is not None:
+            self._context.close()
+        self._context = None
+
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        calls = self._open.calls(tokens.shape[1], num_logits)
+        logits = [self._decode(rows, tokens[:, part], count) for part, count in calls]
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
+    @abstractmethod
+    def _decode(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        """Makes one call of llama.cpp, after making space in its context if needed."""
+
+
+class LlamaCppSession(LlamaSession[GriffinContext]):
     """A .gguf file in the llama.cpp of the installed llama-cpp-python.
 
     Keys and values are float32 if all weights are, otherwise float16, whose rounding (1e-4 of the
@@ -42,7 +118,6 @@ class LlamaCppSession(Session):
         threads: int | None = None,
         ubatch: int = UBATCH,
         flash_attention: bool | None = None,
-        cache_type: str | None = None,
         mmap: bool = True,
         window: int | None = None,
         watch: Any = None,
@@ -54,142 +129,86 @@ class LlamaCppSession(Session):
             threads: the processors that this process may use, by default.
             ubatch: most tokens that go through the layers at once.
             flash_attention: whether attention is one fused operation; by default see above.
-            cache_type: `float32` or `float16` for keys and values; by default see above.
             mmap: whether weights stay in the file's pages, where llama.cpp can use them so.
             window: of attention; that of the file, by default, which is the most it can be. With 0,
                 a token sees only itself.
-            watch: see `Settings`.
+            watch: see `ContextSettings`.
 
         Raises:
             RequestError: there is no llama-cpp-python that knows RecurrentGemma, or it cannot load
                 the file.
         """
-        self._llama = bindings()
         self._config = artifact.manifest.config
         self._opened_files = (UnchangedFiles(artifact),)
-        changed = {}
+        metadata = {}
         if window is not None:
-            changed = {_WINDOW: window + 1}
+            metadata = {_WINDOW: window + 1}
             # The state keeps one key where the window is 0: no later token sees it.
             self._config = dataclasses.replace(self._config, window=max(1, window))
-        self._model = load_model(artifact.path, mmap=mmap, metadata=changed)
-        self._require_vocabulary(artifact)
+        super().__init__(artifact.path, threads, mmap=mmap, metadata=metadata)
+        if self._vocab_size != self._config.vocab_size:
+            raise RequestError(
+                f"{artifact.path} is damaged: its vocabulary has {self._vocab_size} tokens, its "
+                f"manifest says {self._config.vocab_size}; export it again"
+            )
         stored = self._llama.llama_model_ftype(self._model.pointer)
-        self._settings = Settings(
-            threads=usable_threads(threads),
+        self._ubatch = ubatch
+        self._settings = ContextSettings(
+            threads=self._threads,
             ubatch=ubatch,
             flash_attention=stored not in _FLOATS if flash_attention is None else flash_attention,
-            cache_type=cache_type or ("float32" if stored == _ALL_F32 else "float16"),
+            cache_type="float32" if stored == _ALL_F32 else "float16",
             watch=watch,
         )
-        self._context: Context | None = None
         self.reset()
 
     @property
-    def info(self) -> SessionInfo:
-        """What this session runs."""
-        sizes = (np.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self._specs)
-        return SessionInfo(
-            engine="llama.cpp",
-            engine_version=version(),
-            threads=self._settings.threads,
-            activation_dtype="float32",
-            weight_bytes=self._llama.llama_model_size(self._model.pointer),
-            state_bytes=int(sum(sizes)),
-            prefill_chunk=self._settings.ubatch,
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits per token."""
-        return self._config.vocab_size
+    def _state_bytes(self) -> int:
+        return int(sum(np.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self._specs))
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each state."""
         return {spec.name: spec.shape for spec in self._specs}
 
-    @property
-    def position(self) -> np.ndarray:
-        """Tokens seen so far, [B] int64."""
-        return self._position.copy()
-
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations.
-
-        Raises:
-            RequestError: too many for llama.cpp, or too little memory; or the file has changed, and
-                perhaps the session's weights with it.
-        """
         self.require_unchanged()
-        require_batch(batch)  # before the context that is there is closed
+        require_batch(batch)  # before the present context is closed
         if self._context is None or self._context.batch != batch:
             self._close_context()
-            self._context = Context(self._model, self._config, self._settings, batch)
+            self._context = GriffinContext(self._model, self._config, self._settings, batch)
         self._open.clear()
         self._position = np.zeros(batch, np.int64)
-        self._counted = np.zeros(batch, np.int64)
+        self._used_cells = np.zeros(batch, np.int64)
 
     def get_rows(self, rows: range) -> State:
-        """A copy of the canonical state of some rows.
+        """Returns a copy of the canonical state of some rows.
 
         llama.cpp's own memory is then written from the copy, so that this session continues to the
         last bit like any other session that gets the copy.
         """
         state = {s.name: np.zeros((len(rows), *s.shape), s.dtype) for s in self._specs}
         state[POSITION] = self._position[rows.start : rows.stop].copy()
-        for place in np.flatnonzero(state[POSITION]).tolist():
-            for name, array in self._open.read(rows[place]).items():
-                state[name][place] = array
+        for index in np.flatnonzero(state[POSITION]).tolist():
+            for name, array in self._open.read(rows[index]).items():
+                state[name][index] = array
         self._set_rows(rows, state)
         return state
 
-    def close(self) -> None:
-        """Frees the context and the model; the session cannot be used any more."""
-        self._close_context()
-        self._model.close()
-
     @property
     def _specs(self) -> list[StateSpec]:
-        """The states as llama.cpp keeps them."""
+        """The states in the dtypes that llama.cpp keeps."""
         return [
             dataclasses.replace(spec, dtype="float32") if spec.name.endswith(".conv1d") else spec
             for spec in state_specs(self._config, self._settings.cache_type)
         ]
 
-    @property
-    def _open(self) -> Context:
-        if self._context is None:
-            raise ValueError("the session is closed")
-        return self._context
-
-    def _close_context(self) -> None:
-        if self._context is not None:
-            self._context.close()
-        self._context = None
-
-    def _require_vocabulary(self, artifact: Artifact) -> None:
-        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
-        found = self._llama.llama_vocab_n_tokens(vocabulary)
-        if found != self._config.vocab_size:
-            raise RequestError(
-                f"{artifact.path} is damaged: its vocabulary has {found} tokens, its manifest "
-                f"says {self._config.vocab_size}; export it again"
-            )
-
-    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        calls = self._open.calls(tokens.shape[1], num_logits)
-        logits = [self._decode(rows, tokens[:, part], wanted) for part, wanted in calls]
-        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
-
-    def _decode(self, rows: range, tokens: np.ndarray, wanted: int) -> np.ndarray:
-        """One call of llama.cpp, after making room in its context if needed."""
-        place, count = slice(rows.start, rows.stop), tokens.shape[1]
-        if self._counted[place].max() + count > self._open.room:
-            self.get_rows(rows)  # writes the states again, which makes room
-        logits = self._open.decode(rows, tokens, self._position[place], wanted)
-        self._position[place] += count
-        self._counted[place] += count
+    def _decode(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        span, count = slice(rows.start, rows.stop), tokens.shape[1]
+        if self._used_cells[span].max() + count > self._open.capacity:
+            self.get_rows(rows)  # writes the states again, which frees cells
+        logits = self._open.decode(rows, tokens, self._position[span], num_logits)
+        self._position[span] += count
+        self._used_cells[span] += count
         return logits
 
     def _set_rows(self, rows: range, state: State) -> None:
@@ -199,9 +218,9 @@ class LlamaCppSession(Session):
             raise RequestError(
                 f"the state has seen {furthest} tokens; llama.cpp counts to {LAST_POSITION}"
             )
-        for place, sequence in enumerate(rows):
+        for index, sequence in enumerate(rows):
             self._open.forget(sequence)
-            if state[POSITION][place]:
-                self._open.write(sequence, {name: array[place] for name, array in state.items()})
+            if state[POSITION][index]:
+                self._open.write(sequence, {name: array[index] for name, array in state.items()})
         self._position[rows.start : rows.stop] = state[POSITION]
-        self._counted[rows.start : rows.stop] = 0
+        self._used_cells[rows.start : rows.stop] = 0

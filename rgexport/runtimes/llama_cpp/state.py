@@ -45,12 +45,12 @@ _HEADERS: dict[str, Callable[[np.ndarray], int]] = {
     "columns": lambda data: data.shape[1],
     "bytes": lambda data: data[0].nbytes,
 }
-"""A number before a tensor → what it is, for the tensor's data [1, ...]."""
+"""Number before a tensor → its value for the tensor's data [1, ...]."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a context's states look like.
+class StateLayout:
+    """The layout of a context's states.
 
     Attributes:
         config: the model.
@@ -65,28 +65,27 @@ class Layout:
     streams: int
 
     def layers(self, kind: str) -> list[str]:
-        """The names of the layers of a kind, such as `layers.2`."""
         return [f"layers.{i}" for i, k in enumerate(self.config.block_types) if k == kind]
 
     def is_transposed(self, name: str) -> bool:
-        """Whether llama.cpp stores the transpose of a canonical tensor."""
+        """Returns whether llama.cpp stores the transpose of a canonical tensor."""
         return name.endswith(".conv1d") or (self.transposed and name.endswith(".value"))
 
 
-def unpack(data: bytes, layout: Layout) -> State:
-    """The canonical state of one sequence that has seen at least one token, without a batch axis.
+def unpack(data: bytes, layout: StateLayout) -> State:
+    """Returns the canonical state, without a batch axis, of a sequence that has seen a token.
 
     Raises:
         RequestError: llama.cpp's layout is not the one that we know.
     """
-    found, window = _checked(data, layout), layout.config.window
-    positions = found["cells"]["position"][0]
+    record, window = _checked_record(data, layout), layout.config.window
+    positions = record["cells"]["position"][0]
     order = np.argsort(positions)[-window:]
     if (np.diff(positions[order]) != 1).any():
         raise _drifted("the cells' positions do not follow one another")
     state: State = {POSITION: np.array(positions[order[-1]] + 1, np.int64)}
-    for name in _tensors(found):
-        array = found[name]["data"][0]
+    for name in _tensors(record):
+        array = record[name]["data"][0]
         array = array.T if layout.is_transposed(name) else array
         if name.endswith((".key", ".value")):
             array = np.pad(array[order], ((window - len(order), 0), (0, 0)))
@@ -94,7 +93,7 @@ def unpack(data: bytes, layout: Layout) -> State:
     return state
 
 
-def pack(state: State, layout: Layout) -> bytes:
+def pack(state: State, layout: StateLayout) -> bytes:
     """The inverse of `unpack`, with the cells in the order of their positions.
 
     Keys and values from before the first token are left out, as llama.cpp has no cells for them.
@@ -112,10 +111,10 @@ def pack(state: State, layout: Layout) -> bytes:
     return record.tobytes()
 
 
-def _checked(data: bytes, layout: Layout) -> np.ndarray:
-    """A state as a record, all of whose fixed numbers are as expected."""
-    places = 4 * layout.streams
-    counts = np.frombuffer(data[_CELLS_AT:][:places].ljust(places, b"\0"), "<u4")
+def _checked_record(data: bytes, layout: StateLayout) -> np.ndarray:
+    """Returns a state as a record [1]; its fixed numbers must be as expected."""
+    size = 4 * layout.streams
+    counts = np.frombuffer(data[_CELLS_AT:][:size].ljust(size, b"\0"), "<u4")
     stream = int((counts > 0).argmax())
     cells = int(counts[stream])
     if not 0 < cells < len(data):
@@ -123,15 +122,14 @@ def _checked(data: bytes, layout: Layout) -> np.ndarray:
     expected = _blank(layout, cells, stream)
     if len(data) != expected.nbytes:
         raise _drifted(f"it has {len(data)} bytes; expected {expected.nbytes}")
-    found = np.frombuffer(data, expected.dtype)
-    for (name, number), (_, known) in zip(_fixed(found), _fixed(expected), strict=True):
+    record = np.frombuffer(data, expected.dtype)
+    for (name, number), (_, known) in zip(_fixed(record), _fixed(expected), strict=True):
         if (number != known).any():
             raise _drifted(f"{name} is {number.flat[0]}; expected {known.flat[0]}")
-    return found
+    return record
 
 
-def _blank(layout: Layout, cells: int, stream: int) -> np.ndarray:
-    """A record [1] with all fixed numbers, whose cells are in one of the context's streams."""
+def _blank(layout: StateLayout, cells: int, stream: int) -> np.ndarray:
     record = np.zeros(1, _fields(layout, cells, stream))
     record["magic"], record["streams"] = MAGIC, layout.streams
     record["number of cells"], record["cells"]["sequences"] = cells, 1
@@ -145,8 +143,7 @@ def _blank(layout: Layout, cells: int, stream: int) -> np.ndarray:
     return record
 
 
-def _fields(layout: Layout, cells: int, stream: int) -> list[tuple]:
-    """The fields of a record, as numpy's dtypes take them."""
+def _fields(layout: StateLayout, cells: int, stream: int) -> list[tuple]:
     config, cache = layout.config, layout.cache_type
     rows = [("type", "<i4"), ("row_bytes", "<u8"), ("data", cache, (cells, config.head_dim))]
     columns = [("type", "<i4"), ("item_bytes", "<u4"), ("columns", "<u4")]
@@ -174,7 +171,6 @@ def _tensors(record: np.ndarray) -> list[str]:
 
 
 def _fixed(record: np.ndarray, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """The numbers that are the same in all states of a layout."""
     for name in record.dtype.names or ():
         if record[name].dtype.names:
             yield from _fixed(record[name], f"{name} ")

@@ -10,26 +10,21 @@ from rgexport.export.onnx.model_file import read_graph
 from rgexport.export.onnx.native import native_ops
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float
-from rgexport.runtimes.engine import Engine, Narrowing
-from rgexport.runtimes.observation import Observer
+from rgexport.runtimes.engine import Engine, Observer, OpenNarrow
 from rgexport.runtimes.session import Session
 
 
 class OnnxEngine(Engine):
-    """ONNX Runtime, which comes with every install."""
-
     def require_trusted(self, artifact: Artifact) -> None:
-        """Checks the graph, see `Engine`."""
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """See `Engine`."""
         from rgexport.runtimes.onnx.session import OrtSession
 
         return OrtSession(artifact, threads=threads)
 
-    def narrowing(self, artifact: Artifact) -> Narrowing:
-        """See `Engine`: the weights in another graph, which takes torch to trace."""
+    def narrowing(self, artifact: Artifact) -> OpenNarrow:
+        """Returns a function that puts the weights into another graph, which torch traces."""
         from rgexport.export.onnx.narrowing import narrowed
         from rgexport.runtimes.onnx.session import OrtSession
 
@@ -40,31 +35,27 @@ class OnnxEngine(Engine):
         return open_narrow
 
     def has_native(self, artifact: Artifact) -> bool:
-        """See `Engine`."""
         return native_ops(artifact.file(MODEL_FILE)).library is not None
 
     def portable_session(self, artifact: Artifact) -> Session:
-        """See `Engine`."""
         from rgexport.runtimes.onnx.session import OrtSession
 
         return OrtSession(artifact, native=False)
 
     def portable_observer(self, artifact: Artifact) -> Observer:
-        """See `Engine`."""
         from rgexport.runtimes.onnx.observer import OrtObserver
 
         return OrtObserver(artifact, native=False)
 
     def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        """See `Engine`."""
         from rgexport.runtimes.onnx.observer import OrtObserver
 
         return OrtObserver(artifact, threads=threads)
 
-    def _held(self, manifest: Manifest) -> Iterator[int]:
-        """On a CPU it converts float16 weights to float32."""
+    def _tensor_bytes(self, manifest: Manifest) -> Iterator[int]:
+        """Counts float16 weights twice: on a CPU they are converted to float32."""
         names = (*manifest.tensors, EMBEDDING)
-        for name, size in zip(names, super()._held(manifest), strict=True):
+        for name, size in zip(names, super()._tensor_bytes(manifest), strict=True):
             scheme = manifest.tensors[name].scheme
             yield 2 * size if scheme == Float("float16") else size
 

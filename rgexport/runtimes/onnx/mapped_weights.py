@@ -1,4 +1,4 @@
-"""The weights that native kernels read, mapped from their files in huge pages.
+"""Maps the weights that native kernels read from their files, in huge pages.
 
 An engine maps each tensor by itself, in pages of 4 kB. Then a step spends a tenth of its time on
 address translation, and the first one more on page faults. Here each file is mapped once, whole.
@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from rgexport.export.onnx.model_file import ExternalTensor
-from rgexport.runtimes.huge_pages import Area, BackgroundAdvice, advise
+from rgexport.griffin.tensor import advise_kernel
+from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
 from rgexport.runtimes.memory import available_bytes
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
@@ -33,7 +34,7 @@ class MappedWeights:
     """
 
     def __init__(self, folder: Path, tensors: Sequence[ExternalTensor]):
-        """Maps the files; a tensor that does not fit into its file is left out."""
+        """Maps the files; a tensor that does not fit into its file is skipped."""
         self._folder = folder
         self._files: dict[str, mmap.mmap] = {}
         self._arrays: list[np.ndarray] = []
@@ -48,7 +49,7 @@ class MappedWeights:
                 )
 
     def read_around(self, tensors: Sequence[ExternalTensor]) -> None:
-        """Reads the huge pages that hold tensors which the engine is going to read by itself.
+        """Reads the huge pages of tensors that the engine will read by itself.
 
         The engine reads without a map: in small pages, and the megabytes around them too.
         """
@@ -56,17 +57,16 @@ class MappedWeights:
             array = self._view(tensor)
             if array is not None:
                 start = array.ctypes.data
-                advise(start - start % mmap.PAGESIZE, start + array.nbytes, _POPULATE_READ)
+                advise_kernel(start, start + array.nbytes, _POPULATE_READ)
 
     def make_resident(self) -> None:
         """Begins to read the files in the background, if there is memory for them."""
-        room, size = available_bytes(), sum(map(len, self._files.values()))
-        if room is None or room > size:
+        available, size = available_bytes(), sum(map(len, self._files.values()))
+        if available is None or available > size:
             files = tuple(self._files.values())
             self._advice.start(map(_addresses, files), _populate, files)
 
     def close(self) -> None:
-        """Ends the reading in the background; a map is freed with the last tensor in it."""
         self._advice.stop()
 
     def _view(self, tensor: ExternalTensor) -> np.ndarray | None:
@@ -85,7 +85,7 @@ class MappedWeights:
             with open(path, "rb") as file:
                 self._files[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             start, end = _addresses(self._files[path.name])
-            advise(start, end, _HUGEPAGE)
+            advise_kernel(start, end, _HUGEPAGE)
         return self._files[path.name]
 
 
@@ -95,4 +95,4 @@ def _addresses(file: mmap.mmap) -> Area:
 
 
 def _populate(start: int, end: int) -> None:
-    _ = advise(start, end, _POPULATE_READ) or advise(start, end, _WILLNEED)
+    _ = advise_kernel(start, end, _POPULATE_READ) or advise_kernel(start, end, _WILLNEED)

@@ -1,4 +1,4 @@
-"""The values at the sites of an ONNX artifact: a copy of its graph has them as outputs."""
+"""Observes the values at the sites of an ONNX artifact, as outputs of a copy of its graph."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import parse_model, read_graph
-from rgexport.griffin.sites import sites
+from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.observation import LENGTHS, Observation, observed
+from rgexport.runtimes.engine import LENGTHS, Observation, observation_of
 from rgexport.runtimes.onnx.session import OrtSession
 
 _PORTABLE_LENGTHS = (7, 1)
@@ -31,20 +31,19 @@ class OrtObserver:
         Raises:
             RequestError: ONNX Runtime cannot open the model.
         """
-        wanted = sites(artifact.manifest.config)
-        graph, self._names = observed_graph(artifact.file(MODEL_FILE), wanted)
+        all_sites = sites(artifact.manifest.config)
+        graph, self._names = observed_graph(artifact.file(MODEL_FILE), all_sites)
         self._session = OrtSession(artifact, threads=threads, graph=graph, native=native)
         self.lengths = LENGTHS if native else _PORTABLE_LENGTHS
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
-        """Takes tokens [T] from a canonical state of batch 1, in one run."""
         self._session.set_state(state)
-        found = self._session.watch(tokens[None], self._names)
-        return observed(found, self._session.get_state())
+        values = self._session.watch(tokens[None], self._names)
+        return observation_of(values, self._session.get_state())
 
 
-def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]:
-    """A model without its weights that also returns the values of `wanted` sites, and their names.
+def observed_graph(path: Path, requested: Sequence[str]) -> tuple[bytes, list[str]]:
+    """Returns a model without weights that also outputs `requested` sites, and their names.
 
     Values are named after their sites. Sites whose op was merged into another one are missing.
     """
@@ -53,7 +52,7 @@ def observed_graph(path: Path, wanted: Sequence[str]) -> tuple[bytes, list[str]]
     _show_gelu(model)
     computed = {name for node in graph.node for name in node.output}
     outputs = {value.name for value in graph.output}
-    names = [site for site in wanted if site.encode() in computed]
+    names = [site for site in requested if site.encode() in computed]
     for name in names:
         if name.encode() not in outputs:
             graph.output.add(name=name.encode())

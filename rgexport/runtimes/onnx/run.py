@@ -1,17 +1,19 @@
-"""One run of a graph, over buffers of our own."""
+"""Runs of a graph over buffers of our own, also of tokens on trial."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import onnxruntime as ort
 
 from rgexport.errors import RequestError, one_line
+from rgexport.export.manifest import StateRecord
+from rgexport.griffin.config import GriffinConfig
 
 
 @contextmanager
 def engine_errors(action: str) -> Iterator[None]:
-    """Turns what ONNX Runtime raises, a dozen types without a common base, into one line."""
+    """Turns the errors of ONNX Runtime, which have no common base, into one line."""
     try:
         yield
     except Exception as error:
@@ -19,18 +21,15 @@ def engine_errors(action: str) -> Iterator[None]:
         raise RequestError(f"ONNX Runtime {ort.__version__} cannot {action}: {reason}") from None
 
 
-class Run:
-    """Inputs and outputs bound to arrays, which are kept: ONNX Runtime may keep only pointers."""
+class BoundRun:
+    """A graph with inputs and outputs bound to arrays; ONNX Runtime may keep only pointers."""
 
     def __init__(self, session: ort.InferenceSession):
         self._session, self._binding = session, session.io_binding()
         self._arrays: dict[str | None, np.ndarray] = {}
 
     def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
-        """Binds `array` as the input `source`, and as the output `target`.
-
-        Binding a name again replaces what was bound to it.
-        """
+        """Binds `array` as the input `source` and the output `target`, instead of earlier ones."""
         self._arrays[source or target] = array
         with engine_errors(f"bind {source or target}"):
             value = ort.OrtValue.ortvalue_from_numpy(array)
@@ -40,18 +39,84 @@ class Run:
                 self._binding.bind_ortvalue_output(target, value)
 
     def run(self) -> None:
-        """Runs the graph.
-
-        Raises:
-            RequestError: the graph cannot be run; an op or the engine says why.
-        """
+        """Raises RequestError with the reason of an op or of the engine."""
         with engine_errors("run the model"):
             self._session.run_with_iobinding(self._binding)
 
     def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Runs the graph; the outputs `names`, none of which is bound."""
         for name in names:
             self._binding.bind_output(name)
         self.run()
-        found = self._binding.get_outputs()[-len(names) :]
-        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+        outputs = self._binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+
+
+def state_sites(config: GriffinConfig) -> dict[str, str]:
+    """Returns recurrent state → the site whose values [B, T, R] are its next rows."""
+    recurrent = [i for i, kind in enumerate(config.block_types) if kind == "recurrent"]
+    return {
+        f"layers.{i}.{state}": f"layers.{i}.temporal_block.{site}"
+        for i in recurrent
+        for state, site in (("rg_lru", "rg_lru"), ("conv1d", "linear_x"))
+    }
+
+
+class VerificationRun:
+    """A run over T tokens of R rows on trial; then the states keep the accepted tokens.
+
+    A recurrent state cannot be cut back. But the graph has its rows: h of each token is a state,
+    and the inputs of a convolution become its state. So the run leaves these states alone, and
+    `accept` takes the rows of accepted tokens. Keys and values go into their rings as ever; the
+    slots of refused tokens get back their former content.
+    """
+
+    def __init__(
+        self,
+        run: BoundRun,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        states: Mapping[str, np.ndarray],
+        records: Sequence[StateRecord],
+        sites: Mapping[str, str],
+    ) -> None:
+        """Binds the rows of the states.
+
+        Args:
+            run: has the states [R, …], ids and positions [R, T] bound, the states as outputs too.
+            ids: bound array that `run` fills.
+            positions: bound array that `run` fills.
+            states: by name.
+            records: of all states.
+            sites: result of `state_sites`.
+        """
+        self._run, self._ids, self._positions = run, ids, positions
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rings: list[np.ndarray] = []
+        self._former: list[np.ndarray] = []
+        for record in records:
+            state = states[record.name]
+            if record.layout == "ring":
+                self._rings.append(state.reshape(len(ids), *record.shape[-2:]))
+                continue
+            rows = np.empty((*ids.shape, state.shape[-1]), state.dtype)
+            run.bind(np.empty_like(state), None, record.output)
+            run.bind(rows, None, sites[record.name])
+            # h and its state [R, W] are as the inputs of a convolution of two taps.
+            self._rows.append((state.reshape(len(ids), -1, state.shape[-1]), rows))
+
+    def run(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> None:
+        """Runs tokens [R, T] at their positions; fills logits [R, T, vocab]."""
+        self._ids[:], self._positions[:] = ids, positions
+        rows = np.arange(len(ids))[:, None]
+        self._former = [ring[rows, positions % ring.shape[1]] for ring in self._rings]
+        self._run.bind(logits, None, "logits")
+        self._run.run()
+
+    def accept(self, counts: Sequence[int]) -> None:
+        """Keeps so many of each row's first tokens in the states."""
+        for row, count in enumerate(counts):
+            for state, rows in self._rows:
+                state[row] = np.concatenate([state[row], rows[row, :count]])[count:]
+            refused = self._positions[row, count:]
+            for ring, former in zip(self._rings, self._former, strict=True):
+                ring[row, refused % ring.shape[1]] = former[row, count:]

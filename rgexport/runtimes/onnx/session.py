@@ -3,14 +3,13 @@
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import numpy as np
 import onnxruntime as ort
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
+from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.allocations import require_trusted
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, for_session, read_graph
@@ -20,17 +19,14 @@ from rgexport.parallelism import usable_threads
 from rgexport.progress import warn
 from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
-from rgexport.runtimes.onnx.run import Run, engine_errors
-from rgexport.runtimes.onnx.trial import Trial, state_sites
-from rgexport.runtimes.sequences import checked_tokens
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.runtimes.unchanged_files import UnchangedFiles
+from rgexport.runtimes.onnx.run import BoundRun, VerificationRun, engine_errors, state_sites
+from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles, checked_tokens
 
 PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
 _SILENT = 4
-"""Severity of the log: errors are raised, and their lines have names from the file as they are."""
+"""Severity of the log: errors are raised, and log lines show names from the file unescaped."""
 _NEEDED = {"webgpu": (1, 25)}
 """Profile → the first ONNX Runtime with all its ops on a CPU, if pyproject allows older ones."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -82,7 +78,6 @@ class OrtSession(Session):
 
     @property
     def info(self) -> SessionInfo:
-        """What this session runs."""
         tensors = self._manifest.tensors.values()
         return SessionInfo(
             engine="onnxruntime",
@@ -98,66 +93,63 @@ class OrtSession(Session):
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits per token."""
         return self._vocab
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each state."""
-        return {s.name: _canonical(s) for s in self._manifest.states}
+        # In the graph, keys and values have an axis for their one head too.
+        states = self._manifest.states
+        return {s.name: s.shape[-2:] if s.layout == "ring" else s.shape for s in states}
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens seen so far, [B] int64."""
         return self._position.copy()
 
     def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Takes tokens [B, T] in one run with all logits; returns the outputs `names`."""
         ids, rows = checked_tokens(tokens, len(self._position), self._vocab), self._all
-        found = self._bind(rows, ids, self._next(rows, ids), ids.shape[1]).fetch(names)
+        outputs = self._bind(rows, ids, self._next(rows, ids), ids.shape[1]).fetch(names)
         self._position += ids.shape[1]
-        return found
+        return outputs
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [B, T] in one run, see `Session`."""
         ids = checked_tokens(tokens, len(self._position), self._vocab)
         return self._run(self._all, ids, max(1, min(num_logits, ids.shape[1])))
 
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations."""
         self.require_unchanged()
         specs = self._manifest.states
         self._states = zeros_together({s.name: ((batch, *s.shape), s.dtype) for s in specs})
         self._position = np.zeros(batch, np.int64)
-        self._steps: dict[range, _Step] = {}
-        self._trials: dict[tuple[range, int], Trial] = {}
+        self._steps: dict[range, tuple[np.ndarray, np.ndarray, BoundRun]] = {}
+        self._trials: dict[tuple[range, int], VerificationRun] = {}
 
     def get_rows(self, rows: range) -> State:
-        """A copy of the canonical state of some rows."""
-        place, position = slice(rows.start, rows.stop), self._position[rows.start : rows.stop]
-        state = {
-            name: self._unrolled(name, array[place], position)
-            for name, array in self._states.items()
-        }
-        return state | {POSITION: position.copy()}
+        span = slice(rows.start, rows.stop)
+        position = self._position[span].copy()
+        state = {}
+        for name, array in self._states.items():
+            state[name] = array[span].copy()
+            if name in self._rings:
+                caches = state[name].reshape(len(rows), *self._rings[name][-2:])
+                state[name] = _rolled(caches, -position)
+        return state | {POSITION: position}
 
     def close(self) -> None:
-        """Frees the weights and the states; the session cannot be used any more."""
         self._stop_advice()
         del self._steps, self._trials, self._session, self._weights
         self._states = {}
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        count = tokens.shape[1]
-        if count == 1:
+        if tokens.shape[1] == 1:
             return self._step(rows, tokens)
-        first = count - num_logits
+        first = tokens.shape[1] - num_logits
         logits = []
-        for start in range(0, count, PREFILL_CHUNK):
+        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
-            wanted = start + chunk.shape[1] - max(first, start)
-            result = self._run(rows, chunk, max(1, wanted))
-            if wanted > 0:
+            count = start + chunk.shape[1] - max(first, start)
+            result = self._run(rows, chunk, max(1, count))
+            if count > 0:
                 logits.append(result)
         return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
@@ -166,7 +158,7 @@ class OrtSession(Session):
             return super()._verify(rows, tokens)
         key = rows, tokens.shape[1]
         if key not in self._trials:
-            self._trials[key] = self._trial(rows, tokens)
+            self._trials[key] = self._verification_run(rows, tokens)
         logits = np.empty((*tokens.shape, self._vocab), np.float32)
         self._trials[key].run(tokens, self._next(rows, tokens), logits)
         return logits
@@ -180,44 +172,38 @@ class OrtSession(Session):
     def _is_exact(self, tokens: np.ndarray) -> bool:
         return 1 < self._exact >= tokens.size
 
-    def _trial(self, rows: range, tokens: np.ndarray) -> Trial:
+    def _verification_run(self, rows: range, tokens: np.ndarray) -> VerificationRun:
         ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
         run = self._bind(rows, ids, positions, tokens.shape[1])
         specs = self._manifest.states
         states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
-        return Trial(run, ids, positions, states, specs, self._sites)
+        return VerificationRun(run, ids, positions, states, specs, self._sites)
 
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()
-        place = slice(rows.start, rows.stop)
-        self._position[place] = position = state[POSITION]
+        span = slice(rows.start, rows.stop)
+        self._position[span] = position = state[POSITION]
         for name, buffer in self._states.items():
             array = state[name]
             if name in self._rings:
                 array = _rolled(array, position).reshape(-1, *self._rings[name])
-            buffer[place] = array
-
-    def _unrolled(self, name: str, array: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """A copy of a state of the graph, [R, …], as a canonical one."""
-        if name not in self._rings:
-            return array.copy()
-        return _rolled(array.reshape(len(array), *self._rings[name][-2:]), -position)
+            buffer[span] = array
 
     def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        """One token [R, 1] a row, with bindings that are kept."""
+        """Takes one token [R, 1] a row, with bindings that are kept."""
         if rows not in self._steps:
-            self._steps[rows] = _Step(len(rows), partial(self._bind, rows))
-        step = self._steps[rows]
-        step.ids[:], step.positions[:] = tokens, self._next(rows, tokens)
-        return self._logits(rows, step.run, 1, 1)
+            ids, positions = np.zeros((2, *tokens.shape), np.int64)
+            self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
+        ids, positions, run = self._steps[rows]
+        ids[:], positions[:] = tokens, self._next(rows, tokens)
+        return self._logits(rows, run, 1, 1)
 
     def _run(self, rows: range, ids: np.ndarray, num_logits: int) -> np.ndarray:
-        """One run over a chunk [R, T]."""
         run = self._bind(rows, ids, self._next(rows, ids), num_logits)
         return self._logits(rows, run, ids.shape[1], num_logits)
 
-    def _logits(self, rows: range, run: Run, tokens: int, count: int) -> np.ndarray:
-        """The logits [R, count, vocab] of a run over so many tokens, in a new array."""
+    def _logits(self, rows: range, run: BoundRun, tokens: int, count: int) -> np.ndarray:
+        """Runs so many tokens; returns the last logits [R, count, vocab] in a new array."""
         logits = np.empty((len(rows), count, self._vocab), np.float32)
         run.bind(logits, None, "logits")
         run.run()
@@ -225,14 +211,15 @@ class OrtSession(Session):
         return logits
 
     def _next(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        """The positions of a chunk [R, T]."""
         seen = self._position[rows.start : rows.stop, None]
         positions: np.ndarray = seen + np.arange(ids.shape[1])
         return positions
 
-    def _bind(self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int) -> Run:
+    def _bind(
+        self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int
+    ) -> BoundRun:
         """Binds all inputs, and the states as outputs too: neighbouring rows are one array."""
-        run = Run(self._session)
+        run = BoundRun(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
         run.bind(np.array(num_logits), NUM_LOGITS)
@@ -242,11 +229,11 @@ class OrtSession(Session):
         self._share_outputs(run, ids.shape)
         return run
 
-    def _share_outputs(self, run: Run, shape: tuple[int, ...]) -> None:
-        """Binds what only trials read, in all layers to one array for each kind.
+    def _share_outputs(self, run: BoundRun, shape: tuple[int, ...]) -> None:
+        """Binds outputs that only verification reads to one array of each kind for all layers.
 
-        ONNX Runtime would keep those of all layers until the end of a run. A layer's are read
-        before the next layer, which needs that, writes its own.
+        ONNX Runtime would keep those of all layers until the end of a run. The next layer needs
+        the result of a layer, so it overwrites only arrays that have been read.
         """
         arrays: dict[str, np.ndarray] = {}
         for state, site in self._sites.items():
@@ -257,20 +244,11 @@ class OrtSession(Session):
             run.bind(arrays[kind], None, site)
 
 
-class _Step:
-    """A run of one token in each of some rows, whose ids and positions [R, 1] are filled in."""
-
-    def __init__(self, rows: int, bind: Callable[[np.ndarray, np.ndarray, int], Run]):
-        self.ids = np.zeros((rows, 1), np.int64)
-        self.positions = np.zeros((rows, 1), np.int64)
-        self.run = bind(self.ids, self.positions, 1)
-
-
 def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
-    """See `SessionInfo.exact_tokens`.
+    """Returns `SessionInfo.exact_tokens`.
 
-    ONNX Runtime takes cosines and sines four at a time, and what is left over by another formula.
-    More tokens than the window has would meet in a slot of a ring, which could not be given back.
+    ONNX Runtime takes cosines and sines four at a time, and the remainder by another formula.
+    More tokens than the window has would share slots of a ring, which could not be restored.
     """
     config = manifest.config
     angles = config.rope_dims // 2 if "attention" in config.block_types else 0
@@ -279,13 +257,8 @@ def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
     return min(native.exact_tokens, config.window)
 
 
-def _canonical(state: StateRecord) -> tuple[int, ...]:
-    """The shape of a state; in the graph, keys and values have an axis for their one head too."""
-    return state.shape[-2:] if state.layout == "ring" else state.shape
-
-
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Caches [B, window, D], each row rotated by its own number of slots.
+    """Rotates each row of caches [B, window, D] by its own number of slots.
 
     A ring has position p in slot p modulo the window; rotated by -p, the oldest is in front.
     """
@@ -295,7 +268,7 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
 ) -> tuple[ort.InferenceSession, NativeOps, MappedWeights | None, Callable[[], None]]:
-    """The session, its kernels, its mapped weights, and what to call before both are freed."""
+    """Returns the session, its kernels, its mapped weights, and a function that stops advice."""
     _require_version(artifact)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -326,7 +299,6 @@ def _open(
 
 
 def _require_version(artifact: Artifact) -> None:
-    """Refuses an ONNX Runtime that lacks ops of the artifact's profile."""
     profile = artifact.manifest.profile
     needed = _NEEDED.get(profile, (0, 0))
     if tuple(map(int, ort.__version__.split(".")[:2])) < needed:

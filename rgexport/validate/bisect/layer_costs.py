@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.numpy_reference import Variants
 from rgexport.griffin.tensor import WeightSource
-from rgexport.griffin.variants import Variants
 from rgexport.validate import metrics
 from rgexport.validate.reference_pass import watched_layers
 

@@ -15,7 +15,7 @@ import numpy as np
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.observation import Observation
+from rgexport.runtimes.engine import Observation
 from rgexport.validate.bisect.site_limits import (
     GAIN,
     SiteLimit,

@@ -7,12 +7,11 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import sites
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.sites import sites
 from rgexport.griffin.state import State
-from rgexport.runtimes.engine import engine_of, open_observer
+from rgexport.runtimes.engine import Observer, engine_of, open_observer
 from rgexport.runtimes.memory import give_back
-from rgexport.runtimes.observation import Observer
 from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
 from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers

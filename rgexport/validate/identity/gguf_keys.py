@@ -10,8 +10,7 @@ from rgexport.chat.artifact_text import open_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.gguf.artifact import GgufArtifact
 from rgexport.export.gguf.vocabulary import Vocabulary
-from rgexport.griffin.control_tokens import ControlToken, ControlTokens
-from rgexport.griffin.markup import END_OF_TURN
+from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
 from rgexport.validate.identity.items import IdentityItem, compared
 from rgexport.validate.identity.text import NO_MEANING, meaning
 

@@ -24,8 +24,13 @@ from rgexport.files.typed_json import parse_json
 from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.control_tokens import ControlTokens, read_control_tokens
-from rgexport.griffin.sentencepiece_file import MAX_BYTES, NORMAL
-from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
+from rgexport.griffin.tokenizer_files import (
+    MAX_BYTES,
+    NORMAL,
+    TOKENIZER_FILES,
+    find_tokenizer_files,
+    has_tokenizer,
+)
 from rgexport.progress import without_warnings
 
 Items = Mapping[str, str | None]

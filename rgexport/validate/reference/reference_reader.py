@@ -12,10 +12,9 @@ from rgexport.export.manifest_reader import check_config
 from rgexport.files.hashing import hash_file
 from rgexport.files.safetensors import DTYPES, read_header, read_metadata
 from rgexport.files.typed_json import Mismatch, from_json, parse_json
-from rgexport.griffin.file_rows import file_rows
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.griffin.tensor import RowTensor
+from rgexport.griffin.tensor import RowTensor, file_rows
 from rgexport.validate.reference.reference_file import (
     FORMAT_VERSION,
     METADATA,

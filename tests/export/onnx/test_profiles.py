@@ -16,8 +16,7 @@ from rgexport.export.onnx import storage
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.opening import open_artifact
-from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.sites import sites
+from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random, load_graph
 from tests.deepmind import deepmind_logits, deepmind_model

@@ -14,9 +14,9 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.runtimes.bench import measure as bench
-from rgexport.runtimes.bench.measure import BenchRequest, Measuring, Trial
+from rgexport.runtimes.bench.measure import BenchMeasurement, BenchRequest, BenchTest
 from rgexport.runtimes.bench.roofline import roofline
-from rgexport.runtimes.bench.rows import WRITERS, Row
+from rgexport.runtimes.bench.rows import WRITERS, BenchRow
 from rgexport.runtimes.session import SessionInfo
 from tests.artifacts import export_demo
 from tests.llama_tools import needs_llama_cpp
@@ -59,7 +59,7 @@ def session(monkeypatch):
 
 def measured(session, speeds, **request):
     asked = BenchRequest(**request)
-    measuring = Measuring(session, asked, lambda: next(speeds), Path(__file__), 1.5)
+    measuring = BenchMeasurement(session, asked, lambda: next(speeds), Path(__file__), 1.5)
     return list(measuring.rows())
 
 
@@ -117,7 +117,7 @@ def test_synthetic_depth_processes_nothing_and_says_so(session, capsys):
 @pytest.mark.parametrize("length", ["", "12,", "1.5", "-3", "²", "16777217", "9" * 5000])
 def test_lengths(length):
     request = BenchRequest.parse("8,0,8,4", "0", "5")
-    assert request.trials == [Trial("pp", 8), Trial("pp", 4)] and request.depths == (5,)
+    assert request.tests == [BenchTest("pp", 8), BenchTest("pp", 4)] and request.depths == (5,)
     for option, texts in {"-p": (length, "1", "1"), "-d": ("1", "1", length)}.items():
         with pytest.raises(RequestError, match=f"^{option} is .* numbers from 0 to 16777216"):
             BenchRequest.parse(*texts)
@@ -127,21 +127,21 @@ def test_lengths(length):
         BenchRequest.parse("8", "0", "0", synthetic=True)
 
 
-ROW = Row("tg8", 4096, "processed", 2, 12.5, 0.5, 12.25, 1.02, 2e9, 3e10, 0.8333, 1 << 30, 2 << 30,
-          *(1.0, 3 << 30, "model", "engine", "1.0", "native avx2", 2, "a processor"))  # fmt: skip
+ROW = BenchRow("tg8", 4096, "processed", 2, 12.5, 0.5, 12.25, 1.02, 2e9, 3e10, 0.8333, 1 << 30,
+          *(2 << 30, 1, 3 << 30, "model", "engine", "1.0", "native avx2", 2, "a CPU"))  # fmt: skip
 
 
 def test_the_ways_to_write_rows():
     rows = [ROW, replace(ROW, depth=0, peak_rss_bytes=None)]
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(BenchRow)]
     written = json.loads(WRITERS["json"](rows))
-    assert [Row(**entry) for entry in written] == rows and list(written[0]) == names
+    assert [BenchRow(**entry) for entry in written] == rows and list(written[0]) == names
     first, second = csv.DictReader(io.StringIO(WRITERS["csv"](rows)))
     assert list(first) == names and float(first["roofline_share"]) == 0.8333
     assert (second["depth"], second["peak_rss_bytes"]) == ("0", "")
     table = WRITERS["table"]([ROW, replace(ROW, peak_rss_bytes=None)])
     assert "12.50 ± 0.50" in table and "30.0 GB/s" in table and "unknown" in table
-    assert "engine 1.0, native avx2 kernels, 2 threads\na processor\n" in table
+    assert "engine 1.0, native avx2 kernels, 2 threads\na CPU\n" in table
     *_, head, line, _, row = WRITERS["md"]([replace(ROW, depth=0), ROW]).splitlines()
     assert head.count("|") == line.count("|") == row.count("|")
 

@@ -14,7 +14,7 @@ from rgexport.griffin.state import POSITION, state_specs
 from rgexport.runtimes.llama_cpp import library
 from rgexport.runtimes.llama_cpp.library import load_model
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
-from rgexport.runtimes.llama_cpp.state import Layout, pack, unpack
+from rgexport.runtimes.llama_cpp.state import StateLayout, pack, unpack
 from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp
@@ -80,7 +80,7 @@ def test_there_is_no_last_token(tmp_path):
     expected = deepmind_logits(deepmind_model(config, weights), tokens)
     session = opened(artifact, ubatch=20)
     session.reset(2)
-    assert session._open.room < 300
+    assert session._open.capacity < 300
     assert distance(session.prefill(tokens[:, :700], 700), expected[:, :700]) <= FP32
     for column in range(700, 900):
         assert distance(session.step(tokens[:, column]), expected[:, column]) <= FP32
@@ -170,7 +170,7 @@ def test_damaged_file(cut, old, new, complaint, tmp_path):
         load_model(damaged)
 
 
-LAYOUT = Layout(ODD_CONFIGS["regular"], "float16", transposed=True, streams=1)
+LAYOUT = StateLayout(ODD_CONFIGS["regular"], "float16", transposed=True, streams=1)
 
 
 def test_a_state_in_another_layout_is_refused():

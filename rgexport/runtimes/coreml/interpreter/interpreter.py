@@ -16,7 +16,7 @@ from rgexport.export.mil.program import TensorType, numpy_type
 from rgexport.runtimes.coreml.interpreter.translator import Translator
 from rgexport.runtimes.coreml.interpreter.weights import Unsupported, WeightCache
 
-States = dict[str, np.ndarray]
+FeatureStates = dict[str, np.ndarray]
 """The state of one sequence: name → array of the declared type."""
 
 
@@ -24,7 +24,7 @@ class Interpreter:
     """One function of a package, ready to run."""
 
     def __init__(
-        self, package: Package, function: str, cache: WeightCache, also: Sequence[str] = ()
+        self, package: Package, function: str, cache: WeightCache, extra_results: Sequence[str] = ()
     ):
         """Translates a function; no large weight is read.
 
@@ -32,7 +32,7 @@ class Interpreter:
             package: the package of the function.
             function: its name.
             cache: keeps weights in memory.
-            also: names of values that a run returns beside the outputs, if the function has them.
+            extra_results: names of values that a run returns too, if the function has them.
 
         Raises:
             RequestError: an operation, or a form of one, that rgexport does not emit; a blob that
@@ -52,16 +52,17 @@ class Interpreter:
         missing = [name for name in self._function.outputs if name not in self._slots]
         if missing:
             raise RequestError(f"{self._where}: nothing computes the output {missing[0]}")
-        shown = (name for name in also if name in self._slots)
-        self._results = tuple(dict.fromkeys((*self._function.outputs, *shown)))
+        extra = (name for name in extra_results if name in self._slots)
+        self._results = tuple(dict.fromkeys((*self._function.outputs, *extra)))
         self._steps = translator.finished(self._results)
 
     @property
     def states(self) -> dict[str, TensorType]:
-        """Name → type of its states."""
         return self._function.states
 
-    def __call__(self, inputs: Mapping[str, np.ndarray], states: States) -> dict[str, np.ndarray]:
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], states: FeatureStates
+    ) -> dict[str, np.ndarray]:
         """Runs once; `states` gets new arrays, and the old ones are unchanged.
 
         Raises:
@@ -99,40 +100,35 @@ class Interpreter:
 
 
 class InterpreterRunner:
-    """All functions of a package, with one cache of weights; a `Runner`."""
-
     engine, version = "MIL interpreter", __version__
 
-    def __init__(self, package: Package, *, also: Sequence[str] = ()):
+    def __init__(self, package: Package, *, extra_results: Sequence[str] = ()):
         """Translates every function.
 
         Args:
             package: the package to execute.
-            also: names of values that a call returns beside the outputs of its function.
+            extra_results: names of values that a call returns beside the outputs of its function.
 
         Raises:
             RequestError: an operation that rgexport does not emit.
         """
         cache = WeightCache()
         self._functions = {
-            name: Interpreter(package, name, cache, also) for name in package.functions
+            name: Interpreter(package, name, cache, extra_results) for name in package.functions
         }
         self._states = self._functions[package.default_function].states
 
-    def make_state(self) -> States:
-        """See `Runner`."""
+    def make_state(self) -> FeatureStates:
         return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
 
     def predict(
-        self, function: str, inputs: Mapping[str, np.ndarray], state: States | None
+        self, function: str, inputs: Mapping[str, np.ndarray], state: FeatureStates | None
     ) -> dict[str, np.ndarray]:
-        """See `Runner`."""
         return self._functions[function](inputs, {} if state is None else state)
 
-    def read_state(self, state: States, name: str) -> np.ndarray:
-        """See `Runner`; the array must not be changed."""
+    def read_state(self, state: FeatureStates, name: str) -> np.ndarray:
+        """Returns the array of a state, which must not be changed."""
         return state[name]
 
-    def write_state(self, state: States, name: str, value: np.ndarray) -> None:
-        """See `Runner`."""
+    def write_state(self, state: FeatureStates, name: str, value: np.ndarray) -> None:
         state[name] = value.astype(state[name].dtype).reshape(state[name].shape)

@@ -1,34 +1,122 @@
 """The operations that rgexport emits, in numpy, by the formulas of Apple's documentation.
 
-Only the forms that it emits: a parameter that is not asked for here is refused when a program is
-opened, as is an operation that is not in the table at the end.
+It has only the emitted forms: when a program is opened, a parameter that is not read here is
+refused, and so is an operation that is not in the table at the end.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rgexport.runtimes.coreml.interpreter.call import Call, Given, Make, Op
-from rgexport.runtimes.coreml.interpreter.weights import Unsupported, Weight
+from rgexport.export.mil.program import TensorType
+from rgexport.runtimes.coreml.interpreter.weights import FileWeight, Unsupported
 
 _CASTS = {"fp16": np.float16, "fp32": np.float32}
 
 
-# ---- On elements, with broadcasting -----------------------------------------------------------
+@dataclass(frozen=True)
+class OperationCall:
+    """A function and the parameters whose arrays it takes, in this order.
+
+    The function returns the array of the only output. A parameter with several values, such as
+    `values`, gives as many arguments. A parameter in `lazy` may come as a `FileWeight` instead of
+    an array.
+    """
+
+    function: Callable[..., Any]
+    operands: tuple[str, ...]
+    lazy: tuple[str, ...] = ()
 
 
-def _unary(function: Callable[[np.ndarray], Any]) -> Make:
-    return lambda given: given.call(function, "x")
+@dataclass(frozen=True, eq=False)
+class OperationInputs:
+    """The inputs of an operation, as far as they are known when a program is opened.
+
+    Every parameter must be read, as an operand or by value: one that is not read may mean something
+    that this interpreter does not do.
+
+    Attributes:
+        constants: parameter → its value, where that is known.
+        types: parameter → the types of its values.
+        names_read: parameters that the operation has read.
+    """
+
+    constants: Mapping[str, np.ndarray]
+    types: Mapping[str, tuple[TensorType, ...]]
+    names_read: set[str] = field(default_factory=set)
+
+    def call(
+        self, function: Callable[..., Any], *operands: str, lazy: tuple[str, ...] = ()
+    ) -> OperationCall:
+        """Returns a call with these operands.
+
+        Raises:
+            Unsupported: one is missing.
+        """
+        for name in operands:
+            self._require(name)
+        self.names_read.update(operands)
+        return OperationCall(function, operands, lazy)
+
+    def has(self, name: str) -> bool:
+        return bool(self.types.get(name))
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Returns a constant of integers.
+
+        Raises:
+            Unsupported: it is missing or computed.
+        """
+        return tuple(self._constant(name).reshape(-1).tolist())
+
+    def item(self, name: str) -> Any:
+        value = self._constant(name)
+        if value.size != 1:
+            raise Unsupported(f"its input {name} has {value.size} elements; expected 1")
+        return value.item()
+
+    def _constant(self, name: str) -> np.ndarray:
+        self._require(name)
+        self.names_read.add(name)
+        if name not in self.constants:
+            raise Unsupported(f"its input {name} is computed; expected a constant")
+        return self.constants[name]
+
+    def _require(self, name: str) -> None:
+        if not self.has(name):
+            raise Unsupported(f"it has no input {name}")
 
 
-def _binary(function: Callable[[np.ndarray, np.ndarray], Any]) -> Make:
-    return lambda given: given.call(function, "x", "y")
+MakeCall = Callable[[OperationInputs], OperationCall]
 
 
-def _rounded(function: Callable[[np.ndarray], np.ndarray]) -> Make:
-    """As `_unary`, computed in float64 and rounded once.
+class OperationRule(NamedTuple):
+    """A function that makes the calls of an operation.
+
+    `arithmetic`: float16 operands come widened to float32, and the result is rounded to its
+    declared dtype. Other operations only move elements, and see arrays as they are.
+    """
+
+    make: MakeCall
+    arithmetic: bool
+
+
+# ---- Elementwise, with broadcasting -----------------------------------------------------------
+
+
+def _unary(function: Callable[[np.ndarray], Any]) -> MakeCall:
+    return lambda inputs: inputs.call(function, "x")
+
+
+def _binary(function: Callable[[np.ndarray, np.ndarray], Any]) -> MakeCall:
+    return lambda inputs: inputs.call(function, "x", "y")
+
+
+def _rounded(function: Callable[[np.ndarray], np.ndarray]) -> MakeCall:
+    """Computes in float64 and rounds once.
 
     numpy's float32 `exp` may be 2 units off, which at a decay of 0.9999 is 0.5 % of 1 - a².
     """
@@ -41,17 +129,16 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def _rsqrt(given: Given) -> Call:
-    """1 / sqrt(x + epsilon)."""
-    epsilon = np.float32(given.item("epsilon"))
-    return given.call(lambda x: np.float32(1) / np.sqrt(x + epsilon), "x")
+def _rsqrt(inputs: OperationInputs) -> OperationCall:
+    epsilon = np.float32(inputs.item("epsilon"))
+    return inputs.call(lambda x: np.float32(1) / np.sqrt(x + epsilon), "x")
 
 
-def _gelu(given: Given) -> Call:
-    mode = given.item("mode")
+def _gelu(inputs: OperationInputs) -> OperationCall:
+    mode = inputs.item("mode")
     if mode != "TANH_APPROXIMATION":
         raise Unsupported(f"its mode is {mode}; expected TANH_APPROXIMATION")
-    return given.call(_gelu_by_tanh, "x")
+    return inputs.call(_gelu_by_tanh, "x")
 
 
 def _gelu_by_tanh(x: np.ndarray) -> np.ndarray:
@@ -60,36 +147,35 @@ def _gelu_by_tanh(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def _cast(given: Given) -> Call:
-    word = given.item("dtype")
-    if word not in _CASTS:
-        raise Unsupported(f"it casts to {word}; expected one of {', '.join(_CASTS)}")
-    dtype = _CASTS[word]
-    return given.call(lambda x: x.astype(dtype), "x")
+def _cast(inputs: OperationInputs) -> OperationCall:
+    name = inputs.item("dtype")
+    if name not in _CASTS:
+        raise Unsupported(f"it casts to {name}; expected one of {', '.join(_CASTS)}")
+    dtype = _CASTS[name]
+    return inputs.call(lambda x: x.astype(dtype), "x")
 
 
-def _softmax(given: Given) -> Call:
-    axis = given.item("axis")
+def _softmax(inputs: OperationInputs) -> OperationCall:
+    axis = inputs.item("axis")
 
     def function(x: np.ndarray) -> np.ndarray:
         powers = np.exp(x - x.max(axis=axis, keepdims=True))
         powers /= powers.sum(axis=axis, keepdims=True)
         return powers
 
-    return given.call(function, "x")
+    return inputs.call(function, "x")
 
 
 def _mean(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
-    """As `np.mean`, in a third of its time."""
     add: Callable[..., np.ndarray] = np.add.reduce  # numpy's overloads take no `bool`
     total = add(x, axis=axis, keepdims=keepdims)
     return total / np.float32(x.size // max(1, total.size))
 
 
-def _reduction(function: Callable[..., Any]) -> Make:
-    def make(given: Given) -> Call:
-        axes, keep = given.integers("axes"), given.item("keep_dims")
-        return given.call(lambda x: function(x, axis=axes, keepdims=keep), "x")
+def _reduction(function: Callable[..., Any]) -> MakeCall:
+    def make(inputs: OperationInputs) -> OperationCall:
+        axes, keep = inputs.integers("axes"), inputs.item("keep_dims")
+        return inputs.call(lambda x: function(x, axis=axes, keepdims=keep), "x")
 
     return make
 
@@ -97,89 +183,86 @@ def _reduction(function: Callable[..., Any]) -> Make:
 # ---- Products, accumulated in float32 ---------------------------------------------------------
 
 
-def _linear(given: Given) -> Call:
-    """`x · weightᵀ + bias`; a weight in a file is read in slabs of rows."""
+def _linear(inputs: OperationInputs) -> OperationCall:
+    """Computes `x · weightᵀ + bias`; a weight in a file is read in slabs of rows."""
 
     def function(x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
-        product = _by_slabs(rows, weight) if isinstance(weight, Weight) else rows @ weight.T
+        product = _by_slabs(rows, weight) if isinstance(weight, FileWeight) else rows @ weight.T
         if bias is not None:
             product += bias
         return product.reshape(*x.shape[:-1], -1)
 
-    bias = ("bias",) if given.has("bias") else ()
-    return given.call(function, "x", "weight", *bias, lazy=("weight",))
+    bias = ("bias",) if inputs.has("bias") else ()
+    return inputs.call(function, "x", "weight", *bias, lazy=("weight",))
 
 
-def _by_slabs(x: np.ndarray, weight: Weight) -> np.ndarray:
+def _by_slabs(x: np.ndarray, weight: FileWeight) -> np.ndarray:
     out = np.empty((len(x), weight.type.shape[0]), np.float32)
     for start, stop, rows in weight.slabs():
         np.matmul(x, rows.T, out=out[:, start:stop])
     return out
 
 
-def _matmul(given: Given) -> Call:
-    """Product of the last two axes of `x` and `y`; the others are broadcast."""
-    transpose_x, transpose_y = given.item("transpose_x"), given.item("transpose_y")
+def _matmul(inputs: OperationInputs) -> OperationCall:
+    transpose_x, transpose_y = inputs.item("transpose_x"), inputs.item("transpose_y")
 
     def function(x: np.ndarray, y: np.ndarray) -> Any:
         x = x.swapaxes(-1, -2) if transpose_x else x
         return x @ (y.swapaxes(-1, -2) if transpose_y else y)
 
-    return given.call(function, "x", "y")
+    return inputs.call(function, "x", "y")
 
 
 # ---- Operations that move elements and change none --------------------------------------------
 
 
-def _reshape(given: Given) -> Call:
-    shape = given.integers("shape")
-    return given.call(lambda x: x.reshape(shape), "x")
+def _reshape(inputs: OperationInputs) -> OperationCall:
+    shape = inputs.integers("shape")
+    return inputs.call(lambda x: x.reshape(shape), "x")
 
 
-def _transpose(given: Given) -> Call:
-    order = given.integers("perm")
-    return given.call(lambda x: x.transpose(order), "x")
+def _transpose(inputs: OperationInputs) -> OperationCall:
+    order = inputs.integers("perm")
+    return inputs.call(lambda x: x.transpose(order), "x")
 
 
-def _concat(given: Given) -> Call:
-    axis = given.item("axis")
-    if given.item("interleave"):
+def _concat(inputs: OperationInputs) -> OperationCall:
+    axis = inputs.item("axis")
+    if inputs.item("interleave"):
         raise Unsupported("it is interleaved")
-    return given.call(lambda *values: np.concatenate(values, axis=axis), "values")
+    return inputs.call(lambda *values: np.concatenate(values, axis=axis), "values")
 
 
-def _slice_by_index(given: Given) -> Call:
-    """`x[begin:end]` of each axis."""
-    begin, end = given.integers("begin"), given.integers("end")
+def _slice_by_index(inputs: OperationInputs) -> OperationCall:
+    begin, end = inputs.integers("begin"), inputs.integers("end")
     index = tuple(slice(*bounds) for bounds in zip(begin, end, strict=True))
-    return given.call(lambda x: x[index], "x")
+    return inputs.call(lambda x: x[index], "x")
 
 
-def _gather(given: Given) -> Call:
-    """Slices of `x` along an axis; of a weight in a file, only the wanted rows are read."""
-    given.item("validate_indices")  # they are always checked
-    axis = given.item("axis")
-    if given.item("batch_dims"):
+def _gather(inputs: OperationInputs) -> OperationCall:
+    """Takes slices of `x` along an axis; of a weight in a file, only these rows are read."""
+    inputs.item("validate_indices")  # they are always checked
+    axis = inputs.item("axis")
+    if inputs.item("batch_dims"):
         raise Unsupported("it gathers from each of a batch")
 
     def function(x: Any, indices: np.ndarray) -> np.ndarray:
-        length = (x.type.shape if isinstance(x, Weight) else x.shape)[axis]
+        length = (x.type.shape if isinstance(x, FileWeight) else x.shape)[axis]
         if indices.size and (indices.min() < 0 or indices.max() >= length):
             raise ValueError(f"an index is not below {length}")
-        if isinstance(x, Weight) and axis == 0:
+        if isinstance(x, FileWeight) and axis == 0:
             return x.rows(indices)
-        return np.asarray(np.take(x.whole() if isinstance(x, Weight) else x, indices, axis))
+        return np.asarray(np.take(x.whole() if isinstance(x, FileWeight) else x, indices, axis))
 
-    return given.call(function, "x", "indices", lazy=("x",))
-
-
-def _select(given: Given) -> Call:
-    """`a` where `cond`, and `b` elsewhere."""
-    return given.call(np.where, "cond", "a", "b")
+    return inputs.call(function, "x", "indices", lazy=("x",))
 
 
-_ARITHMETIC: dict[str, Make] = {
+def _select(inputs: OperationInputs) -> OperationCall:
+    return inputs.call(np.where, "cond", "a", "b")
+
+
+_ARITHMETIC: dict[str, MakeCall] = {
     "add": _binary(np.add),
     "sub": _binary(np.subtract),
     "mul": _binary(np.multiply),
@@ -201,7 +284,7 @@ _ARITHMETIC: dict[str, Make] = {
     "linear": _linear,
     "matmul": _matmul,
 }
-_MOVES: dict[str, Make] = {
+_MOVES: dict[str, MakeCall] = {
     "cast": _cast,
     "reshape": _reshape,
     "transpose": _transpose,
@@ -210,8 +293,8 @@ _MOVES: dict[str, Make] = {
     "gather": _gather,
     "select": _select,
 }
-OPS: dict[str, Op] = {
-    **{name: Op(make, arithmetic=True) for name, make in _ARITHMETIC.items()},
-    **{name: Op(make, arithmetic=False) for name, make in _MOVES.items()},
+OPS: dict[str, OperationRule] = {
+    **{name: OperationRule(make, arithmetic=True) for name, make in _ARITHMETIC.items()},
+    **{name: OperationRule(make, arithmetic=False) for name, make in _MOVES.items()},
 }
 """All but `const`, `constexpr_*`, `read_state` and `write_state`, which compute nothing."""

@@ -18,11 +18,10 @@ from rgexport.export.mil.program import (
     Value,
     numpy_type,
 )
-from rgexport.runtimes.coreml.interpreter.call import Given
-from rgexport.runtimes.coreml.interpreter.operations import OPS
+from rgexport.runtimes.coreml.interpreter.operations import OPS, OperationInputs
 from rgexport.runtimes.coreml.interpreter.weights import (
+    FileWeight,
     Unsupported,
-    Weight,
     WeightCache,
     compressed_weight,
     file_weight,
@@ -37,15 +36,15 @@ _UNCONVERTED = {"float32", "bool"}
 """Dtypes that arithmetic takes and gives as they are; float16 is computed in float32."""
 
 Converter = Callable[[Any], Any] | None
-"""What makes an argument of the value in a slot; None: nothing."""
+"""Converts the value in a slot to an argument; None: no conversion."""
 
 
 class Slots:
-    """Numbered places for inputs, states, constants and results, in the order of definition."""
+    """Numbered slots for inputs, states, constants and results, in the order of definition."""
 
     def __init__(self, package: Package, cache: WeightCache):
         self.values: list[Any] = []
-        """The value of each slot when a run starts; None: it has none yet."""
+        """The value of each slot when a run starts; None before it is computed."""
         self.types: list[TensorType] = []
         self.names: dict[str, int] = {}
         """The slot of each value that has a name."""
@@ -53,7 +52,7 @@ class Slots:
         self._wide: dict[int, int] = {}
 
     def define(self, name: str, type: TensorType, value: Any = None) -> int:
-        """A new slot for a value.
+        """Adds a slot for a value.
 
         Raises:
             Unsupported: the name is taken.
@@ -64,7 +63,7 @@ class Slots:
         return self.names[name]
 
     def operand(self, value: Value) -> int:
-        """The slot of an operation's input.
+        """Returns the slot of an operation's input.
 
         Raises:
             Unsupported: it is not defined.
@@ -75,8 +74,8 @@ class Slots:
             raise Unsupported(f"nothing computes {value.name} before it")
         return self.names[value.name]
 
-    def load(self, value: Constant) -> np.ndarray | Weight:
-        """A constant as an array, or a large one of floats as a weight that is read later."""
+    def load(self, value: Constant) -> np.ndarray | FileWeight:
+        """Returns a constant as an array, or a large one of floats as a weight to be read later."""
         kind = value.type
         is_large = kind.dtype in _FLOATS and kind.shape and kind.nbytes > SMALL_BYTES
         if isinstance(value, FileValue) and is_large:
@@ -84,7 +83,7 @@ class Slots:
         return whole_constant(self._package, value)
 
     def widened(self, slot: int) -> int:
-        """The slot of the same values in float32, where `slot` holds a float16 constant."""
+        """Returns the slot of the same values in float32, where `slot` has a float16 constant."""
         value, type = self.values[slot], self.types[slot]
         if type.dtype != "float16" or not isinstance(value, np.ndarray):
             return slot
@@ -94,10 +93,9 @@ class Slots:
         return self._wide[slot]
 
     def constants(self, operands: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        """The parameters of an operation whose single value is a known array."""
         singles = {name: slots[0] for name, slots in operands.items() if len(slots) == 1}
-        found = {name: self.values[slot] for name, slot in singles.items()}
-        return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+        values = {name: self.values[slot] for name, slot in singles.items()}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def _new(self, type: TensorType, value: Any) -> int:
         self.values.append(value)
@@ -106,7 +104,7 @@ class Slots:
 
 
 class Step(NamedTuple):
-    """One call: slots of its arguments and its result, and slots that are not needed afterwards."""
+    """A call: slots of its arguments and its result, and slots that no later step reads."""
 
     function: Callable[..., Any]
     arguments: tuple[int, ...]
@@ -118,8 +116,6 @@ class Step(NamedTuple):
 
 
 class Translator:
-    """Translates the operations of a function in their order."""
-
     def __init__(self, package: Package, function: Function, cache: WeightCache):
         self.slots = Slots(package, cache)
         self._steps: list[Step] = []
@@ -156,7 +152,7 @@ class Translator:
             self._compute(operation, name, type)
 
     def finished(self, outputs: Sequence[str]) -> list[Step]:
-        """The steps, each with the slots that it is the last to use.
+        """Returns the steps, each with the slots that no later step reads.
 
         Constants, states and outputs outlive all steps.
         """
@@ -172,10 +168,10 @@ class Translator:
     def _write_state(self, operation: Operation) -> None:
         """Puts another array in the state's place: the old one is not changed."""
         state = self.slots.names[self._state(operation)]
-        given = operation.inputs.get("data", ())
-        if len(given) != 1:
+        data = operation.inputs.get("data", ())
+        if len(data) != 1:
             raise Unsupported("it has no data")
-        slot = self.slots.operand(given[0])
+        slot = self.slots.operand(data[0])
         function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
         self._add_step(operation, function, [slot], state)
 
@@ -188,10 +184,10 @@ class Translator:
             for parameter, values in operation.inputs.items()
         }
         types = {n: tuple(self.slots.types[s] for s in slots) for n, slots in operands.items()}
-        given = Given(self.slots.constants(operands), types)
-        call = op.make(given)
-        if strange := operands.keys() - given.asked:
-            raise Unsupported(f"it has the input {min(strange)}, which is not known here")
+        inputs = OperationInputs(self.slots.constants(operands), types)
+        call = op.make(inputs)
+        if unknown := operands.keys() - inputs.names_read:
+            raise Unsupported(f"it has the input {min(unknown)}, which is not known here")
         slots = [slot for name in call.operands for slot in operands[name]]
         result = self._rounding(type, slots) if op.arithmetic else None
         if op.arithmetic:
@@ -204,15 +200,15 @@ class Translator:
         self._add_step(operation, function, slots, self.slots.define(name, type))
 
     def _rounding(self, type: TensorType, slots: Sequence[int]) -> np.dtype | None:
-        """The dtype that a result of arithmetic is cast to; None: it has that already."""
+        """Returns the dtype that a result of arithmetic is cast to; None if it has that already."""
         dtypes = {self.slots.types[slot].dtype for slot in slots}
         if type.dtype not in {"bool", *dtypes}:
             raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
         return None if {type.dtype, *dtypes} <= _UNCONVERTED else numpy_type(type.dtype)
 
     def _converter(self, slot: int, arithmetic: bool) -> Converter:
-        if isinstance(self.slots.values[slot], Weight):
-            return Weight.wide if arithmetic else Weight.whole
+        if isinstance(self.slots.values[slot], FileWeight):
+            return FileWeight.wide if arithmetic else FileWeight.whole
         return _widen if arithmetic and self.slots.types[slot].dtype == "float16" else None
 
     def _state(self, operation: Operation) -> str:
@@ -240,17 +236,17 @@ class Translator:
 def _converted(
     function: Callable[..., Any], converters: Sequence[Converter], result: np.dtype | None
 ) -> Callable[..., Any]:
-    """`function` of converted arguments, its result cast to `result` if that is a dtype."""
+    """Returns `function` of converted arguments, its result cast to `result` if that is given."""
     if result is None and not any(converters):
         return function
     changes = [(index, change) for index, change in enumerate(converters) if change]
 
     def call(*arguments: Any) -> Any:
-        given = list(arguments)
+        converted = list(arguments)
         for index, change in changes:
-            given[index] = change(given[index])
-        found = function(*given)
-        return found if result is None else np.asarray(found).astype(result, copy=False)
+            converted[index] = change(converted[index])
+        value = function(*converted)
+        return value if result is None else np.asarray(value).astype(result, copy=False)
 
     return call
 

@@ -45,60 +45,61 @@ class WeightCache:
     """
 
     def __init__(self, limit: int = CACHE_BYTES):
-        self._left = limit
-        self._kept: dict[Hashable, np.ndarray] = {}
+        self._free_bytes = limit
+        self._slabs: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The slab `key`, made by `make` unless it is kept; it must not be changed."""
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = make()
-            if kept.nbytes <= self._left:
-                self._left -= kept.nbytes
-                self._kept[key] = kept
-        return kept
+        """Returns the slab `key`, made by `make` unless cached; it must not be changed."""
+        slab = self._slabs.get(key)
+        if slab is None:
+            slab = make()
+            if slab.nbytes <= self._free_bytes:
+                self._free_bytes -= slab.nbytes
+                self._slabs[key] = slab
+        return slab
 
 
 @dataclass(frozen=True, eq=False)
-class Weight:
-    """A constant of declared type `type`, of rank 1 or more, read in rows of its first axis."""
+class FileWeight:
+    """A constant of rank 1 or more, read in rows of its first axis.
+
+    Attributes:
+        type: the declared type.
+        key: equal for equal values: both functions of a package share cached slabs.
+        read: (start, stop) → these rows in float32, `[stop - start, *shape[1:]]`.
+    """
 
     type: TensorType
     key: Hashable
-    """Equal for equal values: both functions of a package share cached slabs."""
     read: Read
-    """(start, stop) → these rows in float32, `[stop - start, *shape[1:]]`."""
     cache: WeightCache
 
     def slabs(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yields (start, stop, rows in float32)."""
         for start, stop in slab_bounds(self.type.shape[0], self._row_bytes, SLAB_BYTES):
             yield start, stop, self._slab(start, stop)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The rows `indices` [*N] in the declared dtype, `[*N, *shape[1:]]`; reads no others."""
+        """Reads the rows `indices` [*N] in the declared dtype, `[*N, *shape[1:]]`."""
         flat = [self.read(index, index + 1) for index in indices.reshape(-1).tolist()]
         shape = (*indices.shape, *self.type.shape[1:])
         rows = np.concatenate(flat) if flat else np.zeros(0, _F32)
         return rows.reshape(shape).astype(numpy_type(self.type.dtype), copy=False)
 
     def whole(self) -> np.ndarray:
-        """All of it in the declared dtype."""
         return self.wide().astype(numpy_type(self.type.dtype), copy=False)
 
     def wide(self) -> np.ndarray:
-        """All of it in float32."""
         slabs = [slab for _, _, slab in self.slabs()]
         return slabs[0] if len(slabs) == 1 else np.concatenate(slabs)
 
     def _slab(self, start: int, stop: int) -> np.ndarray:
-        return self.cache.get((self.key, start), lambda: self._assembled(start, stop))
+        def assemble() -> np.ndarray:
+            out = np.empty((stop - start, *self.type.shape[1:]), _F32)
+            for first, last in slab_bounds(stop - start, self._row_bytes, BLOCK_BYTES):
+                out[first:last] = self.read(start + first, start + last)
+            return out
 
-    def _assembled(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self.type.shape[1:]), _F32)
-        for first, last in slab_bounds(stop - start, self._row_bytes, BLOCK_BYTES):
-            out[first:last] = self.read(start + first, start + last)
-        return out
+        return self.cache.get((self.key, start), assemble)
 
     @property
     def _row_bytes(self) -> int:
@@ -106,7 +107,7 @@ class Weight:
 
 
 def elements(package: Package, value: Constant) -> Read:
-    """A reader of the elements `start` to `stop` of a constant, in the order of storage.
+    """Returns a reader of the elements of a constant, in the order of storage.
 
     Raises:
         RequestError: its blob does not agree with the program.
@@ -126,36 +127,33 @@ def elements(package: Package, value: Constant) -> Read:
 
 
 def whole_constant(package: Package, value: Constant) -> np.ndarray:
-    """A constant as an array."""
     if isinstance(value, Immediate):
         return value.array
     return elements(package, value)(0, value.type.size).reshape(value.type.shape)
 
 
-def file_weight(package: Package, value: FileValue, cache: WeightCache) -> Weight:
-    """A constant of floats that a weight file holds unquantized."""
+def file_weight(package: Package, value: FileValue, cache: WeightCache) -> FileWeight:
     read = rows_of(package, value)
-    return Weight(
+    return FileWeight(
         value.type, key_of(value), lambda start, stop: read(start, stop).astype(_F32), cache
     )
 
 
 def rows_of(package: Package, value: Constant) -> Read:
-    """A reader of rows of a constant of rank 1 or more, as they are stored."""
+    """Returns a reader of rows of a constant of rank 1 or more, as they are stored."""
     read, shape = elements(package, value), value.type.shape
     width = int(np.prod(shape[1:], dtype=np.int64))
     return lambda start, stop: read(start * width, stop * width).reshape(stop - start, *shape[1:])
 
 
 def key_of(value: Constant) -> Hashable:
-    """Equal for constants that are the same."""
     if isinstance(value, FileValue):
         return value.file, value.offset, value.type
     return value.type, value.array.tobytes()
 
 
-def compressed_weight(package: Package, operation: Operation, cache: WeightCache) -> Weight:
-    """The output of a `constexpr_` operation.
+def compressed_weight(package: Package, operation: Operation, cache: WeightCache) -> FileWeight:
+    """Returns the output of a `constexpr_` operation.
 
     Raises:
         Unsupported: an operation, or a form of one, that rgexport does not emit.
@@ -163,25 +161,25 @@ def compressed_weight(package: Package, operation: Operation, cache: WeightCache
     make = COMPRESSIONS.get(operation.type)
     if make is None:
         raise Unsupported("it is no operation that this interpreter knows")
-    parts: dict[str, Constant] = {}
+    constants: dict[str, Constant] = {}
     for name, values in operation.inputs.items():
         if len(values) != 1 or not isinstance(values[0], Immediate | FileValue):
             raise Unsupported(f"its input {name} is not given by value")
-        parts[name] = values[0]
+        constants[name] = values[0]
     ((_, type),) = operation.outputs
     if type.dtype not in ("float16", "float32"):
         raise Unsupported(f"it gives {type.dtype}; expected float16 or float32")
-    read = make(package, type, parts)
+    read = make(package, type, constants)
     rounded = read if type.dtype == "float32" else lambda *rows: rounded_to_half(read(*rows))
-    key = (operation.type, type, *(key_of(value) for value in parts.values()))
-    return Weight(type, key, rounded, cache)
+    key = (operation.type, type, *(key_of(value) for value in constants.values()))
+    return FileWeight(type, key, rounded, cache)
 
 
 def rounded_to_half(array: np.ndarray) -> np.ndarray:
-    """Float32 values rounded to what float16 can hold, as float32.
+    """Rounds float32 values to those of float16, as float32.
 
-    On the bits, which is three times as fast as two casts: half of the last bit that is kept is
-    added (less where that bit is 0), and the bits after it are cleared. Below 2^-14 float16 has
+    Works on the bits, which is three times as fast as two casts: adds half of the last bit that
+    remains (less where that bit is 0), and clears the bits after it. Below 2^-14 float16 has
     steps of 2^-24, as float32 has next to 0.75.
     """
     size = np.abs(array)
@@ -198,25 +196,30 @@ def rounded_to_half(array: np.ndarray) -> np.ndarray:
     return result
 
 
-_Parts = Mapping[str, Constant]
+_Constants = Mapping[str, Constant]
 
 
-def _take(parts: _Parts, *names: str) -> list[Constant]:
-    """The named parts, which must be all."""
-    if missing := [name for name in names if name not in parts]:
+def _require_exactly(constants: _Constants, *names: str) -> list[Constant]:
+    """Returns the named constants; refuses missing and further ones."""
+    if missing := [name for name in names if name not in constants]:
         raise Unsupported(f"it has no input {missing[0]}")
-    if strange := parts.keys() - {*names}:
-        raise Unsupported(f"it has the input {min(strange)}, which is not known here")
-    return [parts[name] for name in names]
+    if unknown := constants.keys() - {*names}:
+        raise Unsupported(f"it has the input {min(unknown)}, which is not known here")
+    return [constants[name] for name in names]
 
 
-def _shift_scale(package: Package, type: TensorType, parts: _Parts) -> Read:
-    """`scale * (data - offset)`: a scale and an offset per block of a row, or one scale for all."""
-    data, scale, *offsets = _take(parts, "data", "scale", *({"offset"} & parts.keys()))
+def _shift_scale(package: Package, type: TensorType, constants: _Constants) -> Read:
+    """Reads `scale * (data - offset)`, with scales and offsets per block of a row, or one scale."""
+    names = "data", "scale", *({"offset"} & constants.keys())
+    data, scale, *offsets = _require_exactly(constants, *names)
     shape, blocks = data.type.shape, scale.type.shape
     fits = shape == type.shape and all(part.type.shape == blocks for part in offsets)
     if fits and scale.type.size == 1 and not offsets:
-        return _scaled(package, data, scale)
+        factor, read_data = (
+            np.float32(whole_constant(package, scale).item()),
+            rows_of(package, data),
+        )
+        return lambda start, stop: read_data(start, stop).astype(_F32) * factor
     if not fits or len(blocks) != 2 or blocks[:1] != shape[:1] or _remainder(shape[-1], blocks[1]):
         raise Unsupported(f"its data {data.type}, scales {scale.type} and result {type} do not fit")
     read, read_scale, *read_offset = (rows_of(package, part) for part in (data, scale, *offsets))
@@ -231,15 +234,9 @@ def _shift_scale(package: Package, type: TensorType, parts: _Parts) -> Read:
     return rows
 
 
-def _scaled(package: Package, data: Constant, scale: Constant) -> Read:
-    factor = np.float32(whole_constant(package, scale).item())
-    read = rows_of(package, data)
-    return lambda start, stop: read(start, stop).astype(_F32) * factor
-
-
-def _lookup(package: Package, type: TensorType, parts: _Parts) -> Read:
-    """`lut[group][index]`: a table of single values for each group of rows."""
-    indices, lut = _take(parts, "indices", "lut")
+def _lookup(package: Package, type: TensorType, constants: _Constants) -> Read:
+    """Reads `lut[group][index]`: a table of single values for each group of rows."""
+    indices, lut = _require_exactly(constants, "indices", "lut")
     (count, *_), levels = lut.type.shape or (0,), 1 << BITS[indices.type.dtype]
     shape, tables = indices.type.shape, (count, 1, levels, 1)
     fits = shape == type.shape and len(shape) == 2 and lut.type.shape == tables
@@ -250,12 +247,11 @@ def _lookup(package: Package, type: TensorType, parts: _Parts) -> Read:
     return lambda start, stop: values[np.arange(start, stop)[:, None] // group, read(start, stop)]
 
 
-def _remainder(size: int, parts: int) -> int:
-    """What is left over if `size` is divided into equal `parts`; all of it for 0 parts."""
-    return size % parts if parts else size or 1
+def _remainder(size: int, count: int) -> int:
+    return size % count if count else size or 1
 
 
-COMPRESSIONS: dict[str, Callable[[Package, TensorType, _Parts], Read]] = {
+COMPRESSIONS: dict[str, Callable[[Package, TensorType, _Constants], Read]] = {
     "constexpr_blockwise_shift_scale": _shift_scale,
     "constexpr_lut_to_dense": _lookup,
 }
