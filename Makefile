@@ -95,7 +95,7 @@ $(NATIVE): $(INSTALLED) $(NATIVE_SOURCES)
 
 $(PAGE): $(PAGE_SOURCES)
 	@echo 'Building the page of rgexport web'
-	@$(PYTHON) rgexport/web_page/build.py
+	@$(PYTHON) -m rgexport.web_page.build
 
 $(LLAMA_WHEEL): $(DEV) $(PORT)
 	$(BIN)/rgexport llama-cpp build -o $(LLAMA)

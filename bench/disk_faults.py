@@ -28,7 +28,7 @@ import psutil
 import pytest
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import Prompt
+from rgexport.chat.prompts import PromptTokens
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
 from rgexport.chat.template import ChatTemplate
@@ -36,7 +36,8 @@ from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.export.identity import Identity
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE
 from rgexport.serve import named_states
-from rgexport.serve.app import Settings, create_app
+from rgexport.serve.app import create_app
+from rgexport.serve.server import ServerSettings
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.toy_session import MEMORY, ToySession
 
@@ -97,7 +98,7 @@ class Client:
         """Name → the tokens of the last save that was answered with 200."""
         self.later: dict[str, list[list[int]]] = {}
         """Name → the tokens of saves after that one, which may have come to the disk."""
-        settings = Settings(saved=saved, share_prefixes=True, log=False)
+        settings = ServerSettings(saved=saved, share_prefixes=True, log=False)
         transport = httpx.ASGITransport(create_app({model.name: model}, settings))
         self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
@@ -116,7 +117,7 @@ class Client:
     async def _complete(self, number: int) -> str:
         ids = self.model.text_ids(f"{number % 997} bottles of beer on the wall, {number % 13}")
         options = ReplyOptions(max_new_tokens=1 + number % 2, client=str(number % 5))
-        async for _ in self.model.deliver(Prompt(ids), options):
+        async for _ in self.model.deliver(PromptTokens(ids), options):
             pass
         return "done"
 

@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
-from rgexport.chat.jobs import End, Mask, Request, Token
+from rgexport.chat.jobs import End, GenerationRequest, Mask, Token
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler
@@ -146,7 +146,7 @@ class Writer:
         """Tokens per second of a reply that is given."""
         heard = Heard()
         mask, count = Script(self._vocabulary, reply), len(reply)
-        asked = Request(ids=prompt, listener=heard, mask=mask, max_new_tokens=count)
+        asked = GenerationRequest(ids=prompt, listener=heard, mask=mask, max_new_tokens=count)
         self._scheduler.submit(asked)
         seconds = heard.wait().write_seconds
         assert heard.tokens == reply
@@ -155,7 +155,9 @@ class Writer:
     def write(self, prompt: list[int], sampling: Sampling) -> list[int]:
         """What the model writes."""
         heard = Heard()
-        asked = Request(ids=prompt, listener=heard, sampling=sampling, max_new_tokens=OWN_TOKENS)
+        asked = GenerationRequest(
+            ids=prompt, listener=heard, sampling=sampling, max_new_tokens=OWN_TOKENS
+        )
         self._scheduler.submit(asked)
         heard.wait()
         return heard.tokens

@@ -24,7 +24,7 @@ _LIMIT_SECONDS = 7200  # of a run of pytest; each test has a limit, too
 PRODUCTS = "rgexport/kernels/*/librgexport_*", "rgexport/web_page/page.zip"
 LLAMA = "out/llama"
 _NATIVE = "-m", "rgexport.kernels.build", "--build-folder", "build/native"
-_PAGE = "rgexport/web_page/build.py"
+_PAGE = "-m", "rgexport.web_page.build"
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
@@ -160,8 +160,8 @@ class Checkout:
 _BUILDS: dict[str, Callable[[Checkout], None]] = {
     "rgexport/kernels/llama_cpp/": Checkout._build_llama,
     "rgexport/kernels/": lambda checkout: checkout._build(*_NATIVE),
-    "rgexport/npm/": lambda checkout: checkout._build(_PAGE),
-    "page/": lambda checkout: checkout._build(_PAGE),
+    "rgexport/npm/": lambda checkout: checkout._build(*_PAGE),
+    "page/": lambda checkout: checkout._build(*_PAGE),
 }
 
 

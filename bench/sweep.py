@@ -33,10 +33,9 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.sizes import DEMO
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.run import validate_artifact
 
 TOKENS = 300
@@ -169,7 +168,7 @@ def _validate(
         target = export(checkpoint, Path(folder) / f"artifact{suffix}")
         model = str(checkpoint.path)
         result = validate_artifact(
-            target, Request(model=model, reference=reference, max_tokens=TOKENS)
+            target, ValidationRequest(model=model, reference=reference, max_tokens=TOKENS)
         )
     shares: dict[str, float] = {}
     for check in result.checks:

@@ -32,10 +32,9 @@ from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
 from rgexport.validate.checks import Check
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 
@@ -74,10 +73,12 @@ class Judges:
     def judge(self, wrong: str, artifact: str, path: Path) -> Iterator[Verdict]:
         """All ways of asking."""
         label = partial(Verdict, wrong, artifact)
-        alone = validate_artifact(path, Request(reference=self.reference, max_tokens=16))
+        alone = validate_artifact(path, ValidationRequest(reference=self.reference, max_tokens=16))
         assert alone.reference is not None
         yield label("reference", alone.verdict, *_deciding(alone.checks), alone.reference.kl.mean)
-        both = validate_artifact(path, Request(model=str(self.sound.path), max_tokens=TOKENS))
+        both = validate_artifact(
+            path, ValidationRequest(model=str(self.sound.path), max_tokens=TOKENS)
+        )
         assert both.original is not None
         yield label("model", both.verdict, *_deciding(both.checks), both.original.kl.mean)
         record = self_check(self.sound, path)

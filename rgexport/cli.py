@@ -1,4 +1,4 @@
-"""The command line: exit codes and lines of error. The commands are in `commands`."""
+"""The command line: its group of commands, exit codes and error lines."""
 
 import io
 import os
@@ -9,26 +9,15 @@ from typing import NoReturn
 import click
 
 from rgexport import progress
-from rgexport.commands import (
-    compress,
-    evaluate,
-    exports,
-    hub,
-    llama_cpp,
-    proof,
-    serve,
-    state,
-    use,
-    web,
-)
+from rgexport.commands import compress, exports, llama_cpp, measure, publish, serve, state, text
 from rgexport.commands.options import help_if_alone, verbose
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 REDIRECTED = "utf-8" if os.name == "nt" and not os.environ.get("PYTHONIOENCODING") else None
-"""The encoding of pipes and files as stdin and stdout, where it is not the system's: Windows' code
-pages lack most characters of a model's replies."""
+"""The encoding of stdin and stdout that are no terminal: Windows' code pages lack most characters
+of a model's replies."""
 _PACKAGES = {
     "export": ("torch", "onnx", "onnx_ir"),
     "coreml": ("coremltools",),
@@ -39,23 +28,23 @@ _PACKAGES = {
     ),
 }
 EXTRAS = {package: extra for extra, packages in _PACKAGES.items() for package in packages}
-"""Package that the core install lacks → the extra that brings it."""
+"""Package that the core install lacks → the extra that installs it."""
 
 
 def main() -> NoReturn:
-    """Runs one command; whatever goes wrong ends in one line and an exit code.
+    """Runs one command; any error ends in one line and an exit code.
 
-    0: done; 1: the answer is no; 2: the request was wrong; 130 and 141: interrupted, by a key or
-    by a reader that left, as shells have it.
+    0: done; 1: the answer is no; 2: the request was wrong; 130: interrupted by a key; 141: the
+    reader of the output has left.
     """
     _prepare_streams()
     sys.exit(run(sys.argv[1:]))
 
 
 def _prepare_streams() -> None:
-    """Opens the null device for closed streams; stdout writes `?` for what it cannot encode.
+    """Opens the null device for closed streams; makes stdout write `?` for unknown characters.
 
-    In the order of their numbers, so that no file opened later gets the number of a stream.
+    The order is that of their numbers, so that no file opened later gets the number of a stream.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -64,7 +53,7 @@ def _prepare_streams() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding=REDIRECTED)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr never fails on what it cannot encode
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr never fails to encode a character
         sys.stdout.reconfigure(errors="replace")
 
 
@@ -77,7 +66,7 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except SystemExit:  # click's way of telling that whoever read our output has left
+    except SystemExit:  # click raises it when the reader of our output has left
         return PIPE_CLOSED
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "rgexport"
@@ -95,7 +84,7 @@ def run(arguments: list[str]) -> int:
 
 
 def error_line(error: Exception) -> str:
-    """The line for an error of a request or of the system."""
+    """Returns the line for an error of a request or of the system."""
     if isinstance(error, OSError):
         return one_line(f"{error.filename or 'the system'}: {error.strerror or error}")
     return one_line(str(error))
@@ -114,9 +103,9 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
     from rgexport.kernels.onnx.library import kernels
     from rgexport.kernels.rounding.library import unusable
 
-    found = kernels()
-    sets = ", ".join(found.instruction_sets)
-    built = f"{found.instruction_set} (of {sets} here)" if found.ops else f"none: {found.reason}"
+    native = kernels()
+    sets = ", ".join(native.instruction_sets)
+    built = f"{native.instruction_set} (of {sets} here)" if native.ops else f"none: {native.reason}"
     levels = f"none: {reason}" if (reason := unusable()) else "built"
     print_result(f"rgexport {__version__}\nnative kernels: {built}\nlibrary of levels: {levels}")
     context.exit()
@@ -139,19 +128,10 @@ def rgexport(context: click.Context) -> None:
 
 
 for command in (
-    *(
-        exports.onnx,
-        exports.coreml,
-        exports.gguf,
-        use.generate,
-        use.chat,
-        serve.serve,
-        web.web,
-        state.state,
-        use.bench,
-    ),
-    *(proof.inspect, exports.random, proof.reference, proof.validate, evaluate.evaluate),
-    llama_cpp.llama_cpp,
-    *(compress.calibrate, compress.quantize, hub.push),
+    *(exports.onnx, exports.coreml, exports.gguf, exports.random),
+    *(text.generate, text.chat, serve.serve, state.state),
+    *(measure.inspect, measure.reference, measure.validate, measure.evaluate, measure.bench),
+    *(compress.calibrate, compress.quantize),
+    *(publish.push, publish.web, llama_cpp.llama_cpp),
 ):
     rgexport.add_command(command)

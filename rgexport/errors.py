@@ -1,10 +1,10 @@
-"""The one error type that a user sees, and how untrusted text is shown."""
+"""Errors that users see, and untrusted text on one printable line."""
 
 import json
 import unicodedata
 
 MOST_SHOWN = 900
-"""Characters of a message; a longer one loses its middle."""
+"""Limit of a message in characters; a longer one loses its middle."""
 
 
 class RequestError(Exception):
@@ -22,20 +22,17 @@ class NotInstalled(RequestError):
 def system_error(error: BaseException) -> OSError | None:
     """Returns the error of the operating system that led to this one, if one did."""
     causes = error, error.__cause__, error.__context__
-    return next((each for each in causes if isinstance(each, OSError)), None)
+    return next((cause for cause in causes if isinstance(cause, OSError)), None)
 
 
 _HARMFUL = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
-"""Categories of characters that a terminal obeys or hides, or that change the order of others."""
+"""Categories of characters that a terminal obeys or hides, or that reorder the text."""
 _JOINERS = "\u200c\u200d"
-"""Of this category but harmless: scripts and emoji need them."""
+"""Harmless characters of category Cf: scripts and emoji need them."""
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Escapes control characters, except those in `kept`, as JSON does.
-
-    So text that is JSON means the same afterwards.
-    """
+    """Escapes control characters except those in `kept`, as JSON does: JSON stays equal JSON."""
     if text.isprintable():
         return text
     return "".join(c if c in kept or not _is_harmful(c) else json.dumps(c)[1:-1] for c in text)
@@ -46,7 +43,7 @@ def _is_harmful(character: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """`text` as one printable line of bounded length."""
+    """Returns `text` as one printable line of bounded length."""
     line = printable(" ".join(text.split()))
     if len(line) <= MOST_SHOWN:
         return line

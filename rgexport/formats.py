@@ -1,8 +1,8 @@
-"""The registry of formats: which there are, and where each floor keeps what it knows of them.
+"""The registry of formats.
 
-A format is one object on each floor, `FORMAT` of the module that is named here: `export` knows
-what it stores and how it opens, `runtimes` what runs it, `chat` where its tokenizer lies,
-`validate` what its engine may differ by. All other code asks these objects.
+A format is one object in each layer, `FORMAT` of the module named below: `export` knows how it is
+stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances. All other
+code asks these objects.
 """
 
 from importlib import import_module
@@ -28,10 +28,10 @@ FORMATS: dict[str, dict[str, Any]] = {
         "validate": "rgexport.validate.formats.gguf",
     },
 }
-"""Kind of an artifact → floor → module, or the object itself."""
+"""Kind of an artifact → layer → module, or the object itself."""
 
 
-def format_on(floor: str, kind: str) -> Any:
-    """What a floor knows of a kind of artifact; its module is loaded when it is asked for."""
-    place = FORMATS[kind][floor]
-    return import_module(place).FORMAT if isinstance(place, str) else place
+def format_on(layer: str, kind: str) -> Any:
+    """Returns the object of a kind of artifact in a layer; imports its module when first needed."""
+    entry = FORMATS[kind][layer]
+    return import_module(entry).FORMAT if isinstance(entry, str) else entry

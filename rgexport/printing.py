@@ -1,4 +1,4 @@
-"""Results for people and programs, on stdout; remarks go through `progress` to stderr."""
+"""Prints results to stdout; remarks go through `progress` to stderr."""
 
 import sys
 from typing import TextIO
@@ -7,7 +7,7 @@ from rgexport.errors import printable
 
 _LINES = "\n\t"
 _MARKS = "\u061c\u200e\u200f"
-"""Direction marks, which replies in Arabic and Hebrew have."""
+"""Direction marks; replies in Arabic and Hebrew have them."""
 
 
 def print_result(text: str, *, end: str = "\n") -> None:
@@ -16,12 +16,12 @@ def print_result(text: str, *, end: str = "\n") -> None:
 
 
 def print_reply(piece: str, stream: TextIO | None = None) -> None:
-    """Prints a piece of what a model writes: as it is, but for control characters on a terminal."""
+    """Prints a piece of a model's reply; escapes control characters on a terminal only."""
     stream = stream or sys.stdout
-    stream.write(shown_reply(piece) if stream.isatty() else piece)
+    stream.write(printable_reply(piece) if stream.isatty() else piece)
     stream.flush()
 
 
-def shown_reply(piece: str) -> str:
-    """Escapes control characters in a piece of what a model writes."""
+def printable_reply(piece: str) -> str:
+    """Escapes control characters in a piece of a model's reply."""
     return printable(piece, kept=_LINES + _MARKS)

@@ -1,4 +1,4 @@
-"""Each floor imports only from the floors before it, and the core needs no torch.
+"""Each package imports only from those below it, modules form no cycle, the core needs no torch.
 
 Checked on the syntax trees, so that imports inside functions count, too.
 """
@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import rgexport
@@ -17,17 +18,31 @@ FACE = PACKAGE / "__init__.py"
 """Gives `rgexport.load` when it is asked for."""
 TREES = {path: ast.parse(path.read_text()) for path in sorted({*PACKAGE.rglob("*.py")} - {FACE})}
 MODULES = list(TREES)
-FLOORS = (
-    *("griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve", "web_page"),
-    *("validate", "evaluate", "compress", "commands", "cli"),
+LAYERS = (
+    *(
+        "_version",
+        "choices",
+        "errors",
+        "units",
+        "parallelism",
+        "progress",
+        "printing",
+        "reporting",
+        "formats",
+    ),
+    *("files", "npm", "griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve"),
+    *("web_page", "validate", "evaluate", "compress", "commands", "cli"),
 )
-ANYWHERE = {
-    *"errors files formats npm parallelism printing progress reporting units".split(),
-    *("_version", "__init__"),
-}
-"""What every floor may import."""
+"""Every package and module of rgexport; each imports only from itself and those before it."""
 SIBLINGS = {"validate", "evaluate", "compress"}
 """None of these imports another one."""
+FORMATS_AND_ENGINES = {
+    **dict.fromkeys("export.onnx export.coreml export.gguf runtimes.coreml".split(), ()),
+    **dict.fromkeys("runtimes.onnx runtimes.llama_cpp".split(), ()),
+    "export.mil": ("export.coreml",),
+}
+"""Package of one format or engine → those of its layer that may import it; all others ask the
+format object."""
 
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "head measure statistics sums".split()),
@@ -75,25 +90,73 @@ def imports_on_load(tree: ast.Module | ast.ClassDef) -> set[str]:
     return names
 
 
-def floors_for(module: Path) -> set[str]:
-    """Returns the packages of rgexport that a module may import."""
-    floor = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if floor not in FLOORS:
-        return ANYWHERE
-    below = {*FLOORS[: FLOORS.index(floor)]}
-    return ANYWHERE | {floor} | (below - SIBLINGS if floor in SIBLINGS else below)
+def layer_of(name: str) -> str:
+    """Returns the layer of a module, such as `export` of `rgexport.export.card`."""
+    return name.removeprefix("rgexport.").split(".")[0]
+
+
+def own_imports(tree: ast.Module) -> set[str]:
+    """Returns the modules and packages of our own that a module imports, as dotted names."""
+    names = {name for name in imports(tree) if name.split(".")[0] == "rgexport"}
+    return {name if name in DOTTED else name.rpartition(".")[0] for name in names}
+
+
+DOTTED = {
+    ".".join(("rgexport", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in MODULES
+}
+"""Dotted name of a module or package → its file."""
 
 
 def test_imports_go_one_way():
     assert MODULES
     wrong = [
-        f"{name_of(module)} imports {name}"
-        for module in MODULES
-        for name in imports(TREES[module])
-        if name.split(".")[0] == "rgexport"
-        if name.removeprefix("rgexport.").split(".")[0] not in floors_for(module)
+        f"{name} imports {other}"
+        for name, module in DOTTED.items()
+        for other in own_imports(TREES[module])
+        if LAYERS.index(layer_of(other)) > LAYERS.index(layer_of(name))
     ]
     assert wrong == []
+
+
+def test_siblings_do_not_import_one_another():
+    wrong = [
+        f"{name} imports {other}"
+        for name, module in DOTTED.items()
+        for other in own_imports(TREES[module])
+        if layer_of(name) != layer_of(other) and {layer_of(name), layer_of(other)} <= SIBLINGS
+    ]
+    assert wrong == []
+
+
+def test_packages_of_formats_and_engines_are_asked_through_their_object():
+    wrong = [
+        f"{name} imports {other}"
+        for name, module in DOTTED.items()
+        for other in own_imports(TREES[module])
+        for package, users in FORMATS_AND_ENGINES.items()
+        if layer_of(name) == layer_of(other) and is_inside(other, package)
+        if not any(is_inside(name, user) for user in (package, *users))
+    ]
+    assert wrong == []
+
+
+def is_inside(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"rgexport.{package}.")
+
+
+def test_modules_form_no_cycle():
+    """Imports for type checkers alone do not count."""
+    graph = {}
+    for name, module in DOTTED.items():
+        body = [n for n in TREES[module].body if not ast.unparse(n).startswith("if TYPE_CHECKING:")]
+        graph[name] = own_imports(ast.Module(body, [])) - {name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" → ".join(error.args[1])) from None
 
 
 def requirements(*extras: str) -> set[str]:

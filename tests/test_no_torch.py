@@ -92,7 +92,7 @@ def test_validate_against_a_reference_file(demo_artifact, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("PASS")
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["twin"]["logits"]["relative_max"] > 0 and found["reference"]["same_files"]
+    assert found["dequantized"]["logits"]["relative_max"] > 0 and found["reference"]["same_files"]
     assert found["sites"]["errors"] and not found["sites"]["unseen"]
     assert 0.001 < found["reference"]["kl"]["mean"] < 0.05
     assert found["reference"]["positions"] == found["reference"]["tokens"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rgexport import progress, units
-from rgexport.progress import Work
+from rgexport.progress import TaskProgress
 from tests.command_line import ROOT
 
 
@@ -104,7 +104,7 @@ def test_stages_are_numbered_until_there_are_no_more(capsys, clock):
 @pytest.mark.parametrize("label", ["Quantizing", "Running the dequantized reference"])
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_line_fits(clock, columns, label, ended):
-    work = Work(label, 1_512_000_000, "bytes", "[2/4] ", done=653_000_000)
+    work = TaskProgress(label, 1_512_000_000, "bytes", "[2/4] ", done=653_000_000)
     clock.now += 12
     line = work.line(columns, ended=ended)
     assert len(line) <= columns and line.startswith("[2/4] ")

@@ -17,6 +17,7 @@ from rgexport.export.manifest import CARD
 from rgexport.export.opening import open_artifact
 from rgexport.web_page import build, site
 from rgexport.web_page.local_server import local_server
+from rgexport.web_page.site import read_content
 from tests.artifacts import export_demo
 from tests.command_line import rgexport
 
@@ -50,7 +51,7 @@ def wasm_site(artifact):
 
 
 def model_of(files):
-    (model,) = json.loads(site.read(files[site.CATALOG]))["models"]
+    (model,) = json.loads(read_content(files[site.CATALOG]))["models"]
     return model
 
 
@@ -64,14 +65,14 @@ def test_files_are_their_chunks(artifact, monkeypatch):
     model = model_of(made)
     assert model["profile"] == "wasm"
     for file in model["files"]:
-        chunks = [site.read(made[f"chunks/{name}.bin"]) for name in file["chunks"]]
+        chunks = [read_content(made[f"chunks/{name}.bin"]) for name in file["chunks"]]
         assert [hashlib.sha256(chunk).hexdigest() for chunk in chunks] == file["chunks"]
         assert all(len(chunk) == 1024 for chunk in chunks[:-1])
         assert b"".join(chunks) == (artifact / file["path"]).read_bytes()
         assert sum(map(len, chunks)) == file["bytes"]
     names = {file["path"] for file in model["files"]}
     assert {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"} < names
-    sizes = [len(site.read(part)) for name, part in made.items() if name.startswith("chunks/")]
+    sizes = [len(read_content(part)) for name, part in made.items() if name.startswith("chunks/")]
     assert model["bytes"] == sum(sizes) < sum(file["bytes"] for file in model["files"])
     assert set(PAGE) < set(made)
 
@@ -81,7 +82,7 @@ def test_a_site_is_replaced_and_nothing_else(wasm_site, tmp_path, artifact):
     site.write_site(wasm_site, folder, force=False)
     written = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     assert written.keys() == wasm_site.keys()
-    assert all(path.read_bytes() == site.read(wasm_site[name]) for name, path in written.items())
+    assert all(path.read_bytes() == read_content(wasm_site[name]) for name, path in written.items())
     asked = "web", str(artifact), "-o", str(folder)
     refused = rgexport(*asked, folder=tmp_path)
     assert refused.returncode == 2 and "--force" in refused.stderr
@@ -149,7 +150,7 @@ def test_the_local_server(wasm_site):
         address = f"http://127.0.0.1:{port}/"
         for name in ("", *(name for name in wasm_site if not name.startswith("chunks/"))):
             with urllib.request.urlopen(address + name) as answer:
-                assert answer.read() == site.read(wasm_site[name or "index.html"])
+                assert answer.read() == read_content(wasm_site[name or "index.html"])
                 assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
                 if name.endswith("js"):
                     assert answer.headers["Content-Type"] == "text/javascript"

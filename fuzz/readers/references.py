@@ -15,11 +15,11 @@ from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import json_mutator, small
 from fuzz.readers.target import Target, covers, oracle, require
 from fuzz.readers.weights import mutate_safetensors
+from rgexport.files.safetensors import DTYPES
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import DTYPES, METADATA, ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import METADATA, ReferenceFile, read_reference
 
 
 def _seeds(folder: Path) -> Iterable[bytes]:

@@ -1,1 +1,1 @@
-"""What people talk through: tokenizer, chat template, sampling, conversation."""
+"""Chat: tokenizer, template, sampling, conversations, scheduler, prefix store, state files."""

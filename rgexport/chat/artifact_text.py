@@ -1,4 +1,4 @@
-"""Where the artifacts of a format keep their tokenizer and their chat template."""
+"""Tokenizers and chat templates of artifacts, by format."""
 
 from typing import cast
 
@@ -12,11 +12,9 @@ class ArtifactText:
     """Reads both from the artifact's folder, which holds copies of the checkpoint's files."""
 
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
-        """See `open_tokenizer`."""
         return load_tokenizer(artifact.path)
 
     def template(self, artifact: Artifact) -> ChatTemplate:
-        """See `open_template`."""
         return load_template(artifact.path)
 
 
@@ -24,22 +22,22 @@ FORMAT = ArtifactText()
 
 
 def open_tokenizer(artifact: Artifact) -> Tokenizer:
-    """The artifact's own tokenizer.
+    """Returns the artifact's tokenizer.
 
     Raises:
         RequestError: the artifact takes token ids only, or its vocabulary cannot be read.
     """
-    return _text_of(artifact).tokenizer(artifact)
+    return _text_format(artifact).tokenizer(artifact)
 
 
 def open_template(artifact: Artifact) -> ChatTemplate:
-    """The artifact's chat template, or Gemma's where it has none.
+    """Returns the artifact's chat template, or Gemma's if it has none.
 
     Raises:
         RequestError: it cannot be read.
     """
-    return _text_of(artifact).template(artifact)
+    return _text_format(artifact).template(artifact)
 
 
-def _text_of(artifact: Artifact) -> ArtifactText:
+def _text_format(artifact: Artifact) -> ArtifactText:
     return cast(ArtifactText, format_on("chat", artifact.manifest.kind))

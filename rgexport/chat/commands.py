@@ -1,4 +1,4 @@
-"""What can be typed in a chat besides messages."""
+"""Slash commands of a chat."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -21,10 +21,12 @@ class Quit(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does, and what is typed after it."""
+    """A command, its description, and the name of its argument.
+
+    `run` returns a line to show, or the pieces of a reply.
+    """
 
     run: Callable[[Conversation, str], str | Replies]
-    """Gives a line to show, or the pieces of a reply."""
     about: str
     argument: str = ""
     required: bool = False
@@ -35,10 +37,10 @@ def run_command(conversation: Conversation, line: str) -> str | Replies:
 
     Raises:
         Quit: the chat ends.
-        RequestError: there is no such command, or it cannot be done.
+        RequestError: there is no such command, or it fails.
     """
     name, _, argument = line[1:].partition(" ")
-    command = COMMANDS.get(_ALSO.get(name, name))
+    command = COMMANDS.get(_SYNONYMS.get(name, name))
     if command is None:
         raise RequestError(f"there is no command /{name}; /help lists them")
     if command.required and not argument.strip():
@@ -47,9 +49,9 @@ def run_command(conversation: Conversation, line: str) -> str | Replies:
 
 
 def _help(conversation: Conversation, argument: str) -> str:
-    words = {f"/{name} {c.argument}".rstrip(): c.about for name, c in COMMANDS.items()}
-    width = max(map(len, words))
-    return "\n".join(f"{word:<{width}}  {about}" for word, about in words.items())
+    usages = {f"/{name} {c.argument}".rstrip(): c.about for name, c in COMMANDS.items()}
+    width = max(map(len, usages))
+    return "\n".join(f"{usage:<{width}}  {about}" for usage, about in usages.items())
 
 
 def _quit(conversation: Conversation, argument: str) -> str:
@@ -69,14 +71,6 @@ def _system(conversation: Conversation, argument: str) -> str:
 def _undo(conversation: Conversation, argument: str) -> str:
     conversation.undo()
     return "The last message and its reply are gone."
-
-
-def _retry(conversation: Conversation, argument: str) -> Replies:
-    return conversation.retry()
-
-
-def _edit(conversation: Conversation, argument: str) -> Replies:
-    return conversation.edit(argument)
 
 
 def _save(conversation: Conversation, argument: str) -> str:
@@ -111,9 +105,9 @@ def _stats(conversation: Conversation, argument: str) -> str:
 
 def _set(conversation: Conversation, argument: str) -> str:
     options = conversation.options
-    known = vars(options.sampling) | vars(options)
+    values = vars(options.sampling) | vars(options)
     if not argument:
-        return "\n".join(f"{name} {known[name]}" for name in _SETTINGS)
+        return "\n".join(f"{name} {values[name]}" for name in _SETTINGS)
     name, _, value = argument.partition(" ")
     name = name.replace("-", "_")
     if name not in _SETTINGS:
@@ -141,20 +135,19 @@ _SETTINGS: dict[str, Callable[[str], int | float]] = {
     "seed": int,
     "max_new_tokens": int,
 }
-_ALSO = {"exit": "quit", "reset": "clear", "regen": "retry"}
-"""Words of other programs → ours."""
+_SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
+"""Name of a command in other programs → its name."""
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "shows this"),
     "system": Command(_system, "sets the system prompt; without TEXT, removes it", "TEXT"),
     "undo": Command(_undo, "takes the last message and its reply back"),
-    "retry": Command(_retry, "asks for another reply"),
-    "edit": Command(_edit, "says TEXT instead of the last message", "TEXT", required=True),
-    "read": Command(_read, "reads a text that the next message is about", "FILE", required=True),
-    "save": Command(_save, "saves the conversation and its state", "FILE", required=True),
-    "load": Command(_load, "goes on with a saved one", "FILE", required=True),
+    "retry": Command(lambda conversation, _: conversation.retry(), "asks for another reply"),
+    "edit": Command(Conversation.edit, "says TEXT instead of the last message", "TEXT", True),
+    "read": Command(_read, "reads a text that the next message is about", "FILE", True),
+    "save": Command(_save, "saves the conversation and its state", "FILE", True),
+    "load": Command(_load, "goes on with a saved one", "FILE", True),
     "clear": Command(_clear, "begins a new conversation"),
     "set": Command(_set, "changes a setting; alone, it lists them", "NAME VALUE"),
     "stats": Command(_stats, "shows speed, memory and state"),
     "quit": Command(_quit, "ends the chat, as Ctrl-D does"),
 }
-"""Name → command."""

@@ -1,4 +1,4 @@
-"""A conversation that can be taken back, tried again, saved, and gone on with."""
+"""Conversations whose turns can be undone, retried, edited, saved and loaded."""
 
 import dataclasses
 from collections.abc import Generator
@@ -6,30 +6,29 @@ from pathlib import Path
 
 from rgexport.chat.model import Model
 from rgexport.chat.prefix_key import Key, key_of
-from rgexport.chat.reply import Reply, ReplyOptions
-from rgexport.chat.reply_stream import ReplyStream
+from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.state_file import SavedState
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 
-_BETWEEN = "\n\n"
-"""What is between a text that was read and what is asked about it."""
+_SEPARATOR = "\n\n"
+"""Between a document and the question about it."""
 
 
 class Conversation:
     """Turns of a user and a model.
 
-    It holds the messages alone: the model finds the state by them, so that whatever is taken back
-    or changed, only what comes after it is read.
+    It holds only messages. The model finds its states by them, so that after a change only what
+    follows the change is read.
 
     Attributes:
-        messages: the turns so far, perhaps with a system prompt in front.
-        options: of replies.
+        messages: the turns so far, perhaps after a system prompt.
+        options: the options of replies.
         last: the last reply.
     """
 
     def __init__(self, model: Model, options: ReplyOptions) -> None:
-        """Begins an empty conversation.
+        """Starts an empty conversation.
 
         Raises:
             RequestError: the model cannot chat.
@@ -37,10 +36,11 @@ class Conversation:
         model.require_chat()
         self.model, self.options = model, options
         self.messages: list[Message] = []
-        self.last: Reply | None = None
+        self.last: ModelReply | None = None
         self._attempts = 0
         self._document = ""
         self._unread: tuple[Path, Key] | None = None
+        """A loaded state file without its text, and the key of the text."""
 
     @property
     def system(self) -> str:
@@ -54,18 +54,18 @@ class Conversation:
         self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
     def clear(self) -> None:
-        """Forgets all turns, but not the system prompt."""
+        """Removes all turns, but not the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._document, self._unread = "", None
 
     def read(self, text: str) -> int:
-        """Reads a text that the next message is about; its number of tokens.
+        """Reads a document that the next message is about; returns the length in tokens.
 
         Raises:
             RequestError: the template refuses it, or it is not the text of a state that was loaded
-                without one.
+                without its text.
         """
-        document = self._with_document(text)
+        document = self._after_document(text)
         ids = self.model.opening_ids([*self.messages, _user(document)])
         if self._unread:
             path, key = self._unread
@@ -76,14 +76,14 @@ class Conversation:
         try:
             reading.result()
         finally:
-            reading.cancel()  # whoever interrupts the waiting ends the reading
+            reading.cancel()  # an interrupted wait ends the reading
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:
         """Yields the reply to `text`, piece by piece.
 
-        Closing the iterator ends the reply there, and what was said stays in the conversation. An
-        error undoes the turn.
+        Closing the iterator ends the reply; its text so far stays in the conversation. An error
+        undoes the turn.
 
         Raises:
             RequestError: the template refuses the conversation, or the engine failed.
@@ -94,33 +94,21 @@ class Conversation:
                 "again with /read FILE or --read FILE, which takes no time"
             )
         self._attempts = 0
-        yield from self._answer([*self.messages, _user(self._with_document(text))])
+        yield from self._reply_to([*self.messages, _user(self._after_document(text))])
 
     def retry(self) -> Generator[str, None, None]:
-        """Yields another reply to the last message.
-
-        Raises:
-            RequestError: there is none; else see `send`.
-        """
+        """Yields another reply to the last message."""
         self._attempts += 1
-        yield from self._answer([*self._before_last(), self._last_message()])
+        yield from self._reply_to(self.messages[: self._last_index() + 1])
 
     def edit(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text` in place of the last message.
-
-        Raises:
-            RequestError: there is none; else see `send`.
-        """
+        """Yields the reply to `text` in place of the last message."""
         self._attempts = 0
-        yield from self._answer([*self._before_last(), _user(text)])
+        yield from self._reply_to([*self.messages[: self._last_index()], _user(text)])
 
     def undo(self) -> None:
-        """Takes the last message and its reply back.
-
-        Raises:
-            RequestError: there is none.
-        """
-        self.messages = self._before_last()
+        """Removes the last message and its reply."""
+        self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:
         """Writes the conversation and its state into a file.
@@ -137,12 +125,12 @@ class Conversation:
         return self.model.save_state(path, self.model.conversation_ids(messages), messages)
 
     def load(self, path: Path) -> SavedState:
-        """Goes on with a saved conversation, or with a document that was read.
+        """Replaces the conversation by a saved one, or by a document that was read.
 
-        A file without text begins a new conversation, in which that text must be read next.
+        A file without text starts an empty conversation, in which that text must be read next.
 
         Raises:
-            RequestError: it is none, or of another model.
+            RequestError: it is no state file, or of another model.
         """
         saved = self.model.load_state(path)
         if saved.tokens is None:
@@ -159,45 +147,34 @@ class Conversation:
             self._document = self.messages.pop()["content"]
         return saved
 
-    def _answer(self, messages: list[Message]) -> Generator[str, None, None]:
-        stream = self.model.reply_to(messages, self._options())
+    def _reply_to(self, messages: list[Message]) -> Generator[str, None, None]:
+        stream = self.model.reply_to(messages, self._next_options())
         try:
             yield from stream
         finally:
-            self._end(messages, stream)
+            if not stream.failed:
+                stream.cancel()
+                self.last = stream.reply()
+                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+                self._document = ""
 
-    def _end(self, messages: list[Message], stream: ReplyStream) -> None:
-        """Takes what was said into the conversation, however it ended."""
-        if stream.failed:
-            return
-        stream.cancel()
-        self.last = stream.reply()
-        self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
-        self._document = ""
-
-    def _options(self) -> ReplyOptions:
-        """The options; another attempt with a seed has another seed."""
+    def _next_options(self) -> ReplyOptions:
+        """Returns the options; a seed changes with each attempt."""
         sampling = self.options.sampling
         if sampling.seed is None or not self._attempts:
             return self.options
-        other = dataclasses.replace(sampling, seed=sampling.seed + self._attempts)
-        return dataclasses.replace(self.options, sampling=other)
+        changed = dataclasses.replace(sampling, seed=sampling.seed + self._attempts)
+        return dataclasses.replace(self.options, sampling=changed)
 
-    def _with_document(self, text: str) -> str:
-        return _BETWEEN.join(filter(None, (self._document, text)))
+    def _after_document(self, text: str) -> str:
+        return _SEPARATOR.join(filter(None, (self._document, text)))
 
-    def _before_last(self) -> list[Message]:
-        """The messages before the last one of the user."""
-        return self.messages[: self._place_of_last()]
-
-    def _last_message(self) -> Message:
-        return self.messages[self._place_of_last()]
-
-    def _place_of_last(self) -> int:
-        places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not places:
+    def _last_index(self) -> int:
+        """Returns the index of the last message of the user."""
+        indices = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not indices:
             raise RequestError("there is no message yet")
-        return places[-1]
+        return indices[-1]
 
 
 def _user(text: str) -> Message:

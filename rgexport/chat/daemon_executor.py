@@ -12,14 +12,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _LOW_PRIORITY = 10
-"""Nice value of a thread whose calls may take long (Linux has one for each thread)."""
+"""Nice value of a thread for slow calls (on Linux each thread has its own)."""
 
 
 class DaemonExecutor:
-    """One daemon thread, which begins with the first call.
+    """One daemon thread, which starts with the first call.
 
-    `ThreadPoolExecutor` joins its threads when the interpreter ends, so that one native call which
-    takes minutes would keep the process alive.
+    `ThreadPoolExecutor` joins its threads when the interpreter ends, so that one native call of
+    minutes would keep the process alive.
     """
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
@@ -35,11 +35,11 @@ class DaemonExecutor:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
-        self._calls.put(lambda: _run_call(future, function))
+        self._calls.put(lambda: resolve(future, function))
         return future
 
     def shutdown(self, seconds: float) -> None:
-        """Ends the thread after the calls before; waits for it at most so long."""
+        """Ends the thread after the submitted calls; waits for it at most `seconds`."""
         self._calls.put(None)
         if self._thread is not None:
             self._thread.join(seconds)
@@ -52,7 +52,8 @@ class DaemonExecutor:
             call()
 
 
-def _run_call(future: Future[T], function: Callable[[], T]) -> None:
+def resolve(future: Future[T], function: Callable[[], T]) -> None:
+    """Sets the result or the error of a call, unless the future was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:

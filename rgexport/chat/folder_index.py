@@ -17,47 +17,49 @@ _FOLDER = re.compile(r"[0-9a-f]{16}-\d+(-[0-9a-f]{16})?")
 """Name of the folder of an artifact; earlier versions had one for each model and window."""
 _FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
 
+FileName = tuple[str, str]
+"""Names of the artifact's folder and of the file in it."""
+
 
 def file_name(key: Key) -> str:
-    """Returns the name of the file of a state."""
     return f"{key[0]}-{key[1]}.state"
 
 
 @dataclass
 class _File:
+    """Size and time of last use; `has_logits` is None if only the file knows."""
+
     nbytes: int
     used: float
     has_logits: bool | None = None
-    """None if only the file knows."""
 
 
 class FolderIndex:
     """The state files of all artifacts in a folder, the least recently used first.
 
-    One thread calls the methods that say that they use the disk; any thread may call the others,
-    which never wait for the disk.
+    Only one thread calls `scan` and `trim`, which use the disk. Any thread may call the other
+    methods, which never wait for the disk.
     """
 
     def __init__(self, root: Path, name: str) -> None:
-        """Begins empty.
+        """Starts empty.
 
         Args:
             root: the folder of all artifacts.
             name: the folder in it of the artifact whose states are looked up.
         """
         self._root, self._name = root, name
-        self._files: OrderedDict[tuple[str, str], _File] = OrderedDict()
+        self._files: OrderedDict[FileName, _File] = OrderedDict()
         self._lengths = Counter[int]()
         self._nbytes = 0
         self._lock = threading.Lock()
 
     def lengths(self) -> set[int]:
-        """Returns the numbers of tokens of this artifact's states."""
+        """Returns the lengths, in tokens, of this artifact's states."""
         with self._lock:
             return set(self._lengths)
 
     def has(self, key: Key) -> bool:
-        """Returns whether this artifact has a state of that key."""
         with self._lock:
             return (self._name, file_name(key)) in self._files
 
@@ -68,7 +70,6 @@ class FolderIndex:
             return None if file is None else file.has_logits
 
     def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
-        """Adds a file of this artifact, or replaces its entry."""
         with self._lock:
             name = self._name, file_name(key)
             self._discard(name)
@@ -83,15 +84,14 @@ class FolderIndex:
                 self._files.move_to_end(name)
 
     def discard(self, key: Key) -> None:
-        """Removes the entry of a file that is gone."""
         with self._lock:
             self._discard((self._name, file_name(key)))
 
     def scan(self) -> None:
-        """Compares the index with the disk; removes files that killed processes left half-written.
+        """Compares the index with the disk; removes incomplete files of killed processes.
 
         Raises:
-            OSError: a folder cannot be listed; the index stays as it was.
+            OSError: a folder cannot be listed; the index stays unchanged.
         """
         names = set(self._names_on_disk())
         with self._lock:
@@ -100,12 +100,12 @@ class FolderIndex:
             unknown = names - self._files.keys()
         sizes = [(name, status) for name in unknown if (status := self._status(name))]
         with self._lock:
-            for name, status in sorted(sizes, key=lambda each: each[1].st_mtime):
+            for name, status in sorted(sizes, key=lambda pair: pair[1].st_mtime):
                 if name not in self._files:
                     self._insert(name, _File(status.st_size, status.st_mtime))
 
     def trim(self, max_bytes: int) -> None:
-        """Removes the least recently used files from the disk until the rest is small enough."""
+        """Removes the least recently used files until the rest fits."""
         while self._nbytes > max_bytes and self._files:
             with self._lock:
                 name, file = next(iter(self._files.items()))
@@ -116,9 +116,9 @@ class FolderIndex:
                     self._insert(name, _File(status.st_size, status.st_mtime, file.has_logits))
                 continue
             with suppress(OSError):
-                (self._root / name[0] / name[1]).unlink()
+                self._root.joinpath(*name).unlink()
 
-    def _names_on_disk(self) -> Iterator[tuple[str, str]]:
+    def _names_on_disk(self) -> Iterator[FileName]:
         for folder in _entries(self._root):
             if not (_FOLDER.fullmatch(folder.name) and folder.is_dir()):
                 continue
@@ -128,26 +128,23 @@ class FolderIndex:
                 else:
                     remove_abandoned(entry)
 
-    def _status(self, name: tuple[str, str]) -> os.stat_result | None:
+    def _status(self, name: FileName) -> os.stat_result | None:
         with suppress(OSError):
-            return os.stat(self._root / name[0] / name[1])
+            return self._root.joinpath(*name).stat()
         return None
 
-    def _insert(self, name: tuple[str, str], file: _File) -> None:
+    def _insert(self, name: FileName, file: _File) -> None:
         self._files[name] = file
         self._nbytes += file.nbytes
         if name[0] == self._name:
             self._lengths[_length(name[1])] += 1
 
-    def _discard(self, name: tuple[str, str]) -> None:
+    def _discard(self, name: FileName) -> None:
         if (file := self._files.pop(name, None)) is None:
             return
         self._nbytes -= file.nbytes
         if name[0] == self._name:
-            length = _length(name[1])
-            self._lengths[length] -= 1
-            if not self._lengths[length]:
-                del self._lengths[length]
+            self._lengths -= Counter([_length(name[1])])
 
 
 def _length(name: str) -> int:
@@ -155,7 +152,7 @@ def _length(name: str) -> int:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Lists a folder; one that is gone is empty."""
+    """Lists a folder; a missing one is empty."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)

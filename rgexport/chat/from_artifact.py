@@ -1,4 +1,4 @@
-"""Opening an artifact for `rgexport generate`, `chat` and `state`, with words for a person."""
+"""Opens artifacts for `rgexport generate`, `chat` and `state`, with remarks for the user."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat import model as models
 from rgexport.chat.model import Model
-from rgexport.chat.model import open_model as model_of
-from rgexport.chat.reply import Reply
+from rgexport.chat.prefix_key import key_of
+from rgexport.chat.reply import ModelReply
 from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -18,12 +19,12 @@ from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 
-_DIGITS = 20
-"""The most digits of a token id that an error shows."""
+_MOST_DIGITS = 20
+"""Maximum number of digits of a token id that an error shows."""
 
 
 def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
-    """Opens an artifact; for `options` see `model.open_model`.
+    """Opens an artifact; `options` as for `model.open_model`.
 
     Warns if the self-check of its export failed, or if it shall `chat` and was not tuned for that.
 
@@ -36,11 +37,30 @@ def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options
             f"{artifact.manifest.name} is a base model: it continues text, but answers poorly; "
             f"try rgexport generate {path} -p TEXT"
         )
-    model = model_of(artifact, **options)
-    _tell(model.info)
+    model = models.open_model(artifact, **options)
+    _log_session(model.info)
     if chat:
         model.require_chat()
     return model
+
+
+def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
+    """Returns the tokens of a plain text, after the tokens of a state file if it has them.
+
+    Raises:
+        RequestError: no tokens, a state of another model, or a state with only the hash of a text
+            that `text` does not begin with.
+    """
+    saved = None if state is None else model.load_state(state)
+    if saved and saved.tokens is not None:
+        return [*saved.tokens.tolist(), *model.tokenizer.encode_text(text)]
+    ids = model.text_ids(text)
+    if saved and key_of(ids[: saved.position]) != saved.key:
+        raise RequestError(
+            f"{state} stores a hash of its text, not the text; the prompt must begin with "
+            "that text, which is not read again (--prompt-file FILE takes a long one)"
+        )
+    return ids
 
 
 def continue_ids(
@@ -52,33 +72,33 @@ def continue_ids(
     *,
     allow_foreign: bool = False,
 ) -> Iterator[int]:
-    """Continues ids such as `2,651,603`; no token ends that early.
+    """Yields exactly `max_new_tokens` tokens after ids such as `2,651,603`.
 
     Raises:
         RequestError: no sound artifact, or no ids.
     """
-    words = ids.replace(",", " ").split()
-    if not words or not all(word.isascii() and word.isdigit() for word in words):
+    numbers = ids.replace(",", " ").split()
+    if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
-    if longest := max((n for n in map(len, words) if n > _DIGITS), default=0):
+    if longest := max((n for n in map(len, numbers) if n > _MOST_DIGITS), default=0):
         raise RequestError(f"--ids has a number of {longest} digits; expected token ids")
-    artifact, numbers = _open(path, allow_foreign), list(map(int, words))
+    artifact, tokens = _open(path, allow_foreign), list(map(int, numbers))
     size = artifact.manifest.config.vocab_size
-    if max(numbers) >= size:  # before NumPy sees a number that has more than 64 bits
-        raise RequestError(f"token id {max(numbers)} is outside of the vocabulary of {size}")
-    prompt = np.array([numbers], np.int64)
+    if max(tokens) >= size:  # NumPy would fail on numbers of more than 64 bits
+        raise RequestError(f"token id {max(tokens)} is outside of the vocabulary of {size}")
+    prompt = np.array([tokens], np.int64)
     session = open_session(artifact, threads=threads)
-    _tell(session.info)
-    sampler = Sampler(sampling, prompt[0].tolist())
+    _log_session(session.info)
+    sampler = Sampler(sampling, tokens)
     token = sampler(session.prefill(prompt)[0, -1])
-    for left in reversed(range(max_new_tokens)):
+    for _ in range(max_new_tokens - 1):
         yield token
-        if left:
-            token = sampler(session.step(np.array([token], np.int64))[0])
+        token = sampler(session.step(np.array([token], np.int64))[0])
+    yield token
 
 
-def summary(reply: Reply) -> str:
-    """The speed of a reply, in one line."""
+def summary(reply: ModelReply) -> str:
+    """Returns the speed of a reply, in one line."""
     read = reply.prompt_tokens - reply.cached_tokens
     known = f" ({reply.cached_tokens} more were known)" if reply.cached_tokens else ""
     cut = "; cut at --max-new-tokens" if reply.reason == "length" else ""
@@ -89,14 +109,13 @@ def summary(reply: Reply) -> str:
 
 
 def _open(path: Path, allow_foreign: bool) -> Artifact:
-    """Opens an artifact; warns if the self-check of its export failed."""
     artifact = open_artifact(path, allow_foreign=allow_foreign)
-    if (found := artifact.manifest.check).status == "unverified":
-        warn(f"what {path} says may be wrong. {found.sentence}")
+    if (check := artifact.manifest.check).status == "unverified":
+        warn(f"what {path} says may be wrong. {check.sentence}")
     return artifact
 
 
-def _tell(info: SessionInfo) -> None:
+def _log_session(info: SessionInfo) -> None:
     detail(
         f"{info.title}, {info.threads} threads; one step reads "
         f"{amount(info.weight_bytes)} of weights and {amount(info.state_bytes)} of state"

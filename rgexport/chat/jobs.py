@@ -1,4 +1,4 @@
-"""What a scheduler is asked, and what it answers."""
+"""Requests to a scheduler, their progress, and the events that their listeners get."""
 
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from rgexport.chat.lookup import Lookup
+from rgexport.chat.lookup import PromptLookup
 from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.chat.state_folder import Fetch
 from rgexport.errors import RequestError
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from rgexport.chat.masks import ReplyMask
 
 KEPT_EVERY = 512
-"""Tokens of a long prompt after which its state is kept."""
+"""Interval, in tokens of a long prompt, at which its state is stored."""
 
 
 class Busy(RequestError):
-    """There are too many requests already."""
+    """Too many requests are waiting."""
 
 
 class EngineError(RequestError):
-    """The engine failed; whatever it was computing is lost."""
+    """The engine failed; its running computations are lost."""
 
 
 class Mask(Protocol):
     """The tokens that a grammar allows next, for one reply.
 
     Other threads call it, one at a time, while the model takes its step. An error of a mask ends
-    its reply alone, and so does a mask that takes longer than `masks.MASK_SECONDS` for a token.
+    only its reply, and so does a mask that takes longer than `masks.MASK_SECONDS` for a token.
     """
 
     def allowed(self) -> np.ndarray:
@@ -46,12 +46,12 @@ class Mask(Protocol):
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 Ending = tuple[Reason, RequestError | None]
-"""Why a reply ends, and the error if it is one."""
+"""Reason for the end of a reply, and the error if the reason is an error."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a reply; `logits` [vocab] are those that it was chosen by, before penalties."""
+    """A token of a reply, and the logits [vocab] that it was chosen by, before penalties."""
 
     id: int
     logits: np.ndarray
@@ -59,15 +59,15 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """The end of a reply: why, and what it cost.
+    """The end of a reply.
 
     Attributes:
-        reason: `stop` for a stop id or a listener that has enough.
-        cached_tokens: of the prompt, that did not have to be read.
-        read_seconds: from the request's turn until its first token.
-        write_seconds: from there to the end.
-        error: of the reason `error`.
-        state: of a prompt that was only read.
+        reason: `stop` for a stop id or a listener that returned False.
+        cached_tokens: prompt tokens whose state was known.
+        read_seconds: time from admission to the first token.
+        write_seconds: time from the first token to the end.
+        error: the error, for the reason `error`.
+        state: the state after a prompt that was only read.
     """
 
     reason: Reason
@@ -79,40 +79,39 @@ class End:
 
 
 class Listener(Protocol):
-    """Hears of a reply in the scheduler's thread, so it must not wait.
+    """Receives a reply in the scheduler's thread, so it must not block.
 
     The end of a reply that never had a row may come from the thread of another request.
     """
 
     def token(self, token: Token) -> bool:
-        """Takes the next token; whether the reply goes on."""
+        """Takes the next token; returns whether the reply goes on."""
         ...
 
     def end(self, end: End) -> None:
-        """Called once, at the end."""
+        """Takes the end; called once."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to read, and what to write after it.
+class GenerationRequest:
+    """A prompt to read, and a reply to write.
 
     Attributes:
         ids: the prompt, at least one token.
-        listener: hears of the reply.
+        listener: receives the reply.
         sampling: how tokens are chosen.
         draft: tokens that the reply may repeat.
-        max_new_tokens: most tokens of the reply; 0 only reads, and keeps the state.
-        stop_ids: tokens that end the reply; they are not part of it.
-        keep: lengths of prefixes of the prompt whose states are kept, beside its own.
-        mask: the tokens that may be written; no other request has it.
-        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them, part
-            by part, in the scheduler's thread. The whole prompt is read then, even where a state
-            after a part of it is known.
-        client: who asks; clients take turns, and share the rows.
-        namespace: states are found only by requests of the same one.
-        first: whether it goes before the others of its client.
-        lasting: whether the states of the prompt's and the reply's end go into a folder, too.
+        max_new_tokens: maximum length of the reply; 0 only reads, and stores the state.
+        stop_ids: tokens that end the reply and are not part of it.
+        keep: lengths of prefixes of the prompt whose states are stored, beside the whole prompt's.
+        mask: the tokens that may be written; no other request uses it.
+        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them,
+            chunk by chunk, in the scheduler's thread. The whole prompt is read then.
+        client: the client; clients take turns, and share the rows.
+        namespace: states are found only by requests of the same namespace.
+        first: whether it goes before other requests of its client.
+        lasting: whether the states after the prompt and the reply are also stored in the folder.
     """
 
     ids: Sequence[int]
@@ -131,11 +130,7 @@ class Request:
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Refuses ids that the model does not have.
-
-    Raises:
-        RequestError: there is one; the message names the first.
-    """
+    """Raises RequestError, naming the first bad id, if an id is outside of the vocabulary."""
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise RequestError(
@@ -144,47 +139,49 @@ def require_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-class Job:
-    """A request under way."""
+class GenerationJob:
+    """A request that waits or runs.
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.cancelled = False
-        self.fed = 0
-        """Tokens of `ids` that the row's state has seen."""
-        self.ids = list(request.ids)
-        self.written = 0
-        self.fetch: Fetch | None = None
-        """What the folder of states reads for it."""
-        self.foreign = False
-        """Whether its state follows from one that another artifact has computed."""
-        self.cached = 0
-        self.stored = 0
-        """Tokens of `ids` after which the state was last stored."""
-        self.paused: State | None = None
-        """The state of its row, while another client has that row."""
+    Attributes:
+        ids: prompt and reply so far.
+        fed: number of `ids` that the row's state has seen.
+        written: number of tokens of the reply.
+        cached: number of prompt tokens whose state was known.
+        stored: number of `ids` after which the state was last stored.
+        fetch: what the folder of states reads for it.
+        foreign: whether its state follows from one that another artifact has computed.
+        paused: the state of its row, while another client has that row.
+        began: when it first got a row.
+        replied: when its reply began.
+        held: logits whose mask is not ready; the row takes no step until it is.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request, self.ids = request, list(request.ids)
+        self.cancelled = self.foreign = False
+        self.fed = self.written = self.cached = self.stored = 0
         self.began = self.replied = 0.0
-        self.lookup = Lookup(self.ids, request.draft)
+        self.fetch: Fetch | None = None
+        self.paused: State | None = None
         self.mask: ReplyMask | None = None
         self.held: np.ndarray | None = None
-        """Logits whose mask is not ready: the row takes no step until it is."""
+        self.lookup = PromptLookup(self.ids, request.draft)
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """The sampler, which takes as long to make as all else; replies that are left need none."""
+        """The sampler; creating it is slow, and cancelled requests never need it."""
         return Sampler(self.request.sampling, self.request.ids)
 
     def cancel(self) -> None:
-        """Ends it after the current step or chunk; it stops counting as waiting at once.
+        """Ends it after the current step or chunk.
 
-        Only sets a flag, so that a finalizer may call it in any thread, whatever lock that holds.
+        Only sets a flag, so that a finalizer may call it in any thread, whatever locks are held.
         """
         self.cancelled = True
 
     def stops(self) -> list[int]:
-        """Where reading pauses to keep a state, from here on."""
+        """Returns the next prompt lengths at which reading pauses to store the state."""
         end = len(self.request.ids)
         is_long = end - self.cached > KEPT_EVERY
         every = range(KEPT_EVERY, end, KEPT_EVERY) if is_long else ()
-        places = {*self.request.keep, *every, end}
-        return sorted(place for place in places if self.fed < place <= end)
+        return sorted(n for n in {*self.request.keep, *every, end} if self.fed < n <= end)

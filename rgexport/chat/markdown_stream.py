@@ -1,7 +1,6 @@
-"""Markdown on a terminal while it is written: finished blocks stay, the last one is redrawn."""
+"""Streamed Markdown on a terminal: finished blocks are printed, the last one is redrawn."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -9,59 +8,47 @@ from rich.live import Live
 from rich.markdown import Markdown
 
 _FENCE = "```"
-_SECONDS = 0.08
-"""Between two redrawings."""
+_REDRAW_SECONDS = 0.08
 
 
 class MarkdownStream:
-    """Takes text piece by piece, within a `with` block."""
+    """A context manager that shows text piece by piece."""
 
     def __init__(self, console: Console) -> None:
-        """Writes to `console`."""
         self._console, self._text, self._drawn = console, "", 0.0
-        self._live = self._new()
+        self._live = self._new_live()
 
     def add(self, piece: str) -> None:
-        """Takes the next piece."""
         self._text += piece
-        if end := _finished(self._text):
-            self._print(self._text[:end])
+        if end := _end_of_blocks(self._text):
+            # Live output is cut at the height of the screen, so finished blocks leave it.
+            self._live.stop()
+            self._console.print(Markdown(self._text[:end]))
+            self._console.print()
             self._text = self._text[end:]
-        if time.monotonic() - self._drawn >= _SECONDS:
+            self._live = self._new_live()
+            self._live.start()
+        if time.monotonic() - self._drawn >= _REDRAW_SECONDS:
             self._live.update(Markdown(self._text), refresh=True)
             self._drawn = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Begins to draw."""
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Writes the last block."""
+    def __exit__(self, *exception: object) -> None:
+        """Prints the last block."""
         self._live.stop()
         if self._text.strip():
             self._console.print(Markdown(self._text))
 
-    def _print(self, text: str) -> None:
-        """Writes a block for good: what is alive is cut at the height of the screen."""
-        self._live.stop()
-        self._console.print(Markdown(text))
-        self._console.print()
-        self._live = self._new()
-        self._live.start()
-
-    def _new(self) -> Live:
+    def _new_live(self) -> Live:
         return Live(console=self._console, auto_refresh=False, transient=True)
 
 
-def _finished(text: str) -> int:
-    """Where the last block begins: after the last blank line that is in no block of code."""
-    place = text.rfind("\n\n")
-    while place > 0 and text.count(_FENCE, 0, place) % 2:
-        place = text.rfind("\n\n", 0, place)
-    return place + 2 if place > 0 else 0
+def _end_of_blocks(text: str) -> int:
+    """Returns the position after the last blank line outside of code blocks; 0 if there is none."""
+    position = text.rfind("\n\n")
+    while position > 0 and text.count(_FENCE, 0, position) % 2:
+        position = text.rfind("\n\n", 0, position)
+    return position + 2 if position > 0 else 0

@@ -1,5 +1,6 @@
-"""The masks of replies, computed in other threads while the model takes its step."""
+"""Masks of replies, computed in other threads while the model takes its step."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -36,7 +37,7 @@ class MaskThreads:
 
         Args:
             vocab_size: length of a mask.
-            ready: called by other threads when a mask is there.
+            ready: called by the threads when a mask is ready.
             seconds: longest time for the mask of one token.
             quick_seconds: longest time of a mask in the first thread.
         """
@@ -46,13 +47,12 @@ class MaskThreads:
         self._slow = DaemonExecutor("slow masks", low_priority=True)
 
     def submit(self, compute: Callable[[], np.ndarray], *, slow: bool) -> Future[np.ndarray]:
-        """Computes a mask in the thread for quick or for slow ones."""
         future = (self._slow if slow else self._quick).submit(compute)
         future.add_done_callback(lambda _: self._ready())
         return future
 
     def close(self) -> None:
-        """Ends the threads; a mask that takes too long is left to the end of the process."""
+        """Ends the threads, but does not wait for a mask that takes too long."""
         for thread in (self._quick, self._slow):
             thread.shutdown(_CLOSING_SECONDS)
 
@@ -68,27 +68,25 @@ class ReplyMask:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask, or an error instead of it, is there."""
+        """Whether the next mask, or an error instead of it, is ready."""
         return self._bias.done() or self._is_overdue()
 
     def bias(self, seconds: float) -> np.ndarray | None:
-        """Returns what the mask adds to logits [vocab]: 0 or -inf.
+        """Returns the mask as a summand of logits [vocab], 0 or -inf; None if it is not ready.
 
         Args:
-            seconds: how long to wait for a mask that is not there; a slow one is not waited for.
-
-        Returns:
-            None if the mask is not ready.
+            seconds: how long to wait for a quick mask.
 
         Raises:
             RequestError: the mask failed, or takes too long.
         """
         if seconds > 0 and not self._slow and not self._bias.done():
-            self._wait(seconds)
+            with contextlib.suppress(TimeoutError):
+                self._bias.exception(seconds)
         if self._bias.done():
             return self._bias.result()
         if self._is_overdue():
-            raise RequestError(self._overdue_text())
+            raise self._overdue()
         return None
 
     def accept(self, token: int) -> None:
@@ -96,18 +94,11 @@ class ReplyMask:
         self._start(token)
 
     def cancel(self) -> None:
-        """Skips a computation that has not begun."""
         self._bias.cancel()
 
     def _start(self, token: int | None) -> None:
         self._queued, self._began = time.perf_counter(), 0.0
         self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
-
-    def _wait(self, seconds: float) -> None:
-        try:
-            self._bias.exception(seconds)
-        except TimeoutError:
-            return
 
     def _compute(self, token: int | None) -> np.ndarray:
         """Computes the mask after `token`, in another thread."""
@@ -118,7 +109,7 @@ class ReplyMask:
             allowed = np.asarray(self._mask.allowed())
         except RequestError:
             raise
-        except Exception as error:  # of a mask that a program passed in
+        except Exception as error:  # raised by a mask of the Python API
             raise RequestError(f"the mask failed: {error}") from error
         if allowed.shape != (self._threads.vocab_size,) or allowed.dtype != bool:
             raise RequestError(
@@ -130,7 +121,7 @@ class ReplyMask:
         bias: np.ndarray = _BIAS.take(allowed.view(np.uint8))
         seconds = time.perf_counter() - self._began
         if seconds > self._threads.seconds:
-            raise RequestError(self._overdue_text())
+            raise self._overdue()
         self._slow = self._slow or seconds > self._threads.quick_seconds
         return bias
 
@@ -140,10 +131,12 @@ class ReplyMask:
             return now - self._began > self._threads.seconds
         return now - self._queued > _QUEUE_SECONDS
 
-    def _overdue_text(self) -> str:
+    def _overdue(self) -> RequestError:
         if self._began:
-            return (
+            return RequestError(
                 f"the grammar takes longer than {self._threads.seconds:g} s for one token; "
                 "use a simpler grammar or schema"
             )
-        return f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
+        return RequestError(
+            f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
+        )

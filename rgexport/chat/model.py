@@ -1,4 +1,4 @@
-"""An artifact that answers: what the terminal, the server and Python share.
+"""Models that reply: the interface that the terminal, the server and Python share.
 
 model = rgexport.load("demo-int4-onnx")
 print(model.chat([{"role": "user", "content": "Hello"}]).text)
@@ -11,19 +11,27 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.jobs import End, Job, Request, Token, require_ids
+from rgexport.chat.jobs import End, GenerationJob, GenerationRequest, Token, require_ids
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.prompts import Prompt, Prompts
-from rgexport.chat.reply import Deliver, Piece, Reply, ReplyOptions, Writer, reply_options
-from rgexport.chat.reply_stream import ReplyStream
+from rgexport.chat.prompts import PromptEncoder, PromptTokens
+from rgexport.chat.reply import (
+    Deliver,
+    Item,
+    ModelReply,
+    ReplyOptions,
+    ReplyStream,
+    ReplyWriter,
+    TextPiece,
+    reply_options,
+)
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_file import (
     SavedState,
@@ -45,15 +53,15 @@ from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session, SessionInfo
 
 CACHE_BYTES, FOLDER_BYTES = 1 << 30, 10 << 30
-"""Memory and disk for states by default: 30 and 300 of a 2B's."""
-_WAITING_SHARE = 4
-"""States that wait to be written take at most this part of the memory for states."""
+"""Default memory and disk for states: 30 and 300 states of a 2B model."""
+_UNWRITTEN_SHARE = 4
+"""States that wait to be written take at most this fraction (1/4) of the memory for states."""
 
 
-class Model(Prompts):
-    """An artifact in its engine, with the states of what it has read.
+class Model(PromptEncoder):
+    """An artifact in its engine, with the states of earlier prompts.
 
-    Several conversations may be under way at once, in any threads.
+    Several conversations may run at once, in any threads.
     """
 
     def __init__(
@@ -72,22 +80,22 @@ class Model(Prompts):
         folder_bytes: int = FOLDER_BYTES,
         state_precision: str | None = None,
     ) -> None:
-        """Takes an engine, which it owns from now on; `load` opens one.
+        """Takes ownership of an engine; `load` opens one.
 
         Args:
             session: the engine.
             tokenizer: its vocabulary.
-            template: how conversations are written.
-            identity: what its states are of.
+            template: the format of conversations.
+            identity: the model that its states belong to.
             artifact: a hash of the artifact.
-            rows: most conversations that are computed together.
-            max_waiting: most requests that wait for their turn.
-            lookup: whether several tokens are checked at once where a text repeats itself. It
-                changes the speed of a reply, not its text.
+            rows: maximum number of conversations in a step.
+            max_waiting: maximum number of requests that wait for their turn.
+            lookup: whether drafts are checked where a text repeats itself. It changes the speed of
+                a reply, not its text.
             cache_bytes: memory for states.
-            state_folder: where states are kept for the next start.
-            folder_bytes: most bytes in that folder.
-            state_precision: fp32 or fp16, in files; None for what the engine has.
+            state_folder: the folder that stores states for the next start.
+            folder_bytes: maximum size of that folder.
+            state_precision: fp32 or fp16, in files; None for the engine's precision.
 
         Raises:
             RequestError: the folder cannot be made, or memory is too small for the rows.
@@ -100,22 +108,22 @@ class Model(Prompts):
         self.vocab_size = session.vocab_size
         self.require_unchanged = session.require_unchanged
         self.state_precision = state_precision
-        self._artifact = _numeric_identity(artifact, session.info, state_precision)
+        self._numeric_identity = _numeric_identity(artifact, session.info, state_precision)
         folder = None
         if state_folder is not None:
             folder = StateFolder(
                 state_folder,
                 identity,
                 self._shapes,
-                artifact=self._artifact,
+                artifact=self._numeric_identity,
                 vocab_size=self.vocab_size,
                 max_bytes=folder_bytes,
-                waiting_bytes=cache_bytes // _WAITING_SHARE,
+                waiting_bytes=cache_bytes // _UNWRITTEN_SHARE,
                 precision=state_precision,
             )
         store = PrefixStore(cache_bytes, folder)
         super().__init__(tokenizer, template, store.length)
-        self._drafts = lookup and session.info.exact_tokens > 1
+        self._uses_drafts = lookup and session.info.exact_tokens > 1
         self.scheduler = Scheduler(
             session, store, rows=rows, max_waiting=max_waiting, lookup=lookup
         )
@@ -123,23 +131,18 @@ class Model(Prompts):
 
     @property
     def name(self) -> str:
-        """The model's name."""
         return self.identity.name
 
     def require_chat(self) -> None:
-        """Checks that it can chat.
-
-        Raises:
-            RequestError: the template writes turns that the vocabulary does not have.
-        """
+        """Raises RequestError if the template writes turns that the vocabulary does not have."""
         self.template.check_turns(self.tokenizer)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
-        """The reply to a conversation; for `options` see `stream`."""
+    def chat(self, messages: Sequence[Message], **options: Any) -> ModelReply:
+        """Returns the reply to a conversation; `options` as for `stream`."""
         return self.stream(messages, **options).reply()
 
     def stream(self, messages: Sequence[Message], **options: Any) -> ReplyStream:
-        """The reply to a conversation, piece by piece.
+        """Returns the reply to a conversation, piece by piece.
 
         Args:
             messages: `role` and `content` of each turn, the last one a user's.
@@ -151,39 +154,41 @@ class Model(Prompts):
         return self.reply_to(messages, reply_options(**options))
 
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
-        """As `stream`."""
-        return ReplyStream(
-            self, self.conversation_prompt(messages, namespace=options.namespace), options
-        )
-
-    def draft_of(self, text: str) -> list[int]:
-        """The tokens of a text that replies may repeat; none if this engine checks no drafts."""
-        return self.encode(text) if self._drafts else []
+        """Returns the reply to a conversation, piece by piece, as `stream` does."""
+        prompt = self.conversation_prompt(messages, namespace=options.namespace)
+        return ReplyStream(partial(self.start, prompt, options))
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
-        """The continuation of a text, piece by piece; for `options` see `stream`."""
-        return ReplyStream(self, Prompt(self.text_ids(text)), reply_options(**options))
+        """Returns the continuation of a text, piece by piece; `options` as for `stream`."""
+        return self.continue_ids(self.text_ids(text), reply_options(**options))
+
+    def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
+        return ReplyStream(partial(self.start, PromptTokens(ids), options))
+
+    def draft_of(self, text: str) -> list[int]:
+        """Returns the tokens of a text that replies may repeat; none if drafts are not used."""
+        return self.encode(text) if self._uses_drafts else []
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
-        """As `stream`, for asyncio."""
+        """Yields the reply to a conversation, piece by piece, as `stream` does."""
         chosen = reply_options(**options)
         prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
         async with contextlib.aclosing(self.deliver(prompt, chosen)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, Piece):
+                if isinstance(piece, TextPiece):
                     yield piece.text
 
     async def deliver(
-        self, prompt: Prompt, options: ReplyOptions
-    ) -> AsyncGenerator[Piece | Reply, None]:
-        """The pieces of a reply and, at last, the reply; closing it cancels the rest.
+        self, prompt: PromptTokens, options: ReplyOptions
+    ) -> AsyncGenerator[TextPiece | ModelReply, None]:
+        """Yields the pieces of a reply, then the reply; closing it cancels the rest.
 
         Raises:
             RequestError: the request cannot be run, or the engine failed.
         """
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Piece | Reply | RequestError]()
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
-        def take(item: Piece | Reply | RequestError) -> None:
+        def take(item: Item) -> None:
             with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
@@ -194,29 +199,29 @@ class Model(Prompts):
                 if isinstance(item, RequestError):
                     raise item
                 yield item
-                if isinstance(item, Reply):
+                if isinstance(item, ModelReply):
                     return
         finally:
             job.cancel()
 
-    def start(self, prompt: Prompt, options: ReplyOptions, deliver: Deliver) -> Job:
-        """Begins a reply, whose pieces and end are given to `deliver` by other threads.
+    def start(self, prompt: PromptTokens, options: ReplyOptions, deliver: Deliver) -> GenerationJob:
+        """Starts a reply. Other threads pass its pieces and its end to `deliver`.
 
         Raises:
             Busy: too many requests wait.
             RequestError: the prompt is empty or has ids that the model does not have.
         """
 
-        def end(last: Reply | RequestError) -> None:
-            if isinstance(last, Reply) and last.reason != "cancelled" and prompt.messages:
+        def deliver_end(end: ModelReply | RequestError) -> None:
+            if isinstance(end, ModelReply) and end.reason != "cancelled" and prompt.messages:
                 with contextlib.suppress(RuntimeError):  # it is shut down while replies end
-                    self._settling.submit(self._settle, prompt, options, last, deliver)
+                    self._settling.submit(self._settle, prompt, options, end, deliver)
                     return
-            deliver(last)
+            deliver(end)
 
-        writer = Writer(self.tokenizer, prompt.ids, options, deliver, end)
+        writer = ReplyWriter(self.tokenizer, prompt.ids, options, deliver, deliver_end)
         return self.scheduler.submit(
-            Request(
+            GenerationRequest(
                 ids=prompt.ids,
                 listener=writer,
                 sampling=options.sampling,
@@ -235,14 +240,14 @@ class Model(Prompts):
     def read(
         self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
     ) -> Future[End]:
-        """Reads tokens, so that prompts which begin with them go on from there.
+        """Reads tokens, so that prompts which begin with them go on from their state.
 
-        Cancelling the future ends the reading. For the options see `Request`.
+        Cancelling the future ends the reading. The options are those of `GenerationRequest`.
         """
         done = Future[End]()
-        request = Request(
+        request = GenerationRequest(
             ids=ids,
-            listener=_Reading(done),
+            listener=_ReadingListener(done),
             max_new_tokens=0,
             client=client,
             namespace=namespace,
@@ -253,23 +258,21 @@ class Model(Prompts):
         return done
 
     def state(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """The canonical state of batch 1 (`griffin.state`) after these tokens.
-
-        They are read if they were not. The arrays are the caller's own.
+        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens.
 
         Raises:
-            RequestError: there are none, or the model was closed.
+            RequestError: there are no tokens, or the model was closed.
         """
         reading = self.read(ids, client=client, namespace=namespace)
         try:
-            return _copy_of(reading.result())
+            return _copy_state(reading.result())
         finally:
-            reading.cancel()  # whoever interrupts the waiting ends the reading
+            reading.cancel()  # an interrupted wait ends the reading
 
     async def astate(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """Returns what `state` returns, without holding up the event loop."""
+        """Returns what `state` returns, without blocking the event loop."""
         reading = self.read(ids, client=client, namespace=namespace)
-        return _copy_of(await asyncio.wrap_future(reading))
+        return _copy_state(await asyncio.wrap_future(reading))
 
     def save_state(
         self,
@@ -278,23 +281,20 @@ class Model(Prompts):
         messages: Sequence[Message] | None = None,
         *,
         with_text: bool = True,
-        client: str = "",
-        namespace: str = "",
     ) -> SavedState:
-        """Writes a state file of what these tokens lead to; they are read if they were not.
+        """Writes a state file of these tokens, which are read if their state is not known.
 
-        The last token is left for whoever goes on: see `chat.state_file`. Without the text, the
-        file has its hash alone: it is found when the same text is read.
+        The state has not seen the last token: see `chat.state_file`. Without the text, the file has
+        only its hash, and is used when the same text is read again.
 
         Raises:
-            RequestError: the file cannot be written, is there and no state file, or the model was
+            RequestError: the file cannot be written, exists and is no state file, or the model was
                 closed.
         """
         path = Path(path)
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        state = self.state(ids[:-1] or ids, client=client, namespace=namespace)
-        saved = self.saved_state(ids, state, messages, with_text=with_text)
+        saved = self.saved_state(ids, self.state(ids[:-1] or ids), messages, with_text=with_text)
         write_state(path, saved, precision=self.state_precision)
         return saved
 
@@ -315,11 +315,11 @@ class Model(Prompts):
             np.array(ids, np.int64) if with_text else None,
             messages if with_text else None,
             f"{self.info.engine} {self.info.engine_version}",
-            artifact=self._artifact,
+            artifact=self._numeric_identity,
         )
 
     def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
-        """Takes a state file: prompts of the namespace that begin with its tokens go on from there.
+        """Loads a state file: prompts of the namespace that begin with its tokens go on from it.
 
         Raises:
             RequestError: it is damaged, or of another model, window or chat template.
@@ -327,40 +327,32 @@ class Model(Prompts):
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
-        is_foreign = saved.artifact != self._artifact
-        self.scheduler.store.add(saved.key, saved.state, foreign=is_foreign, namespace=namespace)
+        is_foreign = saved.artifact != self._numeric_identity
+        self.scheduler.store.put(saved.key, saved.state, foreign=is_foreign, namespace=namespace)
         return saved
 
     def close(self) -> None:
-        """Ends all replies and frees the engine."""
         self._settling.shutdown()
         self.scheduler.close()
 
     def __enter__(self) -> Self:
-        """Itself; it is closed at the end of the block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes it."""
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _settle(
-        self, prompt: Prompt, options: ReplyOptions, reply: Reply, deliver: Deliver
+        self, prompt: PromptTokens, options: ReplyOptions, reply: ModelReply, deliver: Deliver
     ) -> None:
-        """Reads the end of the turn, so that the next one goes on from there.
+        """Reads the end of the turn, so that the next turn goes on from its state.
 
-        The tokens of a reply may differ from those that its text encodes to: the template may trim
-        it, and a model can spell a word in pieces that the tokenizer would not choose. Then the
-        reply is read again, as the template renders it.
+        The reply's tokens may differ from the encoding of its text: the template may trim it, and a
+        model can spell a word in pieces that the tokenizer would not choose. Then the reply is read
+        again, as the template renders it.
         """
         with contextlib.suppress(RequestError):
-            said = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
-            ids, namespace = self.conversation_ids(said), options.namespace
+            messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
+            ids, namespace = self.conversation_ids(messages), options.namespace
             done = self.read(ids, client=options.client, namespace=namespace, first=True)
             done.add_done_callback(lambda _: self._forget(prompt.ids, reply.ids, ids, namespace))
         deliver(reply)
@@ -368,9 +360,9 @@ class Model(Prompts):
     def _forget(
         self, prompt: list[int], reply: Sequence[int], settled: list[int], namespace: str
     ) -> None:
-        """Frees the state of a reply as it was written: that of its template serves from now on.
+        """Frees the state after the generated tokens, since the rendered turn replaces it.
 
-        The last token was fed only where a stop token came after it.
+        The model has seen the last token only if a stop token followed.
         """
         for count in (len(reply), len(reply) - 1):
             ids = [*prompt, *reply[:count]]
@@ -379,17 +371,15 @@ class Model(Prompts):
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """Hears of a prompt that is only read."""
+class _ReadingListener:
+    """The listener of a prompt that is only read."""
 
     done: Future[End]
 
     def token(self, token: Token) -> bool:
-        """Never called."""
         return False
 
     def end(self, end: End) -> None:
-        """Takes the end, unless the caller has cancelled the future."""
         if not self.done.set_running_or_notify_cancel():
             return
         if end.error is not None:
@@ -398,7 +388,7 @@ class _Reading:
             self.done.set_result(end)
 
 
-def _copy_of(end: End) -> State:
+def _copy_state(end: End) -> State:
     if end.state is None:
         raise RequestError("the model was closed before the text was read")
     return {name: array.copy() for name, array in end.state.items()}
@@ -411,10 +401,10 @@ def load(
 
     Args:
         path: an artifact of any format, or `hf:owner/name`.
-        threads: processors that the engine uses; all, by default.
+        threads: number of processors that the engine uses; all by default.
         allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
             can take any time and memory.
-        options: see `Model`.
+        options: arguments of `Model`.
 
     Raises:
         RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.
@@ -423,7 +413,6 @@ def load(
 
 
 def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:
-    """As `load`, for an artifact that is open."""
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     identity = identity_of(artifact.manifest, template.source)
     session = open_session(artifact, threads=threads)
@@ -432,6 +421,6 @@ def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any
 
 
 def _numeric_identity(artifact: str, info: SessionInfo, precision: str | None) -> str:
-    """Returns a hash of all that the bits of a state file depend on."""
+    """Returns a hash of everything that the bits of a state file depend on."""
     facts = [artifact, info.engine, info.engine_version, info.kernels, info.activation_dtype]
     return hashlib.sha256(json.dumps([*facts, precision]).encode()).hexdigest()

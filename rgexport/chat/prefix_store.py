@@ -1,7 +1,7 @@
-"""States by the tokens that led to them: a conversation goes on where its prefix was known.
+"""A cache of states by the tokens before them, so that a prompt goes on from a known prefix.
 
 The key is a hash of the tokens, so a state is found only by exactly these tokens. Least recently
-used states go first. With a folder, states are also written there, and found again after a restart.
+used states are dropped first. With a folder, states survive a restart.
 """
 
 import threading
@@ -21,10 +21,10 @@ class Prefix:
     """A state of batch 1 that has seen `length` tokens.
 
     Attributes:
-        length: tokens that it has seen.
+        length: number of tokens.
         state: the state.
-        logits: those of the last token [vocab], or None.
-        foreign: whether another artifact has computed it, or what it follows from.
+        logits: the logits after the last token [vocab], or None.
+        foreign: whether another artifact has computed it, or a state that it follows from.
     """
 
     length: int
@@ -34,48 +34,33 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
         arrays = [*self.state.values(), *([] if self.logits is None else [self.logits])]
         return sum(array.nbytes for array in arrays)
 
     def can_continue(self, count: int) -> bool:
-        """Returns whether it serves a text of so many tokens: one must be left, or logits."""
+        """Returns whether a text of `count` tokens can go on from it.
+
+        It needs a token that the state has not seen, or the logits.
+        """
         return self.length < count or self.logits is not None
 
 
 class PrefixStore:
-    """The states of a process, in at most so many bytes of memory.
+    """The states of a process, within a limit of memory.
 
-    A state is found only in the namespace that it was put into; "" is that of a single user.
+    A state is found only in its namespace; "" is the namespace of a single user.
+
+    Attributes:
+        nbytes: memory in use.
     """
 
     def __init__(self, max_bytes: int, folder: StateFolder | None = None) -> None:
-        """Begins empty, but for what the folder has."""
         self._max_bytes, self._folder = max_bytes, folder
         self._entries: OrderedDict[Key, Prefix] = OrderedDict()
-        self._nbytes = 0
+        self.nbytes = 0
         self._lock = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that is in use."""
-        return self._nbytes
-
     def put(
-        self,
-        ids: Sequence[int],
-        state: State,
-        logits: np.ndarray | None = None,
-        *,
-        lasting: bool = True,
-        foreign: bool = False,
-        namespace: str = "",
-    ) -> None:
-        """Keeps the state after `ids`; in the folder, too, if it is `lasting` and not `foreign`."""
-        key = key_of(ids)
-        self.add(key, state, logits, lasting=lasting, foreign=foreign, namespace=namespace)
-
-    def add(
         self,
         key: Key,
         state: State,
@@ -85,7 +70,7 @@ class PrefixStore:
         foreign: bool = False,
         namespace: str = "",
     ) -> None:
-        """As `put`, for tokens of which only the key is known."""
+        """Stores a state; also in the folder, if it is `lasting` and not `foreign`."""
         key = in_namespace(key, namespace)
         prefix = self._remember(key, Prefix(key[0], state, logits, foreign))
         if self._folder and lasting and not prefix.foreign:
@@ -95,17 +80,17 @@ class PrefixStore:
         """Frees the memory of the state after `ids`."""
         with self._lock:
             if before := self._entries.pop(in_namespace(key_of(ids), namespace), None):
-                self._nbytes -= before.nbytes
+                self.nbytes -= before.nbytes
 
     def fetch(
         self, ids: Sequence[int], then: Callable[[], None], namespace: str = ""
     ) -> Fetch | None:
-        """Lets the folder read a longer prefix than memory has; None if it has none.
+        """Lets the folder read a longer prefix than memory has; returns None if it has none.
 
         Args:
             ids: the tokens of a text.
-            then: is called by another thread when the prefix can be used.
-            namespace: the namespace of the requests that may use it.
+            then: called by another thread when the prefix can be used.
+            namespace: the namespace of the prefix.
         """
         if self._folder is None:
             return None
@@ -120,7 +105,7 @@ class PrefixStore:
     def longest(
         self, ids: Sequence[int], namespace: str = "", fetch: Fetch | None = None
     ) -> Prefix | None:
-        """Returns the longest prefix that can be continued, in memory or just fetched."""
+        """Returns the longest prefix in memory, or of `fetch`, that can be continued."""
         if fetch and (saved := fetch.state):
             self._remember(saved.key, Prefix(saved.position, saved.state, saved.logits))
         for key in self._keys(ids, namespace):
@@ -131,7 +116,7 @@ class PrefixStore:
         return None
 
     def length(self, ids: Sequence[int], namespace: str = "") -> int:
-        """Returns the tokens of the longest prefix that can be continued; nothing is read."""
+        """Returns the length of the longest prefix that can be continued; reads no file."""
         folder = self._folder
         for key in self._keys(ids, namespace, folder.lengths() if folder else ()):
             with self._lock:
@@ -142,13 +127,11 @@ class PrefixStore:
         return 0
 
     def clear(self) -> None:
-        """Forgets what is in memory."""
         with self._lock:
             self._entries.clear()
-            self._nbytes = 0
+            self.nbytes = 0
 
     def close(self) -> None:
-        """Waits until the folder is written, for a limited time."""
         if self._folder:
             self._folder.close()
 
@@ -156,7 +139,7 @@ class PrefixStore:
         """Returns the keys of prefixes of these lengths and of those in memory, longest first."""
         with self._lock:
             all_lengths = {*lengths, *(length for length, _ in self._entries)}
-        keys = keys_of(ids, sorted(each for each in all_lengths if each <= len(ids)))
+        keys = keys_of(ids, sorted(length for length in all_lengths if length <= len(ids)))
         return [in_namespace(key, namespace) for key in reversed(keys)]
 
     def _continues(self, key: Key, count: int) -> bool:
@@ -165,14 +148,14 @@ class PrefixStore:
         return prefix is not None and prefix.can_continue(count)
 
     def _remember(self, key: Key, prefix: Prefix) -> Prefix:
-        """Keeps a prefix, or the one that is there if only that has logits; returns which."""
+        """Stores a prefix, or leaves the stored one if only that has logits; returns which."""
         with self._lock:
             if before := self._entries.pop(key, None):
-                self._nbytes -= before.nbytes
+                self.nbytes -= before.nbytes
                 if prefix.logits is None and before.logits is not None:
                     prefix = prefix if before.foreign and not prefix.foreign else before
             self._entries[key] = prefix
-            self._nbytes += prefix.nbytes
-            while self._nbytes > self._max_bytes and len(self._entries) > 1:
-                self._nbytes -= self._entries.popitem(last=False)[1].nbytes
+            self.nbytes += prefix.nbytes
+            while self.nbytes > self._max_bytes and len(self._entries) > 1:
+                self.nbytes -= self._entries.popitem(last=False)[1].nbytes
         return prefix

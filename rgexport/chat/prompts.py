@@ -1,4 +1,4 @@
-"""Prompts: the tokens of texts and conversations, and where their states are worth keeping."""
+"""Prompts: the tokens of texts and conversations, and the prefixes whose states are stored."""
 
 import contextlib
 import json
@@ -13,24 +13,25 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 
 _LONG_TEXT, _LONG_CONVERSATION = 1 << 14, 1 << 18
-"""Characters of a message, and of all, from which a conversation is prepared elsewhere."""
+"""Characters of a message, and of all messages, from which another process makes the prompt."""
 _SLICE, _SHARE = 1 << 14, 7 / 8
-"""Characters that are counted at once; the least share of their tokens that the whole text has."""
+"""Characters that are counted at once; smallest ratio of the whole text's tokens to the sum of its
+slices' tokens."""
 _CHARACTERS = 4
-"""Characters of a token, about."""
+"""Typical number of characters of a token."""
 _TURN_TOKENS = 16
-"""More than a template writes around a message."""
+"""More tokens than a template writes around a message."""
 _LAST_TURNS = 4
-"""Messages, counted from the last, after which a prompt's state is kept."""
+"""Number of last messages after which a prompt's state is stored."""
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What is read before a reply.
+class PromptTokens:
+    """The tokens before a reply.
 
     Attributes:
-        ids: its tokens.
-        keep: numbers of its first tokens whose states are worth keeping.
+        ids: the tokens.
+        keep: lengths of prefixes whose states are stored.
         messages: the conversation, if it is one.
     """
 
@@ -39,13 +40,13 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
 
 
-class Prompts:
+class PromptEncoder:
     """Makes the prompts of one model.
 
     Attributes:
-        most_tokens: tokens of the longest prompt that is accepted; None for any.
-        elsewhere: calls a function with the prompts of the same model in another process, and the
-            arguments after it; long texts are encoded there. None if there is no such process.
+        most_tokens: length of the longest prompt that is accepted; None for any.
+        elsewhere: calls a function with the encoder of the same model in another process, and the
+            arguments after it, for long texts. None if there is no such process.
     """
 
     most_tokens: int | None = None
@@ -54,7 +55,7 @@ class Prompts:
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate, known: Callable[[list[int], str], int]
     ) -> None:
-        """Takes the vocabulary, the template, and what counts the tokens known in a namespace."""
+        """Takes a function that returns the length of the known prefix of ids in a namespace."""
         self.tokenizer, self.template, self._known = tokenizer, template, known
 
     def conversation_prompt(
@@ -63,32 +64,33 @@ class Prompts:
         tools: Sequence[Any] | None = None,
         *,
         namespace: str = "",
-    ) -> Prompt:
-        """The tokens of a conversation up to where the model's reply begins.
+    ) -> PromptTokens:
+        """Returns the tokens of a conversation up to where the model's reply begins.
 
         Args:
             messages: its turns.
-            tools: what the template tells the model of, if it has a place for them.
-            namespace: states of this one are known, see `ReplyOptions`.
+            tools: descriptions of tools, for templates that support them.
+            namespace: the namespace of known states, see `ReplyOptions`.
 
         Raises:
             RequestError: the template refuses the messages.
         """
         if self.elsewhere and _is_long(messages, tools):
-            prompt: Prompt = self.elsewhere(Prompts.conversation_prompt, messages, tools)
+            prompt: PromptTokens = self.elsewhere(
+                PromptEncoder.conversation_prompt, messages, tools
+            )
             known = self._known(prompt.ids, namespace) if prompt.keep else 0
             return replace(prompt, keep=tuple(length for length in prompt.keep if length > known))
         if self.most_tokens is not None:
             self._require_few_tokens([message["content"] for message in messages])
         if tools:
-            render = self.template.render_ids
-            return Prompt(render(self.tokenizer, messages, True, tools))
+            return PromptTokens(self.template.render_ids(self.tokenizer, messages, True, tools))
         ids = self._render(messages, reply=True)
         known = self._known(ids, namespace)
-        return Prompt(ids, tuple(self._places(messages, ids, known)), tuple(messages))
+        return PromptTokens(ids, tuple(self._branches(messages, ids, known)), tuple(messages))
 
     def text_ids(self, text: str) -> list[int]:
-        """The tokens of a plain prompt: bos, if the vocabulary has it, and the text.
+        """Returns the tokens of a plain prompt: BOS, if the vocabulary has it, and the text.
 
         Raises:
             RequestError: there are none.
@@ -100,47 +102,39 @@ class Prompts:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text alone.
+        """Returns the tokens of a text alone.
 
         Raises:
-            RequestError: there are more than `most_tokens`, by far.
+            RequestError: there are many more than `most_tokens`.
         """
         if self.elsewhere and len(text) > _LONG_TEXT:
-            ids: list[int] = self.elsewhere(Prompts.encode, text)
+            ids: list[int] = self.elsewhere(PromptEncoder.encode, text)
             return ids
         self._require_few_tokens([text])
         return self.tokenizer.encode_text(text)
 
     def opening_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation up to where the text of its last message can go on.
-
-        Raises:
-            RequestError: the template refuses the messages.
-        """
+        """Returns the tokens of a conversation up to where its last message can go on."""
         *before, last = messages
-        one, other = (
-            self._render([*before, {**last, "content": last["content"] + more}], reply=False)
-            for more in ("\n\n1", "\n\nx")
+        one, two = (
+            self._render([*before, {**last, "content": last["content"] + end}], reply=False)
+            for end in ("\n\n1", "\n\nx")
         )
-        return one[: common_prefix(one, other)]
+        return one[: common_prefix(one, two)]
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation whose last turn is over.
+        """Returns the tokens of a conversation whose last turn is over.
 
         Raises:
             RequestError: the template refuses the messages.
         """
         if self.elsewhere and _is_long(messages):
-            ids: list[int] = self.elsewhere(Prompts.conversation_ids, messages)
+            ids: list[int] = self.elsewhere(PromptEncoder.conversation_ids, messages)
             return ids
         return self._render(messages, reply=False)
 
     def _require_few_tokens(self, texts: Sequence[str]) -> None:
-        """Refuses texts that are far too long without encoding them to their end.
-
-        Raises:
-            RequestError: they have more than `most_tokens`.
-        """
+        """Refuses texts of more than `most_tokens`, without encoding them to their end."""
         most, count = self.most_tokens, 0
         if most is None or sum(map(len, texts)) <= _CHARACTERS * most:
             return
@@ -153,42 +147,39 @@ class Prompts:
                     )
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
-        """The tokens of a conversation.
+        """Returns the tokens of a conversation.
 
-        Where the template has no system prompt, the first message begins with it.
+        If the template has no system prompt, the first message begins with it.
         """
         _require_messages(messages)
-        render = self.template.render_ids
         try:
-            return render(self.tokenizer, messages, add_generation_prompt=reply)
+            return self.template.render_ids(self.tokenizer, messages, reply)
         except RequestError:
             merged = _without_system(messages)
             if merged is None:
                 raise
-            return render(self.tokenizer, merged, add_generation_prompt=reply)
+            return self.template.render_ids(self.tokenizer, merged, reply)
 
-    def _places(self, messages: Sequence[Message], ids: list[int], known: int) -> Iterator[int]:
-        """Where other conversations may branch off, beyond the tokens that are `known`.
+    def _branches(self, messages: Sequence[Message], ids: list[int], known: int) -> Iterator[int]:
+        """Yields the lengths, above `known`, at which other conversations may branch off.
 
-        These are the ends of the last turns, and that of a system prompt.
+        These are the ends of the last turns and of a system prompt.
         """
         last = len(self.tokenizer.encode_text(messages[-1]["content"]))
         if known and len(ids) - known < last + _TURN_TOKENS:
-            return  # the last message alone is new
+            return  # only the last message is new
         for count in range(len(messages) - 1, max(0, len(messages) - 1 - _LAST_TURNS), -1):
-            place = self._shared(messages[:count], ids)
-            if place <= known:
+            length = self._shared(messages[:count], ids)
+            if length <= known:
                 break
-            yield place
+            yield length
         if messages[0]["role"] == "system" and len(messages) > 1:
-            text = messages[1]["content"]
-            other = {"role": "user", "content": "y" if text.startswith("x") else "x"}
-            place = self._shared([messages[0], other], ids)
-            if place > known:
-                yield place
+            first = "y" if messages[1]["content"].startswith("x") else "x"
+            length = self._shared([messages[0], {"role": "user", "content": first}], ids)
+            if length > known:
+                yield length
 
     def _shared(self, messages: Sequence[Message], ids: list[int]) -> int:
-        """How many tokens a conversation begins with like `ids`; 0 if it cannot be rendered."""
         with contextlib.suppress(RequestError):
             return common_prefix(ids, self._render(messages, reply=False))
         return 0
@@ -202,19 +193,20 @@ def _is_long(messages: Sequence[Message], tools: Sequence[Any] | None = None) ->
 
 
 def _require_messages(messages: Sequence[Message]) -> None:
-    """Refuses what is no list of messages, or an empty one."""
-    fields = [(m.get("role"), m.get("content")) for m in messages if isinstance(m, Mapping)]
-    sound = len(fields) == len(messages) and all(
-        isinstance(text, str) for pair in fields for text in pair
-    )
-    if not fields or not sound:
+    """Refuses an empty list, and values that are no messages."""
+    if not messages or not all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    ):
         raise RequestError(
             'the messages are not a list such as [{"role": "user", "content": "Hello"}]'
         )
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:
-    """The messages with the system prompt in the first user's; None if that cannot be."""
+    """Merges a system prompt into the user's first message; returns None if it cannot."""
     if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
         return None
     text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
@@ -222,7 +214,6 @@ def _without_system(messages: Sequence[Message]) -> list[Message] | None:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences begin with that are the same."""
     length = min(len(left), len(right))
     differing = np.flatnonzero(np.array(left[:length]) != np.array(right[:length]))
     return int(differing[0]) if len(differing) else length

@@ -1,34 +1,38 @@
-"""A reply as text: what a scheduler's tokens say, and what they cost."""
+"""Replies as text: options, pieces, stop strings, and the stream of a reply."""
 
-from collections.abc import Callable, Sequence
+import queue
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from rgexport.chat.jobs import End, Mask, Reason, Token
+from rgexport.chat.jobs import End, GenerationJob, Mask, Reason, Token
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
-from rgexport.chat.stopping import StopStrings
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyOptions:
-    """How to reply.
+    """Options of a reply.
 
     Attributes:
         sampling: how tokens are chosen.
-        max_new_tokens: most tokens of the reply.
+        max_new_tokens: maximum number of tokens of the reply.
         stop: texts that end the reply and are not part of it.
-        logprobs: of how many of the most likely tokens to report log probabilities, beside the
-            chosen one's; None for none at all.
+        logprobs: number of the most likely tokens whose log probabilities are reported beside the
+            chosen token's; None reports none.
         prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
-            probabilities. The whole prompt is read then, whatever was read before.
+            probabilities. The whole prompt is read then, even if its state is known.
         mask: the tokens that may be written, see `jobs.Mask`; each reply needs its own.
         draft: tokens that the reply may repeat, see `Model.draft_of`.
-        client: who asks; clients take turns, and share the rows.
-        namespace: states are found only by replies of the same one.
+        client: the client; clients take turns, and share the rows.
+        namespace: states are found only by replies of the same namespace.
+
+    Raises:
+        RequestError: a value is outside its range.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -42,11 +46,6 @@ class ReplyOptions:
     namespace: str = ""
 
     def __post_init__(self) -> None:
-        """Refuses what is outside its range.
-
-        Raises:
-            RequestError: it is.
-        """
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if isinstance(self.stop, str):
@@ -54,29 +53,29 @@ class ReplyOptions:
 
 
 def reply_options(**options: Any) -> ReplyOptions:
-    """Options of a reply and of its sampling, by name.
+    """Returns options of a reply and of its sampling, by name.
 
     Raises:
         RequestError: a name is unknown, or a value is outside its range.
     """
-    own = {field.name for field in fields(ReplyOptions)} - {"sampling"}
-    chosen = {name: options.pop(name) for name in own & options.keys()}
-    if isinstance(chosen.get("draft"), str):
+    reply_names = {field.name for field in fields(ReplyOptions)} - {"sampling"}
+    values = {name: options.pop(name) for name in reply_names & options.keys()}
+    if isinstance(values.get("draft"), str):
         raise RequestError("draft is a text; expected its tokens, as Model.draft_of gives them")
-    known = {field.name for field in fields(Sampling)}
-    if unknown := sorted(options.keys() - known):
+    sampling_names = {field.name for field in fields(Sampling)}
+    if unknown := sorted(options.keys() - sampling_names):
         raise RequestError(
             f"there is no option {', '.join(unknown)}; expected some of "
-            f"{', '.join(sorted(known | own))}"
+            f"{', '.join(sorted(sampling_names | reply_names))}"
         )
     try:
-        return ReplyOptions(sampling=Sampling(**options), **chosen)
+        return ReplyOptions(sampling=Sampling(**options), **values)
     except TypeError as error:
         raise RequestError(f"an option has a value of the wrong type: {error}") from None
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ScoredToken:
     """A token, its log probability before penalties and temperature, and the most likely ones.
 
     The log probability of a prompt's first token is None.
@@ -88,25 +87,25 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Text of a reply, perhaps "", and the tokens since the last piece if they were asked for."""
 
     text: str
-    tokens: tuple[Chosen, ...] = ()
+    tokens: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A whole reply.
+class ModelReply:
+    """A complete reply.
 
     Attributes:
-        text: what was said.
+        text: the text.
         ids: its tokens.
         reason: why it ended.
-        prompt_tokens: tokens before the reply.
-        cached_tokens: of these, that did not have to be read.
-        read_seconds: until the first token, from when the request had its turn.
-        write_seconds: from there to the end.
+        prompt_tokens: number of tokens before the reply.
+        cached_tokens: number of prompt tokens whose state was known.
+        read_seconds: time from admission to the first token.
+        write_seconds: time from the first token to the end.
     """
 
     text: str
@@ -119,12 +118,11 @@ class Reply:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens of the reply."""
         return len(self.ids)
 
     @property
     def read_rate(self) -> float:
-        """Prompt tokens per second, of those that were read; 0 if there were none."""
+        """Prompt tokens per second, without cached ones; 0 if there were none."""
         read = self.prompt_tokens - self.cached_tokens
         return read / self.read_seconds if self.read_seconds else 0.0
 
@@ -134,12 +132,49 @@ class Reply:
         return (self.new_tokens - 1) / self.write_seconds if self.new_tokens > 1 else 0.0
 
 
-Deliver = Callable[[Piece | Reply | RequestError], None]
-"""Takes the pieces of a reply, and at last the reply or an error; in another thread."""
+Item = TextPiece | ModelReply | RequestError
+Deliver = Callable[[Item], None]
+"""Takes the pieces of a reply, then the reply or an error; called in another thread."""
 
 
-class Writer:
-    """Makes the text of a reply from its tokens, as a scheduler's listener."""
+class StopStrings:
+    """Ends a text at a stop string; holds back its end as long as a stop string may begin there.
+
+    Attributes:
+        match: the stop string that ended the text.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.match: str | None = None
+
+    def add(self, piece: str) -> str:
+        """Returns the text that cannot be part of a stop string; nothing after a match."""
+        if self.match is not None:
+            return ""
+        text = self._held + piece
+        ends = ((text.index(stop), -len(stop), stop) for stop in self._stops if stop in text)
+        if first := min(ends, default=None):
+            self.match, self._held = first[2], ""
+            return text[: first[0]]
+        sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[sure:]
+        return text[:sure]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class ReplyWriter:
+    """A scheduler's listener that makes the text of a reply from its tokens."""
 
     def __init__(
         self,
@@ -147,40 +182,37 @@ class Writer:
         prompt: Sequence[int],
         options: ReplyOptions,
         deliver: Deliver,
-        end: Callable[[Reply | RequestError], None],
+        deliver_end: Callable[[ModelReply | RequestError], None],
     ) -> None:
-        """Begins a reply; `deliver` gets its pieces, `end` what it ends with."""
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(options.stop)
         self._prompt_tokens, self._logprobs = len(prompt), options.logprobs
-        self._deliver, self._end = deliver, end
-        self._said: list[str] = []
-        self._waiting = [Chosen(prompt[0], None, ())] if options.prompt_logprobs else []
+        self._deliver, self._deliver_end = deliver, deliver_end
+        self._texts: list[str] = []
+        self._undelivered = [ScoredToken(prompt[0], None, ())] if options.prompt_logprobs else []
         self._ids: list[int] = []
 
     def token(self, token: Token) -> bool:
-        """Takes the next token; whether the reply goes on."""
         self._ids.append(token.id)
         if self._logprobs is not None:
-            self._waiting.append(chosen(token, self._logprobs))
-        self._say(self._stop.add(self._decoder.add(token.id)))
-        return self._stop.found is None
+            self._undelivered.append(scored(token, self._logprobs))
+        self._add(self._stop.add(self._decoder.add(token.id)))
+        return self._stop.match is None
 
     def prompt(self, ids: Sequence[int], logits: np.ndarray) -> None:
         """Takes the next tokens of the prompt, and the logits [T, vocab] that predict them."""
         for token, row in zip(ids, logits, strict=True):
-            self._waiting.append(chosen(Token(token, row), self._logprobs or 0))
+            self._undelivered.append(scored(Token(token, row), self._logprobs or 0))
 
     def end(self, end: End) -> None:
-        """Takes the end."""
-        self._say(self._stop.add(self._decoder.finish()) + self._stop.finish(), last=True)
+        self._add(self._stop.add(self._decoder.finish()) + self._stop.finish(), last=True)
         if end.error is not None:
-            self._end(end.error)
+            self._deliver_end(end.error)
             return
-        self._end(
-            Reply(
-                text="".join(self._said),
+        self._deliver_end(
+            ModelReply(
+                text="".join(self._texts),
                 ids=tuple(self._ids),
-                reason=end.reason if self._stop.found is None else "stop",
+                reason=end.reason if self._stop.match is None else "stop",
                 prompt_tokens=self._prompt_tokens,
                 cached_tokens=end.cached_tokens,
                 read_seconds=end.read_seconds,
@@ -188,15 +220,63 @@ class Writer:
             )
         )
 
-    def _say(self, text: str, *, last: bool = False) -> None:
-        if text or (last and self._waiting):
-            self._said.append(text)
-            self._deliver(Piece(text, tuple(self._waiting)))
-            self._waiting = []
+    def _add(self, text: str, *, last: bool = False) -> None:
+        if text or (last and self._undelivered):
+            self._texts.append(text)
+            self._deliver(TextPiece(text, tuple(self._undelivered)))
+            self._undelivered = []
 
 
-def chosen(token: Token, count: int) -> Chosen:
-    """A token with its log probability, and those of the `count` most likely ones."""
+def scored(token: Token, count: int) -> ScoredToken:
+    """Returns a token with its log probability, and those of the `count` most likely ones."""
     values = log_probabilities(token.logits)
     top = most_likely(np.asarray(token.logits), count) if count else ()
-    return Chosen(token.id, float(values[token.id]), tuple((int(i), float(values[i])) for i in top))
+    best = tuple((int(i), float(values[i])) for i in top)
+    return ScoredToken(token.id, float(values[token.id]), best)
+
+
+class ReplyStream(Iterator[str]):
+    """The pieces of a reply as they come, for code without asyncio.
+
+    Its reply is cancelled when the stream is garbage-collected.
+    """
+
+    def __init__(self, start: Callable[[Deliver], GenerationJob]) -> None:
+        """Starts the reply by `start`, whose argument gets the pieces."""
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._job = start(self._items.put)
+        self._end: ModelReply | RequestError | None = None
+        weakref.finalize(self, self._job.cancel).atexit = False
+
+    @property
+    def failed(self) -> bool:
+        return isinstance(self._end, RequestError)
+
+    def __next__(self) -> str:
+        return next(self.pieces()).text
+
+    def pieces(self) -> Iterator[TextPiece]:
+        """Yields the rest of the reply, with log probabilities if they were asked for."""
+        while self._end is None:
+            item = self._items.get()
+            if isinstance(item, TextPiece):
+                yield item
+            else:
+                self._end = item
+        if isinstance(self._end, RequestError):
+            raise self._end
+
+    def reply(self) -> ModelReply:
+        """Waits for the end; returns the whole reply.
+
+        Raises:
+            RequestError: the engine failed; raised again by each call.
+        """
+        for _ in self.pieces():
+            pass
+        assert isinstance(self._end, ModelReply)
+        return self._end
+
+    def cancel(self) -> None:
+        """Ends the reply soon; its text so far is kept."""
+        self._job.cancel()

@@ -1,8 +1,8 @@
-"""Choosing the next token.
+"""Sampling of the next token.
 
 The order is that of vLLM and Hugging Face: penalties and biases change logits, the temperature
-divides them, then top-k, top-p and min-p leave some tokens out. All is exact: the shortcuts for
-large vocabularies choose the same tokens, with the same probabilities, as sorting would.
+divides them, then top-k, top-p and min-p drop tokens. The shortcuts for large vocabularies choose
+the same tokens, with the same probabilities, as sorting would.
 """
 
 import math
@@ -16,25 +16,25 @@ from numpy.random import default_rng
 from rgexport.errors import RequestError
 
 _BLOCK = 512
-"""Tokens whose maximum, or sum, is taken first: a vocabulary of 256,000 is 500 such blocks."""
+"""Tokens of a block, whose maximum or sum is computed first: 256,000 tokens are 500 blocks."""
 _FEW = 64
-"""Most likely tokens that are sorted first, in search of those that reach top-p."""
+"""Number of the most likely tokens that are sorted first to find those that reach top-p."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; the defaults take the most likely one.
+    """Options of sampling; the defaults choose the most likely token.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: how many of the most likely tokens are kept; 0 keeps all.
-        top_p: the share of probability that the most likely tokens must reach; 1 keeps all.
-        min_p: the least probability that is kept, as a part of the largest one.
+        top_k: number of the most likely tokens to choose from; 0 allows all.
+        top_p: share of probability that the most likely tokens must reach; 1 allows all.
+        min_p: smallest probability that is allowed, relative to the largest one.
         repetition_penalty: divides positive logits of tokens in the prompt and the reply, and
             multiplies negative ones (Hugging Face's `repetition_penalty`).
-        presence_penalty: what is taken from the logits of tokens in the reply (OpenAI).
-        frequency_penalty: the same, times how often a token is in the reply (OpenAI).
-        logit_bias: what is added to the logit of an id.
+        presence_penalty: subtracted from the logits of tokens in the reply (OpenAI).
+        frequency_penalty: the same, times the token's count in the reply (OpenAI).
+        logit_bias: id → number that is added to its logit.
         seed: makes the choices repeatable.
 
     Raises:
@@ -52,17 +52,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what is outside its range."""
+        repetition = self.repetition_penalty
         for name, valid, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "a number of 0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or the number of tokens to choose from"),
             ("top_p", 0 < self.top_p <= 1, "a probability above 0, up to 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "a part from 0 (off) to 1"),
-            (
-                "repetition_penalty",
-                0.01 <= self.repetition_penalty <= 100,
-                "a factor from 0.01 to 100; 1 is off",
-            ),
+            ("repetition_penalty", 0.01 <= repetition <= 100, "a factor of 0.01 to 100; 1 is off"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number; 0 is off"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number; 0 is off"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
@@ -75,16 +71,13 @@ class Sampling:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything but the temperature changes logits."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return any(penalties) or bool(self.logit_bias)
 
 
 class Sampler:
-    """Chooses the tokens of one reply."""
-
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
-        """Begins a reply to `prompt`, whose tokens `repetition_penalty` counts, too."""
+        """Takes the prompt, whose tokens `repetition_penalty` also counts."""
         self.options = options
         self._random = default_rng(options.seed)
         counted = prompt if options.repetition_penalty != 1 else ()
@@ -113,12 +106,12 @@ class Sampler:
             )
         if self.options.temperature == 0:
             return int(logits.argmax())
-        tokens, weights = _kept(logits, self.options)
-        place = _draw(weights, self._random.random())
-        return place if tokens is None else int(tokens[place])
+        tokens, weights = _allowed(logits, self.options)
+        index = _draw(weights, self._random.random())
+        return index if tokens is None else int(tokens[index])
 
     def _changed(self, logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """The logits after mask, biases and penalties, in a copy if there are any."""
+        """Returns the logits after mask, biases and penalties; copies them if there are any."""
         if mask is not None:
             logits = logits + mask
         if not self.options.changes_logits:
@@ -132,21 +125,22 @@ class Sampler:
         logits[seen] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
         if self._largest_biased >= len(logits):
-            known = self._biased < len(logits)
-            self._biased, self._biases = self._biased[known], self._biases[known]
+            in_vocabulary = self._biased < len(logits)
+            self._biased = self._biased[in_vocabulary]
+            self._biases = self._biases[in_vocabulary]
             self._largest_biased = 0
         logits[self._biased] += self._biases
         return logits
 
 
 def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may come next at a temperature above 0, and their probabilities (float64)."""
-    tokens, weights = _kept(logits, options)
+    """Returns the tokens that a temperature above 0 allows, and their probabilities (float64)."""
+    tokens, weights = _allowed(logits, options)
     return np.arange(len(logits)) if tokens is None else tokens, weights / weights.sum()
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Natural logarithms (float64) of the probabilities that logits [..., vocab] mean."""
+    """Returns the log-softmax (natural, float64) of logits [..., vocab]."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -154,15 +148,15 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def most_likely(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest values, in descending order, of equal ones the first."""
+    """Returns the indices of the `count` largest values, in descending order; ties by index."""
     candidates = _at_least(values, count)
     order = np.argsort(-values[candidates], kind="stable")
     best: np.ndarray = candidates[order[:count]]
     return best
 
 
-def _kept(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
-    """The tokens that may come next, None for all; and their weights, of any sum."""
+def _allowed(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """Returns the allowed tokens, None for all, and their unnormalized probabilities."""
     tokens = None
     if 0 < options.top_k < len(logits):
         tokens = most_likely(logits, options.top_k)
@@ -174,16 +168,16 @@ def _kept(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.
     weights /= options.temperature
     np.exp(weights, out=weights)
     if options.top_p < 1:
-        kept = _reaching(weights, options.top_p)
-        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+        allowed = _reaching(weights, options.top_p)
+        tokens, weights = allowed if tokens is None else tokens[allowed], weights[allowed]
     if options.min_p > 0:
-        kept = np.flatnonzero(weights >= options.min_p * weights.max())
-        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+        allowed = np.flatnonzero(weights >= options.min_p * weights.max())
+        tokens, weights = allowed if tokens is None else tokens[allowed], weights[allowed]
     return tokens, weights
 
 
 def _reaching(weights: np.ndarray, share: float) -> np.ndarray:
-    """Indices of the fewest weights, the largest first, whose sum reaches a share of the whole."""
+    """Returns the indices of the fewest largest weights whose sum reaches a share of the total."""
     needed, count = share * weights.sum(), min(_FEW, len(weights))
     while True:
         largest = most_likely(weights, count)
@@ -195,10 +189,10 @@ def _reaching(weights: np.ndarray, share: float) -> np.ndarray:
 
 
 def _at_least(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices, in ascending order, of the `count` largest values, and of a few more.
+    """Returns, in ascending order, the indices of the `count` largest values, and of a few others.
 
-    So many blocks have a value that is not below the `count`-th largest of the blocks' maxima: at
-    least so many values are not below it.
+    The threshold is the `count`-th largest of the blocks' maxima, so that at least `count` values
+    reach it.
     """
     blocks = len(values) // _BLOCK
     if count >= blocks:
@@ -209,16 +203,16 @@ def _at_least(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, point: float) -> int:
-    """The index in whose share of the whole a `point` of [0, 1) lies."""
+    """Returns the index whose interval of the cumulative weights contains a `point` of [0, 1)."""
     whole = len(weights) // _BLOCK * _BLOCK
     blocks = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum()).cumsum()
     rest = point * blocks[-1]
-    block = _place(blocks, rest)
+    block = _first_above(blocks, rest)
     rest -= blocks[block - 1] if block else 0
-    return block * _BLOCK + _place(weights[block * _BLOCK :][:_BLOCK].cumsum(), rest)
+    return block * _BLOCK + _first_above(weights[block * _BLOCK :][:_BLOCK].cumsum(), rest)
 
 
-def _place(sums: np.ndarray, point: float) -> int:
-    """The first of some rising sums that is above a point, or that is the largest."""
-    found = int(np.searchsorted(sums, point, "right"))
-    return found if found < len(sums) else int(np.searchsorted(sums, sums[-1], "left"))
+def _first_above(sums: np.ndarray, point: float) -> int:
+    """Returns the index of the first of rising sums above a point, or of the largest one."""
+    index = int(np.searchsorted(sums, point, "right"))
+    return index if index < len(sums) else int(np.searchsorted(sums, sums[-1], "left"))

@@ -1,11 +1,8 @@
-"""Continuous batching: conversations share each reading of the weights.
+"""Continuous batching: all conversations share each pass over the weights.
 
-One thread owns the session. Its rows are conversations: the first ones write, one token each in a
-common step; the others read their prompts, in chunks between the steps. A row is taken and given
-back between steps. What is read is kept in a prefix store, so that no prompt is read twice.
-
-Clients share the rows and the chunks: a row goes to the client that has the fewest, if need be from
-one that has two more, whose job is paused. That is cheap, for a state has a fixed size.
+One thread owns the session. Its rows are conversations: the first ones decode one token each in a
+common step; the others read their prompts, in chunks between the steps. Rows are taken and freed
+between steps. The states of prompts go into a prefix store, so that no prompt is read twice.
 """
 
 import contextlib
@@ -20,40 +17,39 @@ from rgexport.chat.jobs import (
     End,
     Ending,
     EngineError,
-    Job,
+    GenerationJob,
+    GenerationRequest,
     Reason,
-    Request,
     Token,
     require_ids,
 )
 from rgexport.chat.masks import MaskThreads, ReplyMask
-from rgexport.chat.pace import Pace
+from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.prompts import common_prefix
-from rgexport.chat.rows import Rows, count_by_client
-from rgexport.chat.speculation import Speculation
+from rgexport.chat.row_assignment import RowAssignment
+from rgexport.chat.rows import Rows
+from rgexport.chat.speculation import ChunkSize, Speculation
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 from rgexport.runtimes.session import Session
 
-_REST = 1.5
-"""A chunk may be so many times as long, rather than to leave a short one."""
+_LAST_CHUNK_FACTOR = 1.5
+"""A last chunk may be so many times as long, instead of leaving a short one."""
 _MOST_FAILURES = 3
-"""Passes in a row that may fail before the engine counts as broken."""
+"""Consecutive passes that may fail before the engine counts as broken."""
 _LOGITS_BYTES = 32 << 20
-"""Most bytes of logits, where those of all tokens of a chunk are wanted."""
+"""Maximum size of the logits of a chunk whose tokens all need them."""
 _FOLDER_SECONDS = 0.02
-"""Longest time that a scheduler with nothing else to do waits for the folder at once."""
-_MASK_STEPS, _POLL_SECONDS = 0.25, 0.05
-"""Longest wait of a step for masks, in steps; interval at which cancelled replies are looked for
-while all rows wait for their masks."""
+"""Longest wait of an idle scheduler for the folder of states."""
+_MASK_STEPS = 0.25
+"""Longest wait of a step for masks, in steps."""
+_POLL_SECONDS = 0.05
+"""Interval of the check for cancelled replies while all rows wait for their masks."""
 
 
 @dataclass
 class Counters:
-    """What a scheduler has done since it began."""
-
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -66,7 +62,12 @@ class Counters:
 
 
 class Scheduler:
-    """Runs requests over one session, which it owns."""
+    """Runs requests over one session, which it owns.
+
+    Attributes:
+        counters: totals.
+        store: the states.
+    """
 
     def __init__(
         self,
@@ -77,24 +78,23 @@ class Scheduler:
         max_waiting: int = 1024,
         lookup: bool = True,
     ) -> None:
-        """Begins its thread.
+        """Starts its thread.
 
         Args:
             session: the model.
-            store: where states are kept.
-            rows: most conversations at once; each takes the memory of a state, and that of
-                another one while clients share too few rows.
-            max_waiting: most requests that wait for a row.
-            lookup: whether steps may check drafts, where the engine gives the same bits then.
+            store: the states.
+            rows: maximum number of conversations in a step; each takes the memory of one state, or
+                of two while clients share too few rows.
+            max_waiting: maximum number of requests that wait for a row.
+            lookup: whether steps may check drafts, if the engine's results stay bit-identical.
         """
-        self.counters = Counters()
-        self._session, self._store = session, store
-        self._capacity = rows
-        self._rows = Rows(session, rows)
-        self._admission = Admission(rows, max_waiting)
+        self.counters, self.store = Counters(), store
+        self._session = session
+        self._rows, self._admission = Rows(session, rows), Admission(rows, max_waiting)
+        self._assignment = RowAssignment(self._admission, self._rows, store)
         self._last_read: dict[str, float] = {}
-        """Client whose prompts are read → when the last chunk ended."""
-        self._pace = Pace(session)
+        """Client whose prompts are being read → end of its last chunk."""
+        self._chunk_size = ChunkSize(session)
         self._scored_chunk = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
         self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
         self._masks = MaskThreads(session.vocab_size, self._admission.wake)
@@ -105,23 +105,15 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def store(self) -> PrefixStore:
-        """Where states are kept."""
-        return self._store
-
-    @property
     def most_requests(self) -> int:
-        """Largest number of requests that may run and wait."""
         return self._admission.most
 
     @property
     def running(self) -> int:
-        """Requests that have a row."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a row."""
         return self._admission.waiting
 
     @property
@@ -129,10 +121,10 @@ class Scheduler:
         return bool(self._rows) or self._admission.has_queues
 
     def problem(self, patience: float) -> str | None:
-        """Returns why replies do not go on; None if they do. It waits for nothing.
+        """Returns why replies do not go on; None if they do. Never blocks.
 
         Args:
-            patience: longest seconds of a pass, unless an earlier one took a quarter of them.
+            patience: maximum seconds of a pass; four times the longest pass if that is more.
         """
         silence = time.monotonic() - self._passed
         if not self._thread.is_alive():
@@ -143,8 +135,8 @@ class Scheduler:
             return f"it has made no progress for {silence:.0f} s"
         return None
 
-    def submit(self, request: Request) -> Job:
-        """Lets a request wait for its turn.
+    def submit(self, request: GenerationRequest) -> GenerationJob:
+        """Queues a request.
 
         Raises:
             Busy: too many wait already.
@@ -155,7 +147,7 @@ class Scheduler:
             raise RequestError("the prompt is empty; expected at least one token")
         for ids in (request.ids, request.draft):
             require_ids(ids, self._session.vocab_size)
-        job = Job(request)
+        job = GenerationJob(request)
         if self._admission.is_crowded:
             for cancelled in self._admission.take_cancelled(paused=False):
                 self._end(cancelled, "cancelled")
@@ -174,14 +166,15 @@ class Scheduler:
                 self._closed = True
                 self._masks.close()
                 with contextlib.closing(self._session):
-                    self._store.close()
+                    self.store.close()
 
     def _run(self) -> None:
         while self._admission.wait_for_work(running=bool(self._rows)):
             try:
                 self._drop_cancelled()
-                self._admit()
-                self._wait_for_folder()
+                self._assignment.assign(self._begin)
+                if not self._rows:
+                    self._admission.wait_for_folder(_FOLDER_SECONDS)
                 self._read()
                 self._resume()
                 self._write()
@@ -201,51 +194,9 @@ class Scheduler:
         for job in self._admission.take_cancelled():
             self._end(job, "cancelled")
             if job.paused is not None and job.fed > job.stored:
-                self._keep(job, job.paused, lasting=False)
+                self._store(job, job.paused, lasting=False)
 
-    def _admit(self) -> None:
-        """Gives rows to those that wait, with the longest prefix that is known."""
-        postponed: list[Job] = []  # also the one at hand, so that an error does not lose it
-        try:
-            for _ in range(self._capacity):
-                job = self._next_job(postponed)
-                if job is None:
-                    return
-                postponed.append(job)
-                if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
-                    continue
-                if self._rows.is_full:
-                    self._pause_one()
-                self._begin(postponed.pop())
-        finally:
-            for job in reversed(postponed):
-                self._admission.put_back(job)
-
-    def _next_job(self, postponed: list[Job]) -> Job | None:
-        """Takes the next job that may have a row; returns None if no job may.
-
-        Where all rows are taken, its client must have two fewer than another one.
-        """
-        if not self._admission.has_queues:
-            return None
-        turns = count_by_client([*self._rows, *postponed])
-        if not self._rows.is_full:
-            return self._admission.take(turns)
-        most = max(count_by_client(self._rows).values()) - 2
-        if most < 0 or self._admission.paused >= self._capacity:
-            return None
-        return self._admission.take(turns, most)
-
-    def _pause_one(self) -> None:
-        """Takes a row from the client that has most: the one of its youngest job."""
-        ((client, _),) = count_by_client(self._rows).most_common(1)
-        job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
-        job.paused = self._rows.state(job)
-        self._rows.remove(job)
-        self._admission.put_back(job)
-
-    def _begin(self, job: Job) -> None:
-        """Gives a job the next row."""
+    def _begin(self, job: GenerationJob) -> None:
         self._rows.add(job)
         if job.paused is not None:
             self._rows.set_state(job, job.paused)
@@ -259,7 +210,7 @@ class Scheduler:
             job.mask = ReplyMask(job.request.mask, self._masks)
         prefix = None
         if not job.request.prompt_logits:
-            prefix = self._store.longest(job.ids, job.request.namespace, job.fetch)
+            prefix = self.store.longest(job.ids, job.request.namespace, job.fetch)
         job.fetch = None
         self._rows.set_state(job, None if prefix is None else prefix.state)
         if prefix is None:
@@ -270,98 +221,72 @@ class Scheduler:
         if prefix.length == len(job.ids):
             self._reply(job, prefix.logits, prefix.state)
 
-    def _is_being_read(self, job: Job) -> bool:
-        """Whether another row will soon keep a longer prefix than what is known."""
-        namespace = job.request.namespace
-        reading = [other for other in self._rows.others if other.request.namespace == namespace]
-        if job.paused is not None or job.request.prompt_logits or not reading:
-            return False
-        known = self._store.length(job.ids, namespace)
-        for other in reading:
-            shared = common_prefix(job.ids, other.ids)
-            if any(known < stop <= shared for stop in other.stops()):
-                return True
-        return False
-
-    def _is_being_fetched(self, job: Job) -> bool:
-        """Returns whether the store's folder still reads a longer prefix than memory has."""
-        if job.paused is not None or job.request.prompt_logits:
-            return False
-        job.fetch = job.fetch or self._store.fetch(
-            job.ids, self._admission.wake, job.request.namespace
-        )
-        return job.fetch is not None and job.fetch.pending
-
-    def _wait_for_folder(self) -> None:
-        """Waits a little if there is nothing to do before the folder has answered."""
-        if not self._rows:
-            self._admission.wait_for_folder(_FOLDER_SECONDS)
-
     def _read(self) -> None:
-        """Reads a chunk of one prompt, or up to where its state is to be kept."""
+        """Reads a chunk of one prompt, at most up to where its state is stored next."""
         job = self._next_to_read()
         if job is None:
             return
-        place, chunk = job.stops()[0], self._pace.chunk(alone=not self._rows.writing)
+        end, size = job.stops()[0], self._chunk_size.tokens(alone=not self._rows.writing)
         if job.request.prompt_logits:
-            chunk = min(chunk, self._scored_chunk)
-        stop = place if place - job.fed <= _REST * chunk else job.fed + chunk
+            size = min(size, self._scored_chunk)
+        stop = end if end - job.fed <= _LAST_CHUNK_FACTOR * size else job.fed + size
         started = time.perf_counter()
         tokens = np.array([job.ids[job.fed : stop]], np.int64)
         logits = self._take_prompt(job, tokens)
         seconds = time.perf_counter() - started
-        if not job.request.prompt_logits:  # it takes longer, and no other prompt does
-            self._pace.read(tokens.size, seconds)
+        if not job.request.prompt_logits:  # such chunks are slower than all others
+            self._chunk_size.record_chunk(tokens.size, seconds)
         self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
         job.fed = stop
         self._last_read[job.request.client] = time.perf_counter()
-        if stop < place:
+        if stop < end:
             return
-        state, ended = self._rows.state(job), stop == len(job.ids)
-        lasting = job.request.lasting or not ended
-        self._keep(job, state, logits if ended else None, lasting=lasting)
-        if ended:
+        state, is_whole = self._rows.state(job), stop == len(job.ids)
+        lasting = job.request.lasting or not is_whole
+        self._store(job, state, logits if is_whole else None, lasting=lasting)
+        if is_whole:
             self._reply(job, logits, state)
 
-    def _take_prompt(self, job: Job, tokens: np.ndarray) -> np.ndarray:
+    def _take_prompt(self, job: GenerationJob, tokens: np.ndarray) -> np.ndarray:
         """Reads tokens [1, T] of a prompt; returns the logits [vocab] after the last one."""
-        hear, start = job.request.prompt_logits, job.fed + 1
+        report, start = job.request.prompt_logits, job.fed + 1
         row = self._rows.range(job)
-        logits = self._session.take(row, tokens, tokens.size if hear else 1)[0]
-        if hear:
+        logits: np.ndarray = self._session.take(row, tokens, tokens.size if report else 1)[0]
+        if report:
             predicted = job.request.ids[start : start + tokens.size]
-            hear(predicted, logits[: len(predicted)])
-        return logits[-1]
+            report(predicted, logits[: len(predicted)])
+        last: np.ndarray = logits[-1]
+        return last
 
-    def _next_to_read(self) -> Job | None:
+    def _next_to_read(self) -> GenerationJob | None:
         """Returns the oldest prompt of the client that was read least recently."""
-        reading = [job for job in self._rows.others if job.held is None and not job.cancelled]
-        if not reading:
-            return None
+        reading = [job for job in self._rows.reading if job.held is None and not job.cancelled]
         clients = {job.request.client for job in reading}
         self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
         return min(
-            reading, key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began)
+            reading,
+            key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began),
+            default=None,
         )
 
-    def _reply(self, job: Job, logits: np.ndarray | None, state: State) -> None:
-        """Begins to write, from the logits and the state after the prompt."""
+    def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
+        """Begins to decode, from the logits and the state after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)
             return
         self._go_on(job, logits)
 
-    def _go_on(self, job: Job, logits: np.ndarray) -> None:
-        """Lets a row outside of the step choose its next token, and join the step."""
+    def _go_on(self, job: GenerationJob, logits: np.ndarray) -> None:
+        """Chooses the next token of a row outside of the step, which joins the step."""
         if ending := self._advance(job, logits):
             self._leave(job, *ending)
         elif job.held is None:
             self._rows.start_writing(job)
 
     def _resume(self) -> None:
-        """Resumes held rows with ready masks; waits for a mask if no other row can run."""
+        """Resumes held rows whose masks are ready; waits for a mask if no other row can run."""
         held = [(job, job.held) for job in self._rows if job.held is not None]
         if held and len(held) == len(self._rows):
             self._admission.wait(_POLL_SECONDS, until=self._can_go_on)
@@ -369,11 +294,11 @@ class Scheduler:
             self._go_on(job, logits)
 
     def _can_go_on(self) -> bool:
-        has_room = self._admission.has_queues and not self._rows.is_full
-        return has_room or any(job.mask is not None and job.mask.is_ready for job in self._rows)
+        can_admit = self._admission.has_queues and not self._rows.is_full
+        return can_admit or any(job.mask is not None and job.mask.is_ready for job in self._rows)
 
     def _write(self) -> None:
-        """One step of all that write, perhaps with tokens that may come next."""
+        """Runs one step of all rows that decode, perhaps with drafted tokens."""
         jobs = self._rows.writing
         if not jobs:
             return
@@ -384,12 +309,12 @@ class Scheduler:
         logits = (self._session.verify if drafted else self._session.take)(rows, tokens)
         seconds = time.perf_counter() - started
         self._mask_deadline = time.perf_counter() + _MASK_STEPS * seconds
-        endings = [self._follow(*each) for each in zip(jobs, tokens, logits, strict=True)]
+        endings = [self._follow(*row) for row in zip(jobs, tokens, logits, strict=True)]
         fed = [job.fed - earlier for job, earlier in zip(jobs, before, strict=True)]
         if drafted:
             self._session.accept(fed)
-        self._pace.step(seconds)
-        self._speculation.passed(len(jobs), tokens.shape[1], time.perf_counter() - started)
+        self._chunk_size.record_step(seconds)
+        self._speculation.record_pass(len(jobs), drafted + 1, time.perf_counter() - started)
         self.counters.steps += 1
         self.counters.step_seconds += seconds
         self.counters.drafted_tokens += drafted * len(jobs)
@@ -400,8 +325,8 @@ class Scheduler:
             elif job.held is not None:
                 self._rows.stop_writing(job)
 
-    def _follow(self, job: Job, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
-        """Chooses a token after each of `tokens` [T], until one is not the next of them."""
+    def _follow(self, job: GenerationJob, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
+        """Chooses a token after each of `tokens` [T], up to the first rejected draft."""
         for i, row in enumerate(logits):
             job.fed += 1
             if ending := self._advance(job, row):
@@ -410,28 +335,27 @@ class Scheduler:
                 break
         return None
 
-    def _advance(self, job: Job, logits: np.ndarray) -> Ending | None:
-        """Chooses the next token; any failure, also of the listener, ends this reply alone."""
+    def _advance(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
+        """Chooses the next token; any failure, also of the listener, ends only this reply."""
         try:
             return self._choose(job, logits)
+        except RequestError as error:
+            return "error", error
         except Exception as error:
             return "error", EngineError(f"a reply cannot go on: {error!r}")
 
-    def _choose(self, job: Job, logits: np.ndarray) -> Ending | None:
+    def _choose(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
         """Chooses the next token, or holds the row until its mask is ready.
 
-        Returns how the reply ends, if that ends it.
+        Returns the ending if the reply ends.
         """
         request, bias, job.held = job.request, None, None
-        try:
-            if job.mask is not None:
-                bias = job.mask.bias(self._mask_deadline - time.perf_counter())
-                if bias is None:
-                    job.held = logits
-                    return None
-            token = job.sampler(logits, bias)
-        except RequestError as error:
-            return "error", error
+        if job.mask is not None:
+            bias = job.mask.bias(self._mask_deadline - time.perf_counter())
+            if bias is None:
+                job.held = logits
+                return None
+        token = job.sampler(logits, bias)
         if token in request.stop_ids:
             return "stop", None
         job.ids.append(token)
@@ -447,37 +371,40 @@ class Scheduler:
 
     def _leave(
         self,
-        job: Job,
+        job: GenerationJob,
         reason: Reason,
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Keeps the state of a row, gives the row back, and tells the listener."""
+        """Stores the state of a row, frees the row, and tells the listener."""
         if reason != "error" and job.fed > job.stored:
             lasting = job.request.lasting and reason != "cancelled"
-            self._keep(job, self._rows.state(job), lasting=lasting)
+            self._store(job, self._rows.state(job), lasting=lasting)
         self._rows.remove(job)
         self._end(job, reason, error, state)
 
-    def _keep(
-        self, job: Job, state: State, logits: np.ndarray | None = None, *, lasting: bool
+    def _store(
+        self, job: GenerationJob, state: State, logits: np.ndarray | None = None, *, lasting: bool
     ) -> None:
-        """Stores the state after what a row has seen."""
-        namespace = job.request.namespace
-        ids = job.ids[: job.fed]
-        self._store.put(
-            ids, state, logits, lasting=lasting, foreign=job.foreign, namespace=namespace
+        """Stores the state after the tokens that a row has seen."""
+        self.store.put(
+            key_of(job.ids[: job.fed]),
+            state,
+            logits,
+            lasting=lasting,
+            foreign=job.foreign,
+            namespace=job.request.namespace,
         )
         job.stored = job.fed
 
     def _end(
         self,
-        job: Job,
+        job: GenerationJob,
         reason: Reason,
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Frees the place of a job without a row, and tells the listener."""
+        """Ends a job without a row, and tells the listener."""
         self._admission.end(job)
         if job.mask is not None:
             job.mask.cancel()
@@ -494,7 +421,7 @@ class Scheduler:
         """Ends all replies after an error of the engine, whose states may be wrong now."""
         failure = EngineError(f"the engine: {error}")
         jobs = self._rows.clear()
-        with contextlib.suppress(Exception):  # then each request will hear of it
-            self._session.reset(self._capacity)
+        with contextlib.suppress(Exception):  # then each request reports the failure
+            self._session.reset(self._rows.capacity)
         for job in jobs:
             self._end(job, "error", failure)

@@ -1,92 +1,134 @@
-"""How many drafted tokens a pass takes: as many as pay, by what passes took on this machine."""
+"""Sizes of passes: tokens of a prefill chunk, and drafted tokens of a decode step.
+
+Both follow from the times of earlier passes on this machine.
+"""
 
 from collections.abc import Sequence
 
-from rgexport.chat.jobs import Job
+from rgexport.chat.jobs import GenerationJob
 from rgexport.chat.lookup import Draft
+from rgexport.runtimes.session import Session
 
-_SLOPE = 0.3
-"""What each further token adds to a pass, in steps of one token, before anything is known."""
-_GAIN = 1.02
+_PRIOR_SLOPE = 0.3
+"""Time that each further token adds to a pass, in steps of one token, before it is measured."""
+_LEAST_GAIN = 1.02
 """A pass with drafts must promise so many times the tokens per second of a plain step."""
-_OLD = 0.8
-"""What a mean keeps of older figures."""
-_FRESH = 100
-"""Passes after which a figure is no longer trusted: the machine may have other work now."""
-_FORGET = 0.99
-"""What is left, after a plain step, of how far the slope is from the one before all."""
+_DECAY = 0.8
+"""Weight of earlier times in a mean."""
+_FRESH_PASSES = 100
+"""Passes after which a time is outdated: the machine's load may have changed."""
+_SLOPE_DECAY = 0.99
+"""Factor by which the slope approaches `_PRIOR_SLOPE` at each plain step, so that drafts are tried
+again after a slow pass."""
+_LEAST_CHUNK, _MOST_CHUNK = 16, 512
+_TILE = 64
+"""Chunks are multiples of this if possible: engines are slower at fewer tokens."""
+_CHUNK_SECONDS, _CHUNK_STEPS = 2.5, 1.5
+"""Longest time of a chunk: alone, and in decode steps if other conversations decode."""
+
+
+class ChunkSize:
+    """The number of tokens of a prefill chunk, so that no conversation that decodes waits long."""
+
+    def __init__(self, session: Session) -> None:
+        info = session.info
+        self._unit = info.prefill_chunk if info.whole_chunks else _LEAST_CHUNK
+        self._token_seconds = self._step_seconds = 0.0
+
+    def record_chunk(self, tokens: int, seconds: float) -> None:
+        """Takes the time of a chunk."""
+        if tokens >= _LEAST_CHUNK:
+            self._token_seconds = _mean(self._token_seconds, seconds / tokens)
+
+    def record_step(self, seconds: float) -> None:
+        """Takes the time of a decode step."""
+        self._step_seconds = _mean(self._step_seconds, seconds)
+
+    def tokens(self, *, alone: bool) -> int:
+        """Returns the maximum length of the next chunk."""
+        seconds = _CHUNK_SECONDS if alone else _CHUNK_STEPS * self._step_seconds
+        if not self._token_seconds:
+            return self._unit * 4
+        fitting = int(seconds / self._token_seconds)
+        unit = self._unit * max(1, _TILE // self._unit) if fitting >= _TILE else self._unit
+        return max(self._unit, min(fitting // unit * unit, _MOST_CHUNK))
 
 
 class Speculation:
-    """The drafts of all that write."""
+    """The drafts of all conversations that decode."""
 
     def __init__(self, most_tokens: int) -> None:
-        """Begins; a pass over all rows takes at most so many tokens."""
+        """Takes the maximum number of tokens of a pass, over all rows."""
         self._most = most_tokens
         self._seconds: dict[tuple[int, int], float] = {}
+        """(rows, tokens of each row) → mean time of a pass."""
         self._measured: dict[tuple[int, int], int] = {}
+        """(rows, tokens of each row) → number of the last such pass."""
         self._passes = 0
-        self._slope = _SLOPE
-        self._drafts: list[tuple[Job, Draft, int]] = []
+        self._slope = _PRIOR_SLOPE
+        self._drafts: list[tuple[GenerationJob, Draft, int]] = []
+        """Each job, its draft, and the length of its text before the pass."""
 
-    def tokens(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """What to feed for each row: its last token, and equally many drafted ones, or none."""
+    def tokens(self, jobs: Sequence[GenerationJob]) -> list[list[int]]:
+        """Returns the input of each row: its last token, and equally many drafted ones, or none."""
         most = self._most // len(jobs) - 1
         self._drafts = []
         if most > 0:
             for job in jobs:
-                left = job.request.max_new_tokens - job.written - 1
-                draft = job.lookup.draft(min(most, left))
+                remaining = job.request.max_new_tokens - job.written - 1
+                draft = job.lookup.draft(min(most, remaining))
                 self._drafts.append((job, draft, len(job.ids)))
         count = self._length([job.lookup.chances(draft) for job, draft, _ in self._drafts], most)
         if not count:
             return [job.ids[-1:] for job in jobs]
         return [
-            # Where a draft is shorter, any token may stand.
+            # A shorter draft is padded with any token.
             [job.ids[-1], *draft.tokens[:count], *job.ids[-1:] * (count - len(draft.tokens))]
             for job, draft, _ in self._drafts
         ]
 
-    def passed(self, rows: int, tokens: int, seconds: float) -> None:
-        """Notes what came, and how long a pass of so many tokens in each row took."""
+    def record_pass(self, rows: int, tokens: int, seconds: float) -> None:
+        """Takes the time of a pass of `tokens` in each row, and compares drafts with the texts."""
         for job, draft, before in self._drafts:
             job.lookup.learn(draft, job.ids[before:])
         self._drafts = []
         self._passes += 1
-        known = self._seconds.get((rows, tokens))
-        first = (rows, tokens) not in self._measured
+        is_first = (rows, tokens) not in self._measured
         self._measured[rows, tokens] = self._passes
-        if first:  # it made its arrays, and tells little
+        if is_first:  # it allocated its arrays, so its time is not typical
             return
-        mean = seconds if known is None else _OLD * known + (1 - _OLD) * seconds
-        self._seconds[rows, tokens] = mean
+        self._seconds[rows, tokens] = _mean(self._seconds.get((rows, tokens), 0.0), seconds)
         if tokens == 1:
-            self._slope = _SLOPE + _FORGET * (self._slope - _SLOPE)
-        elif plain := self._known(rows, 1):
+            self._slope = _PRIOR_SLOPE + _SLOPE_DECAY * (self._slope - _PRIOR_SLOPE)
+        elif plain := self._fresh_seconds(rows, 1):
             slope = max(0.0, seconds / plain - 1) / (tokens - 1)
-            self._slope = _OLD * self._slope + (1 - _OLD) * slope
+            self._slope = _DECAY * self._slope + (1 - _DECAY) * slope
 
     def _length(self, chances: Sequence[Sequence[float]], most: int) -> int:
-        """How many drafted tokens of each row promise most tokens per second."""
+        """Returns the number of drafted tokens per row that promises most tokens per second."""
         rows = len(chances)
-        step = self._known(rows, 1)
+        step = self._fresh_seconds(rows, 1)
         if not step or not any(chances):
             return 0
-        best, length = _GAIN * rows / step, 0
-        right, expected = [1.0] * rows, float(rows)
+        best, length = _LEAST_GAIN * rows / step, 0
+        accepted, expected = [1.0] * rows, float(rows)
         for count in range(1, most + 1):
             for row, chance in enumerate(chances):
-                right[row] *= chance[count - 1] if count <= len(chance) else 0.0
-            expected += sum(right)
+                accepted[row] *= chance[count - 1] if count <= len(chance) else 0.0
+            expected += sum(accepted)
             rate = expected / self._time(rows, count + 1, step)
             if rate > best:
                 best, length = rate, count
         return length
 
     def _time(self, rows: int, tokens: int, step: float) -> float:
-        return self._known(rows, tokens) or step * (1 + self._slope * (tokens - 1))
+        return self._fresh_seconds(rows, tokens) or step * (1 + self._slope * (tokens - 1))
 
-    def _known(self, rows: int, tokens: int) -> float | None:
-        """How long such a pass takes, if that was measured not long ago."""
-        fresh = self._passes - self._measured.get((rows, tokens), -_FRESH) < _FRESH
-        return self._seconds.get((rows, tokens)) if fresh else None
+    def _fresh_seconds(self, rows: int, tokens: int) -> float | None:
+        """Returns the time of such a pass, or None if it was not measured recently."""
+        age = self._passes - self._measured.get((rows, tokens), -_FRESH_PASSES)
+        return self._seconds.get((rows, tokens)) if age < _FRESH_PASSES else None
+
+
+def _mean(before: float, latest: float) -> float:
+    return latest if not before else _DECAY * before + (1 - _DECAY) * latest

@@ -1,10 +1,10 @@
-"""State files: what a model remembers of a text, to go on with in any engine.
+"""State files: the state of a model after a text, to go on with in any engine.
 
 A safetensors file. Its arrays are the canonical states (`griffin.state`) of one conversation
-without a batch axis, in float32, or in float16 but for `rg_lru`; and `tokens`, int32 [N], or
-instead only their hash, `tokens_sha256`, uint8 [32]. The state has seen all tokens, or all but the
-last: to go on with a state, a token is needed that it has not seen, or the `logits` of the last
-one, float32 [vocab]. Its metadata have one JSON object, `StateHeader`.
+without a batch axis, in float32, or in float16 except `rg_lru`; and `tokens`, int32 [N], or only
+their hash, `tokens_sha256`, uint8 [32]. The state has seen all tokens, or all but the last: going
+on needs a token that the state has not seen, or the `logits` after the last one, float32 [vocab].
+The metadata have one JSON object, `StateHeader`.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ TOKENS, TOKENS_SHA256, LOGITS = "tokens", "tokens_sha256", "logits"
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 """Precision of a file → dtype of its states."""
 _ALWAYS_FLOAT32 = ".rg_lru"
-_BESIDE: dict[str, dict[str, np.dtype]] = {
+_STATE_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+_OTHER_DTYPES: dict[str, dict[str, np.dtype[Any]]] = {
     TOKENS: {"I32": np.dtype(np.int32)},
     TOKENS_SHA256: {"U8": np.dtype(np.uint8)},
     LOGITS: {"F32": np.dtype(np.float32)},
 }
-"""Array that is no state → its dtype, in the file and in numpy."""
-_FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+"""Array that is no state → its dtype, in the file and in NumPy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateHeader:
-    """The metadata of a file; `sha256` is of its arrays."""
+    """The metadata of a file; `sha256` is the hash of its arrays."""
 
     format_version: int = FORMAT_VERSION
     identity: Identity
@@ -61,18 +61,18 @@ class StateHeader:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state, the tokens that led to it, and what it is of.
+    """A state, the tokens before it, and its model.
 
     Attributes:
         identity: the model.
-        key: of the tokens that the state has seen.
+        key: key of the tokens that the state has seen.
         state: a canonical state of batch 1.
-        tokens: int64 [N], which the state has seen, perhaps but for the last; None if only the
+        tokens: int64 [N], which the state has seen, perhaps except the last one; None if only the
             key is known.
         messages: the conversation, if it is one.
-        engine: what made it.
-        logits: those of the last token that the state has seen, [vocab]; None if they are unknown.
-        artifact: a hash of what computed it; empty if that is unknown.
+        engine: the engine that computed it.
+        logits: the logits after the last token that the state has seen, [vocab], or None.
+        artifact: a hash of everything that its bits depend on; empty if that is unknown.
     """
 
     identity: Identity
@@ -86,39 +86,29 @@ class SavedState:
 
     @property
     def position(self) -> int:
-        """Tokens that the state has seen."""
         return self.key[0]
 
     @property
     def count(self) -> int:
-        """Tokens of the text."""
         return self.position if self.tokens is None else len(self.tokens)
 
 
 def require_precision(precision: str | None) -> None:
-    """Refuses a precision that state files do not have.
-
-    Raises:
-        RequestError: it is none of `PRECISIONS`.
-    """
+    """Raises RequestError if the precision is none of `PRECISIONS`."""
     if precision not in (None, *PRECISIONS):
-        words = " or ".join(PRECISIONS)
-        raise RequestError(f"the precision of states is {precision!r}; expected {words}")
+        expected = " or ".join(PRECISIONS)
+        raise RequestError(f"the precision of states is {precision!r}; expected {expected}")
 
 
 def require_replaceable(path: Path) -> None:
-    """Refuses a place where something else than a state file is, or where no file can be.
-
-    Raises:
-        RequestError: it would be lost, or there is no such folder.
-    """
+    """Raises RequestError if something else than a state file would be lost, or cannot be there."""
     require_writable(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
         raise RequestError(f"{path} exists and is not a state file; give another name")
 
 
 def is_state_file(path: Path) -> bool:
-    """Whether a file is one of ours, so that `--force` may replace it."""
+    """Returns whether `--force` may replace a file because it is a state file."""
     try:
         return METADATA in read_metadata(path)
     except RequestError:
@@ -129,27 +119,27 @@ def write_state(path: Path, saved: SavedState, *, precision: str | None = None) 
     """Writes a file that appears complete or not at all; returns its size.
 
     Args:
-        path: the file; it replaces any that is there.
+        path: the file; an existing one is replaced.
         saved: its contents.
-        precision: one of `PRECISIONS`; None keeps what the engine has.
+        precision: one of `PRECISIONS`; None keeps the engine's precision.
 
     Raises:
         RequestError: it cannot be written; the cause is the error of the system.
     """
-    return write_parts(path, state_parts(saved, precision))
+    return write_chunks(path, file_chunks(saved, precision))
 
 
-def write_parts(path: Path, parts: Sequence[memoryview]) -> int:
-    """Writes a file of these parts, see `write_state`."""
+def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
+    """Writes a file from its chunks, see `write_state`."""
     try:
-        write_file(path, parts)
+        write_file(path, chunks)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror or error}") from error
-    return sum(part.nbytes for part in parts)
+    return sum(chunk.nbytes for chunk in chunks)
 
 
-def state_parts(saved: SavedState, precision: str | None = None) -> list[memoryview]:
-    """Returns the contents of a file, in parts, see `write_state`."""
+def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryview]:
+    """Returns the contents of a file in chunks, see `write_state`."""
     arrays = _stored(saved, precision)
     digest = hashlib.sha256()
     for array in arrays.values():
@@ -163,22 +153,21 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
     """Reads a file; `shapes` are those of the model's states, without a batch axis.
 
     Raises:
-        RequestError: it is none, is damaged, or is of a model with other states.
+        RequestError: it is no state file, is damaged, or is of a model with other states.
     """
     fields, entries = read_state_header(path), read_header(path)
-    found = {name: entry.shape for name, entry in entries.items() if name not in _BESIDE}
-    if found != dict(shapes):
+    if dict(shapes) != {n: entry.shape for n, entry in entries.items() if n not in _OTHER_DTYPES}:
         raise RequestError(
             f"{path} is a state of {fields.identity.name}, whose states have other shapes; "
             "load it with an artifact of that model"
         )
     arrays = _read_arrays(path, fields, entries)
-    tokens, sha256, logits = (arrays.pop(name, None) for name in _BESIDE)
+    tokens, sha256, logits = (arrays.pop(name, None) for name in _OTHER_DTYPES)
     position = fields.position
     if tokens is not None:
         key = key_of(tokens[:position])
     else:
-        assert sha256 is not None, "see `_is_of`"
+        assert sha256 is not None, "checked by `_is_consistent`"
         key = position, sha256.tobytes().hex()
     state: State = {name: array[None] for name, array in arrays.items()}
     return SavedState(
@@ -194,44 +183,8 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
 
 
 def require_intact(path: Path) -> None:
-    """Checks a file of any model.
-
-    Raises:
-        RequestError: it is none, or is damaged.
-    """
+    """Raises RequestError if a file, of any model, is damaged or no state file."""
     _read_arrays(path, read_state_header(path), read_header(path))
-
-
-def _read_arrays(
-    path: Path, fields: StateHeader, entries: Mapping[str, Entry]
-) -> dict[str, np.ndarray]:
-    """All arrays, if they are those that the metadata tell of."""
-    digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
-    try:
-        with path.open("rb") as file:
-            for name, entry in entries.items():
-                file.seek(entry.offset)
-                data = file.read(entry.nbytes)
-                digest.update(data)
-                arrays[name] = np.frombuffer(data, _dtype(path, name, entry)).reshape(entry.shape)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
-    if digest.hexdigest() != fields.sha256 or not _is_of(fields, arrays):
-        raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
-    return arrays
-
-
-def _is_of(fields: StateHeader, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Whether the tokens, or their hash, are what the metadata tell of."""
-    count, position = fields.tokens, fields.position
-    shapes = {name: arrays[name].shape for name in _BESIDE if name in arrays}
-    if len(shapes.pop(LOGITS, (0,))) != 1:
-        return False
-    if fields.has_text:
-        unseen = count - position
-        return shapes == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
-    sealed = shapes == {TOKENS_SHA256: (32,)} and fields.messages is None
-    return sealed and count == position >= 0
 
 
 def read_state_header(path: Path) -> StateHeader:
@@ -251,9 +204,7 @@ def read_state_header(path: Path) -> StateHeader:
                 f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
             )
         state_header = from_json(StateHeader, fields)
-        if any(
-            not message.keys() >= {"role", "content"} for message in state_header.messages or ()
-        ):
+        if any(not m.keys() >= {"role", "content"} for m in state_header.messages or ()):
             raise Mismatch("a message lacks its role or content")
     except Mismatch as error:
         raise RequestError(f"{path} is damaged: in its metadata, {error}") from None
@@ -264,21 +215,57 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
     """Refuses the state of another model, window or, for a conversation, chat template.
 
     Raises:
-        RequestError: it is of another one, which the message names.
+        RequestError: one differs; the message names it.
     """
-    found = saved.identity
-    differing = {
-        f"the model {found.name} with other weights": found.weights != expected.weights,
-        f"a window of {found.window} tokens": found.window != expected.window,
-        f"another chat template of {found.name}": saved.messages is not None
-        and found.template != expected.template,
-    }
-    for what, differs in differing.items():
-        if differs:
-            raise RequestError(
-                f"{path} is a state of {what}; this artifact is {expected.name} with a window of "
-                f"{expected.window}: load it with the artifact of its own model"
-            )
+    actual = saved.identity
+    if actual.weights != expected.weights:
+        difference = f"the model {actual.name} with other weights"
+    elif actual.window != expected.window:
+        difference = f"a window of {actual.window} tokens"
+    elif saved.messages is not None and actual.template != expected.template:
+        difference = f"another chat template of {actual.name}"
+    else:
+        return
+    raise RequestError(
+        f"{path} is a state of {difference}; this artifact is {expected.name} with a window of "
+        f"{expected.window}: load it with the artifact of its own model"
+    )
+
+
+def _read_arrays(
+    path: Path, fields: StateHeader, entries: Mapping[str, Entry]
+) -> dict[str, np.ndarray]:
+    """Returns all arrays, after comparing them with the metadata."""
+    digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
+    try:
+        with path.open("rb") as file:
+            for name, entry in entries.items():
+                dtypes = _OTHER_DTYPES.get(name, _STATE_DTYPES)
+                if entry.dtype not in dtypes:
+                    what = f"{name} is {entry.dtype} {list(entry.shape)}"
+                    raise RequestError(f"{path} is damaged: {what}")
+                file.seek(entry.offset)
+                data = file.read(entry.nbytes)
+                digest.update(data)
+                arrays[name] = np.frombuffer(data, dtypes[entry.dtype]).reshape(entry.shape)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    if digest.hexdigest() != fields.sha256 or not _is_consistent(fields, arrays):
+        raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
+    return arrays
+
+
+def _is_consistent(fields: StateHeader, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether the shapes of tokens, hash and logits agree with the metadata."""
+    count, position = fields.tokens, fields.position
+    shapes = {name: arrays[name].shape for name in _OTHER_DTYPES if name in arrays}
+    if len(shapes.pop(LOGITS, (0,))) != 1:
+        return False
+    if fields.has_text:
+        unseen = count - position
+        return shapes == {TOKENS: (count,)} and unseen in (0, 1) and position >= 0
+    has_only_hash = shapes == {TOKENS_SHA256: (32,)} and fields.messages is None
+    return has_only_hash and count == position >= 0
 
 
 def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
@@ -310,10 +297,3 @@ def _header(saved: SavedState, sha256: str) -> StateHeader:
         tool=f"rgexport {__version__}",
         sha256=sha256,
     )
-
-
-def _dtype(path: Path, name: str, entry: Entry) -> np.dtype:
-    dtypes = _BESIDE.get(name, _FLOATS)
-    if entry.dtype not in dtypes:
-        raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {list(entry.shape)}")
-    return dtypes[entry.dtype]

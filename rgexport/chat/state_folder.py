@@ -1,7 +1,7 @@
-"""A folder of states for the next start, read and written by a thread of its own.
+"""A folder of states for the next start, read and written by its own thread.
 
-Disks fill up, fail, hang and come back. No other thread waits for this one: it reads ahead, what
-waits to be written has a limit, and after a failure it tries again later.
+Disks fill up, fail, hang and recover. No other thread waits for this one: it reads ahead, the queue
+of unwritten states is limited, and after a failure it retries later.
 """
 
 import os
@@ -23,39 +23,44 @@ from rgexport.griffin.state import State
 from rgexport.progress import warn
 
 BACK_OFF_SECONDS = 1.0, 60.0
-"""Time without writing after a first failure, and most after repeated ones."""
+"""Time without writing after a first failure, and longest time after repeated ones."""
 READ_SECONDS = 5.0
-"""A request waits so long for a state to be read, then reads its prompt instead."""
+"""Longest time that a request waits for a state; then it reads its prompt instead."""
 CLOSE_SECONDS = 10.0
 _AVOID_SECONDS = 60.0
-"""A file that the system could not read is not tried again for so long."""
+"""Time before a file is tried again that the system could not read."""
 _WARN_AGAIN_SECONDS = 600.0
-_SCAN_SECONDS, _SCAN_SHARE = 1.0, 20
-"""Least time between looks for files of other processes, and in parts of the time of one."""
-_FEWEST_WAITING = 4
-"""States that may wait to be written, however large."""
+_SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
+"""Shortest time between scans for files of other processes, also as a multiple of a scan's time."""
+_LEAST_WAITING = 4
+"""Number of states that may always wait to be written, however large."""
 _OVERHEAD_BYTES = 4096
 """Memory of a waiting state beside its arrays."""
 
 
 class Fetch:
-    """A state that the folder's thread reads."""
+    """A state that the folder's thread reads.
+
+    Attributes:
+        keys: the keys that may be used, the best first.
+        count: length of the text; a state of all its tokens needs logits.
+        state: the state, once it was read.
+        then: called when the reading has ended.
+    """
 
     def __init__(self, keys: Sequence[Key], count: int) -> None:
         self.keys, self.count = keys, count
         self.state: SavedState | None = None
-        """The state, if the folder had one."""
         self.then: list[Callable[[], None]] = []
         self._deadline = time.monotonic() + READ_SECONDS
         self._ended = threading.Event()
 
     @property
     def pending(self) -> bool:
-        """Whether it is worth waiting for."""
+        """Whether the request should still wait for it."""
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
     def wait(self) -> None:
-        """Waits until it is not pending."""
         self._ended.wait(max(0.0, self._deadline - time.monotonic()))
 
     def end(self, state: SavedState | None) -> None:
@@ -69,8 +74,8 @@ class Fetch:
 class StateFolder:
     """Files of states that one artifact has computed.
 
-    They have a hash of the text that was read, not the text. A file appears complete or not at
-    all, so the folder is whole after a kill, and several processes may use it.
+    They have a hash of the text, not the text. A file appears complete or not at all, so the folder
+    is whole after a kill, and several processes may use it.
     """
 
     def __init__(
@@ -85,17 +90,17 @@ class StateFolder:
         waiting_bytes: int,
         precision: str | None = None,
     ) -> None:
-        """Opens the folder, which is made if it is missing.
+        """Opens the folder, and makes it if it is missing.
 
         Args:
             root: the folder; each artifact has one in it.
             identity: the model.
-            shapes: of its states.
-            artifact: a hash of what computes the states; others are not used.
+            shapes: the shapes of its states.
+            artifact: a hash of what computes the states; only equal ones are used.
             vocab_size: number of logits.
-            max_bytes: most bytes of the files of all artifacts.
-            waiting_bytes: most memory of states that wait to be written.
-            precision: of the files, see `write_state`.
+            max_bytes: maximum size of the files of all artifacts.
+            waiting_bytes: maximum memory of states that wait to be written.
+            precision: precision of the files, see `write_state`.
 
         Raises:
             RequestError: it cannot be made or listed.
@@ -103,9 +108,8 @@ class StateFolder:
         name = f"{identity.weights[:16]}-{identity.window}-{artifact[:16]}"
         self._folder, self._index = root / name, FolderIndex(root, name)
         self._identity, self._shapes, self._artifact = identity, shapes, artifact
-        self._vocab_size = vocab_size
-        self._max_bytes, self._most_bytes = max_bytes, waiting_bytes
-        self._precision = precision
+        self._vocab_size, self._precision = vocab_size, precision
+        self._max_bytes, self._most_waiting_bytes = max_bytes, waiting_bytes
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._index.scan()
@@ -115,6 +119,7 @@ class StateFolder:
         self._waiting_nbytes = 0
         self._fetches: OrderedDict[Key, Fetch] = OrderedDict()
         self._avoided: dict[Key, float] = {}
+        """Key of an unreadable file → when to try it again."""
         self._warned: dict[tuple[str, object], float] = {}
         self._busy_since: float | None = None
         self._back_off, self._write_at, self._scan_at = 0.0, 0.0, 0.0
@@ -123,21 +128,19 @@ class StateFolder:
         self._thread.start()
 
     def lengths(self) -> set[int]:
-        """Returns the numbers of tokens of states that can be read; none while the disk hangs."""
+        """Returns the lengths, in tokens, of readable states; none while the disk hangs."""
         since = self._busy_since
         hangs = since is not None and time.monotonic() - since > READ_SECONDS
         return set() if hangs else self._index.lengths()
 
     def has(self, key: Key) -> bool:
-        """Returns whether the state can be read."""
         return self._index.has(key) and time.monotonic() >= self._avoided.get(key, 0.0)
 
     def has_logits(self, key: Key) -> bool | None:
-        """Returns whether the state has logits; None if only its file knows."""
         return self._index.has_logits(key)
 
     def save(self, key: Key, state: State, logits: np.ndarray | None) -> None:
-        """Lets the thread write a state; the oldest ones that wait are dropped if too many do."""
+        """Queues a state to be written; the oldest ones are dropped if the queue is too large."""
         if self.has(key) and (logits is None or self.has_logits(key)):
             return
         with self._changed:
@@ -149,18 +152,15 @@ class StateFolder:
                 self._take_waiting(key)
             self._waiting[key] = saved
             self._waiting_nbytes += _nbytes(saved)
-            while len(self._waiting) > _FEWEST_WAITING and self._waiting_nbytes > self._most_bytes:
+            while (
+                len(self._waiting) > _LEAST_WAITING
+                and self._waiting_nbytes > self._most_waiting_bytes
+            ):
                 self._take_waiting(next(iter(self._waiting)))
             self._changed.notify()
 
     def fetch(self, keys: Sequence[Key], count: int, then: Callable[[], None]) -> Fetch:
-        """Lets the thread read the first state that can be used.
-
-        Args:
-            keys: what may be used, the best first.
-            count: tokens of the text: a state of all of them needs logits.
-            then: is called when it is read, in the folder's thread.
-        """
+        """Queues the reading of the first usable state, see `Fetch`."""
         with self._changed:
             fetch = self._fetches.setdefault(keys[0], Fetch(keys, count))
             fetch.then.append(then)
@@ -168,7 +168,7 @@ class StateFolder:
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits until everything is written, but no longer than `seconds`."""
+        """Waits until everything is written, at most `seconds`."""
         with self._changed:
             if self._closed:
                 return
@@ -188,7 +188,7 @@ class StateFolder:
             self._busy_since = None
 
     def _next_task(self) -> Callable[[], None] | None:
-        """Waits for something to do: to read, to write, to look for new files; None at the end."""
+        """Waits for the next reading, writing or scan; returns None at the end."""
         with self._changed:
             while True:
                 now = time.monotonic()
@@ -215,10 +215,15 @@ class StateFolder:
         fetch.end(state)
 
     def _load(self, key: Key) -> SavedState | None:
-        """Reads a state; None, with a warning, if its file is gone, damaged or of another model."""
+        """Reads a state; warns and returns None if its file is missing, damaged or foreign."""
         path = self._folder / file_name(key)
         try:
-            self._touch(path)
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                pass  # a read-only disk can still be read
             saved = read_state(path, self._shapes)
         except FileNotFoundError:
             self._index.discard(key)
@@ -228,16 +233,13 @@ class StateFolder:
             self._avoid(key, _AVOID_SECONDS if is_transient else float("inf"))
             self._warn("a saved state is not used", error)
             return None
-        if not self._is_expected(key, saved):
+        logits = saved.logits
+        has_vocab_size = logits is None or logits.shape == (self._vocab_size,)
+        if not has_vocab_size or (saved.key, saved.artifact) != (key, self._artifact):
             self._avoid(key, float("inf"))
             return None
-        self._index.touch(key, has_logits=saved.logits is not None)
+        self._index.touch(key, has_logits=logits is not None)
         return saved
-
-    def _is_expected(self, key: Key, saved: SavedState) -> bool:
-        logits = saved.logits
-        fits = logits is None or logits.shape == (self._vocab_size,)
-        return fits and (saved.key, saved.artifact) == (key, self._artifact)
 
     def _write(self, key: Key, saved: SavedState) -> None:
         try:
@@ -261,29 +263,15 @@ class StateFolder:
         except Exception as error:
             self._warn("states of other processes are not seen at the moment", error)
         now = time.monotonic()
-        self._scan_at = now + max(_SCAN_SECONDS, _SCAN_SHARE * (now - began))
-
-    @staticmethod
-    def _touch(path: Path) -> None:
-        """Notes that a file was used.
-
-        Raises:
-            FileNotFoundError: it is gone.
-        """
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            return  # a disk that cannot be written to can still be read
+        self._scan_at = now + max(_SCAN_SECONDS, _SCAN_FACTOR * (now - began))
 
     def _avoid(self, key: Key, seconds: float) -> None:
         now = time.monotonic()
-        self._avoided = {each: until for each, until in self._avoided.items() if until > now}
+        self._avoided = {k: until for k, until in self._avoided.items() if until > now}
         self._avoided[key] = now + seconds
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Warns once of a kind of failure, and again if it is still there much later."""
+        """Warns once of a kind of failure, and again if it persists."""
         system = system_error(error)
         kind, now = (what, system.errno if system else type(error)), time.monotonic()
         if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:

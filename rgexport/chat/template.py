@@ -1,4 +1,4 @@
-"""Chat templates: from messages to the ids that a model was tuned on."""
+"""Chat templates: render messages as the tokens that a model was tuned on."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ class ChatTemplate:
         add_generation_prompt: bool,
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
-        """The ids of a conversation, starting with one BOS if the vocabulary has it.
+        """Returns the ids of a conversation, with one BOS first if the vocabulary has it.
 
-        Special literals that the template writes become their ids; inside a message they are text.
-        All else is encoded as one string, across the edges of messages.
+        Special literals of the template become their ids; inside a message they are text. The rest
+        is encoded as one string, across the borders of messages.
 
         Raises:
             RequestError: the template refuses these messages or is broken.
@@ -59,23 +59,20 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         **tokens: str,
     ) -> str:
-        """The text of a conversation; `tokens` are `bos_token` and the like.
+        """Returns the text of a conversation; `tokens` are `bos_token` and the like.
 
         Raises:
             RequestError: the template refuses these messages, is broken, or writes too much.
         """
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
-            text: str = (
-                Sandbox(messages, **functions)
-                .template(self.source)
-                .render(
-                    messages=messages,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=tools,
-                    documents=None,
-                    **tokens,
-                )
+            template = Sandbox(messages, **functions).template(self.source)
+            text: str = template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                documents=None,
+                **tokens,
             )
         except Exception as error:  # a template can raise any exception
             reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
@@ -83,11 +80,7 @@ class ChatTemplate:
         return text
 
     def check_turns(self, tokenizer: Tokenizer) -> None:
-        """Refuses a vocabulary that lacks the turn tokens which this template writes.
-
-        Raises:
-            RequestError: they would become plain text.
-        """
+        """Raises RequestError if the vocabulary lacks turn tokens that this template writes."""
         if missing := missing_turns(self.source, tokenizer.special):
             raise RequestError(
                 f"the tokenizer has no {' and no '.join(missing)}, which the chat template "
@@ -96,7 +89,7 @@ class ChatTemplate:
 
 
 def load_template(folder: Path) -> ChatTemplate:
-    """The folder's chat template: chat_template.jinja, tokenizer_config.json, else Gemma's.
+    """Returns the template of chat_template.jinja or tokenizer_config.json, or Gemma's.
 
     Raises:
         RequestError: a file that cannot be read, or several named templates and no default.
@@ -105,7 +98,7 @@ def load_template(folder: Path) -> ChatTemplate:
 
 
 def _cut_all(value: Any, tokenizer: Tokenizer) -> Any:
-    """JSON whose texts are cut, see `Tokenizer.cut`."""
+    """Returns JSON with all its texts cut, see `Tokenizer.cut`."""
     if isinstance(value, str):
         return tokenizer.cut(value)
     if isinstance(value, Mapping):

@@ -1,10 +1,10 @@
-"""A sandbox for chat templates: bounds what a template may make, and how long it may run.
+"""A sandbox for chat templates, which limits their output and their running time.
 
-A template is a program that comes with a download. Few operations are enough to fill any memory
-(`'a' * 10**10`, a list that holds another one twice, thirty times over) or to run for ever. So
-only filters and methods are offered whose result is about as large as their input. And each result
-is charged to a budget, by the size of the text that it could become: the result of what multiplies
-sizes (`*`, replace, join, split, loops) before it is made.
+A template is a program that comes with a download. A few operations fill any memory (`'a' *
+10**10`, or thirty nested lists that each hold the next one twice) or run for ever. So only filters
+and methods are allowed whose result is about as large as their input. Each result is charged to a
+budget, by the size of its text; operations that multiply sizes (`*`, replace, join, split, loops)
+are charged before they run.
 """
 
 import functools
@@ -23,37 +23,37 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE, MAX_TOKENS = 1 << 16, 1 << 14
-"""Characters and lexical tokens of a template: four times those of the longest that is known."""
+"""Characters and lexical tokens of a template: four times those of the longest known one."""
 BYTES = 16 << 20
-"""What a rendering may make, beside `PER_BYTE` for each byte of its messages."""
+"""Budget of a rendering, to which each byte of its messages adds `PER_BYTE`."""
 PER_BYTE = 64
 STEPS, PER_MESSAGE, BYTES_PER_STEP = 200_000, 200, 64
-"""Operations of a rendering: about a second on a slow machine. More are allowed for each message,
-and for so many bytes of messages."""
+"""Operations of a rendering: about a second on a slow machine. Each message, and each
+`BYTES_PER_STEP` of messages, adds to them."""
 _SCANNED = 1024
-"""Bytes of text that an operation may read; reading more counts as several."""
+"""Bytes of text that one operation may read; longer reading counts as several."""
 SECONDS = 5.0
-"""Processor time of a rendering, if a step takes longer than is known."""
+"""Processor time of a rendering, in case that steps are unexpectedly slow."""
 MAX_BITS = 1 << 12
-"""Bits of a whole number."""
+"""Size of a whole number."""
 MAX_INDENT = 16
 """Spaces of `tojson(indent=...)`."""
 _STEP, _ITEM = 16, 64
 """Bytes charged for an operation, and for an item of a list."""
 
-_Generators = GeneratorType | map | filter
+_GENERATORS = GeneratorType, map, filter
 _FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
 title trim unique upper""".split()
 _INSTANT = {"count", "d", "default", "first", "last", "length"}
-"""Filters that do not read what they are given."""
+"""Filters that do not read their input."""
 _TEXT_METHODS = """capitalize casefold count endswith find index isalnum isalpha isdigit islower
 isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rpartition
 rsplit rstrip split splitlines startswith strip title upper""".split()
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """What one rendering runs in; options and extensions are those that Hugging Face has."""
+    """The environment of one rendering, with Hugging Face's options and extensions."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -66,19 +66,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._charged(name, call) for name, call in filters.items()}
         del self.tests["in"]  # `select('in', ...)` would scan a list for each item of a list
         self.globals |= functions | {"cycler": _unstable, "lipsum": _unstable}
-        self._left = self._all = self._steps = sys.maxsize
+        self._budget = self._all = self._steps = sys.maxsize
         size = self._size(messages)
-        self._left = self._all = BYTES + PER_BYTE * size
+        self._budget = self._all = BYTES + PER_BYTE * size
         self._steps = STEPS + PER_MESSAGE * len(messages) + size // BYTES_PER_STEP
         self._all_steps = self._steps
         self._began, self._computed = time.monotonic(), time.thread_time()
 
     def template(self, source: str) -> Any:
-        """Compiles a template.
-
-        Raises:
-            TemplateError: its syntax is wrong, or it is too long.
-        """
+        """Compiles a template."""
         return self.template_class.from_code(self, _code(source), self.make_globals(None))
 
     def handle_exception(self, source: str | None = None) -> NoReturn:
@@ -94,9 +90,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         Raises:
             TemplateError: the budget or the time is used up.
         """
-        self._left -= _STEP + size
+        self._budget -= _STEP + size
         self._steps -= 1 + scanned // _SCANNED
-        if self._left < 0:
+        if self._budget < 0:
             raise self._too_much()
         if self._steps < 0:
             raise TemplateError(f"it takes more than {self._all_steps} steps")
@@ -108,13 +104,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError(f"it runs longer than {SECONDS:g} s")
 
     def made(self, value: Any) -> Any:
-        """`value`, after it was charged."""
+        """Charges a value, and returns it."""
         size = self._size(value)
         self.charge(size, size)
         return value
 
     def compared(self, value: Any) -> Any:
-        """`value`, after its reading was charged."""
+        """Charges the reading of a value, and returns it."""
         self._charge_reading(value)
         return value
 
@@ -124,27 +120,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.charge(scanned=size if isinstance(value, str) else size * _SCANNED // (2 * _ITEM))
 
     def written(self, value: Any) -> Any:
-        """`value`, which becomes text now.
-
-        Raises:
-            TemplateError: its text would be an address in memory.
-        """
+        """Charges a value that becomes text, and returns it; refuses text with a memory address."""
         if _has_no_text(value):
             raise TemplateError(f"it writes a {type(value).__name__}")
         return self.made(value)
 
-    def concatenated(self, *parts: Any) -> str:
-        """`a ~ b`."""
-        return "".join(str(self.written(part)) for part in parts)
+    def concatenated(self, *values: Any) -> str:
+        """Returns `a ~ b`."""
+        return "".join(str(self.written(value)) for value in values)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Allows the methods of text whose results are bounded."""
+        """Allows only methods of text with bounded results."""
         if isinstance(obj, str) and attr not in _TEXT_METHODS:
             return False
         return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Charges the result, that of `*` beforehand; there is no `**`, and no `%` of text."""
+        """Charges an operation, `*` before it runs; refuses `**`, and `%` of text."""
         if operator == "**" or (operator == "%" and isinstance(left, str)):
             raise TemplateError(f"it uses {operator}, which is not allowed here")
         if operator == "*":
@@ -160,14 +152,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return obj(*args)
         if isinstance(owner, str):
             args = _listed(args)
-            given = [*args, *kwargs.values()]
+            values = [*args, *kwargs.values()]
             self.charge(scanned=len(owner))
-            subject, rest = (given[0], [owner]) if obj.__name__ == "join" else (owner, given)
+            subject, rest = (values[0], [owner]) if obj.__name__ == "join" else (owner, values)
             self._charge_expansion(obj.__name__, subject, *rest)
         return self.made(super().call(context, obj, *args, **kwargs))
 
     def _charged(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter whose result is charged."""
+        """Returns a filter that charges its result."""
         first = int(hasattr(call, "jinja_pass_arg"))  # then the context comes before the input
 
         @functools.wraps(call)
@@ -186,7 +178,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return charged
 
     def _charge_expansion(self, name: str, subject: Any, *rest: Any) -> None:
-        """Charges what a filter or method may make of its input, where that is much more."""
+        """Charges the result of a filter or method that may be much larger than its input."""
         match name:
             case "replace" if len(rest) > 1:
                 self.charge(str(subject).count(str(rest[0])) * self._size(str(rest[1])))
@@ -206,18 +198,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         separators: None = None,
         sort_keys: bool = False,
     ) -> str:
-        """Hugging Face's filter, with a bounded indent and no other separators."""
+        """Runs Hugging Face's filter `tojson`, with a bounded indent and default separators."""
         if separators is not None or not (indent is None or 0 <= indent <= MAX_INDENT):
             raise TemplateError(f"tojson takes an indent of 0 to {MAX_INDENT}, and no separators")
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
-        parts = []
-        for part in encoder.iterencode(value):
-            self.charge(len(part))
-            parts.append(part)
-        return "".join(parts)
+        chunks = []
+        for chunk in encoder.iterencode(value):
+            self.charge(len(chunk))
+            chunks.append(chunk)
+        return "".join(chunks)
 
     def _size(self, value: Any) -> int:
-        """Bytes of the text that a value could become; what it holds twice counts twice."""
+        """Returns the size of a value's text; a value that it holds twice counts twice."""
         kind = type(value)
         if kind in (str, bool):  # nearly all are
             return sys.getsizeof(value)
@@ -242,7 +234,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise TemplateError("it makes a number that is too large")
             elif item is not value and _has_no_text(item):
                 raise TemplateError(f"it uses a {type(item).__name__} as a value")
-            if total > self._left:
+            if total > self._budget:
                 raise self._too_much()
         return total
 
@@ -253,10 +245,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Charging(NodeTransformer):
     """Inserts calls of the sandbox's methods into a template's tree."""
 
-    def visit_For(self, node: Any) -> nodes.Node:
+    def visit_For(self, node: Any) -> Any:
         """Charges each round of a loop, and the constant text in it."""
         self.generic_visit(node)
-        text = sum(len(part.data) for part in node.find_all(nodes.TemplateData))
+        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         charge = _call("charge", [nodes.Const(text)], node.lineno)
         node.body.insert(0, nodes.ExprStmt(charge, lineno=node.lineno))
         return node
@@ -291,18 +283,19 @@ class _Charging(NodeTransformer):
         """Charges a slice, which is a copy."""
         if isinstance(node.arg, nodes.Slice):
             return self.visit_List(node)
-        return self.generic_visit(node)
+        visited: nodes.Node = self.generic_visit(node)
+        return visited
 
 
 def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
-    """A call of a method of the sandbox, which no name in a template can shadow."""
+    """Returns a call of a method of the sandbox, which no name in a template can shadow."""
     function = nodes.EnvironmentAttribute(name, lineno=line)
     return nodes.Call(function, arguments, [], None, None, lineno=line)
 
 
 def _listed(values: Sequence[Any]) -> tuple[Any, ...]:
-    """The values, with a list for each generator."""
-    return tuple(list(v) if isinstance(v, _Generators) else v for v in values)
+    """Returns the values, with generators turned into lists."""
+    return tuple(list(v) if isinstance(v, _GENERATORS) else v for v in values)
 
 
 def _unstable(*_: Any, **__: Any) -> NoReturn:
@@ -311,7 +304,7 @@ def _unstable(*_: Any, **__: Any) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _code(source: str) -> CodeType:
-    """The program of a template: a server renders the same one at each turn."""
+    """Compiles a template; the cache serves the next turns."""
     if len(source) > MAX_SOURCE:
         raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
     sandbox = Sandbox([])
@@ -324,8 +317,9 @@ def _code(source: str) -> CodeType:
 
 
 def _has_no_text(value: Any) -> bool:
-    """Whether the text of an object would be its address in memory."""
+    """Returns whether the text of an object would contain its address in memory."""
     if type(value) is str or isinstance(value, Undefined):
         return False
-    has_address = type(value).__repr__ is object.__repr__
-    return has_address or callable(value) or isinstance(value, _Generators)
+    representation: Any = type(value).__repr__
+    has_address = representation is object.__repr__
+    return has_address or callable(value) or isinstance(value, _GENERATORS)

@@ -1,4 +1,4 @@
-"""The chat in a terminal, and over a pipe."""
+"""Chats in a terminal, and over a pipe."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rgexport.chat.commands import COMMANDS, Quit, Replies, run_command
 from rgexport.chat.conversation import Conversation
 from rgexport.errors import RequestError, printable
-from rgexport.printing import print_reply, shown_reply
+from rgexport.printing import print_reply, printable_reply
 from rgexport.progress import note
 
 if TYPE_CHECKING:
@@ -29,15 +29,13 @@ NO_EDITOR = (
 def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None:
     """Reads one message a line until the end of `lines`, and streams each reply to `output`.
 
-    Only replies are written there, each ended by a newline; what commands say goes to stderr.
-    Blank lines are skipped. Ctrl-C ends the chat.
+    Replies end with a newline; the output of commands goes to stderr. Blank lines are skipped.
 
     Raises:
-        RequestError: a message that cannot be rendered, a command that cannot be run, or input that
-            is not UTF-8.
+        RequestError: the template refuses a message, a command fails, or the input is not UTF-8.
     """
     with contextlib.suppress(Quit):
-        for line in _text_of(lines):
+        for line in _messages(lines):
             answer = _answer(conversation, line)
             if isinstance(answer, str):
                 note(answer)
@@ -50,11 +48,7 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
 def one_message(
     conversation: Conversation, text: str, output: TextIO, *, as_json: bool = False
 ) -> None:
-    """Says one message; writes the reply as it comes, or as JSON at its end.
-
-    Raises:
-        RequestError: the template refuses it, or the engine failed.
-    """
+    """Sends one message; streams the reply, or writes it as JSON at its end."""
     for piece in conversation.send(text):
         print_reply("" if as_json else piece, output)
     if as_json:
@@ -65,7 +59,7 @@ def one_message(
 
 
 def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
-    """Chats at a terminal: a line editor, and replies in Markdown as they are written."""
+    """Chats at a terminal: a line editor, and streamed replies in Markdown."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
@@ -84,13 +78,13 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
 
 
 def _answer(conversation: Conversation, line: str) -> str | Replies:
-    """What a line is answered with: a command's line, or the pieces of a reply.
+    """Returns the line of a command, or the pieces of a reply to a message.
 
-    A message that begins with a slash has a second one before it.
+    `//` escapes a slash at the beginning of a message.
     """
     if line.startswith("/") and not line.startswith("//"):
         return run_command(conversation, line.strip())
-    return conversation.send(line.removeprefix("/") if line.startswith("//") else line)
+    return conversation.send(line[1:] if line.startswith("//") else line)
 
 
 def _show(conversation: Conversation, line: str, console: "Console") -> None:
@@ -98,12 +92,12 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
 
     answer = _answer(conversation, line)
     if isinstance(answer, str):
-        console.print(shown_reply(answer), style="dim", markup=False)
+        console.print(printable_reply(answer), style="dim", markup=False)
         return
     with MarkdownStream(console) as shown, contextlib.closing(answer) as reply:
         try:
             for piece in reply:
-                shown.add(shown_reply(piece))
+                shown.add(printable_reply(piece))
         except KeyboardInterrupt:
             shown.add(" [stopped]")
     if conversation.last and conversation.last.reason == "length":
@@ -147,7 +141,7 @@ def _prompt_session() -> "PromptSession[str]":
 
 
 def _history() -> Any:
-    """Earlier messages, in a file that only the user reads; in memory where none can be made."""
+    """Returns the history, in a private file, or in memory if the file cannot be made."""
     import platformdirs
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
@@ -160,7 +154,7 @@ def _history() -> Any:
     return FileHistory(str(path))
 
 
-def _text_of(lines: TextIO) -> Iterator[str]:
+def _messages(lines: TextIO) -> Iterator[str]:
     try:
         for line in lines:
             if text := line.strip():

@@ -1,7 +1,7 @@
-"""Text to token ids and back; text can never produce the ids of markup.
+"""Tokenizers: text to token ids and back; text can never produce the ids of markup.
 
-Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. Here each
-literal of a special token in *text* is cut in two before it is encoded, so that only a template can
+Gemma's turn tokens are user-defined SentencePiece pieces: they match inside any text. So each
+literal of a special token in a *text* is cut in two before it is encoded; only a template can
 produce its id.
 """
 
@@ -25,26 +25,33 @@ from rgexport.griffin.tokenizer_files import MAX_BYTES
 from rgexport.griffin.tokenizer_json import panics_raised, read_tokenizer_json
 
 CUT = "\ud800"
-"""Marks the place of a cut: a lone surrogate, which no encodable text contains."""
-
-_SHORT, _KNOWN = 4096, 1024
-"""Longest texts whose ids are remembered, in characters, and how many of them."""
+"""Marks a cut: a lone surrogate, which no encodable text contains."""
+_CACHED_CHARACTERS, _MOST_CACHED = 4096, 1024
+"""Length of the longest texts whose ids are cached, and number of such texts."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _surface(piece: str) -> bytes:
-    """The text of a SentencePiece piece, in UTF-8; a byte piece is that byte."""
+    """Returns the UTF-8 text of a SentencePiece piece; a byte piece is that byte."""
     byte = _BYTE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary and the two directions through it.
+    """A vocabulary, with encoding and decoding.
 
-    `special` maps the literal of every special piece (control and turn pieces, `<mask>`,
-    `<unusedN>`) to its id. `encode_text` never returns one of these ids.
+    Attributes:
+        vocab_size: number of ids.
+        special: literal of every special piece (control and turn pieces, `<mask>`, `<unusedN>`) →
+            its id. `encode_text` never returns one of these ids.
+        bos_id: the id of BOS, if the vocabulary has it.
+        eos_id: the id of EOS, if the vocabulary has it.
+        raw_encode: the engine's encoding, which may recognize special literals.
+        surface: returns the UTF-8 text of one piece, which may be part of a character; empty for
+            control pieces.
+        unknown_id: the id of text that no piece covers: special, but `encode_text` may return it.
     """
 
     vocab_size: int
@@ -52,11 +59,8 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     raw_encode: Callable[[str], list[int]]
-    """The engine's own encoding, which may recognize special literals."""
     surface: Callable[[int], bytes]
-    """The UTF-8 text of one piece, which may be part of a character; empty for control pieces."""
     unknown_id: int | None = None
-    """The id of text that no piece covers: special, but `encode_text` may return it."""
 
     def __post_init__(self) -> None:
         """Refuses a vocabulary in which text could produce the ids of markup.
@@ -78,43 +82,41 @@ class Tokenizer:
 
     @property
     def end_of_turn_id(self) -> int | None:
-        """The id of `<end_of_turn>`; None if this vocabulary has no turns."""
         return self.special.get(END_OF_TURN)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end a reply."""
         return frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
 
     def literal(self, token: int | None) -> str:
-        """The literal of a special id, "" if it is none."""
+        """Returns the literal of a special id, "" for other ids."""
         return next((text for text, i in self.special.items() if i == token), "")
 
     def cut(self, text: str) -> str:
-        """`text` with `CUT` in each special literal, and U+FFFD for lone surrogates."""
+        """Inserts `CUT` into each special literal; replaces lone surrogates by U+FFFD."""
         text = text if text.isascii() else _SURROGATE.sub("\ufffd", text)
         if self._firsts.isdisjoint(text):
-            return text  # as nearly every message
+            return text  # nearly every message
         return self._opening.sub(rf"\1{CUT}", text)
 
     def encode_markup(self, rendered: str) -> list[int]:
-        """Ids of a text whose special literals become their ids, unless they are cut."""
+        """Encodes a text whose special literals become their ids, unless they are cut."""
         ids: list[int] = []
         for index, part in enumerate(self._literals.split(rendered)):
             if index % 2:
                 ids.append(self.special[part])
             else:
                 for run in part.split(CUT):
-                    encode = self._encode_short if len(run) <= _SHORT else self._encode_run
-                    ids += encode(run)
+                    is_short = len(run) <= _CACHED_CHARACTERS
+                    ids += (self._encode_short if is_short else self._encode_run)(run)
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text as the engine encodes it, but never the id of a special piece."""
+        """Encodes plain text as the engine does, but never to the id of a special piece."""
         return self.encode_markup(self.cut(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control pieces and ids outside the vocabulary have none."""
+        """Decodes ids; control pieces and ids outside the vocabulary are dropped."""
         return b"".join(map(self.surface, ids)).decode("utf-8", "replace")
 
     def _encode_run(self, run: str) -> list[int]:
@@ -126,8 +128,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode_short(self) -> Callable[[str], list[int]]:
-        """As `_encode_run`; a conversation is encoded at each turn, and is the same but its end."""
-        return functools.lru_cache(_KNOWN)(self._encode_run)
+        """`_encode_run` with a cache, since each turn encodes the whole conversation again."""
+        return functools.lru_cache(_MOST_CACHED)(self._encode_run)
 
     @functools.cached_property
     def _forbidden(self) -> frozenset[int]:
@@ -135,7 +137,6 @@ class Tokenizer:
 
     @functools.cached_property
     def _firsts(self) -> frozenset[str]:
-        """The characters that special literals begin with."""
         return frozenset(literal[0] for literal in self.special)
 
     @functools.cached_property
@@ -154,9 +155,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one id at a time; a character whose bytes are incomplete is held back.
+    """Decodes one id at a time, to the same text as `Tokenizer.decode`.
 
-    The pieces together are what `Tokenizer.decode` gives for all ids.
+    A character whose bytes are incomplete is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -164,16 +165,16 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is complete with `token`, perhaps ""."""
+        """Returns the text that `token` completes, perhaps ""."""
         return self._utf8.decode(self._surface(token))
 
     def finish(self) -> str:
-        """U+FFFD if the last character is incomplete, else ""."""
+        """Returns U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint or an artifact: tokenizer.model, else tokenizer.json.
+    """Returns the tokenizer of a folder: tokenizer.model, else tokenizer.json.
 
     Raises:
         RequestError: there is neither, or it cannot be read.
@@ -241,8 +242,8 @@ def _read_json(path: Path) -> Tokenizer:
 
     @_guarded(path)
     def encode(text: str) -> list[int]:
-        # Runs of spaces are added tokens, which are matched before spaces become "▁". So spaces
-        # are replaced first; then they match as in SentencePiece.
+        # Added tokens match runs of spaces before spaces become "▁"; SentencePiece matches them
+        # after. So spaces are replaced first.
         with panics_raised(path):
             ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids

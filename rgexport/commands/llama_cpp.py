@@ -1,10 +1,11 @@
 """Commands that make a llama.cpp which runs RecurrentGemma."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from rgexport.commands.options import FOLDER, help_if_alone, verbose
+from rgexport.commands.options import argument, command, help_if_alone, option
 from rgexport.printing import print_result
 
 
@@ -15,28 +16,32 @@ def llama_cpp(context: click.Context) -> None:
     help_if_alone(context)
 
 
-@llama_cpp.command()
-@click.argument("checkout", metavar="DIR", type=FOLDER)
-@verbose
-def patch(checkout: Path) -> None:
+@dataclass(frozen=True)
+class PatchArguments:
+    checkout: Path = argument(metavar="DIR")
+
+
+@command(PatchArguments, parent=llama_cpp)
+def patch(arguments: PatchArguments) -> None:
     """Adds RecurrentGemma to a llama.cpp checkout."""
-    from rgexport.kernels.llama_cpp.patch import patch_checkout
+    from rgexport.kernels.llama_cpp.port import patch_checkout
 
-    changed = patch_checkout(checkout)
+    changed = patch_checkout(arguments.checkout)
     for path in changed:
-        print_result(f"{checkout / path}")
-    done = "is patched" if changed else "is patched already"
-    print_result(f"{checkout} {done}. Build it as usual: it runs RecurrentGemma.")
+        print_result(f"{arguments.checkout / path}")
+    state = "is patched" if changed else "is patched already"
+    print_result(f"{arguments.checkout} {state}. Build it as usual: it runs RecurrentGemma.")
 
 
-@llama_cpp.command()
-@click.option(
-    "-o", "--output", type=FOLDER, default=Path("llama-cpp"), show_default=True, help="The folder."
-)
-@click.option("--no-install", is_flag=True, help="Only build the wheel.")
-@click.option("--tools", is_flag=True, help="Build llama-quantize, llama-server and others too.")
-@verbose
-def build(output: Path, no_install: bool, tools: bool) -> None:
+@dataclass(frozen=True)
+class BuildArguments:
+    output: Path = option("-o", "--output", default=Path("llama-cpp"), help="The folder.")
+    no_install: bool = option("--no-install", help="Only build the wheel.")
+    tools: bool = option("--tools", help="Build llama-quantize, llama-server and others too.")
+
+
+@command(BuildArguments, parent=llama_cpp)
+def build(arguments: BuildArguments) -> None:
     """Builds llama-cpp-python with RecurrentGemma, and installs it.
 
     It needs a C++ compiler and takes some minutes. The environment variable CMAKE_ARGS chooses
@@ -44,4 +49,5 @@ def build(output: Path, no_install: bool, tools: bool) -> None:
     """
     from rgexport.kernels.llama_cpp.build import build as build_wheel
 
-    print_result(build_wheel(output, tools=tools, install=not no_install))
+    install = not arguments.no_install
+    print_result(build_wheel(arguments.output, tools=arguments.tools, install=install))

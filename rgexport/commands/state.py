@@ -1,18 +1,21 @@
 """Commands on state files."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from rgexport.commands.options import (
-    FOLDER,
-    foreign_option,
+    NativeArguments,
+    StatePrecisionArguments,
+    ThreadsArguments,
+    argument,
+    command,
+    group,
     help_if_alone,
-    native_option,
-    state_precision,
-    threads_option,
-    verbose,
+    option,
 )
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
@@ -21,37 +24,28 @@ from rgexport.printing import print_result
 @click.group(invoke_without_command=True)
 @click.pass_context
 def state(context: click.Context) -> None:
-    """Saves what a model remembers of a text, to go on with later, or elsewhere."""
+    """Saves the state of a model after a text, to go on with later, or elsewhere."""
     help_if_alone(context)
 
 
-@state.command()
-@click.argument("artifact", type=FOLDER)
-@click.option("--read", "text", type=FOLDER, required=True, help="The text to read.")
-@click.option("--plain", is_flag=True, help="A text for `generate`, not a document for `chat`.")
-@click.option(
-    "--no-text",
-    is_flag=True,
-    help="Store only a hash of the text; whoever goes on must supply the text again.",
-)
-@state_precision
-@click.option("-o", "--output", type=FOLDER, required=True, help="The state file.")
-@threads_option
-@click.option("--force", is_flag=True, help="Replace an earlier one.")
-@foreign_option
-@native_option
-@verbose
-def save(
-    artifact: Path,
-    text: Path,
-    plain: bool,
-    no_text: bool,
-    state_precision: str | None,
-    output: Path,
-    threads: int | None,
-    force: bool,
-    allow_foreign: bool,
-) -> None:
+@dataclass(frozen=True)
+class SaveArguments:
+    artifact: Path = argument()
+    text: Path = option("--read", required=True, help="The text to read.")
+    plain: bool = option("--plain", help="A text for `generate`, not a document for `chat`.")
+    no_text: bool = option(
+        "--no-text",
+        help="Store only a hash of the text; whoever goes on must supply the text again.",
+    )
+    precision: StatePrecisionArguments = group(StatePrecisionArguments)
+    output: Path = option("-o", "--output", required=True, help="The state file.")
+    threads: ThreadsArguments = group(ThreadsArguments)
+    force: bool = option("--force", help="Replace an earlier one.")
+    engine: NativeArguments = group(NativeArguments)
+
+
+@command(SaveArguments, parent=state)
+def save(arguments: SaveArguments) -> None:
     """Reads a text once, and saves the state."""
     from rgexport.chat.from_artifact import open_model
     from rgexport.chat.state_file import is_state_file
@@ -59,28 +53,34 @@ def save(
     from rgexport.files.targets import check_file_target
     from rgexport.units import amount
 
-    check_file_target(output, force=force, replaceable=is_state_file)
-    written = read_text(text)
-    if not written.strip():
-        raise RequestError(f"{text} is empty; there is nothing to read")
-    engine: dict[str, Any] = {
-        "threads": threads,
-        "state_precision": state_precision,
-        "allow_foreign": allow_foreign,
-    }
-    with open_model(artifact, chat=not plain, **engine) as model:
-        messages = None if plain else [{"role": "user", "content": written}]
-        ids = model.text_ids(written) if messages is None else model.opening_ids(messages)
-        saved = model.save_state(output, ids, messages, with_text=not no_text)
-    told = f"{output} has {saved.count} tokens in {amount(output.stat().st_size)}. "
-    print_result(told + _next_step(artifact, output, plain=plain, has_text=not no_text))
+    output, plain = arguments.output, arguments.plain
+    check_file_target(output, force=arguments.force, replaceable=is_state_file)
+    text = read_text(arguments.text)
+    if not text.strip():
+        raise RequestError(f"{arguments.text} is empty; there is nothing to read")
+    with open_model(
+        arguments.artifact,
+        chat=not plain,
+        allow_foreign=arguments.engine.allow_foreign,
+        threads=arguments.threads.threads,
+        state_precision=arguments.precision.state_precision,
+    ) as model:
+        messages = None if plain else [{"role": "user", "content": text}]
+        ids = model.text_ids(text) if messages is None else model.opening_ids(messages)
+        saved = model.save_state(output, ids, messages, with_text=not arguments.no_text)
+    size = amount(output.stat().st_size)
+    step = _next_step(arguments.artifact, output, plain=plain, has_text=not arguments.no_text)
+    print_result(f"{output} has {saved.count} tokens in {size}. {step}")
 
 
-@state.command()
-@click.argument("artifact", type=FOLDER)
-@click.argument("file", type=FOLDER)
-@verbose
-def load(artifact: Path, file: Path) -> None:
+@dataclass(frozen=True)
+class LoadArguments:
+    artifact: Path = argument()
+    file: Path = argument()
+
+
+@command(LoadArguments, parent=state)
+def load(arguments: LoadArguments) -> None:
     """Checks that ARTIFACT can go on with a state file."""
     from rgexport.chat.artifact_text import open_template
     from rgexport.chat.state_file import read_state, require_same_model
@@ -88,37 +88,43 @@ def load(artifact: Path, file: Path) -> None:
     from rgexport.export.opening import open_artifact
     from rgexport.griffin.state import state_specs
 
-    opened = open_artifact(artifact)
-    shapes = {spec.name: spec.shape for spec in state_specs(opened.manifest.config)}
+    artifact, file = open_artifact(arguments.artifact), arguments.file
+    shapes = {spec.name: spec.shape for spec in state_specs(artifact.manifest.config)}
     saved = read_state(file, shapes)
-    require_same_model(file, saved, identity_of(opened.manifest, open_template(opened).source))
-    step = _next_step(
-        artifact, file, plain=saved.messages is None, has_text=saved.tokens is not None
-    )
+    require_same_model(file, saved, identity_of(artifact.manifest, open_template(artifact).source))
+    has_text = saved.tokens is not None
+    step = _next_step(arguments.artifact, file, plain=saved.messages is None, has_text=has_text)
     print_result(f"{file} fits: {saved.count} tokens. {step}")
 
 
-@state.command()
-@click.argument("file", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def info(file: Path, as_json: bool) -> None:
-    """Shows which model and text a state file belongs to, and checks that it is whole."""
-    import json
+@dataclass(frozen=True)
+class InfoArguments:
+    file: Path = argument()
+    as_json: bool = option("--json", help="As one JSON object.")
 
+
+@command(InfoArguments, parent=state)
+def info(arguments: InfoArguments) -> None:
+    """Shows which model and text a state file belongs to, and checks that it is whole."""
     from rgexport.chat.state_file import read_state_header, require_intact
     from rgexport.files.typed_json import to_json
 
-    fields: dict[str, Any] = to_json(read_state_header(file))
-    require_intact(file)
-    if as_json:
+    fields: dict[str, Any] = to_json(read_state_header(arguments.file))
+    require_intact(arguments.file)
+    if arguments.as_json:
         print_result(json.dumps(fields, ensure_ascii=False))
         return
-    for name, value in _lines(fields).items():
+    identity = fields["identity"]
+    for name, value in {
+        "model": f"{identity['name']} (window {identity['window']})",
+        "text": f"{_text_kind(fields)}, {fields['tokens']} tokens",
+        "made by": ", ".join(filter(None, (fields["engine"], fields["tool"]))),
+    }.items():
         print_result(f"{name:<9} {value}")
 
 
 def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> str:
-    """How to go on with a state file."""
+    """Returns how to go on with a state file."""
     if not has_text:
         return (
             "Go on with the text that it was made from: "
@@ -129,18 +135,12 @@ def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> st
     return f"Go on: rgexport {verb} --load-state {file}"
 
 
-def _lines(fields: dict[str, Any]) -> dict[str, str]:
-    identity, messages = fields["identity"], fields["messages"]
+def _text_kind(fields: dict[str, Any]) -> str:
+    messages = fields["messages"]
     if not fields["has_text"]:
-        kind = "not stored, only its hash"
-    elif messages is None:
-        kind = "a plain text"
-    elif len(messages) % 2 and messages[-1]["role"] == "user":
-        kind = "a text to be asked about"
-    else:
-        kind = f"a conversation of {len(messages)} messages"
-    return {
-        "model": f"{identity['name']} (window {identity['window']})",
-        "text": f"{kind}, {fields['tokens']} tokens",
-        "made by": ", ".join(filter(None, (fields["engine"], fields["tool"]))),
-    }
+        return "not stored, only its hash"
+    if messages is None:
+        return "a plain text"
+    if len(messages) % 2 and messages[-1]["role"] == "user":
+        return "a text to be asked about"
+    return f"a conversation of {len(messages)} messages"

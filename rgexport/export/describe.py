@@ -13,7 +13,6 @@ from rgexport.export.card import Share, algorithms, group_shares, levels_sentenc
 from rgexport.export.checked import CheckRecord
 from rgexport.export.format import all_formats, format_of
 from rgexport.export.manifest import arithmetic
-from rgexport.export.mil.describe import KIND, package_parts
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
@@ -124,8 +123,9 @@ def as_json(description: Description) -> str:
 
 def as_text(description: Description) -> str:
     """The description as text and tables for a terminal."""
-    parts = package_parts if description["kind"] == KIND else _parts
-    return render(parts(description))
+    foreign = (form for form in all_formats() if form.foreign_kind == description["kind"])
+    form = next(foreign, None)
+    return render(form.foreign_parts(description) if form else _parts(description))
 
 
 _NUMBERS = ("tensors", "weights", "size", "bits/weight")

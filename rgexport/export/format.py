@@ -1,7 +1,7 @@
 """What a format of artifacts defines in this layer: what it stores, how it opens, its card."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.formats import FORMATS, format_on
 from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.reporting.tables import Table
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
@@ -66,9 +67,16 @@ class Format(ABC):
     keeps_bfloat16_gates: bool = False
     """Whether matrices of gates may be bfloat16."""
 
+    foreign_kind: str | None = None
+    """The `kind` of `describe_foreign`'s descriptions."""
+
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
         """Describes a model of this format that rgexport did not export; None if it is none."""
         return None
+
+    def foreign_parts(self, description: dict[str, Any]) -> Iterable[str | Table]:
+        """Returns a description by `describe_foreign` as text and tables."""
+        return ()
 
     @abstractmethod
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:

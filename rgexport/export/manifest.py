@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rgexport.choices import Profile
 from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
 from rgexport.files.atomic import write_file
 from rgexport.files.hashing import FileRecord
@@ -24,7 +25,6 @@ CARD = "README.md"
 COLUMNS = "columns"
 """The part of a matrix whose data are stored transposed, [in, out]."""
 FORMAT_VERSION = 1
-Profile = Literal["cpu", "wasm", "webgpu"]
 """What the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 """Compute word → activation dtype."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import list2cmdline
 from typing import Any
 
+from rgexport.choices import Quality
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.checked import NOT_ASKED_FOR
@@ -62,12 +63,12 @@ def require_word(flag: str, word: str, words: Iterable[str]) -> None:
 
 
 _FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
-QUALITIES = {"fast": "rtn", "default": "search", "best": "gptq"}
+QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
 """Word of `--quality` → the algorithm that chooses levels."""
 
 
 def algorithm_word(
-    quality: str | None, calibration: object | None, plan: object | None
+    quality: Quality | None, calibration: object | None, plan: object | None
 ) -> str | None:
     """The algorithm that is asked for; None leaves it to a plan, or to the default.
 

@@ -15,6 +15,7 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.tokenizer_json import write_tokenizer_json
 from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.chat_template import JINJA_FILE, chosen_template
 from rgexport.griffin.control_tokens import ControlTokens, literal, read_control_tokens
 from rgexport.griffin.tokenizer_files import (
@@ -116,7 +117,7 @@ def _change_of_text(model: Path) -> str | None:
 def _complete_config(path: Path, tokens: ControlTokens, template: str | None) -> None:
     """Writes the names of control tokens and the chat template where they are missing or wrong."""
     try:
-        config = json.loads(read_regular(path)) if path.is_file() else dict(_NEW_CONFIG)
+        config = parse_json(read_regular(path)) if path.is_file() else dict(_NEW_CONFIG)
         completed = config | {
             key: piece
             for key, piece in tokens.names().items()

@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rgexport import progress
+from rgexport.errors import RequestError
 from rgexport.files.atomic import replacing
-from rgexport.files.typed_json import Mismatch, from_json, parse_json
+from rgexport.files.typed_json import read_json
 from rgexport.progress import Advance
 
 _BLOCK = 1 << 20
@@ -26,7 +28,8 @@ _MAX_ENTRIES = 2048
 
 _Key = tuple[int, ...]
 """The state of a file: size, mtime and ctime in ns."""
-_Entries = dict[str, tuple[_Key, str]]
+_Cache = dict[str, Any]
+"""Name of a file → its state as a list, and its hash."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,11 @@ def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
 
 
 def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
-    """Returns the hashes of `hash_files`; reads only files whose state is not in the cache."""
+    """Hashes files from byte `start` on; takes those of unchanged files from the cache."""
     keys = {path: _key(path) for path in paths}
     known, names = _read_cache(), {path: _name(path, start) for path in keys}
-    hashes = {
-        path: known[name][1]
-        for path, name in names.items()
-        if name in known and known[name][0] == keys[path]
-    }
+    cached = ((path, _cached_hash(known.get(name), keys[path])) for path, name in names.items())
+    hashes = {path: digest for path, digest in cached if digest is not None}
     if missing := keys.keys() - hashes.keys():
         new = hash_files(missing, start=start)
         hashes |= new
@@ -105,12 +105,19 @@ def _cache_file() -> Path:
     return Path(folder) / "verified.json"
 
 
-def _read_cache() -> _Entries:
+def _read_cache() -> _Cache:
     """Returns the cache; an unreadable one counts as empty."""
     try:
-        return from_json(_Entries, parse_json(_cache_file().read_text("utf-8")))
-    except (OSError, UnicodeDecodeError, Mismatch):
+        return read_json(_cache_file())
+    except RequestError:
         return {}
+
+
+def _cached_hash(entry: Any, key: _Key) -> str | None:
+    match entry:
+        case [list(state), str(digest)] if tuple(state) == key:
+            return digest
+    return None
 
 
 def _name(path: Path, start: int) -> str:

@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def header(
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Returns the begin of a file whose arrays follow one another without gaps.
+    """Returns the length and the header of a file, padded to align the data.
 
     Args:
         arrays: name → dtype and shape.
@@ -210,7 +210,7 @@ def _nbytes(shape: tuple[int, ...], item_bits: int) -> int | None:
 
 
 def _check_extents(path: Path, entries: list[tuple[str, Entry]], data: int, size: int) -> None:
-    """The data must follow the header without overlaps and gaps, to the end of the file."""
+    """Checks that the data follow the header without overlaps and gaps, to the end of the file."""
     expected = data
     for name, entry in entries:
         if entry.offset != expected:

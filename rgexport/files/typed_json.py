@@ -220,9 +220,9 @@ _hints = functools.lru_cache(functools.partial(typing.get_type_hints, include_ex
 
 def _require(condition: bool, path: str, value: Any, expected: str) -> None:
     if not condition:
-        shown = reprlib.repr(value)
-        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-        raise Mismatch(f"{path} is {shown}; expected {expected}")
+        text = reprlib.repr(value)
+        text = text if len(text) <= 40 else f"{text[:37]}..."
+        raise Mismatch(f"{path} is {text}; expected {expected}")
 
 
 def to_json(value: Any) -> Any:

@@ -1,11 +1,11 @@
 """Reads the chat template of a model folder."""
 
-import json
 from collections.abc import Container
 from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.griffin.tokenizer_files import TOKENIZER_CONFIG
 from rgexport.progress import warn
@@ -43,7 +43,7 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
             return read_regular(jinja).decode(), jinja.name
         if not config.is_file():
             return None
-        template = json.loads(read_regular(config)).get("chat_template")
+        template = parse_json(read_regular(config)).get("chat_template")
         if isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
             if "default" not in named:

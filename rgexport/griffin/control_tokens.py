@@ -1,6 +1,5 @@
 """Control tokens of a vocabulary: the ends of a text, unknown text, padding, and markup."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.tokenizer_files import MAX_BYTES, TOKENIZER_CONFIG
 from rgexport.griffin.tokenizer_json import read_tokenizer_json
 
@@ -159,6 +159,6 @@ def _named_tokens(folder: Path) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for path in (folder / "special_tokens_map.json", folder / TOKENIZER_CONFIG):
         if path.is_file():
-            settings = json.loads(read_regular(path))
+            settings = parse_json(read_regular(path))
             names |= {key: literal(settings[key]) for key in _CONVENTIONAL if key in settings}
     return names

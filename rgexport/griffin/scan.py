@@ -1,4 +1,4 @@
-"""The linear recurrence `h_t = a_t · h_{t-1} + b_t`, fast on CPU and on CUDA."""
+"""Computes the linear recurrence `h_t = a_t · h_{t-1} + b_t`, fast on CPU and on CUDA."""
 
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +14,7 @@ _CHUNK = {"cpu": 16, "cuda": 256}
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
+    """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
 
     On CUDA it is one Triton kernel, if Triton is available. It has gradients.
     """
@@ -63,7 +63,7 @@ def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """`linear_scan` in torch operations.
+    """Computes `linear_scan` in torch operations.
 
     Within a chunk of tokens it is a Hillis-Steele prefix scan of log2(chunk) elementwise passes;
     chunks follow one another, so that memory stays a small multiple of the input.

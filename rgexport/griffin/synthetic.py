@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from rgexport.errors import RequestError
 from rgexport.files.targets import replace_folder, require_free_disk
+from rgexport.files.typed_json import read_json
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface import CONFIG, SHARD_BYTES, write_weights
@@ -78,8 +79,8 @@ def _released(size: str) -> GriffinConfig:
 
 def _is_random(folder: Path) -> bool:
     try:
-        return MARK in json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError):
+        return MARK in read_json(folder / CONFIG)
+    except RequestError:
         return False
 
 
@@ -104,7 +105,7 @@ def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
         model.pieces.add(piece=f"▁w{index}", score=last - index)
     model.trainer_spec.vocab_size = vocab_size
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    settings = json.loads((demo / "tokenizer_config.json").read_bytes())
+    settings = read_json(demo / "tokenizer_config.json")
     if not chat:
         settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MOST_STEPS = 16
-"""Of a normalizer, a pre-tokenizer or a decoder: Gemma's have one to three."""
+"""Steps of a normalizer, a pre-tokenizer or a decoder: Gemma's have one to three."""
 _MOST_TEXT, _MOST_TOKEN = 64, 1024
 """Characters that a step may look for or insert, and those of an added token."""
 _MOST_ADDED = 1 << 16

@@ -1,7 +1,6 @@
 """Builds the native libraries with CMake: when the package is installed, and by `make native`.
 
-It imports only the standard library, because the build hook loads this file before anything is
-installed.
+Imports the standard library alone, because the build hook uses it before anything is installed.
 """
 
 import argparse
@@ -9,19 +8,22 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rgexport.files.atomic import TargetInUse, replacing
+
 PROJECTS = tuple(Path(__file__).parent / name for name in ("onnx", "rounding"))
-"""Folders with a `CMakeLists.txt`, each of one library, which is put there."""
+"""Folders with a `CMakeLists.txt`; the library of each is built into its folder."""
 NOT_BUILT = "not-built.txt"
 """The file in a project's folder that says why an installation has no library."""
 _SUFFIXES = {".so", ".dylib", ".dll"}
-_LINES_OF_AN_ERROR = 20
+_SHOWN_LINES = 20
 
 
 class BuildFailed(Exception):
-    """The library cannot be built; with the reason."""
+    """A library or the page cannot be built; the message has the reason."""
 
 
 def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
@@ -47,15 +49,23 @@ def build(project: Path, target: Path, build_folder: Path | None = None, *option
         raise BuildFailed("CMake is not installed")
     configure = cmake, "-S", project, "-B", build_folder, *_generator(), *options
     try:
-        _run(*configure)
+        run(*configure)
     except BuildFailed:  # the folder was configured with another generator or path
         shutil.rmtree(build_folder, ignore_errors=True)
-        _run(*configure)
-    _run(cmake, "--build", build_folder, "--config", "Release", "--parallel")
+        run(*configure)
+    run(cmake, "--build", build_folder, "--config", "Release", "--parallel")
     built = [p for p in build_folder.rglob("librgexport_*") if p.suffix in _SUFFIXES]
     if len(built) != 1:
         raise BuildFailed(f"expected one library in {build_folder}, found {len(built)}")
-    return _replace(built[0], target / built[0].name)
+    target.mkdir(parents=True, exist_ok=True)
+    library = target / built[0].name
+    try:
+        with replacing(library) as new:
+            shutil.copyfile(built[0], new)
+            new.chmod(0o755)
+    except TargetInUse as error:
+        raise BuildFailed(f"{library} is in use: {error.strerror}") from None
+    return library
 
 
 def _generator() -> list[str]:
@@ -75,45 +85,38 @@ def _generator() -> list[str]:
 
 
 def program(name: str) -> str | None:
-    """A program of this environment or the system that can run.
+    """Returns a program of this environment or the system that can run.
 
     In pip's isolated builds, scripts of the outer environment exist but are broken.
     """
-    places = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
-    found = (shutil.which(name, path=place) for place in places if place)
-    return next((path for path in found if path and _runs(path)), None)
+    folders = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
+    for folder in filter(None, folders):
+        if path := shutil.which(name, path=folder):
+            with suppress(BuildFailed):
+                run(path, "--version")
+                return path
+    return None
 
 
-def _runs(path: str) -> bool:
-    try:
-        return subprocess.run([path, "--version"], capture_output=True).returncode == 0
-    except OSError:
-        return False
+def run(*command: object, folder: Path | None = None) -> None:
+    """Runs a program.
 
-
-def _run(*command: object) -> None:
+    Raises:
+        BuildFailed: it cannot be run, or fails; with the lines from its first error on, or else
+            with its last lines.
+    """
     arguments = [str(argument) for argument in command]
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            arguments, cwd=folder, capture_output=True, text=True, errors="replace"
+        )
     except OSError as error:
         raise BuildFailed(f"{arguments[0]} cannot be run: {error}") from None
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise BuildFailed("\n".join((" ".join(arguments), *said[-_LINES_OF_AN_ERROR:])))
-
-
-def _replace(built: Path, target: Path) -> Path:
-    """Replaces a file that other processes may have loaded."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f"{target.name}.{os.getpid()}")
-    shutil.copyfile(built, new)
-    new.chmod(0o755)
-    try:
-        os.replace(new, target)
-    except OSError as error:  # Windows, where the old one is loaded
-        new.unlink()
-        raise BuildFailed(f"{target} is in use: {error}") from None
-    return target
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -_SHOWN_LINES)
+        reason = "\n".join(lines[first:][:_SHOWN_LINES])
+        raise BuildFailed(f"{' '.join(arguments)} failed:\n{reason}")
 
 
 def main() -> None:
@@ -121,11 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the native libraries in place.")
     parser.add_argument("--build-folder", type=Path, help="keep objects here for the next build")
     parser.add_argument("options", nargs="*", help="for CMake, after --")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     for project in PROJECTS:
-        objects = asked.build_folder and asked.build_folder / project.name
+        objects = arguments.build_folder and arguments.build_folder / project.name
         try:
-            print(build(project, project, objects, *asked.options))
+            print(build(project, project, objects, *arguments.options))
         except BuildFailed as failed:
             sys.exit(f"The library of {project} cannot be built: {failed}")
         (project / NOT_BUILT).unlink(missing_ok=True)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 Row = tuple[str, ...]
 _NAME, _GAP = 12, 3
-"""Least width of the column of names, which may be broken; space between two columns."""
+"""Least width of the first column, whose names may be broken; space between two columns."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; columns whose name is in `numbers` are set flush right."""
+    """A table; the columns named in `numbers` are aligned to the right."""
 
     title: str
     header: Row
@@ -75,7 +75,7 @@ def render(blocks: Iterable[str | Table]) -> str:
 
 
 def _wrapped(text: str, columns: int) -> str:
-    """Breaks lines between words; a word that is too wide, such as a path, stays whole."""
+    """Breaks lines between words; leaves a longer word, such as a path, whole."""
     wrap = partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
     return "\n".join("\n".join(wrap(line)) for line in text.split("\n"))
 

@@ -1,4 +1,4 @@
-"""Spreads what is independent over the workers of a Dask cluster.
+"""Spreads independent jobs over the workers of a Dask cluster.
 
 When a worker is lost, Dask runs its jobs again elsewhere; each is a function of its arguments and
 of files that do not change.
@@ -19,9 +19,9 @@ from rgexport.kernels.rounding import library
 from rgexport.parallelism import more_jobs
 
 _SECONDS = 10
-"""For a scheduler to answer, and for a worker to be there."""
+"""Limit for a scheduler to answer, and for a worker to connect."""
 _JOBS_PER_THREAD = 2
-"""That are on their way, so that no worker waits."""
+"""Jobs that are submitted ahead, so that no worker waits."""
 
 
 class Cluster:
@@ -73,7 +73,7 @@ class Cluster:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Cluster | None]:
-    """The workers at a scheduler's address; None gives none.
+    """Connects to the workers at a scheduler's address; yields None for None.
 
     Raises:
         NotInstalled: Dask is missing.
@@ -123,19 +123,19 @@ def _client(address: str) -> Any:
 
 
 def _require_same(client: Any, address: str) -> None:
-    ours = _able()
+    ours = _installed()
     try:
-        found = client.run(_able)
+        installed = client.run(_installed)
     except ModuleNotFoundError:
-        found = {"a worker": "no rgexport"}
-    for worker, able in found.items():
-        if able != ours:
+        installed = {"a worker": "no rgexport"}
+    for worker, theirs in installed.items():
+        if theirs != ours:
             raise RequestError(
-                f"{worker} of the cluster {address} has {able}, and here is {ours}; install the "
+                f"{worker} of the cluster {address} has {theirs}, and here is {ours}; install the "
                 "same for both"
             )
 
 
-def _able() -> str:
+def _installed() -> str:
     built = "" if library.is_there() else " without its library (python -m rgexport.kernels.build)"
     return f"rgexport {__version__}{built}"

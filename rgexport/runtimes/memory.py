@@ -1,4 +1,4 @@
-"""The memory that this process holds, what it may still take, and what it can give back.
+"""Measures the memory of this process and of the machine, and gives memory back.
 
 Control groups are read, because a self-check that exceeds a container's limit would be killed
 instead of skipped (`tests/runtimes/test_memory.py`).
@@ -43,7 +43,7 @@ def peak_bytes(usage: "struct_rusage") -> int:
 
 
 def available_bytes() -> int | None:
-    """What can be had without swapping; None where it is unknown (it is known on Linux only).
+    """Returns the memory available without swapping; None where unknown (not on Linux).
 
     A container's limit counts. Files in the kernel's cache do not count as used.
     """

@@ -1,4 +1,4 @@
-"""Replies in the form of OpenAI's answers, whole or in chunks."""
+"""OpenAI's answers, whole or in chunks."""
 
 import time
 import uuid
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rgexport.chat.reply import Chosen, Piece, Reply
+from rgexport.chat.reply import ModelReply, ScoredToken, TextPiece
 from rgexport.chat.tokenizer import Tokenizer
 
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 
 
 @dataclass
-class Answer:
-    """One answer, of one or several replies.
+class OpenAIAnswer:
+    """An answer, of one or several replies.
 
     Attributes:
-        model: the name that it is given under.
-        tokenizer: of the model.
-        chat: whether it is one of `/v1/chat/completions`.
+        model: the name of the model.
+        tokenizer: its tokenizer.
+        chat: whether the endpoint is `/v1/chat/completions`.
         n: number of replies to each prompt.
         logprobs: whether log probabilities were asked for.
     """
@@ -32,16 +32,17 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, replies: Sequence[Reply], tokens: Sequence[Sequence[Chosen]]) -> dict[str, Any]:
-        """The answer at once."""
+    def whole(
+        self, replies: Sequence[ModelReply], tokens: Sequence[Sequence[ScoredToken]]
+    ) -> dict[str, Any]:
         choices = []
-        for index, (reply, chosen) in enumerate(zip(replies, tokens, strict=True)):
-            said = {"message": {"role": "assistant", "content": reply.text}}
+        for index, (reply, scored) in enumerate(zip(replies, tokens, strict=True)):
+            message = {"message": {"role": "assistant", "content": reply.text}}
             choices.append(
                 {
                     "index": index,
-                    **(said if self.chat else {"text": reply.text}),
-                    "logprobs": self._logprobs(chosen),
+                    **(message if self.chat else {"text": reply.text}),
+                    "logprobs": self._logprobs(scored),
                     "finish_reason": _REASONS[reply.reason],
                 }
             )
@@ -52,31 +53,29 @@ class Answer:
         }
 
     def opening(self, index: int, before: str = "") -> dict[str, Any] | None:
-        """The first chunk of a reply, if it has one."""
+        """Returns the first chunk of a reply, if it has one."""
         if self.chat:
             return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
         return self._chunk(index, {"text": before}) if before else None
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A chunk with text."""
-        said = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-        return self._chunk(index, said | {"logprobs": self._logprobs(piece.tokens)})
+    def piece(self, index: int, piece: TextPiece) -> dict[str, Any]:
+        text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+        return self._chunk(index, text | {"logprobs": self._logprobs(piece.tokens)})
 
-    def closing(self, index: int, reply: Reply) -> dict[str, Any]:
-        """The last chunk of a reply."""
-        said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        last = self._chunk(index, said, _REASONS[reply.reason])
+    def closing(self, index: int, reply: ModelReply) -> dict[str, Any]:
+        empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        last = self._chunk(index, empty, _REASONS[reply.reason])
         return last | {"timings": timings(reply)}
 
-    def costs(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """The chunk that has the usage alone."""
+    def costs(self, replies: Sequence[ModelReply]) -> dict[str, Any]:
+        """Returns the chunk with only the usage."""
         return self._object("chat.completion.chunk") | {
             "choices": [],
             "usage": usage(replies, self.n),
         }
 
-    def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "logprobs": None, **said, "finish_reason": reason}
+    def _chunk(self, index: int, text: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, **text, "finish_reason": reason}
         return self._object("chat.completion.chunk") | {"choices": [choice]}
 
     def _object(self, kind: str) -> dict[str, Any]:
@@ -88,12 +87,12 @@ class Answer:
             "model": self.model,
         }
 
-    def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        return self._of_chat(tokens) if self.chat else self._of_completion(tokens)
+        return self._chat_logprobs(tokens) if self.chat else self._completion_logprobs(tokens)
 
-    def _of_chat(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
+    def _chat_logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         content = [
             self._named(token.id, token.logprob)
             | {"top_logprobs": [self._named(i, logprob) for i, logprob in token.top]}
@@ -101,8 +100,8 @@ class Answer:
         ]
         return {"content": content}
 
-    def _of_completion(self, tokens: Sequence[Chosen]) -> dict[str, Any]:
-        # Nothing predicts a prompt's first token: OpenAI's answers have nulls for it.
+    def _completion_logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        # Nothing predicts a prompt's first token; OpenAI answers null for it.
         tops = [
             None if token.logprob is None else {self._text(i): logprob for i, logprob in token.top}
             for token in tokens
@@ -125,7 +124,7 @@ class Answer:
         return self.tokenizer.surface(token).decode("utf-8", "replace")
 
 
-def usage(replies: Sequence[Reply], n: int = 1) -> dict[str, Any]:
+def usage(replies: Sequence[ModelReply], n: int = 1) -> dict[str, Any]:
     """Returns OpenAI's usage of `n` replies to each prompt: a prompt counts once, not `n` times."""
     by_prompt = [replies[start : start + n] for start in range(0, len(replies), n)]
     prompt = sum(group[0].prompt_tokens for group in by_prompt)
@@ -139,8 +138,7 @@ def usage(replies: Sequence[Reply], n: int = 1) -> dict[str, Any]:
     }
 
 
-def timings(reply: Reply) -> dict[str, Any]:
-    """llama-server's timings."""
+def timings(reply: ModelReply) -> dict[str, Any]:
     return {
         "cache_n": reply.cached_tokens,
         "prompt_n": reply.prompt_tokens - reply.cached_tokens,

@@ -26,7 +26,7 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRoute(APIRoute):
-    """A route that lets `app.state.offload` parse and validate its argument `body`."""
+    """A route that lets the server's `Offload` parse and validate its argument `body`."""
 
     def get_route_handler(self) -> _Handler:
         """Returns what answers a request: FastAPI's handler, after the body was read."""
@@ -39,7 +39,7 @@ class JsonRoute(APIRoute):
             if not data:
                 return await handle(request)
             require_json(request.headers.get("content-type", ""))
-            parsed = await request.app.state.offload.parse(request, kind, data)
+            parsed = await request.app.state.server.offload.parse(request, kind, data)
             return await handle(_ParsedRequest(request, data, parsed))
 
         return read_and_handle
@@ -53,11 +53,9 @@ class _ParsedRequest(Request):
         self._data, self._parsed = data, parsed
 
     async def body(self) -> bytes:
-        """Returns the bytes."""
         return self._data
 
     async def json(self) -> object:
-        """Returns the object."""
         return self._parsed
 
 
@@ -77,11 +75,7 @@ def require_json(content_type: str) -> None:
 
 
 def parse(kind: Any, data: bytes) -> Any:
-    """Returns the body as an object of `kind`.
-
-    Raises:
-        InvalidBody: it is not JSON, has too much structure, or a field is wrong.
-    """
+    """Returns the body as an object of `kind`."""
     require_simple(data)
     try:
         value = json.loads(data.decode("utf-8", "surrogatepass"))

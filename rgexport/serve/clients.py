@@ -1,4 +1,4 @@
-"""Clients: who takes turns with whom, and to whom states and slots belong."""
+"""Clients: they take turns, and own states and slots."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ _NETWORK_BITS = 64
 
 @dataclass(frozen=True)
 class Client:
-    """The sender of a request, as far as an address and a key tell.
+    """The sender of a request, identified by address and key.
 
     Attributes:
         name: clients of different names take turns.
-        owner: a hash of the key, or of the address where there is no key; slots and states with
-            names belong to it.
-        is_sharing: whether clients use what others have sent.
+        owner: a hash of the key, or of the address if there is no key; owns slots and named
+            states.
+        is_sharing: whether all clients use the same states.
     """
 
     name: str
@@ -28,7 +28,6 @@ class Client:
 
     @property
     def namespace(self) -> str:
-        """The namespace of its prefixes."""
         return "" if self.is_sharing else self.owner
 
     def folder(self, saved: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Limits on connections: how many there are, and how long each may take to ask for something.
+"""Limits on connections: their number, and the time until each sends a request.
 
 uvicorn has neither a time limit for headers nor a limit per address. Without them, clients that
 connect and say nothing keep the server's sockets for ever.
@@ -21,26 +21,26 @@ class Connections:
     """All connections of a server.
 
     Attributes:
-        most: how many there may be.
-        most_per_address: how many from one address; 0 for as many as there may be.
+        most: maximum number.
+        most_per_address: maximum number from one address; 0 for no such limit.
         header_seconds: see `HEADER_SECONDS`.
+        open: the connections, the oldest first.
     """
 
     most: int = 1024
     most_per_address: int = 0
     header_seconds: float = HEADER_SECONDS
     open: dict["Connection", None] = field(default_factory=dict)
-    """The connections, the oldest first."""
 
-    def make_room(self, address: str) -> bool:
-        """Returns whether one more may come; closes a silent one if need be."""
+    def make_space(self, address: str) -> bool:
+        """Returns whether one more is allowed; closes a silent one if necessary."""
         same_address = [c for c in self.open if c.address == address]
         most_same = self.most_per_address or self.most
-        return _has_room(same_address, most_same) and _has_room([*self.open], self.most)
+        return _has_space(same_address, most_same) and _has_space([*self.open], self.most)
 
 
-def _has_room(connections: list["Connection"], most: int) -> bool:
-    """Returns whether one more may come, after the oldest silent one was closed if need be."""
+def _has_space(connections: list["Connection"], most: int) -> bool:
+    """Returns whether one more is allowed; closes the oldest silent one if necessary."""
     if len(connections) >= most:
         silent = next((c for c in connections if c.is_silent), None)
         if silent is None:
@@ -50,7 +50,7 @@ def _has_room(connections: list["Connection"], most: int) -> bool:
 
 
 class Connection(H11Protocol):
-    """A connection of uvicorn's that counts, and that must ask in time."""
+    """A uvicorn connection that is counted, and must send a request in time."""
 
     connections_of_server: Connections
     """Set by `protocol`."""
@@ -60,7 +60,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._header_timer: asyncio.TimerHandle | None = None
         self.address = self.client[0] if self.client else ""
-        if not self.connections_of_server.make_room(self.address):
+        if not self.connections_of_server.make_space(self.address):
             transport.write(_full())
             transport.close()
             return
@@ -68,13 +68,12 @@ class Connection(H11Protocol):
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets the connection."""
         self._stop_waiting()
         self.connections_of_server.open.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Takes what came; headers that are not complete must be so in time."""
+        """Takes data; incomplete headers must be complete in time."""
         super().data_received(data)
         if not self.is_silent:
             self._stop_waiting()
@@ -83,11 +82,9 @@ class Connection(H11Protocol):
 
     @property
     def is_silent(self) -> bool:
-        """Whether no request is under way."""
         return self.cycle is None or self.cycle.response_complete
 
     def drop(self) -> None:
-        """Closes the connection at once."""
         self._stop_waiting()
         self.connections_of_server.open.pop(self, None)
         self.transport.abort()
@@ -103,12 +100,11 @@ class Connection(H11Protocol):
 
 
 def protocol(connections: Connections) -> type[Connection]:
-    """Returns the class of connections that uvicorn makes, which count as these."""
+    """Returns the connection class for uvicorn, which counts in `connections`."""
     return type("CountedConnection", (Connection,), {"connections_of_server": connections})
 
 
 def _full() -> bytes:
-    """Returns an answer for whoever finds no room."""
     body = json.dumps(error_object("there are too many connections; try again later", BUSY))
     lines = (
         "HTTP/1.1 503 Service Unavailable",

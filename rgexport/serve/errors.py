@@ -1,4 +1,4 @@
-"""OpenAI's error objects, for whatever goes wrong."""
+"""Errors of the server, as OpenAI's error objects."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +19,6 @@ _KINDS = {401: "authentication_error", 404: "not_found_error", 429: BUSY}
 
 
 class ErrorObject(BaseModel):
-    """The members of an error."""
-
     message: str
     type: str
     param: str | None
@@ -45,7 +43,7 @@ class Gone(Exception):
 
 
 class NotFound(RequestError):
-    """The field `param` names what there is not."""
+    """A missing object, which the field `param` of the request names."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -87,23 +85,20 @@ _STATUSES: dict[type[RequestError], tuple[int, str]] = {
     ServerEnds: (503, SERVER),
     RequestError: (400, INVALID),
 }
-"""Error → status and type of the answer; the first one that fits."""
+"""Error → status and type of the answer; the first match counts."""
 
 
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an error."""
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
 
 
 def error_response(
     status: int, message: str, kind: str = INVALID, param: str | None = None
 ) -> JSONResponse:
-    """Returns the answer with an error object."""
     return JSONResponse(error_object(message, kind, param), status)
 
 
 def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Returns the status and the body of the answer."""
     if isinstance(error, EngineError):
         warn(str(error))  # not for clients: it may name files of this machine
         return 500, error_object("the engine failed; the server's log says why", SERVER)
@@ -114,8 +109,8 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def invalid_body(errors: Sequence[Any]) -> InvalidBody:
-    """Returns the error for what pydantic found, which may be a problem of each type of a union."""
-    error = max(errors, key=lambda problem: len(problem["loc"]))  # of a union: the nearest
+    """Returns one of pydantic's errors; a union has errors for each of its types."""
+    error = max(errors, key=lambda problem: len(problem["loc"]))  # the nearest type of a union
     param = ".".join(str(part) for part in error["loc"] if not _is_type(part))
     if not param:
         return InvalidBody("the body is not a JSON object")
@@ -123,13 +118,11 @@ def invalid_body(errors: Sequence[Any]) -> InvalidBody:
 
 
 def _is_type(part: str | int) -> bool:
-    """Returns whether a part of a place names a type of a union, which no client knows."""
+    """Returns whether a part of a location is the name of a union's type."""
     return part in ("str", "int") or "[" in str(part)
 
 
 def install(app: FastAPI) -> None:
-    """Lets the app answer with error objects."""
-
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]

@@ -1,4 +1,4 @@
-"""One request under way: its replies as they come, whole or as server-sent events."""
+"""A running request: its replies, whole or as server-sent events."""
 
 import asyncio
 import contextlib
@@ -12,30 +12,29 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rgexport.chat.jobs import Job
+from rgexport.chat.jobs import GenerationJob
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import Prompt
-from rgexport.chat.reply import Chosen, Piece, Reply, ReplyOptions
+from rgexport.chat.prompts import PromptTokens
+from rgexport.chat.reply import Item, ModelReply, ReplyOptions, ScoredToken, TextPiece
 from rgexport.errors import RequestError
-from rgexport.serve.answers import Answer
+from rgexport.serve.answers import OpenAIAnswer
 from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
 from rgexport.serve.grammar import GrammarSource
 
 _STARTED_AT_ONCE = 8
-"""Replies that start without a break: each takes some 0.05 ms."""
+"""Replies that start before the event loop runs again: each takes about 0.05 ms."""
 _DONE = b"data: [DONE]\n\n"
-Item = Piece | Reply | RequestError
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost.
+    """Limits of a request.
 
     Attributes:
-        new_tokens: most tokens of a reply, and how many there are if a client does not say.
-        prompt_tokens: most tokens of a prompt.
-        seconds: longest time of an answer.
-        ping_seconds: longest silence of a stream.
+        new_tokens: maximum, and default maximum, number of tokens of a reply.
+        prompt_tokens: maximum number of tokens of a prompt.
+        seconds: maximum duration of an answer.
+        ping_seconds: maximum silence of a stream.
     """
 
     new_tokens: int = 4096
@@ -45,60 +44,61 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One reply to make.
+class PlannedReply:
+    """A reply that a request asks for.
 
     Attributes:
-        prompt: the tokens to read.
-        options: how to reply.
-        before: what its text begins with.
-        grammar: what its text must fit.
+        prompt: the tokens before it.
+        options: its options.
+        before: text that is put before the reply's.
+        grammar: the grammar that its text must fit.
     """
 
-    prompt: Prompt
+    prompt: PromptTokens
     options: ReplyOptions
     before: str = ""
     grammar: GrammarSource | None = None
 
 
 class Exchange:
-    """The replies to one request. Whatever ends it, those that are under way are cancelled."""
+    """The replies to one request. Whatever ends it, running replies are cancelled."""
 
     def __init__(
         self,
         request: Request,
         model: Model,
-        answer: Answer,
-        works: Sequence[Work],
+        answer: OpenAIAnswer,
+        planned: Sequence[PlannedReply],
         limits: Limits,
-        finished: Callable[[Reply], None],
+        finished: Callable[[ModelReply], None],
     ) -> None:
-        """Takes what `start` starts; `finished` gets the first reply when it is there."""
-        self._request, self._model, self._answer, self._works = request, model, answer, works
+        """Takes the replies to start; `finished` gets the first reply when it has ended."""
+        self._request, self._model = request, model
+        self._answer, self._planned = answer, planned
         self._limits, self._finished = limits, finished
         self._arrived: asyncio.Queue[tuple[int, Item | Gone]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.time() + limits.seconds
-        self._replies: dict[int, Reply] = {}
-        self._jobs: list[Job] = []
+        self._replies: dict[int, ModelReply] = {}
+        self._jobs: list[GenerationJob] = []
         self._is_over = False
 
     async def start(self) -> None:
-        """Starts the replies; between some of them the loop delivers what others say.
+        """Starts the replies; the event loop runs between some of them.
 
         Raises:
             Busy: too many requests wait.
             RequestError: a prompt cannot be read, or there are more replies than may ever wait.
         """
-        if len(self._works) > (most := self._model.scheduler.most_requests):
+        if len(self._planned) > (most := self._model.scheduler.most_requests):
             raise RequestError(
-                f"n: the request asks for {len(self._works)} replies; this server takes up to "
+                f"n: the request asks for {len(self._planned)} replies; this server takes up to "
                 f"{most} at once; send several requests"
             )
         try:
-            for index, work in enumerate(self._works, 1):
+            for index, planned in enumerate(self._planned, 1):
                 take = partial(self._take, index - 1)
-                self._jobs.append(self._model.start(work.prompt, work.options, take))
+                self._jobs.append(self._model.start(planned.prompt, planned.options, take))
                 if index % _STARTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
@@ -106,7 +106,6 @@ class Exchange:
             raise
 
     def cancel(self) -> None:
-        """Ends the replies that are under way."""
         self._is_over = True
         for job in self._jobs:
             job.cancel()
@@ -116,23 +115,23 @@ class Exchange:
         self._arrived.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:
-        """The answer, when all replies have ended.
+        """Returns the answer when all replies have ended.
 
         Raises:
             Gone: the client has left.
             RequestError: a reply failed, or it took too long.
         """
-        tokens: list[list[Chosen]] = [[] for _ in self._works]
+        tokens: list[list[ScoredToken]] = [[] for _ in self._planned]
         async with contextlib.aclosing(self._items(None)) as items:
             async for index, item in items:
-                if isinstance(item, Piece):
+                if isinstance(item, TextPiece):
                     tokens[index] += item.tokens
-        pairs = zip(self._works, self._ordered, strict=True)
-        said = [replace(reply, text=work.before + reply.text) for work, reply in pairs]
-        return self._answer.whole(said, tokens)
+        pairs = zip(self._planned, self._ordered, strict=True)
+        replies = [replace(reply, text=planned.before + reply.text) for planned, reply in pairs]
+        return self._answer.whole(replies, tokens)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; a comment while nothing is said."""
+        """Yields the answer as server-sent events, with comments during silences."""
         opened: set[int] = set()
         try:
             async with contextlib.aclosing(self._items(self._limits.ping_seconds)) as items:
@@ -142,9 +141,9 @@ class Exchange:
                         continue
                     if index not in opened:
                         opened.add(index)
-                        if first := self._answer.opening(index, self._works[index].before):
+                        if first := self._answer.opening(index, self._planned[index].before):
                             yield _event(first)
-                    if isinstance(item, Piece):
+                    if isinstance(item, TextPiece):
                         yield _event(self._answer.piece(index, item))
                     else:
                         yield _event(self._answer.closing(index, item))
@@ -157,11 +156,11 @@ class Exchange:
             return
 
     @property
-    def _ordered(self) -> list[Reply]:
+    def _ordered(self) -> list[ModelReply]:
         return [self._replies[index] for index in sorted(self._replies)]
 
     def _take(self, index: int, item: Item) -> None:
-        """Takes what a reply says, in another thread; nobody hears the ends of cancelled ones."""
+        """Takes an item of a reply, in another thread; ignores it once the answer is over."""
         if self._is_over:
             return
         with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
@@ -169,11 +168,11 @@ class Exchange:
 
     async def _items(
         self, silence: float | None
-    ) -> AsyncGenerator[tuple[int, Piece | Reply | None], None]:
-        """What all replies say until all have ended; None after a silence."""
+    ) -> AsyncGenerator[tuple[int, TextPiece | ModelReply | None], None]:
+        """Yields the items of all replies until all have ended; None after a silence."""
         leaving = asyncio.create_task(self._wait_until_gone())
         try:
-            while len(self._replies) < len(self._works):
+            while len(self._replies) < len(self._planned):
                 rest = self._end - self._loop.time()
                 if rest <= 0:
                     most = self._limits.seconds
@@ -186,7 +185,7 @@ class Exchange:
                     continue
                 if isinstance(item, Exception):
                     raise item
-                if isinstance(item, Reply):
+                if isinstance(item, ModelReply):
                     self._replies[index] = item
                     if index == 0:
                         self._finished(item)
@@ -201,7 +200,7 @@ class Exchange:
 
 
 class EventStream(StreamingResponse):
-    """The answer as server-sent events; its replies end with it, also if it never begins."""
+    """A response of server-sent events; its replies end with it, even if it never begins."""
 
     def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
         headers = headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -210,7 +209,6 @@ class EventStream(StreamingResponse):
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -218,7 +216,6 @@ class EventStream(StreamingResponse):
 
 
 async def until_gone(request: Request) -> None:
-    """Waits until the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -1,37 +1,46 @@
-"""Replies that fit a JSON schema, a grammar or a regular expression, by llguidance."""
+"""Grammars of replies: JSON schemas, grammars and regular expressions, by llguidance."""
 
+import asyncio
 import functools
 import json
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rgexport.chat.daemon_executor import DaemonExecutor
+from rgexport.chat.jobs import Busy
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import NotInstalled, RequestError, one_line
+from rgexport.serve.errors import Gone
 
 if TYPE_CHECKING:
     import llguidance
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
-"""Without it a model may write blanks for ever."""
+"""Otherwise a model may write blanks for ever."""
 _LIMITS = {
     "max_grammar_size": 20_000,
     "max_items_in_row": 1000,
     "max_lexer_states": 50_000,
     "verbose_errors": False,
 }
-"""Below llguidance's defaults, so that a grammar compiles in about a second, a mask takes a second
-or two at most, and the states of a grammar take up to 250 MB."""
+"""Below llguidance's defaults, so that a grammar compiles in about a second, a mask takes at most
+two, and the states of a grammar take up to 250 MB."""
 _MOST_SCHEMA_CHARACTERS = 150_000
 """OpenAI allows 120,000 in the names and values of a schema."""
 _MOST_KNOWN = 16
-"""Grammars that are kept compiled for the next request."""
+"""Number of compiled grammars in the cache."""
 _SHORT_SECONDS = 0.001
-"""After a mask that took longer, tokens are consumed without the interpreter's lock."""
+"""After a slower mask, tokens are consumed without the interpreter's lock."""
+COMPILE_SECONDS, MOST_COMPILING = 10.0, 64
+"""Longest wait for a grammar; maximum number of grammars that wait."""
+_CLOSING_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,7 @@ class GrammarSource:
 
 
 def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
-    """Returns the grammar of JSON that fits a schema, or of any object.
-
-    Raises:
-        RequestError: the schema is too long.
-    """
+    """Returns the grammar of JSON that fits a schema, or of any object."""
     text = json.dumps(({"type": "object"} if schema is None else schema) | _COMPACT)
     if len(text) > _MOST_SCHEMA_CHARACTERS:
         raise RequestError(
@@ -57,24 +62,37 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
     return GrammarSource("json", text)
 
 
-class Grammar:
-    """The mask of one reply."""
+@dataclass(frozen=True)
+class CompiledGrammar:
+    """A grammar that makes the masks of any number of replies.
 
-    def __init__(
-        self, matcher: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", vocab_size: int
-    ) -> None:
-        """Takes a matcher at the start of the grammar, and one in an error state."""
-        self._start, self._failed_start, self._size = matcher, failed, vocab_size
+    Attributes:
+        start: a matcher at the start of the grammar.
+        failed: a matcher in an error state.
+        vocab_size: number of logits.
+    """
+
+    start: "llguidance.LLMatcher"
+    failed: "llguidance.LLMatcher"
+    vocab_size: int
+
+    def mask(self) -> "GrammarMask":
+        return GrammarMask(self)
+
+
+class GrammarMask:
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        self._grammar, self._size = grammar, grammar.vocab_size
         self._seconds = 0.0
 
-    # Copied by the thread that computes masks, when the reply has its turn.
+    # The copies are made by the thread that computes masks, when it is the reply's turn.
     @functools.cached_property
     def _matcher(self) -> "llguidance.LLMatcher":
-        return self._start.deep_copy()
+        return self._grammar.start.deep_copy()
 
     @functools.cached_property
     def _failed(self) -> "llguidance.LLMatcher":
-        return self._failed_start.deep_copy()
+        return self._grammar.failed.deep_copy()
 
     @functools.cached_property
     def _bits(self) -> np.ndarray:
@@ -91,16 +109,12 @@ class Grammar:
         started = time.perf_counter()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
         self._seconds = time.perf_counter() - started
-        self._require_no_error()  # in an error state it allows the end alone
+        self._require_no_error()  # in an error state it allows only the end
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return bits[: self._size].view(bool)
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen.
-
-        Raises:
-            RequestError: the grammar is beyond llguidance's limits.
-        """
+        """Takes the token that was chosen."""
         if self._seconds < _SHORT_SECONDS:
             self._matcher.consume_token(token)
         else:  # only a call for two matchers releases the lock of the interpreter
@@ -113,35 +127,17 @@ class Grammar:
             raise RequestError(f"the grammar cannot go on: {reason}")
 
 
-class CompiledGrammar:
-    """A grammar that makes the masks of any number of replies."""
-
-    def __init__(
-        self, matcher: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", vocab_size: int
-    ) -> None:
-        """Takes a matcher at its start, and one in an error state."""
-        self._matcher, self._failed, self._size = matcher, failed, vocab_size
-
-    def mask(self) -> Grammar:
-        """Returns the mask of another reply."""
-        return Grammar(self._matcher, self._failed, self._size)
-
-
 class Grammars:
-    """The grammars of one vocabulary; those used last are kept compiled."""
+    """The grammars of one vocabulary, with a cache of compiled ones."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Takes the vocabulary, and the number of a model's logits."""
+        """Takes the tokenizer, and the number of a model's logits."""
         self._tokenizer, self._size = tokenizer, vocab_size
         self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
-        """Returns a grammar that was compiled before.
-
-        Raises:
-            RequestError: it could not be used.
-        """
+        """Returns a grammar from the cache."""
         with self._lock:
             if source not in self._known:
                 return None
@@ -152,28 +148,23 @@ class Grammars:
         return compiled
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """Returns a compiled grammar; it takes up to seconds if the grammar is new.
-
-        Raises:
-            RequestError: the grammar cannot be used.
-        """
-        if compiled := self.known(source):
-            return compiled
+        """Returns a compiled grammar; compiling takes up to seconds."""
+        if known := self.known(source):
+            return known
+        compiled: CompiledGrammar | RequestError
         try:
             compiled = self._compiled(source)
         except NotInstalled:
             raise
         except RequestError as error:
-            self._keep(source, error)
-            raise
-        self._keep(source, compiled)
-        return compiled
-
-    def _keep(self, source: GrammarSource, compiled: CompiledGrammar | RequestError) -> None:
+            compiled = error
         with self._lock:
             self._known[source] = compiled
             while len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
+        if isinstance(compiled, RequestError):
+            raise compiled
+        return compiled
 
     def _compiled(self, source: GrammarSource) -> CompiledGrammar:
         guide, vocabulary = _llguidance(), self._vocabulary
@@ -191,13 +182,70 @@ class Grammars:
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
-        """The vocabulary as llguidance sees it; seconds for 256,000 tokens, once."""
+        """Llguidance's vocabulary; seconds for 256,000 tokens, once."""
         guide, tokenizer = _llguidance(), self._tokenizer
-        return guide.LLTokenizer(guide.TokenizerWrapper(_Vocabulary(tokenizer, self._size)))
+        return guide.LLTokenizer(guide.TokenizerWrapper(_GuidanceVocabulary(tokenizer, self._size)))
 
     @functools.cached_property
     def _failed(self) -> Any:
         return _llguidance().LLMatcher(self._vocabulary, "no grammar", log_level=0)
+
+
+class GrammarThread:
+    """A queue of grammars and the thread that compiles them, unless their clients have left."""
+
+    def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
+        """Takes the longest wait for a grammar, and the maximum number of grammars that wait."""
+        self._seconds, self._most = seconds, most
+        self._thread = DaemonExecutor("grammars", low_priority=True)
+        self._waiting = 0
+
+    async def compile(
+        self,
+        grammars: Grammars,
+        source: GrammarSource,
+        client_left: Callable[[], Coroutine[Any, Any, None]],
+    ) -> CompiledGrammar:
+        """Returns the compiled grammar, at once if it is in the cache.
+
+        Args:
+            grammars: the grammars of the vocabulary.
+            source: the grammar.
+            client_left: returns when the client has left.
+
+        Raises:
+            Busy: too many grammars wait, or those before take too long.
+            Gone: the client has left.
+            RequestError: the grammar cannot be used, or takes too long.
+        """
+        if compiled := grammars.known(source):
+            return compiled
+        if self._waiting >= self._most:
+            raise Busy(f"{self._waiting} grammars wait to be compiled; try again later")
+        self._waiting += 1
+        call = self._thread.submit(partial(grammars.compile, source))
+        result, leaving = asyncio.wrap_future(call), asyncio.create_task(client_left())
+        either: set[asyncio.Future[Any]] = {result, leaving}
+        try:
+            await asyncio.wait(either, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            if leaving.done():
+                raise Gone
+            if call.cancel():
+                raise Busy(f"other grammars took {self._seconds:g} s to compile; try again later")
+            raise RequestError(
+                f"the grammar takes longer than {self._seconds:g} s to compile; "
+                "use a simpler grammar or schema"
+            )
+        finally:
+            self._waiting -= 1
+            result.cancel()  # skips a call that has not begun
+            leaving.cancel()
+
+    def close(self) -> None:
+        """Ends the thread, but does not wait for a grammar that takes too long."""
+        self._thread.shutdown(_CLOSING_SECONDS)
 
 
 def _guidance(source: GrammarSource) -> str:
@@ -216,7 +264,7 @@ _threads = threading.local()
 
 
 def _executor() -> "llguidance.LLExecutor":
-    """Returns the executor of this thread; its own thread has the same priority."""
+    """Returns the executor of this thread, which has the priority of the thread."""
     if not hasattr(_threads, "executor"):
         _threads.executor = _llguidance().LLExecutor(1)
     executor: llguidance.LLExecutor = _threads.executor
@@ -233,8 +281,8 @@ def _llguidance() -> Any:
     return llguidance
 
 
-class _Vocabulary:
-    """A tokenizer as `llguidance.TokenizerWrapper` asks for it."""
+class _GuidanceVocabulary:
+    """A tokenizer with the interface that `llguidance.TokenizerWrapper` expects."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}

@@ -1,4 +1,4 @@
-"""The middlewares around every request: the log, the key, the size and the time of the body."""
+"""Middlewares around every request: metrics and log; API key, size and time limits."""
 
 import asyncio
 import hmac
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rgexport.progress import note, warn
 from rgexport.serve.errors import INVALID, SERVER, ServerEnds, error_response
-from rgexport.serve.metrics import Metrics
+from rgexport.serve.monitoring import Metrics
 
 _BODY_SECONDS = 60.0
 """Time in which a whole request must arrive."""
@@ -26,20 +26,19 @@ class Record:
         self._app, self._metrics, self._log = app, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the app, and notes its answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
 
-        async def noted(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_noted)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
@@ -52,12 +51,10 @@ class Guard:
     """An ASGI middleware that checks key, size and time, and answers unexpected errors."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
-        """See `app.Settings`."""
         self._app, self._key, self._body_bytes = app, api_key, body_bytes
         self._too_large = f"the request is larger than {body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or answers it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,20 +63,20 @@ class Guard:
             return
         has_started = False
 
-        async def noted(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal has_started
             has_started = True
             await send(message)
 
         try:
-            await self._app(scope, self._limited(receive), noted)
+            await self._app(scope, self._limited(receive), send_noted)
         except asyncio.CancelledError:  # uvicorn's, when the time of running replies is over
             if not has_started:
                 await error_response(503, str(ServerEnds()), SERVER)(scope, receive, send)
         except Exception as error:
             if has_started:
                 raise
-            warn(f"{scope['method']} {scope['path']}: {_place(error)}")
+            warn(f"{scope['method']} {scope['path']}: {_origin(error)}")
             failure = error_response(500, "the server failed; its log says why", SERVER)
             await failure(scope, receive, send)
 
@@ -126,7 +123,7 @@ class Guard:
         return limited
 
 
-def _place(error: Exception) -> str:
+def _origin(error: Exception) -> str:
     """Returns the error's type and where it was raised; its message may hold a user's text."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {last.filename}:{last.lineno}"

@@ -5,12 +5,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from rgexport.chat.daemon_executor import resolve
 from rgexport.chat.jobs import Busy
 from rgexport.chat.model import Model
-from rgexport.chat.state_file import SavedState, require_replaceable, state_parts, write_parts
+from rgexport.chat.state_file import SavedState, file_chunks, require_replaceable, write_chunks
 from rgexport.errors import RequestError, system_error
 from rgexport.files.atomic import remove_abandoned, sync_folder
 from rgexport.serve.clients import Client
@@ -18,40 +20,40 @@ from rgexport.serve.errors import DiskFailed, NotFound
 from rgexport.units import amount
 
 DISK_SECONDS = 30.0
-"""How long a client waits for the disk."""
+"""Longest time that a client waits for the disk."""
 _MOST_WAITING = 8
-"""Requests that wait for the disk at once."""
+"""Maximum number of requests that wait for the disk."""
 _END = ".state"
 
 Result = TypeVar("Result")
 
 
 class NamedStates:
-    """A folder with the states of all clients, in at most so many bytes.
+    """A folder with the states of all clients, within a limit of bytes.
 
-    The disk is used by threads of their own, one at a time, so that one that hangs holds up nobody
-    but those who want a named state; and those only for a limited time.
+    Threads use the disk, one at a time, so that a disk that hangs delays only the requests for
+    named states, and these only for a limited time.
     """
 
     def __init__(self, folder: Path | None, *, most: int, max_bytes: int) -> None:
         """Takes the folder, or None if the server keeps no states.
 
         Args:
-            folder: the folder; clients that do not share have folders in it.
-            most: most states of a client.
-            max_bytes: most bytes of the states of all clients.
+            folder: the folder; clients that do not share states have folders in it.
+            most: maximum number of states of a client.
+            max_bytes: maximum size of the states of all clients.
         """
         self._folder, self._most, self._max_bytes = folder, most, max_bytes
-        self._places, self._lock = threading.Semaphore(_MOST_WAITING), threading.Lock()
+        self._queue, self._lock = threading.Semaphore(_MOST_WAITING), threading.Lock()
 
-    async def require_room(self, client: Client, name: str) -> None:
+    async def require_space(self, client: Client, name: str) -> None:
         """Refuses a new name if there are too many, before its state is computed.
 
         Raises:
-            RequestError: there are, or the server keeps no states.
+            RequestError: there are too many, or the server keeps no states.
             DiskFailed: the disk fails or does not answer.
         """
-        await self._use_disk(client, name, lambda path: self._require_room(path, 0))
+        await self._use_disk(client, name, lambda path: self._require_space(path, 0))
 
     async def save(self, client: Client, name: str, model: Model, saved: SavedState) -> int:
         """Writes a state; it is on the disk when this returns. Returns the size of its file.
@@ -62,10 +64,10 @@ class NamedStates:
         """
 
         def write(path: Path) -> int:
-            parts = state_parts(saved, model.state_precision)
-            self._require_room(path, sum(part.nbytes for part in parts))
+            chunks = file_chunks(saved, model.state_precision)
+            self._require_space(path, sum(chunk.nbytes for chunk in chunks))
             require_replaceable(path)
-            return write_parts(path, parts)
+            return write_chunks(path, chunks)
 
         return await self._use_disk(client, name, write)
 
@@ -103,7 +105,7 @@ class NamedStates:
     async def _use_disk(self, client: Client, name: str, task: Callable[[Path], Result]) -> Result:
         if self._folder is None:
             raise RequestError("this server keeps no states: it was started without --state-folder")
-        if not self._places.acquire(blocking=False):
+        if not self._queue.acquire(blocking=False):
             raise Busy("the disk of saved states is busy; try again later")
         path, future = client.folder(self._folder) / f"{name}{_END}", Future[Result]()
         threading.Thread(
@@ -118,19 +120,15 @@ class NamedStates:
 
     def _run(self, task: Callable[[Path], Result], path: Path, future: Future[Result]) -> None:
         with self._lock:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(task(path))
-                except Exception as error:
-                    future.set_exception(error)
-        self._places.release()
+            resolve(future, partial(task, path))
+        self._queue.release()
 
-    def _require_room(self, path: Path, nbytes: int) -> None:
-        """Refuses a state beyond the limits; the one that it replaces does not count."""
+    def _require_space(self, path: Path, nbytes: int) -> None:
+        """Refuses a state beyond the limits, which do not count the state that it replaces."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        others = [entry for entry in self._files() if entry.path != str(path)]
-        count = sum(os.path.dirname(entry.path) == str(path.parent) for entry in others)
-        total = sum(entry.stat().st_size for entry in others)
+        saved = [entry for entry in self._files() if entry.path != str(path)]
+        count = sum(os.path.dirname(entry.path) == str(path.parent) for entry in saved)
+        total = sum(entry.stat().st_size for entry in saved)
         if count >= self._most:
             raise RequestError(
                 f"filename: you have {count} saved states, and this server keeps at most "
@@ -144,7 +142,7 @@ class NamedStates:
             )
 
     def _files(self) -> Iterator[os.DirEntry[str]]:
-        """Yields the states of all clients, and removes what killed processes left beside them."""
+        """Yields the states of all clients; removes incomplete files of killed processes."""
         folders = [str(self._folder)]
         while folders:
             with os.scandir(folders.pop()) as entries:
@@ -162,7 +160,7 @@ def _require_file(path: Path) -> None:
 
 
 def _for_client(error: OSError | RequestError, path: Path) -> RequestError:
-    """Returns the error as a client may see it: without the names of folders."""
+    """Returns the error for a client: without the names of folders."""
     system = system_error(error)
     if system is not None:
         return DiskFailed(f"the disk of saved states fails: {system.strerror}; try again later")

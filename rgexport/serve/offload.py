@@ -1,4 +1,4 @@
-"""Work of requests that does not run on the event loop: in threads, or in a process."""
+"""Computations beside the event loop: in threads, or in a process."""
 
 import asyncio
 import functools
@@ -13,23 +13,23 @@ from rgexport.chat.model import Model
 from rgexport.serve.bodies import parse
 from rgexport.serve.errors import Gone
 from rgexport.serve.exchange import until_gone
-from rgexport.serve.text_process import TextProcess, with_prompts
+from rgexport.serve.text_process import TextProcess, with_encoder
 
 LONG = 1 << 16
-"""Bytes of a body from which it is parsed in the process for long texts."""
+"""Size of a body from which it is parsed in the process for long texts."""
 _SHORT = 1 << 14
-"""Bytes of a body up to which its work is short: no text in it is long for `chat.prompts`."""
+"""Size of a body up to which its computation is short: no text in it is long for `chat.prompts`."""
 Kind = Literal["short", "long"]
 _THREADS: dict[Kind, int] = {"short": 3, "long": 2}
-"""Threads of each kind of work: none can hold up the others. They are few, since all of them want
-the interpreter's lock, which the scheduler needs."""
+"""Threads of each kind, so that long computations do not delay short ones. They are few, since they
+compete with the scheduler for the interpreter's lock."""
 
 
 class Offload:
-    """Runs work beside the event loop; it is skipped if the client leaves before it begins."""
+    """Runs functions beside the event loop, unless the client leaves before they begin."""
 
     def __init__(self, text_process: TextProcess | None) -> None:
-        """Takes the process for long work, which is done in threads if there is none."""
+        """Takes the process for long computations; without one, threads run them."""
         self._text_process = text_process
 
     async def parse(self, request: Request, kind: Any, data: bytes) -> Any:
@@ -38,7 +38,7 @@ class Offload:
             return await self.run("long", request, self._text_process.call, parse, kind, data)
         return await self.run(kind_of(len(data)), request, parse, kind, data)
 
-    async def with_prompts(
+    async def with_encoder(
         self,
         request: Request,
         name: str,
@@ -46,28 +46,25 @@ class Offload:
         size: int,
         function: Callable[..., bytes],
         *args: Any,
-    ) -> bytes:
-        """Returns `function(prompts of the model, *args)`; `size` says how much work that is."""
+    ) -> Any:
+        """Returns `function(encoder of the model, *args)`; `size` is the length of its input."""
         if self._text_process and size > LONG:
             call = self._text_process.call
-            return await self.run("long", request, call, with_prompts, name, function, *args)
+            return await self.run("long", request, call, with_encoder, name, function, *args)
         return await self.run(kind_of(size), request, function, model, *args)
 
     async def run(
         self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
     ) -> Any:
-        """Returns `function(*args)`, computed in a thread of this kind of work.
+        """Returns `function(*args)`, computed in a thread of this kind.
 
         Raises:
             Gone: the client left first.
         """
-        job = asyncio.ensure_future(
-            anyio.to_thread.run_sync(
-                functools.partial(function, *args),
-                limiter=self._limiters[kind],
-                abandon_on_cancel=True,
-            )
+        call = anyio.to_thread.run_sync(
+            functools.partial(function, *args), limiter=self._limiters[kind], abandon_on_cancel=True
         )
+        job = asyncio.ensure_future(call)
         leaving = asyncio.ensure_future(until_gone(request))
         try:
             await asyncio.wait((job, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -80,10 +77,9 @@ class Offload:
 
     @functools.cached_property
     def _limiters(self) -> dict[Kind, anyio.CapacityLimiter]:
-        """Made inside the event loop, which they belong to."""
+        """Limiters belong to an event loop, so they are created inside it."""
         return {kind: anyio.CapacityLimiter(threads) for kind, threads in _THREADS.items()}
 
 
 def kind_of(size: int) -> Kind:
-    """Returns which threads work for a body of so many bytes."""
     return "long" if size > _SHORT else "short"

@@ -1,7 +1,7 @@
-"""The check of who sends a request: the names in `Host`, and web pages of other origins.
+"""Checks the `Host` of requests, and the origin of web pages that send them.
 
-A browser sends requests of any page to this machine, and only keeps the answer from the page. So a
-request of a page that nobody has allowed is refused before anything runs.
+A browser sends the requests of any page to this machine, and only hides the answer from the page.
+So requests of pages that are not allowed are refused before anything runs.
 """
 
 from collections.abc import Collection
@@ -20,11 +20,9 @@ class Origins:
     """An ASGI middleware that refuses foreign names and pages."""
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], pages: Collection[str]) -> None:
-        """Takes the names that `Host` may have, and the origins of allowed pages."""
         self._app, self._hosts, self._pages = app, hosts, pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or refuses it."""
         complaint = self._complaint(scope) if scope["type"] in ("http", "websocket") else None
         if complaint is None:
             await self._app(scope, receive, send)
@@ -44,8 +42,10 @@ class Origins:
             return None  # CORS answers it
         origins = _values(scope, b"origin")
         if all(self._is_ours(origin, host) for origin in origins):
-            return None if origins or not _is_of_other_site(scope) else _of_page("another origin")
-        return _of_page(repr(origins[0]))
+            return (
+                None if origins or not _is_of_other_site(scope) else _refusal_of("another origin")
+            )
+        return _refusal_of(repr(origins[0]))
 
     def _is_ours(self, origin: str, host: str) -> bool:
         """Returns whether an origin is allowed, or the server's own."""
@@ -53,12 +53,12 @@ class Origins:
         return is_same or origin in self._pages or "*" in self._pages
 
 
-def _of_page(origin: str) -> str:
+def _refusal_of(origin: str) -> str:
     return f"pages of {origin} may not use this server; --cors-origin ORIGIN allows them"
 
 
 def _is_of_other_site(scope: Scope) -> bool:
-    """Returns whether a page of another origin sends this, and is not just left for it."""
+    """Returns whether a page of another origin sends this, other than by a link."""
     if not _OTHER_SITES.intersection(_values(scope, b"sec-fetch-site")):
         return False
     is_link = scope.get("method") == "GET" and _values(scope, b"sec-fetch-mode") == ["navigate"]

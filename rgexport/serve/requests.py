@@ -1,6 +1,6 @@
-"""What clients send: OpenAI's fields, and those that llama-server and vLLM have added.
+"""Bodies of requests: OpenAI's fields, and additions of llama-server and vLLM.
 
-Fields that are not listed are ignored, as clients expect.
+Unknown fields are ignored, as clients expect.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,7 +11,7 @@ MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 16, 20, 16, 1024
 _INT64 = 2**63 - 1
 
 FirstError = Field(fail_fast=True)
-"""Ends the check of a list at its first error: a list of a million has no million errors."""
+"""Ends the check of a list at its first error, instead of a million errors."""
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[Id], FirstError]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -28,7 +28,7 @@ def _allow_null(schema: dict[str, Any]) -> None:
 
 
 def _without_annotations(field: dict[str, Any]) -> dict[str, Any]:
-    """Takes the type and its limits out of a field, and leaves its title and default there."""
+    """Moves the type and its limits out of a field; leaves its title and default."""
     names = [name for name in field if name not in ("title", "default", "description")]
     return {name: field.pop(name) for name in names}
 
@@ -47,39 +47,31 @@ class _Body(BaseModel):
 
 
 class TextPart(_Body):
-    """A part of a message; there are only texts."""
-
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(_Body):
-    """A turn of a conversation."""
-
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], FirstError]
 
 
 class JsonSchema(_Body):
-    """The `json_schema` of a response format."""
-
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
 class ResponseFormat(_Body):
-    """What a reply must look like."""
+    """The required form of a reply."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StreamOptions(_Body):
-    """Options of a stream."""
-
     include_usage: bool = False
 
 
-class Generation(_Body):
+class GenerationBody(_Body):
     """The fields that chats and completions share."""
 
     model: str = ""
@@ -108,13 +100,13 @@ class Generation(_Body):
 
 
 class Prediction(_Body):
-    """What a reply may repeat."""
+    """A text that the reply may repeat."""
 
     type: Literal["content"]
     content: str | Annotated[list[TextPart], FirstError]
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationBody):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -125,7 +117,7 @@ class ChatRequest(Generation):
     prediction: Prediction | None = None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationBody):
     """`/v1/completions`."""
 
     prompt: str | Annotated[list[str], FirstError] | Ids | Annotated[list[Ids], FirstError]

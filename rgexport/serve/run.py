@@ -1,4 +1,4 @@
-"""Running the server until it is told to end."""
+"""Runs the server until a signal ends it."""
 
 import asyncio
 import contextlib
@@ -18,23 +18,23 @@ from fastapi import FastAPI
 
 from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import Prompts
+from rgexport.chat.prompts import PromptEncoder
 from rgexport.errors import RequestError
 from rgexport.progress import note
-from rgexport.serve.app import Settings, create_app
+from rgexport.serve.app import create_app
 from rgexport.serve.connections import Connections, protocol
-from rgexport.serve.health import STALL_SECONDS, Health
 from rgexport.serve.host_names import ANY, authority_of
-from rgexport.serve.text_process import TextProcess, open_prompts
+from rgexport.serve.monitoring import STALL_SECONDS, Health
+from rgexport.serve.server import Server, ServerSettings
+from rgexport.serve.text_process import TextProcess, open_encoder
 
 _SWITCH_SECONDS = 0.001
-"""Time after which a thread gives up the interpreter's lock; the scheduler needs that several times
-in each step."""
+"""Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
 _ANSWER_SECONDS = 1.0
 """Time for sending errors, before connections are closed."""
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _OTHER_FILES = 256
-"""Files, beside connections, that a server may have open."""
+"""Open files of a server beside its connections."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Listening:
     Attributes:
         host: the address.
         port: the port; 0 for any that is free.
-        grace_seconds: time that running replies have at the end.
+        grace_seconds: time of running replies when the server ends.
         connections: limits on connections.
-        stall_seconds: longest time without progress that counts as healthy.
+        stall_seconds: time without progress after which `/health` reports an error.
     """
 
     host: str = "127.0.0.1"
@@ -57,52 +57,41 @@ class Listening:
 
 
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
-    """Opens the artifacts, by name; of two of one name, the second has that of its folder.
-
-    Raises:
-        RequestError: one cannot be opened, or is given twice.
-    """
-    found: dict[str, Model] = {}
-    places = [path.resolve() for path in artifacts]
-    if twice := [
-        path for path, place in zip(artifacts, places, strict=True) if places.count(place) > 1
-    ]:
-        raise RequestError(f"{twice[0]} is given twice")
+    """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
+    resolved = [path.resolve() for path in artifacts]
+    for path in artifacts:
+        if resolved.count(path.resolve()) > 1:
+            raise RequestError(f"{path} is given twice")
+    models: dict[str, Model] = {}
     try:
         for path in artifacts:
             model = open_model(path, chat=False, **options)
-            name = model.name if model.name not in found else path.name
-            if name in found:
-                name = str(path)
-            found[name] = model
+            names = model.name, path.name, str(path)
+            models[next(name for name in names if name not in models)] = model
     except RequestError:
-        for model in found.values():
+        for model in models.values():
             model.close()
         raise
-    return found
+    return models
 
 
 def openers(
     models: Mapping[str, Model], artifacts: list[Path], most_tokens: int
-) -> dict[str, functools.partial[Prompts]]:
+) -> dict[str, functools.partial[PromptEncoder]]:
     """Returns functions that open the tokenizers of `models`, in another process."""
     return {
-        name: functools.partial(open_prompts, path.resolve(), model.identity, most_tokens)
+        name: functools.partial(open_encoder, path.resolve(), model.identity, most_tokens)
         for (name, model), path in zip(models.items(), artifacts, strict=True)
     }
 
 
 def serve(
     models: dict[str, Model],
-    settings: Settings,
+    settings: ServerSettings,
     text_process: TextProcess,
     listening: Listening,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk.
-
-    Raises:
-        RequestError: the address cannot be used.
-    """
+    """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
     opened = _listen(listening.host, listening.port)
     address = authority_of(listening.host, opened.getsockname()[1])
     note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
@@ -141,7 +130,8 @@ class _Server(uvicorn.Server):
     def _stop_answers(self) -> None:
         app = self.config.app
         assert isinstance(app, FastAPI)
-        for exchange in list(app.state.exchanges):
+        server: Server = app.state.server
+        for exchange in list(server.exchanges):
             exchange.stop()
 
 

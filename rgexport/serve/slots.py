@@ -1,12 +1,12 @@
-"""Slots: the last conversations of each client, by number, as llama-server has them."""
+"""Slots of llama-server: the last conversations of each client, by number."""
 
 import threading
 from collections import Counter
 from dataclasses import dataclass
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import Prompt
-from rgexport.chat.reply import Reply
+from rgexport.chat.prompts import PromptTokens
+from rgexport.chat.reply import ModelReply
 from rgexport.chat.state_file import SavedState
 from rgexport.chat.template import Message
 
@@ -15,20 +15,23 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Slot:
-    """The last conversation of a slot, its reply included, or a text; `count` tokens of it."""
+    """A conversation with its last reply, or a text.
+
+    Attributes:
+        count: number of tokens.
+        messages: the conversation, if it is one.
+        known: the tokens, if they need not be rendered.
+    """
 
     count: int
     messages: tuple[Message, ...] | None
     known: tuple[int, ...] = ()
-    """Its tokens, where they need not be rendered."""
 
     def ids(self, model: Model) -> list[int]:
-        """Its tokens."""
         return [*self.known] if self.known else model.conversation_ids(self.messages or ())
 
 
-def slot_after(prompt: Prompt, reply: Reply) -> Slot:
-    """Returns a prompt with its reply."""
+def slot_after(prompt: PromptTokens, reply: ModelReply) -> Slot:
     count = reply.prompt_tokens + reply.new_tokens
     if prompt.messages is None:
         return Slot(count, None, (*prompt.ids, *reply.ids))
@@ -36,7 +39,7 @@ def slot_after(prompt: Prompt, reply: Reply) -> Slot:
 
 
 def slot_from(saved: SavedState) -> Slot | None:
-    """Returns the text of a saved state, None if the file does not have it."""
+    """Returns the slot of a saved state, None if the file has no text."""
     if saved.tokens is None:
         return None
     messages = None if saved.messages is None else (*saved.messages,)
@@ -44,19 +47,17 @@ def slot_from(saved: SavedState) -> Slot | None:
 
 
 class ClientSlots:
-    """The slots of all clients. Where there are too many, the client with most loses its oldest."""
+    """The slots of all clients. Above the maximum, the client with most slots loses its oldest."""
 
     def __init__(self, most: int = _MOST_SLOTS) -> None:
         self._most, self._lock = most, threading.Lock()
         self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def get(self, owner: str, model: str, number: int) -> Slot | None:
-        """Returns a slot of a client."""
         with self._lock:
             return self._slots.get((owner, model, number))
 
     def put(self, owner: str, model: str, number: int, slot: Slot) -> None:
-        """Replaces a slot of a client."""
         with self._lock:
             self._slots.pop((owner, model, number), None)
             self._slots[owner, model, number] = slot
@@ -65,7 +66,6 @@ class ClientSlots:
                 self._slots.pop(next(key for key in self._slots if key[0] == most))
 
     def pop(self, owner: str, model: str, number: int) -> Slot | None:
-        """Removes a slot of a client, and returns it."""
         with self._lock:
             return self._slots.pop((owner, model, number), None)
 

@@ -1,8 +1,7 @@
-"""A process for long texts and bodies.
+"""A process of low priority for long texts and bodies.
 
-Parsing and tokenizing megabytes takes seconds of a processor, and much of it holds the
-interpreter's lock, which the scheduler's thread needs for every step. In a process of low priority
-it delays nobody who writes.
+Parsing and tokenizing megabytes takes seconds, and much of it holds the interpreter's lock, which
+the scheduler's thread needs for every step.
 """
 
 import functools
@@ -18,27 +17,26 @@ from typing import Any
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import EngineError
-from rgexport.chat.prompts import Prompts
+from rgexport.chat.prompts import PromptEncoder
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity, identity_of
 from rgexport.export.opening import open_artifact
 from rgexport.progress import warn
 from rgexport.serve.errors import TooLong
 
-_SECONDS = 120.0
+_CALL_SECONDS = 120.0
 """Longest time of a call."""
 _NICE = 10
-"""How much lower its priority is."""
+"""Nice value of the process."""
 
-Openers = Mapping[str, Callable[[], Prompts]]
+Openers = Mapping[str, Callable[[], PromptEncoder]]
 """Name of a model → function that opens its tokenizer and template."""
 
 
 class TextProcess:
-    """The process: it starts at the first call, and does one call at a time."""
+    """The process: it starts at the first call, and runs one call at a time."""
 
     def __init__(self, openers: Openers) -> None:
-        """Takes functions that can be pickled."""
         self._openers = dict(openers)
         self._turn = threading.Lock()
         self._process: SpawnProcess | None = None
@@ -55,7 +53,7 @@ class TextProcess:
         """
         with self._turn:
             try:
-                is_error, result = self._answer(function, args)
+                is_error, result = self._exchange(function, args)
             except (EOFError, OSError):
                 self._end()
                 raise EngineError("the process for long texts ended; memory may be full") from None
@@ -67,18 +65,19 @@ class TextProcess:
         return result
 
     def close(self) -> None:
-        """Ends the process and what it is doing."""
         self._closed = True
         if self._process:
             self._process.kill()
 
-    def _answer(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+    def _exchange(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
         if self._closed:
             raise RequestError("the server ends")
         connection = self._connection or self._start()
         connection.send((function, args))
-        if not connection.poll(_SECONDS):
-            raise TooLong(f"the text takes longer than {_SECONDS:g} s to read; send less at once")
+        if not connection.poll(_CALL_SECONDS):
+            raise TooLong(
+                f"the text takes longer than {_CALL_SECONDS:g} s to read; send less at once"
+            )
         answer: tuple[bool, Any] = connection.recv()
         return answer
 
@@ -101,8 +100,8 @@ class TextProcess:
         self._process = self._connection = None
 
 
-def open_prompts(path: Path, identity: Identity, most_tokens: int) -> Prompts:
-    """Opens what makes prompts of an artifact, without its weights.
+def open_encoder(path: Path, identity: Identity, most_tokens: int) -> PromptEncoder:
+    """Opens the encoder of an artifact, without its weights.
 
     Raises:
         EngineError: it is another artifact than `identity`.
@@ -111,26 +110,26 @@ def open_prompts(path: Path, identity: Identity, most_tokens: int) -> Prompts:
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     if identity_of(artifact.manifest, template.source) != identity:
         raise EngineError(f"{path} changed while it was open; start the server again")
-    prompts = Prompts(tokenizer, template, known=lambda ids, namespace: 0)
-    prompts.most_tokens = most_tokens
-    return prompts
+    encoder = PromptEncoder(tokenizer, template, known=lambda ids, namespace: 0)
+    encoder.most_tokens = most_tokens
+    return encoder
 
 
-def with_prompts(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function, in the process, with the prompts of a model before its arguments."""
-    return function(_opened(name), *args)
+def with_encoder(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function, in the process, with the encoder of a model before its arguments."""
+    return function(_encoder(name), *args)
 
 
-_openers: dict[str, Callable[[], Prompts]] = {}
+_openers: dict[str, Callable[[], PromptEncoder]] = {}
 """Set in the process alone."""
 
 
 @functools.cache
-def _opened(name: str) -> Prompts:
+def _encoder(name: str) -> PromptEncoder:
     return _openers[name]()
 
 
-def _serve(connection: Connection, openers: dict[str, Callable[[], Prompts]]) -> None:
+def _serve(connection: Connection, openers: dict[str, Callable[[], PromptEncoder]]) -> None:
     """Answers calls until the other side has closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this
     if hasattr(os, "nice"):

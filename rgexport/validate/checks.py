@@ -10,46 +10,22 @@ from rgexport.errors import RequestError
 
 Outcome = Literal["PASS", "AMBIGUOUS", "FAIL"]
 
-TENSOR_CHECKS = (
-    "reference.noise",
-    "reference.row",
-    "reference.shift",
-    "reference.projection",
-    "reference.output",
-    "weights.max_steps",
-    "weights.noise",
-    "weights.shift",
-    "weights.projection",
-    "weights.output",
+TENSOR_CHECKS = tuple(
+    "reference.noise reference.row reference.shift reference.projection reference.output "
+    "weights.max_steps weights.noise weights.shift weights.projection weights.output".split()
 )
 """Kinds of checks that are made of single tensors; the tensor's name is in the check's name."""
 NAMES = (
-    "twin.logits",
-    "twin.rms",
-    "twin.states",
-    "position",
-    "steps",
-    "ragged",
-    "restored",
-    "reset",
-    "start",
-    "long",
-    "batch",
-    "portable",
-    "original.rms",
-    "original.kl",
-    "reference.rms",
-    "reference.kl",
-    "reference.finite",
+    *"dequantized.logits dequantized.rms dequantized.states position".split(),
+    *"steps ragged restored reset start long batch portable".split(),
+    *"original.rms original.kl reference.rms reference.kl reference.finite".split(),
     *TENSOR_CHECKS,
-    "cost",
-    "reproduced",
-    "sites",
-    "structure",
-    "identity",
+    *"cost reproduced sites structure identity".split(),
 )
-"""What a limit can be set for: a check, or all checks of a kind. Those of KL are made only where a
-limit is asked for: see `thresholds.ORIGINAL_RMS`."""
+"""Names that a limit can be set for: a check, or all checks of a kind. KL is checked only where a
+limit is set for it."""
+FORMER_NAMES = {f"twin.{what}": f"dequantized.{what}" for what in ("logits", "rms", "states")}
+"""Former name of a check → its name."""
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 STANDARD_ERRORS = 2
@@ -85,20 +61,17 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the outcome is PASS."""
         return self.outcome == "PASS"
 
 
 def verdict(checks: Iterable[Check]) -> Outcome:
     """The worst outcome; PASS without checks."""
-    found = {check.outcome for check in checks}
-    if "FAIL" in found:
-        return "FAIL"
-    return "AMBIGUOUS" if "AMBIGUOUS" in found else "PASS"
+    outcomes = {check.outcome for check in checks}
+    return next((bad for bad in ("FAIL", "AMBIGUOUS") if bad in outcomes), "PASS")
 
 
 def with_limits(checks: Iterable[Check], limits: Mapping[str, float]) -> Iterator[Check]:
-    """The checks, with the limits that the user set instead of their own."""
+    """Yields the checks with the limits that the user set."""
     for check in checks:
         kind = check.kind or check.name
         if kind in limits:
@@ -112,18 +85,19 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     Raises:
         RequestError: an unknown name, or a value that is not a number of 0 or more.
     """
-    found = {}
+    limits = {}
     for text in texts:
-        name, _, word = text.partition("=")
+        key, _, number = text.partition("=")
+        name = FORMER_NAMES.get(key, key)
         if name not in NAMES:
             raise RequestError(
                 f"--limit {text}: expected NAME=VALUE with one of {', '.join(NAMES)}"
             )
         try:
-            value = float(word)
+            value = float(number)
         except ValueError:
             value = -1.0
         if not value >= 0:
-            raise RequestError(f"--limit {text}: expected a number of 0 or more after {name}=")
-        found[name] = value
-    return found
+            raise RequestError(f"--limit {text}: expected a number of 0 or more after {key}=")
+        limits[name] = value
+    return limits

@@ -1,4 +1,4 @@
-"""Answers side by side: greedy continuations of a session's own, and those of its reference.
+"""Answers side by side: greedy continuations by an artifact and by its reference.
 
 The reference's are in a reference file. Without one the original continues some prompts itself, if
 it is so small that all its weights stay in memory: a larger one would be read once for each token.
@@ -23,28 +23,21 @@ from rgexport.validate.reference_pass import ReferenceModel
 SHOWN = 3
 """Prompts that are continued: of a file the first that qualify."""
 LEAST_TOKENS, MOST_TOKENS = 16, 24
-"""Length of a file's continuation: fewer are not worth reading, more cost time."""
+"""Length of a file's continuation: fewer are not worth reading, longer ones cost time."""
 MOST_PROMPT = 128
 """Tokens of a prompt."""
 SMALL_BYTES = 1 << 30
 """Float32 bytes of an original that continues prompts."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """Ids [n], and the ids [m] with which the reference continues greedily."""
-
-    name: str
-    tokens: np.ndarray
-    greedy: np.ndarray
+ContinuedPrompt = tuple[str, np.ndarray, np.ndarray]
+"""A prompt's name and ids [n], and the ids [m] of the reference's greedy continuation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
     """Each model's own most likely tokens after a prompt; the first `common` are the same.
 
-    `shared` is their text. The next tokens are the first that differ; their texts are empty where
-    there are none.
+    `shared` is their text. The next tokens are the first that differ; their texts may be empty.
     """
 
     name: str
@@ -58,26 +51,25 @@ class Continuation:
     artifact_next: str = ""
 
 
-def prompts_of_file(reference: ReferenceFile) -> list[Prompt]:
+def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
     """The first prompts of a file that are short and have a continuation."""
-    found = (
-        Prompt(prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
+    short = (
+        (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
         for index, prompt, span in reference.spans()
         if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= MOST_PROMPT
     )
-    return list(islice(found, SHOWN))
+    return list(islice(short, SHOWN))
 
 
-def prompts_of_model(model: ReferenceModel, tokenizer: Tokenizer) -> list[Prompt]:
-    """Built-in prompts, which the model continues; it should keep its weights in memory."""
-    chosen = short_prompts(tokenizer)
-    texts = [(prompt.tokens[None], zero_state(model.config, 1)) for prompt in chosen]
-    found = model.run_each(texts)
-    hidden, states = [last for last, _ in found], [states[-1] for _, states in found]
+def continue_prompts(model: ReferenceModel, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
+    """Continues built-in prompts by a model, which should keep its weights in memory."""
+    prompts = short_prompts(tokenizer)
+    passes = model.run_each([(one.tokens[None], zero_state(model.config, 1)) for one in prompts])
+    hidden, states = [last for last, _ in passes], [states[-1] for _, states in passes]
     greedy = continue_greedily(model, hidden, states, MOST_TOKENS, tokenizer.stop_ids)
     return [
-        Prompt(prompt.name, prompt.tokens, np.array(ids, np.int64))
-        for prompt, ids in zip(chosen, greedy, strict=True)
+        (prompt.name, prompt.tokens, np.array(ids, np.int64))
+        for prompt, ids in zip(prompts, greedy, strict=True)
     ]
 
 
@@ -88,62 +80,45 @@ def continue_greedily(
     count: int,
     stop_ids: Collection[int],
 ) -> list[list[int]]:
-    """The greedy continuation of each text, all in one batch; a stop id ends it.
+    """Continues texts greedily in one batch, by at most `count` tokens; a stop id ends one.
 
-    Args:
-        model: the reference.
-        hidden: of each text, [1, T, width] of the model's own array type.
-        ends: the state after each text.
-        count: tokens of a continuation, at most.
-        stop_ids: see `Tokenizer`.
+    `hidden` has an array [1, T, width] of the model's own type for each text, `ends` the states
+    after them.
     """
     state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
     following = [int(model.logits(last[:, -1:])[0, -1].argmax()) for last in hidden]
-    found = [[token] for token in following]
+    continued = [[token] for token in following]
     with task("Continuing greedily", count, "tokens") as advance:
         for _ in range(count - 1):
             last, state = model.run(np.array(following, np.int64)[:, None], state)
             following = model.logits(last)[:, -1].argmax(1).tolist()
-            for ids, token in zip(found, following, strict=True):
+            for ids, token in zip(continued, following, strict=True):
                 if ids[-1] not in stop_ids:
                     ids.append(token)
             advance(1)
-    return found
+    return continued
 
 
-def continuations(
-    session: Session, prompts: Sequence[Prompt], spell: TokenText
+def compare(
+    session: Session, prompts: Sequence[ContinuedPrompt], spell: TokenText
 ) -> Iterator[Continuation]:
-    """Continues prompts, whose continuations by the reference are known.
-
-    Args:
-        session: the artifact's; its state is reset.
-        prompts: of more than one token.
-        spell: writes the text of ids.
-    """
-    for prompt in prompts:
-        theirs = prompt.greedy
+    """Resets a session and continues prompts of more than one token."""
+    for name, tokens, theirs in prompts:
         session.reset()
-        logits = session.prefill(prompt.tokens[None])[0, -1]
-        ours = greedy_tokens(session, logits, len(theirs))
-        common = int(np.cumprod(ours == theirs).sum())
+        logits = session.prefill(tokens[None])[0, -1]
+        chosen = [int(logits.argmax())]
+        while len(chosen) < len(theirs):
+            chosen.append(int(session.step(np.array(chosen[-1:], np.int64))[0].argmax()))
+        common = int(np.cumprod(np.array(chosen) == theirs).sum())
         following = slice(common, common + 1)
         yield Continuation(
-            name=prompt.name,
-            prompt=spell(prompt.tokens[1:].tolist()),  # without the one that begins every text
+            name=name,
+            prompt=spell(tokens[1:].tolist()),  # without the one that begins every text
             reference=spell(theirs.tolist()),
-            artifact=spell(ours.tolist()),
+            artifact=spell(chosen),
             tokens=len(theirs),
             common=common,
-            shared=spell(theirs[:common].tolist()),
+            shared=spell(chosen[:common]),
             reference_next=spell(theirs[following].tolist()),
-            artifact_next=spell(ours[following].tolist()),
+            artifact_next=spell(chosen[following]),
         )
-
-
-def greedy_tokens(session: Session, logits: np.ndarray, count: int) -> np.ndarray:
-    """The most likely tokens [count] after the session's state, whose last logits are [vocab]."""
-    chosen = [int(logits.argmax())]
-    while len(chosen) < count:
-        chosen.append(int(session.step(np.array(chosen[-1:], np.int64))[0].argmax()))
-    return np.array(chosen, np.int64)

@@ -1,21 +1,32 @@
-"""An artifact against itself: the same tokens taken in another way give the same."""
+"""An artifact against itself: the same tokens taken in another way give the same.
 
+Other runtimes take a prompt in one call, and run the bodies of the functions that our kernels
+replace, so both are compared, too.
+"""
+
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle
 
 import numpy as np
 
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import metrics
-from rgexport.validate.states import StateError, state_errors
+from rgexport.validate.reference_pass import Pass
+from rgexport.validate.states import StateError, checkpoints, recent, state_errors
 
 STEPS = 8
 """The last tokens that are taken again; and a chunk more where its length is fixed."""
 _RAGGED = 3, 1, 2
 """Lengths of chunks, over and over."""
+SCORES_BYTES = 64 << 20
+"""Float32 scores of one layer's attention; a stock runtime holds several copies."""
+LONGEST = 2048
+"""Most tokens of a long call, whose activations take memory too."""
 
 SAME = {
     "steps": "single tokens give what a chunk gives",
@@ -50,118 +61,158 @@ class Chunk:
     state: State
 
 
-def taken_again(info: SessionInfo) -> int:
-    """How many of the last tokens are taken again."""
+@dataclass(frozen=True)
+class Ending:
+    """The last tokens [T] of a text, the state before them, and the chunk that they gave."""
+
+    tokens: np.ndarray
+    before: State
+    chunk: Chunk
+
+
+def repeated_tokens(info: SessionInfo) -> int:
+    """Number of the last tokens that are taken again."""
     return STEPS + (info.prefill_chunk if info.whole_chunks else 0)
 
 
-def equivalences(
-    session: Session, tokens: np.ndarray, before: State, chunk: Chunk, most_logits: int
+def longest_call(config: GriffinConfig) -> int:
+    """Tokens of one call whose scores, [tokens, heads, window + tokens], fit `SCORES_BYTES`."""
+    window, scores = config.window, SCORES_BYTES / 4 / config.num_heads
+    tokens = int((math.sqrt(window**2 + 4 * scores) - window) / 2)
+    return max(STEPS, min(LONGEST, tokens))
+
+
+def compare_with_itself(
+    session: Session,
+    text: np.ndarray,
+    head: np.ndarray,
+    again: tuple[np.ndarray, State],
+    ending: Ending,
+    most_logits: int,
 ) -> dict[str, Equivalence]:
-    """Goes back to the state `before` and takes the tokens [T] of `chunk` again, in three ways.
+    """Takes the beginning and the end of a text [T] again in all ways that the engine has.
 
-    steps: one by one; ragged: in chunks of unequal lengths; restored: as before, from the saved
-    state.
-
-    Where chunks have a fixed length, the text may have been taken in steps: a whole chunk is then
-    taken first, and a text that is too short for one is repeated.
+    The convolution has no positions: at position 0, its state must be zeros.
 
     Args:
         session: the artifact's, in any state.
-        tokens: the last ones of the text, `taken_again` of them or the whole text.
-        before: the state before them.
-        chunk: what they gave as one chunk, or as several where that is too long for one.
+        text: tokens [T].
+        head: logits [n, vocab] of its first tokens.
+        again: its last tokens, `repeated_tokens` of them or all, and the state before them.
+        ending: its end, with the logits of its last block.
         most_logits: rows of logits that may exist at once.
     """
-    session.set_state(before)
-    logits = session.prefill(tokens[None], num_logits=len(chunk.logits))[0]
-    restored = compared([(chunk, Chunk(logits, session.get_state()))], len(tokens))
-    if session.info.whole_chunks:
-        tokens = np.resize(tokens, taken_again(session.info))
-        session.set_state(before)
-        chunk = _whole_chunk(session, tokens, most_logits)
-    found = {}
-    for name, sizes in (
-        ("steps", [1] * len(tokens)),
-        ("ragged", list(_ragged(len(tokens), session.info))),
-    ):
-        (other,) = in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
-        found[name] = compared([(chunk, other)], len(tokens))
-    return found | {"restored": restored}
+    result = _compare_end(session, *again, ending.chunk, most_logits)
+    first, used = text[: len(head)], ending.chunk.state
+    fresh = _prefill(session, None, first, len(first))
+    recurrent = {n: a for n, a in fresh.state.items() if not n.endswith((".key", ".value"))}
+    no_position = used | zeros_of(used, (POSITION, ".conv1d"))
+    started = _prefill(session, no_position, first, len(first))
+    result["reset"] = _compare([(Chunk(head, {}), fresh)], len(first))
+    result["start"] = _compare([(Chunk(head, recurrent), started)], len(first))
+    if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
+        result["long"] = _compare([(ending.chunk, _at_once(session, ending))], len(ending.tokens))
+        result["batch"] = _compare(_in_batch(session, text, used), 2 * min(STEPS, len(text)))
+    return result
 
 
-def from_start(
-    session: Session, tokens: np.ndarray, logits: np.ndarray, used: State
-) -> dict[str, Equivalence]:
-    """Takes the first tokens [n] of the text again, which gave `logits` [n, V], in two ways.
+def compare_portable(
+    session: Session, text: np.ndarray, reference: Pass, ending: Ending
+) -> Equivalence:
+    """Takes the beginning and the end of a text in a session without native kernels.
 
-    reset: after a reset; start: at position 0, from the states `used` of a longer text. The
-    convolution has no positions: its state must be zeros.
+    The beginning is an odd number of tokens and three single ones; they are compared with the
+    reference. The end is one long call, compared with what native kernels gave. The rows of a batch
+    are compared with what each gives alone.
     """
-    session.reset()
-    fresh = _recurrent(session, tokens)
-    session.set_state(used | zeros_of(used, (POSITION, ".conv1d")))
-    started = _recurrent(session, tokens)
-    return {
-        "reset": compared([(Chunk(logits, {}), fresh)], len(tokens)),
-        "start": compared([(Chunk(logits, fresh.state), started)], len(tokens)),
-    }
-
-
-def _recurrent(session: Session, tokens: np.ndarray) -> Chunk:
-    """Takes tokens [n]; keeps the states that have no place for earlier tokens."""
-    logits = session.prefill(tokens[None], num_logits=len(tokens))[0]
-    state = session.get_state().items()
-    return Chunk(logits, {n: a for n, a in state if not n.endswith((".key", ".value"))})
-
-
-def in_batch(session: Session, text: np.ndarray, used: State) -> list[tuple[Chunk, Chunk]]:
-    """Takes the last tokens of a text [T] and its first ones, alone and in one batch.
-
-    The last ones start from the state `used`, so that the rows have different positions.
-
-    Returns:
-        For each row, what it gave alone and in the batch.
-    """
-    count = min(STEPS, len(text))
-    tokens, states = np.stack([text[-count:], text[:count]]), [used, zeros_of(used)]
-    sizes = chunk_and_steps(count)
-    alone = [
-        in_pieces(session, row[None], state, sizes, count)[0]
-        for row, state in zip(tokens, states, strict=True)
+    count = next(iter(checkpoints(len(text))), len(text))
+    state = reference.drift.get(count) or recent(reference.state)
+    start, sizes = zeros_of(ending.before), _chunk_and_steps(count)
+    (first,) = _in_pieces(session, text[None, :count], start, sizes, count)
+    pairs = [
+        (Chunk(reference.logits(0, count), state), replace(first, state=recent(first.state))),
+        (ending.chunk, _at_once(session, ending)),
+        *_in_batch(session, text, ending.chunk.state),
     ]
-    before = {name: np.concatenate([state[name] for state in states]) for name in used}
-    return list(zip(alone, in_pieces(session, tokens, before, sizes, count), strict=True))
+    return _compare(pairs, count + len(ending.tokens))
 
 
-def chunk_and_steps(count: int) -> list[int]:
-    """Sizes whose sum is `count`: one chunk, and three single tokens."""
-    return [*([count - 3] if count > 3 else []), *[1] * min(count, 3)]
-
-
-def zeros_of(state: State, ends: tuple[str, ...] = ("",)) -> State:
-    """Zeros in place of the tensors whose names have one of these ends, by default of all."""
-    return {name: np.zeros_like(array) for name, array in state.items() if name.endswith(ends)}
-
-
-def compared(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
-    """Compares what tokens gave in one way with what they gave in another.
-
-    Of each pair, the last logits that both have count, and the first one's states.
-    """
+def _compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
+    """Compares pairs of expected and repeated chunks, by the last logits that both have."""
     rows = []
-    for expected, other in pairs:
-        count = min(len(expected.logits), len(other.logits))
-        ours, theirs = (chunk.logits[-count:] for chunk in (expected, other))
+    for expected, repeated in pairs:
+        count = min(len(expected.logits), len(repeated.logits))
+        ours, theirs = (chunk.logits[-count:] for chunk in (expected, repeated))
         rows.append(metrics.compare_logits(ours, theirs, np.full(count, -1)))
     return Equivalence(
         tokens=tokens,
         logits=metrics.logit_error(np.concatenate(rows)),
-        states=[e for one, other in pairs for e in state_errors(one.state, other.state)],
+        states=[e for one, two in pairs for e in state_errors(one.state, two.state)],
     )
 
 
-def in_pieces(
+def _compare_end(
+    session: Session, tokens: np.ndarray, before: State, chunk: Chunk, most_logits: int
+) -> dict[str, Equivalence]:
+    """Takes the tokens [T] of `chunk` again from the state `before`, in three ways.
+
+    Where chunks have a fixed length, the text may have been taken in steps: a whole chunk is then
+    taken first, and a text that is too short for one is repeated.
+    """
+    again, info = _prefill(session, before, tokens, len(chunk.logits)), session.info
+    restored = _compare([(chunk, again)], len(tokens))
+    if info.whole_chunks:
+        tokens = np.resize(tokens, repeated_tokens(info))
+        rows = min(info.prefill_chunk, most_logits) if info.chunk_logits else 1
+        first = _prefill(session, before, tokens[:-STEPS], rows)
+        rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
+        chunk = Chunk(np.concatenate([first.logits, rest]), session.get_state())
+    result = {}
+    for name, sizes in (
+        ("steps", [1] * len(tokens)),
+        ("ragged", list(_ragged(len(tokens), info))),
+    ):
+        (repeated,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
+        result[name] = _compare([(chunk, repeated)], len(tokens))
+    return result | {"restored": restored}
+
+
+def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> Chunk:
+    """Takes tokens [T] from a state, or after a reset; keeps the last `rows` logits."""
+    if before is None:
+        session.reset()
+    else:
+        session.set_state(before)
+    logits = session.prefill(tokens[None], num_logits=rows)[0]
+    return Chunk(logits, session.get_state())
+
+
+def _at_once(session: Session, ending: Ending) -> Chunk:
+    """Takes the end of a text in one call."""
+    session.set_state(ending.before)
+    rows = len(ending.chunk.logits)
+    logits = session.prefill_at_once(ending.tokens[None], num_logits=rows)[0]
+    return Chunk(logits, session.get_state())
+
+
+def _in_batch(session: Session, text: np.ndarray, used: State) -> list[tuple[Chunk, Chunk]]:
+    """Takes the last tokens of a text [T] and its first ones, alone and in one batch.
+
+    The last ones start from the state `used`, so that the rows have different positions. Returns
+    for each row what it gave alone and in the batch.
+    """
+    count = min(STEPS, len(text))
+    tokens, states = np.stack([text[-count:], text[:count]]), [used, zeros_of(used)]
+    sizes = _chunk_and_steps(count)
+    alone = [
+        _in_pieces(session, row[None], state, sizes, count)[0]
+        for row, state in zip(tokens, states, strict=True)
+    ]
+    before = {name: np.concatenate([state[name] for state in states]) for name in used}
+    return list(zip(alone, _in_pieces(session, tokens, before, sizes, count), strict=True))
+
+
+def _in_pieces(
     session: Session, tokens: np.ndarray, before: State, sizes: list[int], keep: int
 ) -> list[Chunk]:
     """Takes tokens [R, T] in chunks of these sizes; keeps each row's last logits, without gaps."""
@@ -171,13 +222,13 @@ def in_pieces(
     for size in sizes:
         part = tokens[:, start : start + size]
         every = session.info.chunk_logits or size < session.info.prefill_chunk
-        wanted = min(size, keep) if every else 1
-        if wanted < size:
+        count = min(size, keep) if every else 1
+        if count < size:
             last.clear()
         if size == 1:
             last.append(session.step(part[:, 0]))
         else:
-            last.extend(session.prefill(part, wanted).swapaxes(0, 1))
+            last.extend(session.prefill(part, count).swapaxes(0, 1))
         start += size
     logits, state = np.stack(last, 1), session.get_state()
     return [
@@ -186,8 +237,13 @@ def in_pieces(
     ]
 
 
+def _chunk_and_steps(count: int) -> list[int]:
+    """Cuts `count` tokens into one chunk and three single tokens."""
+    return [*([count - 3] if count > 3 else []), *[1] * min(count, 3)]
+
+
 def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
-    """Sizes whose sum is `count`; of fixed chunks one, which does not begin where the text's do."""
+    """Cuts `count` tokens into sizes; a fixed chunk does not begin where the text's do."""
     first = (_RAGGED[0], info.prefill_chunk) if info.whole_chunks else ()
     sizes = chain(first, cycle(_RAGGED))
     while count > 0:
@@ -196,12 +252,6 @@ def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
         count -= size
 
 
-def _whole_chunk(session: Session, tokens: np.ndarray, most_logits: int) -> Chunk:
-    """Takes a chunk with as many logits as it gives, and the tokens after it with all of theirs."""
-    known = min(session.info.prefill_chunk, most_logits)
-    count = known if session.info.chunk_logits else 1
-    logits = [
-        session.prefill(part[None], num_logits=wanted)[0]
-        for part, wanted in ((tokens[:-STEPS], count), (tokens[-STEPS:], STEPS))
-    ]
-    return Chunk(np.concatenate(logits), session.get_state())
+def zeros_of(state: State, ends: tuple[str, ...] = ("",)) -> State:
+    """Zeros for the tensors with one of these endings, by default for all."""
+    return {name: np.zeros_like(array) for name, array in state.items() if name.endswith(ends)}

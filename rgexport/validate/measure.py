@@ -13,14 +13,11 @@ from rgexport.validate import metrics
 from rgexport.validate.equivalences import (
     STEPS,
     Chunk,
+    Ending,
     Equivalence,
-    compared,
-    equivalences,
-    from_start,
-    in_batch,
-    taken_again,
+    compare_with_itself,
+    repeated_tokens,
 )
-from rgexport.validate.portable import Ending, long_call
 from rgexport.validate.positions import (
     PositionBlock,
     TokenText,
@@ -51,19 +48,55 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """All that was measured by running the artifact.
+    """The comparisons of an artifact with each reference and with itself.
 
-    Attributes:
-        comparisons: with each reference.
-        equivalences: with itself.
-        counted: whether the session counted every token.
-        ending: the end of the text, as the session took it.
+    `counted` says whether the session counted every token; `ending` is the end of the text.
     """
 
     comparisons: list[Comparison]
     equivalences: dict[str, Equivalence]
     counted: bool
     ending: Ending
+
+
+class ComparisonRecorder:
+    """Compares an artifact with one reference, block by block."""
+
+    def __init__(self, reference: Pass, tokens: np.ndarray, spell: TokenText | None = None):
+        """`tokens` [T] are the reference's; `spell` writes the text of the worst positions."""
+        self._reference = reference
+        self._following = np.append(tokens[1:], -1)
+        self._worst = WorstPositions(tokens, spell)
+        self._rows: list[np.ndarray] = []
+        self._drift: list[Drift] = []
+
+    def add(self, start: int, logits: np.ndarray) -> None:
+        """Takes the artifact's logits [n, vocab] of the positions from `start` on."""
+        stop = start + len(logits)
+        expected = self._reference.logits(start, stop)
+        self._rows.append(metrics.compare_logits(expected, logits, self._following[start:stop]))
+        self._worst.add(start, self._rows[-1]["kl"], expected, logits)
+
+    def add_state(self, position: int, state: State) -> None:
+        """Takes the artifact's state after `position` tokens."""
+        errors = state_errors(self._reference.drift[position], state)
+        self._drift.append(Drift(position=position, states=errors))
+
+    def comparison(
+        self, state: State, text_bytes: int | None = None, noise: float = 0.0
+    ) -> Comparison:
+        """Summarizes all blocks; `state` is the artifact's after the text, see `measure`."""
+        rows = np.concatenate(self._rows)
+        return Comparison(
+            logits=metrics.logit_error(rows),
+            kl=metrics.kl_summary(rows),
+            agreement=metrics.agreement(rows, noise),
+            likelihood=metrics.likelihood(rows, text_bytes),
+            states=state_errors(self._reference.state, state),
+            drift=self._drift,
+            blocks=position_blocks(rows),
+            worst=self._worst.worst,
+        )
 
 
 def measure(
@@ -78,102 +111,47 @@ def measure(
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
-    The session takes the tokens in chunks and carries its state from one to the next, so what
-    is compared is what a long conversation computes. Logits exist for one block at a time.
-
-    Where a chunk has a fixed length, or gives one row of logits, the text is taken in steps, and
-    `equivalences` compares a chunk with the steps.
+    The session takes the tokens in chunks and carries its state from one to the next, as in a long
+    conversation. Logits exist for one block at a time. Where a chunk has a fixed length, or gives
+    one row of logits, the text is taken in steps, and `equivalences` compares a chunk with them.
 
     Args:
         session: the artifact's.
         tokens: [T].
         references: passes over the same tokens; there may be none.
-        text_bytes: the length of what the tokens stand for, in UTF-8.
+        text_bytes: the length of the tokens' text in UTF-8.
         noise: the tolerated error of logits, which makes a near tie; see `metrics.agreement`.
         spell: writes the text of the worst positions.
-        longest: most tokens of one call, see `portable.longest_call`.
+        longest: most tokens of one call, see `equivalences.longest_call`.
     """
-    sides = [_Side(reference, WorstPositions(tokens, spell)) for reference in references]
-    following = np.append(tokens[1:], -1)
-    session.reset()
-    again = max(0, len(tokens) - taken_again(session.info))
+    sides = [ComparisonRecorder(reference, tokens, spell) for reference in references]
+    stops = checkpoints(len(tokens))
+    again = max(0, len(tokens) - repeated_tokens(session.info))
     long = again if session.info.whole_chunks else max(0, len(tokens) - longest)
+    edges = {again, long, len(tokens)} | whole_chunks(session, stops)
     before: dict[int, State] = {}
     head = logits = np.empty((0, session.vocab_size), np.float32)
+    session.reset()
     with task("Comparing", len(tokens), "tokens") as advance:
-        edges = {again, long, len(tokens)} | whole_chunks(session, checkpoints(len(tokens)))
         for start, stop in blocks(session, edges):
             if start in (again, long):
                 before[start] = session.get_state()
             logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
             head = logits[:STEPS].copy() if start == 0 else head
-            _compare(sides, session, start, logits, following[start:stop])
+            for side in sides:
+                side.add(start, logits)
+            if sides and stop in stops:
+                state = recent(session.get_state())
+                for side in sides:
+                    side.add_state(stop, state)
             advance(stop - start)
     counted = session.position.tolist() == [len(tokens)]
-    chunk = Chunk(logits, session.get_state())
-    ending = Ending(tokens[long:], before[long], chunk)
-    same = equivalences(session, tokens[again:], before[again], chunk, block_size(session))
-    same |= from_start(session, tokens[: len(head)], head, chunk.state)
-    if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
-        same["long"] = long_call(session, ending)
-        same["batch"] = compared(
-            in_batch(session, tokens, chunk.state), 2 * min(STEPS, len(tokens))
-        )
+    ending = Ending(tokens[long:], before[long], Chunk(logits, session.get_state()))
+    last = tokens[again:], before[again]
+    same = compare_with_itself(session, tokens, head, last, ending, block_size(session))
     return Measurement(
-        comparisons=[side.summary(chunk.state, text_bytes, noise) for side in sides],
+        comparisons=[side.comparison(ending.chunk.state, text_bytes, noise) for side in sides],
         equivalences=same,
         counted=counted,
         ending=ending,
     )
-
-
-class _Side:
-    """What is collected for one reference on the way through the text."""
-
-    def __init__(self, reference: Pass, worst: WorstPositions):
-        self.reference = reference
-        self._worst = worst
-        self._rows: list[np.ndarray] = []
-        self._drift: list[Drift] = []
-
-    def see(self, start: int, logits: np.ndarray, following: np.ndarray) -> None:
-        """Takes the artifact's logits [n, vocab] of the positions from `start` on."""
-        expected = self.reference.logits(start, start + len(logits))
-        self._rows.append(metrics.compare_logits(expected, logits, following))
-        self._worst.see(start, self._rows[-1]["kl"], expected, logits)
-
-    def see_state(self, position: int, state: State) -> None:
-        """Takes the artifact's state after `position` tokens."""
-        errors = state_errors(self.reference.drift[position], state)
-        self._drift.append(Drift(position=position, states=errors))
-
-    def summary(self, state: State, text_bytes: int | None, noise: float) -> Comparison:
-        """The comparison; `state` is the artifact's after the text."""
-        rows = np.concatenate(self._rows)
-        return Comparison(
-            logits=metrics.logit_error(rows),
-            kl=metrics.kl_summary(rows),
-            agreement=metrics.agreement(rows, noise),
-            likelihood=metrics.likelihood(rows, text_bytes),
-            states=state_errors(self.reference.state, state),
-            drift=self._drift,
-            blocks=position_blocks(rows),
-            worst=self._worst.found,
-        )
-
-
-def _compare(
-    sides: Sequence[_Side],
-    session: Session,
-    start: int,
-    logits: np.ndarray,
-    following: np.ndarray,
-) -> None:
-    """Compares a block's logits, and the state after it where the references kept theirs."""
-    stop = start + len(logits)
-    for side in sides:
-        side.see(start, logits, following)
-    if sides and stop in sides[0].reference.drift:
-        state = recent(session.get_state())
-        for side in sides:
-            side.see_state(stop, state)

@@ -37,20 +37,15 @@ def compare_logits(
 ) -> np.ndarray:
     """Compares logits [n, vocab] (any float dtype) of the same n positions.
 
-    Args:
-        reference: the reference's logits.
-        candidate: those of the model in question.
-        next_tokens: [n], the token that follows each position, or -1 where the text ends.
-
-    Returns:
-        [n] rows of dtype `ROWS`. Non-finite logits give non-finite rows.
+    `next_tokens` [n] follow the positions, -1 where the text ends. Returns [n] rows of dtype
+    `ROWS`; non-finite logits give non-finite rows.
     """
     rows = np.empty(len(reference), ROWS)
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, len(reference), step):
-            part = slice(start, start + step)
-            _compare_block(reference[part], candidate[part], next_tokens[part], rows[part])
+            block = slice(start, start + step)
+            _compare_block(reference[block], candidate[block], next_tokens[block], rows[block])
     return rows
 
 
@@ -58,7 +53,7 @@ def _compare_block(
     reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray, out: np.ndarray
 ) -> None:
     ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
-    each = np.arange(len(ref))
+    at = np.arange(len(ref))
     delta = ref - cand
     log_p, log_q = _log_sum_exp(ref), _log_sum_exp(cand)
     # Σ p (log p - log q) with p = exp(ref - log_p); rounding may leave -1e-15 where it is 0.
@@ -77,10 +72,10 @@ def _compare_block(
     out["kl"] = np.maximum(kl, 0)
     out["top1"] = first == first_candidate
     out["top5"] = _top_overlap(ref, cand, 5)
-    out["flip_margin"] = ref[each, first] - ref[each, first_candidate]
+    out["flip_margin"] = ref[at, first] - ref[at, first_candidate]
     out["has_next"] = known
-    out["nll"] = np.where(known, log_p - ref[each, token], 0)
-    out["nll_candidate"] = np.where(known, log_q - cand[each, token], 0)
+    out["nll"] = np.where(known, log_p - ref[at, token], 0)
+    out["nll_candidate"] = np.where(known, log_q - cand[at, token], 0)
 
 
 def _row_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -107,9 +102,8 @@ class LogitError:
     """|Δlogit| over all positions and tokens.
 
     `relative_max` is relative to the largest |logit|; `relative_rms` is the rms relative to the
-    standard deviation of the reference's logits at each position: 1 for constant logits, whatever
-    the reference's size. `cosine` is the mean over the positions, `lowest_cosine` that of the worst
-    one.
+    standard deviation of the reference's logits at each position: 1 for constant logits. `cosine`
+    is the mean over the positions, `lowest_cosine` the worst one's.
     """
 
     max: float
@@ -159,10 +153,10 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """How well both predict the text: mean negative log-likelihood of its tokens, in nats.
+    """Mean negative log-likelihood of a text's tokens under both models, in nats.
 
     `delta` is the candidate's minus the reference's, with the standard error of the paired
-    differences; bits per byte where the text's bytes are known.
+    differences; bits per byte are null where the text's bytes are not known.
     """
 
     tokens: int
@@ -177,18 +171,16 @@ class Likelihood:
 
 
 def logit_error(rows: np.ndarray) -> LogitError:
-    """Summarizes all fields of |Δlogit|, and the cosine."""
-    largest = float(rows["max_logit"].max())
-    worst = float(rows["max_delta"].max())
-    square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean())
-    rms = (square / variance if variance else square) ** 0.5
-    of_square = _standard_error(rows["square_delta"]) / (variance or 1)
+    largest, worst = float(rows["max_logit"].max()), float(rows["max_delta"].max())
+    square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean()) or 1
+    rms = (square / variance) ** 0.5
+    error = _standard_error(rows["square_delta"]) / variance
     return LogitError(
         max=worst,
         mean=float(rows["mean_delta"].mean()),
-        relative_max=worst / largest if largest else worst,
+        relative_max=worst / (largest or 1),
         relative_rms=rms,
-        rms_standard_error=of_square / (2 * rms) if rms else 0.0,
+        rms_standard_error=error / (2 * rms) if rms else 0.0,
         largest_logit=largest,
         cosine=float(rows["cosine"].mean()),
         lowest_cosine=float(rows["cosine"].min()),
@@ -198,9 +190,8 @@ def logit_error(rows: np.ndarray) -> LogitError:
 
 
 def kl_summary(rows: np.ndarray) -> KL:
-    """Summarizes `kl`."""
     kl = rows["kl"]
-    median, p95, p99 = (float(x) for x in np.quantile(kl, (0.5, 0.95, 0.99)))
+    median, p95, p99 = np.quantile(kl, (0.5, 0.95, 0.99)).tolist()
     return KL(
         mean=float(kl.mean()),
         standard_error=_standard_error(kl),
@@ -215,11 +206,9 @@ def kl_summary(rows: np.ndarray) -> KL:
 def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
     """Summarizes `top1`, `top5` and `flip_margin`.
 
-    Args:
-        rows: of dtype `ROWS`.
-        noise: the tolerated rms error of a logit, relative to the standard deviation of the
-            reference's logits at its position. The difference of two logits has √2 times as much:
-            a flip of no larger margin is a near tie.
+    `noise` is the tolerated rms error of a logit, relative to the standard deviation of the
+    reference's logits at its position. The difference of two logits has √2 times as much: a flip
+    of no larger margin is a near tie.
     """
     flipped = rows[~rows["top1"]]
     margins = np.sqrt(2 * flipped["variance"]) * noise
@@ -237,19 +226,20 @@ def likelihood(rows: np.ndarray, text_bytes: int | None) -> Likelihood | None:
     known = rows[rows["has_next"]]
     if not len(known):
         return None
-    ours, theirs = known["nll"], known["nll_candidate"]
+    deltas = known["nll_candidate"] - known["nll"]
+    ours, theirs = float(known["nll"].mean()), float(known["nll_candidate"].mean())
     bits = len(known) / (np.log(2) * text_bytes) if text_bytes else None
     with np.errstate(over="ignore"):
         return Likelihood(
             tokens=len(known),
-            nll=float(ours.mean()),
-            nll_candidate=float(theirs.mean()),
-            delta=float((theirs - ours).mean()),
-            delta_standard_error=_standard_error(theirs - ours),
-            perplexity=float(np.exp(ours.mean())),
-            perplexity_candidate=float(np.exp(theirs.mean())),
-            bits_per_byte=float(ours.mean() * bits) if bits else None,
-            bits_per_byte_candidate=float(theirs.mean() * bits) if bits else None,
+            nll=ours,
+            nll_candidate=theirs,
+            delta=float(deltas.mean()),
+            delta_standard_error=_standard_error(deltas),
+            perplexity=float(np.exp(ours)),
+            perplexity_candidate=float(np.exp(theirs)),
+            bits_per_byte=float(ours * bits) if bits else None,
+            bits_per_byte_candidate=float(theirs * bits) if bits else None,
         )
 
 

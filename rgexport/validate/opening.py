@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.choices import GradeName
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
@@ -18,31 +19,28 @@ from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.engine import engine_of
 from rgexport.validate.identity.compare import compare_identity
 from rgexport.validate.identity.items import IdentityItem
-from rgexport.validate.quality import GradeName
 from rgexport.validate.reference.against import check_fits
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.source import Original, find_original
+from rgexport.validate.source import OriginalModel, find_original
 from rgexport.validate.text import Text, choose_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a user asks about an artifact.
+class ValidationRequest:
+    """The options of `rgexport validate` for one artifact.
 
     Attributes:
-        model: the original, a folder or hub id; by default the demo or a model in the hub's cache,
-            if the artifact was made from that.
+        model: the original, a folder or hub id; see `find_original` for the default.
         adapter: the folder of a LoRA adapter that is merged into it.
-        text: a UTF-8 file to compare on; by default the built-in text, or random token ids where
-            the artifact has no tokenizer.
-        max_tokens: how many tokens of it; see `choose_text`.
+        text: a UTF-8 file to compare on; see `choose_text` for the default.
+        max_tokens: how many tokens of it.
         reference: a reference file to compare with too.
-        limits: instead of those in `thresholds`, see `checks.NAMES`.
+        limits: replace those in `thresholds`, by names in `checks.NAMES`.
         bisect: whether to measure each layer's cost, and to name suspects.
         bench: whether to measure the speed.
         reproduce: whether to encode the original's weights again, to compare every level.
-        calibration: the file of the calibration that the weights were encoded with, for that.
-        min_quality: the lowest grade that will do; None where any will.
+        calibration: with `reproduce`, the calibration that the weights were encoded with.
+        min_quality: the lowest grade that passes.
         allow_foreign: whether a graph with ops that rgexport does not write may run.
     """
 
@@ -61,33 +59,32 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenedArtifact:
     """An artifact, the text that it takes, and its original, where that is known.
 
-    `statistics` are those that the weights were encoded with, where they are to be encoded again.
+    `statistics` are those that the weights were encoded with, for `reproduce`.
     """
 
     path: Path
-    request: Request
+    request: ValidationRequest
     artifact: Artifact
     tokenizer: Tokenizer | None
     text: Text
-    original: Original | None
+    original: OriginalModel | None
     statistics: StatisticsOf | None
     identity: tuple[IdentityItem, ...]
 
     @property
     def manifest(self) -> Manifest:
-        """The artifact's."""
         return self.artifact.manifest
 
 
-def open_all(path: Path, request: Request) -> Opened:
+def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
     """Opens an artifact and everything that it is compared with.
 
     Raises:
         RequestError: no sound artifact, an original or a reference that does not fit, an unreadable
-            text, or a quality that is asked for where there is nothing to grade it by.
+            text, or a quality that is asked for without anything to grade it by.
     """
     if request.calibration is not None and not request.reproduce:
         raise RequestError("--calibration is for --reproduce; give both, or leave it out")
@@ -108,19 +105,14 @@ def open_all(path: Path, request: Request) -> Opened:
     original = find_original(manifest, request.model, request.adapter)
     statistics = _statistics(request, manifest, original) if request.reproduce else None
     if original is not None:
-        _warn_of_differences(original)
+        if not original.same_files:
+            folder = original.checkpoint.path
+            warn(f"{folder} has other weight files than the artifact was made from")
+        for difference in original.config_differences:
+            warn(f"the configurations differ in {difference}")
     elif request.reference is None:
-        if request.min_quality is not None:
-            raise RequestError(
-                f"--min-quality {request.min_quality}: the original ({manifest.source.name}) was "
-                "not given, so there is no quality to judge; pass it with -m, or a file with "
-                "--reference"
-            )
-        warn(
-            f"the original ({manifest.source.name}) was not given, so the cost of "
-            "compression is not measured; pass it with -m"
-        )
-    return Opened(
+        _go_without_original(request, manifest.source.name)
+    return OpenedArtifact(
         path=path,
         request=request,
         artifact=artifact,
@@ -132,12 +124,23 @@ def open_all(path: Path, request: Request) -> Opened:
     )
 
 
-def _statistics(request: Request, manifest: Manifest, original: Original | None) -> StatisticsOf:
-    """What `--reproduce` encodes with.
+def _go_without_original(request: ValidationRequest, source: str) -> None:
+    """Warns that the cost is not measured; refuses if it was asked for."""
+    if request.min_quality is not None:
+        raise RequestError(
+            f"--min-quality {request.min_quality}: the original ({source}) was not given, so there "
+            "is no quality to judge; pass it with -m, or a file with --reference"
+        )
+    warn(
+        f"the original ({source}) was not given, so the cost of compression is not measured; pass "
+        "it with -m"
+    )
 
-    Raises:
-        RequestError: there is no original, or the levels were chosen by data that were not given.
-    """
+
+def _statistics(
+    request: ValidationRequest, manifest: Manifest, original: OriginalModel | None
+) -> StatisticsOf:
+    """The statistics that `--reproduce` encodes with; refuses what cannot be encoded again."""
     if original is None:
         raise RequestError(
             f"--reproduce encodes the original's weights again, but the original "
@@ -153,10 +156,3 @@ def _statistics(request: Request, manifest: Manifest, original: Original | None)
             "took with --calibration (an importance matrix cannot be given)"
         )
     return no_statistics
-
-
-def _warn_of_differences(original: Original) -> None:
-    if not original.same_files:
-        warn(f"{original.checkpoint.path} has other weight files than the artifact was made from")
-    for difference in original.config_differences:
-        warn(f"the configurations differ in {difference}")

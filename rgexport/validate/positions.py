@@ -1,11 +1,11 @@
-"""Where in a text two models differ: means over blocks of positions, and the worst positions.
+"""Differences of two models along a text: means over blocks of positions, and worst positions.
 
 Both have a fixed size, however long the text and however large the vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +20,7 @@ CONTEXT = 24
 """Tokens of the text that are shown before a position's prediction."""
 
 TokenText = Callable[[Sequence[int]], str]
-"""The text of ids: special ones as their literals, parts of characters as `\\xf0`."""
+"""The text of ids: special ones as their literals, bytes of incomplete characters as `\\xf0`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class PositionBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class TokenChoice:
     """One token that may come next, its probability, and its text where there is a tokenizer."""
 
     token: int
@@ -56,8 +56,8 @@ class WorstPosition:
     next_token: int | None
     next_text: str | None
     context: str | None
-    reference: list[Choice]
-    candidate: list[Choice]
+    reference: list[TokenChoice]
+    candidate: list[TokenChoice]
 
 
 def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
@@ -76,8 +76,6 @@ def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
 
 
 def token_text(tokenizer: Tokenizer) -> TokenText:
-    """How a tokenizer writes ids."""
-
     def spell(ids: Sequence[int]) -> str:
         pieces = (tokenizer.surface(i) or tokenizer.literal(i).encode() for i in ids)
         return b"".join(pieces).decode("utf-8", "backslashreplace")
@@ -85,52 +83,49 @@ def token_text(tokenizer: Tokenizer) -> TokenText:
     return spell
 
 
-@dataclass
 class WorstPositions:
-    """Collects the `WORST` positions with the largest KL in `found`, the worst first."""
+    """Collects the `WORST` positions with the largest KL in `worst`, the worst first."""
 
-    tokens: np.ndarray
-    spell: TokenText | None = None
-    found: list[WorstPosition] = field(default_factory=list)
+    def __init__(self, tokens: np.ndarray, spell: TokenText | None = None):
+        self._tokens, self._spell = tokens, spell
+        self.worst: list[WorstPosition] = []
 
-    def see(self, start: int, kl: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> None:
+    def add(self, start: int, kl: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> None:
         """Takes the positions from `start` on: kl [n], and logits [n, vocab] of both models."""
         ranks = np.nan_to_num(kl, nan=math.inf, posinf=math.inf)  # NaN is worse than any number
         for index in np.argsort(-ranks, kind="stable")[:WORST].tolist():
-            if len(self.found) == WORST and ranks[index] <= _rank(self.found[-1]):
+            if len(self.worst) == WORST and ranks[index] <= _rank(self.worst[-1]):
                 return
-            self.found.append(
-                self._describe(start + index, kl[index], reference[index], candidate[index])
+            position = start + index
+            ids = self._tokens[: position + 2].tolist()
+            after = ids[position + 1] if len(ids) > position + 1 else None
+            self.worst.append(
+                WorstPosition(
+                    position=position,
+                    kl=float(kl[index]),
+                    next_token=after,
+                    next_text=None if after is None else self._text([after]),
+                    context=self._text(ids[max(0, position + 1 - CONTEXT) : position + 1]),
+                    reference=self._choices(reference[index]),
+                    candidate=self._choices(candidate[index]),
+                )
             )
-            self.found.sort(key=lambda place: (-_rank(place), place.position))
-            del self.found[WORST:]
+            self.worst.sort(key=lambda one: (-_rank(one), one.position))
+            del self.worst[WORST:]
 
-    def _describe(
-        self, position: int, kl: float, reference: np.ndarray, candidate: np.ndarray
-    ) -> WorstPosition:
-        ids = self.tokens[: position + 2].tolist()
-        after = ids[position + 1] if len(ids) > position + 1 else None
-        return WorstPosition(
-            position=position,
-            kl=float(kl),
-            next_token=after,
-            next_text=None if after is None else self._text([after]),
-            context=self._text(ids[max(0, position + 1 - CONTEXT) : position + 1]),
-            reference=list(self._choices(reference)),
-            candidate=list(self._choices(candidate)),
-        )
-
-    def _choices(self, logits: np.ndarray) -> Iterator[Choice]:
+    def _choices(self, logits: np.ndarray) -> list[TokenChoice]:
         wide = logits.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             share = np.exp(wide - wide.max())
             share /= share.sum()
-        for token in np.argsort(-wide, kind="stable")[:CHOICES].tolist():
-            yield Choice(token=token, probability=float(share[token]), text=self._text([token]))
+        return [
+            TokenChoice(token=token, probability=float(share[token]), text=self._text([token]))
+            for token in np.argsort(-wide, kind="stable")[:CHOICES].tolist()
+        ]
 
     def _text(self, ids: Sequence[int]) -> str | None:
-        return None if self.spell is None else self.spell(ids)
+        return None if self._spell is None else self._spell(ids)
 
 
-def _rank(place: WorstPosition) -> float:
-    return math.inf if math.isnan(place.kl) else place.kl
+def _rank(position: WorstPosition) -> float:
+    return math.inf if math.isnan(position.kl) else position.kl

@@ -1,31 +1,25 @@
 """The second verdict: how close an artifact's answers are to the original's, in five grades.
 
-The first verdict, of the checks, says whether the export is correct: whether the artifact computes
-what its plan says. A correct artifact in four bits may still answer otherwise than the original.
-How much so is said here, by two numbers: the mean KL to the original, which sees every change of a
-probability, and the share of tokens with the same first choice, which is what a reader sees.
+The checks' verdict says whether the artifact computes what its plan says. A correct artifact in
+four bits may still answer otherwise than the original. Two numbers grade that: the mean KL to the
+original, which sees every change of a probability, and the top-1 agreement, which readers see.
 """
 
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Literal, get_args
 
+from rgexport.choices import GradeName
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.metrics import KL, Agreement
 
-GradeName = Literal["lossless", "excellent", "good", "fair", "poor"]
+GRADE_NAMES: tuple[GradeName, ...] = get_args(GradeName)
+"""The names, from the best to the worst."""
+Against = Literal["original", "reference"]
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The limits of a grade, both inclusive, and what it means to a person.
-
-    Attributes:
-        name: of the grade.
-        kl: the mean KL to the original that it allows, nats per token.
-        top1: the share of tokens with the same first choice that it demands.
-        meaning: what to expect, as a sentence.
-    """
+    """A grade: the most KL, nats per token, and the least top-1 agreement, both inclusive."""
 
     name: GradeName
     kl: float
@@ -44,29 +38,19 @@ GRADES = (
 
 Trained checkpoints in known formats set the limits of KL: q8_0 has about 2e-4, q6_k 1e-3, q4_k_m
 and the best 5 bits 5e-3 to 7e-3, 4.5 bits 1e-2 to 2e-2 if chosen well and 3e-2 to 6e-2 if rounded
-to nearest, 3 bits 1e-1. First choices change where two tokens are nearly equal, at about 0.7 √KL
-of the tokens: 1 % at 2e-4, 5 % at 5e-3, 17 % at 6e-2. The limits of agreement are a little wider
-than that, so that they decide only where a text has more close calls than most.
+to nearest, 3 bits 1e-1. The top-1 token changes where two are nearly equal, at about 0.7 √KL of the
+positions: 1 % at 2e-4, 5 % at 5e-3, 17 % at 6e-2. The limits of agreement are a little wider than
+that, so that they decide only where a text has more close calls than most.
 """
-GRADE_NAMES: tuple[GradeName, ...] = get_args(GradeName)
-"""The names, from the best to the worst."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The grade of an artifact, and what it follows from.
+    """The grade of an artifact: the worse one of those of KL and of agreement.
 
-    Attributes:
-        grade: the worse one of those of KL and of agreement.
-        best, worst: the grades at the ends of the margins, two standard errors on each side.
-        meaning: the grade's sentence.
-        decided_by: which of the two numbers has that grade; KL where both have.
-        against: what it was compared with, `original` or `reference` (a reference file).
-        positions: tokens that were compared.
-        kl: mean, nats per token.
-        kl_margin: of the mean.
-        top1: share of tokens with the same first choice.
-        top1_margin: of the share.
+    `best` and `worst` are the grades at the ends of the margins, two standard errors on each side.
+    `decided_by` is the number that has the grade; KL where both have. `kl` is the mean in nats per
+    token, `top1` the share of `positions` with the same most likely token.
     """
 
     grade: GradeName
@@ -74,7 +58,7 @@ class Quality:
     worst: GradeName
     meaning: str
     decided_by: Literal["kl", "top1"]
-    against: Literal["original", "reference"]
+    against: Against
     positions: int
     kl: float
     kl_margin: float
@@ -86,28 +70,16 @@ class Quality:
         return GRADE_NAMES.index(self.grade) <= GRADE_NAMES.index(least)
 
 
-def grade_quality(
-    against: Literal["original", "reference"],
-    kl: KL,
-    agreement: Agreement,
-    positions: int,
-) -> Quality:
-    """Grades what was measured over `positions`.
-
-    Args:
-        against: what the artifact was compared with.
-        kl: to it.
-        agreement: with it.
-        positions: that were compared.
-    """
-    share = agreement.top1
+def grade_quality(against: Against, kl: KL, agreement: Agreement, positions: int) -> Quality:
+    """Grades an artifact by its KL to, and agreement with, `against` over so many positions."""
+    top1 = agreement.top1
     kl_margin = STANDARD_ERRORS * kl.standard_error
     # One more success and failure than seen: a share of 1 of few tokens is not certain.
-    smoothed = (share * positions + 1) / (positions + 2)
+    smoothed = (top1 * positions + 1) / (positions + 2)
     top1_margin = STANDARD_ERRORS * (smoothed * (1 - smoothed) / positions) ** 0.5
-    by_kl, by_top1 = _index_by_kl(kl.mean), _index_by_top1(share)
-    best = max(_index_by_kl(kl.mean - kl_margin), _index_by_top1(share + top1_margin))
-    worst = max(_index_by_kl(kl.mean + kl_margin), _index_by_top1(share - top1_margin))
+    by_kl, by_top1 = _index(kl=kl.mean), _index(top1=top1)
+    best = _index(kl=kl.mean - kl_margin, top1=top1 + top1_margin)
+    worst = _index(kl=kl.mean + kl_margin, top1=top1 - top1_margin)
     grade = GRADES[max(by_kl, by_top1)]
     return Quality(
         grade=grade.name,
@@ -119,15 +91,12 @@ def grade_quality(
         positions=positions,
         kl=kl.mean,
         kl_margin=kl_margin,
-        top1=share,
+        top1=top1,
         top1_margin=top1_margin,
     )
 
 
-def _index_by_kl(kl: float) -> int:
-    """Of the best grade that allows this KL; of the last one for NaN."""
-    return len(list(takewhile(lambda grade: not kl <= grade.kl, GRADES[:-1])))
-
-
-def _index_by_top1(share: float) -> int:
-    return len(list(takewhile(lambda grade: not share >= grade.top1, GRADES[:-1])))
+def _index(*, kl: float = 0.0, top1: float = 1.0) -> int:
+    """The index of the best grade that allows both numbers; of the last one for NaN."""
+    allowed = (i for i, grade in enumerate(GRADES) if kl <= grade.kl and top1 >= grade.top1)
+    return next(allowed, len(GRADES) - 1)

@@ -1,9 +1,11 @@
 """A reference's teacher-forced pass over a text, kept as hidden states; logits come on demand."""
 
-import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,22 +17,18 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.progress import Advance, task
+from rgexport.progress import task
 from rgexport.validate.states import checkpoints, recent
-from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures
+from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
 
 
 class ReferenceModel(Protocol):
-    """What is needed of `griffin.layer_by_layer.LayerByLayer`, and of DeepMind's model."""
+    """The methods of `griffin.layer_by_layer.LayerByLayer` that DeepMind's model has, too."""
 
     @property
-    def config(self) -> GriffinConfig:
-        """The model's configuration."""
-        ...
+    def config(self) -> GriffinConfig: ...
 
-    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]:
-        """Tokens [B, T] → hidden states [B, T, width], an array of its own type, and the state."""
-        ...
+    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]: ...
 
     def run_each(
         self,
@@ -38,17 +36,11 @@ class ReferenceModel(Protocol):
         *,
         stops: Sequence[Sequence[int]] = (),
         watch: Callable[[int, int, Any], None] | None = None,
-    ) -> list[tuple[Any, list[State]]]:
-        """As `run`, for several tokens and the states before them, reading each weight once."""
-        ...
+    ) -> list[tuple[Any, list[State]]]: ...
 
-    def describe(self) -> dict[str, str]:
-        """Device, dtype and implementation, for reports."""
-        ...
+    def describe(self) -> dict[str, str]: ...
 
-    def logits(self, hidden: Any) -> np.ndarray:
-        """Hidden states [B, t, width] → logits [B, t, vocab] float32."""
-        ...
+    def logits(self, hidden: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
     `drift` has the states after some numbers of tokens, reduced by `states.recent`. `inputs` are
-    mixtures of what the linears took, where they were asked for.
+    mixtures of the linears' inputs, if they were recorded.
     """
 
     model: ReferenceModel
@@ -78,57 +70,81 @@ def run_reference(
     *,
     mix_inputs: bool = False,
 ) -> Pass:
-    """Runs a reference over tokens [T]; the progress is that of the weights it reads."""
-    stops = checkpoints(len(tokens))
+    """Runs a reference over tokens [T]; its progress counts bytes of weights."""
     with watched_layers(label, weights) as watched:
-        model, recorder = NumpyReference(config, watched), MixtureRecorder(config, len(tokens))
-        model.look = recorder.look if mix_inputs else None
-        text = (tokens[None], zero_state(config, 1))
-        ((hidden, states),) = model.run_each([text], stops=[stops])
+        return _run(config, weights, watched, tokens, mix_inputs)
+
+
+def run_side_by_side(
+    label: str, models: Sequence[tuple[GriffinConfig, WeightSource, bool]], tokens: np.ndarray
+) -> list[Pass]:
+    """Runs references over tokens [T] in a thread each, since reading weights takes one thread.
+
+    `models` say, too, whether inputs are mixed.
+    """
+    ended = threading.Event()
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        jobs = []
+        for config, weights, mix_inputs in models:
+            watched = stack.enter_context(watched_layers(label, weights, ended))
+            jobs.append(pool.submit(_run, config, weights, watched, tokens, mix_inputs))
+        try:
+            return [job.result() for job in jobs]
+        finally:
+            ended.set()  # an interrupt ends all of them
+
+
+def _run(
+    config: GriffinConfig,
+    weights: WeightSource,
+    watched: WeightSource,
+    tokens: np.ndarray,
+    mix_inputs: bool,
+) -> Pass:
+    stops, recorder = checkpoints(len(tokens)), MixtureRecorder(config, len(tokens))
+    model = NumpyReference(config, watched)
+    model.look = recorder.look if mix_inputs else None
+    ((hidden, states),) = model.run_each([(tokens[None], zero_state(config, 1))], stops=[stops])
     drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
     return Pass(NumpyReference(config, weights), hidden, states[-1], drift, recorder.mixtures)
 
 
 @contextmanager
-def watched_layers(label: str, weights: WeightSource) -> Iterator[WeightSource]:
-    """The same weights; while the block runs, progress shows how much of them has been read.
+def watched_layers(
+    label: str, weights: WeightSource, ended: threading.Event | None = None
+) -> Iterator[WeightSource]:
+    """Yields the same weights; their reads are shown as progress.
 
-    The embedding does not count, since only some of its rows are read.
+    The embedding does not count, since only some of its rows are read. Reads raise
+    InterruptedError once `ended` is set.
     """
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
-        yield {**weights, **{name: _watched(tensor, advance) for name, tensor in layers.items()}}
+
+        def read(tensor: RowTensor, start: int, stop: int) -> np.ndarray:
+            if ended is not None and ended.is_set():
+                raise InterruptedError
+            rows = tensor.read(start, stop)
+            advance(rows.nbytes)
+            return rows
+
+        watched = {n: replace(one, read=partial(read, one)) for n, one in layers.items()}
+        yield {**weights, **watched}
 
 
-@dataclass
 class SharedPasses:
-    """Passes of originals, each of which serves all artifacts that are compared with it."""
+    """Passes of originals, shared by all artifacts that are compared with them."""
 
-    _done: dict[tuple[Path, GriffinConfig, bytes], Pass] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = {}
 
     def has(self, original: Checkpoint, tokens: np.ndarray) -> bool:
-        """Whether an original ran over tokens [T] before."""
-        return _key(original, tokens) in self._done
+        return (original.path, original.config, tokens.tobytes()) in self._passes
 
     def run_reference(self, original: Checkpoint, tokens: np.ndarray) -> Pass:
-        """Runs an original over tokens [T], unless it did that before."""
-        key = _key(original, tokens)
-        if key not in self._done:
-            config, weights = original.config, original.weights
-            self._done[key] = run_reference(
-                "Running the original", config, weights, tokens, mix_inputs=True
-            )
-        return self._done[key]
-
-
-def _key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig, bytes]:
-    return original.path, original.config, tokens.tobytes()
-
-
-def _watched(tensor: RowTensor, advance: Advance) -> RowTensor:
-    def read(start: int, stop: int) -> np.ndarray:
-        rows = tensor.read(start, stop)
-        advance(rows.nbytes)
-        return rows
-
-    return dataclasses.replace(tensor, read=read)
+        """Runs an original over tokens [T], or returns its earlier pass over them."""
+        label, config, weights = "Running the original", original.config, original.weights
+        key = original.path, config, tokens.tobytes()
+        if key not in self._passes:
+            self._passes[key] = run_reference(label, config, weights, tokens, mix_inputs=True)
+        return self._passes[key]

@@ -1,4 +1,4 @@
-"""The outcome of `validate`: what was measured, the checks, and the verdict."""
+"""The result of `validate`: measured values, checks and verdicts."""
 
 import dataclasses
 import json
@@ -16,24 +16,23 @@ from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.checks import Check, Outcome, verdict
 from rgexport.validate.continuations import Continuation
+from rgexport.validate.costs import LayerCost, RoundingCost
 from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import GradeName, Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
-from rgexport.validate.rounding_cost import RoundingCost
-from rgexport.validate.source import Original
-from rgexport.validate.speed import Speed
+from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
+from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.reproduced import Reproduced
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2
@@ -41,7 +40,7 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Subject:
+class ArtifactInfo:
     """The artifact that was validated."""
 
     path: str
@@ -55,11 +54,10 @@ class Subject:
     files: dict[str, str]
     """File → SHA-256."""
     bytes: int
-    """Of all files."""
     bits_per_weight: float
     """With scales, zero points and tables."""
     matrix_bits_per_weight: float
-    """The same of the matrices and the embedding, which is the head, alone."""
+    """The same for the matrices and the embedding, which is the head, alone."""
 
     @property
     def numbers(self) -> str:
@@ -91,23 +89,37 @@ class TextInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Everything that `validate` found; `to_dict` is its stable JSON.
+class Speed:
+    """Tokens per second from an empty state, medians of a few repetitions.
 
-    `twin` is the comparison with the dequantized reference. `original` is None without an original,
-    and `sites` where the engine does not show its values. `weights`, `cost` and `layers` need the
-    original; `reproduced`, `layers` and `suspects` are there if they were asked for, and
-    `continuations` if there is a tokenizer, and a reference file or a small original.
-    `min_quality` is the grade that was asked for, and `structure` says whether the graph is the one
-    that the exporter writes. `identity` compares what is not weights: configuration, tokenizer,
-    chat template, settings.
+    Attributes:
+        decode: one token at a time.
+        prefill: a prompt of `prompt_tokens`.
+        prompt_tokens: 128, or a chunk where chunks are of a fixed length.
     """
 
-    artifact: Subject
+    decode: float
+    prefill: float
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of `validate`; `to_dict` is its stable JSON.
+
+    `dequantized` is the comparison with the dequantized reference (`twin` is its former name).
+    `original` is None without an original, and `sites` where the engine does not show its values.
+    `weights`, `cost` and `layers` need the original; `reproduced`, `layers` and `suspects` are null
+    unless they were asked for, `continuations` without a tokenizer, or without both a reference
+    file and a small original. `min_quality` is the grade that was asked for. `identity` compares
+    configuration, tokenizer, chat template and settings.
+    """
+
+    artifact: ArtifactInfo
     source: SourceInfo
     text: TextInfo
     engine: SessionInfo
-    twin: Comparison
+    dequantized: Comparison
     original: Comparison | None
     equivalences: dict[str, Equivalence]
     sites: SiteReport | None
@@ -133,14 +145,13 @@ class Result:
 
     @property
     def verdict(self) -> Outcome:
-        """The worst outcome of all checks."""
         return verdict(self.checks)
 
     @property
     def quality(self) -> Quality | None:
-        """By the original or, without one, a reference file; None where there is neither."""
-        if (found := self.original) is not None:
-            return grade_quality("original", found.kl, found.agreement, self.text.tokens)
+        """The grade by the original or, without one, by a reference file."""
+        if (side := self.original) is not None:
+            return grade_quality("original", side.kl, side.agreement, self.text.tokens)
         if (file := self.reference) is not None:
             return grade_quality("reference", file.kl, file.agreement, file.positions)
         return None
@@ -153,13 +164,18 @@ class Result:
         return self.quality is not None and self.quality.reaches(self.min_quality)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON; numbers that are not finite become null."""
+        """Returns plain JSON; numbers that are not finite become null."""
         fields = {f.name: to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for entry, check in zip(fields["checks"], self.checks, strict=True):
             entry |= {"outcome": check.outcome, "passed": check.passed}
-        added = {"verdict": self.verdict, "verdict_scope": self.verdict_scope}
-        added |= {"quality": to_json(self.quality)}
-        return {"schema_version": SCHEMA_VERSION, **added, **fields}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "verdict_scope": self.verdict_scope,
+            "quality": to_json(self.quality),
+            **fields,
+            "twin": fields["dequantized"],
+        }
 
 
 def require_writable(path: Path) -> None:
@@ -179,19 +195,16 @@ def require_writable(path: Path) -> None:
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:
-    """Writes a result to a file, or the list of several.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
-    found = [result.to_dict() for result in results]
-    value = found if len(found) > 1 else found[0]
+    """Writes a result to a file, or the list of several; see `write_text`."""
+    values = [result.to_dict() for result in results]
+    value = values if len(values) > 1 else values[0]
     write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
 
 
-def describe_artifact(path: Path, manifest: Manifest) -> Subject:
-    """The artifact's part of a result."""
-    return Subject(
+def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
+    stored = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
+    weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
+    return ArtifactInfo(
         path=str(path),
         name=manifest.name,
         kind=manifest.kind,
@@ -202,25 +215,23 @@ def describe_artifact(path: Path, manifest: Manifest) -> Subject:
         window=manifest.config.window,
         files={name: record.sha256 for name, record in manifest.files.items()},
         bytes=sum(record.size for record in manifest.files.values()),
-        bits_per_weight=_bits_per_weight(manifest),
+        bits_per_weight=8 * sum(part.nbytes for part in stored) / weights,
         matrix_bits_per_weight=matrix_bits(manifest),
     )
 
 
-def _bits_per_weight(manifest: Manifest) -> float:
-    parts = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
-    weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
-    return 8 * sum(part.nbytes for part in parts) / weights
-
-
-def describe_source(made_from: str, original: Original | None) -> SourceInfo:
-    """What a result says of the original."""
+def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
     if original is None:
-        return SourceInfo(made_from, found=False)
+        return SourceInfo(name, found=False)
     return SourceInfo(
-        made_from,
+        name,
         found=True,
         path=str(original.checkpoint.path),
         same_files=original.same_files,
         config_differences=original.config_differences,
     )
+
+
+def describe_text(text: Text, window: int) -> TextInfo:
+    count = len(text.tokens)
+    return TextInfo(text.name, count, count / window, text.bytes, text.truncated)

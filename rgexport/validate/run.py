@@ -4,27 +4,55 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rgexport.errors import RequestError
 from rgexport.export.opening import open_artifact
+from rgexport.griffin.layout import float32_bytes
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.printing import print_result
-from rgexport.progress import expect_stages, note
-from rgexport.validate.checks import parse_limits
-from rgexport.validate.comparing import compare_all
-from rgexport.validate.judging import judge
-from rgexport.validate.opening import Opened, Request, open_all
-from rgexport.validate.reference.reference_reader import read_reference
-from rgexport.validate.reference_pass import SharedPasses
+from rgexport.progress import expect_stages, group, note, task
+from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
+from rgexport.runtimes.engine import engine_of, open_session
+from rgexport.runtimes.environment import environment
+from rgexport.runtimes.memory import available_bytes, give_back
+from rgexport.runtimes.session import SessionInfo
+from rgexport.units import amount
+from rgexport.validate import continuations
+from rgexport.validate.bisect.sites import SiteReport, compare_sites
+from rgexport.validate.bisect.suspects import find_suspects
+from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
+from rgexport.validate.continuations import Continuation, ContinuedPrompt
+from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
+from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
+from rgexport.validate.judging import all_checks
+from rgexport.validate.measure import Measurement, measure
+from rgexport.validate.opening import OpenedArtifact, ValidationRequest, open_all
+from rgexport.validate.positions import token_text
+from rgexport.validate.reference.against import AgainstFile, compare_with_file
+from rgexport.validate.reference.reference_file import read_reference
+from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
-from rgexport.validate.result import Result, require_writable, write_json
-from rgexport.validate.rounding_cost import is_rounded
-from rgexport.validate.running import asks_original, run_all, runs_natively
+from rgexport.validate.result import (
+    Result,
+    Speed,
+    describe_artifact,
+    describe_source,
+    describe_text,
+    require_writable,
+    write_json,
+)
+from rgexport.validate.structure.compare import compare_structure
+from rgexport.validate.thresholds import tolerance
+from rgexport.validate.weights.reproduced import reproduce
+from rgexport.validate.weights.tensor_errors import weight_errors
 
-DEFAULTS = Request()
+BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS = 128, 32, 3
+"""`rgexport bench` measures longer ones by default."""
 
 
 def validate_artifacts(
     artifacts: Sequence[Path],
-    request: Request = DEFAULTS,
+    request: ValidationRequest,
     *,
     reference: Path | None = None,
     json_file: Path | None = None,
@@ -32,18 +60,10 @@ def validate_artifacts(
     limits: Sequence[str] = (),
     allow_ambiguous: bool = False,
 ) -> int:
-    """Writes the report as JSON and HTML and prints it.
+    """Validates artifacts, writes the report as JSON and HTML, and prints it.
 
-    Returns 0 if all artifacts pass and have the quality that was asked for, else 1.
-
-    Args:
-        artifacts: their paths; several are shown in one table.
-        request: what to find out about each of them.
-        reference: a reference file to compare with too.
-        json_file: where the results go as JSON.
-        html_file: where the page goes.
-        limits: `NAME=VALUE`, instead of the limits in `thresholds`.
-        allow_ambiguous: whether AMBIGUOUS passes.
+    Returns 0 if all artifacts pass, or are AMBIGUOUS where that is allowed, and have the quality
+    that was asked for; else 1.
 
     Raises:
         RequestError: see `validate_artifact`; or a file cannot be written.
@@ -64,50 +84,215 @@ def validate_artifacts(
         if len(artifacts) > 1:
             note(f"{path}:")
         results.append(validate_artifact(path, request, passes))
-    _report(results, json_file, html_file)
+    if json_file is not None:
+        write_json(results, json_file)
+    if html_file is not None:
+        write_html(results, html_file)
+    # Last: a reader may leave after a few lines, as `head` does.
+    one = len(results) == 1
+    text = render(results[0], html_file) if one else render_several(results, html_file)
+    print_result(text, end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 
 
 def validate_artifact(
-    path: Path, request: Request = DEFAULTS, passes: SharedPasses | None = None
+    path: Path, request: ValidationRequest, passes: SharedPasses | None = None
 ) -> Result:
     """Compares an artifact with its dequantized reference and, where it is found, its original.
 
     The references run first, one layer at a time. Then the artifact's session opens, and when it
-    is closed, the ops are compared one by one.
-    `passes` are those of originals that ran before, for other artifacts.
+    is closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.
 
     Raises:
-        RequestError: see `open_all` and `run_all`.
+        RequestError: see `open_all`; or the engine is missing or cannot open the artifact.
     """
     passes = passes or SharedPasses()
     opened = open_all(path, request)
     expect_stages(_stages(opened, passes))
-    ran = run_all(opened, passes)
-    result = compare_all(opened, ran)
-    return judge(opened, ran, result)
+    config, weights, tokens = opened.manifest.config, opened.artifact.weights, opened.text.tokens
+    dequantized = run_reference("Running the dequantized reference", config, weights, tokens)
+    original = None
+    if opened.original is not None:
+        original = passes.run_reference(opened.original.checkpoint, tokens)
+    result, counted = _compare(opened, dequantized, original)
+    checks = all_checks(result, opened.manifest, counted, request.limits)
+    result = replace(result, checks=list(with_limits(checks, request.limits)))
+    return _with_suspects(result) if request.bisect else result
 
 
-def _stages(opened: Opened, passes: SharedPasses) -> int:
-    """How many stages show their progress."""
+def _compare(
+    opened: OpenedArtifact, dequantized: Pass, original: Pass | None
+) -> tuple[Result, bool]:
+    """Returns a result without checks, and whether the session counted every token."""
+    request, artifact, manifest = opened.request, opened.artifact, opened.manifest
+    info, measured, against_file, answers = _use_session(opened, dequantized, original)
+    equivalences = measured.equivalences
+    if _has_native(opened) and (same := _portable(opened, measured, dequantized)):
+        equivalences |= {"portable": same}
+    tokens, cost, weights, reproduced, layers = opened.text.tokens, None, None, None, None
+    if original is not None or request.reference is not None:
+        cost = rounding_cost(artifact, dequantized, original, tokens)
+    if opened.original is not None and original is not None:
+        source, stored = opened.original.checkpoint, artifact.weights
+        weights = weight_errors(
+            source.weights,
+            stored,
+            manifest.tensors,
+            weighted=manifest.weighted,
+            inputs=original.inputs,
+        )
+        if opened.statistics is not None:
+            reproduced = reproduce(artifact, source.weights, opened.statistics)
+        if request.bisect:
+            layers = layer_costs(source.config, source.weights, stored, tokens)
+    result = Result(
+        artifact=describe_artifact(opened.path, manifest),
+        source=describe_source(manifest.source.name, opened.original),
+        text=describe_text(opened.text, manifest.config.window),
+        engine=info,
+        dequantized=measured.comparisons[0],
+        original=None if original is None else measured.comparisons[1],
+        equivalences=equivalences,
+        sites=_sites(opened, measured),
+        weights=weights,
+        cost=cost,
+        reproduced=reproduced,
+        layers=layers,
+        suspects=None,
+        reference=against_file,
+        speed=_speed(opened, info) if request.bench else None,
+        tolerance=tolerance(manifest),
+        checks=[],
+        environment=environment(),
+        continuations=answers,
+        min_quality=request.min_quality,
+        structure=compare_structure(artifact, request.reference),
+        identity=opened.identity,
+    )
+    return result, measured.counted
+
+
+def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
+    """The number of stages that show their progress."""
     request, original = opened.request, opened.original
     # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
-    count = 4 + request.bench + runs_natively(opened)
+    count = 4 + request.bench + _has_native(opened)
     if original is not None:
         count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)
     if original is not None or request.reference is not None:
         count += is_rounded(opened.manifest)
-    return count + asks_original(opened) + (request.reference is not None)
+    return count + _asks_original(opened) + (request.reference is not None)
 
 
-def _report(results: list[Result], json_file: Path | None, html_file: Path | None) -> None:
-    if json_file is not None:
-        write_json(results, json_file)
-    if html_file is not None:
-        write_html(results, html_file)
-    # Last: who reads it may leave after a few lines, as `head` does.
-    one = len(results) == 1
-    text = render(results[0], html_file) if one else render_several(results, html_file)
-    print_result(text, end="")
+def _use_session(
+    opened: OpenedArtifact, dequantized: Pass, original: Pass | None
+) -> tuple[SessionInfo, Measurement, AgainstFile | None, list[Continuation] | None]:
+    """Runs the artifact over the text, the reference file's prompts, and prompts to continue."""
+    prompts = _continued_prompts(opened)
+    spell = token_text(opened.tokenizer) if opened.tokenizer else None
+    against_file = answers = None
+    give_back()
+    session = open_session(opened.artifact)
+    measured = measure(
+        session,
+        opened.text.tokens,
+        [dequantized] if original is None else [dequantized, original],
+        text_bytes=opened.text.bytes,
+        noise=tolerance(opened.manifest).rms,
+        spell=spell,
+        longest=longest_call(opened.manifest.config),
+    )
+    if (file := opened.request.reference) is not None:
+        with group("Comparing with the reference file"):
+            against_file = compare_with_file(session, opened.artifact, file)
+    if spell is not None and prompts is not None:
+        answers = list(continuations.compare(session, prompts, spell))
+    return session.info, measured, against_file, answers
+
+
+def _continued_prompts(opened: OpenedArtifact) -> list[ContinuedPrompt] | None:
+    """Prompts that the reference file or a small original continued; None where neither did."""
+    if opened.tokenizer is None:
+        return None
+    if opened.request.reference is not None:
+        return continuations.read_prompts(opened.request.reference)
+    if opened.original is None:
+        return None
+    checkpoint = opened.original.checkpoint
+    if not _asks_original(opened):
+        note(
+            f"answers are not compared: the original's weights take "
+            f"{amount(float32_bytes(checkpoint.config))} in float32. `rgexport reference` makes a "
+            "file that has its answers, for --reference"
+        )
+        return None
+    model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
+    return continuations.continue_prompts(model, opened.tokenizer)
+
+
+def _asks_original(opened: OpenedArtifact) -> bool:
+    """Whether the original continues prompts: a small one, where no reference file has any."""
+    if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
+        return False
+    return float32_bytes(opened.original.checkpoint.config) <= continuations.SMALL_BYTES
+
+
+def _has_native(opened: OpenedArtifact) -> bool:
+    """Whether native kernels replace the functions that other runtimes run."""
+    return engine_of(opened.manifest.kind).has_native(opened.artifact)
+
+
+def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) -> Equivalence | None:
+    """Compares the artifact without native kernels, in a session of its own.
+
+    It takes twice the memory of one with them: 3.9 GB for a 2B in int4.
+    """
+    give_back()
+    engine = engine_of(opened.manifest.kind)
+    needed, available = 2 * engine.memory_bytes(opened.manifest), available_bytes()
+    if available is not None and needed > available:
+        note(
+            f"the bodies that other runtimes run were not run: it takes about {amount(needed)} of "
+            f"memory, and {amount(available)} are free"
+        )
+        return None
+    with task("Without native kernels", 1, "text") as advance:
+        session = engine.portable_session(opened.artifact)
+        same = compare_portable(session, opened.text.tokens, reference, measured.ending)
+        session.close()
+        advance(1)
+    return same
+
+
+def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
+    """Compares every op, from the state after the text; None where the engine shows none."""
+    original, state = opened.original, measured.ending.chunk.state
+    config = opened.manifest.config if original is None else original.checkpoint.config
+    try:
+        return compare_sites(opened.artifact, config, state, opened.text.tokens)
+    except RequestError as error:
+        note(f"the ops were not compared one by one: {error}")
+        return None
+
+
+def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
+    """Measures what `rgexport bench` does, in less time."""
+    length = info.prefill_chunk if info.whole_chunks else BENCH_PROMPT
+    rows = bench_artifact(
+        opened.path,
+        BenchRequest((length,), (BENCH_TOKENS,), repetitions=BENCH_REPETITIONS),
+        allow_foreign=opened.request.allow_foreign,
+    )
+    prefill, decode = (row.median_tokens_per_second for row in rows)
+    return Speed(decode=decode, prefill=prefill, prompt_tokens=length)
+
+
+def _with_suspects(result: Result) -> Result:
+    failed = [c for c in result.checks if c.kind in TENSOR_CHECKS and not c.passed]
+    differences = [*result.source.config_differences]
+    if result.reference is not None:
+        differences += result.reference.config_differences
+    suspects = find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
+    return replace(result, suspects=suspects)

@@ -1,6 +1,5 @@
 """The original that an artifact was made from, where it can be found."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +12,16 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint, summarize
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.hub import cached_model
 from rgexport.griffin.sizes import DEMO, SIZES
-from rgexport.validate.weights.weight_errors import check_shapes
+from rgexport.validate.weights.tensor_errors import check_shapes
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalModel:
     """A checkpoint to compare with, and how it relates to the artifact.
 
     Attributes:
-        checkpoint: its configuration has the artifact's values of what its files do not state, and
-            of what the export was asked to change.
+        checkpoint: its configuration has the artifact's values for fields that its files do not
+            state, and that the export was asked to change.
         stated: the configuration of its files.
         same_files: whether its weight files are those that the artifact was made from.
         config_differences: see the function.
@@ -36,7 +35,7 @@ class Original:
 
 def find_original(
     manifest: Manifest, model: str | None, adapter: Path | None = None
-) -> Original | None:
+) -> OriginalModel | None:
     """Opens `model`; else the demo or a released model in the hub's cache, by the source's name.
 
     A `model` that the user names may be any of the same shape: differences are reported, and the
@@ -53,51 +52,37 @@ def find_original(
         checkpoint = open_checkpoint(model, adapter=adapter)
     if checkpoint is None:
         return None
-    stated = checkpoint.config
-    checkpoint = _with_adopted_fields(checkpoint, manifest)
-    original = Original(
-        checkpoint,
-        stated,
-        _same_files(manifest, checkpoint.weight_files),
-        config_differences(manifest.config, checkpoint.config),
-    )
-    if model is None and not original.same_files:
+    same_files = _same_files(manifest, checkpoint.weight_files)
+    if model is None and not same_files:
         return None
     if checkpoint.problems:
         raise RequestError(f"{checkpoint.path} is damaged: {summarize(checkpoint.problems)}")
     check_shapes(checkpoint.weights, manifest.tensors)
-    return original
+    stated = checkpoint.config
+    adopted = set(unstated_fields(checkpoint.layout))
+    if is_asked_for("window", manifest, stated.window):
+        adopted.add("window")
+    config = replace(stated, **{name: getattr(manifest.config, name) for name in adopted})
+    differences = config_differences(manifest.config, config)
+    return OriginalModel(replace(checkpoint, config=config), stated, same_files, differences)
 
 
 def is_asked_for(name: str, manifest: Manifest, stated: Any) -> bool:
     """Whether the export was asked for the artifact's value of a field of the configuration.
 
-    Args:
-        name: of the field.
-        manifest: the artifact's.
-        stated: the original's value. A window can only become smaller, and a soft cap is taken for
-            DeepMind's files alone.
+    `stated` is the original's value. A window can only become smaller, and a soft cap is an option
+    for DeepMind's files alone.
     """
-    value, given = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
+    value, option = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
     allowed = value < stated if name == "window" else manifest.source.layout == "deepmind"
-    return value == given and allowed
-
-
-def _with_adopted_fields(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
-    names = set(unstated_fields(checkpoint.layout))
-    if is_asked_for("window", manifest, checkpoint.config.window):
-        names.add("window")
-    adopted = {name: getattr(manifest.config, name) for name in names}
-    return replace(checkpoint, config=replace(checkpoint.config, **adopted))
+    return value == option and allowed
 
 
 def unstated_fields(layout: str) -> tuple[str, ...]:
-    """Fields of the configuration that files of a layout do not state."""
     return ("window", "soft_cap") if layout == "deepmind" else ()
 
 
 def _open_by_name(name: str) -> Checkpoint | None:
-    """What this machine has under the name of an artifact's source."""
     ids = {size.hub_id.rpartition("/")[2]: size.hub_id for size in SIZES.values()}
     try:
         if name == DEMO:
@@ -120,6 +105,5 @@ def _same_files(manifest: Manifest, files: Mapping[str, Path]) -> bool:
 
 def config_differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str, ...]:
     """The fields that differ, as `field: ours → theirs`."""
-    names = [field.name for field in dataclasses.fields(ours)]
-    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    pairs = {name: (value, getattr(theirs, name)) for name, value in vars(ours).items()}
     return tuple(f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b)

@@ -1,4 +1,4 @@
-"""How far one canonical state is from another."""
+"""Errors of canonical states."""
 
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -35,13 +35,23 @@ class Drift:
 def state_errors(reference: State, candidate: State) -> list[StateError]:
     """Compares all tensors except the position, in the reference's order.
 
-    Tensors of other shapes, as a reference with another window has, are left out.
+    Tensors whose shapes differ, as those of another window do, are left out.
     """
     return [
-        _error(name, array, candidate[name])
+        _error(name, array.astype(np.float64), candidate[name])
         for name, array in reference.items()
         if name != POSITION and array.shape == candidate[name].shape
     ]
+
+
+def _error(name: str, reference: np.ndarray, candidate: np.ndarray) -> StateError:
+    with np.errstate(invalid="ignore", over="ignore"):
+        delta = np.abs(candidate.astype(np.float64) - reference)
+        return StateError(
+            name=name,
+            relative_max=float(delta.max() / (np.abs(reference).max() or 1)),
+            relative_norm=float(np.linalg.norm(delta) / (np.linalg.norm(reference) or 1)),
+        )
 
 
 def recent(state: State) -> State:
@@ -61,14 +71,3 @@ def checkpoints(length: int) -> list[int]:
 def worst(errors: list[StateError]) -> float:
     """The largest `relative_max`; NaN if there is one; 0 for a model without states."""
     return float(np.max([error.relative_max for error in errors], initial=0))
-
-
-def _error(name: str, reference: np.ndarray, candidate: np.ndarray) -> StateError:
-    ref = reference.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        delta = np.abs(candidate.astype(np.float64) - ref)
-        return StateError(
-            name=name,
-            relative_max=float(delta.max() / (np.abs(ref).max() or 1)),
-            relative_norm=float(np.linalg.norm(delta) / (np.linalg.norm(ref) or 1)),
-        )

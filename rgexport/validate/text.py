@@ -43,7 +43,7 @@ def choose_text(
     file: Path | None = None,
     limit: int | None = None,
 ) -> Text:
-    """The given file, or the built-in text, or random ids where there is no tokenizer.
+    """Encodes a file or the built-in text, or draws random ids where there is no tokenizer.
 
     A file is cut at `limit` tokens, by default at `MAX_TOKENS`. The others have `limit` tokens, by
     default more than a window.
@@ -62,10 +62,16 @@ def choose_text(
             )
         return random_text(vocab_size, limit or min(MAX_TOKENS, max(64, 4 * window + 1)))
     if file is not None:
-        most = limit or MAX_TOKENS
-        text = encode(tokenizer.encode_text, tokenizer.bos_id, _read(file), str(file), most)
+        content, most = _read(file), limit or MAX_TOKENS
+        text = encode(tokenizer.encode_text, tokenizer.bos_id, content, str(file), most)
     else:
-        text = _encode_built_in(tokenizer, window, limit)
+        encoder, content = tokenizer.encode_markup, built_in_text()
+        once, most = len(encoder(content)), limit or window + PAST_WINDOW
+        if limit is None and most <= once:
+            most = MAX_TOKENS
+        else:
+            content *= -(-most // once)
+        text = encode(encoder, tokenizer.bos_id, content, "built-in", most)
     if text.tokens.max() >= vocab_size:
         raise RequestError(
             f"the tokenizer gives the id {text.tokens.max()} but the model has {vocab_size} "
@@ -75,7 +81,7 @@ def choose_text(
 
 
 def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
-    """The built-in text's first tokens, [count] int64, or random ones; repeated if need be."""
+    """The built-in text's first tokens, [count] int64, or random ones; repeated if it is short."""
     manifest = artifact.manifest
     text = choose_text(
         open_tokenizer(artifact) if manifest.has_tokenizer else None,
@@ -86,18 +92,8 @@ def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
     return np.resize(text.tokens, count)
 
 
-def _encode_built_in(tokenizer: Tokenizer, window: int, limit: int | None) -> Text:
-    """The built-in text, repeated if need be; its turn markers become control tokens."""
-    text, encoder = built_in_text(), tokenizer.encode_markup
-    once = len(encoder(text))
-    wanted = limit or window + PAST_WINDOW
-    if wanted <= once and limit is None:
-        return encode(encoder, tokenizer.bos_id, text, "built-in", MAX_TOKENS)
-    return encode(encoder, tokenizer.bos_id, text * -(-wanted // once), "built-in", wanted)
-
-
 def random_text(vocab_size: int, length: int) -> Text:
-    """Uniformly drawn ids, the same ones every time."""
+    """Draws ids uniformly, the same ones every time."""
     tokens = np.random.default_rng(SEED).integers(0, vocab_size, length, np.int64)
     return Text("random token ids", tokens, None)
 
@@ -116,7 +112,7 @@ def encode(
     end = len(text)
     if tokens_of(end) > limit:
         end = bisect.bisect_right(range(end), limit, key=tokens_of) - 1
-        while tokens_of(end) > limit:  # a longer text may have fewer tokens here and there
+        while tokens_of(end) > limit:  # a longer text may have fewer tokens
             end -= 1
     ids = np.array(start + encoder(text[:end]), np.int64)
     return Text(name, ids, len(text[:end].encode()), end < whole)

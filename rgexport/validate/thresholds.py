@@ -1,10 +1,9 @@
 """The tolerances, with their reasons.
 
-Two questions are kept apart. *Is the export right?* The artifact against its dequantized reference,
-which holds exactly the artifact's weights: only arithmetic may differ, so the tolerances are those
-of the arithmetic. *What did compression cost?* The artifact against the original: the numbers
-are reported, and only a ruined model fails. Logits are judged by relative errors, because the same
-relative error means another KL for a model with larger logits.
+The dequantized reference has exactly the artifact's weights, so the tolerances against it are those
+of the arithmetic. Against the original, numbers are reported, and only a ruined model fails. Logits
+are judged by relative errors, because the same relative error means another KL for a model with
+larger logits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,10 +22,9 @@ class Tolerance:
     """How far an artifact may be from its dequantized reference.
 
     logits: max |Δlogit| / max |logit|; rms: `LogitError.relative_rms`; states: max |Δ| /
-    max |state| of each state tensor. `logits` and `states` also bound an artifact against itself
-    (steps against prefill, and so on), see `consistency`. They are of the worst of thousands of
-    values, and where two large scores of attention are nearly equal, a single position may be off:
-    so they are twice as wide as `rms`. The per-op check finds smaller faults.
+    max |state| of each state tensor. `logits` and `states` are of the worst of thousands of values,
+    and where two large scores of attention are nearly equal, a single position may be off: so they
+    are twice as wide as `rms`. The per-op check finds smaller faults.
     """
 
     logits: float
@@ -35,15 +33,14 @@ class Tolerance:
     reason: str
 
     def at(self, position: int) -> "Tolerance":
-        """The same after so many tokens."""
-        more = PER_POSITION * position
-        return replace(
-            self, logits=self.logits + more, rms=self.rms + more, states=self.states + more
-        )
+        """The tolerance after so many tokens."""
+        angle = PER_POSITION * position
+        wider = {name: getattr(self, name) + angle for name in ("logits", "rms", "states")}
+        return replace(self, **wider)
 
 
 PER_POSITION = 2.0**-27
-"""What a tolerance grows by with every token: the rounding of RoPE's angles.
+"""Growth of a tolerance with every token: the rounding of RoPE's angles.
 
 The angle of the fastest pair is the position itself, in radians; in float32 it is off by up to
 2⁻²⁵ of itself. Only that pair is off by so much, one of many that a score is the sum of: a
@@ -72,21 +69,17 @@ INT8 = Tolerance(
 )
 
 ITSELF = 8
-"""Times its own error against the dequantized reference, an artifact may differ from itself.
+"""The most that an artifact may differ from itself, in units of its error against the reference.
 
-Two ways to take the same tokens round at random, and each is about as far from the reference.
+Two ways to take the same tokens round at random, and both are about as far from the reference.
 Measured on ten random models of odd shapes in int8 and int4, without native kernels too: up to 2.5.
 """
 
 
 def consistency(limit: Tolerance, position: int, logits: float, states: float) -> Tolerance:
-    """The tolerance of an artifact against itself, after so many tokens.
+    """The tolerance of an artifact against itself, after `position` tokens.
 
-    Args:
-        limit: against its dequantized reference.
-        position: how many tokens.
-        logits: the largest error of logits against that reference.
-        states: that of states.
+    `limit` is that against its dequantized reference; `logits` and `states` are the largest errors.
     """
     least, most = FLOAT32.at(position), limit.at(position)
     return replace(
@@ -121,14 +114,7 @@ from a prefill by as much. So the logits of this mode cannot show smaller faults
 shows those of weights, and an artifact made with `--exact` those of the graph.
 """
 
-ORIGINAL_RMS = {
-    "float32": 0.0,
-    "float16": 5e-2,
-    "int8": 0.35,
-    "int4": 1.1,
-    "int3": 1.3,
-    "int2": 1.3,
-}
+ORIGINAL_RMS = dict(float32=0.0, float16=5e-2, int8=0.35, int4=1.1, int3=1.3, int2=1.3)
 """Coarsest storage → `relative_rms` against the original that only a broken export exceeds.
 
 The tolerance of the arithmetic comes on top; float32 weights are the original's own. Constant
@@ -140,20 +126,25 @@ MOST_COST = {"original": 2.0, "reference": 3.0}
 """KL of an artifact in units of what rounding to nearest costs: to the original on the same
 positions, and to a reference file, whose texts are others."""
 _GGML_STORAGE = {
-    "f32": "float32",
-    "f16": "float16",
-    "bf16": "int8",
-    "q8_0": "int8",
-    "q3_k": "int2",
-    "q2_k": "int2",
+    **{"f32": "float32", "f16": "float16", "bf16": "int8", "q8_0": "int8"},
+    **{"q3_k": "int2", "q2_k": "int2"},
 }
 """ggml type → key of `ORIGINAL_RMS`; int4 for all others, which have four to six bits."""
 
 
 def tolerance(manifest: Manifest) -> Tolerance:
     """The tolerance of an artifact against its dequantized reference."""
-    found: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
-    return found
+    limit: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
+    return limit
+
+
+def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
+    """Checks the logits of an artifact against its dequantized reference's."""
+    for what, value, most in (
+        ("logits", logits.relative_max, limit.logits),
+        ("rms", logits.relative_rms, limit.rms),
+    ):
+        yield Check(name=f"dequantized.{what}", value=value, limit=most, reason=limit.reason)
 
 
 def cost_checks(

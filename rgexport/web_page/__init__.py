@@ -1,1 +1,1 @@
-"""The chat page of `rgexport web`: a static site. Its sources are in `page/` of the repository."""
+"""The static site of `rgexport web`. The sources of its page are in `page/` of the repository."""

@@ -1,14 +1,15 @@
 """Builds the chat page with npm into `page.zip`: `make page`, and the build of a wheel.
 
-It imports only the standard library, because the build hook loads this file before anything is
-installed.
+Imports the standard library alone, because the build hook uses it before anything is installed.
 """
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+from rgexport.files.atomic import replacing
+from rgexport.kernels.build import BuildFailed, run
 
 SOURCES = Path(__file__).parents[2] / "page"
 LIBRARY = Path(__file__).parents[1] / "npm"
@@ -16,17 +17,12 @@ LIBRARY = Path(__file__).parents[1] / "npm"
 BUILT = Path(__file__).with_name("page.zip")
 _INSTALL = "ci --ignore-scripts --no-audit --no-fund".split()
 """Installs exactly what `package-lock.json` lists, so that each build has the same bytes."""
-_SHOWN_LINES = 20
 _UNIX = 3
 """The system that an archive names as its maker, whichever system packs it."""
 
 
-class BuildFailed(Exception):
-    """The page cannot be built; with the reason."""
-
-
 def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
-    """Installs what the page is made of, builds it, and packs it into `target`.
+    """Installs the page's dependencies, builds it, and packs it into `target`.
 
     Raises:
         BuildFailed: npm is missing, or fails.
@@ -34,19 +30,10 @@ def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise BuildFailed("Node and npm are not installed")
-    for arguments in (_INSTALL, ["run", "build"]):
-        done = subprocess.run([npm, *arguments], cwd=sources, capture_output=True, text=True)
-        if done.returncode:
-            raise BuildFailed(f"npm {arguments[0]} failed:\n{_reason(done.stdout + done.stderr)}")
+    run(npm, *_INSTALL, folder=sources)
+    run(npm, "run", "build", folder=sources)
     _pack(sources / "dist", target)
     return target
-
-
-def _reason(output: str) -> str:
-    """Returns the lines from the first error on, or the last lines if none is called an error."""
-    lines = output.strip().splitlines()
-    first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -_SHOWN_LINES)
-    return "\n".join(lines[first:][:_SHOWN_LINES])
 
 
 def is_current() -> bool:
@@ -60,14 +47,12 @@ def is_current() -> bool:
 
 def _pack(folder: Path, target: Path) -> None:
     """Writes an archive that depends only on the names and bytes of the files."""
-    new = target.with_suffix(".new")
-    with ZipFile(new, "w") as packed:
-        files = (path for path in folder.rglob("*") if path.is_file())
-        for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    with replacing(target) as new, ZipFile(new, "w") as archive:
+        for name in sorted(name for name, path in files.items() if path.is_file()):
             entry = ZipInfo(name)
             entry.create_system = _UNIX
-            packed.writestr(entry, path.read_bytes(), ZIP_DEFLATED, compresslevel=9)
-    new.replace(target)
+            archive.writestr(entry, files[name].read_bytes(), ZIP_DEFLATED, compresslevel=9)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Serves a site on this machine, as any web server would its folder."""
+"""Serves a site on this machine, like a web server with its folder."""
 
 import mimetypes
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.progress import note
 from rgexport.serve.host_names import is_allowed
-from rgexport.web_page.site import Site, read
+from rgexport.web_page.site import Site, read_content
 
 HOST = "127.0.0.1"
 """Browsers run the page from this machine, and from others only over https."""
@@ -20,7 +20,7 @@ _TYPES = {
     ".wasm": "application/wasm",
     ".webmanifest": "application/manifest+json",
 }
-"""Not left to the system, whose tables browsers may refuse."""
+"""Content types that the tables of some systems have wrong."""
 _HEADERS = {
     # Browsers give threads only to pages that come with these two.
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -48,7 +48,7 @@ def serve_site(site: Site, port: int, *, browse: bool) -> None:
 
 
 def local_server(site: Site, port: int) -> ThreadingHTTPServer:
-    """The server, which listens already.
+    """Returns the server, which listens already.
 
     Raises:
         RequestError: the address cannot be used.
@@ -65,13 +65,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of a browser that has left; of other errors all."""
+        """Prints errors, unless the browser has left."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class SiteHandler(BaseHTTPRequestHandler):
-    """Answers with what the site has."""
+    """Answers with the files of a site."""
 
     protocol_version = "HTTP/1.1"
 
@@ -86,7 +86,7 @@ class SiteHandler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def _answer(self, *, with_body: bool) -> None:
-        # A page of another site whose name was led here (DNS rebinding) must not read this one.
+        # A page of another site whose name leads to this machine (DNS rebinding) must not read it.
         host = self.headers.get("Host")
         if host is not None and not is_allowed(host, ("localhost",)):
             self.send_error(403, "This server has another name")
@@ -96,7 +96,7 @@ class SiteHandler(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        body = read(content)
+        body = read_content(content)
         suffix = f".{address.rsplit('.', 1)[-1]}"
         kind = _TYPES.get(suffix) or mimetypes.types_map.get(suffix, "application/octet-stream")
         self.send_response(200)
@@ -112,4 +112,4 @@ class SiteHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing of requests."""
+        """Prints no requests."""

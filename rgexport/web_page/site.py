@@ -1,7 +1,7 @@
 """A static site: the chat page, and the files of the models that it runs, in chunks.
 
-A chunk is named by its hash. So any host will do, the page can check what came and go on where a
-download broke, and whatever two models or versions share is loaded once.
+A chunk is named by its hash, so any host will do: the page checks each chunk, continues a broken
+download, and loads a chunk that two models or versions share once.
 """
 
 import json
@@ -26,18 +26,18 @@ from rgexport.web_page.build import BUILT
 CHUNK_BYTES = 8 << 20
 CATALOG = "model.json"
 PROFILES = "webgpu", "wasm"
-"""Those that a browser runs."""
+"""Profiles that a browser runs."""
 _UNNAMED = "other"
-"""The hub's word for a licence that has none."""
+"""The hub's identifier of a licence that has none."""
 _NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
 _ALWAYS = {CATALOG, "index.html", "sw.js"}
 _OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")
-"""What a site has at its top, in this version or an earlier one."""
+"""Names at the top of a site, of this version or an earlier one."""
 _WELCOME = ("generation_config.json",)
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """`size` bytes of a file from `offset` on."""
 
     file: Path
@@ -45,17 +45,17 @@ class Part:
     size: int
 
     def read(self) -> bytes:
-        with open(self.file, "rb") as opened:
-            opened.seek(self.offset)
-            return opened.read(self.size)
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
-Site = Mapping[str, Part | bytes]
-"""Address, relative to the site's → what is there."""
+Site = Mapping[str, Chunk | bytes]
+"""Relative address → content."""
 
 
 def make_site(artifacts: Sequence[Artifact]) -> Site:
-    """The site for one model, exported for one or for both profiles.
+    """Returns the site for one model, exported for one or for both profiles.
 
     Raises:
         RequestError: the page was not built, or an artifact is not for browsers or not for chats.
@@ -73,7 +73,7 @@ def make_site(artifacts: Sequence[Artifact]) -> Site:
             "this installation has no page, as Node was missing when it was built: install Node, "
             "then run `make page` in a clone, or install rgexport again"
         )
-    site: dict[str, Part | bytes] = {}
+    site: dict[str, Chunk | bytes] = {}
     total = sum(path.stat().st_size for artifact in artifacts for path in _files(artifact))
     with task("Hashing the model", total) as advance:
         models = [_add_model(site, artifact, advance) for artifact in artifacts]
@@ -99,31 +99,31 @@ def write_site(site: Site, folder: Path, *, force: bool) -> None:
         for address, content in site.items():
             path = new / address
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(read(content))
+            path.write_bytes(read_content(content))
             advance(_size(content))
 
 
 def is_site(folder: Path) -> bool:
-    """Whether `write_site` has made a folder, and nobody has added anything."""
+    """Whether a folder is a site by `write_site` without foreign files."""
     names = {path.name for path in folder.iterdir()}
     return names >= _ALWAYS and all(_OURS.fullmatch(name) for name in names)
 
 
-def read(content: Part | bytes) -> bytes:
-    """The bytes at an address of a site."""
+def read_content(content: Chunk | bytes) -> bytes:
+    """Returns the bytes at an address of a site."""
     return content if isinstance(content, bytes) else content.read()
 
 
-def _size(content: Part | bytes) -> int:
+def _size(content: Chunk | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.size
 
 
 def _require_suitable(artifact: Artifact) -> None:
     manifest = artifact.manifest
     if manifest.kind != "onnx" or manifest.profile not in PROFILES:
-        form = manifest.profile if manifest.kind == "onnx" else manifest.kind
+        target = manifest.profile if manifest.kind == "onnx" else manifest.kind
         raise RequestError(
-            f"{artifact.path} is for {form}; a browser needs the profile wasm or webgpu: "
+            f"{artifact.path} is for {target}; a browser needs the profile wasm or webgpu: "
             "rgexport onnx --profile wasm"
         )
     if manifest.instruction_tuned is False:
@@ -147,18 +147,18 @@ def _files(artifact: Artifact) -> list[Path]:
     return [artifact.file(name) for name in dict.fromkeys(names)]
 
 
-def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advance) -> Any:
-    """Adds the chunks of a model's files; its entry in the catalog.
+def _add_model(site: dict[str, Chunk | bytes], artifact: Artifact, advance: Advance) -> Any:
+    """Adds the chunks of a model's files; returns its entry in the catalog.
 
-    Its `bytes` are those of a download, to which a chunk that occurs twice counts once.
+    Its `bytes` are those of a download, in which a repeated chunk counts once.
     """
     files, sizes = [], dict[str, int]()
     for path in _files(artifact):
         hashes = []
-        for part in _parts(path):
-            name = hash_file(path, advance, part.offset, part.size).sha256
-            site[f"chunks/{name}.bin"] = part
-            sizes[name] = part.size
+        for chunk in _chunks(path):
+            name = hash_file(path, advance, chunk.offset, chunk.size).sha256
+            site[f"chunks/{name}.bin"] = chunk
+            sizes[name] = chunk.size
             hashes.append(name)
         files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
     licence = artifact.origin().licence
@@ -172,7 +172,7 @@ def _add_model(site: dict[str, Part | bytes], artifact: Artifact, advance: Advan
     }
 
 
-def _parts(path: Path) -> Iterator[Part]:
+def _chunks(path: Path) -> Iterator[Chunk]:
     size = path.stat().st_size
     for offset in range(0, size, CHUNK_BYTES):
-        yield Part(path, offset, min(CHUNK_BYTES, size - offset))
+        yield Chunk(path, offset, min(CHUNK_BYTES, size - offset))

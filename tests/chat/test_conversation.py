@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rgexport.chat.continuation import Continuation
 from rgexport.chat.conversation import Conversation
+from rgexport.chat.from_artifact import continued_ids
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.tokenizer import Tokenizer
@@ -202,8 +202,9 @@ def test_a_document_is_saved_and_a_plain_text_is_no_conversation(make_model, gem
     with pytest.raises(RequestError, match=r"plain.state is the state of a plain text"):
         other.load(plain)
     model.save_state(hashed, ids, with_text=False)
-    known = Continuation(make_model(gemma), f"{text}hello", hashed)
-    list(known.run(conversation.options))
-    assert known.reply.cached_tokens == len(ids) - 1
+    fresh = make_model(gemma)
+    longer = continued_ids(fresh, f"{text}hello", hashed)
+    reply = fresh.continue_ids(longer, conversation.options).reply()
+    assert reply.cached_tokens == len(ids) - 1
     with pytest.raises(RequestError, match="must begin with that text"):
-        Continuation(model, "hello", hashed)
+        continued_ids(model, "hello", hashed)

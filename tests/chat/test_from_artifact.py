@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.chat.continuation import Continuation
+from rgexport.chat.from_artifact import continued_ids
 from rgexport.chat.model import load, open_model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
@@ -51,10 +51,10 @@ def test_a_state_of_one_engine_is_continued_by_each_other(tmp_path):
         assert size <= file.stat().st_size <= 1.01 * size + 4 * len(ids) + 4096
         for other in artifacts.values():
             with open_model(other, threads=1) as model:
-                continued = Continuation(model, "", file)
-                list(continued.run(ReplyOptions(max_new_tokens=64)))
-            assert continued.reply.cached_tokens == len(ids) - 1
-            said.append(continued.reply.ids)
+                options = ReplyOptions(max_new_tokens=64)
+                reply = model.continue_ids(continued_ids(model, "", file), options).reply()
+            assert reply.cached_tokens == len(ids) - 1
+            said.append(reply.ids)
     assert len(said[0]) > 8 and len({*said}) == 1
 
 

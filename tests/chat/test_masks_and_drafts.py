@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat import scheduler as scheduler_module
-from rgexport.chat.jobs import Request
-from rgexport.chat.lookup import Draft, Lookup
+from rgexport.chat.jobs import GenerationRequest
+from rgexport.chat.lookup import Draft, PromptLookup
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
@@ -87,7 +87,7 @@ def test_a_mask_beyond_its_time_ends_the_reply(make_limited):
 @pytest.mark.parametrize("ending", ["cancel", "close"])
 def test_a_reply_that_waits_for_its_mask_ends(ending, make_limited):
     scheduler, mask, heard = make_limited(rows=1), GatedMask(), Heard()
-    job = scheduler.submit(Request(ids=[1], listener=heard, mask=mask))
+    job = scheduler.submit(GenerationRequest(ids=[1], listener=heard, mask=mask))
     assert mask.reached.wait(30)
     ending_it = threading.Thread(target=job.cancel if ending == "cancel" else scheduler.close)
     ending_it.start()
@@ -133,11 +133,11 @@ class Uneven(GatedMask):
 
 
 def test_the_longest_match_wins_and_then_the_last() -> None:
-    assert Lookup([1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3]).draft(2) == Draft([4, 5], 3)
-    assert Lookup([2, 3, 4, 0, 2, 3, 5, 1, 6, 2, 3]).draft(1) == Draft([5], 2)
-    assert Lookup([7, 8, 9, 1, 2], [0, 1, 2, 3]).draft(9) == Draft([3], 2)
-    assert Lookup([1, 2, 3]).draft(4) == Draft()
-    assert Lookup([9, 1, 2, 1, 2, 1]).draft(5) == Draft([2, 1, 2, 1, 2], 3), "it goes on so"
+    assert PromptLookup([1, 2, 3, 4, 5, 9, 2, 3, 7, 8, 1, 2, 3]).draft(2) == Draft([4, 5], 3)
+    assert PromptLookup([2, 3, 4, 0, 2, 3, 5, 1, 6, 2, 3]).draft(1) == Draft([5], 2)
+    assert PromptLookup([7, 8, 9, 1, 2], [0, 1, 2, 3]).draft(9) == Draft([3], 2)
+    assert PromptLookup([1, 2, 3]).draft(4) == Draft()
+    assert PromptLookup([9, 1, 2, 1, 2, 1]).draft(5) == Draft([2, 1, 2, 1, 2], 3), "it goes on so"
 
 
 class Circle(ToySession):
@@ -163,7 +163,7 @@ def replies(asked: list[dict[str, Any]], *, rows: int, lookup: bool) -> tuple[Re
     for request in asked:
         fields = request | {"mask": Uneven() if request.get("mask") else None}
         heard.append(Heard(fields.pop("leaves", None)))
-        scheduler.submit(Request(listener=heard[-1], **fields))
+        scheduler.submit(GenerationRequest(listener=heard[-1], **fields))
     reasons = [listener.wait().reason for listener in heard]
     scheduler.close()
     written = [listener.tokens for listener in heard]

@@ -40,7 +40,7 @@ def test_the_longest_prefix_that_can_be_continued(known, asked):
     """A whole text needs its logits, which are kept when its state comes again without them."""
     store, lengths = PrefixStore(1 << 20), [0]
     for ids, with_logits in known:
-        store.put(ids, state_of(ids), np.zeros(3) if with_logits else None)
+        store.put(key_of(ids), state_of(ids), np.zeros(3) if with_logits else None)
         if ids == asked[: len(ids)] and (with_logits or len(ids) < len(asked)):
             lengths.append(len(ids))
     prefix = store.longest(asked)
@@ -53,12 +53,12 @@ def test_the_longest_prefix_that_can_be_continued(known, asked):
 def test_what_was_not_used_for_longest_goes_first():
     store = PrefixStore(3 * NBYTES)
     for token in range(3):
-        store.put([token], state_of([token]))
+        store.put(key_of([token]), state_of([token]))
     assert store.longest([0, 9]) is not None
-    store.put([3], state_of([3]))
+    store.put(key_of([3]), state_of([3]))
     assert [store.length([token, 9]) for token in range(4)] == [1, 0, 1, 1]
     assert store.nbytes == 3 * NBYTES
-    store.put([3], state_of([3]))
+    store.put(key_of([3]), state_of([3]))
     assert store.nbytes == 3 * NBYTES, "the same again takes nothing"
 
 
@@ -81,7 +81,7 @@ def put(path, *texts, **options):
     """Writes states into a folder, as an earlier process would."""
     with opened(path, **options) as store:
         for ids in texts:
-            store.put(ids, state_of(ids))
+            store.put(key_of(ids), state_of(ids))
 
 
 def longest(store, ids):
@@ -103,7 +103,7 @@ def test_another_artifact_or_model_has_other_states(tmp_path):
     file.rename(other / file.name)
     with opened(tmp_path) as store:
         assert longest(store, [1, 2, 3]) is None and store.length([1, 2, 3]) == 0
-        store.put([1, 2], state_of([1, 2]))
+        store.put(key_of([1, 2]), state_of([1, 2]))
     assert read_state_header(other / file.name).artifact == FP32, "it is replaced"
 
 
@@ -188,7 +188,7 @@ def test_all_choices_share_one_reading_of_the_prompt(make_model, gemma, tmp_path
         model = make_model(gemma, session, state_folder=tmp_path, rows=4)
         ids = model.text_ids("hello " * 30)
         if session is sessions[0]:
-            model.scheduler.store.put(ids, ToySession(gemma.vocab_size).get_rows(range(1)))
+            model.scheduler.store.put(key_of(ids), ToySession(gemma.vocab_size).get_rows(range(1)))
         streams = [model.complete("hello " * 30, max_new_tokens=1) for _ in range(count)]
         assert len({tuple(stream.reply().ids) for stream in streams}) == 1
         model.close()

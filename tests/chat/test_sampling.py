@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgexport.chat import sampling
+from rgexport.chat.reply import StopStrings
 from rgexport.chat.sampling import Sampler, Sampling, distribution
-from rgexport.chat.stopping import StopStrings
 from rgexport.errors import RequestError
 
 # Eighths: many ties, and no difference so small that the exponential swallows it.
@@ -125,11 +125,11 @@ def test_logits_that_are_no_numbers_are_an_error(logits: list[float], temperatur
 def test_the_text_ends_where_a_stop_string_begins(text, stops, data):
     """However it is cut into pieces, and never a character more or less."""
     stopping, shown, end = StopStrings(stops), "", 0
-    while end < len(text) and not stopping.found:
+    while end < len(text) and not stopping.match:
         start, end = end, data.draw(st.integers(end + 1, len(text)))
         shown += stopping.add(text[start:end])
-    if not stopping.found:
+    if not stopping.match:
         shown += stopping.finish()
     places = [text[:end].index(stop) for stop in stops if stop and stop in text[:end]]
     assert shown == text[: min(places, default=end)]
-    assert bool(places) == (stopping.found is not None)
+    assert bool(places) == (stopping.match is not None)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat.admission import Admission
-from rgexport.chat.jobs import KEPT_EVERY, Busy, Job, Request
+from rgexport.chat.jobs import KEPT_EVERY, Busy, GenerationJob, GenerationRequest
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.scheduler import Scheduler
 from rgexport.errors import RequestError
@@ -67,7 +67,7 @@ def scheduler(make_scheduler, session):
 
 def ask(scheduler, ids, count=5, **options):
     heard = options.pop("listener", None) or Heard()
-    scheduler.submit(Request(ids=ids, listener=heard, max_new_tokens=count, **options))
+    scheduler.submit(GenerationRequest(ids=ids, listener=heard, max_new_tokens=count, **options))
     return heard
 
 
@@ -159,7 +159,7 @@ def test_logits_that_are_no_numbers_end_one_reply(scheduler, session, monkeypatc
 
 
 def job(client="", **options):
-    return Job(Request(ids=[1], listener=Heard(), client=client, **options))
+    return GenerationJob(GenerationRequest(ids=[1], listener=Heard(), client=client, **options))
 
 
 def added(admission, *jobs):

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import TimeoutError as TooSlow
 from playwright.sync_api import sync_playwright
 
-from rgexport.web_page.site import Part
+from rgexport.web_page.site import Chunk
 from tests.web_page.site_server import serving
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ def launched(*flags):
 def parts_of(folder, address):
     """The files of a folder as parts of a site, below an address."""
     files = (file for file in folder.iterdir() if file.is_file())
-    return {f"{address}/{file.name}": Part(file, 0, file.stat().st_size) for file in files}
+    return {f"{address}/{file.name}": Chunk(file, 0, file.stat().st_size) for file in files}
 
 
 def run_page(artifact, job, *, page=None, timeout=400):

@@ -12,8 +12,9 @@ import pytest
 import uvicorn
 
 from rgexport.chat.model import Model
-from rgexport.serve.app import Settings, create_app
+from rgexport.serve.app import create_app
 from rgexport.serve.connections import Connections, protocol
+from rgexport.serve.server import ServerSettings
 from tests.chat.conftest import (
     IDENTITY,
     gemma,
@@ -109,7 +110,7 @@ def running(server):
 def server(gemma, template, tmp_path_factory):
     """One for all tests of a module; it keeps states by name."""
     saved = tmp_path_factory.mktemp("saved")
-    with served(gemma, template, Settings(saved=saved, log=False)) as running:
+    with served(gemma, template, ServerSettings(saved=saved, log=False)) as running:
         yield running
 
 
@@ -118,7 +119,7 @@ def serve(gemma, template):
     """Serves with other settings: a context manager."""
 
     def begin(settings=None, **options):
-        return served(gemma, template, settings or Settings(log=False), **options)
+        return served(gemma, template, settings or ServerSettings(log=False), **options)
 
     return begin
 

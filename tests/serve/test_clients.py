@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rgexport.serve import named_states, run
-from rgexport.serve.app import Settings
 from rgexport.serve.clients import network_of
+from rgexport.serve.server import ServerSettings
 from rgexport.serve.slots import ClientSlots, Slot
 from rgexport.serve.text_process import TextProcess
 from tests.faulty_disk import FAULTS, FaultyDisk
@@ -32,25 +32,25 @@ def act(server, action, name="talk", slot=0, client=None):
 
 def test_nothing_tells_that_another_client_has_sent_a_prompt(serve, tmp_path):
     for share, known in ((False, 0), (True, 5)):
-        with serve(Settings(**PROXIED, share_prefixes=share)) as server:
+        with serve(ServerSettings(**PROXIED, share_prefixes=share)) as server:
             assert [complete(server, IDS, each) for each in (ANN, BOB, ANN)] == [0, known, 5]
-    with serve(Settings(**PROXIED, api_key="sesame")) as server:
+    with serve(ServerSettings(**PROXIED, api_key="sesame")) as server:
         key = {"Authorization": "Bearer sesame"}
         one_client = [complete(server, IDS, each, **key) for each in (ANN, BOB)]
         assert one_client == [0, 5], "who has the key"
         assert "without --state-folder" in error_of(act(server, "save", client=key))
-    with serve(Settings(**PROXIED), state_folder=tmp_path) as server:
+    with serve(ServerSettings(**PROXIED), state_folder=tmp_path) as server:
         complete(server, IDS, ANN)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     address = ANN["X-Forwarded-For"]
     assert files and not any(address.encode() in path.read_bytes() for path in files)
     assert not any(address in str(path) for path in files)
-    with serve(Settings(**PROXIED), state_folder=tmp_path) as server:
+    with serve(ServerSettings(**PROXIED), state_folder=tmp_path) as server:
         assert [complete(server, [*IDS, 10], each) for each in (BOB, ANN)] == [0, 5]
 
 
 def test_slots_and_states_with_names_belong_to_a_client(serve, tmp_path):
-    with serve(Settings(**PROXIED, saved=tmp_path)) as server:
+    with serve(ServerSettings(**PROXIED, saved=tmp_path)) as server:
         complete(server, "hello there", ANN)
         assert server.get("/slots", **BOB).json() == []
         assert "has seen nothing yet" in error_of(act(server, "save", client=BOB))
@@ -63,7 +63,7 @@ def test_slots_and_states_with_names_belong_to_a_client(serve, tmp_path):
         assert len([*tmp_path.glob("*/talk.state")]) == 2, "one of each"
         assert act(server, "restore", slot=7, client=ANN).json()["n_restored"] > 2
         assert act(server, "erase", None, client=ANN).json()["n_erased"] > 0
-    with serve(Settings(**PROXIED, saved=tmp_path, share_prefixes=True)) as server:
+    with serve(ServerSettings(**PROXIED, saved=tmp_path, share_prefixes=True)) as server:
         complete(server, "hello there", ANN)
         assert act(server, "save", client=ANN).status_code == 200
         assert act(server, "restore", client=BOB).status_code == 200, "shared as prefixes are"
@@ -83,7 +83,7 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(serve, monkeyp
         assert [complete(server, IDS, each) for each in (ANN, BOB)] == [0, 5], "both are 127.0.0.1"
     runs = []
     monkeypatch.setattr(run, "_run", lambda server, model: (runs.append(server), model.close()))
-    run.serve({}, Settings(), TextProcess({}), run.Listening(port=0, grace_seconds=0))
+    run.serve({}, ServerSettings(), TextProcess({}), run.Listening(port=0, grace_seconds=0))
     assert runs[0].config.proxy_headers is False
 
 
@@ -112,7 +112,7 @@ def test_saved_states_have_a_most_of_both(serve, tmp_path):
     killed.parent.mkdir()
     killed.write_bytes(b"a killed server left it")
     os.utime(killed, (0, 0))
-    with serve(Settings(**PROXIED, saved=tmp_path, most_saved=2)) as server:
+    with serve(ServerSettings(**PROXIED, saved=tmp_path, most_saved=2)) as server:
         complete(server, "hello", ANN)
         assert [act(server, "save", name, client=ANN).status_code for name in "aba"] == [200] * 3
         refused = error_of(act(server, "save", "c", client=ANN))
@@ -121,7 +121,7 @@ def test_saved_states_have_a_most_of_both(serve, tmp_path):
         assert act(server, "save", "c", client=ANN).status_code == 200
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["b.state", "c.state"]
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.state"))
-    with serve(Settings(**PROXIED, saved=tmp_path, saved_bytes=size + 99)) as server:
+    with serve(ServerSettings(**PROXIED, saved=tmp_path, saved_bytes=size + 99)) as server:
         for client in (ANN, BOB):
             complete(server, "hello", client)
         assert act(server, "save", "b", client=ANN).status_code == 200, "it replaces its own file"
@@ -131,7 +131,7 @@ def test_saved_states_have_a_most_of_both(serve, tmp_path):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_state_is_acknowledged_when_it_is_on_the_disk(fault, serve, tmp_path, monkeypatch):
     disk = FaultyDisk(tmp_path / "saved", monkeypatch)
-    with serve(Settings(saved=disk.folder, share_prefixes=True, log=False)) as server:
+    with serve(ServerSettings(saved=disk.folder, share_prefixes=True, log=False)) as server:
         server.chat("hello")
         assert act(server, "save", "before").status_code == 200
         disk.begin(fault)
@@ -152,7 +152,7 @@ def test_a_state_is_acknowledged_when_it_is_on_the_disk(fault, serve, tmp_path, 
 def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(named_states, "DISK_SECONDS", 0.3)
     disk = FaultyDisk(tmp_path / "saved", monkeypatch)
-    settings = Settings(saved=disk.folder, share_prefixes=True, log=False)
+    settings = ServerSettings(saved=disk.folder, share_prefixes=True, log=False)
     with serve(settings) as server, ThreadPoolExecutor(12) as pool:
         server.chat("hello")
         disk.begin("hanging")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.serve.app import Settings
+from rgexport.serve.server import ServerSettings
 from tests.npm.browser import launched
 from tests.serve.conftest import COMPLETE
 
@@ -50,7 +50,7 @@ def test_a_page_of_another_origin(name, browser, serve):
 def test_a_page_that_is_allowed(browser, serve):
     """The attacks are requests that the server would answer."""
     origin = "http://127.0.0.1:8765"
-    with serve(Settings(log=False, cors_origins=(origin,))) as server:
+    with serve(ServerSettings(log=False, cors_origins=(origin,))) as server:
         read, count, slots = attacked(browser, server, origin)
         assert "text_completion" in read["fetch"] and "toy" in read["get"]
         assert count == 1 and slots == []

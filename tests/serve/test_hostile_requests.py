@@ -9,12 +9,13 @@ import httpx
 import pytest
 
 from rgexport.chat.template import ChatTemplate
-from rgexport.serve import bodies, middleware, works
-from rgexport.serve.app import Settings
+from rgexport.serve import bodies, middleware
 from rgexport.serve.bodies import require_simple
 from rgexport.serve.connections import Connections
+from rgexport.serve.endpoints import completions
 from rgexport.serve.errors import InvalidBody
 from rgexport.serve.run import _own_names
+from rgexport.serve.server import ServerSettings
 from tests.serve.conftest import CHAT, COMPLETE, error_of, until
 
 ASK = COMPLETE, b'{"prompt": "hello", "max_tokens": 2}'
@@ -62,11 +63,11 @@ def test_names_that_are_allowed(serve, server):
     assert "*" not in _own_names("0.0.0.0", None) and _own_names("0.0.0.0", "sesame") == {"*"}
     for host in ("localhost", "LOCALHOST.:9", "127.0.0.1", "[::1]:8080"):
         assert server.get("/health", Host=host).status_code == 200
-    with serve(Settings(log=False, allowed_hosts=("chat.example",))) as server:
+    with serve(ServerSettings(log=False, allowed_hosts=("chat.example",))) as server:
         named = {"Host": "chat.example", "Origin": "https://chat.example"}
         assert server.post(*ASK, **named).status_code == 200
         assert server.post(*ASK, Host="chat.example.evil").status_code == 403
-    with serve(Settings(log=False, allowed_hosts=("*",))) as server:
+    with serve(ServerSettings(log=False, allowed_hosts=("*",))) as server:
         assert server.post(*ASK, Host="evil.test").status_code == 200
 
 
@@ -100,7 +101,7 @@ def test_a_body_must_be_json(server):
 
 
 def test_an_allowed_page_may_and_reads_errors_too(serve):
-    with serve(Settings(log=False, cors_origins=(PAGE,), api_key="sesame")) as server:
+    with serve(ServerSettings(log=False, cors_origins=(PAGE,), api_key="sesame")) as server:
         key = {"Authorization": "Bearer sesame"}
         answers = {
             200: server.post(*ASK, Origin=PAGE, **{"Sec-Fetch-Site": "cross-site"}, **key),
@@ -161,7 +162,7 @@ def test_as_many_levels_as_are_allowed_are_no_failure(serve):
 
 @pytest.mark.parametrize("error", [RecursionError("deep"), KeyError("secret"), MemoryError()])
 def test_an_unexpected_error_is_an_error_object(error, server, monkeypatch, capsys):
-    monkeypatch.setattr(works, "messages_of", Mock(side_effect=error))
+    monkeypatch.setattr(completions, "messages_of", Mock(side_effect=error))
     answer = server.post(*ASK_CHAT)
     assert error_of(answer, 500) == "the server failed; its log says why"
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}

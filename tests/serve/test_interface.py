@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat.sampling import log_probabilities
-from rgexport.serve.app import AFFINITY, Settings
+from rgexport.serve.endpoints.completions import AFFINITY
 from rgexport.serve.requests import ChatRequest, CompletionRequest
+from rgexport.serve.server import ServerSettings
 from tests.serve.conftest import CHAT, COMPLETE, JSON, cached, error_of, messages_of, said
 from tests.toy_session import ToySession
 
@@ -224,7 +225,7 @@ def test_the_affinity_of_a_conversation(server):
 
 
 def test_a_key(serve):
-    with serve(Settings(log=False, api_key="open")) as server:
+    with serve(ServerSettings(log=False, api_key="open")) as server:
         assert server.get("/health").status_code == 200
         for key in ("", "Bearer ope", "Bearer Open", "Bearer open2", "open", "Basic open"):
             for path in ("/v1/models", "/metrics", "/slots", "/none"):
@@ -238,7 +239,7 @@ def test_a_key(serve):
 @pytest.mark.parametrize("is_honest", [True, False])
 def test_a_body_that_is_too_large(is_honest, serve):
     data = b'{"content": "' + b"x" * 5000 + b'"}'
-    with serve(Settings(log=False, body_bytes=1000)) as server:
+    with serve(ServerSettings(log=False, body_bytes=1000)) as server:
         content = data if is_honest else iter([data])
         answer = httpx.post(f"{server.url}/tokenize", content=content, headers=JSON)
         assert error_of(answer, 413) == "the request is larger than 1000 bytes"

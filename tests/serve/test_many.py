@@ -14,10 +14,11 @@ import pytest
 from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
 from rgexport.errors import RequestError
-from rgexport.serve.app import Settings, create_app
+from rgexport.serve.app import create_app
 from rgexport.serve.exchange import Limits
-from rgexport.serve.health import Health
+from rgexport.serve.monitoring import Health
 from rgexport.serve.run import Listening, _config, _Server
+from rgexport.serve.server import ServerSettings
 from tests.chat.conftest import IDENTITY
 from tests.serve.conftest import CHAT, COMPLETE, delay, error_of, held, messages_of, running, until
 from tests.toy_session import ToySession
@@ -57,7 +58,7 @@ def wait_until_idle(model):
 def test_32_conversations_beside_bad_clients(serve):
     """Each hears what it would hear alone; who leaves frees the row within steps."""
     texts = [f"hello {i} " * (1 + i % 9) for i in range(32)]
-    settings = Settings(log=False, limits=Limits(new_tokens=10**7))
+    settings = ServerSettings(log=False, limits=Limits(new_tokens=10**7))
     with serve(settings, rows=8) as server, ThreadPoolExecutor(40) as pool:
         model = server.model
         alone = [model.chat(messages_of(text), max_new_tokens=40).text for text in texts]
@@ -88,7 +89,7 @@ def test_a_full_queue_is_429(serve):
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_an_answer_has_its_time(is_stream, serve):
     limits = Limits(seconds=0.3, ping_seconds=0.05)
-    with serve(Settings(log=False, limits=limits)) as server:
+    with serve(ServerSettings(log=False, limits=limits)) as server:
         delay(server.session, 0.15)
         answer = server.post(CHAT, body("hello", max_tokens=1000, stream=is_stream))
         assert answer.status_code == (200 if is_stream else 504)
@@ -104,7 +105,7 @@ def test_an_answer_past_the_servers_end_is_an_error(grace_seconds, gemma, templa
     session = ToySession(gemma.vocab_size)
     delay(session, 0.05)
     model = Model(session, gemma, template, IDENTITY, rows=4)
-    app = create_app({model.name: model}, Settings(log=False))
+    app = create_app({model.name: model}, ServerSettings(log=False))
     server = _Server(_config(app, Listening(port=0, grace_seconds=grace_seconds)))
     with running(server) as url, ThreadPoolExecutor(2) as pool:
         asked = [
@@ -170,7 +171,7 @@ def test_an_engine_that_always_fails_is_unhealthy_until_it_does_not(serve):
 
 def test_a_replaced_artifact_is_unhealthy(demo_artifact, tmp_path, capsys, monkeypatch):
     """Its session would refuse every conversation from then on."""
-    monkeypatch.setattr("rgexport.serve.health._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("rgexport.serve.monitoring._LOOK_SECONDS", 0.01)
     artifact = shutil.copytree(demo_artifact, tmp_path / "demo")
     weights = artifact / "model.onnx.data"
     with open_model(artifact, chat=False) as model:

@@ -15,7 +15,7 @@ import pytest
 from rgexport.chat import prompts as prompts_module
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.jobs import EngineError
-from rgexport.chat.prompts import Prompts
+from rgexport.chat.prompts import PromptEncoder
 from rgexport.chat.template import load_template
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
@@ -24,12 +24,11 @@ from rgexport.export.opening import open_artifact
 from rgexport.serve import grammar as grammar_module
 from rgexport.serve import offload
 from rgexport.serve import text_process as text_process_module
-from rgexport.serve.app import Settings
-from rgexport.serve.compiling import Compiler
 from rgexport.serve.errors import InvalidBody, TooLong
 from rgexport.serve.exchange import Limits
-from rgexport.serve.grammar import Grammars, GrammarSource
-from rgexport.serve.text_process import TextProcess, open_prompts
+from rgexport.serve.grammar import Grammars, GrammarSource, GrammarThread
+from rgexport.serve.server import ServerSettings
+from rgexport.serve.text_process import TextProcess, open_encoder
 from tests.serve.conftest import COMPLETE, cached, error_of, messages_of, said, until
 
 LETTERS = [chr(i) for i in range(ord("A"), ord("z")) if chr(i).isalnum()]
@@ -40,7 +39,9 @@ MANY = " | ".join(f"r{i}" for i in range(50))
 
 
 def opened(folder):
-    prompts = Prompts(load_tokenizer(folder), load_template(folder), known=lambda ids, namespace: 0)
+    prompts = PromptEncoder(
+        load_tokenizer(folder), load_template(folder), known=lambda ids, namespace: 0
+    )
     prompts.most_tokens = 20_000
     return prompts
 
@@ -62,7 +63,7 @@ def test_calls_run_elsewhere_and_errors_come_back_whole(monkeypatch):
     with pytest.raises(EngineError, match="ended"):
         process.call(os._exit, 3)
     processes.append(process.call(os.getpid))
-    monkeypatch.setattr(text_process_module, "_SECONDS", 0.05)
+    monkeypatch.setattr(text_process_module, "_CALL_SECONDS", 0.05)
     with pytest.raises(TooLong):
         process.call(time.sleep, 600)
     monkeypatch.undo()
@@ -77,7 +78,7 @@ def test_a_server_reads_long_texts_in_the_process(serve, sentencepiece_folder, m
     fail = Mock(side_effect=AssertionError("it was encoded by the server"))
     text = "hello the model " * 5000
     process = TextProcess({"toy": functools.partial(opened, sentencepiece_folder)})
-    settings = Settings(log=False, limits=Limits(prompt_tokens=20_000))
+    settings = ServerSettings(log=False, limits=Limits(prompt_tokens=20_000))
     with serve(settings, text_process=process) as server:
         tokenizer = server.model.tokenizer
         ids = tokenizer.encode_text(text)
@@ -102,9 +103,9 @@ def test_a_server_reads_long_texts_in_the_process(serve, sentencepiece_folder, m
 def test_another_artifact_is_refused(demo_artifact):
     artifact = open_artifact(demo_artifact)
     identity = identity_of(artifact.manifest, open_template(artifact).source)
-    assert open_prompts(demo_artifact, identity, 5).most_tokens == 5
+    assert open_encoder(demo_artifact, identity, 5).most_tokens == 5
     with pytest.raises(EngineError, match="changed while it was open"):
-        open_prompts(demo_artifact, replace(identity, name="another"), 5)
+        open_encoder(demo_artifact, replace(identity, name="another"), 5)
 
 
 def test_work_for_a_client_that_left_is_skipped(serve, monkeypatch):
@@ -182,7 +183,7 @@ def test_a_grammar_is_compiled_once(serve, gate):
 
 def test_a_grammar_has_its_time_to_compile(serve, gate, monkeypatch):
     """Meanwhile others are served, and a grammar whose client has left is not compiled."""
-    monkeypatch.setattr(Compiler.__init__, "__defaults__", (1.0, 2))
+    monkeypatch.setattr(GrammarThread.__init__, "__defaults__", (1.0, 2))
     with serve() as server, ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(complete, server, regex=text) for text in "abc"]
         errors = {each.result().json()["error"]["message"] for each in asked}

@@ -157,7 +157,7 @@ def test_a_key_a_name_and_a_limit_of_connections(source, demo_artifact, tmp_path
         ("--host 1::2::3", "cannot listen on [1::2::3]:8080"),
         ("--allowed-host chat.example:80", "expected a name such as chat.example"),
         ("--state-folder /proc/none", "/proc/none"),
-        ("--state-precision int8", "expected fp32 or fp16"),
+        ("--state-precision int8", "expected one of fp32, fp16"),
         ("--trusted-proxy proxy.example", "expected an address such as 10.0.0.9"),
         ("same", "is given twice"),
     ],

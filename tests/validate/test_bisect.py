@@ -12,19 +12,18 @@ from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Affine, Float
 from rgexport.runtimes.engine import Observation
 from rgexport.validate import metrics
-from rgexport.validate.bisect.layer_costs import TOKENS as COST_TOKENS
-from rgexport.validate.bisect.layer_costs import layer_costs
-from rgexport.validate.bisect.site_errors import Call, SiteError, layer_of, site_errors
+from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, layer_of, site_errors
 from rgexport.validate.bisect.sites import site_report, with_large_state
 from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
 from rgexport.validate.checks import Check
+from rgexport.validate.costs import LAYER_TOKENS, layer_costs
 from tests.models import make_config, random_weights, weight_source
 from tests.validate.toys import FLOAT32, counted, manifest_of
 
 CONFIG = make_config("rar", width=48, heads=4, lru_width=64, vocab_size=90, window=12)
 ARRAYS = random_weights(CONFIG)
 WEIGHTS = weight_source(ARRAYS)
-TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, COST_TOKENS + 9)
+TEXT = np.random.default_rng(3).integers(0, CONFIG.vocab_size, LAYER_TOKENS + 9)
 BEFORE, TOKENS = TEXT[:40], TEXT[40:50]
 GATE, MUL = "layers.2.temporal_block.rg_lru.recurrent_gate", "layers.0.mlp_block.mul"
 
@@ -62,7 +61,7 @@ def observed(faults=None, tokens: np.ndarray = TOKENS) -> Observation:
 
 def compare(observation: Observation, scheme=FLOAT32, compute="fp32") -> list[SiteError]:
     manifest, model = manifest_of(CONFIG, scheme, compute), NumpyReference(CONFIG, WEIGHTS)
-    return site_errors(model, manifest, [Call(TOKENS, STATE, observation)])
+    return site_errors(model, manifest, [ObservedCall(TOKENS, STATE, observation)])
 
 
 def beyond(errors: list[SiteError]) -> list[str]:
@@ -103,15 +102,15 @@ def test_one_key_of_many_shows_where_the_oldest_are_amplified():
             for name, array in state.items()
         }
         shown = observe(narrow, source, tokens[:1], without_oldest)
-        calls = [Call(tokens[:1], state, shown)]
+        calls = [ObservedCall(tokens[:1], state, shown)]
         errors = site_errors(NumpyReference(config, source), manifest_of(config), calls)
         rms.append(next(e.rms for e in errors if e.op == "local_attention"))
     assert rms[0] < 0.01 and rms[1] > 0.15
 
 
 def test_calls_of_several_lengths_read_every_weight_once():
-    calls = [Call(TOKENS[-n:], STATE, observed(tokens=TOKENS[-n:])) for n in (6, 1)]
-    calls[1].shown.values[GATE] *= 2
+    calls = [ObservedCall(TOKENS[-n:], STATE, observed(tokens=TOKENS[-n:])) for n in (6, 1)]
+    calls[1].observed.values[GATE] *= 2
     reads: list[str] = []
     model = NumpyReference(CONFIG, counted(WEIGHTS, reads))
     errors = site_errors(model, manifest_of(CONFIG), calls)
@@ -148,7 +147,7 @@ def rounded(part=""):
 
 def logits(weights) -> np.ndarray:
     model = NumpyReference(CONFIG, weights)
-    return model.logits(model.run(TEXT[None, :COST_TOKENS])[0])[0]
+    return model.logits(model.run(TEXT[None, :LAYER_TOKENS])[0])[0]
 
 
 def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
@@ -162,12 +161,12 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
     assert layers == sorted(layers)
     assert {reads.count(name) for name in WEIGHTS if name != EMBEDDING} == {2}, "once of each"
     for cost in costs:
-        unknown = np.full(COST_TOKENS, -1)
+        unknown = np.full(LAYER_TOKENS, -1)
         rows = metrics.compare_logits(logits(WEIGHTS), logits(rounded(cost.part)), unknown)
         assert cost.kl == pytest.approx(rows["kl"].mean(), rel=1e-4) and cost.kl > 1e-5
         assert cost.standard_error == pytest.approx(metrics.kl_summary(rows).standard_error, 1e-4)
         assert cost.top1 == rows["top1"].mean()
-    monkeypatch.setattr("rgexport.validate.bisect.layer_costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
+    monkeypatch.setattr("rgexport.validate.costs._LOGITS_BYTES", 6 * 4 * 90 * 5)
     cut = layer_costs(CONFIG, WEIGHTS, rounded(), TEXT)
     assert [cost.kl for cost in cut] == pytest.approx([cost.kl for cost in costs], rel=1e-5)
 

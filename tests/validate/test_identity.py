@@ -12,9 +12,8 @@ from safetensors.numpy import save_file
 from rgexport.cli import run
 from rgexport.griffin import adapter
 from rgexport.kernels.onnx import library
-from rgexport.validate.opening import Request, open_all
-from rgexport.validate.reference.reference_file import write_reference
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.opening import ValidationRequest, open_all
+from rgexport.validate.reference.reference_file import read_reference, write_reference
 from rgexport.validate.run import validate_artifact
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
@@ -35,8 +34,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module", params=["model", "reference"])
 def given(request, model):
     if request.param == "model":
-        return Request(model=str(model), max_tokens=24)
-    return Request(reference=read_reference(made("reference", model, model.parent / "r")))
+        return ValidationRequest(model=str(model), max_tokens=24)
+    return ValidationRequest(reference=read_reference(made("reference", model, model.parent / "r")))
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +134,8 @@ def test_adapters_kernels_and_what_is_not_compared(sound, model, tmp_path):
     merged = made("onnx", model, tmp_path / "a", *merge, *native)
     base = shutil.copytree(sound("onnx"), tmp_path / "b")
     file = read_reference(made("reference", model, tmp_path / "r", *merge))
-    original = Request(model=str(model))
-    for given in (replace(original, adapter=lora), Request(reference=file)):
+    original = ValidationRequest(model=str(model))
+    for given in (replace(original, adapter=lora), ValidationRequest(reference=file)):
         assert validate_artifact(merged, replace(given, max_tokens=8)).verdict == "PASS"
         assert outcomes(base, given) == {"adapter"}
     assert outcomes(merged, original, "asked for") == {"adapter"}
@@ -150,5 +149,5 @@ def test_adapters_kernels_and_what_is_not_compared(sound, model, tmp_path):
     arrays = {name: array.whole() for name, array in file.arrays.items()}
     before = replace(file.header, identity=None)
     write_reference(tmp_path / "r", before, arrays, force=True)
-    old = Request(reference=read_reference(tmp_path / "r"))
+    old = ValidationRequest(reference=read_reference(tmp_path / "r"))
     assert {"vocabulary", "tokenizer.json"} <= outcomes(base, old, "not compared")

@@ -1,15 +1,11 @@
 """Measures of sessions that are toys: right ones, and ones with a fault."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from rgexport.griffin.state import POSITION, State
-from rgexport.validate import speed
 from rgexport.validate.measure import measure
 from rgexport.validate.positions import BLOCKS, WORST
-from rgexport.validate.speed import measure_speed
 from tests.validate.toys import MEMORY, VOCAB, ToySession, WholeChunksSession, toy_pass
 
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)
@@ -35,13 +31,13 @@ def test_a_right_session_differs_from_another_model_only():
     assert right.likelihood.tokens == 99
     assert [s.name for s in right.states] == [MEMORY]
     assert right.states[0].relative_max < 1e-6 and wrong.states[0].relative_max > 0.1
-    assert found.counted and found.ending.gave.state[POSITION].tolist() == [len(TOKENS)]
+    assert found.counted and found.ending.chunk.state[POSITION].tolist() == [len(TOKENS)]
     for side in (right, wrong):
         assert len(side.blocks) == min(BLOCKS, len(TOKENS)) and len(side.worst) == WORST
         assert side.worst[0].position == side.kl.worst_position
         assert side.worst[0].kl == side.kl.max
         assert side.worst[0].next_token == TOKENS[side.worst[0].position + 1]
-    assert np.allclose(found.ending.gave.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
+    assert np.allclose(found.ending.chunk.state[MEMORY], toy_pass(TOKENS).state[MEMORY])
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 40])
@@ -142,24 +138,3 @@ def test_equivalences_that_a_session_does_not_keep(session, expected):
     chunks = [] if session.info.whole_chunks else ["long", "batch"]
     assert list(equivalences) == ["steps", "ragged", "restored", "reset", "start", *chunks]
     assert {n for n, one in equivalences.items() if not one.logits.relative_max < 1e-6} == expected
-
-
-@pytest.mark.parametrize(
-    ("session", "per_token", "expected", "chunks"),
-    [
-        # Eight steps take the two seconds, first to warm up; a prompt alone takes more.
-        (ToySession(), 0.25, (4, 4, 128), [1] * 16 + [128]),
-        # A slow engine takes two tokens and a chunk.
-        (WholeChunksSession(chunk_logits=True), 20, (1 / 20, 1 / 20, 64), [1, 1, 64]),
-    ],
-)
-def test_rates_are_those_of_the_calls(monkeypatch, session, per_token, expected, chunks):
-    def seconds(run):
-        before = len(session.chunks)
-        run()
-        return per_token * sum(session.chunks[before:])
-
-    session.close = lambda: None
-    monkeypatch.setattr(speed, "open_session", lambda artifact: session)
-    monkeypatch.setattr(speed, "seconds", seconds)
-    assert dataclasses.astuple(measure_speed(None)) == expected and session.chunks == chunks

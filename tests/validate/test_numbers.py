@@ -50,11 +50,16 @@ def test_the_outcome_of_a_check(outcome):
 
 
 def test_limits_that_users_set():
-    limits = parse_limits(["steps=3", "twin.rms=0", "steps=2e-1"])
-    assert limits == {"steps": 0.2, "twin.rms": 0}
+    limits = parse_limits(["steps=3", "dequantized.rms=0", "steps=2e-1"])
+    assert limits == {"steps": 0.2, "dequantized.rms": 0}
+    assert parse_limits(["twin.rms=0"]) == {"dequantized.rms": 0}, "its former name"
     assert parse_limits(f"{name}=1" for name in NAMES) == dict.fromkeys(NAMES, 1.0)
     one, two, three = with_limits(
-        [check(0.5, name="steps.logits", kind="steps"), check(0.5, name="twin.rms"), check(0.5)],
+        [
+            check(0.5, name="steps.logits", kind="steps"),
+            check(0.5, name="dequantized.rms"),
+            check(0.5),
+        ],
         limits,
     )
     assert (one.limit, two.limit, three.limit) == (0.2, 0, 1)
@@ -62,11 +67,12 @@ def test_limits_that_users_set():
     assert one.reason == "asked for: r" and three.reason == "r"
 
 
-@pytest.mark.parametrize("text", ["twin=1", "twin.rms", "twin.rms=", "twin.rms=-1", "steps=nan"])
+@pytest.mark.parametrize("text", ["twin=1", "steps", "twin.rms=", "steps=-1", "steps=nan"])
 def test_limits_that_make_no_sense(text):
     with pytest.raises(RequestError, match="expected") as error:
         parse_limits([text])
-    assert text in str(error.value) and ("twin" not in text or "twin.rms" in str(error.value))
+    names = "dequantized.rms" in str(error.value)
+    assert text in str(error.value) and names == (text == "twin=1")
 
 
 def manifest(kind, linear, embedding, compute="fp32", exact=False):
@@ -177,9 +183,9 @@ def test_the_worst_positions_do_not_depend_on_the_blocks(length, cuts):
     a, b = rng.normal(size=(2, length, 9))
     seen = WorstPositions(tokens)
     for start, stop in itertools.pairwise(sorted({0, length, *(min(cut, length) for cut in cuts)})):
-        seen.see(start, kl[start:stop], a[start:stop], b[start:stop])
-    assert [place.position for place in seen.found] == np.argsort(-kl)[:WORST].tolist()
-    for place in seen.found:
+        seen.add(start, kl[start:stop], a[start:stop], b[start:stop])
+    assert [place.position for place in seen.worst] == np.argsort(-kl)[:WORST].tolist()
+    for place in seen.worst:
         assert place.kl == kl[place.position]
         for choices, logits in ((place.reference, a), (place.candidate, b)):
             share = np.exp(logits[place.position])

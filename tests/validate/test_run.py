@@ -12,8 +12,9 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
 from rgexport.griffin.layout import model_tensors
-from rgexport.validate import reference_pass, source, speed
-from rgexport.validate.opening import Request
+from rgexport.runtimes.bench import measure as bench
+from rgexport.validate import reference_pass, source
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.run import validate_artifact, validate_artifacts
 from rgexport.validate.source import find_original
 from tests.deepmind import write_deepmind
@@ -26,18 +27,18 @@ COSTS = {"fp32": 0, "fp16": 1e-9, "int8": 1e-5, "int4": 1e-2, "int4-exact": 1e-2
 
 @pytest.mark.parametrize("kind", COSTS)
 def test_clean_artifacts_pass(clean, checkpoint, kind):
-    result = validate_artifact(clean(kind), Request(model=str(checkpoint)))
+    result = validate_artifact(clean(kind), ValidationRequest(model=str(checkpoint)))
     assert result.verdict == "PASS", [check for check in result.checks if not check.passed]
     assert result.source.found and result.source.same_files
     assert result.text.windows > 4
     assert [error.name for error in result.weights] == list(model_tensors(CONFIG))
-    assert result.original.kl.mean >= 0.9 * result.twin.kl.mean
+    assert result.original.kl.mean >= 0.9 * result.dequantized.kl.mean
     least, most = COSTS[kind], min((c for c in COSTS.values() if c > COSTS[kind]), default=1)
     assert least <= result.original.kl.mean < most
 
 
 def test_ambiguous_is_exit_code_1_unless_it_is_allowed(clean, checkpoint, capsys):
-    request = Request(model=str(checkpoint), max_tokens=50)
+    request = ValidationRequest(model=str(checkpoint), max_tokens=50)
     original = validate_artifact(clean("int4"), request).original
     assert original.kl.standard_error > 0
     limits = [f"original.kl={original.kl.mean + original.kl.standard_error}"]
@@ -55,13 +56,14 @@ def test_ambiguous_is_exit_code_1_unless_it_is_allowed(clean, checkpoint, capsys
 def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     """Correct, but not as good: exit code 1, and both verdicts are told."""
     file, page = tmp_path / "r.json", tmp_path / "r.html"
-    request = Request(model=str(checkpoint), max_tokens=50)
+    request = ValidationRequest(model=str(checkpoint), max_tokens=50)
     assert validate_artifacts([clean("int4")], request, json_file=file, html_file=page) == 0
     shown, messages = capsys.readouterr()
     first, second, third = shown.splitlines()[:3]
     assert "Comparing" in messages and "Comparing" not in shown
     written = json.loads(file.read_text())
     assert written["schema_version"] == 2 and written["verdict"] == "PASS"
+    assert written["twin"] == written["dequantized"], "its former name"
     assert written["text"]["tokens"] == 50 and written["text"]["bytes"] is None
     grade = written["quality"]["grade"]
     assert grade in ("fair", "poor") and written["min_quality"] is None
@@ -79,7 +81,7 @@ def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     assert out.startswith("PASS  all 2 pass") and f"{clean('int4')}: {told}" in out
     assert page.read_text("utf-8").count(told) == 1
     with pytest.raises(RequestError, match=r"--min-quality good: the original .* was not given"):
-        validate_artifacts([clean("fp32")], Request(max_tokens=8, min_quality="good"))
+        validate_artifacts([clean("fp32")], ValidationRequest(max_tokens=8, min_quality="good"))
 
 
 def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch):
@@ -92,10 +94,10 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
         return run_reference(label, *args, **options)
 
     monkeypatch.setattr(reference_pass, "run_reference", counted)
-    monkeypatch.setattr(speed, "SECONDS", 0.05)
+    monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0)
     file, page = tmp_path / "r.json", tmp_path / "r.html"
     paths = [clean(kind) for kind in ("fp32", "int4")]
-    request = Request(model=str(checkpoint), max_tokens=40, bench=True)
+    request = ValidationRequest(model=str(checkpoint), max_tokens=40, bench=True)
     assert validate_artifacts(paths, request, json_file=file, html_file=page) == 0
     assert runs == ["Running the original"]
     out = capsys.readouterr().out
@@ -110,14 +112,19 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
     runs.clear()
     passes = reference_pass.SharedPasses()
     for tokens in (8, 8, 9):
-        validate_artifact(paths[0], Request(model=str(checkpoint), max_tokens=tokens), passes)
+        validate_artifact(
+            paths[0], ValidationRequest(model=str(checkpoint), max_tokens=tokens), passes
+        )
     assert runs == ["Running the original"] * 2, "another text is another pass"
 
 
 def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys):
     bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
-    assert validate_artifacts([clean("fp32"), bad], Request(max_tokens=30), html_file=page) == 1
-    before, _, after = capsys.readouterr().out.partition("FAILED  twin.logits is ")
+    assert (
+        validate_artifacts([clean("fp32"), bad], ValidationRequest(max_tokens=30), html_file=page)
+        == 1
+    )
+    before, _, after = capsys.readouterr().out.partition("FAILED  dequantized.logits is ")
     assert before.startswith("FAIL  1 of 2 fail") and str(bad) in before
     assert "float32 on both sides" in after and "1 of 2 fails." in page.read_text("utf-8")
 

@@ -95,7 +95,7 @@ def test_prompts_of_a_user(tmp_path):
         ("prompt 1 is neither", ['[{"text": "nameless"}]', "[[-1]]", f"[[{10**30}]]"]),
         ("has the id 99", ["[[99]]"]),
         ("no tokenizer", ['["words"]']),
-        ("is not one", ["['x'", "[" * 100_000]),
+        ("is not JSON", ["['x'", "[" * 100_000]),
     ],
 )
 def test_a_file_that_is_no_list_of_prompts(tmp_path, line, texts):

@@ -8,7 +8,7 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 
 from rgexport.web_page.local_server import SiteHandler
-from rgexport.web_page.site import read
+from rgexport.web_page.site import read_content
 
 
 class Broken(Exception):
@@ -42,7 +42,7 @@ class _Handler(SiteHandler):
         self.owner.asked.append(address)
         content = self.site.get(address)
         if content is not None:
-            body = read(content)
+            body = read_content(content)
             self.left = self.owner.fault(address, body)
             self.site = {address: body}
         super().do_GET()

@@ -87,7 +87,7 @@ def rebuilt(files):
     assert len(short) >= 3
     made = {}
     for name, part in files.items():
-        body = site.read(part)
+        body = site.read_content(part)
         if name.endswith((".js", ".css", ".html")):
             text = body.decode()
             for old, new in short.items():

@@ -1,5 +1,6 @@
 """Core ML artifacts, as `export.format` asks."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rgexport.files.typed_json import Mismatch, shown_key
 from rgexport.quantize.fitting import fitted
 from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.reporting.tables import Table
 
 _RUN = """\
 `model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
@@ -129,12 +131,20 @@ class CoreMLFormat(FolderFormat):
         )
         return CardText("Core ML", "soft cap", run)
 
+    foreign_kind = "mlpackage"
+
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
         """See `Format`: any Core ML package."""
         from rgexport.export.mil.describe import describe_package  # reads programs, too
         from rgexport.export.mil.package import means_package
 
         return describe_package(path) if means_package(path) else None
+
+    def foreign_parts(self, description: dict[str, Any]) -> Iterable[str | Table]:
+        """See `Format`."""
+        from rgexport.export.mil.describe import package_parts
+
+        return package_parts(description)
 
 
 FORMAT = CoreMLFormat()

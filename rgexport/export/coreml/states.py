@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rgexport.choices import RecurrentState
 from rgexport.export.coreml.segments import Segment
 from rgexport.export.manifest import ACTIVATIONS, IoRecord, StateRecord, ValueRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import StateSpec, state_specs
 
-RecurrentState = Literal["io", "hilo"]
 Shape = tuple[int, ...]
 
 ALIGNMENT = 32

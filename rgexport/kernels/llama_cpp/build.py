@@ -1,4 +1,4 @@
-"""A patched `llama-cpp-python` wheel, and llama.cpp's own tools, from one build.
+"""Builds a patched `llama-cpp-python` wheel, and llama.cpp's own tools, with one CMake build.
 
 CMake builds llama.cpp in a folder that is kept, so that a change of the port costs seconds. The
 wheel then includes the built libraries (the bindings' option `LLAMA_BUILD=OFF`): the bindings' own
@@ -6,21 +6,24 @@ build would also compile code that only the tools use, and could not share its o
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 
+from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.kernels.llama_cpp import port, sources
-from rgexport.kernels.llama_cpp.command import Commands
 
 TOOLS = tuple(
     f"llama-{name}" for name in ("quantize", "perplexity", "bench", "imatrix", "server", "cli")
@@ -55,6 +58,12 @@ _WHEEL_OPTIONS = (
     *("-C", "sdist.include=llama_cpp/lib/*"),  # .gitignore would exclude it
 )
 
+_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
+"""The begin of a line by ninja: the number of finished steps, and of all."""
+_ERROR = re.compile(r"\berror[: ].*(?:(?<=:)\s+\S.*)?", re.IGNORECASE)
+"""An error of a compiler, CMake or pip. CMake writes the place first, then the reason."""
+_ERROR_LENGTH = 200
+
 
 def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
     """Builds the patched wheel in `folder`, and installs it in this environment.
@@ -63,7 +72,7 @@ def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
     `-DGGML_CUDA=on`. The next build in the same `folder` is faster.
 
     Returns:
-        What was made where, and the next command.
+        The products and the next command, as text for the user.
 
     Raises:
         RequestError: a step failed, with a hint at the log; there is no pip; or another build runs
@@ -73,28 +82,28 @@ def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
         raise RequestError("this needs pip, which is not in this environment: python -m ensurepip")
     folder.mkdir(parents=True, exist_ok=True)
     require_free_disk(folder, _DISK_BYTES)
-    workshop = _Workshop(Path(os.path.realpath(folder)))
+    build = _Build(Path(os.path.realpath(folder)))
     try:
-        with FileLock(workshop.folder / ".lock", timeout=0):
-            wheel = workshop.run(tools=tools, install=install)
+        with FileLock(build.folder / ".lock", timeout=0):
+            wheel = build.run(tools=tools, install=install)
     except Timeout:
         raise RequestError(f"another build is running in {folder}; wait for it") from None
-    gathered = f"{folder / _TOOLS_FOLDER} holds {', '.join(TOOLS)}.\n" if tools else ""
-    made = folder / wheel
+    path = folder / wheel
+    text = f"{folder / _TOOLS_FOLDER} holds {', '.join(TOOLS)}.\n" if tools else ""
     if install:
-        return f"{gathered}{made} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
-    return f"{gathered}{made} is complete. Install it: pip install {shlex.quote(str(made))}"
+        return f"{text}{path} is installed. Use it: rgexport generate FILE.gguf -p PROMPT"
+    return f"{text}{path} is complete. Install it: pip install {shlex.quote(str(path))}"
 
 
-class _Workshop:
-    """A build in a folder, step by step."""
+class _Build:
+    """The steps of a build in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = folder / "env"
         self.tree = folder / f"src-{port.RELEASE}"
         self.objects = folder / f"build-{port.RELEASE}"
-        self.commands = Commands(folder / "build.log", self._variables())
+        self.commands = _Commands(folder / "build.log", self._variables())
 
     def _variables(self) -> dict[str, str]:
         scripts = self.environment / ("Scripts" if os.name == "nt" else "bin")
@@ -131,19 +140,19 @@ class _Workshop:
         It is kept, because CMake compiles everything again if its own path changes.
         """
         complete = self.environment / ".complete"
-        made_of = "\n".join([str(self.environment), sys.version, *_BUILD_REQUIREMENTS])
-        if complete.is_file() and complete.read_text("utf-8") == made_of:
+        contents = "\n".join([str(self.environment), sys.version, *_BUILD_REQUIREMENTS])
+        if complete.is_file() and complete.read_text("utf-8") == contents:
             return
         venv.create(self.environment, clear=True, symlinks=os.name != "nt", with_pip=False)
         self._pip_inside("install", "-q", *_BUILD_REQUIREMENTS)
-        complete.write_text(made_of, "utf-8")
+        complete.write_text(contents, "utf-8")
 
     def _configure(self) -> None:
         options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
-        asked = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        places = ["-G", "Ninja", "-S", str(self.tree / sources.LLAMA_CPP), "-B", str(self.objects)]
+        user_options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        folders = ["-G", "Ninja", "-S", str(self.tree / sources.LLAMA_CPP), "-B", str(self.objects)]
         # `--fresh` drops the options of an earlier build, and keeps compiled objects.
-        self.commands.run(["cmake", "--fresh", *places, *options, *asked], "cmake")
+        self.commands.run(["cmake", "--fresh", *folders, *options, *user_options], "cmake")
 
     def _compile(self, label: str, targets: Sequence[str]) -> None:
         command = ["cmake", "--build", str(self.objects), "--target", *targets]
@@ -158,15 +167,15 @@ class _Workshop:
         with TemporaryDirectory(dir=self.folder, prefix=".wheel-") as name:
             options = "--no-deps", "--no-build-isolation", *_WHEEL_OPTIONS
             self._pip_inside("wheel", *options, "-w", name, str(self.tree))
-            (made,) = Path(name).glob("*.whl")
+            (wheel,) = Path(name).glob("*.whl")
             for earlier in self.folder.glob(f"llama_cpp_python-{port.RELEASE}+rgexport.*.whl"):
                 earlier.unlink()
-            return made.replace(self.folder / made.name)
+            return wheel.replace(self.folder / wheel.name)
 
     def _built(self, patterns: Sequence[str]) -> list[Path]:
         binaries = self.objects / "bin"
-        found = {path for pattern in patterns for path in binaries.glob(pattern)}
-        return sorted(path for path in found if path.suffix in _SUFFIXES)
+        paths = {path for pattern in patterns for path in binaries.glob(pattern)}
+        return sorted(path for path in paths if path.suffix in _SUFFIXES)
 
     def _install(self, wheel: Path) -> None:
         """Replaces an installed llama.cpp, adds its dependencies, and loads it once as a test."""
@@ -186,3 +195,64 @@ class _Workshop:
 
 def _holds_tools(folder: Path) -> bool:
     return any(folder.glob(f"{TOOLS[0]}*"))
+
+
+class _Commands:
+    """Runs commands one after the other, with their output in one log."""
+
+    def __init__(self, log: Path, variables: Mapping[str, str]) -> None:
+        self._log, self._variables = log, dict(variables)
+        log.write_text("", "utf-8")
+
+    def run(self, command: Sequence[str], who: str, label: str | None = None) -> None:
+        """Runs a command to its end.
+
+        Args:
+            command: the program and its arguments.
+            who: its name in errors.
+            label: a title for the progress of a build by ninja.
+
+        Raises:
+            RequestError: it failed or does not exist; with its first error, and the log.
+        """
+        program = shutil.which(command[0], path=self._variables.get("PATH"))
+        if program is None:
+            raise RequestError(f"{command[0]} is not installed; install it and run this again")
+        line = shlex.join([program, *command[1:]])
+        progress.detail(f"$ {line}")
+        with self._log.open("a", 1, encoding="utf-8", errors="replace") as log:
+            print("$", line, file=log)
+            start = log.tell()
+            code = self._logged([program, *command[1:]], log.write, label)
+        if code:
+            output = self._log.read_bytes()[start:].decode("utf-8", "replace")
+            match = _ERROR.search(output)
+            error = f": {' '.join(match[0].split())}" if match else ""
+            raise RequestError(
+                f"{who} failed{error[:_ERROR_LENGTH]} (its output is in {self._log})"
+            )
+
+    def _logged(self, command: list[str], write: Callable[[str], object], label: str | None) -> int:
+        """Passes a command's output to `write`, and shows its progress; returns its exit code."""
+        with ExitStack() as stack:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=self._variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    encoding="utf-8",
+                    errors="replace",
+                )
+            )
+            assert process.stdout is not None
+            advance, done = None, 0
+            for line in process.stdout:
+                write(line)
+                if label and (step := _STEP.match(line)):
+                    if advance is None:
+                        advance = stack.enter_context(progress.task(label, int(step[2]), "steps"))
+                    advance(int(step[1]) - done)
+                    done = int(step[1])
+        return process.returncode

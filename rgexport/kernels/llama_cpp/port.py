@@ -1,43 +1,166 @@
-"""The port: which llama.cpp it is made for, and what it changes there."""
+"""The port of RecurrentGemma to llama.cpp: the release it is for, and the files it changes.
+
+`git apply` would apply the registration, too, but a machine with a wheel's compiler need not have
+git, and in a folder inside another repository git skips every file and reports success. patch-ng
+and whatthepatch look for a hunk only at its original line, and write file after file.
+"""
 
 import hashlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
-from rgexport.kernels.llama_cpp.unified_diff import Hunk, parse
+from rgexport.errors import RequestError
+from rgexport.files.atomic import replacing
 
 DISTRIBUTION = "llama-cpp-python"
 RELEASE = "0.3.36"
 """The release of the Python bindings whose llama.cpp the port is made for."""
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-"""Of its source archive."""
+"""SHA-256 of its source archive."""
 COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
-"""The commit of llama.cpp in it."""
+"""Its commit of llama.cpp."""
 
 MODEL_FILE = "src/models/recurrentgemma.cpp"
-"""The model file's place in a llama.cpp tree, whose build compiles all of `src/models`."""
+"""The model file's path in a llama.cpp tree, whose build compiles all of `src/models`."""
 BUILD_COMMAND = "rgexport llama-cpp build"
 
-_HERE = Path(__file__).parent
-_MODEL, _REGISTRATION = _HERE / "recurrentgemma.cpp", _HERE / "registration.patch"
+_MODEL = Path(__file__).with_name("recurrentgemma.cpp")
+_REGISTRATION = Path(__file__).with_name("registration.patch")
+_CHECKOUT_MARK = Path("include/llama.h")
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Whole lines to find, with the line end before them, and their replacement."""
+
+    before: str
+    after: str
 
 
 def model_source() -> str:
-    """The text of the model file."""
+    """Returns the text of the model file."""
     return _MODEL.read_text("utf-8")
 
 
 @cache
 def registration() -> dict[str, tuple[Hunk, ...]]:
-    """What is changed in files that llama.cpp has already: path in its tree → hunks."""
-    return parse(_REGISTRATION.read_text("utf-8"))
+    """Returns the changes of llama.cpp's own files: path in its tree → hunks."""
+    diff = _REGISTRATION.read_text("utf-8")
+    parts = re.split(r"^\+\+\+ b/(.*)\n", diff, flags=re.MULTILINE)[1:]
+    return {
+        path: tuple(map(_parse_hunk, re.split(r"^@@ .*\n", body, flags=re.MULTILINE)[1:]))
+        for path, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def _parse_hunk(body: str) -> Hunk:
+    lines = list(takewhile(lambda line: line.startswith((" ", "+", "-")), body.split("\n")))
+    before, after = (
+        "\n" + "".join(f"{line[1:]}\n" for line in lines if line[0] != sign) for sign in "+-"
+    )
+    return Hunk(before, after)
 
 
 @cache
 def port_version() -> str:
-    """The version of a patched build, such as `0.3.36+rgexport.g1a2b3c4d`.
+    """Returns the version of a patched build, such as `0.3.36+rgexport.g1a2b3c4d`.
 
     A local version: `==0.3.36` accepts it, pip does not replace it, and it changes with the port.
     """
     digest = hashlib.sha256(_MODEL.read_bytes() + _REGISTRATION.read_bytes()).hexdigest()
     return f"{RELEASE}+rgexport.g{digest[:8]}"
+
+
+def apply_hunks(hunks: Sequence[Hunk], text: str) -> str | None:
+    """Returns a file with all hunks applied, or None if a hunk's lines are not there once.
+
+    Their line numbers may differ. A file that has all hunks already is returned unchanged. Windows
+    line ends stay.
+    """
+    changed = "\n" + text.replace("\r\n", "\n")
+    if all(changed.count(hunk.after) == 1 for hunk in hunks):
+        return text
+    for hunk in hunks:
+        if changed.count(hunk.before) != 1:
+            return None
+        changed = changed.replace(hunk.before, hunk.after)
+    return changed[1:].replace("\n", "\r\n" if "\r\n" in text else "\n")
+
+
+def patch_checkout(folder: Path) -> list[str]:
+    """Adds the port to a llama.cpp checkout: all of it, or nothing.
+
+    Returns:
+        The files that were written, as paths in `folder`; none if all were patched already.
+
+    Raises:
+        RequestError: `folder` is no llama.cpp, or one of its files differs from the one that the
+            port was made for. No file has been changed then.
+    """
+    if not (folder / _CHECKOUT_MARK).is_file():
+        inside = folder / "vendor" / "llama.cpp"
+        hint = f"; pass {inside}" if (inside / _CHECKOUT_MARK).is_file() else ""
+        raise RequestError(f"{folder} is no llama.cpp: it has no {_CHECKOUT_MARK}{hint}")
+    patched = {path: _patched(folder, path, hunks) for path, hunks in registration().items()}
+    patched[MODEL_FILE] = _model_file(folder)
+    changed = {path: text for path, text in patched.items() if _read(folder / path) != text}
+    _write_all({folder / path: text for path, text in changed.items()})
+    return list(changed)
+
+
+def _patched(folder: Path, path: str, hunks: Sequence[Hunk]) -> str:
+    text = _read(folder / path)
+    patched = None if text is None else apply_hunks(hunks, text)
+    if patched is None:
+        raise RequestError(
+            f"{folder / path} {'is missing' if text is None else 'has drifted'}: the port is made "
+            f"for llama.cpp {COMMIT[:7]}, in {DISTRIBUTION} {RELEASE}; check out a commit near "
+            "that one. Nothing was changed"
+        )
+    return patched
+
+
+def _model_file(folder: Path) -> str:
+    ours, theirs = model_source(), _read(folder / MODEL_FILE)
+    if theirs is None:
+        return ours
+    if theirs.replace("\r\n", "\n") != ours:
+        raise RequestError(
+            f"{folder / MODEL_FILE} is there and differs from the port's: this llama.cpp "
+            "holds another version of it. Remove that first; nothing was changed"
+        )
+    return theirs
+
+
+def _read(path: Path) -> str | None:
+    """Returns a file's text with its line ends, and bytes that are not UTF-8 as surrogates."""
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return None
+
+
+def _write_all(texts: Mapping[Path, str]) -> None:
+    """Writes all files or none: each beside its path, then all into place."""
+    new = {path.resolve(): text.encode("utf-8", "surrogateescape") for path, text in texts.items()}
+    before = {path: path.read_bytes() if path.exists() else None for path in new}
+    try:
+        with ExitStack() as moves:
+            for path, content in new.items():
+                partial = moves.enter_context(replacing(path))
+                partial.write_bytes(content)
+                if before[path] is not None:
+                    shutil.copymode(path, partial)
+    except BaseException:
+        for path, old in before.items():
+            if old is None:
+                path.unlink(missing_ok=True)
+            elif path.read_bytes() != old:
+                path.write_bytes(old)
+        raise

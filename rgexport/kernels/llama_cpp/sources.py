@@ -1,4 +1,4 @@
-"""The pinned release's source: fetched through pip, checked, unpacked, and patched."""
+"""The source of the pinned release: fetched by pip, checked, unpacked, and patched."""
 
 import re
 import tarfile
@@ -10,7 +10,7 @@ from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.files.hashing import hash_file
 from rgexport.files.targets import replace_folder
-from rgexport.kernels.llama_cpp import port, unified_diff
+from rgexport.kernels.llama_cpp import port
 
 ROOT = f"llama_cpp_python-{port.RELEASE}"
 """The folder that the archive holds."""
@@ -23,7 +23,7 @@ Pip = Callable[..., None]
 
 
 def fetch(folder: Path, pip: Pip) -> Path:
-    """The release's archive in `folder`; pip downloads it, from the user's own index.
+    """Returns the release's archive in `folder`; pip downloads it from the user's index.
 
     Raises:
         RequestError: pip did not find the pinned release.
@@ -33,15 +33,15 @@ def fetch(folder: Path, pip: Pip) -> Path:
         return archive
     progress.note(f"Downloading the source of {port.DISTRIBUTION} {port.RELEASE}")
     with TemporaryDirectory(dir=folder, prefix=".download-") as name:
-        wanted = Path(name) / "requirements.txt"
+        requirements = Path(name) / "requirements.txt"
         pin = f"{port.DISTRIBUTION}=={port.RELEASE}"
-        wanted.write_text(f"{pin} --hash=sha256:{port.SHA256}\n", "utf-8")
+        requirements.write_text(f"{pin} --hash=sha256:{port.SHA256}\n", "utf-8")
         options = "--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"
-        pip("download", *options, "-r", str(wanted), "-d", name)
-        found = Path(name) / ARCHIVE
-        if not found.is_file():
+        pip("download", *options, "-r", str(requirements), "-d", name)
+        download = Path(name) / ARCHIVE
+        if not download.is_file():
             raise RequestError(f"pip gave no {ARCHIVE} with the SHA-256 {port.SHA256}")
-        found.replace(archive)
+        download.replace(archive)
     return archive
 
 
@@ -68,32 +68,30 @@ def apply_port(archive: Path, tree: Path) -> None:
     only what differs between them is compiled again.
     """
     originals = read_files(archive, [*port.registration(), _VERSION_FILE])
-    wanted = {}
+    texts = {}
     for path, hunks in port.registration().items():
-        patched = unified_diff.apply(hunks, originals[path])
+        patched = port.apply_hunks(hunks, originals[path])
         assert patched is not None, f"the patch of {path} does not fit the pinned release"
-        wanted[f"{LLAMA_CPP}/{path}"] = patched
-    wanted[f"{LLAMA_CPP}/{port.MODEL_FILE}"] = port.model_source()
-    wanted[_VERSION_FILE] = _with_version(originals[_VERSION_FILE])
-    for path, text in wanted.items():
+        texts[f"{LLAMA_CPP}/{path}"] = patched
+    texts[f"{LLAMA_CPP}/{port.MODEL_FILE}"] = port.model_source()
+    texts[_VERSION_FILE] = _with_version(originals[_VERSION_FILE])
+    for path, text in texts.items():
         file, content = tree / path, text.encode()
         if not file.is_file() or file.read_bytes() != content:
             file.write_bytes(content)
 
 
 def read_files(archive: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Reads files of llama.cpp, or the bindings' version file, from the archive."""
-    names = {f"{ROOT}/{_place(path)}": path for path in paths}
-    found: dict[str, str] = {}
+    """Reads files of llama.cpp, or the version file of the bindings, from the archive."""
+    names = {
+        f"{ROOT}/{path if path == _VERSION_FILE else f'{LLAMA_CPP}/{path}'}": path for path in paths
+    }
+    texts: dict[str, str] = {}
     with tarfile.open(archive) as source:
         for member in source:
             if member.name in names and (file := source.extractfile(member)):
-                found[names[member.name]] = file.read().decode("utf-8")
-    return found
-
-
-def _place(path: str) -> str:
-    return path if path == _VERSION_FILE else f"{LLAMA_CPP}/{path}"
+                texts[names[member.name]] = file.read().decode("utf-8")
+    return texts
 
 
 def _with_version(text: str) -> str:

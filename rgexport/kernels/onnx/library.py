@@ -1,4 +1,4 @@
-"""The library of kernels: its path, what it can run on this machine, and how often it ran.
+"""The library of ONNX Runtime kernels: its path, its ops on this machine, and their call counts.
 
 `ctypes` loads the same copy into memory as ONNX Runtime's `register_custom_ops_library`, so its
 counters are those of the sessions of this process.
@@ -7,13 +7,14 @@ counters are those of the sessions of this process.
 import ctypes
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.kernels.native_library import library_path, why_missing
+from rgexport.kernels.native_library import Signature, library_path, load_library, why_missing
 
 NO_NATIVE = "RGEXPORT_NO_NATIVE"
 """The environment variable that turns the kernels off, with any value but "" and "0"."""
@@ -29,10 +30,11 @@ class Kernels:
     """The kernels of this machine.
 
     Attributes:
-        instruction_set: the one in use, of `instruction_sets`; empty if there are no kernels.
+        instruction_set: the one of `instruction_sets` in use; empty if there are no kernels.
         ops: the ops of the domain `ai.rgexport` that have a kernel.
-        instruction_sets: those that this processor supports, the least first.
-        exact_tokens: up to so many tokens of a step give the bits that each gives alone.
+        instruction_sets: names that this processor supports, from the least to the best.
+        exact_tokens: largest number of tokens of a step for which each gives the bits that it
+            gives alone.
         reason: why there are no kernels; empty if there are some.
     """
 
@@ -43,13 +45,28 @@ class Kernels:
     reason: str = ""
 
 
+_is_turned_off = False
+"""Whether the running command turned our kernels off, see `without_kernels`."""
+
+
 def turned_off() -> bool:
-    """Whether the environment turns our kernels off."""
-    return os.environ.get(NO_NATIVE, "") not in ("", "0")
+    """Whether the environment or the running command turns our kernels off."""
+    return _is_turned_off or os.environ.get(NO_NATIVE, "") not in ("", "0")
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Turns our kernels off for sessions that are opened inside."""
+    global _is_turned_off
+    before, _is_turned_off = _is_turned_off, True
+    try:
+        yield
+    finally:
+        _is_turned_off = before
 
 
 def library() -> Path | None:
-    """The shared library to register with ONNX Runtime, if it works here and is not turned off.
+    """Returns the library to register with ONNX Runtime, if it works here and is not turned off.
 
     Raises:
         RequestError: RGEXPORT_CPU names no instruction set of this architecture.
@@ -58,7 +75,7 @@ def library() -> Path | None:
 
 
 def kernels() -> Kernels:
-    """The kernels and their instruction set, or why there are none.
+    """Returns the kernels and their instruction set, or why there are none.
 
     Raises:
         RequestError: RGEXPORT_CPU names no instruction set of this architecture.
@@ -66,28 +83,28 @@ def kernels() -> Kernels:
     loaded = _usable()
     if isinstance(loaded, str):
         return Kernels(reason=loaded)
-    here = (level for i, level in _names(loaded.rgexport_level) if loaded.rgexport_level_is_here(i))
+    levels = enumerate(_names(loaded.rgexport_level))
     return Kernels(
         instruction_set=loaded.rgexport_instruction_set().decode(),
-        ops=tuple(name for _, name in _names(loaded.rgexport_op)),
-        instruction_sets=tuple(here),
+        ops=_names(loaded.rgexport_op),
+        instruction_sets=tuple(name for i, name in levels if loaded.rgexport_level_is_here(i)),
         exact_tokens=loaded.rgexport_exact_tokens(),
     )
 
 
 def calls() -> dict[str, int]:
-    """How often each op has run in this process; empty if there are no kernels."""
+    """Returns how often each op has run in this process; empty if there are no kernels."""
     loaded = _usable()
     if isinstance(loaded, str):
         return {}
-    return {name: loaded.rgexport_calls(i) for i, name in _names(loaded.rgexport_op)}
+    return {name: loaded.rgexport_calls(i) for i, name in enumerate(_names(loaded.rgexport_op))}
 
 
 def _usable() -> ctypes.CDLL | str:
-    """The library, or why it cannot be used."""
+    """Returns the library, or why it cannot be used."""
     if turned_off():
         return f"{NO_NATIVE} turns them off"
-    if not LIBRARY.is_file():
+    if not LIBRARY.is_file():  # it may be built while this process runs
         return why_missing(LIBRARY.parent)
     loaded = _load(LIBRARY)
     if isinstance(loaded, ctypes.CDLL):
@@ -95,37 +112,30 @@ def _usable() -> ctypes.CDLL | str:
     return loaded
 
 
+_SIGNATURES: dict[str, Signature] = {
+    "instruction_set": (ctypes.c_char_p, ()),
+    "level": (ctypes.c_char_p, (ctypes.c_size_t,)),
+    "level_is_here": (ctypes.c_int, (ctypes.c_size_t,)),
+    "op": (ctypes.c_char_p, (ctypes.c_size_t,)),
+    "exact_tokens": (ctypes.c_int64, ()),
+    "calls": (ctypes.c_int64, (ctypes.c_size_t,)),
+}
+
+
 @cache
 def _load(path: Path) -> ctypes.CDLL | str:
-    """The library with the types of its functions, or the reason why it cannot be loaded."""
-    try:
-        loaded = ctypes.CDLL(str(path))
-        loaded.rgexport_instruction_set.restype = ctypes.c_char_p
-        for names in (loaded.rgexport_level, loaded.rgexport_op):
-            names.argtypes, names.restype = [ctypes.c_size_t], ctypes.c_char_p
-        loaded.rgexport_level_is_here.argtypes = [ctypes.c_size_t]
-        loaded.rgexport_exact_tokens.restype = ctypes.c_int64
-        loaded.rgexport_calls.argtypes = [ctypes.c_size_t]
-        loaded.rgexport_calls.restype = ctypes.c_int64
-    except (OSError, AttributeError) as error:
-        return f"the library cannot be loaded: {error}"
-    return loaded
+    return load_library(path, _SIGNATURES)
 
 
 def _require_known_set(loaded: ctypes.CDLL) -> None:
-    word = os.environ.get(CPU, "")
-    known = [name for _, name in _names(loaded.rgexport_level)]
-    if word and word not in known:
+    name, known = os.environ.get(CPU, ""), _names(loaded.rgexport_level)
+    if name and name not in known:
         raise RequestError(
-            f"{CPU} names no instruction set of this architecture: {word!r}; "
+            f"{CPU} names no instruction set of this architecture: {name!r}; "
             f"expected one of {', '.join(known)}, or nothing for the best one here"
         )
 
 
-def _names(function: Callable[[int], bytes | None]) -> Iterator[tuple[int, str]]:
-    """The names that a function of an index returns, up to the first null."""
-    for index in count():
-        name = function(index)
-        if name is None:
-            return
-        yield index, name.decode()
+def _names(function: Callable[[int], bytes | None]) -> tuple[str, ...]:
+    """Returns the names that a function of an index has, up to the first null."""
+    return tuple(name.decode() for name in takewhile(bool, map(function, count())) if name)

@@ -1,11 +1,10 @@
-"""The library that chooses levels of quantized weights, as functions of arrays.
+"""Functions of arrays that choose the levels of quantized weights, in the native library.
 
 Rows are independent, and every sum has a fixed order: results depend neither on the processor nor
-on threads, nor on which rows are given together. Calls do not hold the interpreter's lock.
+on threads, nor on the rows of one call. Calls do not hold the interpreter's lock.
 """
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.kernels.native_library import library_path, why_missing
+from rgexport.kernels.native_library import Signature, library_path, load_library
 
 LIBRARY = library_path(Path(__file__).parent)
 
@@ -70,11 +69,11 @@ def search(
     scales: np.ndarray,
     zeros: np.ndarray,
 ) -> np.ndarray:
-    """Tries fractions of scales, and keeps those of least squared error.
+    """Tries fractions of scales; the one with the least squared error replaces the scale.
 
     Args:
         weights: float32 [n, blocks, block], with blocks of a multiple of 16.
-        importance: float32 [blocks, block], what each squared error counts, or None for 1.
+        importance: float32 [blocks, block], factors of squared errors, or None for 1.
         bits: of a level.
         symmetric: whether zero points stay, and scales may change their sign.
         half: whether scales are stored as float16, and `scale · level` too.
@@ -95,17 +94,17 @@ def search(
 
 
 def factor(matrix: np.ndarray) -> Factors | None:
-    """Factors of a symmetric matrix, float64 [k, k], which is lost; None if it is not positive."""
+    """Factors a symmetric matrix, float64 [k, k], and overwrites it; None if it is not positive."""
     k = len(matrix)
-    found = Factors(np.empty((k, k), np.float32), np.empty(k, np.float32))
-    failed = _library().rgexport_factor(_of(matrix), k, _of(found.m), _of(found.d))
-    return None if failed else found
+    factors = Factors(np.empty((k, k), np.float32), np.empty(k, np.float32))
+    failed = _library().rgexport_factor(_of(matrix), k, _of(factors.m), _of(factors.d))
+    return None if failed else factors
 
 
 def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the levels of rows, each column for what those before it were off by.
+    """Chooses the levels of rows column by column; each corrects the errors of those before it.
 
-    This is LDLQ (arXiv 2307.13304), which gives the same as GPTQ (arXiv 2210.17323).
+    This is LDLQ (arXiv 2307.13304), which gives the same levels as GPTQ (arXiv 2210.17323).
 
     Returns:
         Levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
@@ -117,7 +116,7 @@ def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndar
 
 
 def loss(weights: np.ndarray, grid: Grid, factors: Factors, levels: np.ndarray) -> np.ndarray:
-    """(w − v) H (w − v)ᵀ of each row for given levels, float64 [n]."""
+    """Returns (w − v) H (w − v)ᵀ of each row for its levels, float64 [n]."""
     lost = np.empty(len(weights))
     arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
     _library().rgexport_loss(*arguments)
@@ -134,14 +133,14 @@ def refine(
     zeros: np.ndarray | None = None,
     half: bool = False,
 ) -> None:
-    """Lowers (w − v) H (w − v)ᵀ of rows: by new scales, then level by level; so many rounds.
+    """Lowers (w − v) H (w − v)ᵀ of rows: by new scales, then level by level.
 
     Args:
         weights: float32 [n, K].
         grid: its scales and offsets change where there are zero points.
         matrix: H, float32 [K, K].
         levels: uint8 [n, K]; changed.
-        rounds: how often.
+        rounds: number of passes over scales and levels.
         zeros: the zero points [n, groups], whole numbers in float32; None leaves the scales.
         half: whether scales are stored as float16.
     """
@@ -162,7 +161,7 @@ def _of(array: np.ndarray | None) -> ctypes.c_void_p:
 
 
 def _library() -> ctypes.CDLL:
-    """The library.
+    """Returns the library.
 
     Raises:
         RequestError: it is not built, or cannot be loaded.
@@ -177,24 +176,15 @@ def _library() -> ctypes.CDLL:
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ROWS = _P, _N, _N, _N, _F, _P, _P, _P
-_SIGNATURES: dict[str, Sequence[type]] = {
-    "search": (_P, _P, _N, _N, _N, _I, _I, _I, _P, _P, _P),
-    "factor": (_P, _N, _P, _P),
-    "feedback": (*_ROWS, _P, _P, _P, _P),
-    "loss": (*_ROWS, _P, _P, _P, _P),
-    "refine": (*_ROWS, _P, _I, _P, _I, _P),
+_SIGNATURES: dict[str, Signature] = {
+    "search": (None, (_P, _P, _N, _N, _N, _I, _I, _I, _P, _P, _P)),
+    "factor": (_I, (_P, _N, _P, _P)),
+    "feedback": (None, (*_ROWS, _P, _P, _P, _P)),
+    "loss": (None, (*_ROWS, _P, _P, _P, _P)),
+    "refine": (None, (*_ROWS, _P, _I, _P, _I, _P)),
 }
 
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """The library with the types of its functions, or why there is none."""
-    if not LIBRARY.is_file():
-        return why_missing(LIBRARY.parent)
-    try:
-        loaded = ctypes.CDLL(str(LIBRARY))
-        for name, types in _SIGNATURES.items():
-            getattr(loaded, f"rgexport_{name}").argtypes = list(types)
-    except (OSError, AttributeError) as error:
-        return f"it cannot be loaded: {error}"
-    return loaded
+    return load_library(LIBRARY, _SIGNATURES)

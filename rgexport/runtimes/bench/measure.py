@@ -54,11 +54,12 @@ class BenchTest:
         """The length of a first run, in which the engine allocates its memory."""
         return min(self.length, PIECE) if self.kind == "pp" else 1
 
-    def readings(self, info: SessionInfo) -> int:
+    def weight_reads(self, info: SessionInfo) -> int:
+        """Returns how many times the engine reads all weights."""
         if self.kind != "pp":
             return self.length
-        chunks, rest = divmod(self.length, info.prefill_chunk)
-        return chunks + (rest if info.whole_chunks else min(rest, 1))
+        chunks, remainder = divmod(self.length, info.prefill_chunk)
+        return chunks + (remainder if info.whole_chunks else min(remainder, 1))
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class BenchMeasurement:
 
     def _row(self, cell: _Cell, lowest: _Cell) -> BenchRow:
         info, test, rates = self.session.info, cell.test, cell.rates
-        per_token = info.weight_bytes * test.readings(info) / test.length
+        per_token = info.weight_bytes * test.weight_reads(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
         memory = [size for size in cell.memory if size is not None]
         return BenchRow(

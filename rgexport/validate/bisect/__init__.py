@@ -1,1 +1,1 @@
-"""Where an artifact leaves the reference: op by op, layer by layer."""
+"""Errors of an artifact op by op."""

@@ -7,7 +7,7 @@ inherits the errors of the ops before it.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import Observation
-from rgexport.validate.bisect.site_limits import (
-    GAIN,
-    SiteLimit,
-    scan_noise,
-    site_limit,
-    state_limit,
-)
+from rgexport.validate.bisect.site_limits import GAIN, scan_noise, site_limit, state_limit
 
 Arguments = tuple[Any, ...]
 _STATES = {
@@ -35,24 +29,18 @@ _STATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SiteError:
-    """One op's value, or a state that it leaves.
+    """The value of an op of `griffin.ops` in a call of `length` tokens, or a state that it leaves.
 
     Attributes:
-        site: of the op.
-        op: which one, see `griffin.ops`.
         layer: the index of its layer; None for the embedding, the last norm and the head.
         state: the canonical name of the state that was compared; None for the op's value.
-        length: number of tokens of the call.
-        from_start: whether its first token had position 0.
+        from_start: whether the first token had position 0.
         portable: whether no native kernel ran.
         rms: ‖Δ‖ / ‖reference‖; of a state, with all tokens that it keeps brought to one norm.
         median: of the channels' own ‖Δ‖ / ‖reference‖, over the tokens; for the RG-LRU, of the half
             of the channels that forget faster, since the others show how exp was rounded.
-        limit_rms: the most that `rms` may be.
-        limit_median: the most that `median` may be.
         gain: ⟨reference, Δ⟩ / ⟨reference, reference⟩: 0.05 where all values are 5 % too large.
-        excess: the largest of the three in units of its limit; infinite where the artifact has
-            values that are not finite.
+        excess: the largest of the three in units of its limit; infinite for non-finite values.
     """
 
     site: str
@@ -78,17 +66,16 @@ class SiteError:
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are within their limits."""
         return self.excess <= 1
 
 
 @dataclass(frozen=True)
-class Call:
+class ObservedCall:
     """Tokens [T] that an artifact took in one call, the state before, and its values at sites."""
 
     tokens: np.ndarray
     before: State
-    shown: Observation
+    observed: Observation
     portable: bool = False
 
     @property
@@ -98,22 +85,16 @@ class Call:
 
 
 def site_errors(
-    model: NumpyReference, manifest: Manifest, calls: Sequence[Call]
+    model: NumpyReference, manifest: Manifest, calls: Sequence[ObservedCall]
 ) -> list[SiteError]:
-    """Compares what an artifact computed with the reference, op by op.
+    """Compares calls from canonical states of batch 1 with the reference, op by op.
 
-    Args:
-        model: the reference, with the artifact's weights. All calls go through one layer before
-            the next is read.
-        manifest: of the artifact; the limits follow from it.
-        calls: each from a canonical state of batch 1.
-
-    Returns:
-        For each call, the error of each site and state that the artifact shows, in the order of
-        computation.
+    The model has the artifact's weights; all calls go through one layer before the next is read.
+    Returns for each call the errors of all sites and states that the artifact shows, in the order
+    of computation.
     """
     window = model.config.window
-    comparisons = [_Comparison(call, manifest, window) for call in calls]
+    comparisons = [_CallComparison(call, manifest, window) for call in calls]
     turns: Counter[str] = Counter()  # a site's op computes for one call after the other
 
     def look(
@@ -126,14 +107,14 @@ def site_errors(
     passes = model.run_each([(call.tokens[None], _fitted(call.before, window)) for call in calls])
     for call, (hidden, _), comparison in zip(calls, passes, comparisons, strict=True):
         # An artifact may have the head's values for the last tokens only.
-        if rows := max(len(call.shown.values.get(site, ())) for site in ("lm_head", "logits")):
+        if rows := max(len(call.observed.values.get(site, ())) for site in ("lm_head", "logits")):
             model.look = comparison.look
             model.logits(hidden[:, -rows:])
     return [error for comparison in comparisons for error in comparison.errors()]
 
 
 def _fitted(state: State, window: int) -> State:
-    """A state whose caches hold `window` keys: without the oldest ones, or zeros before them."""
+    """Cuts caches to the last `window` keys, or puts zeros before them."""
 
     def resized(cache: np.ndarray) -> np.ndarray:
         missing = max(0, window - cache.shape[1])
@@ -145,66 +126,68 @@ def _fitted(state: State, window: int) -> State:
     }
 
 
-class _Comparison:
-    """Compares while the reference runs; keeps three sums for each channel of each site."""
+class _CallComparison:
+    """Compares one call while the reference runs; keeps three sums for each channel of a site."""
 
-    def __init__(self, call: Call, manifest: Manifest, window: int):
-        self._call, self._manifest = call, manifest
-        self._found = replace(call.shown, state=_fitted(call.shown.state, window))
+    def __init__(self, call: ObservedCall, manifest: Manifest, window: int):
+        self._call, self._manifest, self._observed = call, manifest, call.observed
+        self._states = _fitted(call.observed.state, window)
         self._sums: dict[tuple[str, str, str | None], list[np.ndarray]] = {}
         self._noise: dict[str, np.ndarray] = {}
 
     def look(
         self, site: str, op: str, arguments: Arguments, results: tuple[np.ndarray, ...]
     ) -> np.ndarray | None:
-        """Compares an op's results; returns what the following ops take."""
+        """Compares an op's results; returns the artifact's value for the following ops."""
         value, *states = results
         if op == "rg_lru_scan":
             _, _, recurrence_gate, a_param, *_ = arguments
             self._noise[site] = scan_noise(recurrence_gate, a_param)
-        other = self._value(site, op, value)
+        replacement = self._compare_value(site, op, value)
         for kind, state in zip(_STATES.get(op, ()), states, strict=True):
             name = f"layers.{layer_of(site)}.{kind}"
             norms = np.linalg.norm(state, axis=-1, keepdims=True)
             norms[norms == 0] = 1
-            self._compare((site, op, name), state / norms, self._found.state[name] / norms)
-        return other
+            self._add((site, op, name), state / norms, self._states[name] / norms)
+        return replacement
 
     def errors(self) -> list[SiteError]:
-        """One for each site and state that was compared."""
         return [self._error(*key, np.concatenate(sums, 1)) for key, sums in self._sums.items()]
 
-    def _value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
-        """Compares the op's value [1, T, n]; returns what is passed on instead of it."""
+    def _compare_value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
+        """Compares the op's value [1, T, n]; returns its replacement."""
         key = site, op, None
-        if site in self._found.gates:
-            self._compare(key, _sigmoid(value), self._found.gates[site])
-        if site not in self._found.values:
+        if site in self._observed.gates:
+            self._add(key, _sigmoid(value), self._observed.gates[site])
+        if site not in self._observed.values:
             return None
         # The head's values come in slabs, and may be those of the last tokens only.
-        start = sum(part.shape[1] for part in self._sums.get(key, ()))
-        other = self._found.values[site][:, start : start + value.shape[2]]
-        rows = value[0, -len(other) :]
-        self._compare(key, rows, other)
-        passed_on = value.copy()
+        start = sum(sums.shape[1] for sums in self._sums.get(key, ()))
+        values = self._observed.values[site][:, start : start + value.shape[2]]
+        rows = value[0, -len(values) :]
+        self._add(key, rows, values)
+        replacement = value.copy()
         # Values that are not finite count here but are not passed on: all that follows would fail.
-        passed_on[0, -len(other) :] = np.where(np.isfinite(other), other, rows)
-        return passed_on
+        replacement[0, -len(values) :] = np.where(np.isfinite(values), values, rows)
+        return replacement
 
-    def _compare(
+    def _add(
         self, key: tuple[str, str, str | None], expected: np.ndarray, value: np.ndarray
     ) -> None:
-        ref, other = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
+        ref, ours = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
         with np.errstate(invalid="ignore", over="ignore"):
-            delta = other - ref
+            delta = ours - ref
             squares = np.stack([(delta**2).sum(0), (ref**2).sum(0), (ref * delta).sum(0)])
         self._sums.setdefault(key, []).append(squares)
 
     def _error(self, site: str, op: str, state: str | None, squares: np.ndarray) -> SiteError:
         delta, norm, along = squares
-        noise = self._noise.get(site, np.zeros(len(norm)))
+        call, noise = self._call, self._noise.get(site, np.zeros(len(norm)))
         steady = ~(noise > np.median(noise))  # all channels where there is no noise, or a NaN
-        limit = self._limit(site, op, state)
+        if state is None:
+            limit = site_limit(self._manifest, op, site, call.start + len(call.tokens))
+        else:
+            limit = state_limit(self._manifest, state)
         limit = limit.plus(_ratio(noise**2 * norm, norm), float(np.median(noise[steady])))
         with np.errstate(invalid="ignore"):
             rms = _ratio(delta, norm)
@@ -217,9 +200,9 @@ class _Comparison:
             op=op,
             layer=layer_of(site),
             state=state,
-            length=len(self._call.tokens),
-            from_start=self._call.start == 0,
-            portable=self._call.portable,
+            length=len(call.tokens),
+            from_start=call.start == 0,
+            portable=call.portable,
             rms=rms,
             median=median,
             limit_rms=limit.rms,
@@ -227,11 +210,6 @@ class _Comparison:
             gain=gain,
             excess=excess if np.isfinite(rms + median) else float("inf"),
         )
-
-    def _limit(self, site: str, op: str, state: str | None) -> SiteLimit:
-        if state is not None:
-            return state_limit(self._manifest, state)
-        return site_limit(self._manifest, op, site, self._call.start + len(self._call.tokens))
 
 
 def layer_of(site: str) -> int | None:

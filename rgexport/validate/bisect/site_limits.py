@@ -1,9 +1,8 @@
 """How far one op of an artifact may be from the reference's, given the same inputs.
 
 Only one op's arithmetic lies between the two, so the limits are near to its rounding, and the same
-in every layer. Two numbers are limited: the rms over all values, and the median over the channels
-of each channel's own. The median shows a fault of every channel where a few ill-conditioned ones
-make the rms large. See `site_errors.SiteError`.
+in every layer. The median over the channels, which is limited beside the rms over all values, shows
+a fault of every channel where a few ill-conditioned ones make the rms large.
 """
 
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from rgexport.validate.formats.expected import expected_of
 
 @dataclass(frozen=True)
 class SiteLimit:
-    """Limits of ‖Δ‖/‖reference‖: over all values, and the median of the channels' own."""
+    """Limits of ‖Δ‖/‖reference‖: over all values, and the median over the channels."""
 
     rms: float
     median: float
 
     def plus(self, rms: float, median: float) -> "SiteLimit":
-        """Wider limits."""
         return SiteLimit(self.rms + rms, self.median + median)
 
 
@@ -41,7 +39,7 @@ FLOAT32_SUMS = SiteLimit(5e-5, 5e-5)
 """All other ops.
 
 A sum of K products in another order differs by some √K · 2⁻²⁴ of their norm: 5e-6 at K = 7680. Ten
-times that leaves room for sums that cancel to a tenth of their terms. A float16 in between costs
+times that allows for sums that cancel to a tenth of their terms. A float16 in between costs
 2⁻¹¹ / √3 = 2.8e-4 of each value at least once, in all channels.
 
 Sums of two and products with the embedding's scale are the same on both sides, up to the last bit.
@@ -58,9 +56,8 @@ The scan itself is no worse than the roundings of its tokens, 2⁻²⁴ · √32
 ROUNDED = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1}
 """What an op rounds its values to → what that adds to both limits.
 
-float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean. The result is rounded, and so
-are the op's intermediate values; and where an engine passes on the value before the rounding, an
-input is not the one that it shows. Ten times the mean.
+float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean; ten times that, since an op's
+intermediate values are rounded too, and an engine may pass on the value before the rounding.
 
 bfloat16: eight times as much, at a linear's inputs.
 
@@ -101,33 +98,29 @@ A rotation by another angle moves a pair by as much of its length; at position 4
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
-    """The limit of the value of an op of `griffin.ops`; `position` is that of the last token.
+    """The limit of an op of `griffin.ops`; `position` is the last token's.
 
-    It follows from what the manifest promises, not from the dtype of a value: a gate in float16 is
-    a fault.
+    It follows from the manifest, not from the dtype of a value: a gate in float16 is a fault.
     """
-    expected, more = expected_of(manifest.kind), 0.0
+    expected, rounding = expected_of(manifest.kind), 0.0
     if op == "linear":
         tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
-        more += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
+        rounding += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
     if manifest.compute == "fp16":
-        more += HALF.get(op, ROUNDED["float16"])
+        rounding += HALF.get(op, ROUNDED["float16"])
     if op == "rope":
-        more += position * ANGLE
+        rounding += position * ANGLE
     if op == "local_attention" and expected.attends_in_half(manifest):
-        more += HALF_ATTENTION + expected.half_sums(manifest)
-    return FLOAT32.get(op, FLOAT32_SUMS).plus(more, more)
+        rounding += HALF_ATTENTION + expected.half_sums(manifest)
+    return FLOAT32.get(op, FLOAT32_SUMS).plus(rounding, rounding)
 
 
 def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
-    """What the last bit of exp adds to the limit of each channel of the RG-LRU, [R].
+    """Returns the width that exp's last bit adds to the limit of each channel of the RG-LRU, [R].
 
     Two libraries' exp(2 log a) differ by a unit of 2⁻²⁴, and the root of 1 - a² by half as much of
-    1 - a²: by 1.5e-5 of it for a channel with 1 - a = 1e-3, 0.15 % at 1e-5.
-
-    Args:
-        recurrence_gate: its pre-activations [1, T, R].
-        a_param: [R].
+    1 - a²: by 1.5e-5 of it for a channel with 1 - a = 1e-3, 0.15 % at 1e-5. `recurrence_gate`
+    [1, T, R] are pre-activations, `a_param` is [R].
     """
     gate, param = (x.astype(np.float64) for x in (recurrence_gate[0], a_param))
     square = np.exp(2 * RG_LRU_C / (1 + np.exp(-gate)) * np.logaddexp(0, param))
@@ -143,5 +136,5 @@ def state_limit(manifest: Manifest, state: str) -> SiteLimit:
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
     half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)
-    more = ROUNDED["float16" if half else "float32"]
-    return FLOAT32_SUMS.plus(more, more)
+    rounding = ROUNDED["float16" if half else "float32"]
+    return FLOAT32_SUMS.plus(rounding, rounding)

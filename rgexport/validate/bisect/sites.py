@@ -12,7 +12,7 @@ from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State
 from rgexport.runtimes.engine import Observer, engine_of, open_observer
 from rgexport.runtimes.memory import give_back
-from rgexport.validate.bisect.site_errors import Call, SiteError, site_errors
+from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, site_errors
 from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers
 
@@ -24,12 +24,10 @@ _FADING = 2 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """All sites of an artifact.
+    """The errors of all sites, call by call in the order of computation.
 
-    Attributes:
-        errors: of one call after the other, in the order of computation.
-        first: the first one beyond its limit.
-        unseen: sites that the engine does not show, because it computes them within others.
+    `first` is the first one beyond its limit; `unseen` are sites that the engine does not show,
+    because it computes them within others.
     """
 
     errors: list[SiteError]
@@ -38,21 +36,19 @@ class SiteReport:
 
     @property
     def beyond(self) -> list[SiteError]:
-        """Those beyond their limits, in the order of computation."""
         return [error for error in self.errors if not error.passed]
 
     def worst(self, count: int) -> list[SiteError]:
-        """The largest ones in units of their limits."""
+        """The largest errors in units of their limits."""
         return sorted(self.errors, key=lambda error: -error.excess)[:count]
 
 
 def site_report(errors: Sequence[SiteError], unseen: Sequence[str] = ()) -> SiteReport:
-    """The report on errors that are in the order of `SiteReport.errors`."""
     first = next((error for error in errors if not error.passed), None)
     return SiteReport(errors=list(errors), first=first, unseen=list(unseen))
 
 
-def look_at_sites(
+def compare_sites(
     artifact: Artifact, config: GriffinConfig, state: State, tokens: np.ndarray
 ) -> SiteReport:
     """Compares all ops in the artifact's own engine, in each of the engine's programs.
@@ -61,13 +57,13 @@ def look_at_sites(
 
     Args:
         artifact: it and its weights.
-        config: what it should compute: the original's, or its own where no original is known.
-        state: the canonical state of batch 1 to start from, one that the artifact has come to; and
-            from position 0, which must ignore the state of the recurrence.
-        tokens: [T], of which the last ones are taken, and repeated where they are too few.
+        config: the original's, or its own where no original is known.
+        state: the artifact's canonical state of batch 1. The ops start from it, and from position
+            0, which must ignore the state of the recurrence.
+        tokens: [T]; the last ones are taken, and repeated if they are too few.
 
     Raises:
-        RequestError: something is missing that looking into the model takes.
+        RequestError: a package that observing takes is missing.
     """
     recurrent = {name: array for name, array in state.items() if name.endswith(".rg_lru")}
     starts = with_large_state(state), zeros_of(state) | recurrent
@@ -79,18 +75,22 @@ def look_at_sites(
     with watched_layers("Per-op check", artifact.weights) as weights:
         model = NumpyReference(config, weights)
         errors = site_errors(model, artifact.manifest, calls)
-    seen = {site for call in calls for site in (*call.shown.values, *call.shown.gates)}
+    seen = {site for call in calls for site in (*call.observed.values, *call.observed.gates)}
     return site_report(errors, [site for site in sites(config) if site not in seen])
 
 
 def _observe(
     open_one: Callable[[], Observer], starts: Sequence[State], tokens: np.ndarray
-) -> list[Call]:
-    """The values at the sites from each start, in calls of each length; the engine is gone then."""
+) -> list[ObservedCall]:
+    """Observes calls of each length from each start; closes the engine."""
     give_back()
     observer = open_one()
     texts = [np.resize(tokens, max(n, len(tokens)))[-n:] for n in observer.lengths]
-    return [Call(text, state, observer.observe(text, state)) for state in starts for text in texts]
+    return [
+        ObservedCall(text, state, observer.observe(text, state))
+        for state in starts
+        for text in texts
+    ]
 
 
 def with_large_state(state: State) -> State:

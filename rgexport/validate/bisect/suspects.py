@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rgexport.griffin.layout import site_of
 from rgexport.validate.bisect.site_errors import SiteError, layer_of
@@ -26,67 +27,56 @@ The other fields are shapes: models in which they differ cannot be compared.
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """A place that something points to; `layer` is None where it is in none or in many."""
+    """A site that evidence points to; `layer` is None where it is in none or in many."""
 
     layer: int | None
     site: str
     evidence: str
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """One thing that points to a site; `strength` is in units of a limit."""
+class _Evidence(NamedTuple):
+    """One finding about a site; `strength` is in units of a limit."""
 
     site: str
-    evidence: str
+    text: str
     strength: float
 
 
 def find_suspects(
     report: SiteReport | None, failed: Sequence[Check], config_differences: Sequence[str]
 ) -> list[Suspect]:
-    """What may explain that an artifact is not what it should be.
+    """Names the sites that may explain why an artifact differs, the strongest first.
 
-    Args:
-        report: the sites, where they could be looked at.
-        failed: checks of weights that did not pass.
-        config_differences: as `source.config_differences` gives them.
-
-    Returns:
-        The strongest first: what several findings point to, then by how far they are beyond
-        their limits. Empty if nothing is beyond one and the configurations agree.
+    They are ranked by the number of findings, then by how far these are beyond their limits.
+    `failed` are checks of weights, `config_differences` those of `source.config_differences`.
     """
     beyond = [] if report is None else report.beyond
-    by_site: dict[str, list[_Finding]] = defaultdict(list)
-    for finding in (
+    by_site: dict[str, list[_Evidence]] = defaultdict(list)
+    for one in (
         *_from_sites(beyond),
         *_from_weights(failed),
         *_from_config(config_differences, beyond),
     ):
-        by_site[finding.site].append(finding)
-    ranked = sorted(by_site.values(), key=_weight, reverse=True)
+        by_site[one.site].append(one)
+    ranked = sorted(
+        by_site.items(),
+        key=lambda item: (len(item[1]), max(one.strength for one in item[1])),
+        reverse=True,
+    )
     return [
-        Suspect(
-            layer=layer_of(found[0].site),
-            site=found[0].site,
-            evidence="; ".join(finding.evidence for finding in found),
-        )
-        for found in ranked
+        Suspect(layer=layer_of(site), site=site, evidence="; ".join(one.text for one in evidence))
+        for site, evidence in ranked
     ]
 
 
-def _weight(found: list[_Finding]) -> tuple[int, float]:
-    return len(found), max(finding.strength for finding in found)
-
-
-def _from_sites(beyond: Sequence[SiteError]) -> Iterator[_Finding]:
+def _from_sites(beyond: Sequence[SiteError]) -> Iterator[_Evidence]:
     """The first error of each layer, and of each site outside the layers."""
     seen: set[int | str] = set()
     for error in beyond:
-        place = error.site if error.layer is None else error.layer
-        if place not in seen:
-            seen.add(place)
-            yield _Finding(error.site, site_evidence(error), error.excess)
+        key = error.site if error.layer is None else error.layer
+        if key not in seen:
+            seen.add(key)
+            yield _Evidence(error.site, site_evidence(error), error.excess)
 
 
 def site_evidence(error: SiteError) -> str:
@@ -101,18 +91,18 @@ def site_evidence(error: SiteError) -> str:
     return f"{what}{largest}, {error.excess:.3g} times its limit ({error.call})"
 
 
-def _from_weights(failed: Sequence[Check]) -> Iterator[_Finding]:
+def _from_weights(failed: Sequence[Check]) -> Iterator[_Evidence]:
     for check in failed:
         tensor, _, measure = check.name.partition(".")[2].rpartition(".")
-        evidence = f"{tensor} has {measure} {check.value:.3g}, limit {check.limit:.3g}"
-        yield _Finding(site_of(tensor), evidence, check.excess)
+        text = f"{tensor} has {measure} {check.value:.3g}, limit {check.limit:.3g}"
+        yield _Evidence(site_of(tensor), text, check.excess)
 
 
-def _from_config(differences: Sequence[str], beyond: Sequence[SiteError]) -> Iterator[_Finding]:
+def _from_config(differences: Sequence[str], beyond: Sequence[SiteError]) -> Iterator[_Evidence]:
     """For each field, its sites that are beyond their limits; their common names if none is."""
     sites = dict.fromkeys(error.site for error in beyond)
     for difference in differences:
         for kind in CONFIG_SITES.get(difference.partition(":")[0], ()):
             named = [site for site in sites if f".{site}".endswith(f".{kind}")]
             for site in named or [kind]:
-                yield _Finding(site, f"the configurations differ in {difference}", 1.0)
+                yield _Evidence(site, f"the configurations differ in {difference}", 1.0)

@@ -1,1 +1,1 @@
-"""What the formats' engines may differ by."""
+"""Each format's tolerances, structure and metadata."""

@@ -1,56 +1,73 @@
-"""What is expected of a format's artifacts, and the defaults for a format with nothing special."""
+"""The tolerances of a format, and how its graphs are read and made again."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.errors import one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
+from rgexport.griffin.config import GriffinConfig
+from rgexport.quantize.scheme import Plan, scheme_to_dict
 from rgexport.validate.identity.items import IdentityItem
-from rgexport.validate.identity.text import Items, folder_items
-from rgexport.validate.identity.written_files import written_files
-from rgexport.validate.structure.format import Structure
+from rgexport.validate.identity.text import Items, folder_items, written_files
+from rgexport.validate.structure.elements import Element
 from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
+
+if TYPE_CHECKING:
+    from rgexport.export.program import StepProgram
 
 TOKENS, STEPS = 32, 4
 """Tokens that a self-check takes, and how many of them one by one."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A prefill of `chunk` tokens, of whose last `rows` logits are wanted, and `steps` more."""
+class Schedule(NamedTuple):
+    """A prefill of `chunk` tokens that compares the last `rows`, and `steps` single tokens."""
 
     chunk: int
     rows: int
     steps: int
 
-    @property
-    def tokens(self) -> int:
-        """All tokens that are taken."""
-        return self.chunk + self.steps
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that an exporter makes a graph of, except the weights' values.
+
+    `plan` is in the order in which tensors are stored; `options` are those that change a graph.
+    """
+
+    kind: str
+    config: GriffinConfig
+    plan: Plan
+    options: dict[str, Any]
 
     @property
-    def positions(self) -> int:
-        """The last positions, whose logits are compared."""
-        return self.rows + self.steps
+    def key(self) -> str:
+        """SHA-256 of all fields, without the algorithms that chose the weights' levels."""
+        plan = [(name, _layout(scheme_to_dict(scheme))) for name, scheme in self.plan.items()]
+        fields = self.kind, self.config.to_dict(), plan, self.options
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 class Expected:
-    """A format whose engine computes in the dtype of its activations."""
+    """A format whose engine computes in the dtype of its activations; graphs are not compared."""
 
     has_exact = False
     """Whether the format can be exported with `--exact` and without."""
-    structure: Structure | None = None
-    """How its structure is read and made again; None where nothing can be compared."""
+    extra = "export"
+    """The extra that `lower` needs."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """How far an artifact may be from its dequantized reference."""
         return DEQUANTIZED[manifest.compute, manifest.rounds_activations]
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        """What a linear with this weight rounds its inputs to, a key of `site_limits.ROUNDED`."""
+        """The dtype, a key of `site_limits.ROUNDED`, of the inputs of a linear with this weight."""
         return "float32"
 
     def attends_in_half(self, manifest: Manifest) -> bool:
@@ -66,14 +83,62 @@ class Expected:
         return folder_items(artifact.path, artifact.manifest.config.vocab_size, tokenizer)
 
     def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
-        """Compares what rgexport writes beside the model, see `identity.written_files`."""
+        """Compares what rgexport writes beside the model."""
         return written_files(artifact)
 
     def schedule(self, manifest: Manifest) -> Schedule:
-        """Which tokens a self-check takes: few, but through both of an engine's programs."""
+        """The tokens of a self-check: few, but through both of an engine's programs."""
         return Schedule(TOKENS - STEPS, TOKENS - STEPS, STEPS)
+
+    def recipe(self, manifest: Manifest) -> Recipe | None:
+        """The recipe of an artifact's graph; None if graphs of this format are not compared."""
+        return None
+
+    def writers(self, artifact: Artifact) -> set[str]:
+        """Programs and versions that its manifest and graph name, such as `rgexport 0.1.0`."""
+        return {version_text(artifact.manifest.created_with)}
+
+    def read(self, artifact: Artifact) -> Iterator[Element]:
+        """Reads the structure of an artifact; raises RequestError if a file cannot be read."""
+        raise NotImplementedError
+
+    def lower(self, recipe: Recipe) -> Iterator[Element]:
+        """Makes the structure that this version writes.
+
+        Raises:
+            ModuleNotFoundError: the extra is missing.
+            RequestError: it writes none for that recipe.
+        """
+        raise NotImplementedError
+
+    def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
+        """The recipes of a model's named precisions, with default options, for fingerprints.
+
+        `gates` are the matrices that the checkpoint has in bfloat16. Raises ModuleNotFoundError if
+        the extra is missing.
+        """
+        yield from ()
 
 
 def expected_of(kind: str) -> Expected:
-    """What is expected of artifacts of a kind."""
     return cast(Expected, format_on("validate", kind))
+
+
+def version_text(created_with: Mapping[str, str | int]) -> str:
+    """The version of rgexport that a manifest or an environment names."""
+    return one_line(f"rgexport {created_with.get('rgexport', 'of no version')}")
+
+
+@lru_cache(maxsize=2)
+def traced(config: GriffinConfig, activation: str) -> "StepProgram":
+    """Traces a model, for all its precisions; raises ModuleNotFoundError without torch."""
+    from rgexport.export.trace import trace
+
+    return trace(config, activation)
+
+
+def _layout(fields: Any) -> Any:
+    """A scheme's fields without its algorithm."""
+    if isinstance(fields, dict):
+        return {key: _layout(value) for key, value in fields.items() if key != "algorithm"}
+    return [_layout(value) for value in fields] if isinstance(fields, list) else fields

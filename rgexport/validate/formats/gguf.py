@@ -1,17 +1,29 @@
-"""What is expected of GGUF files in llama.cpp."""
+"""Limits of GGUF files in llama.cpp, and the metadata that makes its graph and its tokenizer.
 
-from collections.abc import Iterator
+Types and offsets of tensors need no comparison: the plan is read from the types, and the reader of
+the header refuses tensors that do not follow each other.
+"""
 
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from rgexport.chat.artifact_text import open_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.architecture import architecture
 from rgexport.export.gguf.artifact import GgufArtifact
+from rgexport.export.gguf.naming import ARCHITECTURE, file_tensors
+from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
+from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
 from rgexport.quantize.scheme import Ggml
-from rgexport.validate.formats.expected import Expected
-from rgexport.validate.identity.gguf_keys import gguf_items, gguf_keys
-from rgexport.validate.identity.items import IdentityItem
-from rgexport.validate.identity.text import Items
-from rgexport.validate.structure.gguf import GgufStructure
+from rgexport.validate.formats.expected import Expected, Recipe
+from rgexport.validate.identity.items import IdentityItem, compared
+from rgexport.validate.identity.text import NO_MEANING, Items, meaning
+from rgexport.validate.structure.elements import Element, shortened
 from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
 _BFLOAT16 = Tolerance(
@@ -46,20 +58,22 @@ Each addition is off by 2⁻¹² / √3 of the sum so far, and where values canc
 sums are larger than the result. That makes 2.3e-3 and some for 256 keys, where 4e-3 was measured,
 and 6.5e-3 for 2048, where it was 2e-2.
 """
+_PREFIX = "tokenizer.ggml."
+_COLUMNS = tuple(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
+"""The lists of a vocabulary."""
+_MOST_NAMED, _MOST_SHOWN = 20, 80
+"""Keys that differ, and characters of one, that are shown."""
 
 
 class GgufExpected(Expected):
     """llama.cpp converts the inputs of a product to what the weight's type is multiplied with."""
 
-    structure = GgufStructure()
-
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """The largest of all types in the file."""
-        kinds = {scheme.type for scheme in manifest.plan.values() if isinstance(scheme, Ggml)}
-        return max((_TOLERANCES.get(kind, INT8) for kind in kinds), key=lambda found: found.logits)
+        types = {scheme.type for scheme in manifest.plan.values() if isinstance(scheme, Ggml)}
+        return max((_TOLERANCES.get(one, INT8) for one in types), key=lambda limit: limit.logits)
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        """See `Expected`."""
         scheme = manifest.plan[tensor]
         assert isinstance(scheme, Ggml)
         return _INPUTS.get(scheme.type, "int8")
@@ -68,19 +82,98 @@ class GgufExpected(Expected):
         """Keys and values are float16 where any weight is not float32."""
         return any(scheme != Ggml("f32") for scheme in manifest.plan.values())
 
+    def half_sums(self, manifest: Manifest) -> float:
+        return float(HALF_SUMS * manifest.config.window**0.5)
+
     def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
-        """See `Expected`: by the file's metadata."""
+        """The meaning of a file's metadata, since there are no files beside it."""
         assert isinstance(artifact, GgufArtifact)
-        return gguf_items(artifact, tokenizer)
+        vocabulary = _vocabulary(artifact.header.values)
+        if tokenizer is None or vocabulary is None:
+            return NO_MEANING
+        return meaning(tokenizer, vocabulary, vocabulary.control, open_template(artifact).source)
 
     def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
-        """See `Expected`: the keys that llama.cpp reads."""
-        assert isinstance(artifact, GgufArtifact)
-        return gguf_keys(artifact)
+        """Compares the tokenizer's keys with what rgexport writes.
 
-    def half_sums(self, manifest: Manifest) -> float:
-        """See `Expected`."""
-        return float(HALF_SUMS * manifest.config.window**0.5)
+        The vocabulary's lists are left out: they are compared with the original's.
+        """
+        from rgexport.export.gguf.metadata import tokenizer_values
+
+        assert isinstance(artifact, GgufArtifact)
+        values = artifact.header.values
+        pairs = tokenizer_values(_vocabulary(values), values.get("tokenizer.chat_template"))
+        expected = {pair.key: pair.value for pair in pairs}
+        ours = {k: _plain(value) for k, value in values.items() if k.startswith("tokenizer.")}
+        keys = [key for key in (*expected, *(ours.keys() - expected.keys())) if key not in _COLUMNS]
+        wrong = [key for key in keys if ours.get(key) != expected.get(key)]
+        for key in wrong[:_MOST_NAMED]:
+            yield IdentityItem(
+                name=key[:_MOST_SHOWN],
+                artifact=reprlib.repr(ours.get(key)),
+                expected=reprlib.repr(expected.get(key)),
+                outcome="differs",
+                reason="its own manifest means",
+            )
+        if not wrong:
+            count = f"{len(keys)} keys"
+            yield compared("metadata", count, count, "as its own manifest means")
+
+    def recipe(self, manifest: Manifest) -> Recipe:
+        """The configuration alone decides, whatever tool chose the types."""
+        return Recipe(manifest.kind, manifest.config, manifest.plan, {})
+
+    def read(self, artifact: Artifact) -> Iterator[Element]:
+        assert isinstance(artifact, GgufArtifact)
+        header, prefix = artifact.header, f"{ARCHITECTURE}."
+        keys = {key: value for key, value in header.values.items() if key.startswith(prefix)}
+        return _elements(keys, {name: tensor.shape for name, tensor in header.tensors.items()})
+
+    def lower(self, recipe: Recipe) -> Iterator[Element]:
+        tensors = {tensor.name: tensor.shape for tensor in file_tensors(recipe.config)}
+        return _elements(architecture(recipe.config), tensors)
+
+
+def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
+    """The vocabulary as the file has it; scores are NaN where they are missing."""
+    tokens, scores, types = (values.get(name) for name in _COLUMNS)
+    if tokens is None or types is None:
+        return None
+
+    def token(name: str) -> ControlToken | None:
+        index = values.get(f"{_PREFIX}{name}_token_id")
+        return ControlToken(index, "") if isinstance(index, int) else None
+
+    end_of_turn = token("eot")
+    control = ControlTokens(
+        bos=token("bos"),
+        eos=token("eos"),
+        unk=token("unknown"),
+        pad=token("padding"),
+        special={} if end_of_turn is None else {END_OF_TURN: end_of_turn.id},
+    )
+    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+        scores = np.full(len(tokens), np.nan)
+    return Vocabulary(
+        tokens=tokens,
+        scores=scores,
+        types=types,
+        control=control,
+        add_space_prefix=values.get(f"{_PREFIX}add_space_prefix") is True,
+    )
+
+
+def _elements(keys: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[Element]:
+    for key, value in sorted(keys.items()):
+        plain = _plain(value)
+        content = plain if isinstance(plain, float) else shortened(repr(plain))
+        yield Element(f"the key {key}", (f"{key}:", content))
+    for name, shape in tensors.items():
+        yield Element(f"the tensor {name}", (f"{name}:", repr(shape)))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 FORMAT = GgufExpected()

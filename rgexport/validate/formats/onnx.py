@@ -1,9 +1,22 @@
-"""What is expected of ONNX artifacts."""
+"""Limits of ONNX artifacts, and their structure: nodes, functions, initializers, stored weights."""
 
-from rgexport.export.manifest import Manifest
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import ACTIVATIONS, Manifest
+from rgexport.export.onnx.artifact import MODEL_FILE
+from rgexport.export.onnx.model_file import NUM_LOGITS, parse_model, read_graph
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.scheme import Affine, Mixed
-from rgexport.validate.formats.expected import Expected
-from rgexport.validate.structure.onnx import OnnxStructure
+from rgexport.validate.formats.expected import Expected, Recipe, traced
+from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
+
+_FLOAT32 = 1
+"""Its number in onnx.proto."""
 
 
 class OnnxExpected(Expected):
@@ -13,13 +26,95 @@ class OnnxExpected(Expected):
     """
 
     has_exact = True
-    structure = OnnxStructure()
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        """See `Expected`."""
         blocks = isinstance(manifest.plan[tensor], Affine | Mixed)
-        rounded = blocks and not manifest.exact
-        return "int8" if rounded else "float32"
+        return "int8" if blocks and not manifest.exact else "float32"
+
+    def recipe(self, manifest: Manifest) -> Recipe:
+        options = {name: getattr(manifest, name) for name in ("profile", "compute", "exact")}
+        return Recipe(manifest.kind, manifest.config, manifest.plan, options)
+
+    def writers(self, artifact: Artifact) -> set[str]:
+        model = parse_model(read_graph(artifact.file(MODEL_FILE)))
+        producer = model.producer_name + b" " + model.producer_version
+        return super().writers(artifact) | {producer.decode(errors="replace")}
+
+    def read(self, artifact: Artifact) -> Iterator[Element]:
+        yield from stored_elements(artifact.manifest.tensors)
+        yield from _graph(read_graph(artifact.file(MODEL_FILE)))
+
+    def lower(self, recipe: Recipe) -> Iterator[Element]:
+        import onnx_ir as ir
+
+        from rgexport.export.onnx.interface import with_interface
+        from rgexport.export.onnx.model import build_model
+        from rgexport.export.onnx.profiles import PROFILES
+        from rgexport.export.onnx.storage import Storage
+
+        config, options = recipe.config, recipe.options
+        profile = PROFILES[options["profile"]]
+        shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
+        tensors = Storage(recipe.plan, shapes, profile.files).tensors
+        program = with_interface(traced(config, ACTIVATIONS[options["compute"]]))
+        model = build_model(program, tensors, profile, exact=options["exact"])
+        yield from stored_elements(tensors)
+        yield from _graph(ir.to_proto(model).SerializeToString())
+
+    def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
+        """Yields all precisions of all profiles."""
+        from rgexport.export.onnx.options import OnnxOptions
+        from rgexport.export.onnx.profiles import PROFILES
+
+        for profile in PROFILES.values():
+            for precision in profile.precisions:
+                options = OnnxOptions(profile=profile.name, precision=precision)
+                plan = options.resolve_plan(config, gates)
+                exact = profile.is_exact(plan, options.exact)
+                changes = {"profile": profile.name, "compute": options.compute_word, "exact": exact}
+                yield Recipe("onnx", config, plan, changes)
 
 
+def _graph(data: bytes) -> Iterator[Element]:
+    model = parse_model(data)
+    values = (*model.graph.input, *model.graph.output)
+    return elements(model, _RULES, [NUM_LOGITS.encode(), *(value.name for value in values)])
+
+
+def _name(_: str, message: Any) -> str:
+    names = (message.name, *getattr(message, "output", ()), b"without a name")
+    return next(filter(None, names)).decode(errors="replace")
+
+
+def _unpack_floats(message: Any) -> None:
+    """Makes float32 values numbers, so that their last bits may differ."""
+    is_tensor = message.DESCRIPTOR.name == "Tensor" and message.data_type == _FLOAT32
+    if is_tensor and len(message.raw_data) % 4 == 0:
+        message.float_data.extend(np.frombuffer(message.raw_data, "<f4").tolist())
+        message.ClearField("raw_data")
+
+
+_RULES = Rules(
+    ignored=frozenset(
+        (
+            "doc_string metadata_props value_info denotation producer_name producer_version "
+            "model_version model.domain graph.name g.name node.name t.name tensors.name"
+        ).split()
+    ),
+    names=frozenset(
+        (
+            "node.input node.output function.input function.output initializer.name input.name "
+            "output.name"
+        ).split()
+    ),
+    elements={
+        "model.function": _name,
+        "function.node": _name,
+        "graph.node": _name,
+        "graph.initializer": lambda _, tensor: f"the initializer {_name('', tensor)}",
+        "graph.input": lambda _, value: f"the input {_name('', value)}",
+        "graph.output": lambda _, value: f"the output {_name('', value)}",
+    },
+    simplify=_unpack_floats,
+)
 FORMAT = OnnxExpected()

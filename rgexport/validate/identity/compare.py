@@ -1,144 +1,131 @@
 """Compares an artifact's configuration, adapter and text side with the original's, item by item."""
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.files.hashing import FileRecord, hash_new_files
+from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES
 from rgexport.validate.formats.expected import expected_of
-from rgexport.validate.identity.items import IdentityItem, compared, not_compared, one_each
+from rgexport.validate.identity.items import IdentityItem, compared, merge_items, not_compared
 from rgexport.validate.identity.text import (
     Items,
     TextIdentity,
     completed_copy,
-    file_words,
+    file_text,
     text_identity,
 )
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.source import Original, is_asked_for, unstated_fields
+from rgexport.validate.source import OriginalModel, is_asked_for, unstated_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model:
-    """What an artifact's identity is compared with.
+class _ModelIdentity:
+    """The identity of the original or of a reference file's model.
 
     Attributes:
         title: `the original` or `the reference file`.
-        config: what it computes.
-        unstated: fields of the configuration that it does not state.
-        adapter: the adapter that is merged into it, in words.
+        config: its configuration.
+        items: those that are known.
         text: its text side; None where it was not recorded.
     """
 
     title: str
     config: GriffinConfig
-    unstated: Collection[str]
-    adapter: str | None
+    items: Items
     text: TextIdentity | None
 
 
 def compare_identity(
     artifact: Artifact,
     tokenizer: Tokenizer | None,
-    original: Original | None,
+    original: OriginalModel | None,
     reference: ReferenceFile | None,
 ) -> tuple[IdentityItem, ...]:
-    """All items of an artifact, each with the worst outcome of its comparisons.
+    """Compares all items of an artifact; each has the worst outcome of its comparisons.
 
-    Args:
-        artifact: the artifact.
-        tokenizer: the artifact's; None where it takes token ids only.
-        original: the checkpoint to compare with, if it is known.
-        reference: the reference file to compare with, if there is one.
+    `tokenizer` is the artifact's. `original` and `reference` are compared with in the same way, as
+    far as they are known.
 
     Raises:
         RequestError: a tokenizer, settings or a chat template cannot be read.
     """
-    form, manifest = expected_of(artifact.manifest.kind), artifact.manifest
-    text = form.text_items(artifact, tokenizer)
-    items = list(form.written_items(artifact))
-    for model in _models(original, reference):
-        items += _config_items(manifest, model)
-        items += _adapter_items(manifest, model)
-        items += _text_items(artifact, text, model)
-    ours = {**{name: _shown(value) for name, value in vars(manifest.config).items()}, **text}
+    expected, manifest = expected_of(artifact.manifest.kind), artifact.manifest
+    text = expected.text_items(artifact, tokenizer)
+    adapter = _adapter_item({name: one.sha256 for name, one in manifest.source.files.items()})
+    ours = {**_config_items(manifest.config), **adapter, **text}
+    items = list(expected.written_items(artifact))
+    for model in _models(artifact, text, original, reference):
+        items += _compare(manifest, ours, model)
     items += [not_compared(name, value, "no original is known") for name, value in ours.items()]
-    return one_each(items)
+    none = ("adapter", None, None)
+    return merge_items(i for i in items if (i.name, i.artifact, i.expected) != none)
 
 
-def _models(original: Original | None, reference: ReferenceFile | None) -> Iterator[_Model]:
+def _models(
+    artifact: Artifact,
+    text: Items,
+    original: OriginalModel | None,
+    reference: ReferenceFile | None,
+) -> Iterator[_ModelIdentity]:
     if original is not None:
-        checkpoint = original.checkpoint
-        yield _Model(
-            title="the original",
-            config=original.stated,
-            unstated=unstated_fields(checkpoint.layout),
-            adapter=_adapter_words(_adapter_files(checkpoint.weight_files)),
-            text=text_identity(checkpoint),
-        )
+        checkpoint, side = original.checkpoint, text_identity(original.checkpoint)
+        config = _config_items(original.stated)
+        for name in unstated_fields(checkpoint.layout):
+            del config[name]
+        adapter = _adapter_item(_adapter_hashes(checkpoint.weight_files))
+        items = {**config, **adapter, **_expected_text(artifact, text, side)}
+        yield _ModelIdentity(title="the original", config=original.stated, items=items, text=side)
     if reference is not None:
         header = reference.header
-        yield _Model(
-            title="the reference file",
-            config=header.config,
-            unstated=(),
-            adapter=_adapter_words(header.files),
-            text=header.identity,
+        adapter = _adapter_item({name: one.sha256 for name, one in header.files.items()})
+        items = {**_config_items(header.config), **adapter}
+        if header.identity is not None:
+            items |= _expected_text(artifact, text, header.identity)
+        yield _ModelIdentity(
+            title="the reference file", config=header.config, items=items, text=header.identity
         )
 
 
-def _config_items(manifest: Manifest, model: _Model) -> Iterator[IdentityItem]:
-    for field in dataclasses.fields(manifest.config):
-        name = field.name
-        ours, theirs = getattr(manifest.config, name), getattr(model.config, name)
-        if name in model.unstated:
-            yield not_compared(name, _shown(ours), f"{model.title} does not state it")
-        else:
-            asked = is_asked_for(name, manifest, theirs)
-            yield compared(name, _shown(ours), _shown(theirs), f"{model.title} has", asked)
-
-
-def _shown(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _adapter_items(manifest: Manifest, model: _Model) -> Iterator[IdentityItem]:
-    """Nothing where neither has an adapter."""
-    ours = _adapter_words(manifest.source.files)
-    if ours or model.adapter:
-        yield compared("adapter", ours, model.adapter, f"{model.title} has", not model.adapter)
-
-
-def _adapter_files(files: Mapping[str, Any]) -> dict[str, FileRecord]:
-    paths = {name: files[name] for name in (WEIGHTS, CONFIG) if name in files}
-    hashes = hash_new_files(paths.values())
-    return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
-
-
-def _adapter_words(files: Mapping[str, FileRecord]) -> str | None:
-    hashes = [files[name].sha256[:16] for name in (WEIGHTS, CONFIG) if name in files]
-    return f"sha256 {', '.join(hashes)}" if hashes else None
-
-
-def _text_items(artifact: Artifact, text: Items, model: _Model) -> Iterator[IdentityItem]:
-    identity, version = model.text, artifact.manifest.created_with.get("rgexport")
-    expected = {} if identity is None else _expected_text(artifact, text, identity)
-    for name, value in text.items():
-        if identity is None or name not in expected:
+def _compare(manifest: Manifest, ours: Items, model: _ModelIdentity) -> Iterator[IdentityItem]:
+    for name, value in ours.items():
+        if name not in model.items:
             yield not_compared(name, value, f"{model.title} does not record it")
             continue
-        item = compared(name, value, expected[name], f"{model.title} has")
-        made_otherwise = name in identity.made and version != identity.version
-        if item.outcome == "differs" and made_otherwise:
+        theirs = model.items[name]
+        if name == "adapter":
+            asked_for = theirs is None
+        else:
+            stated = getattr(model.config, name, None)
+            asked_for = stated is not None and is_asked_for(name, manifest, stated)
+        item = compared(name, value, theirs, f"{model.title} has", asked_for)
+        text, version = model.text, manifest.created_with.get("rgexport")
+        converted = text is not None and name in text.made and version != text.version
+        if item.outcome == "differs" and converted:
             item = not_compared(name, value, "written by another version of rgexport")
         yield item
+
+
+def _config_items(config: GriffinConfig) -> dict[str, str | None]:
+    values = vars(config).items()
+    return {n: " ".join(v) if isinstance(v, tuple) else str(v) for n, v in values}
+
+
+def _adapter_hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    paths = {name: files[name] for name in (WEIGHTS, CONFIG) if name in files}
+    hashes = hash_new_files(paths.values())
+    return {name: hashes[path] for name, path in paths.items()}
+
+
+def _adapter_item(hashes: Mapping[str, str]) -> dict[str, str | None]:
+    """The adapter that is merged into a model, by its files' SHA-256."""
+    first = [hashes[name][:16] for name in (WEIGHTS, CONFIG) if name in hashes]
+    return {"adapter": f"sha256 {', '.join(first)}" if first else None}
 
 
 def _expected_text(artifact: Artifact, text: Items, identity: TextIdentity) -> Items:
@@ -151,5 +138,5 @@ def _expected_text(artifact: Artifact, text: Items, identity: TextIdentity) -> I
     if artifact.manifest.source.layout == identity.layout or path.name not in text:
         return identity.items
     with completed_copy([path] if path.is_file() else [], artifact.manifest.name) as (folder, _):
-        files = {name: file_words(folder / name) for name in TOKENIZER_FILES if name != path.name}
+        files = {name: file_text(folder / name) for name in TOKENIZER_FILES if name != path.name}
     return {**identity.items, **files}

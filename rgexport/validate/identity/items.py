@@ -15,7 +15,7 @@ _MOST_NAMED = 6
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityItem:
-    """One thing that identifies a model, in an artifact and in what it is compared with.
+    """One property that identifies a model, of an artifact and of what it is compared with.
 
     Attributes:
         name: such as `window`, `tokenizer.json` or `tokenization`.
@@ -34,20 +34,15 @@ class IdentityItem:
     @property
     def sentence(self) -> str:
         """Such as `window: 64, asked for at the export (the original has 128)`."""
-        asked = ", asked for at the export" if self.outcome == "asked for" else ""
-        return (
-            f"{self.name}: {_words(self.artifact)}{asked} ({self.reason} {_words(self.expected)})"
-        )
-
-
-def _words(value: str | None) -> str:
-    return "none" if value is None else value
+        ours, theirs = ("none" if one is None else one for one in (self.artifact, self.expected))
+        note = ", asked for at the export" if self.outcome == "asked for" else ""
+        return f"{self.name}: {ours}{note} ({self.reason} {theirs})"
 
 
 def compared(
     name: str, artifact: str | None, expected: str | None, reason: str, asked_for: bool = False
 ) -> IdentityItem:
-    """An item whose outcome follows from its two values."""
+    """Makes an item; its outcome follows from the two values."""
     outcome: IdentityOutcome = "asked for" if asked_for else "differs"
     return IdentityItem(
         name=name,
@@ -65,7 +60,7 @@ def not_compared(name: str, artifact: str | None, reason: str) -> IdentityItem:
     )
 
 
-def one_each(items: Iterable[IdentityItem]) -> tuple[IdentityItem, ...]:
+def merge_items(items: Iterable[IdentityItem]) -> tuple[IdentityItem, ...]:
     """Keeps one item of each name: the first of the highest rank."""
     chosen: dict[str, IdentityItem] = {}
     for item in items:
@@ -79,26 +74,26 @@ def identity_checks(items: Sequence[IdentityItem]) -> Iterator[Check]:
     """A check for each item that differs, or one that passes."""
     wrong = [item for item in items if item.outcome == "differs"]
     for item in wrong:
-        yield Check(
-            name=f"identity.{item.name}", value=1, limit=0, reason=item.sentence, kind="identity"
-        )
+        name = f"identity.{item.name}"
+        yield Check(name=name, value=1, limit=0, reason=item.sentence, kind="identity")
     if not wrong:
         yield Check(name="identity", value=0, limit=0, reason=summary(items))
 
 
 def summary(items: Sequence[IdentityItem]) -> str:
-    """What was asked for, differs, and could not be compared, in one line."""
-    by_outcome = {word: [item for item in items if item.outcome == word] for word in _RANK}
-    parts = [item.sentence for item in by_outcome["asked for"]]
+    """Names the items that were asked for, differ, or could not be compared, in one line."""
+    by_outcome = {rank: [item for item in items if item.outcome == rank] for rank in _RANK}
+    sentences = [item.sentence for item in by_outcome["asked for"]]
     if same := by_outcome["same"]:
-        parts.append(f"{len(same)} items as expected (configuration, tokenizer, settings, files)")
-    others: tuple[IdentityOutcome, ...] = ("differs", "not compared")
-    names = {word: [item.name for item in by_outcome[word]] for word in others}
-    parts += [f"{word}: {first_names(named)}" for word, named in names.items() if named]
-    return "; ".join(parts)
+        count = f"{len(same)} items as expected"
+        sentences.append(f"{count} (configuration, tokenizer, settings, files)")
+    named: tuple[IdentityOutcome, ...] = ("differs", "not compared")
+    names = {outcome: [item.name for item in by_outcome[outcome]] for outcome in named}
+    sentences += [f"{outcome}: {first_names(some)}" for outcome, some in names.items() if some]
+    return "; ".join(sentences)
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    """The first of some names, and how many follow."""
+    rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + rest

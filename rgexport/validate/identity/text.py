@@ -1,4 +1,4 @@
-"""What identifies the text side of a model: its tokenizer, chat template and settings.
+"""The text side of a model's identity: its tokenizer, chat template and settings.
 
 Each is an item, a short text by its name. Items of a checkpoint are those of the folder that an
 export makes of its files, so that they can be compared with an artifact's one by one.
@@ -17,7 +17,10 @@ from rgexport._version import __version__
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact, files_of
+from rgexport.export.format import folder_format
 from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.manifest import CARD
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
@@ -31,7 +34,9 @@ from rgexport.griffin.tokenizer_files import (
     find_tokenizer_files,
     has_tokenizer,
 )
+from rgexport.kernels.onnx.library import LIBRARY
 from rgexport.progress import without_warnings
+from rgexport.validate.identity.items import IdentityItem, compared, first_names, not_compared
 
 Items = Mapping[str, str | None]
 """Name → value in words; None where there is none."""
@@ -60,13 +65,10 @@ _MOST_SHOWN = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TextIdentity:
-    """The text side of a checkpoint, as an export would write it.
+    """The text side of a checkpoint of a `layout`, as an export would write it.
 
-    Attributes:
-        layout: the checkpoint's.
-        version: of the rgexport that made the files.
-        made: the files that it converted or completed; the others are copies.
-        items: see `folder_items`.
+    `made` are the files that rgexport `version` converted or completed; the others are copies. The
+    items are those of `folder_items`.
     """
 
     layout: str
@@ -76,12 +78,8 @@ class TextIdentity:
 
 
 def text_identity(checkpoint: Checkpoint) -> TextIdentity:
-    """The text side of a checkpoint.
-
-    Raises:
-        RequestError: its tokenizer, its settings or its chat template cannot be read.
-    """
-    before = {path.name: file_words(path) for path in checkpoint.tokenizer_files}
+    """Reads the text side of a checkpoint; raises RequestError if a file cannot be read."""
+    before = {path.name: file_text(path) for path in checkpoint.tokenizer_files}
     with completed_copy(checkpoint.tokenizer_files, checkpoint.name) as (folder, _):
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         items = folder_items(folder, checkpoint.config.vocab_size, tokenizer)
@@ -91,37 +89,65 @@ def text_identity(checkpoint: Checkpoint) -> TextIdentity:
 
 @contextmanager
 def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, ControlIds]]:
-    """Copies a tokenizer's files and completes them as an export does; gives folder and ids.
+    """Copies a tokenizer's files and completes them as an export does; yields folder and ids.
 
     Raises:
         RequestError: a file is too large, or no file, or the settings cannot be read.
     """
-    with TemporaryDirectory() as made, without_warnings():
-        folder = Path(made)
-        paths = list(files)
+    with TemporaryDirectory() as temporary, without_warnings():
+        folder, paths = Path(temporary), list(files)
         for path in paths:
             (folder / path.name).write_bytes(read_regular(path, MAX_BYTES))
         try:
             ids = complete_tokenizer(folder, name)
         except RequestError as error:  # names a file of the copy
-            raise RequestError(str(error).replace(made, str(paths[0].parent))) from None
+            raise RequestError(str(error).replace(temporary, str(paths[0].parent))) from None
         yield folder, ids
+
+
+def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
+    """Compares the files beside a model with those that this version writes.
+
+    They follow from the manifest and the artifact's own tokenizer. Copies of the checkpoint's files
+    are left out: they are compared with the original's. Files that rgexport does not write are one
+    item, which names them.
+
+    Raises:
+        RequestError: a file is too large, or the tokenizer's settings cannot be read.
+    """
+    manifest, folder = artifact.manifest, artifact.path
+    form, names = folder_format(manifest.kind), files_of(folder)
+    assert form is not None, "artifacts of other formats are no folders"
+    with completed_copy(find_tokenizer_files(folder), manifest.name) as (copy, ids):
+        form.write_program_files(copy, manifest, ids, names)
+        written = {name: _file_pair(folder / name, copy / name) for name in sorted(files_of(copy))}
+    version = manifest.created_with.get("rgexport", "of an unknown version")
+    for name, pair in written.items():
+        item = compared(name, *pair, "rgexport writes")
+        if item.outcome == "differs" and version != __version__:
+            item = not_compared(name, item.artifact, f"written by rgexport {version[:40]}")
+        if item.outcome != "same" or name not in TOKENIZER_FILES:
+            yield item
+    stored = (part for tensor in manifest.tensors.values() for part in tensor.parts.values())
+    model = {part.file.partition("/")[0] for part in stored} | {*form.entries}
+    known = {CARD, *TOKENIZER_FILES, *written}
+    if LIBRARY.name in names and file_text(folder / LIBRARY.name) == file_text(LIBRARY):
+        known.add(LIBRARY.name)
+    if foreign := sorted(n for n in names - known if n.partition("/")[0] not in model):
+        yield not_compared("foreign files", first_names(foreign), "rgexport does not write them")
 
 
 def folder_items(
     folder: Path, vocab_size: int, tokenizer: Tokenizer | None
 ) -> dict[str, str | None]:
-    """The items of a folder: each of the tokenizer's files, and what they mean (`meaning`).
+    """The items of a folder: each of the tokenizer's files, and their `meaning`.
 
-    Args:
-        folder: an artifact's, or one like it.
-        vocab_size: rows of the embedding.
-        tokenizer: as rgexport reads it; None where the folder has none.
+    `vocab_size` counts the rows of the embedding; `tokenizer` is the folder's.
 
     Raises:
         RequestError: a file cannot be read.
     """
-    items = {name: file_words(folder / name) for name in TOKENIZER_FILES}
+    items = {name: file_text(folder / name) for name in TOKENIZER_FILES}
     if tokenizer is None:
         return items | NO_MEANING
     vocabulary = None
@@ -134,7 +160,7 @@ def folder_items(
 def meaning(
     tokenizer: Tokenizer, vocabulary: Vocabulary | None, control: ControlTokens, template: str
 ) -> dict[str, str | None]:
-    """The items that do not depend on a format.
+    """The items that formats share.
 
     `vocabulary` covers pieces, scores, types and the space in front; `tokenization` the ids of the
     built-in text and of hard cases.
@@ -146,19 +172,21 @@ def meaning(
         control.unk,
         control.pad,
     )
-    ids = [None if token is None else str(token.id) for token in tokens]
+    control_ids = [None if token is None else str(token.id) for token in tokens]
+    texts = built_in_text(), *_HARD_TEXTS
+    ids = [tokenizer.encode_markup(texts[0]), *map(tokenizer.encode_text, texts)]
     return {
-        "vocabulary": None if vocabulary is None else _vocabulary_words(vocabulary),
-        "tokenization": _tokenization_words(tokenizer),
-        "chat_template": _counted(template, "characters", template),
-        **dict(zip(_CONTROL, ids, strict=True)),
+        "vocabulary": None if vocabulary is None else _vocabulary_text(vocabulary),
+        "tokenization": _counted(sum(map(len, ids)), "tokens", json.dumps(ids)),
+        "chat_template": _counted(len(template), "characters", template),
+        **dict(zip(_CONTROL, control_ids, strict=True)),
     }
 
 
-def _vocabulary_words(vocabulary: Vocabulary) -> str:
+def _vocabulary_text(vocabulary: Vocabulary) -> str:
     columns = vocabulary.tokens, vocabulary.types.tolist(), _merge_ranks(vocabulary)
     content = json.dumps([*columns, vocabulary.add_space_prefix])
-    return _counted(vocabulary.tokens, "pieces", content)
+    return _counted(len(vocabulary.tokens), "pieces", content)
 
 
 def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
@@ -180,20 +208,14 @@ def _is_merged(piece: str, known: set[str]) -> bool:
     return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
 
 
-def _tokenization_words(tokenizer: Tokenizer) -> str:
-    texts = built_in_text(), *_HARD_TEXTS
-    ids = [tokenizer.encode_markup(texts[0]), *map(tokenizer.encode_text, texts)]
-    return _counted([token for each in ids for token in each], "tokens", json.dumps(ids))
+def _counted(count: int, what: str, content: str) -> str:
+    return f"{count:,} {what}, {_hash(content.encode('utf-8', 'surrogatepass'))}"
 
 
-def _counted(items: str | list[int] | list[str], what: str, content: str) -> str:
-    return f"{len(items):,} {what}, {_hash(content.encode('utf-8', 'surrogatepass'))}"
+def file_text(path: Path) -> str | None:
+    """Short JSON as it is, of other files a hash; None if the file is missing.
 
-
-def file_words(path: Path) -> str | None:
-    """A file's content: short JSON as it is, otherwise a hash; None where there is no file.
-
-    Of JSON neither the order of fields nor white space counts.
+    Neither the order of JSON's fields nor white space counts.
 
     Raises:
         RequestError: it is too large, or no regular file.
@@ -211,17 +233,13 @@ def file_words(path: Path) -> str | None:
     return _hash(content)
 
 
-def file_pair(path: Path, other: Path) -> tuple[str | None, str | None]:
-    """Both files' content; of settings that differ, the fields alone in which they do.
-
-    Raises:
-        RequestError: as `file_words`.
-    """
-    pair = file_words(path), file_words(other)
+def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
+    """Both files' content; where settings differ, only the fields that do."""
+    pair = file_text(path), file_text(expected)
     if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
         return pair
     with suppress(ValueError, RecursionError, OSError):
-        ours, theirs = (_fields(parse_json(read_regular(each))) for each in (path, other))
+        ours, theirs = (_fields(parse_json(read_regular(file))) for file in (path, expected))
         names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
         first, second = (
             ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)

@@ -1,8 +1,8 @@
 """Compares an artifact with a reference file: the cost of compression, without the original."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,29 +17,23 @@ from rgexport.validate.checks import NO_LIMITS, Check
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
 from rgexport.validate.states import Drift, StateError, state_errors, worst
-from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
+from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (
-    "vocab_size",
-    "width",
-    "mlp_width",
-    "lru_width",
-    "lru_heads",
-    "num_heads",
-    "head_dim",
-    "block_types",
-    "conv_width",
+    *("vocab_size", "width", "mlp_width", "lru_width", "lru_heads", "num_heads", "head_dim"),
+    *("block_types", "conv_width"),
 )
 """Fields of the configuration that an artifact and its reference must share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt; `kl` and `top1` are means over the `positions` whose logits the file has.
+    """One prompt.
 
-    `greedy_common` counts the tokens of the reference's continuation, of `greedy_tokens`, that the
-    artifact chooses too, up to the first that it does not.
+    `kl` and `top1` are means over the `positions` whose logits the file has. `greedy_common` counts
+    the tokens of the reference's continuation, of `greedy_tokens`, that the artifact chooses too,
+    up to the first that it does not.
     """
 
     name: str
@@ -81,27 +75,20 @@ class AgainstFile:
     prompts: list[PromptResult]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One prompt of T tokens.
+@dataclass
+class _Collected:
+    """Numbers of all prompts; `rows` are of `metrics.ROWS`, at the file's `positions`."""
 
-    Attributes:
-        rows: of `metrics.ROWS`, at the positions whose logits the file has.
-        non_finite: positions of T whose logits are not all finite.
-        states: errors after the prompt.
-        drift: errors at its checkpoints.
-        greedy_common: tokens of the reference's continuation that the artifact chooses too.
-    """
-
-    rows: np.ndarray
-    non_finite: int
-    states: list[StateError]
-    drift: list[Drift]
-    greedy_common: int
+    rows: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    non_finite: int = 0
+    states: list[StateError] = field(default_factory=list)
+    drift: list[Drift] = field(default_factory=list)
+    prompts: list[PromptResult] = field(default_factory=list)
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
-    """Makes sure that an artifact can be compared with a file.
+    """Checks that an artifact can be compared with a file.
 
     Raises:
         RequestError: they are of models of different shapes.
@@ -119,30 +106,24 @@ def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
 def compare_with_file(
     session: Session, artifact: Artifact, reference: ReferenceFile
 ) -> AgainstFile:
-    """Teacher-forces a session with all prompts; logits exist for a block of positions at a time.
+    """Teacher-forces an artifact's session with all prompts, and compares its weights.
 
-    Args:
-        session: the artifact's.
-        artifact: whose weights are compared too.
-        reference: the file.
+    Logits exist for a block of positions at a time.
 
     Raises:
         RequestError: the file is of a model of another shape.
     """
     manifest, header = artifact.manifest, reference.header
     check_fits(reference, manifest)
-    measured = []
+    collected = _Collected()
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
-            measured.append(_measure(session, reference, index, prompt, span))
+            _force(session, reference, index, prompt, span, collected)
             advance(prompt.tokens)
-    rows = np.concatenate([prompt.rows for prompt in measured])
-    positions = np.concatenate(
-        [span.start + np.array(prompt.positions) for _, prompt, span in reference.spans()]
-    )
+    rows, positions = np.concatenate(collected.rows), np.concatenate(collected.positions)
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
-    known = len(rows) == header.tokens and None not in sizes
+    complete = len(rows) == header.tokens and None not in sizes
     ours = {record.sha256 for record in manifest.source.files.values()}
     return AgainstFile(
         path=str(reference.path),
@@ -152,58 +133,62 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=sum(prompt.non_finite for prompt in measured),
+        non_finite_positions=collected.non_finite,
         logits=replace(logits, worst_position=int(positions[logits.worst_position])),
         kl=replace(kl, worst_position=int(positions[kl.worst_position])),
         agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
-        likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if known else None),
-        states=_worst_states([prompt.states for prompt in measured]),
-        drift=[drift for prompt in measured for drift in prompt.drift],
+        likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
+        states=_worst_states(collected.states),
+        drift=collected.drift,
         weights=sketch_errors(
             reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
         ),
-        prompts=[
-            PromptResult(
-                name=prompt.name,
-                tokens=prompt.tokens,
-                positions=len(prompt.positions),
-                kl=float(values.rows["kl"].mean()),
-                top1=float(values.rows["top1"].mean()),
-                worst_state=worst(values.states),
-                greedy_tokens=prompt.greedy_tokens,
-                greedy_common=values.greedy_common,
-            )
-            for prompt, values in zip(header.prompts, measured, strict=True)
-        ],
+        prompts=collected.prompts,
     )
 
 
-def _measure(
-    session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> _Measured:
+def _force(
+    session: Session,
+    reference: ReferenceFile,
+    index: int,
+    prompt: PromptRecord,
+    span: slice,
+    collected: _Collected,
+) -> None:
     """Teacher-forces a session with one prompt, from the beginning."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
-    rows: list[np.ndarray] = []
-    drift: list[Drift] = []
-    non_finite, logits = 0, np.empty((1, 0))
+    compared, logits = [], np.empty((1, 0))
     session.reset()
     for start, stop in blocks(session, {len(tokens)} | whole_chunks(session, inside)):
         logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-        non_finite += int((~np.isfinite(logits).all(1)).sum())
+        collected.non_finite += int((~np.isfinite(logits).all(1)).sum())
         first, last = np.searchsorted(positions, (start, stop)).tolist()
         at, expected = positions[first:last], reference.logits(index, first, last)
-        rows.append(metrics.compare_logits(expected, logits[at - start], following[at]))
+        compared.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
             errors = state_errors(inside[stop], session.get_state())
-            drift.append(Drift(position=stop, states=errors))
+            collected.drift.append(Drift(position=stop, states=errors))
+    rows = np.concatenate(compared)
     states = state_errors(reference.state(index), session.get_state())
-    common = _common(session, logits[-1], reference.greedy(index))
-    return _Measured(np.concatenate(rows), non_finite, states, drift, common)
+    result = PromptResult(
+        name=prompt.name,
+        tokens=prompt.tokens,
+        positions=len(positions),
+        kl=float(rows["kl"].mean()),
+        top1=float(rows["top1"].mean()),
+        worst_state=worst(states),
+        greedy_tokens=prompt.greedy_tokens,
+        greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
+    )
+    collected.rows.append(rows)
+    collected.positions.append(span.start + positions)
+    collected.states += states
+    collected.prompts.append(result)
 
 
-def _common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
-    """How many of the expected tokens [n] the session chooses, up to the first that it does not."""
+def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
+    """Counts the expected tokens [n] that the session chooses, up to the first that it does not."""
     for count, token in enumerate(expected.tolist()):
         if int(logits.argmax()) != token:
             return count
@@ -212,12 +197,12 @@ def _common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
     return len(expected)
 
 
-def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
-    """Each state's error on the prompt where it is worst; NaN is worst of all."""
+def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
+    """Returns each state's error on the prompt where it is worst; NaN is worst of all."""
     worst_of: dict[str, StateError] = {}
-    for error in chain.from_iterable(prompts):
-        other = worst_of.get(error.name)
-        if other is None or not error.relative_max <= other.relative_max:
+    for error in errors:
+        earlier = worst_of.setdefault(error.name, error)
+        if math.isnan(error.relative_max) or error.relative_max > earlier.relative_max:
             worst_of[error.name] = error
     return list(worst_of.values())
 
@@ -225,7 +210,7 @@ def _worst_states(prompts: list[list[StateError]]) -> list[StateError]:
 def file_checks(
     result: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
 ) -> Iterator[Check]:
-    """Compares what was measured against a reference file with its limits."""
+    """Compares the numbers of a comparison with a reference file with their limits."""
     yield from thresholds.cost_checks("reference", manifest, result.logits, result.kl, limits)
     yield Check(
         name="reference.finite",

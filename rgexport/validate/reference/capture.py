@@ -5,7 +5,7 @@ positions at a time, so memory is that of a layer and a block, whatever the prom
 the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +21,38 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import detail, expect_stages, task
 from rgexport.runtimes.environment import environment
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity.text import text_identity
 from rgexport.validate.reference.implementations import OWN, choose_implementation
-from rgexport.validate.reference.logit_rows import choose_positions, record_logits
 from rgexport.validate.reference.prompts import choose_prompts
 from rgexport.validate.reference.reference_file import (
     Header,
     PromptRecord,
-    checkpoint_name,
     checkpoint_specs,
-    inputs_name,
+    encode_logits,
     is_reference,
-    outputs_name,
-    sketch_name,
-    state_name,
     stored_shape,
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.states import checkpoints
-from rgexport.validate.structure.elements import Fingerprint
-from rgexport.validate.structure.record import can_record, record_structures
+from rgexport.validate.structure.compare import can_record, record_structures
 from rgexport.validate.text import Text
-from rgexport.validate.weights.input_mixtures import MixtureRecorder, Mixtures, mixed
-from rgexport.validate.weights.sketch import SLAB_BYTES, sketch
+from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, products, sketch
 
 GREEDY_TOKENS = 32
 MIXED_TOKENS = 256
 """The most tokens whose inputs of linears are mixed."""
+LOGITS_BYTES = 17_280_000
+"""The file's budget for logits: all positions of the demo."""
+LEAST_POSITIONS = 128
+"""Positions that have logits, whatever they take: 64 MB of a 2B."""
+BLOCK_BYTES = 128 << 20
+"""Logits that exist at a time."""
 
 
 def capture(
@@ -68,14 +67,7 @@ def capture(
 ) -> Path:
     """Captures a reference into the file `target`, which appears once it is complete.
 
-    Args:
-        checkpoint: the model.
-        target: the file.
-        prompts: a file of them; by default the built-in ones.
-        device: where torch computes; `auto` is CUDA where there is one.
-        impl: who computes, `implementations.OWN` or `DEEPMIND`.
-        low_memory: hold the weights of one layer at a time even where all would fit.
-        force: replace an earlier file.
+    The options are those of `rgexport reference`; `prompts` is a file.
 
     Raises:
         RequestError: no torch or no such device or package, an unsound checkpoint, or one that the
@@ -83,7 +75,7 @@ def capture(
             written.
     """
     check_file_target(target, force=force, replaceable=is_reference)
-    make = choose_implementation(impl, device, low_memory)
+    make_model = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     texts = choose_prompts(
         tokenizer,
@@ -96,56 +88,52 @@ def capture(
     structures = record_structures(checkpoint)
     count = sum(len(text.tokens) for text in texts)
     detail(f"Capturing {checkpoint.name} on {len(texts)} prompts, {count} tokens")
-    model = make(checkpoint.config, checkpoint.weights)
+    model = make_model(checkpoint.config, checkpoint.weights)
     records, arrays = _record(model, texts, tokenizer)
     longest = max(texts, key=lambda text: len(text.tokens))
-    arrays |= sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
-    header = _header(checkpoint, model, records, structures)
-    write_reference(target, header, arrays, force=force)
-    return target
-
-
-def closing_line(target: Path) -> str:
-    """What the command prints."""
-    size = amount(target.stat().st_size)
-    return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
-
-
-def _header(
-    checkpoint: Checkpoint,
-    model: ReferenceModel,
-    prompts: tuple[PromptRecord, ...],
-    structures: tuple[Fingerprint, ...],
-) -> Header:
+    arrays |= _sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
     names = {path: name for name, path in checkpoint.weight_files.items()}
     hashes = hash_new_files(names)
-    return Header(
+    header = Header(
         model=checkpoint.name,
         config=model.config,
         files={names[p]: FileRecord(sha, p.stat().st_size) for p, sha in hashes.items()},
         computed=model.describe(),
         environment=environment(),
-        prompts=prompts,
+        prompts=records,
         structures=structures,
         identity=text_identity(checkpoint),
     )
+    write_reference(target, header, arrays, force=force)
+    return target
+
+
+def closing_line(target: Path) -> str:
+    """Returns the line that the command prints."""
+    size = amount(target.stat().st_size)
+    return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
 
 
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
 ) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts; it continues them where there is a tokenizer.
+    """Runs the model over the prompts and, with a tokenizer, continues them.
 
-    Returns:
-        A record of each prompt, and the file's arrays of all prompts.
+    Returns a record of each prompt, and the arrays of all prompts.
     """
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
     stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
     positions = choose_positions(lengths, model.config.vocab_size)
-    hidden, states = zip(*_run(model, texts, stops), strict=True)
+    starts = [(text.tokens[None], zero_state(model.config, 1)) for text in texts]
+    total = sum(lengths) * model.config.num_layers
+    with task("Running the reference", total, "tokens through layers") as advance:
+        passes = model.run_each(
+            starts, stops=stops, watch=lambda layer, index, stream: advance(stream.shape[1])
+        )
+    hidden, states = zip(*passes, strict=True)
     arrays = {"tokens": np.concatenate([text.tokens for text in texts])}
-    for index, (codes, scales) in enumerate(record_logits(model, hidden, positions)):
+    for index, (codes, scales) in enumerate(_record_logits(model, hidden, positions)):
         arrays |= {f"logits.{index}": codes, f"scales.{index}": scales}
     greedy: list[list[int]] = [[] for _ in texts]
     if tokenizer is not None:
@@ -161,67 +149,79 @@ def _record(
     return tuple(records), arrays
 
 
-def _run(
-    model: ReferenceModel, texts: Sequence[Text], stops: Sequence[Sequence[int]]
-) -> list[tuple[Any, list[State]]]:
-    """Runs all prompts from their beginnings; see `ReferenceModel.run_each`."""
-    starts = [(text.tokens[None], zero_state(model.config, 1)) for text in texts]
-    total = sum(len(text.tokens) for text in texts) * model.config.num_layers
-    with task("Running the reference", total, "tokens through layers") as advance:
-        return model.run_each(
-            starts, stops=stops, watch=lambda layer, index, stream: advance(stream.shape[1])
-        )
+def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
+    """Chooses the positions that have logits in the file, for each prompt.
+
+    As many as fit into `LOGITS_BYTES`: the last one of every prompt, and others at even distances
+    over all prompts.
+    """
+    ends = np.cumsum(lengths)
+    others = np.setdiff1d(np.arange(ends[-1]), ends - 1)
+    most = max(LEAST_POSITIONS, LOGITS_BYTES // (2 * vocab_size))
+    count = min(max(0, most - len(ends)), len(others))
+    spread = others[np.linspace(0, len(others) - 1, count).round().astype(np.int64)]
+    chosen = np.union1d(ends - 1, spread)
+    return [
+        (chosen[(chosen >= end - length) & (chosen < end)] - (end - length)).tolist()
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+def _record_logits(
+    model: ReferenceModel, hidden: Sequence[Any], positions: Sequence[Sequence[int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes each prompt's logits at its positions, from its hidden states [1, T, width]."""
+    row_bytes = 4 * model.config.vocab_size
+    with task("Recording logits", sum(map(len, positions)), "positions") as advance:
+        for states, chosen in zip(hidden, positions, strict=True):
+            blocks = []
+            for start, stop in slab_bounds(len(chosen), row_bytes, BLOCK_BYTES):
+                blocks.append(encode_logits(model.logits(states[:, chosen[start:stop]])[0]))
+                advance(stop - start)
+            codes, scales = zip(*blocks, strict=True)
+            yield np.concatenate(codes), np.concatenate(scales)
 
 
 def _state_arrays(
     config: GriffinConfig, index: int, tokens: int, states: Sequence[State]
 ) -> dict[str, np.ndarray]:
-    """The arrays of a prompt's states: after its checkpoints, and after its end."""
+    """Returns the arrays of a prompt's states: after its checkpoints, and after its end."""
     *inside, end = states
     arrays = {}
     for spec in state_specs(config):
         rows = stored_shape(spec, tokens)[0]
-        arrays[state_name(index, spec)] = end[spec.name][0, spec.shape[0] - rows :]
+        arrays[f"states.{index}.{spec.name}"] = end[spec.name][0, spec.shape[0] - rows :]
     for spec in checkpoint_specs(config) if inside else ():
         stacked = np.concatenate([state[spec.name] for state in inside])
-        arrays[checkpoint_name(index, spec)] = stacked
+        arrays[f"checkpoints.{index}.{spec.name}"] = stacked
     return arrays
 
 
-def sketch_arrays(
+def _sketch_arrays(
     config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sketches of all tensors that an artifact may hold, and the sums of their squares.
-
-    Linears are sketched by mixtures of their inputs over the first of tokens [T], too.
-    """
-    names = list(model_tensors(config))
-    sites, mixtures = linear_inputs(config), _record_mixtures(config, weights, tokens)
-    arrays = {inputs_name(site): mixture for site, mixture in mixtures.items()}
-    squares = []
-    with task("Sketching the weights", sum(weights[name].nbytes for name in names)) as advance:
-        for name in names:
-            arrays[sketch_name(name)], square = sketch(weights[name])
-            squares.append(square)
-            if name in sites:
-                arrays[outputs_name(name)] = _outputs(weights[name], mixtures[sites[name]])
-            advance(weights[name].nbytes)
-    return arrays | {"squares": np.array(squares)}
-
-
-def _record_mixtures(config: GriffinConfig, weights: WeightSource, tokens: np.ndarray) -> Mixtures:
-    """Runs a model over the first of tokens [T] and returns mixtures of its linears' inputs."""
-    tokens = tokens[:MIXED_TOKENS]
+    """Sketches all tensors, and linears also by mixtures of their inputs over tokens [T]."""
+    tokens, sites = tokens[:MIXED_TOKENS], linear_inputs(config)
     recorder = MixtureRecorder(config, len(tokens))
     with watched_layers("Recording inputs", weights) as watched:
         model = NumpyReference(config, watched)
         model.look = recorder.look
         model.run(tokens[None])
-    return recorder.mixtures
+    arrays = {f"inputs.{site}": mixture for site, mixture in recorder.mixtures.items()}
+    tensors = {name: weights[name] for name in model_tensors(config)}
+    squares = []
+    with task("Sketching the weights", sum(t.nbytes for t in tensors.values())) as advance:
+        for name, tensor in tensors.items():
+            arrays[f"weights.{name}"], square = sketch(tensor)
+            squares.append(square)
+            if name in sites:
+                arrays[f"outputs.{name}"] = _outputs(tensor, recorder.mixtures[sites[name]])
+            advance(tensor.nbytes)
+    return arrays | {"squares": np.array(squares)}
 
 
 def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
-    """Products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
+    """Returns the products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
     slabs = weight.slabs(SLAB_BYTES)
-    products = [mixed(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
-    return np.concatenate(products).astype(np.float32)
+    blocks = [products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
+    return np.concatenate(blocks).astype(np.float32)

@@ -1,4 +1,4 @@
-"""DeepMind's own implementation, the torch part of the `recurrentgemma` package, as a reference."""
+"""DeepMind's own implementation as a reference: the torch part of the `recurrentgemma` package."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,9 @@ from rgexport.griffin.deepmind import BRANCHES, CONV, GLOBAL_NAMES, NAMES, UP, U
 from rgexport.griffin.layer_by_layer import Watch
 from rgexport.griffin.reference import describe_device, turn_off_tf32
 from rgexport.griffin.state import POSITION, State, layer_states, zero_state
-from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.griffin.tensor import WeightSource
+
+Cache = dict[str, RecurrentBlockCache | AttentionBlockCache]
 
 
 class DeepMindModel:
@@ -28,11 +30,7 @@ class DeepMindModel:
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
-        """Loads all weights.
-
-        Raises:
-            RequestError: a model that the package cannot run.
-        """
+        """Loads all weights; raises `RequestError` for a model that the package cannot run."""
         self.config, self._device = config, torch.device(device)
         self._model = _load(config, weights, device)
         self._stream = torch.empty(0)
@@ -52,7 +50,7 @@ class DeepMindModel:
             self._row(tokens[i : i + 1], {name: array[i : i + 1] for name, array in state.items()})
             for i in range(len(tokens))
         ]
-        after = {name: np.concatenate([found[name] for _, found in rows]) for name in state}
+        after = {name: np.concatenate([row[name] for _, row in rows]) for name in state}
         return torch.cat([hidden for hidden, _ in rows]), after
 
     @torch.inference_mode()
@@ -63,11 +61,8 @@ class DeepMindModel:
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Tensor, list[State]]]:
-        """Takes one text of batch 1 after another, each from its beginning.
-
-        `watch` is called once for each layer when a text is done, with the last norm's output.
-        """
-        found = []
+        """Takes one text of batch 1 after another; calls `watch` when a text is done."""
+        passes = []
         for index, (tokens, state) in enumerate(texts):
             inside = stops[index] if stops else ()
             states = [self._row(tokens[:, :stop], state)[1] for stop in inside]
@@ -75,12 +70,12 @@ class DeepMindModel:
             if watch is not None:
                 for layer in range(self.config.num_layers):
                     watch(layer, index, hidden)
-            found.append((hidden, [*states, after]))
-        return found
+            passes.append((hidden, [*states, after]))
+        return passes
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> np.ndarray:
-        """Soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
+        """Returns soft-capped logits [B, t, V] float32 of rows of hidden states [B, t, width]."""
         logits, cap = self._model.embedder.decode(hidden), self.config.soft_cap
         return _to_numpy(nn.functional.tanh(logits / cap) * cap if cap else logits)
 
@@ -95,55 +90,48 @@ class DeepMindModel:
         return torch.cat(hidden, 1), state
 
     def _pass(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Takes tokens [1, T] from the beginning, or one token from a state of batch 1.
-
-        Returns the final norm's output [1, T, width] and the canonical state after it.
-        """
+        """Takes tokens [1, T] from the beginning, or one token from a state of batch 1."""
         start = int(state[POSITION][0])
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        stop = start + tokens.shape[1]
+        positions = torch.arange(start, stop, device=tokens.device)[None]
         # The package's logits would be those of all tokens at once.
         _, cache = self._model(
-            tokens, positions, self._cache(state) if start else None, return_logits=False
+            tokens, positions, self._to_cache(state) if start else None, return_logits=False
         )
-        stop = start + tokens.shape[1]
-        return self._model.final_norm(self._stream), self._state(cache, stop)
+        return self._model.final_norm(self._stream), self._to_state(cache, stop)
 
     def _keep(self, block: nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
         self._stream = output[0]
 
-    def _cache(self, state: State) -> dict[str, RecurrentBlockCache | AttentionBlockCache]:
-        """The package's cache from a canonical state; keys lie at their positions modulo window.
-
-        Everything is copied, because the package writes into its caches.
-        """
+    def _to_cache(self, state: State) -> Cache:
+        """Copies a state, since the package writes into its caches; keys lie modulo window."""
         count = state[POSITION].astype(np.int32)
         turn = int(count[0]) % self.config.window
-        cache: dict[str, RecurrentBlockCache | AttentionBlockCache] = {}
+        cache: Cache = {}
         for index, kind in enumerate(self.config.block_types):
             first, second = (
                 torch.from_numpy(state[spec.name].astype(np.float32)).to(self._device)
                 for spec in layer_states(self.config, index, "float32")
             )
             if kind == "attention":
-                keys, values = (part.roll(turn, 1)[:, :, None] for part in (first, second))
+                keys, values = (array.roll(turn, 1)[:, :, None] for array in (first, second))
                 position = torch.from_numpy(count.copy()).to(first.device)
                 cache[f"blocks.{index}"] = AttentionBlockCache(keys, values, position)
             else:
                 cache[f"blocks.{index}"] = RecurrentBlockCache(first, second)
         return cache
 
-    def _state(
-        self, cache: dict[str, RecurrentBlockCache | AttentionBlockCache], count: int
-    ) -> State:
-        """The canonical state after `count` tokens."""
+    def _to_state(self, cache: Cache, count: int) -> State:
+        """Returns the canonical state after `count` tokens."""
         turn, state = -(count % self.config.window), {POSITION: np.array([count], np.int64)}
         for index in range(self.config.num_layers):
             block = cache[f"blocks.{index}"]
-            parts = [block[0], block[1]]
-            if isinstance(block, AttentionBlockCache):
-                parts = [part[:, :, 0].roll(turn, 1) for part in parts]
-            for spec, part in zip(layer_states(self.config, index, "float32"), parts, strict=True):
-                state[spec.name] = _to_numpy(part)
+            for spec, array in zip(
+                layer_states(self.config, index, "float32"), block, strict=False
+            ):
+                if isinstance(block, AttentionBlockCache):
+                    array = array[:, :, 0].roll(turn, 1)
+                state[spec.name] = _to_numpy(array)
         return state
 
 
@@ -162,15 +150,15 @@ def _load(config: GriffinConfig, weights: WeightSource, device: str) -> Griffin:
         lru_width=config.lru_width,
     )
     model = Griffin(theirs, gradient_checkpointing=False, device="meta", dtype=torch.float32)
-    state = {name: _tensor(name, weights, device) for name in model.state_dict()}
+    state = {name: _load_tensor(name, weights, device) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def _check_supported(config: GriffinConfig) -> None:
-    """The package has one number of heads, and constants where `config` has fields."""
+    """Refuses what the package lacks: it has one number of heads, and constants for fields."""
     scale = sqrt_embedding_scale(config.width)
-    only = {
+    supported = {
         "lru_heads": config.num_heads,
         "head_dim": config.width // config.num_heads,
         "rope_dims": config.head_dim // 2,
@@ -179,7 +167,7 @@ def _check_supported(config: GriffinConfig) -> None:
         "conv_width": 4,
         "embedding_scale": 1.0 if config.embedding_scale == 1.0 else scale,
     }
-    for name, value in only.items():
+    for name, value in supported.items():
         if getattr(config, name) != value:
             raise RequestError(
                 f"DeepMind's package cannot run this model: its {name} is "
@@ -187,31 +175,25 @@ def _check_supported(config: GriffinConfig) -> None:
             )
 
 
-def _tensor(name: str, weights: WeightSource, device: str) -> Tensor:
-    """One of DeepMind's tensors from the canonical ones; see `griffin.deepmind`."""
+def _load_tensor(name: str, weights: WeightSource, device: str) -> Tensor:
+    """Returns one of DeepMind's tensors from the canonical ones; see `griffin.deepmind`."""
+
+    def load(canonical: str) -> Tensor:
+        return torch.from_numpy(weights[canonical].whole().astype(np.float32)).to(device)
+
     if name in GLOBAL_NAMES:
-        return _in_float32(weights[GLOBAL_NAMES[name]], device)
+        return load(GLOBAL_NAMES[name])
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None:
         raise ValueError(f"recurrentgemma has an unknown tensor {name}")
     prefix, local = f"layers.{match[1]}.", match[2]
-
-    def read(canonical: str) -> Tensor:
-        return _in_float32(weights[prefix + canonical], device)
-
     if local in (UP, UP_BIAS):
         kind = "weight" if local == UP else "bias"
-        both = torch.stack([read(f"{branch}.{kind}") for branch in BRANCHES])
+        both = torch.stack([load(f"{prefix}{branch}.{kind}") for branch in BRANCHES])
         return both.mT.contiguous() if local == UP else both[:, None, None]
-    found = read(NAMES[local])
-    return found[:, 0].T.contiguous() if local == CONV else found
+    tensor = load(prefix + NAMES[local])
+    return tensor[:, 0].T.contiguous() if local == CONV else tensor
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    """A copy in float32, on the CPU."""
     return tensor.detach().float().cpu().numpy().copy()
-
-
-def _in_float32(weight: RowTensor, device: str) -> Tensor:
-    """A whole weight on a device."""
-    return torch.from_numpy(weight.whole().astype(np.float32)).to(device)

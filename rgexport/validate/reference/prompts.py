@@ -1,6 +1,5 @@
-"""The prompts that a reference is captured on."""
+"""Prompts of a reference file."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import Mismatch, parse_json
 from rgexport.validate.text import SEED, Text, encode
 
 LONG_WINDOWS = 2.25
@@ -54,60 +54,57 @@ RANDOM_LENGTHS = (1, 2, 7, 32, 65)
 def choose_prompts(
     tokenizer: Tokenizer | None, *, vocab_size: int, window: int, file: Path | None = None
 ) -> list[Text]:
-    """The prompts of a file, or the built-in ones, or random ids where there is no tokenizer.
+    """Returns a file's prompts, the built-in ones, or random ids where there is no tokenizer.
 
     Raises:
         RequestError: a file that cannot be read, or a prompt with an id that the model lacks.
     """
+    longest = min(int(LONG_WINDOWS * window), LONG_MOST)
     if file is not None:
-        found = list(_from_file(file, tokenizer))
-    elif tokenizer is None:
-        found = list(_random(vocab_size, window))
+        prompts = list(_from_file(file, tokenizer))
+    elif tokenizer is not None:
+        prompts = list(_built_in(tokenizer, longest))
     else:
-        found = list(_built_in(tokenizer, window))
-    for prompt in found:
+        rng, lengths = np.random.default_rng(SEED), (*RANDOM_LENGTHS, longest)
+        ids = [rng.integers(0, vocab_size, length, np.int64) for length in lengths]
+        prompts = [Text(f"{len(tokens)} random ids", tokens, None) for tokens in ids]
+    for prompt in prompts:
         if prompt.tokens.max() >= vocab_size:
             raise RequestError(
                 f"the prompt {prompt.name!r} has the id {prompt.tokens.max()}; the model has ids "
                 f"from 0 to {vocab_size - 1}: expected those of its own tokenizer"
             )
-    return found
+    return prompts
 
 
 def short_prompts(tokenizer: Tokenizer) -> list[Text]:
-    """Built-in prompts whose continuations are worth reading: prose, code and a conversation."""
-    chat = encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _ANY_LENGTH)
-    return [*(_encoded(tokenizer, name, TEXTS[name]) for name in ("prose", "code")), chat]
+    """Returns built-in prompts with readable continuations: prose, code and a conversation."""
+    texts = [_encoded(tokenizer, name, TEXTS[name]) for name in ("prose", "code")]
+    return [*texts, _chat(tokenizer)]
 
 
-def _long(window: int) -> int:
-    return min(int(LONG_WINDOWS * window), LONG_MOST)
+def _chat(tokenizer: Tokenizer) -> Text:
+    return encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _ANY_LENGTH)
 
 
-def _random(vocab_size: int, window: int) -> Iterator[Text]:
-    rng = np.random.default_rng(SEED)
-    for length in (*RANDOM_LENGTHS, _long(window)):
-        yield Text(f"{length} random ids", rng.integers(0, vocab_size, length, np.int64), None)
-
-
-def _built_in(tokenizer: Tokenizer, window: int) -> Iterator[Text]:
+def _built_in(tokenizer: Tokenizer, longest: int) -> Iterator[Text]:
     bos = tokenizer.bos_id
     if bos is not None:
         yield Text("empty", np.array([bos], np.int64), 0)
     yield from (_encoded(tokenizer, name, text) for name, text in TEXTS.items())
     first = _encoded(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
     yield Text("one token", first, len(tokenizer.decode(first.tolist()).encode()))
-    yield encode(tokenizer.encode_markup, bos, CHAT, "chat turns", _ANY_LENGTH)
-    sample, wanted = built_in_text(), _long(window)
-    times = -(-wanted // max(1, len(tokenizer.encode_markup(sample))))
-    yield encode(tokenizer.encode_markup, bos, sample * times, "several windows", wanted)
+    yield _chat(tokenizer)
+    sample = built_in_text()
+    times = -(-longest // max(1, len(tokenizer.encode_markup(sample))))
+    yield encode(tokenizer.encode_markup, bos, sample * times, "several windows", longest)
 
 
 def _encoded(tokenizer: Tokenizer, name: str, text: str) -> Text:
-    found = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _ANY_LENGTH)
-    if not len(found.tokens):
+    prompt = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _ANY_LENGTH)
+    if not len(prompt.tokens):
         raise RequestError(f"the prompt {name!r} has no tokens; give it a text")
-    return found
+    return prompt
 
 
 def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
@@ -136,18 +133,17 @@ def _is_id(token: Any) -> bool:
 
 
 def _items(file: Path) -> list[Any]:
-    """A JSON list, or lines of text."""
+    """Reads a JSON list, or lines of text."""
     try:
         text = file.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+    items: list[Any] = [line for line in text.splitlines() if line.strip()]
     if text.lstrip().startswith("["):
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{file} begins as a JSON list, but is not one: {error}") from None
-    else:
-        found = [line for line in text.splitlines() if line.strip()]
-    if not found:
+            items = parse_json(text)
+        except Mismatch as error:
+            raise RequestError(f"{file} begins as a JSON list, but is {error}") from None
+    if not items:
         raise RequestError(f"{file} has no prompts; expected lines of text, or a JSON list")
-    return list(found)
+    return items

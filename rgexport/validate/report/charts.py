@@ -27,7 +27,7 @@ from rgexport.validate.report.sentences import LABELS
 from rgexport.validate.report.tables import cost_of, sides_of
 from rgexport.validate.result import Result
 from rgexport.validate.states import Drift, StateError, worst
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 AGREEMENT_BLOCKS = 32
 """Most points of a curve: a share needs more positions than a mean of KL to be meaningful."""
@@ -69,9 +69,9 @@ def charts(r: Result) -> Iterator[Chart]:
     )
     if any(side.drift and side.states for _, side in sides):
         yield _drift_by_side(r)
-    if r.twin.drift:
+    if r.dequantized.drift:
         title = f"Drift from the {LABELS['twin']}, by kind of state"
-        yield from kinds_chart(title, _with_end(r, r.twin), _state_limit(r, "limit"))
+        yield from kinds_chart(title, _with_end(r, r.dequantized), _state_limit(r, "limit"))
     if any(side.states for _, side in sides):
         yield _layer_state_chart(r)
     yield from _weight_chart(r.weights or [])
@@ -148,7 +148,7 @@ def _drift_chart(title: str, summary: str, series: list[Series], limit: Series |
 
 def _state_limit(r: Result, label: str) -> Series:
     """Returns the limit against the dequantized reference; it grows with the tokens."""
-    positions = [drift.position for drift in _with_end(r, r.twin)]
+    positions = [drift.position for drift in _with_end(r, r.dequantized)]
     return Series("limit", label, [(x, r.tolerance.at(x).states) for x in positions])
 
 

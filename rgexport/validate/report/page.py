@@ -9,10 +9,10 @@ from rgexport.reporting.numbers import number, percent, plus_minus
 from rgexport.reporting.page import page_environment, visible, write_text
 from rgexport.reporting.tables import BarTable
 from rgexport.units import amount
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.suspects import site_evidence
 from rgexport.validate.checks import verdict
+from rgexport.validate.costs import LayerCost
 from rgexport.validate.quality import GRADES
 from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.charts import charts, cost_charts, kinds_chart, rms, site_charts
@@ -50,7 +50,7 @@ from rgexport.validate.report.tables import (
     suspect_table,
 )
 from rgexport.validate.result import Result
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import WeightError
 
 _LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {
@@ -147,7 +147,7 @@ def _view(anchor: str, r: Result) -> dict[str, Any]:
         "itself": itself_table(r),
         "file": None if file is None else _reference_file(file),
         "weights": None if r.weights is None else _weights(r.weights),
-        "worst": (r.original or r.twin).worst,
+        "worst": (r.original or r.dequantized).worst,
         "worst_against": LABELS["twin" if r.original is None else "original"],
     }
     if (q := r.quality) is not None:
@@ -190,7 +190,7 @@ def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
             yield "perplexity", change, f"from {before:.4g} to {after:.4g}", "original"
     limit = r.tolerance.at(r.text.tokens).rms
     against = f"to the dequantized reference, limit {number(limit)}"
-    yield "RMS logit error", number(r.twin.logits.relative_rms), against, "twin"
+    yield "RMS logit error", number(r.dequantized.logits.relative_rms), against, "twin"
 
 
 def _reference_file(file: AgainstFile) -> dict[str, Any]:

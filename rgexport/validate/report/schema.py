@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 from rgexport.validate.checks import Check, Outcome
+from rgexport.validate.measure import Comparison
 from rgexport.validate.quality import Quality
 from rgexport.validate.result import SCHEMA_VERSION, Result, Scope
 
@@ -28,7 +29,7 @@ _ADDED: dict[type, dict[str, Any]] = {
 }
 """What `Result.to_dict` adds to the fields of a class."""
 _COMPUTED: dict[type, dict[str, Any]] = {
-    Result: {"quality": Quality | None, "verdict_scope": Scope}
+    Result: {"quality": Quality | None, "verdict_scope": Scope, "twin": Comparison}
 }
 """The same, as type hints."""
 

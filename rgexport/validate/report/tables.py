@@ -6,10 +6,10 @@ from typing import TypeVar
 from rgexport.reporting.numbers import number, percent, plus_minus, rate
 from rgexport.reporting.tables import Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.layer_costs import LayerCost
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
@@ -18,8 +18,7 @@ from rgexport.validate.reference.against import AgainstFile, PromptResult
 from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst
-from rgexport.validate.weights.sketch_errors import SketchError
-from rgexport.validate.weights.weight_errors import WeightError
+from rgexport.validate.weights.tensor_errors import SketchError, WeightError
 
 WORST = 5
 """Rows of tables that show only the worst."""
@@ -38,7 +37,7 @@ E = TypeVar("E", bound=SketchError | WeightError)
 
 def sides_of(r: Result) -> list[tuple[str, Comparison]]:
     """Returns the comparisons with models, and the names of their fields."""
-    return [("twin", r.twin)] + ([] if r.original is None else [("original", r.original)])
+    return [("twin", r.dequantized)] + ([] if r.original is None else [("original", r.original)])
 
 
 def cost_of(r: Result) -> Compared | None:
@@ -80,7 +79,7 @@ def summary_table(r: Result) -> Table:
     sides = {
         LABELS["original"]: r.original,
         "reference file": r.reference,
-        LABELS["twin"]: r.twin,
+        LABELS["twin"]: r.dequantized,
     }
     present = {name: side for name, side in sides.items() if side is not None}
     return _table("", ("compared with",), tuple(present), _rows(_SUMMARY, present.values()))

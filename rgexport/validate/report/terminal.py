@@ -100,7 +100,7 @@ def _everything(r: Result, page: Path | None) -> Blocks:
     yield ""
     yield logits_table(r)
     yield itself_table(r)
-    yield state_table(r.twin.states)
+    yield state_table(r.dequantized.states)
     if any(side.drift for _, side in sides_of(r)):
         yield drift_table(r)
     yield from bisect_tables(r.sites, r.layers, r.suspects or ())

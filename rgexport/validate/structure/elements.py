@@ -1,4 +1,4 @@
-"""The canonical form of a graph: its parts in order, without names and texts that compute nothing.
+"""The canonical form of a graph: its elements in order, without names that compute nothing.
 
 Two graphs of one form compute the same. The name of a value counts by where it appears first, so
 that any renaming gives the same form.
@@ -23,20 +23,17 @@ _MOST_NUMBERS = 1024
 _MOST_TEXT = 80
 """Characters of a value that are kept, before a hash of it."""
 
-Content = tuple[str | float, ...]
+Value = str | float
+Content = tuple[Value, ...]
+"""Texts, which are compared exactly, and finite floats. A text that ends in `:` is a field, whose
+values follow."""
 
 
 @dataclass(frozen=True)
 class Element:
-    """One part of a structure, such as a node.
+    """One element of a structure, such as a node; `label` is what people call it."""
 
-    Attributes:
-        place: what people call it; not compared.
-        content: texts, which are compared exactly, and finite floats. A text that ends in `:` is a
-            field, whose values follow.
-    """
-
-    place: str
+    label: str
     content: Content
 
 
@@ -48,10 +45,10 @@ class Rules:
     entry of a map has the path `CONTAINER.FIELD.KEY` too.
 
     Attributes:
-        ignored: fields by name or path that compute nothing.
+        ignored: names or paths of fields that compute nothing.
         names: paths of fields with names of values.
-        elements: paths of fields whose messages are elements of their own → what people call one,
-            from its key in a map and the message.
+        elements: paths of fields whose messages are elements → the label of one, from its key in a
+            map and the message.
         simplify: called with each message before it is read.
     """
 
@@ -62,9 +59,10 @@ class Rules:
 
 
 def elements(message: Any, rules: Rules, interface: Iterable[str | bytes]) -> Iterator[Element]:
-    """Reads a parsed model, which may be changed by it; names of the `interface` count as they are.
+    """Reads a parsed model, which may be changed by it; names of the `interface` are kept.
 
-    The last element has what belongs to no other, and fields that the message's schema lacks.
+    The last element has the fields outside of all others, the first one the size of fields that
+    the message's schema lacks.
     """
     size = message.ByteSize()
     message.DiscardUnknownFields()
@@ -80,16 +78,15 @@ class _Reader:
         # An empty name is no name: the input is left out.
         self._names = {name: repr(name) for name in ("", b"", *interface)}
 
-    def elements(self, message: Any, container: str, place: str) -> Iterator[Element]:
-        """The elements in a message, followed by one of the rest of it."""
-        content: list[str | float] = []
-        yield from self._fields(message, container, place, content)
-        yield Element(place or "the model", tuple(content))
+    def elements(self, message: Any, container: str, label: str) -> Iterator[Element]:
+        content: list[Value] = []
+        yield from self._fields(message, container, label, content)
+        yield Element(label or "the model", tuple(content))
 
     def _fields(
-        self, message: Any, container: str, place: str, content: list[str | float]
+        self, message: Any, container: str, label: str, content: list[Value]
     ) -> Iterator[Element]:
-        """Appends the fields to `content`; gives the elements in them."""
+        """Appends the fields to `content`; yields the elements in them."""
         rules = self._rules
         rules.simplify(message)
         for field, value in message.ListFields():
@@ -105,15 +102,14 @@ class _Reader:
                     continue
                 content += [f"{key!r}:"] * bool(key) + ["("]
                 if name := rules.elements.get(path):
-                    label = one_line(name(key, item))
-                    label = f"{place}: {label}" if place else label
-                    yield from self.elements(item, field.name, label)
+                    inner = one_line(name(key, item))
+                    inner = f"{label}: {inner}" if label else inner
+                    yield from self.elements(item, field.name, inner)
                 else:
-                    yield from self._fields(item, field.name, place, content)
+                    yield from self._fields(item, field.name, label, content)
                 content.append(")")
 
-    def _scalars(self, path: str, value: Any) -> Iterator[str | float]:
-        """The contents of a field that holds no messages."""
+    def _scalars(self, path: str, value: Any) -> Iterator[Value]:
         single = isinstance(value, str | bytes) or not isinstance(value, Sequence)
         values = [value] if single else value
         if path in self._rules.names:
@@ -123,68 +119,63 @@ class _Reader:
         elif len(values) > _MOST_NUMBERS:
             yield hashlib.sha256(np.array(values).tobytes()).hexdigest()
         else:
-            yield from (each if _is_finite_float(each) else repr(each) for each in values)
+            finite = (isinstance(number, float) and math.isfinite(number) for number in values)
+            yield from (x if keep else repr(x) for x, keep in zip(values, finite, strict=True))
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    """The messages of a field; those of a map with their keys, which have no order of their own."""
+    """The messages of a field; those of a map with their keys, in order."""
     if isinstance(value, Mapping):
         return sorted(value.items(), key=lambda entry: entry[0])
     return [("", item) for item in (value if isinstance(value, Sequence) else [value])]
 
 
-def _is_finite_float(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
-
-
 def shortened(text: str) -> str:
-    """A text whose end is replaced by a hash where it is long."""
+    """Replaces the end of a long text by a hash."""
     if len(text) <= _MOST_TEXT:
         return text
     return f"{text[:_MOST_TEXT]}… {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def stored_elements(tensors: Mapping[str, StoredTensor]) -> Iterator[Element]:
-    """Where each weight is stored."""
     for name, stored in tensors.items():
-        content: list[str | float] = [repr(name)]
-        for label, part in stored.parts.items():
-            content += [f"{label}:", repr((part.file, part.offset, part.dtype, part.shape))]
+        content: list[Value] = [repr(name)]
+        for key, part in stored.parts.items():
+            content += [f"{key}:", repr((part.file, part.offset, part.dtype, part.shape))]
         yield Element(f"the tensor {name}", tuple(content))
 
 
-def first_difference(found: Iterable[Element], expected: Iterable[Element]) -> str | None:
-    """The first difference of two structures in words; None where they are equal."""
-    for one, other in zip_longest(found, expected):
-        if one is None:
-            return f"{other.place} is missing"
-        if other is None:
-            return f"{one.place} was added"
-        if difference := _difference(one.content, other.content):
-            if one.place != other.place:
-                difference = f"it stands where {other.place} should"
-            return one_line(f"{one.place}: {difference}")
+def first_difference(artifact: Iterable[Element], expected: Iterable[Element]) -> str | None:
+    """Describes the first difference of two structures; None where they are equal."""
+    for ours, theirs in zip_longest(artifact, expected):
+        if ours is None:
+            return f"{theirs.label} is missing"
+        if theirs is None:
+            return f"{ours.label} was added"
+        if difference := _difference(ours.content, theirs.content):
+            if ours.label != theirs.label:
+                difference = f"it stands where {theirs.label} should"
+            return one_line(f"{ours.label}: {difference}")
     return None
 
 
-def _difference(found: Content, expected: Content) -> str:
-    """The first difference of two contents in words; empty where they are equal."""
+def _difference(artifact: Content, expected: Content) -> str:
     field = "form"
-    for one, other in zip_longest(found, expected):
-        if isinstance(one, str) and one.endswith(":"):
-            field = one[:-1]
-        if not _same(one, other):
-            return f"its {field} is {_shown(one)}; expected {_shown(other)}"
+    for ours, theirs in zip_longest(artifact, expected):
+        if isinstance(ours, str) and ours.endswith(":"):
+            field = ours[:-1]
+        if not _same(ours, theirs):
+            return f"its {field} is {_value_text(ours)}; expected {_value_text(theirs)}"
     return ""
 
 
-def _same(one: str | float | None, other: str | float | None) -> bool:
+def _same(one: Value | None, other: Value | None) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=TOLERANCE)
     return one == other
 
 
-def _shown(value: str | float | None) -> str:
+def _value_text(value: Value | None) -> str:
     """One value of a content; names of values have numbers, and parentheses nothing to show."""
     text = "" if value is None else str(value).strip("():").removeprefix("b")
     return f"value {text[1:]}" if text[:1] == "%" else text or "none"
@@ -192,12 +183,9 @@ def _shown(value: str | float | None) -> str:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A structure in short.
+    """A structure in short: the key of its `Recipe`, and the SHA-256 of all elements.
 
-    Attributes:
-        recipe: the key of the `Recipe` that it is made of.
-        digest: SHA-256 of all elements; a float counts by where it appears first.
-        numbers: all floats, in that order.
+    In the digest a float counts by where it appears first; `numbers` are all floats in that order.
     """
 
     recipe: str
@@ -205,15 +193,13 @@ class Fingerprint:
     numbers: tuple[float, ...]
 
     def matches(self, other: "Fingerprint") -> bool:
-        """Whether both are of equal structures."""
         pairs = zip_longest(self.numbers, other.numbers)
         return self.digest == other.digest and all(_same(*pair) for pair in pairs)
 
 
-def fingerprint(recipe: str, found: Iterable[Element]) -> Fingerprint:
-    """The fingerprint of a structure."""
+def fingerprint(recipe: str, structure: Iterable[Element]) -> Fingerprint:
     digest, numbers = hashlib.sha256(), dict[float, int]()
-    for element in found:
+    for element in structure:
         values = [
             numbers.setdefault(value, len(numbers)) if isinstance(value, float) else value
             for value in element.content

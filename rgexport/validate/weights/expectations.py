@@ -1,26 +1,21 @@
-"""What sound weights look like, by the algorithm that chose their levels.
+"""Limits of sound weights, by the algorithm that chose their levels.
 
-A layout says which values a tensor can hold, an algorithm which of them it holds. Rounding to
-nearest leaves every weight within half a step; a search for the best scale leaves every block with
-at most the error that rounding has there, but clips single weights; error feedback moves whole rows
-further away, so that the errors of their products cancel.
+Rounding to nearest leaves every weight within half a step; a search for the best scale leaves every
+block with at most the error that rounding has there, but clips single weights; error feedback moves
+whole rows further away, so that the errors of their products cancel.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from rgexport.errors import RequestError
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.scheme import Ggml, Mixed, Scheme
-from rgexport.validate.weights.ggml_steps import BLOCKS
-
-Measure = Literal["weight", "block", "row", "group"]
-"""What `max_steps` is the largest of: errors of single weights, or root mean squares."""
+from rgexport.validate.weights.steps import BLOCKS, Measure
 
 MAX_STEPS = 0.501
 """Half a step, and 1e-5 more for the float32 arithmetic on 255 levels."""
 HALF_STEPS = 12 * MAX_STEPS**2
-"""The noise of a tensor whose weights are all half a step off, the most of rounding to nearest."""
+"""Noise of a tensor whose weights are all half a step off, the most of rounding to nearest."""
 NOISE = 1.5
 """‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
 
@@ -38,7 +33,7 @@ FEEDBACK_NOISE = 8.0
 Measured up to 5.3, with correlated inputs whose squares differ by two to three orders of magnitude.
 """
 OUTPUT_NOISE = 1.25
-"""‖(Ŵ−W)X‖² in units of what rounding to nearest makes: no algorithm may be much worse.
+"""‖(Ŵ−W)X‖² in units of that of rounding to nearest: no algorithm may be much worse.
 
 Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
 """
@@ -46,20 +41,17 @@ Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """The limits of sound weights; `weight_limits` explains the measures.
+    """Limits of the quantities that `weight_limits` explains.
 
     Attributes:
-        why: in words, for the reason of a limit.
-        measure: what `max_steps` is taken of.
-        max_steps: its limit. Of a block, row or group, 1 is twice the root mean square that
-            rounding to nearest gives there.
-        noise: the limit of the noise of a tensor whose single weights are not compared, or may be
-            further off than half a step.
-        row_noise: the same of one row, as its sketch estimates it.
+        why: the reason of `max_steps`, for people.
+        measure: the unit whose error `max_steps` limits.
+        noise: for tensors whose single weights are not compared, or may be further off than half a
+            step.
+        row_noise: `noise` of one row, as its sketch estimates it.
         shrinks: how much smaller weights become, at least and at most, in units of the relative
             squared error: 0 for unbiased rounding, 1 for the least squared error.
         projection: how far the projection may be from that, besides its own uncertainty.
-        output_noise: the limit of the noise of the linear's outputs for the inputs of a text.
         weighted: whether some weights count more than others.
     """
 
@@ -98,11 +90,18 @@ _WEIGHED = Expectation(
 _WEIGHED_8 = replace(
     _WEIGHED, max_steps=12.0, noise=8 * FEEDBACK_NOISE, row_noise=128.0, projection=0.02
 )
-"""A step of 8 bits is a sixteenth of one of 4 bits: other weights are 256 times as far beyond."""
+"""A step of 8 bits is a sixteenth of one of 4 bits, so feedback moves weights by more steps."""
 _SCALES = "scales chosen for the least error of the outputs"
+_NEAREST = Expectation(why="rounded to nearest")
+_GGML_SEARCH = replace(
+    _NEAREST,
+    why="rounded to nearest, steps chosen for the least error",
+    max_steps=3.0,
+    shrinks=(0.0, 1.0),
+)
 EXPECTATIONS: dict[str, Expectation] = {
-    "cast": Expectation(why="rounded to nearest"),
-    "rtn": Expectation(why="rounded to nearest"),
+    "cast": _NEAREST,
+    "rtn": _NEAREST,
     "search": Expectation(
         why="scales chosen for the least error, no block worse than rounded to nearest",
         measure="block",
@@ -119,22 +118,17 @@ EXPECTATIONS: dict[str, Expectation] = {
         measure="group",
         shrinks=(0.0, 1.0),
     ),
-    "ggml": Expectation(why="rounded to nearest"),
-    "ggml search": Expectation(
-        why="rounded to nearest, steps chosen for the least error",
-        max_steps=3.0,
-        shrinks=(0.0, 1.0),
-    ),
-    "ggml weighted": Expectation(
+    "ggml": _NEAREST,
+    "ggml search": _GGML_SEARCH,
+    "ggml weighted": replace(
+        _GGML_SEARCH,
         why="rounded to nearest, steps chosen for the least error by importances",
-        max_steps=3.0,
         noise=WEIGHTED_NOISE,
         row_noise=WEIGHTED_NOISE,
-        shrinks=(0.0, 1.0),
         weighted=True,
     ),
 }
-"""Key, see `expectation_key` → what is expected.
+"""Key, see `expectation_key` → limits.
 
 search: measured on five kinds of weights, a block has up to 1.00 times the error of rounding to
 nearest, and weights shrink by 1.00 times the squared error.
@@ -149,30 +143,31 @@ to 1.0 steps, with an importance matrix 2.6.
 """
 
 
-def expectation_key(scheme: Scheme, weighted: bool) -> str:
-    """The key of `EXPECTATIONS`: the algorithm, or what it does for a type of ggml.
+def expectation(scheme: Scheme, weighted: bool) -> Expectation:
+    """Returns the limits for a tensor; see `expectation_key`."""
+    return EXPECTATIONS[expectation_key(scheme, weighted)]
 
-    Args:
-        scheme: of the tensor.
-        weighted: whether the artifact was made with an importance matrix or a calibration.
+
+def expectation_key(scheme: Scheme, weighted: bool) -> str:
+    """Returns the key of `EXPECTATIONS` for a tensor or a row group.
+
+    `weighted` says whether the artifact was made with an importance matrix or a calibration.
 
     Raises:
         RequestError: an algorithm that is not known here.
     """
     assert not isinstance(scheme, Mixed), "row groups are compared one by one"
-    if scheme.algorithm != "ggml":
-        word = scheme.algorithm
-        if word not in EXPECTATIONS:
-            raise RequestError(
-                f"the artifact has levels chosen by {word!r}, which this version cannot judge; "
-                f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
-            )
-        fine = f"{word}, 8 bits"
-        return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else word
-    assert isinstance(scheme, Ggml)
-    blocks = BLOCKS.get(scheme.type)
-    if blocks is None:
-        return "cast"
-    if weighted and blocks.below < BLOCKS["q8_0"].below:  # an importance matrix is not for q8_0
-        return "ggml weighted"
-    return "ggml search" if blocks.grouped else "ggml"
+    if isinstance(scheme, Ggml) and scheme.algorithm == "ggml":
+        blocks = BLOCKS.get(scheme.type)
+        if blocks is None:
+            return "cast"
+        if weighted and blocks.below < BLOCKS["q8_0"].below:  # an importance matrix is not for q8_0
+            return "ggml weighted"
+        return "ggml search" if blocks.grouped else "ggml"
+    if scheme.algorithm not in EXPECTATIONS:
+        raise RequestError(
+            f"the artifact has levels chosen by {scheme.algorithm!r}, which this version cannot "
+            f"judge; expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
+        )
+    fine = f"{scheme.algorithm}, 8 bits"
+    return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else scheme.algorithm

@@ -4,6 +4,7 @@ An algorithm that weighs errors by data may move any weight by more than half a 
 errors leave room for other weights. An encoder that runs again leaves none.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from rgexport.quantize.statistics import StatisticsOf
 from rgexport.quantize.stored_weights import quantized
 from rgexport.validate.checks import Check
 from rgexport.validate.weights.steps import is_quantized
-from rgexport.validate.weights.weight_errors import of_each_tensor, paired_slabs
+from rgexport.validate.weights.tensor_errors import of_each_tensor, paired_slabs
 
 _SAME = 2.0**-9
 """Levels of 8 bits differ by 2⁻⁸ at least; Core ML rounds their products with scales to float16."""
@@ -37,39 +38,29 @@ class Reproduced:
 def reproduce(
     artifact: Artifact, original: WeightSource, statistics: StatisticsOf
 ) -> list[Reproduced]:
-    """Compares all quantized tensors of an artifact, two at a time, in slabs.
-
-    Args:
-        artifact: whose manifest says what chose the levels.
-        original: the weights that it should have been made from.
-        statistics: of the inputs, for the algorithms that need them.
+    """Compares all quantized tensors of an artifact with the encoded original's.
 
     Raises:
         RequestError: an algorithm needs statistics that are missing.
     """
-    tensors = {
-        name: stored
-        for name, stored in artifact.manifest.tensors.items()
-        if is_quantized(stored.scheme)
-    }
-    plan = artifact.manifest.plan
-    encoded = quantized({name: original[name] for name in tensors}, plan, statistics)
+    manifest = artifact.manifest
+    tensors = {name: t for name, t in manifest.tensors.items() if is_quantized(t.scheme)}
+    encoded = quantized({name: original[name] for name in tensors}, manifest.plan, statistics)
 
     def compare(name: str, advance: Advance) -> Reproduced:
-        stored = tensors[name]
-        different = 0
+        stored, different = tensors[name], 0
         pairs = paired_slabs(encoded[name], artifact.weights[name], stored, _SLAB_BYTES)
         for _, expected, rows in pairs:
             different += int((np.abs(rows - expected) > _SAME * np.abs(expected)).sum())
             advance(expected.nbytes)
-        count = int(np.prod(stored.shape))
-        return Reproduced(name=name, scheme=stored.scheme.label, values=count, different=different)
+        values = math.prod(stored.shape)
+        return Reproduced(name=name, scheme=stored.scheme.label, values=values, different=different)
 
     return of_each_tensor("Encoding the weights again", tensors, compare)
 
 
 def reproduced_checks(tensors: list[Reproduced]) -> Iterator[Check]:
-    """Of the tensor that differs most, and of all others that differ."""
+    """Checks the tensor that differs most, and every tensor that differs."""
     worst = sorted(tensors, key=lambda tensor: -tensor.different)
     for index, tensor in enumerate(worst):
         if index == 0 or tensor.different:

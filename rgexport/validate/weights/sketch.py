@@ -1,19 +1,27 @@
-"""A sketch of a tensor, by which an artifact's weights can be judged without the original model.
+"""Random projections, which stand for a tensor or for a text's inputs where these are missing.
 
-The rows of a tensor are projected onto a few directions. Products with random signs keep lengths
-(Johnson and Lindenstrauss; Achlioptas 2003): the mean of (p·e)² over the directions p is ‖e‖², with
-a relative error of √(2/directions) for one row, and less by the root of their number for many. So
-the sketches of W and of Ŵ tell ‖W−Ŵ‖, row by row and for the tensor.
+A *sketch* has the products of a tensor's rows with a few directions of random signs, which keep
+lengths (Johnson and Lindenstrauss; Achlioptas 2003): the mean of (p·e)² over the directions p is
+‖e‖², with a relative error of √(2/directions) for one row, and less by the root of their number for
+many. So the sketches of W and of Ŵ tell ‖W−Ŵ‖, row by row and for the tensor.
+
+A *mixture* p = X s adds the inputs X of a linear over a text with random signs s. An error E = Ŵ−W
+matters as far as it changes the linear's output, and mean ‖E p‖² = ‖E X‖² (Hutchinson 1990).
 """
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import PCG64  # here, since threads that import it at once recurse
 
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import linear_inputs
 from rgexport.griffin.tensor import RowTensor, slab_bounds
+from rgexport.validate.weights.steps import StepSizes
 
 DIRECTIONS = 3
 """The fewest random directions: they show nine in ten exchanged rows of an embedding."""
@@ -21,12 +29,17 @@ PRODUCTS = 1024
 """The fewest random products of a tensor: they give the size of its error to 2.2 %."""
 SLAB_BYTES = 1 << 18
 """Float32 bytes that are projected at a time: they and their float64 stay in cache."""
+MIXTURES = 4
+"""Mixtures of the inputs of each linear."""
 _SEED = 20240411
+
+Mixtures = Mapping[str, np.ndarray]
+"""Site whose result linears take → mixtures of it, [MIXTURES, K] float32."""
 
 
 @dataclass(frozen=True)
 class SketchShape:
-    """How a tensor is sketched, as a matrix whose rows are its last axis.
+    """Shape of a tensor's sketch. The tensor is a matrix here: a row is its last axis.
 
     Attributes:
         rows: of the matrix.
@@ -40,67 +53,97 @@ class SketchShape:
 
     @property
     def width(self) -> int:
-        """Numbers that are kept of a row: its sum and its products, or the row itself."""
+        """Numbers for each row: its sum and its products, or the row itself."""
         return 1 + self.directions if self.directions else self.columns
 
     def project(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [n, columns] → their sketch [n, width] float64."""
+        """Sketches rows [n, columns]: [n, width] float64."""
         wide = rows.astype(np.float64)
-        if not self.directions:
-            return wide
-        # Not `wide @ …`: BLAS would start threads of its own in each of ours.
-        products = [
-            np.einsum("nk,k->n", wide, p) for p in directions(self.columns, self.directions)
-        ]
-        return np.stack(products, 1)
+        return (
+            products(wide, directions(self.columns, self.directions)) if self.directions else wide
+        )
 
     def sums(self, sketch: np.ndarray) -> np.ndarray:
-        """The rows' sums, [n], from their sketch."""
+        """Returns the rows' sums, [n], from their sketch."""
         return sketch[:, 0] if self.directions else sketch.sum(1)
 
-    def squares(self, sketch: np.ndarray) -> np.ndarray:
-        """The rows' squared lengths, [n], from their sketch: estimates where it is of products."""
-        return self.products(sketch, sketch)
-
-    def products(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The products of rows with rows, [n], from their sketches: estimates as `squares`."""
+    def dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Returns the dot products of rows with rows, [n], as their sketches estimate them."""
         if not self.directions:
             return np.asarray((a * b).sum(1))
         return np.asarray((a[:, 1:] * b[:, 1:]).mean(1))
 
 
 def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
-    """How a tensor of a shape is sketched."""
+    """Returns the sketch of a tensor of a shape."""
     columns = shape[-1] if len(shape) > 1 else 1
     rows = math.prod(shape) // columns
-    wanted = max(DIRECTIONS, -(-PRODUCTS // rows))
-    return SketchShape(rows, columns, wanted if 1 + wanted < columns else 0)
+    count = max(DIRECTIONS, -(-PRODUCTS // rows))
+    return SketchShape(rows, columns, count if 1 + count < columns else 0)
 
 
 @functools.cache
 def directions(columns: int, count: int) -> np.ndarray:
-    """Ones, and `count` vectors of random signs: [1 + count, columns] float64.
+    """Returns ones, and `count` vectors of random signs: [1 + count, columns] float64.
 
     They are the same wherever a file is read: PCG64's raw numbers do not change between releases
     of numpy (NEP 19).
     """
-    words = PCG64(_SEED).random_raw(-(-columns * count // 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: columns * count]
+    numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
+    bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
     signs = 1.0 - 2.0 * bits.reshape(count, columns)
     return np.vstack([np.ones(columns), signs])
 
 
 def sketch(tensor: RowTensor) -> tuple[np.ndarray, float]:
-    """The sketch [rows, width] float32 of a tensor, and the sum of its squares; in slabs."""
-    shape, parts, square = sketch_shape(tensor.shape), [], 0.0
+    """Returns the sketch [rows, width] float32 of a tensor, and the sum of its squares."""
+    shape, blocks, square = sketch_shape(tensor.shape), [], 0.0
     row_bytes = 4 * math.prod(tensor.shape[1:])
     for start, stop in slab_bounds(tensor.shape[0], row_bytes, SLAB_BYTES):
         rows = tensor.read(start, stop).astype(np.float32, copy=False).reshape(-1, shape.columns)
-        parts.append(shape.project(rows).astype(np.float32))
+        blocks.append(shape.project(rows).astype(np.float32))
         square += square_sum(rows)
-    return np.concatenate(parts), square
+    return np.concatenate(blocks), square
 
 
 def square_sum(rows: np.ndarray) -> float:
-    """Σ x²; row by row in float32, whose error is far below any limit."""
+    """Returns Σ x². Rows are summed in float32: that error is far below any limit."""
     return float(np.einsum("nk,nk->n", rows, rows).sum(dtype=np.float64))
+
+
+def products(rows: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Returns the products of rows [n, K] with vectors [m, K]: [n, m] float64."""
+    # Not `rows @ vectors.T`: BLAS would start threads of its own in each of ours.
+    columns = [np.einsum("nk,k->n", rows, vector) for vector in vectors]
+    return np.stack(columns, 1).astype(np.float64, copy=False)
+
+
+class MixtureRecorder:
+    """Mixes the inputs of all linears while a reference runs over one text from its beginning."""
+
+    def __init__(self, config: GriffinConfig, tokens: int):
+        """`tokens` is the length of the text."""
+        self._sites = set(linear_inputs(config).values())
+        signs = np.random.default_rng(_SEED).integers(0, 2, (MIXTURES, tokens))
+        self._signs = (2 * signs - 1).astype(np.float32)
+        self._tokens: dict[str, int] = {}
+        self.mixtures: dict[str, np.ndarray] = {}
+        """Those of the tokens so far."""
+
+    def look(
+        self, site: str, op: str, arguments: tuple[Any, ...], results: tuple[np.ndarray, ...]
+    ) -> None:
+        """Takes the results of an op over the next tokens, as `NumpyReference.look` does."""
+        if site not in self._sites:
+            return
+        inputs = results[0][0]
+        start = self._tokens.get(site, 0)
+        mixed = self._signs[:, start : start + len(inputs)] @ inputs
+        self._tokens[site] = start + len(inputs)
+        self.mixtures[site] = self.mixtures.get(site, 0) + mixed
+
+
+def expected_noise(steps: StepSizes, mixtures: np.ndarray) -> float:
+    """Returns Σ ‖E p‖² over mixtures p [m, K] where E is the error of rounding to nearest."""
+    squares = np.square(mixtures, dtype=np.float64).sum(0)
+    return float(steps.rounding(mixtures.shape[1], squares).sum())

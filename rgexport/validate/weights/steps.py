@@ -1,15 +1,26 @@
-"""The distance between neighbouring values that a scheme can store, at each weight of a tensor."""
+"""Computes the distance between neighbouring values of a storage scheme, at each weight.
 
-from dataclasses import dataclass
+Steps follow from the original weights and the scheme, not from the artifact's scales. So they show
+a wrong scale, even where the noise of four bits would hide it in a norm.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor
 from rgexport.quantize.scheme import Affine, Palette, Scheme
-from rgexport.validate.weights import ggml_steps
-from rgexport.validate.weights.expectations import Expectation
-from rgexport.validate.weights.ggml_steps import BLOCKS, NEGLIGIBLE
 
+Measure = Literal["weight", "block", "row", "group"]
+"""Unit whose largest error counts: a single weight, or the root mean square of several."""
+
+NEGLIGIBLE = np.float32(2.0**-100)
+"""Lower bound of the steps of integers: smaller weights may be stored as zeros."""
+_HALF = 2.0**-11
+"""Largest relative error of rounding to float16; `_LEAST` is the largest absolute one."""
+_LEAST = 2.0**-25
+_LEAST_SCALE = np.float32(1 / 32)
+"""Lower bound of scales relative to the group's largest: half the distance of 4-bit scales."""
 _FLOATS = {
     "float32": (23, 2.0**-126),
     "f32": (23, 2.0**-126),
@@ -25,39 +36,84 @@ In ONNX, bfloat16 holds what the checkpoint has in bfloat16: nothing may be roun
 
 
 @dataclass(frozen=True)
-class StepSizes:
-    """What the error of the weights [rows, columns] of a slab is measured by.
+class Blocks:
+    """Even levels in each block of a row.
 
     Attributes:
-        step: at each weight; where `spans` are given, of each, [rows or groups of rows, spans].
-        own: the distance of levels in a weight's own block, at each weight, or of each row,
-            [rows, 1]; None where it is `step`, which may be only an upper bound of it.
-        limit: the magnitude, at each weight, beyond which it may be stored as the outermost
-            level; None where no level is missing.
-        grid: the distance of levels at each weight, before scales are rounded; None where 0 is no
-            level, or levels are chosen for the least squared error.
-        spans: the first columns of the blocks, rows or groups of rows whose root mean squares
-            count; None where single weights do.
+        size: weights that share a step.
+        below: steps from 0 to the level of the largest magnitude, whatever its sign; where
+            `asymmetric`, steps from the least weight to the largest.
+        with_zero: extends that range to 0, at its lower end or at both.
+        clips: whether the side opposite to the largest magnitude has one level less.
+        grouped: weights whose steps are multiples of one number, so that small steps are not
+            exact: the largest step of the group counts. 0 for types without such groups; the
+            others choose their steps for the least squared error.
+        scales: the largest multiple.
+    """
+
+    size: int
+    below: int
+    asymmetric: bool = False
+    with_zero: Literal["", "low", "both"] = ""
+    clips: bool = False
+    grouped: int = 0
+    scales: int = 1
+
+    @property
+    def inner(self) -> np.float32:
+        """Steps from 0 to the outermost level on the side that has one less."""
+        return np.float32(self.below - 1)
+
+
+_LOW = Blocks(0, 0, asymmetric=True, with_zero="low", grouped=256)
+BLOCKS = {
+    "q8_0": Blocks(32, 127),
+    "q4_0": Blocks(32, 8, clips=True),
+    "q5_0": Blocks(32, 16, clips=True),
+    "q4_1": Blocks(32, 15, asymmetric=True),
+    "q5_1": Blocks(32, 31, asymmetric=True),
+    "q2_k": replace(_LOW, size=16, below=3, scales=15),
+    "q3_k": Blocks(16, 4, clips=True, grouped=256, scales=32),
+    "q4_k": replace(_LOW, size=32, below=15, scales=63),
+    "q5_k": replace(_LOW, size=32, below=31, scales=63),
+    "q6_k": Blocks(16, 32, clips=True, grouped=256, scales=128),
+}
+"""ggml type → its blocks, with float16 scales (ggml-quants.c: quantize_row_*_ref)."""
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Units of the errors of a slab of weights [rows, columns].
+
+    Attributes:
+        step: at each weight, [rows, columns]; with `spans`, [rows or groups of rows, spans].
+        levels: the distance of levels at each weight or of each row, [rows, 1]. `step` may be
+            larger: it allows for rounded scales.
+        limit: the magnitude at each weight beyond which it may be stored as the outermost level;
+            None where no level is missing.
+        grid: `levels` before scales are rounded; None where 0 is no level, or levels are chosen
+            for the least squared error.
+        spans: first columns of the blocks, rows or groups of rows whose root mean squares count;
+            None where single weights do.
     """
 
     step: np.ndarray
-    own: np.ndarray | None = None
+    levels: np.ndarray
     limit: np.ndarray | None = None
     grid: np.ndarray | None = None
     spans: np.ndarray | None = None
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The error less what comes from values beyond the outermost levels.
+        """Subtracts the error of values beyond the outermost levels.
 
-        Some schemes have one level less on one side. Which side that is, is the encoder's choice,
-        so the smaller error counts.
+        The encoder chooses which side has one level less, so the smaller error counts.
         """
         if self.limit is None:
             return error
         return _smaller(error, error + (w - np.clip(w, -self.limit, self.limit)))
 
     def beyond_rounding(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The error less that of rounding to nearest, clipped or not, whichever the encoder chose.
+        """Subtracts the error of rounding to nearest, clipped or not, whichever leaves less.
 
         Rounding is biased where a block has one weight so large that most others are nearer to
         zero than to the first level.
@@ -71,10 +127,9 @@ class StepSizes:
         return _smaller(rest, error - (np.clip(nearest, -self.limit, self.limit) - w))
 
     def rounding(self, columns: int, squares: np.ndarray | None = None) -> np.ndarray:
-        """Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
+        """Returns Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
 
-        An error that is uniform within half a step has the variance step²/12. With the `squares`
-        [columns] of inputs, each column's share is multiplied with its square.
+        The `squares` [columns] of inputs multiply each column's share.
         """
         steps = np.square(self.levels, dtype=np.float64)
         if squares is None:
@@ -84,134 +139,86 @@ class StepSizes:
         return np.asarray(np.einsum("nk,k->n", steps, squares / 12))
 
     def total(self, columns: int) -> float:
-        """Σ step over all weights."""
-        levels = self.levels
-        return float(levels.sum(dtype=np.float64)) * columns / levels.shape[1]
-
-    @property
-    def levels(self) -> np.ndarray:
-        """The distance of levels at each weight, or one number for each row, [rows, 1]."""
-        return self.step if self.own is None else self.own
+        """Returns Σ step over all weights."""
+        return float(self.levels.sum(dtype=np.float64)) * columns / self.levels.shape[1]
 
     def largest(self, error: np.ndarray) -> float:
-        """The largest error in steps: of a weight, or the root mean square of a span."""
+        """Returns the largest error in steps: of a weight, or the root mean square of a span."""
         if self.spans is not None:
             error = _root_mean_squares(error, self.spans, len(error) // max(1, len(self.step)))
         return float((np.abs(error) / self.step).max(initial=0))
 
 
-def step_sizes(
-    name: str, w: np.ndarray, stored: StoredTensor, expected: Expectation | None = None
-) -> StepSizes:
-    """The steps of the weights [rows, columns], from them and the way of storing alone.
+def step_sizes(name: str, w: np.ndarray, scheme: Scheme, measure: Measure = "weight") -> StepSizes:
+    """Returns the steps of the tensor `name` from its original weights.
 
-    Args:
-        name: of the tensor.
-        w: its rows, in whole groups of `rows_together`.
-        stored: how they are stored.
-        expected: what is measured where that is more than single weights.
+    `w` is [rows, columns] float32, in whole groups of `rows_together`. One step of a block or row
+    is twice the root mean square of rounding to nearest there: rounding is off by half a step.
     """
-    if expected is not None and expected.measure in ("block", "row"):
-        return _steps_of_spans(name, w, stored, expected.measure == "row")
-    scheme = stored.scheme
     if isinstance(scheme, Affine):
+        if measure in ("block", "row"):
+            return _affine_spans(w, scheme, measure)
         return _affine(w, scheme)
     if isinstance(scheme, Palette):
-        return _palette(w, scheme)
-    for end, steps in ggml_steps.TRANSFORMED.items():
-        if name.endswith(end):
-            return StepSizes(steps(w))
-    if scheme.label in _FLOATS:
-        return StepSizes(_float_steps(w, *_FLOATS[scheme.label]))
-    blocks = BLOCKS[scheme.label]
-    step, grid = ggml_steps.block_steps(w, blocks), ggml_steps.block_grid(w, blocks)
-    outermost = (step if grid is None else grid) * np.float32(blocks.below - 1)
-    return StepSizes(
-        step,
-        own=ggml_steps.own_steps(w, blocks) if blocks.grouped else None,
-        limit=outermost if blocks.clips else None,
-        grid=grid,
-    )
+        return _palette(w, scheme, measure)
+    if scheme.label in BLOCKS:
+        return _ggml(w, BLOCKS[scheme.label])
+    if name.endswith("norm.weight"):  # stored with 1 added
+        steps = np.spacing(np.abs(w + np.float32(1)))
+    elif name.endswith("recurrent_param"):
+        steps = decay_steps(w)
+    else:
+        steps = _float_steps(w, *_FLOATS[scheme.label])
+    return StepSizes(steps, steps)
 
 
-def shown_steps(name: str, dequantized: np.ndarray, stored: StoredTensor) -> StepSizes:
-    """The steps of an artifact's weights [rows, columns], from these alone.
+def shown_steps(name: str, dequantized: np.ndarray, scheme: Scheme) -> StepSizes:
+    """Returns the steps that an artifact's weights [rows, columns] show, without the original's.
 
-    The original weights are not needed: where levels are even, the outermost ones of a block tell
-    their distance.
+    Where levels are even, the outermost ones of a block tell their distance.
     """
-    if isinstance(stored.scheme, Affine):
-        exact, _ = _affine_steps(dequantized, stored.scheme)
-        return StepSizes(_spread(exact, stored.scheme.block or dequantized.shape[1], dequantized))
-    if isinstance(stored.scheme, Palette):
-        return StepSizes(_palette_gaps(dequantized, stored.scheme))
-    return step_sizes(name, dequantized, stored)
+    if isinstance(scheme, Affine):
+        blocks = _affine_blocks(scheme, dequantized)
+        exact, _, _ = _block_steps(dequantized, blocks)
+        steps = _spread(exact, blocks, dequantized)
+        return StepSizes(steps, steps)
+    if isinstance(scheme, Palette):
+        steps = _palette_gaps(dequantized, scheme)
+        return StepSizes(steps, steps)
+    return step_sizes(name, dequantized, scheme)
 
 
 def rows_together(scheme: Scheme) -> int:
-    """How many rows share their steps."""
+    """Number of rows that share their steps."""
     return scheme.group if isinstance(scheme, Palette) else 1
 
 
 def is_quantized(scheme: Scheme) -> bool:
-    """Whether weights are stored as integers or indices, and not as floats."""
+    """Returns whether weights are stored as integers or indices, and not as floats."""
     return scheme.label not in _FLOATS
 
 
-def _steps_of_spans(name: str, w: np.ndarray, stored: StoredTensor, rows: bool) -> StepSizes:
-    """Twice the root mean square of rounding to nearest, of each row or of each block.
-
-    So that, as for single weights, rounding to nearest is off by half a step.
-    """
-    scheme, columns = stored.scheme, w.shape[1]
-    spans = np.zeros(1, np.intp)
-    if isinstance(scheme, Affine):
-        if not rows:
-            spans = np.arange(0, columns, scheme.block or columns)
-        error, moved = _rounding_error(w, scheme)
-        exact, _ = _affine_steps(w, scheme)
-        own = _spread(exact, scheme.block or columns, w)
-    else:
-        plain = step_sizes(name, w, stored)
-        own = plain.step if plain.own is None else plain.own
-        error, moved = np.broadcast_to(own * 12**-0.5, w.shape), np.zeros((1, 1))
-    step = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
-    return StepSizes(np.maximum(step, NEGLIGIBLE), own=own, spans=spans)
-
-
-def _rounding_error(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """The error of rounding to nearest with the scales of the extremes, [rows, columns].
-
-    And how far a level may be from where it would be if scales were not rounded, [rows, blocks].
-    """
-    block, top = scheme.block or w.shape[1], 2**scheme.bits - 1
-    high, low, exact, _ = _ranges(w, scheme)
-    if scheme.symmetric:
-        # As in `quantize.affine`, the extreme has the level without an opposite.
-        sign = np.where(high > -low, -1, 1).astype(np.float32)
-        step, zeros = _spread(exact * sign, block, w), np.array(top // 2 + 1, np.float32)
-    else:
-        step = _spread(exact, block, w)
-        zeros = _spread(np.clip(np.rint(-np.minimum(low, 0) / exact), 0, top), block, w)
-    levels = np.clip(np.rint(w / step) + zeros, 0, top) - zeros
-    largest = np.maximum(high, -low)
-    moved = largest * np.float32(2.0**-22)
-    if scheme.scale == "float16":  # of the scale, and of its product with the level
-        moved = top * _spacing(exact) + _spacing(largest)
-    return levels * step - w, moved
-
-
 def _root_mean_squares(error: np.ndarray, spans: np.ndarray, rows: int = 1) -> np.ndarray:
-    """Of groups of `rows`, from each first column in `spans` to the next: [groups, spans]."""
+    """Averages groups of `rows`, from each first column in `spans` to the next: [groups, spans]."""
     squares = np.square(error, dtype=np.float64)
     counts = rows * np.diff(spans, append=error.shape[1])
     sums = np.add.reduceat(squares, spans, axis=1)
-    found = np.sqrt(sums.reshape(len(error) // rows, rows, len(spans)).sum(1) / counts)
-    return np.asarray(found)
+    means = sums.reshape(len(error) // rows, rows, len(spans)).sum(1) / counts
+    return np.asarray(np.sqrt(means))
 
 
 def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(np.abs(b) < np.abs(a), b, a)
+
+
+def _spread(values: np.ndarray, blocks: Blocks, w: np.ndarray) -> np.ndarray:
+    """Repeats each block's value at each of its weights."""
+    return np.repeat(values, blocks.size, axis=1)[:, : w.shape[1]]
+
+
+def _spacing(values: np.ndarray) -> np.ndarray:
+    """Returns at least the distance between float16s around positive values."""
+    return np.maximum(values * values.dtype.type(2.0**-10), values.dtype.type(2.0**-24))
 
 
 def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
@@ -220,43 +227,69 @@ def _float_steps(w: np.ndarray, digits: int, smallest: float) -> np.ndarray:
     return np.maximum(np.ldexp(np.float32(1), exponent), np.float32(smallest))
 
 
-def _affine(w: np.ndarray, scheme: Affine) -> StepSizes:
-    """A block's range over the number of steps in it.
+def decay_steps(w: np.ndarray) -> np.ndarray:
+    """GGUF stores Λ as -8 softplus(Λ): rounding moves Λ by softplus/sigmoid times as much."""
+    wide = w.astype(np.float64)
+    softplus = np.logaddexp(0, wide)
+    moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
+    return np.maximum(moved + np.spacing(np.abs(w)), NEGLIGIBLE).astype(np.float32)
 
-    Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
-    asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
-    """
-    block, below = scheme.block or w.shape[1], 2 ** (scheme.bits - 1)
-    exact, _ = _affine_steps(w, scheme)
-    grid = step = _spread(exact, block, w)
-    limit = step * np.float32(below - 1) if scheme.symmetric else None
+
+def _block_steps(w: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns each block's step, its range over its number of steps; and the range's ends."""
+    starts = np.arange(0, w.shape[1], blocks.size)
+    high, low = (end.reduceat(w, starts, axis=1) for end in (np.maximum, np.minimum))
+    if not blocks.asymmetric:
+        return np.maximum(np.maximum(high, -low) / np.float32(blocks.below), NEGLIGIBLE), high, low
+    if blocks.with_zero:
+        low = np.minimum(low, 0)
+    if blocks.with_zero == "both":
+        high = np.maximum(high, 0)
+    return np.maximum((high - low) / np.float32(blocks.below), NEGLIGIBLE), high, low
+
+
+def _affine_blocks(scheme: Affine, w: np.ndarray) -> Blocks:
+    size = scheme.block or w.shape[1]
+    if scheme.symmetric:
+        return Blocks(size, 2 ** (scheme.bits - 1), clips=True)
+    return Blocks(size, 2**scheme.bits - 1, asymmetric=True, with_zero="both")
+
+
+def _affine(w: np.ndarray, scheme: Affine) -> StepSizes:
+    blocks = _affine_blocks(scheme, w)
+    exact, _, _ = _block_steps(w, blocks)
+    grid = step = _spread(exact, blocks, w)
     if scheme.scale == "float16":
         # the scale is rounded up, and in Core ML its product with the integer to nearest
-        step = _spread(exact + _spacing(exact), block, w)
+        step = _spread(exact + _spacing(exact), blocks, w)
         step = step + _spacing(np.abs(w) + step)
-    return StepSizes(step, limit=limit, grid=grid)
+    return StepSizes(step, step, grid * blocks.inner if blocks.clips else None, grid)
 
 
-def _affine_steps(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """The step of each block, [rows, blocks], and how many weights it has, [blocks] float64."""
-    _, _, exact, counts = _ranges(w, scheme)
-    return exact, counts
-
-
-def _ranges(w: np.ndarray, scheme: Affine) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Largest and least weight of each block, and what `_affine_steps` gives."""
-    starts = np.arange(0, w.shape[1], scheme.block or w.shape[1])
-    high = np.maximum.reduceat(w, starts, axis=1)
-    low = np.minimum.reduceat(w, starts, axis=1)
+def _affine_spans(w: np.ndarray, scheme: Affine, measure: Measure) -> StepSizes:
+    """Rounds to nearest with the scales of the extremes, as `quantize.affine` does."""
+    top, blocks = 2**scheme.bits - 1, _affine_blocks(scheme, w)
+    exact, high, low = _block_steps(w, blocks)
+    levels = _spread(exact, blocks, w)
     if scheme.symmetric:
-        exact = np.maximum(high, -low) / np.float32(2 ** (scheme.bits - 1))
+        # the extreme has the level without an opposite
+        sign = np.where(high > -low, -1, 1).astype(np.float32)
+        step, zeros = _spread(exact * sign, blocks, w), np.array(top // 2 + 1, np.float32)
     else:
-        exact = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(2**scheme.bits - 1)
-    counts = np.diff(starts, append=w.shape[1]).astype(np.float64)
-    return high, low, np.maximum(exact, NEGLIGIBLE), counts
+        step, zeros = levels, _spread(np.clip(np.rint(-low / exact), 0, top), blocks, w)
+    error = (np.clip(np.rint(w / step) + zeros, 0, top) - zeros) * step - w
+    # how far rounded scales move a level
+    largest = np.maximum(high, -low)
+    moved = largest * np.float32(2.0**-22)
+    if scheme.scale == "float16":  # of the scale, and of its product with the level
+        moved = top * _spacing(exact) + _spacing(largest)
+    columns = w.shape[1]
+    spans = np.arange(0, columns, columns if measure == "row" else blocks.size)
+    rounding = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
+    return StepSizes(np.maximum(rounding, NEGLIGIBLE), levels, spans=spans)
 
 
-def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
+def _palette(w: np.ndarray, scheme: Palette, measure: Measure) -> StepSizes:
     """Twice the rms error of even levels from the least to the largest weight of a group.
 
     With those, rounding is off by half a step of `max_steps`; the least squared error is less.
@@ -270,13 +303,13 @@ def _palette(w: np.ndarray, scheme: Palette) -> StepSizes:
     rounded = _spacing(largest) if scheme.lut == "float16" else largest * 2.0**-23
     step = 2 * np.sqrt(np.square(error).mean(1, keepdims=True)) + rounded
     step = np.maximum(step, NEGLIGIBLE)
-    # Half a step is an rms error here, and a step over √12 elsewhere.
-    own = np.repeat(3**0.5 * step, scheme.group, axis=0)
-    return StepSizes(step, own, spans=np.zeros(1, np.intp))
+    of_rows = np.repeat(step, scheme.group, axis=0)
+    levels = 3**0.5 * of_rows  # half a step is an rms error here, and a step over √12 elsewhere
+    return StepSizes(of_rows if measure == "row" else step, levels, spans=np.zeros(1, np.intp))
 
 
 def _palette_gaps(dequantized: np.ndarray, scheme: Palette) -> np.ndarray:
-    """At each weight, half the distance between the neighbours of its level on both sides."""
+    """Returns half the distance between the neighbours of each weight's level on both sides."""
     gaps = np.empty_like(dequantized)
     for start in range(0, len(gaps), scheme.group):
         group = dequantized[start : start + scheme.group]
@@ -287,11 +320,29 @@ def _palette_gaps(dequantized: np.ndarray, scheme: Palette) -> np.ndarray:
     return gaps
 
 
-def _spread(blocks: np.ndarray, block: int, w: np.ndarray) -> np.ndarray:
-    """The value of a weight's block, at each weight."""
-    return np.repeat(blocks, block, axis=1)[:, : w.shape[1]]
+def _ggml(w: np.ndarray, blocks: Blocks) -> StepSizes:
+    """Steps of whole blocks; rounded scales and minimums move every value of a block."""
+    exact, _, low = _block_steps(w, blocks)
+    minimum = np.abs(low) if blocks.asymmetric else np.zeros_like(low)
+    smallest = blocks.scales * _LEAST  # what rounding may do to a step, however small it is
+    moved = blocks.below * np.maximum(exact * _HALF, smallest)
+    moved += np.maximum(minimum * _HALF, smallest)
+    step = levels = exact + 2 * moved
+    grid = None
+    if blocks.grouped:
+        step = _largest_of_group(step, blocks)
+        # Rounding to nearest has the block's own step, within the resolution of its scale.
+        resolution = _largest_of_group(exact, blocks) * _LEAST_SCALE
+        rounded = np.float32(2 * blocks.below * smallest)
+        levels = np.maximum(exact, np.maximum(resolution, rounded))
+    elif not blocks.asymmetric:
+        grid = _spread(exact, blocks, w)
+    step, levels = (_spread(values, blocks, w) for values in (step, levels))
+    limit = (step if grid is None else grid) * blocks.inner if blocks.clips else None
+    return StepSizes(step, levels, limit, grid)
 
 
-def _spacing(values: np.ndarray) -> np.ndarray:
-    """At least the distance between float16s around positive values."""
-    return np.maximum(values * values.dtype.type(2.0**-10), values.dtype.type(2.0**-24))
+def _largest_of_group(steps: np.ndarray, blocks: Blocks) -> np.ndarray:
+    """Returns the largest step in the group of each block, [rows, blocks]."""
+    per_group = blocks.grouped // blocks.size
+    return np.repeat(steps.reshape(len(steps), -1, per_group).max(2), per_group, axis=1)

@@ -191,7 +191,7 @@ def test_they_are_mapped_and_validation_allows_no_rounding_of_them(tmp_path):
     for name in MATRICES:
         whole = artifact.weights[name].whole()
         rows = whole.reshape(len(whole), -1)
-        steps = step_sizes(name, rows, artifact.manifest.tensors[name]).step
+        steps = step_sizes(name, rows, artifact.manifest.tensors[name].scheme).step
         assert (steps <= np.maximum(np.abs(rows) * 2.0**-22, 2.0**-126)).all()
 
 

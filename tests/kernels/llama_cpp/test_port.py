@@ -1,5 +1,6 @@
 """Patching a checkout, all of it or nothing; the port's version; building a wheel."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from packaging.version import Version
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.kernels.llama_cpp import port, sources
-from rgexport.kernels.llama_cpp.patch import patch_checkout
+from rgexport.kernels.llama_cpp.port import patch_checkout
 from tests.command_line import ROOT, rgexport
 from tests.llama_tools import installed_version, needs_llama_cpp
 
@@ -84,15 +85,15 @@ def test_a_write_that_fails_changes_nothing(checkout, failing, monkeypatch):
     before, calls = contents(checkout), count()
 
     def once_without_space(method):
-        def call(self: Path, argument):
+        def call(path, argument):
             if next(calls) == failing:
-                raise OSError(28, "No space left on device", str(self))
-            return method(self, argument)
+                raise OSError(28, "No space left on device", str(path))
+            return method(path, argument)
 
         return call
 
-    for name in "write_bytes", "replace":
-        monkeypatch.setattr(Path, name, once_without_space(getattr(Path, name)))
+    for owner, name in (Path, "write_bytes"), (os, "replace"):
+        monkeypatch.setattr(owner, name, once_without_space(getattr(owner, name)))
     with pytest.raises(OSError, match="No space left"):
         patch_checkout(checkout)
     assert contents(checkout) == before

@@ -11,7 +11,7 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.result import Result
 from rgexport.validate.run import validate_artifact
 from tests.artifacts import copy_cached
@@ -74,7 +74,7 @@ def copy(original, tmp_path):
 def judge(original):
     """The result of `validate --bisect` with the sound checkpoint as the original, of any graph."""
     asked = {"max_tokens": 3 * CONFIG.window, "bisect": True, "limits": {"structure": 1}}
-    request = Request(model=str(original), **asked)
+    request = ValidationRequest(model=str(original), **asked)
     return lambda artifact: validate_artifact(artifact, request)
 
 

@@ -5,7 +5,7 @@ With int4 weights activations are int8, whose noise hides most faults in the log
 
 import pytest
 
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.run import validate_artifact
 from tests.validate.faults import onnx_edits as edits
 from tests.validate.faults.conftest import CONFIG, require_named
@@ -44,7 +44,7 @@ CALLS: dict[str, tuple[edits.Edit, set[str]]] = {
 def test_what_other_runtimes_run(copy, kind, fault):
     edit, kinds = CALLS[fault]
     edits.spoil(artifact := copy(kind), edit)
-    result = validate_artifact(artifact, Request(max_tokens=600))
+    result = validate_artifact(artifact, ValidationRequest(max_tokens=600))
     failed = {check.kind for check in result.checks if not check.passed}
     assert failed >= kinds and (result.verdict == "FAIL") == bool(kinds), failed
 

@@ -11,9 +11,9 @@ import pytest
 
 from bench.wrong_models import SPOILED, WRONG_WEIGHTS, matrix_of
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.models import write_hugging_face
@@ -42,8 +42,11 @@ def reference(original, tmp_path_factory):
 )
 def test_altered_weights_are_found_in_every_way(fault, kind, original, copy, reference):
     """And the tensor is named; the right weights pass."""
-    path, request = copy(kind), Request(model=str(original), reference=reference, max_tokens=16)
-    sound = validate_artifact(path, Request(reference=reference, max_tokens=8))
+    path, request = (
+        copy(kind),
+        ValidationRequest(model=str(original), reference=reference, max_tokens=16),
+    )
+    sound = validate_artifact(path, ValidationRequest(reference=reference, max_tokens=8))
     assert sound.verdict == "PASS", [check for check in sound.checks if not check.passed]
     SPOILED[fault](path)
     result = validate_artifact(path, request)
@@ -65,8 +68,8 @@ def test_another_model_is_found_in_every_way(wrong, original, reference, tmp_pat
     weights |= WRONG_WEIGHTS[wrong](CONFIG, weights)
     model = write_hugging_face(CONFIG, weights, tmp_path / "model", dtype="bfloat16")
     path = export("onnx-int4", open_checkpoint(model), tmp_path / "artifact")
-    alone = validate_artifact(path, Request(reference=reference, max_tokens=8))
-    result = validate_artifact(path, Request(model=str(original), max_tokens=16))
+    alone = validate_artifact(path, ValidationRequest(reference=reference, max_tokens=8))
+    result = validate_artifact(path, ValidationRequest(model=str(original), max_tokens=16))
     for found in (alone, result):
         failed = [check for check in found.checks if check.outcome == "FAIL"]
         factors = [check.value / check.limit if check.limit else 1.0 for check in failed]

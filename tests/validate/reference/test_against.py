@@ -16,15 +16,22 @@ from rgexport.griffin.reference import Reference
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.checks import TENSOR_CHECKS
 from rgexport.validate.metrics import agreement, compare_logits, kl_summary, logit_error
-from rgexport.validate.opening import Request
-from rgexport.validate.reference import against, logit_rows
-from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.opening import ValidationRequest
+from rgexport.validate.reference import against
+from rgexport.validate.reference.capture import capture, choose_positions
+from rgexport.validate.reference.reference_file import (
+    ReferenceFile,
+    decode_logits,
+    encode_logits,
+    read_reference,
+)
 from rgexport.validate.run import validate_artifacts
+from rgexport.validate.states import StateError
 from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
+
+CAPTURE = "rgexport.validate.reference.capture"
 
 
 @pytest.fixture(scope="module", params=[40, 10**9])
@@ -33,7 +40,7 @@ def some(request, checkpoint, tmp_path_factory) -> ReferenceFile:
     target = tmp_path_factory.mktemp("reference") / "r"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LOGITS_BYTES": 0, "LEAST_POSITIONS": request.param}.items():
-            patch.setattr(logit_rows, name, value)
+            patch.setattr(f"{CAPTURE}.{name}", value)
         return read_reference(capture(open_checkpoint(checkpoint), target, device="cpu"))
 
 
@@ -92,8 +99,8 @@ def test_it_equals_a_comparison_of_exact_logits(clean, checkpoint, some, kind):
 def test_positions_are_spread_over_all_prompts(lengths, most):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LOGITS_BYTES": 2 * 7 * most, "LEAST_POSITIONS": 0}.items():
-            patch.setattr(logit_rows, name, value)
-        chosen = logit_rows.choose_positions(lengths, 7)
+            patch.setattr(f"{CAPTURE}.{name}", value)
+        chosen = choose_positions(lengths, 7)
     assert [positions[-1] for positions in chosen] == [length - 1 for length in lengths]
     assert all(positions == sorted(set(positions)) for positions in chosen)
     assert sum(map(len, chosen)) == min(sum(lengths), max(most, len(lengths)))
@@ -105,7 +112,7 @@ def test_logits_in_16_bits_give_the_same_kl(spread, delta):
     rng = np.random.default_rng(1)
     exact = (spread * rng.standard_normal((200, 3000))).astype(np.float32) + np.float32(7)
     other = exact + np.float32(delta) * rng.standard_normal(exact.shape).astype(np.float32)
-    stored = logit_rows.decode(*logit_rows.encode(exact))
+    stored = decode_logits(*encode_logits(exact))
     assert np.abs(stored - exact).max() <= np.ptp(exact) / 65535 * 0.51 + 1e-6
     kl = [compare_logits(rows, other, np.full(200, -1))["kl"].mean() for rows in (exact, stored)]
     assert kl[1] == pytest.approx(kl[0], rel=0.01, abs=1e-12)
@@ -143,6 +150,12 @@ def test_a_value_that_is_not_finite_fails(spoil, reference):
     assert wrong_tensors(found) == {"final_norm.weight"}
 
 
+def test_a_state_that_is_no_number_stays_the_worst():
+    errors = [StateError(name="s", relative_max=x, relative_norm=x) for x in (0.1, np.nan, 0.5)]
+    (worst,) = against._worst_states(errors)
+    assert np.isnan(worst.relative_max)
+
+
 def another(tmp_path, seed=0, **change) -> ReferenceFile:
     """A reference file of a model that differs from the one of `clean`."""
     config = dataclasses.replace(CONFIG, **change)
@@ -152,7 +165,7 @@ def another(tmp_path, seed=0, **change) -> ReferenceFile:
 
 
 def test_other_weights_are_named_and_judged(clean, tmp_path, capsys):
-    other, request = another(tmp_path, seed=1), Request(max_tokens=20)
+    other, request = another(tmp_path, seed=1), ValidationRequest(max_tokens=20)
     assert wrong_tensors(held(clean("int4"), other)) == set(model_tensors(CONFIG))
     assert validate_artifacts([clean("fp32")], request, reference=other.path) == 1
     shown = capsys.readouterr().out

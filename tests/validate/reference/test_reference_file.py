@@ -15,15 +15,15 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
 from rgexport.validate import states
-from rgexport.validate.reference import implementations, logit_rows
+from rgexport.validate.reference import implementations
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.implementations import choose_implementation
-from rgexport.validate.reference.reference_file import is_reference, write_reference
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import is_reference, read_reference, write_reference
 from tests.command_line import rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.validate.toys import counted
 
+CAPTURE = "rgexport.validate.reference.capture"
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64, window=8)
 
 
@@ -35,7 +35,7 @@ def captured(tmp_path_factory):
     (folder / "p").write_text(json.dumps([[0, 1, 2], list(range(3, 23))]))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LOGITS_BYTES": 0, "LEAST_POSITIONS": 5}.items():
-            patch.setattr(logit_rows, name, value)
+            patch.setattr(f"{CAPTURE}.{name}", value)
         patch.setattr(states, "FIRST_CHECKPOINT", 8)
         source = open_checkpoint(model)
         file = capture(source, folder / "r", prompts=folder / "p", device="cpu")
@@ -245,7 +245,7 @@ def test_all_prompts_read_each_weight_once(small, keep):
 
 def test_logits_exist_for_one_block_at_a_time(small, tmp_path, monkeypatch):
     (tmp_path / "p").write_text(json.dumps([[1 + i % 250 for i in range(300)], [5], [6, 7]]))
-    monkeypatch.setattr(logit_rows, "BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
+    monkeypatch.setattr(f"{CAPTURE}.BLOCK_BYTES", 20 * 4 * small.config.vocab_size)
     asked: list[int] = []
     compute = NumpyReference.logits
 

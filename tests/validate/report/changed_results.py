@@ -5,7 +5,7 @@ import math
 
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
-from rgexport.validate.positions import Choice
+from rgexport.validate.positions import TokenChoice
 
 HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7*7 }}&amp;"""
 
@@ -24,7 +24,7 @@ def with_first_check(result, **fields: float):
 
 
 def with_nan(result):
-    logits = {"twin.logits.max": math.nan, "twin.logits.relative_max": math.inf}
+    logits = {"dequantized.logits.max": math.nan, "dequantized.logits.relative_max": math.inf}
     return changed(with_first_check(result, value=math.nan), logits)
 
 
@@ -54,7 +54,7 @@ def with_site_beyond(result):
 def hostile(result):
     """Markup in all that comes from outside."""
     assert result.sites and result.reference and result.layers
-    choice = Choice(token=3, probability=0.5, text=HOSTILE)
+    choice = TokenChoice(token=3, probability=0.5, text=HOSTILE)
     place = {"context": HOSTILE, "next_text": HOSTILE, "reference": [choice], "candidate": [choice]}
     site = {"site": HOSTILE, "op": HOSTILE, "excess": 9.0}
     outside = "artifact.name artifact.path source.path text.name reference.path reference.model"

@@ -23,16 +23,15 @@ from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
 from rgexport.reporting.page import breakable, visible
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.continuations import Continuation
-from rgexport.validate.opening import Request
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.reference_reader import read_reference
+from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page, write_html
 from rgexport.validate.report.schema import as_text, result_schema
 from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render, render_several
-from rgexport.validate.result import Result, require_writable, write_json
+from rgexport.validate.result import Result, Speed, require_writable, write_json
 from rgexport.validate.run import validate_artifact
-from rgexport.validate.speed import Speed
 from rgexport.validate.states import worst
 from tests.validate.report import changed_results as changes
 
@@ -81,7 +80,7 @@ def result(clean, checkpoint, tmp_path_factory) -> Result:
     target = tmp_path_factory.mktemp("report") / "r"
     reference = read_reference(capture(open_checkpoint(checkpoint), target, device="cpu"))
     asked = {"max_tokens": 70, "bisect": True, "reference": reference}
-    measured = validate_artifact(clean("int4"), Request(model=str(checkpoint), **asked))
+    measured = validate_artifact(clean("int4"), ValidationRequest(model=str(checkpoint), **asked))
     speed = Speed(decode=123.4, prefill=5678.9, prompt_tokens=128)
     suspects = [Suspect(layer=1, site="layers.1.temporal_block.rg_lru", evidence="for the test")]
     return dataclasses.replace(measured, speed=speed, suspects=suspects)
@@ -89,7 +88,7 @@ def result(clean, checkpoint, tmp_path_factory) -> Result:
 
 @pytest.fixture(scope="module")
 def alone(clean) -> Result:
-    return validate_artifact(clean("fp32"), Request(max_tokens=20))
+    return validate_artifact(clean("fp32"), ValidationRequest(max_tokens=20))
 
 
 @pytest.fixture(scope="module", params=["one", "several"])
@@ -140,7 +139,7 @@ def test_the_verdict_comes_first(result, alone):
     body = text[text.index("}") :]
     assert 0 < body.index("PASS") < body.index(f"The export is correct: all {count} checks")
     failed = Page(render_page([changes.with_nan(result)])).text
-    assert f"1 of {count} checks failed" in failed and "twin.logits is nan, limit" in failed
+    assert f"1 of {count} checks failed" in failed and "dequantized.logits is nan, limit" in failed
     assert "the original was not given (-m)" in Page(render_page([alone])).text
     failures = [dataclasses.replace(check, value=math.nan) for check in [*result.checks] * 2]
     many = dataclasses.replace(result, checks=[*changes.ambiguous(result).checks[:1], *failures])
@@ -149,7 +148,7 @@ def test_the_verdict_comes_first(result, alone):
     assert render(many).count("FAILED  ") == MOST_NAMED and "AMBIGUOUS" not in render(many)
     unsure = Page(render_page([changes.ambiguous(result)]))
     assert f"1 of {count} checks cannot be decided" in unsure.text
-    assert "twin.logits is 0.25 ± 0.04, limit 0.27" in unsure.text
+    assert "dequantized.logits is 0.25 ± 0.04, limit 0.27" in unsure.text
     classes = [attributes.get("class") for _, attributes in unsure.elements]
     assert "verdict ambiguous" in classes and "unsure" in classes
 
@@ -277,9 +276,9 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
     assert named["artifact"]["path"] == by_bytes.artifact.path
     write_html([by_bytes], tmp_path / "r.html")
     assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")
-    assert broken["verdict"] == "FAIL" and broken["twin"]["logits"]["max"] is None
+    assert broken["verdict"] == "FAIL" and broken["dequantized"]["logits"]["max"] is None
     check = broken["checks"][0]
-    assert (check["name"], check["value"], check["passed"]) == ("twin.logits", None, False)
+    assert (check["name"], check["value"], check["passed"]) == ("dequantized.logits", None, False)
 
 
 def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
@@ -291,7 +290,7 @@ def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
     assert render(short, tmp_path / "r.html").endswith(f"a page: {tmp_path / 'r.html'}\n")
     first, *_, last = lines = render(changes.with_nan(short)).splitlines()
     assert first.startswith("FAIL  ") and f"1 of {len(result.checks)} checks failed" in first
-    assert any(line.startswith("FAILED  twin.logits is nan") for line in lines)
+    assert any(line.startswith("FAILED  dequantized.logits is nan") for line in lines)
     assert f"rgexport validate {result.artifact.path} --bisect" in last and len(lines) <= 22
 
     monkeypatch.setattr(progress, "verbose", True)

@@ -16,11 +16,9 @@ from rgexport.quantize.row_ranges import rows_text
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
 from rgexport.quantize.statistics import Hessian, Statistics
 from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
-from rgexport.validate.weights.ggml_steps import BLOCKS, decay_steps
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
-from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
-from rgexport.validate.weights.steps import shown_steps
-from rgexport.validate.weights.weight_errors import weight_errors
+from rgexport.validate.weights.steps import BLOCKS, decay_steps, shown_steps
+from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors, weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
 from tests.row_groups import ASYMMETRIC, INT4, INT8
@@ -232,7 +230,7 @@ def test_a_wrong_scale_or_block_is_seen(kind):
         w[::16] *= size
         stored = store(w, scheme)
         assert passes(error_of(w, stored, scheme))
-        noise = shown_steps("w", stored, StoredTensor(w.shape, scheme, {})).rounding(w.shape[1])
+        noise = shown_steps("w", stored, scheme).rounding(w.shape[1])
         assert (np.square(stored - w).sum(1) / noise).max() < 6
 
 
@@ -359,8 +357,8 @@ def test_slabs_make_no_difference(monkeypatch):
         return [*weight_errors(*sources, tensors), *sketch_errors(known(w), sources[1], tensors)]
 
     whole = errors()
-    monkeypatch.setattr("rgexport.validate.weights.weight_errors._SLAB_BYTES", 4 * COLUMNS * 7)
-    monkeypatch.setattr("rgexport.validate.weights.sketch_errors.SLAB_BYTES", 4 * COLUMNS * 7)
+
+    monkeypatch.setattr("rgexport.validate.weights.tensor_errors.SLAB_BYTES", 4 * COLUMNS * 7)
     for one, other in zip(errors(), whole, strict=True):
         for number in ("relative_error", "projection", "noise", "shift"):
             assert getattr(one, number) == pytest.approx(getattr(other, number), rel=1e-6)

@@ -1,8 +1,9 @@
-"""What an artifact's weights cost in KL, beside what rounding to their steps costs at random.
+"""The KL that an artifact's weights cost, in all and by parts of the model.
 
-Nobody needs the original to know what rounding costs: the artifact's weights show their steps, and
-a model is as sensitive to random errors around its artifact's weights as around its own. An
-algorithm loses less than such errors do. Weights that lose much more are not made from the model.
+The cost in all is compared with that of random rounding to the weights' steps. That needs no
+original: the artifact's weights show their steps, and a model is as sensitive to random errors
+around its artifact's weights as around its own. An algorithm loses less than such errors do.
+Weights that lose much more are not made from the model.
 """
 
 from dataclasses import dataclass
@@ -12,30 +13,32 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.export.row_groups import groups_of
-from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.tensor import RowTensor
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.numpy_reference import NumpyReference, Variants
+from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
 from rgexport.validate.weights.steps import is_quantized, shown_steps
 
-TOKENS = 256
-"""The first tokens of the text, which the rounded model takes, …"""
-POSITIONS = 64
-"""… and how many of them are compared."""
+ROUNDED_TOKENS, POSITIONS = 256, 64
+"""The first tokens of the text, which the rounded model takes, and how many are compared."""
 _SEED = 20240411
 _LEAST = 1e-12
 """KL, nats, that a cost is divided by at least."""
+LAYER_TOKENS = 48
+"""Most tokens: each of a 2B's 29 variants takes them."""
+_LOGITS_BYTES = 256 << 20
+"""Logits of all variants that exist at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingCost:
     """Mean KL over some positions, nats per token.
 
-    Attributes:
-        kl_rounded: of the artifact's weights to themselves with random errors within half a step.
-        kl: of the artifact's weights in exact arithmetic to the original; None without one.
-        ratio: `kl` in units of `kl_rounded`, less two standard errors.
+    `kl_rounded` is that of the artifact's weights to themselves with random errors within half a
+    step, `kl` that of the weights in exact arithmetic to the original; None without one. `ratio` is
+    `kl` in units of `kl_rounded`, less two standard errors.
     """
 
     kl_rounded: float
@@ -48,11 +51,7 @@ def rounding_cost(
 ) -> RoundingCost | None:
     """Runs the artifact's weights with random errors; None where no weight is quantized.
 
-    Args:
-        artifact: whose weights show their steps.
-        dequantized: the pass of its weights over tokens [T].
-        original: the original's pass over them, where there is one.
-        tokens: [T], of which the first `TOKENS` are taken.
+    `dequantized` is the pass of its weights over tokens [T], `original` the original's, if any.
     """
     tensors, generator = artifact.manifest.tensors, np.random.default_rng(_SEED)
     if not is_rounded(artifact.manifest):
@@ -63,9 +62,8 @@ def rounding_cost(
     }
     with watched_layers("Rounding at random", rounded) as watched:
         model = NumpyReference(artifact.manifest.config, watched)
-        hidden, _ = model.run(tokens[None, :TOKENS])
-    positions = np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int)
-    positions = np.unique(positions)
+        hidden, _ = model.run(tokens[None, :ROUNDED_TOKENS])
+    positions = np.unique(np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int))
     logits = _logits_at(dequantized, positions)
     kl_rounded = _divergence(logits, model.logits(hidden[:, positions])[0])
     base = max(float(kl_rounded.mean()), _LEAST)
@@ -80,12 +78,10 @@ def rounding_cost(
 
 
 def is_rounded(manifest: Manifest) -> bool:
-    """Whether an artifact has quantized weights."""
     return any(is_quantized(stored.scheme) for stored in manifest.tensors.values())
 
 
 def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
-    """Logits [positions, vocab] float32."""
     return model_pass.model.logits(model_pass.hidden[:, positions])[0]
 
 
@@ -107,9 +103,54 @@ def _with_errors(
         for group in groups_of(stored):
             chosen = group.chosen(start, stop)
             if len(some := rows[chosen]):
-                steps = shown_steps(name, some, group.stored).levels
+                steps = shown_steps(name, some, group.stored.scheme).levels
                 errors = generator.random(some.shape, np.float32) - np.float32(0.5)
                 rows[chosen] = some + steps * errors
         return rows
 
     return RowTensor(weight.shape, np.dtype(np.float32), read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """The original against itself with one part of the artifact's weights.
+
+    The part is `layers.3`, `embed_tokens` (which is the head, too) or `final_norm`; `kl` is the
+    mean KL(original ‖ variant) in nats, `top1` the top-1 agreement in [0, 1].
+    """
+
+    part: str
+    kl: float
+    standard_error: float
+    top1: float
+
+
+def layer_costs(
+    config: GriffinConfig,
+    original: WeightSource,
+    dequantized: WeightSource,
+    tokens: np.ndarray,
+) -> list[LayerCost]:
+    """Measures every part of the model, from the embedding to the last norm.
+
+    `config` is the original's; at most `LAYER_TOKENS` of the tokens [T] are taken.
+    """
+    with watched_layers("Measuring what each layer costs", original) as watched:
+        model = Variants(config, watched, dequantized)
+        hidden = model.run_all(tokens[:LAYER_TOKENS])
+    step = max(1, _LOGITS_BYTES // (4 * config.vocab_size * len(hidden)))
+    blocks: list[list[np.ndarray]] = [[] for _ in model.parts]
+    for start in range(0, hidden.shape[1], step):
+        first, *variants = model.all_logits(hidden[:, start : start + step])
+        unknown = np.full(len(first), -1)
+        for rows, logits in zip(blocks, variants, strict=True):
+            rows.append(metrics.compare_logits(first, logits, unknown))
+    return [
+        _cost(part, np.concatenate(rows)) for part, rows in zip(model.parts, blocks, strict=True)
+    ]
+
+
+def _cost(part: str, rows: np.ndarray) -> LayerCost:
+    kl = metrics.kl_summary(rows)
+    top1 = float(rows["top1"].mean())
+    return LayerCost(part=part, kl=kl.mean, standard_error=kl.standard_error, top1=top1)

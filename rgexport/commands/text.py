@@ -1,0 +1,268 @@
+"""Commands that write text with an artifact."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rgexport import progress
+from rgexport.commands.options import (
+    LookupArguments,
+    NativeArguments,
+    StatePrecisionArguments,
+    ThreadsArguments,
+    argument,
+    command,
+    group,
+    option,
+)
+from rgexport.errors import RequestError
+from rgexport.printing import print_reply, print_result
+
+if TYPE_CHECKING:
+    from rgexport.chat.model import Model
+    from rgexport.chat.reply import ReplyOptions
+    from rgexport.chat.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class DraftArguments(LookupArguments):
+    """Sources of drafts."""
+
+    draft_text: Path | None = option(
+        "--draft-text", help="A text that replies may repeat: they come sooner."
+    )
+
+    def text(self) -> str:
+        """Returns the text that replies may repeat, "" for none."""
+        from rgexport.files.paths import read_text
+
+        if self.draft_text and not self.lookup:
+            raise RequestError(
+                "--draft-text changes nothing with --no-lookup; leave out one of them"
+            )
+        return read_text(self.draft_text) if self.draft_text else ""
+
+
+@dataclass(frozen=True)
+class SamplingArguments(ThreadsArguments):
+    """How a reply is written."""
+
+    max_new_tokens: int = option(
+        "-n", "--max-new-tokens", least=1, default=256, help="Maximum number of tokens of a reply."
+    )
+    temperature: float = option("--temperature", default=0.0, help="0: greedy.")
+    top_k: int = option(
+        "--top-k", default=0, show_default=False, help="Sample from the k most likely tokens."
+    )
+    top_p: float = option(
+        "--top-p",
+        default=1.0,
+        show_default=False,
+        help="Sample from the most likely tokens that sum to p.",
+    )
+    min_p: float = option(
+        "--min-p",
+        default=0.0,
+        show_default=False,
+        help="Drop tokens less likely than p times the most likely one.",
+    )
+    repetition_penalty: float = option(
+        "--repetition-penalty", default=1.0, show_default=False, help="Above 1: tokens repeat less."
+    )
+    presence_penalty: float = option(
+        "--presence-penalty",
+        default=0.0,
+        show_default=False,
+        help="Above 0: tokens of the reply occur less.",
+    )
+    frequency_penalty: float = option(
+        "--frequency-penalty",
+        default=0.0,
+        show_default=False,
+        help="The same, in proportion to how often they occurred.",
+    )
+    seed: int | None = option("--seed", help="Makes sampling repeatable.")
+
+    def sampling(self) -> "Sampling":
+        """Returns the options of sampling."""
+        from rgexport.chat.sampling import Sampling
+
+        names = {field.name for field in dataclasses.fields(Sampling)}
+        values = {name: value for name, value in vars(self).items() if name in names}
+        sampling = Sampling(**values)
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
+            raise RequestError(
+                "top_k, top_p and min_p change nothing at temperature 0, which takes the most "
+                "likely token; pass a temperature too, such as --temperature 0.7"
+            )
+        return sampling
+
+
+@dataclass(frozen=True)
+class StateArguments(StatePrecisionArguments):
+    """The state files of a reply."""
+
+    load_state: Path | None = option("--load-state", help="Go on from a state file.")
+    save_state: Path | None = option("--save-state", help="Write a state file at the end.")
+
+
+@dataclass(frozen=True)
+class ReplyArguments:
+    """The options that `generate` and `chat` share."""
+
+    draft: DraftArguments = group(DraftArguments)
+    sampling: SamplingArguments = group(SamplingArguments)
+    state: StateArguments = group(StateArguments)
+    engine: NativeArguments = group(NativeArguments)
+
+    def options(self, stop: tuple[str, ...]) -> "ReplyOptions":
+        """Returns the options of replies."""
+        from rgexport.chat.reply import ReplyOptions
+        from rgexport.chat.state_file import require_replaceable
+
+        sampling = self.sampling.sampling()
+        if self.state.save_state:
+            require_replaceable(self.state.save_state)  # before the reply, and again after it
+        return ReplyOptions(
+            sampling=sampling, max_new_tokens=self.sampling.max_new_tokens, stop=stop
+        )
+
+    def open_model(self, artifact: Path, *, chat: bool) -> "Model":
+        """Opens an artifact; see `from_artifact.open_model`."""
+        from rgexport.chat.from_artifact import open_model
+
+        return open_model(
+            artifact,
+            chat=chat,
+            allow_foreign=self.engine.allow_foreign,
+            threads=self.sampling.threads,
+            state_precision=self.state.state_precision,
+            lookup=self.draft.lookup,
+        )
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    artifact: Path = argument()
+    prompt: str | None = option("-p", "--prompt", help="The text to continue.")
+    prompt_file: Path | None = option(
+        "--prompt-file", help="The text to continue, from a file; - is the standard input."
+    )
+    ids: str | None = option(
+        "--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids."
+    )
+    stop: tuple[str, ...] = option("--stop", help="A text that ends the continuation; repeatable.")
+    reply: ReplyArguments = group(ReplyArguments)
+
+
+@command(GenerateArguments)
+def generate(arguments: GenerateArguments) -> None:
+    """Continues a prompt, or a saved state."""
+    from rgexport.chat.from_artifact import continue_ids, continued_ids, summary
+
+    reply, state = arguments.reply, arguments.reply.state
+    options = reply.options(arguments.stop)
+    prompt = _prompt(arguments)
+    if arguments.ids is not None:
+        if state.load_state or state.save_state or reply.draft.draft_text:
+            raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
+        for token in continue_ids(
+            arguments.artifact,
+            arguments.ids,
+            options.sampling,
+            options.max_new_tokens,
+            reply.sampling.threads,
+            allow_foreign=reply.engine.allow_foreign,
+        ):
+            print_result(f"{token} ", end="")
+        print_result("")
+        return
+    if prompt is None and state.load_state is None:
+        raise RequestError(
+            "generate takes one of --prompt, --prompt-file, --ids and --load-state; none was given"
+        )
+    draft = reply.draft.text()
+    with reply.open_model(arguments.artifact, chat=False) as model:
+        ids = continued_ids(model, prompt or "", state.load_state)
+        stream = model.continue_ids(ids, dataclasses.replace(options, draft=model.draft_of(draft)))
+        for piece in stream:
+            print_reply(piece)
+        print_result("")
+        progress.note(summary(stream.reply()))
+        if state.save_state:
+            model.save_state(state.save_state, [*ids, *stream.reply().ids])
+
+
+def _prompt(arguments: GenerateArguments) -> str | None:
+    """Returns the text of --prompt or --prompt-file."""
+    from rgexport.files.paths import read_text
+
+    values = {
+        "--prompt": arguments.prompt,
+        "--prompt-file": arguments.prompt_file,
+        "--ids": arguments.ids,
+    }
+    if len(names := [name for name, value in values.items() if value is not None]) > 1:
+        raise RequestError(f"generate takes one of {' and '.join(names)}; both were given")
+    file = arguments.prompt_file
+    if file is None:
+        return arguments.prompt
+    if str(file) != "-":
+        return read_text(file)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the input is not UTF-8 text: {error}") from None
+
+
+@dataclass(frozen=True)
+class ChatArguments:
+    artifact: Path = argument()
+    prompt: str | None = option("-p", "--prompt", help="Say this, print the reply, and end.")
+    system: str = option("--system", default="", show_default=False, help="The system prompt.")
+    document: Path | None = option("--read", help="A text that the first message is about.")
+    as_json: bool = option("--json", help="With -p: the reply and its figures as JSON.")
+    stop: tuple[str, ...] = option("--stop", help="A text that ends a reply; repeatable.")
+    reply: ReplyArguments = group(ReplyArguments)
+
+
+@command(ChatArguments)
+def chat(arguments: ChatArguments) -> None:
+    """Chats with an instruction-tuned model.
+
+    In a terminal, /help lists commands. Over a pipe, each line is a message.
+    """
+    from rgexport.chat.conversation import Conversation
+    from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
+    from rgexport.files.paths import read_text
+
+    reply, state, prompt = arguments.reply, arguments.reply.state, arguments.prompt
+    options, draft = reply.options(arguments.stop), reply.draft.text()
+    if state.load_state and arguments.system:
+        raise RequestError(
+            "--load-state goes without --system: another system prompt would change how the "
+            "conversation begins, and all of it would be read again"
+        )
+    if prompt is not None and not prompt.strip():
+        raise RequestError("-p is empty; give a message")
+    if arguments.as_json and prompt is None:
+        raise RequestError("--json is for one message; give it with -p")
+    with reply.open_model(arguments.artifact, chat=True) as model:
+        options = dataclasses.replace(options, draft=model.draft_of(draft))
+        conversation = Conversation(model, options)
+        if state.load_state:
+            conversation.load(state.load_state)
+        elif arguments.system:
+            conversation.set_system(arguments.system)
+        if arguments.document:
+            conversation.read(read_text(arguments.document))
+        if prompt is not None:
+            one_message(conversation, prompt, sys.stdout, as_json=arguments.as_json)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            terminal_chat(conversation)
+        else:
+            pipe_chat(conversation, sys.stdin, sys.stdout)
+        if state.save_state:
+            conversation.save(state.save_state)

@@ -1,0 +1,1 @@
+"""Functions that answer requests; the table `app.ENDPOINTS` has their paths."""

@@ -1,0 +1,121 @@
+"""The state of a server: settings, models, grammars, slots and saved states."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from weakref import WeakSet
+
+from starlette.requests import Request
+
+from rgexport.chat.model import Model
+from rgexport.serve.clients import Client, client_of
+from rgexport.serve.errors import NotFound
+from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
+from rgexport.serve.grammar import Grammars, GrammarThread
+from rgexport.serve.monitoring import Health, Metrics
+from rgexport.serve.named_states import NamedStates
+from rgexport.serve.offload import Offload
+from rgexport.serve.slots import ClientSlots
+from rgexport.serve.text_process import TextProcess, with_encoder
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of a server.
+
+    Attributes:
+        api_key: the key that clients must present; None accepts all clients.
+        cors_origins: origins of web pages that may use it; `*` for all.
+        allowed_hosts: names that requests may give the server, beside addresses; `*` for all.
+        limits: limits of a request.
+        body_bytes: maximum size of a request.
+        saved: the folder of states that clients name; None for none.
+        most_saved: maximum number of states of a client in it.
+        saved_bytes: maximum size of the states of all clients.
+        log: whether each request is logged.
+        share_prefixes: whether all clients use the same states, named ones included.
+        trusted_proxies: addresses whose X-Forwarded-For header names the client.
+    """
+
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ("localhost",)
+    limits: Limits = field(default_factory=Limits)
+    body_bytes: int = 8 << 20
+    saved: Path | None = None
+    most_saved: int = 100
+    saved_bytes: int = 10 << 30
+    log: bool = True
+    share_prefixes: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+
+
+class Server:
+    """Everything that endpoints share; they get it by `server_of`."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        settings: ServerSettings,
+        text_process: TextProcess | None = None,
+        health: Health | None = None,
+    ) -> None:
+        """Takes the models by name, and a process for long texts, which is optional."""
+        self.models, self.settings = dict(models), settings
+        self.metrics, self.health = Metrics(self.models), health or Health(models)
+        self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
+        self.saved = NamedStates(
+            settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
+        )
+        self.offload = Offload(text_process)
+        self.grammar_thread = GrammarThread()
+        self._grammars = {
+            name: Grammars(model.tokenizer, model.vocab_size) for name, model in models.items()
+        }
+        for name, model in models.items():
+            model.most_tokens = settings.limits.prompt_tokens
+            if text_process:
+                model.elsewhere = partial(text_process.call, with_encoder, name)
+
+    def model(self, name: str) -> tuple[str, Model]:
+        """Returns a model and its name; if there is only one, it has any name.
+
+        Raises:
+            NotFound: there are several, and none of this name.
+        """
+        if len(self.models) == 1:
+            name = next(iter(self.models))
+        if name not in self.models:
+            expected = ", ".join(self.models)
+            raise NotFound(f"there is no model {name!r} here; expected one of {expected}", "model")
+        return name, self.models[name]
+
+    async def with_grammar(
+        self, name: str, replies: list[PlannedReply], request: Request
+    ) -> list[PlannedReply]:
+        """Adds the masks of a request's grammar, if it has one.
+
+        Raises:
+            Busy: too many grammars wait.
+            Gone: the client has left.
+            RequestError: the grammar cannot be used.
+        """
+        if (source := replies[0].grammar) is None:
+            return replies
+        compiled = await self.grammar_thread.compile(
+            self._grammars[name], source, partial(until_gone, request)
+        )
+        return [
+            replace(reply, options=replace(reply.options, mask=compiled.mask()))
+            for reply in replies
+        ]
+
+    def client(self, request: Request) -> Client:
+        settings = self.settings
+        return client_of(request, settings.api_key, is_sharing=settings.share_prefixes)
+
+
+def server_of(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server

@@ -1,0 +1,367 @@
+"""Measures how far each stored tensor Ŵ is from the tensor W that it was made from.
+
+The original's numbers come from the model, or from the sketches in a reference file. These show
+the same, except of single weights. E = Ŵ−W throughout.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.export.manifest import StoredTensor
+from rgexport.export.row_groups import StoredGroup, groups_of
+from rgexport.griffin.layout import input_site
+from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
+from rgexport.progress import Advance, task
+from rgexport.quantize.scheme import Scheme
+from rgexport.validate.reference.reference_file import ReferenceFile
+from rgexport.validate.weights.expectations import expectation, expectation_key
+from rgexport.validate.weights.sketch import (
+    SLAB_BYTES,
+    Mixtures,
+    expected_noise,
+    products,
+    sketch_shape,
+    square_sum,
+)
+from rgexport.validate.weights.steps import (
+    StepSizes,
+    is_quantized,
+    rows_together,
+    shown_steps,
+    step_sizes,
+)
+
+_THREADS = 2
+_PIECE = 1 << 14
+_MAXIMA = "max_steps", "worst_row", "most_expected"
+_KEPT = 2.0**-22
+"""Relative error of a number in a sketch: float32, and four times as much for sums."""
+
+T = TypeVar("T")
+Sums = dict[str, float]
+"""Sums over rows of a tensor, by name, in float64; of `_MAXIMA` the largest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorError:
+    """The numbers that both sources of W give; `WeightError` explains them."""
+
+    name: str
+    scheme: str
+    quantized: bool
+    rows: int
+    relative_error: float
+    projection: float
+    noise: float
+    shift: float
+    output_noise: float | None = None
+    weighted: bool = False
+    chosen: str = "rtn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightError(TensorError):
+    """The original tensor W against the stored Ŵ, both as float32.
+
+    Attributes:
+        name: of the tensor.
+        scheme: its label; that of a row group, where the tensor has several.
+        quantized: whether it is stored as integers or indices.
+        values: weights in all.
+        rows: of the matrix.
+        relative_error: ‖W−Ŵ‖/‖W‖.
+        projection: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
+        clipping: the part of `projection - 1` that comes from rounding to nearest on the levels of
+            the scheme, and from values beyond the outermost level of their block.
+        max_steps: max |W−Ŵ| in steps, without what clipping adds; or, where the algorithm bounds
+            only blocks, rows or groups of rows, the largest root mean square of one of them.
+        noise: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
+        shift: Σ(Ŵ−W) in units of Σ step: about 0.
+        output_noise: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
+            text; None where they are not known, or the weights are no linear's.
+        weighted: whether an importance matrix says which weights may be further off.
+        searched: whether levels were chosen for the least squared error, so that some weights clip
+            and all are a little too small.
+        grouped: whether `max_steps` is not of single weights.
+        chosen: the algorithm that chose the levels, a key of `expectations.EXPECTATIONS`.
+    """
+
+    values: int
+    clipping: float
+    max_steps: float
+    searched: bool = False
+    grouped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchError(TensorError):
+    """The stored tensor Ŵ against a sketch of the original W.
+
+    `relative_error`, `projection`, `noise`, `shift`, `output_noise`, `weighted` and `chosen` are
+    as in `WeightError`.
+
+    Attributes:
+        directions: products that are known of each row; None where the row itself is.
+        expected_error: the relative error that rounding to nearest makes.
+        worst_row: the noise of the row where it is largest.
+        evenness: how many rows of equal shares would make up the expected error.
+        largest_share: the share of the row that has most of it.
+        estimated: whether the projection and ‖W‖ are estimates from the sketch, as they are of
+            row groups: the file has only the norm of the whole tensor.
+    """
+
+    columns: int
+    directions: int | None
+    expected_error: float
+    worst_row: float
+    evenness: float
+    largest_share: float
+    estimated: bool = False
+
+
+def weight_errors(
+    original: WeightSource,
+    dequantized: WeightSource,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    weighted: bool = False,
+    inputs: Mixtures | None = None,
+) -> list[WeightError]:
+    """Compares all `tensors` of an artifact, each of its row groups for itself.
+
+    Args:
+        original: the weights that the artifact was made from, in the same shapes.
+        dequantized: the artifact's weights.
+        tensors: their schemes.
+        weighted: whether the artifact was made with an importance matrix, or a calibration.
+        inputs: mixtures of the linears' inputs, where they are known.
+    """
+
+    def measure(name: str, scheme: Scheme, w: np.ndarray, rows: np.ndarray) -> Sums:
+        expected, error, columns = expectation(scheme, weighted), rows - w, w.shape[1]
+        steps = step_sizes(name, w, scheme, expected.measure)
+        square, along, along_rounding, error_square = _products(
+            w, error, steps.beyond_rounding(error, w)
+        )
+        sums = {
+            "max_steps": steps.largest(steps.without_clipping(error, w)),
+            "square": square,
+            "along": along,
+            "along_rounding": along_rounding,
+            "error": error_square,
+            "expected": float(steps.rounding(columns).sum()),
+            "moved": float(error.sum(dtype=np.float64)),
+            "steps": steps.total(columns),
+        }
+        mixtures = (inputs or {}).get(input_site(name) or "")
+        if mixtures is not None:
+            sums |= _output_sums(products(error, mixtures), steps, mixtures)
+        return sums
+
+    def summarize(name: str, group: StoredGroup, sums: Sums) -> WeightError:
+        shape, expected = group.stored.shape, expectation(group.stored.scheme, weighted)
+        return WeightError(
+            **_shared_fields(name, group, weighted, sums),
+            values=math.prod(shape),
+            rows=shape[0],
+            clipping=_ratio(sums["along"] - sums["along_rounding"], sums["square"]),
+            max_steps=sums["max_steps"],
+            searched=expected.searched,
+            grouped=expected.measure != "weight",
+        )
+
+    label = "Comparing weights"
+    return _compare(label, original.__getitem__, dequantized, tensors, measure, summarize)
+
+
+def sketch_errors(
+    reference: ReferenceFile,
+    dequantized: WeightSource,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    weighted: bool = False,
+) -> list[SketchError]:
+    """Compares all `tensors` of an artifact with a file's sketches; see `weight_errors`."""
+    inputs = functools.cache(reference.inputs)
+
+    def original(name: str) -> RowTensor:
+        """The sketch of each row, and the row's products with the mixtures of its inputs."""
+        known, stored = reference.sketch(name), tensors[name]
+        if _known_site(name, stored.scheme) is not None:
+            known = np.hstack([known, reference.outputs(name)])
+        return from_array(known.reshape(stored.shape[0], -1, known.shape[1]))
+
+    def measure(name: str, scheme: Scheme, known: np.ndarray, rows: np.ndarray) -> Sums:
+        shape = sketch_shape(tensors[name].shape)
+        w, outputs = known[:, : shape.width].astype(np.float64), known[:, shape.width :]
+        delta, steps = shape.project(rows) - w, shown_steps(name, rows, scheme)
+        error, stored_exactly = shape.dots(delta, delta), w * _KEPT
+        expected = steps.rounding(shape.columns) + shape.dots(stored_exactly, stored_exactly)
+        shares = np.divide(error, expected, out=np.zeros_like(error), where=error != 0)
+        sums = {
+            "worst_row": float(shares.max()),
+            "square": float(shape.dots(w, w).sum()),
+            "along": float(shape.dots(w, delta).sum()),
+            "error": float(error.sum()),
+            "expected": float(expected.sum()),
+            "expected_square": float(np.square(expected).sum()),
+            "most_expected": float(expected.max()),
+            "moved": float(shape.sums(delta).sum()),
+            "steps": steps.total(shape.columns),
+            "stored_square": square_sum(rows),
+        }
+        if (site := _known_site(name, scheme)) is not None:
+            mixtures = inputs(site)
+            sums |= _output_sums(products(rows, mixtures) - outputs, steps, mixtures)
+        return sums
+
+    def summarize(name: str, group: StoredGroup, sums: Sums) -> SketchError:
+        shape, estimated = sketch_shape(tensors[name].shape), group.rows is not None
+        if not estimated:
+            # ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
+            sums["square"] = reference.square(name)
+            sums["along"] = (sums["stored_square"] - sums["square"] - sums["error"]) / 2
+        return SketchError(
+            **_shared_fields(name, group, weighted, sums),
+            rows=math.prod(group.stored.shape) // shape.columns,
+            columns=shape.columns,
+            directions=shape.directions or None,
+            expected_error=_ratio(sums["expected"], sums["square"]) ** 0.5,
+            worst_row=sums["worst_row"],
+            evenness=_ratio(sums["expected"] ** 2, sums["expected_square"]),
+            largest_share=_ratio(sums["most_expected"], sums["expected"]),
+            estimated=estimated,
+        )
+
+    label = "Comparing weights with their sketches"
+    return _compare(label, original, dequantized, tensors, measure, summarize)
+
+
+def _known_site(name: str, scheme: Scheme) -> str | None:
+    """Returns the input site of a quantized linear; None for all other tensors."""
+    return input_site(name) if is_quantized(scheme) else None
+
+
+def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) -> dict[str, Any]:
+    """Returns the fields of `TensorError` except `rows`."""
+    scheme = group.stored.scheme
+    return {
+        "name": name,
+        "scheme": group.label,
+        "quantized": is_quantized(scheme),
+        "relative_error": _ratio(sums["error"], sums["square"]) ** 0.5,
+        "projection": 1 + _ratio(sums["along"], sums["square"]),
+        "noise": _ratio(sums["error"], sums["expected"]),
+        "shift": _ratio(sums["moved"], sums["steps"]),
+        "output_noise": (
+            _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
+        ),
+        "weighted": expectation(scheme, weighted).weighted,
+        "chosen": expectation_key(scheme, weighted),
+    }
+
+
+def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
+    """Sums ‖E p‖² over mixtures p, from the products E p, and the same for rounding to nearest."""
+    return {
+        "output": float(np.square(moved).sum()),
+        "expected_output": expected_noise(steps, mixtures),
+    }
+
+
+def _compare(
+    label: str,
+    original: Callable[[str], RowTensor],
+    dequantized: WeightSource,
+    tensors: Mapping[str, StoredTensor],
+    measure: Callable[[str, Scheme, np.ndarray, np.ndarray], Sums],
+    summarize: Callable[[str, StoredGroup, Sums], T],
+) -> list[T]:
+    """Adds what `measure` returns for slabs of each row group, and summarizes the sums."""
+
+    def compare_tensor(name: str, advance: Advance) -> list[T]:
+        stored = tensors[name]
+        totals: list[tuple[StoredGroup, Sums]] = [(group, {}) for group in groups_of(stored)]
+        # Temporaries of small slabs stay in cache, which makes the table 6x faster.
+        pairs = paired_slabs(original(name), dequantized[name], stored, SLAB_BYTES)
+        for start, known, rows in pairs:
+            for group, total in totals:
+                chosen = group.chosen(start, start + len(rows))
+                if not len(some := rows[chosen]):
+                    continue
+                with np.errstate(invalid="ignore", over="ignore"):
+                    sums = measure(name, group.stored.scheme, known[chosen], some)
+                for key, value in sums.items():
+                    add = np.maximum if key in _MAXIMA else np.add  # NaN if one of them is
+                    total[key] = float(add(total.get(key, 0.0), value))
+            advance(rows.nbytes)
+        return [summarize(name, group, total) for group, total in totals]
+
+    return list(chain.from_iterable(of_each_tensor(label, tensors, compare_tensor)))
+
+
+def of_each_tensor(
+    label: str, tensors: Mapping[str, StoredTensor], measure: Callable[[str, Advance], T]
+) -> list[T]:
+    """Calls `measure` for each name, two at a time; it reports float32 bytes as progress."""
+    total = sum(4 * math.prod(stored.shape) for stored in tensors.values())
+    with task(label, total) as advance, ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda name: measure(name, advance), tensors))
+
+
+def paired_slabs(
+    original: RowTensor, dequantized: RowTensor, stored: StoredTensor, limit: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields the first row of the tensor, and rows of both sources, float32, as matrices.
+
+    A slab of the dequantized tensor has at most `limit` bytes.
+    """
+    row_bytes, together = 4 * math.prod(stored.shape[1:]), rows_together(stored.scheme)
+    for start, stop in slab_bounds(stored.shape[0], row_bytes, limit, together):
+        known, rows = (
+            tensor.read(start, stop)
+            .astype(np.float32, copy=False)
+            .reshape(-1, tensor.shape[-1] if len(tensor.shape) > 1 else 1)
+            for tensor in (original, dequantized)
+        )
+        yield start, known, rows
+
+
+def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) -> None:
+    """Checks that an original can be compared with.
+
+    Raises:
+        RequestError: a tensor that `original` lacks or that has another shape there.
+    """
+    for name, stored in tensors.items():
+        if name not in original:
+            raise RequestError(f"the original has no tensor {name}; give the model with -m")
+        if original[name].shape != stored.shape:
+            raise RequestError(
+                f"{name} has shape {list(stored.shape)} in the artifact but "
+                f"{list(original[name].shape)} in the original; give a model of the same shape"
+            )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Divides; 0/0 is 0: a tensor of zeros that was stored as zeros has no error."""
+    return part / whole if whole else (float("inf") if part else 0.0)
+
+
+def _products(w: np.ndarray, error: np.ndarray, rest: np.ndarray) -> list[float]:
+    """Returns ⟨W,W⟩, ⟨W,E⟩, ⟨W,rest⟩, ⟨E,E⟩ in float64, from pieces that stay in cache."""
+    total = np.zeros(4)
+    columns = [x.reshape(-1) for x in (w, error, rest)]
+    for start in range(0, w.size, _PIECE):
+        a, e, r = (x[start : start + _PIECE].astype(np.float64) for x in columns)
+        # Not `a @ e`: BLAS would start threads of its own in each of ours.
+        total += [np.einsum("i,i->", x, y) for x, y in ((a, a), (a, e), (a, r), (e, e))]
+    return total.tolist()
