@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.any_model import DATA, SIZES, AnyModelSession
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.bench.measure import MOST, BenchMeasurement, BenchRequest
 from rgexport.runtimes.bench.roofline import roofline
 from rgexport.runtimes.bench.rows import BenchRow
-from rgexport.runtimes.llama_cpp.any_model import DATA, SIZES, AnyModelSession
 
 STATES = Path("out/bench/states")
 TOKENS, REPETITIONS = 32, 3

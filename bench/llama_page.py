@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rgexport.reporting.tables import markdown
+
 Result = dict[str, Any]
 
 NAMES = {
@@ -104,7 +106,7 @@ def _decode(result: Result) -> str:
         *("", "weights", "tokens/s", "bytes/s", "share, huge pages", "share, 4 kB pages"),
         "relative to the transformer",
     )
-    return f"""{_table(header, rows)}
+    return f"""{markdown(header, rows)}
 
 The shares compare a model's bytes per second with the memory's read speed:
 {reads / 1e9:.1f} GB/s in huge pages
@@ -146,7 +148,7 @@ def _depths(result: Result) -> str:
         for entries in zip(*(result["depths"][name] for name in NAMES), strict=True)
     ]
     kinds = "tokens/s", "peak memory", "read speed"
-    return _table(
+    return markdown(
         ("depth", *(f"{name}: {kind}" for kind in kinds for name in NAMES.values())), rows
     )
 
@@ -161,8 +163,3 @@ def _even(result: Result) -> float:
 def _rate_at(row: Result) -> str:
     mark = "" if row["state"] == "processed" else f" ({row['state']})"
     return f"{row['tokens_per_second']:.2f} ± {row['deviation']:.2f}{mark}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.onnx_models import STORAGES
 from bench.run import DEPTH
+from rgexport.reporting.tables import markdown
 
 Result = dict[str, Any]
 READS = "numpy", "c", "weights"
@@ -61,7 +62,7 @@ def _decode(result: Result) -> Iterator[str]:
         "are the first ones of a text."
     )
     header = "2B in", "native", "stock", "native / stock", "llama.cpp", "native / llama.cpp"
-    yield _table(header, [_rate_row(name, found, 2) for name, found in result["models"].items()])
+    yield markdown(header, [_rate_row(name, found, 2) for name, found in result["models"].items()])
     yield (
         "One token reads all weights and states once, so memory bandwidth is the limit. The shares "
         "compare the bytes that a model reads per second with the memory's read speed, which is "
@@ -74,7 +75,7 @@ def _decode(result: Result) -> Iterator[str]:
         *("2B in", "weights", "native: numpy", "native: C", "native: same pages"),
         *("stock: numpy", "memory", "size on disk"),
     )
-    yield _table(header, [_share_row(name, found) for name, found in result["models"].items()])
+    yield markdown(header, [_share_row(name, found) for name, found in result["models"].items()])
     yield _beside(result)
 
 
@@ -99,7 +100,7 @@ def _prefill(result: Result) -> Iterator[str]:
         "(`-ub 512`)."
     )
     header = "2B in", "native", "stock", "native / stock", "llama.cpp", "native / llama.cpp"
-    yield _table(header, [_rate_row(name, found, 1) for name, found in result["models"].items()])
+    yield markdown(header, [_rate_row(name, found, 1) for name, found in result["models"].items()])
     yield _beside(result)
 
 
@@ -141,7 +142,7 @@ def _op(result: Result) -> Iterator[str]:
         *("inputs × outputs", "oneDNN int8", "stored as", "native", "native / oneDNN"),
         *("native / block 128", "stock", "native / stock"),
     )
-    yield _table(header, [row for shape in result["shapes"] for row in _op_rows(shape)])
+    yield markdown(header, [row for shape in result["shapes"] for row in _op_rows(shape)])
 
 
 def _op_rows(shape: Result) -> Iterator[tuple[str, ...]]:
@@ -182,7 +183,7 @@ def _depth(result: Result) -> Iterator[str]:
             for row in result[name]
         ]
         yield title
-        yield _table(("depth", "tokens/s", "relative time", "memory", "share, numpy"), rows)
+        yield markdown(("depth", "tokens/s", "relative time", "memory", "share, numpy"), rows)
         yield _far(result[name])
 
 
@@ -200,11 +201,6 @@ def _far(rows: Sequence[Result]) -> str:
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 PARTS: dict[str, Callable[[Result], Iterator[str]]] = {

@@ -33,7 +33,7 @@ from rgexport.validate.metrics import agreement, compare_logits, kl_summary, lik
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("out/quality")
 TEXTS = {
-    "prose": "rgexport/validate/sample.txt",
+    "prose": "rgexport/chat/sample.txt",
     "mixture": "tests/validate/unseen.txt",
     "manual": "README.md",
     "licence": "LICENSE",

@@ -32,7 +32,7 @@ from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.sizes import DEMO
 from rgexport.progress import note
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, render
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile, read_reference

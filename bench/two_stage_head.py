@@ -20,7 +20,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 
-TEXT = Path("rgexport/validate/sample.txt")
+TEXT = Path("rgexport/chat/sample.txt")
 TOKENS, WIDTH, ROWS, BLOCK = 256, 2560, 16384, 32
 COUNTS = 1, 40
 PEAKS = 5, 10, 20

@@ -30,7 +30,7 @@ from rgexport.griffin.huggingface_config import to_hugging_face
 from rgexport.griffin.sizes import DEMO
 from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, render
 from rgexport.validate.checks import Check
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizer import BOS
 
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.evaluate.suites.episodes import TASKS, Episode, Words, words_of
+from rgexport.evaluate.suites.episodes import TASKS, Episode, EpisodeVocabulary, vocabulary_of
 
 _NEAR = 0.6
 """Share of the episodes that are asked about at once, or after a few tokens."""
@@ -24,7 +24,7 @@ class Episodes:
     def __init__(self, tokenizer: Path, texts: list[np.ndarray]):
         """`tokenizer` is its folder; texts are what lies between telling and asking."""
         found = load_tokenizer(tokenizer)
-        self._words = words_of(found, found.vocab_size)
+        self._words = vocabulary_of(found, found.vocab_size)
         pieces = [
             found.surface(token).decode("utf-8", "ignore") for token in range(found.vocab_size)
         ]
@@ -50,13 +50,13 @@ class Episodes:
             distance = int(np.exp(rng.uniform(np.log(16), np.log(length))))
         start = rng.integers(len(self._texts) - distance)
         between = self._texts[start : start + distance].tolist()
-        return [*episode.told, *between, *_asked(episode), *words.end]
+        return [*episode.facts, *between, *_asked(episode), *words.end]
 
-    def _some_words(self, rng: np.random.Generator) -> Words:
+    def _some_words(self, rng: np.random.Generator) -> EpisodeVocabulary:
         if rng.random() < 0.5:
             return self._words
         return replace(self._words, symbols=rng.choice(self._whole, 64, replace=False).tolist())
 
 
 def _asked(episode: Episode) -> list[int]:
-    return [token for q in episode.questions for token in [*q.asked, q.answer]]
+    return [token for q in episode.questions for token in [*q.prompt, q.answer]]

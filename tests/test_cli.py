@@ -15,7 +15,7 @@ import pytest
 from rgexport import __version__, cli
 from rgexport.cli import rgexport as command_line
 from rgexport.cli import run
-from rgexport.validate.report.page import visible
+from rgexport.reporting.page import visible
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 

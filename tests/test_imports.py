@@ -27,13 +27,15 @@ LAYERS = (
         "parallelism",
         "progress",
         "printing",
-        "tables",
+        "reporting",
         "formats",
     ),
     *("files", "npm", "griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve"),
     *("web_page", "validate", "evaluate", "compress", "commands", "cli"),
 )
 """Every package and module of rgexport; each imports only from itself and those before it."""
+SIBLINGS = {"validate", "evaluate", "compress"}
+"""None of these imports another one."""
 FORMATS_AND_ENGINES = {
     **dict.fromkeys("export.onnx export.coreml export.gguf runtimes.coreml".split(), ()),
     **dict.fromkeys("runtimes.onnx runtimes.llama_cpp".split(), ()),
@@ -43,7 +45,7 @@ FORMATS_AND_ENGINES = {
 format object."""
 
 NEEDS_TORCH = {
-    *(f"compress/{name}.py" for name in "backward grams head measure statistics".split()),
+    *(f"compress/{name}.py" for name in "head measure statistics sums".split()),
     *(f"griffin/{name}.py" for name in "gradients ops reference scan step triton_scan".split()),
     *("validate/reference/deepmind_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }
@@ -115,6 +117,16 @@ def test_imports_go_one_way():
         for name, module in DOTTED.items()
         for other in own_imports(TREES[module])
         if LAYERS.index(layer_of(other)) > LAYERS.index(layer_of(name))
+    ]
+    assert wrong == []
+
+
+def test_siblings_do_not_import_one_another():
+    wrong = [
+        f"{name} imports {other}"
+        for name, module in DOTTED.items()
+        for other in own_imports(TREES[module])
+        if layer_of(name) != layer_of(other) and {layer_of(name), layer_of(other)} <= SIBLINGS
     ]
     assert wrong == []
 

@@ -11,7 +11,7 @@ import rgexport
 from rgexport.errors import MOST_SHOWN, one_line, printable
 from rgexport.printing import print_reply, print_result
 from rgexport.progress import note
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, render
 
 HARMFUL = {
     "clear": ("a\x1b[2Jb", "a\\u001b[2Jb"),

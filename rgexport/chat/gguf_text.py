@@ -4,7 +4,6 @@ import ctypes
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rgexport.chat.artifact_text import ArtifactText
@@ -20,7 +19,6 @@ from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model
 TYPES_KEY, TEMPLATE_KEY = "tokenizer.ggml.token_type", "tokenizer.chat_template"
 _BOS_KEY, _EOS_KEY = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"
 """llama.cpp takes Llama's ids where a file has none; here there is no such token then."""
-_SPACE_IN_FRONT = "tokenizer.ggml.add_space_prefix"
 
 UNKNOWN_SURFACE = " ⁇ ".encode()
 """What SentencePiece writes for the unknown token."""
@@ -58,29 +56,6 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
     )
 
 
-def load_any_vocabulary(path: Path) -> Tokenizer | None:
-    """The vocabulary of any GGUF file, as llama.cpp reads it; None where there is none.
-
-    Texts are read in parts, so none gets the space in front that some vocabularies want. A bos is
-    there only if the file says that texts begin with it.
-
-    Raises:
-        RequestError: llama.cpp cannot load the file, or text could produce the ids of markup.
-    """
-    model = load_model(path, vocab_only=True, metadata={_SPACE_IN_FRONT: False})
-    vocabulary = Vocabulary(model)
-    if not vocabulary.understands_text:
-        return None
-    return Tokenizer(
-        vocab_size=vocabulary.size,
-        special=vocabulary.special(),
-        bos_id=vocabulary.bos_id if vocabulary.adds_bos else None,
-        eos_id=vocabulary.eos_id,
-        raw_encode=vocabulary.encode,
-        surface=vocabulary.surface,
-    )
-
-
 def _matching(
     pieces: dict[str, int], encode: Callable[[str], list[int]]
 ) -> Callable[[str], list[int]]:
@@ -105,7 +80,6 @@ class Vocabulary:
         self.size: int = llama.llama_vocab_n_tokens(self._pointer)
         self.bos_id = _known(llama.llama_vocab_bos(self._pointer))
         self.eos_id = _known(llama.llama_vocab_eos(self._pointer))
-        self.adds_bos: bool = llama.llama_vocab_get_add_bos(self._pointer)
         self._silent = {self.bos_id, self.eos_id, _known(llama.llama_vocab_pad(self._pointer))}
 
     @property

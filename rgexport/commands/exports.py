@@ -259,7 +259,7 @@ def _export(
     check = None if arguments.no_check else partial(self_check, checkpoint)
     run: Callable[..., Path] = partial(export, checkpoint, options, target, force=force)
     if algorithm == "gptq" or calibration:
-        from rgexport.compress.quality import known_statistics
+        from rgexport.compress.calibrate import known_statistics
 
         check_target(target, force=force)  # before a calibration that takes minutes
         with known_statistics(checkpoint, calibration, arguments.cluster) as statistics:

@@ -220,21 +220,21 @@ class EvaluateArguments:
 def evaluate(arguments: EvaluateArguments) -> None:
     """Measures what models can do: texts, memory, windows, a million tokens, benchmarks.
 
-    MODEL is an artifact of any format, another GGUF file, a checkpoint, or `demo`. All models are
-    compared with the first one.
+    MODEL is an artifact of any format, a checkpoint, or `demo`. All models are compared with the
+    first one.
     """
+    from rgexport.evaluate.models import open_models
     from rgexport.evaluate.report import JSON, as_text, write_files
-    from rgexport.evaluate.request import Request, require_overlap
+    from rgexport.evaluate.request import EvaluationRequest, require_overlap
     from rgexport.evaluate.run import evaluate as run
     from rgexport.evaluate.run import require_known
-    from rgexport.evaluate.subjects import open_subjects
     from rgexport.runtimes.cluster import connected
 
     output = arguments.output
     names = require_known(arguments.suites, arguments.tasks)
     require_overlap(arguments.stride, arguments.context)
-    subjects = open_subjects(arguments.models, allow_foreign=arguments.engine.allow_foreign)
-    request = Request(
+    models = open_models(arguments.models, allow_foreign=arguments.engine.allow_foreign)
+    request = EvaluationRequest(
         folder=output,
         texts=arguments.texts,
         limit=arguments.limit,
@@ -250,7 +250,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         seed=arguments.seed,
     )
     with connected(arguments.cluster.cluster) as workers:
-        results = run(subjects, names, request, threads=arguments.threads.threads, workers=workers)
+        results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
     print_result(as_text(results), end="")
     print_result(f"{write_files(results, output)} has the curves, {output / JSON} all figures.")
 

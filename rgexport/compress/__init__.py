@@ -1,1 +1,1 @@
-"""What is measured of a model to compress it well."""
+"""Calibrates models, and finds storage plans for a quality or a size."""

@@ -1,6 +1,8 @@
 """`rgexport calibrate`: collects statistics of a model on a text, for its quantization."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,20 +12,25 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.compress.cluster import spread_layer
+from rgexport.compress.calibration_folder import (
+    CalibrationFolder,
+    StatisticsFile,
+    open_calibration_folder,
+)
+from rgexport.compress.cluster import spread_layer, spread_statistics
 from rgexport.compress.passages import LENGTH, Passages, join, read_text
 from rgexport.compress.sampling import sample
-from rgexport.compress.work import StatisticsFile, Work, open_work
 from rgexport.errors import RequestError
 from rgexport.export.advice import as_argument
 from rgexport.export.origin import folder_of
-from rgexport.files.hashing import hash_file, remember_hashes
+from rgexport.files.hashing import hash_file, hash_new_files, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.progress import expect_stages
-from rgexport.quantize.calibration import is_calibration
+from rgexport.griffin.device import torch_device
+from rgexport.progress import expect_stages, group, note
+from rgexport.quantize.calibration import Calibration, is_calibration, open_calibration
 from rgexport.quantize.calibration_format import (
     FREQUENCY,
     HELD_OUT,
@@ -34,37 +41,35 @@ from rgexport.quantize.calibration_format import (
     Provenance,
     arrays_of,
 )
-from rgexport.runtimes.cluster import Cluster
+from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.units import amount
-from rgexport.validate.reference.implementations import torch_device
 
 SUFFIX = ".calibration"
 BUILT_IN = Path(__file__).with_name("text.txt")
-"""A text of many kinds: sampled text has little of what this model rarely writes."""
+"""A text of many kinds, as sampled text has little of what the model rarely writes."""
 _BUILT_IN_PART = 6
-"""One token in so many is the built-in text's."""
+"""One token in so many is from the built-in text."""
 _SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 4}
-"""Width up to which more tokens take seconds; whether it is small → how many there are, and the
-part of them that is added as held-out text."""
-
+"""Width of a small model; is small → tokens of the statistics, and tokens per held-out token."""
 _MOST_TOKENS = 1 << 28
-"""Years of work; their ids alone take 2 GB."""
+"""Their ids alone take 2 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What a user can ask of a calibration.
+    """The options of `rgexport calibrate`.
 
     Attributes:
         text: a file with text, or None for the built-in one.
-        tokens: how many tokens the statistics are of; None leaves it to the model's width.
-        held_out: how many there are beside them, which no statistic sees: plans are measured on
-            these. None leaves it to the model's width. In whole sequences; fewer of a short text;
-            none of the built-in text beside sampled text.
-        sampled: how many of `tokens` are sampled from the model; None: none beside a user's text,
-            else five sixths, or all without a tokenizer. The same part of the held-out tokens is.
-        gradient_tokens: how many have gradients; in whole sequences, at least one.
-        seed: of what is drawn.
+        tokens: of the statistics; None leaves it to the model's width.
+        held_out: further tokens in whole sequences, on which plans are measured; None leaves it to
+            the model's width. A short text has fewer; the built-in text beside sampled text none.
+        sampled: how many of `tokens` are sampled from the model, and the same share of the
+            held-out tokens. None: none with a user's text, else five sixths, or all without a
+            tokenizer.
+        gradient_tokens: tokens with gradients, in whole sequences, at least one.
+        seed: of all random numbers.
         device: where torch computes; `auto` is CUDA where there is one.
 
     Raises:
@@ -102,10 +107,10 @@ class CalibrationOptions:
             )
 
     def for_model(self, config: GriffinConfig, *, readable: bool) -> "CalibrationOptions":
-        """With numbers of tokens; `readable` says whether the model's tokenizer can read text.
+        """Returns a copy with all defaults; `readable`: the model's tokenizer can read text.
 
         Raises:
-            RequestError: nothing of them is left for the text.
+            RequestError: no tokens are left for the text.
         """
         small = config.width <= _SMALL
         tokens = _TOKENS[small] if self.tokens is None else self.tokens
@@ -123,43 +128,43 @@ class CalibrationOptions:
 
     @property
     def from_model(self) -> int:
-        """How many tokens are sampled."""
+        """The number of sampled tokens."""
         assert self.sampled is not None, "see `for_model`"
         return self.sampled
 
     @property
     def from_text(self) -> int:
-        """How many tokens are those of the text, at most."""
+        """The most tokens of the text."""
         assert self.tokens is not None, "see `for_model`"
         return self.tokens - self.from_model
 
     def with_held_out(self, tokens: int) -> int:
-        """So many tokens of the statistics, and those that are held out beside them."""
+        """Returns `tokens` of the statistics plus the held-out tokens beside them."""
         assert self.tokens is not None and self.held_out is not None, "see `for_model`"
         return tokens + tokens * self.held_out // self.tokens
 
     def split(self, text: Passages) -> tuple[Passages, Passages]:
-        """The sequences of the statistics but the built-in ones, and those that are held out.
+        """Splits a text, without the built-in one, into statistics and held-out sequences.
 
-        Of a text that is too short for both, no more than a third is held out.
+        If it is too short for both, at most a third is held out.
         """
         used = self.from_model + (self.from_text if self.text is not None else 0)
-        sequences, wanted = len(text.lengths), self.with_held_out(used)
-        count = min(sequences * (wanted - used) // wanted, sequences - 1)
-        if len(text.tokens) < wanted:
+        sequences, total = len(text.lengths), self.with_held_out(used)
+        count = min(sequences * (total - used) // total, sequences - 1)
+        if len(text.tokens) < total:
             count = min(count, sequences // 3)
         return text.without_last(count)
 
     @property
     def source(self) -> str:
-        """Where the text is from, in words."""
+        """The origin of the text, for people."""
         sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
-        given = self.text_name if self.from_text else ""
-        return " and ".join(filter(None, (sampled, given)))
+        read = self.text_name if self.from_text else ""
+        return " and ".join(filter(None, (sampled, read)))
 
     @property
     def text_name(self) -> str:
-        """The text that is read, in words."""
+        """The name of the text, for people."""
         if self.text is None or self.text == BUILT_IN:
             return "the built-in text"
         return f"the text of {self.text.name}"
@@ -175,8 +180,8 @@ def calibrate(
 ) -> Path:
     """Writes the statistics of a model into the file `target`, which appears when it is complete.
 
-    A run that ends early leaves `TARGET.partial`, and the same request goes on from there. With
-    `workers` these run the layers.
+    An interrupted run leaves `TARGET.partial`, and the same request continues it. `workers` run
+    the layers.
 
     Raises:
         RequestError: an unsound checkpoint, a text that cannot be read, a target that exists, or
@@ -187,23 +192,23 @@ def calibrate(
     readable = tokenizer is not None and tokenizer.vocab_size <= checkpoint.config.vocab_size
     options = options.for_model(checkpoint.config, readable=readable)
     device = torch_device(options.device)
-    given = _given_text(options, tokenizer, checkpoint.config.vocab_size)
+    read = _read_text(options, tokenizer, checkpoint.config.vocab_size)
     expect_stages(5 if options.from_model else 4)
     hashes = require_sound(checkpoint)
     remember_hashes({path: hashes[name].sha256 for name, path in checkpoint.weight_files.items()})
     request = _request(options, hashes)
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
-        work = open_work(folder, request, force=force)
-        built_in = [] if options.text else given
-        text = _text(work, checkpoint, tokenizer, options, given if options.text else [])
+        unfinished = open_calibration_folder(folder, request, force=force)
+        built_in = [] if options.text else read
+        text = _text(unfinished, checkpoint, tokenizer, options, read if options.text else [])
         text, held_out = options.split(text)
         text = join([*text.sequences(), *built_in], options.seed) if built_in else text
-        collect(work, checkpoint, text, held_out, options, hashes, device, workers)
+        collect(unfinished, checkpoint, text, held_out, options, hashes, device, workers)
     return target
 
 
 def closing_line(checkpoint: Checkpoint, target: Path) -> str:
-    """What the command prints."""
+    """Returns the last line of the command's output."""
     model = as_argument(checkpoint.path)
     return (
         f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
@@ -212,7 +217,7 @@ def closing_line(checkpoint: Checkpoint, target: Path) -> str:
 
 
 def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
-    """What must be equal for a run to go on with another's work."""
+    """Returns the facts that must be equal for a run to continue an earlier one."""
     return {
         "rgexport": __version__,
         "weights": {name: record.sha256 for name, record in hashes.items()},
@@ -225,10 +230,10 @@ def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
     }
 
 
-def _given_text(
+def _read_text(
     options: CalibrationOptions, tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[np.ndarray]:
-    """The sequences of the user's text, or of the built-in one."""
+    """Returns the sequences of the user's text, or of the built-in one."""
     if not options.from_text:
         return []
     if tokenizer is None:
@@ -239,25 +244,25 @@ def _given_text(
         )
     if options.text is None:
         return read_text(BUILT_IN, tokenizer, options.from_text)
-    found = read_text(options.text, tokenizer, options.with_held_out(options.from_text))
-    largest = max(int(sequence.max()) for sequence in found)
+    sequences = read_text(options.text, tokenizer, options.with_held_out(options.from_text))
+    largest = max(int(sequence.max()) for sequence in sequences)
     if largest >= vocab_size:
         raise RequestError(
             f"the tokenizer gives the id {largest}, but the model has {vocab_size} tokens; put "
             "the model's own tokenizer into its folder"
         )
-    return found
+    return sequences
 
 
 def _text(
-    work: Work,
+    folder: CalibrationFolder,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer | None,
     options: CalibrationOptions,
-    given: list[np.ndarray],
+    read: list[np.ndarray],
 ) -> Passages:
-    """The text of this request: that of an earlier run, or a new one."""
-    tokens, lengths = work.load(TOKENS), work.load(LENGTHS)
+    """Returns the text of an earlier run, or samples a new one and joins it with that read."""
+    tokens, lengths = folder.load(TOKENS), folder.load(LENGTHS)
     if tokens is not None and lengths is not None:
         expect_stages(3)  # nothing is sampled now
         return Passages(tokens, lengths)
@@ -268,16 +273,16 @@ def _text(
             tokenizer,
             options.with_held_out(options.from_model),
             seed=options.seed,
-            folder=work.folder / "sampled",
+            folder=folder.path / "sampled",
         )
-    text = join([*sampled, *given], options.seed)
-    work.save(LENGTHS, text.lengths)
-    work.save(TOKENS, text.tokens)
+    text = join([*sampled, *read], options.seed)
+    folder.save(LENGTHS, text.lengths)
+    folder.save(TOKENS, text.tokens)
     return text
 
 
 def collect(
-    work: Work,
+    folder: CalibrationFolder,
     checkpoint: Checkpoint,
     text: Passages,
     held_out: Passages,
@@ -286,7 +291,7 @@ def collect(
     device: str,
     workers: Cluster | None = None,
 ) -> None:
-    """Fills the file with the statistics of the text; what is held out is only kept in it."""
+    """Writes the statistics of the text, and the held-out tokens, into the file."""
     from rgexport.compress.statistics import Collector, run_layer
     from rgexport.griffin.reference import Reference
 
@@ -306,17 +311,51 @@ def collect(
     if len(held_out.tokens):
         texts |= {HELD_OUT: held_out.tokens, HELD_OUT_LENGTHS: held_out.lengths}
     arrays = arrays_of(config, texts)
-    require_free_disk(work.folder, _free_bytes(arrays, len(text.tokens) * config.width))
-    file = StatisticsFile(work, provenance, arrays)
+    require_free_disk(folder.path, _free_bytes(arrays, len(text.tokens) * config.width))
+    file = StatisticsFile(folder, provenance, arrays)
     counts = np.bincount(text.tokens, minlength=config.vocab_size)
     frequency = (counts / len(text.tokens)).astype(np.float32)
     file.write(texts | {FREQUENCY: frequency})
     model = Reference(config, checkpoint.weights, device=device)
     run = spread_layer(workers, checkpoint, device) if workers else partial(run_layer, model)
-    Collector(model, text, gradients, work, file, options.seed, run).collect()
+    Collector(model, text, gradients, folder, file, options.seed, run).collect()
 
 
 def _free_bytes(arrays: Arrays, stream: int) -> int:
-    """What the file takes, and the residual stream twice."""
     sizes = (dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
     return sum(sizes) + 2 * 4 * stream
+
+
+@contextmanager
+def known_statistics(
+    checkpoint: Checkpoint, file: Path | None, cluster: str | None = None
+) -> Iterator[StatisticsOf]:
+    """Yields the statistics of a calibration file, or of `./MODEL.calibration`.
+
+    If the latter is missing, it is computed, which takes minutes. With the address of a cluster,
+    its workers quantize.
+
+    Raises:
+        RequestError: the file cannot be read or is of another model, or there is no cluster.
+    """
+    with connected(cluster) as workers:
+        calibration = _open_or_calibrate(checkpoint, file, workers)
+        if workers is None:
+            yield Calibrated(calibration, checkpoint.config)
+        else:
+            yield spread_statistics(workers, calibration, checkpoint.config)
+
+
+def _open_or_calibrate(
+    checkpoint: Checkpoint, file: Path | None, workers: Cluster | None
+) -> Calibration:
+    if file is None:
+        file = Path(f"{checkpoint.name}{SUFFIX}")
+        if file.exists():
+            note(f"Taking the calibration {file}")
+        else:
+            with group("Calibration"):
+                calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
+    calibration = open_calibration(file)
+    calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
+    return calibration

@@ -1,7 +1,7 @@
-"""What of compression is spread over the workers of a cluster (`runtimes.cluster`).
+"""Spreads compression over the workers of a cluster (`runtimes.cluster`).
 
-The layers' sums for a calibration, by sequences; factorizations, by the inputs of matrices; and
-GPTQ, by slabs of rows. Results do not depend on the workers.
+The sums of a calibration are spread by sequences, factorizations by the inputs of matrices, and
+GPTQ by slabs of rows. Results do not depend on the workers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 def spread_statistics(
     cluster: Cluster, calibration: Calibration, config: GriffinConfig
 ) -> StatisticsOf:
-    """Statistics by a calibration whose file the workers see, too."""
+    """Returns statistics from a calibration file that the workers see, too."""
     return _Spread(cluster, calibration, config)
 
 
 def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunLayer":
-    """Workers that see the checkpoint's files, too, take sequences through layers."""
+    """Returns a `RunLayer` whose workers see the checkpoint's files, too."""
     import torch
 
     adapter = checkpoint.adapter and checkpoint.adapter.resolve()
-    place = checkpoint.path.resolve(), adapter
-    model = uuid4().hex, place, checkpoint.config, device
+    paths = checkpoint.path.resolve(), adapter
+    model = uuid4().hex, paths, checkpoint.config, device
     threads = torch.get_num_threads()  # another number could give other sums
 
     def run(index: int, batches: Iterable[Any]) -> Iterator[Any]:
@@ -56,16 +56,16 @@ def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunL
 
 
 class _Spread(LastInputs):
-    """What is known stays on the cluster, where it is factored once."""
+    """Statistics that stay on the cluster and are factored there once."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration, config: GriffinConfig):
         super().__init__()
         self._cluster = cluster
         path, text = calibration.path.resolve(), calibration.provenance.tokens_sha256
-        self._asked = uuid4().hex, path, text, config
+        self._source = uuid4().hex, path, text, config
 
     def _read(self, name: str) -> "_OnCluster":
-        return _OnCluster(self._cluster, self._cluster.start(_read, *self._asked, name))
+        return _OnCluster(self._cluster, self._cluster.start(_read, *self._source, name))
 
 
 class _OnCluster(RemoteStatistics):
@@ -78,15 +78,15 @@ class _OnCluster(RemoteStatistics):
         return parts
 
 
-# The jobs. What a worker keeps is for one run of a command, because files may change after it:
-# `run` is another text for each.
+# The jobs. A worker caches for one run of a command, because files may change between them: `run`
+# differs between commands.
 
 
 def _read(run: str, path: Path, text: str, config: GriffinConfig, name: str) -> Statistics | None:
-    found = _calibrated(run, path, text, config)(name)
-    if isinstance(found, Statistics):
-        found.factor()
-        return found
+    statistics = _calibrated(run, path, text, config)(name)
+    if isinstance(statistics, Statistics):
+        statistics.factor()
+        return statistics
     return None
 
 
@@ -101,8 +101,8 @@ def _calibrated(run: str, path: Path, text: str, config: GriffinConfig) -> Calib
     return Calibrated(calibration, config)
 
 
-_Place = tuple[Path, Path | None]
-"""A model, and its adapter."""
+_Paths = tuple[Path, Path | None]
+"""The paths of a model and its adapter."""
 
 
 def _encode(
@@ -116,7 +116,7 @@ def _encode(
 
 
 def _forward(
-    model: tuple[str, _Place, GriffinConfig, str], index: int, x: np.ndarray, threads: int
+    model: tuple[str, _Paths, GriffinConfig, str], index: int, x: np.ndarray, threads: int
 ) -> tuple[Any, Any]:
     import torch
 
@@ -128,11 +128,11 @@ def _forward(
 
 
 @lru_cache(maxsize=1)
-def _layer(run: str, place: _Place, config: GriffinConfig, device: str, index: int) -> Any:
+def _layer(run: str, paths: _Paths, config: GriffinConfig, device: str, index: int) -> Any:
     from rgexport.griffin.reference import Reference
 
     try:
-        path, adapter = place
+        path, adapter = paths
         checkpoint = open_checkpoint(path, adapter=adapter)
     except RequestError as error:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""What a plan chooses layouts for: matrices, and groups of the head's rows."""
+"""The items that get one layout in a plan: matrices, and groups of the head's rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _SMALLEST_GROUP = 256
 
 
 @dataclass(frozen=True)
-class Item:
-    """What gets one layout.
+class PlanItem:
+    """Matrices, or rows of one, that get the same layout.
 
     Attributes:
         tensors: matrices of one shape and, if there are several, of one input.
-        rows: of the one tensor, the rows that it is about, most important first; None for all.
+        rows: numbers of the rows of the one tensor, most important first; None for all.
     """
 
     tensors: tuple[str, ...]
@@ -29,12 +29,12 @@ class Item:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """The number of weights."""
         return len(self.tensors) * self.shape[0] * self.shape[1]
 
 
-def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[Item]:
-    """All that may be quantized: the head, then the linears by layer.
+def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[PlanItem]:
+    """Returns the items of a model: the head, then the linears by layer.
 
     Linears of one shape that read the same input get one layout, so that kernels can compute them
     together. With the importance of the head's rows, float32 [vocab], they are cut into groups.
@@ -43,17 +43,19 @@ def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[Item]
     for name, spec in model_tensors(config).items():
         if site := input_site(name):
             together.setdefault((site, spec.shape), []).append(name)
-    found = []
+    items = []
     for (_, (rows, columns)), names in together.items():
         if names == [EMBEDDING] and importance is not None:
-            found += [Item((EMBEDDING,), (len(ids), columns), ids) for ids in _groups(importance)]
+            items += [
+                PlanItem((EMBEDDING,), (len(ids), columns), ids) for ids in _groups(importance)
+            ]
         else:
-            found.append(Item(tuple(names), (rows, columns)))
-    return found
+            items.append(PlanItem(tuple(names), (rows, columns)))
+    return items
 
 
-def plan_of(config: GriffinConfig, items: Sequence[Item], layouts: Sequence[Uniform]) -> Plan:
-    """The plan in which each item has its layout, and all other tensors are float32."""
+def plan_of(config: GriffinConfig, items: Sequence[PlanItem], layouts: Sequence[Uniform]) -> Plan:
+    """Returns the plan with these layouts of the items, and float32 for all other tensors."""
     plan: Plan = {name: FLOAT32 for name in model_tensors(config)}
     groups: dict[Uniform, list[np.ndarray]] = {}
     for item, layout in zip(items, layouts, strict=True):
@@ -69,7 +71,6 @@ def plan_of(config: GriffinConfig, items: Sequence[Item], layouts: Sequence[Unif
 
 
 def _groups(importance: np.ndarray) -> list[np.ndarray]:
-    """Rows by falling importance, in groups that are twice as large each time."""
     order = np.argsort(-importance, kind="stable")
     ends = [len(order)]
     while ends[0] // 2 >= _SMALLEST_GROUP:

@@ -1,11 +1,11 @@
-"""Predicts what a layout costs: the KL of a model in which one item is stored by it.
+"""Predicts the cost of a layout: the KL of a model in which one item is stored by it.
 
 For a linear that is ½ Σ_o g²_o · Δw_o H Δw_oᵀ over its outputs o: g² is the mean square of the
-gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw what really
-is left by the algorithm. For a row of the head g² is its logit's Fisher information; what the same
-row costs as embedding is added. The costs of items add up to that of a plan.
+gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw the error
+of the algorithm. For a row of the head, g² is the Fisher information of its logit, and the cost of
+the same row in the embedding is added. The cost of a plan is the sum over its items.
 
-Rows do not depend on one another, so some of them stand for all: a 2B takes minutes.
+Rows are independent, so a sample of them represents all: a 2B takes minutes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from rgexport.compress.items import Item
+from rgexport.compress.items import PlanItem
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
@@ -27,8 +27,8 @@ _SAMPLE = 256
 """Rows of a matrix, or of a row group, that are quantized in every layout."""
 
 
-class Losses:
-    """Predicts the losses of items."""
+class PredictedLosses:
+    """Predicts the losses of items from a calibration."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Losses:
         calibration: Calibration,
         statistics: StatisticsOf | None = None,
     ):
-        """`statistics` are those of the calibration, if there are such already."""
+        """`statistics` are those of the calibration, if they exist already."""
         self._config, self._weights, self._calibration = config, weights, calibration
         self._statistics = statistics or Calibrated(calibration, config)
 
-    def of(self, item: Item, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
-        """The loss of an item in each layout, in nats per token.
+    def of(self, item: PlanItem, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
+        """Returns the loss of an item in each layout, in nats per token.
 
         Raises:
             RequestError: a weight that a layout cannot hold, or a damaged calibration.
@@ -60,14 +60,13 @@ class Losses:
         return losses.tolist()
 
     def row_importance(self) -> np.ndarray:
-        """What errors of one size cost in each row of the embedding, float64 [vocab]."""
+        """Returns the cost of equal errors in each row of the embedding, float64 [vocab]."""
         known = self._calibration
         inputs = known.importance(EMBEDDING)
         product = 0 if inputs is None else known.row_sensitivity * inputs.mean(dtype=np.float64)
         return product + known.token_share * self._channels().mean(dtype=np.float64)
 
     def _channels(self) -> np.ndarray:
-        """What squared errors of the embedding's channels cost where it is looked up."""
         return self._calibration.lookup_sensitivity * self._config.embedding_scale**2
 
     def _loss(
@@ -83,7 +82,10 @@ class Losses:
     def _cost(
         self, tensor: str, ids: np.ndarray, among: np.ndarray | None
     ) -> Callable[[np.ndarray], float]:
-        """What errors [n, K] of the rows `ids` cost, if the rows `among` (None: all) have such."""
+        """Returns a function from errors [n, K] of the rows `ids` to the cost of errors in `among`.
+
+        `among` None means all rows.
+        """
         known, head = self._calibration, tensor == EMBEDDING
         hessians = known.hessian(tensor) or []
         outputs = known.row_sensitivity if head else known.output_sensitivity(tensor)
@@ -103,14 +105,13 @@ class Losses:
 
 
 def _share(values: np.ndarray, ids: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    """The values of some rows, scaled to the sum that all have."""
-    own = values[ids].astype(np.float64)
+    sample = values[ids].astype(np.float64)
     total = (values if among is None else values[among]).sum(dtype=np.float64)
-    return own * (total / own.sum()) if own.sum() > 0 else own
+    return sample * (total / sample.sum()) if sample.sum() > 0 else sample
 
 
 def _through(errors: np.ndarray, hessians: Sequence[np.ndarray]) -> np.ndarray:
-    """Δw H Δwᵀ of each row of errors [n, K], float64 [n]."""
+    """Returns Δw H Δwᵀ of each row of errors [n, K], float64 [n]."""
     total, start = np.zeros(len(errors)), 0
     for block in hessians:
         part = errors[:, start : start + len(block)]
@@ -120,7 +121,6 @@ def _through(errors: np.ndarray, hessians: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _evenly(rows: int, sample: int, together: int) -> np.ndarray:
-    """Evenly spaced rows, in runs of those that share a table."""
     runs = rows // together
     chosen = min(runs, max(1, sample // together))
     firsts = (np.arange(chosen) * runs // chosen) * together

@@ -1,4 +1,4 @@
-"""Measures what a plan costs: the KL of the model with its weights to the original."""
+"""Measures the KL divergence of a model with a plan's weights from the original."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from rgexport.griffin.state import zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 
 _SLAB_BYTES = 32 << 20
-"""Of the embedding, and of the logits, in float32: those that are compared at once."""
+"""Most bytes of a slab of the embedding, and of its logits, in float32."""
 
 Read = Callable[[int, int], np.ndarray]
-"""From the numbers of the first row and the one after the last to rows."""
+"""First row and end → rows."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Divergence:
     tokens: int
 
 
-class Original:
-    """What the original computes on a text, to compare others with: run once."""
+class OriginalModel:
+    """The original on a text: run once, and compared with several plans."""
 
     def __init__(
         self, config: GriffinConfig, weights: WeightSource, sequences: Sequence[np.ndarray]
@@ -44,26 +44,26 @@ class Original:
         self._hidden = self._run(weights)
 
     def divergence(self, weights: WeightSource) -> Divergence:
-        """How far a model with other weights is from the original."""
-        found = self._divergences(self._run(weights), weights[EMBEDDING].read).numpy()
-        mean = found.mean()
+        """Returns the KL divergence of the model with other weights."""
+        values = self._divergences(self._run(weights), weights[EMBEDDING].read).numpy()
+        mean = values.mean()
         lengths = [ids.shape[1] for ids in self._texts for _ in ids]
-        sums = np.add.reduceat(found - mean, np.cumsum([0, *lengths[:-1]]))
+        sums = np.add.reduceat(values - mean, np.cumsum([0, *lengths[:-1]]))
         count = len(lengths)
         spread = np.sqrt(np.square(sums).sum() * count / (count - 1)) if count > 1 else np.nan
-        return Divergence(float(mean), float(spread / len(found)), len(found))
+        return Divergence(float(mean), float(spread / len(values)), len(values))
 
     def _run(self, weights: WeightSource) -> Tensor:
-        """The head's input [tokens, width]; one layer's weights are in memory at a time."""
+        """Returns the head's input [tokens, width]; one layer's weights are in memory at a time."""
         model = Reference(self._config, weights)
         texts = [(ids, zero_state(self._config, len(ids))) for ids in self._texts]
         return torch.cat([hidden.flatten(0, 1) for hidden, _ in model.run_each(texts)])
 
     @torch.inference_mode()
     def _divergences(self, hidden: Tensor, read: Read) -> Tensor:
-        """The KL at each token, float64; logits exist for a slab of the vocabulary at a time."""
+        """Returns the KL at each token, float64; computes logits in slabs of the vocabulary."""
         shape = self._weights[EMBEDDING].shape
-        sums = _Sums(len(hidden))
+        sums = _SlabSums(len(hidden))
         for start, stop in slab_bounds(shape[0], 4 * max(shape[1], len(hidden)), _SLAB_BYTES):
             before = self._weights[EMBEDDING].read(start, stop)
             sums.add(self._logits(self._hidden, before), self._logits(hidden, read(start, stop)))
@@ -74,14 +74,14 @@ class Original:
         return ops.soft_cap(part, self._config.soft_cap, "logits")
 
 
-class _Sums:
-    """Sums over the vocabulary, of which only slabs are seen, for each token."""
+class _SlabSums:
+    """Sums over the vocabulary for each token, from one slab after another."""
 
     def __init__(self, tokens: int):
         self._log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64)
         self._log_q = self._log_p.clone()
         self._mean = torch.zeros(tokens, dtype=torch.float64)
-        """Of the difference of logits, weighted by the original's probabilities so far."""
+        """The mean difference of logits, weighted by the original's probabilities so far."""
 
     def add(self, original: Tensor, other: Tensor) -> None:
         """Adds logits [tokens, slab]."""
@@ -93,13 +93,13 @@ class _Sums:
         self._log_q = torch.logaddexp(self._log_q, other.logsumexp(1).double())
 
     def divergences(self) -> Tensor:
-        """KL(original ‖ other) of each token."""
+        """Returns KL(original ‖ other) of each token."""
         return (self._mean - self._log_p + self._log_q).clamp_min(0)
 
 
 def _batches(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Sequences of equal length together: int64 [B, T] each."""
-    alike: dict[int, list[np.ndarray]] = {}
+    """Groups sequences of equal length: int64 [B, T] each."""
+    groups: dict[int, list[np.ndarray]] = {}
     for sequence in sequences:
-        alike.setdefault(len(sequence), []).append(sequence)
-    return [np.stack(some).astype(np.int64) for some in alike.values()]
+        groups.setdefault(len(sequence), []).append(sequence)
+    return [np.stack(group).astype(np.int64) for group in groups.values()]

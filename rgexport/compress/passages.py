@@ -1,4 +1,4 @@
-"""A calibration text: sequences of tokens, each taken from a fresh state."""
+"""A calibration text: sequences of tokens, each read from a fresh state."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rgexport.files.paths import require_regular
 LENGTH = 512
 """Tokens of a sequence: enough context for what int4 changes, and many sequences in a text."""
 _LONGEST_TOKEN = 32
-"""Characters per token, at most, of which a file is read."""
+"""Most characters of a token; a file is read up to so many per token."""
 
 
 @dataclass(frozen=True)
@@ -25,49 +25,48 @@ class Passages:
     lengths: np.ndarray
 
     def sequences(self) -> list[np.ndarray]:
-        """The tokens of each sequence."""
+        """Returns the tokens of each sequence."""
         return np.split(self.tokens, self.lengths.cumsum()[:-1])
 
     def first(self, tokens: int) -> "Passages":
-        """The first sequences that have at most so many tokens together, at least one."""
+        """Returns the first sequences, at least one, with at most so many tokens together."""
         count = max(1, int(np.searchsorted(self.lengths.cumsum(), tokens, side="right")))
         lengths = self.lengths[:count]
         return Passages(self.tokens[: lengths.sum()], lengths)
 
     def without_last(self, count: int) -> tuple["Passages", "Passages"]:
-        """All sequences but the last so many, and these."""
-        kept = len(self.lengths) - count
-        end = self.lengths[:kept].sum()
+        """Splits off the last `count` sequences; returns the others first."""
+        split = len(self.lengths) - count
+        end = self.lengths[:split].sum()
         return (
-            Passages(self.tokens[:end], self.lengths[:kept]),
-            Passages(self.tokens[end:], self.lengths[kept:]),
+            Passages(self.tokens[:end], self.lengths[:split]),
+            Passages(self.tokens[end:], self.lengths[split:]),
         )
 
     def batches(self, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
-        """Sequences of equal length that are taken together.
+        """Yields neighbouring sequences of equal length: a slice of the tokens, and their shape.
 
-        Yields their place among the tokens, and the shape (sequences, tokens of each); the product
-        is at most `most`, or else there is one sequence.
+        The shape is (sequences, tokens of each), with at most `most` tokens or one sequence.
         """
-        place, start = 0, 0
-        while place < len(self.lengths):
-            length = int(self.lengths[place])
-            equal = int(np.argmin(np.append(self.lengths[place:] == length, False)))
+        first, start = 0, 0
+        while first < len(self.lengths):
+            length = int(self.lengths[first])
+            equal = int(np.argmin(np.append(self.lengths[first:] == length, False)))
             count = min(equal, max(1, most // length))
             yield slice(start, start + count * length), (count, length)
-            place, start = place + count, start + count * length
+            first, start = first + count, start + count * length
 
 
-def join(parts: Sequence[np.ndarray], seed: int) -> Passages:
-    """Sequences in a random order, so that the first are like all."""
-    order = np.random.default_rng(seed).permutation(len(parts))
-    mixed = [parts[i] for i in order]
-    lengths = np.array([len(part) for part in mixed], np.int32)
+def join(sequences: Sequence[np.ndarray], seed: int) -> Passages:
+    """Joins sequences in a random order, so that the first ones represent all."""
+    order = np.random.default_rng(seed).permutation(len(sequences))
+    mixed = [sequences[i] for i in order]
+    lengths = np.array([len(sequence) for sequence in mixed], np.int32)
     return Passages(np.concatenate(mixed).astype(np.int32), lengths)
 
 
 def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
-    """The beginning of a text in sequences, each after a bos, `limit` tokens in all.
+    """Reads the beginning of a text as sequences, each after a bos, `limit` tokens in all.
 
     Raises:
         RequestError: the file cannot be read, or is empty.
@@ -76,14 +75,14 @@ def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
     if not ids:
         raise RequestError(f"{file} has no text in it; expected a UTF-8 text to calibrate on")
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    own = LENGTH - len(begin)
-    pieces = [begin + ids[start : start + own] for start in range(0, len(ids), own)]
+    step = LENGTH - len(begin)
+    pieces = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
     cut = first_tokens([np.array(piece) for piece in pieces], limit)
     return [piece for piece in cut if len(piece) > len(begin)] or cut[:1]
 
 
 def first_tokens(sequences: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
-    """The first sequences, the last one cut, which have `limit` tokens together, or all."""
+    """Returns the first `limit` tokens of sequences; the last sequence is cut."""
     starts = accumulate((len(sequence) for sequence in sequences), initial=0)
     cut = (s[: max(0, limit - start)] for s, start in zip(sequences, starts, strict=False))
     return [sequence for sequence in cut if len(sequence)]

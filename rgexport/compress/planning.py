@@ -1,4 +1,4 @@
-"""Finds the plan of least loss in some bytes, or of fewest bytes for some loss, and checks it."""
+"""Finds the plan of least loss for a size, or of least size for a loss, and measures it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import numpy as np
 
 from rgexport.compress.items import items_of, plan_of
 from rgexport.compress.layouts import FormatLayouts
-from rgexport.compress.losses import Losses
-from rgexport.compress.measure import Divergence, Original
+from rgexport.compress.losses import PredictedLosses
+from rgexport.compress.measure import Divergence, OriginalModel
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
@@ -22,28 +22,27 @@ from rgexport.quantize.stored_weights import quantized
 from rgexport.units import amount
 
 _ATTEMPTS = 4
-"""Plans that are measured, at most, until one costs what was asked for."""
+"""Most plans that are measured until one reaches the target KL."""
 _NEAR = 0.03
-"""Of the target, by which a plan may be off."""
+"""Tolerated relative difference from the target KL."""
 _POINTS = 12
-"""Of the front, in reports."""
-
+"""Points of the front in reports."""
 
 Kind = Literal["kl", "size", "bits"]
 FLAGS: dict[Kind, str] = {"kl": "--target-kl", "size": "--target-size", "bits": "--bits"}
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a plan is to reach: at most so many nats per token, bytes, or bits per weight."""
+class PlanTarget:
+    """A limit for a plan: nats per token, bytes, or bits per weight."""
 
     kind: Kind
     value: float
 
 
 @dataclass(frozen=True)
-class Point:
-    """A plan of the front.
+class PlanPoint:
+    """The figures of a plan.
 
     Attributes:
         bits: per weight of the matrices and the head, scales and zero points included.
@@ -57,25 +56,24 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A plan, and what is known of it and of others.
+class PlanResult:
+    """The chosen plan, and the front of all good plans.
 
     Attributes:
         plan: the layout of every tensor.
-        chosen: its bits, its size, and what it was predicted to cost after all measurements but
-            its own.
-        measured: what it costs.
-        front: from the smallest plan to the largest; predicted after all measurements.
+        chosen: its figures; the KL is a prediction from the measurements of other plans.
+        measured: its KL.
+        front: from the smallest plan to the largest; predicted from all measurements.
     """
 
     plan: Plan
-    chosen: Point
+    chosen: PlanPoint
     measured: Divergence
-    front: tuple[Point, ...]
+    front: tuple[PlanPoint, ...]
 
 
 class Planner:
-    """Predicts once what every layout costs; then plans are a matter of seconds."""
+    """Predicts the cost of every layout once; then finds plans in seconds."""
 
     def __init__(
         self,
@@ -90,40 +88,43 @@ class Planner:
             checkpoint: the model.
             calibration: of the model.
             layouts: to choose from.
-            statistics: those of the calibration, if there are such already.
+            statistics: those of the calibration, if they exist already.
 
         Raises:
             RequestError: a weight that a layout cannot hold, or a damaged calibration.
         """
         self._checkpoint, self._layouts = checkpoint, layouts
         self._statistics = statistics or Calibrated(calibration, checkpoint.config)
-        losses = Losses(checkpoint.config, checkpoint.weights, calibration, self._statistics)
-        importance = losses.row_importance() if layouts.row_groups else None
-        self._items = items_of(checkpoint.config, importance)
-        exact = bfloat16_gates(checkpoint.config, checkpoint.weights)
-        self._gates: Plan = dict.fromkeys(exact if layouts.bfloat16_gates else (), BFLOAT16)
+        config, weights = checkpoint.config, checkpoint.weights
+        losses = PredictedLosses(config, weights, calibration, self._statistics)
+        importance = losses.row_importance() if layouts.form.has_row_groups else None
+        self._items = items_of(config, importance)
+        exact = bfloat16_gates(config, weights)
+        self._gates: Plan = dict.fromkeys(
+            exact if layouts.form.keeps_bfloat16_gates else (), BFLOAT16
+        )
         self._schemes: list[list[Uniform]] = []
         self._front = self._predicted(losses)
         self._scale = 1.0
-        """Of predictions: what measured plans cost beside what was predicted."""
+        """Measured KL divided by predicted KL."""
 
-    def _predicted(self, losses: Losses) -> Front:
+    def _predicted(self, losses: PredictedLosses) -> Front:
         options: list[list[Option]] = []
         with task("Trying layouts", sum(item.weights for item in self._items), "weights") as done:
             for item in self._items:
                 sizes = self._layouts.options(item.shape)
                 self._schemes.append(list(sizes))
-                found = losses.of(item, self._schemes[-1])
+                predicted = losses.of(item, self._schemes[-1])
                 sums = (len(item.tensors) * size for size in sizes.values())
-                options.append([Option(*one) for one in zip(sums, found, strict=True)])
+                options.append([Option(*one) for one in zip(sums, predicted, strict=True)])
                 done(item.weights)
         return solve(options)
 
-    def find(self, target: Target, sequences: Sequence[np.ndarray]) -> Found:
-        """The plan for a target, measured on a text.
+    def find(self, target: PlanTarget, sequences: Sequence[np.ndarray]) -> PlanResult:
+        """Returns the plan for a target, measured on a text.
 
         Raises:
-            RequestError: no plan is so small or so good.
+            RequestError: no plan reaches the target.
         """
         choice, original = self._choose(target), self._original(sequences)
         for attempt in range(1, _ATTEMPTS + 1):
@@ -138,62 +139,59 @@ class Planner:
             if choice == before:
                 break  # no other plan is nearer
         front = tuple(map(self._point, self._front.points(_POINTS)))
-        return Found(plan, predicted, measured, front)
+        return PlanResult(plan, predicted, measured, front)
 
-    def _measured(self, original: Original, plan: Plan, point: Point) -> Divergence:
+    def _measured(self, original: OriginalModel, plan: Plan, point: PlanPoint) -> Divergence:
         weights = quantized(self._checkpoint.weights, plan, self._statistics)
         with group(f"Measuring a plan of {point.bits:.3f} bits"):
             return original.divergence(weights)
 
-    def _original(self, sequences: Sequence[np.ndarray]) -> Original:
+    def _original(self, sequences: Sequence[np.ndarray]) -> OriginalModel:
         with group("Running the original"):
-            return Original(self._checkpoint.config, self._checkpoint.weights, sequences)
+            return OriginalModel(self._checkpoint.config, self._checkpoint.weights, sequences)
 
-    def _choose(self, target: Target) -> Choice:
+    def _choose(self, target: PlanTarget) -> Choice:
         if target.kind == "kl":
-            found = self._front.below(target.value / self._scale)
+            choice = self._front.below(target.value / self._scale)
         elif target.kind == "bits":
-            found = self._front.within(target.value * self._weights / 8)
+            choice = self._front.within(target.value * self._weights / 8)
         else:
-            found = self._of_size(target.value)
-        if found is None:
+            choice = self._of_size(target.value)
+        if choice is None:
             raise self._out_of_reach(target)
-        return found
+        return choice
 
     def _of_size(self, size: float) -> Choice | None:
-        """The best plan of an artifact of at most so many bytes.
+        """Returns the best plan for an artifact of at most so many bytes.
 
-        What is between and beside the matrices depends a little on the plan.
+        Padding and the bytes beside the matrices depend a little on the plan.
         """
         budget = size
-        while found := self._front.within(budget):
-            excess = self._point(found).size - size
+        while choice := self._front.within(budget):
+            excess = self._point(choice).size - size
             if excess <= 0:
                 break
-            budget = found.bytes - excess
-        return found
+            budget = choice.bytes - excess
+        return choice
 
-    def _out_of_reach(self, target: Target) -> RequestError:
-        smallest, largest = map(self._point, (self._end(0), self._end(-1)))
-        asked, limit = {
+    def _out_of_reach(self, target: PlanTarget) -> RequestError:
+        smallest, largest = map(self._point, self._front.points(2))
+        value, limit = {
             "kl": (f"{target.value:g}", f"{largest.kl:.2g}"),
             "size": (amount(target.value), amount(smallest.size)),
             "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
         }[target.kind]
         return RequestError(
-            f"{FLAGS[target.kind]} is {asked}, which no plan reaches; expected {limit} or more"
+            f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
         )
 
-    def _end(self, place: int) -> Choice:
-        return self._front.points(2)[place]
-
     def _plan(self, choice: Choice) -> Plan:
-        layouts = [own[pick] for own, pick in zip(self._schemes, choice.picks, strict=True)]
+        layouts = [schemes[pick] for schemes, pick in zip(self._schemes, choice.picks, strict=True)]
         return plan_of(self._checkpoint.config, self._items, layouts) | self._gates
 
-    def _point(self, choice: Choice) -> Point:
+    def _point(self, choice: Choice) -> PlanPoint:
         size = self._layouts.artifact_bytes(self._plan(choice), self._checkpoint)
-        return Point(8 * choice.bytes / self._weights, size, choice.loss * self._scale)
+        return PlanPoint(8 * choice.bytes / self._weights, size, choice.loss * self._scale)
 
     @property
     def _weights(self) -> int:

@@ -11,7 +11,7 @@ from rgexport.compress.cluster import spread_statistics
 from rgexport.compress.layouts import layouts_of
 from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.plan_file import PlanReport, is_plan, write_json
-from rgexport.compress.planning import FLAGS, Kind, Planner, Target
+from rgexport.compress.planning import FLAGS, Kind, Planner, PlanTarget
 from rgexport.errors import RequestError
 from rgexport.export.advice import as_argument
 from rgexport.export.origin import folder_of
@@ -20,13 +20,13 @@ from rgexport.files.targets import check_file_target, replace_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.quantize.calibration import Calibration, open_calibration
+from rgexport.reporting.page import write_text
 from rgexport.runtimes.cluster import Cluster
-from rgexport.validate.result import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What a user can ask of a plan.
+    """The options of `rgexport quantize`.
 
     Attributes:
         calibration: the file of `rgexport calibrate`.
@@ -34,8 +34,8 @@ class PlanOptions:
         target_size: of the artifact, such as `1.5GB`.
         bits: per weight of the matrices and the head.
         format: of the export that the plan is for.
-        text: what the plan is measured on; None: what the calibration held out, or else its text.
-        tokens: how many tokens of it.
+        text: to measure the plan on; None for the calibration's held-out text, or else its text.
+        tokens: most tokens of it.
     """
 
     calibration: Path
@@ -62,17 +62,17 @@ class PlanOptions:
             )
 
     @property
-    def target(self) -> Target:
+    def target(self) -> PlanTarget:
         """The one target."""
         size = None if self.target_size is None else bytes_of("--target-size", self.target_size)
-        asked: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
-        given = [Target(kind, value) for kind, value in asked.items() if value is not None]
-        if len(given) != 1:
+        values: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
+        targets = [PlanTarget(kind, value) for kind, value in values.items() if value is not None]
+        if len(targets) != 1:
             raise RequestError(
-                f"{len(given)} targets are given; expected one of --target-kl, --target-size and "
+                f"{len(targets)} targets are given; expected one of --target-kl, --target-size and "
                 "--bits"
             )
-        return given[0]
+        return targets[0]
 
 
 def make_plan(
@@ -83,11 +83,11 @@ def make_plan(
     force: bool = False,
     workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, writes it to `target`, and its page beside it; `workers` quantize for it.
+    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize.
 
     Raises:
-        RequestError: an unsound checkpoint, statistics of another model, a text that cannot be
-            read, a target that is out of reach, or a file that may not be replaced.
+        RequestError: an unsound checkpoint, statistics of another model, an unreadable text, a
+            target out of reach, or a file that may not be replaced.
     """
     _check_targets(target, force)
     calibration = open_calibration(options.calibration)
@@ -126,9 +126,9 @@ def page_of(target: Path) -> Path:
 
 
 def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:
-    """Where the plan is, and what to type next."""
-    places = (checkpoint.path, target, options.calibration)
-    model, plan, calibration = map(as_argument, places)
+    """Returns the last line of the command's output: the plan's path, and the next command."""
+    paths = (checkpoint.path, target, options.calibration)
+    model, plan, calibration = map(as_argument, paths)
     return (
         f"{target} is complete; {page_of(target)} has a plot. Export it: rgexport {options.format} "
         f"-m {model} --plan {plan} --calibration {calibration}"
@@ -150,7 +150,6 @@ def _sequences(
 
 
 def _name_of(calibration: Calibration, options: PlanOptions) -> str:
-    """What the plan is measured on, for people."""
     if options.text is not None:
         return str(options.text)
     if calibration.held_out:

@@ -1,8 +1,8 @@
-"""Text sampled from the model itself, which calibrates better than most other text.
+"""Samples text from the model itself, which calibrates better than most other text.
 
-Each sequence begins with a bos and a random token: from a bos alone, a model writes too few kinds
-of text. What is sampled is an ONNX export, which is removed afterwards: in float32, or in int4
-where that would not fit into memory. What is measured later is the original on that text.
+Each sequence begins with a bos and a random token: after a bos alone, a model writes too few kinds
+of text. An ONNX export in float32, or in int4 for large models, writes the text and is removed
+afterwards. Statistics are those of the original on that text.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.compress.passages import LENGTH
 from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.layout import float32_bytes
 from rgexport.progress import group, task
-from rgexport.validate.reference.implementations import float32_bytes
 
 _BATCH = 16
-"""Sequences that are sampled together, for which each weight is read once."""
+"""Sequences that are sampled together; each weight is read once for all."""
 _LARGEST_IN_FLOAT32 = 2 << 30
-"""Bytes of weights from which a model is sampled in its smallest form."""
+"""Most bytes of float32 weights; a larger model is sampled in int4."""
 
 Step = Callable[[np.ndarray], np.ndarray]
 """Takes the next tokens [B, t] of sequences, the first time from their beginning; returns logits
@@ -38,10 +38,10 @@ def sample(
     seed: int,
     folder: Path,
 ) -> list[np.ndarray]:
-    """Sequences of together `count` tokens; `folder` is made for the export, and removed."""
+    """Samples sequences of `count` tokens together; the export lies in `folder` meanwhile."""
     rng = np.random.default_rng(seed)
     starts = first_tokens(tokenizer, checkpoint.config.vocab_size, -(-count // LENGTH), rng)
-    found: list[np.ndarray] = []
+    sequences: list[np.ndarray] = []
     with (
         group("Sampling text from the model"),
         _engine(checkpoint, folder) as begin,
@@ -51,15 +51,15 @@ def sample(
             batch = starts[first : first + _BATCH]
             sampler = Sampler(Sampling(temperature=1.0, seed=int(rng.integers(1 << 31))))
             step = begin(len(batch))
-            found += _continue(step, batch, min(LENGTH, count), sampler, advance)
-    sizes = np.minimum(LENGTH, count - LENGTH * np.arange(len(found)))
-    return [ids[:size] for ids, size in zip(found, sizes, strict=True)]
+            sequences += _continue(step, batch, min(LENGTH, count), sampler, advance)
+    sizes = np.minimum(LENGTH, count - LENGTH * np.arange(len(sequences)))
+    return [ids[:size] for ids, size in zip(sequences, sizes, strict=True)]
 
 
 def first_tokens(
     tokenizer: Tokenizer | None, vocab_size: int, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """A bos, if there is one, and a random token that is not special, [count, 1 or 2]."""
+    """Returns a bos, if there is one, and a random ordinary token, [count, 1 or 2]."""
     special = set() if tokenizer is None else {*tokenizer.special.values()}
     size = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
     ordinary = np.setdiff1d(np.arange(size), list(special))
@@ -71,24 +71,24 @@ def first_tokens(
 def _continue(
     step: Step, starts: np.ndarray, length: int, sampler: Sampler, advance: Callable[[int], None]
 ) -> list[np.ndarray]:
-    """Sequences [B, length] that begin with `starts`."""
+    """Samples sequences [B, length] that begin with `starts`."""
     ids = np.zeros((len(starts), max(length, starts.shape[1])), np.int64)
     ids[:, : starts.shape[1]] = starts
     following = starts
     advance(starts.size)
-    for place in range(starts.shape[1], length):
+    for position in range(starts.shape[1], length):
         logits = step(following)
-        ids[:, place] = [sampler(row) for row in logits]
-        following = ids[:, place : place + 1]
+        ids[:, position] = [sampler(row) for row in logits]
+        following = ids[:, position : position + 1]
         advance(len(ids))
     return list(ids)
 
 
 @contextmanager
 def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[int], Step]]:
-    """Gives a function that starts so many sequences.
+    """Exports the model and yields a function that starts a batch of sequences.
 
-    The window need not be longer than a sequence, which saves memory for states.
+    The window is at most as long as a sequence, which saves memory for states.
     """
     from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
     from rgexport.export.opening import open_artifact

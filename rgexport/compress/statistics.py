@@ -1,7 +1,8 @@
-"""The pass of a text through the model, one layer's weights in memory at a time.
+"""Passes a text through the model, with one layer's weights in memory at a time.
 
-Forward it sums x xᵀ of the linears' inputs, backward g² of the gradients at their outputs. Each
-step ends in `Work`, so that a later run goes on after the last one that was complete.
+The forward pass sums x xᵀ of the linears' inputs, the backward pass g² of the gradients at their
+outputs. Each step ends with a file in the calibration's folder, so a later run continues after the
+last complete step.
 """
 
 import dataclasses
@@ -12,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgexport.compress.backward import SquareSums, square_sum
-from rgexport.compress.grams import Gram, watched_inputs
+from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
 from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
-from rgexport.compress.work import StatisticsFile, Work
+from rgexport.compress.sums import Gram, SquareSums, square_sum, watched_inputs
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
@@ -39,14 +39,14 @@ _FORWARD, _BACKWARD = 2048, 1024
 
 
 RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
-"""Takes the index of a layer and sequences in batches [B, T, width]; yields what `forward` does for
-each, in order."""
+"""Takes the index of a layer and sequences in batches [B, T, width]; yields the results
+of `forward`, in order."""
 
 
 def forward(
     config: GriffinConfig, layer: Layer, index: int, x: Tensor
 ) -> tuple[Tensor, dict[str, Gram]]:
-    """Takes sequences [B, T, width] through a layer; also returns, by site, the sums of inputs."""
+    """Runs a layer on sequences [B, T, width]; returns its output, and site → sums of inputs."""
     readers = {
         str(input_site(name)): name
         for name in linears(config)
@@ -54,26 +54,24 @@ def forward(
     }
     columns = input_columns(config)
     grams = {site: Gram(site, columns[site], x.device) for site in readers}
-    watched = {_within_layer(name): grams[site] for site, name in readers.items()}
+    watched = {
+        name.split(".", 2)[2].removesuffix(".weight"): grams[site] for site, name in readers.items()
+    }
     with torch.no_grad(), watched_inputs(layer, watched):
         return layer(x, *_beginning(config, index, x))[0], grams
-
-
-def _within_layer(name: str) -> str:
-    return name.split(".", 2)[2].removesuffix(".weight")
 
 
 def run_layer(
     model: Reference, index: int, batches: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, dict[str, Gram]]]:
-    """See `RunLayer`: here, one batch after another."""
+    """Runs a layer on one batch after another: a `RunLayer` in this process."""
     layer = model.layer(index)
     for x in batches:
         yield forward(model.config, layer, index, x)
 
 
 def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
-    """Positions and a fresh state for sequences; the window is no longer than they are."""
+    """Returns positions and a fresh state for sequences; the window is at most as long."""
     shape = x.shape[:2]
     short = dataclasses.replace(config, window=min(config.window, shape[1]))
     first, second = (
@@ -90,37 +88,37 @@ class Collector:
     model: Reference
     text: Passages
     gradients: Passages
-    work: Work
+    folder: CalibrationFolder
     file: StatisticsFile
     seed: int
     run: RunLayer
 
     def collect(self) -> None:
-        """Does all steps that are not done, in their order."""
+        """Runs all missing steps in their order."""
         self.forward()
         self.head()
         self.backward()
 
     def forward(self) -> None:
-        """All layers: the Hessians of their inputs, and the residual stream after the last."""
+        """Computes the Hessians of all layers' inputs, and the residual stream after the last."""
         count = self.model.config.num_layers
-        done = self.work.steps("stream")
+        done = self.folder.steps("stream")
         stream = self._begin() if not done else self._load(f"stream-{done[-1]}")
         first, tokens = done[-1] if done else 0, len(self.text.tokens)
         if first == count:
             return
         with task("Running the layers", (count - first) * tokens, "tokens x layers") as advance:
             for index in range(first, count):
-                self.work.save(f"input-{index}", self._start_of(stream).cpu().numpy())
+                self.folder.save(f"input-{index}", self._start_of(stream).cpu().numpy())
                 self.file.write(self._through(index, stream))
-                self.work.save(f"stream-{index + 1}", stream.cpu().numpy())
-                self.work.drop(f"stream-{index}")
+                self.folder.save(f"stream-{index + 1}", stream.cpu().numpy())
+                self.folder.drop(f"stream-{index}")
                 advance(tokens)
 
     def head(self) -> None:
-        """The head's Hessian, the probabilities, and the gradient after the last layer."""
+        """Computes the head's Hessian, the probabilities, and the gradient after the last layer."""
         last = self.model.config.num_layers
-        if self.work.steps("gradient"):
+        if self.folder.steps("gradient"):
             return
         stream, site = self._load(f"stream-{last}"), str(input_site(EMBEDDING))
         start = self._start_of(stream).clone().requires_grad_()
@@ -129,56 +127,55 @@ class Collector:
         gram = Gram(site, self.model.config.width, stream.device)
         gram.add(hidden)
         with task("Running the head", len(hidden), "tokens") as advance:
-            found = head_statistics(self.model, hidden, len(start), self.seed, advance)
-        self.file.write({PROBABILITY: found.probability, FISHER: found.fisher})
+            head = head_statistics(self.model, hidden, len(start), self.seed, advance)
+        self.file.write({PROBABILITY: head.probability, FISHER: head.fisher})
         self.file.write({hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
         normalized = self.model.final_norm(start)
-        (gradient,) = torch.autograd.grad(normalized, start, found.gradient)
-        self.work.save(f"gradient-{last}", gradient.cpu().numpy())
+        (gradient,) = torch.autograd.grad(normalized, start, head.gradient)
+        self.folder.save(f"gradient-{last}", gradient.cpu().numpy())
 
     def backward(self) -> None:
-        """All layers from the last: the gradients at the outputs of their linears."""
-        below = min(self.work.steps("gradient"))
+        """Computes the gradients at the outputs of all linears, from the last layer on."""
+        below = min(self.folder.steps("gradient"))
         gradient, tokens = self._load(f"gradient-{below}"), len(self.gradients.tokens)
         with task("Running backwards", (below or 1) * tokens, "tokens x layers") as advance:
             for index in reversed(range(below)):
                 gradient, sums = self._back_through(index, gradient)
                 means = sums.means(tokens)
                 self.file.write({gradient_name(site): mean for site, mean in means.items()})
-                self.work.save(f"gradient-{index}", gradient.cpu().numpy())
-                self.work.drop(f"gradient-{index + 1}")
+                self.folder.save(f"gradient-{index}", gradient.cpu().numpy())
+                self.folder.drop(f"gradient-{index + 1}")
                 advance(tokens)
         embedded = (square_sum(gradient) / tokens).float().cpu().numpy()
         self.file.write({gradient_name(EMBEDDED): embedded})
 
     def _begin(self) -> Tensor:
-        """The residual stream [N, width] before the first layer."""
+        """Returns the residual stream [N, width] before the first layer."""
         with torch.no_grad():
             return self.model.embed(self.text.tokens.astype(np.int64))
 
     def _start_of(self, stream: Tensor) -> Tensor:
-        """That of the sequences that have gradients."""
         return stream[: len(self.gradients.tokens)]
 
     def _load(self, name: str) -> Tensor:
-        found = self.work.load(name)
+        array = self.folder.load(name)
         expected = self.model.config.width
-        if found is None or found.ndim != 2 or found.shape[1] != expected:
+        if array is None or array.ndim != 2 or array.shape[1] != expected:
             raise RequestError(
-                f"{self.work.folder} lacks {name}; remove it and run the command again"
+                f"{self.folder.path} lacks {name}; remove it and run the command again"
             )
-        return torch.from_numpy(found).to(self.model.device)
+        return torch.from_numpy(array).to(self.model.device)
 
     def _through(self, index: int, stream: Tensor) -> dict[str, np.ndarray]:
-        """Takes the stream through a layer, in place; returns the Hessians of its inputs.
+        """Runs a layer on the stream, in place; returns the Hessians of its inputs.
 
-        Sums of batches are added in their order, so that they are the same wherever they are made.
+        Sums of batches are added in their order, so they do not depend on the workers.
         """
         batches = list(self.text.batches(_FORWARD))
-        sequences = (stream[place].unflatten(0, shape) for place, shape in batches)
+        sequences = (stream[tokens].unflatten(0, shape) for tokens, shape in batches)
         totals: dict[str, Gram] = {}
-        for (place, _), (y, grams) in zip(batches, self.run(index, sequences), strict=True):
-            stream[place] = y.flatten(0, 1)
+        for (tokens, _), (y, grams) in zip(batches, self.run(index, sequences), strict=True):
+            stream[tokens] = y.flatten(0, 1)
             for site, gram in grams.items():
                 if site in totals:
                     totals[site].merge(gram)
@@ -191,14 +188,14 @@ class Collector:
         }
 
     def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, SquareSums]:
-        """The gradient [n, width] before a layer from that after it, and Σ g² inside."""
+        """Returns the gradient [n, width] before a layer, from that after it, and Σ g² inside."""
         layer, sums = self.model.layer(index), SquareSums()
         inputs = self._load(f"input-{index}")
         before = torch.empty_like(gradient)
         with sums.watched(layer):
-            for place, shape in self.gradients.batches(_BACKWARD):
-                x = inputs[place].unflatten(0, shape).requires_grad_()
+            for tokens, shape in self.gradients.batches(_BACKWARD):
+                x = inputs[tokens].unflatten(0, shape).requires_grad_()
                 y = layer(x, *_beginning(self.model.config, index, x))[0]
-                (found,) = torch.autograd.grad(y, x, gradient[place].unflatten(0, shape))
-                before[place] = found.flatten(0, 1)
+                (before_x,) = torch.autograd.grad(y, x, gradient[tokens].unflatten(0, shape))
+                before[tokens] = before_x.flatten(0, 1)
         return before, sums

@@ -1,1 +1,1 @@
-"""What a model can do: suites of tasks and texts for artifacts of any format, side by side."""
+"""Measures the abilities of models: suites of texts and tasks for artifacts of any format."""

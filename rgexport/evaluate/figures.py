@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals of shares and of means, and differences of pairs."""
+"""Confidence intervals of shares, means and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _FLIPS, _FLIPPED_AT_ONCE = 9999, 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value with its 95 % interval, None if unknown, and how many observations it is of."""
+    """A value, its 95 % interval (None if unknown), and the number of observations."""
 
     value: float
     low: float | None
@@ -37,7 +37,7 @@ class Difference:
 
 
 def share(right: float, count: int) -> Estimate:
-    """A share with Wilson's interval (JASA 22, 1927), which stays in [0, 1].
+    """Returns a share with Wilson's interval (JASA 22, 1927), which stays in [0, 1].
 
     `right` may be a sum of shares.
     """
@@ -52,10 +52,10 @@ def share(right: float, count: int) -> Estimate:
 
 
 def mean(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
-    """A mean per item, from sums over clusters of items whose errors are not independent.
+    """Returns the mean per item, from sums over clusters of items that are not independent.
 
-    The interval is that of the ratio of two sums, from the spread of the clusters (Cochran,
-    Sampling Techniques, chapter 6). With one cluster it is unknown.
+    The interval is that of a ratio of two sums (Cochran, Sampling Techniques, chapter 6); it is
+    unknown for one cluster.
     """
     total, items = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     value, spread = _ratio(total, items)
@@ -66,10 +66,10 @@ def mean(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
 def mean_difference(
     first: Sequence[float], second: Sequence[float], counts: Sequence[float]
 ) -> Difference:
-    """As `mean`, of what the second's sums are above the first's, cluster by cluster.
+    """Returns the `mean` of the second's sums minus the first's, cluster by cluster.
 
-    p is that of a sign-flip test (Fisher's randomization test): how often the sum of differences
-    would be as far from 0 if each could as well have the other sign. 1 in 10,000 is the least.
+    p is that of a sign-flip test (Fisher's randomization test): the share of random signs of the
+    differences for which their sum is as far from 0; at least 1 in 10,000.
     """
     gaps = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     value, spread = _ratio(gaps, np.asarray(counts, np.float64))
@@ -94,7 +94,7 @@ def _around(value: float, spread: float | None) -> tuple[float | None, float | N
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """The sums' total per item, and half of its 95 % interval."""
+    """Returns the mean per item, and half of its 95 % interval."""
     clusters, value = len(sums), float(sums.sum() / counts.sum())
     if clusters < 2:
         return value, None
@@ -104,9 +104,9 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
 
 
 def student(freedom: int) -> float:
-    """`Z` for so many degrees of freedom: Student's t, by its expansion from three on.
+    """Returns the quantile of Student's t that corresponds to `Z`; an expansion from three on.
 
-    Abramowitz and Stegun, 26.7.5: within 1 % there.
+    Abramowitz and Stegun, 26.7.5: within 1 %.
     """
     if freedom == 1:
         return math.tan(math.pi * _SHARE / 2)

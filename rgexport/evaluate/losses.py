@@ -1,41 +1,62 @@
-"""What a model expects of a text: the negative log likelihood of each token."""
+"""Negative log-likelihoods of the tokens of a text."""
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.evaluate.pieces import Result
+from rgexport.runtimes.blocks import blocks
 from rgexport.runtimes.session import Session
-from rgexport.validate.measure import blocks
 
 
 def losses(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """As `further_losses`, from the beginning on."""
+    """Resets the session and returns `further_losses`."""
     session.reset()
     return further_losses(session, tokens)
 
 
 def further_losses(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """Nats of tokens 1 … T - 1 of a text [T], float64 [T - 1], by the session's state.
+    """Returns the nats of tokens 1 … T - 1 of a text [T] after the session's state, float64 [T-1].
 
-    Afterwards the session has seen all but the last token.
+    The session reads all tokens but the last.
 
     Raises:
         RequestError: the model gives NaN or infinite logits.
     """
-    found = np.empty(len(tokens) - 1)
-    for start, stop in blocks(session, [len(found)]):
+    values = np.empty(len(tokens) - 1)
+    for start, stop in blocks(session, [len(values)]):
         logits = session.prefill(tokens[None, start:stop], stop - start)
-        found[start:stop] = nats(logits, tokens[None, start + 1 : stop + 1])[0]
-    return found
+        values[start:stop] = nats(logits, tokens[None, start + 1 : stop + 1])[0]
+    return values
 
 
 def nats(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The negative log likelihood, float64 [R, T], of `tokens` [R, T] by logits [R, T, vocab]."""
+    """Returns the negative log-likelihood, float64 [R, T], of tokens [R, T], logits [R, T, V].
+
+    Raises:
+        RequestError: a logit is NaN or infinite.
+    """
     largest = logits.max(-1, keepdims=True)
     sums = np.exp(logits - largest).sum(-1, dtype=np.float64)
     chosen = np.take_along_axis(logits, tokens[..., None], -1)[..., 0].astype(np.float64)
-    found: np.ndarray = largest[..., 0] + np.log(sums) - chosen
-    if not np.isfinite(found).all():
+    values: np.ndarray = largest[..., 0] + np.log(sums) - chosen
+    require_finite(values)
+    return values
+
+
+def require_finite(values: np.ndarray) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        RequestError: there is one.
+    """
+    if not np.isfinite(values).all():
         raise RequestError(
             "the model's logits are NaN or infinite; check the artifact with `rgexport validate`"
         )
-    return found
+
+
+def block_sums(values: np.ndarray, block: int) -> Result:
+    """Returns the sums of blocks of losses, and the number of tokens in each."""
+    starts = np.arange(0, len(values), block)
+    counts = np.diff([*starts, len(values)])
+    return {"sums": np.add.reduceat(values, starts).tolist(), "counts": counts.tolist()}

@@ -1,12 +1,12 @@
-"""Pieces of work, and the folder that keeps what they gave.
+"""The pieces that a run is cut into, and the folder that keeps their results.
 
-A piece says all that its result depends on. Whoever does it, and however often, the result is the
-same; so a run that was cut off goes on with the pieces that are missing.
+A piece names everything its result depends on, so any process may measure it at any time. A run
+that was interrupted measures only the pieces whose results are missing.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,62 +22,78 @@ from rgexport.files.typed_json import read_json
 from rgexport.griffin.state import State
 
 Result = dict[str, Any]
-"""What a piece gave, as JSON."""
+"""The result of a piece, a suite or a model as JSON."""
+Settings = Mapping[str, Any]
+"""The settings of a piece as JSON."""
+Measured = Sequence[tuple[Settings, Result]]
+"""The settings and results of the pieces of one suite and model, in their order."""
 _DIGITS = 20
-_VERSION = 4
-"""Of what suites do: results of another version do not count."""
+_VERSION = 5
+"""Increased when a suite measures something else; results of other versions are not used."""
 _MARK = "made by rgexport evaluate"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a suite, for one model.
+    """A part of a suite that is measured for one model.
 
     Attributes:
-        subject: the identity of the model.
+        model: the identity of the model.
         suite: its name.
-        work: what is to be done, as JSON.
+        settings: of the measurement.
         tokens: that the model has to read, for estimates of time.
-        after: the key of the piece whose state this one goes on from.
+        after: the key of the piece whose final state is this one's initial state, or None.
     """
 
-    subject: str
+    model: str
     suite: str
-    work: Mapping[str, Any]
+    settings: Settings
     tokens: int
     after: str | None = None
 
     @property
     def key(self) -> str:
-        """A name that no piece with other work has."""
-        text = json.dumps([_VERSION, self.subject, self.suite, self.work], sort_keys=True)
+        """A hash of the model, the suite and the settings."""
+        text = json.dumps([_VERSION, self.model, self.suite, self.settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 Chain = Sequence[Piece]
-"""Pieces that go on from one another: one process does them, one after another."""
+"""Pieces that pass their states on; one process measures them one after another."""
 
 
-def chained(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """The pieces, each of which goes on from the one before."""
+def chained(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yields the pieces; each one begins with the state of the one before."""
     after: str | None = None
     for piece in pieces:
         yield replace(piece, after=after)
         after = piece.key
 
 
+def chains_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Groups neighbouring pieces that pass their states on."""
+    chains: list[list[Piece]] = []
+    for piece in pieces:
+        if piece.after and chains and chains[-1][-1].key == piece.after:
+            chains[-1].append(piece)
+        else:
+            chains.append([piece])
+    return chains
+
+
 class Results:
-    """A folder with a file for each piece that is done."""
+    """A folder with a file for each measured piece."""
 
     def __init__(self, folder: Path):
-        """`folder` is made if it is not there; several processes may use it at once.
+        """Creates the folder if it is missing; several processes may use it at once.
 
         Raises:
-            RequestError: it has anything but results.
+            RequestError: the folder has other files.
         """
         self._pieces = folder / "pieces"
         mark = self._pieces / _MARK
-        if folder.exists() and not mark.is_file() and not _is_empty(folder):
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not mark.is_file() and not is_empty:
             raise RequestError(
                 f"{folder} is no folder of results; expected one of an earlier run, an empty one, "
                 "or none: pass another with -o"
@@ -86,27 +102,27 @@ class Results:
         mark.touch()
 
     def get(self, piece: Piece) -> Result | None:
-        """What a piece gave, or None where it is not done, or its file is damaged."""
+        """Returns the result of a piece, or None if its file is missing or damaged."""
         try:
-            return read_json(self._file(piece)).get("result")
+            return read_json(self._result_file(piece)).get("result")
         except RequestError:
             return None
 
     def put(self, piece: Piece, result: Result) -> None:
-        """Keeps what a piece gave; the file is there as a whole or not at all."""
-        entry = {"suite": piece.suite, "work": dict(piece.work), "result": result}
+        """Writes the result of a piece atomically."""
+        entry = {"suite": piece.suite, "work": dict(piece.settings), "result": result}
         data = (json.dumps(entry, indent=1) + "\n").encode()
-        _write(self._file(piece), lambda file: file.write(data))
+        _write(self._result_file(piece), lambda file: file.write(data))
 
     def has_state(self, key: str) -> bool:
-        """Whether the state that a piece left is there."""
+        """Whether the final state of a piece is stored."""
         return self._state_file(key).is_file()
 
     def state(self, key: str) -> State:
-        """The state that a piece left.
+        """Returns the final state of a piece.
 
         Raises:
-            RequestError: its file is damaged.
+            RequestError: its file is missing or damaged.
         """
         try:
             with np.load(self._state_file(key), allow_pickle=False) as arrays:
@@ -117,40 +133,40 @@ class Results:
             ) from None
 
     def keep_state(self, key: str, state: State) -> None:
-        """Keeps the state that a piece left."""
+        """Writes the final state of a piece atomically."""
         # `allow_pickle` is no name of a state.
         _write(self._state_file(key), lambda file: np.savez(file, **state))  # type: ignore[arg-type]
 
     def drop_state(self, key: str) -> None:
-        """Removes a state that nobody goes on from any more."""
+        """Removes a state that no piece needs any more."""
         self._state_file(key).unlink(missing_ok=True)
 
-    def alone(self, chain: Chain) -> AbstractContextManager[Any]:
-        """While one process is at a chain, others wait: each would drop the states of the other.
+    def lock(self, chain: Chain) -> AbstractContextManager[Any]:
+        """Lets one process at a time measure a chain, so that none drops another one's states.
 
-        A piece without a state may be done twice: what it gives is the same.
+        Pieces without a state need no lock: two processes write the same result.
         """
-        states = any(piece.after for piece in chain)
-        return FileLock(self._pieces / f"{chain[-1].key}.lock") if states else nullcontext()
+        if any(piece.after for piece in chain):
+            return FileLock(self._pieces / f"{chain[-1].key}.lock")
+        return nullcontext()
 
-    def _file(self, piece: Piece) -> Path:
+    def missing(self, chain: Chain) -> list[Piece]:
+        """Returns the pieces of a chain to be measured.
+
+        A piece with a result is measured again if the next one needs its state, and that is gone.
+        """
+        pieces: list[Piece] = []
+        for piece in reversed(chain):
+            needed = bool(pieces) and pieces[-1].after == piece.key
+            if self.get(piece) is None or (needed and not self.has_state(piece.key)):
+                pieces.append(piece)
+        return pieces[::-1]
+
+    def _result_file(self, piece: Piece) -> Path:
         return self._pieces / f"{piece.key}.json"
 
     def _state_file(self, key: str) -> Path:
         return self._pieces / f"{key}.npz"
-
-
-def unfinished(chain: Chain, results: Results) -> list[Piece]:
-    """The pieces of a chain that have to be done, also again for the sake of a state that is lost.
-
-    A piece that is to be done needs the state of the one before it.
-    """
-    found: list[Piece] = []
-    for piece in reversed(chain):
-        needed = bool(found) and found[-1].after == piece.key
-        if results.get(piece) is None or (needed and not results.has_state(piece.key)):
-            found.append(piece)
-    return found[::-1]
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -160,7 +176,3 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

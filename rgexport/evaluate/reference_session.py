@@ -10,15 +10,15 @@ from rgexport.parallelism import usable_threads
 from rgexport.runtimes.memory import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 
-_ROOM = 2 << 30
-"""Bytes beside the weights, where all of them are kept in memory."""
+_SPARE_BYTES = 2 << 30
+"""Memory beside the weights, if all of them are kept."""
 
 
 class ReferenceSession(Session):
-    """The original model; its weights stay in memory if they fit, else layers are read anew."""
+    """The original model; its weights stay in memory if they fit, else each pass reads them."""
 
     def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None):
-        """Opens it; weights are read when they are needed. All of torch gets the `threads`."""
+        """Opens the checkpoint; `threads` apply to all of torch."""
         import torch
 
         if threads is not None:
@@ -27,7 +27,7 @@ class ReferenceSession(Session):
         weights = checkpoint.weights.values()
         self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)
         available = available_bytes()
-        keep = available is None or self._bytes + _ROOM <= available
+        keep = available is None or self._bytes + _SPARE_BYTES <= available
         self._config = checkpoint.config
         self._reference = Reference(checkpoint.config, checkpoint.weights, keep=keep)
         self._threads, self._version = torch.get_num_threads(), torch.__version__
@@ -35,7 +35,7 @@ class ReferenceSession(Session):
 
     @property
     def info(self) -> SessionInfo:
-        """What this session runs."""
+        """The engine and the sizes."""
         state = sum(4 * int(np.prod(shape)) for shape in self.state_shapes.values())
         return SessionInfo(
             engine=f"rgexport {__version__} reference, torch",
@@ -67,11 +67,11 @@ class ReferenceSession(Session):
         self._state = zero_state(self._config, batch)
 
     def get_rows(self, rows: range) -> State:
-        """A copy of the canonical state of some rows."""
+        """Returns a copy of the canonical state of some rows."""
         return {name: array[rows.start : rows.stop].copy() for name, array in self._state.items()}
 
     def close(self) -> None:
-        """Nothing is held that has to be given back."""
+        """Does nothing: no resource is held."""
 
     def _set_rows(self, rows: range, state: State) -> None:
         for name, array in self._state.items():

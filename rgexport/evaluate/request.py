@@ -1,4 +1,4 @@
-"""What a user asks `evaluate` for."""
+"""The settings of an evaluation."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,23 +8,23 @@ from rgexport.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class EvaluationRequest:
     """The settings of all suites.
 
     Attributes:
-        folder: of the results; `length` leaves state files there, too.
-        texts: files and folders of texts; none for the text that comes with rgexport.
+        folder: of the results; `length` writes state files into it, too.
+        texts: files and folders of texts; empty for the text that comes with rgexport.
         limit: most tokens of a document in `text`, or None.
         context: tokens of a chunk.
-        stride: tokens from one overlapping piece of `context` tokens to the next; None for no such.
-        trials: of each task and distance in `memory`.
+        stride: tokens between the beginnings of overlapping chunks; None for no such chunks.
+        trials: episodes of each task and distance in `memory`.
         farthest: the largest distance of `memory`, in tokens.
         length: tokens of `length`.
-        state: a state file that `length` goes on from.
+        state: a state file that `length` continues from.
         tasks: names of tasks of lm_eval, or of `task_files`.
         task_files: a folder of task files.
         examples: most examples of a task, or None.
-        seed: of all that is drawn.
+        seed: of all random numbers.
     """
 
     folder: Path = Path("evaluation")
@@ -41,8 +41,8 @@ class Request:
     examples: int | None = None
     seed: int = 0
 
-    def resolved(self) -> "Request":
-        """With paths that other processes find."""
+    def resolved(self) -> "EvaluationRequest":
+        """Returns a copy with absolute paths, for other processes."""
         return replace(
             self,
             folder=self.folder.absolute(),
@@ -52,7 +52,7 @@ class Request:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Returns plain JSON."""
         paths = {
             "folder": str(self.folder),
             "state": self.state and str(self.state),
@@ -62,10 +62,10 @@ class Request:
 
 
 def require_overlap(stride: int | None, context: int) -> None:
-    """Refuses a stride that would leave tokens out.
+    """Refuses a stride that would skip tokens.
 
     Raises:
-        RequestError: it is as long as a piece, or longer.
+        RequestError: the stride is at least as long as a chunk.
     """
     if stride is not None and stride >= context:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Does pieces, in this process or in a worker of a cluster."""
+"""Measures pieces, in this process or in a worker of a cluster."""
 
 import time
 from collections.abc import Callable
@@ -7,152 +7,143 @@ from threading import Lock
 
 from rgexport.errors import RequestError
 from rgexport.evaluate.harness.tasks import load_tasks
-from rgexport.evaluate.pieces import Chain, Piece, Results, unfinished
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import Subject, open_subject
+from rgexport.evaluate.models import EvaluatedModel, open_model
+from rgexport.evaluate.pieces import Chain, Results
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import SUITES
 from rgexport.evaluate.suites.text import documents
 from rgexport.runtimes.session import Session
 
 
 class Worker:
-    """Keeps the session of the last model, and of its window."""
+    """Measures chains; the session of the last model and window stays open."""
 
     def __init__(self, threads: int | None = None):
         """`threads` are those of a session; by default, all that this process may use."""
         self._threads = threads
         self._session: Session | None = None
-        self._of: tuple[str, int | None] | None = None
+        self._opened: tuple[str, int | None] | None = None
 
-    def do(
+    def measure(
         self,
-        subject: Subject,
+        model: EvaluatedModel,
         chain: Chain,
-        request: Request,
+        request: EvaluationRequest,
         results: Results,
         advance: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """Does what is missing of a chain of one model, and keeps what each piece gave.
-
-        `advance` gets the tokens of each.
+        """Measures the missing pieces of a chain; `advance` gets the tokens of each piece.
 
         Raises:
             RequestError: the model cannot be opened or measured.
         """
-        with results.alone(chain):
-            missing = unfinished(chain, results)
+        with results.lock(chain):
+            missing = results.missing(chain)
             advance(sum(piece.tokens for piece in chain if piece not in missing))
-            followed = {piece.after for piece in missing}
+            states = {piece.after for piece in missing}
             for piece in missing:
-                self._do(subject, piece, request, results, piece.key in followed)
+                session = self._session_of(model, piece.settings.get("window"))
+                if piece.after:
+                    session.set_state(results.state(piece.after))
+                began = time.perf_counter()
+                result = SUITES[piece.suite].measure(model, session, piece.settings, request)
+                seconds = time.perf_counter() - began
+                if piece.key in states:
+                    results.keep_state(piece.key, session.get_state())
+                results.put(piece, result | {"seconds": seconds, "threads": session.info.threads})
+                if piece.after:
+                    results.drop_state(piece.after)
                 advance(piece.tokens)
 
     def close(self) -> None:
         """Closes the session."""
         if self._session is not None:
             self._session.close()
-        self._session = self._of = None
+        self._session = self._opened = None
 
-    def _do(
-        self, subject: Subject, piece: Piece, request: Request, results: Results, followed: bool
-    ) -> None:
-        """Does one piece; its state is kept if another one goes on from it."""
-        session = self._opened(subject, piece.work.get("window"))
-        if piece.after:
-            session.set_state(results.state(piece.after))
-        began = time.perf_counter()
-        found = SUITES[piece.suite].measure(subject, session, piece.work, request)
-        seconds = time.perf_counter() - began
-        if followed:
-            results.keep_state(piece.key, session.get_state())
-        results.put(piece, found | {"seconds": seconds, "threads": session.info.threads})
-        if piece.after:
-            results.drop_state(piece.after)
-
-    def _opened(self, subject: Subject, window: int | None) -> Session:
-        of = subject.identity, window
-        if self._session is None or self._of != of:
+    def _session_of(self, model: EvaluatedModel, window: int | None) -> Session:
+        if self._session is None or self._opened != (model.identity, window):
             self.close()
-            self._session, self._of = subject.session(window, self._threads), of
+            self._session = model.session(window, self._threads)
+            self._opened = model.identity, window
         return self._session
 
 
 @dataclass(frozen=True)
-class Job:
-    """A chain, and what another process needs for it.
+class ChainJob:
+    """A chain, and what another process needs to measure it.
 
-    `run` is another text for each command: files may change between them.
+    `run` differs between commands: files may change between them.
     """
 
     run: str
     argument: str
     chain: Chain
-    request: Request
+    request: EvaluationRequest
     threads: int | None
     allow_foreign: bool = False
 
 
-class _Kept:
-    """What a process of a cluster keeps from job to job of one command."""
+class _RunCache:
+    """The session and the models of one command, in a process of a cluster."""
 
     def __init__(self, run: str, threads: int | None):
         self.run, self.worker = run, Worker(threads)
-        self._subjects: dict[str, Subject] = {}
+        self._models: dict[str, EvaluatedModel] = {}
         for function in (documents, load_tasks):
             function.cache_clear()
 
-    def subject(self, job: Job) -> Subject:
-        argument, identity = job.argument, job.chain[0].subject
-        if argument not in self._subjects:
+    def model(self, job: ChainJob) -> EvaluatedModel:
+        argument = job.argument
+        if argument not in self._models:
             try:
-                opened = open_subject(argument, allow_foreign=job.allow_foreign)
-                self._subjects = {argument: opened}
+                self._models = {argument: open_model(argument, allow_foreign=job.allow_foreign)}
             except RequestError as error:
                 raise RequestError(
                     f"a worker of the cluster cannot open {argument}: {error}; put it where all "
                     "workers see it under this path"
                 ) from None
-        if self._subjects[argument].identity != identity:
+        if self._models[argument].identity != job.chain[0].model:
             raise RequestError(
                 f"a worker of the cluster has other files at {argument}; put the same there"
             )
-        return self._subjects[argument]
+        return self._models[argument]
 
 
 _lock = Lock()
 """The threads of a Dask worker take turns."""
-_kept: _Kept | None = None
+_cache: _RunCache | None = None
 
 
-def do_job(job: Job) -> None:
-    """Does what is missing of a chain; a worker that was lost may have done a part.
+def run_job(job: ChainJob) -> None:
+    """Measures the missing pieces of a chain; a lost worker may have measured some.
 
     Raises:
-        RequestError: this machine does not see the model, the texts or the folder of the results;
-            or see `Worker.do`.
+        RequestError: this machine does not see the model, the texts or the folder of the results,
+            or `Worker.measure` fails.
     """
-    global _kept
+    global _cache
     with _lock:
         if not job.request.folder.is_dir():
             raise RequestError(
                 f"a worker of the cluster does not see {job.request.folder}; put it where all "
                 "workers see it under this path, with -o"
             )
-        if _kept is None or _kept.run != job.run:
-            _close()
-            _kept = _Kept(job.run, job.threads)
-        subject = _kept.subject(job)
-        _kept.worker.do(subject, job.chain, job.request, Results(job.request.folder))
+        if _cache is None or _cache.run != job.run:
+            _close_cache()
+            _cache = _RunCache(job.run, job.threads)
+        model = _cache.model(job)
+        _cache.worker.measure(model, job.chain, job.request, Results(job.request.folder))
 
 
-def forget() -> None:
-    """Gives back what a process of a cluster has kept."""
+def clear_worker() -> None:
+    """Closes the session and the models that a process of a cluster keeps open."""
     with _lock:
-        _close()
+        _close_cache()
 
 
-def _close() -> None:
-    global _kept
-    if _kept is not None:
-        _kept.worker.close()
-    _kept = None
+def _close_cache() -> None:
+    global _cache
+    if _cache is not None:
+        _cache.worker.close()
+    _cache = None

@@ -20,7 +20,7 @@ from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.tables import Row, Table, render
+from rgexport.reporting.tables import Row, Table, render
 from rgexport.units import amount
 
 Description = dict[str, Any]

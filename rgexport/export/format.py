@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.formats import FORMATS, format_on
-from rgexport.quantize.scheme import Scheme
-from rgexport.tables import Table
+from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.reporting.tables import Table
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
+    from rgexport.griffin.checkpoint import Checkpoint
 
 Layouts = Mapping[str, tuple[str, tuple[int, ...]]]
 """Part of a tensor → dtype and shape."""
@@ -53,6 +55,15 @@ class Format(ABC):
     """The hub's name of the library that runs it."""
     hash_name: str = "sha256"
     """The field of `inspect --json` that has the hash of a file."""
+    alignment: int = 1
+    """Bytes to whose multiples the parts of tensors are aligned in the file."""
+    part_header: int = 0
+    """Bytes before each part."""
+    has_row_groups: bool = True
+    """Whether the rows of a matrix may have several layouts."""
+    keeps_bfloat16_gates: bool = False
+    """Whether matrices of gates may be bfloat16."""
+
     foreign_kind: str | None = None
     """The kind in descriptions of models of this format that rgexport did not export."""
 
@@ -63,6 +74,22 @@ class Format(ABC):
     def foreign_text(self, description: dict[str, Any]) -> Iterator[str | Table]:
         """Formats what `describe_foreign` returned."""
         raise NotImplementedError
+
+    @abstractmethod
+    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+        """Returns the parts of a tensor of `shape` that is stored by `scheme`.
+
+        Raises:
+            RequestError: the format does not have that scheme, or not for that shape.
+        """
+
+    @abstractmethod
+    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
+        """Returns a scheme of a plan as it is stored for a matrix; None if it does not fit."""
+
+    @abstractmethod
+    def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
+        """Estimates the bytes of an artifact beside its weights."""
 
     @abstractmethod
     def card(self, manifest: Manifest, verb: str) -> CardText:
@@ -85,6 +112,8 @@ class FolderFormat(Format):
     """A format whose artifacts are folders with an `rgexport.json`."""
 
     manifest: type[Manifest] = Manifest
+    graph_bytes: int = 0
+    """Estimated bytes of the graph and the manifest for each layer."""
     entries: Collection[str] = ()
     """Files or folders of an artifact that a user may name instead of its folder."""
 
@@ -92,13 +121,21 @@ class FolderFormat(Format):
         """Returns the artifact in a folder, its files not yet checked."""
         return Artifact(folder, manifest)
 
-    @abstractmethod
-    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        """Returns the parts of a tensor of `shape` that is stored by `scheme`.
+    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
+        """Returns the scheme if the format has it for this shape."""
+        try:
+            self.part_layouts(shape, scheme)
+        except RequestError:
+            return None
+        return scheme
 
-        Raises:
-            RequestError: the format does not have that scheme, or not for that shape.
-        """
+    def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
+        """Estimates the bytes of tokenizer, graph and manifest."""
+        from rgexport.export.tokenizer import bytes_to_add
+
+        files = checkpoint.tokenizer_files
+        tokenizer = sum(path.stat().st_size for path in files) + bytes_to_add(files)
+        return tokenizer + self.graph_bytes * checkpoint.config.num_layers
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         """Derives the states, inputs and outputs of a graph from the manifest's other fields."""

@@ -13,6 +13,7 @@ results of two engines can be compared op by op.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from operator import attrgetter
 from typing import Literal
 
@@ -233,3 +234,8 @@ def sites(config: GriffinConfig) -> tuple[str, ...]:
     kinds = enumerate(config.block_types)
     layers = (f"layers.{index}.{op.site}" for index, kind in kinds for op in layer_ops(kind))
     return ("embed_tokens", *layers, *HEAD_SITES)
+
+
+def float32_bytes(config: GriffinConfig) -> int:
+    """Returns the size of all weights in float32."""
+    return 4 * sum(prod(spec.shape) for spec in model_tensors(config).values())

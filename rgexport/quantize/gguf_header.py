@@ -92,16 +92,6 @@ def read_header(path: Path) -> GgufHeader:
         return GgufHeader(path, version, values, spans, _read_tensors(cursor, num_tensors, values))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """Reads the values alone; the file may have tensors of types that `read_header` refuses.
-
-    Raises:
-        RequestError: the file cannot be read, is no GGUF file, or its values are damaged.
-    """
-    with _open(path) as cursor:
-        return _read_values(cursor)[2]
-
-
 class Cursor:
     """Reads a little-endian binary file of `size` bytes forward, up to byte `limit`."""
 

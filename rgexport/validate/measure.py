@@ -1,13 +1,13 @@
 """Runs an artifact over one text and compares it with the references' passes over the same text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from rgexport.griffin.state import State
 from rgexport.progress import task
+from rgexport.runtimes.blocks import MAX_BLOCK, block_size, blocks, whole_chunks
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
 from rgexport.validate.equivalences import (
@@ -27,10 +27,6 @@ from rgexport.validate.positions import (
 )
 from rgexport.validate.reference_pass import Pass
 from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
-
-LOGITS_BYTES = 192 << 20
-"""Logits of a block of positions, the artifact's and one reference's together."""
-MAX_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,31 +148,10 @@ def measure(
     counted = session.position.tolist() == [len(tokens)]
     ending = Ending(tokens[long:], before[long], Chunk(logits, session.get_state()))
     last = tokens[again:], before[again]
-    same = compare_with_itself(session, tokens, head, last, ending, _block_size(session))
+    same = compare_with_itself(session, tokens, head, last, ending, block_size(session))
     return Measurement(
         comparisons=[side.comparison(ending.chunk.state, text_bytes, noise) for side in sides],
         equivalences=same,
         counted=counted,
         ending=ending,
     )
-
-
-def _block_size(session: Session) -> int:
-    """Positions per block, by `LOGITS_BYTES`; whole chunks if these are shorter."""
-    size = min(MAX_BLOCK, max(STEPS, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
-    chunk = session.info.prefill_chunk
-    return size - size % chunk if session.info.whole_chunks and size > chunk else size
-
-
-def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
-    """The positions between chunks, where these have a fixed length; else all positions."""
-    whole = session.info.prefill_chunk if session.info.whole_chunks else 1
-    return {position for position in positions if position % whole == 0}
-
-
-def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Cuts positions into blocks with logits that fit into memory; edges are not crossed."""
-    size = _block_size(session)
-    for first, last in pairwise(sorted({0, *edges})):
-        for start in range(first, last, size):
-            yield start, min(start + size, last)

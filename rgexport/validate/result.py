@@ -14,6 +14,7 @@ from rgexport.export.card import matrix_bits
 from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
+from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
@@ -198,18 +199,6 @@ def write_json(results: Sequence[Result], path: Path) -> None:
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
     write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
-    try:
-        path.write_text(text + "\n", "utf-8", "backslashreplace")
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}") from None
 
 
 def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:

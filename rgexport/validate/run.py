@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.export.opening import open_artifact
+from rgexport.griffin.layout import float32_bytes
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.printing import print_result
 from rgexport.progress import expect_stages, group, note, task
@@ -27,7 +28,6 @@ from rgexport.validate.measure import Measurement, measure
 from rgexport.validate.opening import OpenedArtifact, ValidationRequest, open_all
 from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
-from rgexport.validate.reference.implementations import float32_bytes
 from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html

@@ -3,12 +3,12 @@
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -90,11 +90,6 @@ def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
         limit=count,
     )
     return np.resize(text.tokens, count)
-
-
-def built_in_text() -> str:
-    """Prose, code, tables, numbers, other languages, emoji and a conversation; 5.9 kB."""
-    return (files("rgexport.validate") / "sample.txt").read_text("utf-8")
 
 
 def random_text(vocab_size: int, length: int) -> Text:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.gguf_text import Vocabulary
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.template import load_template
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
@@ -18,7 +19,6 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.tokenizer_files import find_tokenizer_files
 from rgexport.runtimes.llama_cpp.library import load_model
-from rgexport.validate.text import built_in_text
 from tests.chat.conftest import CONTROL, MARKERS, TEXTUAL, TURNS
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face

@@ -12,9 +12,9 @@ from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress import calibrate as module
 from rgexport.compress import sampling
 from rgexport.compress.calibrate import BUILT_IN, CalibrationOptions, calibrate
+from rgexport.compress.calibration_folder import CalibrationFolder
 from rgexport.compress.passages import LENGTH, Passages, read_text
 from rgexport.compress.statistics import Collector
-from rgexport.compress.work import Work
 from rgexport.errors import RequestError
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
@@ -61,18 +61,18 @@ def demo_like(tmp_path):
 def test_a_continued_run_writes_the_same_file(after, sampled, tmp_path, monkeypatch):
     checkpoint = checkpoint_of("not_by_32", tmp_path / "model")
     whole = calibrate(checkpoint, OPTIONS, tmp_path / "whole").read_bytes()
-    target, save, count = tmp_path / "other", Work.save, 0
+    target, save, count = tmp_path / "other", CalibrationFolder.save, 0
 
     def save_or_die(work, name, array):
         nonlocal count
         count += 1
         if count > after:
-            (work.folder / f"{name}.writing").write_bytes(b"half")
+            (work.path / f"{name}.writing").write_bytes(b"half")
             raise KeyboardInterrupt
         save(work, name, array)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Work, "save", save_or_die)
+        patched.setattr(CalibrationFolder, "save", save_or_die)
         calibrate(checkpoint, OPTIONS, target)
     assert not target.exists() and (tmp_path / "other.partial").is_dir()
     before = len(sampled)

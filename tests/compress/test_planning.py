@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
-from rgexport.compress.items import Item, items_of, plan_of
+from rgexport.compress.items import PlanItem, items_of, plan_of
 from rgexport.compress.layouts import layouts_of
-from rgexport.compress.losses import Losses
-from rgexport.compress.measure import Original
+from rgexport.compress.losses import PredictedLosses
+from rgexport.compress.measure import OriginalModel
 from rgexport.compress.plan_file import is_plan
-from rgexport.compress.planning import Planner, Target
+from rgexport.compress.planning import Planner, PlanTarget
 from rgexport.compress.quantize import PlanOptions, make_plan, page_of
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
@@ -84,7 +84,7 @@ def test_rows_get_the_layouts_of_their_groups(layouts):
 )
 def test_an_artifact_is_as_large_as_predicted(kind, asked, export, tmp_path):
     checkpoint, layouts = open_checkpoint(size="demo"), layouts_of(kind)
-    rows = np.random.default_rng(0).random(8192) if layouts.row_groups else None
+    rows = np.random.default_rng(0).random(8192) if layouts.form.has_row_groups else None
     items = items_of(checkpoint.config, rows)
     options = [list(layouts.options(item.shape)) for item in items]
     chosen = [some[i % len(some)] for i, some in enumerate(options)]
@@ -139,21 +139,21 @@ def bits_of(plan, config):
 
 
 def test_bits_are_kept_and_the_prediction_is_near(planner, checkpoint, text):
-    planned = planner.find(Target("bits", 4.6), text)
+    planned = planner.find(PlanTarget("bits", 4.6), text)
     assert 4.59 < planned.chosen.bits <= 4.6
     assert planned.chosen.bits == pytest.approx(bits_of(planned.plan, checkpoint.config), rel=1e-6)
     assert planned.measured.kl == pytest.approx(planned.chosen.kl, rel=0.3)
     assert isinstance(planned.plan[EMBEDDING], Mixed)
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
     assert gates and {planned.plan[name] for name in gates} == {BFLOAT16}
-    assert not layouts_of("coreml").bfloat16_gates and not layouts_of("gguf").bfloat16_gates
+    assert not any(layouts_of(kind).form.keeps_bfloat16_gates for kind in ("coreml", "gguf"))
     bits, losses = zip(*((point.bits, point.kl) for point in planned.front), strict=True)
     assert list(bits) == sorted(bits) and list(losses) == sorted(losses, reverse=True)
     assert (bits[0], bits[-1]) == pytest.approx((4.125, 8.5))
 
 
 def test_a_quality_is_reached_and_a_size_kept(planner, text, checkpoint, tmp_path):
-    planned = planner.find(Target("kl", 0.005), text)
+    planned = planner.find(PlanTarget("kl", 0.005), text)
     assert planned.measured.kl == pytest.approx(0.005, rel=0.1)
     assert planned.measured.tokens == sum(map(len, text))
     small = planner.find(PlanOptions(calibration=tmp_path, target_size="1.4 MB").target, text)
@@ -163,9 +163,9 @@ def test_a_quality_is_reached_and_a_size_kept(planner, text, checkpoint, tmp_pat
 
 def test_what_cannot_be_reached_is_refused(planner, text):
     for target, words in (
-        (Target("kl", 1e-9), r"--target-kl is 1e-09, which no plan reaches; expected 0\.000\d"),
-        (Target("size", 1e6), r"--target-size is 1\.00 MB, .* expected 1\.24 MB or more"),
-        (Target("bits", 3), "--bits is 3, .* expected 4.125 or more"),
+        (PlanTarget("kl", 1e-9), r"--target-kl is 1e-09, which no plan reaches; expected 0\.000\d"),
+        (PlanTarget("size", 1e6), r"--target-size is 1\.00 MB, .* expected 1\.24 MB or more"),
+        (PlanTarget("bits", 3), "--bits is 3, .* expected 4.125 or more"),
     ):
         with pytest.raises(RequestError, match=words):
             planner.find(target, text)
@@ -177,7 +177,7 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     options = PlanOptions(calibration=calibration, bits=4.5, tokens=64)
     report = make_plan(checkpoint, options, target)
     fields = json.loads(target.read_text())
-    assert load_plan(target, checkpoint.config) == report.found.plan and is_plan(target)
+    assert load_plan(target, checkpoint.config) == report.result.plan and is_plan(target)
     assert fields["target"] == {"bits": 4.5} and fields["text"]["tokens"] == 64
     assert fields["measured_kl"] > 0 and fields["predicted_kl"] > 0
     assert fields["standard_error"] is None  # of a single sequence
@@ -254,7 +254,7 @@ def outputs(delta, blocks):
 @pytest.mark.parametrize("item", items_of(CONFIG, None)[1:], ids=lambda item: item.tensors[0])
 def test_the_loss_of_linears_is_that_of_the_formula(item):
     known = Known()
-    losses = Losses(CONFIG, SOURCE, known).of(item, LAYOUTS)
+    losses = PredictedLosses(CONFIG, SOURCE, known).of(item, LAYOUTS)
     for loss, layout in zip(losses, LAYOUTS, strict=True):
         wanted = 0.0
         for tensor in item.tensors:
@@ -265,8 +265,8 @@ def test_the_loss_of_linears_is_that_of_the_formula(item):
 
 def test_rows_of_the_head_cost_as_head_and_as_embedding():
     known, ids = Known(), np.array([900, 3, 512, 77])
-    item = Item((EMBEDDING,), (4, CONFIG.width), ids)
-    losses = Losses(CONFIG, SOURCE, known).of(item, LAYOUTS)
+    item = PlanItem((EMBEDDING,), (4, CONFIG.width), ids)
+    losses = PredictedLosses(CONFIG, SOURCE, known).of(item, LAYOUTS)
     for loss, layout in zip(losses, LAYOUTS, strict=True):
         delta = error(EMBEDDING, layout, known)[ids]
         head = outputs(delta, known.hessian(EMBEDDING)) @ known.row_sensitivity[ids]
@@ -276,7 +276,7 @@ def test_rows_of_the_head_cost_as_head_and_as_embedding():
 
 def test_rows_count_by_what_the_same_errors_cost():
     known = Known()
-    importance = Losses(CONFIG, SOURCE, known).row_importance()
+    importance = PredictedLosses(CONFIG, SOURCE, known).row_importance()
     delta = np.random.default_rng(1).choice([-1, 1], (4000, CONFIG.width))
     for row in (0, 1, 500):
         head = outputs(delta, known.hessian(EMBEDDING)).mean()
@@ -312,12 +312,13 @@ def test_a_divergence_is_that_of_deepminds_model_and_its_error_that_of_sequences
     wanted = [
         divergences(*(deepmind_logits(model, text[None])[0] for model in models)) for text in texts
     ]
-    measured = Original(config, weight_source(weights), texts).divergence(weight_source(others))
+    source, others = weight_source(weights), weight_source(others)
+    measured = OriginalModel(config, source, texts).divergence(others)
     assert measured.tokens == 47
     assert measured.kl == pytest.approx(np.concatenate(wanted).mean(), rel=1e-3)
     texts = [texts[0], texts[2]]
-    equal = Original(config, weight_source(weights), texts).divergence(weight_source(others))
+    equal = OriginalModel(config, source, texts).divergence(others)
     means = [wanted[0].mean(), wanted[2].mean()]
     assert equal.error == pytest.approx(np.std(means, ddof=1) / 2**0.5, rel=1e-3)
-    alone = Original(config, weight_source(weights), texts[:1]).divergence(weight_source(others))
+    alone = OriginalModel(config, source, texts[:1]).divergence(others)
     assert math.isnan(alone.error)

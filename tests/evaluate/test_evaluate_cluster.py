@@ -9,8 +9,8 @@ import pytest
 from distributed import Client
 
 from rgexport.evaluate import run as runner
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.models import open_model
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites.text import documents
 from rgexport.runtimes.cluster import connected
 from tests.compress.test_cluster import address
@@ -28,12 +28,12 @@ def model(tmp_path_factory):
 
 
 def evaluated(model, folder, address, suites, *texts):
-    request = Request(
+    request = EvaluationRequest(
         folder=folder, texts=texts, trials=8, farthest=64, context=32, limit=200, length=9000
     )
     documents.cache_clear()
     with connected(address) as workers:
-        subjects = [open_subject(str(model))]
+        subjects = [open_model(str(model))]
         results = runner.evaluate(subjects, suites, request, threads=1, workers=workers)
     return without_times(results["models"])
 

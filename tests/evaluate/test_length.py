@@ -9,8 +9,8 @@ import pytest
 from rgexport.chat.state_file import read_state
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.models import open_model
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import length
 from rgexport.griffin.state import POSITION
 from tests.artifacts import require_ggml
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 def request_of(models, tmp_path):
     def request(folder="results", **settings):
         texts = (models[0] / "long.txt",)
-        return Request(folder=tmp_path / folder, texts=texts, length=LENGTH, **settings)
+        return EvaluationRequest(folder=tmp_path / folder, texts=texts, length=LENGTH, **settings)
 
     return request
 
@@ -59,7 +59,7 @@ def without_times(results):
 def test_losses_and_states_are_those_of_one_pass(models, request_of):
     folder, config, weights = models
     request = request_of()
-    subjects = [open_subject(str(folder / name)) for name in ("model", "onnx")]
+    subjects = [open_model(str(folder / name)) for name in ("model", "onnx")]
     results = runner.evaluate(subjects, ["length"], request)["models"]
     ids = length._ids(subjects[0], request)[: LENGTH + 1]
     nats = deepmind_losses(deepmind_model(config, weights), ids)
@@ -83,7 +83,7 @@ def test_losses_and_states_are_those_of_one_pass(models, request_of):
 
 @pytest.mark.parametrize(("survivors", "state_is_lost"), [(1, False), (4, True)])
 def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, models, request_of, monkeypatch):
-    subjects, suites = [open_subject(str(models[0] / "onnx"))], ["length", "text"]
+    subjects, suites = [open_model(str(models[0] / "onnx"))], ["length", "text"]
     expected = runner.evaluate(subjects, suites, request_of("whole"))["models"]
     put, keys = runner.Results.put, []
 
@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, models, request
 
 def test_each_state_has_figures_of_its_own(models, request_of):
     """Two states at the same place of one text, of different bits, give different losses."""
-    subjects = [open_subject(str(models[0] / name)) for name in ("onnx", "int4")]
+    subjects = [open_model(str(models[0] / name)) for name in ("onnx", "int4")]
     runner.evaluate(subjects, ["length"], request_of("first"))
     losses = []
     for subject in subjects:
@@ -123,10 +123,10 @@ def test_each_state_has_figures_of_its_own(models, request_of):
 @pytest.mark.parametrize("engine", ["model", "x.gguf"])
 def test_another_engine_goes_on_from_a_state_file(engine, models, request_of):
     require_ggml()
-    first = open_subject(str(models[0] / "onnx"))
+    first = open_model(str(models[0] / "onnx"))
     whole = runner.evaluate([first], ["length"], request_of("first"))["models"][0]
     state = length.state_file(first, 200, request_of("first"))
-    other = [open_subject(str(models[0] / engine))]
+    other = [open_model(str(models[0] / engine))]
     rest = runner.evaluate(other, ["length"], request_of("second", state=state))["models"][0]
     expected, result = (model["suites"]["length"] for model in (whole, rest))
     assert result["start"] == 200
@@ -145,8 +145,8 @@ def test_the_command(models, tmp_path, capsys):
     assert "states off" in shown and "timed in turns" in shown
     page = (tmp_path / "r" / "evaluation.html").read_text()
     assert page.count("<svg") == 3 and "Largest norm of a recurrent state" in page
-    request = Request(folder=tmp_path / "r", texts=(text,), length=LENGTH)
-    state = length.state_file(open_subject(onnx), 200, request)
+    request = EvaluationRequest(folder=tmp_path / "r", texts=(text,), length=LENGTH)
+    state = length.state_file(open_model(onnx), 200, request)
     other.write_text("Quite another text, which is long enough. " * 9)
     for used, seen, total, line in (
         (state, other, LENGTH, "has seen another text"),

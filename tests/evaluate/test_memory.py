@@ -8,9 +8,9 @@ import pytest
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.figures import mean, mean_difference, share
-from rgexport.evaluate.request import Request
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import memory
-from rgexport.evaluate.suites.episodes import TASKS, words_of
+from rgexport.evaluate.suites.episodes import TASKS, vocabulary_of
 from rgexport.griffin.checkpoint import demo_folder
 
 VOCAB, GOLDEN = 400, (5**0.5 - 1) / 2
@@ -73,7 +73,7 @@ def curves(session, tasks=("induction", "recall", "copying"), trials=64, farthes
         for first in range(0, trials, memory.ROWS):
             work = {"task": task, "first": first, "rows": memory.ROWS, "distances": far, "seed": 3}
             work |= {"from": 0, "to": far[-1]}
-            results.append((work, memory.measure(NO_WORDS, session, work, Request())))
+            results.append((work, memory.measure(NO_WORDS, session, work, EvaluationRequest())))
     return {entry["task"]: entry for entry in memory.summary(results)["tasks"]}
 
 
@@ -113,21 +113,21 @@ def test_the_state_of_a_distance_is_not_that_of_the_questions_before():
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("vocab", [40, 400, 256_000])
 def test_episodes_of_a_task_share_a_batch(task, vocab):
-    words = words_of(None, vocab)
+    words = vocabulary_of(None, vocab)
     episodes = [TASKS[task](words, np.random.default_rng(seed)) for seed in range(50)]
-    assert len({len(episode.told) for episode in episodes}) == 1
-    assert len({tuple(len(q.asked) for q in episode.questions) for episode in episodes}) == 1
+    assert len({len(episode.facts) for episode in episodes}) == 1
+    assert len({tuple(len(q.prompt) for q in episode.questions) for episode in episodes}) == 1
     for question in (question for episode in episodes for question in episode.questions):
         assert question.answer in question.candidates and max(question.candidates) < vocab
         assert len(set(question.candidates)) == len(question.candidates) >= 2
 
 
 def test_filler_has_no_symbol():
-    words = words_of(load_tokenizer(demo_folder()), 8192)
+    words = vocabulary_of(load_tokenizer(demo_folder()), 8192)
     assert len(words.symbols) > 60 and len(words.filler) > 1000
     assert not {*words.symbols, *words.digits, *words.between} & {*words.filler.tolist()}
     with pytest.raises(RequestError, match="a vocabulary of 20 is too small"):
-        words_of(None, 20)
+        vocabulary_of(None, 20)
 
 
 @pytest.mark.parametrize(

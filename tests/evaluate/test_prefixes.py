@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.harness import prefixes
-from rgexport.evaluate.harness.answers import Asked, answered
-from rgexport.evaluate.harness.generations import Generations, Reply
-from rgexport.evaluate.harness.likelihoods import Likelihoods, Scored
+from rgexport.evaluate.harness.answers import LmRequest, answer
+from rgexport.evaluate.harness.generations import Generations, GreedyReply
+from rgexport.evaluate.harness.prefixes import Likelihoods, ScoredText
 from rgexport.evaluate.losses import nats
 from rgexport.griffin.checkpoint import demo_folder
 from tests.toy_session import ToySession
@@ -44,7 +44,9 @@ class Watched(ToySession):
 @given(st.lists(st.tuples(TEXTS, IDS, st.integers(0, 12)), min_size=1, max_size=12))
 def test_likelihoods_are_those_of_each_text_alone(drawn):
     """Of the last so many tokens, of which the very last is anyone's."""
-    scored = [Scored(ids, (*ids[1:], last)[-count:] if count else ()) for ids, last, count in drawn]
+    scored = [
+        ScoredText(ids, (*ids[1:], last)[-count:] if count else ()) for ids, last, count in drawn
+    ]
     session = Watched()
     together = Likelihoods(session, scored)
     together.run()
@@ -68,7 +70,7 @@ def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
         targets.append((likeliest + 1) % VOCAB if place == wrong else likeliest)
         logits = session.step(np.array(targets[-1:]))
     watched = Watched()
-    likelihoods = Likelihoods(watched, [Scored((*ids, *targets[:-1]), tuple(targets))])
+    likelihoods = Likelihoods(watched, [ScoredText((*ids, *targets[:-1]), tuple(targets))])
     likelihoods.run()
     assert likelihoods.likeliest.tolist() == [wrong is None]
     assert watched.widest <= 2 and likelihoods.read == 8
@@ -78,10 +80,10 @@ def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
 @given(st.lists(TEXTS, min_size=1, max_size=20), st.lists(st.integers(0, 6), min_size=20))
 def test_replies_are_those_to_each_text_alone(contexts, most):
     settings = [{"max_gen_toks": n, "until": "e"} for n in most[: len(contexts)]]
-    replies = [Reply(TOKENIZER, each) for each in settings]
+    replies = [GreedyReply(TOKENIZER, each) for each in settings]
     Generations(ToySession(TOKENIZER.vocab_size), contexts, replies).run()
     for ids, reply, each in zip(contexts, replies, settings, strict=True):
-        alone, expected = ToySession(TOKENIZER.vocab_size), Reply(TOKENIZER, each)
+        alone, expected = ToySession(TOKENIZER.vocab_size), GreedyReply(TOKENIZER, each)
         logits = alone.prefill(np.array([ids]))[0]
         while not expected.done:
             expected.add(int(logits.argmax()))
@@ -93,12 +95,12 @@ def test_what_questions_have_in_common_is_read_once():
     """Examples before all questions, and each question before its answers."""
     shown = "".join(f"Question: is {n} a small number?\nAnswer: yes\n\n" for n in range(5))
     asked = [
-        Asked.of("loglikelihood", f"{shown}Question: is a {noun} larger than me?\nAnswer:", answer)
+        LmRequest.of("loglikelihood", f"{shown}Question: is a {noun} larger than me?\nAnswer:", end)
         for noun in ("house", "mouse", "cathedral", "letter", "number")
-        for answer in (" yes", " no", " perhaps it is so", " perhaps it is not")
+        for end in (" yes", " no", " perhaps it is so", " perhaps it is not")
     ]
     session = Watched(TOKENIZER.vocab_size)
-    result = answered(TOKENIZER, session, asked)
+    result = answer(TOKENIZER, session, asked)
     prefix = [2, *TOKENIZER.encode_text(f"{shown}Question: is a")]
     assert {session.taken[place] for place in enumerate(prefix)} == {1}
     question = TOKENIZER.encode_text(" larger than me?\nAnswer:")
@@ -110,7 +112,7 @@ def test_what_questions_have_in_common_is_read_once():
 def test_a_reply_ends_before_a_stop_and_with_a_turn():
     ids = TOKENIZER.encode_text("One. Two. Three")
     for until, text in (([". T"], "One"), ("Three", "One. Two. "), ([], "One. Two. Three")):
-        reply = Reply(TOKENIZER, {"until": until})
+        reply = GreedyReply(TOKENIZER, {"until": until})
         for token in [*ids, TOKENIZER.end_of_turn_id]:
             if not reply.done:
                 reply.add(token)
@@ -130,4 +132,4 @@ def test_what_has_no_answer_is_told_of(asked, line):
     broken = ToySession(TOKENIZER.vocab_size)
     broken._embedding[:] = np.nan
     with pytest.raises(RequestError, match=line):
-        answered(TOKENIZER, broken, [Asked.of(*asked)])
+        answer(TOKENIZER, broken, [LmRequest.of(*asked)])

@@ -12,8 +12,8 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.harness.tasks import load_tasks
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.models import open_model
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import tasks
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
@@ -136,23 +136,23 @@ def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, mo
         for sample in samples
         for arguments, answer in zip(sample["arguments"], sample["resps"], strict=True)
     }
-    request = Request(tasks=ASKED, task_files=files)
-    every = load_tasks(request.tasks, files, None, 0).asked
-    for subject in (open_subject(str(model)), open_subject(str(artifact))):
+    request = EvaluationRequest(tasks=ASKED, task_files=files)
+    every = load_tasks(request.tasks, files, None, 0).requests
+    for subject in (open_model(str(model)), open_model(str(artifact))):
         results = runner.Results(Path("results"))
         for piece in tasks.pieces(subject, request):
-            task, first, count = (piece.work[key] for key in ("task", "first", "requests"))
+            task, first, count = (piece.settings[key] for key in ("task", "first", "requests"))
             replies = results.get(piece)["answers"]
             for one, answer in zip(every[task][first : first + count], replies, strict=True):
                 assert answer == pytest.approx(answers[task, one.arguments], abs=1e-4)
 
 
 def test_other_documents_are_other_work(model, files):
-    subject = open_subject(str(model))
+    subject = open_model(str(model))
 
     def keys(examples: int | None) -> set[str]:
         load_tasks.cache_clear()
-        request = Request(tasks=("texts",), task_files=files, examples=examples)
+        request = EvaluationRequest(tasks=("texts",), task_files=files, examples=examples)
         return {piece.key for piece in tasks.pieces(subject, request)}
 
     before = keys(None)
@@ -210,4 +210,4 @@ def test_wrong_requests(words, line, model, files, capsys, tmp_path, monkeypatch
 def test_local_tasks_need_no_network(files, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    assert len(load_tasks(("texts",), files, None, 0).asked["texts"]) == 3
+    assert len(load_tasks(("texts",), files, None, 0).requests["texts"]) == 3

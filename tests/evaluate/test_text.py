@@ -7,14 +7,15 @@ import re
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
+from rgexport.chat.sample_text import built_in_text
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
-from rgexport.evaluate.page import render_page
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.models import open_model
+from rgexport.evaluate.report import render_page
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import noise, text
-from rgexport.validate.text import built_in_text
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import CONFIG, deepmind_losses, losses, small_model
 from tests.models import make_config, random_weights, write_hugging_face
@@ -40,11 +41,11 @@ def prose(tmp_path):
 
 
 def test_losses_are_deepminds(model, deepmind, prose):
-    subject, request = open_subject(str(model)), Request(texts=(prose,), context=32)
+    subject, request = open_model(str(model)), EvaluationRequest(texts=(prose,), context=32)
     pieces = list(text.pieces(subject, request))
-    assert [piece.work["context"] for piece in pieces] == [None, 32]
+    assert [piece.settings["context"] for piece in pieces] == [None, 32]
     session, ids = subject.session(), np.array([2, *subject.tokenizer.encode_text(PROSE)])
-    whole, chunks = (text.measure(subject, session, piece.work, request) for piece in pieces)
+    whole, chunks = (text.measure(subject, session, piece.settings, request) for piece in pieces)
     assert sum(whole["sums"]) == pytest.approx(deepmind_losses(deepmind, ids).sum(), rel=1e-5)
     assert whole["bytes"] == len(PROSE.encode()) and sum(whole["counts"]) == len(ids) - 1
     expected = []
@@ -59,10 +60,10 @@ def test_losses_are_deepminds(model, deepmind, prose):
 @pytest.mark.parametrize(("context", "stride"), [(33, 13), (400, 100), (32, 31)])
 def test_strided_losses_are_deepminds(context, stride, model, deepmind, prose):
     """Each token once, by the piece in which the most tokens are before it, as far as pieces go."""
-    subject = open_subject(str(model))
-    request = Request(texts=(prose,), context=context, stride=stride)
-    piece = next(p for p in text.pieces(subject, request) if p.work["stride"])
-    result = text.measure(subject, subject.session(), piece.work, request)
+    subject = open_model(str(model))
+    request = EvaluationRequest(texts=(prose,), context=context, stride=stride)
+    piece = next(p for p in text.pieces(subject, request) if p.settings["stride"])
+    result = text.measure(subject, subject.session(), piece.settings, request)
     ids, room = subject.tokenizer.encode_text(PROSE), context - 1
     expected = list(deepmind_losses(deepmind, np.array([2, *ids[:room]])))
     for start in itertools.count(stride, stride):
@@ -84,10 +85,10 @@ def test_each_noise_spoils_in_one_way_for_a_seed(kind):
 def test_losses_and_flips_in_noise_are_deepminds(model, deepmind, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
-    subject, request = open_subject(str(model)), Request(texts=(file,), seed=5)
+    subject, request = open_model(str(model)), EvaluationRequest(texts=(file,), seed=5)
     session, encode = subject.session(), subject.tokenizer.encode_text
     results = [
-        (piece.work, noise.measure(subject, session, piece.work, request))
+        (piece.settings, noise.measure(subject, session, piece.settings, request))
         for piece in noise.pieces(subject, request)
     ]
     by_noise = {work["noise"]: result for work, result in results}
@@ -131,7 +132,10 @@ def test_domains_are_folders_and_file_names(tmp_path):
 
 
 def test_a_damaged_piece_is_done_again(model, prose, tmp_path):
-    subjects, request = [open_subject(str(model))], Request(folder=tmp_path / "r", texts=(prose,))
+    subjects, request = (
+        [open_model(str(model))],
+        EvaluationRequest(folder=tmp_path / "r", texts=(prose,)),
+    )
     expected = runner.evaluate(subjects, ["text"], request)
     for file in (tmp_path / "r" / "pieces").iterdir():
         file.write_text(file.read_text()[:40])
@@ -169,6 +173,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
         ("{bare}", "has no tokenizer, which the suite text needs; pass --suite memory"),
         ("{broken} --suite text", "logits are NaN or infinite"),
         ("{small} --suite text -o {thesis}", "thesis is no folder of results; expected"),
+        ("{llama}", r"llama.gguf holds .* architecture .*llama.*; expected recurrentgemma, from"),
     ],
 )
 def test_wrong_requests(words, line, tmp_path, capsys):
@@ -181,14 +186,21 @@ def test_wrong_requests(words, line, tmp_path, capsys):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "evaluation.json").write_text("mine")
-    asked = words.format(bare=bare, broken=broken, small=small, thesis=thesis).split()
+    llama = GGUFWriter(tmp_path / "llama.gguf", "llama")
+    llama.add_tensor("token_embd.weight", np.zeros((1, 32), np.float32))
+    llama.write_header_to_file()
+    llama.write_kv_data_to_file()
+    llama.write_tensors_to_file()
+    llama.close()
+    paths = {"bare": bare, "broken": broken, "small": small, "thesis": thesis}
+    asked = words.format(**paths, llama=tmp_path / "llama.gguf").split()
     assert run(["evaluate", "-o", str(tmp_path / "out"), *asked]) == 2
     assert re.search(line, capsys.readouterr().err.strip().splitlines()[-1])
     assert [file.read_text() for file in thesis.iterdir()] == ["mine"]
 
 
 def test_a_config_is_part_of_what_a_model_is(model):
-    before = open_subject(str(model)).identity
+    before = open_model(str(model)).identity
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('_size": 40', '_size": 24'))
-    assert open_subject(str(model)).identity != before
+    assert open_model(str(model)).identity != before

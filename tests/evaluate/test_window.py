@@ -8,7 +8,7 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.evaluate.subjects import open_subject
+from rgexport.evaluate.models import open_model
 from rgexport.evaluate.suites import window
 from rgexport.runtimes.engine import open_narrow_session, open_session
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf, require_ggml
@@ -55,7 +55,7 @@ def test_logits_are_deepminds_with_that_window(engine, deepminds, tmp_path):
         artifact, _ = export_random_gguf(CONFIG, tmp_path, "f32")
     elif engine == "reference":
         model = write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "model")
-        subject = open_subject(str(model))
+        subject = open_model(str(model))
     else:
         artifact, _ = export_random(CONFIG, tmp_path, profile=engine)
     for narrow, expected in deepminds.items():

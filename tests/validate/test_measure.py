@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from rgexport.griffin.state import POSITION, State
-from rgexport.validate import measure as module
 from rgexport.validate.measure import measure
 from rgexport.validate.positions import BLOCKS, WORST
 from tests.validate.toys import MEMORY, VOCAB, ToySession, WholeChunksSession, toy_pass
@@ -44,7 +43,7 @@ def test_a_right_session_differs_from_another_model_only():
 @pytest.mark.parametrize("length", [1, 8, 9, 40])
 @pytest.mark.parametrize("limit", [1, 12 * 2 * 4 * VOCAB])
 def test_blocks_cover_the_text_once(length, limit, monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_BYTES", limit)
+    monkeypatch.setattr("rgexport.runtimes.blocks.LOGITS_BYTES", limit)
     session = ToySession()
     found = measured(session, TOKENS[:length])
     assert found.equivalences["steps"].tokens == min(8, length)

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.validate import text as module
 from rgexport.validate.reference.prompts import TEXTS, choose_prompts
-from rgexport.validate.text import built_in_text, choose_text, random_text
+from rgexport.validate.text import choose_text, random_text
 from tests.validate.toys import VOCAB, character_tokenizer
 
 

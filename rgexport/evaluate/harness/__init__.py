@@ -1,1 +1,1 @@
-"""The tasks of lm_eval, and the answers of a model to what they ask."""
+"""The tasks of lm_eval, and a model's answers to their requests."""

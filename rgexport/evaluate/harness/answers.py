@@ -1,7 +1,7 @@
-"""Answers the three kinds of requests of lm_eval, with a session.
+"""Answers the three kinds of requests of lm_eval with a session.
 
-What a model reads, and what counts, is that of lm_eval's own `HFLM`, but for one thing: nothing is
-cut to a greatest length, since the state has the same size after any number of tokens.
+The tokens that are read and scored are those of lm_eval's own `HFLM`, except that no text is cut:
+the state has the same size after any number of tokens.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from typing import Any
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.evaluate.harness.generations import Generations, Reply
-from rgexport.evaluate.harness.likelihoods import Likelihoods, Scored
+from rgexport.evaluate.harness.generations import Generations, GreedyReply
+from rgexport.evaluate.harness.prefixes import Likelihoods, ScoredText
 from rgexport.evaluate.pieces import Result
 from rgexport.runtimes.session import Session
 
@@ -22,13 +22,13 @@ ROLLING, GENERATION = "loglikelihood_rolling", "generate_until"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request: its kind, and its arguments as JSON.
+class LmRequest:
+    """A request of lm_eval: its kind, and its arguments as JSON.
 
     | kind | arguments | answer |
     |---|---|---|
-    | `loglikelihood` | context, continuation | log likelihood, and whether it is the likeliest |
-    | `loglikelihood_rolling` | text | log likelihood |
+    | `loglikelihood` | context, continuation | log-likelihood, whether it is the likeliest |
+    | `loglikelihood_rolling` | text | log-likelihood |
     | `generate_until` | context, settings | text |
     """
 
@@ -36,75 +36,76 @@ class Asked:
     arguments: str
 
     @classmethod
-    def of(cls, kind: str, *arguments: Any) -> "Asked":
-        """A request with these arguments."""
+    def of(cls, kind: str, *arguments: Any) -> "LmRequest":
+        """Makes a request with these arguments."""
         return cls(kind, json.dumps(arguments))
 
     @cached_property
-    def given(self) -> list[Any]:
+    def values(self) -> list[Any]:
         """The arguments."""
-        found: list[Any] = json.loads(self.arguments)
-        return found
+        values: list[Any] = json.loads(self.arguments)
+        return values
 
 
-def sha256_of(asked: Sequence[Asked]) -> str:
-    """A hash of requests."""
-    return hashlib.sha256(json.dumps([[a.kind, a.arguments] for a in asked]).encode()).hexdigest()
+def sha256_of(requests: Sequence[LmRequest]) -> str:
+    """Returns a hash of requests."""
+    text = json.dumps([[request.kind, request.arguments] for request in requests])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def answered(tokenizer: Tokenizer, session: Session, asked: Sequence[Asked]) -> Result:
-    """The answers in the order of the requests; tokens that were read, and that there were to read.
+def answer(tokenizer: Tokenizer, session: Session, requests: Sequence[LmRequest]) -> Result:
+    """Returns the answers in the order of the requests, the tokens read, and the total of tokens.
+
+    The session reads fewer tokens than the total where requests have a common prefix.
 
     Raises:
-        RequestError: the model's logits are NaN or infinite, or it cannot do what is asked.
+        RequestError: the model's logits are NaN or infinite, or a request has no answer.
     """
-    written = [place for place, one in enumerate(asked) if one.kind == GENERATION]
-    judged = [place for place, one in enumerate(asked) if one.kind != GENERATION]
-    scored = [_scored(tokenizer, asked[place]) for place in judged]
-    contexts = [_context(tokenizer, asked[place].given[0]) for place in written]
-    replies = [Reply(tokenizer, asked[place].given[1]) for place in written]
+    generated = [i for i, request in enumerate(requests) if request.kind == GENERATION]
+    judged = [i for i, request in enumerate(requests) if request.kind != GENERATION]
+    scored = [_scored_text(tokenizer, requests[i]) for i in judged]
+    contexts = [
+        tuple(encoded(tokenizer, requests[i].values[0]) or [_first(tokenizer)]) for i in generated
+    ]
+    replies = [GreedyReply(tokenizer, requests[i].values[1]) for i in generated]
     likelihoods = Likelihoods(session, scored)
     generations = Generations(session, contexts, replies)
     likelihoods.run()
     generations.run()
-    answers: dict[int, Any] = {}
-    for place, reply in zip(written, replies, strict=True):
-        answers[place] = reply.text
-    for index, place in enumerate(judged):
+    answers: list[Any] = [None] * len(requests)
+    for i, reply in zip(generated, replies, strict=True):
+        answers[i] = reply.text
+    for index, i in enumerate(judged):
         log, likeliest = -float(likelihoods.nats[index]), bool(likelihoods.likeliest[index])
-        answers[place] = log if asked[place].kind == ROLLING else [log, likeliest]
+        answers[i] = log if requests[i].kind == ROLLING else [log, likeliest]
     return {
-        "answers": [answers[place] for place in range(len(asked))],
+        "answers": answers,
         "read": likelihoods.read + generations.read,
-        "asked": sum(len(one.ids) for one in scored) + sum(map(len, contexts)),
+        "asked": sum(len(text.ids) for text in scored) + sum(map(len, contexts)),
     }
 
 
-def _context(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(encoded(tokenizer, text) or [_first(tokenizer)])
-
-
-def _scored(tokenizer: Tokenizer, asked: Asked) -> Scored:
-    """What is to be read, and expected.
+def _scored_text(tokenizer: Tokenizer, request: LmRequest) -> ScoredText:
+    """Returns the ids to read and the targets.
 
     Raises:
-        RequestError: what is to be judged has no tokens.
+        RequestError: the text to be judged has no tokens.
     """
-    if asked.kind == ROLLING:
-        # A bos is expected too, after the one before everything: so does HFLM.
-        before, after = [_first(tokenizer)], encoded(tokenizer, asked.given[0])
+    if request.kind == ROLLING:
+        # Like HFLM, the text's own bos is a target, too.
+        before, after = [_first(tokenizer)], encoded(tokenizer, request.values[0])
     else:
-        before, after = _pair(tokenizer, *asked.given)
+        before, after = _pair(tokenizer, *request.values)
     if not after:
         raise RequestError(
-            f"a task asks how likely an empty text is, after {asked.given[0][-40:]!r}; correct its "
-            "documents, or choose another --task"
+            f"a task asks how likely an empty text is, after {request.values[0][-40:]!r}; correct "
+            "its documents, or choose another --task"
         )
-    return Scored((*before, *after[:-1]), tuple(after))
+    return ScoredText((*before, *after[:-1]), tuple(after))
 
 
 def _pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The ids of both; spaces at the end of the context belong to what follows."""
+    """Encodes both; spaces at the end of the context become part of the continuation."""
     text, context = context + continuation, context.rstrip()
     if context:
         before = encoded(tokenizer, context)
@@ -114,7 +115,10 @@ def _pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
 
 
 def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text after a bos, unless it begins with one; literals are special tokens."""
+    """Returns a bos and the ids of a text, whose literals are special tokens.
+
+    There is one bos, also if the text begins with its literal.
+    """
     bos, ids = tokenizer.bos_id, _plain(tokenizer, text)
     literal = tokenizer.literal(bos)
     return ids if bos is None or (literal and text.startswith(literal)) else [bos, *ids]
@@ -125,10 +129,10 @@ def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _first(tokenizer: Tokenizer) -> int:
-    """What stands before a text that nothing else stands before.
+    """Returns the token in front of an empty context: the bos, or else the eos.
 
     Raises:
-        RequestError: the vocabulary has neither a bos nor an eos.
+        RequestError: the vocabulary has neither.
     """
     for token in (tokenizer.bos_id, tokenizer.eos_id):
         if token is not None:

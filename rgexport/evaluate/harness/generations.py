@@ -1,4 +1,4 @@
-"""How a model goes on after texts: greedily, up to a stop."""
+"""Greedy continuations of texts, up to a stop."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,27 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.evaluate.harness.prefixes import Reader, Text
+from rgexport.evaluate.harness.prefixes import PrefixReader, TokenText
+from rgexport.evaluate.losses import require_finite
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 
 _MOST_TOKENS = 256
-"""Of a reply, unless the settings say how many."""
+"""Most tokens of a reply, unless its settings say otherwise."""
 _LIMITS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LIMITS}
-"""Settings that are understood; some of them change nothing where the likeliest token is taken."""
+"""Known settings; those of sampling change nothing, as the most likely token is chosen."""
 
 
-class Reply:
-    """What a model writes, up to the end of a turn, a stop, or the most tokens."""
+class GreedyReply:
+    """The tokens that a model writes, up to the end of a turn, a stop, or the most tokens."""
 
     def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]):
-        """`settings` are those of `generate_until`.
+        """`settings` are those of lm_eval's `generate_until`.
 
         Raises:
-            RequestError: they ask for anything but the likeliest tokens.
+            RequestError: a setting is unknown, or asks for random tokens.
         """
         if unknown := sorted({*settings} - _KNOWN):
             raise RequestError(
@@ -41,8 +42,9 @@ class Reply:
             )
         until = settings.get("until") or []
         self._stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        given = (settings[name] for name in _LIMITS if settings.get(name) is not None)
-        self._most = int(next(given, _MOST_TOKENS))
+        self._stop_bytes = [stop.encode() for stop in self._stops]
+        limits = (settings[name] for name in _LIMITS if settings.get(name) is not None)
+        self._most = int(next(limits, _MOST_TOKENS))
         self._tokenizer, self._ids, self._written = tokenizer, list[int](), b""
         self.done = self._most <= 0
 
@@ -60,7 +62,7 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """What was written before the first stop, as HFLM decodes it: without special tokens."""
+        """The text before the first stop, decoded as by lm_eval's HFLM: without special tokens."""
         special, unknown = self._tokenizer.special, self._tokenizer.unknown_id
         hidden = {unknown, special.get(START_OF_TURN), special.get(END_OF_TURN)}
         text = self._tokenizer.decode(token for token in self._ids if token not in hidden)
@@ -77,24 +79,20 @@ class Reply:
     def _literals(self) -> dict[int, bytes]:
         return {token: literal.encode() for literal, token in self._tokenizer.special.items()}
 
-    @cached_property
-    def _stop_bytes(self) -> list[bytes]:
-        return [stop.encode() for stop in self._stops]
 
-
-class Generations(Reader):
-    """Reads texts, and writes the reply to each; several replies are written at once."""
+class Generations(PrefixReader):
+    """Reads texts and writes a reply to each; several replies are written at once."""
 
     def __init__(
-        self, session: Session, contexts: Sequence[tuple[int, ...]], replies: Sequence[Reply]
+        self, session: Session, contexts: Sequence[tuple[int, ...]], replies: Sequence[GreedyReply]
     ):
-        """There is a reply for each context; contexts may be there several times."""
+        """Pairs each context with its reply; equal contexts are read once."""
         self._replies = defaultdict(list)
         for ids, reply in zip(contexts, replies, strict=True):
             self._replies[ids].append(reply)
-        super().__init__(session, [Text(ids, 1) for ids in self._replies])
+        super().__init__(session, [TokenText(ids, 1) for ids in self._replies])
         self._last: dict[int, np.ndarray] = {}
-        self._waiting: list[tuple[Reply, np.ndarray, State]] = []
+        self._waiting: list[tuple[GreedyReply, np.ndarray, State]] = []
 
     def run(self) -> None:
         """Reads all texts and writes all replies.
@@ -105,56 +103,37 @@ class Generations(Reader):
         super().run()
         self._write(self._waiting)
 
-    def heard(self, place: int, logits: np.ndarray) -> None:
+    def on_logits(self, index: int, logits: np.ndarray) -> None:
         """Keeps the logits after the last token."""
-        self._last[place] = logits[-1]
+        self._last[index] = logits[-1]
 
-    def ended(self, places: Sequence[int]) -> None:
-        """Lets the replies to texts wait until there are enough for a batch."""
-        for row, place in enumerate(places):
-            state, logits = self.session.get_rows(range(row, row + 1)), self._last.pop(place)
-            for reply in self._replies[self.texts[place].ids]:
+    def on_end(self, indices: Sequence[int]) -> None:
+        """Collects replies until they fill a batch, then writes them."""
+        for row, index in enumerate(indices):
+            state, logits = self.session.get_rows(range(row, row + 1)), self._last.pop(index)
+            for reply in self._replies[self.texts[index].ids]:
                 if not reply.done:
                     self._waiting.append((reply, logits, state))
         while len(self._waiting) >= self.rows:
             batch, self._waiting = self._waiting[: self.rows], self._waiting[self.rows :]
             self._write(batch)
 
-    def _write(self, batch: Sequence[tuple[Reply, np.ndarray, State]]) -> None:
-        """Writes some replies to their ends."""
+    def _write(self, batch: Sequence[tuple[GreedyReply, np.ndarray, State]]) -> None:
+        """Writes the replies of a batch to their ends."""
         if not batch:
             return
         replies, rows, states = zip(*batch, strict=True)
         logits = np.stack(rows)
-        self.session.set_state({n: _stacked([s[n] for s in states]) for n in states[0]})
+        self.session.set_state({n: np.concatenate([s[n] for s in states]) for n in states[0]})
         while True:
-            for reply, token in zip(replies, _likeliest(logits), strict=True):
+            require_finite(logits.max(-1))
+            for reply, token in zip(replies, logits.argmax(-1).tolist(), strict=True):
                 reply.add(token)
-            going = [row for row, reply in enumerate(replies) if not reply.done]
-            if not going:
+            unfinished = [row for row, reply in enumerate(replies) if not reply.done]
+            if not unfinished:
                 return
-            if len(going) < len(replies):
-                replies = [replies[row] for row in going]
+            if len(unfinished) < len(replies):
+                replies = [replies[row] for row in unfinished]
                 state = self.session.get_state()
-                self.session.set_state({name: array[going] for name, array in state.items()})
+                self.session.set_state({name: array[unfinished] for name, array in state.items()})
             logits = self.session.step(np.array([reply.last for reply in replies]))
-
-
-def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays [1, …] as one; llama.cpp's own states differ in length, and zeros follow them."""
-    longest = max(row.shape[1:] for row in rows)
-    padded = [
-        row if row.shape[1:] == longest else np.pad(row, ((0, 0), (0, longest[0] - row.shape[1])))
-        for row in rows
-    ]
-    return np.concatenate(padded)
-
-
-def _likeliest(logits: np.ndarray) -> list[int]:
-    """The likeliest token of each row [R, vocab]."""
-    if not np.isfinite(logits.max(-1)).all():
-        raise RequestError(
-            "the model's logits are NaN or infinite; check the artifact with `rgexport validate`"
-        )
-    found: list[int] = logits.argmax(-1).tolist()
-    return found

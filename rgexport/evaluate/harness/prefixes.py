@@ -1,8 +1,7 @@
-"""Reads many texts, of which those that begin alike are read once up to where they part.
+"""Reads many texts; a prefix that several of them share is read once.
 
-The texts are a tree. A part that several have in common goes through the model once; its state is
-kept, and each branch goes on from there. Where only one text is left, texts of one length form a
-batch.
+The sorted texts form a tree. A shared prefix goes through the model once, its state is kept, and
+each branch continues from it. Branches with a single text are grouped by length into batches.
 """
 
 from abc import ABC, abstractmethod
@@ -13,123 +12,174 @@ from itertools import groupby
 
 import numpy as np
 
+from rgexport.evaluate.losses import nats
 from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 
-_LEAST = 8
-"""Tokens that are worth a state of their own: fewer are read again in each branch."""
+_SHORTEST_PREFIX = 8
+"""Fewest tokens of a shared prefix that is worth a state; fewer are read again in each branch."""
 _ROWS = 16
 """Most texts of a batch."""
 _STATE_BYTES, _LOGITS_BYTES = 256 << 20, 128 << 20
-"""Of the states of a batch, and of the logits of one call."""
+"""Most bytes of the states of a batch, and of the logits of one call."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token ids, at least one, and of how many of the last of them the logits are wanted."""
+class TokenText:
+    """Token ids, at least one; the logits of the last `scored` positions are requested."""
 
     ids: tuple[int, ...]
-    wanted: int
+    scored: int
+
+    @property
+    def first_scored(self) -> int:
+        """The first position whose logits are requested."""
+        return len(self.ids) - self.scored
 
 
-class Reader(ABC):
-    """Takes texts, all of them different, through a session.
+class PrefixReader(ABC):
+    """Takes different texts through a session; a subclass receives the requested logits.
 
     Attributes:
-        texts: in the order in which they are a tree; a *place* is an index of them.
-        read: the tokens that the session took.
+        texts: sorted by their ids, so that texts with a common prefix are neighbours. Methods
+            identify a text by its index here.
+        read: tokens that the session took.
     """
 
-    def __init__(self, session: Session, texts: Sequence[Text]):
+    def __init__(self, session: Session, texts: Sequence[TokenText]):
         self.session = session
         self.texts = sorted(texts, key=lambda text: text.ids)
         self.read = 0
 
     @property
     def rows(self) -> int:
-        """Texts of a batch, whose states fit into memory."""
+        """The size of a batch whose states fit into memory."""
         return max(1, min(_ROWS, _STATE_BYTES // max(1, self.session.info.state_bytes)))
 
     def run(self) -> None:
-        """Reads all texts; afterwards the session has any state.
+        """Reads all texts; the session's state afterwards is undefined.
 
         Raises:
             RequestError: the model gives NaN or infinite logits.
         """
         self.session.reset()
         if self.texts:
-            self._spread(range(len(self.texts)), 0, self.session.get_state())
+            self._read_from(range(len(self.texts)), 0, self.session.get_state())
 
     @abstractmethod
-    def heard(self, place: int, logits: np.ndarray) -> None:
-        """Takes the logits [n, vocab] of the next positions of which a text wants some."""
+    def on_logits(self, index: int, logits: np.ndarray) -> None:
+        """Receives the next requested logits [n, vocab] of a text."""
 
     @abstractmethod
-    def ended(self, places: Sequence[int]) -> None:
-        """Is called when the rows of the session have read these texts; may change its state."""
+    def on_end(self, indices: Sequence[int]) -> None:
+        """Is called when the session's rows have read these texts; may change its state."""
 
-    def _spread(self, places: Sequence[int], start: int, state: State) -> None:
-        """Reads on in texts that have their first `start` tokens in common, and the state there."""
-        single = defaultdict(list)
-        for branch in self._branches(places, start):
+    def _read_from(self, indices: Sequence[int], start: int, state: State) -> None:
+        """Reads the rest of texts that share their first `start` tokens and the state there."""
+        by_length = defaultdict(list)
+        for branch in self._branches(indices, start):
             if len(branch) == 1:
-                single[len(self.texts[branch[0]].ids)].append(branch[0])
+                by_length[len(self.texts[branch[0]].ids)].append(branch[0])
                 continue
             self.session.set_state(state)
-            self._through(branch, start)
-        for stop, alike in single.items():
-            for first in range(0, len(alike), self.rows):
-                batch = alike[first : first + self.rows]
+            self._read_branch(branch, start)
+        for stop, single in by_length.items():
+            for first in range(0, len(single), self.rows):
+                batch = single[first : first + self.rows]
                 self.session.set_state({n: a.repeat(len(batch), 0) for n, a in state.items()})
-                self._take([[place] for place in batch], start, stop)
-                self.ended(batch)
+                self._take([[index] for index in batch], start, stop)
+                self.on_end(batch)
 
-    def _through(self, places: Sequence[int], start: int) -> None:
-        """Reads what texts have in common, and then the rest of each."""
-        stop = self._common(places)
-        self._take([places], start, stop)
+    def _read_branch(self, indices: Sequence[int], start: int) -> None:
+        """Reads the common prefix of texts, then the rest of each."""
+        stop = self._common(indices)
+        self._take([indices], start, stop)
         state = self.session.get_state()
-        if len(self.texts[places[0]].ids) == stop:
-            self.ended(places[:1])
-            places = places[1:]
-        self._spread(places, stop, state)
+        if len(self.texts[indices[0]].ids) == stop:
+            self.on_end(indices[:1])
+            indices = indices[1:]
+        self._read_from(indices, stop, state)
 
-    def _branches(self, places: Sequence[int], start: int) -> Iterator[Sequence[int]]:
-        """The texts by what is worth to be read once."""
-        common = self._common(places)
-        if len(places) == 1 or common - start >= _LEAST:
-            yield places
+    def _branches(self, indices: Sequence[int], start: int) -> Iterator[Sequence[int]]:
+        """Splits texts into groups with a common prefix that is worth a state, and single texts."""
+        common = self._common(indices)
+        if len(indices) == 1 or common - start >= _SHORTEST_PREFIX:
+            yield indices
             return
-        for _, alike in groupby(places, lambda place: self.texts[place].ids[common : common + 1]):
-            yield from self._branches(list(alike), start)
+        for _, group in groupby(indices, lambda index: self.texts[index].ids[common : common + 1]):
+            yield from self._branches(list(group), start)
 
-    def _common(self, places: Sequence[int]) -> int:
-        """How many tokens texts have in common: in their order, the first and the last one."""
-        first, last = self.texts[places[0]].ids, self.texts[places[-1]].ids
-        same = (at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
-        return next(same, min(len(first), len(last)))
+    def _common(self, indices: Sequence[int]) -> int:
+        first, last = self.texts[indices[0]].ids, self.texts[indices[-1]].ids
+        pairs = enumerate(zip(first, last, strict=False))
+        return next((at for at, (a, b) in pairs if a != b), min(len(first), len(last)))
 
     def _take(self, rows: Sequence[Sequence[int]], start: int, stop: int) -> None:
-        """Takes tokens of each row, which are the same in all texts of a row."""
-        tokens = np.array([self.texts[places[0]].ids[start:stop] for places in rows], np.int64)
-        first = min(stop, max(start, min(self._first(place) for row in rows for place in row)))
-        room = max(1, _LOGITS_BYTES // (4 * self.session.vocab_size * len(rows)))
-        at = start
-        while at < stop:
-            begin = max(first, at)
-            end = min(begin + room, stop)
-            logits = self.session.prefill(tokens[:, at - start : end - start], end - begin)
-            self.read += len(rows) * (end - at)
-            self._tell(rows, begin, logits[:, -(end - begin) :] if end > begin else logits[:, :0])
-            at = end
+        """Takes tokens `start` to `stop`; each row stands for texts that share these tokens."""
+        tokens = np.array([self.texts[row[0]].ids[start:stop] for row in rows], np.int64)
+        first = min(self.texts[index].first_scored for row in rows for index in row)
+        first = min(stop, max(start, first))
+        most = max(1, _LOGITS_BYTES // (4 * self.session.vocab_size * len(rows)))
+        position = start
+        while position < stop:
+            begin = max(first, position)
+            end = min(begin + most, stop)
+            taken = tokens[:, position - start : end - start]
+            logits = self.session.prefill(taken, end - begin)
+            self.read += taken.size
+            self._deliver(rows, begin, logits[:, logits.shape[1] - (end - begin) :])
+            position = end
 
-    def _tell(self, rows: Sequence[Sequence[int]], begin: int, logits: np.ndarray) -> None:
-        """Hands logits [R, n, vocab] of the positions from `begin` on to those who want them."""
-        for places, row in zip(rows, logits, strict=True):
-            for place in places:
-                if len(own := row[max(0, self._first(place) - begin) :]):
-                    self.heard(place, own)
+    def _deliver(self, rows: Sequence[Sequence[int]], begin: int, logits: np.ndarray) -> None:
+        """Passes logits [R, n, vocab] of the positions from `begin` on to the texts of each row."""
+        for indices, row in zip(rows, logits, strict=True):
+            for index in indices:
+                if len(requested := row[max(0, self.texts[index].first_scored - begin) :]):
+                    self.on_logits(index, requested)
 
-    def _first(self, place: int) -> int:
-        """The first position of which a text wants the logits."""
-        return len(self.texts[place].ids) - self.texts[place].wanted
+
+@dataclass(frozen=True)
+class ScoredText:
+    """The ids that a model reads, and the targets it should predict, the last one after `ids`."""
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+class Likelihoods(PrefixReader):
+    """Reads texts and scores their targets, which may be empty.
+
+    Attributes:
+        nats: [n], the negative log-likelihoods.
+        likeliest: [n] bool, whether every target is the most likely token at its position.
+    """
+
+    def __init__(self, session: Session, scored: Sequence[ScoredText]):
+        self._targets = [np.array(text.targets, np.int64) for text in scored]
+        self._by_ids = defaultdict(list)
+        for index, text in enumerate(scored):
+            if text.targets:
+                self._by_ids[text.ids].append(index)
+        self.nats, self.likeliest = np.zeros(len(scored)), np.ones(len(scored), bool)
+        texts = [
+            TokenText(ids, max(len(self._targets[index]) for index in indices))
+            for ids, indices in self._by_ids.items()
+        ]
+        super().__init__(session, texts)
+        self._next = [text.first_scored for text in self.texts]
+
+    def on_logits(self, index: int, logits: np.ndarray) -> None:
+        """Scores the targets at the next positions of a text."""
+        ids, start = self.texts[index].ids, self._next[index]
+        stop = self._next[index] = start + len(logits)
+        for scored in self._by_ids[ids]:
+            first = len(ids) - len(self._targets[scored])
+            rows = logits[max(0, first - start) :]
+            if not len(rows):
+                continue
+            targets = self._targets[scored][stop - len(rows) - first : stop - first]
+            self.nats[scored] += nats(rows[None], targets[None]).sum()
+            self.likeliest[scored] &= bool((rows.argmax(-1) == targets).all())
+
+    def on_end(self, indices: Sequence[int]) -> None:
+        """Does nothing: all targets were scored."""

@@ -1,7 +1,7 @@
-"""Task files of lm_eval from a folder: read without running anything, and written again.
+"""Copies a folder's task files of lm_eval, and refuses those that name code.
 
-lm_eval loads the Python code that a task file names. What it gets to see here are copies that name
-none: each is merged with the files that it includes, and finds its data at their full paths.
+lm_eval would load the Python code that a task file names. It reads only the copies; each is merged
+with the files that it includes, and has absolute paths of its data.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ _CODE = {
     "trust_remote_code": "a program of the hub",
     "use_prompt": "a file of prompts",
 }
-"""Keys → what lm_eval or `datasets` would load and run, or read with a loader that does."""
+"""Key → the code that lm_eval or `datasets` would load and run."""
 _UNPICKLED = ("pandas",)
-"""Readers of `datasets` that run what a file says."""
+"""Readers of `datasets` that unpickle, which runs code."""
 
 
 def copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
     """Writes harmless copies of a folder's task files.
 
-    Returns the names of the tasks, and of the groups that have no others.
+    Returns the names of the tasks, and of the groups that consist of them.
 
     Args:
         folder: of files that end in `.yaml`, and of their data.
-        target: a folder, which gets the copies, and what `datasets` makes of the data.
-        metrics: the metrics that lm_eval itself has.
+        target: a folder for the copies and the cache of `datasets`.
+        metrics: lm_eval's own.
 
     Raises:
         RequestError: a file names code, cannot be read, or there is none.
@@ -57,7 +57,7 @@ def copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
 def _complete(configs: Sequence[Mapping[str, Any]]) -> set[str]:
     names = {str(config["task"]) for config in configs if "group" not in config}
     groups = {str(config["group"]): config.get("task") for config in configs if "group" in config}
-    for _ in groups:  # each may have some of the others
+    for _ in groups:  # groups may be members of groups
         names |= {
             name
             for name, members in groups.items()
@@ -68,7 +68,7 @@ def _complete(configs: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _merged(file: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    """A task file with all that it includes; its own keys win, and of its includes the last one.
+    """Returns a task file merged with its includes; its own keys win, then the last include's.
 
     Raises:
         RequestError: a file names code, is no YAML, or includes itself.
@@ -88,7 +88,7 @@ def _read(file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Knows no tags but those of plain data."""
+        """Loads plain data only."""
 
     def refuse(loader: Any, suffix: str, node: Any) -> None:
         raise _refusal(file, f"!{suffix}", "Python code")
@@ -123,7 +123,7 @@ def _require_harmless(file: Path, config: dict[str, Any], metrics: set[str]) -> 
 
 
 def _mappings(value: Any, seen: set[int]) -> Iterator[Mapping[str, Any]]:
-    """All mappings in a value, each once: one may be there many times, by its anchor."""
+    """Yields all mappings in a value, each once: anchors may repeat one many times."""
     if id(value) in seen or not isinstance(value, dict | list):
         return
     seen.add(id(value))
@@ -134,7 +134,7 @@ def _mappings(value: Any, seen: set[int]) -> Iterator[Mapping[str, Any]]:
 
 
 def _find_data(folder: Path, config: dict[str, Any], cache: Path) -> None:
-    """Makes paths relative to the task file absolute; `datasets` keeps nothing elsewhere."""
+    """Makes paths relative to the task file absolute, and sets the cache of `datasets`."""
     path = config.get("dataset_path")
     if isinstance(path, str) and "/" in path and (folder / path).is_dir():
         config["dataset_path"] = str((folder / path).resolve())
@@ -148,7 +148,7 @@ def _find_data(folder: Path, config: dict[str, Any], cache: Path) -> None:
 
 
 def _absolute(folder: Path, value: Any) -> Any:
-    """Paths and patterns of files that are there, in a text, a list or a mapping."""
+    """Makes paths and patterns of existing files absolute, in a text, a list or a mapping."""
     if isinstance(value, dict):
         return {key: _absolute(folder, inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,36 +1,41 @@
-"""EleutherAI's lm_eval: what its tasks ask of a model, and what it makes of the answers."""
+"""EleutherAI's lm_eval: loads its tasks, collects their requests, and scores the answers."""
 
+import logging
+import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from rgexport.errors import RequestError
-from rgexport.evaluate.harness.answers import Asked
-from rgexport.evaluate.harness.confinement import require_installed, within
+from rgexport.errors import NotInstalled, RequestError
+from rgexport.evaluate.harness.answers import LmRequest
 from rgexport.evaluate.harness.task_files import copy_tasks
 from rgexport.progress import note
 
-_SEED = 1234
-"""lm_eval's own, of the examples that are drawn."""
-_NONE = "none"
-"""lm_eval's name of no filter."""
+_SEEDS = 0, 1234
+"""lm_eval's own, of Python and NumPy."""
+_EXAMPLES_SEED = 1234
+"""lm_eval's own, of the examples before a question."""
+_NO_FILTER = "none"
 
 
 @dataclass(frozen=True)
-class Scores:
+class Score:
     """A figure of a task or of a group of tasks.
 
     Attributes:
-        task: its name, or that of the group.
-        metric: its name, after which comes the filter if there is one.
-        value: lm_eval's, None where it is no number.
-        aggregation: the name of what makes it of the values.
-        values: of each example; none for a group.
+        task: the name of the task or group.
+        metric: its name, followed by the filter if there is one.
+        value: lm_eval's figure, None if it is no number.
+        aggregation: the name of the function from `values` to `value`.
+        values: of each example; empty for a group.
         higher_is_better: None if unknown.
     """
 
@@ -43,73 +48,73 @@ class Scores:
 
 
 class Tasks:
-    """Tasks that are loaded, with their documents.
+    """Loaded tasks with their documents.
 
     Attributes:
-        asked: of each task, its requests, each of them once.
-        shots: of each task, the examples before a question.
+        requests: task → its requests, each once.
+        shots: task → the number of examples before a question.
     """
 
-    def __init__(self, found: Mapping[str, Any], examples: int | None, seed: int):
-        """`found` is what `TaskManager.load` gives; to be called `within` lm_eval."""
-        self._found, self._examples, self._seed = found, examples, _SEED + seed
-        self.asked: dict[str, list[Asked]] = {}
+    def __init__(self, loaded: Mapping[str, Any], examples: int | None, seed: int):
+        """Takes the return value of `TaskManager.load`; must be called in `confined`."""
+        self._loaded, self._examples, self._seed = loaded, examples, _EXAMPLES_SEED + seed
+        self.requests: dict[str, list[LmRequest]] = {}
         self.shots: dict[str, int] = {}
-        for name, task in found["tasks"].items():
+        for name, task in loaded["tasks"].items():
             _require_plain(name, task)
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(self._seed)
             task.build_all_requests(limit=examples)
-            self.asked[name] = list(dict.fromkeys(map(_asked, task.instances)))
+            self.requests[name] = list(dict.fromkeys(map(_request, task.instances)))
             self.shots[name] = task.get_config("num_fewshot")
 
-    def scores(self, answers: Mapping[Asked, Any]) -> list[Scores]:
-        """lm_eval's figures, by the answers to all requests.
+    def scores(self, answers: Mapping[LmRequest, Any]) -> list[Score]:
+        """Returns lm_eval's figures from the answers to all requests.
 
         Raises:
-            RequestError: lm_eval fails, or asks what it did not ask before.
+            RequestError: lm_eval fails, or a task makes new requests.
         """
-        with within("score the tasks"):
+        with confined("score the tasks"):
             from lm_eval.evaluator import evaluate
 
-            for task in self._found["tasks"].values():
+            for task in self._loaded["tasks"].values():
                 task.set_fewshot_seed(self._seed)
             results = evaluate(
-                lm=_recorded(answers),
-                task_dict=self._found,
+                lm=_recorded_model(answers),
+                task_dict=self._loaded,
                 limit=self._examples,
                 bootstrap_iters=0,
             )
-            tasks = [s for name in self._found["tasks"] for s in self._of_task(name, results)]
+            tasks = [s for name in self._loaded["tasks"] for s in self._of_task(name, results)]
         groups = results.get("groups", {})
         return tasks + [
-            Scores(name, metric, value, "", (), None)
+            Score(name, metric, value, "", (), None)
             for name, entry in groups.items()
             for metric, _, _, value in _figures(entry)
         ]
 
-    def _of_task(self, task: str, results: Mapping[str, Any]) -> Iterator[Scores]:
-        functions = self._found["tasks"][task].aggregation()
+    def _of_task(self, task: str, results: Mapping[str, Any]) -> Iterator[Score]:
+        functions = self._loaded["tasks"][task].aggregation()
         better = results["higher_is_better"].get(task, {})
-        for shown, metric, kind, value in _figures(results["results"][task]):
+        for label, metric, kind, value in _figures(results["results"][task]):
             values = [
                 sample[metric]
                 for sample in results["samples"][task]
                 if sample["filter"] == kind and metric in sample
             ]
-            made = getattr(functions.get(metric), "__name__", "mean")
-            yield Scores(task, shown, value, made, values, better.get(metric))
+            aggregation = getattr(functions.get(metric), "__name__", "mean")
+            yield Score(task, label, value, aggregation, values, better.get(metric))
 
 
 def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
-    """The name to be shown, the metric, its filter and its value; lm_eval joins two by a comma."""
+    """Yields label, metric, filter and value of keys such as `acc,none`."""
     for key, value in entry.items():
         metric, comma, kind = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
             number = isinstance(value, int | float | np.number) and np.isfinite(value)
-            shown = metric if kind == _NONE else f"{metric}, {kind}"
-            yield shown, metric, kind, float(value) if number else None
+            label = metric if kind == _NO_FILTER else f"{metric}, {kind}"
+            yield label, metric, kind, float(value) if number else None
 
 
 def _require_plain(name: str, task: Any) -> None:
@@ -122,64 +127,67 @@ def _require_plain(name: str, task: Any) -> None:
         raise RequestError(f"the task {name} has pictures or sounds; choose another --task")
 
 
-def _asked(instance: Any) -> Asked:
-    return Asked.of(instance.request_type, *instance.args)
+def _request(instance: Any) -> LmRequest:
+    return LmRequest.of(instance.request_type, *instance.args)
 
 
-def _recorded(answers: Mapping[Asked, Any]) -> Any:
-    """A model of lm_eval that gives answers that are there."""
+def _recorded_model(answers: Mapping[LmRequest, Any]) -> Any:
+    """Returns a model of lm_eval that gives the recorded answers."""
     from lm_eval.api.model import LM
 
-    def given(requests: Sequence[Any]) -> list[Any]:
-        asked = [_asked(request) for request in requests]
-        if new := [one for one in asked if one not in answers]:
+    def recorded(instances: Sequence[Any]) -> list[Any]:
+        requests = [_request(instance) for instance in instances]
+        if new := [request for request in requests if request not in answers]:
             raise RequestError(
                 "a task asks something else each time that it is loaded, such as "
                 f"{new[0].arguments[-60:]}; choose another --task"
             )
-        return [answers[one] for one in asked]
+        return [answers[request] for request in requests]
 
-    class Recorded(LM):
+    class RecordedModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return [(log, likeliest) for log, likeliest in given(requests)]
+            return [(log, likeliest) for log, likeliest in recorded(requests)]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return given(requests)
+            return recorded(requests)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return given(requests)
+            return recorded(requests)
 
-    return Recorded()
+    return RecordedModel()
 
 
 @lru_cache(maxsize=1)
 def load_tasks(
     names: tuple[str, ...], folder: Path | None, examples: int | None, seed: int
 ) -> Tasks:
-    """Tasks, groups and tags of lm_eval, and of a folder of task files.
+    """Loads tasks, groups and tags of lm_eval and of a folder of task files.
 
     Args:
         names: of lm_eval's, or of the folder's, which come first.
         folder: of task files, or None.
         examples: the most of a task, or None for all.
-        seed: of the examples that come before a question; 0 is that of lm_eval.
+        seed: of the examples before a question; 0 is that of lm_eval.
 
     Raises:
         NotInstalled: lm_eval is missing.
         RequestError: there is no such task, it names code, or lm_eval cannot load it.
     """
-    require_installed()
+    try:
+        import lm_eval.evaluator  # noqa: F401
+    except ImportError:
+        raise NotInstalled("the suite tasks needs lm_eval: pip install 'rgexport[tasks]'") from None
     if folder is None:
         note("Loading the tasks of lm_eval.")  # seconds, and minutes where documents are downloaded
-    with within("load the tasks"), TemporaryDirectory() as place:
+    with confined("load the tasks"), TemporaryDirectory() as copies:
         from lm_eval.api.registry import METRIC_REGISTRY
         from lm_eval.tasks import TaskManager
 
-        own = set[str]()
+        complete = set[str]()
         if folder is not None:
-            own = copy_tasks(folder, Path(place), {*METRIC_REGISTRY})
+            complete = copy_tasks(folder, Path(copies), {*METRIC_REGISTRY})
         # The index of lm_eval's own tasks takes seconds.
-        manager = TaskManager(include_path=[place], include_defaults=not {*names} <= own)
+        manager = TaskManager(include_path=[copies], include_defaults=not {*names} <= complete)
         for name in names:
             # lm_eval would take the path of a file, and load the code that it names.
             if name not in manager.task_index:
@@ -188,3 +196,52 @@ def load_tasks(
                     "`lm_eval ls tasks` lists, or one of --task-files"
                 )
         return Tasks(manager.load([*names]), examples, seed)
+
+
+@contextmanager
+def confined(purpose: str) -> Iterator[None]:
+    """Runs lm_eval silently, with its own seeds, and with sandboxed templates.
+
+    Raises:
+        RequestError: lm_eval fails.
+    """
+    import datasets
+    import lm_eval.utils
+
+    templates, counted = lm_eval.utils.env, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    before = random.getstate(), np.random.get_state(), logging.root.manager.disable
+    random.seed(_SEEDS[0])
+    np.random.seed(_SEEDS[1])
+    logging.disable(logging.CRITICAL)
+    lm_eval.utils.env = _sandbox(templates)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to the hub, even for local files
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except RequestError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())
+        raise RequestError(f"lm_eval cannot {purpose}: {type(cause).__name__}: {reason}") from None
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        logging.disable(before[2])
+        lm_eval.utils.env = templates
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
+
+
+def _sandbox(environment: Any) -> Any:
+    """Returns a sandboxed Jinja environment: templates of a task file are programs."""
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    sandbox = SandboxedEnvironment(
+        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    sandbox.filters |= environment.filters
+    return sandbox

@@ -1,7 +1,8 @@
-"""The suites, each in a module of its own.
+"""The suites, one module each.
 
-A suite has a `NAME` and four functions: `pieces` of work for a model, `measure` of a piece,
-`summary` of what the pieces gave, and `differences` to the first model.
+A suite has a `NAME` and four functions: `pieces` yields the pieces to measure for a model,
+`measure` returns the result of a piece, `summary` the figures of a model from the results of its
+pieces, and `differences` compares the results of two models.
 """
 
 from types import ModuleType
@@ -13,4 +14,4 @@ SUITES: dict[str, ModuleType] = {
 }
 """Name → module."""
 BY_DEFAULT = text.NAME, memory.NAME, noise.NAME
-"""What runs where no suite is asked for; and `tasks`, where tasks are."""
+"""The suites that run if none is named; and `tasks`, if tasks are named."""

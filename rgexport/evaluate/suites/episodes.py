@@ -1,8 +1,8 @@
-"""The episodes of `memory`: something to remember, and questions about it.
+"""The episodes of `memory`: facts to remember, and questions about them.
 
 All episodes of a task have the same number of tokens, so that they can share a batch. Each answer
-is one token, chosen among candidates: chance is one in so many, whatever the model has learned of
-the language.
+is one token, chosen among candidates: so the chance level is known, whatever the model has learned
+of the language.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.validate.text import built_in_text
 
 _NOUNS = """
 time year people way day man thing woman life child world school state family student group country
@@ -23,22 +23,22 @@ body back parent face others level office door health person art war history par
 morning reason girl guy moment air teacher force
 """.split()
 _LEAST = 16
-"""Nouns of one token that are needed; a vocabulary with fewer is taken by ids."""
+"""Nouns of one token that are needed; otherwise ids of the vocabulary stand for words."""
 _FEWEST = _LEAST + 14 + 6
 """Ids of a vocabulary: symbols, digits, marks, and some for the filler."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """The ids that episodes are made of.
+class EpisodeVocabulary:
+    """The ids that episodes consist of.
 
     Attributes:
-        symbols: keys, values, and what is copied.
+        symbols: keys, values, and the list of `copying`.
         digits: ten, from 0 on.
         between: follow a key or a question.
         end: follow an answer.
-        passkey, copy: begin what is to be remembered, and ask for it.
-        filler: [N], a text that goes on and on.
+        passkey, copy: begin the facts of these tasks, and ask for them.
+        filler: [N], the text between facts and questions, repeated as often as needed.
     """
 
     symbols: list[int]
@@ -52,130 +52,130 @@ class Words:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the id that is right, and the ids that it is chosen from."""
+    """A prompt, the id of the right answer, and the ids it is chosen from."""
 
-    asked: list[int]
+    prompt: list[int]
     answer: int
     candidates: list[int]
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What is to be remembered, and the questions; each answer is given before the next one."""
+    """Facts, and questions about them; the right answer stands before the next question."""
 
-    told: list[int]
+    facts: list[int]
     questions: list[Question]
 
 
-def words_of(tokenizer: Tokenizer | None, vocab_size: int) -> Words:
-    """Words of the vocabulary, or ids that stand for such.
+def vocabulary_of(tokenizer: Tokenizer | None, vocab_size: int) -> EpisodeVocabulary:
+    """Returns words of the tokenizer.
 
-    Without a tokenizer, or with too few nouns of one token, the ids are spread over the vocabulary,
-    and the filler is drawn from the others.
-    """
-    if tokenizer is not None:
-        single = [tokenizer.encode_text(f" {noun}") for noun in _NOUNS]
-        symbols = [ids[0] for ids in single if len(ids) == 1]
-        if len(symbols) >= _LEAST:
-            encode = tokenizer.encode_text
-            digits = [encode(str(digit))[-1] for digit in range(10)]
-            lead, copied = encode("\nThe pass key is "), encode("\nThe list is")
-            own = {*symbols, *digits, *encode(":")}
-            filler = np.array([i for i in encode(built_in_text()) if i not in own], np.int64)
-            return Words(symbols, digits, encode(":"), encode("\n"), lead, copied, filler)
-    return _ids(vocab_size)
-
-
-def _ids(vocab_size: int) -> Words:
-    """Each id has one part; those of symbols, digits and marks are spread over the vocabulary.
+    Without one, or with too few nouns of one token, ids spread over the vocabulary stand for
+    words, and the filler is drawn from the others.
 
     Raises:
         RequestError: the vocabulary is too small.
     """
-    first = min(3, max(0, vocab_size - _FEWEST))  # what is special is there as a rule
+    if tokenizer is not None:
+        encode = tokenizer.encode_text
+        nouns = [encode(f" {noun}") for noun in _NOUNS]
+        symbols = [ids[0] for ids in nouns if len(ids) == 1]
+        if len(symbols) >= _LEAST:
+            digits = [encode(str(digit))[-1] for digit in range(10)]
+            passkey, copy = encode("\nThe pass key is "), encode("\nThe list is")
+            used = {*symbols, *digits, *encode(":")}
+            filler = np.array([i for i in encode(built_in_text()) if i not in used], np.int64)
+            return EpisodeVocabulary(
+                symbols, digits, encode(":"), encode("\n"), passkey, copy, filler
+            )
     if vocab_size < _FEWEST:
         raise RequestError(
             f"a vocabulary of {vocab_size} is too small for the suite memory; expected {_FEWEST}"
         )
+    first = min(3, vocab_size - _FEWEST)  # the first ids are usually control tokens
     chosen = np.linspace(first, vocab_size - 1, _LEAST + 14).astype(int)
     random = np.random.default_rng(0)
-    own = random.permutation(chosen).tolist()
+    ids = random.permutation(chosen).tolist()
     others = np.setdiff1d(np.arange(first, vocab_size), chosen)
-    between, end, passkey, copied = ([token] for token in own[_LEAST + 10 :])
-    symbols, digits = own[:_LEAST], own[_LEAST : _LEAST + 10]
-    return Words(symbols, digits, between, end, passkey, copied, random.choice(others, 1 << 14))
+    between, end, passkey, copy = ([token] for token in ids[_LEAST + 10 :])
+    symbols, digits = ids[:_LEAST], ids[_LEAST : _LEAST + 10]
+    filler = random.choice(others, 1 << 14)
+    return EpisodeVocabulary(symbols, digits, between, end, passkey, copy, filler)
 
 
-def _pairs(words: Words, random: np.random.Generator, pairs: int, asked: int) -> Episode:
-    chosen = random.permutation(words.symbols)[: 2 * pairs].tolist()
+def _line(vocabulary: EpisodeVocabulary, key: int, value: int) -> list[int]:
+    return [key, *vocabulary.between, value, *vocabulary.end]
+
+
+def _pairs(
+    vocabulary: EpisodeVocabulary, random: np.random.Generator, pairs: int, questions: int
+) -> Episode:
+    """Tells keys with values and asks for some values; answered ones are no candidates any more."""
+    chosen = random.permutation(vocabulary.symbols)[: 2 * pairs].tolist()
     keys, values = chosen[:pairs], chosen[pairs:]
-    told = [token for pair in zip(keys, values, strict=True) for token in _line(words, *pair)]
-    order = random.permutation(pairs)[:asked].tolist()
-    leads = [[], *[words.end] * (asked - 1)]
+    facts = [i for pair in zip(keys, values, strict=True) for i in _line(vocabulary, *pair)]
+    order = random.permutation(pairs)[:questions].tolist()
+    asked = []
+    for place, index in enumerate(order):
+        lead = vocabulary.end if place else []
+        candidates = sorted({*values} - {values[i] for i in order[:place]})
+        prompt = [*lead, keys[index], *vocabulary.between]
+        asked.append(Question(prompt, values[index], candidates))
+    return Episode(facts, asked)
+
+
+def _recall(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
+    return _pairs(vocabulary, random, 4, 1)
+
+
+def _several(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
+    return _pairs(vocabulary, random, 8, 4)
+
+
+def _induction(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
+    """Tells one pair.
+
+    Only the right candidate was told, so right answers show that it is known; those of the other
+    tasks show that it is known what belongs together.
+    """
+    key, *values = random.permutation(vocabulary.symbols)[:9].tolist()
+    question = Question([key, *vocabulary.between], values[0], sorted(values))
+    return Episode(_line(vocabulary, key, values[0]), [question])
+
+
+def _passkey(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
+    ids = random.choice(vocabulary.digits, 4).tolist()
+    leads = [vocabulary.passkey, [], [], []]
+    questions = [Question(lead, i, vocabulary.digits) for lead, i in zip(leads, ids, strict=True)]
+    return Episode([*vocabulary.passkey, *ids, *vocabulary.end], questions)
+
+
+def _copying(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
+    """Tells a list of eight symbols; the last is not asked for, as no other candidate is left."""
+    ids = random.permutation(vocabulary.symbols)[:8].tolist()
     questions = [
-        Question([*lead, keys[i], *words.between], values[i], sorted({*values} - given))
-        for lead, i, given in zip(leads, order, _before([values[i] for i in order]), strict=True)
+        Question([] if index else vocabulary.copy, token, sorted(ids[index:]))
+        for index, token in enumerate(ids[:-1])
     ]
-    return Episode(told, questions)
+    return Episode([*vocabulary.copy, *ids, *vocabulary.end], questions)
 
 
-def _before(answers: list[int]) -> list[set[int]]:
-    """What was answered before each answer: no value comes twice."""
-    return [{*answers[:place]} for place in range(len(answers))]
-
-
-def _line(words: Words, key: int, value: int) -> list[int]:
-    return [key, *words.between, value, *words.end]
-
-
-def _recall(words: Words, random: np.random.Generator) -> Episode:
-    return _pairs(words, random, 4, 1)
-
-
-def _several(words: Words, random: np.random.Generator) -> Episode:
-    return _pairs(words, random, 8, 4)
-
-
-def _induction(words: Words, random: np.random.Generator) -> Episode:
-    key, *values = random.permutation(words.symbols)[:9].tolist()
-    return Episode(
-        _line(words, key, values[0]), [Question([key, *words.between], values[0], sorted(values))]
-    )
-
-
-def _passkey(words: Words, random: np.random.Generator) -> Episode:
-    ids = random.choice(words.digits, 4).tolist()
-    leads = [words.passkey, [], [], []]
-    questions = [Question(lead, i, words.digits) for lead, i in zip(leads, ids, strict=True)]
-    return Episode([*words.passkey, *ids, *words.end], questions)
-
-
-def _copying(words: Words, random: np.random.Generator) -> Episode:
-    """The last word is not asked for: it is the only one that is left."""
-    ids = random.permutation(words.symbols)[:8].tolist()
-    questions = [
-        Question([] if place else words.copy, token, sorted(ids[place:]))
-        for place, token in enumerate(ids[:-1])
-    ]
-    return Episode([*words.copy, *ids, *words.end], questions)
-
-
-def _counting(words: Words, random: np.random.Generator) -> Episode:
-    """How often a symbol was said, after five examples."""
-    mark, most = words.symbols[0], 5
+def _counting(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
+    """Repeats a symbol and asks how often, after five examples."""
+    mark, most = vocabulary.symbols[0], 5
     numbers = random.permutation(np.arange(1, most + 1)).tolist()
-    told = [
-        token
-        for number in numbers
-        for token in [*[mark] * number, *words.end, *_line(words, mark, words.digits[number])]
-    ]
-    asked = int(random.integers(1, most + 1))
-    told += [words.symbols[1]] * (most - asked) + [mark] * asked + words.end
-    question = Question([mark, *words.between], words.digits[asked], words.digits[1 : most + 1])
-    return Episode(told, [question])
+    facts = []
+    for number in numbers:
+        facts += [mark] * number + vocabulary.end
+        facts += _line(vocabulary, mark, vocabulary.digits[number])
+    count = int(random.integers(1, most + 1))
+    facts += [vocabulary.symbols[1]] * (most - count) + [mark] * count + vocabulary.end
+    candidates = vocabulary.digits[1 : most + 1]
+    question = Question([mark, *vocabulary.between], vocabulary.digits[count], candidates)
+    return Episode(facts, [question])
 
 
-TASKS: dict[str, Callable[[Words, np.random.Generator], Episode]] = {
+TASKS: dict[str, Callable[[EpisodeVocabulary, np.random.Generator], Episode]] = {
     "induction": _induction,
     "recall": _recall,
     "several": _several,
@@ -183,6 +183,5 @@ TASKS: dict[str, Callable[[Words, np.random.Generator], Episode]] = {
     "copying": _copying,
     "counting": _counting,
 }
-"""Name → what makes an episode: one pair; one of four pairs; four of eight pairs; four digits;
-eight words in their order; how often a word was said. Of `induction`, only the right candidate was
-told: it shows that something is known, the others whether what belongs together is."""
+"""Name → function that makes an episode: one pair; one of four pairs; four of eight pairs; four
+digits; a list of eight words; the number of repetitions of a word."""

@@ -1,8 +1,8 @@
 """The suite `length`: one long text whose state is carried on, to a million tokens and more.
 
-A piece reads some thousand tokens and leaves its state for the next one. At marks (8K, 16K, …) the
-states are looked at, steps are timed, and a state file is left: any engine, here or elsewhere, goes
-on from there with `--state`.
+A piece reads some thousand tokens and passes its state on to the next one. At marks (8K, 16K, …)
+the states are recorded, steps are timed, and a state file is written: any engine, on this machine
+or another, continues from it with `--state`.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from rgexport.chat.state_file import (
 )
 from rgexport.errors import RequestError
 from rgexport.evaluate.figures import mean, mean_difference
-from rgexport.evaluate.losses import further_losses
-from rgexport.evaluate.pieces import Piece, Result, chained
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import Subject
+from rgexport.evaluate.losses import block_sums, further_losses
+from rgexport.evaluate.models import EvaluatedModel
+from rgexport.evaluate.pieces import Measured, Piece, Result, Settings, chained
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites.text import LONGEST_TOKEN, documents
 from rgexport.griffin.state import State
 from rgexport.runtimes.memory import rss_bytes
@@ -39,181 +39,180 @@ from rgexport.runtimes.session import Session
 
 NAME = "length"
 FIRST = 1 << 13
-"""Tokens up to the first mark; each of the next is twice as far."""
+"""Tokens up to the first mark; each further mark is twice as far."""
 _PIECE = 1 << 13
 _BLOCK = 1024
-"""Tokens whose losses are kept as one sum."""
+"""Tokens whose losses are stored as one sum."""
 _STEPS = 16
-"""That are timed at once."""
+"""Steps that are timed together."""
 _TURNS = 24
 _STATE = ".rg_lru"
 
 
 def marks(start: int, last: int) -> list[int]:
-    """Where states are looked at: 8K, 16K, … behind `start`, and the `last` token."""
-    found, at = [], FIRST
-    while at < last:
-        found.append(at)
-        at *= 2
-    return [mark for mark in [*found, last] if mark > start]
+    """Returns 8K, 16K, … and `last`, without the marks up to `start`."""
+    values, mark = [], FIRST
+    while mark < last:
+        values.append(mark)
+        mark *= 2
+    return [mark for mark in [*values, last] if mark > start]
 
 
-def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
-    """A chain of pieces through the text, and one that times steps at both ends in turns.
+def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+    """Yields a chain of pieces through the text; the last one times steps at both ends.
 
     Raises:
-        RequestError: the state file is of another model or text, or behind the end.
+        RequestError: the state file is of another model or text, or beyond the end.
     """
-    subject.require_tokenizer(NAME)
-    text, end = _text(subject, request), request.length
-    start, far = text["start"], marks(text["start"], end)
-    stops = sorted({*far, *range(start + _PIECE, end, _PIECE)})
-    stretches = [
-        text | {"from": first, "to": stop, "mark": stop in far}
+    model.require_tokenizer(NAME)
+    text, end = _text(model, request), request.length
+    start, marked = text["start"], marks(text["start"], end)
+    stops = sorted({*marked, *range(start + _PIECE, end, _PIECE)})
+    chain = [
+        Piece(
+            model.identity,
+            NAME,
+            text | {"from": first, "to": stop, "mark": stop in marked},
+            stop - first,
+        )
         for first, stop in zip([start, *stops], stops, strict=False)
     ]
-    found = [Piece(subject.identity, NAME, work, work["to"] - work["from"]) for work in stretches]
-    if subject.state_identity and len(far) > 1:
-        work = text | {"turns": [far[0], far[-1]]}
-        found.append(Piece(subject.identity, NAME, work, 2 * _TURNS * _STEPS))
-    yield from chained(found)
+    if len(marked) > 1:
+        settings = text | {"turns": [marked[0], marked[-1]]}
+        chain.append(Piece(model.identity, NAME, settings, 2 * _TURNS * _STEPS))
+    yield from chained(chain)
 
 
 @lru_cache(maxsize=1)
-def _text(subject: Subject, request: Request) -> dict[str, Any]:
-    """What is read, from where on, and from which state; all pieces have it."""
-    ids = key_of(_ids(subject, request)[: request.length + 1])[1]
+def _text(model: EvaluatedModel, request: EvaluationRequest) -> dict[str, Any]:
+    ids = key_of(_ids(model, request)[: request.length + 1])[1]
     if request.state is None:
         return {"ids": ids, "start": 0, "state": None}
-    saved = _saved(subject, request)
+    saved = _saved(model, request)
     return {"ids": ids, "start": saved.position, "state": read_state_header(request.state).sha256}
 
 
-def _saved(subject: Subject, request: Request) -> SavedState:
+def _saved(model: EvaluatedModel, request: EvaluationRequest) -> SavedState:
     assert request.state is not None
-    identity = subject.state_identity
-    if identity is None:
-        raise RequestError(f"{subject.label} was not made by rgexport: it takes no state files")
-    saved = read_state(request.state, subject.state_shapes)
-    require_same_model(request.state, saved, identity)
+    saved = read_state(request.state, model.state_shapes)
+    require_same_model(request.state, saved, model.state_identity)
     if saved.position >= request.length:
         raise RequestError(
             f"{request.state} has seen {saved.position} tokens; expected fewer than "
             f"{request.length}: pass a larger --length"
         )
-    if saved.key != key_of(_ids(subject, request)[: saved.position]):
+    if saved.key != key_of(_ids(model, request)[: saved.position]):
         raise RequestError(
             f"{request.state} has seen another text; pass the texts that it was made with (--text)"
         )
     return saved
 
 
-def _ids(subject: Subject, request: Request) -> np.ndarray:
-    """A bos and the texts, one behind the other, over and over: `length` tokens and more."""
-    return _text_ids(subject, request.texts, request.length + 1 + _STEPS)
+def _ids(model: EvaluatedModel, request: EvaluationRequest) -> np.ndarray:
+    return _text_ids(model, request.texts, request.length + 1 + _STEPS)
 
 
 @lru_cache(maxsize=1)
-def _text_ids(subject: Subject, texts: tuple[Path, ...], count: int) -> np.ndarray:
+def _text_ids(model: EvaluatedModel, texts: tuple[Path, ...], count: int) -> np.ndarray:
     longest = count * LONGEST_TOKEN
     text = "\n\n".join(document.text[:longest] for document in documents(texts))[:longest]
-    ids = np.array(subject.encode(text), np.int64)
+    ids = np.array(model.encode(text), np.int64)
     if not len(ids):
         raise RequestError("the texts are empty")
-    bos = np.array(subject.bos, np.int64)
+    bos = np.array(model.bos, np.int64)
     return np.concatenate([bos, np.resize(ids, count - len(bos))])
 
 
 def measure(
-    subject: Subject, session: Session, work: Mapping[str, Any], request: Request
+    model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """Losses of a stretch in sums of blocks; at a mark also norms, states and times.
+    """Returns sums of losses; at a mark also norms, states and times.
 
     Raises:
         RequestError: the texts or the state file are not those of the piece.
     """
-    if any(work[name] != value for name, value in _text(subject, request).items()):
+    if any(settings[name] != value for name, value in _text(model, request).items()):
         raise RequestError("the texts of length have changed, or a worker has others")
-    ids = _ids(subject, request)
-    if "turns" in work:
-        return _in_turns(subject, session, work["turns"], ids, request)
-    first, stop = work["from"], work["to"]
+    ids = _ids(model, request)
+    if "turns" in settings:
+        return _steps_in_turns(model, session, settings["turns"], ids, request)
+    first, stop = settings["from"], settings["to"]
     if first == 0:
         session.reset()
-    elif first == work["start"]:
-        session.set_state(_saved(subject, request).state)
+    elif first == settings["start"]:
+        session.set_state(_saved(model, request).state)
     began = time.perf_counter()
-    each = further_losses(session, ids[first : stop + 1])
+    values = further_losses(session, ids[first : stop + 1])
     seconds = time.perf_counter() - began
-    starts = np.arange(0, len(each), _BLOCK)
-    found = {
-        "sums": np.add.reduceat(each, starts).tolist(),
-        "counts": np.diff([*starts, len(each)]).tolist(),
-        "prefill_seconds": seconds,
-    }
-    return found | (_at_mark(subject, session, stop, ids, request) if work["mark"] else {})
+    result = block_sums(values, _BLOCK) | {"prefill_seconds": seconds}
+    return result | (_at_mark(model, session, stop, ids, request) if settings["mark"] else {})
 
 
 def _at_mark(
-    subject: Subject, session: Session, position: int, ids: np.ndarray, request: Request
+    model: EvaluatedModel,
+    session: Session,
+    position: int,
+    ids: np.ndarray,
+    request: EvaluationRequest,
 ) -> Result:
+    """Records the recurrent states and the time of a step, and writes a state file."""
     state = session.get_state()
     recurrent = {name: a[0] for name, a in state.items() if name.endswith(_STATE)}
-    found = {
-        "step_seconds": float(np.median(timed(session, ids[position : position + _STEPS]))),
+    result = {
+        "step_seconds": float(np.median(step_seconds(session, ids[position : position + _STEPS]))),
         "rss_bytes": rss_bytes(),
         "norms": {name: float(np.linalg.norm(array)) for name, array in recurrent.items()},
         "states": {name: _packed(array) for name, array in recurrent.items()},
     }
     session.set_state(state)
-    if subject.state_identity:
-        key = key_of(ids[:position])
-        saved = SavedState(subject.state_identity, key, state, engine=session.info.engine)
-        path = state_file(subject, position, request)
-        path.parent.mkdir(exist_ok=True)
-        write_state(path, saved)
-    return found
+    key = key_of(ids[:position])
+    saved = SavedState(model.state_identity, key, state, engine=session.info.engine)
+    path = state_file(model, position, request)
+    path.parent.mkdir(exist_ok=True)
+    write_state(path, saved)
+    return result
 
 
-def state_file(subject: Subject, position: int, request: Request) -> Path:
-    """Where the state after so many tokens is left: one file for each model, text and beginning."""
-    of = json.dumps([subject.identity, _text(subject, request)], sort_keys=True)
-    name = f"{subject.label}-{position}-{hashlib.sha256(of.encode()).hexdigest()[:8]}"
+def state_file(model: EvaluatedModel, position: int, request: EvaluationRequest) -> Path:
+    """Returns the path of the state after `position` tokens, for this model, text and start."""
+    facts = json.dumps([model.identity, _text(model, request)], sort_keys=True)
+    name = f"{model.label}-{position}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
     return request.folder / "states" / f"{name}.safetensors"
 
 
-def _in_turns(
-    subject: Subject,
+def _steps_in_turns(
+    model: EvaluatedModel,
     session: Session,
     positions: Sequence[int],
     ids: np.ndarray,
-    request: Request,
+    request: EvaluationRequest,
 ) -> Result:
-    """Seconds of a step at two marks, [turns]: in turns, as the machine's speed varies."""
-    states = [_marked(subject, position, request) for position in positions]
+    """Times a step at two marks in turns, as the machine's speed varies; seconds [2, turns]."""
+    states = [_state_at(model, position, request) for position in positions]
     seconds: list[list[float]] = [[], []]
     for _ in range(_TURNS):
-        for found, position, state in zip(seconds, positions, states, strict=True):
+        for times, position, state in zip(seconds, positions, states, strict=True):
             session.set_state(state)
-            found.append(float(np.median(timed(session, ids[position : position + _STEPS]))))
+            steps = step_seconds(session, ids[position : position + _STEPS])
+            times.append(float(np.median(steps)))
     return {"positions": list(positions), "step_seconds": seconds}
 
 
-def _marked(subject: Subject, position: int, request: Request) -> State:
-    path = state_file(subject, position, request)
+def _state_at(model: EvaluatedModel, position: int, request: EvaluationRequest) -> State:
+    path = state_file(model, position, request)
     if not path.is_file():
         raise RequestError(f"{path} is gone; pass another folder with -o")
-    return read_state(path, subject.state_shapes).state
+    return read_state(path, model.state_shapes).state
 
 
-def timed(session: Session, ids: np.ndarray) -> list[float]:
-    """Seconds of each step but the first, which binds buffers."""
-    found = []
+def step_seconds(session: Session, ids: np.ndarray) -> list[float]:
+    """Returns the seconds of each step but the first, which binds buffers."""
+    seconds = []
     for token in ids:
         began = time.perf_counter()
         session.step(np.array([token]))
-        found.append(time.perf_counter() - began)
-    return found[1:]
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
 
 
 def _packed(array: np.ndarray) -> str:
@@ -224,28 +223,26 @@ def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(b64decode(text), "<f4").astype(np.float64)
 
 
-def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
-    """A point for each mark: the loss since the mark before, speeds, memory, norms of states.
+def summary(measured: Measured) -> Result:
+    """Returns a point for each mark: the loss since the mark before, speeds, memory, state norms.
 
-    `turns` is the time of a step at the last mark in times of that at the first.
+    `turns` is the time of a step at the last mark as a multiple of that at the first.
     """
     points = []
-    for mark, results in _by_mark(found).items():
+    for mark, results in _by_mark(measured).items():
         sums, counts = _joined(results, "sums"), _joined(results, "counts")
         nll, last = mean(sums, counts), results[-1]
+        seconds = sum(result["prefill_seconds"] for result in results)
         points.append(
             {
                 "to": mark,
                 "nll": [nll.value, nll.low, nll.high],
-                "prefill_tokens_per_second": sum(counts)
-                / sum(result["prefill_seconds"] for result in results),
-                "step_seconds": last["step_seconds"],
-                "rss_bytes": last["rss_bytes"],
-                "norms": last["norms"],
+                "prefill_tokens_per_second": sum(counts) / seconds,
+                **{key: last[key] for key in ("step_seconds", "rss_bytes", "norms")},
             }
         )
-    turns = next((result for work, result in found if "turns" in work), None)
-    start = found[0][0]["start"]
+    turns = next((result for settings, result in measured if "turns" in settings), None)
+    start = measured[0][0]["start"]
     return {"start": start, "points": points, "turns": turns and _ratio(turns)}
 
 
@@ -258,33 +255,26 @@ def _ratio(turns: Result) -> Result:
     }
 
 
-def differences(
-    first: Sequence[tuple[Mapping[str, Any], Result]],
-    second: Sequence[tuple[Mapping[str, Any], Result]],
-) -> Result:
-    """What a second model's loss is above the first's, and how far its recurrent states are off.
+def differences(first: Measured, second: Measured) -> Result:
+    """Returns the second model's loss minus the first's, and the distance of their states.
 
-    `states` is the largest difference in the worst layer, in parts of that layer's largest value.
+    `states` is the largest difference in the worst layer, relative to that layer's largest value.
+    There are no points if the two models read other ids.
     """
-    if not _same_text(first, second):
+    texts = [[(s["ids"], s["to"]) for s, _ in side if "to" in s] for side in (first, second)]
+    if texts[0] != texts[1]:
         return {"points": []}
     points = []
     others = _by_mark(second)
     for mark, one in _by_mark(first).items():
         other = others[mark]
-        sums = _joined(one, "sums"), _joined(other, "sums")
-        gap = mean_difference(*sums, _joined(one, "counts"))
-        states = _apart(one[-1]["states"], other[-1]["states"])
+        gap = mean_difference(_joined(one, "sums"), _joined(other, "sums"), _joined(one, "counts"))
+        states = _state_distance(one[-1]["states"], other[-1]["states"])
         points.append({"to": mark, "nll": asdict(gap), "states": states})
     return {"points": points}
 
 
-def _same_text(*runs: Sequence[tuple[Mapping[str, Any], Result]]) -> bool:
-    texts = [[(work["ids"], work.get("to")) for work, _ in run if "to" in work] for run in runs]
-    return texts[0] == texts[1]
-
-
-def _apart(one: Mapping[str, str], other: Mapping[str, str]) -> float | None:
+def _state_distance(one: Mapping[str, str], other: Mapping[str, str]) -> float | None:
     gaps = []
     for name in one.keys() & other.keys():
         a, b = _unpacked(one[name]), _unpacked(other[name])
@@ -292,15 +282,15 @@ def _apart(one: Mapping[str, str], other: Mapping[str, str]) -> float | None:
     return float(max(gaps)) if gaps else None
 
 
-def _by_mark(found: Sequence[tuple[Mapping[str, Any], Result]]) -> dict[int, list[Result]]:
-    """The results up to each mark, from the mark before on."""
+def _by_mark(measured: Measured) -> dict[int, list[Result]]:
+    """Returns mark → the results since the mark before."""
     groups: dict[int, list[Result]] = defaultdict(list)
     waiting: list[Result] = []
-    for work, result in found:
-        if "to" in work:
+    for settings, result in measured:
+        if "to" in settings:
             waiting.append(result)
-            if work["mark"]:
-                groups[work["to"]], waiting = waiting, []
+            if settings["mark"]:
+                groups[settings["to"]], waiting = waiting, []
     return groups
 
 

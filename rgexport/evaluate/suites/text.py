@@ -1,14 +1,14 @@
-"""The suite `text`: perplexity and bits per byte of texts, as they are read in use and in chunks.
+"""The suite `text`: perplexity and bits per byte of texts, in up to three modes.
 
-*Continuous* is the way in which the model is used: one pass over a whole document, whose state is
-carried on. *Chunks* is what llama-perplexity measures: pieces of `context` tokens, each from the
-beginning, of which the second half counts. *Strided* is what a model of limited context is measured
-by: pieces that overlap, of which those tokens count that the piece before has not counted.
+*Continuous* reads a whole document in one pass, as in use: the state is carried on. *Chunks* is
+the measurement of llama-perplexity: pieces of `context` tokens are read from a fresh state, and
+the second half of each counts. *Strided* is the usual measurement for models of limited context:
+pieces of `context` tokens overlap, and a token counts in the first piece that reads it.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -16,23 +16,24 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat.sample_text import built_in_text
 from rgexport.errors import RequestError
-from rgexport.evaluate.figures import Difference, mean, mean_difference
-from rgexport.evaluate.losses import losses
-from rgexport.evaluate.pieces import Piece, Result
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import Subject
+from rgexport.evaluate.figures import mean, mean_difference
+from rgexport.evaluate.losses import block_sums, losses
+from rgexport.evaluate.models import EvaluatedModel
+from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.files.paths import read_text, without_ending
 from rgexport.runtimes.session import Session
-from rgexport.validate.text import built_in_text
 
 NAME = "text"
 BLOCK = 64
-"""Tokens whose losses are kept as one sum: neighbours are alike, so errors are of blocks."""
+"""Tokens whose losses are stored as one sum. Losses of neighbours are correlated, so intervals are
+computed from blocks."""
 _ENDINGS = ".txt", ".md", ".rst", ".py", ".json", ".csv", ".html"
 _BUILT_IN = "built-in"
 LONGEST_TOKEN = 32
-"""Characters of a token, at most, when a long text is cut before it is encoded."""
+"""Most characters of a token; a long text is cut by it before it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,26 @@ class Document:
 
     @property
     def sha256(self) -> str:
-        """Of its bytes."""
+        """The hash of the text in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @cache
 def documents(paths: tuple[Path, ...]) -> list[Document]:
-    """The files, and the texts of the folders; without any, the text that comes with rgexport.
+    """Returns the text files at the paths and in folders, each once; the built-in text for none.
 
-    They are read once, and each is there once.
-
-    The domain of a file is its name without an ending such as `.txt`; that of a file in a folder is
-    the folder below it, such as `prose` of `texts/prose/emma.txt` for `texts`.
+    The domain of a file is its name without an ending such as `.txt`. The domain of a file in a
+    folder is the name of the first folder below: `prose` for `texts/prose/emma.txt` in `texts`.
 
     Raises:
-        RequestError: a file that is not there or not UTF-8, or a folder without texts.
+        RequestError: a file is missing or not UTF-8, or a folder has no texts.
     """
     if not paths:
         return [Document(_BUILT_IN, _BUILT_IN, built_in_text())]
-    return list(dict.fromkeys(document for path in paths for document in _found(path)))
+    return list(dict.fromkeys(document for path in paths for document in _documents_at(path)))
 
 
-def _found(path: Path) -> Iterator[Document]:
+def _documents_at(path: Path) -> Iterator[Document]:
     if not path.is_dir():
         domain = without_ending(path.name, _ENDINGS)
         yield Document(path.name, domain, read_text(path))
@@ -75,22 +74,38 @@ def _found(path: Path) -> Iterator[Document]:
     if not files:
         raise RequestError(f"{path} has no texts; expected files that end in {', '.join(_ENDINGS)}")
     for file in files:
-        parts = file.relative_to(path).parts
-        domain = parts[0] if len(parts) > 1 else path.resolve().name
-        yield Document("/".join(parts), domain, read_text(file))
+        names = file.relative_to(path).parts
+        domain = names[0] if len(names) > 1 else path.resolve().name
+        yield Document("/".join(names), domain, read_text(file))
 
 
-def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
-    """A piece for each document and each way to read it."""
-    subject.require_tokenizer(NAME)
+def document_of(settings: Settings, request: EvaluationRequest) -> Document:
+    """Returns the document of a piece.
+
+    Raises:
+        RequestError: it is missing, or has changed.
+    """
     for document in documents(request.texts):
-        ids = _ids(subject, document, request.limit)
-        if len(ids) < 2:
+        if document.sha256 == settings["sha256"]:
+            return document
+    raise RequestError(f"the text {settings['document']} has changed, or a worker has another one")
+
+
+def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+    """Yields a piece for each document and mode."""
+    model.require_tokenizer(NAME)
+    # Context and stride: both None in continuous mode, only the stride in chunks.
+    modes: list[tuple[int | None, int | None]] = [(None, None), (request.context, None)]
+    if request.stride is not None:
+        modes.append((request.context, request.stride))
+    for document in documents(request.texts):
+        count = len(_ids(model, document, request.limit))
+        if count < 2:
             raise RequestError(f"{document.name} is too short; expected a text of 2 tokens or more")
-        for context, stride in _ways(request):
-            if stride is None and context is not None and len(ids) < context:
+        for context, stride in modes:
+            if stride is None and context is not None and count < context:
                 continue
-            work = {
+            settings = {
                 "document": document.name,
                 "domain": document.domain,
                 "sha256": document.sha256,
@@ -98,136 +113,114 @@ def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
                 "context": context,
                 "stride": stride,
             }
-            times = context / stride if context and stride else 1
-            yield Piece(subject.identity, NAME, work, int(times * len(ids)))
-
-
-def _ways(request: Request) -> list[tuple[int | None, int | None]]:
-    """Context and stride: none of both for continuous, only a context for chunks."""
-    strided = [] if request.stride is None else [(request.context, request.stride)]
-    return [(None, None), (request.context, None), *strided]
+            passes = context / stride if context and stride else 1
+            yield Piece(model.identity, NAME, settings, int(passes * count))
 
 
 def measure(
-    subject: Subject, session: Session, work: Mapping[str, Any], request: Request
+    model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """The losses of a document, in sums of blocks: of `context` tokens each, or of all in one."""
-    document = the_document(work, request)
-    ids = _ids(subject, document, work["limit"])
-    found = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
-    if work["context"] is None:
-        each = losses(session, ids)
-        return found | _summed(each) | {"bytes": _bytes(subject, ids[1:])}
-    if work["stride"] is not None:
-        each = _strided_losses(subject, session, ids, work["context"], work["stride"])
-        return found | _summed(each) | {"bytes": _bytes(subject, ids[1:])}
-    return found | _summed(_chunk_losses(subject, session, ids, work["context"]))
+    """Returns the losses of a document in sums of `BLOCK` tokens."""
+    document = document_of(settings, request)
+    ids = _ids(model, document, settings["limit"])
+    context, stride = settings["context"], settings["stride"]
+    result: Result = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
+    if context is not None and stride is None:
+        return result | block_sums(_chunk_losses(model, session, ids, context), BLOCK)
+    if context is None:
+        values = losses(session, ids)
+    else:
+        values = _strided_losses(model, session, ids, context, stride)
+    assert model.tokenizer is not None
+    size = sum(len(model.tokenizer.surface(token)) for token in ids[1:].tolist())
+    return result | block_sums(values, BLOCK) | {"bytes": size}
 
 
-def the_document(work: Mapping[str, Any], request: Request) -> Document:
-    """The document of a piece.
-
-    Raises:
-        RequestError: it is not there, or not any more.
-    """
-    for document in documents(request.texts):
-        if document.sha256 == work["sha256"]:
-            return document
-    raise RequestError(f"the text {work['document']} has changed, or a worker has another one")
-
-
-def _bytes(subject: Subject, ids: np.ndarray) -> int:
-    assert subject.tokenizer is not None
-    return sum(len(subject.tokenizer.surface(token)) for token in ids.tolist())
-
-
-def _ids(subject: Subject, document: Document, limit: int | None) -> np.ndarray:
-    """A bos and the document, at most `limit` tokens, int64."""
+def _ids(model: EvaluatedModel, document: Document, limit: int | None) -> np.ndarray:
+    """Returns a bos and the document, at most `limit` tokens, int64."""
     text = document.text if limit is None else document.text[: limit * LONGEST_TOKEN]
-    return np.array([*subject.bos, *subject.encode(text)], np.int64)[:limit]
+    return np.array([*model.bos, *model.encode(text)], np.int64)[:limit]
 
 
-def _chunk_losses(subject: Subject, session: Session, ids: np.ndarray, context: int) -> np.ndarray:
-    """Of the second halves of whole chunks, whose first token becomes a bos."""
-    found = []
+def _chunk_losses(
+    model: EvaluatedModel, session: Session, ids: np.ndarray, context: int
+) -> np.ndarray:
+    """Returns the losses in the second half of each whole chunk; its first token becomes a bos."""
+    halves = []
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
-        chunk[: len(subject.bos)] = subject.bos
-        found.append(losses(session, chunk)[context // 2 :])
-    return np.concatenate(found)
+        chunk[: len(model.bos)] = model.bos
+        halves.append(losses(session, chunk)[context // 2 :])
+    return np.concatenate(halves)
 
 
 def _strided_losses(
-    subject: Subject, session: Session, ids: np.ndarray, context: int, stride: int
+    model: EvaluatedModel, session: Session, ids: np.ndarray, context: int, stride: int
 ) -> np.ndarray:
-    """Of all tokens but the first; each piece begins with a bos, which is one of its tokens."""
-    bos = np.array(subject.bos, np.int64)
-    text, found, counted = ids[len(bos) :], [], 0
-    room = context - len(bos)
+    """Returns the loss of every token but the first.
+
+    A piece consists of a bos and up to `context - 1` tokens of the text. Only the tokens after the
+    end of the previous piece count.
+    """
+    bos = np.array(model.bos, np.int64)
+    text, values, counted = ids[len(bos) :], [], 0
     for start in range(0, len(text), stride):
-        stop = min(start + room, len(text))
-        each = losses(session, np.concatenate([bos, text[start:stop]]))
-        new = stop - counted
-        found.append(each[max(0, len(each) - new) :])
+        stop = min(start + context - len(bos), len(text))
+        piece = losses(session, np.concatenate([bos, text[start:stop]]))
+        values.append(piece[max(0, len(piece) - (stop - counted)) :])
         counted = stop
         if stop == len(text):
             break
-    return np.concatenate(found)
+    return np.concatenate(values)
 
 
-def _summed(each: np.ndarray) -> Result:
-    starts = np.arange(0, len(each), BLOCK)
-    counts = np.diff([*starts, len(each)])
-    return {"sums": np.add.reduceat(each, starts).tolist(), "counts": counts.tolist()}
+_MODE = "domain", "context", "stride"
 
 
-def summary(found: Sequence[tuple[Mapping[str, Any], Result]]) -> Result:
-    """By domain and way of reading: perplexity, bits per byte, and the curve by position."""
+def _mode(settings: Settings) -> tuple[Any, ...]:
+    return tuple(settings[key] for key in _MODE)
+
+
+def summary(measured: Measured) -> Result:
+    """Returns perplexity and bits per byte by domain and mode, and the loss by position."""
     groups = defaultdict(list)
-    for work, result in found:
-        groups[work["domain"], work["context"], work["stride"]].append(result)
+    for settings, result in measured:
+        groups[_mode(settings)].append(result)
+    continuous = [result for settings, result in measured if settings["context"] is None]
     return {
         "domains": [
-            {"domain": domain, "context": context, "stride": stride} | _of_documents(results)
-            for (domain, context, stride), results in groups.items()
+            dict(zip(_MODE, mode, strict=True)) | _perplexity(results)
+            for mode, results in groups.items()
         ],
-        "by_position": _by_position([r for work, r in found if work["context"] is None]),
+        "by_position": _by_position(continuous),
     }
 
 
-def differences(
-    first: Sequence[tuple[Mapping[str, Any], Result]],
-    second: Sequence[tuple[Mapping[str, Any], Result]],
-) -> Result:
-    """What a second model's loss is above the first's on the same tokens, by domain, in nats.
+def differences(first: Measured, second: Measured) -> Result:
+    """Returns the second model's loss minus the first's on the same tokens, by domain and mode.
 
-    Documents that the two read as other tokens are left out.
+    Documents whose token ids differ between the two models are left out.
     """
+
+    def document(settings: Settings) -> tuple[Any, ...]:
+        return settings["document"], settings["sha256"], *_mode(settings)
+
+    others = {document(settings): result for settings, result in second}
     groups = defaultdict(list)
-    others = {_place(work): result for work, result in second}
-    for work, one in first:
-        other = others.get(_place(work), {})
+    for settings, one in first:
+        other = others.get(document(settings), {})
         if one["ids"] == other.get("ids"):
-            groups[work["domain"], work["context"], work["stride"]].append((one, other))
-    return {
-        "domains": [
-            {"domain": domain, "context": context, "stride": stride}
-            | {"nll": asdict(_difference(pairs))}
-            for (domain, context, stride), pairs in groups.items()
-        ]
-    }
+            groups[_mode(settings)].append((one, other))
+    entries = []
+    for mode, pairs in groups.items():
+        before, after = ([x for pair in pairs for x in pair[side]["sums"]] for side in (0, 1))
+        counts = [x for one, _ in pairs for x in one["counts"]]
+        gap = asdict(mean_difference(before, after, counts))
+        entries.append(dict(zip(_MODE, mode, strict=True)) | {"nll": gap})
+    return {"domains": entries}
 
 
-def _place(work: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(work[key] for key in ("document", "domain", "sha256", "context", "stride"))
-
-
-def _difference(pairs: Sequence[tuple[Result, Result]]) -> Difference:
-    before, after = ([x for pair in pairs for x in pair[side]["sums"]] for side in (0, 1))
-    return mean_difference(before, after, [x for one, _ in pairs for x in one["counts"]])
-
-
-def _of_documents(results: Sequence[Result]) -> Result:
+def _perplexity(results: Sequence[Result]) -> Result:
     sums = [value for result in results for value in result["sums"]]
     counts = [value for result in results for value in result["counts"]]
     nll = mean(sums, counts)
@@ -241,7 +234,7 @@ def _of_documents(results: Sequence[Result]) -> Result:
 
 
 def _by_position(results: Sequence[Result]) -> list[Result]:
-    """The mean loss from each power of two on, counted from the start of a document."""
+    """Returns the mean loss from each power of two on, counted from the start of a document."""
     sums: dict[int, list[float]] = defaultdict(list)
     counts: dict[int, list[int]] = defaultdict(list)
     for result in results:
@@ -251,6 +244,6 @@ def _by_position(results: Sequence[Result]) -> list[Result]:
             counts[bucket].append(count)
     curve = []
     for bucket in sorted(sums):
-        found = mean(sums[bucket], counts[bucket])
-        curve.append({"from": bucket, "nll": [found.value, found.low, found.high]})
+        nll = mean(sums[bucket], counts[bucket])
+        curve.append({"from": bucket, "nll": [nll.value, nll.low, nll.high]})
     return curve

@@ -1,116 +1,117 @@
-"""The suite `window`: the same model with smaller attention windows, never trained for them.
+"""The suite `window`: the model with smaller attention windows, which it was not trained for.
 
-The smallest is 0: a token sees only itself, and only the recurrent states remember.
+The smallest window is 0: a token attends to itself alone, and only the recurrent states remember.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from rgexport.evaluate.pieces import Piece, Result
-from rgexport.evaluate.request import Request
-from rgexport.evaluate.subjects import Subject
+from rgexport.evaluate.models import EvaluatedModel
+from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
+from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import memory, text
-from rgexport.evaluate.suites.length import timed
+from rgexport.evaluate.suites.length import step_seconds
 from rgexport.runtimes.session import Session
 
 NAME = "window"
-_PARTS = 1, 2, 4, 8
+_DIVISORS = 1, 2, 4, 8
 _INNER: dict[str, ModuleType] = {suite.NAME: suite for suite in (text, memory)}
+"""The suites that are run with each window."""
 _SPEED = "speed"
 _STEPS = 48
-Found = Sequence[tuple[Mapping[str, Any], Result]]
 
 
 def windows(full: int) -> list[int]:
-    """The full window, its half, quarter and eighth, and 0."""
-    return list(dict.fromkeys([*(full // part for part in _PARTS), 0]))
+    """Returns the full window, its half, quarter and eighth, and 0."""
+    return list(dict.fromkeys([*(full // divisor for divisor in _DIVISORS), 0]))
 
 
-def pieces(subject: Subject, request: Request) -> Iterator[Piece]:
-    """For each window: the texts, the tasks of `memory`, and the time of a step.
+def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+    """Yields for each window the texts, the tasks of `memory`, and a measurement of speed.
 
     Raises:
-        RequestError: no layer of the model has attention, its window cannot be changed, or it has
-            no tokenizer.
+        RequestError: the model has no attention or no tokenizer, or its window cannot be changed.
     """
-    subject.require_narrowing()
-    subject.require_tokenizer(NAME)
-    for window in windows(subject.window):
+    model.require_narrowing()
+    model.require_tokenizer(NAME)
+    for window in windows(model.window):
         for suite in _INNER.values():
             before: Piece | None = None
-            for inner in suite.pieces(subject, request):
-                if inner.work.get("context") is not None:
+            for inner in suite.pieces(model, request):
+                if inner.settings.get("context") is not None:
                     continue
-                work = {"window": window, "suite": suite.NAME, "work": inner.work}
+                settings = {"window": window, "suite": suite.NAME, "work": inner.settings}
                 after = before.key if before and inner.after else None
-                before = replace(inner, suite=NAME, work=work, after=after)
+                before = replace(inner, suite=NAME, settings=settings, after=after)
                 yield before
-        yield Piece(subject.identity, NAME, {"window": window, "suite": _SPEED}, _STEPS)
+        yield Piece(model.identity, NAME, {"window": window, "suite": _SPEED}, _STEPS)
 
 
 def measure(
-    subject: Subject, session: Session, work: Mapping[str, Any], request: Request
+    model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """As the suite within; or seconds of a step behind a full window, and bytes of state."""
-    if work["suite"] != _SPEED:
-        found: Result = _INNER[work["suite"]].measure(subject, session, work["work"], request)
-        return found
+    """Returns the inner suite's result, or the time of a step and the bytes of the state."""
+    if settings["suite"] != _SPEED:
+        suite = _INNER[settings["suite"]]
+        result: Result = suite.measure(model, session, settings["work"], request)
+        return result
     random = np.random.default_rng(0)
-    full = subject.window
     session.reset()
-    session.prefill(random.integers(session.vocab_size, size=(1, full)))
-    seconds = timed(session, random.integers(session.vocab_size, size=_STEPS))
+    session.prefill(random.integers(session.vocab_size, size=(1, model.window)))
+    seconds = step_seconds(session, random.integers(session.vocab_size, size=_STEPS))
     return {"step_seconds": float(np.median(seconds)), "state_bytes": session.info.state_bytes}
 
 
-def summary(found: Found) -> Result:
-    """For each window what the suites within say, also beside the full one.
+def summary(measured: Measured) -> Result:
+    """Returns the inner suites' figures by window, and their differences to the full window.
 
     `all_texts` is the loss over all domains.
     """
-    own = _by_window(found)
-    full = next(iter(own.values()))
-    return {"windows": [_of_window(window, own[window], full) for window in own]}
+    by_window = _by_window(measured)
+    full = next(iter(by_window.values()))
+    return {"windows": [_of_window(window, by_window[window], full) for window in by_window]}
 
 
-def _of_window(window: int, own: Mapping[str, Found], full: Mapping[str, Found]) -> Result:
-    speed = own[_SPEED][0][1]
+def _of_window(window: int, suites: Mapping[str, Measured], full: Mapping[str, Measured]) -> Result:
+    speed = suites[_SPEED][0][1]
     row = {key: speed[key] for key in ("step_seconds", "state_bytes")} | {"window": window}
     for name, suite in _INNER.items():
-        row[name] = suite.summary(own[name])
-        row[f"{name}_above_full"] = suite.differences(full[name], own[name])
-    texts, full_texts = (_in_one_domain(found[text.NAME]) for found in (own, full))
+        row[name] = suite.summary(suites[name])
+        row[f"{name}_above_full"] = suite.differences(full[name], suites[name])
+    texts, full_texts = (
+        [({**settings, "domain": "all"}, result) for settings, result in measured[text.NAME]]
+        for measured in (suites, full)
+    )
     (row["all_texts"],) = text.summary(texts)["domains"]
     (gap,) = text.differences(full_texts, texts)["domains"]
     row["all_texts_above_full"] = gap["nll"]
     return row
 
 
-def _in_one_domain(found: Found) -> Found:
-    return [({**work, "domain": "all"}, result) for work, result in found]
-
-
-def differences(first: Found, second: Found) -> Result:
-    """For each window that both have, as the suites within."""
+def differences(first: Measured, second: Measured) -> Result:
+    """Returns the inner suites' differences for each window that both models have."""
     others = _by_window(second)
     return {
         "windows": [
             {"window": window}
-            | {name: s.differences(own[name], others[window][name]) for name, s in _INNER.items()}
-            for window, own in _by_window(first).items()
+            | {
+                name: s.differences(suites[name], others[window][name])
+                for name, s in _INNER.items()
+            }
+            for window, suites in _by_window(first).items()
             if window in others
         ]
     }
 
 
-def _by_window(found: Found) -> dict[int, dict[str, Found]]:
-    """Window → suite → the works within, and what they gave."""
+def _by_window(measured: Measured) -> dict[int, dict[str, Measured]]:
+    """Returns window → inner suite → settings and results of its pieces."""
     groups: dict[int, dict[str, Any]] = {}
-    for work, result in found:
-        suites = groups.setdefault(work["window"], {})
-        suites.setdefault(work["suite"], []).append((work.get("work", {}), result))
+    for settings, result in measured:
+        suites = groups.setdefault(settings["window"], {})
+        suites.setdefault(settings["suite"], []).append((settings.get("work", {}), result))
     return groups

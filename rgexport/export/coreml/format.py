@@ -13,8 +13,8 @@ from rgexport.export.format import CardText, FolderFormat, Layouts, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.files.typed_json import Mismatch, shown_key
 from rgexport.quantize.plan import COREML_PRECISIONS
-from rgexport.quantize.scheme import Scheme
-from rgexport.tables import Table
+from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.reporting.tables import Table
 
 _RUN = """\
 `model.mlpackage` goes into an Xcode project, for iOS 18, macOS 15 and later. It has two functions
@@ -55,6 +55,8 @@ class CoreMLFormat(FolderFormat):
     precisions = COREML_PRECISIONS
     entries = (PACKAGE, ENDS)
     foreign_kind = "mlpackage"
+    alignment = part_header = 64
+    graph_bytes = 124_000
     runs_on = "on iOS 18 and macOS 15: what ends in .mlpackage goes into an Xcode project"
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
@@ -65,6 +67,10 @@ class CoreMLFormat(FolderFormat):
 
     def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
         return part_layouts(shape, scheme)
+
+    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
+        """Returns the closest scheme without padding, see `Format`."""
+        return super().candidate(scheme.fitted(shape), shape)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         assert isinstance(manifest, CoreMLManifest)

@@ -1,12 +1,20 @@
 """The format of GGUF files."""
 
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FileFormat, installation
+from rgexport.export.format import CardText, FileFormat, Layouts, installation
 from rgexport.export.manifest import Manifest
+from rgexport.griffin.layout import model_tensors
+from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.plan import PRECISIONS
+from rgexport.quantize.scheme import Scheme, Uniform
+
+if TYPE_CHECKING:
+    from rgexport.griffin.checkpoint import Checkpoint
 
 _RUN = """\
 {install}, beside the file:
@@ -19,6 +27,10 @@ which take the file as well (`docs/gguf.md` in rgexport's repository). Stock lla
 LM Studio do not know the architecture yet."""
 
 
+_TENSOR_BYTES = 96
+"""Bytes of a tensor's name, shape, type and offset."""
+
+
 class GgufFormat(FileFormat):
     """One file, with a manifest in its metadata; its card is written when it is uploaded."""
 
@@ -28,6 +40,8 @@ class GgufFormat(FileFormat):
         "Studio do not know RecurrentGemma yet)"
     )
     library = "gguf"
+    alignment = 32
+    has_row_groups = False
     hash_name = "data_sha256"  # no file can hold its own hash
 
     def owns(self, path: Path) -> bool:
@@ -38,6 +52,26 @@ class GgufFormat(FileFormat):
         from rgexport.export.gguf.artifact import open_gguf
 
         return open_gguf(path, verify=verify)
+
+    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+        """Returns the bytes of a ggml type, see `Format`; other schemes become float32."""
+        kind = scheme.ggml_type or "f32"
+        return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}
+
+    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
+        """Returns a ggml type whose blocks fit into the rows, see `Format`."""
+        kind = scheme.ggml_type
+        fits = kind and shape[0] > 1 and TYPES[kind].fits(shape[1])
+        return scheme if fits else None
+
+    def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
+        """Estimates the bytes of tensor headers, and of each token's text, score and type."""
+        from rgexport.export.gguf.vocabulary import read_vocabulary
+
+        vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
+        tokens = [] if vocabulary is None else vocabulary.tokens
+        tensors = _TENSOR_BYTES * len(model_tensors(checkpoint.config))
+        return tensors + sum(len(token.encode()) + 16 for token in tokens)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         run = _RUN.format(install=installation(), verb=verb.replace(" .", " FILE.gguf", 1))

@@ -9,7 +9,7 @@ from typing import Any
 from rgexport.export.mil.checks import check_without_manifest, made_by_rgexport
 from rgexport.export.mil.package import PACKAGE_SUFFIX, Package, file_values, open_package
 from rgexport.export.mil.program import Function
-from rgexport.tables import Row, Table
+from rgexport.reporting.tables import Row, Table
 from rgexport.units import amount
 
 KIND = "mlpackage"

@@ -59,6 +59,9 @@ class OnnxFormat(FolderFormat):
     entries = (MODEL_FILE,)
     precisions = PRECISIONS
     planned_precisions = ("int3",)
+    alignment = 4096
+    graph_bytes = 24_000
+    keeps_bfloat16_gates = True
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
         return OnnxArtifact(folder, manifest)

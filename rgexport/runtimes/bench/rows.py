@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from rgexport.tables import Table, render
+from rgexport.reporting.tables import Table, markdown, render
 from rgexport.units import amount
 
 
@@ -89,11 +89,7 @@ def as_table(rows: Sequence[BenchRow]) -> str:
 
 
 def as_markdown(rows: Sequence[BenchRow]) -> str:
-    header, cells = _cells(rows)
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *cells]
-    return "\n".join(
-        ["; ".join(_titles(rows[0])), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
-    )
+    return f"{'; '.join(_titles(rows[0]))}\n\n{markdown(*_cells(rows))}\n"
 
 
 def _cells(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

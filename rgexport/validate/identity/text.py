@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rgexport._version import __version__
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact, files_of
@@ -36,7 +37,6 @@ from rgexport.griffin.tokenizer_files import (
 from rgexport.kernels.onnx.library import LIBRARY
 from rgexport.progress import without_warnings
 from rgexport.validate.identity.items import IdentityItem, compared, first_names, not_compared
-from rgexport.validate.text import built_in_text
 
 Items = Mapping[str, str | None]
 """Name → value in words; None where there is none."""

@@ -1,13 +1,13 @@
 """The implementations that can compute a reference: rgexport's own, and DeepMind's."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
-from rgexport.errors import NotInstalled, RequestError
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.device import torch_device
+from rgexport.griffin.layout import float32_bytes
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import note
@@ -78,34 +78,6 @@ def _open_deepmind(device: str, config: GriffinConfig, weights: WeightSource) ->
             f"{amount(free)} are free; leave it out: rgexport's own reads layer by layer"
         )
     return DeepMindModel(config, weights, device=device)
-
-
-def torch_device(device: str = "auto") -> str:
-    """Returns a device that torch can use; `auto` is CUDA where there is one.
-
-    Raises:
-        NotInstalled: there is no torch.
-        RequestError: it has no such device.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise NotInstalled(
-            "this needs torch for the reference model: pip install 'rgexport[export]'"
-        ) from None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
-    return device
-
-
-def float32_bytes(config: GriffinConfig) -> int:
-    """Returns the size of all weights in float32."""
-    return 4 * sum(math.prod(spec.shape) for spec in model_tensors(config).values())
 
 
 def _free_bytes(device: str) -> int | None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Mismatch, parse_json
-from rgexport.validate.text import SEED, Text, built_in_text, encode
+from rgexport.validate.text import SEED, Text, encode
 
 LONG_WINDOWS = 2.25
 """Length of the longest built-in prompt in windows, …"""

@@ -3,13 +3,33 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rgexport import progress, tables
+from rgexport import progress
 from rgexport.export.advice import as_argument
-from rgexport.tables import Table
+from rgexport.reporting import tables
+from rgexport.reporting.numbers import number
+from rgexport.reporting.tables import Table
 from rgexport.units import amount
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
-from rgexport.validate.report.result_tables import (
+from rgexport.validate.report.sentences import (
+    MOST_NAMED,
+    answers_of,
+    bits_text,
+    check_text,
+    counted_checks,
+    counted_verdicts,
+    doubt_text,
+    not_passed,
+    proof_sentences,
+    quality_meaning,
+    quality_text,
+    shortfall_text,
+    source_text,
+    speed_text,
+    structure_text,
+    verdict_text,
+)
+from rgexport.validate.report.tables import (
     DRIFT,
     PROMPT,
     bisect_tables,
@@ -25,52 +45,35 @@ from rgexport.validate.report.result_tables import (
     summary_table,
     weight_table,
 )
-from rgexport.validate.report.words import (
-    MOST_NAMED,
-    answers_of,
-    bits_words,
-    check_words,
-    counted_checks,
-    counted_verdicts,
-    doubt_words,
-    not_passed,
-    number,
-    part_words,
-    quality_words,
-    shortfall_words,
-    source_words,
-    speed_words,
-    structure_words,
-    verdict_words,
-)
 from rgexport.validate.result import Result
 from rgexport.validate.states import worst
 
 MOST_PROMPT = 60
 """Characters of a prompt: its last ones."""
 MOST_SUSPECTS = 3
-"""Of each artifact where there are several."""
-_WORDS = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
+"""Suspects of each of several artifacts."""
+_OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
+Blocks = Iterator[str | Table]
 
 
 def render(result: Result, page: Path | None = None) -> str:
-    """The report; `page` is where it was written as HTML."""
+    """Returns the report; `page` is the path of its HTML page, if it was written."""
     return tables.render((_everything if progress.verbose else _summary)(result, page))
 
 
 def render_several(results: Sequence[Result], page: Path | None = None) -> str:
-    """All artifacts in one table, followed by what failed."""
+    """Returns all artifacts in one table, followed by the failures."""
     return tables.render(_overview(results, page))
 
 
-def _overview(results: Sequence[Result], page: Path | None) -> Iterator[str | Table]:
-    yield f"{verdict_words(*results)}  {counted_verdicts(results)}\n"
+def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
+    yield f"{verdict_text(*results)}  {counted_verdicts(results)}\n"
     yield overview(results)
     for result in results:
-        if short := shortfall_words(result):
+        if short := shortfall_text(result):
             yield f"{result.artifact.path}: {short}"
         if result.verdict_scope == "text":
-            yield f"{result.artifact.path}: graph: {structure_words(result)}"
+            yield f"{result.artifact.path}: graph: {structure_text(result)}"
         if result.verdict != "PASS":
             yield result.artifact.path
             yield from _failures(result)
@@ -79,20 +82,20 @@ def _overview(results: Sequence[Result], page: Path | None) -> Iterator[str | Ta
     yield _environment(results[0]) if progress.verbose else _next_step(results, page)
 
 
-def _summary(r: Result, page: Path | None) -> Iterator[str | Table]:
-    """What fits a screen, and what was asked for by `--bisect`."""
+def _summary(r: Result, page: Path | None) -> Blocks:
+    """Yields what fits a screen, and the tables of `--bisect`."""
     yield from _head(r)
     if r.reference is not None:
         yield from _warnings(r.reference)
     yield summary_table(r)
-    yield from _answers(sorted(r.continuations or [], key=lambda one: one.common)[:1])
+    yield from _answers(sorted(r.continuations or [], key=lambda text: text.common)[:1])
     if r.layers is not None or r.suspects:
         yield ""
         yield from bisect_tables(None, r.layers, r.suspects or ())
     yield _next_step([r], page)
 
 
-def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
+def _everything(r: Result, page: Path | None) -> Blocks:
     yield from _head(r)
     yield ""
     yield logits_table(r)
@@ -102,7 +105,7 @@ def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
         yield drift_table(r)
     yield from bisect_tables(r.sites, r.layers, r.suspects or ())
     if r.reference is not None:
-        yield from _file_parts(r.reference)
+        yield from _reference_file(r.reference)
     yield from _answers(r.continuations or [])
     if r.weights is not None:
         yield weight_table(r.weights)
@@ -110,41 +113,33 @@ def _everything(r: Result, page: Path | None) -> Iterator[str | Table]:
 
 
 def _head(r: Result) -> Iterator[str]:
-    """The verdict, what failed, and what was compared with what."""
+    """Yields the verdict, the failures, and what was compared with what."""
     a, engine, text = r.artifact, r.engine, r.text
-    yield f"{verdict_words(r)}  {a.path}: {counted_checks(r)}"
-    yield from _quality(r)
+    yield f"{verdict_text(r)}  {a.path}: {counted_checks(r)}"
+    if (q := r.quality) is not None:
+        yield f"{q.grade.upper()}  quality{doubt_text(q)}: {quality_text(q)}"
+        yield quality_meaning(r, q)
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
-    speed = f"; {speed_words(r)}" if r.speed else ""
+    speed = f"; {speed_text(r)}" if r.speed else ""
     yield ""
-    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {bits_words(r)}"
+    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {bits_text(r)}"
     tokens = f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"{engine.title}, {engine.threads} threads{speed}; {tokens}"
     if progress.verbose or not r.source.same_files:
-        yield f"original: {source_words(r)}"
-    yield from (f"{part}: {sentence}" for part, sentence in part_words(r).items())
+        yield f"original: {source_text(r)}"
+    yield from (f"{name}: {sentence}" for name, sentence in proof_sentences(r).items())
 
 
-def _quality(r: Result) -> Iterator[str]:
-    """The second verdict; nothing where there was no original to compare with."""
-    if (q := r.quality) is not None:
-        yield f"{q.grade.upper()}  quality{doubt_words(q)}: {quality_words(q)}"
-        yield f"{q.meaning} {shortfall_words(r)}".rstrip()
-
-
-def _answers(found: Sequence[Continuation]) -> Iterator[str]:
-    """What both models write after a prompt; the first token that differs is in brackets."""
-    for one in found:
-        yield f"After “{_end_of(one.prompt)}”, {one.common} of {one.tokens} tokens are the same:"
-        for side, answer in zip(("original", "artifact"), answers_of(one), strict=True):
+def _answers(continuations: Sequence[Continuation]) -> Iterator[str]:
+    """Yields both models' texts after a prompt; the first token that differs is in brackets."""
+    for text in continuations:
+        prompt = _one_line(text.prompt)
+        end = prompt if len(prompt) <= MOST_PROMPT else f"…{prompt[-MOST_PROMPT:]}"
+        yield f"After “{end}”, {text.common} of {text.tokens} tokens are the same:"
+        for side, answer in zip(("original", "artifact"), answers_of(text), strict=True):
             differing = f"[{answer.differing}]" if answer.differing else ""
             yield f"  {side}  {_one_line(answer.shared + differing + answer.rest)}"
-
-
-def _end_of(prompt: str) -> str:
-    text = _one_line(prompt)
-    return text if len(text) <= MOST_PROMPT else f"…{text[-MOST_PROMPT:]}"
 
 
 def _one_line(text: str) -> str:
@@ -152,31 +147,29 @@ def _one_line(text: str) -> str:
 
 
 def _failures(r: Result) -> Iterator[str]:
-    """A line for each check that did not pass, the failed ones first."""
-    found = not_passed(r)
-    for check in found[:MOST_NAMED]:
-        yield f"{_WORDS[check.outcome]}  {check.name} is {check_words(check)} ({check.reason})"
-    if more := found[MOST_NAMED:]:
-        yield f"… and {len(more)} more"
+    checks = not_passed(r)
+    for check in checks[:MOST_NAMED]:
+        yield f"{_OUTCOMES[check.outcome]}  {check.name} is {check_text(check)} ({check.reason})"
+    if unnamed := checks[MOST_NAMED:]:
+        yield f"… and {len(unnamed)} more"
 
 
-def _file_parts(found: AgainstFile) -> Iterator[str | Table]:
-    computed = ", ".join(f"{key} {value}" for key, value in found.computed.items())
-    yield f"reference file: {found.path}, {found.model} ({computed})"
-    yield from _warnings(found)
+def _reference_file(file: AgainstFile) -> Blocks:
+    computed = ", ".join(f"{key} {value}" for key, value in file.computed.items())
+    yield f"reference file: {file.path}, {file.model} ({computed})"
+    yield from _warnings(file)
     yield ""
-    yield file_table(found)
-    rows = ((prompt.name, *prompt_cells(prompt)) for prompt in found.prompts)
+    yield file_table(file)
+    rows = ((prompt.name, *prompt_cells(prompt)) for prompt in file.prompts)
     yield Table("Prompts", ("prompt", *PROMPT), rows, PROMPT)
-    if found.drift:
-        drifted = [(f"{d.position:,} tokens", number(worst(d.states))) for d in found.drift]
+    if file.drift:
+        drifted = [(f"{d.position:,} tokens", number(worst(d.states))) for d in file.drift]
         yield Table(DRIFT, ("after", "worst"), drifted, ("worst",))
-    yield sketch_table(found)
+    yield sketch_table(file)
 
 
-def _warnings(found: AgainstFile) -> Iterator[str]:
-    """Why the reference file may be of another model."""
-    if not found.same_files:
+def _warnings(file: AgainstFile) -> Iterator[str]:
+    if not file.same_files:
         yield "the reference file is of other weight files than the artifact was made from"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import rgexport.validate
+import rgexport.chat
 from rgexport.cli import run
 from tests.llama_tools import run_tool
 
@@ -33,7 +33,7 @@ def demo(tmp_path_factory):
 
 def test_imatrix_serves_our_exporter(llama_tools, demo, tmp_path):
     text, importance, target = (tmp_path / name for name in ("text", "imatrix.gguf", "q4_k_m.gguf"))
-    shutil.copy(Path(rgexport.validate.__file__).with_name("sample.txt"), text)
+    shutil.copy(Path(rgexport.chat.__file__).with_name("sample.txt"), text)
     asked = "-m", demo, "-f", text, "-c", 512, "-t", 1, "-o", importance
     run_tool(llama_tools / "llama-imatrix", *asked)
     options = "--type", "q4_k_m", "--imatrix", str(importance), "-o", str(target)

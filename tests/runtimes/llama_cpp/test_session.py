@@ -1,4 +1,4 @@
-"""llama.cpp's own sessions, of our models and of others; see tests/runtimes/test_sessions.py."""
+"""llama.cpp's own sessions; see tests/runtimes/test_sessions.py."""
 
 import importlib
 import types
@@ -11,15 +11,12 @@ from gguf import GGUFReader, GGUFWriter
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.griffin.state import POSITION, state_specs
-from rgexport.runtimes.llama_cpp import any_model as any_model_module
 from rgexport.runtimes.llama_cpp import library
-from rgexport.runtimes.llama_cpp.any_model import DATA, AnyModelSession
 from rgexport.runtimes.llama_cpp.library import load_model
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.llama_cpp.state import StateLayout, pack, unpack
 from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
-from tests.foreign_gguf import TRAINED, write_gpt2, write_llama
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
 from tests.quantize.ggml_files import write_tensors
@@ -198,112 +195,3 @@ def test_a_state_in_another_layout_is_refused():
             unpack(damaged, LAYOUT)
     with pytest.raises(RequestError, match="do not follow one another"):
         unpack(data[:16] + bytes([data[16] ^ 0x40]) + data[17:], LAYOUT)
-
-
-VOCAB, FLOAT16 = 300, 2e-2
-"""Keys and values are rounded to float16, and flash attention sums in it."""
-TOKENS = np.random.default_rng(5).integers(0, VOCAB, (3, 700))
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return write_llama(tmp_path / "llama.gguf", vocab_size=VOCAB)
-
-
-def any_model(path):
-    return AnyModelSession(path, threads=1)
-
-
-@pytest.mark.parametrize("window", [None, 32])
-def test_goes_on_from_a_state(window, tmp_path):
-    """In the same session or in another one, after other tokens, and with other rows."""
-    values = {"attention.sliding_window": window} if window else {}
-    path = write_llama(tmp_path / "x.gguf", vocab_size=VOCAB, **values)
-    session, single = any_model(path), any_model(path)
-    session.reset(2)
-    session.prefill(TOKENS[:2, :600])
-    state = session.get_state()
-    assert state[POSITION].tolist() == [600, 600]
-    expected = session.prefill(TOKENS[:2, 600:650], 50)
-    single.prefill(TOKENS[1:2, :600])
-    assert distance(single.prefill(TOKENS[1:2, 600:650], 50), expected[1:]) < FLOAT16
-    for other in (session, single):
-        other.set_state(state)
-        np.testing.assert_allclose(other.prefill(TOKENS[:2, 600:650], 50), expected, atol=0.05)
-    session.reset(3)
-    session.prefill(TOKENS[:, :100])
-    session.set_rows(range(1, 3), state)
-    assert session.position.tolist() == [100, 600, 600]
-    assert distance(session.take(range(1, 3), TOKENS[:2, 600:650], 50), expected) < FLOAT16
-
-
-def test_where_a_state_is_set_changes_no_bit(llama):
-    """In the session that it is of, or in a fresh one: runs that are cut off end the same."""
-    session, tokens = any_model(llama), np.random.default_rng(1).integers(0, VOCAB, (8, 300))
-    session.reset(8)
-    session.prefill(tokens[:, :200])
-    state = session.get_state()
-    session.prefill(tokens[:, 200:231])
-    logits = []
-    for each in (session, any_model(llama)):
-        each.set_state(state)
-        logits.append(each.prefill(tokens[:, 200:], 60))
-    assert np.array_equal(*logits)
-
-
-def test_memory_is_bounded(llama, monkeypatch):
-    session = any_model(llama)
-    session.prefill(TOKENS[:1, :500])
-    monkeypatch.setattr(any_model_module, "available_bytes", lambda: 100_000)
-    with pytest.raises(RequestError, match=r"llama.gguf keeps 275 kB of 1 texts of 1,024 tok"):
-        session.prefill(TOKENS[:1, :100])
-    assert session.position == [500]  # and it can still be used
-    session.prefill(TOKENS[:1, :10])
-    with pytest.raises(RequestError, match=r"llama.gguf keeps 1.10 MB of 8 texts of 512 tokens"):
-        session.reset(8)
-
-
-def test_texts_that_cannot_go_on(tmp_path):
-    session = any_model(write_gpt2(tmp_path / "gpt2.gguf"))
-    session.prefill(np.zeros((1, TRAINED), np.int64))
-    with pytest.raises(RequestError, match=f"no positions beyond the {TRAINED} tokens"):
-        session.prefill(np.zeros((1, 1), np.int64))
-    path = write_llama(tmp_path / "x.gguf", vocab_size=VOCAB, **{"attention.causal": False})
-    with pytest.raises(RequestError, match=r"x.gguf does not tell the next token of a text"):
-        any_model(path)
-
-
-def test_states_of_another_model(llama, tmp_path):
-    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
-    session = any_model(llama)
-    state = opened(artifact).get_state()
-    with pytest.raises(RequestError, match="this state is of another model"):
-        session.set_state(state)
-    session.prefill(TOKENS[:1, :10])
-    state = session.get_state()
-    with pytest.raises(RequestError, match=r"llama.cpp cannot restore the state"):
-        session.set_state(state | {DATA: state[DATA][:, ::-1]})
-
-
-@pytest.mark.parametrize("name", ["regular", "hawk", "attention_only"])
-def test_a_recurrentgemma_of_another_tool(name, tmp_path):
-    """Our own file without what tells that it is ours."""
-    config, path = ODD_CONFIGS[name], tmp_path / "theirs.gguf"
-    artifact, _ = export_random_gguf(config, tmp_path)
-    path.write_bytes(artifact.path.read_bytes().replace(b"rgexport.", b"somebody."))
-    ours, theirs = opened(artifact), any_model(path)
-    tokens = random_tokens(config, 2, 90)
-    for session in (ours, theirs):
-        session.reset(2)
-    expected = ours.prefill(tokens[:, :60], 60)
-    assert distance(theirs.prefill(tokens[:, :60], 60), expected) < FLOAT16
-    theirs.set_state(theirs.get_state())
-    assert distance(theirs.prefill(tokens[:, 60:], 30), ours.prefill(tokens[:, 60:], 30)) < FLOAT16
-
-
-def test_an_interrupt_during_a_log_line_is_raised_after_the_call_into_c(tmp_path, monkeypatch):
-    artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(library.progress, "detail", Mock(side_effect=KeyboardInterrupt))
-        load_model(artifact.path)
-    load_model(artifact.path).close()

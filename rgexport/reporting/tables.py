@@ -1,4 +1,4 @@
-"""Renders text and tables for a terminal."""
+"""Tables for a terminal and for Markdown."""
 
 import io
 import shutil
@@ -29,10 +29,35 @@ class Table:
     numbers: Collection[str] = ()
 
 
-def render(blocks: Iterable[str | Table]) -> str:
-    """Returns texts and tables one below another, as wide as the terminal (110 columns elsewhere).
+@dataclass(frozen=True)
+class BarTable:
+    """A table of a page with a bar in each row.
 
-    Control characters, which names from a file may have, are escaped.
+    Attributes:
+        header: the columns but the bar.
+        numbers: columns that are set flush right.
+        bar: the meaning of the bars.
+        rows: as in `Table`.
+        shares: the lengths of the bars, 1 being the whole length; longer ones turn red.
+    """
+
+    header: Row
+    numbers: Row
+    bar: str
+    rows: Sequence[Row]
+    shares: list[float]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table; all columns but the first are set flush right."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def render(blocks: Iterable[str | Table]) -> str:
+    """Returns lines and tables one below another, as wide as the terminal or 110 columns.
+
+    Control characters, which names from a file may hold, are escaped.
     """
     from rich.console import Console
 
@@ -58,17 +83,13 @@ def _wrapped(text: str, columns: int) -> str:
 def _print_table(console: "Console", table: Table) -> None:
     rows = [tuple(map(printable, row)) for row in table.rows]
     console.print(_wrapped(printable(table.title), console.width), soft_wrap=True)
-    if _least_width(table.header, rows) <= console.width:
+    widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
+    least = min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
+    if least <= console.width:
         _print_grid(console, table, rows)
     else:
         _print_lists(console, table, rows)
     console.print()
-
-
-def _least_width(header: Row, rows: Sequence[Row]) -> int:
-    """Returns the least width of a grid whose first column may be broken."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
 
 
 def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:

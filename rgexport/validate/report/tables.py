@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from rgexport.tables import Row, Table
+from rgexport.reporting.numbers import number, percent, plus_minus, rate
+from rgexport.reporting.tables import Row, Table
 from rgexport.units import amount
 from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.sites import SiteReport
@@ -14,13 +15,13 @@ from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Likelihood
 from rgexport.validate.reference.against import AgainstFile, PromptResult
-from rgexport.validate.report.words import LABELS, mean_kl, number, percent, plus_minus, rate
+from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import Result
 from rgexport.validate.states import StateError, worst
 from rgexport.validate.weights.tensor_errors import SketchError, WeightError
 
 WORST = 5
-"""Rows of tables that show only the worst ones."""
+"""Rows of tables that show only the worst."""
 MOST = 30
 """Ops beyond their limits, and suspects, that are shown."""
 PROMPT = ("tokens", "positions", "KL mean", "top-1", "worst state", "greedy")
@@ -28,37 +29,35 @@ PROMPT = ("tokens", "positions", "KL mean", "top-1", "worst state", "greedy")
 DRIFT = "Recurrent states inside the longest prompt"
 _TENSOR = ("error", "projection", "noise")
 _EXACT = 0.05
-"""Noise below that is the sketch's own rounding."""
+"""Noise below this is the sketch's own rounding."""
 
 Compared = Comparison | AgainstFile
 E = TypeVar("E", bound=SketchError | WeightError)
 
 
 def sides_of(r: Result) -> list[tuple[str, Comparison]]:
-    """The comparisons with models, by their fields' names."""
+    """Returns the comparisons with models, and the names of their fields."""
     return [("twin", r.dequantized)] + ([] if r.original is None else [("original", r.original)])
 
 
 def cost_of(r: Result) -> Compared | None:
-    """What tells the cost of compression: the original or, without one, a reference file."""
+    """Returns the comparison that measures the cost: with the original, or a reference file."""
     return r.original or r.reference
 
 
 def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
-    """Columns of names, followed by columns of numbers."""
     return Table(title, (*names, *numbers), list(rows), numbers)
 
 
 def _first(
-    rows: Sequence[Row], most: int = WORST, words: str = "with smaller errors"
+    rows: Sequence[Row], most: int = WORST, ending: str = "with smaller errors"
 ) -> Iterator[Row]:
     yield from rows[:most]
     if len(rows) > most:
-        yield f"… and {len(rows) - most} {words}", *[""] * (len(rows[0]) - 1)
+        yield f"… and {len(rows) - most} {ending}", *[""] * (len(rows[0]) - 1)
 
 
 def _of_likelihood(show: Callable[[Likelihood], str]) -> Callable[[Compared], str]:
-    """A cell that is empty where no token follows another."""
     return lambda c: "" if c.likelihood is None else show(c.likelihood)
 
 
@@ -76,7 +75,7 @@ _SUMMARY: dict[str, Callable[[Compared], str]] = {
 
 
 def summary_table(r: Result) -> Table:
-    """The numbers that matter most, a column for each comparison; the cost comes first."""
+    """Returns the most important numbers, a column for each comparison; the cost comes first."""
     sides = {
         LABELS["original"]: r.original,
         "reference file": r.reference,
@@ -112,7 +111,7 @@ _MEASURED: dict[str, Callable[[Compared], str]] = {
 
 
 def logits_table(r: Result) -> Table:
-    """All that was measured, a column for each of `sides_of`."""
+    """Returns all measured values, a column for each of `sides_of`."""
     names, sides = zip(*sides_of(r), strict=True)
     columns = tuple(LABELS[name] for name in names)
     return _table("Logits", ("measured",), columns, _rows(_MEASURED, sides))
@@ -121,14 +120,14 @@ def logits_table(r: Result) -> Table:
 def _rows(
     table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
 ) -> Iterator[Row]:
-    """A name and a cell for each side; rows without any cell are left out."""
+    """Yields a name and a cell for each side; rows whose cells are all empty are dropped."""
     compared = list(sides)
     rows = ((name, *map(show, compared)) for name, show in table.items())
     return (row for row in rows if any(row[1:]))
 
 
 def state_table(errors: Sequence[StateError]) -> Table:
-    """The states after the last token, against the dequantized reference's."""
+    """Compares the states after the last token with the dequantized reference's."""
     rows = [
         (e.name, number(e.relative_max), number(e.relative_norm))
         for e in sorted(errors, key=lambda e: -e.relative_max)
@@ -137,36 +136,36 @@ def state_table(errors: Sequence[StateError]) -> Table:
 
 
 def drift_table(r: Result) -> Table:
-    """The worst state after so many tokens, a column for each of `sides_of`."""
-    found = [
+    """Returns the worst state at several positions, a column for each of `sides_of`."""
+    sides = [
         {drift.position: drift.states for drift in side.drift} | {r.text.tokens: side.states}
         for _, side in sides_of(r)
     ]
     rows = [
-        (f"{at:,} tokens", *(number(worst(one[at])) if at in one else "" for one in found))
-        for at in found[0]
+        (f"{at:,} tokens", *(number(worst(side[at])) if at in side else "" for side in sides))
+        for at in sides[0]
     ]
     columns = tuple(LABELS[name] for name, _ in sides_of(r))
     return _table("Worst state by position", ("after",), columns, rows)
 
 
 def itself_table(r: Result) -> Table:
-    """The same tokens taken in another way."""
+    """Compares the same tokens in other chunks, batches and kernels."""
     rows = []
-    for name, found in r.equivalences.items():
-        state = number(worst(found.states)) if found.states else ""
-        rows.append((SAME[name], f"{found.tokens}", number(found.logits.relative_max), state))
+    for name, same in r.equivalences.items():
+        state = number(worst(same.states)) if same.states else ""
+        rows.append((SAME[name], f"{same.tokens}", number(same.logits.relative_max), state))
     return _table("Consistency", ("expected",), ("tokens", "logits", "states"), rows)
 
 
-def file_table(found: AgainstFile) -> Table:
-    """What was measured against a reference file, over all prompts."""
-    title = f"Against the reference file ({found.positions:,} of {found.tokens:,} positions)"
-    return _table(title, ("measured",), ("reference file",), _rows(_MEASURED, [found]))
+def file_table(file: AgainstFile) -> Table:
+    """Returns the values measured against a reference file, over all prompts."""
+    title = f"Against the reference file ({file.positions:,} of {file.tokens:,} positions)"
+    return _table(title, ("measured",), ("reference file",), _rows(_MEASURED, [file]))
 
 
 def prompt_cells(p: PromptResult) -> Row:
-    """The columns `PROMPT`."""
+    """Returns the columns `PROMPT`."""
     return (
         f"{p.tokens:,}",
         f"{p.positions:,}",
@@ -177,29 +176,27 @@ def prompt_cells(p: PromptResult) -> Row:
     )
 
 
-def sketch_table(found: AgainstFile) -> Table:
-    """The stored weights against the reference file's sketches of the original's."""
+def sketch_table(file: AgainstFile) -> Table:
+    """Compares the stored weights with the reference file's sketches of the original's."""
     rows = _rows_by_scheme(
-        found.weights,
+        file.weights,
         exact=lambda e: e.noise < _EXACT,
         rank=lambda e: e.noise,
         last=lambda e: e.worst_row,
-        words="as they were",
+        unchanged="as they were",
     )
     title = "Weights, by the reference file's sketches"
     return _table(title, ("tensor", "stored"), (*_TENSOR, "worst row"), rows)
 
 
 def identity_table(r: Result) -> Table:
-    """What identifies the model, apart from its weights; what differs comes first."""
+    """Compares configuration, tokenizer and other files; differences come first."""
     items = sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared"))
-    rows = [
-        (item.name, item.outcome, item.artifact or "none", _expected_words(item)) for item in items
-    ]
+    rows = [(item.name, item.outcome, item.artifact or "none", _expected(item)) for item in items]
     return Table("Identity", ("item", "outcome", "artifact", "compared with"), rows)
 
 
-def _expected_words(item: IdentityItem) -> str:
+def _expected(item: IdentityItem) -> str:
     if item.outcome == "not compared":
         return item.reason
     return f"{item.reason} {item.expected or 'none'}"
@@ -211,9 +208,9 @@ def _rows_by_scheme(
     exact: Callable[[E], bool],
     rank: Callable[[E], float],
     last: Callable[[E], float],
-    words: str,
+    unchanged: str,
 ) -> Iterator[Row]:
-    """Of each scheme, the tensors that rank worst, and how many are stored exactly."""
+    """Yields the worst tensors of each scheme, and the number that is stored exactly."""
     for scheme in dict.fromkeys(e.scheme for e in errors):
         group = [e for e in errors if e.scheme == scheme]
         inexact = sorted((e for e in group if not exact(e)), key=lambda e: -rank(e))
@@ -223,17 +220,17 @@ def _rows_by_scheme(
         if len(inexact) > WORST:
             yield f"… and {len(inexact) - WORST} with smaller errors", scheme, "", "", "", ""
         if count := len(group) - len(inexact):
-            yield f"{count} tensors, {words}", scheme, "0", "1", "0", "0"
+            yield f"{count} tensors, {unchanged}", scheme, "0", "1", "0", "0"
 
 
 def weight_table(errors: Sequence[WeightError]) -> Table:
-    """The stored weights against the original's."""
+    """Compares the stored weights with the original's."""
     rows = _rows_by_scheme(
         errors,
         exact=lambda e: e.max_steps == 0,
         rank=lambda e: e.relative_error,
         last=lambda e: e.max_steps,
-        words="stored unchanged",
+        unchanged="stored unchanged",
     )
     return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
 
@@ -241,7 +238,7 @@ def weight_table(errors: Sequence[WeightError]) -> Table:
 def bisect_tables(
     report: SiteReport | None, costs: Sequence[LayerCost] | None, suspects: Sequence[Suspect]
 ) -> Iterator[Table]:
-    """Suspects, ops and layers, as far as there are any."""
+    """Yields suspects, ops and layers; none for an empty list."""
     if suspects:
         yield suspect_table(suspects)
     if report is not None:
@@ -251,7 +248,7 @@ def bisect_tables(
 
 
 def suspect_table(suspects: Sequence[Suspect]) -> Table:
-    """The likely causes of a failure, the strongest first."""
+    """Returns the likely causes of a failure, the strongest first."""
     rows = [(suspect.site, suspect.evidence) for suspect in suspects]
     return _table("Suspects", ("op", "evidence"), (), _first(rows, MOST, "more"))
 
@@ -275,7 +272,7 @@ def _site_row(e: SiteError) -> Row:
 
 
 def _cost_table(costs: Sequence[LayerCost]) -> Table:
-    """All parts of a small model, the most expensive ones of a large one."""
+    """Returns all layers of a small model, and the most expensive ones of a large one."""
     total = sum(cost.kl for cost in costs) or 1
     ranked = sorted(costs, key=lambda cost: -cost.kl)
     most = len(ranked) if len(ranked) <= 2 * WORST + 2 else 2 * WORST
@@ -291,7 +288,7 @@ def _cost_table(costs: Sequence[LayerCost]) -> Table:
 
 
 def overview(results: Sequence[Result]) -> Table:
-    """Several artifacts, a row each; speeds are there if they were measured."""
+    """Returns a row for each artifact; columns of `_OPTIONAL` only if a cell is not empty."""
     names = [
         name
         for name, show in _OVERVIEW.items()
@@ -302,7 +299,7 @@ def overview(results: Sequence[Result]) -> Table:
 
 
 def _of_cost(show: Callable[[Compared], str]) -> Callable[[Result], str]:
-    return lambda r: "" if (found := cost_of(r)) is None else show(found)
+    return lambda r: "" if (cost := cost_of(r)) is None else show(cost)
 
 
 _OVERVIEW: dict[str, Callable[[Result], str]] = {

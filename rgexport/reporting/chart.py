@@ -1,22 +1,22 @@
 """Charts as data: series of points on two axes, which `templates/chart.html.j2` draws as SVG."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rgexport.validate.report.words import number
+from rgexport.reporting.numbers import number
 
 WIDTH, HEIGHT = 400, 230
-"""Of a chart, in pixels: as wide as a phone's screen; a laptop shows it half as large again."""
+"""Pixels of a chart: as wide as a phone's screen; a laptop shows it half as large again."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 390, 24, 192
 """The edges of the plot; the scales stand outside."""
 _MARGIN = 6
-"""Between the left and right edges and the outermost points."""
+"""Pixels between the left and right edges and the outermost points."""
 _MOST_DECADES = 8
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
-Show = Callable[[float], str]
+FormatNumber = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps numbers from `low` to `high` to pixels; others lie at the nearer end.
+    """Maps numbers from `low` to `high` to pixels; numbers outside lie at the nearer end.
 
-    `ticks` are numbers and what is written there.
+    `ticks` are numbers and their labels.
     """
 
     low: float
@@ -49,7 +49,7 @@ class Axis:
     stop: float = TOP
 
     def __call__(self, value: float) -> float:
-        """The pixel of a number."""
+        """Returns the pixel of a number."""
         low, high, value = (self._measure(x) for x in (self.low, self.high, value))
         share = (value - low) / (high - low) if high > low else 0.0
         return round(self.start + (self.stop - self.start) * min(1.0, max(0.0, share)), 1)
@@ -62,26 +62,30 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture, its summary in words, and its numbers as a table."""
+    """A picture, its summary in words, and its numbers as a table.
+
+    Attributes:
+        labels: of the x and the y axis.
+        column: the name of x in the table.
+        limit: a line that is drawn from edge to edge.
+        doubling: whether x is drawn by its logarithm; it is positive then.
+    """
 
     title: str
     summary: str
     labels: tuple[str, str]
-    """Of the axes, x first."""
     series: Sequence[Series]
     y: Axis
     column: str = "layer"
-    """What x is called in the table."""
-    show_x: Show = "{:,.0f}".format
-    show_y: Show = number
+    show_x: FormatNumber = "{:,.0f}".format
+    show_y: FormatNumber = number
     limit: Series | None = None
     doubling: bool = False
-    """Whether x is drawn by its logarithm; it is positive then."""
 
     @property
     def x(self) -> Axis:
-        """From the first to the last point of all series."""
-        xs = [x for one in self.series for x, _ in one.points]
+        """The axis from the first to the last point of all series."""
+        xs = [x for line in self.series for x, _ in line.points]
         low, high = min(xs, default=1), max(xs, default=1)
         ticks = (doubling_ticks if self.doubling else whole_ticks)(low, high)
         labelled = [(x, f"{x:,}") for x in ticks]
@@ -89,64 +93,67 @@ class Chart:
 
     @property
     def paths(self) -> list[tuple[Series, str]]:
-        """The lines, as paths of SVG."""
-        lines = [one for one in self.series if not one.dots]
-        return [(one, " ".join(_path(self._places(one)))) for one in lines]
+        """The lines as SVG paths."""
+        return [(s, _path(self._pixels(s))) for s in self.series if not s.dots]
 
     @property
     def error_bars(self) -> list[tuple[Series, str]]:
-        """The intervals of each series, as a path."""
-        return [(one, " ".join(self._bars(one))) for one in self.series if one.intervals]
+        """The intervals of each series as an SVG path."""
+        x, y = self.x, self.y
+        bars = [
+            [f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in line.intervals]
+            for line in self.series
+        ]
+        return [(s, " ".join(path)) for s, path in zip(self.series, bars, strict=True) if path]
 
     @property
     def dots(self) -> list[tuple[Series, list[Point]]]:
-        """The dots' pixels."""
-        dotted = [one for one in self.series if one.dots]
-        return [(one, [place for place in self._places(one) if place]) for one in dotted]
+        """The pixels of the dots; none for a number that is not finite."""
+        return [(s, [p for p in self._pixels(s) if p]) for s in self.series if s.dots]
 
     @property
     def limit_path(self) -> str:
-        """From edge to edge; empty where there is no limit, or it ends outside the picture."""
+        """The limit as an SVG path; empty without a limit, or if it ends outside the picture."""
         if self.limit is None or not self.y.low <= self.limit.points[-1][1] <= self.y.high:
             return ""
-        places = [place for place in self._places(self.limit) if place]
-        return " ".join(_path([(LEFT, places[0][1]), *places, (RIGHT, places[-1][1])]))
+        pixels = [pixel for pixel in self._pixels(self.limit) if pixel]
+        return _path([(LEFT, pixels[0][1]), *pixels, (RIGHT, pixels[-1][1])])
 
     @property
     def rows(self) -> list[list[str]]:
-        """Of each x, what the series have there; empty where one has nothing."""
-        xs = sorted({x for one in self.series for x, _ in one.points})
-        return [[self.show_x(x), *(self._cell(one, x) for one in self.series)] for x in xs]
-
-    def _bars(self, series: Series) -> Iterator[str]:
-        x_axis = self.x
-        for x, low, high in series.intervals:
-            yield f"M{x_axis(x):g} {self.y(low):g}V{self.y(high):g}"
+        """The table: each x with the y of every series, empty where a series has no point."""
+        xs = sorted({x for line in self.series for x, _ in line.points})
+        return [[self.show_x(x), *(self._cell(line, x) for line in self.series)] for x in xs]
 
     def _cell(self, series: Series, x: float) -> str:
         return ", ".join(self.show_y(y) for at, y in series.points if at == x)
 
-    def _places(self, series: Series) -> list[Point | None]:
-        """Pixels; None where a number is not finite."""
+    def _pixels(self, series: Series) -> list[Point | None]:
         x_axis = self.x
         return [(x_axis(x), self.y(y)) if math.isfinite(y) else None for x, y in series.points]
 
 
-def _path(places: Sequence[Point | None]) -> Iterator[str]:
-    """Lifts the pen where a value is missing; a lone point becomes a dot of the line's width."""
-    pen = "M"
-    for index, place in enumerate(places):
-        if place is None:
+def _path(pixels: Sequence[Point | None]) -> str:
+    """Returns an SVG path: missing points interrupt it, a lone point is as wide as the line."""
+    commands, pen = [], "M"
+    for index, pixel in enumerate(pixels):
+        if pixel is None:
             pen = "M"
             continue
-        yield f"{pen}{place[0]:g} {place[1]:g}"
-        if pen == "M" and not any(places[index + 1 : index + 2]):
-            yield "h0.1"
+        commands.append(f"{pen}{pixel[0]:g} {pixel[1]:g}")
+        if pen == "M" and not any(pixels[index + 1 : index + 2]):
+            commands.append("h0.1")
         pen = "L"
+    return " ".join(commands)
+
+
+def y_values(series: Sequence[Series]) -> list[float]:
+    """Returns the y of all points."""
+    return [y for line in series for _, y in line.points]
 
 
 def logarithmic_axis(values: Sequence[float], limit: float | None = None) -> Axis:
-    """Whole decades around all positive values and, where it is not far above them, a limit."""
+    """Returns whole decades around all positive values; a limit near above them is included."""
     positive = [v for v in values if math.isfinite(v) and v > 0] or [1e-12]
     high = math.ceil(math.log10(max(positive)) + 1e-9)
     low = max(math.floor(math.log10(min(positive)) - 1e-9), high - _MOST_DECADES)
@@ -158,7 +165,7 @@ def logarithmic_axis(values: Sequence[float], limit: float | None = None) -> Axi
 
 
 def linear_axis(values: Sequence[float]) -> Axis:
-    """From 0, or below all values, to a round number above all of them."""
+    """Returns an axis from 0, or from below all values, to a round number above them."""
     finite = [value for value in values if math.isfinite(value)]
     reach = max(map(abs, finite), default=0) or 1.0
     unit = 10.0 ** math.floor(math.log10(reach))
@@ -169,7 +176,7 @@ def linear_axis(values: Sequence[float]) -> Axis:
 
 
 def share_axis(values: Sequence[float]) -> Axis:
-    """From the tenth below the smallest share up to 1, in per cent."""
+    """Returns an axis in per cent, from the tenth below the smallest share to 1."""
     smallest = min((v for v in values if math.isfinite(v)), default=0.0)
     low = min(0.9, math.floor(smallest * 10) / 10)
     percents = round(low * 100)
@@ -178,7 +185,7 @@ def share_axis(values: Sequence[float]) -> Axis:
 
 
 def whole_ticks(low: float, high: float) -> list[int]:
-    """Round whole numbers, at most six, from `low` to `high`."""
+    """Returns at most six round whole numbers."""
     span = max(1.0, high - low)
     magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
     steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
@@ -187,7 +194,7 @@ def whole_ticks(low: float, high: float) -> list[int]:
 
 
 def doubling_ticks(low: float, high: float) -> list[int]:
-    """Powers of two, at most six, from `low` to `high`."""
+    """Returns at most six powers of two."""
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
     step = 1 + max(0, last - first) // 6
     return [2**exponent for exponent in range(first, last + 1, step)]

@@ -1,7 +1,7 @@
-"""The folder of an unfinished calibration: what later steps need, and the file so far.
+"""The folder of an unfinished calibration: arrays for later steps, and the file so far.
 
-An array is complete when it is there: it is written under another name and then renamed. The
-residual stream after a layer is written last, so it says that the layer is done.
+Arrays are written atomically. The residual stream after a layer is written last, so its file means
+that the layer is done.
 """
 
 import json
@@ -26,54 +26,56 @@ from rgexport.quantize.calibration_format import Arrays, Provenance
 _REQUEST = "request.json"
 
 
-class Work:
-    """Arrays by name, and by the number of the step that made them."""
+class CalibrationFolder:
+    """Arrays by name, or by name and the number of their step."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, path: Path):
+        self.path = path
 
     def save(self, name: str, array: np.ndarray) -> None:
-        """Writes an array, which appears when it is complete and on the disk."""
+        """Writes an array atomically, and waits until it is on the disk."""
         path = self._path(name)
         remove_partials(path)
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
     def load(self, name: str) -> np.ndarray | None:
-        """An array, None if it is not there.
+        """Returns an array, None if there is none.
 
         Raises:
-            RequestError: it cannot be read.
+            RequestError: its file cannot be read.
         """
         try:
-            found: np.ndarray = np.load(self._path(name), allow_pickle=False)
+            array: np.ndarray = np.load(self._path(name), allow_pickle=False)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError):
             raise RequestError(
-                f"{self._path(name)} is damaged; remove {self.folder} and run the command again"
+                f"{self._path(name)} is damaged; remove {self.path} and run the command again"
             ) from None
-        return found
+        return array
 
     def drop(self, name: str) -> None:
-        """Removes an array, if it is there."""
+        """Removes an array, if there is one."""
         self._path(name).unlink(missing_ok=True)
 
     def steps(self, name: str) -> list[int]:
-        """The steps K for which there is an array `NAME-K`, in ascending order."""
+        """Returns the steps K of arrays `NAME-K`, in ascending order."""
         pattern = re.compile(rf"{re.escape(name)}-(\d+)\.npy")
-        found = (pattern.fullmatch(entry.name) for entry in self.folder.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (pattern.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.npy"
+        return self.path / f"{name}.npy"
 
 
-def open_work(folder: Path, request: Mapping[str, Any], *, force: bool) -> Work:
-    """Opens the folder, with what an earlier run of the same request has left in it.
+def open_calibration_folder(
+    folder: Path, request: Mapping[str, Any], *, force: bool
+) -> CalibrationFolder:
+    """Creates the folder, or opens that of an earlier run of the same request.
 
     Raises:
-        RequestError: it has something else in it, or another request's work and not `force`.
+        RequestError: it has other files, or is another request's and `force` is not set.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         _require_same(folder, request, force)
@@ -81,17 +83,17 @@ def open_work(folder: Path, request: Mapping[str, Any], *, force: bool) -> Work:
         folder.mkdir(exist_ok=True)
         text = json.dumps(request, indent=2, sort_keys=True) + "\n"
         (folder / _REQUEST).write_text(text, "utf-8")
-    return Work(folder)
+    return CalibrationFolder(folder)
 
 
 def _require_same(folder: Path, request: Mapping[str, Any], force: bool) -> None:
-    """Removes another request's work if it may; leaves that of the same request."""
+    """Removes the folder of another request with `force`, and keeps that of the same request."""
     if not (folder / _REQUEST).is_file():
         raise RequestError(
             f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
         )
-    found = read_json(folder / _REQUEST)
-    differing = [key for key in request if found.get(key) != request[key]]
+    earlier = read_json(folder / _REQUEST)
+    differing = [key for key in request if earlier.get(key) != request[key]]
     if not differing:
         return
     if not force:
@@ -103,28 +105,28 @@ def _require_same(folder: Path, request: Mapping[str, Any], force: bool) -> None
 
 
 class StatisticsFile:
-    """The calibration file while its arrays are filled in, in any order."""
+    """The calibration file, whose arrays are written in any order."""
 
-    def __init__(self, work: Work, provenance: Provenance, arrays: Arrays):
-        """Creates the file, or opens it again if it is there with the same header."""
-        self._path = work.folder / COMPLETE
+    def __init__(self, folder: CalibrationFolder, provenance: Provenance, arrays: Arrays):
+        """Creates the file, or opens it again if it has the same size."""
+        self._path = folder.path / COMPLETE
         begin = header(arrays, provenance.as_metadata())
         sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values()]
         ends = list(accumulate(sizes, initial=len(begin)))
-        self._arrays, self._places = arrays, dict(zip(arrays, ends, strict=False))
+        self._arrays, self._offsets = arrays, dict(zip(arrays, ends, strict=False))
         if not self._path.exists() or self._path.stat().st_size != ends[-1]:
             with self._path.open("wb") as file:
                 file.write(begin)
                 file.truncate(ends[-1])
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Fills in some arrays; they are on the disk when it returns."""
+        """Writes some arrays, and waits until they are on the disk."""
         with self._path.open("r+b") as file:
             for name, array in arrays.items():
                 dtype, shape = self._arrays[name]
                 if array.dtype != dtype or array.shape != shape:
                     raise ValueError(f"{name} is {array.dtype} {array.shape}, not {dtype} {shape}")
-                file.seek(self._places[name])
+                file.seek(self._offsets[name])
                 file.write(np.ascontiguousarray(array).data)
             file.flush()
             os.fsync(file.fileno())

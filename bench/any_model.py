@@ -17,7 +17,7 @@ from rgexport.units import amount
 DATA, SIZES = "sequence", "sequence_bytes"
 """Names in a state: llama.cpp's own form, uint8 [B, N], and how many of its bytes count, [B]."""
 _FIRST_CAPACITY = 512
-_REMEDY = "read fewer tokens (--farthest, --limit, --context)"
+_REMEDY = "read fewer tokens"
 _NO_ROPE = -1
 """`LLAMA_ROPE_TYPE_NONE` (llama.h)."""
 

@@ -1,0 +1,242 @@
+"""The models that are evaluated: artifacts in their engines, checkpoints in the reference."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.hub import is_hub_name
+from rgexport.export.identity import Identity, identity_of, identity_of_files
+from rgexport.export.opening import means_artifact, open_artifact
+from rgexport.files.hashing import FileRecord, hash_file
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.state import state_specs
+from rgexport.runtimes.engine import engine_of, open_narrow_session, open_session
+from rgexport.runtimes.session import Session
+
+if TYPE_CHECKING:
+    from rgexport.griffin.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedModel(ABC):
+    """A model that suites measure.
+
+    Attributes:
+        argument: the word that opens it, from any folder.
+        label: its name in tables.
+    """
+
+    argument: str
+    label: str
+
+    @property
+    def allow_foreign(self) -> bool:
+        """Whether engines may run a graph with ops that rgexport does not write."""
+        return False
+
+    @property
+    @abstractmethod
+    def config(self) -> GriffinConfig:
+        """The model's shape."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A hash of the model's files and its config."""
+
+    @property
+    @abstractmethod
+    def state_identity(self) -> Identity:
+        """The identity in its state files: artifacts of one checkpoint share it."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes of its files."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, or None if it takes token ids only."""
+
+    @abstractmethod
+    def session(self, window: int | None = None, threads: int | None = None) -> Session:
+        """Opens a session, perhaps with a smaller window; the caller closes it.
+
+        Raises:
+            RequestError: the engine is missing, cannot open the model, or cannot narrow its window.
+        """
+
+    def require_narrowing(self) -> None:
+        """Refuses a model whose attention window cannot be made smaller.
+
+        Raises:
+            RequestError: it has no attention, or its engine takes the window of the file.
+        """
+        if "attention" not in self.config.block_types:
+            raise RequestError(f"{self.label} has no attention, whose window could be smaller")
+
+    def require_tokenizer(self, suite: str) -> None:
+        """Refuses a suite of texts for a model without a tokenizer.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite "
+                "memory, or put a tokenizer into the checkpoint's folder and export it again"
+            )
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each canonical state, without the batch axis."""
+        return {spec.name: spec.shape for spec in state_specs(self.config)}
+
+    @property
+    def window(self) -> int:
+        """Tokens before its own that attention sees."""
+        return self.config.window
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text without a bos; the model must have a tokenizer."""
+        assert self.tokenizer is not None
+        return self.tokenizer.encode_text(text)
+
+    @property
+    def bos(self) -> list[int]:
+        """The ids that a text begins with: one, or none."""
+        bos = self.tokenizer.bos_id if self.tokenizer else None
+        return [] if bos is None else [bos]
+
+    def _hash(self, kind: str, records: Iterable[FileRecord]) -> str:
+        hashes = sorted(record.sha256 for record in records)
+        facts = json.dumps([kind, self.config.to_dict(), hashes], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedArtifact(EvaluatedModel):
+    """An artifact in its engine."""
+
+    artifact: Artifact
+
+    @property
+    def config(self) -> GriffinConfig:
+        return self.artifact.manifest.config
+
+    @property
+    def allow_foreign(self) -> bool:
+        return self.artifact.allow_foreign
+
+    @cached_property
+    def identity(self) -> str:
+        manifest = self.artifact.manifest
+        return self._hash(manifest.kind, manifest.files.values())
+
+    @cached_property
+    def state_identity(self) -> Identity:
+        return identity_of(self.artifact.manifest, "")
+
+    @property
+    def size(self) -> int:
+        return sum(record.size for record in self.artifact.manifest.files.values())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return open_tokenizer(self.artifact) if self.artifact.manifest.has_tokenizer else None
+
+    def require_narrowing(self) -> None:
+        super().require_narrowing()
+        engine_of(self.artifact.manifest.kind).narrowing(self.artifact)
+
+    def session(self, window: int | None = None, threads: int | None = None) -> Session:
+        if window in (None, self.window):
+            return open_session(self.artifact, threads=threads)
+        return open_narrow_session(self.artifact, window, threads=threads)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedCheckpoint(EvaluatedModel):
+    """A checkpoint in the float32 reference."""
+
+    checkpoint: "Checkpoint"
+
+    @property
+    def config(self) -> GriffinConfig:
+        return self.checkpoint.config
+
+    @cached_property
+    def identity(self) -> str:
+        files = self.checkpoint.tokenizer_files
+        return self._hash("checkpoint", [*self._weight_files.values(), *map(hash_file, files)])
+
+    @cached_property
+    def state_identity(self) -> Identity:
+        return identity_of_files(self.label, self._weight_files, self.config, "")
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.nbytes for tensor in self.checkpoint.weights.values())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        files = self.checkpoint.tokenizer_files
+        return load_tokenizer(files[0].parent) if files else None
+
+    def session(self, window: int | None = None, threads: int | None = None) -> Session:
+        from rgexport.evaluate.reference_session import ReferenceSession
+
+        narrow = self.config if window is None else replace(self.config, window=window)
+        return ReferenceSession(replace(self.checkpoint, config=narrow), threads=threads)
+
+    @cached_property
+    def _weight_files(self) -> dict[str, FileRecord]:
+        from rgexport.griffin.checks import require_sound
+
+        return dict(require_sound(self.checkpoint))
+
+
+def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
+    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`.
+
+    Raises:
+        RequestError: it is neither, it is damaged, or its engine is missing.
+    """
+    if means_artifact(Path(argument)):
+        artifact = open_artifact(argument, allow_foreign=allow_foreign)
+        engine_of(artifact.manifest.kind).require()
+        engine_of(artifact.manifest.kind).require_trusted(artifact)
+        absolute = argument if is_hub_name(argument) else str(artifact.path.absolute())
+        return EvaluatedArtifact(absolute, artifact.path.name, artifact)
+    import rgexport.evaluate.reference_session  # noqa: F401  # fails at once without torch
+    from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
+    from rgexport.griffin.sizes import SIZE_WORDS
+
+    by_size = argument in SIZE_WORDS and not means_checkpoint(Path(argument))
+    checkpoint = open_checkpoint(None if by_size else argument, size=argument if by_size else None)
+    is_path = not by_size and Path(argument).exists()
+    absolute = str(Path(argument).absolute()) if is_path else argument
+    return EvaluatedCheckpoint(absolute, checkpoint.name, checkpoint)
+
+
+def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[EvaluatedModel]:
+    """Opens several models with different labels.
+
+    Raises:
+        RequestError: a model cannot be opened, or is given twice.
+    """
+    models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
+    labels = [model.label for model in models]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise RequestError(f"two models are called {min(twice)}; rename one of them")
+    return models
