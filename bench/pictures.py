@@ -24,7 +24,8 @@ from bench.run import START
 from bench.terminal import Scene, play
 from rgexport.export.opening import open_artifact
 from rgexport.web_page.site import make_site
-from tests.web_page.chat_page import Browser
+from tests.npm.browser import launched
+from tests.web_page.chat_page import Profile
 from tests.web_page.site_server import serving
 
 COLUMNS = 96
@@ -118,9 +119,10 @@ def report_picture(work: Path, target: Path) -> None:
     """Validates the demo that lies in `work`, and has Chromium draw the top of its report."""
     command = [sys.executable, "-c", START, *VALIDATE, "--html", "report.html"]
     subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL, check=True)
-    with Browser.started() as browser, browser.profile(viewport=REPORT_SIZE) as profile:
-        tab = profile.open((work / "report.html").as_uri())
-        tab.page.screenshot(path=target)
+    with launched() as browser, browser.new_context(viewport=REPORT_SIZE) as context:
+        page = context.new_page()
+        page.goto((work / "report.html").as_uri())
+        page.screenshot(path=target)
 
 
 def page_pictures(work: Path, folder: Path) -> None:
@@ -128,11 +130,11 @@ def page_pictures(work: Path, folder: Path) -> None:
     export = [sys.executable, "-c", START, "onnx", "--size", "demo", "--profile", "wasm"]
     subprocess.run([*export, "-o", "wasm"], cwd=work, stdout=subprocess.DEVNULL, check=True)
     made = make_site([open_artifact(work / "wasm")])
-    with serving(made) as server, Browser.started() as browser:
+    with serving(made) as server, launched() as browser:
         for name, (width, height, scheme) in PAGES.items():
             viewport = {"width": width, "height": height}
-            with browser.profile(viewport=viewport, color_scheme=scheme) as profile:
-                tab = profile.open(server.url)
+            with browser.new_context(viewport=viewport, color_scheme=scheme) as context:
+                tab = Profile(context).open(server.url)
                 tab.wait_until_open()
                 for message in PAGE_MESSAGES:
                     tab.say(message)

@@ -23,7 +23,7 @@ from rgexport.export.artifact import remember_verified
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.artifact import DATA_FILE
 from rgexport.export.opening import open_artifact
-from rgexport.files import hashing, page_cache
+from rgexport.files import atomic, hashing
 from rgexport.progress import note
 from rgexport.runtimes.huge_pages import BackgroundAdvice
 from rgexport.runtimes.onnx import session
@@ -66,7 +66,7 @@ def decode_written(artifact: Path) -> float:
     try:
         with open(artifact / DATA_FILE, "rb") as source, open(copy / DATA_FILE, "wb") as target:
             shutil.copyfileobj(source, target, _PIECE)
-        page_cache.forget(copy / DATA_FILE)
+        atomic.evict_from_page_cache(copy / DATA_FILE)
         remember_verified(copy, read_manifest(copy))
         return decode(copy)
     finally:
@@ -94,7 +94,9 @@ TRICKS = {
     "MADV_COLLAPSE": Trick(
         decode_stock, session, "huge_pages", lambda: nullcontext(BackgroundAdvice())
     ),
-    "page-cache eviction": Trick(decode_written, page_cache, "forget", lambda path: None),
+    "page-cache eviction": Trick(
+        decode_written, atomic, "evict_from_page_cache", lambda path: None
+    ),
 }
 
 

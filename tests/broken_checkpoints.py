@@ -57,7 +57,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index is no JSON": (then(sharded, put("model.safetensors.index.json", b"{")), "index.json"),
     "name that a terminal obeys": (
         edited(lambda h: h.update({"\x1b[2J\x1b]0;x\x07": {"dtype": "F99"}})),
-        r"tensor \\u001b\[2J\\u001b\]0;x\\u0007 has",
+        r"tensor \\u001b\[2J\\u001b\]0;x\\u0007, shape is missing",
     ),
     "name without an end": (edited(lambda h: h.update({"x" * 9999: {}})), r"xxx \.\.\. xxx"),
     "untied head": (

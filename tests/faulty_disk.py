@@ -106,6 +106,10 @@ class _FaultyFile:
         self._begun = True
         return int(self._file.write(data))
 
+    def writelines(self, chunks: Any) -> None:
+        for chunk in chunks:
+            self.write(chunk)
+
     def __enter__(self) -> "_FaultyFile":
         return self
 

@@ -235,7 +235,7 @@ def test_connections_that_ask_for_something_stay(limits, serve):
         with server.connect() as fourth:
             answer = fourth.recv(1000)
             assert answer.startswith(b"HTTP/1.1 503 ") and b'"error"' in answer
-        assert limits.make_room("another address") == (limits.most > 3)
+        assert limits.make_space("another address") == (limits.most > 3)
         for each in busy:
             each.sendall(b'{"content": "x"}')
             assert b"200 OK" in each.recv(1000)

@@ -137,7 +137,7 @@ GROUPS_OF_7 = store(kind="palette", bits=4, group=7, lut="float16")
 BROKEN = {
     "no record": (lambda f: f.pop("coreml"), "coreml is missing"),
     "length": (lambda f: f["coreml"].update(prefill_length=1), "prefill_length is 1"),
-    "state": (lambda f: f["coreml"].update(recurrent_state="ring"), "expected io or hilo"),
+    "state": (lambda f: f["coreml"].update(recurrent_state="ring"), "expected 'io' or 'hilo'"),
     "no hash": (lambda f: f["coreml"]["blobs"].pop(f"{LINEAR}.data"), f"{LINEAR}.data .*no hash"),
     "hash of nothing": (lambda f: f["coreml"]["blobs"].update(x="0" * 64), "x is not a part"),
     "short hash": (lambda f: f["coreml"]["blobs"].update({f"{LINEAR}.data": "0"}), "not a hash"),
