@@ -1,4 +1,4 @@
-"""Any model that llama.cpp runs behind the Session interface, for comparison with ours."""
+"""Adapts any model that llama.cpp runs to the Session interface, for comparison with ours."""
 
 from functools import cached_property
 from pathlib import Path

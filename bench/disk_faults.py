@@ -173,7 +173,7 @@ def _user(number: int) -> dict[str, str]:
 
 
 def run(disk: Disk, requests: int, *, period: int) -> Report:
-    """Sends the requests, with a fault in every second period, and checks what is left."""
+    """Sends the requests, with a fault in every second period, and checks the files that remain."""
     report, tokenizer = Report(), load_tokenizer(DEMO)
     session = ToySession(tokenizer.vocab_size)
     identity = Identity("toy", "ab" * 32, 8, "cd" * 32)

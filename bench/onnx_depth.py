@@ -18,7 +18,7 @@ looked for, on machines whose speed changes by a tenth while they run."""
 
 
 def depths(options: argparse.Namespace) -> dict[str, Any]:
-    """Rows of `rgexport bench`: of the demo behind processed tokens, of a 2B behind synthetic."""
+    """Rows of `rgexport bench`: the demo after processed tokens, a 2B after a synthetic state."""
     storage = STORAGES[options.models[0]]
     make_missing([storage])
     command("onnx", "--size", "demo", "--int4", "--no-check", "-o", DEMO, "--force")

@@ -2,7 +2,7 @@
 
     python -m bench.rows [ARTIFACT …] [--rows 1,2,4,8,16]
 
-Without an artifact, the random 2B of `bench.onnx` in each storage. Every pass stands behind a full
+Without an artifact, the random 2B of `bench.onnx` in each storage. Every pass starts with a full
 window; the counts take turns. `RGEXPORT_CPU` chooses the kernels.
 """
 
@@ -53,14 +53,14 @@ def passes(session: Session, counts: list[int], axis: int, rounds: int) -> list[
     """Median seconds of a pass over so many conversations (axis 0) or tokens of one (axis 1)."""
     generator = np.random.default_rng(0)
     session.reset(1)
-    behind = synthetic_state(session.get_state(), DEPTH, generator)
+    state = synthetic_state(session.get_state(), DEPTH, generator)
     times: dict[int, list[float]] = {count: [] for count in counts}
     for index in range(rounds):
         note(f"round {index + 1} of {rounds}")
         for count in counts:
             batch = count if axis == 0 else 1
             session.reset(batch)
-            session.set_state({name: np.repeat(array, batch, 0) for name, array in behind.items()})
+            session.set_state({name: np.repeat(array, batch, 0) for name, array in state.items()})
             shape = (batch, 1 if axis == 0 else count)
             for turn in range(PASSES):
                 tokens = generator.integers(0, session.vocab_size, shape)

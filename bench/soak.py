@@ -1,4 +1,4 @@
-"""A hundred thousand requests to `rgexport serve`, and what they leave behind.
+"""A hundred thousand requests to `rgexport serve`, and the memory and handles that they leak.
 
     python -m bench.soak ARTIFACT [--requests 100000]
 

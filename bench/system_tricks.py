@@ -1,8 +1,8 @@
-"""What tricks with the system are worth: a 2B with each of them and without, in turns.
+"""Measures the gain of tricks with the system: a 2B with and without each, in turns.
 
-`python -m bench.system_tricks` takes 10 GB of disk and ten minutes. A trick stays where this shows
-a gain of 5 %, or where a test shows a promise that falls without it. What is measured is the
-CPU time of one thread, which other programs disturb least, in a new process each time.
+`python -m bench.system_tricks` takes 10 GB of disk and ten minutes. A trick stays if this shows
+a gain of 5 %, or if a test fails without it. Each measurement is the CPU time of one thread, which
+other programs disturb least, in a new process.
 """
 
 import shutil
@@ -114,7 +114,7 @@ def _measured_apart(name: str, artifact: Path, *, with_it: bool) -> float:
 
 
 def main() -> None:
-    """Prints what each trick is worth; a child prints one figure."""
+    """Prints the gain of each trick; a child process prints one measurement."""
     if len(sys.argv) == 4:
         name, artifact, word = sys.argv[1:]
         print(measured(name, Path(artifact), with_it=word == "1"))

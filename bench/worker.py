@@ -57,7 +57,7 @@ class Worker:
         self._process.wait()
 
     def measure(self, test: str, length: int) -> dict[str, Any]:
-        """Takes a prompt (`pp`), or single tokens behind others (`tg`): their `rate`, and `rss`."""
+        """Times a prompt (`pp`), or single tokens after others (`tg`): returns `rate` and `rss`."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps([test, length]) + "\n")
@@ -80,9 +80,9 @@ def main() -> None:
     session = open_session(artifact)
     took = time.perf_counter() - began
     info = session.info
-    behind = synthetic_state(session.get_state(), DEPTH, np.random.default_rng(0))
+    state = synthetic_state(session.get_state(), DEPTH, np.random.default_rng(0))
     while time.perf_counter() < began + took + WARM_UP_SECONDS:
-        timed(session, behind, "tg", 4)
+        timed(session, state, "tg", 4)
     _say(
         kernels=info.kernels,
         engine=f"{info.engine} {info.engine_version}",
@@ -92,15 +92,15 @@ def main() -> None:
     )
     for line in sys.stdin:
         test, length = json.loads(line)
-        _say(rate=length / timed(session, behind, test, length), rss=rss_bytes())
+        _say(rate=length / timed(session, state, test, length), rss=rss_bytes())
 
 
 def _say(**answer: Any) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def timed(session: Session, behind: State, test: str, length: int) -> float:
-    """Seconds for a prompt (`pp`) of random tokens, or for single ones `behind` others (`tg`).
+def timed(session: Session, state: State, test: str, length: int) -> float:
+    """Seconds for a prompt (`pp`) of random tokens, or for single ones that follow `state` (`tg`).
 
     One more token runs first, and is not counted.
     """
@@ -111,7 +111,7 @@ def timed(session: Session, behind: State, test: str, length: int) -> float:
         began = time.perf_counter()
         session.prefill(tokens)
     else:
-        session.set_state(behind)
+        session.set_state(state)
         began = time.perf_counter()
         for token in tokens[0]:
             session.step(token[None])

@@ -70,7 +70,7 @@ Documents = dict[str, list[np.ndarray]]
 def encode(
     processor: sentencepiece.SentencePieceProcessor, texts: dict[str, list[str]]
 ) -> Documents:
-    """Tokens of every document, each behind one `<bos>`."""
+    """Returns the tokens of every document, each after one `<bos>`."""
     return {
         source: [np.array([BOS, *ids], np.int64) for ids in processor.Encode(documents)]
         for source, documents in texts.items()
@@ -80,7 +80,7 @@ def encode(
 def prose_rows(
     documents: list[np.ndarray], length: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """One epoch of running text: rows of `length` + 1 from a random start, each behind `<bos>`."""
+    """One epoch of running text: rows of `length` + 1 from a random start, each after `<bos>`."""
     order = rng.permutation(len(documents))
     stream = np.concatenate([documents[i] for i in order])[rng.integers(length) :]
     rows = stream[: len(stream) // length * length].reshape(-1, length)
@@ -136,7 +136,7 @@ def batches(
     while True:
         batch = []
         for _ in range(rows):
-            # The source furthest behind its share comes next: no luck in the proportions.
+            # The source that lacks most of its share comes next, so that proportions are exact.
             source = int(np.argmax(shares * (drawn.sum() + 1) - drawn))
             drawn[source] += 1
             batch.append(next(streams[source]))

@@ -33,7 +33,7 @@ class Episodes:
         self._texts = np.concatenate(texts)
 
     def rows(self, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Rows of `length` + 1 without end, each behind `<bos>`."""
+        """Yields rows of `length` + 1 without end; each begins with `<bos>`."""
         while True:
             row = [BOS]
             while len(row) <= length:

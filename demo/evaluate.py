@@ -27,7 +27,7 @@ def bits_per_byte(
 
 
 def pieces(document: np.ndarray, context: int = CONTEXT) -> list[np.ndarray]:
-    """The document in pieces of `context` tokens, each behind `<bos>`: all but `<bos>` counts."""
+    """Cuts a document into pieces of `context` tokens after a `<bos>`, which is not scored."""
     text = document[1:]
     return [np.concatenate(([BOS], text[at : at + context])) for at in range(0, len(text), context)]
 

@@ -185,7 +185,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Temporal block and MLP, each behind a norm and around a residual."""
+    """Temporal block and MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, shape: Shape, kind: str) -> None:
         super().__init__()

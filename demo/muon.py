@@ -68,6 +68,6 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
         weight_decay=0.01,
         fused=True,
     )
-    # In halves, for two threads to step; no shape is worth more than the other.
+    # In halves, for two threads to step; both halves have the same mix of shapes.
     halves = (matrices[::2], matrices[1::2])
     return [*(Muon(half, lr=0.02, decay=0.1) for half in halves), adam]

@@ -2,7 +2,7 @@
 
 The trainer decides itself where byte pieces go, so the pieces are put in order afterwards:
 control pieces, `<unusedN>`, the turn pieces, whitespace runs and HTML tags where Gemma has them,
-bytes at 217-472, and the learned pieces behind them.
+bytes at 217-472, then the learned pieces.
 """
 
 import io

@@ -127,7 +127,7 @@ def keep_memory() -> None:
 
 
 def tokenizer_lines(corpus: text.Corpus) -> Iterator[str]:
-    """Lines to learn pieces from: all of the novels, a sample of what there is more of."""
+    """Yields lines to learn pieces from: all of the novels, a share of each larger source."""
     share = {"chat": 0.4, "bible": 0.3, "speeches": 0.15, "wordnet": 0.15}
     rng = random.Random(0)
     for source, documents in corpus.train.items():

@@ -31,11 +31,11 @@ _JOINERS = "\u200c\u200d"
 """Harmless characters of category Cf: scripts and emoji need them."""
 
 
-def printable(text: str, kept: str = "") -> str:
-    """Escapes control characters except those in `kept`, as JSON does: JSON stays equal JSON."""
+def printable(text: str, allowed: str = "") -> str:
+    """Escapes control characters except those in `allowed`, as JSON does: JSON stays equal JSON."""
     if text.isprintable():
         return text
-    return "".join(c if c in kept or not _is_harmful(c) else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if c in allowed or not _is_harmful(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _is_harmful(character: str) -> bool:

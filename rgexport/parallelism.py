@@ -27,7 +27,7 @@ def usable_processors() -> int:
 
 
 def usable_threads(requested: int | None) -> int:
-    """Returns the number of threads for an engine whose threads wait by spinning.
+    """Returns the number of threads for an engine with threads that spin while they wait.
 
     The default is one for each processor. More would stop one another: with twice as many threads
     as processors, a step takes twice as long.

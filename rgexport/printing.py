@@ -12,7 +12,7 @@ _MARKS = "\u061c\u200e\u200f"
 
 def print_result(text: str, *, end: str = "\n") -> None:
     """Prints a result; control characters of names in it are escaped."""
-    print(printable(text, kept=_LINES), end=end, flush=True)
+    print(printable(text, allowed=_LINES), end=end, flush=True)
 
 
 def print_reply(piece: str, stream: TextIO | None = None) -> None:
@@ -24,4 +24,4 @@ def print_reply(piece: str, stream: TextIO | None = None) -> None:
 
 def printable_reply(piece: str) -> str:
     """Escapes control characters in a piece of a model's reply."""
-    return printable(piece, kept=_LINES + _MARKS)
+    return printable(piece, allowed=_LINES + _MARKS)

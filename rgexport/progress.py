@@ -33,7 +33,7 @@ _no_warnings = False
 
 def note(text: str) -> None:
     """Prints a remark; escapes its control characters."""
-    print(printable(text, kept="\n\t"), file=sys.stderr, flush=True)
+    print(printable(text, allowed="\n\t"), file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:
@@ -90,8 +90,8 @@ class TaskProgress:
         share, size = f"{100 * self.done // self.total} %", amount(self.total, self.unit)
         if not self.done:
             return [f"{share} of {size}", share]
-        left = f"{duration(passed * (self.total - self.done) / self.done)} left"
-        return [f"{share} of {size}, {duration(passed)}, {left}", f"{share}, {left}"]
+        remaining = f"{duration(passed * (self.total - self.done) / self.done)} left"
+        return [f"{share} of {size}, {duration(passed)}, {remaining}", f"{share}, {remaining}"]
 
     def _ended(self) -> list[str]:
         passed = duration(time.monotonic() - self.began)

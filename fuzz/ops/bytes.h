@@ -1,4 +1,4 @@
-// What a fuzzer's input says, byte by byte; zeros behind its end.
+// What a fuzzer's input says, byte by byte; zeros after its end.
 #pragma once
 
 #include <cstddef>

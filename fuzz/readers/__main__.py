@@ -17,7 +17,7 @@ from fuzz.readers.targets import TARGETS
 
 _COVERAGE = re.compile(r"cov: (\d+) ft: (\d+)")
 _LEAST_SECONDS = 2.0
-"""Less is not worth the start of a process."""
+"""The shortest run: below, the start of the process takes longer."""
 BROKEN, _HUNG = 3, 70
 """Exit codes of a process: the fuzzer is at fault (see `worker`); an execution took too long."""
 

@@ -55,7 +55,7 @@ def _agree(data: bytes, folder: Path, found: ModelFile) -> None:
     """The nodes and tensors that the package onnx reads, where it can read the file."""
     try:
         model = onnx.load_model(io.BytesIO(data), load_external_data=False)
-    except Exception:  # a damaged file, of which nothing is read
+    except Exception:  # a damaged file: onnx reads nothing
         return
     nodes = [(n.op_type, n.domain, tuple(n.input)) for n in model.graph.node]
     read = [(n.op, n.domain, n.inputs) for n in found.nodes]

@@ -41,7 +41,7 @@ def _read_config(data: bytes, folder: Path) -> GriffinConfig:
 
 def _agree_on_config(data: bytes, folder: Path, config: GriffinConfig) -> None:
     """What Hugging Face's own class makes of the file, and what every model needs."""
-    from transformers import RecurrentGemmaConfig  # seconds, of which plans have no need
+    from transformers import RecurrentGemmaConfig  # takes seconds, and plans do not need it
 
     fields = json.loads(data)
     try:
@@ -75,7 +75,7 @@ def _plan_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _mutate_plan(data: bytes, random: Random) -> bytes:
-    """Mostly keeps the names, so that what stands behind them is read."""
+    """Mostly keeps the names, so that the reader gets to their values."""
     try:
         value = json_mutator.parse(data)
     except ValueError:

@@ -25,7 +25,7 @@ class Target:
     seeds: Callable[[Path], Iterable[bytes]]
     """Sound inputs, made in an empty folder."""
     mutate: Callable[[bytes, Random], bytes]
-    """Knows the format, so that what it changes lies behind the checks of the outermost form."""
+    """Knows the format, so that its changes pass the checks of the outermost form."""
     read: Callable[[bytes, Path], Any]
     """Puts the input into a folder and reads it as the command line does."""
     agree: Callable[[bytes, Path, Any], None]

@@ -1,4 +1,4 @@
-"""Conversations whose turns can be undone, retried, edited, saved and loaded."""
+"""A chat conversation: its turns can be undone, retried, edited, saved and loaded."""
 
 import dataclasses
 from collections.abc import Generator

@@ -33,7 +33,7 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
     Raises:
         RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
     """
-    vocabulary = Vocabulary(load_model(artifact.path, vocab_only=True))
+    vocabulary = LlamaCppVocabulary(load_model(artifact.path, vocab_only=True))
     values = artifact.header.values
     types = values.get(TYPES_KEY)
     if types is None or not vocabulary.understands_text:
@@ -63,14 +63,14 @@ def _matching(
     pattern = re.compile(f"({'|'.join(map(re.escape, pieces)) or '(?!)'})")
 
     def matched(text: str) -> list[int]:
-        parts = enumerate(pattern.split(text))
-        found = [[pieces[part]] if i % 2 else encode(part) for i, part in parts if part]
-        return list(itertools.chain.from_iterable(found))
+        runs = enumerate(pattern.split(text))
+        ids = [[pieces[run]] if i % 2 else encode(run) for i, run in runs if run]
+        return list(itertools.chain.from_iterable(ids))
 
     return matched
 
 
-class Vocabulary:
+class LlamaCppVocabulary:
     """llama.cpp's vocabulary; it keeps its model alive."""
 
     def __init__(self, model: Handle) -> None:
@@ -100,10 +100,10 @@ class Vocabulary:
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text; literals of control tokens match only with `parse_special`."""
         data = text.encode()
-        room = len(data) + 1  # no token is shorter than a byte, but there may be a space in front
-        ids = (ctypes.c_int32 * room)()
+        capacity = len(data) + 1  # a token has at least a byte; llama.cpp may prepend a space
+        ids = (ctypes.c_int32 * capacity)()
         count = self._llama.llama_tokenize(
-            self._pointer, data, len(data), ids, room, False, parse_special
+            self._pointer, data, len(data), ids, capacity, False, parse_special
         )
         return ids[:count]
 
@@ -116,9 +116,11 @@ class Vocabulary:
             return UNKNOWN_SURFACE
         return self._piece(token)
 
-    def _piece(self, token: int, room: int = 64) -> bytes:
-        buffer: Any = ctypes.create_string_buffer(room)
-        length: int = self._llama.llama_token_to_piece(self._pointer, token, buffer, room, 0, True)
+    def _piece(self, token: int, capacity: int = 64) -> bytes:
+        buffer: Any = ctypes.create_string_buffer(capacity)
+        length: int = self._llama.llama_token_to_piece(
+            self._pointer, token, buffer, capacity, 0, True
+        )
         return buffer.raw[:length] if length >= 0 else self._piece(token, -length)
 
 
@@ -130,7 +132,6 @@ class GgufText(ArtifactText):
     """For GGUF files."""
 
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
-        """See `load_vocabulary`."""
         assert isinstance(artifact, GgufArtifact)
         return load_vocabulary(artifact)
 

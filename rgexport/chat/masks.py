@@ -15,7 +15,7 @@ from rgexport.errors import RequestError
 MASK_SECONDS = 1.0
 """Longest time for the mask of one token; most take less than a thousandth of it."""
 _QUICK_SECONDS = 0.01
-"""A reply with a slower mask waits behind other slow ones from then on."""
+"""After a slower mask, the thread for slow grammars computes all masks of the reply."""
 _QUEUE_SECONDS = 30.0
 """Longest time that a mask waits for masks of other replies."""
 _CLOSING_SECONDS = 0.2

@@ -1,4 +1,4 @@
-"""Prompts: the tokens of texts and conversations, and the prefixes whose states are stored."""
+"""Encodes texts and conversations as prompts, and finds the prefixes to store states for."""
 
 import contextlib
 import json
@@ -123,7 +123,7 @@ class PromptEncoder:
         return one[: common_prefix(one, two)]
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation whose last turn is over.
+        """Returns the tokens of a conversation that ends with a finished turn.
 
         Raises:
             RequestError: the template refuses the messages.
@@ -213,7 +213,7 @@ def _without_system(messages: Sequence[Message]) -> list[Message] | None:
     return [{"role": "user", "content": text}, *messages[2:]]
 
 
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    length = min(len(left), len(right))
-    differing = np.flatnonzero(np.array(left[:length]) != np.array(right[:length]))
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(np.array(first[:length]) != np.array(second[:length]))
     return int(differing[0]) if len(differing) else length

@@ -228,7 +228,7 @@ class ReplyWriter:
 
 
 def scored(token: Token, count: int) -> ScoredToken:
-    """Returns a token with its log probability, and those of the `count` most likely ones."""
+    """Returns a token and the `count` most likely tokens, with their log probabilities."""
     values = log_probabilities(token.logits)
     top = most_likely(np.asarray(token.logits), count) if count else ()
     best = tuple((int(i), float(values[i])) for i in top)
@@ -242,7 +242,7 @@ class ReplyStream(Iterator[str]):
     """
 
     def __init__(self, start: Callable[[Deliver], GenerationJob]) -> None:
-        """Starts the reply by `start`, whose argument gets the pieces."""
+        """Calls `start` with a function that receives the pieces of the reply."""
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._job = start(self._items.put)
         self._end: ModelReply | RequestError | None = None

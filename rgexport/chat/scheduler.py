@@ -286,7 +286,7 @@ class Scheduler:
             self._rows.start_writing(job)
 
     def _resume(self) -> None:
-        """Resumes held rows whose masks are ready; waits for a mask if no other row can run."""
+        """Resumes held rows that have a mask now; waits for a mask if no other row can run."""
         held = [(job, job.held) for job in self._rows if job.held is not None]
         if held and len(held) == len(self._rows):
             self._admission.wait(_POLL_SECONDS, until=self._can_go_on)
@@ -418,7 +418,7 @@ class Scheduler:
             warn(f"the end of a reply could not be told: {failure!r}")
 
     def _fail(self, error: Exception) -> None:
-        """Ends all replies after an error of the engine, whose states may be wrong now."""
+        """Ends all replies after an error of the engine, because its states may be wrong."""
         failure = EngineError(f"the engine: {error}")
         jobs = self._rows.clear()
         with contextlib.suppress(Exception):  # then each request reports the failure

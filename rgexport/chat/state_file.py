@@ -150,7 +150,7 @@ def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryv
 
 
 def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
-    """Reads a file; `shapes` are those of the model's states, without a batch axis.
+    """Reads a file; `shapes` has the model's states by name, without a batch axis.
 
     Raises:
         RequestError: it is no state file, is damaged, or is of a model with other states.

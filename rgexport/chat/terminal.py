@@ -94,12 +94,12 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
     if isinstance(answer, str):
         console.print(printable_reply(answer), style="dim", markup=False)
         return
-    with MarkdownStream(console) as shown, contextlib.closing(answer) as reply:
+    with MarkdownStream(console) as stream, contextlib.closing(answer) as reply:
         try:
             for piece in reply:
-                shown.add(printable_reply(piece))
+                stream.add(printable_reply(piece))
         except KeyboardInterrupt:
-            shown.add(" [stopped]")
+            stream.add(" [stopped]")
     if conversation.last and conversation.last.reason == "length":
         console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 

@@ -100,7 +100,7 @@ class Tokenizer:
         return self._opening.sub(rf"\1{CUT}", text)
 
     def encode_markup(self, rendered: str) -> list[int]:
-        """Encodes a text whose special literals become their ids, unless they are cut."""
+        """Encodes a text; special literals become their ids, unless they are cut."""
         ids: list[int] = []
         for index, part in enumerate(self._literals.split(rendered)):
             if index % 2:

@@ -143,15 +143,15 @@ def _inferred(
     return attributes | {"type": _PATH if annotation is Path else annotation}
 
 
-def _one_of(words: tuple[str, ...], flag: str) -> Callable[[str], str]:
-    """Returns a click type whose error, unlike that of `click.Choice`, looks like the core's."""
+def _one_of(names: tuple[str, ...], flag: str) -> Callable[[str], str]:
+    """Returns a click type that refuses other names with the message of `require_word`."""
 
-    def choice(word: str) -> str:
-        if word not in words:
-            raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
-        return word
+    def checked(name: str) -> str:
+        if name not in names:
+            raise RequestError(f"{flag} is {name!r}; expected one of {', '.join(names)}")
+        return name
 
-    return choice
+    return checked
 
 
 def _filled(arguments: type[Arguments], values: dict[str, Any]) -> Arguments:

@@ -38,7 +38,7 @@ def spread_statistics(
 
 
 def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunLayer":
-    """Returns a `RunLayer` whose workers see the checkpoint's files, too."""
+    """Returns a `RunLayer` that runs on workers, which read the checkpoint under the same path."""
     import torch
 
     adapter = checkpoint.adapter and checkpoint.adapter.resolve()
@@ -74,8 +74,8 @@ class _OnCluster(RemoteStatistics):
 
     def encode(self, name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
         job = self._cluster.start(_encode, name, rows, scheme, self._statistics, ids)
-        parts: Parts = self._cluster.result(job)
-        return parts
+        arrays: Parts = self._cluster.result(job)
+        return arrays
 
 
 # The jobs. A worker caches for one run of a command, because files may change between them: `run`

@@ -100,7 +100,7 @@ class _Logits:
             sums.fisher[slab] += (p * (1 - p) * slope * slope).sum(0).cpu().numpy()
 
     def draw(self, points: Tensor) -> Tensor:
-        """Returns for each of the first tokens the label whose share of [0, 1] has its point."""
+        """Draws a label for each of the first tokens, by inverting its cumulative sums."""
         labels = self._values[: len(points)].argmax(1)  # where sums round below the point
         below = torch.zeros_like(points)
         for start in self._slabs():

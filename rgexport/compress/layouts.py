@@ -7,7 +7,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.format import Format, format_of
-from rgexport.export.storage import Places
+from rgexport.export.storage import DataFileLayout
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -35,10 +35,10 @@ class FormatLayouts:
     def artifact_bytes(self, plan: Plan, checkpoint: Checkpoint) -> int:
         """Estimates the bytes of an artifact, to within a few kB for each layer."""
         shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
-        places = Places("", self.form.alignment, header=self.form.part_header)
-        places.tensors(plan, shapes, self.form.part_layouts)
+        layout = DataFileLayout("", self.form.alignment, header=self.form.part_header)
+        layout.tensors(plan, shapes, self.form.part_layouts)
         extra = sum(_bytes_beside(scheme, shapes[name][0]) for name, scheme in plan.items())
-        return places.size + extra + self.form.overhead_bytes(checkpoint)
+        return layout.size + extra + self.form.overhead_bytes(checkpoint)
 
     def _nbytes(self, shape: Shape, scheme: Scheme) -> int:
         parts = self.form.part_layouts(shape, scheme).values()

@@ -37,7 +37,7 @@ class PredictedLosses:
         calibration: Calibration,
         statistics: StatisticsOf | None = None,
     ):
-        """`statistics` are those of the calibration, if they exist already."""
+        """Takes `statistics` if the caller has already computed them from the calibration."""
         self._config, self._weights, self._calibration = config, weights, calibration
         self._statistics = statistics or Calibrated(calibration, config)
 

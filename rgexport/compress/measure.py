@@ -33,8 +33,8 @@ class Divergence:
     tokens: int
 
 
-class OriginalModel:
-    """The original on a text: run once, and compared with several plans."""
+class OriginalRun:
+    """The original's hidden states on a text, from one run, for comparison with plans."""
 
     def __init__(
         self, config: GriffinConfig, weights: WeightSource, sequences: Sequence[np.ndarray]
@@ -83,14 +83,14 @@ class _SlabSums:
         self._mean = torch.zeros(tokens, dtype=torch.float64)
         """The mean difference of logits, weighted by the original's probabilities so far."""
 
-    def add(self, original: Tensor, other: Tensor) -> None:
+    def add(self, original: Tensor, changed: Tensor) -> None:
         """Adds logits [tokens, slab]."""
         p = original.logsumexp(1).double()
         total = torch.logaddexp(self._log_p, p)
-        mean = (original.softmax(1) * (original - other)).sum(1, dtype=torch.float64)
+        mean = (original.softmax(1) * (original - changed)).sum(1, dtype=torch.float64)
         self._mean = self._mean * (self._log_p - total).exp() + mean * (p - total).exp()
         self._log_p = total
-        self._log_q = torch.logaddexp(self._log_q, other.logsumexp(1).double())
+        self._log_q = torch.logaddexp(self._log_q, changed.logsumexp(1).double())
 
     def divergences(self) -> Tensor:
         """Returns KL(original ‖ other) of each token."""

@@ -70,7 +70,7 @@ class PlanReport:
         return render([self._front(), self._layouts(), self.sentence()])
 
     def sentence(self) -> str:
-        """Says the plan's bits, size and cost, and that other text may cost more."""
+        """Summarizes the plan: bits, size, cost; warns if it was measured on calibration text."""
         chosen, measured = self.result.chosen, self.result.measured
         kl = number(measured.kl)
         if math.isfinite(measured.error):

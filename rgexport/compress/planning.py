@@ -9,7 +9,7 @@ import numpy as np
 from rgexport.compress.items import items_of, plan_of
 from rgexport.compress.layouts import FormatLayouts
 from rgexport.compress.losses import PredictedLosses
-from rgexport.compress.measure import Divergence, OriginalModel
+from rgexport.compress.measure import Divergence, OriginalRun
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
@@ -141,14 +141,14 @@ class Planner:
         front = tuple(map(self._point, self._front.points(_POINTS)))
         return PlanResult(plan, predicted, measured, front)
 
-    def _measured(self, original: OriginalModel, plan: Plan, point: PlanPoint) -> Divergence:
+    def _measured(self, original: OriginalRun, plan: Plan, point: PlanPoint) -> Divergence:
         weights = quantized(self._checkpoint.weights, plan, self._statistics)
         with group(f"Measuring a plan of {point.bits:.3f} bits"):
             return original.divergence(weights)
 
-    def _original(self, sequences: Sequence[np.ndarray]) -> OriginalModel:
+    def _original(self, sequences: Sequence[np.ndarray]) -> OriginalRun:
         with group("Running the original"):
-            return OriginalModel(self._checkpoint.config, self._checkpoint.weights, sequences)
+            return OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
 
     def _choose(self, target: PlanTarget) -> Choice:
         if target.kind == "kl":

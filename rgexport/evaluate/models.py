@@ -77,7 +77,7 @@ class EvaluatedModel(ABC):
         """
 
     def require_narrowing(self) -> None:
-        """Refuses a model whose attention window cannot be made smaller.
+        """Requires that the attention window can be made smaller.
 
         Raises:
             RequestError: it has no attention, or its engine takes the window of the file.

@@ -71,7 +71,7 @@ class ReferenceSession(Session):
         return {name: array[rows.start : rows.stop].copy() for name, array in self._state.items()}
 
     def close(self) -> None:
-        """Does nothing: no resource is held."""
+        pass  # it holds no resource
 
     def _set_rows(self, rows: range, state: State) -> None:
         for name, array in self._state.items():

@@ -16,7 +16,7 @@ from rgexport.runtimes.environment import environment
 
 
 def require_known(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:
-    """Returns the requested suites, or those of `BY_DEFAULT`; task names add the suite `tasks`.
+    """Returns the requested suites, by default `BY_DEFAULT`; task names add the suite `tasks`.
 
     Raises:
         RequestError: there is no such suite, or no task for the suite `tasks`.
@@ -127,7 +127,7 @@ def _tokens(chains: Sequence[Chain]) -> int:
 def _by_suite(
     names: Sequence[str], pieces: Sequence[Piece], results: Results, request: EvaluationRequest
 ) -> dict[str, Measured]:
-    """Reads the results of all pieces; lm_eval scores those of `tasks`."""
+    """Groups the results of all pieces by suite; lm_eval scores the suite `tasks`."""
     suites: dict[str, list[tuple[Mapping[str, object], Result]]] = {name: [] for name in names}
     for piece in pieces:
         result = results.get(piece)

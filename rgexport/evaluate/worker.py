@@ -19,7 +19,7 @@ class Worker:
     """Measures chains; the session of the last model and window stays open."""
 
     def __init__(self, threads: int | None = None):
-        """`threads` are those of a session; by default, all that this process may use."""
+        """Opens sessions with `threads` threads; by default, with all that this process may use."""
         self._threads = threads
         self._session: Session | None = None
         self._opened: tuple[str, int | None] | None = None

@@ -78,16 +78,16 @@ class Artifact:
     def _group_rows(self, name: str, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
         together = stored.rows_together
         first, last = start // together * together, aligned(stop, together)
-        parts = {
+        arrays = {
             "data" if label == COLUMNS else label: self._part(stored, label, first, last)
             for label in stored.parts
         }
         columns = int(np.prod(stored.shape[1:], dtype=np.int64))
-        rows = self._decode(name, stored, parts, columns)[start - first : stop - first]
+        rows = self._decode(name, stored, arrays, columns)[start - first : stop - first]
         return rows.reshape(stop - start, *stored.shape[1:])
 
-    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
-        return stored.uniform.decode(parts, columns)
+    def _decode(self, name: str, stored: StoredTensor, arrays: Parts, columns: int) -> np.ndarray:
+        return stored.uniform.decode(arrays, columns)
 
     def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
         if label == COLUMNS:

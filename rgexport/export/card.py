@@ -108,7 +108,7 @@ def matrix_bits(manifest: Manifest) -> float:
 
 
 def algorithms(manifest: Manifest) -> dict[str, int]:
-    """Returns algorithm → the number of quantized tensors and row groups whose levels it chose."""
+    """Counts quantized tensors and row groups by the algorithm that chose their levels."""
     schemes = (uniform for scheme in manifest.plan.values() for uniform in scheme.uniform)
     return dict(Counter(s.algorithm for s in schemes if s.is_quantized).most_common())
 

@@ -48,9 +48,9 @@ def export_folder(
         target: the folder.
         write_model: writes what the format has, beside the tokenizer.
         data_bytes: size of the weights as they will be stored.
-        tools: packages whose versions are worth noting.
+        tools: packages whose versions the manifest records.
         force: whether an earlier artifact may be replaced.
-        check: runs the artifact; what it finds goes into the card and the manifest.
+        check: runs the artifact; its record goes into the card and the manifest.
 
     Raises:
         RequestError: an unsound checkpoint (all problems at once), a target that exists or
@@ -71,7 +71,7 @@ def export_folder(
         ids = complete_tokenizer(folder, checkpoint.name)
         manifest = write_model(folder, _common(checkpoint, hashes, tools), ids)
         manifest = manifest.with_files(record_files(folder))
-        manifest = manifest.with_check(_checked(folder, manifest, check))
+        manifest = manifest.with_check(_run_check(folder, manifest, check))
         write_card(folder, manifest, origin_of(checkpoint))
         records = manifest.files | record_files(folder, [CARD])
         manifest = manifest.with_files(dict(sorted(records.items())))
@@ -82,8 +82,8 @@ def export_folder(
     return target
 
 
-def _checked(folder: Path, manifest: Manifest, check: SelfCheck | None) -> CheckRecord:
-    """What the check finds in a folder that has all but its card and its final manifest."""
+def _run_check(folder: Path, manifest: Manifest, check: SelfCheck | None) -> CheckRecord:
+    """Runs the self-check on a folder that lacks only its card and its final manifest."""
     if check is None:
         return NOT_ASKED_FOR
     write_manifest(folder, manifest)

@@ -97,7 +97,7 @@ class Format(ABC):
 
 
 class FileFormat(Format):
-    """A format whose artifacts are single files."""
+    """A format with a single file as its artifact."""
 
     @abstractmethod
     def owns(self, path: Path) -> bool:
@@ -109,7 +109,7 @@ class FileFormat(Format):
 
 
 class FolderFormat(Format):
-    """A format whose artifacts are folders with an `rgexport.json`."""
+    """A format with a folder as its artifact, described by an `rgexport.json`."""
 
     manifest: type[Manifest] = Manifest
     graph_bytes: int = 0

@@ -88,16 +88,17 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
             record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
         )
     precisions = *form.precisions, *form.planned_precisions
-    for field, words in (("precision", precisions), ("compute", ACTIVATIONS)):
-        word = getattr(manifest, field)
-        _require(word in words, f"{field} is {word!r}; expected {' or '.join(words)}")
+    for field, names in (("precision", precisions), ("compute", ACTIVATIONS)):
+        name = getattr(manifest, field)
+        _require(name in names, f"{field} is {name!r}; expected {' or '.join(names)}")
     check_config(manifest.config)
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
-    found = {name: tensor.shape for name, tensor in manifest.tensors.items()}
-    for name in expected.keys() | found.keys():
+    shapes = {name: tensor.shape for name, tensor in manifest.tensors.items()}
+    for name in expected.keys() | shapes.keys():
         _require(
-            found.get(name) == expected.get(name),
-            f"tensors.{shown_key(name)} has shape {found.get(name)}; expected {expected.get(name)}",
+            shapes.get(name) == expected.get(name),
+            f"tensors.{shown_key(name)} has shape {shapes.get(name)}; "
+            f"expected {expected.get(name)}",
         )
         _require(
             manifest.plan.get(name) == manifest.tensors[name].scheme,
@@ -156,21 +157,21 @@ def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) 
             )
 
 
-def _check_parts(place: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
-    """The parts must be those of the scheme, and inside their files."""
-    _require(not isinstance(stored.scheme, Ggml), f"{place}: only GGUF files have ggml types")
+def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
+    """Requires the parts of the tensor's scheme, each inside its file."""
+    _require(not isinstance(stored.scheme, Ggml), f"{label}: only GGUF files have ggml types")
     quantized = stored.scheme.is_quantized
-    _require(len(stored.shape) == 2 or not quantized, f"{place}: only matrices are quantized")
+    _require(len(stored.shape) == 2 or not quantized, f"{label}: only matrices are quantized")
     try:
         expected = dict(form.part_layouts(stored.shape, stored.scheme))
     except RequestError as error:
-        raise Mismatch(f"{place}: {error}") from None
-    found = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
-    _require(found == expected, f"{place} are {found}; expected {expected}")
+        raise Mismatch(f"{label}: {error}") from None
+    stated = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
+    _require(stated == expected, f"{label} are {stated}; expected {expected}")
     for name, part in stored.parts.items():
         record = manifest.files.get(part.file)
         inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
-        _require(inside, f"{place}.{name} lies outside of {part.file!r}")
+        _require(inside, f"{label}.{name} lies outside of {part.file!r}")
 
 
 def _is_safe(name: str) -> bool:

@@ -37,21 +37,21 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> 
     Raises:
         RequestError: they contradict each other, or artifacts of this kind do not have it.
     """
-    flags = [word for word, is_set in (("int4", int4), ("int8", int8)) if is_set]
+    flags = [name for name, is_set in (("int4", int4), ("int8", int8)) if is_set]
     named = {*flags, *([precision] if precision else [])}
     if len(named) > 1:
-        options = [f"--{word}" for word in flags] + [f"--precision {precision}"] * bool(precision)
+        options = [f"--{name}" for name in flags] + [f"--precision {precision}"] * bool(precision)
         raise RequestError(f"{' and '.join(options)} contradict each other; give one of them")
-    word = named.pop() if named else None
-    if word:
-        require_word("--precision", word, format_of(kind).precisions)
-    return word
+    chosen = named.pop() if named else None
+    if chosen:
+        require_word("--precision", chosen, format_of(kind).precisions)
+    return chosen
 
 
-def require_word(flag: str, word: str, words: Iterable[str]) -> None:
-    """Raises RequestError if an option has another word than one of `words`."""
-    if word not in words:
-        raise RequestError(f"{flag} is {word!r}; expected one of {', '.join(words)}")
+def require_word(flag: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises RequestError if the value of an option is not `allowed`."""
+    if value not in allowed:
+        raise RequestError(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def algorithm_word(
@@ -99,7 +99,7 @@ class FolderOptions(ABC):
     @property
     @abstractmethod
     def defaults(self) -> tuple[str, Mapping[str, str]]:
-        """The default precision; precision of the linears → that of the embedding, if another."""
+        """The default precision; precision of the linears → the embedding's, if it differs."""
 
     @property
     @abstractmethod
@@ -112,10 +112,10 @@ class FolderOptions(ABC):
         return precision_of(self.plan) if self.plan else self.precision or self.defaults[0]
 
     @property
-    def words(self) -> tuple[str, str]:
+    def precisions(self) -> tuple[str, str]:
         """The precisions of the linears and of the embedding."""
-        word = self.precision_word
-        return word, self.embedding_precision or self.defaults[1].get(word, word)
+        linears = self.precision_word
+        return linears, self.embedding_precision or self.defaults[1].get(linears, linears)
 
     def require_consistent(self, *, exact: bool = False) -> None:
         """Checks the options without the model; `exact` is `--exact`.
@@ -132,15 +132,15 @@ class FolderOptions(ABC):
                     f"the plan stores {name} as {scheme.label}, which only GGUF files have"
                 )
         require_word("--compute", self.compute_word, ACTIVATIONS)
-        if _BLOCKS.isdisjoint(self.words):
+        if _BLOCKS.isdisjoint(self.precisions):
             block, symmetric = self.block_size is not None, self.symmetric is not None
             flag = "--symmetric" if self.symmetric else "--asymmetric"
             refuse_idle(
                 {"--block-size": block, "--exact": exact, flag: symmetric},
-                f"{' and '.join(dict.fromkeys(self.words))} weights; expected it beside --int8 or "
-                "--int4: give one of those, or leave it out",
+                f"{' and '.join(dict.fromkeys(self.precisions))} weights; expected it beside "
+                "--int8 or --int4: give one of those, or leave it out",
             )
-        require_levels(self.words, self.algorithm)
+        require_levels(self.precisions, self.algorithm)
 
 
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
@@ -163,11 +163,11 @@ def refuse_idle(options: Mapping[str, object], where: str) -> None:
         raise RequestError(f"{' and '.join(flags)} {change} nothing in {where}")
 
 
-def require_levels(words: Collection[str], algorithm: str | None) -> None:
+def require_levels(precisions: Collection[str], algorithm: str | None) -> None:
     """Raises RequestError if there is an algorithm, but no precision or type with levels."""
-    if algorithm is not None and {*words} <= _FLOATS:
+    if algorithm is not None and {*precisions} <= _FLOATS:
         refuse_idle(
             {"--quality (or --calibration)": True},
-            f"{' and '.join(dict.fromkeys(words))} weights; expected it beside weights of 8 or 4 "
-            "bits: give --int8 or --int4, or leave it out",
+            f"{' and '.join(dict.fromkeys(precisions))} weights; expected it beside weights of "
+            "8 or 4 bits: give --int8 or --int4, or leave it out",
         )

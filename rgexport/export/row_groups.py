@@ -74,7 +74,7 @@ def group_name(tensor: str, index: int) -> str:
 def part_layouts_by_group(
     shape: Shape, scheme: Scheme, layouts: Callable[[Shape, Uniform], PartShapes]
 ) -> PartShapes:
-    """Returns the parts of a tensor, from those of a tensor that is one group.
+    """Returns the parts of a tensor in row groups; `layouts` returns the parts of one group.
 
     Raises:
         RequestError: the groups do not fit the shape.

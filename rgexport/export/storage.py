@@ -45,7 +45,7 @@ def aligned(size: int, alignment: int) -> int:
 
 
 @dataclass
-class Places:
+class DataFileLayout:
     """Assigns offsets in a data file, one after another; `size` is the end of the last part.
 
     Every part begins `header` bytes after a multiple of `alignment`.
@@ -76,7 +76,7 @@ def fill(
     tensors: Mapping[str, StoredTensor],
     weights: WeightSource,
     encode: Encode,
-    written: Callable[[str, Parts], None] = lambda name, parts: None,
+    written: Callable[[str, Parts], None] = lambda name, slab: None,
 ) -> None:
     """Writes every weight into the files in `folder`, which exist and have their sizes.
 
@@ -98,8 +98,8 @@ def fill(
         )
     )
     with task("Writing the weights", total) as advance:
-        for name, parts, source_bytes in in_order(slabs):
-            written(name, parts)
+        for name, slab, source_bytes in in_order(slabs):
+            written(name, slab)
             advance(source_bytes)
 
 

@@ -216,7 +216,7 @@ def _added(piece: Any) -> tokenizers.AddedToken:
 
 
 def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]:
-    """Yields every pair of pieces that makes a piece, those of the highest score first."""
+    """Yields every pair of pieces that makes a piece, by falling score."""
     known = {pieces[i] for i in scores}
     pairs = (
         (-score, i, cut)

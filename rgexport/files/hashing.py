@@ -69,7 +69,7 @@ def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
 
 
 def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
-    """Hashes files from byte `start` on; takes those of unchanged files from the cache."""
+    """Hashes files from byte `start` on; the cache has the hashes of unchanged files."""
     keys = {path: _key(path) for path in paths}
     known, names = _read_cache(), {path: _name(path, start) for path in keys}
     cached = ((path, _cached_hash(known.get(name), keys[path])) for path, name in names.items())

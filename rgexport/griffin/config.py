@@ -64,8 +64,8 @@ class AskedFor:
     @property
     def flags(self) -> str:
         """Returns the flags with their values as Markdown, or an empty text."""
-        given = {name.replace("_", "-"): value for name, value in vars(self).items()}
-        return " and ".join(f"`--{k} {value}`" for k, value in given.items() if value is not None)
+        options = {name.replace("_", "-"): value for name, value in vars(self).items()}
+        return " and ".join(f"`--{k} {value}`" for k, value in options.items() if value is not None)
 
 
 NOTHING_ASKED_FOR = AskedFor()

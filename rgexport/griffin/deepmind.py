@@ -10,8 +10,8 @@ from pathlib import Path
 from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.deepmind_files import (
-    StoredTensor,
-    StoredTensors,
+    DeepMindTensor,
+    DeepMindTensors,
     read_orbax,
     read_torch_file,
 )
@@ -34,8 +34,8 @@ BRANCHES = ("mlp_block.gate_proj", "mlp_block.up_proj")
 _BLOCK = re.compile(r"blocks\.(\d+)\.((recurrent|attention)_block\.)?.+")
 
 
-def read_tensors(path: Path) -> StoredTensors:
-    """Opens a `.pt` file or an orbax folder; names are those of DeepMind's torch files.
+def read_tensors(path: Path) -> DeepMindTensors:
+    """Opens a `.pt` file or an orbax folder; tensors have the names of DeepMind's torch files.
 
     Raises:
         RequestError: the reasons of `read_torch_file` and `read_orbax`.
@@ -45,17 +45,17 @@ def read_tensors(path: Path) -> StoredTensors:
     return {n.removeprefix("params."): tensor for n, tensor in read_torch_file(path).items()}
 
 
-def canonical(stored: StoredTensors) -> dict[str, FoundTensor]:
+def canonical(stored: DeepMindTensors) -> dict[str, FoundTensor]:
     """Returns canonical name → tensor of canonical shape; unknown names stay as they are."""
     tensors: dict[str, FoundTensor] = {}
     for name, tensor in stored.items():
-        if isinstance(tensor, StoredTensor) and tensor.dtype not in DTYPES.values():
+        if isinstance(tensor, DeepMindTensor) and tensor.dtype not in DTYPES.values():
             tensor = tensor.dtype.name
         tensors |= _convert(name, tensor)
     return tensors
 
 
-def _convert(name: str, tensor: StoredTensor | str) -> dict[str, FoundTensor]:
+def _convert(name: str, tensor: DeepMindTensor | str) -> dict[str, FoundTensor]:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     prefix, suffix = (f"layers.{match[1]}.", match[2]) if match else ("", name)
     if suffix in (UP, UP_BIAS) and match:
@@ -70,7 +70,7 @@ def _convert(name: str, tensor: StoredTensor | str) -> dict[str, FoundTensor]:
     return {canonical_name: tensor.rows()}
 
 
-def _branches(tensor: StoredTensor | str) -> list[FoundTensor]:
+def _branches(tensor: DeepMindTensor | str) -> list[FoundTensor]:
     """`ffw_up.w` [2, W, M] → two [M, W]; `ffw_up.b` [2, 1, 1, M] → two [M]."""
     if isinstance(tensor, str):
         return [tensor] * 2
@@ -82,7 +82,7 @@ def _branches(tensor: StoredTensor | str) -> list[FoundTensor]:
 
 
 def infer_config(
-    path: Path, stored: StoredTensors, window: int | None = None, soft_cap: float | None = None
+    path: Path, stored: DeepMindTensors, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
     """Returns the configuration that the shapes imply.
 
@@ -126,10 +126,10 @@ def infer_config(
     )
 
 
-def _shape(path: Path, stored: StoredTensors, pattern: str, rank: int) -> tuple[int, ...]:
+def _shape(path: Path, stored: DeepMindTensors, pattern: str, rank: int) -> tuple[int, ...]:
     """Returns the shape of the first tensor of that name and rank without empty axes."""
     for name, tensor in stored.items():
-        if not re.fullmatch(pattern, name) or not isinstance(tensor, StoredTensor):
+        if not re.fullmatch(pattern, name) or not isinstance(tensor, DeepMindTensor):
             continue
         if len(tensor.shape) == rank and all(tensor.shape):
             return tensor.shape
@@ -139,7 +139,7 @@ def _shape(path: Path, stored: StoredTensors, pattern: str, rank: int) -> tuple[
     )
 
 
-def _block_types(path: Path, stored: StoredTensors) -> tuple[BlockType, ...]:
+def _block_types(path: Path, stored: DeepMindTensors) -> tuple[BlockType, ...]:
     kinds: dict[int, set[str]] = {}
     for name in stored:
         if match := _BLOCK.fullmatch(name):

@@ -31,8 +31,8 @@ _KERNEL, _WEIGHT = ".kernel", ".weight"
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in its stored shape.
+class DeepMindTensor:
+    """A tensor of a DeepMind checkpoint, in its stored shape.
 
     `load` returns the whole tensor as an array that must not be changed: a view of a mapped file
     (if `is_mapped`), or a decompressed chunk.
@@ -58,11 +58,11 @@ class StoredTensor:
         return RowTensor(shape, self.dtype, read)
 
 
-StoredTensors = dict[str, StoredTensor | str]
+DeepMindTensors = dict[str, DeepMindTensor | str]
 """DeepMind's name → tensor, or the type of a value that is no tensor."""
 
 
-def read_torch_file(path: Path) -> StoredTensors:
+def read_torch_file(path: Path) -> DeepMindTensors:
     """Maps a `torch.save` file; the names of nested dictionaries are joined with dots.
 
     Raises:
@@ -79,7 +79,7 @@ def read_torch_file(path: Path) -> StoredTensors:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise RequestError(f"{path} holds {kind}; expected a dictionary of tensors")
-    tensors: StoredTensors = {}
+    tensors: DeepMindTensors = {}
     for name, value in _leaves(path, content, "", 0):
         if name in tensors or len(tensors) == MAX_NAMES:
             problem = "twice" if name in tensors else f"and {MAX_NAMES} more"
@@ -163,7 +163,7 @@ def _leaves(
             yield f"{prefix}{key}", value
 
 
-def _mapped_tensor(path: Path, name: str, tensor: Any) -> StoredTensor | str:
+def _mapped_tensor(path: Path, name: str, tensor: Any) -> DeepMindTensor | str:
     """Returns a view of a tensor of torch; a matrix may be stored transposed."""
     import torch
 
@@ -185,7 +185,7 @@ def _mapped_tensor(path: Path, name: str, tensor: Any) -> StoredTensor | str:
         array = tensor.detach().numpy()
     else:
         return dtype
-    return StoredTensor(array.shape, array.dtype, lambda: array, is_mapped=True)
+    return DeepMindTensor(array.shape, array.dtype, lambda: array, is_mapped=True)
 
 
 def _damaged(path: Path, reason: str) -> RequestError:
@@ -202,8 +202,8 @@ def orbax_folder(path: Path) -> Path | None:
     return None
 
 
-def read_orbax(folder: Path) -> StoredTensors:
-    """Opens an orbax checkpoint; names and matrices become those of DeepMind's torch files.
+def read_orbax(folder: Path) -> DeepMindTensors:
+    """Opens an orbax checkpoint; converts names and matrices to the form of DeepMind's torch files.
 
     Each parameter is a zarr array, in a folder of its own or in one OCDBT database for all. Orbax
     stores it in one compressed chunk, so it is read whole: the largest one of a 2B, in bfloat16,
@@ -220,7 +220,7 @@ def read_orbax(folder: Path) -> StoredTensors:
             f"{folder} is an orbax checkpoint, which needs tensorstore: "
             "pip install 'rgexport[orbax]'"
         ) from None
-    tensors: StoredTensors = {}
+    tensors: DeepMindTensors = {}
     try:
         store = tensorstore.KvStore.open(_orbax_store(folder)).result()
         keys = sorted(key.decode() for key in store.list().result())
@@ -232,7 +232,7 @@ def read_orbax(folder: Path) -> StoredTensors:
             if name.endswith(_KERNEL) and len(shape) == 2:
                 name, shape = name.removesuffix(_KERNEL) + _WEIGHT, shape[::-1]
                 load = partial(_transposed, folder, parameter)
-            tensors[name] = StoredTensor(shape, dtype, load)
+            tensors[name] = DeepMindTensor(shape, dtype, load)
     except ValueError as error:  # tensorstore's
         raise _unreadable(folder, error) from None
     return tensors

@@ -147,8 +147,8 @@ def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
 
 def _rope(fields: _Fields, name: str, default: float) -> float:
     """Returns a field of RoPE, from the flat fields or from the nested ones."""
-    places = fields, fields.rope_parameters, fields.rope_scaling
-    stated = {getattr(rope, name) for rope in places} - {None}
+    sources = fields, fields.rope_parameters, fields.rope_scaling
+    stated = {getattr(rope, name) for rope in sources} - {None}
     if len(stated) > 1:
         raise Mismatch(f"{name} is {' and '.join(map(str, sorted(stated)))}; expected one value")
     return float(next(iter(stated), default))

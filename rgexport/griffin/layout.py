@@ -186,7 +186,7 @@ def site_of(name: str) -> str:
 
 
 def input_site(name: str) -> str | None:
-    """Returns the site whose result a linear multiplies; None for tensors that are no linear.
+    """Returns the site that a linear takes as its input; None for other tensors.
 
     Linears that share an input have one site. The embedding counts as the head.
     """

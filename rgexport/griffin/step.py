@@ -17,7 +17,7 @@ LayerState = tuple[Tensor, Tensor]
 
 
 class Weight(nn.Module):
-    """A weight and, where there is one, its bias, under the names of the checkpoint."""
+    """A weight and an optional bias, under the names of the checkpoint."""
 
     def __init__(self, shape: tuple[int, ...], bias: tuple[int, ...] | None, dtype: torch.dtype):
         super().__init__()

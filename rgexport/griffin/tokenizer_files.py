@@ -47,7 +47,7 @@ def read_pieces(path: Path) -> Any:
 
 
 def is_gemmas_kind(model: Any) -> bool:
-    """Returns whether it is a BPE model with byte fallback whose spaces are "▁"."""
+    """Returns whether it is a BPE model with byte fallback that writes spaces as "▁"."""
     trainer = model.trainer_spec
     is_bpe = trainer.model_type == BPE and trainer.byte_fallback
     return bool(is_bpe and model.normalizer_spec.escape_whitespaces)

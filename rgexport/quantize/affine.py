@@ -98,16 +98,16 @@ class Affine(Uniform):
             shapes["zero_points"] = ("uint8", (rows, packed_width(blocks, self.bits)))
         return shapes
 
-    def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        scales = parts["scales"].astype(np.float32)
+    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
+        scales = arrays["scales"].astype(np.float32)
         count, blocks = scales.shape
         shape = (count, blocks, self.block_size(columns))
-        levels = unpack(parts["data"], self.bits)[:, : shape[1] * shape[2]]
+        levels = unpack(arrays["data"], self.bits)[:, : shape[1] * shape[2]]
         weights = levels.astype(np.float32).reshape(shape)
         if self.symmetric:
             weights -= 2 ** (self.bits - 1)
         else:
-            weights -= unpack(parts["zero_points"], self.bits)[:, :blocks, None]
+            weights -= unpack(arrays["zero_points"], self.bits)[:, :blocks, None]
         weights *= scales[..., None]
         return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
 
@@ -196,15 +196,15 @@ class Affine(Uniform):
         return scales, np.clip(np.rint(-low / scales), 0, self._top)
 
     def _pack(self, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> Parts:
-        """The parts of levels uint8 [n, blocks, block] with scales and zero points [n, blocks]."""
+        """Packs levels uint8 [n, blocks, block], and scales and zero points [n, blocks]."""
         count, blocks, block = levels.shape
-        parts = {
+        arrays = {
             "data": pack(levels.reshape(count, blocks * block), self.bits),
             "scales": scales.astype(self.scale),
         }
         if not self.symmetric:
-            parts["zero_points"] = pack(zeros.astype(np.uint8), self.bits)
-        return parts
+            arrays["zero_points"] = pack(zeros.astype(np.uint8), self.bits)
+        return arrays
 
     def fitted(self, shape: Shape) -> "Affine":
         columns = shape[1]
@@ -236,8 +236,8 @@ class Affine(Uniform):
         return min(candidates, key=lambda scheme: scheme._row_bytes(columns))
 
     def _row_bytes(self, columns: int) -> int:
-        parts = self.part_shapes((1, columns)).values()
-        return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in parts)
+        shapes = self.part_shapes((1, columns)).values()
+        return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in shapes)
 
     def with_dtype(self, dtype: FloatDtype) -> "Affine":
         return replace(self, scale=dtype)

@@ -51,8 +51,8 @@ class Float(Uniform):
     def part_shapes(self, shape: Shape) -> PartShapes:
         return {"data": (self.dtype, shape)}
 
-    def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        return parts["data"].astype(np.float32, copy=False)
+    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
+        return arrays["data"].astype(np.float32, copy=False)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
         return StepSizes(float_steps(w, *_DIGITS[self.dtype]))

@@ -71,9 +71,9 @@ class Ggml(Uniform):
         rows, *row = shape
         return {"data": ("uint8", (rows, TYPES[self.type].row_bytes(prod(row))))}
 
-    def decode(self, parts: Parts, columns: int) -> np.ndarray:
+    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
         """Decodes with gguf-py, which shares no code with the encoder."""
-        rows = parts["data"]
+        rows = arrays["data"]
         if self.type == "f32":
             return rows.view(np.float32)
         from gguf import GGMLQuantizationType, quants  # an extra; only validation dequantizes
@@ -85,15 +85,15 @@ class Ggml(Uniform):
         return {"data": quantize_rows(rows, self.type, importance)}
 
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
-        parts = self._quantize(rows, statistics)
+        nearest = self._quantize(rows, statistics)
         if not self.is_quantized:
-            return parts
-        grid = read_levels(parts["data"], self.type)
+            return nearest
+        grid = read_levels(nearest["data"], self.type)
         columns = (np.repeat(part, grid.group, axis=1) for part in (grid.scale, grid.offset))
         levels = gptq.choose_levels(
             rows, library.Grid(1, grid.top, *columns), statistics.hessians, grid.levels
         )
-        return {"data": replace_levels(parts["data"], self.type, levels)}
+        return {"data": replace_levels(nearest["data"], self.type, levels)}
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
 

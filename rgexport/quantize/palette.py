@@ -67,9 +67,9 @@ class Palette(Uniform):
             "lut": (self.lut, (rows // self.group, 2**self.bits)),
         }
 
-    def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        lut = parts["lut"].astype(np.float32)
-        indices = unpack(parts["data"], self.bits)[:, :columns].reshape(len(lut), -1)
+    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
+        lut = arrays["lut"].astype(np.float32)
+        indices = unpack(arrays["data"], self.bits)[:, :columns].reshape(len(lut), -1)
         rows = np.take_along_axis(lut, indices.astype(np.intp), axis=1)
         return rows.reshape(-1, columns)
 

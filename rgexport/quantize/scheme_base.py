@@ -174,8 +174,8 @@ class Uniform(Scheme):
         """Returns the parts of a tensor of `shape`."""
 
     @abstractmethod
-    def decode(self, parts: Parts, columns: int) -> np.ndarray:
-        """Returns rows float32 [n, columns] from rows of the parts."""
+    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
+        """Returns rows float32 [n, columns] from the same rows of all parts."""
 
     @abstractmethod
     def weight_steps(self, w: np.ndarray) -> StepSizes:
@@ -282,17 +282,17 @@ class Uniform(Scheme):
         """Encodes rows of each kind by its statistics; rows of one palette share the last kind."""
         together = self.rows_together
         kind_of_row = kinds.kind[ids].reshape(-1, together).max(1).repeat(together)
-        parts: Parts = {}
+        arrays: Parts = {}
         for kind in np.unique(kind_of_row):
             chosen = np.flatnonzero(kind_of_row == kind)
             encoded = self.encoders[self.algorithm](self, rows[chosen], kinds.statistics[kind])
             for label, array in encoded.items():
                 share = len(chosen) // len(array)  # weight rows for each row of the part
-                whole = parts.setdefault(
+                whole = arrays.setdefault(
                     label, np.empty((len(rows) // share, *array.shape[1:]), array.dtype)
                 )
                 whole[chosen[::share] // share] = array
-        return parts
+        return arrays
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

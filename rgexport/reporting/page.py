@@ -30,7 +30,7 @@ def render_page(package: str, template: str, **variables: Any) -> str:
 
 
 def page_environment(package: str) -> "Environment":
-    """Returns the templates of a package, which may extend and import those of `reporting`."""
+    """Returns an environment with the templates of a package and of `reporting`."""
     import jinja2
 
     packages = (f"rgexport.{package}", "rgexport.reporting")

@@ -67,7 +67,7 @@ def render(blocks: Iterable[str | Table]) -> str:
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
     for block in blocks:
         if isinstance(block, str):
-            text = printable(block, kept="\n")
+            text = printable(block, allowed="\n")
             console.print(_wrapped(text, columns) if terminal else text, soft_wrap=True)
         else:
             _print_table(console, block)

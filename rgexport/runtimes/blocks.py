@@ -1,4 +1,4 @@
-"""Cuts texts into blocks of positions whose logits fit into memory."""
+"""Cuts texts into blocks so small that the logits of a block fit into memory."""
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -12,7 +12,7 @@ _MIN_BLOCK = 8
 
 
 def block_size(session: Session) -> int:
-    """Returns the positions whose logits fit into `LOGITS_BYTES`, in whole chunks if possible."""
+    """Returns how many rows of logits fit into `LOGITS_BYTES`, in whole chunks if possible."""
     size = min(MAX_BLOCK, max(_MIN_BLOCK, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
     chunk = session.info.prefill_chunk
     return size - size % chunk if session.info.whole_chunks and size > chunk else size

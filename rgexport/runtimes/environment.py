@@ -22,7 +22,7 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "rgexport": __version__,
     }
-    return facts | {name: found for name in _PACKAGES if (found := _version(name))}
+    return facts | {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 def cpu() -> str:

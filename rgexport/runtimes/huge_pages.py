@@ -28,7 +28,7 @@ Area = tuple[int, int]
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _HUGE_PAGE = 2 << 20
 _LEAST = 8 << 20
-"""Smaller mappings are not worth a system call."""
+"""Bytes of the smallest mapping that is advised; smaller ones gain less than a call costs."""
 _PIECE = 16 << 20
 """Bytes of one call: others that map memory, and `stop`, wait for it."""
 _CACHE_LINE = 64

@@ -61,7 +61,7 @@ def give_back() -> None:
 
 
 def _left_in_container() -> int | None:
-    """Returns what control groups (version 2) leave; None where there is no limit."""
+    """Returns the bytes that control groups (version 2) leave; None without a limit."""
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
         return None

@@ -46,7 +46,7 @@ class SessionInfo:
 
 
 class UnchangedFiles:
-    """The files of an artifact whose names begin with `prefix`, as they are when this is made.
+    """Stamps of an artifact's files, to detect changes; `prefix` selects files by name.
 
     A session may have mapped them: a write changes its weights at once, and reading past the end of
     a file that was cut ends the process. No program can check before each read; sessions check

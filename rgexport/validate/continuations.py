@@ -23,7 +23,7 @@ from rgexport.validate.reference_pass import ReferenceModel
 SHOWN = 3
 """Prompts that are continued: of a file the first that qualify."""
 LEAST_TOKENS, MOST_TOKENS = 16, 24
-"""Length of a file's continuation: fewer are not worth reading, longer ones cost time."""
+"""Tokens of a file's continuation: fewer say little, more cost time."""
 MOST_PROMPT = 128
 """Tokens of a prompt."""
 SMALL_BYTES = 1 << 30

@@ -54,7 +54,7 @@ class Equivalence:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkResult:
     """The logits of the last tokens of a chunk, [n, vocab], and the state after it."""
 
     logits: np.ndarray
@@ -67,7 +67,7 @@ class Ending:
 
     tokens: np.ndarray
     before: State
-    chunk: Chunk
+    chunk: ChunkResult
 
 
 def repeated_tokens(info: SessionInfo) -> int:
@@ -76,7 +76,7 @@ def repeated_tokens(info: SessionInfo) -> int:
 
 
 def longest_call(config: GriffinConfig) -> int:
-    """Tokens of one call whose scores, [tokens, heads, window + tokens], fit `SCORES_BYTES`."""
+    """Most tokens of a call: its scores, [tokens, heads, window + tokens], fit `SCORES_BYTES`."""
     window, scores = config.window, SCORES_BYTES / 4 / config.num_heads
     tokens = int((math.sqrt(window**2 + 4 * scores) - window) / 2)
     return max(STEPS, min(LONGEST, tokens))
@@ -108,8 +108,8 @@ def compare_with_itself(
     recurrent = {n: a for n, a in fresh.state.items() if not n.endswith((".key", ".value"))}
     no_position = used | zeros_of(used, (POSITION, ".conv1d"))
     started = _prefill(session, no_position, first, len(first))
-    result["reset"] = _compare([(Chunk(head, {}), fresh)], len(first))
-    result["start"] = _compare([(Chunk(head, recurrent), started)], len(first))
+    result["reset"] = _compare([(ChunkResult(head, {}), fresh)], len(first))
+    result["start"] = _compare([(ChunkResult(head, recurrent), started)], len(first))
     if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
         result["long"] = _compare([(ending.chunk, _at_once(session, ending))], len(ending.tokens))
         result["batch"] = _compare(_in_batch(session, text, used), 2 * min(STEPS, len(text)))
@@ -130,14 +130,14 @@ def compare_portable(
     start, sizes = zeros_of(ending.before), _chunk_and_steps(count)
     (first,) = _in_pieces(session, text[None, :count], start, sizes, count)
     pairs = [
-        (Chunk(reference.logits(0, count), state), replace(first, state=recent(first.state))),
+        (ChunkResult(reference.logits(0, count), state), replace(first, state=recent(first.state))),
         (ending.chunk, _at_once(session, ending)),
         *_in_batch(session, text, ending.chunk.state),
     ]
     return _compare(pairs, count + len(ending.tokens))
 
 
-def _compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
+def _compare(pairs: Sequence[tuple[ChunkResult, ChunkResult]], tokens: int) -> Equivalence:
     """Compares pairs of expected and repeated chunks, by the last logits that both have."""
     rows = []
     for expected, repeated in pairs:
@@ -152,7 +152,7 @@ def _compare(pairs: Sequence[tuple[Chunk, Chunk]], tokens: int) -> Equivalence:
 
 
 def _compare_end(
-    session: Session, tokens: np.ndarray, before: State, chunk: Chunk, most_logits: int
+    session: Session, tokens: np.ndarray, before: State, chunk: ChunkResult, most_logits: int
 ) -> dict[str, Equivalence]:
     """Takes the tokens [T] of `chunk` again from the state `before`, in three ways.
 
@@ -166,7 +166,7 @@ def _compare_end(
         rows = min(info.prefill_chunk, most_logits) if info.chunk_logits else 1
         first = _prefill(session, before, tokens[:-STEPS], rows)
         rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
-        chunk = Chunk(np.concatenate([first.logits, rest]), session.get_state())
+        chunk = ChunkResult(np.concatenate([first.logits, rest]), session.get_state())
     result = {}
     for name, sizes in (
         ("steps", [1] * len(tokens)),
@@ -177,25 +177,27 @@ def _compare_end(
     return result | {"restored": restored}
 
 
-def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> Chunk:
+def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> ChunkResult:
     """Takes tokens [T] from a state, or after a reset; keeps the last `rows` logits."""
     if before is None:
         session.reset()
     else:
         session.set_state(before)
     logits = session.prefill(tokens[None], num_logits=rows)[0]
-    return Chunk(logits, session.get_state())
+    return ChunkResult(logits, session.get_state())
 
 
-def _at_once(session: Session, ending: Ending) -> Chunk:
+def _at_once(session: Session, ending: Ending) -> ChunkResult:
     """Takes the end of a text in one call."""
     session.set_state(ending.before)
     rows = len(ending.chunk.logits)
     logits = session.prefill_at_once(ending.tokens[None], num_logits=rows)[0]
-    return Chunk(logits, session.get_state())
+    return ChunkResult(logits, session.get_state())
 
 
-def _in_batch(session: Session, text: np.ndarray, used: State) -> list[tuple[Chunk, Chunk]]:
+def _in_batch(
+    session: Session, text: np.ndarray, used: State
+) -> list[tuple[ChunkResult, ChunkResult]]:
     """Takes the last tokens of a text [T] and its first ones, alone and in one batch.
 
     The last ones start from the state `used`, so that the rows have different positions. Returns
@@ -214,7 +216,7 @@ def _in_batch(session: Session, text: np.ndarray, used: State) -> list[tuple[Chu
 
 def _in_pieces(
     session: Session, tokens: np.ndarray, before: State, sizes: list[int], keep: int
-) -> list[Chunk]:
+) -> list[ChunkResult]:
     """Takes tokens [R, T] in chunks of these sizes; keeps each row's last logits, without gaps."""
     session.set_state(before)
     last: deque[np.ndarray] = deque(maxlen=keep)
@@ -232,7 +234,7 @@ def _in_pieces(
         start += size
     logits, state = np.stack(last, 1), session.get_state()
     return [
-        Chunk(logits[row], {name: array[row : row + 1] for name, array in state.items()})
+        ChunkResult(logits[row], {name: array[row : row + 1] for name, array in state.items()})
         for row in range(len(tokens))
     ]
 

@@ -97,7 +97,7 @@ def _site_checks(report: SiteReport) -> Iterator[Check]:
 
 
 def _rounding_checks(result: Result) -> Iterator[Check]:
-    """Checks KL to the original, or to a reference file, beside that of random rounding."""
+    """Checks the KL to the original or to a reference file, divided by random rounding's KL."""
     cost, ratios = result.cost, {}
     if cost is None:
         return

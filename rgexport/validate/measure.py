@@ -12,7 +12,7 @@ from rgexport.runtimes.session import Session
 from rgexport.validate import metrics
 from rgexport.validate.equivalences import (
     STEPS,
-    Chunk,
+    ChunkResult,
     Ending,
     Equivalence,
     compare_with_itself,
@@ -146,7 +146,7 @@ def measure(
                     side.add_state(stop, state)
             advance(stop - start)
     counted = session.position.tolist() == [len(tokens)]
-    ending = Ending(tokens[long:], before[long], Chunk(logits, session.get_state()))
+    ending = Ending(tokens[long:], before[long], ChunkResult(logits, session.get_state()))
     last = tokens[again:], before[again]
     same = compare_with_itself(session, tokens, head, last, ending, block_size(session))
     return Measurement(

@@ -36,7 +36,7 @@ class PositionBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoice:
-    """One token that may come next, its probability, and its text where there is a tokenizer."""
+    """One token that may come next, its probability, and its text if there is a tokenizer."""
 
     token: int
     probability: float

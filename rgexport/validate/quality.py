@@ -46,7 +46,7 @@ that, so that they decide only where a text has more close calls than most.
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The grade of an artifact: the worse one of those of KL and of agreement.
+    """The grade of an artifact: the worse of its grades for KL and for agreement.
 
     `best` and `worst` are the grades at the ends of the margins, two standard errors on each side.
     `decided_by` is the number that has the grade; KL where both have. `kl` is the mean in nats per

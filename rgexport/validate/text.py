@@ -43,7 +43,7 @@ def choose_text(
     file: Path | None = None,
     limit: int | None = None,
 ) -> Text:
-    """Encodes a file or the built-in text, or draws random ids where there is no tokenizer.
+    """Encodes a file or the built-in text, or draws random ids if there is no tokenizer.
 
     A file is cut at `limit` tokens, by default at `MAX_TOKENS`. The others have `limit` tokens, by
     default more than a window.

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.gguf_text import Vocabulary
+from rgexport.chat.gguf_text import LlamaCppVocabulary
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.template import load_template
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -126,7 +126,7 @@ def ours(gguf):
 @pytest.mark.parametrize("folder", ["demo"], indirect=True, scope="session")
 def test_llama_cpp_cuts_text_as_sentencepiece_does(folder, gguf):
     engine = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    vocabulary = Vocabulary(load_model(gguf.path, vocab_only=True))
+    vocabulary = LlamaCppVocabulary(load_model(gguf.path, vocab_only=True))
 
     @settings(deadline=None, max_examples=2000)
     @given(text=plain | hostile)

@@ -14,7 +14,7 @@ from rgexport.compress.calibrate import CalibrationOptions, calibrate
 from rgexport.compress.items import PlanItem, items_of, plan_of
 from rgexport.compress.layouts import layouts_of
 from rgexport.compress.losses import PredictedLosses
-from rgexport.compress.measure import OriginalModel
+from rgexport.compress.measure import OriginalRun
 from rgexport.compress.plan_file import is_plan
 from rgexport.compress.planning import Planner, PlanTarget
 from rgexport.compress.quantize import PlanOptions, make_plan, page_of
@@ -313,12 +313,12 @@ def test_a_divergence_is_that_of_deepminds_model_and_its_error_that_of_sequences
         divergences(*(deepmind_logits(model, text[None])[0] for model in models)) for text in texts
     ]
     source, others = weight_source(weights), weight_source(others)
-    measured = OriginalModel(config, source, texts).divergence(others)
+    measured = OriginalRun(config, source, texts).divergence(others)
     assert measured.tokens == 47
     assert measured.kl == pytest.approx(np.concatenate(wanted).mean(), rel=1e-3)
     texts = [texts[0], texts[2]]
-    equal = OriginalModel(config, source, texts).divergence(others)
+    equal = OriginalRun(config, source, texts).divergence(others)
     means = [wanted[0].mean(), wanted[2].mean()]
     assert equal.error == pytest.approx(np.std(means, ddof=1) / 2**0.5, rel=1e-3)
-    alone = OriginalModel(config, source, texts[:1]).divergence(others)
+    alone = OriginalRun(config, source, texts[:1]).divergence(others)
     assert math.isnan(alone.error)

@@ -1,4 +1,4 @@
-"""The suite `memory` on sessions of which is known what they remember, and intervals."""
+"""The suite `memory`, on sessions with a known memory; confidence intervals."""
 
 from types import SimpleNamespace
 

@@ -43,7 +43,7 @@ class Watched(ToySession):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(TEXTS, IDS, st.integers(0, 12)), min_size=1, max_size=12))
 def test_likelihoods_are_those_of_each_text_alone(drawn):
-    """Of the last so many tokens, of which the very last is anyone's."""
+    """Scores the last tokens of each text; the very last one is arbitrary."""
     scored = [
         ScoredText(ids, (*ids[1:], last)[-count:] if count else ()) for ids, last, count in drawn
     ]

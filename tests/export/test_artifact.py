@@ -228,7 +228,7 @@ def test_results_come_in_order_and_few_are_in_flight():
 
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory) -> tuple[Artifact, Weights]:
-    """An artifact with row groups that was written in slabs, some of which have none of a group."""
+    """An artifact with row groups, written in slabs; some slabs have no row of a group."""
     folder, weights = tmp_path_factory.mktemp("grouped"), random_weights(GROUPED)
     model = write_hugging_face(GROUPED, weights, folder / "model")
     with pytest.MonkeyPatch.context() as patch:

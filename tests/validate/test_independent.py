@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
-from rgexport.chat.gguf_text import Vocabulary
+from rgexport.chat.gguf_text import LlamaCppVocabulary
 from rgexport.cli import run
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
@@ -120,7 +120,7 @@ WANTED = PIECE // 2 - 1
 
 def rows_of(files: dict[str, Path]) -> np.ndarray:
     """Our rows; llama-perplexity reads pieces, each with a <bos> instead of its first token."""
-    vocabulary = Vocabulary(load_model(files["f32"], vocab_only=True))
+    vocabulary = LlamaCppVocabulary(load_model(files["f32"], vocab_only=True))
     sessions = [
         LlamaCppSession(open_artifact(path), threads=1, flash_attention=False)
         for path in files.values()
@@ -145,7 +145,7 @@ def _number(printed: str, name: str) -> tuple[float, float]:
 
 @needs_llama_cpp
 def test_its_figures_are_ours(llama_tools, tmp_path):
-    """It stores logits in 16 bits, of which a part in a hundred of a KL may be lost."""
+    """It stores logits in 16 bits, which may change a KL by 1 %."""
     files = {kind: tmp_path / f"{kind}.gguf" for kind in ("f32", "q4_0")}
     for kind, path in files.items():
         export_demo(path, "gguf", "--type", kind)

@@ -115,7 +115,7 @@ def _pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
 
 
 def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns a bos and the ids of a text, whose literals are special tokens.
+    """Returns bos and the ids of a text; literals of special tokens become their ids.
 
     There is one bos, also if the text begins with its literal.
     """

@@ -26,7 +26,7 @@ class GreedyReply:
     """The tokens that a model writes, up to the end of a turn, a stop, or the most tokens."""
 
     def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]):
-        """`settings` are those of lm_eval's `generate_until`.
+        """Takes the settings of lm_eval's `generate_until`.
 
         Raises:
             RequestError: a setting is unknown, or asks for random tokens.

@@ -17,7 +17,7 @@ from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 
 _SHORTEST_PREFIX = 8
-"""Fewest tokens of a shared prefix that is worth a state; fewer are read again in each branch."""
+"""Fewest tokens of a shared prefix that is read once; each branch reads a shorter one again."""
 _ROWS = 16
 """Most texts of a batch."""
 _STATE_BYTES, _LOGITS_BYTES = 256 << 20, 128 << 20
@@ -33,7 +33,7 @@ class TokenText:
 
     @property
     def first_scored(self) -> int:
-        """The first position whose logits are requested."""
+        """The first position with requested logits."""
         return len(self.ids) - self.scored
 
 
@@ -53,7 +53,7 @@ class PrefixReader(ABC):
 
     @property
     def rows(self) -> int:
-        """The size of a batch whose states fit into memory."""
+        """The batch size, limited by the memory for states."""
         return max(1, min(_ROWS, _STATE_BYTES // max(1, self.session.info.state_bytes)))
 
     def run(self) -> None:
@@ -72,7 +72,7 @@ class PrefixReader(ABC):
 
     @abstractmethod
     def on_end(self, indices: Sequence[int]) -> None:
-        """Is called when the session's rows have read these texts; may change its state."""
+        """Handles the end of texts that the session's rows have just read; may change the state."""
 
     def _read_from(self, indices: Sequence[int], start: int, state: State) -> None:
         """Reads the rest of texts that share their first `start` tokens and the state there."""
@@ -101,7 +101,7 @@ class PrefixReader(ABC):
         self._read_from(indices, stop, state)
 
     def _branches(self, indices: Sequence[int], start: int) -> Iterator[Sequence[int]]:
-        """Splits texts into groups with a common prefix that is worth a state, and single texts."""
+        """Splits texts into groups with a long common prefix, and single texts."""
         common = self._common(indices)
         if len(indices) == 1 or common - start >= _SHORTEST_PREFIX:
             yield indices
@@ -124,9 +124,9 @@ class PrefixReader(ABC):
         while position < stop:
             begin = max(first, position)
             end = min(begin + most, stop)
-            taken = tokens[:, position - start : end - start]
-            logits = self.session.prefill(taken, end - begin)
-            self.read += taken.size
+            chunk = tokens[:, position - start : end - start]
+            logits = self.session.prefill(chunk, end - begin)
+            self.read += chunk.size
             self._deliver(rows, begin, logits[:, logits.shape[1] - (end - begin) :])
             position = end
 
@@ -182,4 +182,4 @@ class Likelihoods(PrefixReader):
             self.likeliest[scored] &= bool((rows.argmax(-1) == targets).all())
 
     def on_end(self, indices: Sequence[int]) -> None:
-        """Does nothing: all targets were scored."""
+        pass  # all targets are scored already

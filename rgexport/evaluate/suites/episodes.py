@@ -108,20 +108,20 @@ def _line(vocabulary: EpisodeVocabulary, key: int, value: int) -> list[int]:
 
 
 def _pairs(
-    vocabulary: EpisodeVocabulary, random: np.random.Generator, pairs: int, questions: int
+    vocabulary: EpisodeVocabulary, random: np.random.Generator, num_pairs: int, num_questions: int
 ) -> Episode:
     """Tells keys with values and asks for some values; answered ones are no candidates any more."""
-    chosen = random.permutation(vocabulary.symbols)[: 2 * pairs].tolist()
-    keys, values = chosen[:pairs], chosen[pairs:]
+    chosen = random.permutation(vocabulary.symbols)[: 2 * num_pairs].tolist()
+    keys, values = chosen[:num_pairs], chosen[num_pairs:]
     facts = [i for pair in zip(keys, values, strict=True) for i in _line(vocabulary, *pair)]
-    order = random.permutation(pairs)[:questions].tolist()
-    asked = []
-    for place, index in enumerate(order):
-        lead = vocabulary.end if place else []
-        candidates = sorted({*values} - {values[i] for i in order[:place]})
+    order = random.permutation(num_pairs)[:num_questions].tolist()
+    questions = []
+    for number, index in enumerate(order):
+        lead = vocabulary.end if number else []
+        candidates = sorted({*values} - {values[i] for i in order[:number]})
         prompt = [*lead, keys[index], *vocabulary.between]
-        asked.append(Question(prompt, values[index], candidates))
-    return Episode(facts, asked)
+        questions.append(Question(prompt, values[index], candidates))
+    return Episode(facts, questions)
 
 
 def _recall(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:

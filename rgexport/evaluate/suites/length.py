@@ -1,4 +1,4 @@
-"""The suite `length`: one long text whose state is carried on, to a million tokens and more.
+"""The suite `length`: one long text, of a million tokens and more.
 
 A piece reads some thousand tokens and passes its state on to the next one. At marks (8K, 16K, …)
 the states are recorded, steps are timed, and a state file is written: any engine, on this machine
@@ -265,19 +265,20 @@ def differences(first: Measured, second: Measured) -> Result:
     if texts[0] != texts[1]:
         return {"points": []}
     points = []
-    others = _by_mark(second)
-    for mark, one in _by_mark(first).items():
-        other = others[mark]
-        gap = mean_difference(_joined(one, "sums"), _joined(other, "sums"), _joined(one, "counts"))
-        states = _state_distance(one[-1]["states"], other[-1]["states"])
+    second_by_mark = _by_mark(second)
+    for mark, before in _by_mark(first).items():
+        after = second_by_mark[mark]
+        sums = _joined(before, "sums"), _joined(after, "sums")
+        gap = mean_difference(*sums, _joined(before, "counts"))
+        states = _state_distance(before[-1]["states"], after[-1]["states"])
         points.append({"to": mark, "nll": asdict(gap), "states": states})
     return {"points": points}
 
 
-def _state_distance(one: Mapping[str, str], other: Mapping[str, str]) -> float | None:
+def _state_distance(before: Mapping[str, str], after: Mapping[str, str]) -> float | None:
     gaps = []
-    for name in one.keys() & other.keys():
-        a, b = _unpacked(one[name]), _unpacked(other[name])
+    for name in before.keys() & after.keys():
+        a, b = _unpacked(before[name]), _unpacked(after[name])
         gaps.append(abs(a - b).max() / (abs(a).max() or 1.0))
     return float(max(gaps)) if gaps else None
 

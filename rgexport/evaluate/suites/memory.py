@@ -108,7 +108,7 @@ def _answers(session: Session, episodes: Sequence[Episode]) -> np.ndarray:
 
 
 def _is_right(logits: np.ndarray, question: Question) -> bool:
-    """Whether the answer's logit is larger than those of all other candidates; a tie is wrong."""
+    """Whether the answer's logit exceeds every other candidate's logit; a tie is wrong."""
     others = [token for token in question.candidates if token != question.answer]
     return bool(logits[question.answer] > logits[others].max())
 
@@ -131,11 +131,11 @@ def summary(measured: Measured) -> Result:
 def differences(first: Measured, second: Measured) -> Result:
     """Returns the second model's accuracy minus the first's on the same episodes."""
     gaps: dict[tuple[str, int], list[tuple[int, int, int]]] = defaultdict(list)
-    for (settings, one), (_, other) in zip(first, second, strict=True):
-        if one["ids"] != other["ids"]:
+    for (settings, before), (_, after) in zip(first, second, strict=True):
+        if before["ids"] != after["ids"]:
             continue
-        for distance, rows in one["right"].items():
-            pairs = zip(rows, other["right"][distance], strict=True)
+        for distance, rows in before["right"].items():
+            pairs = zip(rows, after["right"][distance], strict=True)
             gaps[settings["task"], int(distance)] += [(sum(a), sum(b), len(a)) for a, b in pairs]
     return {
         "points": [

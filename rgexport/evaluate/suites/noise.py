@@ -1,4 +1,4 @@
-"""The suite `noise`: how much worse a model continues a text whose beginning was corrupted.
+"""The suite `noise`: how much worse a model continues a text after a corrupted beginning.
 
 A text is cut into passages. The first part of a passage is corrupted, the rest is unchanged: the
 same tokens are expected, so losses can be compared. The corruption depends on the passage and the
@@ -180,8 +180,8 @@ def _by_distance(pairs: Sequence[tuple[Result, Result]]) -> Iterator[Result]:
         start, stop = (1 << power) - 1, (1 << power + 1) - 1
         sums = [
             (sum(clean[start:stop]), sum(noisy[start:stop]), len(clean[start:stop]))
-            for one, other in pairs
-            for clean, noisy in zip(one["nats"], other["nats"], strict=True)
+            for clean_result, noisy_result in pairs
+            for clean, noisy in zip(clean_result["nats"], noisy_result["nats"], strict=True)
             if len(clean) > start
         ]
         if sums:
@@ -193,14 +193,14 @@ def differences(first: Measured, second: Measured) -> Result:
     """Returns by kind of noise: the second model's increase of the loss minus the first's."""
     sides = [{(s["sha256"], s["noise"]): r for s, r in side} for side in (first, second)]
     columns: dict[str, list[list[float]]] = defaultdict(lambda: [[], [], []])
-    for (sha256, kind), one in sides[0].items():
-        other = sides[1][sha256, kind]
-        if one["ids"] != other["ids"]:
+    for (sha256, kind), before in sides[0].items():
+        after = sides[1][sha256, kind]
+        if before["ids"] != after["ids"]:
             continue
-        for column, result, side in zip(columns[kind], (one, other), sides, strict=False):
+        for column, result, side in zip(columns[kind], (before, after), sides, strict=False):
             clean = side[sha256, "none"]["nats"]
             column += [sum(a) - sum(b) for a, b in zip(result["nats"], clean, strict=True)]
-        columns[kind][2] += map(len, one["nats"])
+        columns[kind][2] += map(len, before["nats"])
     return {
         "noises": [
             {"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()

@@ -48,7 +48,7 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
         for first in range(0, len(requests), REQUESTS):
             part = requests[first : first + REQUESTS]
             settings = {"task": task, "first": first, "requests": len(part)}
-            tokens = sum(len(asked.arguments) for asked in part) // _TOKEN
+            tokens = sum(len(instance.arguments) for instance in part) // _TOKEN
             yield Piece(model.identity, NAME, settings | {"sha256": sha256_of(part)}, tokens)
 
 
@@ -160,9 +160,9 @@ def differences(first: Measured, second: Measured) -> Result:
     For perplexities it is the difference of their logarithms.
     """
     metrics = []
-    for (settings, one), (_, other) in zip(first, second, strict=True):
-        others = {figure["metric"]: figure for figure in other["metrics"]}
-        for figure in one["metrics"]:
+    for (settings, before), (_, after) in zip(first, second, strict=True):
+        others = {figure["metric"]: figure for figure in after["metrics"]}
+        for figure in before["metrics"]:
             same = others.get(figure["metric"])
             if figure["sums"] is None or not same or same["counts"] != figure["counts"]:
                 continue

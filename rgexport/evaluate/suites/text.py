@@ -208,9 +208,9 @@ def differences(first: Measured, second: Measured) -> Result:
     others = {document(settings): result for settings, result in second}
     groups = defaultdict(list)
     for settings, one in first:
-        other = others.get(document(settings), {})
-        if one["ids"] == other.get("ids"):
-            groups[_mode(settings)].append((one, other))
+        counterpart = others.get(document(settings), {})
+        if one["ids"] == counterpart.get("ids"):
+            groups[_mode(settings)].append((one, counterpart))
     entries = []
     for mode, pairs in groups.items():
         before, after = ([x for pair in pairs for x in pair[side]["sums"]] for side in (0, 1))

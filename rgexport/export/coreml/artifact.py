@@ -35,8 +35,8 @@ class CoreMLArtifact(Artifact):
         del record["blobs"]
         return {"coreml": record}
 
-    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
-        return decode(name, parts, stored)
+    def _decode(self, name: str, stored: StoredTensor, arrays: Parts, columns: int) -> np.ndarray:
+        return decode(name, arrays, stored)
 
     def complaints(self, verify: bool) -> list[str]:
         """Lists damage; the program comes first, since a hash says less about it."""

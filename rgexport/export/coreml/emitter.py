@@ -182,18 +182,18 @@ class CoreMLEmitter(Graph):
     def weight(self, declared: Value, *shape: int) -> Var:
         """Returns a weight, dequantized if it is quantized; one of floats may get another `shape`.
 
-        Its parts are placeholders without memory, which `exporter_proto` replaces by places in the
-        file of weights.
+        Its parts are placeholders without memory, which `exporter_proto` replaces by offsets in
+        the file of weights.
         """
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
         match stored.scheme:
             case Affine(symmetric=symmetric):
                 blocks = stored.parts["scales"].shape
-                parts = {"data": part("data", stored.shape), "scale": part("scales", blocks)}
+                inputs = {"data": part("data", stored.shape), "scale": part("scales", blocks)}
                 if not symmetric:
-                    parts["offset"] = part("zero_points", blocks)
-                return self.op("constexpr_blockwise_shift_scale", name, **parts)
+                    inputs["offset"] = part("zero_points", blocks)
+                return self.op("constexpr_blockwise_shift_scale", name, **inputs)
             case Palette():
                 groups, levels = stored.parts["lut"].shape
                 indices, lut = part("data", stored.shape), part("lut", (groups, 1, levels, 1))

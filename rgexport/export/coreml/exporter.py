@@ -17,7 +17,7 @@ from rgexport.export.coreml.manifest import (
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import write_package
 from rgexport.export.coreml.segments import PackagePlan, packages, split_by_size, whole
-from rgexport.export.coreml.storage import MOST_PADDING, Storage
+from rgexport.export.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.export.mil.checks import check_package
@@ -60,7 +60,7 @@ def export_coreml(
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
     split = _split(config, plan, shapes, options.split)
     plans = packages(config.num_layers, split)
-    storage = Storage(plan, shapes, plans)
+    storage = CoreMLStorage(plan, shapes, plans)
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         program = trace(config, form.activation)
@@ -101,7 +101,7 @@ def _split(
     """Returns the layers of each package; no file of weights gets more than `limit` bytes."""
     if limit is None:
         return ()
-    tensors = Storage(plan, shapes, packages(config.num_layers, ())).tensors
+    tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors
     sizes = {
         name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
         for name, stored in tensors.items()

@@ -89,8 +89,8 @@ class CoreMLFormat(FolderFormat):
                 raise Mismatch(f"files: there is no {file}")
         if length < 2:
             raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
-        parts = {f"{name}.{part}" for name, t in manifest.tensors.items() for part in t.parts}
-        for blob in parts ^ hashes.keys():
+        names = {f"{name}.{part}" for name, t in manifest.tensors.items() for part in t.parts}
+        for blob in names ^ hashes.keys():
             raise Mismatch(
                 f"coreml.blobs: {shown_key(blob)} is not a part of a tensor, or has no hash"
             )

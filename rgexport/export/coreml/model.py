@@ -43,16 +43,16 @@ def build_model(
     form: Form,
     plan: PackagePlan,
 ) -> Model:
-    """Builds the model of one package; its weights are places in the file that `tensors` names."""
+    """Builds the model of one package; its weights are offsets in the files of `tensors`."""
     forget_names()
     functions = Program()
-    parts: dict[str, StoredPart] = {}
+    stored_parts: dict[str, StoredPart] = {}
     for segment in plan.segments:
         for name, tokens in ((DECODE, 1), (PREFILL, form.prefill_length)):
-            function = _function(program, config, tensors, form, segment, tokens, parts)
+            function = _function(program, config, tensors, form, segment, tokens, stored_parts)
             functions.add_function(segment.function(name), function)
     functions.default_function_name = plan.segments[0].function(DECODE)
-    return to_model(functions, parts)
+    return to_model(functions, stored_parts)
 
 
 def _function(
@@ -62,9 +62,9 @@ def _function(
     form: Form,
     segment: Segment,
     tokens: int,
-    parts: dict[str, StoredPart],
+    stored_parts: dict[str, StoredPart],
 ) -> Function:
-    """Builds the function for `tokens` tokens; adds its placeholders of weights to `parts`."""
+    """Builds the function for `tokens` tokens; adds its weights to `stored_parts`."""
     inputs = {
         value.name: Placeholder(
             [tokens if size == "tokens" else size for size in value.shape],
@@ -94,7 +94,7 @@ def _function(
         if after:  # under a name of its own; the site keeps its own
             result = emitter.op("mul", HIDDEN_OUTPUT, x=result, y=np.float32(1))
         function.set_outputs([result, *emitter.finish()])
-    parts |= emitter.parts
+    stored_parts |= emitter.parts
     return function
 
 

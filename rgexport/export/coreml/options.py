@@ -82,7 +82,7 @@ class CoreMLOptions(FolderOptions):
     def _schemes(self) -> tuple[Scheme, Scheme]:
         """Chooses the schemes of the linears and of the embedding, before they are fitted."""
         choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
-        return choose_schemes(self.words, choose, self.block_size, self.symmetric)
+        return choose_schemes(self.precisions, choose, self.block_size, self.symmetric)
 
     def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
         dtype, spec = _DTYPES[self.compute_word], tensors[name]

@@ -22,7 +22,7 @@ from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.segments import PackagePlan
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of, part_layouts_by_group
-from rgexport.export.storage import Places, fill
+from rgexport.export.storage import DataFileLayout, fill
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
@@ -54,7 +54,7 @@ _TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
 """Role → the change of values before they are stored."""
 
 
-class Storage:
+class CoreMLStorage:
     """The layout of the files: in each, tensors in the plan's order, one after another."""
 
     def __init__(
@@ -64,9 +64,9 @@ class Storage:
         self._sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
-            places = Places(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
-            tensors |= places.tensors(package.tensors(plan), shapes, part_layouts)
-            self._sizes[file] = places.size
+            layout = DataFileLayout(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
+            tensors |= layout.tensors(package.tensors(plan), shapes, part_layouts)
+            self._sizes[file] = layout.size
         self.tensors = {name: tensors[name] for name in plan}
 
     @property
@@ -94,8 +94,8 @@ class Storage:
                 self._write_headers(file, name)
         digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
 
-        def hash_slab(name: str, parts: Parts) -> None:
-            for label, rows in parts.items():
+        def hash_slab(name: str, slab: Parts) -> None:
+            for label, rows in slab.items():
                 digests[f"{name}.{label}"].update(rows.data)
 
         fill(folder, self.tensors, weights, partial(encode, statistics), hash_slab)
@@ -127,7 +127,7 @@ def blob_dtype(label: str, stored: StoredTensor) -> str:
 
 
 def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Returns the parts of a tensor: those of its scheme, with signed integers where symmetric.
+    """Returns the scheme's parts of a tensor, with signed integers if the scheme is symmetric.
 
     Raises:
         RequestError: Core ML has no such scheme for that shape.
@@ -155,7 +155,7 @@ def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
 ) -> Parts:
-    """Returns the parts of rows of a checkpoint, whose numbers are `ids`.
+    """Returns the parts of a checkpoint's rows; `ids` are the numbers of these rows.
 
     Raises:
         RequestError: a weight that its scheme cannot hold.
@@ -165,22 +165,22 @@ def encode(
     if not isinstance(scheme, Affine):
         return scheme.encode(name, values, statistics(name), ids)
     _require_held(name, np.abs(values).max(initial=0), scheme.scale)
-    parts = scheme.encode(name, values, statistics(name), ids)
+    arrays = scheme.encode(name, values, statistics(name), ids)
     levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
-    steps = np.abs(parts["scales"].astype(np.float32))
+    steps = np.abs(arrays["scales"].astype(np.float32))
     _require_held(name, steps.max(initial=0) * np.float32(levels), scheme.scale)
-    return _with_sign(parts, scheme, stored.parts["data"].dtype)
+    return _with_sign(arrays, scheme, stored.parts["data"].dtype)
 
 
-def decode(name: str, parts: Parts, stored: StoredTensor) -> np.ndarray:
+def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
     """Inverts `encode`: float32 [rows, columns]."""
     columns = int(np.prod(stored.shape[1:], dtype=np.int64))
     scheme = stored.uniform
     if isinstance(scheme, Affine):
-        rows = scheme.decode(_with_sign(parts, scheme, "uint8"), columns)
+        rows = scheme.decode(_with_sign(arrays, scheme, "uint8"), columns)
         rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
     else:
-        rows = scheme.decode(parts, columns)
+        rows = scheme.decode(arrays, columns)
     return _transform(name).restore(rows.astype(np.float32, copy=False))
 
 
@@ -198,7 +198,7 @@ def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
         )
 
 
-def _with_sign(parts: Parts, scheme: Affine, dtype: str) -> Parts:
+def _with_sign(arrays: Parts, scheme: Affine, dtype: str) -> Parts:
     if not scheme.symmetric:
-        return parts
-    return parts | {"data": (parts["data"].view(np.uint8) ^ _TOP_BITS[scheme.bits]).view(dtype)}
+        return arrays
+    return arrays | {"data": (arrays["data"].view(np.uint8) ^ _TOP_BITS[scheme.bits]).view(dtype)}

@@ -100,8 +100,8 @@ class GgufArtifact(Artifact):
         keys = "general.source.huggingface.repository", "general.license"
         return Origin(*(_value(str, self.header.values, key) for key in keys))
 
-    def _decode(self, name: str, stored: StoredTensor, parts: Parts, columns: int) -> np.ndarray:
-        rows = super()._decode(name, stored, parts, columns)
+    def _decode(self, name: str, stored: StoredTensor, arrays: Parts, columns: int) -> np.ndarray:
+        rows = super()._decode(name, stored, arrays, columns)
         return self.tensors[name].transform.restore(rows.reshape(-1, *stored.shape[1:]))
 
 
@@ -136,10 +136,10 @@ def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
 
 def _require_ours(header: GgufHeader) -> None:
     path, values = header.path, header.values
-    parts, architecture = values.get("split.count"), values.get("general.architecture")
-    if isinstance(parts, int) and parts > 1:
+    files, architecture = values.get("split.count"), values.get("general.architecture")
+    if isinstance(files, int) and files > 1:
         raise RequestError(
-            f"{path} is one of {parts} parts of a split file; expected a whole one: join them "
+            f"{path} is one of {files} parts of a split file; expected a whole one: join them "
             "with `llama-gguf-split --merge`"
         )
     if not isinstance(architecture, str) or architecture != ARCHITECTURE:

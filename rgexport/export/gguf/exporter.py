@@ -16,7 +16,7 @@ from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
 from rgexport.export.gguf.metadata import KeyValue, metadata
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
-from rgexport.export.gguf.options import Choice, GgufOptions
+from rgexport.export.gguf.options import GgufOptions, GgufStorage
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.storage import aligned, in_order, slab_bytes
 from rgexport.files.hashing import remember_hashes
@@ -65,23 +65,23 @@ def export_gguf(
             quantize with.
     """
     check_file_target(target, force=force, replaceable=is_gguf)
-    choice = options.choose(checkpoint.config)
-    _announce(choice)
-    if any(TYPES[kind].is_quantized for kind in choice.types.values()):
+    storage = options.choose(checkpoint.config)
+    _announce(storage)
+    if any(TYPES[kind].is_quantized for kind in storage.types.values()):
         load_library()  # fails before any work is done
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
-    require_free_disk(target.resolve().parent, _data_bytes(choice) + _HEADER_BYTES)
+    require_free_disk(target.resolve().parent, _data_bytes(storage) + _HEADER_BYTES)
     expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
-    values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(choice)]
+    values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(storage)]
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
     with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
         with task("Writing the weights", total) as advance:
-            jobs = _jobs(choice, checkpoint.weights, statistics)
-            digest = _write_file(unfinished, values, choice, jobs, advance)
+            jobs = _jobs(storage, checkpoint.weights, statistics)
+            digest = _write_file(unfinished, values, storage, jobs, advance)
         start = integrity.data_start(read_header(unfinished))
         if check is not None:
             remember_hashes({unfinished: digest}, start=start)
@@ -92,36 +92,36 @@ def export_gguf(
     return target
 
 
-def _announce(choice: Choice) -> None:
+def _announce(storage: GgufStorage) -> None:
     """Notes the tensors that get another type because their rows are no whole number of blocks."""
-    default = choice.file_type.default
+    default = storage.file_type.default
     unfit = [
         tensor.name
-        for tensor in choice.tensors
+        for tensor in storage.tensors
         if tensor.quantizable and not TYPES[default].fits(tensor.shape[-1])
     ]
     if unfit:
         note(
             f"{len(unfit)} tensors have rows that {default} does not fit, such as {unfit[0]}; "
-            f"they are stored in another type, as llama-quantize does ({choice.types[unfit[0]]})"
+            f"they are stored in another type, as llama-quantize does ({storage.types[unfit[0]]})"
         )
 
 
-def _values_of_types(choice: Choice) -> Iterator[KeyValue]:
+def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
     """Yields the values that depend on the types: last, where llama-quantize appends them."""
-    types = ((tensor.name, choice.types[tensor.name]) for tensor in choice.tensors)
+    types = ((tensor.name, storage.types[tensor.name]) for tensor in storage.tensors)
     for key, text in integrity.placeholders(types).items():
         yield KeyValue(key, text, Kind.STRING)
-    if text := algorithms_text(choice.schemes):
+    if text := algorithms_text(storage.schemes):
         yield KeyValue(ALGORITHMS_KEY, text, Kind.STRING)
     yield KeyValue("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
-    yield KeyValue(integrity.FILE_TYPE, choice.file_type.value, Kind.UINT32)
-    for key, value in (choice.imatrix.metadata() if choice.imatrix else {}).items():
+    yield KeyValue(integrity.FILE_TYPE, storage.file_type.value, Kind.UINT32)
+    for key, value in (storage.imatrix.metadata() if storage.imatrix else {}).items():
         yield KeyValue(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
 
 
-def _data_bytes(choice: Choice) -> int:
-    sizes = (_tensor_bytes(tensor, choice.types[tensor.name]) for tensor in choice.tensors)
+def _data_bytes(storage: GgufStorage) -> int:
+    sizes = (_tensor_bytes(tensor, storage.types[tensor.name]) for tensor in storage.tensors)
     return sum(aligned(size, ALIGNMENT) for size in sizes)
 
 
@@ -133,12 +133,12 @@ def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
 def _write_file(
     path: Path,
     values: Iterable[KeyValue],
-    choice: Choice,
+    storage: GgufStorage,
     jobs: Iterable[Job],
     advance: Advance,
 ) -> str:
     """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
-    _write_header(path, values, choice)
+    _write_header(path, values, storage)
     digest = hashlib.sha256()
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
@@ -151,13 +151,13 @@ def _write_file(
     return digest.hexdigest()
 
 
-def _write_header(path: Path, values: Iterable[KeyValue], choice: Choice) -> None:
+def _write_header(path: Path, values: Iterable[KeyValue], storage: GgufStorage) -> None:
     writer = GGUFWriter(path, ARCHITECTURE)
     for value in values:
         kinds = (Kind.ARRAY, value.kind) if isinstance(value.value, list) else (value.kind, None)
         writer.add_key_value(value.key, value.value, *kinds)
-    for tensor in choice.tensors:
-        kind = choice.types[tensor.name]
+    for tensor in storage.tensors:
+        kind = storage.types[tensor.name]
         writer.add_tensor_info(
             tensor.name,
             tensor.shape,
@@ -173,25 +173,25 @@ def _write_header(path: Path, values: Iterable[KeyValue], choice: Choice) -> Non
         writer.close()
 
 
-def _jobs(choice: Choice, weights: WeightSource, statistics: StatisticsOf) -> Iterator[Job]:
+def _jobs(storage: GgufStorage, weights: WeightSource, statistics: StatisticsOf) -> Iterator[Job]:
     """Yields jobs that encode the slabs of the data, in order."""
-    for tensor in choice.tensors:
-        scheme, source = choice.schemes[tensor.name], weights[tensor.canonical]
-        known = _statistics(tensor, choice, statistics)
+    for tensor in storage.tensors:
+        scheme, source = storage.schemes[tensor.name], weights[tensor.canonical]
+        known = _statistics(tensor, storage, statistics)
         for start, stop in slab_bounds(source.shape[0], source.row_bytes, slab_bytes(scheme)):
             yield partial(_encode, tensor, source, start, stop, scheme, known)
 
 
-def _statistics(tensor: FileTensor, choice: Choice, statistics: StatisticsOf) -> Known:
+def _statistics(tensor: FileTensor, storage: GgufStorage, statistics: StatisticsOf) -> Known:
     """Returns a tensor's statistics from the importance matrix, or else from `statistics`.
 
     Both are of columns as they are stored: no transform moves those of a matrix.
     """
-    if not TYPES[choice.types[tensor.name]].is_quantized:
+    if not TYPES[storage.types[tensor.name]].is_quantized:
         return None
-    if choice.imatrix is None:
+    if storage.imatrix is None:
         return statistics(tensor.canonical)
-    importance = choice.importances.get(tensor.name)
+    importance = storage.importances.get(tensor.name)
     return None if importance is None else Statistics(importance)
 
 

@@ -45,7 +45,7 @@ class GgufFormat(FileFormat):
     hash_name = "data_sha256"  # no file can hold its own hash
 
     def owns(self, path: Path) -> bool:
-        """Checks the file's first bytes or, where there is no file, its name."""
+        """Accepts files that begin like GGUF, and names in `.gguf` that are no folders."""
         return is_gguf(path) or (path.suffix == ".gguf" and not path.is_dir())
 
     def open(self, path: Path, *, verify: bool) -> Artifact:
@@ -59,7 +59,7 @@ class GgufFormat(FileFormat):
         return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}
 
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        """Returns a ggml type whose blocks fit into the rows, see `Format`."""
+        """Returns the scheme if it is a ggml type and its blocks fit into the rows."""
         kind = scheme.ggml_type
         fits = kind and shape[0] > 1 and TYPES[kind].fits(shape[1])
         return scheme if fits else None

@@ -29,7 +29,7 @@ _KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
 
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
-    """One key-value pair; where `value` is a list, `kind` is that of its items."""
+    """One key-value pair; `kind` is the type of the value, or of the items of a list."""
 
     key: str
     value: Any

@@ -40,8 +40,8 @@ _SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a model's tensors are stored, by their names in the file."""
+class GgufStorage:
+    """The ggml types and statistics of a model's tensors, by their names in the file."""
 
     file_type: FileType
     tensors: list[FileTensor]
@@ -98,12 +98,12 @@ class GgufOptions:
 
     @property
     def file_type(self) -> FileType:
-        """The type in the file's metadata: with a plan, that of most tensors."""
+        """The file type in the metadata; for a plan, the type of most of its tensors."""
         if self.plan is not None:
             return _file_type_of(self.plan)
         return find_file_type(self.type or DEFAULT_TYPE)
 
-    def choose(self, config: GriffinConfig) -> Choice:
+    def choose(self, config: GriffinConfig) -> GgufStorage:
         """Chooses the types for a model.
 
         Raises:
@@ -113,7 +113,7 @@ class GgufOptions:
         tensors = file_tensors(config)
         if self.plan is not None:
             schemes = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
-            return Choice(self.file_type, tensors, self._filled(schemes))
+            return GgufStorage(self.file_type, tensors, self._filled(schemes))
         imatrix = read_imatrix(self.imatrix) if self.imatrix else None
         types = choose_types(
             [GgmlTensor(t.name, t.shape, t.quantizable) for t in tensors],
@@ -125,7 +125,7 @@ class GgufOptions:
             require_importances(types, self.file_type, imatrix.entries)
         importances = _importances(imatrix, tensors, types) if imatrix else {}
         schemes = self._filled({name: Ggml(kind) for name, kind in types.items()})
-        return Choice(self.file_type, tensors, schemes, imatrix, importances)
+        return GgufStorage(self.file_type, tensors, schemes, imatrix, importances)
 
     @property
     def _takes_statistics(self) -> bool:
@@ -139,12 +139,14 @@ class GgufOptions:
         return {name: scheme.with_algorithm(algorithm) for name, scheme in schemes.items()}
 
     def _request(self) -> TypeRequest:
-        word = self.embedding and self.embedding.lower()
+        embedding = self.embedding and self.embedding.lower()
+        if embedding:
+            embedding = find_type(_EMBEDDING_TYPES.get(embedding, embedding)).name
         return TypeRequest(
             file_type=self.file_type,
             pure=self.pure,
             overrides=tuple(parse_override(text) for text in self.tensor_types),
-            token_embedding_type=find_type(_EMBEDDING_TYPES.get(word, word)).name if word else None,
+            token_embedding_type=embedding or None,
         )
 
 
@@ -191,7 +193,7 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
 
 
 def _file_type_of(plan: Plan) -> FileType:
-    """Returns the file type whose default most tensors have that are not float32."""
+    """Returns the file type for a plan's most frequent ggml type, float32 excepted."""
     kinds = Counter(kind for scheme in plan.values() if (kind := scheme.ggml_type) is not None)
     fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
     most = (fewer or Counter(["f32"])).most_common(1)[0][0]

@@ -151,7 +151,7 @@ def _read_sentencepiece(path: Path) -> _Contents:
 
 
 def _read_json(path: Path) -> _Contents:
-    """Reads Hugging Face's conversion, whose merges are sorted by the scores of their results."""
+    """Reads Hugging Face's conversion, which sorts merges by the scores of their results."""
     file = read_tokenizer_json(path)
     layout = file.fields
     model = layout["model"]

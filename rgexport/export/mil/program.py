@@ -103,7 +103,7 @@ class Operation:
 
     @property
     def label(self) -> str:
-        """Its name in messages: its own, else that of its first output, else its type."""
+        """The name in messages: the operation's, else its first output's, else its type."""
         return self.name or (self.outputs[0][0] if self.outputs else self.type)
 
 
@@ -118,7 +118,7 @@ class Function:
     operations: tuple[Operation, ...]
 
     def walk(self) -> Iterator[Operation]:
-        """Yields all operations; those of nested blocks follow the one that holds them."""
+        """Yields all operations; nested ones follow the operation that holds their block."""
         return _walk(self.operations)
 
 

@@ -67,8 +67,8 @@ def _describe(value: ValueRecord | None) -> str:
 
 def weight_files(manifest: Manifest) -> list[str]:
     """Returns the names of the files of the weights, in order."""
-    parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
-    return list(dict.fromkeys(part.file for part in parts))
+    stored_parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
+    return list(dict.fromkeys(part.file for part in stored_parts))
 
 
 def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:

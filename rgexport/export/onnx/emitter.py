@@ -22,7 +22,7 @@ class OnnxEmitter(GraphBuilder):
     def __init__(
         self, stored: dict[str, StoredTensor], accuracy_level: int, *, native: bool = False
     ):
-        """`accuracy_level` is that of `MatMulNBits`: 1 float32 activations, 4 int8 ones.
+        """`accuracy_level` is an attribute of `MatMulNBits`: 1 means float32 activations, 4 int8.
 
         With `native`, ops that have native kernels become functions.
         """

@@ -17,7 +17,7 @@ from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.onnx.program_files import require_kernels
-from rgexport.export.onnx.storage import Storage
+from rgexport.export.onnx.storage import OnnxStorage
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def export_onnx(
     profile = PROFILES[options.profile]
     if options.genai_native:
         require_kernels()  # before minutes of work
-    storage = Storage(plan, shapes, profile.files)
+    storage = OnnxStorage(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
         program = with_interface(trace(checkpoint.config, activation))

@@ -24,7 +24,7 @@ layout in the graph."""
 
 
 def with_interface(program: StepProgram) -> StepProgram:
-    """Adds an axis for the one head of keys and values; logits become those of one token."""
+    """Adds an axis for the one head of keys and values; outputs the logits of one token."""
     rings = [
         value
         for name, values in program.states.items()

@@ -1,4 +1,4 @@
-"""Lowers the ops whose weights may be quantized: embedding, linears and head."""
+"""Lowers the ops with weights that may be quantized: embedding, linears and head."""
 
 import math
 from collections.abc import Sequence
@@ -162,8 +162,8 @@ def _quant_linear(
     sizes = block_attributes(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
     if takes_two_digits(weights[0].name, _affine(g, weights[0])):
         sizes["digits"] = 2
-    parts = zip(*(_parts(g, weight) for weight in weights), strict=True)
-    inputs = [g.cast(x, "float32"), *chain(*parts), *(float32(g, bias) for bias in biases)]
+    by_part = zip(*(_parts(g, weight) for weight in weights), strict=True)
+    inputs = [g.cast(x, "float32"), *chain(*by_part), *(float32(g, bias) for bias in biases)]
     results = g.call(QUANT_LINEARS[len(weights) - 1], *inputs, **sizes)
     return [g.typed(y, "float32") for y in results]
 

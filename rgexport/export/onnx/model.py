@@ -155,7 +155,7 @@ _ITSELF = "attend_to_itself"
 
 
 def _without_past(node: Node) -> Node:
-    """Replaces attention by that of each token to itself: its weight is 1."""
+    """Lets each token attend only to itself: the weight is 1."""
     if node.op != "local_attention":
         return node
     query, _, value = node.tensors[:3]

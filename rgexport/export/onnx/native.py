@@ -48,7 +48,7 @@ class NativeOps:
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
-    """Compares the ops of a model file, or a serialized model, with those of our library.
+    """Compares the ops of a model file, or a serialized model, with the ops of our library.
 
     Raises RequestError if the environment names an instruction set that does not exist.
     """

@@ -63,7 +63,7 @@ class OnnxOptions(FolderOptions):
         """
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
-            chosen = choose_schemes(self.words, self._scheme, self.block_size, self.symmetric)
+            chosen = choose_schemes(self.precisions, self._scheme, self.block_size, self.symmetric)
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}

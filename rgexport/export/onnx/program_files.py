@@ -44,7 +44,7 @@ def write_genai_config(
 
 
 def kernels_among(files: Iterable[str]) -> str | None:
-    """Returns the file of native kernels, made for any system; None where there is none."""
+    """Returns the file of native kernels, made for any system, or None if there is none."""
     return next((name for name in sorted(files) if Path(name).stem == library.LIBRARY.stem), None)
 
 

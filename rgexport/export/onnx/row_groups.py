@@ -1,4 +1,4 @@
-"""Lowerings of the ops whose weight is stored in row groups: one op for each group.
+"""Lowers ops with a weight in row groups: one op for each group.
 
 They use the lowerings of a profile, which see each group as a tensor of its own. Results are put
 into the order of the rows by the rows' positions (`quantize.row_groups`).

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
 from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
 from rgexport.export.onnx.graph import DTYPES
-from rgexport.export.storage import Places, aligned, fill
+from rgexport.export.storage import DataFileLayout, aligned, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
@@ -28,7 +28,7 @@ class FileLimit:
     largest: int
 
 
-class Storage:
+class OnnxStorage:
     """The layout of the data files: tensors in the plan's order."""
 
     def __init__(
@@ -42,21 +42,21 @@ class Storage:
         self.tensors: dict[str, StoredTensor] = {}
         self.sizes: dict[str, int] = {}
         """File → its size."""
-        places = Places(DATA_FILE, _ALIGNMENT)
+        layout = DataFileLayout(DATA_FILE, _ALIGNMENT)
         for name, scheme in plan.items():
-            before = places.size
-            stored = places.tensors({name: scheme}, shapes, part_layouts)
-            if limit and before and aligned(places.size, _ALIGNMENT) > limit.filled:
-                places = Places(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
-                stored = places.tensors({name: scheme}, shapes, part_layouts)
-            if limit and places.size > limit.largest:
+            before = layout.size
+            stored = layout.tensors({name: scheme}, shapes, part_layouts)
+            if limit and before and aligned(layout.size, _ALIGNMENT) > limit.filled:
+                layout = DataFileLayout(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
+                stored = layout.tensors({name: scheme}, shapes, part_layouts)
+            if limit and layout.size > limit.largest:
                 raise RequestError(
-                    f"{name} takes {places.size:,} bytes as {scheme.label}, more than the "
+                    f"{name} takes {layout.size:,} bytes as {scheme.label}, more than the "
                     f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
                     "such as with --embedding-precision int8"
                 )
             self.tensors |= stored
-            self.sizes[places.file] = aligned(places.size, _ALIGNMENT)
+            self.sizes[layout.file] = aligned(layout.size, _ALIGNMENT)
 
     @property
     def size(self) -> int:
@@ -89,5 +89,5 @@ def initializer(
 def _encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, tensor: StoredTensor
 ) -> Parts:
-    parts = tensor.uniform.encode(name, rows, statistics(name), ids)
-    return parts if "data" in tensor.parts else {COLUMNS: parts.pop("data"), **parts}
+    arrays = tensor.uniform.encode(name, rows, statistics(name), ids)
+    return arrays if "data" in tensor.parts else {COLUMNS: arrays.pop("data"), **arrays}

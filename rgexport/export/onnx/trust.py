@@ -44,7 +44,7 @@ _EVERYWHERE = frozenset(
     Transpose Unsqueeze Where
     """.split()
 )
-"""Ops with kernels in ONNX Runtime's CPU builds, of which WASM is one."""
+"""Ops with kernels in ONNX Runtime's CPU builds, including WASM."""
 _NATIVE = frozenset(
     """
     AddRmsNorm CausalConv1d GeluMul LocalAttention QuantLinear QuantLinear2 QuantLinear3 RgLruScan

@@ -52,7 +52,7 @@ def gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def rg_lru_scan(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """`LinearAttention` with a head of size 1 per channel, whose queries and keys are 1."""
+    """Emits `LinearAttention` with a head of size 1 per channel; queries and keys are 1."""
     x, input_gate, recurrence_gate, a_param, positions, state = g.inputs(node)
     width = node.tensors[0].size(2)
     one, two = (g.constant(number, "float32") for number in (1, 2))

@@ -52,10 +52,10 @@ def model_source() -> str:
 def registration() -> dict[str, tuple[Hunk, ...]]:
     """Returns the changes of llama.cpp's own files: path in its tree → hunks."""
     diff = _REGISTRATION.read_text("utf-8")
-    parts = re.split(r"^\+\+\+ b/(.*)\n", diff, flags=re.MULTILINE)[1:]
+    pieces = re.split(r"^\+\+\+ b/(.*)\n", diff, flags=re.MULTILINE)[1:]
     return {
         path: tuple(map(_parse_hunk, re.split(r"^@@ .*\n", body, flags=re.MULTILINE)[1:]))
-        for path, body in zip(parts[::2], parts[1::2], strict=True)
+        for path, body in zip(pieces[::2], pieces[1::2], strict=True)
     }
 
 

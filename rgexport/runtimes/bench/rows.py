@@ -12,7 +12,7 @@ from rgexport.units import amount
 
 @dataclass(frozen=True)
 class BenchRow:
-    """A test at a depth; the order of the fields is that of the output.
+    """A test at a depth; the output has the fields in this order.
 
     Attributes:
         state: how the depth was reached: by `processed` tokens, or with a `synthetic` state.

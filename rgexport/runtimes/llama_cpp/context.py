@@ -147,7 +147,7 @@ class LlamaContext:
     def _batch(
         self, sequences: range, tokens: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> Any:
-        """Lists all tokens of the first sequence, then those of the next.
+        """Makes a batch: all tokens of the first sequence, then all of the next.
 
         The batch keeps its arrays alive.
         """

@@ -52,7 +52,7 @@ class BoundRun:
 
 
 def state_sites(config: GriffinConfig) -> dict[str, str]:
-    """Returns recurrent state → the site whose values [B, T, R] are its next rows."""
+    """Returns recurrent state → the site that computes its next rows, [B, T, R]."""
     recurrent = [i for i, kind in enumerate(config.block_types) if kind == "recurrent"]
     return {
         f"layers.{i}.{state}": f"layers.{i}.temporal_block.{site}"

@@ -42,7 +42,7 @@ async def _answer(
 
 
 def _tokens(encoder: PromptEncoder, text: str, add_special: bool) -> bytes:
-    """Returns the tokens of a text; with `add_special`, those of a completion's prompt."""
+    """Returns the tokens of a text; with `add_special`, as the prompt of a completion."""
     ids = encoder.text_ids(text) if add_special else encoder.encode(text)
     _require_few(encoder, ids)
     return _json({"tokens": ids})

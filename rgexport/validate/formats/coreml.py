@@ -9,7 +9,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import KIND, CoreMLManifest, Form
 from rgexport.export.coreml.package import model_file
 from rgexport.export.coreml.segments import PackagePlan, packages
-from rgexport.export.coreml.storage import Storage
+from rgexport.export.coreml.storage import CoreMLStorage
 from rgexport.export.manifest import Manifest
 from rgexport.export.mil.decoder import messages
 from rgexport.export.mil.package import MAX_MODEL_BYTES
@@ -85,7 +85,7 @@ class CoreMLExpected(Expected):
         plans = packages(recipe.config.num_layers, options.pop("split"))
         form = Form(**options)
         shapes = {name: spec.shape for name, spec in model_tensors(recipe.config).items()}
-        tensors = Storage(recipe.plan, shapes, plans).tensors
+        tensors = CoreMLStorage(recipe.plan, shapes, plans).tensors
         program = traced(recipe.config, form.activation)
         yield from stored_elements(tensors)
         for plan in plans:

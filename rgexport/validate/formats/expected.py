@@ -55,7 +55,7 @@ class Recipe:
 
 
 class Expected:
-    """A format whose engine computes in the dtype of its activations; graphs are not compared."""
+    """A format's properties: it computes in its activations' dtype, and has no graph to compare."""
 
     has_exact = False
     """Whether the format can be exported with `--exact` and without."""

@@ -49,12 +49,12 @@ class OnnxExpected(Expected):
         from rgexport.export.onnx.interface import with_interface
         from rgexport.export.onnx.model import build_model
         from rgexport.export.onnx.profiles import PROFILES
-        from rgexport.export.onnx.storage import Storage
+        from rgexport.export.onnx.storage import OnnxStorage
 
         config, options = recipe.config, recipe.options
         profile = PROFILES[options["profile"]]
         shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-        tensors = Storage(recipe.plan, shapes, profile.files).tensors
+        tensors = OnnxStorage(recipe.plan, shapes, profile.files).tensors
         program = with_interface(traced(config, ACTIVATIONS[options["compute"]]))
         model = build_model(program, tensors, profile, exact=options["exact"])
         yield from stored_elements(tensors)

@@ -83,8 +83,8 @@ def text_identity(checkpoint: Checkpoint) -> TextIdentity:
     with completed_copy(checkpoint.tokenizer_files, checkpoint.name) as (folder, _):
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         items = folder_items(folder, checkpoint.config.vocab_size, tokenizer)
-    made = tuple(name for name in TOKENIZER_FILES if items[name] != before.get(name))
-    return TextIdentity(layout=checkpoint.layout, version=__version__, made=made, items=items)
+    converted = tuple(name for name in TOKENIZER_FILES if items[name] != before.get(name))
+    return TextIdentity(layout=checkpoint.layout, version=__version__, made=converted, items=items)
 
 
 @contextmanager

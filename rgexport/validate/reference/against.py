@@ -77,7 +77,7 @@ class AgainstFile:
 
 @dataclass
 class _Collected:
-    """Numbers of all prompts; `rows` are of `metrics.ROWS`, at the file's `positions`."""
+    """Numbers of all prompts; `rows` have the dtype `metrics.ROWS`, for the file's `positions`."""
 
     rows: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)

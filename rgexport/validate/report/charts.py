@@ -45,7 +45,7 @@ _STATE_LIMIT = f"limit for the {LABELS['twin']}"
 
 
 def charts(r: Result) -> Iterator[Chart]:
-    """Yields all charts of a result but those of the ops and of the reference file."""
+    """Yields the charts of a result, except the charts of the ops and of the reference file."""
     sides = sides_of(r)
     yield _position_chart(
         r,

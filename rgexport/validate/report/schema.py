@@ -55,7 +55,7 @@ def as_text() -> str:
 
 
 def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """A reference to a dataclass, whose definition is added if it is missing."""
+    """Returns a reference to a dataclass; adds its definition if it is missing."""
     name = kind.__name__
     if name not in definitions:
         every = typing.get_type_hints(kind)

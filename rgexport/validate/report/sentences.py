@@ -50,7 +50,7 @@ def verdict_text(*results: Result) -> str:
 
 
 def structure_text(r: Result) -> str:
-    """Says whether the graph is the exporter's: `as rgexport 0.1.0 writes it`."""
+    """Compares the graph with the exporter's: `as rgexport 0.1.0 writes it`."""
     status, reason = r.structure.status, r.structure.reason
     return reason if status == "as written" else f"{status}: {reason}"
 
@@ -124,7 +124,7 @@ def quality_meaning(r: Result, q: Quality) -> str:
 
 
 def shortfall_text(r: Result) -> str:
-    """Says that the quality is lower than was asked for; empty if it is not."""
+    """Warns that the quality is below `--min-quality`; empty if it is not."""
     return "" if r.good_enough else f"The quality is below {r.min_quality}, which was asked for."
 
 
@@ -171,8 +171,8 @@ def source_text(r: Result) -> str:
         return f"{r.source.made_from}, as the reference file has it"
     if not r.source.found:
         return f"{r.source.made_from}, not given (-m), so the cost is not measured"
-    other = "" if r.source.same_files else ", other files than the artifact was made from"
-    return f"{r.source.path}{other}"
+    differing = "" if r.source.same_files else ", other files than the artifact was made from"
+    return f"{r.source.path}{differing}"
 
 
 def speed_text(r: Result) -> str:

@@ -120,7 +120,7 @@ def logits_table(r: Result) -> Table:
 def _rows(
     table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
 ) -> Iterator[Row]:
-    """Yields a name and a cell for each side; rows whose cells are all empty are dropped."""
+    """Yields a name and a cell for each side; leaves out rows with empty cells only."""
     compared = list(sides)
     rows = ((name, *map(show, compared)) for name, show in table.items())
     return (row for row in rows if any(row[1:]))

@@ -113,7 +113,7 @@ def _everything(r: Result, page: Path | None) -> Blocks:
 
 
 def _head(r: Result) -> Iterator[str]:
-    """Yields the verdict, the failures, and what was compared with what."""
+    """Yields the verdict, the failures, and lines on the compared models and the text."""
     a, engine, text = r.artifact, r.engine, r.text
     yield f"{verdict_text(r)}  {a.path}: {counted_checks(r)}"
     if (q := r.quality) is not None:

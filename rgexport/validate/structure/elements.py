@@ -124,7 +124,7 @@ class _Reader:
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    """The messages of a field; those of a map with their keys, in order."""
+    """Returns the messages of a field; the messages of a map with their keys, in order."""
     if isinstance(value, Mapping):
         return sorted(value.items(), key=lambda entry: entry[0])
     return [("", item) for item in (value if isinstance(value, Sequence) else [value])]
@@ -169,10 +169,10 @@ def _difference(artifact: Content, expected: Content) -> str:
     return ""
 
 
-def _same(one: Value | None, other: Value | None) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=TOLERANCE)
-    return one == other
+def _same(ours: Value | None, theirs: Value | None) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=TOLERANCE)
+    return ours == theirs
 
 
 def _value_text(value: Value | None) -> str:

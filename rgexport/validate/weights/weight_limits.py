@@ -132,8 +132,8 @@ def _projection_limit(
 def _most(products: float, share: float, chance: float = CHANCE) -> float:
     """Returns the value that a mean of squares of random products, expected 1, exceeds by chance.
 
-    Laurent and Massart (2000, lemma 1), for as many `products` of equal shares or as uneven ones,
-    of which none is larger than `share`.
+    Laurent and Massart (2000, lemma 1), for as many `products` of equal shares or as uneven ones;
+    no share is larger than `share`.
     """
     x = -math.log(chance)
     return 1 + 2 * math.sqrt(x / products) + 2 * x * share

@@ -16,7 +16,7 @@ from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.segments import packages
 from rgexport.export.coreml.storage import (
     ALIGNMENT,
-    Storage,
+    CoreMLStorage,
     blob_dtype,
     decode,
     encode,
@@ -132,7 +132,7 @@ def weights():
 
 
 def written(weights, folder):
-    stored = Storage(PLAN, {n: array.shape for n, array in weights.items()}, packages(8, ()))
+    stored = CoreMLStorage(PLAN, {n: array.shape for n, array in weights.items()}, packages(8, ()))
     hashes = stored.write(folder, {name: from_array(array) for name, array in weights.items()})
     return stored, hashes, folder / weight_file()
 

@@ -170,7 +170,7 @@ def _build_driver(
 
 
 def _compile(compiler: str, folder: Path, program: str, *more: str | Path) -> None:
-    """Makes a program of the source of its name; libraries come last, behind what needs them."""
+    """Compiles the source `program`; libraries come last, after the objects that need them."""
     flags = "-std=c++17", "-Wall", "-Wextra", "-pthread", f"-I{INCLUDED}"
     command = [compiler, *flags, HERE / f"{program}.cpp", *more, "-o", folder / program]
     subprocess.run(command, check=True)

@@ -12,7 +12,7 @@ class QuantMatrix:
     """A matrix [N, K] as MatMulNBits stores it.
 
     `levels` [N, blocks · block] and `zeros` [N, blocks] are the unpacked numbers; the columns
-    behind K hold what must not matter.
+    after K hold numbers that must not matter.
     """
 
     columns: int

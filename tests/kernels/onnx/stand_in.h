@@ -105,7 +105,7 @@ struct Node {
   std::map<std::string, int64_t> integers;
   std::map<std::string, float> reals;
   std::vector<std::unique_ptr<Tensor>> inputs;  // null: missing
-  std::vector<bool> constant;                   // of inputs; those behind the last are not
+  std::vector<bool> constant;                   // of inputs; any after the last are not
 
   std::map<size_t, size_t> in_place;  // output → input
   Memory memory = Memory::kHeap;      // of outputs

@@ -90,7 +90,7 @@ def test_feedback_is_gptq(count, k):
     factors = library.factor(h.copy())
     levels, lost = library.feedback(weights, grid, factors)
     expected = gptq(weights, grid, h)
-    # Float32 against float64: a tie may fall to the other side, and all behind it follows.
+    # Float32 against float64: a tie may fall to the other side, and changes all later columns.
     assert (levels == expected).all(axis=1).mean() >= 0.9
     np.testing.assert_allclose(lost, losses(weights, levels, grid, h), rtol=1e-4)
     ours, theirs = lost.sum(), losses(weights, expected, grid, h).sum()

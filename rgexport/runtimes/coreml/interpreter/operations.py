@@ -19,7 +19,7 @@ _CASTS = {"fp16": np.float16, "fp32": np.float32}
 
 @dataclass(frozen=True)
 class OperationCall:
-    """A function and the parameters whose arrays it takes, in this order.
+    """A function, and the operation's parameters that are its arguments, in this order.
 
     The function returns the array of the only output. A parameter with several values, such as
     `values`, gives as many arguments. A parameter in `lazy` may come as a `FileWeight` instead of

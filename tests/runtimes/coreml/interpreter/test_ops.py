@@ -36,7 +36,7 @@ random = np.random.default_rng(0)
 
 
 def array(dtype, shape, low=-4, high=4):
-    """Returns whole numbers, or floats of which none is so small that an epsilon matters."""
+    """Returns whole numbers, or floats so large that an epsilon does not matter."""
     if dtype == "bool":
         return random.integers(0, 2, shape).astype(bool)
     if dtype == "int32":
@@ -184,7 +184,7 @@ def test_float32_functions_are_accurate(kind):
 
 
 def test_exp_is_rounded_correctly_next_to_one():
-    """There one unit is up to 1 % of 1 - a², of which the RG-LRU takes the root."""
+    """Near 1, one unit is up to 1 % of 1 - a², and the RG-LRU takes its root."""
     x = -np.geomspace(1e-7, 1, 5000).astype(np.float32)
     result = compute("exp", {"x": x}, TensorType("float32", x.shape))
     np.testing.assert_array_equal(result, np.exp(x.astype(np.float64)).astype(np.float32))
