@@ -39,7 +39,7 @@ _LAST_CHUNK_FACTOR = 1.5
 _MOST_FAILURES = 3
 """Consecutive passes that may fail before the engine counts as broken."""
 _LOGITS_BYTES = 32 << 20
-"""Maximum size of the logits of a chunk whose tokens all need them."""
+"""Maximum size of the logits of a chunk if all its tokens need logits."""
 _FOLDER_SECONDS = 0.02
 """Longest wait of an idle scheduler for the folder of states."""
 _MASK_STEPS = 0.25

@@ -25,7 +25,7 @@ from jinja2.visitor import NodeTransformer
 MAX_SOURCE, MAX_TOKENS = 1 << 16, 1 << 14
 """Characters and lexical tokens of a template: four times those of the longest known one."""
 BYTES = 16 << 20
-"""Budget of a rendering, to which each byte of its messages adds `PER_BYTE`."""
+"""Budget of a rendering; each byte of its messages adds `PER_BYTE`."""
 PER_BYTE = 64
 STEPS, PER_MESSAGE, BYTES_PER_STEP = 200_000, 200, 64
 """Operations of a rendering: about a second on a slow machine. Each message, and each

@@ -27,7 +27,7 @@ from rgexport.griffin.tokenizer_json import panics_raised, read_tokenizer_json
 CUT = "\ud800"
 """Marks a cut: a lone surrogate, which no encodable text contains."""
 _CACHED_CHARACTERS, _MOST_CACHED = 4096, 1024
-"""Length of the longest texts whose ids are cached, and number of such texts."""
+"""Length of the longest texts with cached ids, and number of such texts."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 

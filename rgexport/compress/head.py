@@ -12,7 +12,7 @@ from rgexport.progress import Advance
 _LOGIT_BYTES = 512 << 20
 """Most bytes of logits in memory; the head is read once for as many tokens."""
 _SLAB = 4096
-"""Rows of the vocabulary whose probabilities are computed together."""
+"""Rows of the vocabulary per computed slab of probabilities."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Predicts the cost of a layout: the KL of a model in which one item is stored by it.
+"""Predicts the cost of a layout: the KL of a model with one item stored in that layout.
 
 For a linear that is ½ Σ_o g²_o · Δw_o H Δw_oᵀ over its outputs o: g² is the mean square of the
 gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw the error

@@ -12,7 +12,7 @@ from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
 
 LENGTH = 512
-"""Tokens of a sequence: enough context for what int4 changes, and many sequences in a text."""
+"""Tokens of a sequence: enough context to show the effect of int4, and many sequences per text."""
 _LONGEST_TOKEN = 32
 """Most characters of a token; a file is read up to so many per token."""
 

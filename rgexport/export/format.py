@@ -56,7 +56,7 @@ class Format(ABC):
     hash_name: str = "sha256"
     """The field of `inspect --json` that has the hash of a file."""
     alignment: int = 1
-    """Bytes to whose multiples the parts of tensors are aligned in the file."""
+    """Alignment of the parts of tensors in the file, in bytes."""
     part_header: int = 0
     """Bytes before each part."""
     has_row_groups: bool = True

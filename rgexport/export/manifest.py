@@ -20,9 +20,9 @@ from rgexport.quantize.scheme import Scheme, Uniform
 
 MANIFEST = "rgexport.json"
 CARD = "README.md"
-"""The model card, which its owner may edit."""
+"""The model card; users may edit it."""
 COLUMNS = "columns"
-"""The part of a matrix whose data are stored transposed, [in, out]."""
+"""Name of the part with the data of a matrix that is stored transposed, [in, out]."""
 FORMAT_VERSION = 1
 """What the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}

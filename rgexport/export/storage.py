@@ -24,8 +24,8 @@ from rgexport.quantize.scheme import Parts, Plan, Scheme
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
 _LARGER = 4
-"""Factor by which slabs of column-major tensors are larger, which are written in runs of a few
-bytes, and those that are encoded by statistics, which are read once for many rows."""
+"""Factor by which some slabs are larger: column-major tensors are written in runs of a few bytes,
+and statistics are read once for many rows."""
 _MAX_WORKERS = 8
 _PENDING = 3
 """Slabs for each worker that are being encoded, or wait for their turn."""

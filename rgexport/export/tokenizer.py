@@ -45,7 +45,7 @@ from rgexport.griffin.tokenizer_files import (
 from rgexport.progress import warn
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
-"""The class that takes tokenizer.json as it is; Gemma's adds tokens that a vocabulary may lack."""
+"""The class that leaves tokenizer.json alone; Gemma's adds tokens that a vocabulary may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ _UNSUPPORTED = (
     *("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"),
     *("layer_replication", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens"),
 )
-"""Options with which an adapter is more than two matrices for each weight."""
+"""Unsupported options: with them, an adapter is more than two matrices for each weight."""
 
 
 @dataclass(frozen=True)

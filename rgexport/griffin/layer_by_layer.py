@@ -21,7 +21,7 @@ _HEAD_BYTES = 16 << 20
 _NORM = "final_norm.weight"
 
 Array = Any
-"""A NumPy array, or what a subclass computes with in its place."""
+"""A NumPy array, or the array type of a subclass."""
 Watch = Callable[[int, int, Array], None]
 """Takes the indices of a layer and of a text, and the residual stream [B, T, width] float32 after
 the layer."""

@@ -56,7 +56,7 @@ def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
         one = torch.ones(1, 1, 1, device="cuda")
         scan(one, one, one[0])
-    except Exception as error:  # there is no common base of what may be missing
+    except Exception as error:  # the possible errors have no common base class
         detail(f"the scan runs without Triton ({type(error).__name__}: {error})")
         return None
     return scan

@@ -140,7 +140,7 @@ def _block_steps(w: np.ndarray, layout: GgmlLayout, block: int) -> StepSizes:
         return np.repeat(steps.reshape(len(steps), -1, groups).max(2), groups, axis=1)
 
     least = layout.multiples * _LEAST  # rounding of the step, however small it is
-    # half a step, and what the rounding of scale and minimum adds to it, twice
+    # half a step, plus twice the rounding errors of scale and minimum
     moved = layout.steps * np.maximum(exact * _HALF, least) + np.maximum(base * _HALF, least)
     step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
     distance = grid = None

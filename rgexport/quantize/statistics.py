@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 _DAMPING = 0.01
 """Added to H's diagonal, in units of its mean."""
 _SHRINKAGE = 0.3, 0.6
-"""The least and the most by which values beside the diagonal are reduced."""
+"""Least and largest reduction of off-diagonal values."""
 _LOOKUPS = 1.0, 10.0, 100.0
 """Added as `_DAMPING` for kinds of the embedding's rows, by the cost of their lookups relative to
 the head: in lookups all columns count alike."""
 _CACHED = 2
-"""Inputs whose statistics are cached: tensors come one after another, on several threads."""
+"""Number of inputs with cached statistics: tensors come one after another, on several threads."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from rgexport.serve.exchange import until_gone
 from rgexport.serve.text_process import TextProcess, with_encoder
 
 LONG = 1 << 16
-"""Size of a body from which it is parsed in the process for long texts."""
+"""Smallest body, in bytes, that the process for long texts parses."""
 _SHORT = 1 << 14
-"""Size of a body up to which its computation is short: no text in it is long for `chat.prompts`."""
+"""Largest body with a short computation: it has no text that `chat.prompts` counts as long."""
 Kind = Literal["short", "long"]
 _THREADS: dict[Kind, int] = {"short": 3, "long": 2}
 """Threads of each kind, so that long computations do not delay short ones. They are few, since they

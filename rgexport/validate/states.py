@@ -9,7 +9,7 @@ from rgexport.griffin.state import POSITION, State
 
 FIRST_CHECKPOINT = 64
 RECENT = 64
-"""Tokens whose keys and values are compared at a checkpoint."""
+"""Tokens per checkpoint with compared keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)

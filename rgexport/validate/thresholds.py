@@ -122,8 +122,8 @@ to 0.2, int4 up to 0.9. With so few bits this check hides much: whether the weig
 ones is checked in `weights.weight_limits`.
 """
 MOST_COST = {"original": 2.0, "reference": 3.0}
-"""KL of an artifact in units of what rounding to nearest costs: to the original on the same
-positions, and to a reference file, whose texts are others."""
+"""KL of an artifact divided by the KL of rounding to nearest: to the original on the same
+positions, and to a reference file, which has other texts."""
 
 
 def tolerance(manifest: Manifest) -> Tolerance:

@@ -42,7 +42,7 @@ FIRST = 1 << 13
 """Tokens up to the first mark; each further mark is twice as far."""
 _PIECE = 1 << 13
 _BLOCK = 1024
-"""Tokens whose losses are stored as one sum."""
+"""Tokens per stored sum of losses."""
 _STEPS = 16
 """Steps that are timed together."""
 _TURNS = 24

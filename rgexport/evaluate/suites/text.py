@@ -28,8 +28,8 @@ from rgexport.runtimes.session import Session
 
 NAME = "text"
 BLOCK = 64
-"""Tokens whose losses are stored as one sum. Losses of neighbours are correlated, so intervals are
-computed from blocks."""
+"""Tokens per stored sum of losses. Losses of neighbours are correlated, so intervals are computed
+from blocks."""
 _ENDINGS = ".txt", ".md", ".rst", ".py", ".json", ".csv", ".html"
 _BUILT_IN = "built-in"
 LONGEST_TOKEN = 32

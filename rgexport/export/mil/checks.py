@@ -23,7 +23,7 @@ CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 _DIGEST_LENGTH = 16
 """Hexadecimal digits of a SHA-256 in the metadata: enough against mistakes."""
 _SHARED = "embed_tokens"
-"""The site whose weight has another site: the output head uses it too."""
+"""The embedding's site; the output head shares its weight."""
 _TOKENS = "position_ids"
 """The input whose last axis is the number of tokens; each function with states has it."""
 _LABELS = {

@@ -14,12 +14,12 @@ from rgexport.kernels.onnx import library
 
 DOMAIN, VERSION = "ai.rgexport", 2
 SINCE = {"RgLruScan": 2}
-"""Op → the version of the domain since which it is what the native kernels compute, if not 1. In a
-file of an older version, its body runs."""
+"""Op → the first version of the domain that the native kernels implement, if not 1. For files of
+older versions, the function's body runs."""
 STOCK = "stock"
 """The word for the engine's own kernels."""
 _PRODUCTS = {"MatMul", "MatMulNBits", "Gemm"}
-"""Ops of the engine whose sums depend on the number of tokens."""
+"""Ops of the engine that sum in another order for other numbers of tokens."""
 _SMALL = 1 << 16
 """Elements. A tensor of fewer is read to fold constants; a larger one is repacked."""
 
@@ -43,8 +43,8 @@ class NativeOps:
     small: tuple[ExternalTensor, ...] = ()
     """External tensors that the engine reads by itself, to fold constants."""
     exact_tokens: int = 1
-    """Tokens of a step, of all rows together, up to which each gets the bits that it gets alone,
-    as far as our kernels compute them."""
+    """Largest step, in tokens of all rows, in which our kernels compute for a token the same bits
+    as in a step of its own."""
 
 
 def native_ops(model: Path | bytes) -> NativeOps:

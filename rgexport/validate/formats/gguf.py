@@ -64,7 +64,7 @@ _MOST_NAMED, _MOST_SHOWN = 20, 80
 
 
 class GgufExpected(Expected):
-    """llama.cpp converts the inputs of a product to what the weight's type is multiplied with."""
+    """Expectations of GGUF files: the weight's type decides how llama.cpp rounds inputs."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
         """The largest of all types in the file."""

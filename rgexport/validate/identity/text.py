@@ -60,7 +60,7 @@ NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CON
 _MOST_CUT = 256
 """Characters of a piece that is cut in two at each place: far more than any has."""
 _MOST_SHOWN = 200
-"""Characters of a JSON file that is shown as it is; of a longer one, a hash is."""
+"""Most characters of a JSON file that is shown whole; longer ones are shown as a hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _counted(count: int, what: str, content: str) -> str:
 
 
 def file_text(path: Path) -> str | None:
-    """Short JSON as it is, of other files a hash; None if the file is missing.
+    """Returns the text of a short JSON file, a hash of others, or None if the file is missing.
 
     Neither the order of JSON's fields nor white space counts.
 

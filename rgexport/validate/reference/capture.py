@@ -46,7 +46,7 @@ from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, produc
 
 GREEDY_TOKENS = 32
 MIXED_TOKENS = 256
-"""The most tokens whose inputs of linears are mixed."""
+"""Most tokens that are mixed into the sketches of the inputs of linears."""
 LOGITS_BYTES = 17_280_000
 """The file's budget for logits: all positions of the demo."""
 LEAST_POSITIONS = 128

@@ -27,7 +27,7 @@ _ADDED: dict[type, dict[str, Any]] = {
     Result: {"schema_version": {"const": SCHEMA_VERSION}, "verdict": _OUTCOME},
     Check: {"outcome": _OUTCOME, "passed": {"type": "boolean"}},
 }
-"""What `Result.to_dict` adds to the fields of a class."""
+"""Keys that `Result.to_dict` adds to the fields of a class."""
 _COMPUTED: dict[type, dict[str, Any]] = {
     Result: {"quality": Quality | None, "verdict_scope": Scope, "twin": Comparison}
 }

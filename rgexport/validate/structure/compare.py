@@ -90,7 +90,7 @@ def _difference_from_lowered(expected: Expected, artifact: Artifact, recipe: Rec
             advance(layers)
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # what the manifest asks for may be beyond what an export checks
+    except Exception as error:  # the manifest may have options that no export checks
         what = str(error) or type(error).__name__
         return one_line(f"this version writes no graph for its config and plan: {what}")
     return first_difference(expected.read(artifact), lowered)

@@ -25,8 +25,8 @@ _MOST_TEXT = 80
 
 Value = str | float
 Content = tuple[Value, ...]
-"""Texts, which are compared exactly, and finite floats. A text that ends in `:` is a field, whose
-values follow."""
+"""Texts, which are compared exactly, and finite floats. A text that ends in `:` names the field of
+the values after it."""
 
 
 @dataclass(frozen=True)

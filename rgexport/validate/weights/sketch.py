@@ -34,7 +34,7 @@ MIXTURES = 4
 _SEED = 20240411
 
 Mixtures = Mapping[str, np.ndarray]
-"""Site whose result linears take → mixtures of it, [MIXTURES, K] float32."""
+"""Input site of linears → mixtures of its values, [MIXTURES, K] float32."""
 
 
 @dataclass(frozen=True)

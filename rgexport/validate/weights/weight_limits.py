@@ -38,7 +38,7 @@ REASONS = {
     "projection": "scales are neither too large nor too small",
     "output": "outputs for a text are no worse than those of weights rounded to nearest",
 }
-"""Quantity → what a value within the limit means; that of `max_steps` is `Expectation.why`."""
+"""Quantity → the meaning of a value within the limit; for `max_steps`, see `Expectation.why`."""
 
 Limited = tuple[str, float, float]
 """Quantity, its value and limit."""
