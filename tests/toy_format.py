@@ -11,7 +11,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
 from rgexport.export.format import CardText, FolderFormat, Layouts
 from rgexport.export.manifest import IoRecord, Manifest
-from rgexport.export.storage import Places, fill
+from rgexport.export.storage import OffsetAllocator, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -89,11 +89,11 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
     config = checkpoint.config
     plan = {name: Float("float32") for name in model_tensors(config)}
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-    places = Places(DATA, alignment=1)
-    tensors = places.tensors(plan, shapes, ToyFormat().part_layouts)
+    allocator = OffsetAllocator(DATA, alignment=1)
+    tensors = allocator.allocate(plan, shapes, ToyFormat().part_layouts)
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
-        (folder / DATA).write_bytes(bytes(places.size))
+        (folder / DATA).write_bytes(bytes(allocator.size))
         fill(folder, tensors, checkpoint.weights, lambda n, rows, _, s: s.uniform.encode(n, rows))
         return Manifest(
             kind=KIND,
@@ -111,7 +111,7 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
         checkpoint,
         target,
         write_model,
-        data_bytes=places.size,
+        data_bytes=allocator.size,
         tools=(),
         force=False,
         check=lambda folder: self_check(checkpoint, folder),

@@ -45,7 +45,7 @@ def aligned(size: int, alignment: int) -> int:
 
 
 @dataclass
-class Places:
+class OffsetAllocator:
     """Assigns offsets in a data file, one after another; `size` is the end of the last part.
 
     Every part begins `header` bytes after a multiple of `alignment`.
@@ -56,7 +56,7 @@ class Places:
     size: int = 0
     header: int = 0
 
-    def tensors(
+    def allocate(
         self, plan: Plan, shapes: Mapping[str, Shape], layouts: Layouts
     ) -> dict[str, StoredTensor]:
         """Assigns offsets to all tensors, in the plan's order."""

@@ -22,7 +22,7 @@ from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.segments import PackagePlan
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.row_groups import groups_of, part_layouts_by_group
-from rgexport.export.storage import Places, fill
+from rgexport.export.storage import OffsetAllocator, fill
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
@@ -64,9 +64,9 @@ class Storage:
         self._sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
-            places = Places(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
-            tensors |= places.tensors(package.tensors(plan), shapes, part_layouts)
-            self._sizes[file] = places.size
+            allocator = OffsetAllocator(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
+            tensors |= allocator.allocate(package.tensors(plan), shapes, part_layouts)
+            self._sizes[file] = allocator.size
         self.tensors = {name: tensors[name] for name in plan}
 
     @property

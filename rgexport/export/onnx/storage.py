@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
 from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
 from rgexport.export.onnx.graph import DTYPES
-from rgexport.export.storage import Places, aligned, fill
+from rgexport.export.storage import OffsetAllocator, aligned, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
@@ -42,21 +42,21 @@ class Storage:
         self.tensors: dict[str, StoredTensor] = {}
         self.sizes: dict[str, int] = {}
         """File → its size."""
-        places = Places(DATA_FILE, _ALIGNMENT)
+        allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
         for name, scheme in plan.items():
-            before = places.size
-            stored = places.tensors({name: scheme}, shapes, part_layouts)
-            if limit and before and aligned(places.size, _ALIGNMENT) > limit.filled:
-                places = Places(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
-                stored = places.tensors({name: scheme}, shapes, part_layouts)
-            if limit and places.size > limit.largest:
+            before = allocator.size
+            stored = allocator.allocate({name: scheme}, shapes, part_layouts)
+            if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
+                allocator = OffsetAllocator(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
+                stored = allocator.allocate({name: scheme}, shapes, part_layouts)
+            if limit and allocator.size > limit.largest:
                 raise RequestError(
-                    f"{name} takes {places.size:,} bytes as {scheme.label}, more than the "
+                    f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
                     f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
                     "such as with --embedding-precision int8"
                 )
             self.tensors |= stored
-            self.sizes[places.file] = aligned(places.size, _ALIGNMENT)
+            self.sizes[allocator.file] = aligned(allocator.size, _ALIGNMENT)
 
     @property
     def size(self) -> int:
