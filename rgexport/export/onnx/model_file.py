@@ -53,7 +53,7 @@ DTYPES = {1: "float32", 2: "uint8", 6: "int32", _INT64: "int64", 10: "float16", 
 MAX_NODES = 100_000
 """Maximum number of nodes that are read: forty times that of the 9B."""
 NUM_LOGITS = "num_logits"
-"""Number of last tokens for which the graph returns logits: a scalar int64, constant in the file."""
+"""Number of last tokens whose logits the graph returns: a scalar int64, constant in the file."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,7 @@ def external_tensor(tensor: Any) -> ExternalTensor:
     location = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK or min(shape, default=0) < 0:
-        raise ValueError(
-            f"{tensor.name.decode()} has the shape {shape}; expected at most 8 sizes of 0 or more"
-        )
+        raise ValueError(f"a tensor has the shape {shape}; expected up to {_MAX_RANK} sizes >= 0")
     file, offset = location.get(b"location", b"").decode(), int(location.get(b"offset", b"0"))
     return ExternalTensor(tensor.name.decode(), tensor.data_type, shape, file, offset)
 
