@@ -73,7 +73,7 @@ def onnx(arguments: OnnxArguments) -> int:
     from rgexport.export.request import precision_word
     from rgexport.files.targets import check_target
 
-    def path_of(name: str, options: OnnxOptions) -> Path:
+    def target(name: str, options: OnnxOptions) -> Path:
         return default_target(name, options.precision_word, "onnx", options.profile)
 
     make_options = partial(
@@ -88,9 +88,7 @@ def onnx(arguments: OnnxArguments) -> int:
         genai_native=arguments.genai_native,
     )
     check = partial(check_target, replaceable=is_artifact)
-    return _export(
-        arguments.checkpoint, arguments.export, make_options, export_onnx, check, path_of
-    )
+    return _export(arguments.checkpoint, arguments.export, make_options, export_onnx, check, target)
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def coreml(arguments: CoreMLArguments) -> int:
     from rgexport.export.request import bytes_of, precision_word
     from rgexport.files.targets import check_target
 
-    def path_of(name: str, options: CoreMLOptions) -> Path:
+    def target(name: str, options: CoreMLOptions) -> Path:
         return default_target(name, options.precision_word, "coreml")
 
     split = arguments.split
@@ -164,7 +162,7 @@ def coreml(arguments: CoreMLArguments) -> int:
     )
     check = partial(check_target, replaceable=is_artifact)
     return _export(
-        arguments.checkpoint, arguments.export, make_options, export_coreml, check, path_of
+        arguments.checkpoint, arguments.export, make_options, export_coreml, check, target
     )
 
 
@@ -215,7 +213,7 @@ def gguf(arguments: GgufArguments) -> int:
     from rgexport.files.targets import check_file_target
     from rgexport.quantize.gguf_header import is_gguf
 
-    def path_of(name: str, options: GgufOptions) -> Path:
+    def target(name: str, options: GgufOptions) -> Path:
         return default_target(name, options.file_type.name)
 
     precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "gguf")
@@ -228,9 +226,7 @@ def gguf(arguments: GgufArguments) -> int:
         imatrix=arguments.imatrix,
     )
     check = partial(check_file_target, replaceable=is_gguf)
-    return _export(
-        arguments.checkpoint, arguments.export, make_options, export_gguf, check, path_of
-    )
+    return _export(arguments.checkpoint, arguments.export, make_options, export_gguf, check, target)
 
 
 def _export(

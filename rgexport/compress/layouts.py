@@ -40,12 +40,12 @@ class FormatLayouts:
         """Estimates the size of an artifact, to within a few kB for each layer."""
         shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
         weights = OffsetAllocator("", self.form.alignment, header=self.form.part_header)
-        weights.allocate(plan, shapes, self.form.part_layouts)
+        weights.allocate(plan, shapes, self.form.part_shapes)
         graph = sum(_graph_bytes(scheme, shapes[name][0]) for name, scheme in plan.items())
         return weights.size + graph + self.form.overhead_bytes(checkpoint)
 
     def _nbytes(self, shape: Shape, layout: Uniform) -> int:
-        parts = self.form.part_layouts(shape, layout).values()
+        parts = self.form.part_shapes(shape, layout).values()
         return sum(prod(part_shape) * np.dtype(dtype).itemsize for dtype, part_shape in parts)
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
+from rgexport.export.onnx.artifact import DATA_FILE, part_shapes
 from rgexport.export.onnx.graph import DTYPES
 from rgexport.export.storage import OffsetAllocator, aligned, fill
 from rgexport.griffin.tensor import WeightSource
@@ -45,10 +45,10 @@ class Storage:
         allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
         for name, scheme in plan.items():
             before = allocator.size
-            stored = allocator.allocate({name: scheme}, shapes, part_layouts)
+            stored = allocator.allocate({name: scheme}, shapes, part_shapes)
             if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
                 allocator = OffsetAllocator(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
-                stored = allocator.allocate({name: scheme}, shapes, part_layouts)
+                stored = allocator.allocate({name: scheme}, shapes, part_shapes)
             if limit and allocator.size > limit.largest:
                 raise RequestError(
                     f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
