@@ -89,7 +89,7 @@ class PrefixStore:
 
         Args:
             ids: the tokens of a text.
-            callback: called by the folder's thread when the reading ends.
+            callback: called by the folder's thread when the read ends.
             namespace: the namespace of the prefix.
         """
         if self._folder is None:

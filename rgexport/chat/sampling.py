@@ -2,7 +2,8 @@
 
 The order is that of vLLM and Hugging Face: penalties and biases change logits, the temperature
 divides them, then top-k, top-p and min-p drop tokens. With a vocabulary of 256,000, sorting all
-logits is slow. The functions below sort only some of them, with exactly the same result.
+logits is slow. The functions below sort only some of them, and choose the same tokens with the
+same probabilities.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The folder in which states of the model are saved, so that a later process can continue them.
 
 One thread reads and writes all files, because disks fill up, fail, hang and recover. Other threads
-queue reads and writes and never wait longer than `READ_SECONDS`. The queue of unwritten states is
-limited, and after a failure writing is retried later.
+only queue reads and writes, and a request waits at most `READ_SECONDS` for a read. The queue of
+unwritten states is limited. After a failure, writing pauses for a while.
 """
 
 import os
@@ -41,14 +41,14 @@ _OVERHEAD_BYTES = 4096
 
 
 class Fetch:
-    """The reading of a saved state from which a text can be continued, as a future.
+    """A queued or finished read of a saved state from which a text can be continued; a future.
 
     Attributes:
         keys: keys of the text's prefixes that have files, the best first; the first usable one is
             read.
         length: number of the text's tokens. A state after all of them is usable only with logits.
-        state: the result; None until the reading ends, or if no file is usable.
-        callbacks: called by the folder's thread when the reading ends.
+        state: the result; None until the read ends, or if no file is usable.
+        callbacks: called by the folder's thread when the read ends.
     """
 
     def __init__(self, keys: Sequence[Key], length: int) -> None:
@@ -60,7 +60,7 @@ class Fetch:
 
     @property
     def pending(self) -> bool:
-        """Whether the reading goes on and has not passed its deadline."""
+        """Whether the read has not ended and not passed its deadline."""
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
     def wait(self) -> None:

@@ -48,8 +48,8 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     weights, and the original. Logits alone cannot prove that the weights are the checkpoint's: with
     4 bits, those of a fine-tuned model may be as close.
 
-    Memory: references run one layer at a time, and only their last hidden states are kept when the
-    engine opens the artifact.
+    The references run one layer at a time, and their layers are freed before the engine opens the
+    artifact. So the check takes little more memory than the engine, or than a few layers in float32.
     """
     try:
         artifact = open_artifact(path)
@@ -110,8 +110,8 @@ def _memory_shortage(artifact: Artifact) -> str | None:
     engine.require()
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
     layer_bytes = max((sum(4 * prod(spec.shape) for spec in layer) for layer in layers), default=0)
-    # Two references, each with two layers in float32: one computes while the next is read. Measured
-    # at 2B: 0.9 GB per reference, and 1.9 GB for ONNX Runtime in int4.
+    # Two references, each with two layers in float32: one is still held while the next is read.
+    # Measured at 2B: 0.9 GB per reference, and 1.9 GB for ONNX Runtime in int4.
     needed = max(4 * layer_bytes, engine.memory_bytes(artifact.manifest)) + _REST_BYTES
     available = available_bytes()
     if available is None or needed <= available:

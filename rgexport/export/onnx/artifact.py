@@ -86,11 +86,11 @@ def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
 
 
 def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
-    layouts = scheme.part_shapes(shape)
+    shapes = scheme.part_shapes(shape)
     if scheme != INT8_ROWS:
-        return layouts
+        return shapes
     rows, columns = shape
-    return {COLUMNS: ("uint8", (columns, rows)), "scales": layouts["scales"]}
+    return {COLUMNS: ("uint8", (columns, rows)), "scales": shapes["scales"]}
 
 
 def is_storable(scheme: Scheme) -> bool:

@@ -84,9 +84,7 @@ class FrameworkRunner:
             NotInstalled: coremltools is missing.
             RequestError: Core ML cannot load the package.
         """
-        logging.getLogger("coremltools").setLevel(
-            logging.ERROR
-        )  # hides warnings about torch versions
+        logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about torch versions
         try:
             import coremltools as tools
         except ImportError:
