@@ -49,7 +49,7 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     4 bits, those of a fine-tuned model may be as close.
 
     The references run one layer at a time, and their layers are freed before the engine opens the
-    artifact. So the check takes little more memory than the engine, or than a few layers in float32.
+    artifact. So the check needs the memory of a few layers in float32, or that of the engine.
     """
     try:
         artifact = open_artifact(path)
