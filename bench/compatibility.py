@@ -106,7 +106,8 @@ def observe(tree: Path, folder: Path, checkpoints: dict[str, Path]) -> dict[str,
         done = run("-c", "from rgexport.cli import main; main()", *arguments)
         observations[f"{name}: exit code"] = str(done.returncode)
         if done.returncode == 2:
-            observations[f"{name}: error"] = done.stderr.strip().splitlines()[-1]
+            message = done.stderr.strip().splitlines()[-1]
+            observations[f"{name}: error"] = message.replace(str(folder), "FOLDER")
         return done.stdout
 
     for model, checkpoint in checkpoints.items():

@@ -2,6 +2,7 @@
 
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ def _load_mapped(path: Path) -> Any:
             f"{path} is a torch checkpoint, which needs torch: pip install 'rgexport[export]'"
         ) from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # such as one of an unusual protocol
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # torch raises whatever damage leads it to

@@ -279,10 +279,12 @@ def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
 
 def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
     """Measures what `rgexport bench` does, in less time."""
-    length = info.prefill_chunk if info.whole_chunks else BENCH_PROMPT
+    length, tokens, repetitions = BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS
+    if info.whole_chunks:  # perhaps in the interpreter, which takes seconds for a token
+        length, tokens, repetitions = info.prefill_chunk, 4, 1
     rows = bench_artifact(
         opened.path,
-        BenchRequest((length,), (BENCH_TOKENS,), repetitions=BENCH_REPETITIONS),
+        BenchRequest((length,), (tokens,), repetitions=repetitions),
         allow_foreign=opened.request.allow_foreign,
     )
     prefill, decode = (row.median_tokens_per_second for row in rows)
