@@ -31,8 +31,9 @@ class BuiltParts(BuildHookInterface):
 
     def dependencies(self) -> list[str]:
         """What a build needs and the system lacks."""
-        missing = [] if native.program("cmake") else [CMAKE]
-        has_runner = native.program("ninja") or native.program("make") or sys.platform == "win32"
+        missing = [] if native.find_program("cmake") else [CMAKE]
+        find = native.find_program
+        has_runner = find("ninja") or find("make") or sys.platform == "win32"
         return missing if has_runner else [*missing, NINJA]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 from rgexport.chat.artifact_text import ArtifactText
 from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
-from rgexport.export.format import CardText, FolderFormat, Layouts
+from rgexport.export.format import CardText, FolderFormat
 from rgexport.export.manifest import IoRecord, Manifest
-from rgexport.export.storage import DataFileLayout, fill
+from rgexport.export.storage import OffsetAllocator, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.quantize.scheme import Float, Scheme
+from rgexport.quantize.scheme import Float, PartShapes, Scheme
 from rgexport.runtimes.engine import Engine
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate.formats.expected import Expected
@@ -29,7 +29,7 @@ KIND, DATA = "toy", "toy.data"
 class ToyFormat(FolderFormat):
     precisions = ("fp32",)
 
-    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+    def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
         return {"data": ("float32", shape)}
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
@@ -89,11 +89,11 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
     config = checkpoint.config
     plan = {name: Float("float32") for name in model_tensors(config)}
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-    layout = DataFileLayout(DATA, alignment=1)
-    tensors = layout.tensors(plan, shapes, ToyFormat().part_layouts)
+    allocator = OffsetAllocator(DATA, alignment=1)
+    tensors = allocator.allocate(plan, shapes, ToyFormat().part_shapes)
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
-        (folder / DATA).write_bytes(bytes(layout.size))
+        (folder / DATA).write_bytes(bytes(allocator.size))
         fill(folder, tensors, checkpoint.weights, lambda n, rows, _, s: s.uniform.encode(n, rows))
         return Manifest(
             kind=KIND,
@@ -111,7 +111,7 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
         checkpoint,
         target,
         write_model,
-        data_bytes=layout.size,
+        data_bytes=allocator.size,
         tools=(),
         force=False,
         check=lambda folder: self_check(checkpoint, folder),

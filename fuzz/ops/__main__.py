@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rgexport.kernels.build import BuildFailed, program
+from rgexport.kernels.build import BuildFailed, find_program
 from rgexport.kernels.onnx.library import FOLDER as SOURCES
 
 BUILD, OUT = Path("build/fuzz-ops"), Path("out/fuzz/ops")
@@ -37,7 +37,7 @@ def build() -> Path:
     Raises:
         BuildFailed: no Clang, or none with libFuzzer, or no CMake; or it does not compile.
     """
-    compiler, cmake = _compiler(), program("cmake")
+    compiler, cmake = _compiler(), find_program("cmake")
     if cmake is None:
         raise BuildFailed("CMake is not installed")
     options = f"-DPROGRAM={TARGET}", f"-DCMAKE_CXX_COMPILER={compiler}"

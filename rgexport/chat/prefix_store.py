@@ -83,13 +83,13 @@ class PrefixStore:
                 self.nbytes -= before.nbytes
 
     def fetch(
-        self, ids: Sequence[int], then: Callable[[], None], namespace: str = ""
+        self, ids: Sequence[int], callback: Callable[[], None], namespace: str = ""
     ) -> Fetch | None:
         """Lets the folder read a longer prefix than memory has; returns None if it has none.
 
         Args:
             ids: the tokens of a text.
-            then: called by another thread when the prefix can be used.
+            callback: called by the folder's thread when the read ends.
             namespace: the namespace of the prefix.
         """
         if self._folder is None:
@@ -100,7 +100,7 @@ class PrefixStore:
         better = [key for key in keys if key[0] > known and self._folder.has(key)]
         if better and better[0][0] == len(ids) and self._folder.has_logits(better[0]) is False:
             del better[0]
-        return self._folder.fetch(better, len(ids), then) if better else None
+        return self._folder.fetch(better, len(ids), callback) if better else None
 
     def longest(
         self, ids: Sequence[int], namespace: str = "", fetch: Fetch | None = None

@@ -66,7 +66,7 @@ class RowAssignment:
     def _is_being_read(self, job: GenerationJob) -> bool:
         """Returns whether another row will soon store a longer prefix than the known one."""
         namespace = job.request.namespace
-        reading = [r for r in self._rows.reading if r.request.namespace == namespace]
+        reading = [r for r in self._rows.not_decoding if r.request.namespace == namespace]
         if job.paused is not None or job.request.prompt_logits or not reading:
             return False
         known = self._store.length(job.ids, namespace)

@@ -1,4 +1,4 @@
-"""The rows of a session, and the jobs that have them."""
+"""The batch rows of a session, and the job in each row."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,20 +11,22 @@ from rgexport.runtimes.session import Session
 
 
 class Rows:
-    """Jobs in the order of their rows; those that decode come first, so that a step is one range.
+    """Jobs in the order of their batch rows.
 
-    The others read their prompts, or wait for a mask. Only one thread may change it; other threads
-    may read its length.
+    Jobs that decode have the first rows, so that a decoding step runs one range of rows. The jobs
+    in later rows read their prompts, or wait for the mask of their next token. Only one thread may
+    call methods; other threads may read the length.
     """
 
     def __init__(self, session: Session, capacity: int) -> None:
-        """Empties the session, and takes the maximum number of jobs."""
+        """Resets the session to `capacity` rows, the maximum number of jobs."""
         session.reset(capacity)
         self._session, self.capacity = session, capacity
-        self._empty: State = {name: np.zeros((1, *s)) for name, s in session.state_shapes.items()}
-        self._empty[POSITION] = np.zeros(1, np.int64)
+        shapes = session.state_shapes
+        self._initial: State = {name: np.zeros((1, *shape)) for name, shape in shapes.items()}
+        self._initial[POSITION] = np.zeros(1, np.int64)
         self._jobs: list[GenerationJob] = []
-        self._writing = 0
+        self._num_decoding = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -37,50 +39,50 @@ class Rows:
         return len(self._jobs) == self.capacity
 
     @property
-    def writing(self) -> list[GenerationJob]:
-        """The jobs of the next step, which have the rows from 0 on."""
-        return self._jobs[: self._writing]
+    def decoding(self) -> list[GenerationJob]:
+        """The jobs of the next decoding step; their rows begin at 0."""
+        return self._jobs[: self._num_decoding]
 
     @property
-    def reading(self) -> list[GenerationJob]:
-        """The jobs that are not in the next step."""
-        return self._jobs[self._writing :]
+    def not_decoding(self) -> list[GenerationJob]:
+        return self._jobs[self._num_decoding :]
 
     def add(self, job: GenerationJob) -> None:
-        """Gives a job the next row, whose state is not set yet."""
+        """Adds a job in a new last row, whose state is undefined until `set_state`."""
         self._jobs.append(job)
 
     def state(self, job: GenerationJob) -> State:
         return self._get(self._jobs.index(job))
 
     def set_state(self, job: GenerationJob, state: State | None) -> None:
-        """Sets the state of a job's row; None sets the state before any token."""
-        self._set(self._jobs.index(job), self._empty if state is None else state)
+        """Sets the state of a job's row; None is the state before any token."""
+        self._set(self._jobs.index(job), self._initial if state is None else state)
 
-    def range(self, job: GenerationJob) -> range:
+    def row_range(self, job: GenerationJob) -> range:
         row = self._jobs.index(job)
         return range(row, row + 1)
 
-    def start_writing(self, job: GenerationJob) -> None:
-        self._swap(self._jobs.index(job), self._writing)
-        self._writing += 1
+    def start_decoding(self, job: GenerationJob) -> None:
+        self._swap(self._jobs.index(job), self._num_decoding)
+        self._num_decoding += 1
 
-    def stop_writing(self, job: GenerationJob) -> None:
-        self._writing -= 1
-        self._swap(self._jobs.index(job), self._writing)
+    def stop_decoding(self, job: GenerationJob) -> None:
+        self._num_decoding -= 1
+        self._swap(self._jobs.index(job), self._num_decoding)
 
     def remove(self, job: GenerationJob) -> None:
         row = self._jobs.index(job)
-        if row < self._writing:
-            self._writing -= 1
-            self._move(self._writing, row)
-            row = self._writing
+        # The last decoding job fills the gap, then the last job fills the gap that this leaves.
+        if row < self._num_decoding:
+            self._num_decoding -= 1
+            self._move(self._num_decoding, row)
+            row = self._num_decoding
         self._move(len(self._jobs) - 1, row)
         self._jobs.pop()
 
     def clear(self) -> list[GenerationJob]:
         """Frees all rows without reading their states; returns the jobs that had them."""
-        jobs, self._jobs, self._writing = self._jobs, [], 0
+        jobs, self._jobs, self._num_decoding = self._jobs, [], 0
         return jobs
 
     def _move(self, source: int, target: int) -> None:

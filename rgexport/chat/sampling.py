@@ -1,8 +1,9 @@
 """Sampling of the next token.
 
 The order is that of vLLM and Hugging Face: penalties and biases change logits, the temperature
-divides them, then top-k, top-p and min-p drop tokens. The shortcuts for large vocabularies choose
-the same tokens, with the same probabilities, as sorting would.
+divides them, then top-k, top-p and min-p drop tokens. With a vocabulary of 256,000, sorting all
+logits is slow. The functions below sort only some of them, and choose the same tokens with the
+same probabilities.
 """
 
 import math
@@ -16,9 +17,9 @@ from numpy.random import default_rng
 from rgexport.errors import RequestError
 
 _BLOCK = 512
-"""Tokens of a block, whose maximum or sum is computed first: 256,000 tokens are 500 blocks."""
-_FEW = 64
-"""Number of the most likely tokens that are sorted first to find those that reach top-p."""
+"""Number of tokens whose maximum or sum is computed in one go: 256,000 tokens are 500 blocks."""
+_FIRST_SORTED = 64
+"""Number of tokens that are sorted in the first attempt to reach top-p."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +78,11 @@ class Sampling:
 
 class Sampler:
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
-        """Takes the prompt, whose tokens `repetition_penalty` also counts."""
+        """`prompt` has the token ids that `repetition_penalty` counts beside the reply's."""
         self.options = options
         self._random = default_rng(options.seed)
-        counted = prompt if options.repetition_penalty != 1 else ()
-        self._prompt = np.unique(np.array(counted, np.int64))
+        penalized = prompt if options.repetition_penalty != 1 else ()
+        self._prompt = np.unique(np.array(penalized, np.int64))
         self._reply = Counter[int]()
         bias = options.logit_bias
         self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
@@ -92,9 +93,9 @@ class Sampler:
         """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each.
 
         Raises:
-            RequestError: the logits are NaN or infinite, or nothing is allowed.
+            RequestError: the logits are NaN or infinite, or the mask allows no token.
         """
-        token = self._choose(self._changed(logits, mask))
+        token = self._choose(self._adjusted(logits, mask))
         self._reply[token] += 1
         return token
 
@@ -106,12 +107,12 @@ class Sampler:
             )
         if self.options.temperature == 0:
             return int(logits.argmax())
-        tokens, weights = _allowed(logits, self.options)
+        tokens, weights = _truncated(logits, self.options)
         index = _draw(weights, self._random.random())
         return index if tokens is None else int(tokens[index])
 
-    def _changed(self, logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """Returns the logits after mask, biases and penalties; copies them if there are any."""
+    def _adjusted(self, logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """Returns the logits after mask, penalties and biases; never changes its arguments."""
         if mask is not None:
             logits = logits + mask
         if not self.options.changes_logits:
@@ -119,12 +120,12 @@ class Sampler:
         logits, options = logits.copy(), self.options
         reply = np.fromiter(self._reply.keys(), np.int64, len(self._reply))
         counts = np.fromiter(self._reply.values(), np.float32, len(self._reply))
-        seen = np.union1d(self._prompt, reply)
-        before = logits[seen]
+        repeated = np.union1d(self._prompt, reply)
+        before = logits[repeated]
         factor = np.float32(options.repetition_penalty)
-        logits[seen] = np.where(before > 0, before / factor, before * factor)
+        logits[repeated] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
-        if self._largest_biased >= len(logits):
+        if self._largest_biased >= len(logits):  # drops ids outside of the vocabulary, once
             in_vocabulary = self._biased < len(logits)
             self._biased = self._biased[in_vocabulary]
             self._biases = self._biases[in_vocabulary]
@@ -134,8 +135,11 @@ class Sampler:
 
 
 def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens that a temperature above 0 allows, and their probabilities (float64)."""
-    tokens, weights = _allowed(logits, options)
+    """Returns the tokens that may be sampled, and their probabilities (float64).
+
+    `options` need a temperature above 0; penalties and biases are not applied.
+    """
+    tokens, weights = _truncated(logits, options)
     return np.arange(len(logits)) if tokens is None else tokens, weights / weights.sum()
 
 
@@ -149,70 +153,87 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 def most_likely(values: np.ndarray, count: int) -> np.ndarray:
     """Returns the indices of the `count` largest values, in descending order; ties by index."""
-    candidates = _at_least(values, count)
+    candidates = _top_candidates(values, count)
     order = np.argsort(-values[candidates], kind="stable")
     best: np.ndarray = candidates[order[:count]]
     return best
 
 
-def _allowed(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
-    """Returns the allowed tokens, None for all, and their unnormalized probabilities."""
+def _truncated(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """Applies temperature, top-k, top-p and min-p.
+
+    Returns the remaining tokens (None for all) and their unnormalized probabilities.
+    """
     tokens = None
     if 0 < options.top_k < len(logits):
         tokens = most_likely(logits, options.top_k)
         logits = logits[tokens]
-    # In place: with a vocabulary of 256,000, allocating takes longer than computing.
-    # The best is subtracted before the division, so that a tiny temperature cannot overflow.
+    # In place, since allocating 256,000 values takes longer than computing them.
+    # The maximum is subtracted before the division, so that a tiny temperature cannot overflow.
     weights = logits.astype(np.float64)
     weights -= weights.max()
     weights /= options.temperature
     np.exp(weights, out=weights)
     if options.top_p < 1:
-        allowed = _reaching(weights, options.top_p)
-        tokens, weights = allowed if tokens is None else tokens[allowed], weights[allowed]
+        remaining = _top_p_indices(weights, options.top_p)
+        tokens, weights = remaining if tokens is None else tokens[remaining], weights[remaining]
     if options.min_p > 0:
-        allowed = np.flatnonzero(weights >= options.min_p * weights.max())
-        tokens, weights = allowed if tokens is None else tokens[allowed], weights[allowed]
+        remaining = np.flatnonzero(weights >= options.min_p * weights.max())
+        tokens, weights = remaining if tokens is None else tokens[remaining], weights[remaining]
     return tokens, weights
 
 
-def _reaching(weights: np.ndarray, share: float) -> np.ndarray:
-    """Returns the indices of the fewest largest weights whose sum reaches a share of the total."""
-    needed, count = share * weights.sum(), min(_FEW, len(weights))
+def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
+    """Returns the indices of the largest weights, as many as are needed to reach `share`.
+
+    `share` is the fraction of the sum of all weights that theirs must reach.
+    """
+    needed, count = share * weights.sum(), min(_FIRST_SORTED, len(weights))
     while True:
         largest = most_likely(weights, count)
         sums = weights[largest].cumsum()
         if sums[-1] >= needed or count == len(weights):
-            fewest: np.ndarray = largest[: int(np.searchsorted(sums, needed)) + 1]
-            return fewest
+            indices: np.ndarray = largest[: int(np.searchsorted(sums, needed)) + 1]
+            return indices
         count = min(8 * count, len(weights))
 
 
-def _at_least(values: np.ndarray, count: int) -> np.ndarray:
-    """Returns, in ascending order, the indices of the `count` largest values, and of a few others.
+def _top_candidates(values: np.ndarray, count: int) -> np.ndarray:
+    """Returns, in ascending order, indices that include those of the `count` largest values.
 
-    The threshold is the `count`-th largest of the blocks' maxima, so that at least `count` values
-    reach it.
+    They are the values that reach a threshold: the `count`-th largest of the maxima of blocks. At
+    least these `count` maxima reach it, so every smaller value is outside of the largest `count`.
     """
     blocks = len(values) // _BLOCK
     if count >= blocks:
         return np.arange(len(values))
     maxima = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(1)
-    least = np.partition(maxima, blocks - count)[blocks - count]
-    return np.flatnonzero(values >= least)
+    threshold = np.partition(maxima, blocks - count)[blocks - count]
+    return np.flatnonzero(values >= threshold)
 
 
 def _draw(weights: np.ndarray, point: float) -> int:
-    """Returns the index whose interval of the cumulative weights contains a `point` of [0, 1)."""
+    """Draws an index with a probability in proportion to its weight (inverse transform sampling).
+
+    `point` is uniform in [0, 1). The cumulative sums of blocks give the block that it falls into,
+    those of the block's weights the index.
+    """
     whole = len(weights) // _BLOCK * _BLOCK
-    blocks = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum()).cumsum()
-    rest = point * blocks[-1]
-    block = _first_above(blocks, rest)
-    rest -= blocks[block - 1] if block else 0
-    return block * _BLOCK + _first_above(weights[block * _BLOCK :][:_BLOCK].cumsum(), rest)
+    block_sums = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum())
+    cumulative = block_sums.cumsum()
+    offset = point * cumulative[-1]
+    block = _first_above(cumulative, offset)
+    start = block * _BLOCK
+    offset -= cumulative[block - 1] if block else 0
+    return start + _first_above(weights[start : start + _BLOCK].cumsum(), offset)
 
 
-def _first_above(sums: np.ndarray, point: float) -> int:
-    """Returns the index of the first of rising sums above a point, or of the largest one."""
-    index = int(np.searchsorted(sums, point, "right"))
-    return index if index < len(sums) else int(np.searchsorted(sums, sums[-1], "left"))
+def _first_above(cumulative: np.ndarray, offset: float) -> int:
+    """Returns the index of the first cumulative sum above `offset`.
+
+    Rounding may leave none above it; then the last index with a weight above 0 is returned.
+    """
+    index = int(np.searchsorted(cumulative, offset, "right"))
+    if index < len(cumulative):
+        return index
+    return int(np.searchsorted(cumulative, cumulative[-1], "left"))

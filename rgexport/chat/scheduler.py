@@ -202,7 +202,7 @@ class Scheduler:
             self._rows.set_state(job, job.paused)
             job.paused = None
             if job.replied and job.held is None:
-                self._rows.start_writing(job)
+                self._rows.start_decoding(job)
             return
         self.counters.requests += 1
         job.began = time.perf_counter()
@@ -226,7 +226,7 @@ class Scheduler:
         job = self._next_to_read()
         if job is None:
             return
-        end, size = job.stops()[0], self._chunk_size.tokens(alone=not self._rows.writing)
+        end, size = job.stops()[0], self._chunk_size.tokens(alone=not self._rows.decoding)
         if job.request.prompt_logits:
             size = min(size, self._scored_chunk)
         stop = end if end - job.fed <= _LAST_CHUNK_FACTOR * size else job.fed + size
@@ -251,7 +251,7 @@ class Scheduler:
     def _take_prompt(self, job: GenerationJob, tokens: np.ndarray) -> np.ndarray:
         """Reads tokens [1, T] of a prompt; returns the logits [vocab] after the last one."""
         report, start = job.request.prompt_logits, job.fed + 1
-        row = self._rows.range(job)
+        row = self._rows.row_range(job)
         logits: np.ndarray = self._session.take(row, tokens, tokens.size if report else 1)[0]
         if report:
             predicted = job.request.ids[start : start + tokens.size]
@@ -261,7 +261,7 @@ class Scheduler:
 
     def _next_to_read(self) -> GenerationJob | None:
         """Returns the oldest prompt of the client that was read least recently."""
-        reading = [job for job in self._rows.reading if job.held is None and not job.cancelled]
+        reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
         clients = {job.request.client for job in reading}
         self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
         return min(
@@ -283,7 +283,7 @@ class Scheduler:
         if ending := self._advance(job, logits):
             self._leave(job, *ending)
         elif job.held is None:
-            self._rows.start_writing(job)
+            self._rows.start_decoding(job)
 
     def _resume(self) -> None:
         """Resumes held rows that have a mask now; waits for a mask if no other row can run."""
@@ -299,7 +299,7 @@ class Scheduler:
 
     def _write(self) -> None:
         """Runs one step of all rows that decode, perhaps with drafted tokens."""
-        jobs = self._rows.writing
+        jobs = self._rows.decoding
         if not jobs:
             return
         rows, tokens = range(len(jobs)), np.array(self._speculation.tokens(jobs), np.int64)
@@ -323,7 +323,7 @@ class Scheduler:
             if ending:
                 self._leave(job, *ending)
             elif job.held is not None:
-                self._rows.stop_writing(job)
+                self._rows.stop_decoding(job)
 
     def _follow(self, job: GenerationJob, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
         """Chooses a token after each of `tokens` [T], up to the first rejected draft."""

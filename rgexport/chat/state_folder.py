@@ -1,7 +1,8 @@
-"""A folder of states for the next start, read and written by its own thread.
+"""The folder in which states of the model are saved, so that a later process can continue them.
 
-Disks fill up, fail, hang and recover. No other thread waits for this one: it reads ahead, the queue
-of unwritten states is limited, and after a failure it retries later.
+One thread reads and writes all files, because disks fill up, fail, hang and recover. Other threads
+only queue reads and writes, and a request waits at most `READ_SECONDS` for a read. The queue of
+unwritten states is limited. After a failure, writing pauses for a while.
 """
 
 import os
@@ -23,59 +24,61 @@ from rgexport.griffin.state import State
 from rgexport.progress import warn
 
 BACK_OFF_SECONDS = 1.0, 60.0
-"""Time without writing after a first failure, and longest time after repeated ones."""
+"""Pause of writing after a first failure, and its maximum: each further failure doubles it."""
 READ_SECONDS = 5.0
-"""Longest time that a request waits for a state; then it reads its prompt instead."""
+"""Longest time that a request waits for a state; then the model reads its prompt instead."""
 CLOSE_SECONDS = 10.0
-_AVOID_SECONDS = 60.0
-"""Time before a file is tried again that the system could not read."""
+_RETRY_SECONDS = 60.0
+"""Time until a file is tried again after the system could not read it."""
 _WARN_AGAIN_SECONDS = 600.0
 _SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
-"""Shortest time between scans for files of other processes, also as a multiple of a scan's time."""
-_LEAST_WAITING = 4
-"""Number of states that may always wait to be written, however large."""
+"""Pause between scans for files of other processes: so many seconds, or so many times as long as a
+scan takes, whichever is longer."""
+_MIN_WAITING = 4
+"""Number of states that may wait to be written whatever their size."""
 _OVERHEAD_BYTES = 4096
-"""Memory of a waiting state beside its arrays."""
+"""Estimated memory of the Python objects of a waiting state."""
 
 
 class Fetch:
-    """A state that the folder's thread reads.
+    """A queued or finished read of a saved state from which a text can be continued; a future.
 
     Attributes:
-        keys: the keys that may be used, the best first.
-        count: length of the text; a state of all its tokens needs logits.
-        state: the state, once it was read.
-        then: called when the reading has ended.
+        keys: keys of the text's prefixes that have files, the best first; the first usable one is
+            read.
+        length: number of the text's tokens. A state after all of them is usable only with logits.
+        state: the result; None until the read ends, or if no file is usable.
+        callbacks: called by the folder's thread when the read ends.
     """
 
-    def __init__(self, keys: Sequence[Key], count: int) -> None:
-        self.keys, self.count = keys, count
+    def __init__(self, keys: Sequence[Key], length: int) -> None:
+        self.keys, self.length = keys, length
         self.state: SavedState | None = None
-        self.then: list[Callable[[], None]] = []
+        self.callbacks: list[Callable[[], None]] = []
         self._deadline = time.monotonic() + READ_SECONDS
         self._ended = threading.Event()
 
     @property
     def pending(self) -> bool:
-        """Whether the request should still wait for it."""
+        """Whether the read has not ended and not passed its deadline."""
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
     def wait(self) -> None:
         self._ended.wait(max(0.0, self._deadline - time.monotonic()))
 
     def end(self, state: SavedState | None) -> None:
-        """Takes the state; only for the folder's thread."""
+        """Sets the result; only the folder's thread calls it."""
         self.state = state
         self._ended.set()
-        for call in self.then:
-            call()
+        for callback in self.callbacks:
+            callback()
 
 
 class StateFolder:
-    """Files of states that one artifact has computed.
+    """A cache on disk: key of a prefix → the state that one artifact computed, one file per state.
 
-    They have a hash of the text, not the text. A file appears complete or not at all, so the folder
-    is whole after a kill, and several processes may use it.
+    Files have a hash of the text instead of the text. They are written atomically, so a killed
+    process leaves the folder intact, and several processes may use it.
     """
 
     def __init__(
@@ -90,85 +93,92 @@ class StateFolder:
         waiting_bytes: int,
         precision: str | None = None,
     ) -> None:
-        """Opens the folder, and makes it if it is missing.
+        """Opens the folder, creates it if it is missing, and starts the thread.
 
         Args:
-            root: the folder; each artifact has one in it.
-            identity: the model.
-            shapes: the shapes of its states.
-            artifact: a hash of what computes the states; only equal ones are used.
+            root: the parent of the folders of all artifacts.
+            identity: the model that the artifact was exported from.
+            shapes: name → shape of the model's states.
+            artifact: a hash of the artifact; files with another hash are not used.
             vocab_size: number of logits.
-            max_bytes: maximum size of the files of all artifacts.
+            max_bytes: maximum size of the files of all artifacts in `root`.
             waiting_bytes: maximum memory of states that wait to be written.
-            precision: precision of the files, see `write_state`.
+            precision: dtype of states in the files, see `write_state`.
 
         Raises:
-            RequestError: it cannot be made or listed.
+            RequestError: the folder cannot be created or listed.
         """
         name = f"{identity.weights[:16]}-{identity.window}-{artifact[:16]}"
         self._folder, self._index = root / name, FolderIndex(root, name)
         self._identity, self._shapes, self._artifact = identity, shapes, artifact
         self._vocab_size, self._precision = vocab_size, precision
-        self._max_bytes, self._most_waiting_bytes = max_bytes, waiting_bytes
+        self._max_bytes, self._max_waiting_bytes = max_bytes, waiting_bytes
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._index.scan()
         except OSError as error:
             raise RequestError(f"cannot use {self._folder}: {error.strerror}") from None
         self._waiting: OrderedDict[Key, SavedState] = OrderedDict()
-        self._waiting_nbytes = 0
+        """States to write, the oldest first."""
+        self._waiting_bytes = 0
         self._fetches: OrderedDict[Key, Fetch] = OrderedDict()
-        self._avoided: dict[Key, float] = {}
-        """Key of an unreadable file → when to try it again."""
+        """First key of a fetch → the fetch, the oldest first."""
+        self._retry_at: dict[Key, float] = {}
+        """Key of a file that could not be used → when it may be tried again."""
         self._warned: dict[tuple[str, object], float] = {}
+        """Kind of failure → when it was last reported."""
         self._busy_since: float | None = None
         self._back_off, self._write_at, self._scan_at = 0.0, 0.0, 0.0
+        # Guards `_waiting`, `_fetches` and `_closed`, and wakes the folder's thread.
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="state folder", daemon=True)
         self._thread.start()
 
     def lengths(self) -> set[int]:
-        """Returns the lengths, in tokens, of readable states; none while the disk hangs."""
-        since = self._busy_since
-        hangs = since is not None and time.monotonic() - since > READ_SECONDS
+        """Returns the lengths, in tokens, of the saved states; none while the disk hangs."""
+        started = self._busy_since
+        hangs = started is not None and time.monotonic() - started > READ_SECONDS
         return set() if hangs else self._index.lengths()
 
     def has(self, key: Key) -> bool:
-        return self._index.has(key) and time.monotonic() >= self._avoided.get(key, 0.0)
+        return self._index.has(key) and time.monotonic() >= self._retry_at.get(key, 0.0)
 
     def has_logits(self, key: Key) -> bool | None:
+        """Returns whether a saved state has logits; None if only its file knows."""
         return self._index.has_logits(key)
 
     def save(self, key: Key, state: State, logits: np.ndarray | None) -> None:
-        """Queues a state to be written; the oldest ones are dropped if the queue is too large."""
+        """Queues a state to be written, and drops the oldest ones if the queue is too large.
+
+        Does nothing if the state is saved or queued already, unless only this one has logits.
+        """
         if self.has(key) and (logits is None or self.has_logits(key)):
             return
         with self._changed:
-            before = self._waiting.get(key)
-            if self._closed or (before and before.logits is not None and logits is None):
+            queued = self._waiting.get(key)
+            if self._closed or (queued and queued.logits is not None and logits is None):
                 return
             saved = SavedState(self._identity, key, state, logits=logits, artifact=self._artifact)
-            if before:
-                self._take_waiting(key)
+            if queued:
+                self._pop_waiting(key)
             self._waiting[key] = saved
-            self._waiting_nbytes += _nbytes(saved)
+            self._waiting_bytes += _nbytes(saved)
             while (
-                len(self._waiting) > _LEAST_WAITING
-                and self._waiting_nbytes > self._most_waiting_bytes
+                len(self._waiting) > _MIN_WAITING and self._waiting_bytes > self._max_waiting_bytes
             ):
-                self._take_waiting(next(iter(self._waiting)))
+                self._pop_waiting(next(iter(self._waiting)))
             self._changed.notify()
 
-    def fetch(self, keys: Sequence[Key], count: int, then: Callable[[], None]) -> Fetch:
-        """Queues the reading of the first usable state, see `Fetch`."""
+    def fetch(self, keys: Sequence[Key], length: int, callback: Callable[[], None]) -> Fetch:
+        """Queues a `Fetch`, or joins a queued one of the same first key."""
         with self._changed:
-            fetch = self._fetches.setdefault(keys[0], Fetch(keys, count))
-            fetch.then.append(then)
+            fetch = self._fetches.setdefault(keys[0], Fetch(keys, length))
+            fetch.callbacks.append(callback)
             self._changed.notify()
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits until everything is written, at most `seconds`."""
+        """Waits until all queued states are written, at most `seconds`, and ends the thread."""
         with self._changed:
             if self._closed:
                 return
@@ -188,7 +198,7 @@ class StateFolder:
             self._busy_since = None
 
     def _next_task(self) -> Callable[[], None] | None:
-        """Waits for the next reading, writing or scan; returns None at the end."""
+        """Waits for work: reads go before writes, writes before scans. Returns None at the end."""
         with self._changed:
             while True:
                 now = time.monotonic()
@@ -196,7 +206,7 @@ class StateFolder:
                     return partial(self._read, next(iter(self._fetches.values())))
                 if self._waiting and (self._closed or now >= self._write_at):
                     key = next(iter(self._waiting))
-                    return partial(self._write, key, self._take_waiting(key))
+                    return partial(self._write, key, self._pop_waiting(key))
                 if self._closed:
                     return None
                 if now >= self._scan_at:
@@ -208,35 +218,36 @@ class StateFolder:
         state = None
         for key in fetch.keys:
             state = self._load(key)
-            if state and (key[0] < fetch.count or state.logits is not None):
+            is_shorter = key[0] < fetch.length
+            if state and (is_shorter or state.logits is not None):
                 break
         with self._changed:
             del self._fetches[fetch.keys[0]]
         fetch.end(state)
 
     def _load(self, key: Key) -> SavedState | None:
-        """Reads a state; warns and returns None if its file is missing, damaged or foreign."""
+        """Reads a state; returns None if its file is missing, damaged or of another artifact."""
         path = self._folder / file_name(key)
         try:
             try:
-                os.utime(path)
+                os.utime(path)  # marks the file as recently used
             except FileNotFoundError:
                 raise
             except OSError:
-                pass  # a read-only disk can still be read
+                pass  # the disk is read-only
             saved = read_state(path, self._shapes)
         except FileNotFoundError:
             self._index.discard(key)
             return None
-        except Exception as error:  # whatever a file does, the thread goes on
+        except Exception as error:  # no file may end the thread
             is_transient = system_error(error) is not None
-            self._avoid(key, _AVOID_SECONDS if is_transient else float("inf"))
+            self._retry_in(key, _RETRY_SECONDS if is_transient else float("inf"))
             self._warn("a saved state is not used", error)
             return None
         logits = saved.logits
         has_vocab_size = logits is None or logits.shape == (self._vocab_size,)
         if not has_vocab_size or (saved.key, saved.artifact) != (key, self._artifact):
-            self._avoid(key, float("inf"))
+            self._retry_in(key, float("inf"))
             return None
         self._index.touch(key, has_logits=logits is not None)
         return saved
@@ -247,12 +258,12 @@ class StateFolder:
             path = self._folder / file_name(key)
             nbytes = write_state(path, saved, precision=self._precision)
             self._index.add(key, nbytes, has_logits=saved.logits is not None)
-            self._avoided.pop(key, None)
+            self._retry_at.pop(key, None)
             self._index.trim(self._max_bytes)
             self._back_off = 0.0
         except Exception as error:
-            first, most = BACK_OFF_SECONDS
-            self._back_off = min(max(first, 2 * self._back_off), most)
+            shortest, longest = BACK_OFF_SECONDS
+            self._back_off = min(max(shortest, 2 * self._back_off), longest)
             self._write_at = time.monotonic() + self._back_off
             self._warn("states are not saved at the moment", error)
 
@@ -265,22 +276,22 @@ class StateFolder:
         now = time.monotonic()
         self._scan_at = now + max(_SCAN_SECONDS, _SCAN_FACTOR * (now - began))
 
-    def _avoid(self, key: Key, seconds: float) -> None:
+    def _retry_in(self, key: Key, seconds: float) -> None:
         now = time.monotonic()
-        self._avoided = {k: until for k, until in self._avoided.items() if until > now}
-        self._avoided[key] = now + seconds
+        self._retry_at = {k: at for k, at in self._retry_at.items() if at > now}
+        self._retry_at[key] = now + seconds
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Warns once of a kind of failure, and again if it persists."""
+        """Warns of a kind of failure, at most once in `_WARN_AGAIN_SECONDS`."""
         system = system_error(error)
         kind, now = (what, system.errno if system else type(error)), time.monotonic()
         if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:
             self._warned[kind] = now
             warn(f"{what}: {error}")
 
-    def _take_waiting(self, key: Key) -> SavedState:
+    def _pop_waiting(self, key: Key) -> SavedState:
         saved = self._waiting.pop(key)
-        self._waiting_nbytes -= _nbytes(saved)
+        self._waiting_bytes -= _nbytes(saved)
         return saved
 
 

@@ -1,4 +1,7 @@
-"""Commands that export a checkpoint, or write a synthetic one."""
+"""The commands `onnx`, `coreml` and `gguf`, which export a checkpoint, and `random`.
+
+Modules that a command needs are imported when it runs, so that `rgexport --help` is fast.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,7 +168,7 @@ def coreml(arguments: CoreMLArguments) -> int:
 
 @dataclass(frozen=True)
 class GgufExportArguments(ExportArguments):
-    """The options that all formats share, for a file instead of a folder."""
+    """The options that all formats share, with a file instead of a folder as output."""
 
     output: Path | None = option("-o", "--output", help="The file. [default: ./MODEL-TYPE.gguf]")
 
@@ -234,15 +237,15 @@ def _export(
     check_target: Callable[..., None],
     default_target: Callable[[str, Options], Path],
 ) -> int:
-    """Opens the checkpoint and exports it.
+    """Runs the steps that the three export commands share; returns the exit code.
 
     Args:
-        source: the checkpoint.
+        source: the options that choose the checkpoint.
         arguments: the options that all formats share.
-        make_options: returns the format's options, given `plan` and `algorithm`.
-        export: writes the artifact.
-        check_target: raises an error if the target exists and may not be replaced.
-        default_target: returns the target from the model's name and the format's options.
+        make_options: returns the format's options; takes `plan` and `algorithm`.
+        export: writes the artifact and returns its path.
+        check_target: raises RequestError if the target exists and may not be replaced.
+        default_target: returns the artifact's path, from the model's name and the format's options.
     """
     from rgexport.export.request import algorithm_word
     from rgexport.quantize.plan import load_plan
@@ -250,27 +253,29 @@ def _export(
 
     force, calibration = arguments.force, arguments.calibration
     if arguments.output:
-        check_target(arguments.output, force=force)  # before a model is downloaded
+        check_target(arguments.output, force=force)  # before the model is downloaded
     algorithm = algorithm_word(arguments.quality, calibration, arguments.plan)
     checkpoint = source.open()
     plan = load_plan(arguments.plan, checkpoint.config) if arguments.plan else None
     options = make_options(plan=plan, algorithm=algorithm)
     target = arguments.output or default_target(checkpoint.name, options)
     check = None if arguments.no_check else partial(self_check, checkpoint)
-    run: Callable[..., Path] = partial(export, checkpoint, options, target, force=force)
+    write: Callable[..., Path] = partial(
+        export, checkpoint, options, target, force=force, check=check
+    )
     if algorithm == "gptq" or calibration:
         from rgexport.compress.calibrate import known_statistics
 
-        check_target(target, force=force)  # before a calibration that takes minutes
+        check_target(target, force=force)  # before the calibration, which takes minutes
         with known_statistics(checkpoint, calibration, arguments.cluster) as statistics:
-            return _print_artifact(run(check=check, statistics=statistics))
+            return _print_artifact(write(statistics=statistics))
     if arguments.cluster is not None:
         raise RequestError("--cluster is for --quality best or --calibration; leave it out")
-    return _print_artifact(run(check=check))
+    return _print_artifact(write())
 
 
 def _print_artifact(target: Path) -> int:
-    """Prints the artifact and its self-check; returns exit code 1 if that says `unverified`."""
+    """Prints a summary of the artifact; returns exit code 1 if its self-check failed, else 0."""
     from rgexport.export.advice import check_line, closing_line
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import open_artifact

@@ -1,7 +1,13 @@
-"""The folder of an unfinished calibration: arrays for later steps, and the file so far.
+"""The folder of an unfinished calibration, from which a later run continues.
 
-Arrays are written atomically. The residual stream after a layer is written last, so its file means
-that the layer is done.
+It has three kinds of files:
+
+- `request.json`: the options and weights of the run; only an equal request may continue it.
+- `NAME.npy` or `NAME-N.npy`: intermediate arrays, such as the residual stream after N layers.
+- `complete`: the calibration file, which becomes the target when all its arrays are written.
+
+A step through a layer writes its statistics first and the residual stream, or the gradient, last.
+So the numbers of these arrays tell which layers are done.
 """
 
 import json
@@ -27,20 +33,20 @@ _REQUEST = "request.json"
 
 
 class CalibrationFolder:
-    """Arrays by name, or by name and the number of their step."""
+    """Intermediate arrays, one file each, by names such as `tokens` or `stream-3`."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def save(self, name: str, array: np.ndarray) -> None:
-        """Writes an array atomically, and waits until it is on the disk."""
+        """Writes an array atomically and durably."""
         path = self._path(name)
         remove_partials(path)
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
     def load(self, name: str) -> np.ndarray | None:
-        """Returns an array, None if there is none.
+        """Returns an array, or None if it was not saved.
 
         Raises:
             RequestError: its file cannot be read.
@@ -55,12 +61,12 @@ class CalibrationFolder:
             ) from None
         return array
 
-    def drop(self, name: str) -> None:
-        """Removes an array, if there is one."""
+    def remove(self, name: str) -> None:
+        """Removes an array, if it was saved."""
         self._path(name).unlink(missing_ok=True)
 
     def steps(self, name: str) -> list[int]:
-        """Returns the steps K of arrays `NAME-K`, in ascending order."""
+        """Returns the numbers N of the saved arrays `name-N`, in ascending order."""
         pattern = re.compile(rf"{re.escape(name)}-(\d+)\.npy")
         matches = (pattern.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
@@ -72,13 +78,18 @@ class CalibrationFolder:
 def open_calibration_folder(
     folder: Path, request: Mapping[str, Any], *, force: bool
 ) -> CalibrationFolder:
-    """Creates the folder, or opens that of an earlier run of the same request.
+    """Creates the folder, or opens it if an earlier run had the same request.
+
+    Args:
+        folder: the folder.
+        request: options and hashes that determine the result, as JSON.
+        force: whether to delete the folder if its request differs.
 
     Raises:
-        RequestError: it has other files, or is another request's and `force` is not set.
+        RequestError: the folder has no request, or a different one and `force` is not set.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _require_same(folder, request, force)
+        _check_request(folder, request, force)
     if not (folder / _REQUEST).exists():
         folder.mkdir(exist_ok=True)
         text = json.dumps(request, indent=2, sort_keys=True) + "\n"
@@ -86,8 +97,8 @@ def open_calibration_folder(
     return CalibrationFolder(folder)
 
 
-def _require_same(folder: Path, request: Mapping[str, Any], force: bool) -> None:
-    """Removes the folder of another request with `force`, and keeps that of the same request."""
+def _check_request(folder: Path, request: Mapping[str, Any], force: bool) -> None:
+    """Refuses a folder whose request differs from `request`; deletes it if `force` is set."""
     if not (folder / _REQUEST).is_file():
         raise RequestError(
             f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
@@ -105,22 +116,32 @@ def _require_same(folder: Path, request: Mapping[str, Any], force: bool) -> None
 
 
 class StatisticsFile:
-    """The calibration file, whose arrays are written in any order."""
+    """The calibration file, a safetensors file whose arrays may be written in any order."""
 
     def __init__(self, folder: CalibrationFolder, provenance: Provenance, arrays: Arrays):
-        """Creates the file, or opens it again if it has the same size."""
+        """Creates the file at its full size; keeps one of that size, from an earlier run.
+
+        Args:
+            folder: the folder for the file.
+            provenance: metadata for the file's header.
+            arrays: name → dtype and shape of every array.
+        """
         self._path = folder.path / COMPLETE
-        begin = header(arrays, provenance.as_metadata())
+        file_header = header(arrays, provenance.as_metadata())
         sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values()]
-        ends = list(accumulate(sizes, initial=len(begin)))
-        self._arrays, self._offsets = arrays, dict(zip(arrays, ends, strict=False))
-        if not self._path.exists() or self._path.stat().st_size != ends[-1]:
+        *offsets, size = accumulate(sizes, initial=len(file_header))
+        self._arrays, self._offsets = arrays, dict(zip(arrays, offsets, strict=True))
+        if not self._path.exists() or self._path.stat().st_size != size:
             with self._path.open("wb") as file:
-                file.write(begin)
-                file.truncate(ends[-1])
+                file.write(file_header)
+                file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes some arrays, and waits until they are on the disk."""
+        """Writes some of the arrays durably.
+
+        Raises:
+            ValueError: an array has another dtype or shape than was declared.
+        """
         with self._path.open("r+b") as file:
             for name, array in arrays.items():
                 dtype, shape = self._arrays[name]

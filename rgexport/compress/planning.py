@@ -112,7 +112,7 @@ class Planner:
         options: list[list[Option]] = []
         with task("Trying layouts", sum(item.weights for item in self._items), "weights") as done:
             for item in self._items:
-                sizes = self._layouts.options(item.shape)
+                sizes = self._layouts.layout_bytes(item.shape)
                 self._schemes.append(list(sizes))
                 predicted = losses.of(item, self._schemes[-1])
                 sums = (len(item.tensors) * size for size in sizes.values())

@@ -112,7 +112,7 @@ class Collector:
                 self.folder.save(f"input-{index}", self._start_of(stream).cpu().numpy())
                 self.file.write(self._through(index, stream))
                 self.folder.save(f"stream-{index + 1}", stream.cpu().numpy())
-                self.folder.drop(f"stream-{index}")
+                self.folder.remove(f"stream-{index}")
                 advance(tokens)
 
     def head(self) -> None:
@@ -144,7 +144,7 @@ class Collector:
                 means = sums.means(tokens)
                 self.file.write({gradient_name(site): mean for site, mean in means.items()})
                 self.folder.save(f"gradient-{index}", gradient.cpu().numpy())
-                self.folder.drop(f"gradient-{index + 1}")
+                self.folder.remove(f"gradient-{index + 1}")
                 advance(tokens)
         embedded = (square_sum(gradient) / tokens).float().cpu().numpy()
         self.file.write({gradient_name(EMBEDDED): embedded})

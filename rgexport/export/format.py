@@ -1,7 +1,7 @@
 """Defines what each format of artifacts provides here: storage, opening, model card."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,15 +10,12 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.formats import FORMATS, format_on
-from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
     from rgexport.griffin.checkpoint import Checkpoint
-
-Layouts = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Part of a tensor → dtype and shape."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Format(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+    def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
         """Returns the parts of a tensor of `shape` that is stored by `scheme`.
 
         Raises:
@@ -124,7 +121,7 @@ class FolderFormat(Format):
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
         """Returns the scheme if the format has it for this shape."""
         try:
-            self.part_layouts(shape, scheme)
+            self.part_shapes(shape, scheme)
         except RequestError:
             return None
         return scheme

@@ -163,7 +163,7 @@ def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: Fol
     quantized = stored.scheme.is_quantized
     _require(len(stored.shape) == 2 or not quantized, f"{label}: only matrices are quantized")
     try:
-        expected = dict(form.part_layouts(stored.shape, stored.scheme))
+        expected = dict(form.part_shapes(stored.shape, stored.scheme))
     except RequestError as error:
         raise Mismatch(f"{label}: {error}") from None
     stated = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}

@@ -71,21 +71,23 @@ def group_name(tensor: str, index: int) -> str:
     return f"{tensor}.{index}"
 
 
-def part_layouts_by_group(
-    shape: Shape, scheme: Scheme, layouts: Callable[[Shape, Uniform], PartShapes]
+def part_shapes_by_group(
+    shape: Shape, scheme: Scheme, part_shapes: Callable[[Shape, Uniform], PartShapes]
 ) -> PartShapes:
-    """Returns the parts of a tensor in row groups; `layouts` returns the parts of one group.
+    """Returns the parts of a tensor, whose names begin with the group's number if it has several.
+
+    `part_shapes` returns the parts of a tensor without groups.
 
     Raises:
         RequestError: the groups do not fit the shape.
     """
     if len(scheme.uniform) == 1:
-        return layouts(shape, scheme.uniform[0])
+        return part_shapes(shape, scheme.uniform[0])
     sizes = scheme.group_sizes(shape[0])
     return {
-        f"{i}.{label}": layout
+        f"{i}.{label}": dtype_and_shape
         for i, (uniform, size) in enumerate(zip(scheme.uniform, sizes, strict=True))
-        for label, layout in layouts((size, *shape[1:]), uniform).items()
+        for label, dtype_and_shape in part_shapes((size, *shape[1:]), uniform).items()
     }
 
 

@@ -19,7 +19,7 @@ from rgexport.export.row_groups import groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Parts, Plan, Scheme
+from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
@@ -31,7 +31,7 @@ _PENDING = 3
 """Slabs for each worker that are being encoded, or wait for their turn."""
 
 Shape = tuple[int, ...]
-Layouts = Callable[[Shape, Scheme], Mapping[str, tuple[str, Shape]]]
+PartShapesOf = Callable[[Shape, Scheme], PartShapes]
 """Shape and scheme of a tensor → part name → dtype and shape."""
 Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]
 """Name, rows in the checkpoint's dtype, their numbers, and stored form of a tensor (or of one of
@@ -45,7 +45,7 @@ def aligned(size: int, alignment: int) -> int:
 
 
 @dataclass
-class DataFileLayout:
+class OffsetAllocator:
     """Assigns offsets in a data file, one after another; `size` is the end of the last part.
 
     Every part begins `header` bytes after a multiple of `alignment`.
@@ -56,14 +56,14 @@ class DataFileLayout:
     size: int = 0
     header: int = 0
 
-    def tensors(
-        self, plan: Plan, shapes: Mapping[str, Shape], layouts: Layouts
+    def allocate(
+        self, plan: Plan, shapes: Mapping[str, Shape], part_shapes: PartShapesOf
     ) -> dict[str, StoredTensor]:
         """Assigns offsets to all tensors, in the plan's order."""
         tensors = {}
         for name, scheme in plan.items():
             parts = {}
-            for label, (dtype, shape) in layouts(shapes[name], scheme).items():
+            for label, (dtype, shape) in part_shapes(shapes[name], scheme).items():
                 offset = aligned(self.size, self.alignment) + self.header
                 parts[label] = StoredPart(self.file, offset, dtype, shape)
                 self.size = offset + parts[label].nbytes

@@ -1,6 +1,7 @@
-"""Builds the native libraries with CMake: when the package is installed, and by `make native`.
+"""Builds the native libraries with CMake, for `pip install` (hatch_build.py) and `make native`.
 
-Imports the standard library alone, because the build hook uses it before anything is installed.
+Imports only the standard library and modules of rgexport that do so too, because `pip install` runs
+it before any dependency is installed.
 """
 
 import argparse
@@ -15,79 +16,86 @@ from tempfile import TemporaryDirectory
 from rgexport.files.atomic import TargetInUse, replacing
 
 PROJECTS = tuple(Path(__file__).parent / name for name in ("onnx", "rounding"))
-"""Folders with a `CMakeLists.txt`; the library of each is built into its folder."""
+"""Folders with the sources and the `CMakeLists.txt` of one library each."""
 NOT_BUILT = "not-built.txt"
-"""The file in a project's folder that says why an installation has no library."""
+"""File in the folder of a library that could not be built; it has the reason."""
 _SUFFIXES = {".so", ".dylib", ".dll"}
-_SHOWN_LINES = 20
+_MAX_LINES = 20
+"""Maximum number of output lines in an error message."""
 
 
 class BuildFailed(Exception):
-    """A library or the page cannot be built; the message has the reason."""
+    """A native library or the web page could not be built; the message has the reason."""
 
 
 def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles a library and moves it into a folder.
+    """Compiles a library and copies it into `target`.
 
     Args:
-        project: the folder of its sources, such as one of `PROJECTS`.
+        project: the folder of the sources, such as one of `PROJECTS`.
         target: the folder for the library.
-        build_folder: for objects, which make a second build faster; temporary by default.
-        options: for CMake, such as `-DSANITIZE=ON`.
+        build_folder: CMake's folder, kept to make the next build faster; temporary by default.
+        options: options of CMake, such as `-DSANITIZE=ON`.
 
     Returns:
-        The library.
+        The path of the library.
 
     Raises:
-        BuildFailed: CMake, a build program or a C++17 compiler is missing, or fails.
+        BuildFailed: CMake, Ninja and Make, or a C++17 compiler is missing; or one of them fails; or
+            the library is in use.
     """
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
             return build(project, target, Path(scratch), *options)
-    cmake = program("cmake")
+    cmake = find_program("cmake")
     if cmake is None:
         raise BuildFailed("CMake is not installed")
-    configure = cmake, "-S", project, "-B", build_folder, *_generator(), *options
+    configure = cmake, "-S", project, "-B", build_folder, *_generator_options(), *options
     try:
         run(*configure)
-    except BuildFailed:  # the folder was configured with another generator or path
+    except BuildFailed:  # perhaps the folder was configured with another generator or path
         shutil.rmtree(build_folder, ignore_errors=True)
         run(*configure)
     run(cmake, "--build", build_folder, "--config", "Release", "--parallel")
-    built = [p for p in build_folder.rglob("librgexport_*") if p.suffix in _SUFFIXES]
-    if len(built) != 1:
-        raise BuildFailed(f"expected one library in {build_folder}, found {len(built)}")
+    libraries = [p for p in build_folder.rglob("librgexport_*") if p.suffix in _SUFFIXES]
+    if len(libraries) != 1:
+        raise BuildFailed(f"expected one library in {build_folder}, found {len(libraries)}")
     target.mkdir(parents=True, exist_ok=True)
-    library = target / built[0].name
+    library = target / libraries[0].name
     try:
-        with replacing(library) as new:
-            shutil.copyfile(built[0], new)
-            new.chmod(0o755)
+        with replacing(library) as partial:
+            shutil.copyfile(libraries[0], partial)
+            partial.chmod(0o755)
     except TargetInUse as error:
         raise BuildFailed(f"{library} is in use: {error.strerror}") from None
     return library
 
 
-def _generator() -> list[str]:
-    """Returns CMake's options for Clang in Visual Studio; elsewhere for Ninja, or none for Make.
+def _generator_options() -> list[str]:
+    """Returns CMake's options for Ninja if it is installed, else none, which means Make.
 
-    On Windows, Ninja would take the first compiler of the path, such as a GCC whose own libraries
-    users do not have. `CXX` or `CMAKE_GENERATOR` chooses another one.
+    On Windows, the options are for Visual Studio with Clang: Ninja would use the first compiler in
+    PATH, such as a GCC whose runtime libraries users lack. The environment variables `CXX` and
+    `CMAKE_GENERATOR` override this.
+
+    Raises:
+        BuildFailed: neither Ninja nor Make is installed.
     """
     if sys.platform == "win32" and not os.environ.get("CXX"):
         return [] if os.environ.get("CMAKE_GENERATOR") else ["-T", "ClangCL"]
-    ninja = program("ninja")
+    ninja = find_program("ninja")
     if ninja is not None:
         return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    if program("make") is None and sys.platform != "win32":
+    if find_program("make") is None and sys.platform != "win32":
         raise BuildFailed("neither Ninja nor Make is installed")
     return []
 
 
-def program(name: str) -> str | None:
-    """Returns a program of this environment or the system that can run.
+def find_program(name: str) -> str | None:
+    """Returns the path of a program, from Python's environment or PATH; None if none runs.
 
-    In pip's isolated builds, scripts of the outer environment exist but are broken.
+    Each candidate is run once: in pip's isolated builds, PATH has scripts of the outer environment,
+    which fail.
     """
     folders = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
     for folder in filter(None, folders):
@@ -99,28 +107,29 @@ def program(name: str) -> str | None:
 
 
 def run(*command: object, folder: Path | None = None) -> None:
-    """Runs a program.
+    """Runs a command in `folder`.
 
     Raises:
-        BuildFailed: it cannot be run, or fails; with the lines from its first error on, or else
-            with its last lines.
+        BuildFailed: the command cannot be run or fails. The message has its output from the first
+            line with "error" on, or else the last lines.
     """
     arguments = [str(argument) for argument in command]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             arguments, cwd=folder, capture_output=True, text=True, errors="replace"
         )
     except OSError as error:
         raise BuildFailed(f"{arguments[0]} cannot be run: {error}") from None
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -_SHOWN_LINES)
-        reason = "\n".join(lines[first:][:_SHOWN_LINES])
+    if result.returncode:
+        lines = (result.stdout + result.stderr).strip().splitlines()
+        errors = [i for i, line in enumerate(lines) if "error" in line.lower()]
+        start = errors[0] if errors else -_MAX_LINES
+        reason = "\n".join(lines[start:][:_MAX_LINES])
         raise BuildFailed(f"{' '.join(arguments)} failed:\n{reason}")
 
 
 def main() -> None:
-    """`python -m rgexport.kernels.build`."""
+    """Runs `python -m rgexport.kernels.build`, which builds all libraries in place."""
     parser = argparse.ArgumentParser(description="Build the native libraries in place.")
     parser.add_argument("--build-folder", type=Path, help="keep objects here for the next build")
     parser.add_argument("options", nargs="*", help="for CMake, after --")

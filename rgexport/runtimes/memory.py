@@ -54,7 +54,7 @@ def available_bytes() -> int | None:
     return min(limit for limit in limits if limit is not None)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Returns freed memory to the system, which glibc would keep for later use."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, or none
         ctypes.CDLL(None).malloc_trim(0)

@@ -13,7 +13,7 @@ from rgexport.progress import expect_stages, group, note, task
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.environment import environment
-from rgexport.runtimes.memory import available_bytes, give_back
+from rgexport.runtimes.memory import available_bytes, release_freed_memory
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 from rgexport.validate import continuations
@@ -193,7 +193,7 @@ def _use_session(
     prompts = _continued_prompts(opened)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
     against_file = answers = None
-    give_back()
+    release_freed_memory()
     session = open_session(opened.artifact)
     measured = measure(
         session,
@@ -249,7 +249,7 @@ def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) ->
 
     It takes twice the memory of one with them: 3.9 GB for a 2B in int4.
     """
-    give_back()
+    release_freed_memory()
     engine = engine_of(opened.manifest.kind)
     needed, available = 2 * engine.memory_bytes(opened.manifest), available_bytes()
     if available is not None and needed > available:

@@ -1,4 +1,4 @@
-"""The self-check that ends an export: a few dozen tokens in the artifact's own engine."""
+"""The self-check at the end of an export, on a few dozen tokens in the artifact's engine."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import layer_tensors
 from rgexport.progress import task
 from rgexport.runtimes.engine import engine_of, open_session
-from rgexport.runtimes.memory import available_bytes, give_back
+from rgexport.runtimes.memory import available_bytes, release_freed_memory
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 from rgexport.validate.formats.expected import Schedule, expected_of
@@ -28,61 +28,69 @@ from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 _REST_BYTES = 384 << 20
-"""Temporaries, a few rows of logits, and libraries that are loaded for the check."""
-_MOST_NAMED = 3
-_NAMES = {
+"""Memory for temporaries, a few rows of logits, and libraries that are loaded for the check."""
+_MAX_FAILURES = 3
+"""Number of failed checks that the reason lists."""
+_DESCRIPTIONS = {
     "dequantized.logits": (
         "the largest difference from the dequantized reference, of the largest logit,"
     ),
     "dequantized.rms": "the difference from the dequantized reference (RMS, of the logits' spread)",
-    "original.rms": "the difference from the original (rms, of the logits' spread)",
+    "original.rms": "the difference from the original (RMS, of the logits' spread)",
 }
-"""Name of a check → what people read."""
+"""Name of a check → description in the reason."""
 
 
 def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
-    """Compares an artifact with its dequantized reference, and with its checkpoint.
+    """Compares an artifact with its checkpoint: logits of a few tokens, and all weights.
 
-    Weights are compared with the checkpoint's, too: a few tokens' logits in four bits are as near
-    to those of another model. The references run one layer at a time and are gone when the engine
-    opens the artifact, so beside the engine's memory it takes a layer and a few rows of logits.
+    The logits are compared with two references: the dequantized one, which has the artifact's
+    weights, and the original. Logits alone cannot prove that the weights are the checkpoint's: with
+    4 bits, those of a fine-tuned model may be as close.
+
+    The references run one layer at a time, and their layers are freed before the engine opens the
+    artifact. So the check needs the memory of a few layers in float32, or that of the engine.
     """
     try:
         artifact = open_artifact(path)
-        if lack := _lack(artifact):
-            return skipped(lack)
+        if shortage := _memory_shortage(artifact):
+            return skipped(shortage)
         return _check(artifact, checkpoint)
     except NotInstalled as error:
-        return skipped(_without(path, error))
+        return skipped(_without_path(error, path))
     except MemoryError:
         return skipped("memory ran out")
     except RequestError as error:
-        return CheckRecord(status="unverified", reason=_without(path, error))
+        return CheckRecord(status="unverified", reason=_without_path(error, path))
 
 
 def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     manifest = artifact.manifest
     schedule = expected_of(manifest.kind).schedule(manifest)
     tokens = first_tokens(artifact, schedule.chunk + schedule.steps)
-    models = [
-        (manifest.config, artifact.weights, False),
-        (checkpoint.config, checkpoint.weights, True),
-    ]
-    passes = run_side_by_side("Self-check", models, tokens)
-    (dequantized, original), engine = _run_engine(artifact, tokens, schedule, passes)
+    references = run_side_by_side(
+        "Self-check",
+        [
+            (manifest.config, artifact.weights, False),
+            # Weight errors below need mixtures of the original's inputs.
+            (checkpoint.config, checkpoint.weights, True),
+        ],
+        tokens,
+    )
+    (dequantized, original), engine = _run_engine(artifact, tokens, schedule, references)
     weights = weight_errors(
         checkpoint.weights,
         artifact.weights,
         manifest.tensors,
         weighted=manifest.weighted,
-        inputs=passes[1].inputs,
+        inputs=references[1].inputs,
     )
-    complaints = list(_complaints(manifest, dequantized, original, weights))
-    if len(complaints) > _MOST_NAMED:
-        complaints[_MOST_NAMED:] = [f"{len(complaints) - _MOST_NAMED} more"]
+    failures = list(_failures(manifest, dequantized, original, weights))
+    if len(failures) > _MAX_FAILURES:
+        failures[_MAX_FAILURES:] = [f"{len(failures) - _MAX_FAILURES} more"]
     return CheckRecord(
-        status="unverified" if complaints else "verified",
-        reason=", and ".join(complaints),
+        status="unverified" if failures else "verified",
+        reason=", and ".join(failures),
         tokens=len(tokens),
         positions=schedule.rows + schedule.steps,
         kl=_finite(original.kl.mean),
@@ -92,15 +100,19 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     )
 
 
-def _lack(artifact: Artifact) -> str | None:
-    """Returns a sentence if memory is short; None if it suffices or the system hides it."""
+def _memory_shortage(artifact: Artifact) -> str | None:
+    """Returns a sentence if free memory is too small; None if it suffices or is not known.
+
+    Raises:
+        NotInstalled: the engine is missing.
+    """
     engine, config = engine_of(artifact.manifest.kind), artifact.manifest.config
     engine.require()
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
-    largest = max((sum(4 * prod(spec.shape) for spec in layer) for layer in layers), default=0)
-    # Two references, each with a layer and the next in float32. Measured: 0.9 GB each at 2B, where
-    # ONNX Runtime takes 1.9 GB in int4.
-    needed = max(4 * largest, engine.memory_bytes(artifact.manifest)) + _REST_BYTES
+    layer_bytes = max((sum(4 * prod(spec.shape) for spec in layer) for layer in layers), default=0)
+    # Two references, each with two layers in float32: one is still held while the next is read.
+    # Measured at 2B: 0.9 GB per reference, and 1.9 GB for ONNX Runtime in int4.
+    needed = max(4 * layer_bytes, engine.memory_bytes(artifact.manifest)) + _REST_BYTES
     available = available_bytes()
     if available is None or needed <= available:
         return None
@@ -110,8 +122,8 @@ def _lack(artifact: Artifact) -> str | None:
 def _run_engine(
     artifact: Artifact, tokens: np.ndarray, schedule: Schedule, references: list[Pass]
 ) -> tuple[list[Comparison], str]:
-    """Compares the artifact with both references; returns the engine's title, too."""
-    give_back()
+    """Runs the artifact; returns its comparison with each reference, and the engine's title."""
+    release_freed_memory()
     session = open_session(artifact, lean=True)
     engine = session.info.title
     try:
@@ -119,17 +131,18 @@ def _run_engine(
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # ONNX Runtime raises a dozen types without a common base
-        what = " ".join(str(error).split())
-        raise RequestError(f"{engine} cannot run it: {what}") from None
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{engine} cannot run it: {reason}") from None
     finally:
         session.close()
-    sides = [ComparisonRecorder(reference, tokens) for reference in references]
-    for side in sides:
-        side.add(len(tokens) - len(logits), logits)
-    return [side.comparison(state) for side in sides], engine
+    recorders = [ComparisonRecorder(reference, tokens) for reference in references]
+    for recorder in recorders:
+        recorder.add(len(tokens) - len(logits), logits)
+    return [recorder.comparison(state) for recorder in recorders], engine
 
 
 def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:
+    """Prefills the first tokens and decodes the rest; returns the scheduled logits [n, vocab]."""
     with task("Self-check", len(tokens), "tokens") as advance:
         logits = [session.prefill(tokens[None, : schedule.chunk], schedule.rows)[0]]
         advance(schedule.chunk)
@@ -139,24 +152,24 @@ def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> 
     return np.concatenate(logits)
 
 
-def _complaints(
+def _failures(
     manifest: Manifest, dequantized: Comparison, original: Comparison, weights: list[WeightError]
 ) -> Iterator[str]:
-    """Yields the values that are beyond the limits of `validate`."""
+    """Describes the values that are beyond the limits of `validate`."""
     for check in (
         *logit_checks(dequantized.logits, tolerance(manifest)),
         original_rms(manifest, original.logits),
         *weight_checks(weights),
     ):
         if check.outcome == "FAIL":
-            what = _NAMES.get(check.name, f"{check.name} ({check.reason})")
-            yield f"{what} is {check.value:.3g}, beyond {check.limit:.3g}"
+            value = _DESCRIPTIONS.get(check.name, f"{check.name} ({check.reason})")
+            yield f"{value} is {check.value:.3g}, beyond {check.limit:.3g}"
 
 
 def _finite(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def _without(path: Path, error: RequestError) -> str:
-    """An error's text without the path of the artifact, which will be renamed."""
+def _without_path(error: RequestError, path: Path) -> str:
+    """Returns an error's text without the artifact's temporary path."""
     return str(error).replace(f"{path}{os.sep}", "").replace(str(path), "the artifact")

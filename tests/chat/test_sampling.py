@@ -95,7 +95,7 @@ def test_penalties_are_those_of_their_definitions() -> None:
     sampler = Sampler(Sampling(logit_bias=bias, **penalties), prompt=[1, 2])
     seen, chosen = [], []
     for _ in range(4):
-        seen.append(sampler._changed(logits, None))
+        seen.append(sampler._adjusted(logits, None))
         chosen.append(sampler(logits))
     assert seen[0].tolist() == [2.0, 1.0, -4.0, 1.0, 1.75]
     assert chosen == [0, 4, 1, 3]

@@ -86,7 +86,7 @@ def test_an_artifact_is_as_large_as_predicted(kind, asked, export, tmp_path):
     checkpoint, layouts = open_checkpoint(size="demo"), layouts_of(kind)
     rows = np.random.default_rng(0).random(8192) if layouts.form.has_row_groups else None
     items = items_of(checkpoint.config, rows)
-    options = [list(layouts.options(item.shape)) for item in items]
+    options = [list(layouts.layout_bytes(item.shape)) for item in items]
     chosen = [some[i % len(some)] for i, some in enumerate(options)]
     plan, target = plan_of(checkpoint.config, items, chosen), tmp_path / "artifact"
     eyes = np.eye(256, dtype=np.float32), np.eye(768, dtype=np.float32)

@@ -182,8 +182,8 @@ class CoreMLEmitter(Graph):
     def weight(self, declared: Value, *shape: int) -> Var:
         """Returns a weight, dequantized if it is quantized; one of floats may get another `shape`.
 
-        Its parts are placeholders without memory, which `exporter_proto` replaces by offsets in
-        the file of weights.
+        Its parts are placeholders without memory, which `exporter_proto` replaces by offsets in the
+        weight file.
         """
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)

@@ -1,8 +1,10 @@
-"""Converts coremltools' program to Core ML's protobuf; only this file uses its private names.
+"""Converts a coremltools program to Core ML's protobuf.
 
-Written against coremltools 9, whose `MILProtoExporter` calls a method for the value of every
-constant. Placeholders of weights become places in the file of weights, which is written without
-coremltools. All other constants are small and are stored in the program itself.
+The program has placeholders for weights. They become offsets in the weight file, which rgexport
+writes without coremltools. All other constants are small and stay in the program.
+
+Only this file uses internals of coremltools, as of version 9: `MILProtoExporter` calls
+`get_milproto_value` for the value of every constant.
 """
 
 from collections.abc import Mapping
@@ -18,11 +20,12 @@ from coremltools.proto.Model_pb2 import Model
 from rgexport.export.coreml.storage import BLOB_HEADER_BYTES
 from rgexport.export.manifest import StoredPart
 
-_FILE = "@model_path/weights/weight.bin"
+_WEIGHT_FILE = "@model_path/weights/weight.bin"
+"""Path of the weight file, as Core ML resolves it."""
 
 
 class _Exporter(MILProtoExporter):
-    """Replaces placeholders of weights by places in the file of weights."""
+    """Replaces placeholders of weights by offsets in the weight file."""
 
     def __init__(self, program: Program, parts: Mapping[str, StoredPart]):
         super().__init__(program, weights_dir="", specification_version=IOS_18)
@@ -33,25 +36,25 @@ class _Exporter(MILProtoExporter):
         if part is None:
             return helper.create_immediate_value(var)
         return helper.create_file_value_tensor(
-            file_name=_FILE,
-            offset=part.offset - BLOB_HEADER_BYTES,
+            file_name=_WEIGHT_FILE,
+            offset=part.offset - BLOB_HEADER_BYTES,  # Core ML expects the offset of the header
             dim=var.shape,
             data_type=helper.types_to_proto_primitive(var.dtype),
         )
 
 
-def forget_names() -> None:
-    """Resets coremltools' counters, so that names do not depend on earlier exports."""
+def reset_name_counters() -> None:
+    """Makes generated names independent of earlier exports in this process."""
     Builder.name_count.clear()
 
 
 def to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
-    """Converts a program; `parts` has the name of each placeholder → the stored part.
+    """Converts a program; `parts` has placeholder → its part in the weight file.
 
-    No passes run over the program: coremltools' deduplication would merge placeholders.
+    No passes run over the program, because coremltools' deduplication would merge placeholders.
     """
     program.export_as_multifunction = True
-    names: dict[str, Any] = dict.fromkeys(
+    no_classifier: dict[str, Any] = dict.fromkeys(  # required arguments
         ("predicted_feature_name", "predicted_probabilities_name", "classifier_config")
     )
     exporter = CoreMLProtoExporter(
@@ -60,6 +63,6 @@ def to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
         convert_to="mlprogram",
         convert_from="milinternal",
         specification_version=IOS_18,
-        **names,
+        **no_classifier,
     )
     return exporter.export(IOS_18)

@@ -8,12 +8,12 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, state_records
 from rgexport.export.coreml.package import PACKAGE, model_file
 from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
-from rgexport.export.coreml.storage import part_layouts
-from rgexport.export.format import CardText, FolderFormat, Layouts, installation
+from rgexport.export.coreml.storage import part_shapes
+from rgexport.export.format import CardText, FolderFormat, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
 from rgexport.files.typed_json import Mismatch, shown_key
 from rgexport.quantize.plan import COREML_PRECISIONS
-from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
 
 _RUN = """\
@@ -65,8 +65,8 @@ class CoreMLFormat(FolderFormat):
         assert isinstance(manifest, CoreMLManifest)
         return CoreMLArtifact(folder, manifest)
 
-    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        return part_layouts(shape, scheme)
+    def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+        return part_shapes(shape, scheme)
 
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
         """Returns the closest scheme without padding, see `Format`."""

@@ -13,7 +13,7 @@ from coremltools.proto.Model_pb2 import Model
 
 from rgexport._version import __version__
 from rgexport.export.coreml.emitter import DTYPES, CoreMLEmitter
-from rgexport.export.coreml.exporter_proto import forget_names, to_model
+from rgexport.export.coreml.exporter_proto import reset_name_counters, to_model
 from rgexport.export.coreml.lowering import lower
 from rgexport.export.coreml.manifest import (
     HIDDEN,
@@ -43,8 +43,8 @@ def build_model(
     form: Form,
     plan: PackagePlan,
 ) -> Model:
-    """Builds the model of one package; its weights are offsets in the files of `tensors`."""
-    forget_names()
+    """Builds the model of one package; its weights are offsets in the file that `tensors` names."""
+    reset_name_counters()
     functions = Program()
     stored_parts: dict[str, StoredPart] = {}
     for segment in plan.segments:

@@ -21,8 +21,8 @@ from rgexport.errors import RequestError
 from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.segments import PackagePlan
 from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.export.row_groups import groups_of, part_layouts_by_group
-from rgexport.export.storage import DataFileLayout, fill
+from rgexport.export.row_groups import groups_of, part_shapes_by_group
+from rgexport.export.storage import OffsetAllocator, fill
 from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
@@ -64,9 +64,9 @@ class CoreMLStorage:
         self._sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
-            layout = DataFileLayout(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
-            tensors |= layout.tensors(package.tensors(plan), shapes, part_layouts)
-            self._sizes[file] = layout.size
+            allocator = OffsetAllocator(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
+            tensors |= allocator.allocate(package.tensors(plan), shapes, part_shapes)
+            self._sizes[file] = allocator.size
         self.tensors = {name: tensors[name] for name in plan}
 
     @property
@@ -126,8 +126,8 @@ def blob_dtype(label: str, stored: StoredTensor) -> str:
     return "int4" if isinstance(scheme, Affine) and scheme.symmetric else "uint4"
 
 
-def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Returns the scheme's parts of a tensor, with signed integers if the scheme is symmetric.
+def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+    """Returns the parts of a tensor: those of its scheme, with signed integers where symmetric.
 
     Raises:
         RequestError: Core ML has no such scheme for that shape.
@@ -136,7 +136,7 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
         raise RequestError(
             f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
         )
-    return part_layouts_by_group(shape, scheme, _group_layouts)
+    return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
 
 def _is_storable(shape: tuple[int, ...], scheme: Uniform) -> bool:
@@ -145,11 +145,11 @@ def _is_storable(shape: tuple[int, ...], scheme: Uniform) -> bool:
     return scheme.level_bits in _SIGNED and len(shape) == 2 and scheme.fitted(shape) == scheme
 
 
-def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
-    layouts = scheme.part_shapes(shape)
+def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+    shapes = scheme.part_shapes(shape)
     if isinstance(scheme, Affine) and scheme.symmetric:
-        layouts["data"] = (_SIGNED[scheme.bits], layouts["data"][1])
-    return layouts
+        shapes["data"] = (_SIGNED[scheme.bits], shapes["data"][1])
+    return shapes
 
 
 def encode(

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FileFormat, Layouts, installation
+from rgexport.export.format import CardText, FileFormat, installation
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import is_gguf
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
 
 if TYPE_CHECKING:
     from rgexport.griffin.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ class GgufFormat(FileFormat):
 
         return open_gguf(path, verify=verify)
 
-    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
+    def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
         """Returns the bytes of a ggml type, see `Format`; other schemes become float32."""
         kind = scheme.ggml_type or "f32"
         return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}

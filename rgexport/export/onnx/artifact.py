@@ -11,7 +11,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import COLUMNS, Manifest, ValueRecord
 from rgexport.export.onnx.model_file import read_graph, read_model
 from rgexport.export.onnx.native import native_ops
-from rgexport.export.row_groups import part_layouts_by_group
+from rgexport.export.row_groups import part_shapes_by_group
 from rgexport.quantize.scheme import (
     BLOCKS,
     INT8_ROWS,
@@ -71,7 +71,7 @@ def weight_files(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(part.file for part in stored_parts))
 
 
-def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
     """Returns the parts of a tensor that is stored by `scheme`.
 
     An int8 matrix with a scale per row is stored by columns, as `MatMulInteger` needs it; all
@@ -82,15 +82,15 @@ def part_layouts(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
     """
     if scheme != INT8_ROWS and not is_storable(scheme):
         raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
-    return part_layouts_by_group(shape, scheme, _group_layouts)
+    return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
 
-def _group_layouts(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
-    layouts = scheme.part_shapes(shape)
+def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+    shapes = scheme.part_shapes(shape)
     if scheme != INT8_ROWS:
-        return layouts
+        return shapes
     rows, columns = shape
-    return {COLUMNS: ("uint8", (columns, rows)), "scales": layouts["scales"]}
+    return {COLUMNS: ("uint8", (columns, rows)), "scales": shapes["scales"]}
 
 
 def is_storable(scheme: Scheme) -> bool:

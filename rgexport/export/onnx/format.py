@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FolderFormat, Layouts, installation
+from rgexport.export.format import CardText, FolderFormat, installation
 from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord
-from rgexport.export.onnx.artifact import MODEL_FILE, OnnxArtifact, part_layouts, weight_files
+from rgexport.export.onnx.artifact import MODEL_FILE, OnnxArtifact, part_shapes, weight_files
 from rgexport.export.onnx.interface import graph_interface
 from rgexport.export.onnx.model_file import NUM_LOGITS
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Scheme
+from rgexport.quantize.scheme import PartShapes, Scheme
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
@@ -66,8 +66,8 @@ class OnnxFormat(FolderFormat):
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
         return OnnxArtifact(folder, manifest)
 
-    def part_layouts(self, shape: tuple[int, ...], scheme: Scheme) -> Layouts:
-        return part_layouts(shape, scheme)
+    def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+        return part_shapes(shape, scheme)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)

@@ -1,7 +1,7 @@
-"""Reads an ONNX model file: inputs, outputs, nodes, external tensors; adds inputs and outputs.
+"""Reads `model.onnx` without the package `onnx`, and prepares it for an ONNX Runtime session.
 
-The fields that a graph of ours may have are declared here, as in onnx.proto, so that the core needs
-no package `onnx`.
+The protobuf messages are declared here, as in onnx.proto, with the fields that an exported graph
+may have. Weights are in separate files, which this module does not read.
 """
 
 import re
@@ -43,21 +43,22 @@ TensorType: elem_type=1:int32 shape=2:Shape
 Shape: dim=1:Dim*
 Dim: value=1:int64 symbol=2:bytes denotation=3:bytes
 """
-"""Messages with their fields, each NAME=NUMBER:TYPE; `*` means repeated."""
+"""Protobuf messages, each `NAME: FIELD=NUMBER:TYPE …`; `*` marks repeated fields."""
 LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
+"""The enum `Location`: where a tensor's bytes are, in the model or in another file."""
 _MAX_RANK = 8
 _INT64 = 7
 DTYPES = {1: "float32", 2: "uint8", 6: "int32", _INT64: "int64", 10: "float16", 16: "bfloat16"}
-"""Numbers of onnx.proto for the dtypes that artifacts have."""
+"""Number in onnx.proto → dtype, for the dtypes of inputs and outputs."""
 MAX_NODES = 100_000
-"""The most nodes that are read: forty times those of a 9B."""
+"""Maximum number of nodes that are read: forty times that of the 9B."""
 NUM_LOGITS = "num_logits"
-"""The initializer that says for how many last tokens there are logits, a scalar int64."""
+"""Number of last tokens whose logits the graph returns: a scalar int64, constant in the file."""
 
 
 @dataclass(frozen=True)
 class ModelNode:
-    """One node of the graph."""
+    """A node of the graph, without its outputs and attributes."""
 
     op: str
     domain: str
@@ -66,11 +67,11 @@ class ModelNode:
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer whose bytes are in a file beside the model."""
+    """An initializer stored in a file beside the model."""
 
     name: str
     data_type: int
-    """As onnx.proto numbers them: 1 float32, 2 uint8."""
+    """Number in onnx.proto, such as 1 for float32."""
     shape: tuple[int, ...]
     file: str
     offset: int
@@ -78,62 +79,65 @@ class ExternalTensor:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The contents of a model file; empty for a damaged one, which the engine will refuse."""
+    """The contents of a model file; empty if it is damaged, since ONNX Runtime will refuse it."""
 
     nodes: tuple[ModelNode, ...] = ()
     tensors: tuple[ExternalTensor, ...] = ()
     inputs: tuple[ValueRecord, ...] = ()
     outputs: tuple[ValueRecord, ...] = ()
     versions: dict[str, int] = field(default_factory=dict)
-    """Domain → version of its op set that the model imports."""
+    """Domain → version of its op set."""
 
 
 def read_graph(path: Path) -> bytes:
-    """Reads a serialized model without its weights; raises RequestError if it is too large."""
+    """Returns the bytes of a model file; raises RequestError if it is too large."""
     return read_regular(path)
 
 
 def parse_model(model: bytes) -> Any:
-    """Parses a serialized model; raises DecodeError if it is damaged or nested too deeply."""
+    """Returns the message `Model`; raises DecodeError if it is damaged or nested too deeply."""
     return _model_class().FromString(model)
 
 
 def subgraphs(node: Any) -> list[Any]:
-    """Returns the graphs that a node runs, such as the body of a loop."""
+    """Returns the graphs in a node's attributes, such as the body of a loop."""
     inner = [a.g for a in node.attribute if a.HasField("g")]
     return inner + [graph for a in node.attribute for graph in a.graphs]
 
 
 def read_model(model: bytes) -> ModelFile:
-    """Reads the nodes and external tensors of a serialized model, without those of subgraphs."""
+    """Summarizes a serialized model; the nodes and tensors of subgraphs are left out."""
     try:
         message = parse_model(model)
         graph = message.graph
         if len(graph.node) > MAX_NODES:
             return ModelFile()
-        external = (t for t in graph.initializer if t.data_location == LOCATIONS["EXTERNAL"])
-        tensors = map(external_tensor, external)
+        tensors = [
+            external_tensor(initializer)
+            for initializer in graph.initializer
+            if initializer.data_location == LOCATIONS["EXTERNAL"]
+        ]
         return ModelFile(
-            tuple(
+            nodes=tuple(
                 ModelNode(n.op_type.decode(), n.domain.decode(), tuple(x.decode() for x in n.input))
                 for n in graph.node
             ),
-            tuple(tensor for tensor in tensors if stays_inside(tensor.file) and tensor.offset >= 0),
-            tuple(map(_value, graph.input)),
-            tuple(map(_value, graph.output)),
-            {opset.domain.decode(): opset.version for opset in message.opset_import},
+            tensors=tuple(t for t in tensors if stays_inside(t.file) and t.offset >= 0),
+            inputs=tuple(map(_value_record, graph.input)),
+            outputs=tuple(map(_value_record, graph.output)),
+            versions={opset.domain.decode(): opset.version for opset in message.opset_import},
         )
     except (DecodeError, ValueError):
         return ModelFile()
 
 
-def for_session(model: bytes, values: Iterable[str] = ()) -> bytes:
-    """Adds an input to a serialized model: for how many last tokens it gives logits.
+def prepare_model(model: bytes, extra_outputs: Iterable[str] = ()) -> bytes:
+    """Makes `num_logits` an input of a serialized model, and adds outputs.
 
-    In the file, `num_logits` is a constant, 1: ONNX Runtime warns of inputs that have a default,
-    and other programs want it to be 1. The `values` become outputs, if the graph has all
-    of them. What is not declared above stays as it is; so does a damaged model, which the engine
-    refuses.
+    In the file, `num_logits` is a constant, 1: ONNX Runtime warns about inputs that have a default,
+    and other programs need only the last token's logits. The `extra_outputs` are names of values in
+    the graph; none is added if the graph lacks one. Protobuf fields that are not declared above are
+    preserved. A damaged model is returned unchanged; ONNX Runtime refuses it.
     """
     try:
         message = parse_model(model)
@@ -146,17 +150,17 @@ def for_session(model: bytes, values: Iterable[str] = ()) -> bytes:
         added.type.tensor_type.shape.SetInParent()
     for output in graph.output:
         if output.name == b"logits" and len(output.type.tensor_type.shape.dim) > 1:
-            count = output.type.tensor_type.shape.dim[1]
-            count.ClearField("value")
-            count.symbol = NUM_LOGITS.encode()
-    names = {name.encode() for name in values}
+            num_tokens = output.type.tensor_type.shape.dim[1]
+            num_tokens.ClearField("value")
+            num_tokens.symbol = NUM_LOGITS.encode()
+    names = {name.encode() for name in extra_outputs}
     if names <= {name for node in graph.node for name in node.output}:
         for name in sorted(names - {output.name for output in graph.output}):
             graph.output.add(name=name)
     return bytes(message.SerializeToString())
 
 
-def _value(value: Any) -> ValueRecord:
+def _value_record(value: Any) -> ValueRecord:
     tensor = value.type.tensor_type
     shape = (
         dim.value if dim.HasField("value") else dim.symbol.decode() for dim in tensor.shape.dim
@@ -166,32 +170,36 @@ def _value(value: Any) -> ValueRecord:
 
 
 def external_tensor(tensor: Any) -> ExternalTensor:
-    """Reads where the bytes of an external tensor are; raises ValueError if it is not ours."""
+    """Reads the shape, file and offset of an initializer that is stored in another file.
+
+    Raises:
+        ValueError: the shape or the offset cannot be that of a weight.
+    """
     location = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK or min(shape, default=0) < 0:
-        raise ValueError(f"no tensor of ours has the shape {shape}")
+        raise ValueError(f"a tensor has the shape {shape}; expected up to {_MAX_RANK} sizes >= 0")
     file, offset = location.get(b"location", b"").decode(), int(location.get(b"offset", b"0"))
     return ExternalTensor(tensor.name.decode(), tensor.data_type, shape, file, offset)
 
 
 @cache
 def _model_class() -> Any:
-    """Builds the class of `Model` messages."""
+    """Builds protobuf classes from `_SCHEMA`; returns that of `Model`."""
     file = descriptor_pb2.FileDescriptorProto(name="onnx.proto", package="rgexport")
     locations = file.enum_type.add(name="Location")
     for name, number in LOCATIONS.items():
         locations.value.add(name=name, number=number)
-    for text in re.split(r"\n(?=\w)", _SCHEMA.strip()):
-        described = file.message_type.add(name=text.partition(":")[0])
+    for text in re.split(r"\n(?=\w)", _SCHEMA.strip()):  # continuation lines are indented
+        message = file.message_type.add(name=text.partition(":")[0])
         for name, number, kind, repeated in re.findall(r"(\w+)=(\d+):(\w+)(\*?)", text):
-            row = described.field.add(name=name, number=int(number))
-            row.label = row.LABEL_REPEATED if repeated else row.LABEL_OPTIONAL
+            entry = message.field.add(name=name, number=int(number))
+            entry.label = entry.LABEL_REPEATED if repeated else entry.LABEL_OPTIONAL
             if kind.islower():
-                row.type = getattr(row, f"TYPE_{kind.upper()}")
+                entry.type = getattr(entry, f"TYPE_{kind.upper()}")
             else:
-                row.type = row.TYPE_ENUM if kind == "Location" else row.TYPE_MESSAGE
-                row.type_name = f".rgexport.{kind}"
+                entry.type = entry.TYPE_ENUM if kind == "Location" else entry.TYPE_MESSAGE
+                entry.type_name = f".rgexport.{kind}"
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("rgexport.Model"))

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.onnx.artifact import DATA_FILE, part_layouts
+from rgexport.export.onnx.artifact import DATA_FILE, part_shapes
 from rgexport.export.onnx.graph import DTYPES
-from rgexport.export.storage import DataFileLayout, aligned, fill
+from rgexport.export.storage import OffsetAllocator, aligned, fill
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
@@ -42,21 +42,21 @@ class OnnxStorage:
         self.tensors: dict[str, StoredTensor] = {}
         self.sizes: dict[str, int] = {}
         """File → its size."""
-        layout = DataFileLayout(DATA_FILE, _ALIGNMENT)
+        allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
         for name, scheme in plan.items():
-            before = layout.size
-            stored = layout.tensors({name: scheme}, shapes, part_layouts)
-            if limit and before and aligned(layout.size, _ALIGNMENT) > limit.filled:
-                layout = DataFileLayout(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
-                stored = layout.tensors({name: scheme}, shapes, part_layouts)
-            if limit and layout.size > limit.largest:
+            before = allocator.size
+            stored = allocator.allocate({name: scheme}, shapes, part_shapes)
+            if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
+                allocator = OffsetAllocator(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
+                stored = allocator.allocate({name: scheme}, shapes, part_shapes)
+            if limit and allocator.size > limit.largest:
                 raise RequestError(
-                    f"{name} takes {layout.size:,} bytes as {scheme.label}, more than the "
+                    f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
                     f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
                     "such as with --embedding-precision int8"
                 )
             self.tensors |= stored
-            self.sizes[layout.file] = aligned(layout.size, _ALIGNMENT)
+            self.sizes[allocator.file] = aligned(allocator.size, _ALIGNMENT)
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ from rgexport.export.mil.package import Package, open_package
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import FeatureStates, InterpreterRunner
-from rgexport.runtimes.coreml.runner import joined
+from rgexport.runtimes.coreml.runner import combine
 from rgexport.runtimes.coreml.session import CoreMLSession
 from rgexport.runtimes.engine import Observation, observation_of
 
@@ -34,7 +34,7 @@ class CoreMLObserver:
             plan.name: _RecordingRunner(open_package(artifact.file(plan.name)), tuple(self._sites))
             for plan in artifact.manifest.packages
         }
-        runner = joined(artifact.manifest, self._recorders)
+        runner = combine(artifact.manifest, self._recorders)
         self._session = CoreMLSession(artifact, threads=threads, runner=runner)
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:

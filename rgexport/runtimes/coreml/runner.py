@@ -1,4 +1,10 @@
-"""Executes the functions of Core ML packages, in Core ML itself or in the interpreter."""
+"""Runs the functions of Core ML packages: on macOS in Core ML, elsewhere in rgexport's interpreter.
+
+An artifact has one package, or several that run in turn. A package has the functions `decode` (one
+token) and `prefill` (a fixed number of tokens) of each of its segments. Core ML keeps states from
+call to call: the caches of attention and convolutions, and with `--recurrent-state hilo` also the
+RG-LRU states, which otherwise are an input and an output.
+"""
 
 import logging
 import platform
@@ -24,24 +30,34 @@ from rgexport.export.coreml.manifest import (
 from rgexport.export.coreml.segments import Segment, in_order
 from rgexport.export.mil.package import open_package
 
-_ROWS = -2
-"""The axis along which packages share a state."""
+_LAYER_AXIS = -2
+"""Axis along which packages share the RG-LRU states hi and lo, [1, 1, layers, width].
+
+All other states belong to one layer, so they are in one package.
+"""
 
 
 class Runner(Protocol):
-    """Executes the functions of a package; a state is what its `make_state` returns."""
+    """An engine with one package loaded, or a `Pipeline` of such engines.
+
+    Attributes:
+        engine: the engine's name.
+        version: the engine's version.
+    """
 
     engine: str
     version: str
 
-    def make_state(self) -> Any: ...
+    def make_state(self) -> Any:
+        """Returns new states, all zero; only the runner knows their type."""
+        ...
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """Runs a function and updates `state`; returns the outputs by name.
+        """Runs a function, which updates `state` in place; returns the outputs by name.
 
-        A package without states is given None.
+        `state` is None for a package without states.
         """
         ...
 
@@ -51,23 +67,24 @@ class Runner(Protocol):
 
 
 class FrameworkRunner:
-    """A package in Core ML itself, through coremltools, on macOS 15 or later.
+    """One package in Core ML, through coremltools, on macOS 15 or later.
 
-    One `MLModel` per function; all share the state that one of them made. Apple's documentation
-    does not promise that; docs/coreml.md names projects that rely on it. Written against the
-    documentation of `coremltools.models.MLModel` and `MLState`, and only run with a double of them.
+    Each function is an `MLModel`. The first one makes the state, and all functions use it. Apple's
+    documentation does not promise that this works; docs/coreml.md names projects that rely on it.
+    This class was written from the documentation of `coremltools.models.MLModel` and `MLState`;
+    tests replace both, and it has never run on a Mac.
     """
 
     engine = "Core ML"
 
     def __init__(self, path: Path, functions: Iterable[str]):
-        """Has Core ML compile and load each function.
+        """Compiles and loads each function.
 
         Raises:
             NotInstalled: coremltools is missing.
             RequestError: Core ML cannot load the package.
         """
-        logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of versions of torch
+        logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about torch versions
         try:
             import coremltools as tools
         except ImportError:
@@ -94,7 +111,7 @@ class FrameworkRunner:
 
 
 def _load(tools: Any, path: Path, function: str) -> Any:
-    # States with the Neural Engine are young; CPU and GPU have them without restrictions.
+    # CPU and GPU support states without restrictions; the Neural Engine's support is recent.
     units = tools.ComputeUnit.CPU_AND_GPU
     try:
         return tools.models.MLModel(str(path), compute_units=units, function_name=function)
@@ -107,7 +124,7 @@ def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
     """Opens the packages of an artifact in Core ML on macOS, elsewhere in the interpreter.
 
     Raises:
-        RequestError: a package cannot be executed here.
+        RequestError: a package cannot be loaded, or has an op that the interpreter lacks.
     """
     runners: dict[str, Runner] = {}
     for plan in manifest.packages:
@@ -118,10 +135,11 @@ def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
             from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 
             runners[plan.name] = InterpreterRunner(open_package(path))
-    return joined(manifest, runners)
+    return combine(manifest, runners)
 
 
-def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
+def combine(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
+    """Returns one runner for all packages; `runners` has package → runner."""
     if len(runners) == 1:
         return next(iter(runners.values()))
     return Pipeline(manifest, runners)
@@ -129,16 +147,17 @@ def joined(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A segment in a package, with its number of RG-LRU states."""
+    """A segment of the model and the package that has it; some packages have two segments."""
 
     package: str
     segment: Segment
     inputs: list[str]
-    recurrent_states: int
+    recurrent_layers: int
+    """Number of its layers with an RG-LRU state."""
 
 
 class Pipeline:
-    """Packages that are run in turn; each takes the hidden state of the one before."""
+    """Runs several packages in turn; each segment takes the hidden state of the segment before."""
 
     def __init__(self, manifest: CoreMLManifest, runners: Mapping[str, Runner]):
         self._runners = runners
@@ -155,7 +174,7 @@ class Pipeline:
             for plan, segment in in_order(manifest.packages)
         ]
         self._state_packages: dict[str, list[str]] = {}
-        """State → the packages that have it, or rows of it."""
+        """State → the packages that have it or some layers of it, in the order of layers."""
         for stage in self._stages:
             for name in stored_states(config, form, stage.segment):
                 self._state_packages.setdefault(name, []).append(stage.package)
@@ -167,33 +186,43 @@ class Pipeline:
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """Runs all segments, each on its own rows of the RG-LRU states."""
-        carried, outputs = dict(inputs), dict[str, np.ndarray]()
-        rows, first, next_rows = inputs.get(RECURRENT), 0, list[np.ndarray]()
+        """Runs all segments; returns the outputs of all, by name.
+
+        If the RG-LRU states [layers, width] are an input, each segment takes those of its layers.
+        """
+        values, outputs = dict(inputs), dict[str, np.ndarray]()
+        recurrent, first_layer = inputs.get(RECURRENT), 0
+        new_recurrent: list[np.ndarray] = []
         for stage in self._stages:
-            if rows is not None:
-                carried[RECURRENT] = rows[first : first + stage.recurrent_states]
-                first += stage.recurrent_states
-            stage_inputs = {name: carried[name] for name in stage.inputs}
-            runner, name = self._runners[stage.package], stage.segment.function(function)
-            results = runner.predict(name, stage_inputs, state.get(stage.package))
-            if RECURRENT_OUTPUT in results:
-                next_rows.append(results[RECURRENT_OUTPUT])
-            if HIDDEN_OUTPUT in results:
-                carried[HIDDEN] = results[HIDDEN_OUTPUT]
-            outputs |= results
-        return outputs | ({RECURRENT_OUTPUT: np.concatenate(next_rows)} if next_rows else {})
+            if recurrent is not None:
+                end_layer = first_layer + stage.recurrent_layers
+                values[RECURRENT] = recurrent[first_layer:end_layer]
+                first_layer = end_layer
+            stage_outputs = self._runners[stage.package].predict(
+                stage.segment.function(function),
+                {name: values[name] for name in stage.inputs},
+                state.get(stage.package),
+            )
+            if RECURRENT_OUTPUT in stage_outputs:
+                new_recurrent.append(stage_outputs[RECURRENT_OUTPUT])
+            if HIDDEN_OUTPUT in stage_outputs:
+                values[HIDDEN] = stage_outputs[HIDDEN_OUTPUT]
+            outputs |= stage_outputs
+        if new_recurrent:
+            outputs[RECURRENT_OUTPUT] = np.concatenate(new_recurrent)
+        return outputs
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
-        return np.concatenate(self._rows_of(state, name), axis=_ROWS)
+        return np.concatenate(self._read_pieces(state, name), axis=_LAYER_AXIS)
 
     def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
-        sizes = [rows.shape[_ROWS] for rows in self._rows_of(state, name)]
-        parts = np.split(value, np.cumsum(sizes[:-1]), axis=_ROWS)
-        for package, part in zip(self._state_packages[name], parts, strict=True):
-            self._runners[package].write_state(state[package], name, part)
+        layers = [piece.shape[_LAYER_AXIS] for piece in self._read_pieces(state, name)]
+        pieces = np.split(value, np.cumsum(layers[:-1]), axis=_LAYER_AXIS)
+        for package, piece in zip(self._state_packages[name], pieces, strict=True):
+            self._runners[package].write_state(state[package], name, piece)
 
-    def _rows_of(self, state: Any, name: str) -> list[np.ndarray]:
+    def _read_pieces(self, state: Any, name: str) -> list[np.ndarray]:
+        """Reads a state from all packages that have layers of it."""
         return [
             self._runners[package].read_state(state[package], name)
             for package in self._state_packages[name]

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import NUM_LOGITS, for_session, read_graph
+from rgexport.export.onnx.model_file import NUM_LOGITS, prepare_model, read_graph
 from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.state import POSITION, State
@@ -282,7 +282,7 @@ def _open(
     require_trusted(artifact, model)
     ops = _register(options, native_ops(model)) if native else NativeOps()
     exact = not graph and _exact_tokens(ops, artifact.manifest) > 1
-    model = for_session(model, state_sites(artifact.manifest.config).values() if exact else ())
+    model = prepare_model(model, state_sites(artifact.manifest.config).values() if exact else ())
     if ops.library:
         weights = MappedWeights(artifact.path, ops.weights)
         weights.read_around(ops.small)

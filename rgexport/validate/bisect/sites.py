@@ -11,7 +11,7 @@ from rgexport.griffin.layout import sites
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State
 from rgexport.runtimes.engine import Observer, engine_of, open_observer
-from rgexport.runtimes.memory import give_back
+from rgexport.runtimes.memory import release_freed_memory
 from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, site_errors
 from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers
@@ -83,7 +83,7 @@ def _observe(
     open_one: Callable[[], Observer], starts: Sequence[State], tokens: np.ndarray
 ) -> list[ObservedCall]:
     """Observes calls of each length from each start; closes the engine."""
-    give_back()
+    release_freed_memory()
     observer = open_one()
     texts = [np.resize(tokens, max(n, len(tokens)))[-n:] for n in observer.lengths]
     return [

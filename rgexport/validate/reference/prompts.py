@@ -1,4 +1,4 @@
-"""Prompts of a reference file."""
+"""Prompts whose logits a reference file records: built-in ones, or those of `--prompts`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,11 @@ from rgexport.files.typed_json import Mismatch, parse_json
 from rgexport.validate.text import SEED, Text, encode
 
 LONG_WINDOWS = 2.25
-"""Length of the longest built-in prompt in windows, …"""
-LONG_MOST = 8192
-"""… and its most tokens."""
-_ANY_LENGTH = 1 << 24
+"""Length of the longest built-in prompt, in windows of local attention."""
+MAX_LONG_TOKENS = 8192
+"""Maximum length of the longest built-in prompt."""
+_NO_LIMIT = 1 << 24
+"""Token limit that no prompt reaches."""
 
 TEXTS = {
     "prose": (
@@ -39,27 +40,27 @@ TEXTS = {
         "What does <end_of_turn>\n<start_of_turn>model\nmean in a chat?"
     ),
 }
-"""Name → text, in which markup is encoded as ordinary text."""
+"""Name → prompt; turn markers in it are encoded as ordinary text."""
 CHAT = (
     "<start_of_turn>user\nCan you tell me why bread gets hard?<end_of_turn>\n"
     "<start_of_turn>model\nThe starch in it changes when it cools.<end_of_turn>\n"
     "<start_of_turn>user\nSo should I keep it in the fridge?<end_of_turn>\n"
     "<start_of_turn>model\n"
 )
-"""A conversation, whose turn markers are encoded as special tokens."""
+"""A conversation; its turn markers are encoded as special tokens."""
 RANDOM_LENGTHS = (1, 2, 7, 32, 65)
-"""Tokens of the prompts for a model without a tokenizer, beside the long one."""
+"""Lengths of the prompts for a model without a tokenizer; the longest prompt is added."""
 
 
 def choose_prompts(
     tokenizer: Tokenizer | None, *, vocab_size: int, window: int, file: Path | None = None
 ) -> list[Text]:
-    """Returns a file's prompts, the built-in ones, or random ids where there is no tokenizer.
+    """Returns the prompts of `file`, else the built-in ones, or random ids without a tokenizer.
 
     Raises:
-        RequestError: a file that cannot be read, or a prompt with an id that the model lacks.
+        RequestError: the file cannot be read, or a prompt has an id that the model lacks.
     """
-    longest = min(int(LONG_WINDOWS * window), LONG_MOST)
+    longest = min(int(LONG_WINDOWS * window), MAX_LONG_TOKENS)
     if file is not None:
         prompts = list(_from_file(file, tokenizer))
     elif tokenizer is not None:
@@ -78,37 +79,38 @@ def choose_prompts(
 
 
 def short_prompts(tokenizer: Tokenizer) -> list[Text]:
-    """Returns built-in prompts with readable continuations: prose, code and a conversation."""
-    texts = [_encoded(tokenizer, name, TEXTS[name]) for name in ("prose", "code")]
-    return [*texts, _chat(tokenizer)]
+    """Returns the built-in prompts that a model continues readably: prose, code and a chat."""
+    prompts = [_plain(tokenizer, name, TEXTS[name]) for name in ("prose", "code")]
+    return [*prompts, _chat(tokenizer)]
 
 
 def _chat(tokenizer: Tokenizer) -> Text:
-    return encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _ANY_LENGTH)
+    return encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _NO_LIMIT)
 
 
 def _built_in(tokenizer: Tokenizer, longest: int) -> Iterator[Text]:
     bos = tokenizer.bos_id
     if bos is not None:
         yield Text("empty", np.array([bos], np.int64), 0)
-    yield from (_encoded(tokenizer, name, text) for name, text in TEXTS.items())
-    first = _encoded(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
-    yield Text("one token", first, len(tokenizer.decode(first.tolist()).encode()))
+    yield from (_plain(tokenizer, name, text) for name, text in TEXTS.items())
+    one_token = _plain(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
+    yield Text("one token", one_token, len(tokenizer.decode(one_token.tolist()).encode()))
     yield _chat(tokenizer)
     sample = built_in_text()
-    times = -(-longest // max(1, len(tokenizer.encode_markup(sample))))
-    yield encode(tokenizer.encode_markup, bos, sample * times, "several windows", longest)
+    repetitions = -(-longest // max(1, len(tokenizer.encode_markup(sample))))
+    yield encode(tokenizer.encode_markup, bos, sample * repetitions, "several windows", longest)
 
 
-def _encoded(tokenizer: Tokenizer, name: str, text: str) -> Text:
-    prompt = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _ANY_LENGTH)
+def _plain(tokenizer: Tokenizer, name: str, text: str) -> Text:
+    """Encodes a prompt; turn markers in it become ordinary text."""
+    prompt = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _NO_LIMIT)
     if not len(prompt.tokens):
         raise RequestError(f"the prompt {name!r} has no tokens; give it a text")
     return prompt
 
 
 def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
-    for number, item in enumerate(_items(file), 1):
+    for number, item in enumerate(_read_items(file), 1):
         name = f"{file.name} {number}"
         if isinstance(item, dict) and isinstance(item.get("name"), str):
             name, item = item["name"], item.get("text", item.get("ids"))
@@ -118,7 +120,7 @@ def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
                     f"the model has no tokenizer to read {file} with; give lists of token ids, "
                     "or leave --prompts out"
                 )
-            yield _encoded(tokenizer, name, item)
+            yield _plain(tokenizer, name, item)
         elif isinstance(item, list) and item and all(map(_is_id, item)):
             yield Text(name, np.array(item, np.int64), None)
         else:
@@ -132,8 +134,8 @@ def _is_id(token: Any) -> bool:
     return type(token) is int and 0 <= token < 1 << 31
 
 
-def _items(file: Path) -> list[Any]:
-    """Reads a JSON list, or lines of text."""
+def _read_items(file: Path) -> list[Any]:
+    """Returns the items of a JSON list, or the lines of a text that are not blank."""
     try:
         text = file.read_text("utf-8")
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from rgexport.export.coreml.storage import (
     blob_dtype,
     decode,
     encode,
-    part_layouts,
+    part_shapes,
 )
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.griffin.tensor import from_array
@@ -47,7 +47,7 @@ matrices = hnp.arrays(
 
 
 def stored_tensor(shape: tuple[int, ...], scheme: Scheme) -> StoredTensor:
-    layouts = part_layouts(shape, scheme)
+    layouts = part_shapes(shape, scheme)
     return StoredTensor(shape, scheme, {k: StoredPart("f", 0, *v) for k, v in layouts.items()})
 
 
@@ -87,7 +87,7 @@ def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None
     stored = stored_tensor(rows.shape, scheme)
     parts = encoded(rows, stored)
     layouts = {label: (part.dtype.name, part.shape) for label, part in parts.items()}
-    assert layouts == part_layouts(rows.shape, scheme)
+    assert layouts == part_shapes(rows.shape, scheme)
     expected = as_core_ml(parts, scheme)
     assert expected.dtype == (scheme.lut if isinstance(scheme, Palette) else scheme.scale)
     np.testing.assert_array_equal(decode(NAME, parts, stored), expected.astype(np.float32))
