@@ -59,6 +59,8 @@ def parse_json(text: bytes | str) -> Any:
     Raises:
         Mismatch: it is not strict JSON in UTF-8, or is nested too deeply.
     """
+    if not isinstance(text, bytes | str):  # GGUF's metadata have arrays, too
+        raise Mismatch("not a text")
     try:
         value = json.loads(
             text if isinstance(text, str) else text.decode(),

@@ -8,12 +8,13 @@ row of `scheme.SCHEMES`.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import to_json
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.statistics import Known, RemoteStatistics, RowKinds
 from rgexport.quantize.steps import Measure, StepSizes, span_steps
@@ -71,7 +72,8 @@ class Scheme(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON."""
-        return asdict(self)  # type: ignore[call-overload]
+        values: dict[str, Any] = to_json(self)
+        return values
 
     @property
     def is_quantized(self) -> bool:
