@@ -1,17 +1,17 @@
-"""Words that an option may have: the command line offers them, and the core is typed by them."""
+"""Words that the command line offers for an option."""
 
 from typing import Literal
 
 SizeName = Literal["demo", "2b", "2b-it", "9b", "9b-it"]
-SyntheticSize = Literal["2b", "9b"]
+SyntheticSize = Literal["2b", "2b-it", "9b", "9b-it"]
 OnnxPrecision = Literal["fp32", "fp16", "int8", "int4"]
 CoreMLPrecision = Literal["fp32", "fp16", "int8", "int4", "pal4"]
 FloatPrecision = Literal["fp32", "fp16"]
 Profile = Literal["cpu", "wasm", "webgpu"]
+"""The runtime that the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
 RecurrentState = Literal["io", "hilo"]
 Quality = Literal["fast", "default", "best"]
 FormatName = Literal["onnx", "coreml", "gguf"]
-Device = Literal["auto", "cuda", "cpu"]
 ReferenceImplementation = Literal["rgexport", "deepmind"]
 GradeName = Literal["lossless", "excellent", "good", "fair", "poor"]
 SuiteName = Literal["text", "memory", "noise", "window", "length", "tasks"]

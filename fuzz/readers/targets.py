@@ -7,6 +7,7 @@ from fuzz.readers.target import Target
 TARGETS: dict[str, str] = {
     "safetensors": "weights",
     "checkpoint": "weights",
+    "pt": "torch_pickles",
     "config": "settings",
     "plan": "settings",
     "tokenizer_model": "tokenizers",

@@ -144,7 +144,10 @@ class FolderIndex:
             return
         self._nbytes -= file.nbytes
         if name[0] == self._name:
-            self._lengths -= Counter([_length(name[1])])
+            length = _length(name[1])
+            self._lengths[length] -= 1
+            if not self._lengths[length]:
+                del self._lengths[length]
 
 
 def _length(name: str) -> int:

@@ -281,6 +281,8 @@ class Model(PromptEncoder):
         messages: Sequence[Message] | None = None,
         *,
         with_text: bool = True,
+        client: str = "",
+        namespace: str = "",
     ) -> SavedState:
         """Writes a state file of these tokens, which are read if their state is not known.
 
@@ -294,7 +296,8 @@ class Model(PromptEncoder):
         path = Path(path)
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        saved = self.saved_state(ids, self.state(ids[:-1] or ids), messages, with_text=with_text)
+        state = self.state(ids[:-1] or ids, client=client, namespace=namespace)
+        saved = self.saved_state(ids, state, messages, with_text=with_text)
         write_state(path, saved, precision=self.state_precision)
         return saved
 

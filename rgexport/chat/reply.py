@@ -253,18 +253,24 @@ class ReplyStream(Iterator[str]):
         return isinstance(self._end, RequestError)
 
     def __next__(self) -> str:
-        return next(self.pieces()).text
+        if piece := self._next_piece():
+            return piece.text
+        raise StopIteration
 
     def pieces(self) -> Iterator[TextPiece]:
         """Yields the rest of the reply, with log probabilities if they were asked for."""
-        while self._end is None:
+        while piece := self._next_piece():
+            yield piece
+
+    def _next_piece(self) -> TextPiece | None:
+        if self._end is None:
             item = self._items.get()
             if isinstance(item, TextPiece):
-                yield item
-            else:
-                self._end = item
+                return item
+            self._end = item
         if isinstance(self._end, RequestError):
             raise self._end
+        return None
 
     def reply(self) -> ModelReply:
         """Waits for the end; returns the whole reply.

@@ -262,12 +262,12 @@ class Scheduler:
     def _next_to_read(self) -> GenerationJob | None:
         """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
+        if not reading:
+            return None
         clients = {job.request.client for job in reading}
         self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
         return min(
-            reading,
-            key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began),
-            default=None,
+            reading, key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began)
         )
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:

@@ -47,7 +47,7 @@ _OTHER_DTYPES: dict[str, dict[str, np.dtype[Any]]] = {
 class StateHeader:
     """The metadata of a file; `sha256` is the hash of its arrays."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int
     identity: Identity
     tokens: int
     position: int
@@ -198,7 +198,7 @@ def read_state_header(path: Path) -> StateHeader:
         raise RequestError(f"{path} is no state file; expected one that rgexport saved")
     try:
         fields = from_json(dict[str, Any], parse_json(text))
-        version = fields.get("format_version", FORMAT_VERSION)
+        version = fields.get("format_version")
         if version != FORMAT_VERSION:
             raise RequestError(
                 f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
@@ -287,6 +287,7 @@ def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
 
 def _header(saved: SavedState, sha256: str) -> StateHeader:
     return StateHeader(
+        format_version=FORMAT_VERSION,
         identity=saved.identity,
         tokens=saved.count,
         position=saved.position,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rgexport.choices import Device, FormatName
+from rgexport.choices import FormatName
 from rgexport.commands.options import CheckpointArguments, ClusterArguments, command, group, option
 from rgexport.printing import print_result
 
@@ -30,7 +30,7 @@ class CalibrateArguments:
         "--gradient-tokens", default=1024, help="How many of --tokens also have gradients."
     )
     seed: int = option("--seed", default=0)
-    device: Device = option("--device", default="auto")
+    device: str = option("--device", default="auto", metavar="auto|cuda|cpu")
     cluster: ClusterArguments = group(ClusterArguments)
     output: Path | None = option("-o", "--output", help="The file. [default: ./MODEL.calibration]")
     force: bool = option("--force", help="Replace an earlier one.")

@@ -290,7 +290,9 @@ def _print_artifact(target: Path) -> int:
 
 @dataclass(frozen=True)
 class RandomArguments:
-    size: SyntheticSize = option("--size", required=True, help="The shape to imitate.")
+    size: SyntheticSize = option(
+        "--size", required=True, metavar="2b|9b", help="The shape to imitate."
+    )
     seed: int = option("--seed", default=0)
     output: Path = option("-o", "--output", required=True, help="The folder to make.")
     force: bool = option("--force", help="Replace an existing output.")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport.choices import (
-    Device,
     GradeName,
     ReferenceImplementation,
     SizeName,
@@ -51,7 +50,7 @@ def inspect(arguments: InspectArguments) -> int:
 @dataclass(frozen=True)
 class ReferenceArguments:
     checkpoint: CheckpointArguments = group(CheckpointArguments)
-    device: Device = option("--device", default="auto")
+    device: str = option("--device", default="auto", metavar="auto|cuda|cpu")
     impl: ReferenceImplementation = option(
         "--impl",
         default="rgexport",

@@ -120,13 +120,11 @@ def _parameters(arguments: type[Any]) -> Iterator[click.Parameter]:
             yield from _parameters(inner)
             continue
         kind, flags, attributes = declared.metadata[_PARAMETER]
-        inferred = _inferred(kind, flags, declared.type)
+        inferred = _inferred(kind, declared.type)
         yield kind((*flags, declared.name), **inferred | attributes)
 
 
-def _inferred(
-    kind: type[click.Parameter], flags: tuple[str, ...], annotation: Any
-) -> dict[str, Any]:
+def _inferred(kind: type[click.Parameter], annotation: Any) -> dict[str, Any]:
     """Returns the attributes of a click parameter that follow from the type of its field."""
     attributes: dict[str, Any] = {}
     if get_origin(annotation) in (Union, UnionType):
@@ -137,21 +135,23 @@ def _inferred(
         attributes |= {"nargs": -1} if kind is click.Argument else {"multiple": True}
     if get_origin(annotation) is Literal:
         names = get_args(annotation)
-        return attributes | {"type": _one_of(names, flags[-1]), "metavar": "|".join(names)}
+        return attributes | {"type": _Word(names), "metavar": "|".join(names)}
     if annotation is bool:
         return {"is_flag": True} | ({"default": None} if attributes else {})
     return attributes | {"type": _PATH if annotation is Path else annotation}
 
 
-def _one_of(names: tuple[str, ...], flag: str) -> Callable[[str], str]:
-    """Returns a click type that refuses other names with the message of `require_word`."""
+class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A choice that refuses other words as the core does."""
 
-    def checked(name: str) -> str:
-        if name not in names:
-            raise RequestError(f"{flag} is {name!r}; expected one of {', '.join(names)}")
-        return name
-
-    return checked
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        if value not in self.choices:
+            name = parameter.opts[-1] if parameter else "the option"
+            expected = ", ".join(map(str, self.choices))
+            raise RequestError(f"{name} is {value!r}; expected one of {expected}")
+        return value
 
 
 def _filled(arguments: type[Arguments], values: dict[str, Any]) -> Arguments:

@@ -111,7 +111,7 @@ class Results:
     def put(self, piece: Piece, result: Result) -> None:
         """Writes the result of a piece atomically."""
         entry = {"suite": piece.suite, "work": dict(piece.settings), "result": result}
-        data = (json.dumps(entry, indent=1) + "\n").encode()
+        data = (json.dumps(entry, indent=1, allow_nan=False) + "\n").encode()
         _write(self._result_file(piece), lambda file: file.write(data))
 
     def has_state(self, key: str) -> bool:

@@ -24,7 +24,6 @@ CARD = "README.md"
 COLUMNS = "columns"
 """Name of the part with the data of a matrix that is stored transposed, [in, out]."""
 FORMAT_VERSION = 1
-"""What the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 """Compute word → activation dtype."""
 

@@ -67,8 +67,10 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes or replaces a file in one step; it is on the disk when the function returns.
 
     Raises:
-        OSError: see `replacing`.
+        OSError: see `replacing`; or the path is a folder.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with replacing(path, durable=True) as new, new.open("wb") as file:
         file.writelines(chunks)
 

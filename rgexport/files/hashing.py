@@ -17,7 +17,8 @@ from typing import Any
 from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.files.atomic import replacing
-from rgexport.files.typed_json import read_json
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.progress import Advance
 
 _BLOCK = 1 << 20
@@ -108,9 +109,11 @@ def _cache_file() -> Path:
 def _read_cache() -> _Cache:
     """Returns the cache; an unreadable one counts as empty."""
     try:
-        return read_json(_cache_file())
-    except RequestError:
+        # As text, since paths that are not UTF-8 have lone surrogates.
+        cache = parse_json(read_regular(_cache_file()).decode())
+    except (OSError, ValueError, RequestError):
         return {}
+    return cache if isinstance(cache, dict) else {}
 
 
 def _cached_hash(entry: Any, key: _Key) -> str | None:

@@ -176,31 +176,32 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
+    shape = value.get("shape") if isinstance(value, dict) else None
+    if isinstance(shape, list) and len(shape) > MAX_RANK:  # before each number is read
+        raise RequestError(f"{path} is damaged: tensor {name} has {len(shape)} axes")
     try:
         fields = from_json(_Fields, value)
     except Mismatch as error:
         raise RequestError(f"{path} is damaged: in the header of tensor {name}, {error}") from None
-    dtype, shape, (begin, end) = fields.dtype, fields.shape, fields.data_offsets
+    dtype, (begin, end) = fields.dtype, fields.data_offsets
     if dtype not in _ITEM_BITS:
         raise RequestError(f"{path}: tensor {name} has the unknown dtype {reprlib.repr(dtype)}")
-    nbytes = _nbytes(shape, _ITEM_BITS[dtype])
+    nbytes = _nbytes(fields.shape, _ITEM_BITS[dtype])
     if nbytes is None:
         raise RequestError(
             f"{path} is damaged: tensor {name} cannot be {dtype} in the shape "
-            f"{reprlib.repr(list(shape))}"
+            f"{reprlib.repr(list(fields.shape))}"
         )
     if end - begin != nbytes:
         raise RequestError(
-            f"{path} is damaged: tensor {name} ({dtype} {list(shape)}) spans {end - begin} bytes; "
-            f"expected {nbytes}"
+            f"{path} is damaged: tensor {name} ({dtype} {list(fields.shape)}) spans "
+            f"{end - begin} bytes; expected {nbytes}"
         )
-    return Entry(path, dtype, shape, data + begin, nbytes)
+    return Entry(path, dtype, fields.shape, data + begin, nbytes)
 
 
 def _nbytes(shape: tuple[int, ...], item_bits: int) -> int | None:
-    """Returns a tensor's bytes; None for too many axes or elements, or an end within a byte."""
-    if len(shape) > MAX_RANK:
-        return None
+    """Returns a tensor's bytes; None for too many elements, or an end within a byte."""
     bits = item_bits
     for size in shape:
         bits *= max(size, 1)

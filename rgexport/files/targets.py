@@ -173,9 +173,10 @@ def _locked(target: Path) -> Iterator[Path]:
     try:
         yield real
     except TargetInUse as error:
+        path_in_use = target if error.filename in (None, str(real)) else error.filename
         raise RequestError(
-            f"cannot replace {target}: {error.strerror}; close the programs that use it, or pass "
-            "another -o"
+            f"cannot replace {path_in_use}: {error.strerror}; close the programs that use it, or "
+            "pass another -o"
         ) from error
     except OSError as error:
         if error.errno not in _NO_SPACE:

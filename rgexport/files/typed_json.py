@@ -125,8 +125,8 @@ def from_json(kind: type[T], value: Any) -> T:
     A type may be made of str, int, float, bool, None, Any, Literal, list, tuple, dict[str, X],
     unions of these, dataclasses, `Annotated` with a container of allowed values, and types with a
     registered reader. Keys that are no field of a dataclass are ignored, so that a newer version
-    may add some. Null counts as missing for a field that has a default and cannot be None. A number
-    without a fraction, such as `2.0`, is an integer.
+    may add some. A dataclass with `lenient = True`, for files of other programs, also takes null
+    for a field that has a default and cannot be None, and numbers such as `2.0` as integers.
 
     Raises:
         Mismatch: a missing field or a value of another type, with its path, such as
@@ -167,8 +167,6 @@ def _read(kind: Any, value: Any, path: str) -> Any:
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
     """Returns a text, number or truth value; a float is finite and not rounded."""
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
     if kind is not float or type(value) not in (int, float):
         _require(type(value) is kind, path, value, _NAMES[kind])
         return value
@@ -201,12 +199,14 @@ def _items(kinds: tuple[Any, ...], value: Any, path: str) -> list[Any]:
 
 
 def _dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
-    hints, fields = _hints(kind), {}
+    hints, fields, lenient = _hints(kind), {}, getattr(kind, "lenient", False)
     for field in dataclasses.fields(kind):
         inner, hint = f"{path}.{field.name}" if path else field.name, hints[field.name]
-        item = value.get(field.name)
-        has_default = field.default is not dataclasses.MISSING
-        if item is not None or (field.name in value and not (has_default and _is_required(hint))):
+        has_default, item = field.default is not dataclasses.MISSING, value.get(field.name)
+        if lenient and type(item) is float and item.is_integer():
+            item = int(item)
+        is_null = lenient and item is None and has_default and _is_required(hint)
+        if field.name in value and not is_null:
             fields[field.name] = _read(hint, item, inner)
         elif not has_default:
             raise Mismatch(f"{inner} is missing")

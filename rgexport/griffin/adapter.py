@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -47,6 +47,8 @@ _UNSUPPORTED = (
 @dataclass(frozen=True)
 class _LoraConfig:
     """Fields of `adapter_config.json`, with PEFT's defaults."""
+
+    lenient: ClassVar = True
 
     peft_type: Literal["LORA"]
     bias: Literal["none"] = "none"

@@ -9,14 +9,10 @@ from pathlib import Path
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.deepmind_files import (
-    DeepMindTensor,
-    DeepMindTensors,
-    read_orbax,
-    read_torch_file,
-)
+from rgexport.griffin.deepmind_files import DeepMindTensor, DeepMindTensors, read_orbax
 from rgexport.griffin.layout import EMBEDDING, all_ops
 from rgexport.griffin.tensor import DTYPES, FoundTensor
+from rgexport.griffin.torch_file import read_torch_file
 
 NAMES: dict[str, str] = {
     f"{op.deepmind}{tensor.deepmind}": f"{op.site}{tensor.end}"

@@ -4,7 +4,7 @@ import itertools
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import (
@@ -34,6 +34,8 @@ Dialect = Literal["_block_types", "block_types"]
 @dataclass(frozen=True)
 class _Rope:
     """RoPE's fields, at the top of `config.json` or in an object."""
+
+    lenient: ClassVar = True
 
     rope_theta: Positive | None = None
     partial_rotary_factor: Annotated[float, Between(MIN_NUMBER, 1)] | None = None

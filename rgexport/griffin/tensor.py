@@ -3,7 +3,7 @@
 Files are read, not mapped: mapped pages count as resident memory, and a file that is truncated
 while it is mapped kills the process. Reading a file of 2.9 GB in slabs takes 0.16 GB of memory at
 most; with `safe_open` of safetensors, which maps it, 2.9 GB and twice the time. A file is opened
-for each slab, so that any thread may read. (Only torch's files are mapped, see `deepmind_files`.)
+for each slab, so that any thread may read.
 """
 
 import ctypes

@@ -102,10 +102,10 @@ class Ggml(Uniform):
         return tuple(cls(kind, algorithm="gptq") for kind in _CANDIDATES)
 
     def rounding_rule(self, weighted: bool) -> str:
+        if not self.is_quantized:  # whatever algorithm a file names
+            return "cast"
         if self.algorithm != "ggml":
             return self.algorithm
-        if not self.is_quantized:
-            return "cast"
         if weighted and self.type != "q8_0":  # an importance matrix is not for q8_0
             return "ggml weighted"
         return "ggml search" if LAYOUTS[self.type].multiples > 1 else "ggml"

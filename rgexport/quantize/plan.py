@@ -1,12 +1,12 @@
 """The quantization plan: how each tensor is stored."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, WeightSource
@@ -171,8 +171,8 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
             has another scheme, or row groups do not fit the rows of their tensor.
     """
     try:
-        entries = json.loads(read_regular(path).decode())
-    except (OSError, ValueError, RecursionError) as error:
+        entries = parse_json(read_regular(path))
+    except (OSError, ValueError) as error:
         raise RequestError(f"cannot read the plan {path}: {error}") from None
     if isinstance(entries, dict) and isinstance(entries.get("plan"), dict):
         entries = entries["plan"]

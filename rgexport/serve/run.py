@@ -59,8 +59,8 @@ class Listening:
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
     resolved = [path.resolve() for path in artifacts]
-    for path in artifacts:
-        if resolved.count(path.resolve()) > 1:
+    for path, real_path in zip(artifacts, resolved, strict=True):
+        if resolved.count(real_path) > 1:
             raise RequestError(f"{path} is given twice")
     models: dict[str, Model] = {}
     try:

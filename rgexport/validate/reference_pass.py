@@ -85,10 +85,10 @@ def run_side_by_side(
     ended = threading.Event()
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         jobs = []
-        for config, weights, mix_inputs in models:
-            watched = stack.enter_context(watched_layers(label, weights, ended))
-            jobs.append(pool.submit(_run, config, weights, watched, tokens, mix_inputs))
         try:
+            for config, weights, mix_inputs in models:
+                watched = stack.enter_context(watched_layers(label, weights, ended))
+                jobs.append(pool.submit(_run, config, weights, watched, tokens, mix_inputs))
             return [job.result() for job in jobs]
         finally:
             ended.set()  # an interrupt ends all of them

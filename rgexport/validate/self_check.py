@@ -19,8 +19,9 @@ from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.memory import available_bytes, release_freed_memory
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
+from rgexport.validate import metrics
 from rgexport.validate.formats.expected import Schedule, expected_of
-from rgexport.validate.measure import Comparison, ComparisonRecorder
+from rgexport.validate.metrics import LogitError
 from rgexport.validate.reference_pass import Pass, run_side_by_side
 from rgexport.validate.text import first_tokens
 from rgexport.validate.thresholds import logit_checks, original_rms, tolerance
@@ -77,7 +78,8 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
         ],
         tokens,
     )
-    (dequantized, original), engine = _run_engine(artifact, tokens, schedule, references)
+    logits, engine = _run_engine(artifact, tokens, schedule)
+    dequantized, original = (_compare(reference, tokens, logits) for reference in references)
     weights = weight_errors(
         checkpoint.weights,
         artifact.weights,
@@ -85,7 +87,8 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
         weighted=manifest.weighted,
         inputs=references[1].inputs,
     )
-    failures = list(_failures(manifest, dequantized, original, weights))
+    errors = metrics.logit_error(dequantized), metrics.logit_error(original)
+    failures, kl = list(_failures(manifest, *errors, weights)), metrics.kl_summary(original)
     if len(failures) > _MAX_FAILURES:
         failures[_MAX_FAILURES:] = [f"{len(failures) - _MAX_FAILURES} more"]
     return CheckRecord(
@@ -93,9 +96,9 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
         reason=", and ".join(failures),
         tokens=len(tokens),
         positions=schedule.rows + schedule.steps,
-        kl=_finite(original.kl.mean),
-        kl_standard_error=_finite(original.kl.standard_error),
-        relative_max=_finite(dequantized.logits.relative_max),
+        kl=_finite(kl.mean),
+        kl_standard_error=_finite(kl.standard_error),
+        relative_max=_finite(errors[0].relative_max),
         engine=engine,
     )
 
@@ -120,14 +123,14 @@ def _memory_shortage(artifact: Artifact) -> str | None:
 
 
 def _run_engine(
-    artifact: Artifact, tokens: np.ndarray, schedule: Schedule, references: list[Pass]
-) -> tuple[list[Comparison], str]:
-    """Runs the artifact; returns its comparison with each reference, and the engine's title."""
+    artifact: Artifact, tokens: np.ndarray, schedule: Schedule
+) -> tuple[np.ndarray, str]:
+    """Runs the artifact; returns the scheduled logits [n, vocab], and the engine's title."""
     release_freed_memory()
     session = open_session(artifact, lean=True)
     engine = session.info.title
     try:
-        logits, state = _teacher_force(session, tokens, schedule), session.get_state()
+        return _teacher_force(session, tokens, schedule), engine
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # ONNX Runtime raises a dozen types without a common base
@@ -135,10 +138,13 @@ def _run_engine(
         raise RequestError(f"{engine} cannot run it: {reason}") from None
     finally:
         session.close()
-    recorders = [ComparisonRecorder(reference, tokens) for reference in references]
-    for recorder in recorders:
-        recorder.add(len(tokens) - len(logits), logits)
-    return [recorder.comparison(state) for recorder in recorders], engine
+
+
+def _compare(reference: Pass, tokens: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Compares the logits of the last positions; see `metrics.compare_logits`."""
+    start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
+    expected = reference.logits(start, len(tokens))
+    return metrics.compare_logits(expected, logits, following[start:])
 
 
 def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:
@@ -153,12 +159,12 @@ def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> 
 
 
 def _failures(
-    manifest: Manifest, dequantized: Comparison, original: Comparison, weights: list[WeightError]
+    manifest: Manifest, dequantized: LogitError, original: LogitError, weights: list[WeightError]
 ) -> Iterator[str]:
     """Describes the values that are beyond the limits of `validate`."""
     for check in (
-        *logit_checks(dequantized.logits, tolerance(manifest)),
-        original_rms(manifest, original.logits),
+        *logit_checks(dequantized, tolerance(manifest)),
+        original_rms(manifest, original),
         *weight_checks(weights),
     ):
         if check.outcome == "FAIL":

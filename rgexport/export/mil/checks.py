@@ -108,23 +108,26 @@ def _check_states(function: Function) -> Iterator[str]:
     """
     ids = function.inputs.get(_TOKENS)
     chunk = ids.shape[-1] if ids and ids.shape else 1
-    sources: dict[str, frozenset[str]] = {}
-    """Value → the states that it was computed from."""
+    bits = {name: 1 << index for index, name in enumerate(function.states)}
+    sources: dict[str, int] = {}
+    """Value → a bit for each state that it was computed from."""
     written: set[str] = set()
     for operation in function.walk():
         operands = [v.name for v in chain(*operation.inputs.values()) if isinstance(v, Name)]
-        states = frozenset[str]().union(*(sources.get(name, ()) for name in operands))
+        states = 0
+        for name in operands:
+            states |= sources.get(name, 0)
         bound = operation.inputs.get("input", ())
         state = bound[0].name if len(bound) == 1 and isinstance(bound[0], Name) else ""
         if operation.type == "read_state" and state in function.states:
-            states |= {state}
+            states |= bits[state]
         elif operation.type == "write_state" and state in function.states:
             write = f"{function.name}: {operation.type} {operation.label}"
             shape = function.states[state].shape
             slots = shape[-2] if len(shape) > 1 else 1
             if state in written:
                 yield f"{write}: the state {state} is written a second time"
-            elif state not in states and slots > chunk:
+            elif not states & bits[state] and slots > chunk:
                 yield (
                     f"{write}: the new value of the state {state} does not depend on its old "
                     "value, so the past would be lost"

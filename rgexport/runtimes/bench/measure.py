@@ -125,8 +125,12 @@ def bench_artifact(
     began = time.perf_counter()
     session = open_session(artifact, threads=threads)
     elapsed = time.perf_counter() - began
-    with roofline(session.info.threads) as read_speed:
-        return list(BenchMeasurement(session, request, read_speed, artifact.path, elapsed).rows())
+    try:
+        with roofline(session.info.threads) as read_speed:
+            measurement = BenchMeasurement(session, request, read_speed, artifact.path, elapsed)
+            return list(measurement.rows())
+    finally:
+        session.close()
 
 
 @dataclass

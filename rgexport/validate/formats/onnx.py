@@ -27,8 +27,8 @@ class OnnxExpected(Expected):
     has_exact = True
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
-        blocks = manifest.plan[tensor].is_quantized
-        return "int8" if blocks and not manifest.exact else "float32"
+        rounds = any(scheme.rounds_activations for scheme in manifest.plan[tensor].uniform)
+        return "int8" if rounds and not manifest.exact else "float32"
 
     def recipe(self, manifest: Manifest) -> Recipe:
         options = {name: getattr(manifest, name) for name in ("profile", "compute", "exact")}

@@ -50,7 +50,8 @@ def reproduce(
         stored, different = tensors[name], 0
         pairs = paired_slabs(encoded[name], artifact.weights[name], stored, _SLAB_BYTES)
         for _, expected, rows in pairs:
-            different += int((np.abs(rows - expected) > _SAME * np.abs(expected)).sum())
+            same = np.abs(rows - expected) <= _SAME * np.abs(expected)  # false for NaN
+            different += int((~same).sum())
             advance(expected.nbytes)
         values = math.prod(stored.shape)
         return Reproduced(name=name, scheme=stored.scheme.label, values=values, different=different)
