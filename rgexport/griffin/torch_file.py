@@ -146,7 +146,7 @@ def _find_pickle(records: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
     return pickles[0]
 
 
-class _OrderedDict(dict):
+class _OrderedDict(dict[Any, Any]):
     """Stands for `collections.OrderedDict`; always made empty."""
 
     def __init__(self) -> None:

@@ -7,18 +7,35 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import register_reader
-from rgexport.quantize.affine import BLOCKS as BLOCKS
-from rgexport.quantize.affine import INT8_ROWS as INT8_ROWS
-from rgexport.quantize.affine import Affine
+from rgexport.quantize.affine import BLOCKS, INT8_ROWS, Affine
 from rgexport.quantize.floats import BFLOAT16, Float
 from rgexport.quantize.ggml import Ggml
 from rgexport.quantize.palette import Palette
-from rgexport.quantize.row_groups import Mixed
-from rgexport.quantize.row_groups import RowGroup as RowGroup
-from rgexport.quantize.scheme_base import FloatDtype as FloatDtype
-from rgexport.quantize.scheme_base import Parts as Parts
-from rgexport.quantize.scheme_base import PartShapes as PartShapes
-from rgexport.quantize.scheme_base import Scheme, Uniform
+from rgexport.quantize.row_groups import Mixed, RowGroup
+from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Scheme, Uniform
+
+__all__ = [
+    "BFLOAT16",
+    "BLOCKS",
+    "FLOAT32",
+    "INT8_ROWS",
+    "SCHEMES",
+    "Affine",
+    "Float",
+    "FloatDtype",
+    "Ggml",
+    "Mixed",
+    "Palette",
+    "PartShapes",
+    "Parts",
+    "Plan",
+    "RowGroup",
+    "Scheme",
+    "Uniform",
+    "candidates",
+    "coarsest",
+    "scheme_from_dict",
+]
 
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""

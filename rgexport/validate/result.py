@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rgexport.choices import GradeName
 from rgexport.errors import RequestError
 from rgexport.export.card import matrix_bits
 from rgexport.export.manifest import Manifest, arithmetic
@@ -25,7 +26,7 @@ from rgexport.validate.equivalences import Equivalence
 from rgexport.validate.formats.expected import expected_of
 from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
-from rgexport.validate.quality import GradeName, Quality, grade_quality
+from rgexport.validate.quality import Quality, grade_quality
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
+from rgexport.choices import RecurrentState
 from rgexport.errors import RequestError
-from rgexport.export.coreml.manifest import Form, RecurrentState
+from rgexport.export.coreml.manifest import Form
 from rgexport.export.request import FolderOptions, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors

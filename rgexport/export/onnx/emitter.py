@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.graph import DTYPES, OPSET, Attribute, GraphBuilder
+from rgexport.export.onnx.native import DOMAIN
 from rgexport.export.onnx.storage import initializer
 from rgexport.export.program import Node, Value
 from rgexport.export.row_groups import with_groups

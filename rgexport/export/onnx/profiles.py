@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from rgexport.export.manifest import Profile
+from rgexport.choices import Profile
 from rgexport.export.onnx import wasm_ops, webgpu_ops
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.storage import FileLimit

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from rgexport.choices import Profile
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, Profile
+from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import (
     LOCATIONS,

@@ -23,6 +23,7 @@ release. A state with another size or another fixed number is refused, not misre
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +144,7 @@ def _blank(layout: StateLayout, cells: int, stream: int) -> np.ndarray:
     return record
 
 
-def _fields(layout: StateLayout, cells: int, stream: int) -> list[tuple]:
+def _fields(layout: StateLayout, cells: int, stream: int) -> list[tuple[Any, ...]]:
     config, cache = layout.config, layout.cache_type
     rows = [("type", "<i4"), ("row_bytes", "<u8"), ("data", cache, (cells, config.head_dim))]
     columns = [("type", "<i4"), ("item_bytes", "<u4"), ("columns", "<u4")]
