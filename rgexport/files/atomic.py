@@ -22,7 +22,6 @@ from rgexport.progress import warn
 WINDOWS = os.name == "nt"
 _PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 _ABANDONED_SECONDS = 600
-"""Age from which a partial file counts as left by a killed process."""
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
 """Errors of systems that synchronize no folders, and of folders that may not be read."""
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -40,15 +39,10 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a path beside `target`; the file or folder written there replaces `target`.
 
     Any exception removes it and leaves `target` unchanged. A killed process leaves a hidden
-    `.NAME.partial-…`, see `remove_partials`.
-
-    Args:
-        target: a file or folder, or the path of a new one.
-        durable: whether a file is on the disk when the block has ended.
+    `.NAME.partial-…`, see `remove_partials`. With `durable`, a file is on the disk at the end.
 
     Raises:
-        TargetInUse: see there.
-        OSError: the disk is full or fails, or the folder cannot be written to.
+        OSError: the disk is full or fails, the folder cannot be written to, or `TargetInUse`.
     """
     new = partial_path(target)
     try:
@@ -64,11 +58,7 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes or replaces a file in one step; it is on the disk when the function returns.
-
-    Raises:
-        OSError: see `replacing`; or the path is a folder.
-    """
+    """Writes or replaces a file in one step; it is on the disk when the function returns."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with replacing(path, durable=True) as new, new.open("wb") as file:
@@ -76,7 +66,6 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def partial_path(target: Path) -> Path:
-    """Returns an unused path beside `target`, for a file or folder that will replace it."""
     return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
 
 
@@ -97,11 +86,7 @@ def remove_abandoned(entry: os.DirEntry[str]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the entries of a folder on the disk, where the system can.
-
-    Raises:
-        OSError: the disk fails.
-    """
+    """Puts the entries of a folder on the disk, where the system can."""
     if WINDOWS:
         return
     try:
@@ -120,9 +105,8 @@ def sync_folder(folder: Path) -> None:
 def evict_from_page_cache(path: Path) -> None:
     """Writes a large file to the disk and drops its pages from memory, on Linux.
 
-    A file written piece by piece is cached in small pages. Read again through a map that asks for
-    huge pages (`runtimes/onnx/mapped_weights.py`), it can be cached in those, and a 2B takes 6 %
-    less time per token (`bench/system_tricks.py`).
+    Read again through a map that asks for huge pages (`runtimes/onnx/mapped_weights.py`), it can be
+    cached in those, and a 2B takes 6 % less time per token (`bench/system_tricks.py`).
     """
     if path.stat().st_size < _LARGE_BYTES or not hasattr(os, "posix_fadvise"):
         return
@@ -178,11 +162,7 @@ def move(new: Path, target: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file or folder; replaces an existing file, even a read-only one.
-
-    Raises:
-        OSError: it cannot be done, even a second later.
-    """
+    """Renames a file or folder; replaces an existing file, even a read-only one."""
     try:
         _retry(partial(os.replace, source, target))
     except PermissionError:
@@ -195,8 +175,7 @@ def rename(source: Path, target: Path) -> None:
 def _retry(change: Callable[[], object]) -> None:
     """Changes a folder; on Windows, tries again for a second.
 
-    Virus scanners and search indexes hold a new file open for a moment there, in which nobody can
-    rename or remove it.
+    Virus scanners and search indexes hold a new file open for a moment there.
     """
     for seconds in _PAUSES if WINDOWS else ():
         try:

@@ -1,7 +1,6 @@
 """SHA-256 of files, and a cache of those computed before.
 
-The cache makes opening a 2B in int4 fourteen times faster (`bench/system_tricks.py`): a second
-less before each command, and nothing is read from the disk.
+The cache makes opening a 2B in int4 fourteen times faster (`bench/system_tricks.py`).
 """
 
 import hashlib
@@ -35,8 +34,6 @@ _Cache = dict[str, Any]
 
 @dataclass(frozen=True)
 class FileRecord:
-    """SHA-256 in hexadecimal and size in bytes of one file."""
-
     sha256: str
     size: int
 

@@ -42,11 +42,9 @@ def windows_objection(name: str) -> str:
 
 
 def require_regular(path: Path) -> int:
-    """Returns the size of a file; reading a pipe or device could block or never end.
+    """Returns the size of a file; RequestError for a folder, a pipe or a device.
 
-    Raises:
-        RequestError: it is a folder, a pipe or a device.
-        OSError: there is none.
+    Reading a pipe or device could block or never end.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -56,12 +54,7 @@ def require_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
-    """Returns the content of a small file.
-
-    Raises:
-        RequestError: it is a folder, a pipe or a device, or has more than `most` bytes.
-        OSError: it cannot be read.
-    """
+    """Returns the content of a file of at most `most` bytes; RequestError for anything else."""
     size = require_regular(path)
     if size > most:
         raise RequestError(f"{path} has {size} bytes; expected at most {most}")
@@ -69,11 +62,7 @@ def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a file.
-
-    Raises:
-        RequestError: it cannot be read, is too large, or is not UTF-8.
-    """
+    """Returns the text of a file; RequestError where it is none."""
     try:
         return read_regular(path, MAX_TEXT_BYTES).decode()
     except OSError as error:

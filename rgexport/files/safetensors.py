@@ -1,10 +1,10 @@
 """The headers of safetensors files, read strictly and written.
 
-Format: 8 bytes little-endian header length, a JSON header
-`{name: {"dtype": …, "shape": […], "data_offsets": [begin, end]}}`, then the data without gaps.
+Format: 8 bytes little-endian header length, a JSON header `{name: {"dtype": …, "shape": […],
+"data_offsets": [begin, end]}}`, then the data without gaps.
 
-Why not `safetensors.safe_open(…).get_slice(…)`: it drops one of two tensors with the same name,
-blocks on a pipe, and maps the file (see `griffin.tensor`).
+`safetensors.safe_open` drops one of two tensors with the same name, blocks on a pipe, and maps the
+file (see `griffin.tensor`).
 """
 
 import json
@@ -23,8 +23,7 @@ from rgexport.files.paths import require_regular
 from rgexport.files.typed_json import Between, Mismatch, from_json, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
-"""A hundred times the header of a 9B; parsed JSON takes up to twenty times its size. The reference
-implementation allows 100 MB."""
+"""A hundred times the header of a 9B; parsed JSON takes up to twenty times its size."""
 
 MAX_RANK = 16
 """Axes of a tensor: no model has more than four."""
@@ -82,8 +81,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Returns the tensors of a file by name, in the order of their data.
 
     Raises:
-        RequestError: the file is no safetensors file, or its header contradicts itself or
-            the file's size.
+        RequestError: the file is no safetensors file, or its header contradicts itself or its size.
     """
     text, size = _read_text(path)
     data = 8 + len(text)
@@ -95,23 +93,14 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the `__metadata__` of a file: texts by name.
-
-    Raises:
-        RequestError: the file is no safetensors file, or its metadata are not texts.
-    """
+    """Returns the `__metadata__` of a file: texts by name."""
     return _parse(path, _read_text(path)[0])[1]
 
 
 def header(
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Returns the length and the header of a file, padded to align the data.
-
-    Args:
-        arrays: name → dtype and shape.
-        metadata: texts by name.
-    """
+    """Returns the length and the header of a file with arrays (name → dtype and shape)."""
     fields: dict[str, object] = {_METADATA: dict(metadata)}
     start = 0
     for name, (dtype, shape) in arrays.items():

@@ -29,12 +29,8 @@ def replace_folder(target: Path, *, force: bool, replaceable: Replaceable) -> It
     """Yields a temporary folder beside `target` that becomes `target` when the block ends well.
 
     Any exception removes it. A killed process leaves it, and the next run with the same target
-    removes it. A kernel lock, released even by a kill, keeps two runs from writing one target.
-
-    Args:
-        target: the folder to make; its parent must exist.
-        force: whether an existing target may be replaced.
-        replaceable: whether it is of a kind that may be; an empty folder always is.
+    removes it. A kernel lock, released even by a kill, keeps two runs from writing one target. An
+    existing target needs `force`, and to be `replaceable` or an empty folder.
 
     Raises:
         RequestError: see `check_target`; or the parent is not writable, another run is writing the
@@ -81,12 +77,7 @@ def _replaced(real: Path, check: Callable[[], None]) -> Iterator[Path]:
 
 
 def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
-    """Refuses a target that `replace_folder` would refuse, before any work is done.
-
-    Raises:
-        RequestError: it is a file, or a folder that may not be replaced; it holds the current
-            folder, is a mount point, or has no parent.
-    """
+    """Refuses a target that `replace_folder` would refuse, before any work is done."""
     if os.path.lexists(require_writable(target)):
         if not target.is_dir():
             raise RequestError(f"{target} exists and is a file; pass another -o")
@@ -95,11 +86,7 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
 
 
 def check_file_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
-    """Refuses a target that `replace_file` would refuse, before any work is done.
-
-    Raises:
-        RequestError: it is a folder, or a file that may not be replaced, or has no parent.
-    """
+    """Refuses a target that `replace_file` would refuse, before any work is done."""
     if os.path.lexists(require_writable(target)):
         if target.is_dir():
             raise RequestError(f"{target} exists and is a folder; pass a file with -o")
@@ -117,11 +104,7 @@ def _check_replaceable(target: Path, may_replace: bool, force: bool, verb: str) 
 
 
 def require_writable(target: Path) -> Path:
-    """Returns the target's real path.
-
-    Raises:
-        RequestError: nothing can be written to that path, whatever is there.
-    """
+    """Returns the target's real path; RequestError where nothing can be written to it."""
     real = Path(os.path.realpath(target))
     if WINDOWS and (objection := windows_objection(target.name)):
         raise RequestError(f"cannot write {target}: the name {objection}; pass another -o")
@@ -139,11 +122,7 @@ def require_writable(target: Path) -> Path:
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuses to begin to write more than the disk of `folder` has room for.
-
-    Raises:
-        RequestError: fewer than `needed_bytes` are free.
-    """
+    """Raises RequestError where the disk of `folder` has less room than is needed."""
     absolute = folder.absolute()
     existing = next((p for p in [absolute, *absolute.parents] if p.exists()), None)
     if existing is None:

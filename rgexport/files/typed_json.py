@@ -1,8 +1,8 @@
 """Strict JSON, and dataclasses as JSON and back; a complaint names the field.
 
-Why this is no library: msgspec names no key of an object (`$.tensors[...].shape`), nor the value,
-takes NaN and rounds whole numbers. pydantic and cattrs go on after the first mistake: 8 MB with a
-mistake in each entry take 600 MB and 2 s, or 1 GB and 16 s; here they take nothing.
+msgspec names neither the key of an object nor the value, takes NaN and rounds whole numbers.
+pydantic and cattrs go on after the first mistake: 8 MB of them take 600 MB and 2 s, or 1 GB and 16
+s.
 """
 
 import dataclasses
@@ -98,11 +98,7 @@ def _refuse(literal: str) -> NoReturn:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file.
-
-    Raises:
-        RequestError: the file cannot be read or holds something else.
-    """
+    """Returns the JSON object in a file; RequestError for anything else."""
     try:
         fields = parse_json(read_regular(path))
     except OSError as error:

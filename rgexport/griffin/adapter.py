@@ -41,7 +41,7 @@ _UNSUPPORTED = (
     *("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"),
     *("layer_replication", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens"),
 )
-"""Unsupported options: with them, an adapter is more than two matrices for each weight."""
+"""With these options, an adapter is more than two matrices for each weight."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,10 @@ def merge_adapter(
 ) -> tuple[dict[str, RowTensor], dict[str, Path]]:
     """Returns the weights that an adapter changes, merged in float32, and the adapter's files.
 
-    Args:
-        folder: the adapter.
-        model: name of the base model, for errors.
-        weights: the base model's.
+    `model` is the name of the base model, for errors, `weights` are the base model's.
 
     Raises:
-        RequestError: no LoRA adapter, one for another model, or one with what is not supported.
+        RequestError: no LoRA adapter, one for another model, or one with unsupported options.
     """
     config, path = _read_config(folder), folder / WEIGHTS
     entries = read_header(path)
@@ -205,10 +202,7 @@ def _matrix(entry: Entry) -> np.ndarray:
 
 
 def _merged(base: RowTensor, pair: _LoraPair) -> RowTensor:
-    """Returns the sum of a weight and its LoRA product, in float32.
-
-    The matrix that has a row for each row of the weight is read row by row, too.
-    """
+    """Returns the sum of a weight and its LoRA product, in float32."""
     by_row = entry_columns(pair.a) if pair.is_embedding else entry_rows(pair.b)
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -70,15 +70,8 @@ def chat_template(folder: Path) -> tuple[str, str]:
 def chosen_template(folder: Path, special: Container[str], name: str) -> str | None:
     """Returns the template of an artifact's chats; None if it has none.
 
-    Warns if such a chat would be refused.
-
-    Args:
-        folder: has the checkpoint's tokenizer.
-        special: the literals of its control tokens and its markup.
-        name: the model's, for the warning.
-
-    Raises:
-        RequestError: the reasons of `read_chat_template`.
+    Warns if such a chat would be refused. `special` are the literals of the tokenizer's control
+    tokens and markup, `name` is the model's.
     """
     source, origin = chat_template(folder)
     missing = missing_turns(source, special)

@@ -29,16 +29,11 @@ _HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
 class Checkpoint:
     """A checkpoint; only its headers are in memory.
 
-    Attributes:
-        name: the folder's or the hub id's last part, or `demo`; for display and output names.
-        path: the folder, or DeepMind's `.pt` file or orbax folder.
-        weights: canonical name → tensor in its stored dtype, for the tensors that fit the model.
-        head: `lm_head.weight`, where it was saved too; it must equal the embedding.
-        problems: what is wrong according to the headers, each as `kind: details`.
-        weight_files: by name; in an orbax folder, by the path inside it.
-        instruction_tuned: whether it was tuned for chat, by its name or its chat template; None if
-            unknown.
-        adapter: the folder of a LoRA adapter that is merged into `weights`.
+    `name` is the folder's or the hub id's last part, or `demo`; `path` the folder, or DeepMind's
+    `.pt` file or orbax folder. `weights` are stored tensors that fit the model, by canonical name;
+    `head` is `lm_head.weight` where it was saved too. `problems` are those of the headers, each as
+    `kind: details`. `instruction_tuned` is None if unknown. `adapter` is the folder of a merged
+    LoRA adapter.
     """
 
     name: str
@@ -65,13 +60,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens a checkpoint and reads its configuration and its tensors' headers.
 
-    Args:
-        model: a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
-            flax release, an orbax folder), a `.pt` file, or a hub id, which may be downloaded.
-        size: instead of `model`, one of `SIZE_WORDS`.
-        window: the attention window: smaller than what the files state, or what they do not state.
-        soft_cap: the cap of the logits, for files that do not state it; 0 means none.
-        adapter: the folder of a LoRA adapter to merge.
+    `model` is a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its flax
+    release, an orbax folder), a `.pt` file, or a hub id, which may be downloaded; or `size` is one
+    of `SIZE_WORDS`. `window` is smaller than that of the files, or one that they do not state;
+    `soft_cap` is for files that do not state it, and 0 means none. `adapter` is the folder of a
+    LoRA adapter to merge.
 
     Raises:
         RequestError: nothing usable is there; problems of single tensors do not raise, they are
@@ -130,11 +123,7 @@ def means_checkpoint(path: Path) -> bool:
 
 
 def demo_folder() -> Path:
-    """Returns the bundled demo model, in the installed package or in the repository.
-
-    Raises:
-        RequestError: this install has none.
-    """
+    """Returns the bundled demo model, in the installed package or in the repository."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "demo_model", package.parent / "demo" / "model"):
         if (folder / huggingface.CONFIG).is_file():
@@ -259,7 +248,7 @@ def _match_tensors(
 ) -> tuple[dict[str, RowTensor], list[str]]:
     """Splits tensors (by canonical names) into those that fit the model, and problems.
 
-    A problem reads `kind: details`; the kinds are missing, unexpected, wrong shape, wrong dtype.
+    The kinds of problems are missing, unexpected, wrong shape, wrong dtype.
     """
     expected = model_tensors(config)
     weights: dict[str, RowTensor] = {}

@@ -27,13 +27,10 @@ _EXPONENTS: dict[np.dtype, tuple[type, int, int]] = {
 """dtype → integer view, mask of all but the sign, bits of infinity; above those lie the NaNs."""
 
 FileHashes = dict[str, FileRecord]
-"""File name → hash and size."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All problems of a checkpoint (each `kind: details`), and the hashes of its weight files."""
-
     problems: tuple[str, ...]
     hashes: FileHashes
 
@@ -55,11 +52,7 @@ def require_sound(checkpoint: Checkpoint) -> FileHashes:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
-    """Checks that values are finite and the head equals the embedding; hashes the weight files.
-
-    Raises:
-        RequestError: a file cannot be read.
-    """
+    """Checks that values are finite and the head equals the embedding; hashes the weight files."""
     files, weights, head = checkpoint.weight_files, checkpoint.weights, checkpoint.head
     try:
         total = sum(path.stat().st_size for path in files.values())

@@ -17,9 +17,9 @@ RG_LRU_C = -8.0
 class GriffinConfig:
     """All sizes and constants of the step model.
 
-    Names follow the paper (arXiv 2402.19427): `mlp_width` is the width of *one* branch of the
-    gated MLP, `window` the number of keys *before* the query that it sees (window + 1 with
-    itself), `lru_heads` the number of diagonal blocks of the RG-LRU gates.
+    Names follow the paper (arXiv 2402.19427): `mlp_width` is the width of *one* branch of the gated
+    MLP, `window` the number of keys *before* the query that it sees (window + 1 with itself),
+    `lru_heads` the number of diagonal blocks of the RG-LRU gates.
     """
 
     vocab_size: int
@@ -49,13 +49,7 @@ class GriffinConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AskedFor:
-    """Changes of a checkpoint that a user asked for when it was opened; None where none was.
-
-    Attributes:
-        window: `--window`.
-        soft_cap: `--soft-cap`.
-        adapter: the name of the folder given by `--adapter`.
-    """
+    """Changes of a checkpoint that a user asked for when it was opened; None where none was."""
 
     window: int | None = None
     soft_cap: float | None = None

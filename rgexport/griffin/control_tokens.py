@@ -41,12 +41,7 @@ class ControlToken(NamedTuple):
 class ControlTokens:
     """The control tokens of a vocabulary; None where it lacks one.
 
-    Attributes:
-        bos: the beginning of a text.
-        eos: the end of a text.
-        unk: text that no piece covers.
-        pad: padding.
-        special: literal → id of every piece that plain text must not be encoded to.
+    `special` is literal → id of every piece that plain text must not be encoded to.
     """
 
     bos: ControlToken | None
@@ -100,12 +95,10 @@ def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:
 def json_tokens(
     layout: Mapping[str, Any], pieces: Mapping[str, int], folder: Path
 ) -> ControlTokens:
-    """Reads the control tokens of a tokenizer.json.
+    """Reads the control tokens of a tokenizer.json, whose content is `layout`.
 
-    Args:
-        layout: the file's content.
-        pieces: literal → id of the whole vocabulary, added tokens included.
-        folder: has the file, and perhaps the settings that name its tokens.
+    `pieces` is literal → id of the whole vocabulary, added tokens included; `folder` has the file,
+    and perhaps the settings that name its tokens.
     """
     added = layout.get("added_tokens", [])
     literals = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
@@ -129,11 +122,7 @@ def json_tokens(
 
 
 def read_control_tokens(folder: Path) -> ControlTokens:
-    """Reads the control tokens of a folder's tokenizer.model, or of its tokenizer.json.
-
-    Raises:
-        RequestError: the tokenizer cannot be read.
-    """
+    """Reads the control tokens of a folder's tokenizer.model, or of its tokenizer.json."""
     import sentencepiece  # slow to load
 
     try:

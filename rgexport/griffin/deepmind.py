@@ -31,11 +31,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.((recurrent|attention)_block\.)?.+")
 
 
 def read_tensors(path: Path) -> DeepMindTensors:
-    """Opens a `.pt` file or an orbax folder; tensors have the names of DeepMind's torch files.
-
-    Raises:
-        RequestError: the reasons of `read_torch_file` and `read_orbax`.
-    """
+    """Opens a `.pt` file or an orbax folder; tensors have the names of DeepMind's torch files."""
     if path.is_dir():
         return read_orbax(path)
     return {n.removeprefix("params."): tensor for n, tensor in read_torch_file(path).items()}
@@ -80,11 +76,7 @@ def _branches(tensor: DeepMindTensor | str) -> list[FoundTensor]:
 def infer_config(
     path: Path, stored: DeepMindTensors, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
-    """Returns the configuration that the shapes imply.
-
-    Raises:
-        RequestError: the tensors are not those of a Griffin model.
-    """
+    """Returns the configuration that the shapes imply; RequestError for another model's."""
     vocab_size, width = _shape(path, stored, r"embedder\.input_embedding", 2)
     mlp_width = _shape(path, stored, r"blocks\.\d+\.mlp_block\.ffw_up\.w", 3)[2]
     types = _block_types(path, stored)

@@ -52,9 +52,8 @@ def orbax_folder(path: Path) -> Path | None:
 def read_orbax(folder: Path) -> DeepMindTensors:
     """Opens an orbax checkpoint; converts names and matrices to the form of DeepMind's torch files.
 
-    Each parameter is a zarr array, in a folder of its own or in one OCDBT database for all. Orbax
-    stores it in one compressed chunk, so it is read whole: the largest one of a 2B, in bfloat16,
-    takes 1.3 GB of memory.
+    Each parameter is a zarr array, in a folder of its own or in one OCDBT database for all, and in
+    one compressed chunk, so it is read whole: the largest one of a 2B takes 1.3 GB of memory.
 
     Raises:
         NotInstalled: tensorstore is missing.

@@ -27,7 +27,6 @@ def _register(op: Any) -> None:
 
 
 def _gradients(op: Any, inputs: _Inputs, needed: tuple[bool, ...], grads: _Grads) -> _Grads:
-    """Returns the gradients of the inputs that need them."""
     with torch.enable_grad():
         copies = [
             x.detach().requires_grad_() if is_needed else x

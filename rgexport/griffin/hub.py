@@ -102,7 +102,6 @@ def _check_files(hub_id: str, info: "ModelInfo") -> None:
 
 
 def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
-    """Returns the size of the files that are still to be downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     return sum(
@@ -114,13 +113,9 @@ def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
 
 
 def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
-    """Returns a line for an error of the hub's client.
+    """Returns a line for an error of the hub's client in an `action` such as `download`.
 
-    Args:
-        hub_id: the repository.
-        error: the client's.
-        action: the action that failed, such as `download`.
-        advice: an alternative, to follow a comma or a semicolon.
+    `advice` is an alternative, to follow a comma or a semicolon.
     """
     from huggingface_hub import errors
 

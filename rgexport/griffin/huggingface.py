@@ -22,11 +22,7 @@ SLAB_BYTES = 8 << 20
 
 
 def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """Returns the weight files of a folder, and its index's map from tensor to file.
-
-    Raises:
-        RequestError: there are none, or the index is wrong or names files that are not there.
-    """
+    """Returns the weight files of a folder, and its index's map from tensor to file."""
     if (folder / SINGLE).exists():
         return (folder / SINGLE,), None
     if not (folder / INDEX).exists():
@@ -82,8 +78,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
 def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the weights into `folder`: one file, or shards of at most `shard_bytes` and an index.
 
-    A tensor that is larger than `shard_bytes` gets a shard of its own. Names get the hub's
-    prefix `model.`.
+    A tensor that is larger gets a shard of its own. Names get the hub's prefix `model.`.
     """
     shards = list(_split(weights, shard_bytes))
     total, count = sum(tensor.nbytes for tensor in weights.values()), len(shards)

@@ -21,7 +21,7 @@ from rgexport.files.typed_json import (
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 
 MAX_LAYERS = 512
-"""Far more than any model has: a wrong config must not fill the memory with names of tensors."""
+"""Bounds the names of tensors that a wrong config can fill the memory with."""
 
 BLOCK_TYPES: tuple[BlockType, ...] = ("recurrent", "attention")
 DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
@@ -80,14 +80,11 @@ def read_config(
 ) -> GriffinConfig:
     """Reads a `config.json`, in any dialect that the hub or transformers writes.
 
-    Args:
-        path: the file.
-        window: the attention window, at most the one that the file states.
-        soft_cap: the cap of the logits, where the file states none.
+    `window` is at most that of the file; `soft_cap` is for a file that states none.
 
     Raises:
-        RequestError: a field is wrong, contradicts another, or asks for something that no
-            RecurrentGemma has; or the file states a smaller window or another `soft_cap`.
+        RequestError: a field is wrong, contradicts another or an argument, or asks for something
+            that no RecurrentGemma has.
     """
     values = read_json(path)
     try:
@@ -178,7 +175,6 @@ def _check_kind(fields: _Fields) -> None:
 
 
 def _block_types(fields: _Fields) -> tuple[BlockType, ...]:
-    """Returns the type of each layer: the pattern, repeated over the layers."""
     stated = {fields.block_types, fields._block_types} - {None}
     if len(stated) > 1:
         raise Mismatch("block_types and _block_types differ")
@@ -198,7 +194,6 @@ def _window(path: Path, stated: int | None, requested: int | None) -> int:
 
 
 def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | None) -> float:
-    """Returns the cap of the logits; null in the file means none."""
     stated = fields.logits_soft_cap
     if requested is not None and is_stated and stated not in (None, requested):
         raise RequestError(
@@ -211,12 +206,7 @@ def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | N
 
 
 def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
-    """The fields of `config.json`.
-
-    Raises:
-        RequestError: the format cannot say it: another number of RG-LRU blocks than of heads,
-            or an embedding scale other than 1 and sqrt(width).
-    """
+    """Returns the fields of `config.json`; RequestError where the format cannot say it."""
     if config.lru_heads != config.num_heads:
         raise RequestError(
             f"config.json has one number of heads; found {config.num_heads} for attention and "

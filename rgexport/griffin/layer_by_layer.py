@@ -42,8 +42,8 @@ class _Piece:
 class LayerByLayer(ABC):
     """A model in float32 that holds the weights of one layer at a time.
 
-    All tokens of a teacher-forced text go through one layer before the next one is read, so a
-    9B runs in the memory of one of its layers, and each weight is read once per text.
+    All tokens of a teacher-forced text go through one layer before the next one is read, so a 9B
+    runs in the memory of one of its layers, and each weight is read once per text.
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, keep: bool = False):
@@ -82,8 +82,7 @@ class LayerByLayer(ABC):
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Array, State]:
         """Takes tokens [B, T], from the beginning or from a canonical state.
 
-        Returns:
-            The final norm's output [B, T, width] float32, and the canonical state after it.
+        Returns the final norm's output [B, T, width] float32, and the canonical state after it.
         """
         state = zero_state(self.config, len(tokens)) if state is None else state
         hidden, states = self.run_each([(tokens, state)])[0]
@@ -96,19 +95,14 @@ class LayerByLayer(ABC):
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Array, list[State]]]:
-        """Runs several texts, which may differ in length; every weight is read once.
+        """Runs texts, which may differ in length; every weight is read once.
 
-        A text goes through a layer in pieces, so that the memory for activations does not grow
-        with its length.
+        Each text is tokens [B, T] and the canonical state before them. It goes through a layer in
+        pieces, so that the memory for activations does not grow with its length. `watch` is called
+        with the residual stream after each layer.
 
-        Args:
-            texts: tokens [B, T] and the canonical state before them.
-            stops: for each text, ascending numbers of tokens below T; the states after them are
-                returned, too.
-            watch: called with the residual stream after each layer.
-
-        Returns:
-            For each text, the final norm's output, and the states after the stops and the end.
+        Returns for each text the final norm's output, and the states after its `stops` (ascending
+        numbers of tokens below T) and the end.
         """
         pieces = [
             _pieces(tokens.shape[1], stops[i] if stops else ())
@@ -189,7 +183,6 @@ class LayerByLayer(ABC):
         return self._normalized(hidden, self._load(self._weights[_NORM]))
 
     def _load(self, weight: RowTensor) -> Array:
-        """Reads a whole weight in float32, slab by slab."""
         array = np.empty(weight.shape, np.float32)
         for start, rows in weight.slabs():
             array[start : start + len(rows)] = rows

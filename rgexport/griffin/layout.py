@@ -1,14 +1,11 @@
 """The ops of a Griffin model's step and their tensors: names, shapes and roles.
 
-Everything derives from one table of ops: canonical tensors, sites, and the names in DeepMind's
-checkpoints (`deepmind`), GGUF files (`export.gguf.naming`) and llama.cpp's graph
-(`runtimes.llama_cpp.observer`).
+All names derive from one table: canonical ones, sites, those in DeepMind's checkpoints and GGUF
+files, and in llama.cpp's graph. Canonical names and shapes are Hugging Face's without the leading
+`model.`; linear weights are `[out, in]`. The head is the embedding (tied).
 
-Canonical names and shapes are Hugging Face's without the leading `model.`; linear weights are
-`[out, in]`. The head is the embedding (tied), so there is no `lm_head`.
-
-A site is the stable name of an op. Emitters use sites in the names of their values, so that the
-results of two engines can be compared op by op.
+A site is the stable name of an op, and in the names of emitters' values, so that the results of two
+engines can be compared op by op.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,17 +46,13 @@ class OpTensor:
 class Op:
     """One op of a layer.
 
-    Attributes:
-        site: its canonical name within the layer; its tensors' names are this and their `end`.
-        tensors: those that it reads.
-        deepmind: the beginning of their names in DeepMind's files, after `blocks.{i}.`; empty
-            where the tensors do not map one to one.
-        gguf: the beginning of their names in GGUF files, after `blk.{i}.`.
-        graph: the tensor of llama.cpp's graph that holds the result (`cb` in
-            kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp, commit
-            0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`, such as
-            `Qcur/ROPE`. Empty where the op is computed together with the next one.
-        reads: of a linear, the site within the layer whose result is its input.
+    `site` is its name within the layer; its tensors' names are this and their `end`. `deepmind`
+    (after `blocks.{i}.`) and `gguf` (after `blk.{i}.`) begin their names elsewhere; `deepmind` is
+    empty where tensors do not map one to one. `graph` is the tensor of llama.cpp's graph that holds
+    the result (`cb` in kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp,
+    commit 0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`. It is empty
+    where the op is computed together with the next one. `reads` is the site within the layer that
+    is a linear's input.
     """
 
     site: str
@@ -237,5 +230,4 @@ def sites(config: GriffinConfig) -> tuple[str, ...]:
 
 
 def float32_bytes(config: GriffinConfig) -> int:
-    """Returns the size of all weights in float32."""
     return 4 * sum(prod(spec.shape) for spec in model_tensors(config).values())

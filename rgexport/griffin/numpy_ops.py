@@ -17,7 +17,6 @@ _GELU = np.float32(math.sqrt(2 / math.pi))
 
 
 def embedding(ids: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
-    """Returns rows of `table` [V, W] for `ids` [B, T], times `scale`."""
     return table[ids] * np.float32(scale)
 
 
@@ -27,7 +26,6 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    """Computes `x · weightᵀ + bias` for x [B, T, K] and weight [N, K]."""
     y = _product(x.reshape(-1, x.shape[-1]), weight)
     if bias is not None:
         y += bias
@@ -82,7 +80,6 @@ def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def causal_conv1d(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, state: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Convolves each channel over time: x [B, T, R], weight [R, 1, C], state [B, C - 1, R]."""
     window = np.concatenate([state, x], 1)
     y = np.broadcast_to(bias, x.shape).copy()
     for tap in range(weight.shape[-1]):
@@ -119,7 +116,6 @@ def rg_lru_scan(
 def rope(
     x: np.ndarray, position_ids: np.ndarray, head_dim: int, dims: int, theta: float
 ) -> np.ndarray:
-    """Rotates the first `dims` of every head's `head_dim` dims, halves paired."""
     half = dims // 2
     exponents = np.arange(half, dtype=np.float32) * 2 / np.float32(dims)
     frequencies = 1 / np.float32(theta) ** exponents
@@ -141,7 +137,6 @@ def local_attention(
     past_v: np.ndarray,
     position_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes multi-query attention of each query to itself and `window` keys before it."""
     (batch, length), (window, head_dim) = q.shape[:2], past_k.shape[1:]
     keys, values = np.concatenate([past_k, k], 1), np.concatenate([past_v, v], 1)
     # Slot j holds position p0 + j - window; those below 0 are the zeros before the first token.

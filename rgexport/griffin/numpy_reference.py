@@ -72,8 +72,6 @@ class NumpyReference(LayerByLayer):
 
 
 class _Layer:
-    """One residual block: temporal mixing, then the MLP."""
-
     def __init__(
         self,
         config: GriffinConfig,
@@ -149,9 +147,9 @@ class _Layer:
 class Variants(NumpyReference):
     """A model and its variants, each with another model's weights in one part.
 
-    The parts are the embedding (which is also the head), each layer, and the final norm. All
-    variants go through the layers together. Before its part, a variant equals the model, so the
-    batch grows from layer to layer. One layer of one of the two models is in memory at a time.
+    The parts are the embedding (which is also the head), each layer, and the final norm. Before its
+    part, a variant equals the model, so the batch grows from layer to layer. One layer of one of
+    the two models is in memory at a time.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
 """The Griffin op set: every operation of the step model, as `torch.library` ops.
 
-`torch.export` sees each as one node; an emitter is a table from these ops to its own nodes.
-The bodies are the eager reference. Shapes: B sequences, T tokens, W model width, R lru_width,
-H heads of D dims. The last argument of every op is its *site*, the stable name that emitters
-carry into their own value names.
+`torch.export` sees each as one node; an emitter is a table from these ops to its own nodes. The
+bodies are the eager reference. Shapes: B sequences, T tokens, W model width, R lru_width, H heads
+of D dims. The last argument of every op is its *site*, the stable name that emitters carry into
+their own value names.
 
-Dtypes: `linear` and `embedding` work in their weight's dtype (the activation dtype); the
-residual stream, norms, convolution, gates, scan, RoPE angles, softmax and soft cap are float32.
+Dtypes: `linear` and `embedding` work in their weight's dtype (the activation dtype); the residual
+stream, norms, convolution, gates, scan, RoPE angles, softmax and soft cap are float32.
 """
 
 from collections.abc import Callable
@@ -96,8 +96,8 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution over time.
 
-    x [B, T, R], weight [R, 1, C], bias [R], state [B, C - 1, R] → y [B, T, R] float32 and the
-    next state. `x` is rounded to the state's dtype first, so that a step equals a prefill.
+    x [B, T, R], weight [R, 1, C], bias [R], state [B, C - 1, R] → y [B, T, R] float32 and the next
+    state. `x` is rounded to the state's dtype first, so that a step equals a prefill.
     """
     window = torch.cat([state, x.to(state.dtype)], dim=1)
     channels_first = window.float().transpose(1, 2)
@@ -129,9 +129,9 @@ def rg_lru_scan(
 ) -> tuple[Tensor, Tensor]:
     """The RG-LRU (arXiv 2402.19427, eq. 1–4), from its gates' pre-activations on.
 
-    x, input_gate, recurrence_gate [B, T, R], a_param [R], position_ids [B, T], state [B, R]
-    → h [B, T, R] and the next state, float32. At position 0 the state is ignored and the
-    input is not normalized.
+    x, input_gate, recurrence_gate [B, T, R], a_param [R], position_ids [B, T], state [B, R] → h [B,
+    T, R] and the next state, float32. At position 0 the state is ignored and the input is not
+    normalized.
     """
     log_a = RG_LRU_C * torch.sigmoid(recurrence_gate) * F.softplus(a_param.float())
     first = (position_ids == 0).unsqueeze(-1)

@@ -23,10 +23,7 @@ class Reference(LayerByLayer):
         device: str = "cpu",
         keep: bool = False,
     ):
-        """`device` is anything that torch knows; on CUDA, TF32 is turned off for the process.
-
-        With `keep`, all weights stay in memory in float32 once they are read.
-        """
+        """On CUDA, TF32 is turned off for the process."""
         super().__init__(config, weights, keep=keep)
         self.device = torch.device(device)
         turn_off_tf32(self.device)
@@ -40,7 +37,6 @@ class Reference(LayerByLayer):
         return layer
 
     def describe(self) -> dict[str, str]:
-        """Returns `implementation` and the entries of `describe_device`."""
         return {"implementation": f"rgexport {__version__}", **describe_device(self.device)}
 
     def _array(self, array: np.ndarray) -> Tensor:
@@ -76,7 +72,6 @@ def turn_off_tf32(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    """Returns torch's `device`, `dtype`, `tf32` and `torch` (version)."""
     cuda = device.type == "cuda"
     tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return {

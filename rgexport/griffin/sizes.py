@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 
 DEMO = "demo"
-"""The bundled model."""
 
 
 def _released(layers: int, width: int, heads: int) -> GriffinConfig:
@@ -30,8 +29,6 @@ CONFIG_9B = _released(layers=38, width=4096, heads=16)
 
 @dataclass(frozen=True)
 class Size:
-    """A released model."""
-
     hub_id: str
     config: GriffinConfig
     instruction_tuned: bool
@@ -44,4 +41,3 @@ SIZES: dict[str, Size] = {
     "9b-it": Size("google/recurrentgemma-9b-it", CONFIG_9B, True),
 }
 SIZE_WORDS: tuple[str, ...] = (DEMO, *SIZES)
-"""What `--size` accepts."""

@@ -15,7 +15,6 @@ import numpy as np
 from rgexport.griffin.config import GriffinConfig
 
 State = dict[str, np.ndarray]
-"""One canonical state: name → array."""
 
 POSITION = "position"
 
@@ -51,6 +50,5 @@ def state_specs(config: GriffinConfig, activation: str = "float32") -> list[Stat
 
 
 def zero_state(config: GriffinConfig, batch: int, activation: str = "float32") -> State:
-    """Returns the state before the first token."""
     state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in state_specs(config, activation)}
     return state | {POSITION: np.zeros(batch, np.int64)}

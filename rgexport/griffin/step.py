@@ -160,10 +160,9 @@ class Layer(nn.Module):
 
 
 class StepModel(nn.Module):
-    """A whole Griffin model as a step."""
+    """A whole Griffin model as a step; `dtype` is the activation dtype, float32 or float16."""
 
     def __init__(self, config: GriffinConfig, dtype: torch.dtype = torch.float32):
-        """`dtype` is the activation dtype: float32 or float16."""
         super().__init__()
         self.config = config
         self.embed_tokens = Weight((config.vocab_size, config.width), None, dtype)
@@ -175,14 +174,9 @@ class StepModel(nn.Module):
     ) -> tuple[Tensor, list[LayerState]]:
         """One step.
 
-        Args:
-            input_ids: [B, T] int64.
-            position_ids: [B, T] int64, consecutive within a row.
-            num_logits: how many last tokens want logits, a scalar int64.
-            states: per layer, see `griffin.state.layer_states`.
-
-        Returns:
-            Logits [B, num_logits, V] float32 and the next states.
+        input_ids, position_ids [B, T] int64, consecutive within a row, `num_logits` last tokens
+        that want logits, a scalar int64, and the states of each layer → logits [B, num_logits, V]
+        float32 and the next states.
         """
         table, config = self.embed_tokens.weight, self.config
         x = ops.embedding(input_ids, table, config.embedding_scale, "embed_tokens")

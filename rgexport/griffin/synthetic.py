@@ -1,8 +1,7 @@
 """Writes random checkpoints with the statistics of trained ones, to measure without real weights.
 
-Drawing the 2.7 G normals of a 2B would take minutes. Instead there is one pool of about a million
-normals, and each row of a large tensor is a window of it at a random offset. Rows differ and each
-is normal, as quantizers and engines would see in trained weights.
+Drawing the 2.7 G normals of a 2B would take minutes. Instead each row of a large tensor is a window
+of a pool of about a million normals, at a random offset.
 """
 
 import json
@@ -46,13 +45,8 @@ def write_random(
 ) -> None:
     """Writes a random checkpoint in Hugging Face's layout, as a stream of slabs.
 
-    Args:
-        model: one of the words in `SIZES`, or a configuration.
-        target: the folder to make; it appears when it is complete.
-        seed: another seed gives other weights.
-        dtype: of the weights: `float32`, `float16` or `bfloat16`.
-        shard_bytes: the most bytes of one file.
-        force: whether an older random checkpoint may be replaced.
+    `model` is one of the words in `SIZES`, or a configuration. `force` lets it replace an older
+    random checkpoint.
 
     Raises:
         RequestError: an unknown size or dtype, a target that exists, or no space.

@@ -35,11 +35,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_pieces(path: Path) -> Any:
-    """Returns the `ModelProto` of a file.
-
-    Raises:
-        Exception: any error of protobuf.
-    """
+    """Returns the `ModelProto` of a file; any error of protobuf may be raised."""
     # slow to import, and generated without type information
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 

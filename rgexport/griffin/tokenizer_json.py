@@ -49,12 +49,7 @@ class TokenizerJson:
     fields: dict[str, Any]
 
     def engine(self) -> "tokenizers.Tokenizer":
-        """Opens the file in the library `tokenizers`.
-
-        Raises:
-            RequestError: the library panics.
-            Exception: the file cannot be read; the library raises many types.
-        """
+        """Opens the file in the library `tokenizers`, which raises many types of exceptions."""
         import tokenizers
 
         with panics_raised(self.path):
@@ -80,11 +75,7 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
 
 @contextlib.contextmanager
 def panics_raised(path: Path) -> Iterator[None]:
-    """Turns a panic of the library into an error.
-
-    Raises:
-        RequestError: it panicked.
-    """
+    """Turns a panic of the library into a RequestError."""
     try:
         yield
     except BaseException as error:

@@ -3,15 +3,11 @@
 Format (`torch.serialization`): an uncompressed zip archive with a pickle `NAME/data.pkl` and a
 record `NAME/data/KEY` for each storage. In the pickle, nested dictionaries hold calls
 `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; a storage is
-the persistent id `("storage", type, KEY, device, count)`.
+the persistent id `("storage", type, KEY, device, count)`. `pickletools` takes the stream apart, and
+the opcodes that such files need build plain data, with functions of ours in place of torch's.
 
-Nothing is unpickled: `pickletools` takes the stream apart, and the opcodes that such files need
-build plain data, with functions of ours in place of torch's.
-
-Why not `torch.load(path, mmap=True, weights_only=True)`: pages of transposed matrices count as
-memory of the process, a file that is cut while it is mapped kills it, a storage's stated size is
-believed, `bytearray` and uninitialized tensors are allowed, and nested tuples as a key keep it busy
-for ever.
+`torch.load(path, mmap=True, weights_only=True)` dies with a file that is cut, believes a storage's
+stated size, allows uninitialized tensors, and hangs on nested tuples as a key.
 """
 
 import math
@@ -32,8 +28,7 @@ from rgexport.griffin.tensor import DTYPES, RowTensor, file_rows, transposed_row
 MAX_PICKLE_BYTES = 2 << 20
 """A 9B's pickle has 0.1 MB. The worst one of 2 MB takes 1.5 s and 180 MB."""
 MAX_NAMES, MAX_DEPTH, MAX_RANK = 1 << 16, 16, 16
-"""Limits of nested dictionaries and of shapes. A few dictionaries that hold one another twice would
-otherwise have more names than fit into any memory."""
+"""Limits of nested dictionaries, which may hold one another twice, and of shapes."""
 
 _MAX_ELEMENTS = 1 << 56
 _PICKLE, _LITTLE = "/data.pkl", b"little"
@@ -49,7 +44,6 @@ _DTYPES: dict[str, np.dtype] = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-"""torch's name of a storage's type → dtype."""
 
 
 def read_torch_file(path: Path) -> DeepMindTensors:
@@ -193,12 +187,6 @@ class _Reader:
         self.stack: list[Any] = []
 
     def read(self, stream: bytes) -> Any:
-        """Returns the value that the opcodes leave on the stack.
-
-        Raises:
-            RequestError: an object of a type that is not known.
-            ValueError, LookupError, TypeError: the stream is damaged, or has an unknown opcode.
-        """
         for opcode, argument, _ in pickletools.genops(stream):
             _OPCODES[opcode.name](self, argument)
         (content,) = self.stack
@@ -208,7 +196,6 @@ class _Reader:
         self.stack.append(value)
 
     def pop(self, count: int) -> list[Any]:
-        """Removes the last `count` values; returns them in their order."""
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def mark(self) -> None:
@@ -351,10 +338,7 @@ def _opened(path: Path, name: str, tensor: _Tensor) -> DeepMindTensor:
 def _view_rows(
     path: Path, dtype: np.dtype, shape: tuple[int, ...], transposed: bool, offset: int, view: View
 ) -> RowTensor:
-    """Reads a view of a tensor from its file.
-
-    The view is taken of an array without memory, which has only the shape and the strides.
-    """
+    """Reads a view of a tensor: of an array without memory, which has only shape and strides."""
     stored = np.lib.stride_tricks.as_strided(
         np.zeros(1, dtype), shape[::-1] if transposed else shape, _strides(shape, transposed, dtype)
     )
@@ -372,7 +356,6 @@ def _view_rows(
 
 
 def _strides(shape: tuple[int, ...], transposed: bool, dtype: np.dtype) -> tuple[int, ...]:
-    """Returns the strides in bytes of a row-major array, or of the array that is its transpose."""
     sizes = shape[::-1] if transposed else shape
     return tuple(dtype.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
 

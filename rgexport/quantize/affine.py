@@ -40,7 +40,7 @@ _LANES = 16
 class Affine(Uniform):
     """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
 
-    Integers are unsigned. A symmetric scheme has the zero point `2**(bits - 1)` everywhere, an
+    They are unsigned. A symmetric scheme has the zero point `2**(bits - 1)` everywhere, an
     asymmetric one stores an integer zero point per block.
     """
 
@@ -79,11 +79,9 @@ class Affine(Uniform):
         return int(2**self.bits - 1)
 
     def block_size(self, columns: int) -> int:
-        """Returns the number of weights that share a scale, in rows of `columns` weights."""
         return self.block or columns
 
     def num_blocks(self, columns: int) -> int:
-        """Returns the number of blocks in a row of `columns` weights."""
         return -(-columns // self.block_size(columns))
 
     def part_shapes(self, shape: Shape) -> PartShapes:
@@ -144,19 +142,13 @@ class Affine(Uniform):
     def search(
         self, rows: np.ndarray, statistics: Statistics | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Searches the scale of each block that gives the least squared error.
+        """Returns levels uint8 [n, blocks, block], and scales and zero points float32 [n, blocks].
 
         The largest weights of a block may be clipped, so that all others are nearer to a level.
         Fractions of the scale of the extremes are tried, with both signs where levels are symmetric
         (int4 has -8, but not 8), and with three zero points where they are not; then the scale is
-        fitted to the levels. The scale of the extremes itself is among them, so no block is worse
-        than by rounding to nearest. Statistics weigh the errors of columns by their importance.
-
-        Returns:
-            Levels uint8 [n, blocks, block], and scales and zero points float32 [n, blocks].
-
-        Raises:
-            RequestError: a weight is too large for float16 scales.
+        fitted to the levels. No block is worse than by rounding to nearest. Statistics weigh the
+        errors of columns by their importance.
         """
         weights = self._in_blocks(rows)
         scales, zeros = self._extreme_scales(weights)
@@ -196,7 +188,6 @@ class Affine(Uniform):
         return scales, np.clip(np.rint(-low / scales), 0, self._top)
 
     def _pack(self, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> Parts:
-        """Packs levels uint8 [n, blocks, block], and scales and zero points [n, blocks]."""
         count, blocks, block = levels.shape
         arrays = {
             "data": pack(levels.reshape(count, blocks * block), self.bits),
@@ -225,10 +216,10 @@ class Affine(Uniform):
         return block if SMALLEST_BLOCK <= block < columns else None
 
     def least_padded(self, columns: int) -> "Affine":
-        """Chooses the block size.
+        """Chooses the block size; of equal sizes, the smaller block is nearer to the weights.
 
         Small blocks cost scales, large ones padding: rows of 288 take 384 integers in blocks of
-        128, and 288 in blocks of 32. Of equal sizes, the smaller block is nearer to the weights.
+        128.
         """
         if self.block is None:
             return self
@@ -258,11 +249,7 @@ class Affine(Uniform):
         )
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Divides each block's range by the number of steps in it.
-
-        Symmetric: 2^(bits - 1) from zero to the value of largest magnitude, whatever its sign;
-        asymmetric: 2^bits - 1 from min(w, 0) to max(w, 0).
-        """
+        """Divides each block's range, from zero to the extreme if symmetric, by its steps."""
         _, _, exact = self._ranges(w)
         grid = step = self._spread(exact, w)
         limit = step * np.float32(2 ** (self.bits - 1) - 1) if self.symmetric else None
@@ -276,7 +263,6 @@ class Affine(Uniform):
         return StepSizes(self._spread(self._ranges(dequantized)[2], dequantized))
 
     def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:
-        """Rounds to nearest with the scales of the extremes."""
         high, low, exact = self._ranges(w)
         top, spans = self._top, np.zeros(1, np.intp)
         if measure == "block":
@@ -307,7 +293,6 @@ class Affine(Uniform):
         return high, low, np.maximum(exact, NEGLIGIBLE)
 
     def _spread(self, blocks: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The value of a weight's block, at each weight."""
         return np.repeat(blocks, self.block_size(w.shape[1]), axis=1)[:, : w.shape[1]]
 
 
@@ -316,7 +301,7 @@ INT8_ROWS = Affine(8, None, symmetric=True)
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """Returns the largest divisor of `number` that is not larger than `limit`; at least 1."""
+    """Returns the largest divisor of `number` up to `limit`, at least 1."""
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
@@ -327,10 +312,7 @@ def _in_lanes(weights: np.ndarray) -> np.ndarray:
 
 
 def _storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
-    """Scales rounded to `dtype`, as float32; 1 for a block of zeros.
-
-    float16 is rounded away from zero: at least to 2⁻²⁴, except for zero itself.
-    """
+    """Scales rounded to `dtype`, as float32, float16 away from zero; 1 for a block of zeros."""
     if dtype == "float16":
         with np.errstate(over="ignore"):
             near = scales.astype(np.float16)

@@ -18,16 +18,12 @@ _UNITS = 100_000
 
 @dataclass(frozen=True)
 class Option:
-    """The bytes and the loss of an item in one layout."""
-
     bytes: int
     loss: float
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One option for each item: their indices, and the sums of their bytes and losses."""
-
     picks: tuple[int, ...]
     bytes: int
     loss: float
@@ -35,16 +31,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Front:
-    """The best choices for all budgets.
+    """The best choices for all budgets, in units of `unit` bytes beyond `least`, the smallest.
 
-    Attributes:
-        items: the options of each item.
-        unit: bytes of a unit.
-        least: bytes of the smallest choice.
-        losses: float64 [units + 1], the least loss with at most so many units beyond `least`.
-        picks: uint8 [items, units + 1], the option that each item gets if only the items
-            before it and itself share these units.
-        extras: units of each item's options beyond its smallest.
+    `losses` float64 [units + 1] is the least loss with at most so many units, `picks` uint8 [items,
+    units + 1] the option of each item if only it and those before it share them, `extras` the units
+    of each item's options beyond its smallest.
     """
 
     items: tuple[tuple[Option, ...], ...]

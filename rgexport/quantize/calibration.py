@@ -51,11 +51,7 @@ class Calibration:
         return self.provenance.tokens
 
     def require_for(self, hashes: Iterable[str]) -> None:
-        """Refuses statistics of another model, by the SHA-256 of its weight files.
-
-        Raises:
-            RequestError: they are of another model.
-        """
+        """Refuses statistics of another model, by the SHA-256 of its weight files."""
         if set(hashes) != set(self.provenance.files.values()):
             raise RequestError(
                 f"{self.path} was made from other weights ({self.provenance.model}) than those of "
@@ -63,10 +59,9 @@ class Calibration:
             )
 
     def hessian(self, tensor: str) -> list[np.ndarray] | None:
-        """Returns Σ x xᵀ / N of a linear's inputs, float32: the diagonal blocks, each [k, k].
+        """Returns Σ x xᵀ / N of a linear's inputs, float32: its diagonal blocks [k, k].
 
-        The blocks cover the columns in their order. For the embedding it is the input of the head.
-        None if the tensor has none.
+        For the embedding it is the input of the head.
         """
         return [unpack(*triangle) for triangle in self._triangles(tensor)] or None
 
@@ -153,7 +148,7 @@ class Calibration:
         return triangles
 
     def _vector(self, name: str, *, negative: bool = False) -> np.ndarray:
-        """Float values, which must be finite, and not negative unless they may be."""
+        """Values that must be finite, and not negative unless they may be."""
         values = self._read(name, "F32")
         if not np.isfinite(values).all():
             raise self._damaged(f"{name} has NaN or infinite values")
@@ -200,7 +195,6 @@ def open_calibration(path: Path) -> Calibration:
 
 
 def is_calibration(path: Path) -> bool:
-    """Whether a file has the metadata of a calibration."""
     try:
         return METADATA in read_metadata(path)
     except RequestError:

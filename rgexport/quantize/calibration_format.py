@@ -56,7 +56,7 @@ class Provenance:
     """The source of statistics.
 
     `files` are the SHA-256 of the checkpoint's weight files, `tokens_sha256` that of the tokens as
-    int32. The first `gradient_tokens` of the tokens have gradients. `text` names the text's source.
+    int32. The first `gradient_tokens` have gradients. `text` names the text's source.
     """
 
     model: str
@@ -74,11 +74,7 @@ class Provenance:
 
 
 def provenance_from(fields: Any) -> Provenance:
-    """Reads the parsed JSON that `Provenance.as_metadata` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Reads the parsed JSON that `Provenance.as_metadata` wrote; ValueError for anything else."""
     kinds = {field.name: field.type for field in dataclasses.fields(Provenance)}
     fields = fields if isinstance(fields, dict) else {}
     for name, kind in kinds.items():
@@ -90,12 +86,10 @@ def provenance_from(fields: Any) -> Provenance:
 
 
 def hessian_name(site: str, block: int) -> str:
-    """Returns the array of one diagonal block of the outputs of `site`."""
     return f"{site}.hessian.{block}"
 
 
 def gradient_name(site: str) -> str:
-    """Returns the array of the gradients at the output of `site`."""
     return f"{site}.gradient"
 
 
@@ -107,7 +101,6 @@ def column_blocks(columns: int) -> list[tuple[int, int]]:
 
 
 def linears(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
-    """Returns name → shape [rows, columns] of every linear."""
     return {n: spec.shape for n, spec in model_tensors(config).items() if spec.role == "linear"}
 
 
@@ -131,7 +124,6 @@ def arrays_of(config: GriffinConfig, texts: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def triangle_size(width: int) -> int:
-    """Returns the elements of the lower triangle of a square matrix, with its diagonal."""
     return width * (width + 1) // 2
 
 

@@ -1,10 +1,9 @@
 """K-means in one dimension.
 
 Clusters of a line are intervals, so a clustering is a choice of cuts between sorted values. The
-best of some hundred possible cuts are chosen exactly, by dynamic programming (as in Wang and Song,
-Ckmeans.1d.dp, 2011), and then refined by Lloyd's iterations. With few different values all cuts are
-tried, so the result is optimal. With many it starts from the optimum of a grid, which avoids the
-poor local optima of random starts.
+best of some hundred cuts are chosen exactly, by dynamic programming (as in Wang and Song,
+Ckmeans.1d.dp, 2011), then refined by Lloyd's iterations. With few different values all cuts are
+tried, so the result is optimal; with many, the optimum of a grid avoids poor local optima.
 """
 
 import numpy as np
@@ -64,10 +63,7 @@ def _best_cuts(
 
 
 def _interval_errors(ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """At [j, i], the squared error of the values from index i to index j around their mean.
-
-    Zero for an empty interval, infinite for one that ends before it begins.
-    """
+    """At [j, i], the squared error of values i to j around their mean; infinite for j < i."""
     squares = np.add.reduceat(ordered * ordered, indices[:-1])
     squares = np.concatenate([[0.0], np.cumsum(squares)])
     n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))

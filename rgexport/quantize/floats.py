@@ -20,8 +20,6 @@ bfloat16 stores what the checkpoint has in bfloat16: nothing may be rounded.
 
 @dataclass(frozen=True)
 class Float(Uniform):
-    """Floats in `dtype`."""
-
     dtype: Literal["float32", "float16", "bfloat16"]
     kind: Literal["float"] = "float"
     algorithm = "cast"

@@ -119,8 +119,7 @@ class Ggml(Uniform):
 def _block_steps(w: np.ndarray, layout: GgmlLayout, block: int) -> StepSizes:
     """The steps of ggml-quants.c: quantize_row_*_ref, from the weights [rows, columns] alone.
 
-    Scales and minimums are float16. Their rounding moves every value of a block, so it is part of
-    the step.
+    Scales and minimums are float16; their rounding moves every value of a block, and is part of it.
     """
     weights = w.reshape(len(w), -1, layout.group)
     low, high = weights.min(2), weights.max(2)

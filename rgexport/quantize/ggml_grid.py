@@ -14,22 +14,16 @@ from rgexport.quantize.ggml_types import TYPES
 Blocks = np.ndarray
 """uint8 [blocks, bytes of a block]."""
 Scales = tuple[np.ndarray, np.ndarray | None]
-"""float32 [blocks, groups in a block]: the distance of levels, and the value of level 0.
-
-The latter is None where another level is 0.
-"""
+"""float32 [blocks, groups]: the distance of levels, and the value of level 0 or None."""
 
 
 @dataclass(frozen=True)
 class GgmlLevels:
     """Rows as levels: the value of a weight is `scale · level + offset` of its group.
 
-    Attributes:
-        group: how many columns share a scale.
-        top: the largest level; the least is 0.
-        scale: float32 [n, groups], also negative, and 0 where a group has one value.
-        offset: float32 [n, groups].
-        levels: uint8 [n, columns].
+    `group` columns share a scale; `top` is the largest level, and the least is 0. `scale` (also
+    negative, and 0 where a group has one value) and `offset` are float32 [n, groups], `levels`
+    uint8 [n, columns].
     """
 
     group: int
@@ -40,12 +34,7 @@ class GgmlLevels:
 
 
 def read_levels(packed: np.ndarray, kind: str) -> GgmlLevels:
-    """Returns the levels of rows that ggml packed.
-
-    Args:
-        packed: uint8 [n, row_bytes].
-        kind: a key of `LAYOUTS`.
-    """
+    """Returns the levels of rows uint8 [n, row_bytes] that ggml packed; `kind` is in `LAYOUTS`."""
     layout, blocks = LAYOUTS[kind], packed.reshape(-1, TYPES[kind].block_bytes)
     with np.errstate(all="ignore"):
         scale, offset = layout.scales(blocks)
@@ -75,11 +64,10 @@ def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class _Plane:
-    """Some bits of all levels of a block.
+    """Some bits of all levels of a block, in `count` bytes from `start` on.
 
     A run of `width` bytes holds the bits of `8 / bits` such runs of levels, one above the other.
-
-    There are `count` bytes from `start` on. `shift` is the position of the lowest bit in a level.
+    `shift` is the position of the lowest bit in a level.
     """
 
     start: int
@@ -89,7 +77,6 @@ class _Plane:
     shift: int = 0
 
     def read(self, blocks: Blocks) -> np.ndarray:
-        """Returns these bits of the levels, uint8 [blocks, levels]."""
         runs = self._bytes(blocks).reshape(len(blocks), self.count // self.width, 1, self.width)
         bits = (runs >> self._shifts) & self._mask
         return bits.reshape(len(blocks), self.count * 8 // self.bits) << np.uint8(self.shift)
@@ -155,15 +142,10 @@ def _q6_k(blocks: Blocks) -> Scales:
 class GgmlLayout:
     """The levels and scales of a block.
 
-    Attributes:
-        group: levels that share a scale.
-        top: the largest level.
-        zero: the level that is 0; 0 where level 0 is a minimum that is stored.
-        planes: the bits of the levels.
-        scales: reads scales and minimums.
-        multiples: the largest multiple of the block's scale that is a group's scale. Types with
-            more than 1 choose their scales for the least squared error.
-        bias: is added, modulo 256, to a stored number to get the level.
+    `group` levels share a scale; `zero` is the level that is 0, or 0 where level 0 is a minimum
+    that is stored. `multiples` is the largest multiple of the block's scale that is a group's
+    scale; types with more than 1 choose their scales for the least squared error. `bias` is added,
+    modulo 256, to a stored number to get the level.
     """
 
     group: int
@@ -200,4 +182,3 @@ LAYOUTS = {
     "q5_k": GgmlLayout(32, 31, 0, (_Plane(48, 128, 4, 32), _Plane(16, 32, 1, 32, 4)), _q45_k, 63),
     "q6_k": GgmlLayout(16, 63, 32, (_Plane(0, 128, 4, 64), _Plane(128, 64, 2, 32, 4)), _q6_k, 128),
 }
-"""All quantized types of `ggml_types.TYPES`."""

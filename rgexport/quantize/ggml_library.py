@@ -1,7 +1,6 @@
 """Quantizes rows to ggml's tensor types, with the ggml library of llama-cpp-python.
 
-`ggml_quantize_chunk` is public (ggml.h), but any version can be installed: its types are checked
-when it is loaded.
+`ggml_quantize_chunk` is public (ggml.h), but any version can be installed: its types are checked.
 """
 
 import ctypes
@@ -36,18 +35,10 @@ _FLOATS: dict[str, type] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dty
 
 
 def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """Stores rows as llama-quantize does, byte for byte, on all cores.
+    """Stores rows [n, columns] as llama-quantize does, byte for byte, uint8 [n, row_bytes].
 
-    It can be called from any thread, and releases the GIL.
-
-    Args:
-        rows: [n, columns], finite, of any float dtype.
-        kind: a name of `ggml_types.TYPES` whose blocks fit the columns.
-        importance: float32 [columns], the weight of each column's error; types of 8 bits and
-            more ignore it.
-
-    Returns:
-        uint8 [n, row_bytes].
+    It runs on all cores, can be called from any thread, and releases the GIL. `importance` is
+    float32 [columns]; types of 8 bits and more ignore it.
 
     Raises:
         RequestError: the library is missing or has other types, or the type cannot hold a value.
@@ -90,11 +81,7 @@ def _out_of_range(rows: np.ndarray, kind: str) -> RequestError:
 
 
 def load_library() -> ctypes.CDLL:
-    """Loads and checks the library, which any thread may call.
-
-    Raises:
-        RequestError: it is not installed, cannot be loaded, or has other types than `TYPES`.
-    """
+    """Loads and checks the library, which any thread may call."""
     return _load(find_library())
 
 
@@ -114,11 +101,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def find_library() -> Path:
-    """Returns the path of the ggml library of llama-cpp-python, which is not imported.
-
-    Raises:
-        RequestError: it is not installed, or has no such library.
-    """
+    """Returns the path of the ggml library of llama-cpp-python, which is not imported."""
     folder = os.environ.get(LIBRARY_PATH)
     if folder is None:
         spec = find_spec("llama_cpp")
@@ -152,7 +135,6 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 
 def _require_known_types(library: ctypes.CDLL, path: Path) -> None:
-    """Refuses a library with other types than `TYPES`, and names the first difference."""
     for kind in TYPES.values():
         loaded = (
             (library.ggml_type_name(kind.value) or b"nothing").decode().lower(),

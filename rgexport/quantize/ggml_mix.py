@@ -39,11 +39,7 @@ class TypeRequest:
     token_embedding_type: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuses overrides that llama-quantize would ignore.
-
-        Raises:
-            RequestError: there are overrides in a file of floats.
-        """
+        """Refuses overrides that llama-quantize would ignore."""
         if self.overrides and not TYPES[self.file_type.default].is_quantized:
             raise RequestError(
                 f"--tensor-type changes nothing in a file of type {self.file_type.name}; "
@@ -52,11 +48,7 @@ class TypeRequest:
 
 
 def parse_override(text: str) -> tuple[str, str]:
-    """Returns the regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`.
-
-    Raises:
-        RequestError: another form, no regular expression, or an unknown type.
-    """
+    """Returns the regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`."""
     pattern, separator, kind = text.partition("=")
     if not pattern or not separator or not kind:
         raise RequestError(f"--tensor-type is {text!r}; expected REGEX=TYPE, as in attn_v=q8_0")
@@ -70,17 +62,13 @@ def parse_override(text: str) -> tuple[str, str]:
 def choose_types(
     tensors: Sequence[GgmlTensor], request: TypeRequest, *, gqa: int, has_imatrix: bool
 ) -> dict[str, str]:
-    """Returns tensor name → tensor type.
+    """Returns tensor name → tensor type, of tensors in the order of the file, on which it depends.
 
-    Args:
-        tensors: in the order of the file, which the choice depends on.
-        request: from the user.
-        gqa: query heads per key head of the *first* layer, 0 if that is recurrent.
-        has_imatrix: whether there is an importance matrix.
+    `gqa` are the query heads per key head of the *first* layer, 0 if that is recurrent.
 
     Raises:
         RequestError: an override matches no quantizable tensor, or a type needs an importance
-            matrix and there is none.
+            matrix.
     """
     quantizable = [tensor for tensor in tensors if tensor.quantizable]
     _refuse_idle_overrides(request, quantizable)
@@ -109,16 +97,7 @@ def choose_types(
 def require_importances(
     types: Mapping[str, str], file_type: FileType, available: Container[str]
 ) -> None:
-    """Refuses q2_k_s without importances, as llama-quantize does.
-
-    Args:
-        types: tensor name → tensor type.
-        file_type: the file type that the types were chosen for.
-        available: the names of the tensors that an importance matrix covers.
-
-    Raises:
-        RequestError: a tensor needs importances and is not covered.
-    """
+    """Refuses q2_k_s without importances of some tensors, as llama-quantize does."""
     for name, kind in types.items():
         takes_them = file_type.name == "q2_k_s" and kind == "q2_k" and name != EMBEDDING
         if takes_them and name not in available:

@@ -25,7 +25,6 @@ class GgmlType:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales included."""
         return self.block_bytes * 8 / self.block
 
     @property
@@ -34,15 +33,10 @@ class GgmlType:
         return self.block > 1
 
     def fits(self, columns: int) -> bool:
-        """Whether a row of `columns` weights is a whole number of blocks."""
         return columns % self.block == 0
 
     def row_bytes(self, columns: int) -> int:
-        """Returns the bytes of a row of `columns` weights.
-
-        Raises:
-            ValueError: the row is not a whole number of blocks.
-        """
+        """Returns the bytes of a row; ValueError where it is not a whole number of blocks."""
         if not self.fits(columns):
             raise ValueError(f"{columns} weights are no whole number of {self.name} blocks")
         return columns // self.block * self.block_bytes
@@ -69,14 +63,13 @@ TYPES: dict[str, GgmlType] = {
 """Name → type; the names are ggml's in lower case."""
 
 BY_VALUE: dict[int, GgmlType] = {row.value: row for row in TYPES.values()}
-"""The number in a file → type."""
 
 
 @dataclass(frozen=True)
 class FileType:
     """A value of `general.file_type`, a number of `enum llama_ftype` (llama.h).
 
-    `default` is the type of all tensors for which `ggml_mix` has no other.
+    `default` is the type of all tensors for which the mix has no other.
     """
 
     name: str
@@ -115,20 +108,12 @@ INT_WORDS = {"int8": "q8_0", "int4": "q4_k_m"}
 
 
 def find_type(name: str) -> GgmlType:
-    """Returns the tensor type that a user names, in any case.
-
-    Raises:
-        RequestError: an unknown type.
-    """
+    """Returns the tensor type that a user names, in any case; RequestError for an unknown one."""
     return _find(TYPES, name, "tensor type")
 
 
 def find_file_type(name: str) -> FileType:
-    """Returns the file type that a user names, in any case.
-
-    Raises:
-        RequestError: an unknown type.
-    """
+    """Returns the file type that a user names, in any case; RequestError for an unknown one."""
     return _find(FILE_TYPES, name, "type")
 
 

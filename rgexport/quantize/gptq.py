@@ -26,17 +26,9 @@ def refill_blocks(
     top: int,
     half: bool,
 ) -> None:
-    """Replaces the levels of the columns of one diagonal block of H, and their scales.
+    """Replaces the levels uint8 [n, at least K] of one diagonal block of H, and their scales.
 
-    Args:
-        rows: [n, K].
-        levels: uint8 [n, at least K], from a search.
-        scales: float32 [n, blocks].
-        zeros: zero points, float32 [n, blocks].
-        hessian: the diagonal block.
-        block: weights that share a scale.
-        top: the largest level.
-        half: whether scales are float16.
+    `rows` are [n, K], `scales` and `zeros` float32 [n, blocks], `half` is for float16 scales.
     """
     columns = slice(hessian.start, hessian.stop)
     weights, nearest = rows[:, columns], levels[:, columns]
@@ -56,13 +48,9 @@ def refill_blocks(
 def choose_levels(
     rows: np.ndarray, grid: Grid, hessians: tuple[Hessian, ...], nearest: np.ndarray
 ) -> np.ndarray:
-    """Returns levels uint8 [n, K] of rows on a fixed grid.
+    """Returns levels uint8 [n, K] of rows on a fixed grid, from those `nearest` to them.
 
-    Args:
-        rows: any float dtype [n, K].
-        grid: a table for each row, or a scale and an offset for each column.
-        hessians: the diagonal blocks of H.
-        nearest: uint8 [n, K], by rounding to nearest.
+    The grid is a table for each row, or a scale and an offset for each column.
     """
     levels = nearest.copy()
     for hessian in hessians:

@@ -41,11 +41,7 @@ class Imatrix:
     chunks: int
 
     def importance(self, name: str, columns: int) -> np.ndarray | None:
-        """Returns the importances of a tensor's columns, or None if the matrix has none.
-
-        Raises:
-            RequestError: the tensor has another number of columns.
-        """
+        """Returns the importances of a tensor's columns, or None if the matrix has none."""
         entry = self.entries.get(name)
         if entry is None or len(entry) == columns:
             return entry
@@ -55,11 +51,7 @@ class Imatrix:
         )
 
     def require_any_of(self, names: Iterable[str]) -> None:
-        """Refuses a matrix of another model.
-
-        Raises:
-            RequestError: it has none of the tensors.
-        """
+        """Refuses a matrix of another model, which has none of the tensors."""
         if self.entries.keys().isdisjoint(names):
             raise RequestError(
                 f"{self.path} has no tensor of this model (its first is {min(self.entries)}); "
@@ -78,11 +70,7 @@ class Imatrix:
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Reads a file of either format.
-
-    Raises:
-        RequestError: the file cannot be read, is something else, or is damaged.
-    """
+    """Reads a file of either format; RequestError for anything else, or damage."""
     try:
         size = require_regular(path)
         with path.open("rb") as file:

@@ -11,7 +11,6 @@ _UINT32 = np.dtype("<u4")
 
 
 def packed_width(count: int, bits: int) -> int:
-    """Returns the bytes of a row of `count` integers of 2, 3, 4 or 8 bits."""
     return -(-count * bits // 8)
 
 

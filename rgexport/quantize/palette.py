@@ -45,7 +45,6 @@ class Palette(Uniform):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of an index; the tables are not counted."""
         return float(self.bits)
 
     @property

@@ -54,11 +54,7 @@ def choose_scheme(
     symmetric: bool | None = None,
     precisions: Mapping[str, Scheme] = PRECISIONS,
 ) -> Scheme:
-    """Returns the scheme of a precision, with a user's block size and symmetry.
-
-    Raises:
-        RequestError: an unknown precision, or a block size that is none of `BLOCKS`.
-    """
+    """Returns the scheme of a precision, with a user's block size and symmetry."""
     if block is not None and block not in BLOCKS:
         raise RequestError(
             f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
@@ -76,16 +72,10 @@ def choose_schemes(
     block: int | None,
     symmetric: bool | None,
 ) -> tuple[Scheme, Scheme]:
-    """Returns the schemes of the linears and of the embedding.
+    """Returns the schemes of the linears and of the embedding, whose `precisions` are given.
 
     Block size and symmetry are those of the linears. The embedding has them too if it is stored in
     the same precision, or if the linears are not quantized; else it keeps its defaults.
-
-    Args:
-        precisions: of the linears and of the embedding.
-        choose: precision, block size and symmetry → scheme.
-        block: `--block-size`.
-        symmetric: `--symmetric` or `--asymmetric`.
     """
     linear, table = precisions
     chosen = choose(linear, block, symmetric)
@@ -123,7 +113,6 @@ def _is_gate_matrix(spec: TensorSpec) -> bool:
 
 
 def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
-    """Whether the tensor `name` is the bias of a linear."""
     weight = tensors.get(name.removesuffix("bias") + "weight")
     return name.endswith(".bias") and weight is not None and weight.role == "linear"
 
@@ -141,13 +130,8 @@ def has_blocks(scheme: Scheme) -> bool:
 def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
     """Returns the plan filled by the algorithm that a user asks for.
 
-    Without one: by those of the plan, or else by clip search, which needs no data; without its
-    library by rounding to nearest.
-
-    Args:
-        plan: the layouts.
-        algorithm: a key of `ALGORITHMS`, or None.
-        keep: whether the algorithms of the plan were chosen by a user.
+    Without one: by those of the plan if a user chose them (`keep`), or else by clip search, which
+    needs no data; without its library by rounding to nearest.
     """
     if algorithm is None and keep:
         return plan
@@ -167,8 +151,8 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
 
     Raises:
-        RequestError: it is not JSON, a tensor is missing or unknown, one that must be float32
-            has another scheme, or row groups do not fit the rows of their tensor.
+        RequestError: a tensor is missing, unknown, or stored as it may not be; or row groups do not
+            fit.
     """
     try:
         entries = parse_json(read_regular(path))
@@ -201,7 +185,6 @@ def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, Tenso
 
 
 def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -> str | None:
-    """The rule that a scheme breaks, if any."""
     role = tensors[name].role
     if role in QUANTIZABLE:
         return "only the matrices of gates may be bfloat16" if scheme == BFLOAT16 else None

@@ -1,9 +1,8 @@
 """Row groups: rows of one matrix that are stored in different schemes.
 
-A group has a set of rows, written as ascending ranges such as `0-255,300,412-500`. Its rows stay in
-their order. So consecutive rows of the matrix are consecutive in each group, and a slab is read and
-written in one piece for each group. The *position* of a row is its number in all groups, one after
-another.
+A group has a set of rows, written as ascending ranges such as `0-255,300,412-500`. They stay in
+their order, so a slab is read and written in one piece for each group. The *position* of a row is
+its number in all groups, one after another.
 """
 
 import functools
@@ -44,11 +43,6 @@ class RowGroup:
 
     @classmethod
     def from_dict(cls, values: Any) -> "RowGroup":
-        """Reads the JSON of a group.
-
-        Raises:
-            RequestError: another form, or a scheme that row groups cannot have.
-        """
         if not isinstance(values, dict) or values.keys() != {"rows", "scheme"}:
             names = (
                 ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
@@ -78,7 +72,6 @@ class Mixed(Scheme):
 
     @property
     def label(self) -> str:
-        """`int8/128 (1,024 rows) + int4/32`."""
         return " + ".join(group.label for group in self.groups)
 
     @property
@@ -91,7 +84,6 @@ class Mixed(Scheme):
         return [(group.label, group.scheme, ids) for group, ids in members]
 
     def group_sizes(self, rows: int) -> tuple[int, ...]:
-        """Refuses groups that share a row, name one that the matrix lacks, or leave none over."""
         bounds = np.concatenate(self._bounds)
         bounds = bounds[np.argsort(bounds[:, 0], kind="stable")]
         if (shared := bounds[1:, 0] < bounds[:-1, 1]).any():
@@ -112,10 +104,7 @@ class Mixed(Scheme):
         return (*sizes, rest)
 
     def positions(self, rows: int) -> np.ndarray | None:
-        """Returns the position of each row, int32 [rows]; None if it is the row's number.
-
-        Positions are row numbers where groups are ranges, one after another.
-        """
+        """Returns the position of each row, int32 [rows]; None if it is the row's number."""
         bounds = np.concatenate(self._bounds)
         if (bounds[:, 0] == np.append(0, bounds[:-1, 1])).all():
             return None
@@ -125,7 +114,7 @@ class Mixed(Scheme):
         return positions
 
     def index_bytes(self, rows: int) -> int:
-        """Returns the bytes of the texts, twice in a manifest, and of positions in a graph."""
+        """Counts the texts, twice in a manifest, and the positions in a graph."""
         return 4 * rows + sum(2 * len(group.rows or "") for group in self.groups)
 
     @property
@@ -166,10 +155,7 @@ class Mixed(Scheme):
 
 
 def group_rows(schemes: Mapping[Any, np.ndarray]) -> Scheme:
-    """Combines affine schemes, each with its rows [n] of a matrix.
-
-    Groups with few rows come first; the last one, with the most rows, needs no list of them.
-    """
+    """Combines affine schemes, each with its rows [n] of a matrix; the last group has the most."""
     if len(schemes) == 1:
         return next(iter(schemes))
     *groups, (rest, _) = sorted(schemes.items(), key=lambda group: len(group[1]))
@@ -193,8 +179,7 @@ def _members(scheme: Mixed, rows: int) -> tuple[np.ndarray, ...]:
 def row_bounds(text: str) -> np.ndarray:
     """Returns the ranges of a text: [ranges, 2] int64, first row and the one after the last.
 
-    Raises:
-        RequestError: it differs from the text of `rows_text`, so that equal sets are equal texts.
+    Refuses a text that differs from that of `rows_text`, so that equal sets are equal texts.
     """
     bounds = _parse(text) if _TEXT.fullmatch(text) else np.zeros((0, 2), np.int64)
     sound = len(bounds) and (bounds[:, 0] < bounds[:, 1]).all() and _text(bounds) == text
@@ -209,7 +194,6 @@ def row_bounds(text: str) -> np.ndarray:
 
 
 def rows_text(rows: np.ndarray) -> str:
-    """Returns the text of ascending row numbers, at least one."""
     last = np.flatnonzero(np.diff(rows) != 1)
     starts, ends = rows[np.append(0, last + 1)], rows[np.append(last, len(rows) - 1)]
     return _text(np.stack([starts, ends + 1], 1).astype(np.int64))

@@ -52,11 +52,7 @@ FLOAT32 = Float("float32")
 
 
 def scheme_from_dict(values: Any) -> Scheme:
-    """Reads what `Scheme.to_dict` returns.
-
-    Raises:
-        RequestError: an unknown kind, field or value.
-    """
+    """Reads the result of `Scheme.to_dict`; RequestError for an unknown kind, field or value."""
     kind = values.get("kind") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in SCHEMES:
         raise RequestError(

@@ -1,8 +1,7 @@
 """The interface of storage schemes.
 
 A scheme describes how the rows of a tensor are stored: the arrays (parts) that hold them, and the
-algorithm that chooses their levels. Each scheme is a frozen dataclass in a file of its own and a
-row of `scheme.SCHEMES`.
+algorithm that chooses their levels. Each is a frozen dataclass and a row of `scheme.SCHEMES`.
 """
 
 import re
@@ -28,8 +27,7 @@ PartShapes = dict[str, tuple[str, Shape]]
 Encoder = Callable[[Any, np.ndarray, Any], Parts]
 """Scheme, rows [n, K] of any float dtype, and `Statistics` or None → parts.
 
-Rows are independent of one another, except those of one palette. Raises RequestError for a weight
-that the scheme cannot hold.
+Rows are independent of one another, except those of one palette.
 """
 POSITIVE = range(1, 1 << 31)
 _ALGORITHM = re.compile("[a-z0-9_-]{1,32}")
@@ -55,23 +53,14 @@ class Scheme(ABC):
 
     @abstractmethod
     def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
-        """Returns label, scheme and row numbers (ascending, None for all) of each row group.
-
-        Raises:
-            RequestError: the groups do not fit a tensor of so many rows.
-        """
+        """Returns label, scheme and row numbers (ascending, None for all) of each row group."""
 
     @classmethod
     @abstractmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Reads what `to_dict` returns.
-
-        Raises:
-            RequestError: an unknown field or value.
-        """
+        """Reads the result of `to_dict`; RequestError for an unknown field or value."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON."""
         values: dict[str, Any] = to_json(self)
         return values
 
@@ -92,16 +81,11 @@ class Scheme(ABC):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether a known algorithm of the scheme, or of a row group, needs statistics."""
         rows = (ALGORITHMS.get(scheme.algorithm) for scheme in self.uniform)
         return any(row is not None and row.needs_statistics for row in rows)
 
     def require_known_algorithm(self) -> None:
-        """Refuses algorithms that are unknown or for other schemes.
-
-        Raises:
-            RequestError: such an algorithm.
-        """
+        """Raises RequestError for algorithms that are unknown or for other schemes."""
         for scheme in self.uniform:
             if scheme.algorithm not in scheme.encoders:
                 raise RequestError(
@@ -110,11 +94,7 @@ class Scheme(ABC):
                 )
 
     def group_sizes(self, rows: int) -> tuple[int, ...]:
-        """Returns the number of rows of each row group; takes no memory for each row.
-
-        Raises:
-            RequestError: see `row_groups`.
-        """
+        """Returns the rows of each group; RequestError where groups do not fit so many `rows`."""
         return (rows,)
 
     def index_bytes(self, rows: int) -> int:
@@ -155,7 +135,6 @@ class Uniform(Scheme):
     """A scheme that all rows of a tensor, or of a row group, share."""
 
     encoders: ClassVar[Mapping[str, Encoder]]
-    """Algorithm → encoder."""
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field → values or ranges that JSON may have, where the field's type is no literal."""
     has_blocks: ClassVar[bool] = False
@@ -164,16 +143,14 @@ class Uniform(Scheme):
     @property
     @abstractmethod
     def algorithm(self) -> str:
-        """The key of `algorithms.ALGORITHMS` that chose the levels; not part of the layout."""
+        """The key of `ALGORITHMS` that chose the levels; not part of the layout."""
 
     @property
     @abstractmethod
-    def bits_per_weight(self) -> float:
-        """Bits of storage per weight, with scales and zero points of blocks."""
+    def bits_per_weight(self) -> float: ...
 
     @abstractmethod
-    def part_shapes(self, shape: Shape) -> PartShapes:
-        """Returns the parts of a tensor of `shape`."""
+    def part_shapes(self, shape: Shape) -> PartShapes: ...
 
     @abstractmethod
     def decode(self, arrays: Parts, columns: int) -> np.ndarray:
@@ -208,11 +185,7 @@ class Uniform(Scheme):
         return False
 
     def rounding_rule(self, weighted: bool) -> str:
-        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights.
-
-        Args:
-            weighted: whether importances of the inputs were used.
-        """
+        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights."""
         return self.algorithm
 
     @property
@@ -231,9 +204,9 @@ class Uniform(Scheme):
         return replace(self, algorithm=algorithm)  # type: ignore[type-var]
 
     def step_sizes(self, w: np.ndarray, measure: Measure = "weight") -> StepSizes:
-        """Returns the units of the errors of the original weights `w` [rows, columns].
+        """Returns the units of the errors of `w` [rows, columns], whole groups of `rows_together`.
 
-        Rows are whole groups of `rows_together`. `measure` is the unit whose error is bounded.
+        `measure` is the unit whose error is bounded.
         """
         if measure in ("block", "row"):
             return self._span_steps(w, measure)
@@ -247,13 +220,10 @@ class Uniform(Scheme):
     def encode(
         self, name: str, rows: np.ndarray, statistics: Known = None, ids: np.ndarray | None = None
     ) -> Parts:
-        """Returns the parts of rows, with levels chosen by the scheme's algorithm.
+        """Returns the parts of rows [n, K], with levels chosen by the scheme's algorithm.
 
-        Args:
-            name: the tensor, for messages.
-            rows: [n, K] of any float dtype.
-            statistics: of the tensor's inputs.
-            ids: the numbers of the rows in the tensor, where its statistics have kinds of rows.
+        `name` is the tensor, for messages; `ids` are the numbers of the rows in it, where its
+        statistics have kinds of rows.
 
         Raises:
             RequestError: a weight that the scheme cannot hold, or missing statistics.

@@ -66,12 +66,9 @@ class Hessian:
 class Statistics:
     """Statistics of a matrix's inputs.
 
-    Attributes:
-        importance: float32 [columns], the weight of each column's squared error, such as the mean
-            square of its inputs.
-        hessians: H's diagonal blocks, which together have all columns; none if only the
-            importance is known.
-        kinds: statistics for each kind of rows, where rows weigh errors differently.
+    `importance` is float32 [columns], the weight of each column's squared error. `hessians` are H's
+    diagonal blocks, which together have all columns; none if only the importance is known. `kinds`
+    are for rows that weigh errors differently.
     """
 
     importance: np.ndarray
@@ -99,8 +96,7 @@ class RemoteStatistics(ABC):
     @abstractmethod
     def encode(
         self, name: str, rows: np.ndarray, scheme: "Uniform", ids: np.ndarray | None
-    ) -> "Parts":
-        """Returns what `scheme.encode` returns with the statistics."""
+    ) -> "Parts": ...
 
 
 Known = Statistics | RemoteStatistics | None
@@ -109,7 +105,6 @@ StatisticsOf = Callable[[str], Known]
 
 
 def no_statistics(name: str) -> None:
-    """Returns None for every matrix."""
     return None
 
 
@@ -121,8 +116,7 @@ class LastInputs(ABC):
         self._lock = Lock()
 
     @abstractmethod
-    def _read(self, name: str) -> Known:
-        """Reads the statistics of a matrix."""
+    def _read(self, name: str) -> Known: ...
 
     def __call__(self, name: str) -> Known:
         key = input_site(name)
@@ -167,15 +161,11 @@ class Calibrated(LastInputs):
 def statistics_of(
     blocks: Sequence[np.ndarray], tokens: int, *, identity: float = 0.0
 ) -> Statistics:
-    """Computes statistics from diagonal blocks of H.
+    """Computes statistics over so many tokens from diagonal blocks of H, float32 [k, k] each.
 
-    Correlations of columns over few tokens are unreliable: H is shrunk towards its diagonal by
-    k / (k + tokens). Without that GPTQ is worse than rounding to nearest.
-
-    Args:
-        blocks: float32 [k, k] each, symmetric.
-        tokens: the number of tokens in the sums.
-        identity: is added to the diagonal, in units of its mean, for uses beside this one.
+    Correlations over few tokens are unreliable: H is shrunk towards its diagonal by k / (k +
+    tokens). Without that GPTQ is worse than rounding to nearest. `identity` is added to the
+    diagonal, in units of its mean, for uses beside this one.
 
     Raises:
         RequestError: a value is not finite.

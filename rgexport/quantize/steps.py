@@ -15,16 +15,13 @@ NEGLIGIBLE = np.float32(2.0**-100)
 class StepSizes:
     """The units of the errors of the weights [rows, columns] of a slab.
 
-    Attributes:
-        step: at each weight; of each span where there are `spans`, [rows or groups of rows, spans].
-        distance: of levels at each weight, or of each row, [rows, 1]; None where it is `step`,
-            which may be only an upper bound of it.
-        limit: the magnitude, at each weight, beyond which it may be stored as the outermost
-            level; None where no level is missing.
-        grid: the distance of levels at each weight, before scales are rounded; None where 0 is no
-            level, or levels are chosen for the least squared error.
-        spans: the first columns of the blocks, rows or groups of rows whose root mean squares
-            count; None where single weights do.
+    `step` is at each weight, or of each span where there are `spans`, [rows or groups, spans].
+    `distance` is of levels at each weight, or of each row, [rows, 1]; None where it is `step`,
+    which may be only an upper bound of it. `limit` is the magnitude beyond which a weight may be
+    stored as the outermost level; None where no level is missing. `grid` is the distance of levels
+    before scales are rounded; None where 0 is no level, or levels are chosen for the least squared
+    error. `spans` are the first columns of the blocks, rows or groups whose root mean squares
+    count.
     """
 
     step: np.ndarray
@@ -36,7 +33,7 @@ class StepSizes:
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Subtracts the error of values beyond the outermost levels.
 
-        Some schemes lack a level on one side. The encoder chooses the side, so the smaller error
+        Some schemes lack a level on one side, which the encoder chooses, so the smaller error
         counts.
         """
         if self.limit is None:
@@ -46,8 +43,8 @@ class StepSizes:
     def beyond_rounding(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Subtracts the error of rounding to nearest, clipped or not.
 
-        Rounding is biased where a block has one weight so large that most others are nearer to
-        zero than to the first level.
+        It is biased where a block has one weight so large that most are nearer to zero than to a
+        level.
         """
         if self.grid is None:
             return self.without_clipping(error, w)
@@ -60,8 +57,7 @@ class StepSizes:
     def rounding(self, columns: int, squares: np.ndarray | None = None) -> np.ndarray:
         """Returns Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
 
-        An error that is uniform within half a step has the variance step²/12. With the `squares`
-        [columns] of inputs, each column's share is multiplied with its square.
+        With the `squares` [columns] of inputs, each column's share is multiplied with its square.
         """
         steps = np.square(self.levels, dtype=np.float64)
         if squares is None:
@@ -92,13 +88,8 @@ def span_steps(
 ) -> StepSizes:
     """Returns twice the root mean square of rounding to nearest, for each row or block.
 
-    Rounding to nearest is then off by half a step, as for single weights.
-
-    Args:
-        error: of rounding to nearest, [rows, columns].
-        moved: how far the rounding of scales moves levels, [rows, blocks].
-        spans: the first columns of the spans.
-        levels: see `StepSizes.distance`.
+    `error` [rows, columns] is that of rounding, `moved` [rows, blocks] how far rounded scales move
+    levels, `spans` their first columns, `levels` the `StepSizes.distance`.
     """
     step = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
     return StepSizes(np.maximum(step, NEGLIGIBLE), distance=levels, spans=spans)
