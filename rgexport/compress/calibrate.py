@@ -30,16 +30,18 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.device import torch_device
 from rgexport.progress import expect_stages, group, note
-from rgexport.quantize.calibration import Calibration, is_calibration, open_calibration
-from rgexport.quantize.calibration_format import (
+from rgexport.quantize.calibration import (
     FREQUENCY,
     HELD_OUT,
     HELD_OUT_LENGTHS,
     LENGTHS,
     TOKENS,
     Arrays,
+    Calibration,
     Provenance,
     arrays_of,
+    is_calibration,
+    open_calibration,
 )
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected

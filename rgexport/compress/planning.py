@@ -15,10 +15,9 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
 from rgexport.quantize.allocation import Choice, Front, Option, solve
 from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.plan import bfloat16_gates
+from rgexport.quantize.plan import bfloat16_gates, quantized
 from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
-from rgexport.quantize.stored_weights import quantized
 from rgexport.units import amount
 
 _ATTEMPTS = 4

@@ -24,7 +24,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import layer_states
 from rgexport.griffin.step import Layer, LayerState
 from rgexport.progress import task
-from rgexport.quantize.calibration_format import (
+from rgexport.quantize.calibration import (
     EMBEDDED,
     FISHER,
     PROBABILITY,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rgexport.errors import RequestError
 from rgexport.griffin import gradients as _differentiable  # noqa: F401  # registers backward passes
 from rgexport.griffin.step import Linear
-from rgexport.quantize.calibration_format import column_blocks, pack
+from rgexport.quantize.calibration import column_blocks, pack
 
 _PANEL = 512
 """Rows of a triangle that are computed together: fewer waste less, but run slower."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
-from rgexport.quantize import gptq
+from rgexport.quantize.algorithms import refill_blocks
 from rgexport.quantize.packing import pack, packed_width, unpack
 from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
@@ -129,7 +129,7 @@ class Affine(Uniform):
         levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
         block, half = self.block_size(rows.shape[1]), self.scale == "float16"
         for hessian in statistics.hessians:
-            gptq.refill_blocks(rows, levels, scales, zeros, hessian, block, self._top, half)
+            refill_blocks(rows, levels, scales, zeros, hessian, block, self._top, half)
         return self._pack(levels.reshape(nearest.shape), scales, zeros)
 
     encoders: ClassVar = {

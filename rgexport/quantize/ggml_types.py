@@ -1,8 +1,13 @@
-"""ggml's tensor types that are written (ggml.h, ggml-common.h), and llama-quantize's file types.
+"""ggml's tensor types (ggml.h, ggml-common.h), llama-quantize's file types and its choice of types.
 
-A file type names the type of most tensors of a GGUF file.
+A file type names the type of most tensors of a GGUF file. The choice is `llama_tensor_get_type` in
+llama-quant.cpp, as far as it applies to this architecture: no experts, no fused attention, a head
+tied to the embedding.
 """
 
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -121,3 +126,183 @@ def _find(table: dict[str, _Row], name: str, what: str) -> _Row:
     if name.lower() not in table:
         raise RequestError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
     return table[name.lower()]
+
+
+EMBEDDING = "token_embd.weight"
+
+
+@dataclass(frozen=True)
+class GgmlTensor:
+    """A tensor of the file; `shape` has the length of a row last, as in numpy."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantizable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeRequest:
+    """The types that a user asks for.
+
+    `pure` gives every tensor the file type's default. `overrides` are (regex, tensor type); the
+    first that matches a name counts. `token_embedding_type`, the type of the embedding and the
+    head, has precedence over both.
+    """
+
+    file_type: FileType
+    pure: bool = False
+    overrides: tuple[tuple[str, str], ...] = ()
+    token_embedding_type: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses overrides that llama-quantize would ignore."""
+        if self.overrides and not TYPES[self.file_type.default].is_quantized:
+            raise RequestError(
+                f"--tensor-type changes nothing in a file of type {self.file_type.name}; "
+                "choose a --type of fewer bits beside it"
+            )
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """Returns the regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`."""
+    pattern, separator, kind = text.partition("=")
+    if not pattern or not separator or not kind:
+        raise RequestError(f"--tensor-type is {text!r}; expected REGEX=TYPE, as in attn_v=q8_0")
+    try:
+        re.compile(pattern.lower())
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RequestError(f"--tensor-type {text!r} has no regular expression: {error}") from None
+    return pattern.lower(), find_type(kind).name
+
+
+def choose_types(
+    tensors: Sequence[GgmlTensor], request: TypeRequest, *, gqa: int, has_imatrix: bool
+) -> dict[str, str]:
+    """Returns tensor name → tensor type, of tensors in the order of the file, on which it depends.
+
+    `gqa` are the query heads per key head of the *first* layer, 0 if that is recurrent.
+
+    Raises:
+        RequestError: an override matches no quantizable tensor, or a type needs an importance
+            matrix.
+    """
+    quantizable = [tensor for tensor in tensors if tensor.quantizable]
+    _refuse_idle_overrides(request, quantizable)
+    counts, seen = Counter(_site(tensor.name) for tensor in quantizable), Counter[str]()
+    file_type, types = request.file_type, dict.fromkeys((tensor.name for tensor in tensors), "f32")
+    for tensor in quantizable:
+        name, columns, site = tensor.name, tensor.shape[-1], _site(tensor.name)
+        kind = _requested_type(name, request)
+        if kind is None and name == EMBEDDING:
+            # It is also the head, for which llama-quantize takes q6_k or better.
+            is_coarse = file_type.default != "q8_0" and TYPES[file_type.default].fits(columns)
+            kind = "q6_k" if is_coarse else "q8_0"
+        elif kind is None:
+            at = _Occurrence(seen[site], counts[site], gqa, has_imatrix)
+            rules = _MIXES.get(site, {}).get(file_type.name, {}).items()
+            mixed = (kind for condition, kind in rules if _CONDITIONS[condition](at))
+            kind = next(mixed, file_type.default)
+            seen[site] += 1
+        fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
+        types[name] = next(one for one in fallbacks if TYPES[one].fits(columns))
+    if not has_imatrix:
+        require_importances(types, file_type, available=())
+    return types
+
+
+def require_importances(
+    types: Mapping[str, str], file_type: FileType, available: Container[str]
+) -> None:
+    """Refuses q2_k_s without importances of some tensors, as llama-quantize does."""
+    for name, kind in types.items():
+        takes_them = file_type.name == "q2_k_s" and kind == "q2_k" and name != EMBEDDING
+        if takes_them and name not in available:
+            raise RequestError(
+                f"type {file_type.name} needs an importance matrix (--imatrix FILE, made by "
+                f"llama-imatrix) that has {name}: without, {kind} would be garbage"
+            )
+
+
+def _refuse_idle_overrides(request: TypeRequest, tensors: Sequence[GgmlTensor]) -> None:
+    for pattern, kind in request.overrides:
+        if not any(re.search(pattern, tensor.name) for tensor in tensors):
+            raise RequestError(
+                f"--tensor-type {pattern}={kind} matches no tensor that can be quantized; "
+                f"their names are like {', '.join(tensor.name for tensor in tensors[:3])}"
+            )
+
+
+def _requested_type(name: str, request: TypeRequest) -> str | None:
+    """The type that the request names for a tensor; None if the mix decides."""
+    if name == EMBEDDING and request.token_embedding_type is not None:
+        return request.token_embedding_type
+    overrides = (kind for pattern, kind in request.overrides if re.search(pattern, name))
+    default = request.file_type.default
+    fixed = request.pure or not TYPES[default].is_quantized
+    return next(overrides, default if fixed else None)
+
+
+def _site(name: str) -> str:
+    """`attn_v` for `blk.2.attn_v.weight`."""
+    return name.split(".")[-2]
+
+
+@dataclass(frozen=True)
+class _Occurrence:
+    """The position of a tensor among the tensors of its site; the mix depends on it."""
+
+    index: int
+    count: int
+    gqa: int
+    has_imatrix: bool
+
+
+def _gets_more_bits(at: _Occurrence) -> bool:
+    """The first and the last eighth, and every third between them."""
+    eighth = at.count // 8
+    outer = at.index < eighth or at.index >= 7 * at.count // 8
+    return outer or (at.index - eighth) % 3 == 2
+
+
+_CONDITIONS: dict[str, Callable[[_Occurrence], bool]] = {
+    "always": lambda at: True,
+    "more bits": _gets_more_bits,
+    "first 2": lambda at: at.index < 2,
+    "first 4": lambda at: at.index < 4,
+    "first 1/8": lambda at: at.index < at.count // 8,
+    "first 1/16": lambda at: at.index < at.count // 16,
+    "grouped": lambda at: at.gqa >= 4,
+    # Importances of the first ffn_down can make types without a minimum very inexact.
+    "imatrix": lambda at: at.has_imatrix and at.index < at.count // 8,
+}
+_MIXES: dict[str, dict[str, dict[str, str]]] = {
+    "attn_v": {
+        "q2_k": {"grouped": "q4_k", "always": "q3_k"},
+        "q2_k_s": {"grouped": "q4_k"},
+        "q3_k_m": {"first 2": "q5_k", "always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+        "q4_k_s": {"first 4": "q5_k"},
+        "q4_k_m": {"more bits": "q6_k"},
+        "q5_k_m": {"more bits": "q6_k"},
+    },
+    "attn_output": {
+        "q2_k": {"always": "q3_k"},
+        "q3_k_m": {"always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+    },
+    "ffn_down": {
+        "q2_k": {"always": "q3_k"},
+        "q2_k_s": {"first 1/8": "q4_k"},
+        "q3_k_m": {"first 1/16": "q5_k", "always": "q4_k"},
+        "q3_k_l": {"always": "q5_k"},
+        "q4_k_s": {"first 1/8": "q5_k"},
+        "q4_k_m": {"more bits": "q6_k"},
+        "q5_k_m": {"more bits": "q6_k"},
+        "q4_0": {"imatrix": "q4_1"},
+        "q5_0": {"imatrix": "q5_1"},
+    },
+}
+"""Site → file type → the first condition that holds gives the type; else it is the default."""
+
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""For rows that are not a multiple of 256; f16 if they are not a multiple of 32 either."""

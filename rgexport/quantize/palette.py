@@ -18,9 +18,8 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
-from rgexport.quantize import gptq
 from rgexport.quantize.affine import Affine, largest_divisor
-from rgexport.quantize.clusters import centers
+from rgexport.quantize.algorithms import centers, choose_levels
 from rgexport.quantize.packing import pack, packed_width, unpack
 from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
@@ -80,7 +79,7 @@ class Palette(Uniform):
         lut, nearest = self._nearest(rows)
         table = np.repeat(lut.astype(np.float32), self.group, axis=0)
         grid = library.Grid(1, 2**self.bits - 1, table=table)
-        indices = gptq.choose_levels(rows, grid, statistics.hessians, nearest)
+        indices = choose_levels(rows, grid, statistics.hessians, nearest)
         return {"data": pack(indices, self.bits), "lut": lut}
 
     encoders: ClassVar = {"kmeans": _cluster, "gptq": _gptq}

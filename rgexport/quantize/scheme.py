@@ -1,18 +1,85 @@
-"""Storage schemes: the registry, and the names that other packages import."""
+"""Storage schemes: floats, the registry of all, and the names that other packages import."""
 
 import reprlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import register_reader
 from rgexport.quantize.affine import BLOCKS, INT8_ROWS, Affine
-from rgexport.quantize.floats import BFLOAT16, Float
 from rgexport.quantize.ggml import Ggml
 from rgexport.quantize.palette import Palette
 from rgexport.quantize.row_groups import Mixed, RowGroup
-from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Scheme, Uniform
+from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Scheme, Shape, Uniform
+from rgexport.quantize.statistics import Statistics
+from rgexport.quantize.steps import StepSizes, float_steps
+
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_DIGITS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24), "bfloat16": (23, 2.0**-126)}
+"""dtype → binary digits after the point, smallest step.
+
+bfloat16 stores what the checkpoint has in bfloat16: nothing may be rounded.
+"""
+
+
+@dataclass(frozen=True)
+class Float(Uniform):
+    dtype: Literal["float32", "float16", "bfloat16"]
+    kind: Literal["float"] = "float"
+    algorithm = "cast"
+    is_quantized = False
+
+    @property
+    def label(self) -> str:
+        return self.dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 32.0 if self.dtype == "float32" else 16.0
+
+    @property
+    def precision(self) -> str:
+        return _PRECISIONS[self.dtype]
+
+    @property
+    def storage_class(self) -> str:
+        return self.dtype
+
+    @property
+    def ggml_type(self) -> str:
+        """The GGUF type; only gates are bfloat16 in a plan, and those are f32 in a file."""
+        return "f16" if self.dtype == "float16" else "f32"
+
+    def part_shapes(self, shape: Shape) -> PartShapes:
+        return {"data": (self.dtype, shape)}
+
+    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
+        return arrays["data"].astype(np.float32, copy=False)
+
+    def weight_steps(self, w: np.ndarray) -> StepSizes:
+        return StepSizes(float_steps(w, *_DIGITS[self.dtype]))
+
+    def _cast(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+        with np.errstate(over="ignore"):
+            stored = rows.astype(self.dtype)
+        if not np.isfinite(stored).all():
+            raise RequestError(
+                f"a weight of {np.abs(rows).max():.4g} is more than {self.dtype} holds; "
+                "store it in another precision"
+            )
+        assert self.dtype != "bfloat16" or (stored.astype(rows.dtype) == rows).all()
+        return {"data": stored}
+
+    encoders: ClassVar = {"cast": _cast}
+
+
+BFLOAT16 = Float("bfloat16")
+"""Lossless for the matrices of gates that a checkpoint has in bfloat16."""
+
 
 __all__ = [
     "BFLOAT16",

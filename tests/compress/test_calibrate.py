@@ -21,8 +21,7 @@ from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
 from rgexport.griffin.layout import QUANTIZABLE, role_of
 from rgexport.griffin.reference import Reference
-from rgexport.quantize.calibration import Calibration, open_calibration
-from rgexport.quantize.calibration_format import linears
+from rgexport.quantize.calibration import Calibration, linears, open_calibration
 from tests.command_line import rgexport
 from tests.compress.collected import checkpoint_of, collected
 from tests.evaluate.small_model import small_model

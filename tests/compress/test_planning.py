@@ -25,11 +25,10 @@ from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, input_site, model_tensors
 from rgexport.quantize.calibration import open_calibration
-from rgexport.quantize.plan import bfloat16_gates, load_plan
+from rgexport.quantize.plan import bfloat16_gates, load_plan, quantized
 from rgexport.quantize.row_groups import rows_text
 from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup
 from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
-from rgexport.quantize.stored_weights import quantized
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.row_groups import decoded

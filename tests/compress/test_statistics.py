@@ -11,8 +11,8 @@ from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
-from rgexport.quantize import calibration_format
-from rgexport.quantize.calibration_format import linears
+from rgexport.quantize import calibration
+from rgexport.quantize.calibration import linears
 from tests.compress.collected import checkpoint_of, collected
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights, weight_source
@@ -96,7 +96,7 @@ def test_wide_inputs_are_cut_into_diagonal_blocks(tmp_path, monkeypatch):
     config = ODD_CONFIGS["not_by_128"]
     text, checkpoint = passages(config), checkpoint_of("not_by_128", tmp_path / "model")
     whole = collected(checkpoint, text, tmp_path / "whole")
-    monkeypatch.setattr(calibration_format, "MAX_BLOCK", 256)
+    monkeypatch.setattr(calibration, "MAX_BLOCK", 256)
     cut = collected(checkpoint, text, tmp_path / "cut")
     for tensor, (_, columns) in linears(config).items():
         (expected,), blocks = whole.hessian(tensor), cut.hessian(tensor)

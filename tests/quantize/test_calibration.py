@@ -8,8 +8,16 @@ from safetensors.numpy import save_file
 
 from rgexport.errors import RequestError
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.calibration import Calibration, is_calibration, open_calibration
-from rgexport.quantize.calibration_format import METADATA, Provenance, arrays_of, linears, pack
+from rgexport.quantize.calibration import (
+    METADATA,
+    Calibration,
+    Provenance,
+    arrays_of,
+    is_calibration,
+    linears,
+    open_calibration,
+    pack,
+)
 from rgexport.quantize.statistics import statistics_of
 from tests.models import ODD_CONFIGS
 

@@ -13,16 +13,20 @@ from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import file_tensors
 from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize import ggml_library
-from rgexport.quantize.ggml_grid import LAYOUTS, read_levels, replace_levels
+from rgexport.quantize.ggml import LAYOUTS, read_levels, replace_levels
 from rgexport.quantize.ggml_library import find_library, load_library, quantize_rows
-from rgexport.quantize.ggml_mix import (
+from rgexport.quantize.ggml_types import (
+    BY_VALUE,
+    FILE_TYPES,
+    TYPES,
     GgmlTensor,
+    GgmlType,
     TypeRequest,
     choose_types,
+    find_file_type,
     parse_override,
     require_importances,
 )
-from rgexport.quantize.ggml_types import BY_VALUE, FILE_TYPES, TYPES, GgmlType, find_file_type
 from rgexport.quantize.scheme import Ggml
 from rgexport.quantize.statistics import statistics_of
 from tests.artifacts import require_ggml

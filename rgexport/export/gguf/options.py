@@ -12,20 +12,18 @@ from rgexport.export.gguf.naming import FileTensor, file_tensors
 from rgexport.export.request import refuse_beside_plan, refuse_idle, require_levels
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.ggml_mix import (
-    GgmlTensor,
-    TypeRequest,
-    choose_types,
-    parse_override,
-    require_importances,
-)
 from rgexport.quantize.ggml_types import (
     FILE_TYPES,
     INT_WORDS,
     TYPES,
     FileType,
+    GgmlTensor,
+    TypeRequest,
+    choose_types,
     find_file_type,
     find_type,
+    parse_override,
+    require_importances,
 )
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
 from rgexport.quantize.scheme import Ggml, Plan

@@ -13,8 +13,8 @@ import numpy as np
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import Advance
+from rgexport.quantize.plan import quantized
 from rgexport.quantize.statistics import StatisticsOf
-from rgexport.quantize.stored_weights import quantized
 from rgexport.validate.checks import Check
 from rgexport.validate.weights.tensor_errors import of_each_tensor, paired_slabs
 

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.ggml_grid import LAYOUTS
+from rgexport.quantize.ggml import LAYOUTS
 from rgexport.quantize.row_groups import rows_text
 from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
 from rgexport.quantize.statistics import Hessian, Statistics
