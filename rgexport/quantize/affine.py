@@ -52,7 +52,6 @@ class Affine(Uniform):
     kind: Literal["affine"] = "affine"
 
     allowed: ClassVar = {"block": (None, POSITIVE), "symmetric": (False, True)}
-    has_blocks = True
     rounds_activations = True
 
     @property
@@ -223,20 +222,16 @@ class Affine(Uniform):
         """
         if self.block is None:
             return self
-        candidates = [replace(self, block=block) for block in BLOCKS if block <= self.block]
-        return min(candidates, key=lambda scheme: scheme._row_bytes(columns))
 
-    def _row_bytes(self, columns: int) -> int:
-        shapes = self.part_shapes((1, columns)).values()
-        return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in shapes)
+        def row_bytes(scheme: Affine) -> int:
+            parts = scheme.part_shapes((1, columns)).values()
+            return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in parts)
+
+        candidates = (replace(self, block=block) for block in BLOCKS if block <= self.block)
+        return min(candidates, key=row_bytes)
 
     def with_dtype(self, dtype: FloatDtype) -> "Affine":
         return replace(self, scale=dtype)
-
-    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Affine":
-        block = self.block if block is None else block
-        symmetric = self.symmetric if symmetric is None else symmetric
-        return replace(self, block=block, symmetric=symmetric)
 
     @classmethod
     def candidates(cls) -> tuple["Affine", ...]:
@@ -318,13 +313,11 @@ def _storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
             near = scales.astype(np.float16)
         away = np.nextafter(near, np.copysign(np.float16(np.inf), near))
         short = np.abs(near.astype(np.float32)) < np.abs(scales)
-        needed, scales = (
-            np.abs(scales).max(initial=0),
-            np.where(short, away, near).astype(np.float32),
-        )
-        if not np.isfinite(scales).all():
+        rounded = np.where(short, away, near).astype(np.float32)
+        if not np.isfinite(rounded).all():
             raise RequestError(
-                f"its weights need a scale of {needed:.4g}, and float16 holds at most 65504; "
-                'take a plan with "scale": "float32" for it, or another precision'
+                f"its weights need a scale of {np.abs(scales).max():.4g}, and float16 holds at "
+                'most 65504; take a plan with "scale": "float32" for it, or another precision'
             )
+        scales = rounded
     return np.where(np.abs(scales) < _TINY, np.float32(1), scales)

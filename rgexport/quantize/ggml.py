@@ -87,21 +87,17 @@ class _Plane:
 
     def read(self, blocks: Blocks) -> np.ndarray:
         runs = self._bytes(blocks).reshape(len(blocks), self.count // self.width, 1, self.width)
-        bits = (runs >> self._shifts) & self._mask
+        bits = (runs >> self._shifts) & np.uint8((1 << self.bits) - 1)
         return bits.reshape(len(blocks), self.count * 8 // self.bits) << np.uint8(self.shift)
 
     def write(self, blocks: Blocks, levels: np.ndarray) -> None:
-        bits = (levels >> np.uint8(self.shift)) & self._mask
+        bits = (levels >> np.uint8(self.shift)) & np.uint8((1 << self.bits) - 1)
         shape = len(blocks), self.count // self.width, 8 // self.bits, self.width
         joined = np.bitwise_or.reduce(bits.reshape(shape) << self._shifts, axis=2)
         self._bytes(blocks)[:] = joined.reshape(len(blocks), self.count)
 
     def _bytes(self, blocks: Blocks) -> np.ndarray:
         return blocks[:, self.start : self.start + self.count]
-
-    @property
-    def _mask(self) -> np.uint8:
-        return np.uint8((1 << self.bits) - 1)
 
     @property
     def _shifts(self) -> np.ndarray:
@@ -117,7 +113,7 @@ def _one_scale(blocks: Blocks) -> Scales:
     return _half(blocks, 0), None
 
 
-def _scale_and_minimum(blocks: Blocks) -> Scales:
+def _two_scales(blocks: Blocks) -> Scales:
     return _half(blocks, 0), _half(blocks, 2)
 
 
@@ -180,11 +176,9 @@ LAYOUTS = {
     # ggml writes no -128, which has no negative in the kernels
     "q8_0": GgmlLayout(32, 254, 127, (_Plane(2, 32, 8, 32),), _one_scale, bias=np.uint8(127)),
     "q4_0": GgmlLayout(32, 15, 8, (_Plane(2, 16, 4, 16),), _one_scale),
-    "q4_1": GgmlLayout(32, 15, 0, (_Plane(4, 16, 4, 16),), _scale_and_minimum),
+    "q4_1": GgmlLayout(32, 15, 0, (_Plane(4, 16, 4, 16),), _two_scales),
     "q5_0": GgmlLayout(32, 31, 16, (_Plane(6, 16, 4, 16), _Plane(2, 4, 1, 1, 4)), _one_scale),
-    "q5_1": GgmlLayout(
-        32, 31, 0, (_Plane(8, 16, 4, 16), _Plane(4, 4, 1, 1, 4)), _scale_and_minimum
-    ),
+    "q5_1": GgmlLayout(32, 31, 0, (_Plane(8, 16, 4, 16), _Plane(4, 4, 1, 1, 4)), _two_scales),
     "q2_k": GgmlLayout(16, 3, 0, (_Plane(16, 64, 2, 32),), _q2_k, 15),
     "q3_k": GgmlLayout(16, 7, 4, (_Plane(32, 64, 2, 32), _Plane(0, 32, 1, 32, 2)), _q3_k, 32),
     "q4_k": GgmlLayout(32, 15, 0, (_Plane(16, 128, 4, 32),), _q45_k, 63),

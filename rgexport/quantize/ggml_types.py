@@ -7,7 +7,7 @@ tied to the embedding.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -108,9 +108,6 @@ _BY_NAME = {row.name: row for row in _ROWS}
 FILE_TYPES: dict[str, FileType] = _BY_NAME | {a: _BY_NAME[name] for a, name in _ALIASES.items()}
 """llama-quantize's name in lower case → file type; aliases included."""
 
-INT_WORDS = {"int8": "q8_0", "int4": "q4_k_m"}
-"""`--int8` and `--int4` → the best file type of so many bits."""
-
 
 def find_type(name: str) -> GgmlType:
     """Returns the tensor type that a user names, in any case; RequestError for an unknown one."""
@@ -129,15 +126,6 @@ def _find(table: dict[str, _Row], name: str, what: str) -> _Row:
 
 
 EMBEDDING = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class GgmlTensor:
-    """A tensor of the file; `shape` has the length of a row last, as in numpy."""
-
-    name: str
-    shape: tuple[int, ...]
-    quantizable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,35 +164,38 @@ def parse_override(text: str) -> tuple[str, str]:
 
 
 def choose_types(
-    tensors: Sequence[GgmlTensor], request: TypeRequest, *, gqa: int, has_imatrix: bool
+    columns: Mapping[str, int], request: TypeRequest, *, gqa: int, has_imatrix: bool
 ) -> dict[str, str]:
-    """Returns tensor name → tensor type, of tensors in the order of the file, on which it depends.
+    """Returns tensor name → tensor type of quantizable tensors, for their lengths of rows.
 
-    `gqa` are the query heads per key head of the *first* layer, 0 if that is recurrent.
-
-    Raises:
-        RequestError: an override matches no quantizable tensor, or a type needs an importance
-            matrix.
+    It depends on their order, that of the file. `gqa` are the query heads per key head of the
+    *first* layer, 0 if that is recurrent. Raises RequestError for an override that matches no
+    tensor, and for a type that needs an importance matrix.
     """
-    quantizable = [tensor for tensor in tensors if tensor.quantizable]
-    _refuse_idle_overrides(request, quantizable)
-    counts, seen = Counter(_site(tensor.name) for tensor in quantizable), Counter[str]()
-    file_type, types = request.file_type, dict.fromkeys((tensor.name for tensor in tensors), "f32")
-    for tensor in quantizable:
-        name, columns, site = tensor.name, tensor.shape[-1], _site(tensor.name)
-        kind = _requested_type(name, request)
-        if kind is None and name == EMBEDDING:
+    for pattern, kind in request.overrides:
+        if not any(re.search(pattern, name) for name in columns):
+            raise RequestError(
+                f"--tensor-type {pattern}={kind} matches no tensor that can be quantized; "
+                f"their names are like {', '.join([*columns][:3])}"
+            )
+    counts, seen = Counter(map(_site, columns)), Counter[str]()
+    file_type, types = request.file_type, dict[str, str]()
+    for name in columns:
+        site, requested = _site(name), _requested_type(name, request)
+        if requested is not None:
+            kind = requested
+        elif name == EMBEDDING:
             # It is also the head, for which llama-quantize takes q6_k or better.
-            is_coarse = file_type.default != "q8_0" and TYPES[file_type.default].fits(columns)
+            is_coarse = file_type.default != "q8_0" and TYPES[file_type.default].fits(columns[name])
             kind = "q6_k" if is_coarse else "q8_0"
-        elif kind is None:
+        else:
             at = _Occurrence(seen[site], counts[site], gqa, has_imatrix)
             rules = _MIXES.get(site, {}).get(file_type.name, {}).items()
             mixed = (kind for condition, kind in rules if _CONDITIONS[condition](at))
             kind = next(mixed, file_type.default)
             seen[site] += 1
         fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
-        types[name] = next(one for one in fallbacks if TYPES[one].fits(columns))
+        types[name] = next(one for one in fallbacks if TYPES[one].fits(columns[name]))
     if not has_imatrix:
         require_importances(types, file_type, available=())
     return types
@@ -220,15 +211,6 @@ def require_importances(
             raise RequestError(
                 f"type {file_type.name} needs an importance matrix (--imatrix FILE, made by "
                 f"llama-imatrix) that has {name}: without, {kind} would be garbage"
-            )
-
-
-def _refuse_idle_overrides(request: TypeRequest, tensors: Sequence[GgmlTensor]) -> None:
-    for pattern, kind in request.overrides:
-        if not any(re.search(pattern, tensor.name) for tensor in tensors):
-            raise RequestError(
-                f"--tensor-type {pattern}={kind} matches no tensor that can be quantized; "
-                f"their names are like {', '.join(tensor.name for tensor in tensors[:3])}"
             )
 
 

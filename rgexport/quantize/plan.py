@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rgexport.quantize.scheme import (
     BFLOAT16,
     BLOCKS,
     FLOAT32,
+    INT8_ROWS,
     Affine,
     Float,
     Ggml,
@@ -40,17 +42,11 @@ PRECISIONS: dict[str, Scheme] = {
 """Precision → scheme of the linears and the embedding, before a user's block and symmetry."""
 WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetric=False)}
 """The same for browsers: scales are float32, so small blocks would cost another half bit."""
-COREML_PRECISIONS: dict[str, Scheme] = {
-    "fp32": FLOAT32,
-    "fp16": Float("float16"),
-    "int8": Affine(8, None, symmetric=True),
-    "int4": Affine(4, 32, symmetric=True),
-    "pal4": Palette(),
-}
+COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": Palette()}
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
-_FULL: tuple[Scheme, ...] = (FLOAT32, Ggml("f32"))
-"""For tensors that are never quantized."""
+_ROWS = 192
+"""Rows that a thread encodes at once, or a few more where a table is shared."""
 
 
 def choose_scheme(
@@ -68,7 +64,11 @@ def choose_scheme(
         raise RequestError(
             f"unknown precision {precision!r}; expected one of {', '.join(precisions)}"
         )
-    return precisions[precision].with_blocks(block, symmetric)
+    scheme = precisions[precision]
+    if not isinstance(scheme, Affine):
+        return scheme
+    symmetric = scheme.symmetric if symmetric is None else symmetric
+    return replace(scheme, block=block or scheme.block, symmetric=symmetric)
 
 
 def choose_schemes(
@@ -92,8 +92,7 @@ def choose_schemes(
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     """Returns a plan: `linear`, `embedding` for the table, float32 for everything else."""
     by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
-    tensors = model_tensors(config).items()
-    return {name: by_role.get(spec.role, FLOAT32) for name, spec in tensors}
+    return {n: by_role.get(spec.role, FLOAT32) for n, spec in model_tensors(config).items()}
 
 
 def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[str]:
@@ -129,7 +128,7 @@ def precision_of(plan: Plan) -> str:
 
 def has_blocks(scheme: Scheme) -> bool:
     """Whether users can set the block size and symmetry of a scheme."""
-    return any(uniform.has_blocks for uniform in scheme.uniform)
+    return any(isinstance(uniform, Affine) for uniform in scheme.uniform)
 
 
 def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
@@ -138,10 +137,9 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
     Without one: by those of the plan if a user chose them (`keep`), or else by clip search, which
     needs no data; without its library by rounding to nearest.
     """
-    if algorithm is None and keep:
-        return plan
     if algorithm is None:
-        if not any("search" in one.encoders for scheme in plan.values() for one in scheme.uniform):
+        uniform = (one for scheme in plan.values() for one in scheme.uniform)
+        if keep or not any("search" in one.encoders for one in uniform):
             return plan
         algorithm = "search" if library.is_there() else "rtn"
         if algorithm == "rtn":
@@ -184,34 +182,25 @@ def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, Tenso
             scheme.group_sizes(tensors[name].shape[0])
     except RequestError as error:
         raise RequestError(f"the plan {path}: {name}: {error}") from None
-    if rule := _broken_rule(name, scheme, tensors):
-        raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
-    return scheme
-
-
-def _broken_rule(name: str, scheme: Scheme, tensors: Mapping[str, TensorSpec]) -> str | None:
     role = tensors[name].role
-    if role in QUANTIZABLE:
-        return "only the matrices of gates may be bfloat16" if scheme == BFLOAT16 else None
     shorter = [Float("float16")] if is_linear_bias(name, tensors) else []
     shorter += [BFLOAT16] if _is_gate_matrix(tensors[name]) else []
-    if scheme in (*_FULL, *shorter):
-        return None
-    allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
-    return f"a {role} is never quantized; expected {allowed}"
-
-
-_ROWS = 192
-"""Rows that a thread encodes at once, or a few more where a table is shared."""
+    rule = ""
+    if role in QUANTIZABLE and scheme == BFLOAT16:
+        rule = "only the matrices of gates may be bfloat16"
+    elif role not in QUANTIZABLE and scheme not in (FLOAT32, Ggml("f32"), *shorter):
+        allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
+        rule = f"a {role} is never quantized; expected {allowed}"
+    if rule:
+        raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
+    return scheme
 
 
 def quantized(weights: WeightSource, plan: Plan, statistics_of: StatisticsOf) -> WeightSource:
     """Returns the weights as a plan stores them; float schemes change nothing."""
     return {
-        name: tensor
-        if isinstance(plan[name], Float)
-        else _quantized(name, tensor, plan[name], statistics_of)
-        for name, tensor in weights.items()
+        n: t if isinstance(plan[n], Float) else _quantized(n, t, plan[n], statistics_of)
+        for n, t in weights.items()
     }
 
 

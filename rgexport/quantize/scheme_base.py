@@ -61,8 +61,7 @@ class Scheme(ABC):
         """Reads the result of `to_dict`; RequestError for an unknown field or value."""
 
     def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = to_json(self)
-        return values
+        return dict(to_json(self))
 
     @property
     def is_quantized(self) -> bool:
@@ -122,10 +121,6 @@ class Scheme(ABC):
         """Returns the scheme with scales or tables in `dtype`."""
         return self
 
-    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Scheme":
-        """Returns the scheme with a user's block size and symmetry, None for its own."""
-        return self
-
     @abstractmethod
     def with_algorithm(self, algorithm: str) -> Self:
         """Returns the scheme filled by another algorithm; unchanged where that does not apply."""
@@ -137,8 +132,6 @@ class Uniform(Scheme):
     encoders: ClassVar[Mapping[str, Encoder]]
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field → values or ranges that JSON may have, where the field's type is no literal."""
-    has_blocks: ClassVar[bool] = False
-    """Whether users can set the block size and symmetry."""
 
     @property
     @abstractmethod
@@ -233,11 +226,10 @@ class Uniform(Scheme):
                 return statistics.encode(name, rows, self, ids)
             statistics = None
         weighed = self.needs_statistics
-        if weighed and (statistics is None or not statistics.hessians):
-            raise RequestError(
-                f"{name}: {self.algorithm} needs statistics of its inputs; give --calibration FILE"
-            )
         try:
+            if weighed and (statistics is None or not statistics.hessians):
+                needed = "needs statistics of its inputs; give --calibration FILE"
+                raise RequestError(f"{self.algorithm} {needed}")
             if weighed and statistics and statistics.kinds and ids is not None:
                 return self._encode_kinds(rows, statistics.kinds, ids)
             return self.encoders[self.algorithm](self, rows, statistics)

@@ -14,10 +14,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_types import (
     FILE_TYPES,
-    INT_WORDS,
     TYPES,
     FileType,
-    GgmlTensor,
     TypeRequest,
     choose_types,
     find_file_type,
@@ -29,7 +27,7 @@ from rgexport.quantize.imatrix import Imatrix, read_imatrix
 from rgexport.quantize.scheme import Ggml, Plan
 
 DEFAULT_TYPE = "q4_k_m"
-PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
+PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", "int8": "q8_0", "int4": "q4_k_m"}
 """Precision word of the other formats → file type."""
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
@@ -113,8 +111,8 @@ class GgufOptions:
             schemes = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
             return GgufStorage(self.file_type, tensors, self._filled(schemes))
         imatrix = read_imatrix(self.imatrix) if self.imatrix else None
-        types = choose_types(
-            [GgmlTensor(t.name, t.shape, t.quantizable) for t in tensors],
+        types = dict.fromkeys((tensor.name for tensor in tensors), "f32") | choose_types(
+            {t.name: t.shape[-1] for t in tensors if t.quantizable},
             self._request(),
             gqa=config.num_heads if config.block_types[0] == "attention" else 0,
             has_imatrix=imatrix is not None or self._takes_statistics,
