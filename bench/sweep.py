@@ -30,7 +30,7 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.options import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
-from rgexport.griffin.sizes import DEMO
+from rgexport.griffin.config import DEMO
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
 from rgexport.validate.opening import ValidationRequest

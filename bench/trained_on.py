@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.run import FOLDER
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.griffin.sizes import DEMO
+from rgexport.griffin.config import DEMO
 
 RATE = 0.1
 """Of the learning rates that the demo was trained with at first."""

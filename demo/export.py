@@ -9,7 +9,7 @@ from model import Griffin
 from safetensors.torch import load_file, save_file
 from tokenizer import BOS, END_OF_TURN, EOS, PAD
 
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE
+from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 
 
 def write(model: Griffin, tokenizer: Path, folder: Path) -> None:

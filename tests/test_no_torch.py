@@ -106,7 +106,7 @@ def test_evaluate(demo_artifact, tmp_path):
 
 SMALL = """
 from dataclasses import replace
-from rgexport.griffin.sizes import SIZES
+from rgexport.griffin.config import SIZES
 size = SIZES["2b"]
 shape = dict(width=256, mlp_width=96, lru_width=256, num_heads=1, lru_heads=1, embedding_scale=16)
 blocks = size.config.block_types[:3]

@@ -11,7 +11,7 @@ from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import folders, json_mutator
 from fuzz.readers.target import Target, require
 from rgexport.chat.template import load_template
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE
+from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "Hi <bos>"}, {"role": "assistant", "content": " Yes. "}]
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}

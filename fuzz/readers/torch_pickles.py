@@ -11,7 +11,7 @@ import torch
 
 from fuzz.readers import pickle_mutator
 from fuzz.readers.target import Target, oracle, require
-from rgexport.griffin.deepmind_files import DeepMindTensor, DeepMindTensors
+from rgexport.griffin.tensor import DeepMindTensor, DeepMindTensors
 from rgexport.griffin.torch_file import read_torch_file
 
 MODEL = "model.pt"

@@ -12,7 +12,7 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.artifact import GgufArtifact
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE
+from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from rgexport.griffin.tokenizer_files import NORMAL, UNKNOWN, USER_DEFINED
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model
 

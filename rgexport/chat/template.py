@@ -11,7 +11,7 @@ import jinja2
 from rgexport.chat.template_sandbox import Sandbox
 from rgexport.chat.tokenizer import CUT, Tokenizer
 from rgexport.errors import RequestError
-from rgexport.griffin.chat_template import chat_template, missing_turns
+from rgexport.griffin.control_tokens import chat_template, missing_turns
 
 Message = Mapping[str, str]
 """`role` ("user" or "assistant") and `content`, as Hugging Face's templates expect them."""

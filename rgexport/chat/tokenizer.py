@@ -21,8 +21,7 @@ from rgexport.griffin.control_tokens import (
     json_tokens,
     sentencepiece_tokens,
 )
-from rgexport.griffin.tokenizer_files import MAX_BYTES
-from rgexport.griffin.tokenizer_json import panics_raised, read_tokenizer_json
+from rgexport.griffin.tokenizer_files import MAX_BYTES, panics_raised, read_tokenizer_json
 
 CUT = "\ud800"
 """Marks a cut: a lone surrogate, which no encodable text contains."""

@@ -220,7 +220,7 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
         return EvaluatedArtifact(absolute, artifact.path.name, artifact)
     import rgexport.evaluate.reference_session  # noqa: F401  # fails at once without torch
     from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
-    from rgexport.griffin.sizes import SIZE_WORDS
+    from rgexport.griffin.config import SIZE_WORDS
 
     by_size = argument in SIZE_WORDS and not means_checkpoint(Path(argument))
     checkpoint = open_checkpoint(None if by_size else argument, size=argument if by_size else None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.sizes import SIZES
+from rgexport.griffin.config import SIZES
 
 _CARD_HEAD, _CARD_CHARACTERS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL), 1 << 14
 _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")

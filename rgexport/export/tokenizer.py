@@ -21,9 +21,10 @@ from tokenizers import decoders, models, normalizers, processors
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
-from rgexport.griffin.chat_template import JINJA_FILE, chosen_template
 from rgexport.griffin.control_tokens import (
+    JINJA_FILE,
     ControlTokens,
+    chosen_template,
     is_markup,
     literal,
     read_control_tokens,

@@ -21,15 +21,11 @@ from rgexport.files.typed_json import parse_json
 from rgexport.progress import Advance
 
 _BLOCK = 1 << 20
-_LONG = 4 << 30
-"""Bytes from which hashing shows a progress bar: it takes some two seconds."""
-_MAX_ENTRIES = 2048
-"""Entries of the cache; the oldest are dropped first."""
+_LONG = 4 << 30  # bytes from which hashing shows a progress bar: it takes some two seconds
+_MAX_ENTRIES = 2048  # entries of the cache; the oldest are dropped first
 
-_Key = tuple[int, ...]
-"""The state of a file: size, mtime and ctime in ns."""
-_Cache = dict[str, Any]
-"""Name of a file → its state as a list, and its hash."""
+_Key = tuple[int, ...]  # the state of a file: size, mtime and ctime in ns
+_Cache = dict[str, Any]  # name of a file → its state as a list, and its hash
 
 
 @dataclass(frozen=True)

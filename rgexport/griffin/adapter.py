@@ -26,8 +26,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource, entry_columns, entr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPED = "base_model.model."
-_PRODUCT_BYTES = 8 << 20
-"""Upper bound of the rows of a product that are computed at a time."""
+_PRODUCT_BYTES = 8 << 20  # upper bound of the rows of a product that are computed at a time
 _LORA_MATRIX = re.compile(
     r"(?P<module>.+)\.(?P<embedding>lora_embedding|lora)_(?P<side>[AB])(\.weight|\.default)*"
 )

@@ -11,11 +11,17 @@ from rgexport.errors import RequestError
 from rgexport.files.typed_json import read_json
 from rgexport.griffin import deepmind, huggingface
 from rgexport.griffin.adapter import merge_adapter
-from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
-from rgexport.griffin.deepmind_files import orbax_folder
-from rgexport.griffin.huggingface_config import read_config
+from rgexport.griffin.config import (
+    DEMO,
+    NOTHING_ASKED_FOR,
+    SIZE_WORDS,
+    SIZES,
+    AskedFor,
+    GriffinConfig,
+)
+from rgexport.griffin.deepmind import orbax_folder
+from rgexport.griffin.huggingface import read_config
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.griffin.sizes import DEMO, SIZE_WORDS, SIZES
 from rgexport.griffin.tensor import DTYPES, FoundTensor, RowTensor, WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
 

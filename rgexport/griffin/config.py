@@ -1,6 +1,7 @@
-"""The shape of a Griffin model, independent of where its checkpoint came from."""
+"""The shape of a Griffin model, independent of its checkpoint's source, and the released models."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,3 +69,41 @@ NOTHING_ASKED_FOR = AskedFor()
 def sqrt_embedding_scale(width: int) -> float:
     """Returns sqrt(width) rounded to bfloat16, as the released models multiply (50.5 for 2560)."""
     return float(ml_dtypes.bfloat16(math.sqrt(width)))
+
+
+DEMO = "demo"
+
+
+def _released(layers: int, width: int, heads: int) -> GriffinConfig:
+    pattern: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
+    return GriffinConfig(
+        vocab_size=256_000,
+        width=width,
+        mlp_width=3 * width,
+        lru_width=width,
+        lru_heads=heads,
+        num_heads=heads,
+        head_dim=256,
+        block_types=tuple(itertools.islice(itertools.cycle(pattern), layers)),
+        embedding_scale=sqrt_embedding_scale(width),
+    )
+
+
+CONFIG_2B = _released(layers=26, width=2560, heads=10)
+CONFIG_9B = _released(layers=38, width=4096, heads=16)
+
+
+@dataclass(frozen=True)
+class Size:
+    hub_id: str
+    config: GriffinConfig
+    instruction_tuned: bool
+
+
+SIZES: dict[str, Size] = {
+    "2b": Size("google/recurrentgemma-2b", CONFIG_2B, False),
+    "2b-it": Size("google/recurrentgemma-2b-it", CONFIG_2B, True),
+    "9b": Size("google/recurrentgemma-9b", CONFIG_9B, False),
+    "9b-it": Size("google/recurrentgemma-9b-it", CONFIG_9B, True),
+}
+SIZE_WORDS: tuple[str, ...] = (DEMO, *SIZES)

@@ -1,15 +1,30 @@
-"""Reads and writes the weights of a model folder in Hugging Face's layout."""
+"""Reads and writes model folders in Hugging Face's layout: `config.json` and the weights."""
 
+import itertools
 import json
 import re
+import reprlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.safetensors import FLOATS, header, read_header
-from rgexport.files.typed_json import read_json
+from rgexport.files.typed_json import (
+    MAX_INTEGER,
+    MIN_NUMBER,
+    Between,
+    Mismatch,
+    NotNegative,
+    Positive,
+    Size,
+    from_json,
+    read_json,
+)
+from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.tensor import FoundTensor, RowTensor, WeightSource, entry_rows
 from rgexport.progress import task
 
@@ -112,3 +127,235 @@ def _split(weights: WeightSource, limit: int) -> Iterator[WeightSource]:
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
+
+
+MAX_LAYERS = 512
+"""Bounds the names of tensors that a wrong config can fill the memory with."""
+
+BLOCK_TYPES: tuple[BlockType, ...] = ("recurrent", "attention")
+DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
+_ARCHITECTURES = ("RecurrentGemmaForCausalLM", "RecurrentGemmaModel")
+
+Dialect = Literal["_block_types", "block_types"]
+"""The field that holds the block pattern: 2B's config.json has the first, 9B's the second."""
+
+
+@dataclass(frozen=True)
+class _Rope:
+    """RoPE's fields, at the top of `config.json` or in an object."""
+
+    lenient: ClassVar = True
+
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Annotated[float, Between(MIN_NUMBER, 1)] | None = None
+
+
+@dataclass(frozen=True)
+class _NestedRope(_Rope):
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = "default"
+
+
+@dataclass(frozen=True)
+class _Fields(_Rope):
+    """The fields of `config.json`, with the defaults of transformers' RecurrentGemmaConfig."""
+
+    architectures: tuple[Any, ...] = ()
+    model_type: Literal["recurrent_gemma"] | None = None
+    hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    attention_bias: Literal[False] = False
+    quantization_config: Any = None
+    num_hidden_layers: Annotated[int, Between(1, MAX_LAYERS)] = 26
+    block_types: tuple[BlockType, ...] | None = None
+    _block_types: tuple[BlockType, ...] | None = None
+    vocab_size: Size = 256_000
+    hidden_size: Size = 2560
+    intermediate_size: Size = 3 * 2560
+    lru_width: Size | None = None
+    conv1d_width: Annotated[int, Between(2, MAX_INTEGER)] = 4
+    num_attention_heads: Size = 10
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    attention_window_size: Size | None = None
+    rope_parameters: _NestedRope = _NestedRope()
+    rope_scaling: _NestedRope = _NestedRope()
+    rms_norm_eps: Positive = 1e-6
+    logits_soft_cap: NotNegative | None = 30.0
+    embeddings_scale_by_sqrt_dim: bool = True
+
+
+def read_config(
+    path: Path, window: int | None = None, soft_cap: float | None = None
+) -> GriffinConfig:
+    """Reads a `config.json`, in any dialect that the hub or transformers writes.
+
+    `window` is at most that of the file; `soft_cap` is for a file that states none.
+
+    Raises:
+        RequestError: a field is wrong, contradicts another or an argument, or asks for something
+            that no RecurrentGemma has.
+    """
+    values = read_json(path)
+    try:
+        fields = from_json(_Fields, values)
+        _check_kind(fields)
+        width, heads = fields.hidden_size, fields.num_attention_heads
+        types = _block_types(fields)
+        lru_width = fields.lru_width or width
+        if "recurrent" in types and lru_width % heads:
+            raise Mismatch(
+                f"num_attention_heads is {heads}; expected a divisor of the RG-LRU's width "
+                f"{lru_width}"
+            )
+        if fields.intermediate_size % 2:
+            raise Mismatch(
+                f"intermediate_size is {fields.intermediate_size}; expected an even number, twice "
+                "the width of a branch"
+            )
+        head_dim, rope_dims, theta = _attention(fields, "attention" in types)
+    except Mismatch as error:
+        raise RequestError(f"{path}: {error}") from None
+    return GriffinConfig(
+        vocab_size=fields.vocab_size,
+        width=width,
+        mlp_width=fields.intermediate_size // 2,
+        lru_width=lru_width,
+        lru_heads=heads,
+        num_heads=heads,
+        head_dim=head_dim,
+        block_types=types,
+        window=_window(path, fields.attention_window_size, window),
+        conv_width=fields.conv1d_width,
+        rope_dims=rope_dims,
+        rope_theta=theta,
+        rms_eps=fields.rms_norm_eps,
+        soft_cap=_soft_cap(path, fields, "logits_soft_cap" in values, soft_cap),
+        embedding_scale=(
+            sqrt_embedding_scale(width) if fields.embeddings_scale_by_sqrt_dim else 1.0
+        ),
+    )
+
+
+def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
+    """Returns head dimension, rotated dimensions and base of RoPE, checked if a layer uses them."""
+    theta = _rope(fields, "rope_theta", 10_000.0)
+    rotary = _rope(fields, "partial_rotary_factor", 0.5)
+    width, heads = fields.hidden_size, fields.num_attention_heads
+    head_dim = fields.head_dim or max(1, width // heads)
+    rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
+    if used and fields.head_dim is None and width % heads:
+        raise Mismatch(f"num_attention_heads is {heads}; expected a divisor of hidden_size {width}")
+    if used and (rope_dims < 2 or rope_dims % 2):
+        raise Mismatch(
+            f"RoPE would rotate {rope_dims} of {head_dim} dimensions (partial_rotary_factor "
+            f"{rotary:g}); expected an even number of at least 2"
+        )
+    return head_dim, rope_dims, theta
+
+
+def _rope(fields: _Fields, name: str, default: float) -> float:
+    """Returns a field of RoPE, from the flat fields or from the nested ones."""
+    sources = fields, fields.rope_parameters, fields.rope_scaling
+    stated = {getattr(rope, name) for rope in sources} - {None}
+    if len(stated) > 1:
+        raise Mismatch(f"{name} is {' and '.join(map(str, sorted(stated)))}; expected one value")
+    return float(next(iter(stated), default))
+
+
+def _check_kind(fields: _Fields) -> None:
+    """Refuses other models, and variants that RecurrentGemma's own code cannot run either."""
+    known = any(name in _ARCHITECTURES for name in fields.architectures)
+    if fields.architectures and not known:
+        raise Mismatch(
+            f"architectures is {reprlib.repr(list(fields.architectures))}; expected "
+            "['RecurrentGemmaForCausalLM']"
+        )
+    if not known and fields.model_type is None:
+        raise Mismatch("model_type is None; expected 'recurrent_gemma'")
+    if fields.quantization_config is not None:
+        raise Mismatch(
+            "the weights are quantized already (quantization_config); expected the original "
+            "checkpoint"
+        )
+    # A missing value means as many as there are heads.
+    heads = fields.num_key_value_heads or fields.num_attention_heads
+    if heads != 1:
+        raise Mismatch(f"num_key_value_heads is {heads}; expected 1")
+
+
+def _block_types(fields: _Fields) -> tuple[BlockType, ...]:
+    stated = {fields.block_types, fields._block_types} - {None}
+    if len(stated) > 1:
+        raise Mismatch("block_types and _block_types differ")
+    pattern = next(iter(stated), DEFAULT_PATTERN)
+    if not pattern:
+        raise Mismatch("block_types is empty; expected at least one type")
+    return tuple(itertools.islice(itertools.cycle(pattern), fields.num_hidden_layers))
+
+
+def _window(path: Path, stated: int | None, requested: int | None) -> int:
+    if requested is not None and stated is not None and requested > stated:
+        raise RequestError(
+            f"{path} states attention_window_size {stated}, --window says {requested}; "
+            "expected at most as many: the model was not trained to look further back"
+        )
+    return requested or stated or 2048
+
+
+def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | None) -> float:
+    stated = fields.logits_soft_cap
+    if requested is not None and is_stated and stated not in (None, requested):
+        raise RequestError(
+            f"{path} states logits_soft_cap {stated!r}, --soft-cap says {requested:g}; the option "
+            "is for DeepMind .pt files, which state none: leave it out"
+        )
+    if requested is not None and not is_stated:
+        return requested
+    return stated or 0.0
+
+
+def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
+    """Returns the fields of `config.json`; RequestError where the format cannot say it."""
+    if config.lru_heads != config.num_heads:
+        raise RequestError(
+            f"config.json has one number of heads; found {config.num_heads} for attention and "
+            f"{config.lru_heads} for the RG-LRU"
+        )
+    scaled = config.embedding_scale == sqrt_embedding_scale(config.width)
+    if not scaled and config.embedding_scale != 1.0:
+        raise RequestError(f"config.json cannot state the embedding scale {config.embedding_scale}")
+    return {
+        dialect: list(block_pattern(config.block_types)),
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_window_size": config.window,
+        "bos_token_id": 2,
+        "conv1d_width": config.conv_width,
+        "embeddings_scale_by_sqrt_dim": scaled,
+        "eos_token_id": 1,
+        "head_dim": config.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": config.width,
+        "intermediate_size": 2 * config.mlp_width,
+        "logits_soft_cap": config.soft_cap,
+        "lru_width": config.lru_width,
+        "model_type": "recurrent_gemma",
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "partial_rotary_factor": config.rope_dims / config.head_dim,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def block_pattern(types: tuple[BlockType, ...]) -> tuple[BlockType, ...]:
+    """The shortest pattern that gives `types` when it is repeated."""
+    for period in range(1, len(types)):
+        if all(kind == types[i % period] for i, kind in enumerate(types)):
+            return types[:period]
+    return types

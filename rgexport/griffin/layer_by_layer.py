@@ -12,11 +12,9 @@ from rgexport.griffin.layout import EMBEDDING, layer_tensors
 from rgexport.griffin.state import POSITION, State, layer_states, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 
-_PIECE = 2048
-"""Tokens that go through a layer at once, which bounds the memory of its activations."""
+_PIECE = 2048  # tokens that go through a layer at once, which bounds the memory of its activations
 
-_HEAD_BYTES = 16 << 20
-"""Bytes of the stored embedding that are read at once for the head."""
+_HEAD_BYTES = 16 << 20  # bytes of the stored embedding that are read at once for the head
 
 _NORM = "final_norm.weight"
 

@@ -1,18 +1,197 @@
-"""The reference in NumPy, which needs only the core install, and its variants."""
+"""The reference in NumPy, which needs only the core install, and its variants.
+
+The ops are those of `griffin.ops`, all in float32; arguments and shapes are the same.
+"""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from rgexport._version import __version__
-from rgexport.griffin import numpy_ops as ops
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.config import RG_LRU_C, GriffinConfig
 from rgexport.griffin.layer_by_layer import LayerByLayer, RunLayer
 from rgexport.griffin.state import layer_states
 from rgexport.griffin.tensor import WeightSource
+from rgexport.parallelism import usable_threads
+
+_ROWS = 256  # queries that attention takes at once, so that its scores stay small
+_SHARED = 1 << 28  # multiplications of a product that threads share: some milliseconds
+_GELU = np.float32(math.sqrt(2 / math.pi))
+
+
+def embedding(ids: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
+    return table[ids] * np.float32(scale)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    mean = np.square(x).mean(-1, keepdims=True)
+    return x / np.sqrt(mean + np.float32(eps)) * (1 + weight)
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    y = _product(x.reshape(-1, x.shape[-1]), weight)
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """`x · weightᵀ` [n, N]; threads share a large one.
+
+    BLAS's own threads wait for one another in a loop: on a busy machine, a model of small products
+    took nine times as long with two of them as with one.
+    """
+    jobs = usable_threads(None) if x.size * len(weight) >= _SHARED else 1
+    if jobs == 1:
+        return np.asarray(x @ weight.T)
+    y = np.empty((len(x), len(weight)), np.float32)
+
+    def fill(start: int, stop: int) -> None:
+        np.matmul(x, weight[start:stop].T, out=y[:, start:stop])
+
+    edges = np.linspace(0, len(weight), jobs + 1).astype(int).tolist()
+    list(_threads().map(fill, edges[:-1], edges[1:]))
+    return y
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(usable_threads(None))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    y = x * x
+    y *= np.float32(0.044715)
+    y += 1
+    y *= x
+    y *= _GELU
+    np.tanh(y, out=y)
+    y += 1
+    y *= x
+    y *= np.float32(0.5)
+    return y
+
+
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return x + y
+
+
+def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return x * y
+
+
+def causal_conv1d(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, state: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    window = np.concatenate([state, x], 1)
+    y = np.broadcast_to(bias, x.shape).copy()
+    for tap in range(weight.shape[-1]):
+        y += window[:, tap : tap + x.shape[1]] * weight[:, 0, tap]
+    return y, window[:, x.shape[1] :].copy()
+
+
+def block_diagonal_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Multiplies blocks of x [B, T, R] by weight [H, R/H, R/H] (not transposed)."""
+    blocks = x.reshape(-1, *weight.shape[:2]).swapaxes(0, 1)
+    y = np.matmul(blocks, weight) + bias[:, None]
+    return y.swapaxes(0, 1).reshape(x.shape)
+
+
+def rg_lru_scan(
+    x: np.ndarray,
+    input_gate: np.ndarray,
+    recurrence_gate: np.ndarray,
+    a_param: np.ndarray,
+    position_ids: np.ndarray,
+    state: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the RG-LRU (arXiv 2402.19427, eq. 1–4) from its gates' pre-activations."""
+    log_a = np.float32(RG_LRU_C) * _sigmoid(recurrence_gate) * _softplus(a_param)
+    first = (position_ids == 0)[..., None]
+    a = np.where(first, np.float32(0), _exp(log_a))
+    scale = np.where(first, np.float32(1), np.sqrt(1 - _exp(2 * log_a)))
+    h = x * _sigmoid(input_gate) * scale
+    for t in range(h.shape[1]):
+        h[:, t] += a[:, t] * (h[:, t - 1] if t else state)
+    return h, h[:, -1].copy()
+
+
+def rope(
+    x: np.ndarray, position_ids: np.ndarray, head_dim: int, dims: int, theta: float
+) -> np.ndarray:
+    half = dims // 2
+    exponents = np.arange(half, dtype=np.float32) * 2 / np.float32(dims)
+    frequencies = 1 / np.float32(theta) ** exponents
+    angles = position_ids[..., None, None].astype(np.float32) * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    heads = x.reshape(*x.shape[:-1], -1, head_dim)
+    first, second = heads[..., :half], heads[..., half:dims]
+    rotated = heads.copy()
+    rotated[..., :half] = first * cos - second * sin
+    rotated[..., half:dims] = second * cos + first * sin
+    return rotated.reshape(x.shape)
+
+
+def local_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    past_k: np.ndarray,
+    past_v: np.ndarray,
+    position_ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    (batch, length), (window, head_dim) = q.shape[:2], past_k.shape[1:]
+    keys, values = np.concatenate([past_k, k], 1), np.concatenate([past_v, v], 1)
+    # Slot j holds position p0 + j - window; those below 0 are the zeros before the first token.
+    filled = position_ids[:, :1] + np.arange(window + length) >= window
+    out = np.empty_like(q)
+    for start in range(0, length, _ROWS):
+        rows = min(_ROWS, length - start)
+        slots = slice(start, start + window + rows)
+        query = q[:, start : start + rows].reshape(batch, -1, head_dim)  # rows, then heads
+        scores = query @ keys[:, slots].swapaxes(1, 2) * np.float32(head_dim**-0.5)
+        distance = np.arange(window + rows) - np.arange(rows)[:, None]
+        seen = (distance >= 0) & (distance <= window) & filled[:, None, slots]
+        by_row = scores.reshape(batch, rows, -1, window + rows)
+        np.copyto(by_row, -np.inf, where=~seen[:, :, None])
+        attended = _softmax(scores) @ values[:, slots]
+        out[:, start : start + rows] = attended.reshape(batch, rows, -1)
+    return out, keys[:, length:].copy(), values[:, length:].copy()
+
+
+def soft_cap(x: np.ndarray, cap: float) -> np.ndarray:
+    return np.tanh(x / np.float32(cap)) * np.float32(cap) if cap else x
+
+
+# NumPy's own functions of float32 err by up to three units in the last place, torch's by one, and
+# near 1 the root √(1 - a²) makes much of that: these are computed in float64 and rounded.
+
+
+def _exp(x: np.ndarray) -> np.ndarray:
+    return np.exp(x, dtype=np.float64).astype(np.float32)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # 1 / inf is the limit
+        return 1 / (1 + _exp(-x))
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    return np.log1p(_exp(x), dtype=np.float64).astype(np.float32)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    x -= x.max(-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(-1, keepdims=True)
+    return x
+
 
 Look = Callable[[str, str, tuple[Any, ...], tuple[np.ndarray, ...]], np.ndarray | None]
 """Takes a site, the name of its op (`linear`), the op's arguments and its results; returns a
@@ -48,17 +227,17 @@ class NumpyReference(LayerByLayer):
         return array
 
     def _embedding(self, ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-        return self._op("embed_tokens", ops.embedding, ids, table, self.config.embedding_scale)
+        return self._op("embed_tokens", embedding, ids, table, self.config.embedding_scale)
 
     def _build(self, index: int, weights: dict[str, np.ndarray]) -> RunLayer:
         return _Layer(self.config, index, weights, self._op)
 
     def _normalized(self, hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return self._op("final_norm", ops.rms_norm, hidden, weight, self.config.rms_eps)
+        return self._op("final_norm", rms_norm, hidden, weight, self.config.rms_eps)
 
     def _head_logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        logits = self._op("lm_head", ops.linear, hidden, rows, None)
-        return self._op("logits", ops.soft_cap, logits, self.config.soft_cap)
+        logits = self._op("lm_head", linear, hidden, rows, None)
+        return self._op("logits", soft_cap, logits, self.config.soft_cap)
 
     def _op(self, site: str, op: Callable[..., Any], *arguments: Any) -> Any:
         results = op(*arguments)
@@ -87,26 +266,26 @@ class _Layer:
     ) -> tuple[np.ndarray, _States]:
         mix = self._recurrent if self._kind == "recurrent" else self._attention
         mixed, state = mix(self._norm("temporal_pre_norm", x), positions, state)
-        x = self._op("temporal_residual", ops.add, x, mixed)
+        x = self._op("temporal_residual", add, x, mixed)
         mixed = self._mlp(self._norm("channel_pre_norm", x))
-        return self._op("channel_residual", ops.add, x, mixed), state
+        return self._op("channel_residual", add, x, mixed), state
 
     def _recurrent(
         self, x: np.ndarray, positions: np.ndarray, state: _States
     ) -> tuple[np.ndarray, _States]:
         hidden, conv = state
-        gate = self._op("temporal_block.gelu", ops.gelu, self._linear("temporal_block.linear_y", x))
+        gate = self._op("temporal_block.gelu", gelu, self._linear("temporal_block.linear_y", x))
         u = self._linear("temporal_block.linear_x", x)
         weights = self._weights_of("temporal_block.conv_1d", ".weight", ".bias")
-        u, conv = self._op("temporal_block.conv_1d", ops.causal_conv1d, u, *weights, conv)
+        u, conv = self._op("temporal_block.conv_1d", causal_conv1d, u, *weights, conv)
         gates = []
         for site in ("temporal_block.rg_lru.input_gate", "temporal_block.rg_lru.recurrent_gate"):
             weights = self._weights_of(site, "_weight", "_bias")
-            gates.append(self._op(site, ops.block_diagonal_linear, u, *weights))
+            gates.append(self._op(site, block_diagonal_linear, u, *weights))
         site = "temporal_block.rg_lru"
         (a_param,) = self._weights_of(site, ".recurrent_param")
-        h, hidden = self._op(site, ops.rg_lru_scan, u, *gates, a_param, positions, hidden)
-        mixed = self._op("temporal_block.mul", ops.mul, h, gate)
+        h, hidden = self._op(site, rg_lru_scan, u, *gates, a_param, positions, hidden)
+        mixed = self._op("temporal_block.mul", mul, h, gate)
         return self._linear("temporal_block.linear_out", mixed), (hidden, conv)
 
     def _attention(
@@ -115,27 +294,27 @@ class _Layer:
         config = self._config
         rotary = positions, config.head_dim, config.rope_dims, config.rope_theta
         q = self._linear("temporal_block.q_proj", x)
-        q = self._op("temporal_block.rope_q", ops.rope, q, *rotary)
+        q = self._op("temporal_block.rope_q", rope, q, *rotary)
         k = self._linear("temporal_block.k_proj", x)
-        k = self._op("temporal_block.rope_k", ops.rope, k, *rotary)
+        k = self._op("temporal_block.rope_k", rope, k, *rotary)
         v = self._linear("temporal_block.v_proj", x)
         attended, key, value = self._op(
-            "temporal_block.attention", ops.local_attention, q, k, v, *state, positions
+            "temporal_block.attention", local_attention, q, k, v, *state, positions
         )
         return self._linear("temporal_block.o_proj", attended), (key, value)
 
     def _mlp(self, x: np.ndarray) -> np.ndarray:
-        gate = self._op("mlp_block.gelu", ops.gelu, self._linear("mlp_block.gate_proj", x))
+        gate = self._op("mlp_block.gelu", gelu, self._linear("mlp_block.gate_proj", x))
         up = self._linear("mlp_block.up_proj", x)
-        return self._linear("mlp_block.down_proj", self._op("mlp_block.mul", ops.mul, gate, up))
+        return self._linear("mlp_block.down_proj", self._op("mlp_block.mul", mul, gate, up))
 
     def _norm(self, site: str, x: np.ndarray) -> np.ndarray:
         weights = self._weights_of(site, ".weight")
-        return self._op(site, ops.rms_norm, x, *weights, self._config.rms_eps)
+        return self._op(site, rms_norm, x, *weights, self._config.rms_eps)
 
     def _linear(self, site: str, x: np.ndarray) -> np.ndarray:
         bias = self._weights.get(f"{site}.bias")
-        return self._op(site, ops.linear, x, *self._weights_of(site, ".weight"), bias)
+        return self._op(site, linear, x, *self._weights_of(site, ".weight"), bias)
 
     def _weights_of(self, site: str, *ends: str) -> list[np.ndarray]:
         return [self._weights[site + end] for end in ends]

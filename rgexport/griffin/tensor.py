@@ -65,6 +65,27 @@ FoundTensor = RowTensor | str
 """A readable tensor, or the name of the dtype that makes it unreadable."""
 
 
+View = Callable[[np.ndarray], np.ndarray]
+"""A function that slices or transposes an array, without a copy."""
+
+
+@dataclass(frozen=True)
+class DeepMindTensor:
+    """A tensor of a DeepMind checkpoint, in its stored shape; `view_rows` reads a view of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    view_rows: Callable[[View], RowTensor]
+
+    def rows(self, view: View = lambda array: array) -> RowTensor:
+        """Returns the tensor, or another view of it such as its transpose, in slabs of rows."""
+        return self.view_rows(view)
+
+
+DeepMindTensors = dict[str, DeepMindTensor | str]
+"""DeepMind's name → tensor, or the type of a value that is no tensor."""
+
+
 def slab_bounds(
     rows: int, row_bytes: int, limit: int = SLAB_BYTES, together: int = 1
 ) -> Iterator[tuple[int, int]]:

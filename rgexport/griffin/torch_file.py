@@ -22,8 +22,15 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
-from rgexport.griffin.deepmind_files import DeepMindTensor, DeepMindTensors, View
-from rgexport.griffin.tensor import DTYPES, RowTensor, file_rows, transposed_rows
+from rgexport.griffin.tensor import (
+    DTYPES,
+    DeepMindTensor,
+    DeepMindTensors,
+    RowTensor,
+    View,
+    file_rows,
+    transposed_rows,
+)
 
 MAX_PICKLE_BYTES = 2 << 20
 """A 9B's pickle has 0.1 MB. The worst one of 2 MB takes 1.5 s and 180 MB."""

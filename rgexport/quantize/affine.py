@@ -32,8 +32,7 @@ BLOCKS = (16, 32, 64, 128)
 SMALLEST_BLOCK = 8
 """Smaller blocks cost more in scales than they gain."""
 _TINY = np.float32(np.finfo(np.float32).tiny)
-_LANES = 16
-"""The blocks of the search kernel are multiples of this."""
+_LANES = 16  # the blocks of the search kernel are multiples of this
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 """`rtn` rounds to nearest on the scale of the extremes."""
 
 
-_WIDE = 1024
-"""Columns from which levels are refined once: a second time gains a few percent."""
+_WIDE = 1024  # columns from which levels are refined once: a second time gains a few percent
 
 
 def refill_blocks(
@@ -114,13 +113,11 @@ def _chosen(
     return levels
 
 
-_QUANTILES = 80
-"""Cells of the grid between quantiles, which are denser towards both ends."""
+_QUANTILES = 80  # cells of the grid between quantiles, which are denser towards both ends
 _EVEN = 60
 """Cells of equal width. A multiple of 30, so that the cuts of 16 even levels from the least to the
 largest value are among those tried, and no result is worse than such levels."""
-_ENDS = 12
-"""Cells of one value at each end: outliers may deserve a cluster of their own."""
+_ENDS = 12  # cells of one value at each end: outliers may deserve a cluster of their own
 _ROUNDS = 20
 
 

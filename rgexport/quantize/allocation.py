@@ -12,8 +12,7 @@ from math import gcd
 
 import numpy as np
 
-_UNITS = 100_000
-"""Units between the smallest choice and the largest."""
+_UNITS = 100_000  # units between the smallest choice and the largest
 
 
 @dataclass(frozen=True)

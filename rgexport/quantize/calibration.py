@@ -42,8 +42,7 @@ FORMAT_VERSION = 1
 
 MAX_BLOCK = 4096
 """Columns of one Hessian; wider inputs are cut into diagonal blocks."""
-_ALIGNMENT = 128
-"""Blocks begin at multiples of this, so that no quantization block is cut."""
+_ALIGNMENT = 128  # blocks begin at multiples of this, so that no quantization block is cut
 
 TOKENS, LENGTHS = "tokens", "lengths"
 HELD_OUT, HELD_OUT_LENGTHS = "held_out.tokens", "held_out.lengths"
@@ -163,8 +162,7 @@ def diagonal(packed: np.ndarray, width: int) -> np.ndarray:
 
 _MOST = {"I32": 1 << 26, "F32": triangle_size(MAX_BLOCK)}
 """Most elements of an array: of a text, and of a block's triangle."""
-_FOREIGN = 0.1
-"""Share of the tokens of another text on which the calibration gives no information."""
+_FOREIGN = 0.1  # share of the tokens of another text on which the calibration gives no information
 _DTYPES = {"I32": np.dtype(np.int32), "F32": np.dtype(np.float32)}
 
 

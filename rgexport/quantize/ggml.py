@@ -194,8 +194,7 @@ _STORAGE_CLASSES = {
     **{"q3_k": "int2", "q2_k": "int2"},
 }
 """int4 for all other types, which have four to six bits."""
-_HALF, _LEAST = 2.0**-11, 2.0**-25
-"""Largest relative and absolute errors of rounding to float16."""
+_HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
 _LEAST_SCALE = np.float32(1 / 32)
 """In units of a group's largest scale: half the distance of scales that have 4 bits (q2_k)."""
 _CANDIDATES = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"

@@ -35,8 +35,7 @@ _NUMBERS: dict[int, np.dtype] = {
         **{_BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8"},
     }.items()
 }
-_MAX_DIMENSIONS, _MAX_NAME = 4, 127
-"""ggml's names are shorter still."""
+_MAX_DIMENSIONS, _MAX_NAME = 4, 127  # ggml's names are shorter still
 
 
 @dataclass(frozen=True)

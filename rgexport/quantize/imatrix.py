@@ -23,8 +23,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
 _KEYS = {_DATASETS, _CHUNKS, "imatrix.chunk_size"}
 _FLOAT = np.dtype("<f4")
-_METADATA_BYTES = 127
-"""The most that llama-quantize copies of a string into the metadata."""
+_METADATA_BYTES = 127  # the most that llama-quantize copies of a string into the metadata
 
 
 @dataclass(frozen=True)

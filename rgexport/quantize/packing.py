@@ -5,8 +5,7 @@ ONNX Runtime's `MatMulNBits` and MIL's blobs pack them likewise. A row is padded
 
 import numpy as np
 
-_COUNT = 8
-"""Integers of `bits` bits that fill `bits` whole bytes, and at most 32 bits."""
+_COUNT = 8  # integers of `bits` bits that fill `bits` whole bytes, and at most 32 bits
 _UINT32 = np.dtype("<u4")
 
 

@@ -45,8 +45,7 @@ WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetr
 COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": Palette()}
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
-_ROWS = 192
-"""Rows that a thread encodes at once, or a few more where a table is shared."""
+_ROWS = 192  # rows that a thread encodes at once, or a few more where a table is shared
 
 
 def choose_scheme(

@@ -23,10 +23,8 @@ from rgexport.quantize.calibration import Calibration
 if TYPE_CHECKING:
     from rgexport.quantize.scheme_base import Parts, Uniform
 
-_DAMPING = 0.01
-"""Added to H's diagonal, in units of its mean."""
-_SHRINKAGE = 0.3, 0.6
-"""Least and largest reduction of off-diagonal values."""
+_DAMPING = 0.01  # added to H's diagonal, in units of its mean
+_SHRINKAGE = 0.3, 0.6  # least and largest reduction of off-diagonal values
 _LOOKUPS = 1.0, 10.0, 100.0
 """Added as `_DAMPING` for kinds of the embedding's rows, by the cost of their lookups relative to
 the head: in lookups all columns count alike."""

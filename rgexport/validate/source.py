@@ -9,9 +9,8 @@ from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
 from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint, summarize
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.config import DEMO, SIZES, GriffinConfig
 from rgexport.griffin.hub import cached_model
-from rgexport.griffin.sizes import DEMO, SIZES
 from rgexport.validate.weights.tensor_errors import check_shapes
 
 

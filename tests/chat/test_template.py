@@ -11,7 +11,7 @@ from rgexport.chat import template_sandbox
 from rgexport.chat.template import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.griffin.chat_template import GEMMA_TEMPLATE
+from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 
 LITERALS = ("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<mask>", "<unused7>")
 WORDS = ("hello", "\n\n", "  ", "<", "turn>", "start_of_")

@@ -9,8 +9,8 @@ from rgexport.errors import RequestError
 from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.options import GgufOptions, type_word
 from rgexport.export.onnx.options import OnnxOptions
+from rgexport.griffin.config import CONFIG_2B
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.griffin.sizes import CONFIG_2B
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import INT8_ROWS, Affine, Float, Ggml, Palette, Scheme
 from tests.models import ODD_CONFIGS, make_config

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rgexport.griffin import gradients, ops, scan
+from rgexport.griffin import gradients, ops
 from rgexport.griffin.numpy_reference import NumpyReference
+from rgexport.griffin.ops import chunked_scan, linear_scan
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.scan import chunked_scan, linear_scan
 from rgexport.griffin.state import POSITION
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source
@@ -113,12 +113,12 @@ def test_cuda_scans_equal_a_loop(tokens):
     on_gpu = [tensor.cuda() for tensor in inputs]
     for result in (linear_scan(*on_gpu), chunked_scan(*on_gpu)):
         assert_exact(result.cpu(), *inputs)
-    assert (scan._triton_scan() is not None) == (find_spec("triton") is not None)
+    assert (ops._triton_scan() is not None) == (find_spec("triton") is not None)
 
 
 def test_without_triton_torch_operations_are_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "rgexport.griffin.triton_scan", None)
-    assert scan._triton_scan.__wrapped__() is None
+    assert ops._triton_scan.__wrapped__() is None
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

@@ -9,8 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.sizes import SIZES, Size
+from rgexport.griffin.config import SIZES, GriffinConfig, Size
 from rgexport.griffin.synthetic import random_weights, write_random
 from rgexport.griffin.tensor import DTYPES
 from tests.models import make_config

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.griffin.tokenizer_json import panics_raised, read_tokenizer_json
+from rgexport.griffin.tokenizer_files import panics_raised, read_tokenizer_json
 
 Fields = dict[str, Any]
 

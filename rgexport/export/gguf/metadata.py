@@ -18,9 +18,9 @@ from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Source
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
 from rgexport.files.typed_json import to_json
-from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes
+from rgexport.griffin.control_tokens import chosen_template
 from rgexport.griffin.layout import model_tensors
 
 _KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}

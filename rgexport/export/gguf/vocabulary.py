@@ -30,8 +30,8 @@ from rgexport.griffin.tokenizer_files import (
     is_gemmas_kind,
     normalization,
     read_pieces,
+    read_tokenizer_json,
 )
-from rgexport.griffin.tokenizer_json import read_tokenizer_json
 from rgexport.progress import warn
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

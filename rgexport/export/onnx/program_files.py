@@ -20,8 +20,8 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
 from rgexport.export.tokenizer import ControlIds
 from rgexport.files.typed_json import to_json
-from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.control_tokens import chat_template
 from rgexport.kernels.onnx import library
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"

@@ -24,9 +24,8 @@ from rgexport.export.manifest import CARD
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
-from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.control_tokens import ControlTokens, read_control_tokens
+from rgexport.griffin.control_tokens import ControlTokens, chat_template, read_control_tokens
 from rgexport.griffin.tokenizer_files import (
     MAX_BYTES,
     NORMAL,

@@ -11,8 +11,8 @@ from rgexport.export.gguf import vocabulary as kinds
 from rgexport.export.gguf.metadata import metadata
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.tokenizer import write_tokenizer_json
-from rgexport.griffin.chat_template import read_chat_template
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
+from rgexport.griffin.control_tokens import read_chat_template
 from tests.artifacts import export_random_gguf
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
