@@ -35,10 +35,7 @@ class FileRecord:
 
 
 def hash_file(
-    path: Path,
-    advance: Advance = lambda done: None,
-    start: int = 0,
-    length: int | None = None,
+    path: Path, advance: Advance = lambda done: None, start: int = 0, length: int | None = None
 ) -> FileRecord:
     """Hashes `length` bytes of a file from byte `start`, or all; reports progress to `advance`."""
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
@@ -65,9 +62,11 @@ def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
 def hash_new_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
     """Hashes files from byte `start` on; the cache has the hashes of unchanged files."""
     keys = {path: _key(path) for path in paths}
-    known, names = _read_cache(), {path: _name(path, start) for path in keys}
-    cached = ((path, _cached_hash(known.get(name), keys[path])) for path, name in names.items())
-    hashes = {path: digest for path, digest in cached if digest is not None}
+    known, hashes = _read_cache(), dict[Path, str]()
+    for path, key in keys.items():
+        match known.get(_name(path, start)):
+            case [list(state), str(digest)] if tuple(state) == key:
+                hashes[path] = digest
     if missing := keys.keys() - hashes.keys():
         new = hash_files(missing, start=start)
         hashes |= new
@@ -107,13 +106,6 @@ def _read_cache() -> _Cache:
     except (OSError, ValueError, RequestError):
         return {}
     return cache if isinstance(cache, dict) else {}
-
-
-def _cached_hash(entry: Any, key: _Key) -> str | None:
-    match entry:
-        case [list(state), str(digest)] if tuple(state) == key:
-            return digest
-    return None
 
 
 def _name(path: Path, start: int) -> str:

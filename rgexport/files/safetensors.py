@@ -84,8 +84,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         RequestError: the file is no safetensors file, or its header contradicts itself or its size.
     """
     text, size = _read_text(path)
-    data = 8 + len(text)
-    tensors, _ = _parse(path, text)
+    data, tensors = 8 + len(text), _parse(path, text)[0]
     entries = [(name, _entry(path, name, fields, data)) for name, fields in tensors.items()]
     entries.sort(key=lambda named: (named[1].offset, named[1].nbytes))
     _check_extents(path, entries, data, size)
@@ -175,28 +174,19 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
     dtype, (begin, end) = fields.dtype, fields.data_offsets
     if dtype not in _ITEM_BITS:
         raise RequestError(f"{path}: tensor {name} has the unknown dtype {reprlib.repr(dtype)}")
-    nbytes = _nbytes(fields.shape, _ITEM_BITS[dtype])
-    if nbytes is None:
+    bits = _ITEM_BITS[dtype] * math.prod(max(size, 1) for size in fields.shape)
+    if bits >= _MAX_BITS or bits % 8:
         raise RequestError(
             f"{path} is damaged: tensor {name} cannot be {dtype} in the shape "
             f"{reprlib.repr(list(fields.shape))}"
         )
+    nbytes = 0 if 0 in fields.shape else bits // 8
     if end - begin != nbytes:
         raise RequestError(
             f"{path} is damaged: tensor {name} ({dtype} {list(fields.shape)}) spans "
             f"{end - begin} bytes; expected {nbytes}"
         )
     return Entry(path, dtype, fields.shape, data + begin, nbytes)
-
-
-def _nbytes(shape: tuple[int, ...], item_bits: int) -> int | None:
-    """Returns a tensor's bytes; None for too many elements, or an end within a byte."""
-    bits = item_bits
-    for size in shape:
-        bits *= max(size, 1)
-        if bits >= _MAX_BITS:
-            return None
-    return None if bits % 8 else 0 if 0 in shape else bits // 8
 
 
 def _check_extents(path: Path, entries: list[tuple[str, Entry]], data: int, size: int) -> None:

@@ -37,7 +37,7 @@ def replace_folder(target: Path, *, force: bool, replaceable: Replaceable) -> It
             target, or the disk is full.
     """
     check = partial(check_target, target, force=force, replaceable=replaceable)
-    with _locked(target) as real, _replaced(real, check) as new:
+    with _replaced(target, check) as new:
         new.mkdir()
         yield new
 
@@ -46,7 +46,7 @@ def replace_folder(target: Path, *, force: bool, replaceable: Replaceable) -> It
 def replace_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
     """Yields the path of a new file that becomes `target`, see `replace_folder`."""
     check = partial(check_file_target, target, force=force, replaceable=replaceable)
-    with _locked(target) as real, _replaced(real, check) as new:
+    with _replaced(target, check) as new:
         yield new
 
 
@@ -68,12 +68,13 @@ def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Ite
 
 
 @contextmanager
-def _replaced(real: Path, check: Callable[[], None]) -> Iterator[Path]:
-    remove_partials(real)
-    check()
-    with replacing(real) as new:
-        yield new
+def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
+    with _locked(target) as real:
+        remove_partials(real)
         check()
+        with replacing(real) as new:
+            yield new
+            check()
 
 
 def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:

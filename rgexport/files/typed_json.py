@@ -149,7 +149,8 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         return result
     if origin is Literal:
         known = any(value == choice and type(value) is type(choice) for choice in inner)
-        _require(known, path, value, " or ".join(map(_shown_literal, inner)))
+        choices = (repr(c) if isinstance(c, str) else json.dumps(c) for c in inner)
+        _require(known, path, value, " or ".join(choices))
         return value
     if origin in (Union, types.UnionType):
         return _union(inner, value, path)
@@ -175,10 +176,6 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
     return number
 
 
-def _shown_literal(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else json.dumps(value)
-
-
 def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and type(None) in kinds:
         return None
@@ -201,16 +198,13 @@ def _dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
         has_default, item = field.default is not dataclasses.MISSING, value.get(field.name)
         if lenient and type(item) is float and item.is_integer():
             item = int(item)
-        is_null = lenient and item is None and has_default and _is_required(hint)
+        required = hint is not Any and type(None) not in typing.get_args(hint)
+        is_null = lenient and item is None and has_default and required
         if field.name in value and not is_null:
             fields[field.name] = _read(hint, item, inner)
         elif not has_default:
             raise Mismatch(f"{inner} is missing")
     return kind(**fields)
-
-
-def _is_required(kind: Any) -> bool:
-    return kind is not Any and type(None) not in typing.get_args(kind)
 
 
 _hints = functools.lru_cache(functools.partial(typing.get_type_hints, include_extras=True))

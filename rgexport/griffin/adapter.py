@@ -84,30 +84,22 @@ def merge_adapter(
     config, path = _read_config(folder), folder / WEIGHTS
     entries = read_header(path)
     pairs = _pairs(path, entries, config)
-    saved: dict[str, RowTensor] = {}
-    for key, entry in entries.items():
-        # PEFT may save the embedding beside its adapter. A head saved too is a copy of it.
-        match = _SAVED_WEIGHT.fullmatch(key)
-        if match and f"{match['module']}.weight" == EMBEDDING:
-            saved = {EMBEDDING: entry_rows(entry)}
-            break
-    shapes = {name: tensor.shape for name, tensor in saved.items()}
-    for name, shape in (*shapes.items(), *((name, pair.shape) for name, pair in pairs.items())):
-        _require_fitting(path, model, weights.get(name), name, shape)
-    base = {**weights, **saved}
-    merged = {name: _merged(base[name], pair) for name, pair in pairs.items()}
+    # PEFT may save the embedding beside its adapter. A head saved too is a copy of it.
+    matches = ((_SAVED_WEIGHT.fullmatch(key), entry) for key, entry in entries.items())
+    embeddings = (e for match, e in matches if match and f"{match['module']}.weight" == EMBEDDING)
+    embedding = next(embeddings, None)
+    saved = {} if embedding is None else {EMBEDDING: entry_rows(embedding)}
+    shapes = [(name, tensor.shape) for name, tensor in saved.items()]
+    for name, shape in (*shapes, *((name, pair.shape) for name, pair in pairs.items())):
+        base = weights.get(name)
+        if base is None or base.shape != shape:
+            problem = "does not have" if base is None else f"has as {list(base.shape)}"
+            raise RequestError(
+                f"{path} changes {name} of shape {list(shape)}, which {model} {problem}; "
+                "expected an adapter that was trained on this model"
+            )
+    merged = {n: _merged(saved.get(n, weights[n]), pair) for n, pair in pairs.items()}
     return saved | merged, {WEIGHTS: path, CONFIG: folder / CONFIG}
-
-
-def _require_fitting(
-    path: Path, model: str, base: RowTensor | None, name: str, shape: tuple[int, ...]
-) -> None:
-    if base is None or base.shape != shape:
-        problem = "does not have" if base is None else f"has as {list(base.shape)}"
-        raise RequestError(
-            f"{path} changes {name} of shape {list(shape)}, which {model} {problem}; "
-            "expected an adapter that was trained on this model"
-        )
 
 
 def _read_config(folder: Path) -> _LoraConfig:

@@ -78,7 +78,12 @@ def open_checkpoint(
     """
     _check_request(model, size, window, soft_cap)
     try:
-        name, path = _find_size(str(size)) if model is None else _find_model(model)
+        if model is not None:
+            name, path = _find_model(model)
+        elif size == DEMO:
+            name, path = DEMO, demo_folder()
+        else:
+            name, path = _find_hub(SIZES[str(size)].hub_id)
         deepmind_path = _deepmind_path(path)
         if deepmind_path is None:
             checkpoint = _open_hugging_face(name, path, window, soft_cap)
@@ -99,6 +104,8 @@ def _check_request(
         )
     if model is not None and size is not None:
         raise RequestError("both a model (-m) and a size (--size) were given; expected one of them")
+    if size is not None and size not in SIZE_WORDS:
+        raise RequestError(f"--size is {size!r}; expected one of {', '.join(SIZE_WORDS)}")
     if window is not None and window < 1:
         raise RequestError(f"--window is {window}; expected at least 1")
     if soft_cap is not None and not 0 <= soft_cap < float("inf"):
@@ -123,9 +130,8 @@ def means_checkpoint(path: Path) -> bool:
     if not path.is_dir():
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
-    if any((path / name).exists() for name in names) or any(path.glob("*.pt")):
-        return True
-    return orbax_folder(path) is not None
+    named = any((path / name).exists() for name in names) or any(path.glob("*.pt"))
+    return named or orbax_folder(path) is not None
 
 
 def demo_folder() -> Path:
@@ -137,14 +143,6 @@ def demo_folder() -> Path:
     raise RequestError("the demo model is not bundled with this install; give a folder with -m")
 
 
-def _find_size(size: str) -> tuple[str, Path]:
-    if size == DEMO:
-        return DEMO, demo_folder()
-    if size not in SIZES:
-        raise RequestError(f"--size is {size!r}; expected one of {', '.join(SIZE_WORDS)}")
-    return _find_hub(SIZES[size].hub_id)
-
-
 def _find_hub(hub_id: str) -> tuple[str, Path]:
     from rgexport.griffin.hub import fetch_model  # slow to import, and rarely needed
 
@@ -154,7 +152,11 @@ def _find_hub(hub_id: str) -> tuple[str, Path]:
 def _find_model(model: str | Path) -> tuple[str, Path]:
     path = Path(os.path.expanduser(model))
     if path.exists():
-        name = _path_name(path.resolve())
+        real = path.resolve()
+        name = real.stem if real.is_file() else real.name or "model"
+        for part in real.parts:  # a snapshot in the hub's cache is named by a hash
+            if match := _HUB_CACHE.fullmatch(part):
+                name = match["name"]
         return os.fsencode(name).decode("utf-8", "replace"), path
     hub_id = model.as_posix() if isinstance(model, Path) else model  # without Windows' backslashes
     if _HUB_ID.fullmatch(hub_id):
@@ -166,13 +168,6 @@ def _find_model(model: str | Path) -> tuple[str, Path]:
         f"there is no folder {model}; expected a model folder, a DeepMind .pt file, or a hub id "
         "such as google/recurrentgemma-2b"
     )
-
-
-def _path_name(path: Path) -> str:
-    for part in reversed(path.parts):  # a snapshot in the hub's cache is named by a hash
-        if match := _HUB_CACHE.fullmatch(part):
-            return match["name"]
-    return path.stem if path.is_file() else path.name or "model"
 
 
 def _deepmind_path(path: Path) -> Path | None:

@@ -5,7 +5,6 @@ those of the released models (`recurrentgemma.common.Preset`), unless a user giv
 """
 
 import re
-from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ def infer_config(
     vocab_size, width = _shape(path, stored, r"embedder\.input_embedding", 2)
     mlp_width = _shape(path, stored, r"blocks\.\d+\.mlp_block\.ffw_up\.w", 3)[2]
     types = _block_types(path, stored)
-    heads, head_dim = (0, 0)
-    lru_width, lru_heads, conv_width = (width, 0, 4)
+    heads = head_dim = lru_heads = 0
+    lru_width, conv_width = width, 4
     if "attention" in types:
         head_dim = _shape(path, stored, r"blocks\.\d+\.attention_block\.proj_k\.weight", 2)[0]
         queries = _shape(path, stored, r"blocks\.\d+\.attention_block\.proj_q\.weight", 2)[0]
@@ -198,22 +197,28 @@ def read_orbax(folder: Path) -> DeepMindTensors:
         for parameter in (key.removesuffix(_ARRAY) for key in keys if key.endswith(_ARRAY)):
             array = _open_array(folder, parameter)
             shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
-            load: Callable[[], np.ndarray] = partial(_unpacked, folder, parameter)
-            name = parameter.removeprefix("params.")
+            name, transposed = parameter.removeprefix("params."), False
             if name.endswith(_KERNEL) and len(shape) == 2:
                 name, shape = name.removesuffix(_KERNEL) + _WEIGHT, shape[::-1]
-                load = partial(_transposed, folder, parameter)
-            tensors[name] = DeepMindTensor(shape, dtype, partial(_view_rows, load, shape, dtype))
+                transposed = True
+            view_rows = partial(_view_rows, folder, parameter, shape, dtype, transposed)
+            tensors[name] = DeepMindTensor(shape, dtype, view_rows)
     except ValueError as error:  # tensorstore's
         raise _unreadable(folder, error) from None
     return tensors
 
 
 def _view_rows(
-    load: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: np.dtype, view: View
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    transposed: bool,
+    view: View,
 ) -> RowTensor:
     def read(start: int, stop: int) -> np.ndarray:
-        return np.array(view(load())[start:stop], order="C")
+        array = _unpacked(folder, name)
+        return np.array(view(array.T if transposed else array)[start:stop], order="C")
 
     return RowTensor(view(np.broadcast_to(np.zeros((), dtype), shape)).shape, dtype, read)
 
@@ -239,10 +244,6 @@ def _unpacked(folder: Path, name: str) -> np.ndarray:
         return np.asarray(_open_array(folder, name).read().result())
     except ValueError as error:
         raise _unreadable(folder, error) from None
-
-
-def _transposed(folder: Path, name: str) -> np.ndarray:
-    return _unpacked(folder, name).T
 
 
 def _unreadable(folder: Path, error: ValueError) -> RequestError:

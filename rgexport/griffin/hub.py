@@ -4,16 +4,12 @@ import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rgexport.errors import RequestError
 from rgexport.files.targets import require_free_disk
 from rgexport.griffin.huggingface import CONFIG, INDEX, SINGLE, find_shards
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 from rgexport.progress import warn
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
 
 ALLOWED = (SINGLE, "model-*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES)
 """Patterns of the files that are downloaded: no pickles and no code."""
@@ -41,9 +37,8 @@ def cached_model(hub_id: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(hub_id, local_files_only=True, allow_patterns=list(ALLOWED))
-        )
+        name = snapshot_download(hub_id, local_files_only=True, allow_patterns=list(ALLOWED))
+        folder = Path(name)
         find_shards(folder)
     except (OSError, ValueError, RequestError):
         return None
@@ -51,12 +46,23 @@ def cached_model(hub_id: str) -> Path | None:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     try:
         info = HfApi().model_info(hub_id, files_metadata=True)
-        _check_files(hub_id, info)
-        require_free_disk(Path(constants.HF_HUB_CACHE), _missing_bytes(hub_id, info))
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        if CONFIG not in sizes or not sizes.keys() & {SINGLE, INDEX}:
+            raise RequestError(
+                f"{hub_id} has no {CONFIG} with {SINGLE} or {INDEX}; expected a RecurrentGemma "
+                "model in Hugging Face's layout, such as google/recurrentgemma-2b"
+            )
+        missing = sum(
+            size
+            for name, size in sizes.items()
+            if any(fnmatch(name, pattern) for pattern in ALLOWED)
+            and not isinstance(try_to_load_from_cache(hub_id, name, revision=info.sha), str)
+        )
+        require_free_disk(Path(constants.HF_HUB_CACHE), missing)
         return snapshot(hub_id, info.sha, ALLOWED)
     except RequestError:
         raise
@@ -90,26 +96,6 @@ def show_bars_on_terminals_alone() -> None:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-
-
-def _check_files(hub_id: str, info: "ModelInfo") -> None:
-    names = {file.rfilename for file in info.siblings or ()}
-    if CONFIG not in names or not names & {SINGLE, INDEX}:
-        raise RequestError(
-            f"{hub_id} has no {CONFIG} with {SINGLE} or {INDEX}; expected a RecurrentGemma model "
-            "in Hugging Face's layout, such as google/recurrentgemma-2b"
-        )
-
-
-def _missing_bytes(hub_id: str, info: "ModelInfo") -> int:
-    from huggingface_hub import try_to_load_from_cache
-
-    return sum(
-        file.size or 0
-        for file in info.siblings or ()
-        if any(fnmatch(file.rfilename, pattern) for pattern in ALLOWED)
-        and not isinstance(try_to_load_from_cache(hub_id, file.rfilename, revision=info.sha), str)
-    )
 
 
 def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:

@@ -132,7 +132,6 @@ def _split(weights: WeightSource, limit: int) -> Iterator[WeightSource]:
 MAX_LAYERS = 512
 """Bounds the names of tensors that a wrong config can fill the memory with."""
 
-BLOCK_TYPES: tuple[BlockType, ...] = ("recurrent", "attention")
 DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
 _ARCHITECTURES = ("RecurrentGemmaForCausalLM", "RecurrentGemmaModel")
 
@@ -215,6 +214,12 @@ def read_config(
         head_dim, rope_dims, theta = _attention(fields, "attention" in types)
     except Mismatch as error:
         raise RequestError(f"{path}: {error}") from None
+    stated = fields.attention_window_size
+    if window is not None and stated is not None and window > stated:
+        raise RequestError(
+            f"{path} states attention_window_size {stated}, --window says {window}; "
+            "expected at most as many: the model was not trained to look further back"
+        )
     return GriffinConfig(
         vocab_size=fields.vocab_size,
         width=width,
@@ -224,7 +229,7 @@ def read_config(
         num_heads=heads,
         head_dim=head_dim,
         block_types=types,
-        window=_window(path, fields.attention_window_size, window),
+        window=window or stated or 2048,
         conv_width=fields.conv1d_width,
         rope_dims=rope_dims,
         rope_theta=theta,
@@ -291,15 +296,6 @@ def _block_types(fields: _Fields) -> tuple[BlockType, ...]:
     if not pattern:
         raise Mismatch("block_types is empty; expected at least one type")
     return tuple(itertools.islice(itertools.cycle(pattern), fields.num_hidden_layers))
-
-
-def _window(path: Path, stated: int | None, requested: int | None) -> int:
-    if requested is not None and stated is not None and requested > stated:
-        raise RequestError(
-            f"{path} states attention_window_size {stated}, --window says {requested}; "
-            "expected at most as many: the model was not trained to look further back"
-        )
-    return requested or stated or 2048
 
 
 def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | None) -> float:

@@ -102,10 +102,8 @@ class LayerByLayer(ABC):
         Returns for each text the final norm's output, and the states after its `stops` (ascending
         numbers of tokens below T) and the end.
         """
-        pieces = [
-            _pieces(tokens.shape[1], stops[i] if stops else ())
-            for i, (tokens, _) in enumerate(texts)
-        ]
+        cuts = stops or [()] * len(texts)
+        pieces = [_pieces(t.shape[1], cut) for (t, _), cut in zip(texts, cuts, strict=True)]
         hidden = [self.embed(tokens) for tokens, _ in texts]
         states: list[list[State]] = [[{} for p in cut if p.keeps_state] for cut in pieces]
         for index in range(self.config.num_layers):
@@ -160,10 +158,9 @@ class LayerByLayer(ABC):
             return self._head
         slabs = self._weights[EMBEDDING].slabs(_HEAD_BYTES)
         rows = ((start, self._array(slab.astype(np.float32))) for start, slab in slabs)
-        if not self._keep:
-            return rows
-        self._head = list(rows)
-        return self._head
+        if self._keep:
+            self._head = list(rows)
+        return self._head or rows
 
     def layer(self, index: int) -> RunLayer:
         """Returns one layer; its weights are read anew unless they are kept."""

@@ -99,78 +99,70 @@ def _prefix_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-_ATTENTION_ROWS = 512
-"""Queries that the eager attention takes at once, so that its scores stay small."""
-
-
+_ATTENTION_ROWS = 512  # queries that attention takes at once, so that its scores stay small
 EAGER: dict[Any, Callable[..., Any]] = {}
 """Op → its eager reference as a plain function, which autograd can follow."""
 
 
-def _op(name: str):  # type: ignore[no-untyped-def]  # torch's decorator is untyped
-    make = torch.library.custom_op(f"griffin::{name}", mutates_args=())
-
+def _op(name: str, fake: Callable[..., Any]):  # type: ignore[no-untyped-def]  # as torch's own is
     def define(body: Callable[..., Any]):  # type: ignore[no-untyped-def]
-        op = make(body)
+        op = torch.library.custom_op(f"griffin::{name}", body, mutates_args=())
+        op.register_fake(fake)
         EAGER[op] = body
         return op
 
     return define
 
 
-@_op("embedding")
+def _like_first(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _float32_like_first(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@_op("embedding", lambda ids, table, *_: table.new_empty((*ids.shape, table.shape[1])).float())
 def embedding(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
     """Returns rows of `table` [V, W] for `ids` [B, T], times `scale`, float32 [B, T, W]."""
     return F.embedding(ids, table).float() * scale
 
 
-@embedding.register_fake
-def _(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
-    return torch.empty((*ids.shape, table.shape[1]), device=table.device)
-
-
-@_op("rms_norm")
+@_op("rms_norm", _float32_like_first)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
     """Computes `x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last axis, float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
 
 
-@_op("linear")
+@_op("linear", lambda x, weight, *_: weight.new_empty((*x.shape[:-1], weight.shape[0])))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
     """Computes `x · weightᵀ + bias` for x [B, T, K] and weight [N, K], in the weight's dtype."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-@linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
-    return weight.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@_op("gelu")
+@_op("gelu", _like_first)
 def gelu(x: Tensor, site: str) -> Tensor:
     """Computes GELU in its tanh form, in the dtype of `x`."""
     return F.gelu(x, approximate="tanh")
 
 
-@_op("add")
+@_op("add", _float32_like_first)
 def add(x: Tensor, y: Tensor, site: str) -> Tensor:
     """Adds on the residual stream, float32."""
     return x.float() + y.float()
 
 
-@_op("mul")
+@_op("mul", lambda x, y, _: torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype)))
 def mul(x: Tensor, y: Tensor, site: str) -> Tensor:
     """Multiplies in the wider of both dtypes."""
     return x * y
 
 
-@mul.register_fake
-def _(x: Tensor, y: Tensor, site: str) -> Tensor:
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
-
-
-@_op("causal_conv1d")
+@_op(
+    "causal_conv1d",
+    lambda x, weight, bias, state, _: (_float32_like_first(x), torch.empty_like(state)),
+)
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str
 ) -> tuple[Tensor, Tensor]:
@@ -185,19 +177,14 @@ def causal_conv1d(
     return y.transpose(1, 2).contiguous(), window[:, window.shape[1] - state.shape[1] :].clone()
 
 
-@causal_conv1d.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.float32), torch.empty_like(state)
-
-
-@_op("block_diagonal_linear")
+@_op("block_diagonal_linear", _float32_like_first)
 def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor, site: str) -> Tensor:
     blocks = x.float().unflatten(-1, weight.shape[:2])
     y = torch.einsum("bthi,hij->bthj", blocks, weight.float()) + bias.float()
     return y.flatten(-2)
 
 
-@_op("rg_lru_scan")
+@_op("rg_lru_scan", lambda x, i, r, a, p, h, _: (torch.empty_like(x), torch.empty_like(h)))
 def rg_lru_scan(
     x: Tensor,
     input_gate: Tensor,
@@ -223,19 +210,12 @@ def rg_lru_scan(
     return h, h[:, -1].clone()
 
 
-@rg_lru_scan.register_fake
-def _(
-    x: Tensor, i: Tensor, r: Tensor, a: Tensor, positions: Tensor, state: Tensor, site: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(state)
-
-
 def rope_frequencies(dims: int, theta: float) -> Tensor:
     """Returns `dims / 2` rotation frequencies, float32, rounded as `recurrentgemma` rounds them."""
     return 1.0 / theta ** (2 * torch.arange(dims // 2) / dims)
 
 
-@_op("rope")
+@_op("rope", _like_first)
 def rope(
     x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str
 ) -> Tensor:
@@ -251,7 +231,7 @@ def rope(
     return torch.cat(rotated, dim=-1).flatten(-2).to(x.dtype)
 
 
-@_op("local_attention")
+@_op("local_attention", lambda q, k, v, *past: tuple(map(torch.empty_like, (q, *past[:2]))))
 def local_attention(
     q: Tensor,
     k: Tensor,
@@ -276,9 +256,8 @@ def local_attention(
         slots = slice(start, start + window + rows)
         query = q[:, start : start + rows].unflatten(-1, (-1, head_dim)).float()
         scores = torch.einsum("bthd,bsd->bhts", query, keys[:, slots].float()) * head_dim**-0.5
-        distance = torch.arange(window + rows, device=q.device) - torch.arange(
-            rows, device=q.device
-        ).unsqueeze(-1)
+        slot, row = (torch.arange(n, device=q.device) for n in (window + rows, rows))
+        distance = slot - row.unsqueeze(-1)
         seen = (distance >= 0) & (distance <= window) & filled[:, None, slots]
         weights = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
         attended = torch.einsum("bhts,bsd->bthd", weights.to(v.dtype), values[:, slots])
@@ -287,41 +266,19 @@ def local_attention(
     return out, keys[:, gone:].clone(), values[:, gone:].clone()
 
 
-@local_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
+def _some_tokens(x: Tensor, *others: object) -> Tensor:
+    tokens = torch.library.get_ctx().new_dynamic_size(min=1)
+    return x.new_empty((x.shape[0], tokens, x.shape[2]))
 
 
-@_op("last_tokens")
+@_op("last_tokens", _some_tokens)
 def last_tokens(x: Tensor, count: Tensor, site: str) -> Tensor:
     """Returns the last `count` (a scalar tensor) tokens of x [B, T, W], or all if T is less."""
     return x[:, max(0, x.shape[1] - int(count)) :].clone()
 
 
-@last_tokens.register_fake
-def _(x: Tensor, count: Tensor, site: str) -> Tensor:
-    tokens = torch.library.get_ctx().new_dynamic_size(min=1)
-    return x.new_empty((x.shape[0], tokens, x.shape[2]))
-
-
-@_op("soft_cap")
+@_op("soft_cap", _float32_like_first)
 def soft_cap(x: Tensor, cap: float, site: str) -> Tensor:
     """Computes `cap · tanh(x / cap)` in float32; the identity for a cap of 0."""
     x = x.to(torch.float32, copy=True)
     return torch.tanh(x / cap) * cap if cap else x
-
-
-def _as_first(x: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _as_first_in_float32(x: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
-
-
-for _operation in gelu, rope:
-    _operation.register_fake(_as_first)
-for _operation in rms_norm, add, block_diagonal_linear, soft_cap:
-    _operation.register_fake(_as_first_in_float32)

@@ -27,7 +27,7 @@ from rgexport.griffin.huggingface import (
     write_weights,
 )
 from rgexport.griffin.layout import Role, TensorSpec, model_tensors
-from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
+from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource, from_array
 
 POOL = 1 << 20
 OUTLIERS, OUTLIER_GAIN = 0.002, 6.0
@@ -55,7 +55,9 @@ def write_random(
     Raises:
         RequestError: an unknown size or dtype, a target that exists, or no space.
     """
-    config, size = (_released(model), model) if isinstance(model, str) else (model, "")
+    if isinstance(model, str) and model not in SIZES:
+        raise RequestError(f"the size is {model!r}; expected one of {', '.join(SIZES)}")
+    config, size = (SIZES[model].config, model) if isinstance(model, str) else (model, "")
     if dtype not in DTYPES:
         raise RequestError(f"the dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     count = sum(math.prod(spec.shape) for spec in model_tensors(config).values())
@@ -67,12 +69,6 @@ def write_random(
         _write_tokenizer(folder, config.vocab_size, chat=size.endswith("-it"))
         weights = random_weights(config, seed=seed, dtype=dtype)
         write_weights(folder, weights, shard_bytes=shard_bytes)
-
-
-def _released(size: str) -> GriffinConfig:
-    if size not in SIZES:
-        raise RequestError(f"the size is {size!r}; expected one of {', '.join(SIZES)}")
-    return SIZES[size].config
 
 
 def _is_random(folder: Path) -> bool:
@@ -131,12 +127,8 @@ class _Draw:
     def tensor(self, name: str, spec: TensorSpec) -> RowTensor:
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         if spec.role in _SMALL:
-            return self._small(spec, _SMALL[spec.role](rng, spec.shape))
+            return from_array(_SMALL[spec.role](rng, spec.shape).astype(self.dtype))
         return self._large(spec, rng)
-
-    def _small(self, spec: TensorSpec, values: np.ndarray) -> RowTensor:
-        stored = values.astype(self.dtype)
-        return RowTensor(spec.shape, self.dtype, lambda start, stop: stored[start:stop].copy())
 
     def _large(self, spec: TensorSpec, rng: np.random.Generator) -> RowTensor:
         """Takes rows from the pool, scaled so that unit inputs give unit outputs."""
@@ -145,7 +137,8 @@ class _Draw:
         # Without repeats: equal rows of the embedding would tie for the largest logit.
         offsets = rng.choice(POOL, count, replace=count > POOL)
         windows = sliding_window_view(self._pool(columns**-0.5), columns)
-        loud = self._loud_columns(spec, rng)
+        louder = max(1, round(OUTLIERS * columns)) if spec.role == "linear" else 0
+        loud = rng.choice(columns, louder, replace=False)
 
         def read(start: int, stop: int) -> np.ndarray:
             rows = windows[offsets[start * inner : stop * inner]].view(self.dtype)
@@ -153,10 +146,6 @@ class _Draw:
             return rows.reshape(stop - start, *spec.shape[1:])
 
         return RowTensor(spec.shape, self.dtype, read)
-
-    def _loud_columns(self, spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
-        count = max(1, round(OUTLIERS * spec.shape[-1])) if spec.role == "linear" else 0
-        return rng.choice(spec.shape[-1], count, replace=False)
 
     def _pool(self, std: float) -> np.ndarray:
         """Returns the normals times `std`, stored as integers, which numpy copies faster."""

@@ -104,7 +104,16 @@ Records = dict[str, tuple[int, int]]
 def _read(path: Path, file: BinaryIO, size: int) -> Any:
     """Returns the content of the pickle, with `_Tensor` and `_Storage` for torch's objects."""
     if not zipfile.is_zipfile(file):
-        raise _not_zip(path, file)
+        file.seek(0)
+        start, problem = file.read(4), "is not a torch checkpoint"
+        if start.startswith(b"\x80"):
+            problem = (
+                "is in torch's legacy format; expected the zip format of torch ≥ 1.6: "
+                "load it with weights_only=True and save it again"
+            )
+        elif start == b"PK\x03\x04":
+            problem = "is truncated; copy or download it again"
+        raise RequestError(f"{path} {problem}")
     with zipfile.ZipFile(file) as archive:
         info = _find_pickle(archive.infolist())
         folder = info.filename.removesuffix(_PICKLE)
@@ -120,19 +129,6 @@ def _read(path: Path, file: BinaryIO, size: int) -> Any:
         if any(start + length > size for start, length in records.values()):
             raise ValueError("a record in it ends after the file")
         return _Reader(path, records).read(archive.read(info))
-
-
-def _not_zip(path: Path, file: BinaryIO) -> RequestError:
-    file.seek(0)
-    start = file.read(4)
-    if start.startswith(b"\x80"):
-        return RequestError(
-            f"{path} is in torch's legacy format; expected the zip format of torch ≥ 1.6: "
-            "load it with weights_only=True and save it again"
-        )
-    if start == b"PK\x03\x04":
-        return RequestError(f"{path} is truncated; copy or download it again")
-    return RequestError(f"{path} is not a torch checkpoint")
 
 
 def _find_pickle(records: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
@@ -189,7 +185,7 @@ class _Reader:
     def __init__(self, path: Path, records: Records) -> None:
         self._path, self._records = path, records
         self._storages: dict[str, _Storage] = {}
-        self._memo: dict[int, Any] = {}
+        self.memo: dict[int, Any] = {}
         self._outer: list[list[Any]] = []
         self.stack: list[Any] = []
 
@@ -213,12 +209,6 @@ class _Reader:
         """Removes and returns the values since the last mark; no opcode reaches below it."""
         values, self.stack = self.stack, self._outer.pop()
         return values
-
-    def put(self, index: int) -> None:
-        self._memo[index] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.push(self._memo[index])
 
     def push_global(self, name: str) -> None:
         name = name.replace(" ", ".")
@@ -288,19 +278,21 @@ _OPCODES: dict[str, Callable[[_Reader, Any], None]] = {
     "APPENDS": lambda reader, _: reader.extend(reader.pop_marked()),
     "SETITEM": lambda reader, _: reader.set_items(reader.pop(2)),
     "SETITEMS": lambda reader, _: reader.set_items(reader.pop_marked()),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Reader.put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Reader.get),
     **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), _Reader.push
+        ("BINPUT", "LONG_BINPUT"), lambda r, index: r.memo.update({index: r.stack[-1]})
     ),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda r, index: r.push(r.memo[index])),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), _Reader.push),
+    **dict.fromkeys(("BINFLOAT", "BINUNICODE"), _Reader.push),
 }
 """The opcodes that state dictionaries need, by `pickletools`' names."""
 
 
 def _tensors(path: Path, content: Any) -> DeepMindTensors:
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise RequestError(f"{path} holds {kind}; expected a dictionary of tensors")
+        raise RequestError(
+            f"{path} holds {type(content).__name__}; expected a dictionary of tensors"
+        )
     tensors: DeepMindTensors = {}
     for name, value in _leaves(content, "", 0):
         if name in tensors or len(tensors) == MAX_NAMES:
@@ -346,9 +338,9 @@ def _view_rows(
     path: Path, dtype: np.dtype, shape: tuple[int, ...], transposed: bool, offset: int, view: View
 ) -> RowTensor:
     """Reads a view of a tensor: of an array without memory, which has only shape and strides."""
-    stored = np.lib.stride_tricks.as_strided(
-        np.zeros(1, dtype), shape[::-1] if transposed else shape, _strides(shape, transposed, dtype)
-    )
+    sizes = shape[::-1] if transposed else shape
+    strides = [dtype.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    stored = np.lib.stride_tricks.as_strided(np.zeros(1, dtype), sizes, strides)
     whole = stored.T if transposed else stored
     part = view(whole)
     start = offset + part.ctypes.data - whole.ctypes.data
@@ -360,11 +352,6 @@ def _view_rows(
         return matrix.read(first, last).reshape(last - first, *part.shape[1:])
 
     return RowTensor(part.shape, dtype, read)
-
-
-def _strides(shape: tuple[int, ...], transposed: bool, dtype: np.dtype) -> tuple[int, ...]:
-    sizes = shape[::-1] if transposed else shape
-    return tuple(dtype.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
 
 
 def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

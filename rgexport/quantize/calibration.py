@@ -140,8 +140,7 @@ def triangle_width(size: int) -> int | None:
 
 def pack(matrix: np.ndarray) -> np.ndarray:
     """Returns the lower triangle of [k, k], row by row."""
-    packed: np.ndarray = matrix[np.tri(len(matrix), dtype=bool)]
-    return packed
+    return np.asarray(matrix[np.tri(len(matrix), dtype=bool)])
 
 
 def unpack(packed: np.ndarray, width: int) -> np.ndarray:
@@ -156,14 +155,12 @@ def unpack(packed: np.ndarray, width: int) -> np.ndarray:
 def diagonal(packed: np.ndarray, width: int) -> np.ndarray:
     """Returns the diagonal of the matrix with this lower triangle."""
     rows = np.arange(width)
-    values: np.ndarray = packed[rows * (rows + 3) // 2]
-    return values
+    return np.asarray(packed[rows * (rows + 3) // 2])
 
 
-_MOST = {"I32": 1 << 26, "F32": triangle_size(MAX_BLOCK)}
-"""Most elements of an array: of a text, and of a block's triangle."""
+_MOST = {"I32": 1 << 26, "F32": triangle_size(MAX_BLOCK)}  # elements of a text, of a triangle
 _FOREIGN = 0.1  # share of the tokens of another text on which the calibration gives no information
-_DTYPES = {"I32": np.dtype(np.int32), "F32": np.dtype(np.float32)}
+_DTYPES = {"I32": _INT, "F32": _FLOAT}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.griffin.tensor import slab_bounds
 from rgexport.parallelism import usable_processors
-from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.ggml_types import TYPES, GgmlType
 
 CHUNK_BYTES = 4 << 20
 """Rows, in float32, that a thread quantizes in one call."""
@@ -94,8 +94,8 @@ def _load(path: Path) -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise RequestError(f"{path} cannot be used: {error}; {_REMEDY}") from None
-    _require_known_types(library, path)
     for kind in TYPES.values():
+        _require_known(library, path, kind)
         library.ggml_quantize_init(kind.value)
     return library
 
@@ -126,25 +126,21 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
         ctypes.c_size_t,
         (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p),
     ),
-    "ggml_validate_row_data": (
-        ctypes.c_bool,
-        (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t),
-    ),
+    "ggml_validate_row_data": (ctypes.c_bool, (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)),
 }
 """Name → result and arguments, as ggml.h declares them."""
 
 
-def _require_known_types(library: ctypes.CDLL, path: Path) -> None:
-    for kind in TYPES.values():
-        loaded = (
-            (library.ggml_type_name(kind.value) or b"nothing").decode().lower(),
-            library.ggml_blck_size(kind.value),
-            library.ggml_type_size(kind.value),
-            library.ggml_row_size(kind.value, 2 * kind.block),
+def _require_known(library: ctypes.CDLL, path: Path, kind: GgmlType) -> None:
+    loaded = (
+        (library.ggml_type_name(kind.value) or b"nothing").decode().lower(),
+        library.ggml_blck_size(kind.value),
+        library.ggml_type_size(kind.value),
+        library.ggml_row_size(kind.value, 2 * kind.block),
+    )
+    if loaded != (kind.name, kind.block, kind.block_bytes, kind.row_bytes(2 * kind.block)):
+        raise RequestError(
+            f"{path} does not fit this rgexport: its type {kind.value} is {loaded[0]} with "
+            f"{loaded[1]} weights in {loaded[2]} bytes, expected {kind.name} with {kind.block} in "
+            f"{kind.block_bytes}; {_REMEDY}"
         )
-        if loaded != (kind.name, kind.block, kind.block_bytes, kind.row_bytes(2 * kind.block)):
-            raise RequestError(
-                f"{path} does not fit this rgexport: its type {kind.value} is {loaded[0]} with "
-                f"{loaded[1]} weights in {loaded[2]} bytes, expected {kind.name} with "
-                f"{kind.block} in {kind.block_bytes}; {_REMEDY}"
-            )

@@ -9,8 +9,6 @@ u64 and its bytes.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,9 +74,12 @@ def is_gguf(path: Path) -> bool:
 
 def read_header(path: Path) -> GgufHeader:
     """Reads the values and tensors of a file; RequestError for damage or another kind of file."""
-    with _open(path) as cursor:
-        version, num_tensors, values, spans = _read_values(cursor)
-        return GgufHeader(path, version, values, spans, _read_tensors(cursor, num_tensors, values))
+    try:
+        size = require_regular(path)
+        with path.open("rb") as file:
+            return _read(Cursor(path, file, size, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class Cursor:
@@ -129,20 +130,7 @@ class Cursor:
         return RequestError(f"{self.path} is damaged: {what}; copy or download it again")
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Cursor]:
-    try:
-        size = require_regular(path)
-        with path.open("rb") as file:
-            yield Cursor(path, file, size, MAX_HEADER_BYTES)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _read_values(
-    cursor: Cursor,
-) -> tuple[int, int, dict[str, Any], dict[str, tuple[int, int]]]:
-    """Version, number of tensors, values and spans."""
+def _read(cursor: Cursor) -> GgufHeader:
     version = _read_version(cursor)
     num_tensors, num_values = cursor.integer(8), cursor.integer(8)
     values: dict[str, Any] = {}
@@ -153,7 +141,8 @@ def _read_values(
             raise cursor.damaged(f"its header has {key} twice")
         values[key] = _read_value(cursor, cursor.integer(4))
         spans[key] = start, cursor.at
-    return version, num_tensors, values, spans
+    tensors = _read_tensors(cursor, num_tensors, values)
+    return GgufHeader(cursor.path, version, values, spans, tensors)
 
 
 def _read_version(cursor: Cursor) -> int:

@@ -59,13 +59,15 @@ class Imatrix:
 
     def metadata(self) -> dict[str, str | int]:
         """Returns the keys `quantize.imatrix.*` that llama-quantize writes, in its order."""
-        values: dict[str, str | int | None] = {
-            "quantize.imatrix.file": _shorten(str(self.path)),
-            "quantize.imatrix.dataset": None if self.dataset is None else _shorten(self.dataset),
-            "quantize.imatrix.entries_count": len(self.entries),
-            "quantize.imatrix.chunks_count": self.chunks if self.chunks > 0 else None,
-        }
-        return {key: value for key, value in values.items() if value is not None}
+
+        def shorten(text: str) -> str:
+            return text.encode(errors="replace")[:_METADATA_BYTES].decode(errors="ignore")
+
+        values: dict[str, str | int] = {"quantize.imatrix.file": shorten(str(self.path))}
+        if self.dataset is not None:
+            values["quantize.imatrix.dataset"] = shorten(self.dataset)
+        values["quantize.imatrix.entries_count"] = len(self.entries)
+        return values | ({"quantize.imatrix.chunks_count": self.chunks} if self.chunks > 0 else {})
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -87,10 +89,6 @@ def read_imatrix(path: Path) -> Imatrix:
 
 def _not_one(path: Path, why: str) -> RequestError:
     return RequestError(f"{path} is not an importance matrix of llama-imatrix: {why}")
-
-
-def _shorten(text: str) -> str:
-    return text.encode(errors="replace")[:_METADATA_BYTES].decode(errors="ignore")
 
 
 def _from_gguf(header: GgufHeader) -> Imatrix:

@@ -44,16 +44,16 @@ class RowGroup:
     @classmethod
     def from_dict(cls, values: Any) -> "RowGroup":
         if not isinstance(values, dict) or values.keys() != {"rows", "scheme"}:
-            names = (
+            stated = (
                 ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
             )
-            raise RequestError(f"a row group has {names or 'no fields'}; expected rows and scheme")
+            raise RequestError(f"a row group has {stated or 'no fields'}; expected rows and scheme")
         rows, scheme = values["rows"], values["scheme"]
-        if rows is not None and not isinstance(rows, str):
-            raise RequestError(
-                f"a row group has rows {reprlib.repr(rows)}; expected a text or null"
-            )
         if rows is not None:
+            if not isinstance(rows, str):
+                raise RequestError(
+                    f"a row group has rows {reprlib.repr(rows)}; expected a text or null"
+                )
             row_bounds(rows)
         kind = scheme.get("kind") if isinstance(scheme, dict) else None
         if kind != Affine.kind:
@@ -181,7 +181,9 @@ def row_bounds(text: str) -> np.ndarray:
 
     Refuses a text that differs from that of `rows_text`, so that equal sets are equal texts.
     """
-    bounds = _parse(text) if _TEXT.fullmatch(text) else np.zeros((0, 2), np.int64)
+    ends = [one.partition("-") for one in text.split(",")] if _TEXT.fullmatch(text) else []
+    pairs = [(int(first), int(last or first) + 1) for first, _, last in ends]
+    bounds = np.array(pairs, np.int64).reshape(-1, 2)
     sound = len(bounds) and (bounds[:, 0] < bounds[:, 1]).all() and _text(bounds) == text
     if not sound or bounds[-1, 1] > MAX_ROWS:
         excerpt = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
@@ -209,11 +211,6 @@ def rows_of(bounds: np.ndarray) -> np.ndarray:
 
 def count_rows(bounds: np.ndarray) -> int:
     return int((bounds[:, 1] - bounds[:, 0]).sum())
-
-
-def _parse(text: str) -> np.ndarray:
-    ends = [range_.partition("-") for range_ in text.split(",")]
-    return np.array([(int(first), int(last or first) + 1) for first, _, last in ends], np.int64)
 
 
 def _text(bounds: np.ndarray) -> str:
