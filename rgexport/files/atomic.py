@@ -1,6 +1,6 @@
 """Files and folders that appear complete or not at all.
 
-Imports the standard library alone, because the build hook uses it before anything is installed.
+Imports the standard library alone: the build hook uses it before anything is installed.
 """
 
 import ctypes
@@ -40,9 +40,6 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
     Any exception removes it and leaves `target` unchanged. A killed process leaves a hidden
     `.NAME.partial-…`, see `remove_partials`. With `durable`, a file is on the disk at the end.
-
-    Raises:
-        OSError: the disk is full or fails, the folder cannot be written to, or `TargetInUse`.
     """
     new = partial_path(target)
     try:
@@ -105,8 +102,8 @@ def sync_folder(folder: Path) -> None:
 def evict_from_page_cache(path: Path) -> None:
     """Writes a large file to the disk and drops its pages from memory, on Linux.
 
-    Read again through a map that asks for huge pages (`runtimes/onnx/mapped_weights.py`), it can be
-    cached in those, and a 2B takes 6 % less time per token (`bench/system_tricks.py`).
+    Read again in huge pages (`runtimes/onnx/mapped_weights.py`), a 2B takes 6 % less time per
+    token.
     """
     if path.stat().st_size < _LARGE_BYTES or not hasattr(os, "posix_fadvise"):
         return
@@ -141,9 +138,6 @@ def move(new: Path, target: Path) -> None:
     """Renames `new` to `target`; `new` may then be an old folder, which the caller removes.
 
     Linux exchanges two folders in one step. Elsewhere there is a moment without the target.
-
-    Raises:
-        TargetInUse: a program has a file of `target` open, and the system does not allow that.
     """
     try:
         if not target.is_dir():  # a rename replaces a file in one step
@@ -173,10 +167,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def _retry(change: Callable[[], object]) -> None:
-    """Changes a folder; on Windows, tries again for a second.
-
-    Virus scanners and search indexes hold a new file open for a moment there.
-    """
+    """Changes a folder; on Windows, tries again for a second, as scanners open new files there."""
     for seconds in _PAUSES if WINDOWS else ():
         try:
             change()

@@ -49,7 +49,6 @@ def hash_file(
 
 
 def hash_files(paths: Iterable[Path], *, start: int = 0) -> dict[Path, str]:
-    """Hashes each file from byte `start` on; large files show progress."""
     files = list(paths)
     total = sum(path.stat().st_size for path in files)
     silent = nullcontext(lambda done: None)

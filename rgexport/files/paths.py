@@ -18,10 +18,7 @@ _DEVICE = re.compile(
 
 
 def without_ending(name: str, endings: Iterable[str]) -> str:
-    """Returns `name` without its ending, if that is one of `endings`.
-
-    Any other dot belongs to the name: `Path.stem` would turn `text-4.25` into `text-4`.
-    """
+    """Returns `name` without its ending, if that is one of `endings`, unlike `Path.stem`."""
     return name.removesuffix(next(filter(name.endswith, endings), ""))
 
 
@@ -42,10 +39,7 @@ def windows_objection(name: str) -> str:
 
 
 def require_regular(path: Path) -> int:
-    """Returns the size of a file; RequestError for a folder, a pipe or a device.
-
-    Reading a pipe or device could block or never end.
-    """
+    """Returns the size of a file; RequestError for a folder, or what could block or never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
@@ -62,7 +56,6 @@ def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a file; RequestError where it is none."""
     try:
         return read_regular(path, MAX_TEXT_BYTES).decode()
     except OSError as error:

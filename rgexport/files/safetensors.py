@@ -1,10 +1,8 @@
 """The headers of safetensors files, read strictly and written.
 
 Format: 8 bytes little-endian header length, a JSON header `{name: {"dtype": …, "shape": […],
-"data_offsets": [begin, end]}}`, then the data without gaps.
-
-`safetensors.safe_open` drops one of two tensors with the same name, blocks on a pipe, and maps the
-file (see `griffin.tensor`).
+"data_offsets": [begin, end]}}`, then the data without gaps. (`safetensors.safe_open` drops one of
+two tensors with the same name, blocks on a pipe, and maps the file, see `griffin.tensor`.)
 """
 
 import json
@@ -70,19 +68,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Fields:
-    """One tensor in the header's JSON."""
-
     dtype: str
     shape: tuple[_Size, ...]
     data_offsets: tuple[_Size, _Size]
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Returns the tensors of a file by name, in the order of their data.
-
-    Raises:
-        RequestError: the file is no safetensors file, or its header contradicts itself or its size.
-    """
+    """Returns the tensors by name, in the order of their data; RequestError for contradictions."""
     text, size = _read_text(path)
     data, tensors = 8 + len(text), _parse(path, text)[0]
     entries = [(name, _entry(path, name, fields, data)) for name, fields in tensors.items()]
@@ -92,7 +84,6 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the `__metadata__` of a file: texts by name."""
     return _parse(path, _read_text(path)[0])[1]
 
 
@@ -145,10 +136,7 @@ def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the header's entry for each tensor, and the metadata.
-
-    As strict as the reference implementation, so that both see the same tensors.
-    """
+    """Returns the entry for each tensor, and the metadata; as strict as the reference reader."""
     try:
         fields = parse_json(text)
     except Mismatch as error:

@@ -31,10 +31,6 @@ def replace_folder(target: Path, *, force: bool, replaceable: Replaceable) -> It
     Any exception removes it. A killed process leaves it, and the next run with the same target
     removes it. A kernel lock, released even by a kill, keeps two runs from writing one target. An
     existing target needs `force`, and to be `replaceable` or an empty folder.
-
-    Raises:
-        RequestError: see `check_target`; or the parent is not writable, another run is writing the
-            target, or the disk is full.
     """
     check = partial(check_target, target, force=force, replaceable=replaceable)
     with _replaced(target, check) as new:
@@ -54,8 +50,8 @@ def replace_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iter
 def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
     """Yields the path of a folder `NAME.partial` for work that a later run may continue.
 
-    The folder may have files of an earlier run. Any exception leaves it. When the block ends well,
-    its file `COMPLETE` becomes `target`, and the folder is removed. See `replace_folder`.
+    Any exception leaves it. When the block ends well, its file `COMPLETE` becomes `target`, and the
+    folder is removed. See `replace_folder`.
     """
     check = partial(check_file_target, target, force=force, replaceable=replaceable)
     with _locked(target) as real:
@@ -87,7 +83,6 @@ def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None
 
 
 def check_file_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
-    """Refuses a target that `replace_file` would refuse, before any work is done."""
     if os.path.lexists(require_writable(target)):
         if target.is_dir():
             raise RequestError(f"{target} exists and is a folder; pass a file with -o")

@@ -1,8 +1,7 @@
 """Strict JSON, and dataclasses as JSON and back; a complaint names the field.
 
-msgspec names neither the key of an object nor the value, takes NaN and rounds whole numbers.
-pydantic and cattrs go on after the first mistake: 8 MB of them take 600 MB and 2 s, or 1 GB and 16
-s.
+msgspec names neither key nor value, takes NaN and rounds whole numbers. pydantic and cattrs go on
+after the first mistake: 8 MB of them take 600 MB and 2 s, or 1 GB and 16 s.
 """
 
 import dataclasses
@@ -51,13 +50,9 @@ NotNegative = Annotated[float, Between(0, MAX_NUMBER)]
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Parses JSON; refuses duplicate keys, NaN and infinity, and in bytes lone surrogates.
+    """Parses JSON; Mismatch for duplicate keys, NaN, infinity, and in bytes lone surrogates.
 
-    Python's reader accepts all of these, and other readers would see something else. A text from
-    another file may have lone surrogates, as a path has that is not UTF-8.
-
-    Raises:
-        Mismatch: it is not strict JSON in UTF-8, or is nested too deeply.
+    A text from another file may have those, as a path has that is not UTF-8.
     """
     if not isinstance(text, bytes | str):  # GGUF's metadata have arrays, too
         raise Mismatch("not a text")
@@ -116,17 +111,13 @@ def register_reader(kind: Any, reader: Callable[[Any], Any]) -> None:
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """Builds a `kind` from parsed JSON.
+    """Builds a `kind` from parsed JSON; Mismatch with the path of a wrong field: `states[3].shape`.
 
     A type may be made of str, int, float, bool, None, Any, Literal, list, tuple, dict[str, X],
     unions of these, dataclasses, `Annotated` with a container of allowed values, and types with a
-    registered reader. Keys that are no field of a dataclass are ignored, so that a newer version
-    may add some. A dataclass with `lenient = True`, for files of other programs, also takes null
-    for a field that has a default and cannot be None, and numbers such as `2.0` as integers.
-
-    Raises:
-        Mismatch: a missing field or a value of another type, with its path, such as
-            `states[3].shape`.
+    registered reader. Unknown keys are ignored, so that a newer version may add some. A dataclass
+    with `lenient = True`, for files of other programs, also takes null for a field that has a
+    default and cannot be None, and numbers such as `2.0` as integers.
     """
     return typing.cast(T, _read(kind, value, ""))
 

@@ -76,10 +76,7 @@ def merge_adapter(
 ) -> tuple[dict[str, RowTensor], dict[str, Path]]:
     """Returns the weights that an adapter changes, merged in float32, and the adapter's files.
 
-    `model` is the name of the base model, for errors, `weights` are the base model's.
-
-    Raises:
-        RequestError: no LoRA adapter, one for another model, or one with unsupported options.
+    Raises RequestError for no LoRA adapter, one for another `model`, or unsupported options.
     """
     config, path = _read_config(folder), folder / WEIGHTS
     entries = read_header(path)
@@ -193,7 +190,6 @@ def _matrix(entry: Entry) -> np.ndarray:
 
 
 def _merged(base: RowTensor, pair: _LoraPair) -> RowTensor:
-    """Returns the sum of a weight and its LoRA product, in float32."""
     by_row = entry_columns(pair.a) if pair.is_embedding else entry_rows(pair.b)
 
     def read(start: int, stop: int) -> np.ndarray:

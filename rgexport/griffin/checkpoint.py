@@ -35,11 +35,9 @@ _HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
 class Checkpoint:
     """A checkpoint; only its headers are in memory.
 
-    `name` is the folder's or the hub id's last part, or `demo`; `path` the folder, or DeepMind's
-    `.pt` file or orbax folder. `weights` are stored tensors that fit the model, by canonical name;
-    `head` is `lm_head.weight` where it was saved too. `problems` are those of the headers, each as
-    `kind: details`. `instruction_tuned` is None if unknown. `adapter` is the folder of a merged
-    LoRA adapter.
+    `path` is the folder, or DeepMind's `.pt` file or orbax folder. `weights` are those that fit the
+    model, by canonical name; `head` is `lm_head.weight` where it was saved too. `problems` are
+    those of the headers, each as `kind: details`. `instruction_tuned` is None if unknown.
     """
 
     name: str
@@ -66,15 +64,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens a checkpoint and reads its configuration and its tensors' headers.
 
-    `model` is a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its flax
-    release, an orbax folder), a `.pt` file, or a hub id, which may be downloaded; or `size` is one
-    of `SIZE_WORDS`. `window` is smaller than that of the files, or one that they do not state;
-    `soft_cap` is for files that do not state it, and 0 means none. `adapter` is the folder of a
-    LoRA adapter to merge.
-
-    Raises:
-        RequestError: nothing usable is there; problems of single tensors do not raise, they are
-            listed in `Checkpoint.problems`.
+    `model` is a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
+    orbax folder), a `.pt` file, or a hub id, which may be downloaded; or `size` is one of
+    `SIZE_WORDS`. `window` may be smaller than that of the files, `soft_cap` is for files that do
+    not state it (0 means none), `adapter` is a folder to merge. Problems of single tensors raise no
+    RequestError.
     """
     _check_request(model, size, window, soft_cap)
     try:
@@ -247,10 +241,7 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
 def _match_tensors(
     config: GriffinConfig, tensors: Mapping[str, FoundTensor]
 ) -> tuple[dict[str, RowTensor], list[str]]:
-    """Splits tensors (by canonical names) into those that fit the model, and problems.
-
-    The kinds of problems are missing, unexpected, wrong shape, wrong dtype.
-    """
+    """Splits tensors (by canonical names) into those that fit the model, and problems."""
     expected = model_tensors(config)
     weights: dict[str, RowTensor] = {}
     problems = []

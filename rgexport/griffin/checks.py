@@ -36,11 +36,7 @@ class CheckReport:
 
 
 def require_sound(checkpoint: Checkpoint) -> FileHashes:
-    """Checks everything and returns the hashes of the weight files.
-
-    Raises:
-        RequestError: there are problems; the message names them all.
-    """
+    """Returns the hashes of the weight files; RequestError names all problems."""
     report = check_checkpoint(checkpoint)
     if report.problems:
         count = len(report.problems)
@@ -85,10 +81,7 @@ def _find_non_finite(name: str, tensor: RowTensor, advance: Advance) -> str | No
 
 
 def _non_finite_masker(dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray | None]:
-    """Returns a function that masks NaNs and infinities, and returns None if there are none.
-
-    It compares bits, because numpy has no fast test for bfloat16.
-    """
+    """Returns a function that masks NaNs and infinities by their bits, or returns None."""
     integer, mask, infinity = _EXPONENTS[dtype]
     scratch: np.ndarray = np.empty(0, integer)
 

@@ -58,7 +58,6 @@ class AskedFor:
 
     @property
     def flags(self) -> str:
-        """Returns the flags with their values as Markdown, or an empty text."""
         options = {name.replace("_", "-"): value for name, value in vars(self).items()}
         return " and ".join(f"`--{k} {value}`" for k, value in options.items() if value is not None)
 

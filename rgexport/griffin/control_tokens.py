@@ -52,7 +52,6 @@ class ControlTokens:
 
     @property
     def end_of_turn(self) -> ControlToken | None:
-        """Returns `<end_of_turn>`, which ends a reply as `eos` does."""
         index = self.special.get(END_OF_TURN)
         return None if index is None else ControlToken(index, END_OF_TURN)
 
@@ -68,10 +67,7 @@ def is_markup(piece: str) -> bool:
 
 
 def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:
-    """Reads the control tokens of a loaded tokenizer.model.
-
-    User-defined pieces have the score 0; learned pieces that look like markup do not.
-    """
+    """Reads a loaded tokenizer.model, where only user-defined pieces have the score 0."""
 
     def token(index: int) -> ControlToken | None:
         return ControlToken(index, engine.IdToPiece(index)) if index >= 0 else None
@@ -95,10 +91,9 @@ def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:
 def json_tokens(
     layout: Mapping[str, Any], pieces: Mapping[str, int], folder: Path
 ) -> ControlTokens:
-    """Reads the control tokens of a tokenizer.json, whose content is `layout`.
+    """Reads a tokenizer.json, whose content is `layout`; `folder` may have settings beside it.
 
-    `pieces` is literal → id of the whole vocabulary, added tokens included; `folder` has the file,
-    and perhaps the settings that name its tokens.
+    `pieces` is literal → id of the whole vocabulary, added tokens included.
     """
     added = layout.get("added_tokens", [])
     literals = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
@@ -122,7 +117,6 @@ def json_tokens(
 
 
 def read_control_tokens(folder: Path) -> ControlTokens:
-    """Reads the control tokens of a folder's tokenizer.model, or of its tokenizer.json."""
     import sentencepiece  # slow to load
 
     try:
@@ -175,11 +169,7 @@ GEMMA_TEMPLATE = (
 
 
 def read_chat_template(folder: Path) -> tuple[str, str] | None:
-    """Returns the template in chat_template.jinja or tokenizer_config.json, and the file's name.
-
-    Raises:
-        RequestError: a file that cannot be read, or several named templates and no default.
-    """
+    """Returns the template in chat_template.jinja or tokenizer_config.json, and the file's name."""
     try:
         jinja, config = folder / JINJA_FILE, folder / TOKENIZER_CONFIG
         if jinja.is_file():
@@ -211,10 +201,9 @@ def chat_template(folder: Path) -> tuple[str, str]:
 
 
 def chosen_template(folder: Path, special: Container[str], name: str) -> str | None:
-    """Returns the template of an artifact's chats; None if it has none.
+    """Returns the template of an artifact's chats, or None; warns if they would be refused.
 
-    Warns if such a chat would be refused. `special` are the literals of the tokenizer's control
-    tokens and markup, `name` is the model's.
+    `special` are the literals of the tokenizer's control tokens and markup, `name` is the model's.
     """
     source, origin = chat_template(folder)
     missing = missing_turns(source, special)
@@ -228,6 +217,5 @@ def chosen_template(folder: Path, special: Container[str], name: str) -> str | N
 
 
 def missing_turns(template: str, special: Container[str]) -> list[str]:
-    """Returns the turn tokens that a template writes but a vocabulary lacks."""
     turns = (START_OF_TURN, END_OF_TURN)
     return [turn for turn in turns if turn in template and turn not in special]

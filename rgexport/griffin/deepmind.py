@@ -178,10 +178,6 @@ def read_orbax(folder: Path) -> DeepMindTensors:
 
     Each parameter is a zarr array, in a folder of its own or in one OCDBT database for all, and in
     one compressed chunk, so it is read whole: the largest one of a 2B takes 1.3 GB of memory.
-
-    Raises:
-        NotInstalled: tensorstore is missing.
-        RequestError: the folder cannot be read.
     """
     try:
         import tensorstore

@@ -1,7 +1,6 @@
 """Makes the op set differentiable by its inputs; importing this module is enough.
 
-The backward of an op runs its eager reference again under autograd, so that a layer keeps no more
-than the inputs of its ops.
+The backward of an op runs its eager reference again, so a layer keeps only its ops' inputs.
 """
 
 from typing import Any
@@ -42,10 +41,7 @@ def _gradients(op: Any, inputs: _Inputs, needed: tuple[bool, ...], grads: _Grads
 
 
 def _finite(grad: Tensor | None) -> Tensor | None:
-    """Replaces gradients of the RG-LRU's gate by 0 where a is 1 in float32.
-
-    The root of 1 - a² has no derivative there, but the gate moves a ever less as a nears 1.
-    """
+    """Replaces gradients of the RG-LRU's gate by 0 where a is 1: √(1 - a²) has none there."""
     return None if grad is None else grad.nan_to_num(0.0, 0.0, 0.0)
 
 

@@ -20,9 +20,6 @@ def fetch_model(hub_id: str) -> Path:
 
     A complete copy in the hub's cache is used without the network. One that lacks only the
     tokenizer is completed if possible.
-
-    Raises:
-        RequestError: no such model, no permission, no network, no disk space, or no safetensors.
     """
     folder = cached_model(hub_id)
     if folder is None:
@@ -71,7 +68,6 @@ def _download(hub_id: str) -> Path:
 
 
 def _download_tokenizer(hub_id: str, folder: Path) -> None:
-    """Adds the tokenizer's files of the same commit to a snapshot in the cache."""
     try:
         snapshot(hub_id, folder.name, TOKENIZER_FILES)
     except Exception as error:  # as in `_download`
@@ -99,10 +95,7 @@ def show_bars_on_terminals_alone() -> None:
 
 
 def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
-    """Returns a line for an error of the hub's client in an `action` such as `download`.
-
-    `advice` is an alternative, to follow a comma or a semicolon.
-    """
+    """Returns a line for an error in an `action` such as `download`, and another way, `advice`."""
     from huggingface_hub import errors
 
     log_in = "log in (`hf auth login`, or set HF_TOKEN)"

@@ -66,10 +66,7 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...], tuple[Path, ...]]:
-    """Returns the tensors of a folder by canonical names, index problems, and weight files.
-
-    A saved head has the name `lm_head.weight`.
-    """
+    """Returns the tensors of a folder by canonical names, index problems, and weight files."""
     files, weight_map = find_shards(folder)
     tensors: dict[str, FoundTensor] = {}
     problems: list[str] = []
@@ -91,10 +88,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
 
 
 def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the weights into `folder`: one file, or shards of at most `shard_bytes` and an index.
-
-    A tensor that is larger gets a shard of its own. Names get the hub's prefix `model.`.
-    """
+    """Writes one file, or shards of at most `shard_bytes` (but a tensor at least) and an index."""
     shards = list(_split(weights, shard_bytes))
     total, count = sum(tensor.nbytes for tensor in weights.values()), len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -117,7 +111,6 @@ def write_weights(folder: Path, weights: WeightSource, *, shard_bytes: int = SHA
 
 
 def _split(weights: WeightSource, limit: int) -> Iterator[WeightSource]:
-    """Yields the weights in order, in groups of at most `limit` bytes or of one tensor."""
     shard: dict[str, RowTensor] = {}
     size = 0
     for name, tensor in weights.items():
@@ -188,11 +181,8 @@ def read_config(
 ) -> GriffinConfig:
     """Reads a `config.json`, in any dialect that the hub or transformers writes.
 
-    `window` is at most that of the file; `soft_cap` is for a file that states none.
-
-    Raises:
-        RequestError: a field is wrong, contradicts another or an argument, or asks for something
-            that no RecurrentGemma has.
+    Raises RequestError where a field is wrong, contradicts another one, `window` or `soft_cap`, or
+    asks for something that no RecurrentGemma has.
     """
     values = read_json(path)
     try:
@@ -259,7 +249,6 @@ def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
 
 
 def _rope(fields: _Fields, name: str, default: float) -> float:
-    """Returns a field of RoPE, from the flat fields or from the nested ones."""
     sources = fields, fields.rope_parameters, fields.rope_scaling
     stated = {getattr(rope, name) for rope in sources} - {None}
     if len(stated) > 1:
@@ -350,7 +339,6 @@ def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
 
 
 def block_pattern(types: tuple[BlockType, ...]) -> tuple[BlockType, ...]:
-    """The shortest pattern that gives `types` when it is repeated."""
     for period in range(1, len(types)):
         if all(kind == types[i % period] for i, kind in enumerate(types)):
             return types[:period]

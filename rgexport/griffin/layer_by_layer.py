@@ -78,10 +78,7 @@ class LayerByLayer(ABC):
         """Returns soft-capped logits [B, t, n] of some rows [n, width] of the embedding."""
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Array, State]:
-        """Takes tokens [B, T], from the beginning or from a canonical state.
-
-        Returns the final norm's output [B, T, width] float32, and the canonical state after it.
-        """
+        """Returns the final norm's output [B, T, width] of tokens [B, T], and the state after."""
         state = zero_state(self.config, len(tokens)) if state is None else state
         hidden, states = self.run_each([(tokens, state)])[0]
         return hidden, states[-1]
@@ -93,14 +90,11 @@ class LayerByLayer(ABC):
         stops: Sequence[Sequence[int]] = (),
         watch: Watch | None = None,
     ) -> list[tuple[Array, list[State]]]:
-        """Runs texts, which may differ in length; every weight is read once.
+        """Runs texts (tokens [B, T] and the canonical state before them); weights are read once.
 
-        Each text is tokens [B, T] and the canonical state before them. It goes through a layer in
-        pieces, so that the memory for activations does not grow with its length. `watch` is called
-        with the residual stream after each layer.
-
-        Returns for each text the final norm's output, and the states after its `stops` (ascending
-        numbers of tokens below T) and the end.
+        A text goes through a layer in pieces, so that the memory for activations does not grow with
+        its length. Returns for each text the final norm's output, and the states after its `stops`
+        (ascending numbers of tokens below T) and the end.
         """
         cuts = stops or [()] * len(texts)
         pieces = [_pieces(t.shape[1], cut) for (t, _), cut in zip(texts, cuts, strict=True)]
@@ -163,7 +157,6 @@ class LayerByLayer(ABC):
         return self._head or rows
 
     def layer(self, index: int) -> RunLayer:
-        """Returns one layer; its weights are read anew unless they are kept."""
         if index in self._layers:
             return self._layers[index]
         prefix = f"layers.{index}."

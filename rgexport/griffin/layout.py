@@ -2,10 +2,8 @@
 
 All names derive from one table: canonical ones, sites, those in DeepMind's checkpoints and GGUF
 files, and in llama.cpp's graph. Canonical names and shapes are Hugging Face's without the leading
-`model.`; linear weights are `[out, in]`. The head is the embedding (tied).
-
-A site is the stable name of an op, and in the names of emitters' values, so that the results of two
-engines can be compared op by op.
+`model.`; linear weights are `[out, in]`. The head is the embedding (tied). A site is the stable
+name of an op, by which the results of two engines are compared.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,12 +45,11 @@ class Op:
     """One op of a layer.
 
     `site` is its name within the layer; its tensors' names are this and their `end`. `deepmind`
-    (after `blocks.{i}.`) and `gguf` (after `blk.{i}.`) begin their names elsewhere; `deepmind` is
-    empty where tensors do not map one to one. `graph` is the tensor of llama.cpp's graph that holds
-    the result (`cb` in kernels/llama_cpp/recurrentgemma.cpp and llama.cpp's src/llama-graph.cpp,
-    commit 0c1e570); `a/OP` is the first result of an operation OP after the tensor `a`. It is empty
-    where the op is computed together with the next one. `reads` is the site within the layer that
-    is a linear's input.
+    (after `blocks.{i}.`) and `gguf` (after `blk.{i}.`) begin their names elsewhere. `graph` is the
+    tensor of llama.cpp's graph that holds the result (`cb` in kernels/llama_cpp/recurrentgemma.cpp
+    and llama.cpp's src/llama-graph.cpp, commit 0c1e570); `a/OP` is the first result of an operation
+    OP after the tensor `a`. `reads` is the site that is a linear's input. Empty is what does not
+    exist.
     """
 
     site: str
@@ -179,10 +176,7 @@ def site_of(name: str) -> str:
 
 
 def input_site(name: str) -> str | None:
-    """Returns the site that a linear takes as its input; None for other tensors.
-
-    Linears that share an input have one site. The embedding counts as the head.
-    """
+    """Returns the site that is the input of a linear, or of the embedding as the head; or None."""
     if name == EMBEDDING:
         return "final_norm"
     layers, _, rest = name.partition(".")

@@ -44,8 +44,8 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.nda
 def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """`x · weightᵀ` [n, N]; threads share a large one.
 
-    BLAS's own threads wait for one another in a loop: on a busy machine, a model of small products
-    took nine times as long with two of them as with one.
+    BLAS's own threads wait for one another in a loop: on a busy machine that took nine times as
+    long.
     """
     jobs = usable_threads(None) if x.size * len(weight) >= _SHARED else 1
     if jobs == 1:
@@ -201,10 +201,7 @@ _States = tuple[np.ndarray, np.ndarray]
 
 
 class NumpyReference(LayerByLayer):
-    """A model in float32 on the CPU. `look`, if set, sees each op and may replace its result.
-
-    The head reads its table in slabs, and `look` sees its sites once for each slab.
-    """
+    """A model in float32 on the CPU. `look`, if set, sees each op, and each slab of the head."""
 
     look: Look | None = None
 
@@ -327,8 +324,7 @@ class Variants(NumpyReference):
     """A model and its variants, each with another model's weights in one part.
 
     The parts are the embedding (which is also the head), each layer, and the final norm. Before its
-    part, a variant equals the model, so the batch grows from layer to layer. One layer of one of
-    the two models is in memory at a time.
+    part, a variant equals the model, so the batch grows from layer to layer.
     """
 
     def __init__(
@@ -340,10 +336,7 @@ class Variants(NumpyReference):
         self.parts = ("embed_tokens", *layers, "final_norm")
 
     def run_all(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns the final norm's output [1 + parts, T, width] float32 of tokens [T].
-
-        The first row is the model's; the variants follow in the order of `parts`.
-        """
+        """Returns the final norm's output [1 + parts, T, width] of tokens, first the model's."""
         text = tokens[None]
         hidden = np.concatenate([self.embed(text), self._replacement.embed(text)])
         for index in range(self.config.num_layers):

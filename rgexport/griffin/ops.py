@@ -25,10 +25,7 @@ _CHUNK = {"cpu": 16, "cuda": 256}
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
-
-    On CUDA it is one Triton kernel, if Triton is available. It has gradients.
-    """
+    """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32."""
     differentiable = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return _Scan.apply(a, b, h0) if differentiable else _scan(a, b, h0)
 
@@ -76,8 +73,7 @@ def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Computes `linear_scan` in torch operations.
 
-    Within a chunk of tokens it is a Hillis-Steele prefix scan of log2(chunk) elementwise passes;
-    chunks follow one another, so that memory stays a small multiple of the input.
+    Within a chunk of tokens it is a Hillis-Steele prefix scan of log2(chunk) elementwise passes.
     """
     h = torch.empty_like(b)
     chunk = _CHUNK.get(b.device.type, 256)
@@ -166,10 +162,9 @@ def mul(x: Tensor, y: Tensor, site: str) -> Tensor:
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution over time.
+    """Depthwise causal convolution of `x` in the state's dtype, so a step equals a prefill.
 
-    x [B, T, R], weight [R, 1, C], bias [R], state [B, C - 1, R] → y [B, T, R] float32 and the next
-    state. `x` is rounded to the state's dtype first, so that a step equals a prefill.
+    x [B, T, R], weight [R, 1, C], bias [R], state [B, C - 1, R] → y [B, T, R] float32, next state.
     """
     window = torch.cat([state, x.to(state.dtype)], dim=1)
     channels_first = window.float().transpose(1, 2)
@@ -219,10 +214,7 @@ def rope_frequencies(dims: int, theta: float) -> Tensor:
 def rope(
     x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str
 ) -> Tensor:
-    """Rotates the first `dims` of every head's `head_dim` dims, halves paired.
-
-    x [B, T, H · D], position_ids [B, T] → the same shape and dtype.
-    """
+    """Rotates the first `dims` of every head's `head_dim` dims, halves paired, in [B, T, H · D]."""
     angles = position_ids[..., None, None] * rope_frequencies(dims, theta).to(x.device)
     cos, sin = angles.cos(), angles.sin()
     heads = x.float().unflatten(-1, (-1, head_dim))

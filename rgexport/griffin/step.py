@@ -1,9 +1,8 @@
 """The step model: T ≥ 1 tokens and the states in, logits and the states out.
 
-One `torch.nn.Module` over the op set. Traced with fake weights it is the program that emitters
-lower; with real weights it is the reference (`griffin.reference`). Parameter names are canonical
-tensor names (`griffin.layout`). Mathematics: arXiv 2402.19427; numerics: DeepMind's
-`recurrentgemma.torch` in float32.
+Traced with fake weights it is the program that emitters lower; with real weights it is the
+reference (`griffin.reference`). Parameter names are canonical tensor names (`griffin.layout`).
+Mathematics: arXiv 2402.19427; numerics: DeepMind's `recurrentgemma.torch` in float32.
 """
 
 import torch
@@ -98,8 +97,6 @@ class RecurrentBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Local multi-query attention with RoPE."""
-
     def __init__(self, site: str, config: GriffinConfig, dtype: torch.dtype):
         super().__init__()
         width, heads, head_dim = config.width, config.num_heads * config.head_dim, config.head_dim
@@ -139,8 +136,6 @@ _TEMPORAL: dict[str, type[RecurrentBlock] | type[AttentionBlock]] = {
 
 
 class Layer(nn.Module):
-    """One residual block: temporal mixing, then the MLP."""
-
     def __init__(self, config: GriffinConfig, index: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         site = f"layers.{index}"
@@ -174,9 +169,8 @@ class StepModel(nn.Module):
     ) -> tuple[Tensor, list[LayerState]]:
         """One step.
 
-        input_ids, position_ids [B, T] int64, consecutive within a row, `num_logits` last tokens
-        that want logits, a scalar int64, and the states of each layer → logits [B, num_logits, V]
-        float32 and the next states.
+        input_ids, position_ids [B, T] int64, `num_logits` last tokens that want logits, a scalar
+        int64, and the states of each layer → logits [B, num_logits, V] float32 and the next states.
         """
         table, config = self.embed_tokens.weight, self.config
         x = ops.embedding(input_ids, table, config.embedding_scale, "embed_tokens")

@@ -51,9 +51,6 @@ def write_random(
 
     `model` is one of the words in `SIZES`, or a configuration. `force` lets it replace an older
     random checkpoint.
-
-    Raises:
-        RequestError: an unknown size or dtype, a target that exists, or no space.
     """
     if isinstance(model, str) and model not in SIZES:
         raise RequestError(f"the size is {model!r}; expected one of {', '.join(SIZES)}")
@@ -81,8 +78,7 @@ def _is_random(folder: Path) -> bool:
 def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
     """Writes the demo's tokenizer, grown to `vocab_size`, if the demo is there and can serve.
 
-    The demo's pieces keep their ids, which are Gemma's. No merge leads to the pieces that are
-    added, so no text is encoded to them. Without `chat` there is no chat template.
+    Pieces keep their ids, which are Gemma's; to those that are added leads no merge.
     """
     try:
         demo = demo_folder()

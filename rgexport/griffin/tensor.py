@@ -1,7 +1,7 @@
 """Tensors that are read in slabs of rows, so that none has to be whole in memory.
 
 Files are read, not mapped: mapped pages count as resident memory, and a file that is truncated
-while it is mapped kills the process. A file is opened for each slab, so that any thread may read.
+while it is mapped kills the process. Any thread may read.
 """
 
 import ctypes
@@ -31,10 +31,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class RowTensor:
-    """A lazily read tensor; `read(start, stop)` returns rows of its first axis.
-
-    `read` returns an array of shape `[stop - start, *shape[1:]]` in `dtype` that the caller owns.
-    """
+    """A lazily read tensor; `read(start, stop)` returns rows of its first axis as a new array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -89,10 +86,7 @@ DeepMindTensors = dict[str, DeepMindTensor | str]
 def slab_bounds(
     rows: int, row_bytes: int, limit: int = SLAB_BYTES, together: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Yields `(start, stop)` row ranges of at most `limit` bytes each.
-
-    All but the last are a multiple of `together` rows long, at least that many.
-    """
+    """Yields `(start, stop)` row ranges of at most `limit` bytes, but at least `together` rows."""
     step = max(1, limit // max(1, row_bytes) // together) * together
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
@@ -130,10 +124,7 @@ def file_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) 
 
 
 def transposed_rows(path: Path, shape: tuple[int, int], dtype: np.dtype, offset: int) -> RowTensor:
-    """Returns the transpose [M, W] of a row-major matrix [W, M] in a file.
-
-    A slab reads only its own columns of the file.
-    """
+    """Returns the transpose [M, W] of a row-major matrix [W, M] in a file, read by columns."""
     height, width = shape
     item = dtype.itemsize
 

@@ -105,12 +105,7 @@ class TokenizerJson:
 
 
 def read_tokenizer_json(path: Path) -> TokenizerJson:
-    """Reads a file and checks its structure.
-
-    Raises:
-        RequestError: the file is too large, or has a step that is not allowed.
-        ValueError: it is not strict JSON.
-    """
+    """Reads a file; RequestError for a step that is not allowed, ValueError for loose JSON."""
     content = read_regular(path, MAX_BYTES)
     fields = parse_json(content)
     for complaint in _complaints(fields):

@@ -5,9 +5,8 @@ record `NAME/data/KEY` for each storage. In the pickle, nested dictionaries hold
 `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; a storage is
 the persistent id `("storage", type, KEY, device, count)`. `pickletools` takes the stream apart, and
 the opcodes that such files need build plain data, with functions of ours in place of torch's.
-
-`torch.load(path, mmap=True, weights_only=True)` dies with a file that is cut, believes a storage's
-stated size, allows uninitialized tensors, and hangs on nested tuples as a key.
+(`torch.load` with `mmap` and `weights_only` dies with a file that is cut, and believes stated
+sizes.)
 """
 
 import math
@@ -56,9 +55,8 @@ _DTYPES: dict[str, np.dtype] = {
 def read_torch_file(path: Path) -> DeepMindTensors:
     """Opens the tensors of a dictionary; the names of nested dictionaries are joined with dots.
 
-    Raises:
-        RequestError: no such file, a damaged or legacy file, a pickle that would run code, or a
-            tensor that is not row-major.
+    Raises RequestError for a damaged or legacy file, a pickle that would run code, and a tensor
+    that is not row-major.
     """
     try:
         size = require_regular(path)

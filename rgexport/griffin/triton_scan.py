@@ -28,10 +28,7 @@ def _then(a, b, next_a, next_b):  # type: ignore[no-untyped-def]  # Triton has t
 
 @triton.jit
 def _scan(a, b, h0, h, tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """CHANNELS channels of one sequence, in tiles of TOKENS that each are a parallel scan.
-
-    After the last token, a is 1 and b is 0, which keeps the state that is carried on.
-    """
+    """CHANNELS channels of one sequence, in tiles of TOKENS; after the end, a is 1 and b is 0."""
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_range = channel < channels

@@ -37,10 +37,9 @@ _LANES = 16  # the blocks of the search kernel are multiples of this
 
 @dataclass(frozen=True)
 class Affine(Uniform):
-    """`bits`-bit integers with one scale per `block` columns of a row, or per row (None).
+    """`bits`-bit unsigned integers with one scale per `block` columns of a row, or per row (None).
 
-    They are unsigned. A symmetric scheme has the zero point `2**(bits - 1)` everywhere, an
-    asymmetric one stores an integer zero point per block.
+    Symmetric: the zero point is `2**(bits - 1)`; else there is an integer one per block.
     """
 
     bits: Literal[2, 3, 4, 8]
@@ -143,10 +142,9 @@ class Affine(Uniform):
         """Returns levels uint8 [n, blocks, block], and scales and zero points float32 [n, blocks].
 
         The largest weights of a block may be clipped, so that all others are nearer to a level.
-        Fractions of the scale of the extremes are tried, with both signs where levels are symmetric
-        (int4 has -8, but not 8), and with three zero points where they are not; then the scale is
-        fitted to the levels. No block is worse than by rounding to nearest. Statistics weigh the
-        errors of columns by their importance.
+        Fractions of the scale of the extremes are tried, with both signs or three zero points; then
+        the scale is fitted to the levels. No block is worse than by rounding to nearest. Statistics
+        weigh the errors of columns by their importance.
         """
         weights = self._in_blocks(rows)
         scales, zeros = self._extreme_scales(weights)
@@ -171,9 +169,9 @@ class Affine(Uniform):
     def _extreme_scales(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scales and zero points float32 [n, blocks] by the extremes of [n, blocks, block].
 
-        Symmetric: as in ggml's q4_0, the extreme of a block gets the level -2**(bits - 1), with a
-        negative scale where the extreme is positive, so that 16 levels are used instead of 15.
-        Asymmetric: the range contains zero and both extremes.
+        Symmetric: as in ggml's q4_0, the extreme gets the level -2**(bits - 1), with a negative
+        scale where it is positive, so that 16 levels are used instead of 15. Asymmetric: the range
+        contains zero.
         """
         high, low = weights.max(-1), weights.min(-1)
         if self.symmetric:
@@ -202,10 +200,7 @@ class Affine(Uniform):
         return replace(self, block=self._fitted_block(columns))
 
     def _fitted_block(self, columns: int) -> int | None:
-        """The largest divisor of a row up to the scheme's block; None means the whole row.
-
-        4-bit zero points are packed too, so they need an even number of blocks.
-        """
+        """The largest divisor of a row up to the block (None: all), an even number for 4 bits."""
         if self.bits == 4 and not self.symmetric:
             half = columns // 2
             block = largest_divisor(half, self.block or half)
@@ -214,11 +209,7 @@ class Affine(Uniform):
         return block if SMALLEST_BLOCK <= block < columns else None
 
     def least_padded(self, columns: int) -> "Affine":
-        """Chooses the block size; of equal sizes, the smaller block is nearer to the weights.
-
-        Small blocks cost scales, large ones padding: rows of 288 take 384 integers in blocks of
-        128.
-        """
+        """Chooses the block size: small blocks cost scales, large ones padding."""
         if self.block is None:
             return self
 

@@ -1,18 +1,15 @@
 """The algorithms that choose scales, zero points and levels: their registry, GPTQ and k-means.
 
-A scheme says how a tensor is laid out, and has an encoder for each algorithm that can fill that
-layout. Code that reads, runs or compares a tensor sees only the layout.
+A scheme has an encoder for each algorithm that can fill its layout; readers see only the layout.
 
 GPTQ (arXiv 2210.17323) in the form of LDLQ (QuIP, arXiv 2307.13304): each weight makes up for the
 errors of those before it, on the scales of a clip search. Then the scales are fitted to the levels,
 and each level to all others (coordinate descent). All of it lowers tr(ΔW H ΔWᵀ); a row that
 rounding to nearest leaves with less starts from there.
 
-K-means in one dimension: clusters of a line are intervals, so a clustering is a choice of cuts
-between sorted values. The best of some hundred cuts are chosen exactly, by dynamic programming (as
-in Wang and Song, Ckmeans.1d.dp, 2011), then refined by Lloyd's iterations. With few different
-values all cuts are tried, so the result is optimal; with many, the optimum of a grid avoids poor
-local optima.
+K-means of numbers: a clustering is a choice of cuts between sorted values. The best of some hundred
+cuts are chosen exactly, by dynamic programming (as in Wang and Song, Ckmeans.1d.dp, 2011), then
+refined by Lloyd's iterations. With few different values all cuts are tried.
 """
 
 from dataclasses import dataclass
@@ -57,10 +54,7 @@ def refill_blocks(
     top: int,
     half: bool,
 ) -> None:
-    """Replaces the levels uint8 [n, at least K] of one diagonal block of H, and their scales.
-
-    `rows` are [n, K], `scales` and `zeros` float32 [n, blocks], `half` is for float16 scales.
-    """
+    """Replaces the levels uint8 [n, K] of one diagonal block of H, and their scales [n, blocks]."""
     columns = slice(hessian.start, hessian.stop)
     weights, nearest = rows[:, columns], levels[:, columns]
     if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
@@ -79,10 +73,7 @@ def refill_blocks(
 def choose_levels(
     rows: np.ndarray, grid: Grid, hessians: tuple[Hessian, ...], nearest: np.ndarray
 ) -> np.ndarray:
-    """Returns levels uint8 [n, K] of rows on a fixed grid, from those `nearest` to them.
-
-    The grid is a table for each row, or a scale and an offset for each column.
-    """
+    """Returns levels uint8 [n, K] on a table for each row, or a scale for each column."""
     levels = nearest.copy()
     for hessian in hessians:
         columns = slice(hessian.start, hessian.stop)
@@ -122,10 +113,7 @@ _ROUNDS = 20
 
 
 def centers(values: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` numbers, float64 ascending, near to `values` [n] by squared distances.
-
-    Up to `count` different values are returned as they are; fewer are padded with the largest.
-    """
+    """Returns `count` numbers, float64 ascending, near to `values` [n]; exact if those are few."""
     ordered = np.sort(values).astype(np.float64)
     changes = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
     if len(changes) < count:

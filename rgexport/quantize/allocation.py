@@ -1,8 +1,7 @@
 """Chooses one option for each item: the least loss for every budget of bytes.
 
-A knapsack, solved by dynamic programming over bytes. Bytes are counted in units; where the sizes
-have a large common divisor, that is the unit and the solution is exact. Otherwise sizes are rounded
-up, so that a budget is always kept.
+A knapsack, solved by dynamic programming over units of bytes: the common divisor of all sizes if
+that is large; otherwise sizes are rounded up, so that a budget is always kept.
 """
 
 from collections.abc import Sequence
@@ -32,9 +31,8 @@ class Choice:
 class Front:
     """The best choices for all budgets, in units of `unit` bytes beyond `least`, the smallest.
 
-    `losses` float64 [units + 1] is the least loss with at most so many units, `picks` uint8 [items,
-    units + 1] the option of each item if only it and those before it share them, `extras` the units
-    of each item's options beyond its smallest.
+    `losses` float64 [units + 1] are the least ones, `picks` uint8 [items, units + 1] the option of
+    each item if only it and those before it share the units, `extras` the units of its options.
     """
 
     items: tuple[tuple[Option, ...], ...]

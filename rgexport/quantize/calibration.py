@@ -58,10 +58,10 @@ _FLOAT, _INT = np.dtype(np.float32), np.dtype(np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """The source of statistics.
+    """The source of statistics: a checkpoint and a text.
 
-    `files` are the SHA-256 of the checkpoint's weight files, `tokens_sha256` that of the tokens as
-    int32. The first `gradient_tokens` have gradients. `text` names the text's source.
+    `files` and `tokens_sha256` are SHA-256 of the weight files and of the tokens as int32. The
+    first `gradient_tokens` have gradients.
     """
 
     model: str
@@ -165,10 +165,9 @@ _DTYPES = {"I32": _INT, "F32": _FLOAT}
 
 @dataclass(frozen=True)
 class Calibration:
-    """An open calibration file; matrices are read on access.
+    """An open calibration file, which raises RequestError where it is damaged.
 
-    Vectors over the vocabulary are float32 [vocab]. All methods raise RequestError where the file
-    is damaged.
+    Vectors over the vocabulary are float32 [vocab].
     """
 
     path: Path
@@ -188,10 +187,7 @@ class Calibration:
             )
 
     def hessian(self, tensor: str) -> list[np.ndarray] | None:
-        """Returns Σ x xᵀ / N of a linear's inputs, float32: its diagonal blocks [k, k].
-
-        For the embedding it is the input of the head.
-        """
+        """Returns the diagonal blocks [k, k] of Σ x xᵀ / N, of a linear's or the head's inputs."""
         return [unpack(*triangle) for triangle in self._triangles(tensor)] or None
 
     def importance(self, tensor: str) -> np.ndarray | None:
@@ -202,9 +198,8 @@ class Calibration:
     def output_sensitivity(self, tensor: str) -> np.ndarray | None:
         """Returns the mean g² of each output of a linear, float32 [rows], or None.
 
-        g is the gradient of a token's summed negative log-likelihood. For the embedding it is
-        `row_fisher`, its expected value for each logit before the soft cap. ½ of its mean times
-        tr(ΔW H ΔWᵀ) predicts the KL.
+        For the embedding it is `row_fisher`, its expected value for each logit before the soft cap.
+        ½ of its mean times tr(ΔW H ΔWᵀ) predicts the KL.
         """
         if tensor == EMBEDDING:
             return self.row_fisher
@@ -301,11 +296,7 @@ class Calibration:
 
 
 def open_calibration(path: Path) -> Calibration:
-    """Opens a calibration file; checks its header and everything but the Hessians.
-
-    Raises:
-        RequestError: no such file, another kind of file, another version of the format, or damage.
-    """
+    """Opens a calibration file; checks its header and everything but the Hessians."""
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise RequestError(f"cannot read the calibration {path}: {what}")

@@ -1,8 +1,7 @@
 """ggml's tensor types: as llama-quantize fills them, or with levels by GPTQ.
 
-Scales and minimums are always those of ggml's own search, with importances where there are some.
-GPTQ then chooses other levels on them, which replace those of the packed rows (in the layouts of
-ggml-common.h), and any llama.cpp reads the rows as before.
+Scales and minimums are always those of ggml's own search. GPTQ then chooses other levels on them,
+which replace those of the packed rows (in the layouts of ggml-common.h).
 """
 
 from collections.abc import Callable
@@ -30,9 +29,8 @@ Scales = tuple[np.ndarray, np.ndarray | None]
 class GgmlLevels:
     """Rows as levels: the value of a weight is `scale · level + offset` of its group.
 
-    `group` columns share a scale; `top` is the largest level, and the least is 0. `scale` (also
-    negative, and 0 where a group has one value) and `offset` are float32 [n, groups], `levels`
-    uint8 [n, columns].
+    `group` columns share a `scale` (also negative, and 0 where a group has one value) and `offset`,
+    float32 [n, groups]. Levels are uint8 [n, columns], from 0 to `top`.
     """
 
     group: int
@@ -73,10 +71,9 @@ def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class _Plane:
-    """Some bits of all levels of a block, in `count` bytes from `start` on.
+    """Some bits of all levels of a block, the lowest at `shift`, in `count` bytes from `start` on.
 
     A run of `width` bytes holds the bits of `8 / bits` such runs of levels, one above the other.
-    `shift` is the position of the lowest bit in a level.
     """
 
     start: int
@@ -149,8 +146,8 @@ class GgmlLayout:
 
     `group` levels share a scale; `zero` is the level that is 0, or 0 where level 0 is a minimum
     that is stored. `multiples` is the largest multiple of the block's scale that is a group's
-    scale; types with more than 1 choose their scales for the least squared error. `bias` is added,
-    modulo 256, to a stored number to get the level.
+    scale; types with more than 1 choose their scales for the least squared error. `bias` is added
+    to stored numbers.
     """
 
     group: int
@@ -284,10 +281,7 @@ class Ggml(Uniform):
 
 
 def _block_steps(w: np.ndarray, layout: GgmlLayout, block: int) -> StepSizes:
-    """The steps of ggml-quants.c: quantize_row_*_ref, from the weights [rows, columns] alone.
-
-    Scales and minimums are float16; their rounding moves every value of a block, and is part of it.
-    """
+    """The steps of ggml-quants.c: quantize_row_*_ref, where float16 scales move all values."""
     weights = w.reshape(len(w), -1, layout.group)
     low, high = weights.min(2), weights.max(2)
     is_grouped = layout.multiples > 1

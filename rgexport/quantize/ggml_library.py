@@ -1,7 +1,4 @@
-"""Quantizes rows to ggml's tensor types, with the ggml library of llama-cpp-python.
-
-`ggml_quantize_chunk` is public (ggml.h), but any version can be installed: its types are checked.
-"""
+"""Quantizes rows to ggml's tensor types, with the ggml library of llama-cpp-python."""
 
 import ctypes
 import os
@@ -39,9 +36,6 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
 
     It runs on all cores, can be called from any thread, and releases the GIL. `importance` is
     float32 [columns]; types of 8 bits and more ignore it.
-
-    Raises:
-        RequestError: the library is missing or has other types, or the type cannot hold a value.
     """
     if kind in _FLOATS:
         with np.errstate(over="ignore"):

@@ -1,8 +1,7 @@
 """ggml's tensor types (ggml.h, ggml-common.h), llama-quantize's file types and its choice of types.
 
-A file type names the type of most tensors of a GGUF file. The choice is `llama_tensor_get_type` in
-llama-quant.cpp, as far as it applies to this architecture: no experts, no fused attention, a head
-tied to the embedding.
+The choice is `llama_tensor_get_type` in llama-quant.cpp, as far as it applies here: no experts, no
+fused attention, a head tied to the embedding.
 """
 
 import re
@@ -18,10 +17,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class GgmlType:
-    """A type that stores rows in blocks of `block` weights in `block_bytes` bytes.
-
-    `value` is the number of `enum ggml_type`, as a GGUF file has it.
-    """
+    """Rows in blocks of `block` weights in `block_bytes` bytes; `value` is of `enum ggml_type`."""
 
     name: str
     value: int
@@ -72,10 +68,7 @@ BY_VALUE: dict[int, GgmlType] = {row.value: row for row in TYPES.values()}
 
 @dataclass(frozen=True)
 class FileType:
-    """A value of `general.file_type`, a number of `enum llama_ftype` (llama.h).
-
-    `default` is the type of all tensors for which the mix has no other.
-    """
+    """The most frequent type, `default`, of a file; `value` is of `enum llama_ftype` (llama.h)."""
 
     name: str
     value: int
@@ -132,9 +125,8 @@ EMBEDDING = "token_embd.weight"
 class TypeRequest:
     """The types that a user asks for.
 
-    `pure` gives every tensor the file type's default. `overrides` are (regex, tensor type); the
-    first that matches a name counts. `token_embedding_type`, the type of the embedding and the
-    head, has precedence over both.
+    `pure` gives every tensor the file type's default. The first of `overrides` (regex, tensor type)
+    that matches a name counts. `token_embedding_type`, also of the head, has precedence over both.
     """
 
     file_type: FileType
@@ -166,11 +158,10 @@ def parse_override(text: str) -> tuple[str, str]:
 def choose_types(
     columns: Mapping[str, int], request: TypeRequest, *, gqa: int, has_imatrix: bool
 ) -> dict[str, str]:
-    """Returns tensor name → tensor type of quantizable tensors, for their lengths of rows.
+    """Returns name → type of quantizable tensors from their lengths of rows, in the file's order.
 
-    It depends on their order, that of the file. `gqa` are the query heads per key head of the
-    *first* layer, 0 if that is recurrent. Raises RequestError for an override that matches no
-    tensor, and for a type that needs an importance matrix.
+    `gqa` are the query heads per key head of the *first* layer, 0 if that is recurrent. Raises
+    RequestError for an override that matches no tensor, and a type that needs an importance matrix.
     """
     for pattern, kind in request.overrides:
         if not any(re.search(pattern, name) for name in columns):

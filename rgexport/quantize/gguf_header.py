@@ -3,9 +3,7 @@
 Format (ggml's gguf.md), little-endian: `GGUF`, version u32, number of tensors u64, number of values
 u64; then the values (key, type u32, value), the tensors (name, number of dimensions u32, dimensions
 u64 with the row length first, type u32, offset u64), padding, and the data. A string is its length
-u64 and its bytes.
-
-`gguf.GGUFReader` takes thirty times the memory and fifty times the time, and checks no sizes.
+u64 and its bytes. (`gguf.GGUFReader` checks no sizes, and takes fifty times as long.)
 """
 
 import math
@@ -49,10 +47,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Everything before the data of a GGUF file, in the order of the file.
+    """Everything before the data of a GGUF file, in its order.
 
     Values are numbers, bools, strings, lists of strings, or numpy arrays. `spans` has the begin and
-    the end of each key's type and value in the file.
+    the end of each key's type and value.
     """
 
     path: Path
@@ -63,7 +61,6 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
     try:
         require_regular(path)
         with path.open("rb") as file:
@@ -102,7 +99,6 @@ class Cursor:
         return data
 
     def require(self, count: int) -> None:
-        """Raises RequestError where `count` more bytes cannot be read."""
         if count < 0:
             raise self.damaged(f"it has a length of {count}")
         if self.at + count > self.size:

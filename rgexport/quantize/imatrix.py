@@ -1,8 +1,7 @@
-"""Reads an importance matrix of llama-imatrix, as llama-quantize does.
+"""Reads an importance matrix of llama-imatrix: the mean square of every tensor's input columns.
 
-For each weight tensor it has the mean square of every input column over some text. There are two
-formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens), and an older one
-without a magic number (common/imatrix-loader.cpp).
+There are two formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens), and
+an older one without a magic number (common/imatrix-loader.cpp).
 """
 
 from collections.abc import Iterable
@@ -28,10 +27,9 @@ _METADATA_BYTES = 127  # the most that llama-quantize copies of a string into th
 
 @dataclass(frozen=True)
 class Imatrix:
-    """The importances of a model's columns, by ggml tensor name.
+    """Importances by ggml tensor name, float32 [columns], finite and not negative.
 
-    They are float32 [columns], finite and not negative. `dataset` and `chunks` (0 if unknown) are
-    the name and the number of pieces of the text that they were computed from.
+    `dataset` and `chunks` (0 if unknown) are the name and the number of pieces of their text.
     """
 
     path: Path
@@ -40,7 +38,6 @@ class Imatrix:
     chunks: int
 
     def importance(self, name: str, columns: int) -> np.ndarray | None:
-        """Returns the importances of a tensor's columns, or None if the matrix has none."""
         entry = self.entries.get(name)
         if entry is None or len(entry) == columns:
             return entry
@@ -50,7 +47,6 @@ class Imatrix:
         )
 
     def require_any_of(self, names: Iterable[str]) -> None:
-        """Refuses a matrix of another model, which has none of the tensors."""
         if self.entries.keys().isdisjoint(names):
             raise RequestError(
                 f"{self.path} has no tensor of this model (its first is {min(self.entries)}); "

@@ -115,10 +115,7 @@ class Palette(Uniform):
         return (cls(algorithm="gptq"),)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Computes twice the rms error of even levels from the least to the largest of a group.
-
-        With those, rounding is off by half a step of `max_steps`; the least squared error is less.
-        """
+        """Computes twice the rms error of even levels; the least squared error is less."""
         groups = w.reshape(len(w) // self.group, -1).astype(np.float64)
         low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
         even = np.maximum((high - low) / (2**self.bits - 1), NEGLIGIBLE)

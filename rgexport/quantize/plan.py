@@ -78,8 +78,8 @@ def choose_schemes(
 ) -> tuple[Scheme, Scheme]:
     """Returns the schemes of the linears and of the embedding, whose `precisions` are given.
 
-    Block size and symmetry are those of the linears. The embedding has them too if it is stored in
-    the same precision, or if the linears are not quantized; else it keeps its defaults.
+    Block size and symmetry are those of the linears, and of the embedding if it has the same
+    precision or the linears are not quantized.
     """
     linear, table = precisions
     chosen = choose(linear, block, symmetric)
@@ -89,7 +89,6 @@ def choose_schemes(
 
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
-    """Returns a plan: `linear`, `embedding` for the table, float32 for everything else."""
     by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
     return {n: by_role.get(spec.role, FLOAT32) for n, spec in model_tensors(config).items()}
 
@@ -150,12 +149,7 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
 
 
 def load_plan(path: Path, config: GriffinConfig) -> Plan:
-    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
-
-    Raises:
-        RequestError: a tensor is missing, unknown, or stored as it may not be; or row groups do not
-            fit.
-    """
+    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it."""
     try:
         entries = parse_json(read_regular(path))
     except (OSError, ValueError) as error:

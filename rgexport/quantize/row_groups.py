@@ -1,8 +1,7 @@
 """Row groups: rows of one matrix that are stored in different schemes.
 
-A group has a set of rows, written as ascending ranges such as `0-255,300,412-500`. They stay in
-their order, so a slab is read and written in one piece for each group. The *position* of a row is
-its number in all groups, one after another.
+A group has rows such as `0-255,300,412-500`, in their order, so a slab is in one piece for each
+group. The *position* of a row is its number in all groups, one after another.
 """
 
 import functools
@@ -177,10 +176,7 @@ def _members(scheme: Mixed, rows: int) -> tuple[np.ndarray, ...]:
 
 @functools.lru_cache(maxsize=64)
 def row_bounds(text: str) -> np.ndarray:
-    """Returns the ranges of a text: [ranges, 2] int64, first row and the one after the last.
-
-    Refuses a text that differs from that of `rows_text`, so that equal sets are equal texts.
-    """
+    """Returns the ranges [ranges, 2] int64 (first row, one after the last) of `rows_text`."""
     ends = [one.partition("-") for one in text.split(",")] if _TEXT.fullmatch(text) else []
     pairs = [(int(first), int(last or first) + 1) for first, _, last in ends]
     bounds = np.array(pairs, np.int64).reshape(-1, 2)

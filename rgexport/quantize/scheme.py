@@ -132,10 +132,7 @@ register_reader(Scheme, scheme_from_dict)
 
 
 def coarsest(schemes: Iterable[Scheme]) -> Uniform:
-    """Returns the scheme with the fewest bits, of tensors and of row groups.
-
-    `BFLOAT16` does not count: it is lossless.
-    """
+    """Returns the scheme of fewest bits, of tensors and row groups, but lossless `BFLOAT16`."""
     uniform = chain.from_iterable(scheme.uniform for scheme in schemes)
     return min(
         (scheme for scheme in uniform if scheme != BFLOAT16),

@@ -106,10 +106,10 @@ class Scheme(ABC):
         return ()
 
     def fitted(self, shape: Shape) -> "Scheme":
-        """Returns the closest scheme that stores a matrix [N, K] without padding.
+        """Returns the closest scheme that stores a matrix [N, K] without padding, for Core ML.
 
-        Core ML needs blocks that divide a row and groups that divide the rows, and packs two 4-bit
-        values to a byte: rows of an odd number of weights are stored in 8 bits.
+        Blocks divide a row, groups the rows, and odd rows are stored in 8 bits, as 4 bits need
+        pairs.
         """
         return self
 
@@ -197,10 +197,7 @@ class Uniform(Scheme):
         return replace(self, algorithm=algorithm)  # type: ignore[type-var]
 
     def step_sizes(self, w: np.ndarray, measure: Measure = "weight") -> StepSizes:
-        """Returns the units of the errors of `w` [rows, columns], whole groups of `rows_together`.
-
-        `measure` is the unit whose error is bounded.
-        """
+        """Returns the units of the errors of `w`, whole groups of `rows_together`, by `measure`."""
         if measure in ("block", "row"):
             return self._span_steps(w, measure)
         return self.weight_steps(w)
@@ -215,11 +212,8 @@ class Uniform(Scheme):
     ) -> Parts:
         """Returns the parts of rows [n, K], with levels chosen by the scheme's algorithm.
 
-        `name` is the tensor, for messages; `ids` are the numbers of the rows in it, where its
-        statistics have kinds of rows.
-
-        Raises:
-            RequestError: a weight that the scheme cannot hold, or missing statistics.
+        `ids` are the numbers of the rows, where statistics have kinds of rows. Raises RequestError
+        for a weight that the scheme cannot hold, and missing statistics.
         """
         if isinstance(statistics, RemoteStatistics):
             if self.is_quantized:

@@ -34,10 +34,7 @@ _CACHED = 2
 
 @dataclass(frozen=True)
 class Hessian:
-    """A diagonal block of H from column `start` on, float32 [k, k], symmetric and positive.
-
-    Its factors are computed on first access.
-    """
+    """A diagonal block of H from column `start` on, float32 [k, k], symmetric and positive."""
 
     start: int
     matrix: np.ndarray
@@ -64,9 +61,8 @@ class Hessian:
 class Statistics:
     """Statistics of a matrix's inputs.
 
-    `importance` is float32 [columns], the weight of each column's squared error. `hessians` are H's
-    diagonal blocks, which together have all columns; none if only the importance is known. `kinds`
-    are for rows that weigh errors differently.
+    `importance` float32 [columns] weighs squared errors. `hessians` are H's diagonal blocks, or
+    none. `kinds` are for rows that weigh errors differently.
     """
 
     importance: np.ndarray
@@ -162,11 +158,7 @@ def statistics_of(
     """Computes statistics over so many tokens from diagonal blocks of H, float32 [k, k] each.
 
     Correlations over few tokens are unreliable: H is shrunk towards its diagonal by k / (k +
-    tokens). Without that GPTQ is worse than rounding to nearest. `identity` is added to the
-    diagonal, in units of its mean, for uses beside this one.
-
-    Raises:
-        RequestError: a value is not finite.
+    tokens). `identity` is added to the diagonal, in units of its mean, for uses beside this one.
     """
     if not all(np.isfinite(block).all() for block in blocks):
         raise RequestError(

@@ -15,13 +15,10 @@ NEGLIGIBLE = np.float32(2.0**-100)
 class StepSizes:
     """The units of the errors of the weights [rows, columns] of a slab.
 
-    `step` is at each weight, or of each span where there are `spans`, [rows or groups, spans].
-    `distance` is of levels at each weight, or of each row, [rows, 1]; None where it is `step`,
-    which may be only an upper bound of it. `limit` is the magnitude beyond which a weight may be
-    stored as the outermost level; None where no level is missing. `grid` is the distance of levels
-    before scales are rounded; None where 0 is no level, or levels are chosen for the least squared
-    error. `spans` are the first columns of the blocks, rows or groups whose root mean squares
-    count.
+    `step` is at each weight, or of each span where there are `spans` (their first columns), [rows
+    or groups, spans]. `distance` is of levels, or of each row, [rows, 1]; None where it is `step`.
+    `limit` is the magnitude beyond which a weight may be stored as the outermost level, `grid` the
+    distance of levels before scales are rounded; None where neither applies.
     """
 
     step: np.ndarray
@@ -31,21 +28,13 @@ class StepSizes:
     spans: np.ndarray | None = None
 
     def without_clipping(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Subtracts the error of values beyond the outermost levels.
-
-        Some schemes lack a level on one side, which the encoder chooses, so the smaller error
-        counts.
-        """
+        """Subtracts the error beyond the outermost levels, on the side with the smaller error."""
         if self.limit is None:
             return error
         return _smaller(error, error + (w - np.clip(w, -self.limit, self.limit)))
 
     def beyond_rounding(self, error: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Subtracts the error of rounding to nearest, clipped or not.
-
-        It is biased where a block has one weight so large that most are nearer to zero than to a
-        level.
-        """
+        """Subtracts the error of rounding to nearest, clipped or not, which large weights bias."""
         if self.grid is None:
             return self.without_clipping(error, w)
         nearest = np.rint(w / self.grid) * self.grid
@@ -55,10 +44,7 @@ class StepSizes:
         return _smaller(rest, error - (np.clip(nearest, -self.limit, self.limit) - w))
 
     def rounding(self, columns: int, squares: np.ndarray | None = None) -> np.ndarray:
-        """Returns Σ step²/12 of each row, [rows] float64: the noise of rounding to nearest.
-
-        With the `squares` [columns] of inputs, each column's share is multiplied with its square.
-        """
+        """Returns Σ step²/12 of each row, [rows] float64, weighed by `squares` [columns]."""
         steps = np.square(self.levels, dtype=np.float64)
         if squares is None:
             return steps.sum(1) * (columns / steps.shape[1] / 12)
@@ -89,7 +75,7 @@ def span_steps(
     """Returns twice the root mean square of rounding to nearest, for each row or block.
 
     `error` [rows, columns] is that of rounding, `moved` [rows, blocks] how far rounded scales move
-    levels, `spans` their first columns, `levels` the `StepSizes.distance`.
+    levels, `levels` the `StepSizes.distance`.
     """
     step = 2 * (_root_mean_squares(error, spans) + moved.max(1, keepdims=True))
     return StepSizes(np.maximum(step, NEGLIGIBLE), distance=levels, spans=spans)
