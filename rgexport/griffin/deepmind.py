@@ -205,12 +205,7 @@ def read_orbax(folder: Path) -> DeepMindTensors:
 
 
 def _view_rows(
-    folder: Path,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    transposed: bool,
-    view: View,
+    folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, transposed: bool, view: View
 ) -> RowTensor:
     def read(start: int, stop: int) -> np.ndarray:
         array = _unpacked(folder, name)

@@ -225,13 +225,7 @@ def rope(
 
 @_op("local_attention", lambda q, k, v, *past: tuple(map(torch.empty_like, (q, *past[:2]))))
 def local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    position_ids: Tensor,
-    site: str,
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, position_ids: Tensor, site: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multi-query attention of each query to itself and the `window` keys before it.
 
