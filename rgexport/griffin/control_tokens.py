@@ -79,13 +79,9 @@ def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:
         or engine.IsUnknown(i)
         or (engine.GetScore(i) == 0 and not engine.IsByte(i) and is_markup(engine.IdToPiece(i)))
     }
-    return ControlTokens(
-        bos=token(engine.bos_id()),
-        eos=token(engine.eos_id()),
-        unk=token(engine.unk_id()),
-        pad=token(engine.pad_id()),
-        special=special,
-    )
+    ids = engine.bos_id(), engine.eos_id(), engine.unk_id(), engine.pad_id()
+    bos, eos, unk, pad = map(token, ids)
+    return ControlTokens(bos=bos, eos=eos, unk=unk, pad=pad, special=special)
 
 
 def json_tokens(
@@ -96,24 +92,23 @@ def json_tokens(
     `pieces` is literal → id of the whole vocabulary, added tokens included.
     """
     added = layout.get("added_tokens", [])
-    literals = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
-    special = {literal: pieces[literal] for literal in literals}
-    names = _named_tokens(folder)
-    unknown = layout["model"].get("unk_token")
+    contents = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
+    special = {content: pieces[content] for content in contents}
+    names: dict[str, Any] = {}  # None means that there is none
+    for path in (folder / "special_tokens_map.json", folder / TOKENIZER_CONFIG):
+        if path.is_file():
+            settings = parse_json(read_regular(path))
+            names |= {key: literal(settings[key]) for key in _CONVENTIONAL if key in settings}
 
     def token(key: str) -> ControlToken | None:
         choices = (names[key],) if key in names else _CONVENTIONAL[key]
-        return next(
-            (ControlToken(special[name], name) for name in choices if name in special), None
-        )
+        name = next((name for name in choices if name in special), None)
+        return None if name is None else ControlToken(special[name], name)
 
-    return ControlTokens(
-        bos=token("bos_token"),
-        eos=token("eos_token"),
-        unk=ControlToken(pieces[unknown], unknown) if unknown in pieces else None,
-        pad=token("pad_token"),
-        special=special,
-    )
+    bos, eos, pad = map(token, ("bos_token", "eos_token", "pad_token"))
+    unknown = layout["model"].get("unk_token")
+    unk = ControlToken(pieces[unknown], unknown) if unknown in pieces else None
+    return ControlTokens(bos=bos, eos=eos, unk=unk, pad=pad, special=special)
 
 
 def read_control_tokens(folder: Path) -> ControlTokens:
@@ -135,16 +130,6 @@ def read_control_tokens(folder: Path) -> ControlTokens:
 def literal(setting: Any) -> Any:
     """Returns the literal that a setting names: settings are a literal or an object with one."""
     return setting["content"] if isinstance(setting, dict) else setting
-
-
-def _named_tokens(folder: Path) -> dict[str, Any]:
-    """Returns the names in the settings beside a tokenizer.json; None means that there is none."""
-    names: dict[str, Any] = {}
-    for path in (folder / "special_tokens_map.json", folder / TOKENIZER_CONFIG):
-        if path.is_file():
-            settings = parse_json(read_regular(path))
-            names |= {key: literal(settings[key]) for key in _CONVENTIONAL if key in settings}
-    return names
 
 
 JINJA_FILE = "chat_template.jinja"
@@ -180,9 +165,9 @@ def read_chat_template(folder: Path) -> tuple[str, str] | None:
         if isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
             if "default" not in named:
+                stated = ", ".join(named)
                 raise RequestError(
-                    f"{config} has the chat templates {', '.join(named)}; expected one named "
-                    "default"
+                    f"{config} has the chat templates {stated}; expected one named default"
                 )
             template = named["default"]
         if not isinstance(template, str | None):
@@ -206,13 +191,10 @@ def chosen_template(folder: Path, special: Container[str], name: str) -> str | N
     `special` are the literals of the tokenizer's control tokens and markup, `name` is the model's.
     """
     source, origin = chat_template(folder)
-    missing = missing_turns(source, special)
-    if not missing:
+    if not (missing := missing_turns(source, special)):
         return source
-    warn(
-        f"{name} cannot chat: its tokenizer has no {' and no '.join(missing)}, which the chat "
-        f"template ({origin}) needs"
-    )
+    lacks = f"its tokenizer has no {' and no '.join(missing)}"
+    warn(f"{name} cannot chat: {lacks}, which the chat template ({origin}) needs")
     return None if origin == BUILT_IN else source
 
 

@@ -25,7 +25,10 @@ def fetch_model(hub_id: str) -> Path:
     if folder is None:
         return _download(hub_id)
     if not has_tokenizer(folder):
-        _download_tokenizer(hub_id, folder)
+        try:
+            snapshot(hub_id, folder.name, TOKENIZER_FILES)
+        except Exception as error:  # as in `_download`
+            warn(f"the tokenizer of {hub_id} cannot be downloaded ({_reason(error)})")
     return folder
 
 
@@ -67,13 +70,6 @@ def _download(hub_id: str) -> Path:
         raise RequestError(explain(hub_id, error, "download", "or pass a folder with -m")) from None
 
 
-def _download_tokenizer(hub_id: str, folder: Path) -> None:
-    try:
-        snapshot(hub_id, folder.name, TOKENIZER_FILES)
-    except Exception as error:  # as in `_download`
-        warn(f"the tokenizer of {hub_id} cannot be downloaded ({_reason(error)})")
-
-
 def snapshot(
     hub_id: str, revision: str | None, patterns: Sequence[str], target: Path | None = None
 ) -> Path:
@@ -106,20 +102,16 @@ def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return f"{hub_id} is gated: accept its licence at {page}, then {log_in}, {advice}"
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return (
-            f"there is no model {hub_id} on the hub, or it is private; check the name, {log_in}, "
-            f"{advice}"
-        )
+        missing = f"there is no model {hub_id} on the hub, or it is private"
+        return f"{missing}; check the name, {log_in}, {advice}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{hub_id} has no such revision; check the name, {advice}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {advice}"
     if action == "upload":
         return f"the upload to {hub_id} failed ({_reason(error)}); {advice}"
-    return (
-        f"{hub_id} is not in the local cache and cannot be downloaded ({_reason(error)}); check "
-        f"the network, {advice}"
-    )
+    failed = f"is not in the local cache and cannot be downloaded ({_reason(error)})"
+    return f"{hub_id} {failed}; check the network, {advice}"
 
 
 def _reason(error: Exception) -> str:

@@ -112,7 +112,8 @@ def rg_lru_scan(
     state: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes the RG-LRU (arXiv 2402.19427, eq. 1–4) from its gates' pre-activations."""
-    log_a = np.float32(RG_LRU_C) * _sigmoid(recurrence_gate) * _softplus(a_param)
+    softplus = np.log1p(_exp(a_param), dtype=np.float64).astype(np.float32)
+    log_a = np.float32(RG_LRU_C) * _sigmoid(recurrence_gate) * softplus
     first = (position_ids == 0)[..., None]
     a = np.where(first, np.float32(0), _exp(log_a))
     scale = np.where(first, np.float32(1), np.sqrt(1 - _exp(2 * log_a)))
@@ -180,10 +181,6 @@ def _exp(x: np.ndarray) -> np.ndarray:
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # 1 / inf is the limit
         return 1 / (1 + _exp(-x))
-
-
-def _softplus(x: np.ndarray) -> np.ndarray:
-    return np.log1p(_exp(x), dtype=np.float64).astype(np.float32)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -5,16 +5,16 @@ have the layout of ONNX Runtime's `MatMulNBits` (its ContribOperators.md), row b
 
 | part | per row | |
 |---|---|---|
-| `data` | ceil(blocks · block · bits / 8) bytes | unsigned, see `packing` |
+| `data` | ceil(blocks · block · bits / 8) bytes | unsigned, see `pack` |
 | `scales` | blocks float32 or float16 | |
 | `zero_points` | ceil(blocks · bits / 8) bytes | asymmetric only, packed likewise |
 
 Scales are rounded to float16 before the integers are chosen, and away from zero, so that no weight
-is beyond the last level.
+is beyond the last level. Integers of 2, 3 or 4 bits are a stream of bits, the low ones of the first
+integer first, as in MIL's blobs; a row is padded to whole bytes.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -22,10 +22,46 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
 from rgexport.quantize.algorithms import refill_blocks
-from rgexport.quantize.packing import pack, packed_width, unpack
 from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
+
+_COUNT = 8  # integers of `bits` bits that fill `bits` whole bytes, and at most 32 bits
+_UINT32 = np.dtype("<u4")
+
+
+def packed_width(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Packs unsigned values [n, m], [n, packed_width(m, bits)]; the padding is zeros."""
+    if bits == 8:
+        return values
+    rows, columns = values.shape
+    padded = np.pad(values, ((0, 0), (0, -columns % _COUNT)))
+    integers = np.zeros((rows, padded.shape[1] // _COUNT), _UINT32)
+    for i in range(_COUNT):
+        integers |= padded[:, i::_COUNT].astype(_UINT32) << _UINT32.type(bits * i)
+    packed = integers.view(np.uint8).reshape(*integers.shape, _UINT32.itemsize)[..., :bits]
+    return packed.reshape(rows, integers.shape[1] * bits)[:, : packed_width(columns, bits)]
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Inverts `pack`, except that rows end in the zeros that padded them."""
+    if bits == 8:
+        return packed
+    rows, width = packed.shape
+    count = -(-width // bits)
+    padded = np.pad(packed, ((0, 0), (0, count * bits - width)))
+    integers = np.zeros((rows, count, _UINT32.itemsize), np.uint8)
+    integers[..., :bits] = padded.reshape(rows, count, bits)
+    integers = integers.view(_UINT32)[..., 0]
+    values = np.empty((rows, count, _COUNT), np.uint8)
+    for i in range(_COUNT):
+        values[..., i] = (integers >> _UINT32.type(bits * i)) & _UINT32.type(2**bits - 1)
+    return values.reshape(rows, count * _COUNT)[:, : width * 8 // bits]
+
 
 BLOCKS = (16, 32, 64, 128)
 """Block sizes that a user may ask for."""
@@ -115,12 +151,6 @@ class Affine(Uniform):
         np.clip(weights, 0, self._top, out=weights)
         return self._pack(weights.astype(np.uint8), scales, zeros)
 
-    def _search(self, rows: np.ndarray, _: Statistics | None) -> Parts:
-        return self._pack(*self.search(rows))
-
-    def _search_weighed(self, rows: np.ndarray, statistics: Statistics) -> Parts:
-        return self._pack(*self.search(rows, statistics))
-
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
         nearest, scales, zeros = self.search(rows, statistics)
         levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
@@ -131,8 +161,8 @@ class Affine(Uniform):
 
     encoders: ClassVar = {
         "rtn": _round,
-        "search": _search,
-        "importance": _search_weighed,
+        "search": lambda self, rows, _: self._pack(*self.search(rows)),
+        "importance": lambda self, rows, statistics: self._pack(*self.search(rows, statistics)),
         "gptq": _gptq,
     }
 
@@ -222,16 +252,6 @@ class Affine(Uniform):
 
     def with_dtype(self, dtype: FloatDtype) -> "Affine":
         return replace(self, scale=dtype)
-
-    @classmethod
-    def candidates(cls) -> tuple["Affine", ...]:
-        make = partial(cls, scale="float16", algorithm="gptq")
-        return (
-            *(make(3, block, symmetric=True) for block in (128, 64, 32)),
-            *(make(4, block, symmetric=True) for block in (128, 64, 32, 16)),
-            make(4, 32, symmetric=False),
-            *(make(8, block, symmetric=True) for block in (128, 32)),
-        )
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
         """Divides each block's range, from zero to the extreme if symmetric, by its steps."""

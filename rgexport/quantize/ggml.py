@@ -194,7 +194,6 @@ _STORAGE_CLASSES = {
 _HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
 _LEAST_SCALE = np.float32(1 / 32)
 """In units of a group's largest scale: half the distance of scales that have 4 bits (q2_k)."""
-_CANDIDATES = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 
 
 @dataclass(frozen=True)
@@ -260,10 +259,6 @@ class Ggml(Uniform):
         return {"data": replace_levels(nearest["data"], self.type, levels)}
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
-
-    @classmethod
-    def candidates(cls) -> tuple["Ggml", ...]:
-        return tuple(cls(kind, algorithm="gptq") for kind in _CANDIDATES)
 
     def rounding_rule(self, weighted: bool) -> str:
         if not self.is_quantized:  # whatever algorithm a file names

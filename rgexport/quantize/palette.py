@@ -18,9 +18,8 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
-from rgexport.quantize.affine import Affine, largest_divisor
+from rgexport.quantize.affine import Affine, largest_divisor, pack, packed_width, unpack
 from rgexport.quantize.algorithms import centers, choose_levels
-from rgexport.quantize.packing import pack, packed_width, unpack
 from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, StepSizes, float16_spacing
@@ -109,10 +108,6 @@ class Palette(Uniform):
 
     def with_dtype(self, dtype: FloatDtype) -> "Palette":
         return replace(self, lut=dtype)
-
-    @classmethod
-    def candidates(cls) -> tuple["Palette", ...]:
-        return (cls(algorithm="gptq"),)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
         """Computes twice the rms error of even levels; the least squared error is less."""

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -116,6 +117,7 @@ SCHEMES: dict[str, type[Scheme]] = {
 }
 """Kind → scheme."""
 FLOAT32 = Float("float32")
+_GGML_CANDIDATES = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 
 
 def scheme_from_dict(values: Any) -> Scheme:
@@ -142,4 +144,12 @@ def coarsest(schemes: Iterable[Scheme]) -> Uniform:
 
 def candidates() -> list[Uniform]:
     """Returns the schemes that plans for a target choose from; formats refuse what they lack."""
-    return list(chain.from_iterable(scheme.candidates() for scheme in SCHEMES.values()))
+    affine = partial(Affine, scale="float16", algorithm="gptq")
+    return [
+        *(affine(3, block, symmetric=True) for block in (128, 64, 32)),
+        *(affine(4, block, symmetric=True) for block in (128, 64, 32, 16)),
+        affine(4, 32, symmetric=False),
+        *(affine(8, block, symmetric=True) for block in (128, 32)),
+        Palette(algorithm="gptq"),
+        *(Ggml(kind, algorithm="gptq") for kind in _GGML_CANDIDATES),
+    ]

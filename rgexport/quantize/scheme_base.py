@@ -100,11 +100,6 @@ class Scheme(ABC):
         """Returns the bytes that lists of the groups' rows take in a manifest and a graph."""
         return 0
 
-    @classmethod
-    def candidates(cls) -> "tuple[Uniform, ...]":
-        """Returns the layouts that plans for a target choose from."""
-        return ()
-
     def fitted(self, shape: Shape) -> "Scheme":
         """Returns the closest scheme that stores a matrix [N, K] without padding, for Core ML.
 

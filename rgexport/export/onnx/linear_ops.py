@@ -57,7 +57,7 @@ def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine)
 
 
 def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:
-    """Unsigned integers from rows of bytes [B, T, n], as `quantize.packing` packs them."""
+    """Unsigned integers from rows of bytes [B, T, n], as `quantize.affine` packs them."""
     if bits == 8:
         return packed
     levels = g.op("Concat", *_levels(g, packed, (0, 0), bits), axis=3)
