@@ -313,7 +313,7 @@ KINDS = (
         {
             "rgexport/kernels/llama_cpp/*.cpp": c_edits,
             "rgexport/kernels/llama_cpp/*.patch": patch_edits,
-            "rgexport/griffin/chat_template.py": template_edits,
+            "rgexport/griffin/control_tokens.py": template_edits,
             "rgexport/*.j2": template_edits,
         },
         lambda path: f"{path.parent}/{path.suffix}",

@@ -41,7 +41,7 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
     Any exception removes it and leaves `target` unchanged. A killed process leaves a hidden
     `.NAME.partial-…`, see `remove_partials`. With `durable`, a file is on the disk at the end.
     """
-    new = partial_path(target)
+    new = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         yield new
         if durable:
@@ -60,10 +60,6 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with replacing(path, durable=True) as new, new.open("wb") as file:
         file.writelines(chunks)
-
-
-def partial_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
 
 
 def remove_partials(target: Path) -> None:

@@ -98,7 +98,6 @@ def _cache_file() -> Path:
 
 
 def _read_cache() -> _Cache:
-    """Returns the cache; an unreadable one counts as empty."""
     try:
         # As text, since paths that are not UTF-8 have lone surrogates.
         cache = parse_json(read_regular(_cache_file()).decode())

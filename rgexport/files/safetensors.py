@@ -103,7 +103,6 @@ def header(
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:
-    """Returns the header's bytes, and the file's size."""
     try:
         size = require_regular(path)
         with path.open("rb") as file:

@@ -133,7 +133,6 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[Path]:
-    """Yields the target's real path while no other run may write it."""
     real = require_writable(target)
     path = real.with_name(f".{real.name}.lock")
     lock = FileLock(path, timeout=0)

@@ -93,7 +93,6 @@ def _refuse(literal: str) -> NoReturn:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; RequestError for anything else."""
     try:
         fields = parse_json(read_regular(path))
     except OSError as error:
@@ -154,7 +153,6 @@ def _read(kind: Any, value: Any, path: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
-    """Returns a text, number or truth value; a float is finite and not rounded."""
     if kind is not float or type(value) not in (int, float):
         _require(type(value) is kind, path, value, _NAMES[kind])
         return value
@@ -220,5 +218,4 @@ def to_json(value: Any) -> Any:
 
 
 def shown_key(key: str) -> str:
-    """Returns a key of a JSON object as a message shows it: on one line."""
     return key if key.isprintable() else repr(key)

@@ -134,8 +134,6 @@ Dialect = Literal["_block_types", "block_types"]
 
 @dataclass(frozen=True)
 class _Rope:
-    """RoPE's fields, at the top of `config.json` or in an object."""
-
     lenient: ClassVar = True
 
     rope_theta: Positive | None = None

@@ -143,7 +143,6 @@ def layer_ops(kind: BlockType) -> Iterator[Op]:
 
 
 def all_ops() -> dict[str, Op]:
-    """Returns site within a layer → op, for layers of both kinds."""
     return {op.site: op for kind in _TEMPORAL for op in layer_ops(kind)}
 
 
@@ -187,7 +186,6 @@ def input_site(name: str) -> str | None:
 
 
 def linear_inputs(config: GriffinConfig) -> dict[str, str]:
-    """Returns weight → input site, for all linears and the embedding as the head."""
     sites = {name: input_site(name) for name in model_tensors(config)}
     return {name: site for name, site in sites.items() if site is not None}
 

@@ -202,7 +202,7 @@ class NumpyReference(LayerByLayer):
 
     look: Look | None = None
 
-    # `numpy_ops.linear` has threads of its own.
+    # `linear` has threads of its own.
     run_each = threadpool_limits.wrap(limits=1, user_api="blas")(LayerByLayer.run_each)
     logits = threadpool_limits.wrap(limits=1, user_api="blas")(LayerByLayer.logits)
 

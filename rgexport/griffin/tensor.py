@@ -51,7 +51,6 @@ class RowTensor:
             yield start, self.read(start, stop)
 
     def whole(self) -> np.ndarray:
-        """Reads the whole tensor; for the small ones (biases, norms, gates) and for tests."""
         return self.read(0, self.shape[0])
 
 
@@ -106,13 +105,11 @@ def entry_rows(entry: Entry) -> RowTensor:
 
 
 def entry_columns(entry: Entry) -> RowTensor:
-    """Returns the transpose of a matrix of floats in a safetensors file."""
     height, width = entry.shape
     return transposed_rows(entry.path, (height, width), FLOATS[entry.dtype], entry.offset)
 
 
 def file_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> RowTensor:
-    """Returns a row-major tensor at byte `offset` of a file."""
     row = math.prod(shape[1:]) * dtype.itemsize
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -173,7 +173,6 @@ _GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _parameter,
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
 }
-"""The names that a pickle may have, and their values."""
 _FUNCTIONS = _OrderedDict, _tensor, _parameter
 
 

@@ -26,7 +26,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -78,18 +77,6 @@ class Provenance:
         return {METADATA: json.dumps(dataclasses.asdict(self), sort_keys=True)}
 
 
-def provenance_from(fields: Any) -> Provenance:
-    """Reads the parsed JSON that `Provenance.as_metadata` wrote; ValueError for anything else."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Provenance)}
-    fields = fields if isinstance(fields, dict) else {}
-    for name, kind in kinds.items():
-        if type(fields.get(name)) is not (typing.get_origin(kind) or kind):
-            raise ValueError(f"its metadata have no valid {name}")
-    if not all(isinstance(sha, str) for sha in fields["files"].values()):
-        raise ValueError("its metadata have no valid files")
-    return Provenance(**{name: fields[name] for name in kinds})
-
-
 def hessian_name(site: str, block: int) -> str:
     return f"{site}.hessian.{block}"
 
@@ -139,7 +126,6 @@ def triangle_width(size: int) -> int | None:
 
 
 def pack(matrix: np.ndarray) -> np.ndarray:
-    """Returns the lower triangle of [k, k], row by row."""
     return np.asarray(matrix[np.tri(len(matrix), dtype=bool)])
 
 
@@ -153,7 +139,6 @@ def unpack(packed: np.ndarray, width: int) -> np.ndarray:
 
 
 def diagonal(packed: np.ndarray, width: int) -> np.ndarray:
-    """Returns the diagonal of the matrix with this lower triangle."""
     rows = np.arange(width)
     return np.asarray(packed[rows * (rows + 3) // 2])
 
@@ -247,9 +232,7 @@ class Calibration:
     @cached_property
     def held_out(self) -> list[np.ndarray]:
         """Sequences of the same source that are in no statistic; may be empty."""
-        if HELD_OUT not in self._entries:
-            return []
-        return self._sequences(HELD_OUT, HELD_OUT_LENGTHS)
+        return self._sequences(HELD_OUT, HELD_OUT_LENGTHS) if HELD_OUT in self._entries else []
 
     def _sequences(self, tokens_name: str, lengths_name: str) -> list[np.ndarray]:
         tokens, lengths = self._read(tokens_name, "I32"), self._read(lengths_name, "I32")
@@ -329,17 +312,23 @@ def _in_other_text(values: np.ndarray) -> np.ndarray:
 def _provenance(path: Path) -> Provenance:
     text = read_metadata(path).get(METADATA)
     if text is None:
-        raise RequestError(
-            f"{path} is not a calibration; expected a file that `rgexport calibrate` made"
-        )
+        expected = "expected a file that `rgexport calibrate` made"
+        raise RequestError(f"{path} is not a calibration; {expected}")
     try:
         fields = parse_json(text.encode())
-        version = fields.get("format_version") if isinstance(fields, dict) else None
+        fields = fields if isinstance(fields, dict) else {}
+        version = fields.get("format_version")
         if type(version) is int and version != FORMAT_VERSION:
             raise RequestError(
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
                 + ("update rgexport" if version > FORMAT_VERSION else "make it again")
             )
-        return provenance_from(fields)
+        kinds = {field.name: field.type for field in dataclasses.fields(Provenance)}
+        for name, kind in kinds.items():
+            if type(fields.get(name)) is not (typing.get_origin(kind) or kind):
+                raise ValueError(f"its metadata have no valid {name}")
+        if not all(isinstance(sha, str) for sha in fields["files"].values()):
+            raise ValueError("its metadata have no valid files")
+        return Provenance(**{name: fields[name] for name in kinds})
     except ValueError as error:
         raise RequestError(f"{path} is damaged: {error}") from None

@@ -39,9 +39,7 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
     """
     if kind in _FLOATS:
         with np.errstate(over="ignore"):
-            floats: np.ndarray = np.ascontiguousarray(rows, np.float32).astype(
-                _FLOATS[kind], copy=False
-            )
+            floats: np.ndarray = np.asarray(np.ascontiguousarray(rows, np.float32), _FLOATS[kind])
         if not np.isfinite(floats).all():
             raise _out_of_range(rows, kind)
         return floats.view(np.uint8)

@@ -216,7 +216,6 @@ def _requested_type(name: str, request: TypeRequest) -> str | None:
 
 
 def _site(name: str) -> str:
-    """`attn_v` for `blk.2.attn_v.weight`."""
     return name.split(".")[-2]
 
 

@@ -211,7 +211,6 @@ def _read_tensors(cursor: Cursor, count: int, values: dict[str, Any]) -> dict[st
 
 
 def _read_info(cursor: Cursor) -> tuple[str, tuple[int, ...], GgmlType, int]:
-    """Name, shape, type and offset in the data of one tensor."""
     name, count = _read_name(cursor), cursor.integer(4)
     if not 1 <= count <= _MAX_DIMENSIONS:
         raise cursor.damaged(f"tensor {name} has {count} dimensions")

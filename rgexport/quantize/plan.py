@@ -103,7 +103,6 @@ def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[st
 
 
 def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
-    """Returns the plan with float32 for all bfloat16 tensors except `names`."""
     return {
         name: FLOAT32 if scheme == BFLOAT16 and name not in names else scheme
         for name, scheme in plan.items()
@@ -120,7 +119,6 @@ def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    """Returns the precision of the tensor, or the row group, with the fewest bits."""
     return coarsest(plan.values()).precision
 
 

@@ -34,7 +34,6 @@ class RowGroup:
 
     @property
     def label(self) -> str:
-        """`int8/128 (1,024 rows)`."""
         if self.rows is None:
             return self.scheme.label
         count = count_rows(row_bounds(self.rows))
@@ -118,7 +117,6 @@ class Mixed(Scheme):
 
     @property
     def _bounds(self) -> list[np.ndarray]:
-        """The ranges of all groups but the last, [ranges, 2] each."""
         return [row_bounds(group.rows) for group in self.groups if group.rows]
 
     def fitted(self, shape: Shape) -> "Mixed":

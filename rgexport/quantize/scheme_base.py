@@ -57,8 +57,7 @@ class Scheme(ABC):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Reads the result of `to_dict`; RequestError for an unknown field or value."""
+    def from_dict(cls, values: dict[str, Any]) -> Self: ...
 
     def to_dict(self) -> dict[str, Any]:
         return dict(to_json(self))
@@ -113,7 +112,6 @@ class Scheme(ABC):
         return self
 
     def with_dtype(self, dtype: FloatDtype) -> "Scheme":
-        """Returns the scheme with scales or tables in `dtype`."""
         return self
 
     @abstractmethod

@@ -28,8 +28,7 @@ _SHRINKAGE = 0.3, 0.6  # least and largest reduction of off-diagonal values
 _LOOKUPS = 1.0, 10.0, 100.0
 """Added as `_DAMPING` for kinds of the embedding's rows, by the cost of their lookups relative to
 the head: in lookups all columns count alike."""
-_CACHED = 2
-"""Number of inputs with cached statistics: tensors come one after another, on several threads."""
+_CACHED = 2  # inputs with cached statistics: tensors come in their order, on several threads
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,11 @@ class Hessian:
     def factors(self) -> Factors:
         with self._lock:
             if not self._factors:
-                self._factors.append(_factorize(self.matrix))
+                matrix = self.matrix
+                while (factors := library.factor(matrix.astype(np.float64))) is None:
+                    # Sums in float32 can leave a matrix that is not quite positive.
+                    matrix = matrix + np.diag(np.diagonal(matrix))
+                self._factors.append(factors)
             return self._factors[0]
 
 
@@ -70,7 +73,6 @@ class Statistics:
     kinds: "RowKinds | None" = None
 
     def factor(self) -> None:
-        """Computes all factors now."""
         for statistics in self.kinds.statistics if self.kinds else (self,):
             for hessian in statistics.hessians:
                 hessian.factors  # noqa: B018
@@ -126,8 +128,6 @@ class LastInputs(ABC):
 
 
 class Calibrated(LastInputs):
-    """Statistics by a calibration, cached with their factors."""
-
     def __init__(self, calibration: Calibration, config: GriffinConfig):
         super().__init__()
         self._calibration, self._scale = calibration, config.embedding_scale
@@ -180,10 +180,3 @@ def _shrink(block: np.ndarray, tokens: int, mean: np.float32, damping: np.float3
     # An input that was always zero in this text may be anything in another.
     np.fill_diagonal(matrix, np.where(diagonal > 0, diagonal, mean) + damping)
     return np.ascontiguousarray(matrix, np.float32)
-
-
-def _factorize(matrix: np.ndarray) -> Factors:
-    while (factors := library.factor(matrix.astype(np.float64))) is None:
-        # Sums in float32 can leave a matrix that is not quite positive.
-        matrix = matrix + np.diag(np.diagonal(matrix))
-    return factors

@@ -53,7 +53,6 @@ class StepSizes:
         return np.asarray(np.einsum("nk,k->n", steps, squares / 12))
 
     def total(self, columns: int) -> float:
-        """Returns Σ step over all weights."""
         levels = self.levels
         return float(levels.sum(dtype=np.float64)) * columns / levels.shape[1]
 
