@@ -96,11 +96,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def evict_from_page_cache(path: Path) -> None:
-    """Writes a large file to the disk and drops its pages from memory, on Linux.
-
-    Read again in huge pages (`runtimes/onnx/mapped_weights.py`), a 2B takes 6 % less time per
-    token.
-    """
+    """Drops a large file from Linux's memory, to be cached in huge pages when read again."""
     if path.stat().st_size < _LARGE_BYTES or not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError), open(path, "rb+") as file:
@@ -131,10 +127,7 @@ def _remove_read_only(remove: Callable[[str], object], path: str, error: object)
 
 
 def move(new: Path, target: Path) -> None:
-    """Renames `new` to `target`; `new` may then be an old folder, which the caller removes.
-
-    Linux exchanges two folders in one step. Elsewhere there is a moment without the target.
-    """
+    """Renames `new` to `target`; `new` may then be an old folder, which the caller removes."""
     try:
         if not target.is_dir():  # a rename replaces a file in one step
             rename(new, target)

@@ -1,7 +1,4 @@
-"""SHA-256 of files, and a cache of those computed before.
-
-The cache makes opening a 2B in int4 fourteen times faster (`bench/system_tricks.py`).
-"""
+"""SHA-256 of files, and a cache of those computed before, which opens artifacts much faster."""
 
 import hashlib
 import json

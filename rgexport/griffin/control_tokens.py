@@ -87,10 +87,7 @@ def sentencepiece_tokens(engine: "SentencePieceProcessor") -> ControlTokens:
 def json_tokens(
     layout: Mapping[str, Any], pieces: Mapping[str, int], folder: Path
 ) -> ControlTokens:
-    """Reads a tokenizer.json, whose content is `layout`; `folder` may have settings beside it.
-
-    `pieces` is literal → id of the whole vocabulary, added tokens included.
-    """
+    """Reads the `layout` of a tokenizer.json with all `pieces`, and the settings beside it."""
     added = layout.get("added_tokens", [])
     contents = (t["content"] for t in added if t["special"] or is_markup(t["content"]))
     special = {content: pieces[content] for content in contents}
@@ -186,10 +183,7 @@ def chat_template(folder: Path) -> tuple[str, str]:
 
 
 def chosen_template(folder: Path, special: Container[str], name: str) -> str | None:
-    """Returns the template of an artifact's chats, or None; warns if they would be refused.
-
-    `special` are the literals of the tokenizer's control tokens and markup, `name` is the model's.
-    """
+    """Returns the template of an artifact's chats, or None; warns if they would be refused."""
     source, origin = chat_template(folder)
     if not (missing := missing_turns(source, special)):
         return source

@@ -16,11 +16,7 @@ ALLOWED = (SINGLE, "model-*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES)
 
 
 def fetch_model(hub_id: str) -> Path:
-    """Returns the folder of a model such as `google/recurrentgemma-2b`.
-
-    A complete copy in the hub's cache is used without the network. One that lacks only the
-    tokenizer is completed if possible.
-    """
+    """Returns the folder of a hub id from the cache, or by download; adds a missing tokenizer."""
     folder = cached_model(hub_id)
     if folder is None:
         return _download(hub_id)

@@ -42,11 +42,7 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.nda
 
 
 def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """`x · weightᵀ` [n, N]; threads share a large one.
-
-    BLAS's own threads wait for one another in a loop: on a busy machine that took nine times as
-    long.
-    """
+    """`x · weightᵀ` [n, N]; threads share a large one, as BLAS's own wait for one another."""
     jobs = usable_threads(None) if x.size * len(weight) >= _SHARED else 1
     if jobs == 1:
         return np.asarray(x @ weight.T)

@@ -71,10 +71,7 @@ def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """Computes `linear_scan` in torch operations.
-
-    Within a chunk of tokens it is a Hillis-Steele prefix scan of log2(chunk) elementwise passes.
-    """
+    """Computes `linear_scan` by Hillis-Steele prefix scans of chunks, which follow one another."""
     h = torch.empty_like(b)
     chunk = _CHUNK.get(b.device.type, 256)
     for start in range(0, b.shape[1], chunk):

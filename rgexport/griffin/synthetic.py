@@ -47,11 +47,7 @@ def write_random(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
 ) -> None:
-    """Writes a random checkpoint in Hugging Face's layout, as a stream of slabs.
-
-    `model` is one of the words in `SIZES`, or a configuration. `force` lets it replace an older
-    random checkpoint.
-    """
+    """Writes a random checkpoint of a word in `SIZES` or a configuration, as a stream of slabs."""
     if isinstance(model, str) and model not in SIZES:
         raise RequestError(f"the size is {model!r}; expected one of {', '.join(SIZES)}")
     config, size = (SIZES[model].config, model) if isinstance(model, str) else (model, "")
@@ -76,10 +72,7 @@ def _is_random(folder: Path) -> bool:
 
 
 def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
-    """Writes the demo's tokenizer, grown to `vocab_size`, if the demo is there and can serve.
-
-    Pieces keep their ids, which are Gemma's; to those that are added leads no merge.
-    """
+    """Writes the demo's tokenizer, if it is there, with pieces to which no merge leads."""
     try:
         demo = demo_folder()
     except RequestError:

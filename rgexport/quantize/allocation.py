@@ -1,7 +1,6 @@
-"""Chooses one option for each item: the least loss for every budget of bytes.
+"""Chooses an option for each item, with the least loss for every budget of bytes: a knapsack.
 
-A knapsack, solved by dynamic programming over units of bytes: the common divisor of all sizes if
-that is large; otherwise sizes are rounded up, so that a budget is always kept.
+Sizes are counted in their common divisor, or else rounded up, so that a budget is always kept.
 """
 
 from collections.abc import Sequence

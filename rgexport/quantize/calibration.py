@@ -150,10 +150,7 @@ _DTYPES = {"I32": _INT, "F32": _FLOAT}
 
 @dataclass(frozen=True)
 class Calibration:
-    """An open calibration file, which raises RequestError where it is damaged.
-
-    Vectors over the vocabulary are float32 [vocab].
-    """
+    """An open calibration file, which raises RequestError where it is damaged."""
 
     path: Path
     provenance: Provenance

@@ -27,10 +27,7 @@ _METADATA_BYTES = 127  # the most that llama-quantize copies of a string into th
 
 @dataclass(frozen=True)
 class Imatrix:
-    """Importances by ggml tensor name, float32 [columns], finite and not negative.
-
-    `dataset` and `chunks` (0 if unknown) are the name and the number of pieces of their text.
-    """
+    """Importances by ggml tensor name, float32 [columns]; `chunks` of the text, 0 if unknown."""
 
     path: Path
     entries: dict[str, np.ndarray]

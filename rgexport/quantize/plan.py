@@ -76,10 +76,9 @@ def choose_schemes(
     block: int | None,
     symmetric: bool | None,
 ) -> tuple[Scheme, Scheme]:
-    """Returns the schemes of the linears and of the embedding, whose `precisions` are given.
+    """Returns the schemes of the linears and of the embedding, of two `precisions`.
 
-    Block size and symmetry are those of the linears, and of the embedding if it has the same
-    precision or the linears are not quantized.
+    The embedding shares block size and symmetry if it has the same precision, or linears have none.
     """
     linear, table = precisions
     chosen = choose(linear, block, symmetric)

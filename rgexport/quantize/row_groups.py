@@ -1,7 +1,6 @@
-"""Row groups: rows of one matrix that are stored in different schemes.
+"""Row groups: rows of one matrix, such as `0-255,300,412-500`, that are stored in one scheme.
 
-A group has rows such as `0-255,300,412-500`, in their order, so a slab is in one piece for each
-group. The *position* of a row is its number in all groups, one after another.
+The *position* of a row is its number in all groups, one after another.
 """
 
 import functools

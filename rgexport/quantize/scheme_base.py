@@ -25,10 +25,7 @@ Parts = dict[str, np.ndarray]
 PartShapes = dict[str, tuple[str, Shape]]
 """Part name → dtype and shape."""
 Encoder = Callable[[Any, np.ndarray, Any], Parts]
-"""Scheme, rows [n, K] of any float dtype, and `Statistics` or None → parts.
-
-Rows are independent of one another, except those of one palette.
-"""
+"""Scheme, rows [n, K] of any float dtype, and `Statistics` or None → parts."""
 POSITIVE = range(1, 1 << 31)
 _ALGORITHM = re.compile("[a-z0-9_-]{1,32}")
 

@@ -1,8 +1,4 @@
-"""Statistics of a matrix's inputs, by which algorithms weigh the errors of its weights.
-
-For inputs x of a linear with weights W, the error of its outputs is tr(ΔW H ΔWᵀ), with
-H = Σ x xᵀ / N.
-"""
+"""Statistics of inputs x, which weigh errors of weights W by tr(ΔW H ΔWᵀ), with H = Σ x xᵀ / N."""
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -62,11 +58,7 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a matrix's inputs.
-
-    `importance` float32 [columns] weighs squared errors. `hessians` are H's diagonal blocks, or
-    none. `kinds` are for rows that weigh errors differently.
-    """
+    """Statistics of a matrix's inputs: `importance` [columns], and H's diagonal blocks or none."""
 
     importance: np.ndarray
     hessians: tuple[Hessian, ...] = ()
