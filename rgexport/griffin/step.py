@@ -49,27 +49,19 @@ class RgLru(nn.Module):
     def __init__(self, site: str, config: GriffinConfig):
         super().__init__()
         heads, block = config.lru_heads, config.lru_width // config.lru_heads
-        shapes = {
-            "input_gate_weight": (heads, block, block),
-            "input_gate_bias": (heads, block),
-            "recurrent_gate_weight": (heads, block, block),
-            "recurrent_gate_bias": (heads, block),
-            "recurrent_param": (config.lru_width,),
-        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for gate in ("input_gate", "recurrent_gate"):
+            shapes |= {f"{gate}_weight": (heads, block, block), f"{gate}_bias": (heads, block)}
+        shapes["recurrent_param"] = (config.lru_width,)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
         self.site = site
 
     def forward(self, x: Tensor, positions: Tensor, state: Tensor) -> LayerState:
-        gates = [
-            ops.block_diagonal_linear(
-                x,
-                self.get_parameter(f"{gate}_weight"),
-                self.get_parameter(f"{gate}_bias"),
-                f"{self.site}.{gate}",
-            )
-            for gate in ("input_gate", "recurrent_gate")
-        ]
+        gates = []
+        for gate in ("input_gate", "recurrent_gate"):
+            weight, bias = (self.get_parameter(f"{gate}_{kind}") for kind in ("weight", "bias"))
+            gates.append(ops.block_diagonal_linear(x, weight, bias, f"{self.site}.{gate}"))
         return ops.rg_lru_scan(x, *gates, self.recurrent_param, positions, state, self.site)
 
 
@@ -149,9 +141,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         mixed, state = self.temporal_block(self.temporal_pre_norm(x), positions, state)
         x = ops.add(x, mixed, f"{self.site}.temporal_residual")
-        return ops.add(
-            x, self.mlp_block(self.channel_pre_norm(x)), f"{self.site}.channel_residual"
-        ), state
+        mixed = self.mlp_block(self.channel_pre_norm(x))
+        return ops.add(x, mixed, f"{self.site}.channel_residual"), state
 
 
 class StepModel(nn.Module):
