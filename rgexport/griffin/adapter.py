@@ -26,6 +26,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource, entry_columns, entr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPED = "base_model.model."
+_BY_PEFT = "merge the adapter with PEFT, and export the result"
 _PRODUCT_BYTES = 8 << 20  # upper bound of the rows of a product that are computed at a time
 _LORA_MATRIX = re.compile(
     r"(?P<module>.+)\.(?P<embedding>lora_embedding|lora)_(?P<side>[AB])(\.weight|\.default)*"
@@ -109,10 +110,8 @@ def _read_config(folder: Path) -> _LoraConfig:
     values = read_json(path)
     for name in _UNSUPPORTED:
         if values.get(name):
-            raise RequestError(
-                f"{path}: {name} is {reprlib.repr(values[name])}; expected none: merge the adapter "
-                "with PEFT, and export the result"
-            )
+            stated = reprlib.repr(values[name])
+            raise RequestError(f"{path}: {name} is {stated}; expected none: {_BY_PEFT}")
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING_INITS):
         raise RequestError(
@@ -127,7 +126,7 @@ def _read_config(folder: Path) -> _LoraConfig:
         if not _LITERAL.fullmatch(pattern.removeprefix("^")):
             raise RequestError(
                 f"{path}: {pattern!r} is a regular expression; expected the name of a module; "
-                "merge the adapter with PEFT, and export the result"
+                f"{_BY_PEFT}"
             )
     return config
 
@@ -144,10 +143,7 @@ def _pairs(path: Path, entries: Mapping[str, Entry], config: _LoraConfig) -> dic
         name = f"{module}.weight"
         if not match or len(entry.shape) != 2 or entry.dtype not in FLOATS or name == HEAD:
             reason = "the head is tied to the embedding" if name == HEAD else "it is no LoRA matrix"
-            raise RequestError(
-                f"{path} has {key}, which cannot be merged ({reason}); merge the adapter with "
-                "PEFT, and export the result"
-            )
+            raise RequestError(f"{path} has {key}, which cannot be merged ({reason}); {_BY_PEFT}")
         if match["side"] in sides.setdefault(name, {}):
             raise RequestError(f"{path} has a second {match['side']} for {name}; save it again")
         sides[name][match["side"]] = entry

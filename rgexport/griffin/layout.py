@@ -48,8 +48,7 @@ class Op:
     (after `blocks.{i}.`) and `gguf` (after `blk.{i}.`) begin their names elsewhere. `graph` is the
     tensor of llama.cpp's graph that holds the result (`cb` in kernels/llama_cpp/recurrentgemma.cpp
     and llama.cpp's src/llama-graph.cpp, commit 0c1e570); `a/OP` is the first result of an operation
-    OP after the tensor `a`. `reads` is the site that is a linear's input. Empty is what does not
-    exist.
+    OP after the tensor `a`. `reads` is the site that is a linear's input.
     """
 
     site: str

@@ -7,7 +7,7 @@ The parts of N rows of K weights:
 | `data` | N | ceil(K / 2) bytes | indices, low nibble first |
 | `lut` | N / group | 16 float16 or float32 | ascending |
 
-The values of a group minimize its squared error: k-means in one dimension, see `clusters`. They
+The values of a group minimize its squared error: k-means in one dimension, see `algorithms`. They
 are rounded to the table's dtype before the nearest of them is chosen for each weight.
 """
 
