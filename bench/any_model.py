@@ -99,12 +99,12 @@ class AnyModelSession(LlamaSession[LlamaContext]):
 
     def _reopen(self, batch: int, capacity: int) -> None:
         self._close_context()
-        parameters = common_parameters(self._vocab_size, batch, self._threads, self._ubatch)
+        parameters = common_parameters(self.vocab_size, batch, self._threads, self._ubatch)
         # One cache for all rows: with several, only contexts of as many rows would take a state.
         defaults = {"n_ctx": capacity * batch, "kv_unified": True}
         for name, value in (defaults | self._parameters).items():
             setattr(parameters, name, value)
-        self._context = LlamaContext(self._model, self._vocab_size, batch, parameters)
+        self._context = LlamaContext(self._model, self.vocab_size, batch, parameters)
 
     def _require_fitting(self, state: State) -> None:
         require_fitting(state, {DATA: np.shape(state.get(DATA, ()))[1:], SIZES: ()})

@@ -11,7 +11,6 @@ class RequestError(Exception):
     """The request cannot be met as it was put.
 
     The message is one line: what is wrong, what was found, what was expected, what to do.
-    The command line prints it without a traceback and exits with code 2.
     """
 
 

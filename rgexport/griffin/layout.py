@@ -2,7 +2,7 @@
 
 Everything derives from one table of ops: canonical tensors, sites, and the names in DeepMind's
 checkpoints (`deepmind`), GGUF files (`export.gguf.naming`) and llama.cpp's graph
-(`runtimes.llama_cpp.observer`).
+(`runtimes.llama_cpp.engine`).
 
 Canonical names and shapes are Hugging Face's without the leading `model.`; linear weights are
 `[out, in]`. The head is the embedding (tied), so there is no `lm_head`.

@@ -2,9 +2,6 @@
 
 When a worker is lost, Dask runs its jobs again elsewhere; each is a function of its arguments and
 of files that do not change.
-
-Dask and not Ray: it is pure Python, runs wherever this package does, and a lost result is computed
-again from the jobs before it.
 """
 
 import logging
@@ -42,11 +39,7 @@ class Cluster:
             self._client.run(function)
 
     def result(self, future: Any) -> Any:
-        """Waits for a future.
-
-        Raises:
-            RequestError: the job ended in one, or the cluster is lost.
-        """
+        """Waits for a future; raises RequestError if its job did, or the cluster is lost."""
         with self._connected():
             return future.result()
 
@@ -75,9 +68,8 @@ class Cluster:
 def connected(address: str | None) -> Iterator[Cluster | None]:
     """Connects to the workers at a scheduler's address; yields None for None.
 
-    Raises:
-        NotInstalled: Dask is missing.
-        RequestError: nobody answers there, there is no worker, or one has another rgexport.
+    Raises NotInstalled without Dask; RequestError if nobody answers there, there is no worker, or
+    one has another rgexport.
     """
     if address is None:
         yield None

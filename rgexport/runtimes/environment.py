@@ -14,7 +14,6 @@ _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "
 
 
 def environment() -> dict[str, str | int]:
-    """Returns CPU, usable cores, system, and versions of the packages that compute."""
     facts: dict[str, str | int] = {
         "cpu": cpu(),
         "cores": usable_processors(),
@@ -27,19 +26,15 @@ def environment() -> dict[str, str | int]:
 
 def cpu() -> str:
     """Returns the processor's name and its instructions for small integers, if known."""
-    facts = _cpuinfo()
+    facts = {}
+    if _CPUINFO.is_file():
+        first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        facts = {key.strip(): value.strip() for key, _, value in pairs}
     flags = facts.get("flags", facts.get("Features", "")).split()
     name = facts.get("model name") or platform.processor() or platform.machine()
     features = ", ".join(feature for feature in _FEATURES if feature in flags)
     return f"{name} ({features})" if features else name
-
-
-def _cpuinfo() -> dict[str, str]:
-    if not _CPUINFO.is_file():
-        return {}
-    first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _version(package: str) -> str | None:

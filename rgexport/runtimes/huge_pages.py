@@ -1,13 +1,9 @@
 """Puts weights and states into huge pages, on Linux.
 
-A decode step reads all weights and states once. In pages of 4 kB it spends a tenth of its time on
-address translation. Engines do not ask the kernel for huge pages. `madvise(MADV_COLLAPSE)` (Linux
-6.1) does so afterwards, and copies 1.5 GB in about two seconds. It never changes the content of
-memory; where it fails, only speed is lost.
-
-A token of a 2B takes 8 % less time with it in ONNX Runtime's own kernels
-(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/amx/llama_cpp.md`). Our
-kernels read mapped files (`mapped_weights.py`), so there is little to move.
+A decode step reads all weights and states once; in pages of 4 kB it spends a tenth of its time on
+address translation (`bench/system_tricks.py`, `docs/amx/llama_cpp.md`). Engines do not ask for huge
+pages. `madvise(MADV_COLLAPSE)` (Linux 6.1) does so afterwards, and copies 1.5 GB in about two
+seconds; where it fails, only speed is lost. Our kernels read mapped files (`mapped_weights.py`).
 """
 
 import math
@@ -38,9 +34,10 @@ _MAPS = Path("/proc/self/maps")
 class BackgroundAdvice:
     """A thread that advises the kernel about memory; it must end before the memory is freed."""
 
+    _thread: threading.Thread | None = None
+
     def __init__(self) -> None:
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def start(
         self, areas: Iterable[Area], give: Callable[[int, int], object], owner: object = None
@@ -73,7 +70,7 @@ def _give_all(
 
 @contextmanager
 def huge_pages() -> Iterator[BackgroundAdvice]:
-    """After the block, begins to collapse the private memory that was mapped inside it.
+    """Begins to collapse the private memory that was mapped inside the block, after it.
 
     The advice must be stopped before that memory is freed.
     """
@@ -87,7 +84,7 @@ def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, 
     """Returns zeros of these shapes and dtypes, by name, as slices of one array.
 
     numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB. Slices begin at cache
-    lines, so that no loaded vector spans two.
+    lines.
     """
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
     starts = [0, *accumulate(aligned(size, _CACHE_LINE) for size in sizes)]
@@ -100,7 +97,6 @@ def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, 
 
 
 def _large_mappings() -> set[Area]:
-    """Returns the large writable mappings without a file; none if the system lists no mappings."""
     mappings = set()
     with suppress(OSError):
         for line in _MAPS.read_text("utf-8", "surrogateescape").splitlines():

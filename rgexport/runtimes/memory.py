@@ -1,8 +1,4 @@
-"""Measures the memory of this process and of the machine, and gives memory back.
-
-Control groups are read, because a self-check that exceeds a container's limit would be killed
-instead of skipped (`tests/runtimes/test_memory.py`).
-"""
+"""Measures the memory of this process and of the machine, and gives memory back."""
 
 import ctypes
 import os
@@ -61,7 +57,6 @@ def release_freed_memory() -> None:
 
 
 def _left_in_container() -> int | None:
-    """Returns the bytes that control groups (version 2) leave; None without a limit."""
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
         return None

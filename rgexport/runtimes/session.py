@@ -20,11 +20,9 @@ class SessionInfo:
         weight_bytes: weights that one decode step reads.
         state_bytes: state of one sequence.
         prefill_chunk: most tokens of a prefill for which the weights are read once.
-        chunk_logits: whether a chunk can return the logits of all its tokens; if not, it takes
-            single steps.
+        chunk_logits: whether a chunk returns the logits of all its tokens, instead of single steps.
         whole_chunks: whether tokens that do not fill a chunk are taken in single steps.
-        exact_tokens: up to so many tokens of a call, of all rows together, give the bits that each
-            gives alone.
+        exact_tokens: most tokens of a call, of all rows, that give the bits that each gives alone.
         kernels: `native` and an instruction set where our kernels run, otherwise `stock`.
     """
 
@@ -46,19 +44,13 @@ class SessionInfo:
 
 
 class UnchangedFiles:
-    """Stamps of an artifact's files, to detect changes; `prefix` selects files by name.
+    """Detects changes of an artifact's files; `prefix` selects them by name.
 
     A session may have mapped them: a write changes its weights at once, and reading past the end of
-    a file that was cut ends the process. No program can check before each read; sessions check
-    whenever a conversation begins.
+    a file that was cut ends the process. So sessions check whenever a conversation begins.
     """
 
     def __init__(self, artifact: Artifact, prefix: str = ""):
-        """Notes the files.
-
-        Raises:
-            RequestError: one has another size than when the artifact was opened.
-        """
         is_file = artifact.path.is_file()  # a GGUF file is its own folder
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
         for name, record in artifact.manifest.files.items():
@@ -88,11 +80,7 @@ def _changed(path: Path) -> RequestError:
 
 
 def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarray:
-    """Returns token ids as int64 [batch, T].
-
-    Raises:
-        RequestError: another shape, or an id outside of the vocabulary.
-    """
+    """Returns token ids as int64 [batch, T]; refuses other shapes, and unknown ids."""
     tokens = np.asarray(tokens, np.int64)
     if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
         raise RequestError(f"tokens have shape {tokens.shape}; expected [{batch}, T], T ≥ 1")
@@ -103,15 +91,7 @@ def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarra
 
 
 def require_fitting(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a state of another model.
-
-    Args:
-        state: a canonical state of any batch size.
-        shapes: name → shape without the batch axis, of all tensors but the position.
-
-    Raises:
-        RequestError: a name or shape does not fit.
-    """
+    """Refuses a state with other names or shapes (without the batch axis) than `shapes`."""
     complaints = list(_misfits(state, {**shapes, POSITION: ()}))
     if complaints:
         raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
@@ -131,23 +111,18 @@ class Session(ABC):
     """A model in an engine, with the state of `batch` conversations.
 
     Neighbouring rows of the batch can be used without the others, so that conversations at
-    different positions come and go. The rows of one call take the same number of tokens. Logits
-    are float32.
+    different positions come and go. The rows of one call take the same number of tokens. Logits are
+    float32.
     """
 
+    vocab_size: int
     _opened_files: Sequence[UnchangedFiles] = ()
-    """The files that `require_unchanged` compares."""
     _tried: tuple[range, np.ndarray] | None = None
     """The rows and tokens of the last `verify`, until `accept`."""
 
     @property
     @abstractmethod
     def info(self) -> SessionInfo: ...
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of logits per token."""
 
     @property
     @abstractmethod
@@ -161,12 +136,7 @@ class Session(ABC):
 
     @abstractmethod
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations.
-
-        Raises:
-            RequestError: a file of the artifact changed while the session was open, or the engine
-                cannot hold so many conversations.
-        """
+        """Clears the state, and sets the number of conversations; refuses if a file has changed."""
 
     @abstractmethod
     def get_rows(self, rows: range) -> State:
@@ -200,10 +170,8 @@ class Session(ABC):
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
 
-        Returns the logits of the last `num_logits` tokens, [R, num_logits, vocab].
-
-        Raises:
-            RequestError: another shape, or an id outside of the vocabulary.
+        Returns the logits of the last `num_logits` tokens, [R, num_logits, vocab]. Raises
+        RequestError for another shape, or an id outside of the vocabulary.
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
@@ -211,11 +179,8 @@ class Session(ABC):
     def verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows on trial; `accept` must be the next call.
 
-        Returns the logits of all of them, [R, T, vocab]: those of single steps to the last bit, up
-        to `info.exact_tokens`.
-
-        Raises:
-            RequestError: another shape, or an id outside of the vocabulary.
+        Returns all logits [R, T, vocab]: those of single steps to the last bit, up to
+        `info.exact_tokens`.
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         logits = self._verify(rows, tokens)
@@ -223,11 +188,7 @@ class Session(ABC):
         return logits
 
     def accept(self, counts: Sequence[int]) -> None:
-        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them.
-
-        Raises:
-            ValueError: there are not so many, or `verify` was not the call before.
-        """
+        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them."""
         if self._tried is None:
             raise ValueError("no tokens are on trial: call verify first")
         rows, tokens = self._tried
@@ -239,9 +200,8 @@ class Session(ABC):
     def set_rows(self, rows: range, state: State) -> None:
         """Lets some rows continue from a canonical state of as many, by any engine.
 
-        Raises:
-            RequestError: a name or shape does not fit this model (dtypes are converted), or a file
-                of the artifact changed while the session was open.
+        Raises RequestError if a name or shape does not fit this model (dtypes are converted), or a
+        file of the artifact changed while the session was open.
         """
         self._require_fitting(state)
         self._set_rows(rows, state)
@@ -251,10 +211,7 @@ class Session(ABC):
         return self.take(self._all, tokens, num_logits)
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Prefills in one run of the model where the engine takes any number of tokens.
-
-        Memory grows with their number; other programs take whole prompts so.
-        """
+        """Prefills in one run, as other programs do, if the engine can."""
         return self.prefill(tokens, num_logits)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
@@ -265,11 +222,7 @@ class Session(ABC):
         return self.get_rows(self._all)
 
     def set_state(self, state: State) -> None:
-        """Continues from a canonical state, of any batch size, by any engine.
-
-        Raises:
-            RequestError: the reasons of `set_rows`.
-        """
+        """Continues from a canonical state, of any batch size; raises as `set_rows` does."""
         self._require_fitting(state)
         if len(state[POSITION]) != len(self._all):
             self.reset(len(state[POSITION]))
@@ -283,10 +236,6 @@ class Session(ABC):
         return range(len(self.position))
 
     def require_unchanged(self) -> None:
-        """Checks that the artifact's files are those that were opened. Any thread may call it.
-
-        Raises:
-            RequestError: one was written to, cut, replaced or removed.
-        """
+        """Raises RequestError if the artifact's files have changed. Any thread may call it."""
         for files in self._opened_files:
             files.require()

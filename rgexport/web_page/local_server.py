@@ -31,11 +31,7 @@ _HEADERS = {
 
 
 def serve_site(site: Site, port: int, *, browse: bool) -> None:
-    """Serves until Ctrl-C; `browse` opens a browser.
-
-    Raises:
-        RequestError: the address cannot be used.
-    """
+    """Serves until Ctrl-C; `browse` opens a browser."""
     with local_server(site, port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         note(f"The page is at {address} (Ctrl-C ends)")
@@ -48,11 +44,7 @@ def serve_site(site: Site, port: int, *, browse: bool) -> None:
 
 
 def local_server(site: Site, port: int) -> ThreadingHTTPServer:
-    """Returns the server, which listens already.
-
-    Raises:
-        RequestError: the address cannot be used.
-    """
+    """Returns the server, which listens already."""
     try:
         return _Server((HOST, port), partial(SiteHandler, site))
     except OSError as error:
@@ -65,14 +57,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints errors, unless the browser has left."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class SiteHandler(BaseHTTPRequestHandler):
-    """Answers with the files of a site."""
-
     protocol_version = "HTTP/1.1"
 
     def __init__(self, site: Site, *connection: Any):
@@ -112,4 +101,4 @@ class SiteHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Prints no requests."""
+        pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.kernels.native_library import Signature, library_path, load_library
+from rgexport.kernels.build import Signature, library_path, load_library
 
 LIBRARY = library_path(Path(__file__).parent)
 
@@ -24,8 +24,7 @@ class Grid:
     Attributes:
         group: columns that share a scale.
         top: the largest level; the least is 0.
-        scale: float32 [n, ceil(K / group)].
-        offset: the same.
+        scale: float32 [n, ceil(K / group)], like `offset`.
         table: float32 [n, top + 1], ascending, instead of these.
     """
 
@@ -38,19 +37,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Factors:
-    """H = (I + M) D (I + M)ᵀ for a symmetric matrix H.
-
-    Attributes:
-        m: float32 [k, k], strictly upper.
-        d: float32 [k].
-    """
+    """H = (I + M) D (I + M)ᵀ for a symmetric H: m [k, k], strictly upper, and d [k], float32."""
 
     m: np.ndarray
     d: np.ndarray
 
 
 def is_there() -> bool:
-    """Whether the library can be used on this machine."""
     return not unusable()
 
 
@@ -104,10 +97,8 @@ def factor(matrix: np.ndarray) -> Factors | None:
 def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the levels of rows column by column; each corrects the errors of those before it.
 
-    This is LDLQ (arXiv 2307.13304), which gives the same levels as GPTQ (arXiv 2210.17323).
-
-    Returns:
-        Levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
+    This is LDLQ (arXiv 2307.13304), which gives the same levels as GPTQ (arXiv 2210.17323). Returns
+    levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
     """
     levels, lost = np.empty(weights.shape, np.uint8), np.empty(len(weights))
     arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
@@ -161,11 +152,6 @@ def _of(array: np.ndarray | None) -> ctypes.c_void_p:
 
 
 def _library() -> ctypes.CDLL:
-    """Returns the library.
-
-    Raises:
-        RequestError: it is not built, or cannot be loaded.
-    """
     loaded = _load()
     if isinstance(loaded, str):
         raise RequestError(

@@ -1,8 +1,8 @@
 """Measures an artifact's speed: prompts and tokens, at depths, beside the memory's read speed.
 
-The tests are those of llama-bench, through the Session interface, so that all formats are measured
-alike. The machine's read speed drifts within minutes. So tests at all depths take turns, the memory
-is read between the timed pieces, and a row compares medians of the same minutes.
+The tests are those of llama-bench, through the Session interface. The machine's read speed drifts
+within minutes, so tests at all depths take turns, the memory is read between the timed pieces, and
+a row compares medians of the same minutes.
 """
 
 import re
@@ -55,7 +55,6 @@ class BenchTest:
         return min(self.length, PIECE) if self.kind == "pp" else 1
 
     def weight_reads(self, info: SessionInfo) -> int:
-        """Returns how many times the engine reads all weights."""
         if self.kind != "pp":
             return self.length
         chunks, remainder = divmod(self.length, info.prefill_chunk)
@@ -76,7 +75,6 @@ class BenchRequest:
     synthetic: bool = False
 
     def __post_init__(self) -> None:
-        """Raises RequestError if all lengths are 0, or for an option that changes nothing."""
         if not any((*self.prompts, *self.tokens)):
             raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
         if self.synthetic and not any(self.depths):
@@ -86,16 +84,11 @@ class BenchRequest:
 
     @classmethod
     def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
-        """Reads lists such as `128,512`.
-
-        Raises:
-            RequestError: a text is no list of lengths, or all lengths are 0.
-        """
+        """Reads lists such as `128,512`."""
         return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
 
     @property
     def tests(self) -> list[BenchTest]:
-        """The prompts, then the single steps, in the order of the request."""
         prompts = [BenchTest("pp", length) for length in self.prompts if length]
         return prompts + [BenchTest("tg", length) for length in self.tokens if length]
 
@@ -116,11 +109,7 @@ def bench_artifact(
     threads: int | None = None,
     allow_foreign: bool = False,
 ) -> list[BenchRow]:
-    """Opens an artifact and measures it.
-
-    Raises:
-        RequestError: the artifact is not valid, or there is too little memory.
-    """
+    """Opens an artifact and measures it."""
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
     session = open_session(artifact, threads=threads)
@@ -135,8 +124,6 @@ def bench_artifact(
 
 @dataclass
 class _Cell:
-    """A test at a depth, and the results of its repetitions."""
-
     test: BenchTest
     depth: int
     state_file: Path
@@ -280,10 +267,7 @@ class BenchMeasurement:
 
 
 def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> State:
-    """Returns a state of random numbers at the position `depth`.
-
-    The cost of a step depends on shapes and on the position, not on the numbers.
-    """
+    """Returns random numbers as the state at `depth`; a step costs the same for any numbers."""
     random = {
         name: (0.1 * generator.standard_normal(array.shape)).astype(array.dtype)
         for name, array in like.items()

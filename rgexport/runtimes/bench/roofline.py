@@ -1,8 +1,6 @@
 """Measures how fast this machine reads memory: the limit of a decode step, which reads all weights.
 
-numpy keeps large arrays in huge pages where it can. Memory in pages of 4 kB, as a plain C program
-gets it, is read more slowly, and would overstate the shares of the bandwidth. The memory is read in
-another process, so that it does not count in the peak of the process that measures.
+The memory is read in another process, so that it does not count in the peak of this one.
 """
 
 import mmap
@@ -24,17 +22,14 @@ READ_BYTES = 1 << 30
 _PASSES = 3
 
 ReadSpeed = Callable[[], float]
-"""Measures, and returns bytes per second."""
 
 
 @contextmanager
 def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> Iterator[ReadSpeed]:
-    """Yields a function that measures how fast `threads` threads together read `nbytes`.
+    """Yields a function that measures, in 0.1 s, how fast `threads` threads together read `nbytes`.
 
-    One call takes about a tenth of a second. numpy asks for `huge` pages by default.
-
-    Raises:
-        RequestError: there is too little memory.
+    numpy asks for `huge` pages by default, as a plain C program does not. Raises RequestError if
+    there is too little memory.
     """
     pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (threads, nbytes, huge))
 
@@ -73,7 +68,6 @@ class MemoryReader:
 
 
 def _small_pages(length: int, dtype: type[np.generic]) -> np.ndarray:
-    """Returns an array in pages of 4 kB."""
     return np.frombuffer(mmap.mmap(-1, length * np.dtype(dtype).itemsize), dtype)
 
 

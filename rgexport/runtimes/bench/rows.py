@@ -16,17 +16,13 @@ class BenchRow:
 
     Attributes:
         state: how the depth was reached: by `processed` tokens, or with a `synthetic` state.
-        tokens_per_second: the mean over the repetitions.
         deviation: the standard deviation over the repetitions; 0 for one.
         time_ratio: the median time of a token, relative to the same test at the lowest depth.
         bytes_per_token: weights read per token; they are read once for each chunk of a prompt.
-        roofline_bytes_per_second: the memory's read speed: the median of measurements between the
-            timed pieces.
+        roofline_bytes_per_second: the median of the memory's read speed between the timed pieces.
         roofline_share: tokens_per_second * bytes_per_token / roofline_bytes_per_second.
         rss_bytes: memory of the process at the end of a repetition: the median.
         peak_rss_bytes: the most memory of the process so far, opening included.
-        load_seconds: time to open the session.
-        kernels: see `SessionInfo.kernels`.
     """
 
     test: str
@@ -63,10 +59,7 @@ COLUMNS: dict[str, Callable[[BenchRow], str]] = {
     "memory": lambda row: _memory_text(row.rss_bytes),
     "peak": lambda row: _memory_text(row.peak_rss_bytes),
 }
-"""The columns of the tables for people.
-
-`time` is the time of a token relative to that at the lowest depth, and `share` how much of the
-memory's read speed the weights take."""
+"""The columns of the tables for people; `time` and `share` are the row's ratios."""
 
 
 def as_json(rows: Sequence[BenchRow]) -> str:

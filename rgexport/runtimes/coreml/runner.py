@@ -1,9 +1,8 @@
 """Runs the functions of Core ML packages: on macOS in Core ML, elsewhere in rgexport's interpreter.
 
-An artifact has one package, or several that run in turn. A package has the functions `decode` (one
-token) and `prefill` (a fixed number of tokens) of each of its segments. Core ML keeps states from
-call to call: the caches of attention and convolutions, and with `--recurrent-state hilo` also the
-RG-LRU states, which otherwise are an input and an output.
+A package has the functions `decode` (one token) and `prefill` (a fixed number of tokens) of each of
+its segments. Core ML keeps states from call to call: the caches of attention and convolutions, and
+with `--recurrent-state hilo` also the RG-LRU states, which otherwise are an input and an output.
 """
 
 import logging
@@ -31,19 +30,11 @@ from rgexport.export.coreml.segments import Segment, in_order
 from rgexport.export.mil.package import open_package
 
 _LAYER_AXIS = -2
-"""Axis along which packages share the RG-LRU states hi and lo, [1, 1, layers, width].
-
-All other states belong to one layer, so they are in one package.
-"""
+"""Axis along which packages share the RG-LRU states hi and lo, [1, 1, layers, width]."""
 
 
 class Runner(Protocol):
-    """An engine with one package loaded, or a `Pipeline` of such engines.
-
-    Attributes:
-        engine: the engine's name.
-        version: the engine's version.
-    """
+    """An engine with one package loaded, or a `Pipeline` of such engines."""
 
     engine: str
     version: str
@@ -55,10 +46,7 @@ class Runner(Protocol):
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """Runs a function, which updates `state` in place; returns the outputs by name.
-
-        `state` is None for a package without states.
-        """
+        """Runs a function, which updates `state` in place; None for a package without states."""
         ...
 
     def read_state(self, state: Any, name: str) -> np.ndarray: ...
@@ -69,21 +57,14 @@ class Runner(Protocol):
 class FrameworkRunner:
     """One package in Core ML, through coremltools, on macOS 15 or later.
 
-    Each function is an `MLModel`. The first one makes the state, and all functions use it. Apple's
-    documentation does not promise that this works; docs/coreml.md names projects that rely on it.
-    This class was written from the documentation of `coremltools.models.MLModel` and `MLState`;
-    tests replace both, and it has never run on a Mac.
+    Each function is an `MLModel`. The first one makes the state that all use, which Apple's
+    documentation does not promise to work; docs/coreml.md names projects that rely on it. Tests
+    replace `MLModel` and `MLState`: this class has never run on a Mac.
     """
 
     engine = "Core ML"
 
     def __init__(self, path: Path, functions: Iterable[str]):
-        """Compiles and loads each function.
-
-        Raises:
-            NotInstalled: coremltools is missing.
-            RequestError: Core ML cannot load the package.
-        """
         logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about torch versions
         try:
             import coremltools as tools
@@ -121,11 +102,7 @@ def _load(tools: Any, path: Path, function: str) -> Any:
 
 
 def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
-    """Opens the packages of an artifact in Core ML on macOS, elsewhere in the interpreter.
-
-    Raises:
-        RequestError: a package cannot be loaded, or has an op that the interpreter lacks.
-    """
+    """Opens the packages of an artifact in Core ML on macOS, elsewhere in the interpreter."""
     runners: dict[str, Runner] = {}
     for plan in manifest.packages:
         path = folder / plan.name
@@ -139,7 +116,6 @@ def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
 
 
 def combine(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
-    """Returns one runner for all packages; `runners` has package → runner."""
     if len(runners) == 1:
         return next(iter(runners.values()))
     return Pipeline(manifest, runners)
@@ -186,10 +162,7 @@ class Pipeline:
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any
     ) -> dict[str, np.ndarray]:
-        """Runs all segments; returns the outputs of all, by name.
-
-        If the RG-LRU states [layers, width] are an input, each segment takes those of its layers.
-        """
+        """Runs all segments, each with the RG-LRU states of its layers; returns all outputs."""
         values, outputs = dict(inputs), dict[str, np.ndarray]()
         recurrent, first_layer = inputs.get(RECURRENT), 0
         new_recurrent: list[np.ndarray] = []
@@ -222,7 +195,6 @@ class Pipeline:
             self._runners[package].write_state(state[package], name, piece)
 
     def _read_pieces(self, state: Any, name: str) -> list[np.ndarray]:
-        """Reads a state from all packages that have layers of it."""
         return [
             self._runners[package].read_state(state[package], name)
             for package in self._state_packages[name]

@@ -44,12 +44,10 @@ class StateConverter:
         return sum(array.nbytes for array in self._empty.values())
 
     def zeros(self) -> dict[str, np.ndarray]:
-        """Returns the carried inputs of the first call."""
         matrix = np.array([self._empty[record.name] for record in self._vectors], np.float32)
         return {name: matrix.copy() for name in self.carried_names}
 
     def canonical(self, row: SequenceState) -> State:
-        """Returns the states of a sequence by their canonical names."""
         state = {name: array.copy() for name, array in self._empty.items()}
         for record in self._matrices:
             state[record.name] = self._read(row, record)[:, : record.shape[1]]
@@ -101,23 +99,14 @@ class CoreMLSession(Session):
     def __init__(
         self, artifact: Artifact, *, threads: int | None = None, runner: Runner | None = None
     ):
-        """Opens the package.
-
-        Args:
-            artifact: a Core ML artifact.
-            threads: only reported; Core ML and numpy choose their own.
-            runner: executes the package, instead of this machine's own runner.
-
-        Raises:
-            RequestError: the package cannot be executed here.
-        """
+        """Opens the package; `runner` executes it instead of this machine's own runner."""
         assert isinstance(artifact.manifest, CoreMLManifest)
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
         self._opened_files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
         self._runner = runner or open_runner(artifact.path, artifact.manifest)
         self._chunk = artifact.manifest.coreml.prefill_length
-        self._vocab = artifact.manifest.config.vocab_size
+        self.vocab_size = artifact.manifest.config.vocab_size
         self._states = StateConverter(artifact.manifest, self._runner)
         self.reset()
 
@@ -135,10 +124,6 @@ class CoreMLSession(Session):
             chunk_logits=self._manifest.coreml.all_logits,
             whole_chunks=True,
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -175,10 +160,10 @@ class CoreMLSession(Session):
     def _take_row(self, row: SequenceState, ids: np.ndarray, first: int) -> np.ndarray:
         """Takes tokens [T] of one sequence; returns logits [T - first, vocab] from `first` on.
 
-        Whole chunks go through `prefill`, the rest through `decode`, as do all tokens whose logits
-        `prefill` does not give.
+        Whole chunks go through `prefill`; the rest, and tokens whose logits it does not give, go
+        through `decode`.
         """
-        logits = np.empty((len(ids) - first, self._vocab), np.float32)
+        logits = np.empty((len(ids) - first, self.vocab_size), np.float32)
         start = 0
         while start < len(ids):
             prefills = self._manifest.coreml.all_logits or start + self._chunk <= first + 1

@@ -19,15 +19,7 @@ LOGITS_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """Settings of a context.
-
-    Attributes:
-        threads: processors that it uses.
-        ubatch: most tokens that go through the layers at once.
-        flash_attention: whether attention is one fused operation.
-        cache_type: dtype of keys and values.
-        watch: a `ggml_backend_sched_eval_callback` that sees each tensor that is computed.
-    """
+    """Settings of a context; `watch` is a `ggml_backend_sched_eval_callback`."""
 
     threads: int
     ubatch: int
@@ -40,23 +32,16 @@ class LlamaContext:
     """The memory of `batch` sequences in llama.cpp; it keeps its model alive.
 
     Attributes:
-        batch: number of sequences.
         capacity: tokens that a sequence can take.
         chunk: most tokens of one sequence in one call.
         rows: most logits of one sequence in one call.
     """
 
     _flags = 0
-    """Flags of `llama_state_seq_*`: a saved state has all of a sequence."""
 
     def __init__(
         self, model: Handle, vocab_size: int, batch: int, parameters: Any, keep: Any = None
     ) -> None:
-        """Opens a context with parameters of llama.cpp, such as `common_parameters`.
-
-        Raises:
-            RequestError: too many sequences for llama.cpp, or too little memory.
-        """
         self._llama = bindings()
         require_batch(batch)
         with logged():
@@ -67,8 +52,7 @@ class LlamaContext:
         self.pointer = pointer
         self.memory = self._llama.llama_get_memory(pointer)
         self._vocab_size = vocab_size
-        self._sequence_ids = np.arange(batch, dtype=np.int32)
-        self.batch = batch
+        self._sequence_ids, self.batch = np.arange(batch, dtype=np.int32), batch
         shared = batch if parameters.kv_unified else 1
         self.capacity: int = self._llama.llama_n_ctx_seq(pointer) // shared
         self.chunk: int = self._llama.llama_n_batch(pointer) // batch
@@ -87,11 +71,7 @@ class LlamaContext:
     ) -> np.ndarray:
         """Takes tokens [S, T], T ≤ `chunk`, of sequences that have seen `positions` [S].
 
-        Returns:
-            The last `num_logits` logits, [S, num_logits, vocab]; `num_logits` ≤ `rows`.
-
-        Raises:
-            RequestError: llama.cpp failed; with its reason.
+        Returns the last `num_logits` ≤ `rows` logits, [S, num_logits, vocab].
         """
         with logged():
             batch = self._batch(sequences, tokens, positions, num_logits)
@@ -115,22 +95,14 @@ class LlamaContext:
         return size
 
     def save(self, sequence: int) -> np.ndarray:
-        """Returns the state of a sequence that has seen a token, in llama.cpp's form, uint8 [N].
-
-        Raises:
-            RequestError: llama.cpp failed; with its reason.
-        """
+        """Returns the state of a sequence that has seen a token, in llama.cpp's form, uint8 [N]."""
         data = np.empty(self.saved_bytes(sequence), np.uint8)
         if not self._transfer(self._llama.llama_state_seq_get_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot save its state: {complaint()}")
         return data
 
     def restore(self, sequence: int, data: np.ndarray) -> None:
-        """Sets an empty sequence to a result of `save`.
-
-        Raises:
-            RequestError: llama.cpp does not take it.
-        """
+        """Sets an empty sequence to a result of `save`."""
         if not self._transfer(self._llama.llama_state_seq_set_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
 
@@ -138,7 +110,6 @@ class LlamaContext:
         self._handle.close()
 
     def _transfer(self, function: Any, data: np.ndarray, sequence: int) -> bool:
-        """Returns whether llama.cpp wrote or read all of the data."""
         address = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         with logged():
             size = function(self.pointer, address, data.size, sequence, self._flags)
@@ -147,16 +118,13 @@ class LlamaContext:
     def _batch(
         self, sequences: range, tokens: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> Any:
-        """Makes a batch: all tokens of the first sequence, then all of the next.
-
-        The batch keeps its arrays alive.
-        """
+        """Makes a batch, sequence after sequence, that keeps its arrays alive."""
         batch, count = tokens.shape
         addresses = self._sequence_ids.ctypes.data + 4 * np.array(sequences, np.uintp)
         last = np.arange(count) >= count - num_logits
         columns = {
-            "token": tokens.astype(np.int32).reshape(-1),
-            "pos": (positions[:, None] + np.arange(count)).astype(np.int32).reshape(-1),
+            "token": tokens.astype(np.int32).ravel(),
+            "pos": (positions[:, None] + np.arange(count)).astype(np.int32).ravel(),
             "n_seq_id": np.ones(batch * count, np.int32),
             "seq_id": np.repeat(addresses, count),
             "logits": np.tile(last, batch).astype(np.int8),
@@ -173,9 +141,8 @@ class GriffinContext(LlamaContext):
     """The memory of sequences of a Griffin model.
 
     Beside the cache of the window, llama.cpp keeps one for layers without a window. There are no
-    such layers, but every token takes a cell of it, and only this cache can become full: `capacity`
-    is the number of its cells per sequence, and a sequence can take so many tokens until its state
-    must be written again. A saved state does not include it, so `write` frees all of its cells.
+    such layers, but every token takes a cell of it, so only this cache can become full, after
+    `capacity` tokens. A saved state does not include it: `write` frees all of its cells.
     """
 
     def __init__(
@@ -192,24 +159,15 @@ class GriffinContext(LlamaContext):
         self._layout = StateLayout(config, settings.cache_type, not settings.flash_attention, batch)
 
     def read(self, sequence: int) -> State:
-        """Returns the canonical state, without a batch axis, of a sequence that has seen a token.
-
-        Raises:
-            RequestError: llama.cpp's layout is not the one that we know.
-        """
+        """Returns the canonical state, without a batch axis, of a sequence with a token."""
         return unpack(self.save(sequence).tobytes(), self._layout)
 
     def write(self, sequence: int, state: State) -> None:
-        """Sets an empty sequence to a state as `read` returns it.
-
-        Raises:
-            RequestError: llama.cpp does not take it.
-        """
+        """Sets an empty sequence to a state as `read` returns it."""
         self.restore(sequence, np.frombuffer(pack(state, self._layout), np.uint8))
 
 
 def require_batch(batch: int) -> None:
-    """Raises RequestError if llama.cpp does not take so many sequences."""
     most = bindings().llama_max_parallel_sequences()
     if not 1 <= batch <= most:
         raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")

@@ -23,12 +23,7 @@ _ERROR, _CONTINUED = 4, 5
 
 @functools.cache
 def bindings() -> Any:
-    """Returns the low-level bindings, `llama_cpp.llama_cpp`; llama.cpp then logs to `-v`.
-
-    Raises:
-        NotInstalled: llama-cpp-python is missing, cannot be loaded, or is another release than the
-            one whose structures and states we know.
-    """
+    """Returns the low-level bindings, `llama_cpp.llama_cpp`; llama.cpp then logs to `-v`."""
     try:
         package = importlib.import_module("llama_cpp")
         module = importlib.import_module("llama_cpp.llama_cpp")
@@ -41,10 +36,8 @@ def bindings() -> Any:
     except (OSError, RuntimeError, AttributeError) as error:  # a library missing, broken, or old
         raise NotInstalled(f"llama-cpp-python cannot be loaded: {error}; {REMEDY}") from None
     if package.__version__.partition("+")[0] != port.RELEASE:
-        raise NotInstalled(
-            f"llama-cpp-python is {package.__version__}; this rgexport knows {port.RELEASE}: "
-            f"{REMEDY}"
-        )
+        known = f"this rgexport knows {port.RELEASE}: {REMEDY}"
+        raise NotInstalled(f"llama-cpp-python is {package.__version__}; {known}")
     _log.receive_from(module)
     module.llama_backend_init()
     return module
@@ -61,13 +54,10 @@ class _Log:
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.interrupted = False
-        self._level = 0
-        self._line = ""
+        self.interrupted, self._level, self._line = False, 0, ""
         self._callback: Any = None
 
     def receive_from(self, module: Any) -> None:
-        """Makes llama.cpp log here; the callback must live as long as the library."""
         self._callback = module.llama_log_callback(self._receive)
         module.llama_log_set(self._callback, None)
 
@@ -102,19 +92,13 @@ def logged() -> Iterator[None]:
 
 
 def complaint() -> str:
-    """Returns the first error that the last `logged` call logged, without the function's name.
-
-    The first line is nearest to the cause.
-    """
+    """Returns the first error of the last `logged` call, without the function's name."""
     first = next(iter(_log.errors), "it does not say why")
     return first.split(": ", 1)[-1] if first.split(":")[0].isidentifier() else first
 
 
 class Handle:
-    """A C pointer, or none, that is freed when the handle is closed or collected.
-
-    The handle keeps `keep` alive until then.
-    """
+    """A C pointer, or none, that is freed when the handle is closed or collected."""
 
     def __init__(self, pointer: Any, free: Callable[[Any], None], keep: Any = None) -> None:
         self.pointer = pointer
@@ -133,19 +117,11 @@ def load_model(
     mmap: bool = True,
     metadata: Mapping[str, int] | None = None,
 ) -> Handle:
-    """Loads a .gguf file: all of it, or its metadata and vocabulary.
-
-    `metadata` are numbers and flags that replace those of the file.
-
-    Raises:
-        NotInstalled: it is a stock llama.cpp, which does not know the architecture.
-        RequestError: it cannot load the file.
-    """
+    """Loads a .gguf file, or its vocabulary; `metadata` replaces its numbers and flags."""
     llama = bindings()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
-    overrides = _overrides(metadata or {})
-    parameters.kv_overrides = overrides
+    parameters.kv_overrides = _overrides(metadata or {})
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
     advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
     with logged(), advised as advice:
@@ -167,7 +143,6 @@ def load_model(
 
 
 def _overrides(metadata: Mapping[str, int]) -> Any:
-    """Returns an array for `kv_overrides`, which ends with an empty key; None if it is empty."""
     llama = bindings()
     if not metadata:
         return None

@@ -40,16 +40,11 @@ class LlamaSession(Session, Generic[_Context]):
     _position: np.ndarray
 
     def __init__(self, path: Path, threads: int | None, **options: Any) -> None:
-        """Loads the model with options of `load_model`.
-
-        Raises:
-            RequestError: llama.cpp is missing, or cannot load the file.
-        """
         self._llama = bindings()
         self._threads = usable_threads(threads)
         self._model = load_model(path, **options)
         vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
-        self._vocab_size: int = self._llama.llama_vocab_n_tokens(vocabulary)
+        self.vocab_size = int(self._llama.llama_vocab_n_tokens(vocabulary))
         self._context: _Context | None = None
         self._ubatch = UBATCH
 
@@ -68,10 +63,6 @@ class LlamaSession(Session, Generic[_Context]):
     @property
     @abstractmethod
     def _state_bytes(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
 
     @property
     def position(self) -> np.ndarray:
@@ -107,8 +98,8 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
 
     Keys and values are float32 if all weights are, otherwise float16, whose rounding (1e-4 of the
     logits) is small beside that of the weights. Flash attention, which saves a third of the
-    attention's time in a step, is used if weights are quantized: on a CPU it rounds queries too
-    and sums in float16 (2e-3 of the logits after a full window).
+    attention's time in a step, is used if weights are quantized: on a CPU it rounds queries too and
+    sums in float16 (2e-3 of the logits after a full window).
     """
 
     def __init__(
@@ -122,22 +113,7 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
         window: int | None = None,
         watch: Any = None,
     ):
-        """Loads the model.
-
-        Args:
-            artifact: a GGUF file.
-            threads: the processors that this process may use, by default.
-            ubatch: most tokens that go through the layers at once.
-            flash_attention: whether attention is one fused operation; by default see above.
-            mmap: whether weights stay in the file's pages, where llama.cpp can use them so.
-            window: of attention; that of the file, by default, which is the most it can be. With 0,
-                a token sees only itself.
-            watch: see `ContextSettings`.
-
-        Raises:
-            RequestError: there is no llama-cpp-python that knows RecurrentGemma, or it cannot load
-                the file.
-        """
+        """Loads the model, perhaps with a smaller window; at 0, a token sees only itself."""
         self._config = artifact.manifest.config
         self._opened_files = (UnchangedFiles(artifact),)
         metadata = {}
@@ -146,9 +122,9 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
             # The state keeps one key where the window is 0: no later token sees it.
             self._config = dataclasses.replace(self._config, window=max(1, window))
         super().__init__(artifact.path, threads, mmap=mmap, metadata=metadata)
-        if self._vocab_size != self._config.vocab_size:
+        if self.vocab_size != self._config.vocab_size:
             raise RequestError(
-                f"{artifact.path} is damaged: its vocabulary has {self._vocab_size} tokens, its "
+                f"{artifact.path} is damaged: its vocabulary has {self.vocab_size} tokens, its "
                 f"manifest says {self._config.vocab_size}; export it again"
             )
         stored = self._llama.llama_model_ftype(self._model.pointer)
@@ -183,8 +159,8 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
     def get_rows(self, rows: range) -> State:
         """Returns a copy of the canonical state of some rows.
 
-        llama.cpp's own memory is then written from the copy, so that this session continues to the
-        last bit like any other session that gets the copy.
+        llama.cpp's memory is then written from the copy, so that this session continues to the last
+        bit like any other that gets the copy.
         """
         state = {s.name: np.zeros((len(rows), *s.shape), s.dtype) for s in self._specs}
         state[POSITION] = self._position[rows.start : rows.stop].copy()
@@ -196,7 +172,6 @@ class LlamaCppSession(LlamaSession[GriffinContext]):
 
     @property
     def _specs(self) -> list[StateSpec]:
-        """The states in the dtypes that llama.cpp keeps."""
         return [
             dataclasses.replace(spec, dtype="float32") if spec.name.endswith(".conv1d") else spec
             for spec in state_specs(self._config, self._settings.cache_type)

@@ -39,7 +39,6 @@ class BoundRun:
                 self._binding.bind_ortvalue_output(target, value)
 
     def run(self) -> None:
-        """Raises RequestError with the reason of an op or of the engine."""
         with engine_errors("run the model"):
             self._session.run_with_iobinding(self._binding)
 
@@ -66,8 +65,8 @@ class VerificationRun:
 
     A recurrent state cannot be cut back. But the graph has its rows: h of each token is a state,
     and the inputs of a convolution become its state. So the run leaves these states alone, and
-    `accept` takes the rows of accepted tokens. Keys and values go into their rings as ever; the
-    slots of refused tokens get back their former content.
+    `accept` takes the rows of accepted tokens. Keys and values go into their rings; the slots of
+    refused tokens get back their former content.
     """
 
     def __init__(
@@ -79,16 +78,7 @@ class VerificationRun:
         records: Sequence[StateRecord],
         sites: Mapping[str, str],
     ) -> None:
-        """Binds the rows of the states.
-
-        Args:
-            run: has the states [R, …], ids and positions [R, T] bound, the states as outputs too.
-            ids: bound array that `run` fills.
-            positions: bound array that `run` fills.
-            states: by name.
-            records: of all states.
-            sites: result of `state_sites`.
-        """
+        """Binds the states' rows; `run` has states, ids and positions [R, T] bound."""
         self._run, self._ids, self._positions = run, ids, positions
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
         self._rings: list[np.ndarray] = []
@@ -113,7 +103,6 @@ class VerificationRun:
         self._run.run()
 
     def accept(self, counts: Sequence[int]) -> None:
-        """Keeps so many of each row's first tokens in the states."""
         for row, count in enumerate(counts):
             for state, rows in self._rows:
                 state[row] = np.concatenate([state[row], rows[row, :count]])[count:]

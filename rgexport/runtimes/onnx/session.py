@@ -48,31 +48,19 @@ class OrtSession(Session):
         graph: bytes | None = None,
         native: bool = True,
     ):
-        """Opens the model.
-
-        Args:
-            artifact: an ONNX artifact.
-            threads: the processors that this process may use, by default.
-            graph: a serialized model that runs instead of the artifact's, with its weights.
-            native: whether our kernels may run.
-
-        Raises:
-            RequestError: ONNX Runtime cannot open the model, or a file has changed since the
-                artifact was opened.
-        """
+        """Opens the model, or `graph` with its weights; our kernels may run if `native`."""
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
         self._opened_files = (UnchangedFiles(artifact, MODEL_FILE),)
-        self._session, self._native, self._weights, stop = _open(
-            artifact, self._threads, graph, native
-        )
+        opened = _open(artifact, self._threads, graph, native)
+        self._session, self._native, self._weights, stop = opened
         # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
         self._exact = 1 if graph else _exact_tokens(self._native, self._manifest)
         self._sites = state_sites(self._manifest.config) if self._exact > 1 else {}
         if not {value.name for value in self._session.get_outputs()} >= {*self._sites.values()}:
             self._exact, self._sites = 1, {}
-        self._vocab = artifact.manifest.config.vocab_size
+        self.vocab_size = artifact.manifest.config.vocab_size
         self._rings = {s.name: s.shape for s in self._manifest.states if s.layout == "ring"}
         self.reset()
 
@@ -92,10 +80,6 @@ class OrtSession(Session):
         )
 
     @property
-    def vocab_size(self) -> int:
-        return self._vocab
-
-    @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         # In the graph, keys and values have an axis for their one head too.
         states = self._manifest.states
@@ -107,13 +91,13 @@ class OrtSession(Session):
 
     def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Takes tokens [B, T] in one run with all logits; returns the outputs `names`."""
-        ids, rows = checked_tokens(tokens, len(self._position), self._vocab), self._all
+        ids, rows = checked_tokens(tokens, len(self._position), self.vocab_size), self._all
         outputs = self._bind(rows, ids, self._next(rows, ids), ids.shape[1]).fetch(names)
         self._position += ids.shape[1]
         return outputs
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        ids = checked_tokens(tokens, len(self._position), self._vocab)
+        ids = checked_tokens(tokens, len(self._position), self.vocab_size)
         return self._run(self._all, ids, max(1, min(num_logits, ids.shape[1])))
 
     def reset(self, batch: int = 1) -> None:
@@ -127,12 +111,9 @@ class OrtSession(Session):
     def get_rows(self, rows: range) -> State:
         span = slice(rows.start, rows.stop)
         position = self._position[span].copy()
-        state = {}
-        for name, array in self._states.items():
-            state[name] = array[span].copy()
-            if name in self._rings:
-                caches = state[name].reshape(len(rows), *self._rings[name][-2:])
-                state[name] = _rolled(caches, -position)
+        state = {name: array[span].copy() for name, array in self._states.items()}
+        for name, shape in self._rings.items():
+            state[name] = _rolled(state[name].reshape(len(rows), *shape[-2:]), -position)
         return state | {POSITION: position}
 
     def close(self) -> None:
@@ -158,8 +139,11 @@ class OrtSession(Session):
             return super()._verify(rows, tokens)
         key = rows, tokens.shape[1]
         if key not in self._trials:
-            self._trials[key] = self._verification_run(rows, tokens)
-        logits = np.empty((*tokens.shape, self._vocab), np.float32)
+            ids, positions = np.zeros((2, *tokens.shape), np.int64)
+            run, specs = self._bind(rows, ids, positions, tokens.shape[1]), self._manifest.states
+            states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
+            self._trials[key] = VerificationRun(run, ids, positions, states, specs, self._sites)
+        logits = np.empty((*tokens.shape, self.vocab_size), np.float32)
         self._trials[key].run(tokens, self._next(rows, tokens), logits)
         return logits
 
@@ -172,13 +156,6 @@ class OrtSession(Session):
     def _is_exact(self, tokens: np.ndarray) -> bool:
         return 1 < self._exact >= tokens.size
 
-    def _verification_run(self, rows: range, tokens: np.ndarray) -> VerificationRun:
-        ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-        run = self._bind(rows, ids, positions, tokens.shape[1])
-        specs = self._manifest.states
-        states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
-        return VerificationRun(run, ids, positions, states, specs, self._sites)
-
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()
         span = slice(rows.start, rows.stop)
@@ -190,7 +167,6 @@ class OrtSession(Session):
             buffer[span] = array
 
     def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        """Takes one token [R, 1] a row, with bindings that are kept."""
         if rows not in self._steps:
             ids, positions = np.zeros((2, *tokens.shape), np.int64)
             self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
@@ -203,8 +179,7 @@ class OrtSession(Session):
         return self._logits(rows, run, ids.shape[1], num_logits)
 
     def _logits(self, rows: range, run: BoundRun, tokens: int, count: int) -> np.ndarray:
-        """Runs so many tokens; returns the last logits [R, count, vocab] in a new array."""
-        logits = np.empty((len(rows), count, self._vocab), np.float32)
+        logits = np.empty((len(rows), count, self.vocab_size), np.float32)
         run.bind(logits, None, "logits")
         run.run()
         self._position[rows.start : rows.stop] += tokens
@@ -218,7 +193,6 @@ class OrtSession(Session):
     def _bind(
         self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> BoundRun:
-        """Binds all inputs, and the states as outputs too: neighbouring rows are one array."""
         run = BoundRun(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
@@ -232,14 +206,12 @@ class OrtSession(Session):
     def _share_outputs(self, run: BoundRun, shape: tuple[int, ...]) -> None:
         """Binds outputs that only verification reads to one array of each kind for all layers.
 
-        ONNX Runtime would keep those of all layers until the end of a run. The next layer needs
-        the result of a layer, so it overwrites only arrays that have been read.
+        ONNX Runtime would keep them all. A layer overwrites what the next has read already.
         """
         arrays: dict[str, np.ndarray] = {}
         for state, site in self._sites.items():
-            kind = state.rpartition(".")[2]
+            kind, width = state.rpartition(".")[2], self._states[state].shape[-1]
             if kind not in arrays:
-                width = self._states[state].shape[-1]
                 arrays[kind] = np.empty((*shape, width), np.float32)
             run.bind(arrays[kind], None, site)
 
@@ -247,8 +219,8 @@ class OrtSession(Session):
 def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
     """Returns `SessionInfo.exact_tokens`.
 
-    ONNX Runtime takes cosines and sines four at a time, and the remainder by another formula.
-    More tokens than the window has would share slots of a ring, which could not be restored.
+    ONNX Runtime takes cosines and sines four at a time, and the remainder by another formula. More
+    tokens than the window has would share slots of a ring, which could not be restored.
     """
     config = manifest.config
     angles = config.rope_dims // 2 if "attention" in config.block_types else 0
@@ -258,10 +230,7 @@ def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
 
 
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Rotates each row of caches [B, window, D] by its own number of slots.
-
-    A ring has position p in slot p modulo the window; rotated by -p, the oldest is in front.
-    """
+    """Rotates each row of caches [B, window, D]; position p is in slot p modulo window."""
     return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
 
 
@@ -299,21 +268,19 @@ def _open(
 
 
 def _require_version(artifact: Artifact) -> None:
-    profile = artifact.manifest.profile
+    profile, version = artifact.manifest.profile, ort.__version__
     needed = _NEEDED.get(profile, (0, 0))
-    if tuple(map(int, ort.__version__.split(".")[:2])) < needed:
+    if tuple(map(int, version.split(".")[:2])) < needed:
         raise RequestError(
             f"{artifact.path} is made for {profile}, and on a processor needs ONNX Runtime "
-            f"{'.'.join(map(str, needed))} or later; this is {ort.__version__}: update onnxruntime"
+            f"{'.'.join(map(str, needed))} or later; this is {version}: update onnxruntime"
         )
 
 
 def _register(options: ort.SessionOptions, native: NativeOps) -> NativeOps:
-    """Registers our kernels, if there are any; returns what the session will run."""
-    if native.library is None:
-        return native
     try:
-        options.register_custom_ops_library(str(native.library))
+        if native.library:
+            options.register_custom_ops_library(str(native.library))
     except Exception as error:  # built for another machine or another ONNX Runtime
         warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
         return NativeOps()

@@ -69,9 +69,10 @@ class FakeModel:
         if function_name not in package.functions:
             raise RuntimeError(f"no function\n{function_name}")
         self._run = Interpreter(package, function_name, WeightCache())
+        self._states = package.functions[function_name].states
 
     def make_state(self):
-        states = self._run.states.items()
+        states = self._states.items()
         return FakeState({name: np.zeros(type.shape, np.float16) for name, type in states})
 
     def predict(self, data, state):
