@@ -8,8 +8,12 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.llama_cpp.context import LlamaContext, common_parameters, require_batch
-from rgexport.runtimes.llama_cpp.session import LlamaSession
+from rgexport.runtimes.llama_cpp.session import (
+    LlamaContext,
+    LlamaSession,
+    common_parameters,
+    require_batch,
+)
 from rgexport.runtimes.memory import available_bytes
 from rgexport.runtimes.session import require_fitting
 from rgexport.units import amount
@@ -22,7 +26,7 @@ _NO_ROPE = -1
 """`LLAMA_ROPE_TYPE_NONE` (llama.h)."""
 
 
-class AnyModelSession(LlamaSession[LlamaContext]):
+class AnyModelSession(LlamaSession):
     """A .gguf file of any architecture, with llama.cpp's own settings.
 
     Its state is in llama.cpp's own form, and only sessions of the same file take it. A transformer

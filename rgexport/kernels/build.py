@@ -18,7 +18,6 @@ from typing import Any
 from rgexport.files.atomic import TargetInUse, replacing
 
 PROJECTS = tuple(Path(__file__).parent / name for name in ("onnx", "rounding"))
-"""Folders with the sources and the `CMakeLists.txt` of one library each."""
 NOT_BUILT = "not-built.txt"
 """File in the folder of a library that could not be built; it has the reason."""
 _SUFFIXES = {".so", ".dylib", ".dll"}
@@ -75,8 +74,7 @@ def _generator_options() -> list[str]:
     """
     if sys.platform == "win32" and not os.environ.get("CXX"):
         return [] if os.environ.get("CMAKE_GENERATOR") else ["-T", "ClangCL"]
-    ninja = find_program("ninja")
-    if ninja is not None:
+    if ninja := find_program("ninja"):
         return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     if find_program("make") is None and sys.platform != "win32":
         raise BuildFailed("neither Ninja nor Make is installed")

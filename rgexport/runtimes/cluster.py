@@ -18,7 +18,6 @@ from rgexport.parallelism import more_jobs
 _SECONDS = 10
 """Limit for a scheduler to answer, and for a worker to connect."""
 _JOBS_PER_THREAD = 2
-"""Jobs that are submitted ahead, so that no worker waits."""
 
 
 class Cluster:
@@ -122,10 +121,8 @@ def _require_same(client: Any, address: str) -> None:
         installed = {"a worker": "no rgexport"}
     for worker, theirs in installed.items():
         if theirs != ours:
-            raise RequestError(
-                f"{worker} of the cluster {address} has {theirs}, and here is {ours}; install the "
-                "same for both"
-            )
+            differs = f"{worker} of the cluster {address} has {theirs}, and here is {ours}"
+            raise RequestError(f"{differs}; install the same for both")
 
 
 def _installed() -> str:

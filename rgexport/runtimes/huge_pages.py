@@ -108,10 +108,8 @@ def _large_mappings() -> set[Area]:
 
 
 def _whole_pages(areas: Iterable[Area]) -> Iterator[Area]:
-    for start, end in areas:
-        first, last = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
-        if first < last:
-            yield first, last
+    for start, end in areas:  # twice as long as a page, at least
+        yield aligned(start, _HUGE_PAGE), end // _HUGE_PAGE * _HUGE_PAGE
 
 
 def _collapse(start: int, end: int) -> None:

@@ -68,13 +68,10 @@ class SiteHandler(BaseHTTPRequestHandler):
         self.site = site
         super().__init__(*connection)
 
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self.do_GET()
 
-    def _answer(self, *, with_body: bool) -> None:
+    def do_GET(self) -> None:
         # A page of another site whose name leads to this machine (DNS rebinding) must not read it.
         host = self.headers.get("Host")
         if host is not None and not is_allowed(host, ("localhost",)):
@@ -94,7 +91,7 @@ class SiteHandler(BaseHTTPRequestHandler):
         for name, value in _HEADERS.items():
             self.send_header(name, value)
         self.end_headers()
-        if with_body:
+        if self.command == "GET":
             self.write_body(body)
 
     def write_body(self, body: bytes) -> None:

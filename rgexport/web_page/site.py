@@ -6,7 +6,7 @@ chunk that two models or versions share once.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _UNNAMED = "other"
 _NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
 _ALWAYS = {CATALOG, "index.html", "sw.js"}
 _OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")
-_WELCOME = ("generation_config.json",)
+_WELCOME = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _require_suitable(artifact: Artifact) -> None:
 
 def _files(artifact: Artifact) -> list[Path]:
     names = [*_NEEDED, *weight_files(artifact.manifest)]
-    names += [name for name in _WELCOME if name in artifact.manifest.files]
+    names += [_WELCOME] if _WELCOME in artifact.manifest.files else []
     return [artifact.file(name) for name in dict.fromkeys(names)]
 
 
@@ -139,12 +139,14 @@ def _add_model(site: dict[str, Chunk | bytes], artifact: Artifact, advance: Adva
     files, sizes = [], dict[str, int]()
     for path in _files(artifact):
         hashes = []
-        for chunk in _chunks(path):
+        size = path.stat().st_size
+        for offset in range(0, size, CHUNK_BYTES):
+            chunk = Chunk(path, offset, min(CHUNK_BYTES, size - offset))
             name = hash_file(path, advance, chunk.offset, chunk.size).sha256
             site[f"chunks/{name}.bin"] = chunk
             sizes[name] = chunk.size
             hashes.append(name)
-        files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
+        files.append({"path": path.name, "bytes": size, "chunks": hashes})
     licence = artifact.origin().licence
     return {
         "name": artifact.manifest.name,
@@ -154,9 +156,3 @@ def _add_model(site: dict[str, Chunk | bytes], artifact: Artifact, advance: Adva
         "bytes": sum(sizes.values()),
         "files": files,
     }
-
-
-def _chunks(path: Path) -> Iterator[Chunk]:
-    size = path.stat().st_size
-    for offset in range(0, size, CHUNK_BYTES):
-        yield Chunk(path, offset, min(CHUNK_BYTES, size - offset))

@@ -61,10 +61,8 @@ _OPTIONS = {
 }
 """Options of llama.cpp's build; all others keep llama.cpp's defaults, such as `GGML_NATIVE`."""
 
-_WHEEL_OPTIONS = (
-    *("-C", "cmake.define.LLAMA_BUILD=OFF"),
-    *("-C", "sdist.include=llama_cpp/lib/*"),  # .gitignore would exclude it
-)
+# The second, because .gitignore would exclude it.
+_WHEEL_OPTIONS = "-C", "cmake.define.LLAMA_BUILD=OFF", "-C", "sdist.include=llama_cpp/lib/*"
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 """The begin of a line by ninja: the number of finished steps, and of all."""
@@ -204,42 +202,36 @@ class _Commands:
             raise RequestError(f"{command[0]} is not installed; install it and run this again")
         line = shlex.join([program, *command[1:]])
         progress.detail(f"$ {line}")
-        with self._log.open("a", 1, encoding="utf-8", errors="replace") as log:
+        with ExitStack() as stack:
+            log = stack.enter_context(self._log.open("a", 1, encoding="utf-8", errors="replace"))
             print("$", line, file=log)
             start = log.tell()
-            code = self._logged([program, *command[1:]], log.write, label)
-        if code:
+            process = subprocess.Popen(
+                [program, *command[1:]],
+                env=self._variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+            )
+            stack.enter_context(process)
+            assert process.stdout is not None
+            advance, done = None, 0
+            for line in process.stdout:
+                log.write(line)
+                if label and (step := _STEP.match(line)):
+                    if advance is None:
+                        advance = stack.enter_context(progress.task(label, int(step[2]), "steps"))
+                    advance(int(step[1]) - done)
+                    done = int(step[1])
+        if process.returncode:
             output = self._log.read_bytes()[start:].decode("utf-8", "replace")
             match = _ERROR.search(output)
             error = f": {' '.join(match[0].split())}" if match else ""
             raise RequestError(
                 f"{who} failed{error[:_ERROR_LENGTH]} (its output is in {self._log})"
             )
-
-    def _logged(self, command: list[str], write: Callable[[str], object], label: str | None) -> int:
-        """Passes a command's output to `write`, and shows its progress; returns its exit code."""
-        with ExitStack() as stack:
-            process = stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    env=self._variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    encoding="utf-8",
-                    errors="replace",
-                )
-            )
-            assert process.stdout is not None
-            advance, done = None, 0
-            for line in process.stdout:
-                write(line)
-                if label and (step := _STEP.match(line)):
-                    if advance is None:
-                        advance = stack.enter_context(progress.task(label, int(step[2]), "steps"))
-                    advance(int(step[1]) - done)
-                    done = int(step[1])
-        return process.returncode
 
 
 def fetch(folder: Path, pip: Callable[..., None]) -> Path:

@@ -26,14 +26,12 @@ LIBRARY = library_path(FOLDER)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of this machine.
+    """The kernels of this machine, or the reason why there are none.
 
     Attributes:
-        instruction_set: the one of `instruction_sets` in use; empty if there are no kernels.
         ops: the ops of the domain `ai.rgexport` that have a kernel.
         instruction_sets: names that this processor supports, from the least to the best.
         exact_tokens: most tokens of a step for which each gives the bits that it gives alone.
-        reason: why there are no kernels; empty if there are some.
     """
 
     instruction_set: str = ""
@@ -93,9 +91,13 @@ def _usable() -> ctypes.CDLL | str:
         return f"{NO_NATIVE} turns them off"
     if not LIBRARY.is_file():  # it may be built while this process runs
         return why_missing(LIBRARY.parent)
-    loaded = _load(LIBRARY)
-    if isinstance(loaded, ctypes.CDLL):
-        _require_known_set(loaded)
+    loaded, name = _load(LIBRARY), os.environ.get(CPU, "")
+    known = () if isinstance(loaded, str) else _names(loaded.rgexport_level)
+    if name and known and name not in known:
+        raise RequestError(
+            f"{CPU} names no instruction set of this architecture: {name!r}; "
+            f"expected one of {', '.join(known)}, or nothing for the best one here"
+        )
     return loaded
 
 
@@ -112,15 +114,6 @@ _SIGNATURES: dict[str, Signature] = {
 @cache
 def _load(path: Path) -> ctypes.CDLL | str:
     return load_library(path, _SIGNATURES)
-
-
-def _require_known_set(loaded: ctypes.CDLL) -> None:
-    name, known = os.environ.get(CPU, ""), _names(loaded.rgexport_level)
-    if name and name not in known:
-        raise RequestError(
-            f"{CPU} names no instruction set of this architecture: {name!r}; "
-            f"expected one of {', '.join(known)}, or nothing for the best one here"
-        )
 
 
 def _names(function: Callable[[int], bytes | None]) -> tuple[str, ...]:

@@ -64,17 +64,10 @@ def search(
 ) -> np.ndarray:
     """Tries fractions of scales; the one with the least squared error replaces the scale.
 
-    Args:
-        weights: float32 [n, blocks, block], with blocks of a multiple of 16.
-        importance: float32 [blocks, block], factors of squared errors, or None for 1.
-        bits: of a level.
-        symmetric: whether zero points stay, and scales may change their sign.
-        half: whether scales are stored as float16, and `scale · level` too.
-        scales: float32 [n, blocks] of the extremes; changed.
-        zeros: their zero points, whole numbers in float32; changed.
-
-    Returns:
-        The levels, uint8 [n, blocks, block].
+    Returns the levels, uint8, of weights, float32 [n, blocks, block]; `block` is a multiple of 16.
+    Squared errors are multiplied by the importance, float32 [blocks, block]. Scales of the
+    extremes and their zero points, float32 [n, blocks], are changed; if `symmetric`, zero points
+    stay, and scales may change their sign. If `half`, scales and `scale · level` are float16.
     """
     count, blocks, block = weights.shape
     levels = np.empty(weights.shape, np.uint8)
@@ -101,16 +94,16 @@ def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndar
     levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
     """
     levels, lost = np.empty(weights.shape, np.uint8), np.empty(len(weights))
-    arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
-    _library().rgexport_feedback(*arguments)
+    arrays = map(_of, (factors.m, factors.d, levels, lost))
+    _library().rgexport_feedback(*_rows(weights, grid), *arrays)
     return levels, lost
 
 
 def loss(weights: np.ndarray, grid: Grid, factors: Factors, levels: np.ndarray) -> np.ndarray:
     """Returns (w − v) H (w − v)ᵀ of each row for its levels, float64 [n]."""
     lost = np.empty(len(weights))
-    arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
-    _library().rgexport_loss(*arguments)
+    arrays = map(_of, (factors.m, factors.d, levels, lost))
+    _library().rgexport_loss(*_rows(weights, grid), *arrays)
     return lost
 
 
@@ -124,16 +117,10 @@ def refine(
     zeros: np.ndarray | None = None,
     half: bool = False,
 ) -> None:
-    """Lowers (w − v) H (w − v)ᵀ of rows: by new scales, then level by level.
+    """Lowers (w − v) H (w − v)ᵀ of rows [n, K] in `rounds`: by new scales, then level by level.
 
-    Args:
-        weights: float32 [n, K].
-        grid: its scales and offsets change where there are zero points.
-        matrix: H, float32 [K, K].
-        levels: uint8 [n, K]; changed.
-        rounds: number of passes over scales and levels.
-        zeros: the zero points [n, groups], whole numbers in float32; None leaves the scales.
-        half: whether scales are stored as float16.
+    Changes the levels, uint8 [n, K], and the grid's scales, stored as float16 if `half`, and
+    offsets where there are zero points, whole numbers in float32 [n, groups].
     """
     arguments = *_rows(weights, grid), _of(zeros), half, _of(matrix), rounds, _of(levels)
     _library().rgexport_refine(*arguments)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ WARM_UP_SECONDS = 4.0
 """Longer than the background work of an engine, which moves weights to huge pages for about 2 s."""
 SLICE_SECONDS = 1.0
 """About how long steps run between two readings of the memory."""
-PATIENCE_SECONDS = 60.0
+PATIENCE_MINUTES = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class BenchTest:
     @property
     def name(self) -> str:
         return f"{self.kind}{self.length}"
-
-    @property
-    def warm_up(self) -> int:
-        """The length of a first run, in which the engine allocates its memory."""
-        return min(self.length, PIECE) if self.kind == "pp" else 1
 
     def weight_reads(self, info: SessionInfo) -> int:
         if self.kind != "pp":
@@ -129,12 +125,8 @@ class _Cell:
     state_file: Path
     rates: list[float] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
-    memory: list[int | None] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
     peak: int | None = None
-
-    @property
-    def token_seconds(self) -> float:
-        return 1 / median(self.rates)
 
 
 @dataclass
@@ -163,7 +155,7 @@ class BenchMeasurement:
         state = self.session.get_state()
         cells = []
         for depth in sorted(set(self.request.depths)):
-            state = self.state_at(depth, state)
+            state = self._state_at(depth, state)
             file = folder / f"{depth}.npz"
             np.savez(file, **state)  # type: ignore[arg-type]  # no state is named `allow_pickle`
             cells += [_Cell(test, depth, file) for test in self.request.tests]
@@ -172,8 +164,8 @@ class BenchMeasurement:
     def _measure(self, cells: list[_Cell]) -> None:
         rounds = self.request.repetitions
         with task("Measuring", len(cells) * (rounds + 1), "repetitions") as advance:
-            for cell in cells:
-                self._run(cell, cell.test.warm_up, [])
+            for cell in cells:  # the engine allocates its memory
+                self._run(cell, min(cell.test.length, PIECE) if cell.test.kind == "pp" else 1, [])
                 advance(1)
             speed = self.read_speed()
             for _ in range(rounds):
@@ -181,7 +173,7 @@ class BenchMeasurement:
                     cell.speeds.append(speed)
                     elapsed = self._run(cell, cell.test.length, cell.speeds)
                     cell.rates.append(cell.test.length / elapsed)
-                    cell.memory.append(rss_bytes())
+                    cell.memory += [size for size in [rss_bytes()] if size is not None]
                     cell.peak = peak_rss_bytes()
                     cell.speeds.append(speed := self.read_speed())
                     advance(1)
@@ -189,16 +181,15 @@ class BenchMeasurement:
     def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
         with np.load(cell.state_file) as state:
             self.session.set_state(dict(state))
+        tokens = self._random(length)
         if cell.test.kind == "pp":
-            tokens = self._random(length).T
-            return seconds(lambda: self.session.prefill(tokens))
-        return self._steps(length, speeds)
+            return seconds(lambda: self.session.prefill(tokens.T))
+        return self._steps(tokens, speeds)
 
     def _row(self, cell: _Cell, lowest: _Cell) -> BenchRow:
         info, test, rates = self.session.info, cell.test, cell.rates
         per_token = info.weight_bytes * test.weight_reads(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
-        memory = [size for size in cell.memory if size is not None]
         return BenchRow(
             test=test.name,
             depth=cell.depth,
@@ -207,11 +198,11 @@ class BenchMeasurement:
             tokens_per_second=rate,
             deviation=stdev(rates) if len(rates) > 1 else 0.0,
             median_tokens_per_second=median(rates),
-            time_ratio=cell.token_seconds / lowest.token_seconds,
+            time_ratio=median(lowest.rates) / median(cell.rates),
             bytes_per_token=per_token,
             roofline_bytes_per_second=read_speed,
             roofline_share=rate * per_token / read_speed,
-            rss_bytes=round(median(memory)) if memory else None,
+            rss_bytes=round(median(cell.memory)) if cell.memory else None,
             peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
             artifact_bytes=_size(self.artifact),
@@ -230,23 +221,21 @@ class BenchMeasurement:
                 self.session.reset()
             self.session.step(self._random(1)[0])
 
-    def _steps(self, length: int, speeds: list[float]) -> float:
-        """Returns seconds for `length` steps; adds read speeds measured in between to `speeds`."""
+    def _steps(self, tokens: np.ndarray, speeds: list[float]) -> float:
+        """Returns the steps' seconds; adds read speeds measured in between to `speeds`."""
         total = since = 0.0
-        for token in self._random(length):
+        for token in tokens:
             if since >= SLICE_SECONDS:
                 speeds.append(self.read_speed())
                 since = 0.0
-            began = time.perf_counter()
-            self.session.step(token)
-            elapsed = time.perf_counter() - began
+            elapsed = seconds(partial(self.session.step, token))
             total, since = total + elapsed, since + elapsed
         return total
 
     def _random(self, length: int) -> np.ndarray:
         return self._generator.integers(0, self.session.vocab_size, (length, 1))
 
-    def state_at(self, depth: int, state: State) -> State:
+    def _state_at(self, depth: int, state: State) -> State:
         """Returns the state after `depth` tokens, continuing from an earlier `state`."""
         ahead = depth - int(state[POSITION][0])
         if not ahead:
@@ -261,8 +250,12 @@ class BenchMeasurement:
                 self.session.prefill(self._random(piece).T)
                 advance(piece)
                 done += piece
-                if done == PIECE:
-                    _announce_duration((time.perf_counter() - began) / done * ahead)
+                minutes = (time.perf_counter() - began) / done * ahead / 60
+                if done == PIECE and minutes > PATIENCE_MINUTES:
+                    note(
+                        f"this takes about {minutes:.0f} minutes; --synthetic uses a random state "
+                        "instead"
+                    )
         return self.session.get_state()
 
 
@@ -273,13 +266,6 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
         for name, array in like.items()
     }
     return random | {POSITION: np.full_like(like[POSITION], depth)}
-
-
-def _announce_duration(expected: float) -> None:
-    if expected > PATIENCE_SECONDS:
-        note(
-            f"this takes about {expected / 60:.0f} minutes; --synthetic uses a random state instead"
-        )
 
 
 def _size(artifact: Path) -> int:

@@ -53,22 +53,19 @@ class MemoryReader:
 
     def __init__(self, threads: int, nbytes: int, huge: bool = True) -> None:
         length = nbytes // threads // 8
-        allocate = np.empty if huge else _small_pages
-        self._arrays = [allocate(length, np.uint64) for _ in range(threads)]
+        small_pages = (np.frombuffer(mmap.mmap(-1, 8 * length), np.uint64) for _ in range(threads))
+        large_pages = (np.empty(length, np.uint64) for _ in range(threads))
+        self._arrays = list(large_pages if huge else small_pages)
         for array in self._arrays:
             array.fill(1)  # so that each page is allocated
         self._pool = ThreadPoolExecutor(threads)
         self._nbytes = sum(array.nbytes for array in self._arrays)
 
-    def read_speed(self, passes: int = _PASSES) -> float:
-        return self._nbytes / min(seconds(self._read) for _ in range(passes))
+    def read_speed(self) -> float:
+        return self._nbytes / min(seconds(self._read) for _ in range(_PASSES))
 
     def _read(self) -> None:
         list(self._pool.map(np.bitwise_or.reduce, self._arrays))
-
-
-def _small_pages(length: int, dtype: type[np.generic]) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(-1, length * np.dtype(dtype).itemsize), dtype)
 
 
 _readers: list[MemoryReader] = []

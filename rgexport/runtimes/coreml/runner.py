@@ -9,9 +9,8 @@ import logging
 import platform
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -121,24 +120,21 @@ def combine(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
     return Pipeline(manifest, runners)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A segment of the model and the package that has it; some packages have two segments."""
+class _Stage(NamedTuple):
+    """A segment of the model, and the package that has it, perhaps beside another segment."""
 
     package: str
     segment: Segment
     inputs: list[str]
     recurrent_layers: int
-    """Number of its layers with an RG-LRU state."""
 
 
 class Pipeline:
     """Runs several packages in turn; each segment takes the hidden state of the segment before."""
 
     def __init__(self, manifest: CoreMLManifest, runners: Mapping[str, Runner]):
-        self._runners = runners
-        self.engine = next(iter(runners.values())).engine
-        self.version = next(iter(runners.values())).version
+        self._runners, first = runners, next(iter(runners.values()))
+        self.engine, self.version = first.engine, first.version
         config, form = manifest.config, manifest.form
         self._stages = [
             _Stage(
@@ -164,12 +160,11 @@ class Pipeline:
     ) -> dict[str, np.ndarray]:
         """Runs all segments, each with the RG-LRU states of its layers; returns all outputs."""
         values, outputs = dict(inputs), dict[str, np.ndarray]()
-        recurrent, first_layer = inputs.get(RECURRENT), 0
-        new_recurrent: list[np.ndarray] = []
+        first_layer, new_recurrent = 0, list[np.ndarray]()
         for stage in self._stages:
-            if recurrent is not None:
+            if RECURRENT in inputs:
                 end_layer = first_layer + stage.recurrent_layers
-                values[RECURRENT] = recurrent[first_layer:end_layer]
+                values[RECURRENT] = inputs[RECURRENT][first_layer:end_layer]
                 first_layer = end_layer
             stage_outputs = self._runners[stage.package].predict(
                 stage.segment.function(function),

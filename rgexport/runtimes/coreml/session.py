@@ -1,5 +1,8 @@
 """Core ML packages behind the Session interface: Core ML on macOS, an interpreter elsewhere."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from rgexport.export.artifact import Artifact
@@ -14,13 +17,13 @@ from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 _LO_SCALE = np.float32(LO_SCALE)
 
 
+@dataclass
 class SequenceState:
     """The state of a sequence: in the runner, and as inputs and outputs of each call."""
 
-    def __init__(self, converter: "StateConverter"):
-        self.position = 0
-        self.in_runner = converter.runner.make_state()
-        self.carried = converter.zeros()
+    in_runner: Any
+    carried: dict[str, np.ndarray]
+    position: int = 0
 
 
 class StateConverter:
@@ -43,9 +46,10 @@ class StateConverter:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._empty.values())
 
-    def zeros(self) -> dict[str, np.ndarray]:
+    def zeros(self) -> SequenceState:
         matrix = np.array([self._empty[record.name] for record in self._vectors], np.float32)
-        return {name: matrix.copy() for name in self.carried_names}
+        carried = {name: matrix.copy() for name in self.carried_names}
+        return SequenceState(self.runner.make_state(), carried)
 
     def canonical(self, row: SequenceState) -> State:
         state = {name: array.copy() for name, array in self._empty.items()}
@@ -70,8 +74,7 @@ class StateConverter:
         if record.layout == "canonical":
             return hi
         lo = self.runner.read_state(row.in_runner, record.output)[0, 0]
-        matrix: np.ndarray = hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE
-        return matrix
+        return np.asarray(hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE)
 
     def _write(self, row: SequenceState, record: StateRecord, matrix: np.ndarray) -> None:
         if record.layout == "row":
@@ -101,8 +104,7 @@ class CoreMLSession(Session):
     ):
         """Opens the package; `runner` executes it instead of this machine's own runner."""
         assert isinstance(artifact.manifest, CoreMLManifest)
-        self._manifest = artifact.manifest
-        self._threads = usable_threads(threads)
+        self._manifest, self._threads = artifact.manifest, usable_threads(threads)
         self._opened_files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
         self._runner = runner or open_runner(artifact.path, artifact.manifest)
         self._chunk = artifact.manifest.coreml.prefill_length
@@ -135,7 +137,7 @@ class CoreMLSession(Session):
 
     def reset(self, batch: int = 1) -> None:
         self.require_unchanged()
-        self._rows = [SequenceState(self._states) for _ in range(batch)]
+        self._rows = [self._states.zeros() for _ in range(batch)]
 
     def get_rows(self, rows: range) -> State:
         states = [self._states.canonical(self._rows[index]) for index in rows]
@@ -153,7 +155,7 @@ class CoreMLSession(Session):
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()
         for source, index in enumerate(rows):
-            row = self._rows[index] = SequenceState(self._states)
+            row = self._rows[index] = self._states.zeros()
             row.position = int(state[POSITION][source])
             self._states.set(row, {name: state[name][source] for name in self._states.shapes})
 
@@ -180,8 +182,6 @@ class CoreMLSession(Session):
         positions = np.arange(row.position, row.position + len(ids), dtype=np.int32)
         inputs = {"input_ids": ids[None].astype(np.int32), "position_ids": positions[None]}
         outputs = self._runner.predict(function, inputs | row.carried, row.in_runner)
-        row.carried = {
-            source: outputs[target] for source, target in self._states.carried_names.items()
-        }
+        row.carried = {name: outputs[after] for name, after in self._states.carried_names.items()}
         row.position += len(ids)
         return outputs["logits"][0]
