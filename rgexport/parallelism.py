@@ -30,7 +30,6 @@ def usable_threads(requested: int | None) -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """Yields the limits of control groups of both versions, in processors."""
     with suppress(OSError, ValueError):
         for line in _MINE.read_text("utf-8").splitlines():
             _, controllers, path = line.split(":", 2)

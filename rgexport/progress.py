@@ -34,7 +34,6 @@ def note(text: str) -> None:
 
 
 def detail(text: str) -> None:
-    """Prints a remark if `-v` was given."""
     if verbose:
         note(text)
 
@@ -69,7 +68,6 @@ class TaskProgress:
         return f"{self.number or ''}{printable(self.label)}"
 
     def line(self, columns: int | None = None, *, ended: bool = False) -> str:
-        """Returns label, size, time and time left, in one line of at most so many columns."""
         texts = self._texts(ended)
         for text in texts:
             line = f"{self.title}: {text}"
@@ -98,7 +96,6 @@ _open: list[TaskProgress] = []
 """Tasks and groups that run, the outermost first."""
 _lock = threading.Lock()
 _display: "Progress | None" = None
-"""The display of all bars."""
 
 
 def expect_stages(total: int) -> None:
@@ -196,11 +193,11 @@ def _new_display() -> "Progress":
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, Task
 
-    width = columns() or 80
+    width = (columns() or 80) - 1
 
     class Line(ProgressColumn):
         def render(self, task: Task) -> "Table":
-            return _bar_line(task.fields["current"], width - 1)
+            return _bar_line(task.fields["current"], width)
 
     return Progress(Line(), console=Console(stderr=True), redirect_stdout=False, transient=True)
 
@@ -210,12 +207,11 @@ def _bar_line(current: TaskProgress, width: int) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    line = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
-    text = current.line(width)
+    line, text = Table.grid(padding=(0, 1, 0, 0), pad_edge=False), current.line(width)
     free = width - len(text) - 1
     if current.total and free >= _BAR.start:
-        numbers = text.removeprefix(f"{current.title}: ")
         bar = ProgressBar(current.total, current.done, width=min(free, _BAR.stop - 1))
+        numbers = text.removeprefix(f"{current.title}: ")
         line.add_row(Text(current.title), bar, Text(numbers))
     else:
         line.add_row(Text(text, no_wrap=True))

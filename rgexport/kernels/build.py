@@ -68,9 +68,7 @@ def build(project: Path, target: Path, build_folder: Path | None = None, *option
 def _generator_options() -> list[str]:
     """Returns CMake's options for Ninja if it is installed, else none, which means Make.
 
-    On Windows they are for Visual Studio with Clang: Ninja would use the first compiler in PATH,
-    such as a GCC whose runtime libraries users lack. The variables `CXX` and `CMAKE_GENERATOR`
-    override this.
+    On Windows, Ninja would use any compiler in PATH, such as a GCC whose libraries users lack.
     """
     if sys.platform == "win32" and not os.environ.get("CXX"):
         return [] if os.environ.get("CMAKE_GENERATOR") else ["-T", "ClangCL"]
@@ -117,7 +115,6 @@ def library_path(project: Path) -> Path:
 
 
 def why_missing(project: Path) -> str:
-    """Returns why a project has no library, and what to do about it."""
     reason = project / NOT_BUILT
     if reason.is_file():
         return f"it could not be built when rgexport was installed; {reason} says why"
@@ -139,7 +136,6 @@ def load_library(path: Path, signatures: Mapping[str, Signature]) -> ctypes.CDLL
 
 
 def main() -> None:
-    """Runs `python -m rgexport.kernels.build`, which builds all libraries in place."""
     parser = argparse.ArgumentParser(description="Build the native libraries in place.")
     parser.add_argument("--build-folder", type=Path, help="keep objects here for the next build")
     parser.add_argument("options", nargs="*", help="for CMake, after --")

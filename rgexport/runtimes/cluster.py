@@ -16,7 +16,6 @@ from rgexport.kernels.rounding import library
 from rgexport.parallelism import more_jobs
 
 _SECONDS = 10
-"""Limit for a scheduler to answer, and for a worker to connect."""
 _JOBS_PER_THREAD = 2
 
 
@@ -33,7 +32,6 @@ class Cluster:
                 return self._client.submit(function, *arguments, pure=False)
 
     def everywhere(self, function: Callable[[], Any]) -> None:
-        """Calls a function in the process of each present worker."""
         with self._connected():
             self._client.run(function)
 

@@ -71,7 +71,6 @@ class Engine(ABC):
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """Opens a session with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
     def narrowing(self, artifact: Artifact) -> OpenNarrow:

@@ -25,7 +25,6 @@ def environment() -> dict[str, str | int]:
 
 
 def cpu() -> str:
-    """Returns the processor's name and its instructions for small integers, if known."""
     facts = {}
     if _CPUINFO.is_file():
         first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]

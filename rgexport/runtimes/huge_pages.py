@@ -48,7 +48,6 @@ class BackgroundAdvice:
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the current piece; afterwards the memory may be freed."""
         self._stopped.set()
         # The thread itself may be the one that lets the last reference to a session go.
         if self._thread and self._thread is not threading.current_thread():
@@ -81,10 +80,9 @@ def huge_pages() -> Iterator[BackgroundAdvice]:
 
 
 def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
-    """Returns zeros of these shapes and dtypes, by name, as slices of one array.
+    """Returns zeros of these shapes and dtypes, as slices of one array at cache lines.
 
-    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB. Slices begin at cache
-    lines.
+    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB.
     """
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
     starts = [0, *accumulate(aligned(size, _CACHE_LINE) for size in sizes)]

@@ -1,8 +1,9 @@
 """The interface that every engine implements, and the checks that all engines share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,11 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State
+
+LOGITS_BYTES = 192 << 20
+"""Logits of a block of positions, in two copies."""
+MAX_BLOCK = 512
+_MIN_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class SessionInfo:
 class UnchangedFiles:
     """Detects changes of an artifact's files; `prefix` selects them by name.
 
-    A session may have mapped them: a write changes its weights at once, and reading past the end of
-    a file that was cut ends the process. So sessions check whenever a conversation begins.
+    A session may have mapped them, and reading past the end of a file that was cut ends the
+    process. So sessions check whenever a conversation begins.
     """
 
     def __init__(self, artifact: Artifact, prefix: str = ""):
@@ -61,7 +67,6 @@ class UnchangedFiles:
                     raise _changed(path)
 
     def require(self) -> None:
-        """Raises RequestError if a file was written to, cut, replaced or removed."""
         for path, before in self._stamps.items():
             if _stamp(path) != before:
                 raise _changed(path)
@@ -92,19 +97,19 @@ def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarra
 
 def require_fitting(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a state with other names or shapes (without the batch axis) than `shapes`."""
-    complaints = list(_misfits(state, {**shapes, POSITION: ()}))
+    batch = np.shape(state.get(POSITION, ()))[:1]
+    expected = {name: (*batch, *shape) for name, shape in ({**shapes, POSITION: ()}).items()}
+    complaints = [
+        f"{name} is {'missing' if name in expected else 'unknown'}"
+        for name in expected.keys() ^ state.keys()
+    ]
+    complaints += [
+        f"{name} has shape {np.shape(state[name])}; expected {expected[name]}"
+        for name in expected.keys() & state.keys()
+        if np.shape(state[name]) != expected[name]
+    ]
     if complaints:
         raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
-
-
-def _misfits(state: State, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    for name in expected.keys() ^ state.keys():
-        yield f"{name} is {'missing' if name in expected else 'unknown'}"
-    batch = np.shape(state.get(POSITION, ()))[:1]
-    for name in expected.keys() & state.keys():
-        shape = np.shape(state[name])
-        if shape != (*batch, *expected[name]):
-            yield f"{name} has shape {shape}; expected {(*batch, *expected[name])}"
 
 
 class Session(ABC):
@@ -157,7 +162,6 @@ class Session(ABC):
         return self._take(rows, tokens, tokens.shape[1])
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
-        """Repeats the accepted tokens from the states before `_verify`."""
         for index, count in enumerate(counts):
             if count == tokens.shape[1]:
                 continue
@@ -170,8 +174,7 @@ class Session(ABC):
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
 
-        Returns the logits of the last `num_logits` tokens, [R, num_logits, vocab]. Raises
-        RequestError for another shape, or an id outside of the vocabulary.
+        Returns the logits of the last `num_logits` tokens, [R, num_logits, vocab].
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
@@ -200,8 +203,7 @@ class Session(ABC):
     def set_rows(self, rows: range, state: State) -> None:
         """Lets some rows continue from a canonical state of as many, by any engine.
 
-        Raises RequestError if a name or shape does not fit this model (dtypes are converted), or a
-        file of the artifact changed while the session was open.
+        Refuses names or shapes of another model; dtypes are converted.
         """
         self._require_fitting(state)
         self._set_rows(rows, state)
@@ -239,3 +241,24 @@ class Session(ABC):
         """Raises RequestError if the artifact's files have changed. Any thread may call it."""
         for files in self._opened_files:
             files.require()
+
+
+def block_size(session: Session) -> int:
+    """Returns how many rows of logits fit into `LOGITS_BYTES`, in whole chunks if possible."""
+    size = min(MAX_BLOCK, max(_MIN_BLOCK, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
+    chunk = session.info.prefill_chunk
+    return size - size % chunk if session.info.whole_chunks and size > chunk else size
+
+
+def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
+    """Returns the positions between chunks of fixed length; all, if chunks have any length."""
+    whole = session.info.prefill_chunk if session.info.whole_chunks else 1
+    return {position for position in positions if position % whole == 0}
+
+
+def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yields the first position and the end of each block; every edge ends a block."""
+    size = block_size(session)
+    for first, last in pairwise(sorted({0, *edges})):
+        for start in range(first, last, size):
+            yield start, min(start + size, last)

@@ -16,11 +16,9 @@ LIBRARY = Path(__file__).parents[1] / "npm"
 BUILT = Path(__file__).with_name("page.zip")
 _INSTALL = "ci --ignore-scripts --no-audit --no-fund".split()
 _UNIX = 3
-"""The system that an archive names as its maker, whichever system packs it."""
 
 
 def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
-    """Installs the page's dependencies, builds it, and packs it into `target`."""
     npm = shutil.which("npm")
     if npm is None:
         raise BuildFailed("Node and npm are not installed")

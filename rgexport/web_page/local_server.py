@@ -44,7 +44,6 @@ def serve_site(site: Site, port: int, *, browse: bool) -> None:
 
 
 def local_server(site: Site, port: int) -> ThreadingHTTPServer:
-    """Returns the server, which listens already."""
     try:
         return _Server((HOST, port), partial(SiteHandler, site))
     except OSError as error:

@@ -51,7 +51,6 @@ Site = Mapping[str, Chunk | bytes]
 
 
 def make_site(artifacts: Sequence[Artifact]) -> Site:
-    """Returns the site for one model, exported for one or for both profiles."""
     for artifact in artifacts:
         _require_suitable(artifact)
     profiles = [artifact.manifest.profile for artifact in artifacts]

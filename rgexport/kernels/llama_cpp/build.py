@@ -28,7 +28,6 @@ from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.kernels.llama_cpp import port
 
 ROOT = f"llama_cpp_python-{port.RELEASE}"
-"""The folder that the archive holds."""
 ARCHIVE = f"{ROOT}.tar.gz"
 LLAMA_CPP = "vendor/llama.cpp"
 _VERSION_FILE = "llama_cpp/__init__.py"
@@ -106,7 +105,6 @@ class _Build:
         self.commands = _Commands(folder / "build.log", variables)
 
     def run(self, *, tools: bool, install: bool) -> str:
-        """Runs all steps; returns the wheel's name."""
         self._make_environment()
         archive = fetch(self.folder, self._pip_inside)
         _unpack(archive, self.tree)
@@ -189,8 +187,6 @@ class _Build:
 
 
 class _Commands:
-    """Runs commands one after the other, with their output in one log."""
-
     def __init__(self, log: Path, variables: Mapping[str, str]) -> None:
         self._log, self._variables = log, dict(variables)
         log.write_text("", "utf-8")
@@ -295,7 +291,6 @@ def _apply_port(archive: Path, tree: Path) -> None:
 
 
 def read_files(archive: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Reads files of llama.cpp, or the version file of the bindings, from the archive."""
     names = {
         f"{ROOT}/{path if path == _VERSION_FILE else f'{LLAMA_CPP}/{path}'}": path for path in paths
     }

@@ -20,7 +20,6 @@ DISTRIBUTION = "llama-cpp-python"
 RELEASE = "0.3.36"
 """The release of the Python bindings whose llama.cpp the port is made for."""
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-"""SHA-256 of its source archive."""
 COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
 """Its commit of llama.cpp."""
 

@@ -50,7 +50,6 @@ def turned_off() -> bool:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Turns our kernels off for sessions that are opened inside."""
     global _is_turned_off
     before, _is_turned_off = _is_turned_off, True
     try:
@@ -65,7 +64,6 @@ def library() -> Path | None:
 
 
 def kernels() -> Kernels:
-    """Returns the kernels and their instruction set, or why there are none."""
     loaded = _usable()
     if isinstance(loaded, str):
         return Kernels(reason=loaded)

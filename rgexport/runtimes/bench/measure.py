@@ -1,14 +1,16 @@
 """Measures an artifact's speed: prompts and tokens, at depths, beside the memory's read speed.
 
-The tests are those of llama-bench, through the Session interface. The machine's read speed drifts
-within minutes, so tests at all depths take turns, the memory is read between the timed pieces, and
-a row compares medians of the same minutes.
+The tests are llama-bench's. The machine's read speed drifts within minutes, so tests at all depths
+take turns, and the memory is read between the timed pieces.
 """
 
+import csv
+import io
+import json
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -21,15 +23,15 @@ from rgexport.errors import RequestError
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
+from rgexport.reporting.tables import Table, markdown, render
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline, seconds
-from rgexport.runtimes.bench.rows import BenchRow
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.environment import cpu
 from rgexport.runtimes.memory import peak_rss_bytes, rss_bytes
 from rgexport.runtimes.session import Session, SessionInfo
+from rgexport.units import amount
 
 MOST = 1 << 24
-"""The largest length or depth."""
 PIECE = 512
 """Tokens per prefill, on the way to a depth and for warming up."""
 WARM_UP_SECONDS = 4.0
@@ -80,7 +82,6 @@ class BenchRequest:
 
     @classmethod
     def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
-        """Reads lists such as `128,512`."""
         return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
 
     @property
@@ -98,6 +99,44 @@ def _lengths(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, lengths)))
 
 
+@dataclass(frozen=True)
+class BenchRow:
+    """A test at a depth; the output has the fields in this order.
+
+    Attributes:
+        state: how the depth was reached: by `processed` tokens, or with a `synthetic` state.
+        deviation: the standard deviation over the repetitions; 0 for one.
+        time_ratio: the median time of a token, relative to the same test at the lowest depth.
+        bytes_per_token: weights read per token; they are read once for each chunk of a prompt.
+        roofline_bytes_per_second: the median of the memory's read speed between the timed pieces.
+        roofline_share: tokens_per_second * bytes_per_token / roofline_bytes_per_second.
+        rss_bytes: memory of the process at the end of a repetition: the median.
+        peak_rss_bytes: the most memory of the process so far, opening included.
+    """
+
+    test: str
+    depth: int
+    state: str
+    repetitions: int
+    tokens_per_second: float
+    deviation: float
+    median_tokens_per_second: float
+    time_ratio: float
+    bytes_per_token: float
+    roofline_bytes_per_second: float
+    roofline_share: float
+    rss_bytes: int | None
+    peak_rss_bytes: int | None
+    load_seconds: float
+    artifact_bytes: int
+    artifact: str
+    engine: str
+    engine_version: str
+    kernels: str
+    threads: int
+    cpu: str
+
+
 def bench_artifact(
     path: Path,
     request: BenchRequest,
@@ -105,7 +144,6 @@ def bench_artifact(
     threads: int | None = None,
     allow_foreign: bool = False,
 ) -> list[BenchRow]:
-    """Opens an artifact and measures it."""
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
     session = open_session(artifact, threads=threads)
@@ -236,7 +274,6 @@ class BenchMeasurement:
         return self._generator.integers(0, self.session.vocab_size, (length, 1))
 
     def _state_at(self, depth: int, state: State) -> State:
-        """Returns the state after `depth` tokens, continuing from an earlier `state`."""
         ahead = depth - int(state[POSITION][0])
         if not ahead:
             return state
@@ -271,3 +308,67 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
 def _size(artifact: Path) -> int:
     files = [artifact] if artifact.is_file() else artifact.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+COLUMNS: dict[str, Callable[[BenchRow], str]] = {
+    "test": lambda row: row.test,
+    "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
+    "tokens/s": lambda row: f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
+    "time": lambda row: f"{row.time_ratio:.3f}",
+    "weights/token": lambda row: amount(row.bytes_per_token),
+    "read speed": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
+    "share": lambda row: f"{row.roofline_share:.3f}",
+    "memory": lambda row: _memory_text(row.rss_bytes),
+    "peak": lambda row: _memory_text(row.peak_rss_bytes),
+}
+
+
+def as_json(rows: Sequence[BenchRow]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=1) + "\n"
+
+
+def as_csv(rows: Sequence[BenchRow]) -> str:
+    buffer = io.StringIO()
+    records = [asdict(row) for row in rows]
+    writer = csv.DictWriter(buffer, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def as_table(rows: Sequence[BenchRow]) -> str:
+    header, cells = _header_and_cells(rows)
+    *titles, machine = _titles(rows[0])
+    return render([*titles, Table(machine, header, cells, header[1:])]).rstrip() + "\n"
+
+
+def as_markdown(rows: Sequence[BenchRow]) -> str:
+    return f"{'; '.join(_titles(rows[0]))}\n\n{markdown(*_header_and_cells(rows))}\n"
+
+
+def _header_and_cells(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns header and cells; depths are compared only if there are several."""
+    several = len({row.depth for row in rows}) > 1
+    names = tuple(name for name in COLUMNS if several or name != "time")
+    return names, [tuple(COLUMNS[name](row) for name in names) for row in rows]
+
+
+def _titles(row: BenchRow) -> tuple[str, str, str]:
+    size, engine = amount(row.artifact_bytes), f"{row.engine} {row.engine_version}"
+    return (
+        f"{row.artifact}, {size}, opened in {row.load_seconds:.2f} s",
+        f"{engine}, {row.kernels} kernels, {row.threads} threads",
+        row.cpu,
+    )
+
+
+def _memory_text(size: int | None) -> str:
+    return "unknown" if size is None else amount(size)
+
+
+WRITERS: dict[str, Callable[[Sequence[BenchRow]], str]] = {
+    "table": as_table,
+    "md": as_markdown,
+    "json": as_json,
+    "csv": as_csv,
+}

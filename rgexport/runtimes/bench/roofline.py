@@ -48,37 +48,25 @@ def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> It
         pool.shutdown(cancel_futures=True)
 
 
-class MemoryReader:
-    """Memory of `nbytes`, and `threads` threads that each read a share of it."""
-
-    def __init__(self, threads: int, nbytes: int, huge: bool = True) -> None:
-        length = nbytes // threads // 8
-        small_pages = (np.frombuffer(mmap.mmap(-1, 8 * length), np.uint64) for _ in range(threads))
-        large_pages = (np.empty(length, np.uint64) for _ in range(threads))
-        self._arrays = list(large_pages if huge else small_pages)
-        for array in self._arrays:
-            array.fill(1)  # so that each page is allocated
-        self._pool = ThreadPoolExecutor(threads)
-        self._nbytes = sum(array.nbytes for array in self._arrays)
-
-    def read_speed(self) -> float:
-        return self._nbytes / min(seconds(self._read) for _ in range(_PASSES))
-
-    def _read(self) -> None:
-        list(self._pool.map(np.bitwise_or.reduce, self._arrays))
-
-
-_readers: list[MemoryReader] = []
+_arrays: list[np.ndarray] = []
 
 
 def _prepare(threads: int, nbytes: int, huge: bool) -> None:
     """Initializes the process that reads; only its parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _readers[:] = [MemoryReader(threads, nbytes, huge)]
+    length = nbytes // threads // 8
+    for _ in range(threads):
+        memory = np.empty(length, np.uint64) if huge else mmap.mmap(-1, 8 * length)
+        _arrays.append(np.frombuffer(memory, np.uint64))
+        _arrays[-1].fill(1)  # so that each page is allocated
 
 
 def _read_speed() -> float:
-    return _readers[0].read_speed()
+    with ThreadPoolExecutor(len(_arrays)) as pool:
+        passes = (
+            seconds(lambda: list(pool.map(np.bitwise_or.reduce, _arrays))) for _ in range(_PASSES)
+        )
+        return sum(array.nbytes for array in _arrays) / min(passes)
 
 
 def seconds(call: Callable[[], Any]) -> float:

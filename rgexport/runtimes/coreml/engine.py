@@ -13,8 +13,7 @@ from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import FeatureStates, InterpreterRunner
 from rgexport.runtimes.coreml.interpreter.weights import CACHE_BYTES
-from rgexport.runtimes.coreml.runner import combine
-from rgexport.runtimes.coreml.session import CoreMLSession
+from rgexport.runtimes.coreml.session import CoreMLSession, combine
 from rgexport.runtimes.engine import Engine, Observation, Observer, observation_of
 from rgexport.runtimes.session import Session
 
@@ -57,8 +56,6 @@ class CoreMLObserver:
 
 
 class _RecordingRunner(InterpreterRunner):
-    """Keeps the values of the last calls until they are taken."""
-
     def __init__(self, package: Package, extra_results: Sequence[str]):
         super().__init__(package, extra_results=extra_results)
         self._values: dict[str, np.ndarray] = {}

@@ -1,20 +1,184 @@
-"""Core ML packages behind the Session interface: Core ML on macOS, an interpreter elsewhere."""
+"""Core ML packages behind the Session interface: Core ML on macOS, the interpreter elsewhere.
 
+A package has the functions `decode` (one token) and `prefill` (a fixed number of tokens) of each of
+its segments. Core ML keeps states from call to call: the caches of attention and convolutions, and
+with `--recurrent-state hilo` also the RG-LRU states, which otherwise are an input and an output.
+"""
+
+import logging
+import platform
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import LO_SCALE, CoreMLManifest
-from rgexport.export.coreml.segments import DECODE, PREFILL
+from rgexport.export.coreml.manifest import (
+    HIDDEN,
+    HIDDEN_OUTPUT,
+    LO_SCALE,
+    RECURRENT,
+    RECURRENT_OUTPUT,
+    CoreMLManifest,
+    io_record,
+    recurrent_layers,
+    stored_states,
+)
+from rgexport.export.coreml.segments import DECODE, PREFILL, Segment, in_order
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
+from rgexport.export.mil.package import open_package
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.parallelism import usable_threads
-from rgexport.runtimes.coreml.runner import Runner, open_runner
+from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
 _LO_SCALE = np.float32(LO_SCALE)
+_LAYER_AXIS = -2
+"""Axis along which packages share the RG-LRU states hi and lo, [1, 1, layers, width]."""
+
+
+class FrameworkRunner:
+    """One package in Core ML, through coremltools, on macOS 15 or later.
+
+    Each function is an `MLModel`. The first one makes the state that all use, which Apple's
+    documentation does not promise to work; docs/coreml.md names projects that rely on it. Tests
+    replace `MLModel` and `MLState`: this class has never run on a Mac.
+    """
+
+    engine = "Core ML"
+
+    def __init__(self, path: Path, functions: Iterable[str]):
+        logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about torch versions
+        try:
+            import coremltools as tools
+        except ImportError:
+            raise NotInstalled(
+                "Core ML needs coremltools here; install it: pip install 'rgexport[coreml]'"
+            ) from None
+        self.version = f"macOS {platform.mac_ver()[0]}, coremltools {tools.__version__}"
+        self._models = {name: _load(tools, path, name) for name in functions}
+
+    def make_state(self) -> Any:
+        return next(iter(self._models.values())).make_state()
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> dict[str, np.ndarray]:
+        outputs = self._models[function].predict(dict(inputs), state=state)
+        return {name: np.asarray(value) for name, value in outputs.items()}
+
+    def read_state(self, state: Any, name: str) -> np.ndarray:
+        return np.asarray(state.read_state(name))
+
+    def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
+        state.write_state(name, np.ascontiguousarray(value, np.float16))
+
+
+def _load(tools: Any, path: Path, function: str) -> Any:
+    # CPU and GPU support states without restrictions; the Neural Engine's support is recent.
+    units = tools.ComputeUnit.CPU_AND_GPU
+    try:
+        return tools.models.MLModel(str(path), compute_units=units, function_name=function)
+    except Exception as error:  # coremltools raises bare exceptions and RuntimeErrors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"Core ML cannot load {function} of {path}: {reason}") from None
+
+
+class _Stage(NamedTuple):
+    """A segment of the model, and the package that has it, perhaps beside another segment."""
+
+    package: str
+    segment: Segment
+    inputs: list[str]
+    recurrent_layers: int
+
+
+class Pipeline:
+    """Runs several packages in turn; each segment takes the hidden state of the segment before."""
+
+    def __init__(self, manifest: CoreMLManifest, runners: "Mapping[str, Runner]"):
+        self._runners, first = runners, next(iter(runners.values()))
+        self.engine: str = first.engine
+        self.version: str = first.version
+        config, form = manifest.config, manifest.form
+        self._stages = [
+            _Stage(
+                plan.name,
+                segment,
+                [value.name for value in io_record(config, form, segment).inputs],
+                len(recurrent_layers(config, segment)),
+            )
+            for plan, segment in in_order(manifest.packages)
+        ]
+        self._state_packages: dict[str, list[str]] = {}
+        """State → the packages that have it or some layers of it, in the order of layers."""
+        for stage in self._stages:
+            for name in stored_states(config, form, stage.segment):
+                self._state_packages.setdefault(name, []).append(stage.package)
+
+    def make_state(self) -> Any:
+        stateful = {package for packages in self._state_packages.values() for package in packages}
+        return {package: self._runners[package].make_state() for package in stateful}
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> dict[str, np.ndarray]:
+        values, outputs = dict(inputs), dict[str, np.ndarray]()
+        first_layer, new_recurrent = 0, list[np.ndarray]()
+        for stage in self._stages:
+            if RECURRENT in inputs:
+                end_layer = first_layer + stage.recurrent_layers
+                values[RECURRENT] = inputs[RECURRENT][first_layer:end_layer]
+                first_layer = end_layer
+            stage_outputs = self._runners[stage.package].predict(
+                stage.segment.function(function),
+                {name: values[name] for name in stage.inputs},
+                state.get(stage.package),
+            )
+            if RECURRENT_OUTPUT in stage_outputs:
+                new_recurrent.append(stage_outputs[RECURRENT_OUTPUT])
+            if HIDDEN_OUTPUT in stage_outputs:
+                values[HIDDEN] = stage_outputs[HIDDEN_OUTPUT]
+            outputs |= stage_outputs
+        if new_recurrent:
+            outputs[RECURRENT_OUTPUT] = np.concatenate(new_recurrent)
+        return outputs
+
+    def read_state(self, state: Any, name: str) -> np.ndarray:
+        return np.concatenate(self._read_pieces(state, name), axis=_LAYER_AXIS)
+
+    def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
+        layers = [piece.shape[_LAYER_AXIS] for piece in self._read_pieces(state, name)]
+        pieces = np.split(value, np.cumsum(layers[:-1]), axis=_LAYER_AXIS)
+        for package, piece in zip(self._state_packages[name], pieces, strict=True):
+            self._runners[package].write_state(state[package], name, piece)
+
+    def _read_pieces(self, state: Any, name: str) -> list[np.ndarray]:
+        packages = self._state_packages[name]
+        return [self._runners[p].read_state(state[p], name) for p in packages]
+
+
+Runner = FrameworkRunner | InterpreterRunner | Pipeline
+"""Loaded packages; `predict` updates their state in place, which is None where there is none."""
+
+
+def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
+    runners: dict[str, Runner] = {}
+    for plan in manifest.packages:
+        path = folder / plan.name
+        if sys.platform == "darwin":
+            runners[plan.name] = FrameworkRunner(path, plan.functions)
+        else:
+            runners[plan.name] = InterpreterRunner(open_package(path))
+    return combine(manifest, runners)
+
+
+def combine(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
+    return Pipeline(manifest, runners) if len(runners) > 1 else next(iter(runners.values()))
 
 
 @dataclass
@@ -94,10 +258,7 @@ class StateConverter:
 
 
 class CoreMLSession(Session):
-    """A package with the functions `decode`, of one token, and `prefill`, of a fixed number.
-
-    Both take one sequence, so the rows of a batch are run in turn, each with its own state.
-    """
+    """A package, whose functions take one sequence: the rows of a batch are run in turn."""
 
     def __init__(
         self, artifact: Artifact, *, threads: int | None = None, runner: Runner | None = None
@@ -160,14 +321,11 @@ class CoreMLSession(Session):
             self._states.set(row, {name: state[name][source] for name in self._states.shapes})
 
     def _take_row(self, row: SequenceState, ids: np.ndarray, first: int) -> np.ndarray:
-        """Takes tokens [T] of one sequence; returns logits [T - first, vocab] from `first` on.
-
-        Whole chunks go through `prefill`; the rest, and tokens whose logits it does not give, go
-        through `decode`.
-        """
+        """Takes tokens [T] of one sequence; returns logits [T - first, vocab] from `first` on."""
         logits = np.empty((len(ids) - first, self.vocab_size), np.float32)
         start = 0
         while start < len(ids):
+            # Tokens whose logits `prefill` does not give go through `decode`.
             prefills = self._manifest.coreml.all_logits or start + self._chunk <= first + 1
             chunk = self._chunk if prefills and start + self._chunk <= len(ids) else 1
             stop = start + chunk

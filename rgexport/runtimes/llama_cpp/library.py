@@ -50,8 +50,6 @@ def version() -> str:
 
 
 class _Log:
-    """Receives llama.cpp's log, which arrives in pieces of lines."""
-
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.interrupted, self._level, self._line = False, 0, ""
@@ -117,7 +115,7 @@ def load_model(
     mmap: bool = True,
     metadata: Mapping[str, int] | None = None,
 ) -> Handle:
-    """Loads a .gguf file, or its vocabulary; `metadata` replaces its numbers and flags."""
+    """Loads a .gguf file, or its vocabulary; `metadata` replaces its integers."""
     llama = bindings()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
@@ -148,8 +146,6 @@ def _overrides(metadata: Mapping[str, int]) -> Any:
         return None
     array = (llama.llama_model_kv_override * (len(metadata) + 1))()
     for entry, (key, value) in zip(array, metadata.items(), strict=False):
-        kind, field = ("BOOL", "val_bool") if isinstance(value, bool) else ("INT", "val_i64")
-        entry.tag = getattr(llama, f"LLAMA_KV_OVERRIDE_TYPE_{kind}")
-        entry.key = key.encode()
-        setattr(entry.value, field, value)
+        entry.tag, entry.key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+        entry.value.val_i64 = value
     return array

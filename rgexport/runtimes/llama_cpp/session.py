@@ -118,7 +118,6 @@ class LlamaContext:
         return data
 
     def restore(self, sequence: int, data: np.ndarray) -> None:
-        """Sets an empty sequence to a result of `save`."""
         if not self._transfer(self._llama.llama_state_seq_set_data_ext, data, sequence):
             raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
 
@@ -154,8 +153,6 @@ class LlamaContext:
 
 
 class LlamaSession(Session):
-    """A model of llama.cpp and the context that its rows share."""
-
     _ubatch = UBATCH
     _position: np.ndarray
 
@@ -338,7 +335,6 @@ def require_batch(batch: int) -> None:
 
 
 def common_parameters(vocab_size: int, batch: int, threads: int, ubatch: int) -> Any:
-    """Returns the parameters that all contexts share; the others keep llama.cpp's defaults."""
     parameters = bindings().llama_context_default_params()
     tokens = max(ubatch, batch)
     rows = min(tokens, LOGITS_BYTES // (4 * vocab_size))

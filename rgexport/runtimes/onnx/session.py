@@ -1,25 +1,25 @@
 """ONNX Runtime behind the Session interface; states are bound once and updated in place."""
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import onnxruntime as ort
 
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest
+from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, prepare_model, read_graph
 from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.export.onnx.trust import require_trusted
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.parallelism import usable_threads
 from rgexport.progress import warn
 from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
-from rgexport.runtimes.onnx.run import BoundRun, VerificationRun, engine_errors, state_sites
 from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles, checked_tokens
 
 PREFILL_CHUNK = 512
@@ -27,10 +27,109 @@ PREFILL_CHUNK = 512
 
 _SILENT = 4
 """Severity of the log: errors are raised, and log lines show names from the file unescaped."""
-_NEEDED = {"webgpu": (1, 25)}
-"""Profile → the first ONNX Runtime with all its ops on a CPU, if pyproject allows older ones."""
+_WEBGPU = 1, 25
+"""The first ONNX Runtime with all ops of that profile on a CPU; pyproject allows older ones."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option of ONNX Runtime: the folder of the weights of a graph that is loaded from memory."""
+
+
+@contextmanager
+def engine_errors(action: str) -> Iterator[None]:
+    """Turns the errors of ONNX Runtime, which have no common base, into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(str(error)) or type(error).__name__
+        raise RequestError(f"ONNX Runtime {ort.__version__} cannot {action}: {reason}") from None
+
+
+class BoundRun:
+    """A graph with inputs and outputs bound to arrays; ONNX Runtime may keep only pointers."""
+
+    def __init__(self, session: ort.InferenceSession):
+        self._session, self._binding = session, session.io_binding()
+        self._arrays: dict[str | None, np.ndarray] = {}
+
+    def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
+        """Binds `array` as the input `source` and the output `target`, instead of earlier ones."""
+        self._arrays[source or target] = array
+        with engine_errors(f"bind {source or target}"):
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            if source:
+                self._binding.bind_ortvalue_input(source, value)
+            if target:
+                self._binding.bind_ortvalue_output(target, value)
+
+    def run(self) -> None:
+        with engine_errors("run the model"):
+            self._session.run_with_iobinding(self._binding)
+
+    def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        for name in names:
+            self._binding.bind_output(name)
+        self.run()
+        outputs = self._binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+
+
+def state_sites(config: GriffinConfig) -> dict[str, str]:
+    """Returns recurrent state → the site that computes its next rows, [B, T, R]."""
+    recurrent = [i for i, kind in enumerate(config.block_types) if kind == "recurrent"]
+    return {
+        f"layers.{i}.{state}": f"layers.{i}.temporal_block.{site}"
+        for i in recurrent
+        for state, site in (("rg_lru", "rg_lru"), ("conv1d", "linear_x"))
+    }
+
+
+class VerificationRun:
+    """A run over T tokens of R rows on trial; then the states keep the accepted tokens.
+
+    The graph has the rows of recurrent states: h of each token, and the inputs of a convolution. So
+    the run leaves these states alone, and `accept` takes the rows of accepted tokens. Keys and
+    values go into their rings; the slots of refused tokens get back their former content.
+    """
+
+    def __init__(
+        self,
+        run: BoundRun,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        states: Mapping[str, np.ndarray],
+        records: Sequence[StateRecord],
+        sites: Mapping[str, str],
+    ) -> None:
+        """Binds the states' rows; `run` has states, ids and positions [R, T] bound."""
+        self._run, self._ids, self._positions = run, ids, positions
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rings: list[np.ndarray] = []
+        self._former: list[np.ndarray] = []
+        for record in records:
+            state = states[record.name]
+            if record.layout == "ring":
+                self._rings.append(state.reshape(len(ids), *record.shape[-2:]))
+                continue
+            rows = np.empty((*ids.shape, state.shape[-1]), state.dtype)
+            run.bind(np.empty_like(state), None, record.output)
+            run.bind(rows, None, sites[record.name])
+            # h and its state [R, W] are as the inputs of a convolution of two taps.
+            self._rows.append((state.reshape(len(ids), -1, state.shape[-1]), rows))
+
+    def run(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> None:
+        """Runs tokens [R, T] at their positions; fills logits [R, T, vocab]."""
+        self._ids[:], self._positions[:] = ids, positions
+        rows = np.arange(len(ids))[:, None]
+        self._former = [ring[rows, positions % ring.shape[1]] for ring in self._rings]
+        self._run.bind(logits, None, "logits")
+        self._run.run()
+
+    def accept(self, counts: Sequence[int]) -> None:
+        for row, count in enumerate(counts):
+            for state, rows in self._rows:
+                state[row] = np.concatenate([state[row], rows[row, :count]])[count:]
+            refused = self._positions[row, count:]
+            for ring, former in zip(self._rings, self._former, strict=True):
+                ring[row, refused % ring.shape[1]] = former[row, count:]
 
 
 class OrtSession(Session):
@@ -268,12 +367,11 @@ def _open(
 
 
 def _require_version(artifact: Artifact) -> None:
-    profile, version = artifact.manifest.profile, ort.__version__
-    needed = _NEEDED.get(profile, (0, 0))
-    if tuple(map(int, version.split(".")[:2])) < needed:
+    version = ort.__version__
+    if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
         raise RequestError(
-            f"{artifact.path} is made for {profile}, and on a processor needs ONNX Runtime "
-            f"{'.'.join(map(str, needed))} or later; this is {version}: update onnxruntime"
+            f"{artifact.path} is made for webgpu, and on a processor needs ONNX Runtime "
+            f"{'.'.join(map(str, _WEBGPU))} or later; this is {version}: update onnxruntime"
         )
 
 

@@ -44,11 +44,10 @@ _UNCONVERTED = {"float32", "bool"}
 FeatureStates = dict[str, np.ndarray]
 """The state of one sequence: name → array of the declared type."""
 Converter = Callable[[Any], Any] | None
+Call = Callable[..., Any]
 
 
 class Interpreter:
-    """One function of a package, ready to run."""
-
     def __init__(
         self, package: Package, function: str, cache: WeightCache, extra_results: Sequence[str] = ()
     ):
@@ -133,7 +132,7 @@ class InterpreterRunner:
 class _Step(NamedTuple):
     """A call: slots of its arguments and its result, and slots that no later step reads."""
 
-    function: Callable[..., Any]
+    function: Call
     arguments: tuple[int, ...]
     result: int
     shape: tuple[int, ...]
@@ -158,7 +157,6 @@ class _Translator:
             self._define(name, type)
 
     def add(self, operation: Operation) -> None:
-        """Translates one operation; raises Unsupported if it cannot be executed."""
         if operation.blocks:
             raise Unsupported("it has blocks of its own")
         if operation.type == "write_state":
@@ -276,11 +274,7 @@ class _Translator:
         return self.names[name]
 
     def _add_step(
-        self,
-        operation: Operation,
-        function: Callable[..., Any],
-        arguments: Sequence[int],
-        result: int,
+        self, operation: Operation, function: Call, arguments: Sequence[int], result: int
     ) -> None:
         type = self._types[result]
         if type.dtype not in BITS or UNKNOWN in type.shape:
@@ -290,9 +284,7 @@ class _Translator:
         self._steps.append(step)
 
 
-def _converted(
-    function: Callable[..., Any], converters: Sequence[Converter], result: np.dtype | None
-) -> Callable[..., Any]:
+def _converted(function: Call, converters: Sequence[Converter], result: np.dtype | None) -> Call:
     if result is None and not any(converters):
         return function
     changes = [(index, change) for index, change in enumerate(converters) if change]

@@ -101,7 +101,6 @@ class FileWeight:
 
 
 def elements(package: Package, value: Constant) -> Read:
-    """Returns a reader of the elements of a constant, in the order of storage."""
     if isinstance(value, Immediate):
         flat = value.array.reshape(-1)
         return lambda start, stop: flat[start:stop]
