@@ -14,7 +14,7 @@ from rgexport.runtimes.llama_cpp.session import (
     common_parameters,
     require_batch,
 )
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.machine import available_bytes
 from rgexport.runtimes.session import require_fitting
 from rgexport.units import amount
 

@@ -12,10 +12,7 @@ _jobs: list[int] = []
 
 
 def usable_processors() -> int:
-    """Returns the number of processors that this process may use.
-
-    A container's quota of processor time is rounded; the system stops more threads for a time.
-    """
+    """Returns the number of processors of this process; a container's quota is rounded."""
     if not hasattr(os, "sched_getaffinity"):  # Linux only
         return os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))

@@ -7,7 +7,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION, State, state_specs, zero_state
 from rgexport.parallelism import usable_threads
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.machine import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 
 _SPARE_BYTES = 2 << 30

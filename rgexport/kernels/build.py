@@ -33,11 +33,7 @@ class BuildFailed(Exception):
 
 
 def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles a library, copies it into `target`, and returns its path.
-
-    `options` are CMake's, such as `-DSANITIZE=ON`. CMake's `build_folder` makes the next build
-    faster; it is temporary by default.
-    """
+    """Compiles a library with CMake's `options`, copies it into `target`, returns its path."""
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
             return build(project, target, Path(scratch), *options)
@@ -80,10 +76,7 @@ def _generator_options() -> list[str]:
 
 
 def find_program(name: str) -> str | None:
-    """Returns the path of a program, from Python's environment or PATH; None if none runs.
-
-    In pip's isolated builds, PATH has scripts of the outer environment, which fail.
-    """
+    """Returns the path of a program that runs, from Python's environment or PATH; or None."""
     folders = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
     for folder in filter(None, folders):
         if path := shutil.which(name, path=folder):

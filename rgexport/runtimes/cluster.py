@@ -63,11 +63,7 @@ class Cluster:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Cluster | None]:
-    """Connects to the workers at a scheduler's address; yields None for None.
-
-    Raises NotInstalled without Dask; RequestError if nobody answers there, there is no worker, or
-    one has another rgexport.
-    """
+    """Connects to a scheduler with workers of this rgexport; yields None for None."""
     if address is None:
         yield None
         return

@@ -69,10 +69,7 @@ def _give_all(
 
 @contextmanager
 def huge_pages() -> Iterator[BackgroundAdvice]:
-    """Begins to collapse the private memory that was mapped inside the block, after it.
-
-    The advice must be stopped before that memory is freed.
-    """
+    """Afterwards collapses private memory of the block; stop it before that is freed."""
     advice, before = BackgroundAdvice(), _large_mappings()
     yield advice
     if mapped := sorted(_large_mappings() - before):
@@ -80,10 +77,7 @@ def huge_pages() -> Iterator[BackgroundAdvice]:
 
 
 def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
-    """Returns zeros of these shapes and dtypes, as slices of one array at cache lines.
-
-    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB.
-    """
+    """Returns zeros as slices of one array: numpy asks for huge pages from 4 MB on."""
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
     starts = [0, *accumulate(aligned(size, _CACHE_LINE) for size in sizes)]
     memory = np.zeros(starts.pop() + _CACHE_LINE, np.uint8)

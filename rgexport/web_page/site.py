@@ -1,7 +1,6 @@
 """A static site: the chat page, and the files of the models that it runs, in chunks.
 
-A chunk is named by its hash: the page checks each one, continues a broken download, and loads a
-chunk that two models or versions share once.
+A chunk is named by its hash: a download continues, and two models or versions share a chunk.
 """
 
 import json

@@ -71,11 +71,7 @@ _ERROR_LENGTH = 200
 
 
 def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
-    """Builds the patched wheel in `folder`, and installs it; returns a text for the user.
-
-    The environment variable `CMAKE_ARGS` adds options, such as `-DGGML_CUDA=on`. The next build in
-    the same `folder` is faster.
-    """
+    """Builds the patched wheel in `folder`, and installs it; `CMAKE_ARGS` adds options."""
     if find_spec("pip") is None:
         raise RequestError("this needs pip, which is not in this environment: python -m ensurepip")
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,10 +123,7 @@ class _Build:
         self._pip("--python", str(self.environment), *arguments)
 
     def _make_environment(self) -> None:
-        """Makes a virtual environment for the build's own tools, as pip does for each wheel.
-
-        It is kept, because CMake compiles everything again if its own path changes.
-        """
+        """Makes the build's own environment, which stays: CMake depends on its own path."""
         complete = self.environment / ".complete"
         contents = "\n".join([str(self.environment), sys.version, *_BUILD_REQUIREMENTS])
         if complete.is_file() and complete.read_text("utf-8") == contents:
@@ -266,10 +259,7 @@ def _unpack(archive: Path, tree: Path) -> None:
 
 
 def _apply_port(archive: Path, tree: Path) -> None:
-    """Applies the port to the archive's files, and writes those into `tree` that change.
-
-    So a later port replaces an earlier one, and only what differs is compiled again.
-    """
+    """Writes those patched files into `tree` that change, so that only they are compiled."""
     originals = read_files(archive, [*port.registration(), _VERSION_FILE])
     texts = {}
     for path, hunks in port.registration().items():

@@ -28,10 +28,7 @@ LIBRARY = library_path(FOLDER)
 class Kernels:
     """The kernels of this machine, or the reason why there are none.
 
-    Attributes:
-        ops: the ops of the domain `ai.rgexport` that have a kernel.
-        instruction_sets: names that this processor supports, from the least to the best.
-        exact_tokens: most tokens of a step for which each gives the bits that it gives alone.
+    `instruction_sets` are those that this processor supports, from the least to the best.
     """
 
     instruction_set: str = ""

@@ -88,10 +88,10 @@ def factor(matrix: np.ndarray) -> Factors | None:
 
 
 def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the levels of rows column by column; each corrects the errors of those before it.
+    """Chooses the levels, uint8 [n, K], column by column; each corrects the errors before it.
 
-    This is LDLQ (arXiv 2307.13304), which gives the same levels as GPTQ (arXiv 2210.17323). Returns
-    levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
+    This is LDLQ (arXiv 2307.13304), with the same levels as GPTQ (arXiv 2210.17323). Returns (w −
+    v) H (w − v)ᵀ of each row, too, float64 [n].
     """
     levels, lost = np.empty(weights.shape, np.uint8), np.empty(len(weights))
     arrays = map(_of, (factors.m, factors.d, levels, lost))

@@ -26,8 +26,7 @@ from rgexport.progress import note, task
 from rgexport.reporting.tables import Table, markdown, render
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline, seconds
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.environment import cpu
-from rgexport.runtimes.memory import peak_rss_bytes, rss_bytes
+from rgexport.runtimes.machine import cpu, peak_rss_bytes, rss_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.units import amount
 
@@ -61,10 +60,7 @@ class BenchTest:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """A request to measure each prompt length and each number of tokens at each depth.
-
-    With `synthetic`, a depth is a state of random numbers instead of processed tokens.
-    """
+    """Lengths to measure at each depth, which is random numbers if `synthetic`."""
 
     prompts: tuple[int, ...] = (512,)
     tokens: tuple[int, ...] = (128,)

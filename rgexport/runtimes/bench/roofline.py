@@ -26,11 +26,7 @@ ReadSpeed = Callable[[], float]
 
 @contextmanager
 def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> Iterator[ReadSpeed]:
-    """Yields a function that measures, in 0.1 s, how fast `threads` threads together read `nbytes`.
-
-    numpy asks for `huge` pages by default, as a plain C program does not. Raises RequestError if
-    there is too little memory.
-    """
+    """Yields a function that measures, in 0.1 s, how fast `threads` threads together read."""
     pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (threads, nbytes, huge))
 
     def read_speed() -> float:

@@ -41,12 +41,7 @@ _ALL_F32, _FLOATS = 0, (0, 1, 32)
 class LlamaContext:
     """The memory of `batch` sequences in llama.cpp; it keeps its model and `keep` alive.
 
-    `parameters` are llama.cpp's, such as `common_parameters`; `flags` are of `llama_state_seq_*`.
-
-    Attributes:
-        capacity: tokens that a sequence can take.
-        chunk: most tokens of one sequence in one call.
-        rows: most logits of one sequence in one call.
+    A sequence can take `capacity` tokens, one call `chunk` tokens and `rows` logits of each.
     """
 
     def __init__(

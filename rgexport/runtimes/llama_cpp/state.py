@@ -51,10 +51,7 @@ _HEADERS: dict[str, Callable[[np.ndarray], int]] = {
 
 @dataclass(frozen=True)
 class StateLayout:
-    """The layout of a context's states.
-
-    `cache_type` is the dtype of keys and values, which without flash attention are `transposed`.
-    """
+    """The layout of a context's states; values are transposed without flash attention."""
 
     config: GriffinConfig
     cache_type: str

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from rgexport.export.onnx.model_file import ExternalTensor
 from rgexport.griffin.tensor import advise_kernel
 from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.machine import available_bytes
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
 _DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16, 16: np.uint16}

@@ -19,11 +19,7 @@ _ONE = np.float32(1)
 
 @dataclass(frozen=True)
 class OperationCall:
-    """A function, and the operation's parameters that are its arguments, in this order.
-
-    A parameter with several values, such as `values`, gives as many arguments. One in `lazy` may
-    come as a `FileWeight`.
-    """
+    """A function, and the operation's parameters that are its arguments, perhaps lazily."""
 
     function: Callable[..., Any]
     operands: tuple[str, ...]

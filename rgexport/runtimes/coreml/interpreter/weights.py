@@ -1,7 +1,4 @@
-"""Constants of a program in weight files, dequantized a slab at a time.
-
-A weight is held in float32, rounded to its declared dtype.
-"""
+"""Constants of a program in weight files, dequantized a slab at a time in float32."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
