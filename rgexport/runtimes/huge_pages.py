@@ -69,7 +69,7 @@ def _give_all(
 
 @contextmanager
 def huge_pages() -> Iterator[BackgroundAdvice]:
-    """Afterwards collapses private memory of the block; stop it before that is freed."""
+    """Collapses private memory that was mapped in the block; stop this before freeing it."""
     advice, before = BackgroundAdvice(), _large_mappings()
     yield advice
     if mapped := sorted(_large_mappings() - before):

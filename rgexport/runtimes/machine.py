@@ -48,7 +48,7 @@ def peak_bytes(usage: "struct_rusage") -> int:
 
 
 def available_bytes() -> int | None:
-    """Returns the memory left on Linux, also of a container's limit; caches count as left."""
+    """Returns the memory that is left, in a container too; None if unknown (not Linux)."""
     system = _fields(_MEMINFO).get("MemAvailable:")
     if system is None:
         return None

@@ -172,7 +172,7 @@ class Session(ABC):
         del self._before
 
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [R, T], T ≥ 1, of some rows; returns the last logits [R, N, vocab]."""
+        """Takes tokens [R, T] of some rows; returns the last logits, [R, num_logits, vocab]."""
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
 
@@ -198,7 +198,7 @@ class Session(ABC):
         self._accept(rows, tokens, counts)
 
     def set_rows(self, rows: range, state: State) -> None:
-        """Lets some rows continue from a canonical state of as many; refuses other models'."""
+        """Lets rows continue from a canonical state by any engine; refuses other models'."""
         self._require_fitting(state)
         self._set_rows(rows, state)
 

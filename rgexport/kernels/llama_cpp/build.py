@@ -185,7 +185,7 @@ class _Commands:
         log.write_text("", "utf-8")
 
     def run(self, command: Sequence[str], who: str, label: str | None = None) -> None:
-        """Runs a command to its end; an error has `who` failed; ninja's progress has a `label`."""
+        """Runs a command; an error names `who` failed, and ninja's progress is titled `label`."""
         program = shutil.which(command[0], path=self._variables.get("PATH"))
         if program is None:
             raise RequestError(f"{command[0]} is not installed; install it and run this again")

@@ -88,7 +88,7 @@ class OrtObserver:
 
 
 def observed_graph(path: Path, requested: Sequence[str]) -> tuple[bytes, list[str]]:
-    """Returns a model without weights with sites as outputs too, and those that it has."""
+    """Returns a model without weights that has sites as outputs, and those sites."""
     model = parse_model(read_graph(path))
     graph = model.graph
     _show_gelu(model)

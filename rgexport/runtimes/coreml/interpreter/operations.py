@@ -19,7 +19,7 @@ _ONE = np.float32(1)
 
 @dataclass(frozen=True)
 class OperationCall:
-    """A function, and the operation's parameters that are its arguments, perhaps lazily."""
+    """A function, and the parameters that give its arguments, `lazy` ones as `FileWeight`s."""
 
     function: Callable[..., Any]
     operands: tuple[str, ...]
