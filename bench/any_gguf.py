@@ -21,9 +21,8 @@ import numpy as np
 
 from bench.any_model import DATA, SIZES, AnyModelSession
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.bench.measure import MOST, BenchMeasurement, BenchRequest
+from rgexport.runtimes.bench.measure import MOST, BenchMeasurement, BenchRequest, BenchRow
 from rgexport.runtimes.bench.roofline import roofline
-from rgexport.runtimes.bench.rows import BenchRow
 
 STATES = Path("out/bench/states")
 TOKENS, REPETITIONS = 32, 3

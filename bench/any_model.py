@@ -8,9 +8,13 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.llama_cpp.context import LlamaContext, common_parameters, require_batch
-from rgexport.runtimes.llama_cpp.session import LlamaSession
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.llama_cpp.session import (
+    LlamaContext,
+    LlamaSession,
+    common_parameters,
+    require_batch,
+)
+from rgexport.runtimes.machine import available_bytes
 from rgexport.runtimes.session import require_fitting
 from rgexport.units import amount
 
@@ -22,7 +26,7 @@ _NO_ROPE = -1
 """`LLAMA_ROPE_TYPE_NONE` (llama.h)."""
 
 
-class AnyModelSession(LlamaSession[LlamaContext]):
+class AnyModelSession(LlamaSession):
     """A .gguf file of any architecture, with llama.cpp's own settings.
 
     Its state is in llama.cpp's own form, and only sessions of the same file take it. A transformer
@@ -99,12 +103,12 @@ class AnyModelSession(LlamaSession[LlamaContext]):
 
     def _reopen(self, batch: int, capacity: int) -> None:
         self._close_context()
-        parameters = common_parameters(self._vocab_size, batch, self._threads, self._ubatch)
+        parameters = common_parameters(self.vocab_size, batch, self._threads, self._ubatch)
         # One cache for all rows: with several, only contexts of as many rows would take a state.
         defaults = {"n_ctx": capacity * batch, "kv_unified": True}
         for name, value in (defaults | self._parameters).items():
             setattr(parameters, name, value)
-        self._context = LlamaContext(self._model, self._vocab_size, batch, parameters)
+        self._context = LlamaContext(self._model, self.vocab_size, batch, parameters)
 
     def _require_fitting(self, state: State) -> None:
         require_fitting(state, {DATA: np.shape(state.get(DATA, ()))[1:], SIZES: ()})

@@ -31,7 +31,7 @@ import numpy as np
 
 from bench.run import START
 from bench.serve import CHAT, Heard, _listen, _user, _words
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 
 CONVERSATIONS = 32
 GRACE = 10

@@ -23,8 +23,7 @@ from bench.llama_page import write_page
 from bench.run import FOLDER, START, command
 from rgexport.progress import note
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline
-from rgexport.runtimes.environment import environment
-from rgexport.runtimes.memory import peak_bytes
+from rgexport.runtimes.machine import environment, peak_bytes
 
 MODELS = "recurrent", "transformer"
 DEPTHS = "0,2048,4096,8192,16384,32768"

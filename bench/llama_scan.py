@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from rgexport.kernels.llama_cpp.port import RELEASE
 from rgexport.reporting.tables import Table, render
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 
 SOURCE = Path(__file__).with_name("scan_ops.cpp")
 LIBRARIES = "ggml", "ggml-cpu", "ggml-base"

@@ -25,7 +25,7 @@ from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 
 PROSE, CODE = Path("rgexport/chat/sample.txt"), Path("rgexport/griffin/step.py")
 OWN = {

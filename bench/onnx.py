@@ -25,7 +25,7 @@ from bench.onnx_page import PARTS, write_page
 from bench.onnx_turns import take_turns
 from bench.run import FOLDER
 from rgexport.progress import note
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 
 RESULTS = FOLDER / "onnx"
 MEASURE: dict[str, Callable[[argparse.Namespace], Any]] = {

@@ -27,7 +27,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.progress import note
 from rgexport.quantize.calibration import open_calibration
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 from rgexport.validate.metrics import agreement, compare_logits, kl_summary, likelihood
 
 ROOT = Path(__file__).parents[1]

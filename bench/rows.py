@@ -19,7 +19,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.progress import note
 from rgexport.runtimes.bench.measure import synthetic_state
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 from rgexport.runtimes.session import Session
 
 PASSES = 3

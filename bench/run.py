@@ -18,8 +18,7 @@ from pathlib import Path
 from rgexport.progress import note
 from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
-from rgexport.runtimes.environment import environment
-from rgexport.runtimes.memory import peak_bytes
+from rgexport.runtimes.machine import environment, peak_bytes
 
 FOLDER = Path("out/bench")
 DEPTH = 4096

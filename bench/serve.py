@@ -30,7 +30,7 @@ from bench.run import START
 from rgexport.export.opening import open_artifact
 from rgexport.progress import note
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 
 TURNS, WORDS, NEW = 20, 40, 24
 """Turns of a conversation, words of each message, and tokens of each reply."""

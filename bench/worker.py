@@ -22,7 +22,7 @@ from rgexport.griffin.state import State
 from rgexport.kernels.onnx.library import NO_NATIVE
 from rgexport.runtimes.bench.measure import synthetic_state
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.memory import rss_bytes
+from rgexport.runtimes.machine import rss_bytes
 from rgexport.runtimes.session import Session
 
 WARM_UP_SECONDS = 3.0

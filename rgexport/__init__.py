@@ -15,7 +15,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is used, because the command line starts faster without them."""
+    """Imports a name when it is used, because the command line starts faster so."""
     if name == "__version__":
         from rgexport._version import __version__
 

@@ -1,7 +1,7 @@
 """Errors that users see, and untrusted text on one printable line."""
 
 import json
-import unicodedata
+from unicodedata import category
 
 MOST_SHOWN = 900
 """Limit of a message in characters; a longer one loses its middle."""
@@ -11,7 +11,6 @@ class RequestError(Exception):
     """The request cannot be met as it was put.
 
     The message is one line: what is wrong, what was found, what was expected, what to do.
-    The command line prints it without a traceback and exits with code 2.
     """
 
 
@@ -35,11 +34,10 @@ def printable(text: str, allowed: str = "") -> str:
     """Escapes control characters except those in `allowed`, as JSON does: JSON stays equal JSON."""
     if text.isprintable():
         return text
-    return "".join(c if c in allowed or not _is_harmful(c) else json.dumps(c)[1:-1] for c in text)
-
-
-def _is_harmful(character: str) -> bool:
-    return unicodedata.category(character) in _HARMFUL and character not in _JOINERS
+    harmless = allowed + _JOINERS
+    return "".join(
+        json.dumps(c)[1:-1] if category(c) in _HARMFUL and c not in harmless else c for c in text
+    )
 
 
 def one_line(text: str) -> str:

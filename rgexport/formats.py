@@ -1,8 +1,7 @@
 """The registry of formats.
 
 A format is one object in each layer, `FORMAT` of the module named below: `export` knows how it is
-stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances. All other
-code asks these objects.
+stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances.
 """
 
 from importlib import import_module

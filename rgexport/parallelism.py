@@ -2,23 +2,17 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Linux's control groups, and those of this process."""
 
 _jobs: list[int] = []
-"""Arguments of the `more_jobs` that are active, the innermost last."""
 
 
 def usable_processors() -> int:
-    """Returns the number of processors that this process may use.
-
-    A container's quota of processor time is rounded: 1.5 counts as 2, 1.2 as 1. The system would
-    stop more threads together for a part of each period.
-    """
+    """Returns the number of processors of this process; a container's quota is rounded."""
     if not hasattr(os, "sched_getaffinity"):  # Linux only
         return os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))
@@ -27,43 +21,35 @@ def usable_processors() -> int:
 
 
 def usable_threads(requested: int | None) -> int:
-    """Returns the number of threads for an engine with threads that spin while they wait.
-
-    The default is one for each processor. More would stop one another: with twice as many threads
-    as processors, a step takes twice as long.
-    """
+    """Returns the number of an engine's threads, which spin: at most one a processor."""
     most = usable_processors()
     return min(requested or most, most)
 
 
 def _quotas() -> Iterator[float]:
-    """Yields the limits of control groups of both versions, in processors."""
     with suppress(OSError, ValueError):
         for line in _MINE.read_text("utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
             top = _GROUPS / "cpu" if controllers else _GROUPS
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
             folder = top / path.lstrip("/")
             # A container sees no group above `top`.
             for group in (folder, *folder.parents):
                 if group.is_relative_to(top):
-                    yield from _quota_of(group)
+                    yield from _quota_of(group, files)
 
 
-def _quota_of(group: Path) -> Iterator[float]:
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        with suppress(OSError, ValueError):  # without a limit: "max", or -1
-            time, period = " ".join((group / name).read_text("utf-8") for name in names).split()
-            if int(time) > 0 and int(period) > 0:
-                yield int(time) / int(period)
+def _quota_of(group: Path, files: Sequence[str]) -> Iterator[float]:
+    with suppress(OSError, ValueError):  # without a limit: "max", or -1
+        time, period = " ".join((group / name).read_text("utf-8") for name in files).split()
+        if int(time) > 0 and int(period) > 0:
+            yield int(time) / int(period)
 
 
 def parallel_jobs(most: int | None = None) -> int:
-    """Returns the number of threads for independent jobs.
-
-    One for each processor, at most `most`; or the number that `more_jobs` sets.
-    """
+    """Returns the number of threads for jobs: one a processor, or what `more_jobs` sets."""
     return _jobs[-1] if _jobs else usable_threads(most)
 
 

@@ -7,7 +7,6 @@ from rgexport.errors import printable
 
 _LINES = "\n\t"
 _MARKS = "\u061c\u200e\u200f"
-"""Direction marks; replies in Arabic and Hebrew have them."""
 
 
 def print_result(text: str, *, end: str = "\n") -> None:
@@ -23,5 +22,4 @@ def print_reply(piece: str, stream: TextIO | None = None) -> None:
 
 
 def printable_reply(piece: str) -> str:
-    """Escapes control characters in a piece of a model's reply."""
     return printable(piece, allowed=_LINES + _MARKS)

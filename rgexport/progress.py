@@ -22,28 +22,23 @@ FIRST_LINE = 30.0
 LATER_LINES = 1.25
 """Factor of the running time until the next line, which comes at least `FIRST_LINE` later."""
 _BAR = range(8, 31)
-"""Widths that a bar may have; where less is free, there is none."""
 
 Advance = Callable[[int], None]
 
 verbose = False
-"""Whether `detail` prints; `-v` sets it."""
 _no_warnings = False
 
 
 def note(text: str) -> None:
-    """Prints a remark; escapes its control characters."""
     print(printable(text, allowed="\n\t"), file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:
-    """Prints a remark if `-v` was given."""
     if verbose:
         note(text)
 
 
 def warn(text: str) -> None:
-    """Prints a warning, unless inside `without_warnings`."""
     if not _no_warnings:
         note(f"Warning: {text}")
 
@@ -61,8 +56,6 @@ def without_warnings() -> Iterator[None]:
 
 @dataclass
 class TaskProgress:
-    """How much of a task is done, and since when it runs."""
-
     label: str
     total: int = 0
     unit: str = ""
@@ -75,8 +68,7 @@ class TaskProgress:
         return f"{self.number or ''}{printable(self.label)}"
 
     def line(self, columns: int | None = None, *, ended: bool = False) -> str:
-        """Returns label, size, time and time left, in one line of at most so many columns."""
-        texts = self._ended() if ended or not self.total else self._running()
+        texts = self._texts(ended)
         for text in texts:
             line = f"{self.title}: {text}"
             if not columns or len(line) <= columns:
@@ -84,38 +76,33 @@ class TaskProgress:
         end, width = f"...: {texts[-1]}", columns or 0  # any terminal has dots
         return f"{self.title[: max(0, width - len(end))]}{end}"[:width]
 
-    def _running(self) -> list[str]:
-        """Returns how much is done as a long text and as a short one."""
+    def _texts(self, ended: bool) -> list[str]:
+        """Returns how much is done in how much time, as a long text and as a short one."""
         passed = time.monotonic() - self.began
-        share, size = f"{100 * self.done // self.total} %", amount(self.total, self.unit)
+        if not self.total:
+            return [duration(passed)]
+        size = amount(self.total, self.unit)
+        if ended:
+            return [f"{size}, {duration(passed)}", duration(passed)]
+        share = f"{100 * self.done // self.total} %"
         if not self.done:
             return [f"{share} of {size}", share]
         remaining = f"{duration(passed * (self.total - self.done) / self.done)} left"
         return [f"{share} of {size}, {duration(passed)}, {remaining}", f"{share}, {remaining}"]
 
-    def _ended(self) -> list[str]:
-        passed = duration(time.monotonic() - self.began)
-        return [f"{amount(self.total, self.unit)}, {passed}", passed] if self.total else [passed]
-
 
 _numbers: Iterator[str] = iter(())
-"""Numbers of the stages that have not begun."""
 _open: list[TaskProgress] = []
 """Tasks and groups that run, the outermost first."""
 _lock = threading.Lock()
 _display: "Progress | None" = None
-"""One live display for all bars; a task inside another one adds a line to it."""
 
 
 def expect_stages(total: int) -> None:
-    """Numbers the next `total` outermost tasks, as in `[2/4] Quantizing`; 0 ends a numbering.
-
-    Inside a task or a group it changes nothing.
-    """
+    """Numbers the next outermost tasks, as in `[2/4] Quantizing`; does nothing inside of one."""
     global _numbers
-    if _open:
-        return
-    _numbers = iter([f"[{number}/{total}] " for number in range(1, total + 1)])
+    if not _open:
+        _numbers = iter([f"[{number}/{total}] " for number in range(1, total + 1)])
 
 
 @contextmanager
@@ -130,15 +117,7 @@ def task(label: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
     """Shows a task's progress, and leaves one line when it is done.
 
     On a terminal a bar moves; elsewhere, a long task prints a line now and then. A task inside
-    another one, or inside a `group`, leaves no line.
-
-    Args:
-        label: such as `Quantizing`.
-        total: the task's size in `unit`.
-        unit: `bytes`, or another plural.
-
-    Yields:
-        `advance(done)`, which any thread may call.
+    another one, or inside a `group`, leaves no line. Any thread may call `advance`.
     """
     current = TaskProgress(label, total, unit)
     with _running(current):
@@ -161,7 +140,6 @@ def _running(current: TaskProgress) -> Iterator[None]:
 
 
 def columns() -> int | None:
-    """Returns the width of the terminal of stderr; None if it is none."""
     if not sys.stderr.isatty():
         return None
     with suppress(OSError, ValueError):
@@ -215,27 +193,25 @@ def _new_display() -> "Progress":
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, Task
 
-    width = columns() or 80
+    width = (columns() or 80) - 1
 
     class Line(ProgressColumn):
         def render(self, task: Task) -> "Table":
-            return _bar_line(task.fields["current"], width - 1)
+            return _bar_line(task.fields["current"], width)
 
     return Progress(Line(), console=Console(stderr=True), redirect_stdout=False, transient=True)
 
 
 def _bar_line(current: TaskProgress, width: int) -> "Table":
-    """Returns a line with a bar between label and numbers, if it is wide enough for one."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    line = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
-    text = current.line(width)
+    line, text = Table.grid(padding=(0, 1, 0, 0), pad_edge=False), current.line(width)
     free = width - len(text) - 1
     if current.total and free >= _BAR.start:
-        numbers = text.removeprefix(f"{current.title}: ")
         bar = ProgressBar(current.total, current.done, width=min(free, _BAR.stop - 1))
+        numbers = text.removeprefix(f"{current.title}: ")
         line.add_row(Text(current.title), bar, Text(numbers))
     else:
         line.add_row(Text(text, no_wrap=True))

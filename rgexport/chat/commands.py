@@ -9,7 +9,7 @@ from rgexport.chat.conversation import Conversation
 from rgexport.chat.from_artifact import summary
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_text
-from rgexport.runtimes.memory import peak_rss_bytes
+from rgexport.runtimes.machine import peak_rss_bytes
 from rgexport.units import amount
 
 Replies = Generator[str, None, None]

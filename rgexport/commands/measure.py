@@ -279,8 +279,7 @@ def bench(arguments: BenchArguments) -> None:
 
     -p, -n and -d take lists such as 128,512; a length of 0 is left out.
     """
-    from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
-    from rgexport.runtimes.bench.rows import WRITERS
+    from rgexport.runtimes.bench.measure import WRITERS, BenchRequest, bench_artifact
 
     request = BenchRequest.parse(
         arguments.n_prompt,

@@ -4,8 +4,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.evaluate.pieces import Result
-from rgexport.runtimes.blocks import blocks
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import Session, blocks
 
 
 def losses(session: Session, tokens: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION, State, state_specs, zero_state
 from rgexport.parallelism import usable_threads
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.machine import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 
 _SPARE_BYTES = 2 << 30
@@ -28,7 +28,7 @@ class ReferenceSession(Session):
         self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)
         available = available_bytes()
         keep = available is None or self._bytes + _SPARE_BYTES <= available
-        self._config = checkpoint.config
+        self._config, self.vocab_size = checkpoint.config, checkpoint.config.vocab_size
         self._reference = Reference(checkpoint.config, checkpoint.weights, keep=keep)
         self._threads, self._version = torch.get_num_threads(), torch.__version__
         self.reset()
@@ -46,11 +46,6 @@ class ReferenceSession(Session):
             state_bytes=state,
             prefill_chunk=512,
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits per token."""
-        return self._config.vocab_size
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from rgexport.evaluate.suites import BY_DEFAULT, SUITES, memory, tasks
 from rgexport.evaluate.worker import ChainJob, Worker, clear_worker, run_job
 from rgexport.progress import note, task
 from rgexport.runtimes.cluster import Cluster
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 
 
 def require_known(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:

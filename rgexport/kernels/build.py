@@ -1,27 +1,31 @@
-"""Builds the native libraries with CMake, for `pip install` (hatch_build.py) and `make native`.
+"""The native libraries: CMake builds them, for `pip install` and `make native`; ctypes loads them.
 
-Imports only the standard library and modules of rgexport that do so too, because `pip install` runs
-it before any dependency is installed.
+Imports the standard library and modules that import nothing else: dependencies come later.
 """
 
 import argparse
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rgexport.files.atomic import TargetInUse, replacing
 
 PROJECTS = tuple(Path(__file__).parent / name for name in ("onnx", "rounding"))
-"""Folders with the sources and the `CMakeLists.txt` of one library each."""
 NOT_BUILT = "not-built.txt"
 """File in the folder of a library that could not be built; it has the reason."""
 _SUFFIXES = {".so", ".dylib", ".dll"}
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _MAX_LINES = 20
-"""Maximum number of output lines in an error message."""
+
+Signature = tuple[Any, Sequence[Any]]
+"""Result type of a C function (None for `void`), and the types of its arguments."""
 
 
 class BuildFailed(Exception):
@@ -29,21 +33,7 @@ class BuildFailed(Exception):
 
 
 def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles a library and copies it into `target`.
-
-    Args:
-        project: the folder of the sources, such as one of `PROJECTS`.
-        target: the folder for the library.
-        build_folder: CMake's folder, kept to make the next build faster; temporary by default.
-        options: options of CMake, such as `-DSANITIZE=ON`.
-
-    Returns:
-        The path of the library.
-
-    Raises:
-        BuildFailed: CMake, Ninja and Make, or a C++17 compiler is missing; or one of them fails; or
-            the library is in use.
-    """
+    """Compiles a library with CMake's `options`, copies it into `target`, returns its path."""
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
             return build(project, target, Path(scratch), *options)
@@ -74,17 +64,11 @@ def build(project: Path, target: Path, build_folder: Path | None = None, *option
 def _generator_options() -> list[str]:
     """Returns CMake's options for Ninja if it is installed, else none, which means Make.
 
-    On Windows, the options are for Visual Studio with Clang: Ninja would use the first compiler in
-    PATH, such as a GCC whose runtime libraries users lack. The environment variables `CXX` and
-    `CMAKE_GENERATOR` override this.
-
-    Raises:
-        BuildFailed: neither Ninja nor Make is installed.
+    On Windows, Ninja would use any compiler in PATH, such as a GCC whose libraries users lack.
     """
     if sys.platform == "win32" and not os.environ.get("CXX"):
         return [] if os.environ.get("CMAKE_GENERATOR") else ["-T", "ClangCL"]
-    ninja = find_program("ninja")
-    if ninja is not None:
+    if ninja := find_program("ninja"):
         return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     if find_program("make") is None and sys.platform != "win32":
         raise BuildFailed("neither Ninja nor Make is installed")
@@ -92,11 +76,7 @@ def _generator_options() -> list[str]:
 
 
 def find_program(name: str) -> str | None:
-    """Returns the path of a program, from Python's environment or PATH; None if none runs.
-
-    Each candidate is run once: in pip's isolated builds, PATH has scripts of the outer environment,
-    which fail.
-    """
+    """Returns the path of a program that runs, from Python's environment or PATH; or None."""
     folders = (str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep))
     for folder in filter(None, folders):
         if path := shutil.which(name, path=folder):
@@ -107,12 +87,7 @@ def find_program(name: str) -> str | None:
 
 
 def run(*command: object, folder: Path | None = None) -> None:
-    """Runs a command in `folder`.
-
-    Raises:
-        BuildFailed: the command cannot be run or fails. The message has its output from the first
-            line with "error" on, or else the last lines.
-    """
+    """Runs a command; a failure has its output from the first "error" on, or the last lines."""
     arguments = [str(argument) for argument in command]
     try:
         result = subprocess.run(
@@ -128,8 +103,32 @@ def run(*command: object, folder: Path | None = None) -> None:
         raise BuildFailed(f"{' '.join(arguments)} failed:\n{reason}")
 
 
+def library_path(project: Path) -> Path:
+    return project / f"librgexport_{project.name}{_SUFFIX}"
+
+
+def why_missing(project: Path) -> str:
+    reason = project / NOT_BUILT
+    if reason.is_file():
+        return f"it could not be built when rgexport was installed; {reason} says why"
+    return "it is not built; run `python -m rgexport.kernels.build`"
+
+
+def load_library(path: Path, signatures: Mapping[str, Signature]) -> ctypes.CDLL | str:
+    """Loads a library and declares its functions `rgexport_…`; returns a reason if it fails."""
+    if not path.is_file():
+        return why_missing(path.parent)
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in signatures.items():
+            function = getattr(library, f"rgexport_{name}")
+            function.restype, function.argtypes = result, list(arguments)
+    except (OSError, AttributeError) as error:
+        return f"the library cannot be loaded: {error}"
+    return library
+
+
 def main() -> None:
-    """Runs `python -m rgexport.kernels.build`, which builds all libraries in place."""
     parser = argparse.ArgumentParser(description="Build the native libraries in place.")
     parser.add_argument("--build-folder", type=Path, help="keep objects here for the next build")
     parser.add_argument("options", nargs="*", help="for CMake, after --")

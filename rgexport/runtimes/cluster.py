@@ -2,9 +2,6 @@
 
 When a worker is lost, Dask runs its jobs again elsewhere; each is a function of its arguments and
 of files that do not change.
-
-Dask and not Ray: it is pure Python, runs wherever this package does, and a lost result is computed
-again from the jobs before it.
 """
 
 import logging
@@ -19,9 +16,7 @@ from rgexport.kernels.rounding import library
 from rgexport.parallelism import more_jobs
 
 _SECONDS = 10
-"""Limit for a scheduler to answer, and for a worker to connect."""
 _JOBS_PER_THREAD = 2
-"""Jobs that are submitted ahead, so that no worker waits."""
 
 
 class Cluster:
@@ -37,16 +32,11 @@ class Cluster:
                 return self._client.submit(function, *arguments, pure=False)
 
     def everywhere(self, function: Callable[[], Any]) -> None:
-        """Calls a function in the process of each present worker."""
         with self._connected():
             self._client.run(function)
 
     def result(self, future: Any) -> Any:
-        """Waits for a future.
-
-        Raises:
-            RequestError: the job ended in one, or the cluster is lost.
-        """
+        """Waits for a future; raises RequestError if its job did, or the cluster is lost."""
         with self._connected():
             return future.result()
 
@@ -73,12 +63,7 @@ class Cluster:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Cluster | None]:
-    """Connects to the workers at a scheduler's address; yields None for None.
-
-    Raises:
-        NotInstalled: Dask is missing.
-        RequestError: nobody answers there, there is no worker, or one has another rgexport.
-    """
+    """Connects to a scheduler with workers of this rgexport; yields None for None."""
     if address is None:
         yield None
         return
@@ -130,10 +115,8 @@ def _require_same(client: Any, address: str) -> None:
         installed = {"a worker": "no rgexport"}
     for worker, theirs in installed.items():
         if theirs != ours:
-            raise RequestError(
-                f"{worker} of the cluster {address} has {theirs}, and here is {ours}; install the "
-                "same for both"
-            )
+            differs = f"{worker} of the cluster {address} has {theirs}, and here is {ours}"
+            raise RequestError(f"{differs}; install the same for both")
 
 
 def _installed() -> str:

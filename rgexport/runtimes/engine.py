@@ -27,10 +27,9 @@ class Observation:
     """One call of an engine on tokens [T] of one conversation.
 
     Attributes:
-        values: site → result of its op, converted to float32 [T, n]. Sites that the engine fuses
-            away are missing. Those of `HEAD_SITES` may be of the last token alone, [1, n].
-        gates: the same for the gates of the RG-LRU, where the engine has them only after the
-            sigmoid.
+        values: site → result of its op, float32 [T, n], or [1, n] of the last token. Sites that
+            the engine fuses away are missing.
+        gates: the same for gates of the RG-LRU that the engine has only after the sigmoid.
         dtypes: site → the dtype that the value was computed in, where it is not float32.
         state: the canonical state of batch 1 after the tokens.
     """
@@ -42,8 +41,6 @@ class Observation:
 
 
 class Observer(Protocol):
-    """An engine that shows the values at its sites."""
-
     @property
     def lengths(self) -> tuple[int, ...]:
         """Numbers of tokens per call that take different code paths, the longest first."""
@@ -55,16 +52,9 @@ class Observer(Protocol):
 
 
 def observation_of(results: dict[str, np.ndarray], state: State) -> Observation:
-    """Makes an observation of one conversation.
-
-    Args:
-        results: site → [1, T, n] in the engine's dtype; it is emptied, to save memory.
-        state: the canonical state after the tokens.
-    """
+    """Makes an observation of results [1, T, n] in the engine's dtype, which it empties."""
     dtypes = {site: a.dtype.name for site, a in results.items() if a.dtype != np.float32}
-    values = {}
-    for site in tuple(results):
-        values[site] = results.pop(site)[0].astype(np.float32, copy=False)
+    values = {s: results.pop(s)[0].astype(np.float32, copy=False) for s in tuple(results)}
     return Observation(values=values, gates={}, dtypes=dtypes, state=state)
 
 
@@ -74,26 +64,17 @@ class Engine(ABC):
         return
 
     def require_trusted(self, artifact: Artifact) -> None:
-        """Checks what an artifact would run, before there is a session.
-
-        Raises:
-            RequestError: it would run what rgexport does not write, or allocate too much.
-        """
+        """Refuses an artifact that would run what rgexport does not write, or allocate too much."""
         return
 
     @abstractmethod
     def session(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
 
     def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """Opens a session with the settings that take the least memory."""
         return self.session(artifact, threads=threads)
 
     def narrowing(self, artifact: Artifact) -> OpenNarrow:
-        """Returns a function that opens sessions with a smaller window.
-
-        Raises:
-            RequestError: the engine takes the window that the artifact has.
-        """
+        """Returns a function that opens sessions with a smaller window."""
         raise RequestError(
             f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
             "or a checkpoint: export it again with --window"
@@ -117,11 +98,7 @@ class Engine(ABC):
         )
 
     def memory_bytes(self, manifest: Manifest) -> int:
-        """Estimates a lean session's memory: all weights, and the embedding again, as the head.
-
-        Measured: 0.98 to 1.03 times that for 150 million weights in ONNX Runtime, 0.85 to 1.1
-        times in llama.cpp.
-        """
+        """Estimates a lean session's memory: all weights, and the embedding again, as the head."""
         return sum(self._tensor_bytes(manifest))
 
     def _tensor_bytes(self, manifest: Manifest) -> Iterator[int]:
@@ -134,22 +111,13 @@ def engine_of(kind: str) -> Engine:
 
 
 def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool = False) -> Session:
-    """Opens a session in the engine of the artifact's format; a lean one takes the least memory.
-
-    Raises:
-        RequestError: the engine is missing or cannot open the model.
-    """
+    """Opens a session in the engine of the artifact's format; a lean one takes the least memory."""
     engine = engine_of(artifact.manifest.kind)
     return (engine.lean_session if lean else engine.session)(artifact, threads=threads)
 
 
 def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None = None) -> Session:
-    """Opens a session in which attention sees only `window` tokens before its own.
-
-    Raises:
-        RequestError: the engine is missing, cannot open the model, or cannot do that; or the
-            artifact's window is smaller.
-    """
+    """Opens a session in which attention sees only `window` tokens before its own."""
     open_narrow = engine_of(artifact.manifest.kind).narrowing(artifact)
     widest = artifact.manifest.config.window
     if not 0 <= window <= widest:
@@ -160,10 +128,5 @@ def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None 
 
 
 def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:
-    """Opens an observer in the engine of the artifact's format; it loads the model again.
-
-    Raises:
-        RequestError: the engine or a package that observing needs is missing, or the engine cannot
-            open the model.
-    """
+    """Opens an observer in the engine of the artifact's format; it loads the model again."""
     return engine_of(artifact.manifest.kind).observer(artifact, threads=threads)

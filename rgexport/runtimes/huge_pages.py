@@ -1,13 +1,9 @@
 """Puts weights and states into huge pages, on Linux.
 
-A decode step reads all weights and states once. In pages of 4 kB it spends a tenth of its time on
-address translation. Engines do not ask the kernel for huge pages. `madvise(MADV_COLLAPSE)` (Linux
-6.1) does so afterwards, and copies 1.5 GB in about two seconds. It never changes the content of
-memory; where it fails, only speed is lost.
-
-A token of a 2B takes 8 % less time with it in ONNX Runtime's own kernels
-(`bench/system_tricks.py`), and up to a sixth less in llama.cpp (`docs/amx/llama_cpp.md`). Our
-kernels read mapped files (`mapped_weights.py`), so there is little to move.
+A decode step reads all weights and states once; in pages of 4 kB it spends a tenth of its time on
+address translation (`bench/system_tricks.py`, `docs/amx/llama_cpp.md`). Engines do not ask for huge
+pages. `madvise(MADV_COLLAPSE)` (Linux 6.1) does so afterwards, and copies 1.5 GB in about two
+seconds; where it fails, only speed is lost. Our kernels read mapped files (`mapped_weights.py`).
 """
 
 import math
@@ -38,9 +34,10 @@ _MAPS = Path("/proc/self/maps")
 class BackgroundAdvice:
     """A thread that advises the kernel about memory; it must end before the memory is freed."""
 
+    _thread: threading.Thread | None = None
+
     def __init__(self) -> None:
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def start(
         self, areas: Iterable[Area], give: Callable[[int, int], object], owner: object = None
@@ -51,7 +48,6 @@ class BackgroundAdvice:
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the current piece; afterwards the memory may be freed."""
         self._stopped.set()
         # The thread itself may be the one that lets the last reference to a session go.
         if self._thread and self._thread is not threading.current_thread():
@@ -73,10 +69,7 @@ def _give_all(
 
 @contextmanager
 def huge_pages() -> Iterator[BackgroundAdvice]:
-    """After the block, begins to collapse the private memory that was mapped inside it.
-
-    The advice must be stopped before that memory is freed.
-    """
+    """Collapses private memory that was mapped in the block; stop this before freeing it."""
     advice, before = BackgroundAdvice(), _large_mappings()
     yield advice
     if mapped := sorted(_large_mappings() - before):
@@ -84,11 +77,7 @@ def huge_pages() -> Iterator[BackgroundAdvice]:
 
 
 def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray]:
-    """Returns zeros of these shapes and dtypes, by name, as slices of one array.
-
-    numpy asks for huge pages from 4 MB on, and each ring of a 2B has 2 MB. Slices begin at cache
-    lines, so that no loaded vector spans two.
-    """
+    """Returns zeros as slices of one array: numpy asks for huge pages from 4 MB on."""
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values()]
     starts = [0, *accumulate(aligned(size, _CACHE_LINE) for size in sizes)]
     memory = np.zeros(starts.pop() + _CACHE_LINE, np.uint8)
@@ -100,7 +89,6 @@ def zeros_together(arrays: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, 
 
 
 def _large_mappings() -> set[Area]:
-    """Returns the large writable mappings without a file; none if the system lists no mappings."""
     mappings = set()
     with suppress(OSError):
         for line in _MAPS.read_text("utf-8", "surrogateescape").splitlines():
@@ -112,10 +100,8 @@ def _large_mappings() -> set[Area]:
 
 
 def _whole_pages(areas: Iterable[Area]) -> Iterator[Area]:
-    for start, end in areas:
-        first, last = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
-        if first < last:
-            yield first, last
+    for start, end in areas:  # twice as long as a page, at least
+        yield aligned(start, _HUGE_PAGE), end // _HUGE_PAGE * _HUGE_PAGE
 
 
 def _collapse(start: int, end: int) -> None:

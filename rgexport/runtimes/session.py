@@ -1,8 +1,9 @@
 """The interface that every engine implements, and the checks that all engines share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,11 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State
+
+LOGITS_BYTES = 192 << 20
+"""Logits of a block of positions, in two copies."""
+MAX_BLOCK = 512
+_MIN_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,9 @@ class SessionInfo:
         weight_bytes: weights that one decode step reads.
         state_bytes: state of one sequence.
         prefill_chunk: most tokens of a prefill for which the weights are read once.
-        chunk_logits: whether a chunk can return the logits of all its tokens; if not, it takes
-            single steps.
+        chunk_logits: whether a chunk returns the logits of all its tokens, instead of single steps.
         whole_chunks: whether tokens that do not fill a chunk are taken in single steps.
-        exact_tokens: up to so many tokens of a call, of all rows together, give the bits that each
-            gives alone.
+        exact_tokens: most tokens of a call, of all rows, that give the bits that each gives alone.
         kernels: `native` and an instruction set where our kernels run, otherwise `stock`.
     """
 
@@ -46,19 +50,13 @@ class SessionInfo:
 
 
 class UnchangedFiles:
-    """Stamps of an artifact's files, to detect changes; `prefix` selects files by name.
+    """Detects changes of an artifact's files; `prefix` selects them by name.
 
-    A session may have mapped them: a write changes its weights at once, and reading past the end of
-    a file that was cut ends the process. No program can check before each read; sessions check
-    whenever a conversation begins.
+    A session may have mapped them, and reading past the end of a file that was cut ends the
+    process. So sessions check whenever a conversation begins.
     """
 
     def __init__(self, artifact: Artifact, prefix: str = ""):
-        """Notes the files.
-
-        Raises:
-            RequestError: one has another size than when the artifact was opened.
-        """
         is_file = artifact.path.is_file()  # a GGUF file is its own folder
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
         for name, record in artifact.manifest.files.items():
@@ -69,7 +67,6 @@ class UnchangedFiles:
                     raise _changed(path)
 
     def require(self) -> None:
-        """Raises RequestError if a file was written to, cut, replaced or removed."""
         for path, before in self._stamps.items():
             if _stamp(path) != before:
                 raise _changed(path)
@@ -88,11 +85,7 @@ def _changed(path: Path) -> RequestError:
 
 
 def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarray:
-    """Returns token ids as int64 [batch, T].
-
-    Raises:
-        RequestError: another shape, or an id outside of the vocabulary.
-    """
+    """Returns token ids as int64 [batch, T]; refuses other shapes, and unknown ids."""
     tokens = np.asarray(tokens, np.int64)
     if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
         raise RequestError(f"tokens have shape {tokens.shape}; expected [{batch}, T], T ≥ 1")
@@ -103,51 +96,38 @@ def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarra
 
 
 def require_fitting(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a state of another model.
-
-    Args:
-        state: a canonical state of any batch size.
-        shapes: name → shape without the batch axis, of all tensors but the position.
-
-    Raises:
-        RequestError: a name or shape does not fit.
-    """
-    complaints = list(_misfits(state, {**shapes, POSITION: ()}))
+    """Refuses a state with other names or shapes (without the batch axis) than `shapes`."""
+    batch = np.shape(state.get(POSITION, ()))[:1]
+    expected = {name: (*batch, *shape) for name, shape in ({**shapes, POSITION: ()}).items()}
+    complaints = [
+        f"{name} is {'missing' if name in expected else 'unknown'}"
+        for name in expected.keys() ^ state.keys()
+    ]
+    complaints += [
+        f"{name} has shape {np.shape(state[name])}; expected {expected[name]}"
+        for name in expected.keys() & state.keys()
+        if np.shape(state[name]) != expected[name]
+    ]
     if complaints:
         raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
-
-
-def _misfits(state: State, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    for name in expected.keys() ^ state.keys():
-        yield f"{name} is {'missing' if name in expected else 'unknown'}"
-    batch = np.shape(state.get(POSITION, ()))[:1]
-    for name in expected.keys() & state.keys():
-        shape = np.shape(state[name])
-        if shape != (*batch, *expected[name]):
-            yield f"{name} has shape {shape}; expected {(*batch, *expected[name])}"
 
 
 class Session(ABC):
     """A model in an engine, with the state of `batch` conversations.
 
     Neighbouring rows of the batch can be used without the others, so that conversations at
-    different positions come and go. The rows of one call take the same number of tokens. Logits
-    are float32.
+    different positions come and go. The rows of one call take the same number of tokens. Logits are
+    float32.
     """
 
+    vocab_size: int
     _opened_files: Sequence[UnchangedFiles] = ()
-    """The files that `require_unchanged` compares."""
     _tried: tuple[range, np.ndarray] | None = None
     """The rows and tokens of the last `verify`, until `accept`."""
 
     @property
     @abstractmethod
     def info(self) -> SessionInfo: ...
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of logits per token."""
 
     @property
     @abstractmethod
@@ -161,12 +141,7 @@ class Session(ABC):
 
     @abstractmethod
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations.
-
-        Raises:
-            RequestError: a file of the artifact changed while the session was open, or the engine
-                cannot hold so many conversations.
-        """
+        """Clears the state, and sets the number of conversations; refuses if a file has changed."""
 
     @abstractmethod
     def get_rows(self, rows: range) -> State:
@@ -187,7 +162,6 @@ class Session(ABC):
         return self._take(rows, tokens, tokens.shape[1])
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
-        """Repeats the accepted tokens from the states before `_verify`."""
         for index, count in enumerate(counts):
             if count == tokens.shape[1]:
                 continue
@@ -198,24 +172,15 @@ class Session(ABC):
         del self._before
 
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
-
-        Returns the logits of the last `num_logits` tokens, [R, num_logits, vocab].
-
-        Raises:
-            RequestError: another shape, or an id outside of the vocabulary.
-        """
+        """Takes tokens [R, T] of some rows; returns the last logits, [R, num_logits, vocab]."""
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
 
     def verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows on trial; `accept` must be the next call.
 
-        Returns the logits of all of them, [R, T, vocab]: those of single steps to the last bit, up
-        to `info.exact_tokens`.
-
-        Raises:
-            RequestError: another shape, or an id outside of the vocabulary.
+        Returns all logits [R, T, vocab]: those of single steps to the last bit, up to
+        `info.exact_tokens`.
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         logits = self._verify(rows, tokens)
@@ -223,11 +188,7 @@ class Session(ABC):
         return logits
 
     def accept(self, counts: Sequence[int]) -> None:
-        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them.
-
-        Raises:
-            ValueError: there are not so many, or `verify` was not the call before.
-        """
+        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them."""
         if self._tried is None:
             raise ValueError("no tokens are on trial: call verify first")
         rows, tokens = self._tried
@@ -237,12 +198,7 @@ class Session(ABC):
         self._accept(rows, tokens, counts)
 
     def set_rows(self, rows: range, state: State) -> None:
-        """Lets some rows continue from a canonical state of as many, by any engine.
-
-        Raises:
-            RequestError: a name or shape does not fit this model (dtypes are converted), or a file
-                of the artifact changed while the session was open.
-        """
+        """Lets rows continue from a canonical state by any engine; refuses other models'."""
         self._require_fitting(state)
         self._set_rows(rows, state)
 
@@ -251,10 +207,7 @@ class Session(ABC):
         return self.take(self._all, tokens, num_logits)
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Prefills in one run of the model where the engine takes any number of tokens.
-
-        Memory grows with their number; other programs take whole prompts so.
-        """
+        """Prefills in one run, as other programs do, if the engine can."""
         return self.prefill(tokens, num_logits)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
@@ -265,11 +218,7 @@ class Session(ABC):
         return self.get_rows(self._all)
 
     def set_state(self, state: State) -> None:
-        """Continues from a canonical state, of any batch size, by any engine.
-
-        Raises:
-            RequestError: the reasons of `set_rows`.
-        """
+        """Continues from a canonical state, of any batch size; raises as `set_rows` does."""
         self._require_fitting(state)
         if len(state[POSITION]) != len(self._all):
             self.reset(len(state[POSITION]))
@@ -283,10 +232,27 @@ class Session(ABC):
         return range(len(self.position))
 
     def require_unchanged(self) -> None:
-        """Checks that the artifact's files are those that were opened. Any thread may call it.
-
-        Raises:
-            RequestError: one was written to, cut, replaced or removed.
-        """
+        """Raises RequestError if the artifact's files have changed. Any thread may call it."""
         for files in self._opened_files:
             files.require()
+
+
+def block_size(session: Session) -> int:
+    """Returns how many rows of logits fit into `LOGITS_BYTES`, in whole chunks if possible."""
+    size = min(MAX_BLOCK, max(_MIN_BLOCK, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
+    chunk = session.info.prefill_chunk
+    return size - size % chunk if session.info.whole_chunks and size > chunk else size
+
+
+def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
+    """Returns the positions between chunks of fixed length; all, if chunks have any length."""
+    whole = session.info.prefill_chunk if session.info.whole_chunks else 1
+    return {position for position in positions if position % whole == 0}
+
+
+def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yields the first position and the end of each block; every edge ends a block."""
+    size = block_size(session)
+    for first, last in pairwise(sorted({0, *edges})):
+        for start in range(first, last, size):
+            yield start, min(start + size, last)

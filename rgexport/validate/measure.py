@@ -7,8 +7,7 @@ import numpy as np
 
 from rgexport.griffin.state import State
 from rgexport.progress import task
-from rgexport.runtimes.blocks import MAX_BLOCK, block_size, blocks, whole_chunks
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import MAX_BLOCK, Session, block_size, blocks, whole_chunks
 from rgexport.validate import metrics
 from rgexport.validate.equivalences import (
     STEPS,

@@ -12,8 +12,7 @@ from rgexport.printing import print_result
 from rgexport.progress import expect_stages, group, note, task
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
-from rgexport.runtimes.environment import environment
-from rgexport.runtimes.memory import available_bytes, release_freed_memory
+from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 from rgexport.validate import continuations

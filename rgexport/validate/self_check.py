@@ -16,7 +16,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import layer_tensors
 from rgexport.progress import task
 from rgexport.runtimes.engine import engine_of, open_session
-from rgexport.runtimes.memory import available_bytes, release_freed_memory
+from rgexport.runtimes.machine import available_bytes, release_freed_memory
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 from rgexport.validate import metrics

@@ -1,6 +1,6 @@
 """Builds the chat page with npm into `page.zip`: `make page`, and the build of a wheel.
 
-Imports the standard library alone, because the build hook uses it before anything is installed.
+Imports the standard library and modules that import nothing else.
 """
 
 import shutil
@@ -13,20 +13,12 @@ from rgexport.kernels.build import BuildFailed, run
 
 SOURCES = Path(__file__).parents[2] / "page"
 LIBRARY = Path(__file__).parents[1] / "npm"
-"""The npm package that the page includes."""
 BUILT = Path(__file__).with_name("page.zip")
 _INSTALL = "ci --ignore-scripts --no-audit --no-fund".split()
-"""Installs exactly what `package-lock.json` lists, so that each build has the same bytes."""
 _UNIX = 3
-"""The system that an archive names as its maker, whichever system packs it."""
 
 
 def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
-    """Installs the page's dependencies, builds it, and packs it into `target`.
-
-    Raises:
-        BuildFailed: npm is missing, or fails.
-    """
     npm = shutil.which("npm")
     if npm is None:
         raise BuildFailed("Node and npm are not installed")
@@ -37,7 +29,6 @@ def build(target: Path = BUILT, sources: Path = SOURCES) -> Path:
 
 
 def is_current() -> bool:
-    """Whether the page is built, and its sources have not changed since."""
     if not BUILT.is_file():
         return False
     folders = SOURCES, SOURCES / "src", SOURCES / "public", LIBRARY

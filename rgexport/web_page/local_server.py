@@ -31,11 +31,7 @@ _HEADERS = {
 
 
 def serve_site(site: Site, port: int, *, browse: bool) -> None:
-    """Serves until Ctrl-C; `browse` opens a browser.
-
-    Raises:
-        RequestError: the address cannot be used.
-    """
+    """Serves until Ctrl-C; `browse` opens a browser."""
     with local_server(site, port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         note(f"The page is at {address} (Ctrl-C ends)")
@@ -48,11 +44,6 @@ def serve_site(site: Site, port: int, *, browse: bool) -> None:
 
 
 def local_server(site: Site, port: int) -> ThreadingHTTPServer:
-    """Returns the server, which listens already.
-
-    Raises:
-        RequestError: the address cannot be used.
-    """
     try:
         return _Server((HOST, port), partial(SiteHandler, site))
     except OSError as error:
@@ -65,27 +56,21 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints errors, unless the browser has left."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class SiteHandler(BaseHTTPRequestHandler):
-    """Answers with the files of a site."""
-
     protocol_version = "HTTP/1.1"
 
     def __init__(self, site: Site, *connection: Any):
         self.site = site
         super().__init__(*connection)
 
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self.do_GET()
 
-    def _answer(self, *, with_body: bool) -> None:
+    def do_GET(self) -> None:
         # A page of another site whose name leads to this machine (DNS rebinding) must not read it.
         host = self.headers.get("Host")
         if host is not None and not is_allowed(host, ("localhost",)):
@@ -105,11 +90,11 @@ class SiteHandler(BaseHTTPRequestHandler):
         for name, value in _HEADERS.items():
             self.send_header(name, value)
         self.end_headers()
-        if with_body:
+        if self.command == "GET":
             self.write_body(body)
 
     def write_body(self, body: bytes) -> None:
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Prints no requests."""
+        pass

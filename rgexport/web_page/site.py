@@ -1,12 +1,11 @@
 """A static site: the chat page, and the files of the models that it runs, in chunks.
 
-A chunk is named by its hash, so any host will do: the page checks each chunk, continues a broken
-download, and loads a chunk that two models or versions share once.
+A chunk is named by its hash: a download continues, and two models or versions share a chunk.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,16 @@ from rgexport.web_page.build import BUILT
 CHUNK_BYTES = 8 << 20
 CATALOG = "model.json"
 PROFILES = "webgpu", "wasm"
-"""Profiles that a browser runs."""
 _UNNAMED = "other"
 """The hub's identifier of a licence that has none."""
 _NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
 _ALWAYS = {CATALOG, "index.html", "sw.js"}
 _OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")
-"""Names at the top of a site, of this version or an earlier one."""
-_WELCOME = ("generation_config.json",)
+_WELCOME = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`size` bytes of a file from `offset` on."""
-
     file: Path
     offset: int
     size: int
@@ -55,11 +50,6 @@ Site = Mapping[str, Chunk | bytes]
 
 
 def make_site(artifacts: Sequence[Artifact]) -> Site:
-    """Returns the site for one model, exported for one or for both profiles.
-
-    Raises:
-        RequestError: the page was not built, or an artifact is not for browsers or not for chats.
-    """
     for artifact in artifacts:
         _require_suitable(artifact)
     profiles = [artifact.manifest.profile for artifact in artifacts]
@@ -85,11 +75,7 @@ def make_site(artifacts: Sequence[Artifact]) -> Site:
 
 
 def write_site(site: Site, folder: Path, *, force: bool) -> None:
-    """Writes all files into a folder.
-
-    Raises:
-        RequestError: the folder exists and is no such site, or not without `force`; no space.
-    """
+    """Writes all files into a folder; with `force`, it may replace an earlier site."""
     total = sum(_size(content) for content in site.values())
     require_free_disk(folder, total)
     with (
@@ -110,7 +96,6 @@ def is_site(folder: Path) -> bool:
 
 
 def read_content(content: Chunk | bytes) -> bytes:
-    """Returns the bytes at an address of a site."""
     return content if isinstance(content, bytes) else content.read()
 
 
@@ -143,24 +128,23 @@ def _require_suitable(artifact: Artifact) -> None:
 
 def _files(artifact: Artifact) -> list[Path]:
     names = [*_NEEDED, *weight_files(artifact.manifest)]
-    names += [name for name in _WELCOME if name in artifact.manifest.files]
+    names += [_WELCOME] if _WELCOME in artifact.manifest.files else []
     return [artifact.file(name) for name in dict.fromkeys(names)]
 
 
 def _add_model(site: dict[str, Chunk | bytes], artifact: Artifact, advance: Advance) -> Any:
-    """Adds the chunks of a model's files; returns its entry in the catalog.
-
-    Its `bytes` are those of a download, in which a repeated chunk counts once.
-    """
+    """Adds the chunks of a model's files; a repeated one counts once in the entry's `bytes`."""
     files, sizes = [], dict[str, int]()
     for path in _files(artifact):
         hashes = []
-        for chunk in _chunks(path):
+        size = path.stat().st_size
+        for offset in range(0, size, CHUNK_BYTES):
+            chunk = Chunk(path, offset, min(CHUNK_BYTES, size - offset))
             name = hash_file(path, advance, chunk.offset, chunk.size).sha256
             site[f"chunks/{name}.bin"] = chunk
             sizes[name] = chunk.size
             hashes.append(name)
-        files.append({"path": path.name, "bytes": path.stat().st_size, "chunks": hashes})
+        files.append({"path": path.name, "bytes": size, "chunks": hashes})
     licence = artifact.origin().licence
     return {
         "name": artifact.manifest.name,
@@ -170,9 +154,3 @@ def _add_model(site: dict[str, Chunk | bytes], artifact: Artifact, advance: Adva
         "bytes": sum(sizes.values()),
         "files": files,
     }
-
-
-def _chunks(path: Path) -> Iterator[Chunk]:
-    size = path.stat().st_size
-    for offset in range(0, size, CHUNK_BYTES):
-        yield Chunk(path, offset, min(CHUNK_BYTES, size - offset))

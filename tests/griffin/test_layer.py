@@ -12,7 +12,7 @@ from rgexport.export.trace import trace
 from rgexport.griffin import ops
 from rgexport.griffin.deepmind import BRANCHES, NAMES
 from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, all_ops, input_site, model_tensors, sites
-from rgexport.runtimes.llama_cpp.observer import taps
+from rgexport.runtimes.llama_cpp.engine import taps
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights
 

@@ -19,7 +19,7 @@ from rgexport.griffin.config import sqrt_embedding_scale
 from rgexport.griffin.huggingface import write_weights
 from rgexport.griffin.tensor import DTYPES, entry_rows, from_array
 from rgexport.griffin.torch_file import read_torch_file
-from rgexport.runtimes.memory import rss_bytes
+from rgexport.runtimes.machine import rss_bytes
 from tests.deepmind import deepmind_state_dict, write_deepmind
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
 

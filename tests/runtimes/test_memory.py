@@ -1,15 +1,15 @@
 import psutil
 import pytest
 
-from rgexport.runtimes import memory
+from rgexport.runtimes import machine
 
 
 def test_available_memory(tmp_path, monkeypatch):
-    available = memory.available_bytes()
+    available = machine.available_bytes()
     if available is not None:  # only Linux tells
         assert 0 < available <= psutil.virtual_memory().total
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
-    assert memory.available_bytes() is None
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "none")
+    assert machine.available_bytes() is None
 
 
 @pytest.mark.parametrize(("limit", "available"), [("max", 4096), ("3000", 2500), ("100", 0)])
@@ -18,6 +18,6 @@ def test_a_container_s_limit_counts(tmp_path, monkeypatch, limit, available):
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.available_bytes() == available
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert machine.available_bytes() == available

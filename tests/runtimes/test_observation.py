@@ -10,7 +10,7 @@ from rgexport.griffin.layout import HEAD_SITES, sites
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_observer, open_session
-from rgexport.runtimes.llama_cpp import observer as llama_cpp_observer
+from rgexport.runtimes.llama_cpp import engine as llama_cpp_engine
 from tests.artifacts import require_ggml
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
@@ -139,6 +139,6 @@ def test_what_goes_wrong_inside_llama_cpp_is_raised_outside(error, tmp_path, mon
     observer = open_observer(artifact, threads=1)
     state, tokens = begun(open_session(artifact, threads=1), ODD_CONFIGS["hawk"])
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(llama_cpp_observer, "read_floats", Mock(side_effect=error))
+        patch.setattr(llama_cpp_engine, "read_floats", Mock(side_effect=error))
         observer.observe(tokens[:1], state)
     assert observer.observe(tokens[:1], state).values.keys() > {"embed_tokens", "logits"}

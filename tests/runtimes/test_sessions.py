@@ -12,7 +12,7 @@ from rgexport.export.onnx.profiles import PROFILES
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.llama_cpp import context as llama_cpp_context
+from rgexport.runtimes.llama_cpp import session as llama_cpp_session
 from rgexport.runtimes.onnx import session as onnx_session
 from tests import artifacts
 from tests.deepmind import deepmind_logits, deepmind_model, deepmind_step
@@ -165,7 +165,7 @@ def test_far_positions(kind, options, head_dim, tmp_path):
 def test_num_logits_across_chunks(kind, tmp_path, monkeypatch):
     config = ODD_CONFIGS["regular"]
     monkeypatch.setattr(onnx_session, "PREFILL_CHUNK", 16)
-    monkeypatch.setattr(llama_cpp_context, "LOGITS_BYTES", 6 * 4 * config.vocab_size)
+    monkeypatch.setattr(llama_cpp_session, "LOGITS_BYTES", 6 * 4 * config.vocab_size)
     options = {"prefill_length": 8} if kind == "coreml" else {}
     session, _ = opened(kind, config, tmp_path, **options)
     tokens = random_tokens(config, 2, 40)

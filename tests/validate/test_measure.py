@@ -43,7 +43,7 @@ def test_a_right_session_differs_from_another_model_only():
 @pytest.mark.parametrize("length", [1, 8, 9, 40])
 @pytest.mark.parametrize("limit", [1, 12 * 2 * 4 * VOCAB])
 def test_blocks_cover_the_text_once(length, limit, monkeypatch):
-    monkeypatch.setattr("rgexport.runtimes.blocks.LOGITS_BYTES", limit)
+    monkeypatch.setattr("rgexport.runtimes.session.LOGITS_BYTES", limit)
     session = ToySession()
     found = measured(session, TOKENS[:length])
     assert found.equivalences["steps"].tokens == min(8, length)

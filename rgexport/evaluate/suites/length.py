@@ -34,7 +34,7 @@ from rgexport.evaluate.pieces import Measured, Piece, Result, Settings, chained
 from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites.text import LONGEST_TOKEN, documents
 from rgexport.griffin.state import State
-from rgexport.runtimes.memory import rss_bytes
+from rgexport.runtimes.machine import rss_bytes
 from rgexport.runtimes.session import Session
 
 NAME = "length"

@@ -1,8 +1,8 @@
 """Builds a patched `llama-cpp-python` wheel, and llama.cpp's own tools, with one CMake build.
 
-CMake builds llama.cpp in a folder that is kept, so that a change of the port costs seconds. The
-wheel then includes the built libraries (the bindings' option `LLAMA_BUILD=OFF`): the bindings' own
-build would also compile code that only the tools use, and could not share its objects with them.
+The build's folder is kept, so that a change of the port costs seconds. The wheel includes the built
+libraries (the bindings' option `LLAMA_BUILD=OFF`): the bindings' own build would also compile code
+that only the tools use.
 """
 
 import os
@@ -11,19 +11,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 
 from rgexport import progress
 from rgexport.errors import RequestError
+from rgexport.files.hashing import hash_file
 from rgexport.files.targets import replace_folder, require_free_disk
-from rgexport.kernels.llama_cpp import port, sources
+from rgexport.kernels.llama_cpp import port
+
+ROOT = f"llama_cpp_python-{port.RELEASE}"
+ARCHIVE = f"{ROOT}.tar.gz"
+LLAMA_CPP = "vendor/llama.cpp"
+_VERSION_FILE = "llama_cpp/__init__.py"
 
 TOOLS = tuple(
     f"llama-{name}" for name in ("quantize", "perplexity", "bench", "imatrix", "server", "cli")
@@ -53,10 +60,8 @@ _OPTIONS = {
 }
 """Options of llama.cpp's build; all others keep llama.cpp's defaults, such as `GGML_NATIVE`."""
 
-_WHEEL_OPTIONS = (
-    *("-C", "cmake.define.LLAMA_BUILD=OFF"),
-    *("-C", "sdist.include=llama_cpp/lib/*"),  # .gitignore would exclude it
-)
+# The second, because .gitignore would exclude it.
+_WHEEL_OPTIONS = "-C", "cmake.define.LLAMA_BUILD=OFF", "-C", "sdist.include=llama_cpp/lib/*"
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 """The begin of a line by ninja: the number of finished steps, and of all."""
@@ -66,26 +71,14 @@ _ERROR_LENGTH = 200
 
 
 def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
-    """Builds the patched wheel in `folder`, and installs it in this environment.
-
-    The environment variable `CMAKE_ARGS` adds options, as it does for `llama-cpp-python`:
-    `-DGGML_CUDA=on`. The next build in the same `folder` is faster.
-
-    Returns:
-        The products and the next command, as text for the user.
-
-    Raises:
-        RequestError: a step failed, with a hint at the log; there is no pip; or another build runs
-            in `folder`.
-    """
+    """Builds the patched wheel in `folder`, and installs it; `CMAKE_ARGS` adds options."""
     if find_spec("pip") is None:
         raise RequestError("this needs pip, which is not in this environment: python -m ensurepip")
     folder.mkdir(parents=True, exist_ok=True)
     require_free_disk(folder, _DISK_BYTES)
-    build = _Build(Path(os.path.realpath(folder)))
     try:
-        with FileLock(build.folder / ".lock", timeout=0):
-            wheel = build.run(tools=tools, install=install)
+        with FileLock(folder / ".lock", timeout=0):
+            wheel = _Build(Path(os.path.realpath(folder))).run(tools=tools, install=install)
     except Timeout:
         raise RequestError(f"another build is running in {folder}; wait for it") from None
     path = folder / wheel
@@ -96,27 +89,22 @@ def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
 
 
 class _Build:
-    """The steps of a build in a folder."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = folder / "env"
         self.tree = folder / f"src-{port.RELEASE}"
         self.objects = folder / f"build-{port.RELEASE}"
-        self.commands = _Commands(folder / "build.log", self._variables())
-
-    def _variables(self) -> dict[str, str]:
         scripts = self.environment / ("Scripts" if os.name == "nt" else "bin")
         path = os.pathsep.join([str(scripts), os.environ.get("PATH", os.defpath)])
         # llama.cpp asks git for its commit, and would get that of a repository around `folder`.
-        return os.environ | {"PATH": path, "GIT_CEILING_DIRECTORIES": str(self.folder)}
+        variables = os.environ | {"PATH": path, "GIT_CEILING_DIRECTORIES": str(folder)}
+        self.commands = _Commands(folder / "build.log", variables)
 
     def run(self, *, tools: bool, install: bool) -> str:
-        """Runs all steps; returns the wheel's name."""
         self._make_environment()
-        archive = sources.fetch(self.folder, self._pip_inside)
-        sources.unpack(archive, self.tree)
-        sources.apply_port(archive, self.tree)
+        archive = fetch(self.folder, self._pip_inside)
+        _unpack(archive, self.tree)
+        _apply_port(archive, self.tree)
         self._configure()
         self._compile("Building llama.cpp", ["llama"])
         wheel = self._make_wheel()
@@ -135,10 +123,7 @@ class _Build:
         self._pip("--python", str(self.environment), *arguments)
 
     def _make_environment(self) -> None:
-        """Makes a virtual environment for the build's own tools, as pip does for each wheel.
-
-        It is kept, because CMake compiles everything again if its own path changes.
-        """
+        """Makes the build's own environment, which stays: CMake depends on its own path."""
         complete = self.environment / ".complete"
         contents = "\n".join([str(self.environment), sys.version, *_BUILD_REQUIREMENTS])
         if complete.is_file() and complete.read_text("utf-8") == contents:
@@ -150,7 +135,7 @@ class _Build:
     def _configure(self) -> None:
         options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
         user_options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        folders = ["-G", "Ninja", "-S", str(self.tree / sources.LLAMA_CPP), "-B", str(self.objects)]
+        folders = ["-G", "Ninja", "-S", str(self.tree / LLAMA_CPP), "-B", str(self.objects)]
         # `--fresh` drops the options of an earlier build, and keeps compiled objects.
         self.commands.run(["cmake", "--fresh", *folders, *options, *user_options], "cmake")
 
@@ -162,7 +147,7 @@ class _Build:
         libraries = self.tree / "llama_cpp" / "lib"
         shutil.rmtree(libraries, ignore_errors=True)
         libraries.mkdir()
-        for library in self._built(_LIBRARIES):
+        for library in self._built(*_LIBRARIES):
             shutil.copy2(library, libraries)
         with TemporaryDirectory(dir=self.folder, prefix=".wheel-") as name:
             options = "--no-deps", "--no-build-isolation", *_WHEEL_OPTIONS
@@ -172,59 +157,64 @@ class _Build:
                 earlier.unlink()
             return wheel.replace(self.folder / wheel.name)
 
-    def _built(self, patterns: Sequence[str]) -> list[Path]:
-        binaries = self.objects / "bin"
-        paths = {path for pattern in patterns for path in binaries.glob(pattern)}
+    def _built(self, *patterns: str) -> list[Path]:
+        paths = {path for pattern in patterns for path in (self.objects / "bin").glob(pattern)}
         return sorted(path for path in paths if path.suffix in _SUFFIXES)
 
     def _install(self, wheel: Path) -> None:
-        """Replaces an installed llama.cpp, adds its dependencies, and loads it once as a test."""
         self._pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         self._pip("install", "-q", str(wheel))
-        trial = [sys.executable, "-P", "-c", "import llama_cpp"]
-        self.commands.run(trial, "loading the new library")
+        program = [sys.executable, "-P", "-c", "import llama_cpp"]
+        self.commands.run(program, "loading the new library")
 
     def _gather_tools(self) -> None:
-        binaries, target = self.objects / "bin", self.folder / _TOOLS_FOLDER
-        ending = ".exe" if os.name == "nt" else ""
-        programs = [binaries / f"{name}{ending}" for name in TOOLS]
-        with replace_folder(target, force=True, replaceable=_holds_tools) as partial:
-            for path in [*programs, *self._built(["*"])]:
+        target, ending = self.folder / _TOOLS_FOLDER, ".exe" if os.name == "nt" else ""
+        programs = [self.objects / "bin" / f"{name}{ending}" for name in TOOLS]
+
+        def holds_tools(folder: Path) -> bool:
+            return any(folder.glob(f"{TOOLS[0]}*"))
+
+        with replace_folder(target, force=True, replaceable=holds_tools) as partial:
+            for path in [*programs, *self._built("*")]:
                 shutil.copy2(path, partial)
 
 
-def _holds_tools(folder: Path) -> bool:
-    return any(folder.glob(f"{TOOLS[0]}*"))
-
-
 class _Commands:
-    """Runs commands one after the other, with their output in one log."""
-
     def __init__(self, log: Path, variables: Mapping[str, str]) -> None:
         self._log, self._variables = log, dict(variables)
         log.write_text("", "utf-8")
 
     def run(self, command: Sequence[str], who: str, label: str | None = None) -> None:
-        """Runs a command to its end.
-
-        Args:
-            command: the program and its arguments.
-            who: its name in errors.
-            label: a title for the progress of a build by ninja.
-
-        Raises:
-            RequestError: it failed or does not exist; with its first error, and the log.
-        """
+        """Runs a command; an error names `who` failed, and ninja's progress is titled `label`."""
         program = shutil.which(command[0], path=self._variables.get("PATH"))
         if program is None:
             raise RequestError(f"{command[0]} is not installed; install it and run this again")
         line = shlex.join([program, *command[1:]])
         progress.detail(f"$ {line}")
-        with self._log.open("a", 1, encoding="utf-8", errors="replace") as log:
+        with ExitStack() as stack:
+            log = stack.enter_context(self._log.open("a", 1, encoding="utf-8", errors="replace"))
             print("$", line, file=log)
             start = log.tell()
-            code = self._logged([program, *command[1:]], log.write, label)
-        if code:
+            process = subprocess.Popen(
+                [program, *command[1:]],
+                env=self._variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+            )
+            stack.enter_context(process)
+            assert process.stdout is not None
+            advance, done = None, 0
+            for line in process.stdout:
+                log.write(line)
+                if label and (step := _STEP.match(line)):
+                    if advance is None:
+                        advance = stack.enter_context(progress.task(label, int(step[2]), "steps"))
+                    advance(int(step[1]) - done)
+                    done = int(step[1])
+        if process.returncode:
             output = self._log.read_bytes()[start:].decode("utf-8", "replace")
             match = _ERROR.search(output)
             error = f": {' '.join(match[0].split())}" if match else ""
@@ -232,27 +222,71 @@ class _Commands:
                 f"{who} failed{error[:_ERROR_LENGTH]} (its output is in {self._log})"
             )
 
-    def _logged(self, command: list[str], write: Callable[[str], object], label: str | None) -> int:
-        """Passes a command's output to `write`, and shows its progress; returns its exit code."""
-        with ExitStack() as stack:
-            process = stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    env=self._variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    encoding="utf-8",
-                    errors="replace",
-                )
-            )
-            assert process.stdout is not None
-            advance, done = None, 0
-            for line in process.stdout:
-                write(line)
-                if label and (step := _STEP.match(line)):
-                    if advance is None:
-                        advance = stack.enter_context(progress.task(label, int(step[2]), "steps"))
-                    advance(int(step[1]) - done)
-                    done = int(step[1])
-        return process.returncode
+
+def fetch(folder: Path, pip: Callable[..., None]) -> Path:
+    """Returns the release's archive in `folder`; pip downloads it from the user's index."""
+    archive = folder / ARCHIVE
+    if archive.is_file() and hash_file(archive).sha256 == port.SHA256:
+        return archive
+    progress.note(f"Downloading the source of {port.DISTRIBUTION} {port.RELEASE}")
+    with TemporaryDirectory(dir=folder, prefix=".download-") as name:
+        requirements = Path(name) / "requirements.txt"
+        pin = f"{port.DISTRIBUTION}=={port.RELEASE}"
+        requirements.write_text(f"{pin} --hash=sha256:{port.SHA256}\n", "utf-8")
+        options = "--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"
+        pip("download", *options, "-r", str(requirements), "-d", name)
+        download = Path(name) / ARCHIVE
+        if not download.is_file():
+            raise RequestError(f"pip gave no {ARCHIVE} with the SHA-256 {port.SHA256}")
+        download.replace(archive)
+    return archive
+
+
+def _unpack(archive: Path, tree: Path) -> None:
+    """Unpacks the archive without its git history into `tree`, unless that exists."""
+    if tree.is_dir():
+        return
+    with (
+        replace_folder(tree, force=False, replaceable=lambda _: False) as partial,
+        tarfile.open(archive) as source,
+    ):
+        # Python before 3.11.4 lacks the filter; the archive's hash was checked anyway.
+        source.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        for member in source:
+            inner = PurePosixPath(member.name).parts[1:]
+            if inner and ".git" not in inner:
+                source.extract(member.replace(name="/".join(inner)), partial)
+
+
+def _apply_port(archive: Path, tree: Path) -> None:
+    """Writes those patched files into `tree` that change, so that only they are compiled."""
+    originals = read_files(archive, [*port.registration(), _VERSION_FILE])
+    texts = {}
+    for path, hunks in port.registration().items():
+        patched = port.apply_hunks(hunks, originals[path])
+        assert patched is not None, f"the patch of {path} does not fit the pinned release"
+        texts[f"{LLAMA_CPP}/{path}"] = patched
+    texts[f"{LLAMA_CPP}/{port.MODEL_FILE}"] = port.model_source()
+    texts[_VERSION_FILE], count = re.subn(
+        r'^__version__ = ".*"$',
+        f'__version__ = "{port.port_version()}"',
+        originals[_VERSION_FILE],
+        flags=re.MULTILINE,
+    )
+    assert count == 1, f"{_VERSION_FILE} holds {count} versions"
+    for path, text in texts.items():
+        file, content = tree / path, text.encode()
+        if not file.is_file() or file.read_bytes() != content:
+            file.write_bytes(content)
+
+
+def read_files(archive: Path, paths: Iterable[str]) -> dict[str, str]:
+    names = {
+        f"{ROOT}/{path if path == _VERSION_FILE else f'{LLAMA_CPP}/{path}'}": path for path in paths
+    }
+    texts: dict[str, str] = {}
+    with tarfile.open(archive) as source:
+        for member in source:
+            if member.name in names and (file := source.extractfile(member)):
+                texts[names[member.name]] = file.read().decode("utf-8")
+    return texts

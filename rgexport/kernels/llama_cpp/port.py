@@ -1,8 +1,6 @@
 """The port of RecurrentGemma to llama.cpp: the release it is for, and the files it changes.
 
-`git apply` would apply the registration, too, but a machine with a wheel's compiler need not have
-git, and in a folder inside another repository git skips every file and reports success. patch-ng
-and whatthepatch look for a hunk only at its original line, and write file after file.
+`git apply` needs git, and in a folder inside another repository skips every file.
 """
 
 import hashlib
@@ -10,10 +8,10 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from rgexport.errors import RequestError
 from rgexport.files.atomic import replacing
@@ -22,7 +20,6 @@ DISTRIBUTION = "llama-cpp-python"
 RELEASE = "0.3.36"
 """The release of the Python bindings whose llama.cpp the port is made for."""
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-"""SHA-256 of its source archive."""
 COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
 """Its commit of llama.cpp."""
 
@@ -35,8 +32,7 @@ _REGISTRATION = Path(__file__).with_name("registration.patch")
 _CHECKOUT_MARK = Path("include/llama.h")
 
 
-@dataclass(frozen=True)
-class Hunk:
+class Hunk(NamedTuple):
     """Whole lines to find, with the line end before them, and their replacement."""
 
     before: str
@@ -44,7 +40,6 @@ class Hunk:
 
 
 def model_source() -> str:
-    """Returns the text of the model file."""
     return _MODEL.read_text("utf-8")
 
 
@@ -67,7 +62,6 @@ def _parse_hunk(body: str) -> Hunk:
     return Hunk(before, after)
 
 
-@cache
 def port_version() -> str:
     """Returns the version of a patched build, such as `0.3.36+rgexport.g1a2b3c4d`.
 
@@ -78,11 +72,7 @@ def port_version() -> str:
 
 
 def apply_hunks(hunks: Sequence[Hunk], text: str) -> str | None:
-    """Returns a file with all hunks applied, or None if a hunk's lines are not there once.
-
-    Their line numbers may differ. A file that has all hunks already is returned unchanged. Windows
-    line ends stay.
-    """
+    """Returns a file with all hunks applied, or None if a hunk's lines are not there once."""
     changed = "\n" + text.replace("\r\n", "\n")
     if all(changed.count(hunk.after) == 1 for hunk in hunks):
         return text
@@ -94,52 +84,40 @@ def apply_hunks(hunks: Sequence[Hunk], text: str) -> str | None:
 
 
 def patch_checkout(folder: Path) -> list[str]:
-    """Adds the port to a llama.cpp checkout: all of it, or nothing.
-
-    Returns:
-        The files that were written, as paths in `folder`; none if all were patched already.
-
-    Raises:
-        RequestError: `folder` is no llama.cpp, or one of its files differs from the one that the
-            port was made for. No file has been changed then.
-    """
+    """Adds the port to a llama.cpp checkout, all or nothing; returns the changed paths in it."""
     if not (folder / _CHECKOUT_MARK).is_file():
         inside = folder / "vendor" / "llama.cpp"
         hint = f"; pass {inside}" if (inside / _CHECKOUT_MARK).is_file() else ""
         raise RequestError(f"{folder} is no llama.cpp: it has no {_CHECKOUT_MARK}{hint}")
-    patched = {path: _patched(folder, path, hunks) for path, hunks in registration().items()}
-    patched[MODEL_FILE] = _model_file(folder)
-    changed = {path: text for path, text in patched.items() if _read(folder / path) != text}
-    _write_all({folder / path: text for path, text in changed.items()})
-    return list(changed)
-
-
-def _patched(folder: Path, path: str, hunks: Sequence[Hunk]) -> str:
-    text = _read(folder / path)
-    patched = None if text is None else apply_hunks(hunks, text)
-    if patched is None:
-        raise RequestError(
-            f"{folder / path} {'is missing' if text is None else 'has drifted'}: the port is made "
-            f"for llama.cpp {COMMIT[:7]}, in {DISTRIBUTION} {RELEASE}; check out a commit near "
-            "that one. Nothing was changed"
-        )
-    return patched
-
-
-def _model_file(folder: Path) -> str:
-    ours, theirs = model_source(), _read(folder / MODEL_FILE)
-    if theirs is None:
-        return ours
-    if theirs.replace("\r\n", "\n") != ours:
+    before = {path: _read(folder / path) for path in (*registration(), MODEL_FILE)}
+    patched = {
+        path: _patched(folder / path, before[path], hunks) for path, hunks in registration().items()
+    }
+    model = before[MODEL_FILE]
+    if model is None:
+        patched[MODEL_FILE] = model_source()
+    elif model.replace("\r\n", "\n") != model_source():
         raise RequestError(
             f"{folder / MODEL_FILE} is there and differs from the port's: this llama.cpp "
             "holds another version of it. Remove that first; nothing was changed"
         )
-    return theirs
+    changed = {path: text for path, text in patched.items() if before[path] != text}
+    _write_all({folder / path: text for path, text in changed.items()})
+    return list(changed)
+
+
+def _patched(path: Path, text: str | None, hunks: Sequence[Hunk]) -> str:
+    patched = None if text is None else apply_hunks(hunks, text)
+    if patched is None:
+        raise RequestError(
+            f"{path} {'is missing' if text is None else 'has drifted'}: the port is made for "
+            f"llama.cpp {COMMIT[:7]}, in {DISTRIBUTION} {RELEASE}; check out a commit near that "
+            "one. Nothing was changed"
+        )
+    return patched
 
 
 def _read(path: Path) -> str | None:
-    """Returns a file's text with its line ends, and bytes that are not UTF-8 as surrogates."""
     try:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:

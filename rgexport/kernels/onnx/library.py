@@ -1,7 +1,6 @@
 """The library of ONNX Runtime kernels: its path, its ops on this machine, and their call counts.
 
-`ctypes` loads the same copy into memory as ONNX Runtime's `register_custom_ops_library`, so its
-counters are those of the sessions of this process.
+`ctypes` loads the copy that ONNX Runtime has, so the counters are those of its sessions.
 """
 
 import ctypes
@@ -14,7 +13,7 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from rgexport.errors import RequestError
-from rgexport.kernels.native_library import Signature, library_path, load_library, why_missing
+from rgexport.kernels.build import Signature, library_path, load_library, why_missing
 
 NO_NATIVE = "RGEXPORT_NO_NATIVE"
 """The environment variable that turns the kernels off, with any value but "" and "0"."""
@@ -27,15 +26,9 @@ LIBRARY = library_path(FOLDER)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of this machine.
+    """The kernels of this machine, or the reason why there are none.
 
-    Attributes:
-        instruction_set: the one of `instruction_sets` in use; empty if there are no kernels.
-        ops: the ops of the domain `ai.rgexport` that have a kernel.
-        instruction_sets: names that this processor supports, from the least to the best.
-        exact_tokens: largest number of tokens of a step for which each gives the bits that it
-            gives alone.
-        reason: why there are no kernels; empty if there are some.
+    `instruction_sets` are those that this processor supports, from the least to the best.
     """
 
     instruction_set: str = ""
@@ -46,17 +39,14 @@ class Kernels:
 
 
 _is_turned_off = False
-"""Whether the running command turned our kernels off, see `without_kernels`."""
 
 
 def turned_off() -> bool:
-    """Whether the environment or the running command turns our kernels off."""
     return _is_turned_off or os.environ.get(NO_NATIVE, "") not in ("", "0")
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Turns our kernels off for sessions that are opened inside."""
     global _is_turned_off
     before, _is_turned_off = _is_turned_off, True
     try:
@@ -66,20 +56,11 @@ def without_kernels() -> Iterator[None]:
 
 
 def library() -> Path | None:
-    """Returns the library to register with ONNX Runtime, if it works here and is not turned off.
-
-    Raises:
-        RequestError: RGEXPORT_CPU names no instruction set of this architecture.
-    """
+    """Returns the library for ONNX Runtime, if it works here and is not turned off."""
     return LIBRARY if isinstance(_usable(), ctypes.CDLL) else None
 
 
 def kernels() -> Kernels:
-    """Returns the kernels and their instruction set, or why there are none.
-
-    Raises:
-        RequestError: RGEXPORT_CPU names no instruction set of this architecture.
-    """
     loaded = _usable()
     if isinstance(loaded, str):
         return Kernels(reason=loaded)
@@ -101,14 +82,17 @@ def calls() -> dict[str, int]:
 
 
 def _usable() -> ctypes.CDLL | str:
-    """Returns the library, or why it cannot be used."""
     if turned_off():
         return f"{NO_NATIVE} turns them off"
     if not LIBRARY.is_file():  # it may be built while this process runs
         return why_missing(LIBRARY.parent)
-    loaded = _load(LIBRARY)
-    if isinstance(loaded, ctypes.CDLL):
-        _require_known_set(loaded)
+    loaded, name = _load(LIBRARY), os.environ.get(CPU, "")
+    known = () if isinstance(loaded, str) else _names(loaded.rgexport_level)
+    if name and known and name not in known:
+        raise RequestError(
+            f"{CPU} names no instruction set of this architecture: {name!r}; "
+            f"expected one of {', '.join(known)}, or nothing for the best one here"
+        )
     return loaded
 
 
@@ -127,15 +111,5 @@ def _load(path: Path) -> ctypes.CDLL | str:
     return load_library(path, _SIGNATURES)
 
 
-def _require_known_set(loaded: ctypes.CDLL) -> None:
-    name, known = os.environ.get(CPU, ""), _names(loaded.rgexport_level)
-    if name and name not in known:
-        raise RequestError(
-            f"{CPU} names no instruction set of this architecture: {name!r}; "
-            f"expected one of {', '.join(known)}, or nothing for the best one here"
-        )
-
-
 def _names(function: Callable[[int], bytes | None]) -> tuple[str, ...]:
-    """Returns the names that a function of an index has, up to the first null."""
     return tuple(name.decode() for name in takewhile(bool, map(function, count())) if name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.kernels.native_library import Signature, library_path, load_library
+from rgexport.kernels.build import Signature, library_path, load_library
 
 LIBRARY = library_path(Path(__file__).parent)
 
@@ -24,8 +24,7 @@ class Grid:
     Attributes:
         group: columns that share a scale.
         top: the largest level; the least is 0.
-        scale: float32 [n, ceil(K / group)].
-        offset: the same.
+        scale: float32 [n, ceil(K / group)], like `offset`.
         table: float32 [n, top + 1], ascending, instead of these.
     """
 
@@ -38,19 +37,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Factors:
-    """H = (I + M) D (I + M)ᵀ for a symmetric matrix H.
-
-    Attributes:
-        m: float32 [k, k], strictly upper.
-        d: float32 [k].
-    """
+    """H = (I + M) D (I + M)ᵀ for a symmetric H: m [k, k], strictly upper, and d [k], float32."""
 
     m: np.ndarray
     d: np.ndarray
 
 
 def is_there() -> bool:
-    """Whether the library can be used on this machine."""
     return not unusable()
 
 
@@ -71,17 +64,10 @@ def search(
 ) -> np.ndarray:
     """Tries fractions of scales; the one with the least squared error replaces the scale.
 
-    Args:
-        weights: float32 [n, blocks, block], with blocks of a multiple of 16.
-        importance: float32 [blocks, block], factors of squared errors, or None for 1.
-        bits: of a level.
-        symmetric: whether zero points stay, and scales may change their sign.
-        half: whether scales are stored as float16, and `scale · level` too.
-        scales: float32 [n, blocks] of the extremes; changed.
-        zeros: their zero points, whole numbers in float32; changed.
-
-    Returns:
-        The levels, uint8 [n, blocks, block].
+    Returns the levels, uint8, of weights, float32 [n, blocks, block]; `block` is a multiple of 16.
+    Squared errors are multiplied by the importance, float32 [blocks, block]. Scales of the
+    extremes and their zero points, float32 [n, blocks], are changed; if `symmetric`, zero points
+    stay, and scales may change their sign. If `half`, scales and `scale · level` are float16.
     """
     count, blocks, block = weights.shape
     levels = np.empty(weights.shape, np.uint8)
@@ -102,24 +88,22 @@ def factor(matrix: np.ndarray) -> Factors | None:
 
 
 def feedback(weights: np.ndarray, grid: Grid, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the levels of rows column by column; each corrects the errors of those before it.
+    """Chooses the levels, uint8 [n, K], column by column; each corrects the errors before it.
 
-    This is LDLQ (arXiv 2307.13304), which gives the same levels as GPTQ (arXiv 2210.17323).
-
-    Returns:
-        Levels uint8 [n, K], and (w − v) H (w − v)ᵀ of each row, float64 [n].
+    This is LDLQ (arXiv 2307.13304), with the same levels as GPTQ (arXiv 2210.17323). Returns (w −
+    v) H (w − v)ᵀ of each row, too, float64 [n].
     """
     levels, lost = np.empty(weights.shape, np.uint8), np.empty(len(weights))
-    arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
-    _library().rgexport_feedback(*arguments)
+    arrays = map(_of, (factors.m, factors.d, levels, lost))
+    _library().rgexport_feedback(*_rows(weights, grid), *arrays)
     return levels, lost
 
 
 def loss(weights: np.ndarray, grid: Grid, factors: Factors, levels: np.ndarray) -> np.ndarray:
     """Returns (w − v) H (w − v)ᵀ of each row for its levels, float64 [n]."""
     lost = np.empty(len(weights))
-    arguments = *_rows(weights, grid), _of(factors.m), _of(factors.d), _of(levels), _of(lost)
-    _library().rgexport_loss(*arguments)
+    arrays = map(_of, (factors.m, factors.d, levels, lost))
+    _library().rgexport_loss(*_rows(weights, grid), *arrays)
     return lost
 
 
@@ -133,16 +117,10 @@ def refine(
     zeros: np.ndarray | None = None,
     half: bool = False,
 ) -> None:
-    """Lowers (w − v) H (w − v)ᵀ of rows: by new scales, then level by level.
+    """Lowers (w − v) H (w − v)ᵀ of rows [n, K] in `rounds`: by new scales, then level by level.
 
-    Args:
-        weights: float32 [n, K].
-        grid: its scales and offsets change where there are zero points.
-        matrix: H, float32 [K, K].
-        levels: uint8 [n, K]; changed.
-        rounds: number of passes over scales and levels.
-        zeros: the zero points [n, groups], whole numbers in float32; None leaves the scales.
-        half: whether scales are stored as float16.
+    Changes the levels, uint8 [n, K], and the grid's scales, stored as float16 if `half`, and
+    offsets where there are zero points, whole numbers in float32 [n, groups].
     """
     arguments = *_rows(weights, grid), _of(zeros), half, _of(matrix), rounds, _of(levels)
     _library().rgexport_refine(*arguments)
@@ -161,11 +139,6 @@ def _of(array: np.ndarray | None) -> ctypes.c_void_p:
 
 
 def _library() -> ctypes.CDLL:
-    """Returns the library.
-
-    Raises:
-        RequestError: it is not built, or cannot be loaded.
-    """
     loaded = _load()
     if isinstance(loaded, str):
         raise RequestError(

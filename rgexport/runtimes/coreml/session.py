@@ -1,26 +1,193 @@
-"""Core ML packages behind the Session interface: Core ML on macOS, an interpreter elsewhere."""
+"""Core ML packages behind the Session interface: Core ML on macOS, the interpreter elsewhere.
+
+A package has the functions `decode` (one token) and `prefill` (a fixed number of tokens) of each of
+its segments. Core ML keeps states from call to call: the caches of attention and convolutions, and
+with `--recurrent-state hilo` also the RG-LRU states, which otherwise are an input and an output.
+"""
+
+import logging
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import LO_SCALE, CoreMLManifest
-from rgexport.export.coreml.segments import DECODE, PREFILL
+from rgexport.export.coreml.manifest import (
+    HIDDEN,
+    HIDDEN_OUTPUT,
+    LO_SCALE,
+    RECURRENT,
+    RECURRENT_OUTPUT,
+    CoreMLManifest,
+    io_record,
+    recurrent_layers,
+    stored_states,
+)
+from rgexport.export.coreml.segments import DECODE, PREFILL, Segment, in_order
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
+from rgexport.export.mil.package import open_package
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.parallelism import usable_threads
-from rgexport.runtimes.coreml.runner import Runner, open_runner
+from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
 _LO_SCALE = np.float32(LO_SCALE)
+_LAYER_AXIS = -2
+"""Axis along which packages share the RG-LRU states hi and lo, [1, 1, layers, width]."""
 
 
+class FrameworkRunner:
+    """One package in Core ML, through coremltools, on macOS 15 or later.
+
+    Each function is an `MLModel`. The first one makes the state that all use, which Apple's
+    documentation does not promise to work; docs/coreml.md names projects that rely on it. Tests
+    replace `MLModel` and `MLState`: this class has never run on a Mac.
+    """
+
+    engine = "Core ML"
+
+    def __init__(self, path: Path, functions: Iterable[str]):
+        logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns about torch versions
+        try:
+            import coremltools as tools
+        except ImportError:
+            raise NotInstalled(
+                "Core ML needs coremltools here; install it: pip install 'rgexport[coreml]'"
+            ) from None
+        self.version = f"macOS {platform.mac_ver()[0]}, coremltools {tools.__version__}"
+        self._models = {name: _load(tools, path, name) for name in functions}
+
+    def make_state(self) -> Any:
+        return next(iter(self._models.values())).make_state()
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> dict[str, np.ndarray]:
+        outputs = self._models[function].predict(dict(inputs), state=state)
+        return {name: np.asarray(value) for name, value in outputs.items()}
+
+    def read_state(self, state: Any, name: str) -> np.ndarray:
+        return np.asarray(state.read_state(name))
+
+    def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
+        state.write_state(name, np.ascontiguousarray(value, np.float16))
+
+
+def _load(tools: Any, path: Path, function: str) -> Any:
+    # CPU and GPU support states without restrictions; the Neural Engine's support is recent.
+    units = tools.ComputeUnit.CPU_AND_GPU
+    try:
+        return tools.models.MLModel(str(path), compute_units=units, function_name=function)
+    except Exception as error:  # coremltools raises bare exceptions and RuntimeErrors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"Core ML cannot load {function} of {path}: {reason}") from None
+
+
+class _Stage(NamedTuple):
+    """A segment of the model, and the package that has it, perhaps beside another segment."""
+
+    package: str
+    segment: Segment
+    inputs: list[str]
+    recurrent_layers: int
+
+
+class Pipeline:
+    """Runs several packages in turn; each segment takes the hidden state of the segment before."""
+
+    def __init__(self, manifest: CoreMLManifest, runners: "Mapping[str, Runner]"):
+        self._runners, first = runners, next(iter(runners.values()))
+        self.engine: str = first.engine
+        self.version: str = first.version
+        config, form = manifest.config, manifest.form
+        self._stages = [
+            _Stage(
+                plan.name,
+                segment,
+                [value.name for value in io_record(config, form, segment).inputs],
+                len(recurrent_layers(config, segment)),
+            )
+            for plan, segment in in_order(manifest.packages)
+        ]
+        self._state_packages: dict[str, list[str]] = {}
+        """State → the packages that have it or some layers of it, in the order of layers."""
+        for stage in self._stages:
+            for name in stored_states(config, form, stage.segment):
+                self._state_packages.setdefault(name, []).append(stage.package)
+
+    def make_state(self) -> Any:
+        stateful = {package for packages in self._state_packages.values() for package in packages}
+        return {package: self._runners[package].make_state() for package in stateful}
+
+    def predict(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any
+    ) -> dict[str, np.ndarray]:
+        values, outputs = dict(inputs), dict[str, np.ndarray]()
+        first_layer, new_recurrent = 0, list[np.ndarray]()
+        for stage in self._stages:
+            if RECURRENT in inputs:
+                end_layer = first_layer + stage.recurrent_layers
+                values[RECURRENT] = inputs[RECURRENT][first_layer:end_layer]
+                first_layer = end_layer
+            stage_outputs = self._runners[stage.package].predict(
+                stage.segment.function(function),
+                {name: values[name] for name in stage.inputs},
+                state.get(stage.package),
+            )
+            if RECURRENT_OUTPUT in stage_outputs:
+                new_recurrent.append(stage_outputs[RECURRENT_OUTPUT])
+            if HIDDEN_OUTPUT in stage_outputs:
+                values[HIDDEN] = stage_outputs[HIDDEN_OUTPUT]
+            outputs |= stage_outputs
+        if new_recurrent:
+            outputs[RECURRENT_OUTPUT] = np.concatenate(new_recurrent)
+        return outputs
+
+    def read_state(self, state: Any, name: str) -> np.ndarray:
+        return np.concatenate(self._read_pieces(state, name), axis=_LAYER_AXIS)
+
+    def write_state(self, state: Any, name: str, value: np.ndarray) -> None:
+        layers = [piece.shape[_LAYER_AXIS] for piece in self._read_pieces(state, name)]
+        pieces = np.split(value, np.cumsum(layers[:-1]), axis=_LAYER_AXIS)
+        for package, piece in zip(self._state_packages[name], pieces, strict=True):
+            self._runners[package].write_state(state[package], name, piece)
+
+    def _read_pieces(self, state: Any, name: str) -> list[np.ndarray]:
+        packages = self._state_packages[name]
+        return [self._runners[p].read_state(state[p], name) for p in packages]
+
+
+Runner = FrameworkRunner | InterpreterRunner | Pipeline
+"""Loaded packages; `predict` updates their state in place, which is None where there is none."""
+
+
+def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
+    runners: dict[str, Runner] = {}
+    for plan in manifest.packages:
+        path = folder / plan.name
+        if sys.platform == "darwin":
+            runners[plan.name] = FrameworkRunner(path, plan.functions)
+        else:
+            runners[plan.name] = InterpreterRunner(open_package(path))
+    return combine(manifest, runners)
+
+
+def combine(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
+    return Pipeline(manifest, runners) if len(runners) > 1 else next(iter(runners.values()))
+
+
+@dataclass
 class SequenceState:
     """The state of a sequence: in the runner, and as inputs and outputs of each call."""
 
-    def __init__(self, converter: "StateConverter"):
-        self.position = 0
-        self.in_runner = converter.runner.make_state()
-        self.carried = converter.zeros()
+    in_runner: Any
+    carried: dict[str, np.ndarray]
+    position: int = 0
 
 
 class StateConverter:
@@ -43,13 +210,12 @@ class StateConverter:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._empty.values())
 
-    def zeros(self) -> dict[str, np.ndarray]:
-        """Returns the carried inputs of the first call."""
+    def zeros(self) -> SequenceState:
         matrix = np.array([self._empty[record.name] for record in self._vectors], np.float32)
-        return {name: matrix.copy() for name in self.carried_names}
+        carried = {name: matrix.copy() for name in self.carried_names}
+        return SequenceState(self.runner.make_state(), carried)
 
     def canonical(self, row: SequenceState) -> State:
-        """Returns the states of a sequence by their canonical names."""
         state = {name: array.copy() for name, array in self._empty.items()}
         for record in self._matrices:
             state[record.name] = self._read(row, record)[:, : record.shape[1]]
@@ -72,8 +238,7 @@ class StateConverter:
         if record.layout == "canonical":
             return hi
         lo = self.runner.read_state(row.in_runner, record.output)[0, 0]
-        matrix: np.ndarray = hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE
-        return matrix
+        return np.asarray(hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE)
 
     def _write(self, row: SequenceState, record: StateRecord, matrix: np.ndarray) -> None:
         if record.layout == "row":
@@ -93,31 +258,18 @@ class StateConverter:
 
 
 class CoreMLSession(Session):
-    """A package with the functions `decode`, of one token, and `prefill`, of a fixed number.
-
-    Both take one sequence, so the rows of a batch are run in turn, each with its own state.
-    """
+    """A package, whose functions take one sequence: the rows of a batch are run in turn."""
 
     def __init__(
         self, artifact: Artifact, *, threads: int | None = None, runner: Runner | None = None
     ):
-        """Opens the package.
-
-        Args:
-            artifact: a Core ML artifact.
-            threads: only reported; Core ML and numpy choose their own.
-            runner: executes the package, instead of this machine's own runner.
-
-        Raises:
-            RequestError: the package cannot be executed here.
-        """
+        """Opens the package; `runner` executes it instead of this machine's own runner."""
         assert isinstance(artifact.manifest, CoreMLManifest)
-        self._manifest = artifact.manifest
-        self._threads = usable_threads(threads)
+        self._manifest, self._threads = artifact.manifest, usable_threads(threads)
         self._opened_files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
         self._runner = runner or open_runner(artifact.path, artifact.manifest)
         self._chunk = artifact.manifest.coreml.prefill_length
-        self._vocab = artifact.manifest.config.vocab_size
+        self.vocab_size = artifact.manifest.config.vocab_size
         self._states = StateConverter(artifact.manifest, self._runner)
         self.reset()
 
@@ -137,10 +289,6 @@ class CoreMLSession(Session):
         )
 
     @property
-    def vocab_size(self) -> int:
-        return self._vocab
-
-    @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._states.shapes
 
@@ -150,7 +298,7 @@ class CoreMLSession(Session):
 
     def reset(self, batch: int = 1) -> None:
         self.require_unchanged()
-        self._rows = [SequenceState(self._states) for _ in range(batch)]
+        self._rows = [self._states.zeros() for _ in range(batch)]
 
     def get_rows(self, rows: range) -> State:
         states = [self._states.canonical(self._rows[index]) for index in rows]
@@ -168,19 +316,16 @@ class CoreMLSession(Session):
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()
         for source, index in enumerate(rows):
-            row = self._rows[index] = SequenceState(self._states)
+            row = self._rows[index] = self._states.zeros()
             row.position = int(state[POSITION][source])
             self._states.set(row, {name: state[name][source] for name in self._states.shapes})
 
     def _take_row(self, row: SequenceState, ids: np.ndarray, first: int) -> np.ndarray:
-        """Takes tokens [T] of one sequence; returns logits [T - first, vocab] from `first` on.
-
-        Whole chunks go through `prefill`, the rest through `decode`, as do all tokens whose logits
-        `prefill` does not give.
-        """
-        logits = np.empty((len(ids) - first, self._vocab), np.float32)
+        """Takes tokens [T] of one sequence; returns logits [T - first, vocab] from `first` on."""
+        logits = np.empty((len(ids) - first, self.vocab_size), np.float32)
         start = 0
         while start < len(ids):
+            # Tokens whose logits `prefill` does not give go through `decode`.
             prefills = self._manifest.coreml.all_logits or start + self._chunk <= first + 1
             chunk = self._chunk if prefills and start + self._chunk <= len(ids) else 1
             stop = start + chunk
@@ -195,8 +340,6 @@ class CoreMLSession(Session):
         positions = np.arange(row.position, row.position + len(ids), dtype=np.int32)
         inputs = {"input_ids": ids[None].astype(np.int32), "position_ids": positions[None]}
         outputs = self._runner.predict(function, inputs | row.carried, row.in_runner)
-        row.carried = {
-            source: outputs[target] for source, target in self._states.carried_names.items()
-        }
+        row.carried = {name: outputs[after] for name, after in self._states.carried_names.items()}
         row.position += len(ids)
         return outputs["logits"][0]

@@ -1,9 +1,22 @@
-"""The engine of GGUF files."""
+"""The engine of GGUF files; to its observers, llama.cpp passes each tensor in a callback."""
 
+import ctypes
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.runtimes.engine import Engine, Observer, OpenNarrow
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import all_ops, sites
+from rgexport.griffin.state import State
+from rgexport.quantize.ggml_library import load_library
+from rgexport.runtimes.engine import LENGTHS, Engine, Observation, Observer, OpenNarrow
 from rgexport.runtimes.llama_cpp.library import bindings
-from rgexport.runtimes.llama_cpp.observer import LlamaCppObserver
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.session import Session
 
@@ -30,3 +43,148 @@ class LlamaCppEngine(Engine):
 
 
 FORMAT = LlamaCppEngine()
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+_FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "ggml_get_name": (ctypes.c_char_p, (_POINTER,)),
+    "ggml_op_desc": (ctypes.c_char_p, (_POINTER,)),
+    "ggml_nelements": (ctypes.c_int64, (_POINTER,)),
+    "ggml_nbytes": (_SIZE, (_POINTER,)),
+    "ggml_is_contiguous": (ctypes.c_bool, (_POINTER,)),
+    "ggml_backend_tensor_get": (None, (_POINTER, _POINTER, _SIZE, _SIZE)),
+}
+"""Function of ggml.h or ggml-backend.h → result and arguments. A tensor pointer is an integer."""
+
+_GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
+_ATTENTION = "temporal_block.attention"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The first tensor of a name in the graph, or the first result of `then` after it."""
+
+    name: str
+    then: str = ""
+
+
+_ONCE = {
+    "embed_tokens": Tap("embd"),
+    "final_norm": Tap("result_norm"),
+    "lm_head": Tap("result_norm", "MUL_MAT"),
+    "logits": Tap("result_output"),
+}
+
+
+def taps(config: GriffinConfig) -> dict[str, Tap]:
+    in_layer = {site: op.graph for site, op in all_ops().items() if op.graph}
+    tapped = {}
+    for site in sites(config):
+        name = site.split(".", 2)[-1]
+        if site in _ONCE:
+            tapped[site] = _ONCE[site]
+        elif site.startswith("layers.") and name in in_layer:
+            tensor, _, then = in_layer[name].partition("/")
+            tapped[site] = Tap(f"{tensor}-{site.split('.')[1]}", then)
+    return tapped
+
+
+class LlamaCppObserver:
+    """A session of llama.cpp with its evaluation callback.
+
+    The GELU is part of a fused operation and cannot be seen. Attention has the precision of the
+    cached keys and values, whatever the dtype of its result.
+    """
+
+    lengths = LENGTHS
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None):
+        self._watch = _Watch(taps(artifact.manifest.config))
+        callback = bindings().ggml_backend_sched_eval_callback(self._watch)
+        self._session = LlamaCppSession(artifact, threads=threads, watch=callback)
+
+    def observe(self, tokens: np.ndarray, state: State) -> Observation:
+        self._session.set_state(state)
+        self._watch.begin()
+        self._session.prefill(tokens[None], len(tokens))
+        values = {s: array.reshape(len(tokens), -1) for s, array in self._watch.take().items()}
+        gates = {site: values.pop(site) for site in list(values) if site.endswith(_GATES)}
+        after = self._session.get_state()
+        attention = (site for site in values if site.endswith(_ATTENTION))
+        dtypes = {site: after[site.replace(_ATTENTION, "key")].dtype for site in attention}
+        rounded = {site: dtype.name for site, dtype in dtypes.items() if dtype != np.float32}
+        return Observation(values=values, gates=gates, dtypes=rounded, state=after)
+
+
+class _Watch:
+    """llama.cpp's callback: is asked about every tensor in turn, and then gets those it needs."""
+
+    def __init__(self, tapped: Mapping[str, Tap]):
+        self._named: dict[str, list[str]] = defaultdict(list)
+        self._after: dict[str, dict[str, str]] = defaultdict(dict)
+        for site, tap in tapped.items():
+            if tap.then:
+                self._after[tap.name][tap.then] = site
+            else:
+                self._named[tap.name].append(site)
+        self.begin()
+
+    def begin(self) -> None:
+        self._values: dict[str, np.ndarray] = {}
+        self._seen: set[str] = set()
+        self._awaited: dict[str, str] = {}
+        self._sites: list[str] = []
+        self._failure: BaseException | None = None
+
+    def take(self) -> dict[str, np.ndarray]:
+        values, failure = self._values, self._failure
+        self.begin()
+        if failure is not None:
+            raise failure
+        return values
+
+    def __call__(self, tensor: int, ask: bool, _: Any) -> bool:
+        """Returns whether a site needs the tensor (`ask`), otherwise whether to continue."""
+        try:
+            if ask:
+                self._sites = self._sites_of(tensor)
+                return bool(self._sites)
+            self._values |= dict.fromkeys(self._sites, read_floats(tensor))
+            return True
+        except BaseException as error:  # C cannot pass it on
+            self._failure = self._failure or error
+            return False
+
+    def _sites_of(self, tensor: int) -> list[str]:
+        functions = _functions()
+        name = functions["ggml_get_name"](tensor).decode()
+        awaited = self._awaited.pop(functions["ggml_op_desc"](tensor).decode(), None)
+        sites = [] if awaited is None else [awaited]
+        if name in self._named and name not in self._seen:
+            self._seen.add(name)
+            self._awaited = dict(self._after[name])
+            sites += self._named[name]
+        return sites
+
+
+def read_floats(tensor: int) -> np.ndarray:
+    """Copies a tensor's elements, float32 [n] with the innermost axis last, from any device."""
+    functions = _functions()
+    count, size = functions["ggml_nelements"](tensor), functions["ggml_nbytes"](tensor)
+    if not functions["ggml_is_contiguous"](tensor) or size != 4 * count:
+        raise RequestError(
+            f"llama.cpp's {functions['ggml_get_name'](tensor).decode()} has {count} elements in "
+            f"{size} bytes; expected float32 without gaps: install the llama.cpp that `rgexport "
+            "llama-cpp build` makes"
+        )
+    values = np.empty(count, np.float32)
+    functions["ggml_backend_tensor_get"](tensor, values.ctypes.data, 0, size)
+    return values
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    library = load_library()
+    functions = {name: getattr(library, name) for name in _FUNCTIONS}
+    for name, (result, arguments) in _FUNCTIONS.items():
+        functions[name].restype, functions[name].argtypes = result, arguments
+    return functions

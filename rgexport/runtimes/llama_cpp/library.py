@@ -18,17 +18,12 @@ from rgexport.runtimes.huge_pages import BackgroundAdvice, huge_pages
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = f"unknown model architecture: '{ARCHITECTURE}'"
 _ERROR, _CONTINUED = 4, 5
-"""Of `enum ggml_log_level` (ggml.h)."""
+"""Levels of `enum ggml_log_level` (ggml.h)."""
 
 
 @functools.cache
 def bindings() -> Any:
-    """Returns the low-level bindings, `llama_cpp.llama_cpp`; llama.cpp then logs to `-v`.
-
-    Raises:
-        NotInstalled: llama-cpp-python is missing, cannot be loaded, or is another release than the
-            one whose structures and states we know.
-    """
+    """Returns the low-level bindings, `llama_cpp.llama_cpp`; llama.cpp then logs to `-v`."""
     try:
         package = importlib.import_module("llama_cpp")
         module = importlib.import_module("llama_cpp.llama_cpp")
@@ -41,10 +36,8 @@ def bindings() -> Any:
     except (OSError, RuntimeError, AttributeError) as error:  # a library missing, broken, or old
         raise NotInstalled(f"llama-cpp-python cannot be loaded: {error}; {REMEDY}") from None
     if package.__version__.partition("+")[0] != port.RELEASE:
-        raise NotInstalled(
-            f"llama-cpp-python is {package.__version__}; this rgexport knows {port.RELEASE}: "
-            f"{REMEDY}"
-        )
+        known = f"this rgexport knows {port.RELEASE}: {REMEDY}"
+        raise NotInstalled(f"llama-cpp-python is {package.__version__}; {known}")
     _log.receive_from(module)
     module.llama_backend_init()
     return module
@@ -57,17 +50,12 @@ def version() -> str:
 
 
 class _Log:
-    """Receives llama.cpp's log, which arrives in pieces of lines."""
-
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.interrupted = False
-        self._level = 0
-        self._line = ""
+        self.interrupted, self._level, self._line = False, 0, ""
         self._callback: Any = None
 
     def receive_from(self, module: Any) -> None:
-        """Makes llama.cpp log here; the callback must live as long as the library."""
         self._callback = module.llama_log_callback(self._receive)
         module.llama_log_set(self._callback, None)
 
@@ -102,19 +90,13 @@ def logged() -> Iterator[None]:
 
 
 def complaint() -> str:
-    """Returns the first error that the last `logged` call logged, without the function's name.
-
-    The first line is nearest to the cause.
-    """
+    """Returns the first error of the last `logged` call, without the function's name."""
     first = next(iter(_log.errors), "it does not say why")
     return first.split(": ", 1)[-1] if first.split(":")[0].isidentifier() else first
 
 
 class Handle:
-    """A C pointer, or none, that is freed when the handle is closed or collected.
-
-    The handle keeps `keep` alive until then.
-    """
+    """A C pointer, or none, that is freed when the handle is closed or collected."""
 
     def __init__(self, pointer: Any, free: Callable[[Any], None], keep: Any = None) -> None:
         self.pointer = pointer
@@ -133,19 +115,11 @@ def load_model(
     mmap: bool = True,
     metadata: Mapping[str, int] | None = None,
 ) -> Handle:
-    """Loads a .gguf file: all of it, or its metadata and vocabulary.
-
-    `metadata` are numbers and flags that replace those of the file.
-
-    Raises:
-        NotInstalled: it is a stock llama.cpp, which does not know the architecture.
-        RequestError: it cannot load the file.
-    """
+    """Loads a .gguf file, or its vocabulary; `metadata` replaces its integers."""
     llama = bindings()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
-    overrides = _overrides(metadata or {})
-    parameters.kv_overrides = overrides
+    parameters.kv_overrides = _overrides(metadata or {})
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
     advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
     with logged(), advised as advice:
@@ -167,14 +141,11 @@ def load_model(
 
 
 def _overrides(metadata: Mapping[str, int]) -> Any:
-    """Returns an array for `kv_overrides`, which ends with an empty key; None if it is empty."""
     llama = bindings()
     if not metadata:
         return None
     array = (llama.llama_model_kv_override * (len(metadata) + 1))()
     for entry, (key, value) in zip(array, metadata.items(), strict=False):
-        kind, field = ("BOOL", "val_bool") if isinstance(value, bool) else ("INT", "val_i64")
-        entry.tag = getattr(llama, f"LLAMA_KV_OVERRIDE_TYPE_{kind}")
-        entry.key = key.encode()
-        setattr(entry.value, field, value)
+        entry.tag, entry.key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+        entry.value.val_i64 = value
     return array

@@ -51,14 +51,7 @@ _HEADERS: dict[str, Callable[[np.ndarray], int]] = {
 
 @dataclass(frozen=True)
 class StateLayout:
-    """The layout of a context's states.
-
-    Attributes:
-        config: the model.
-        cache_type: dtype of keys and values.
-        transposed: whether values are stored by column, as they are without flash attention.
-        streams: sequences that the context can hold.
-    """
+    """The layout of a context's states; values are transposed without flash attention."""
 
     config: GriffinConfig
     cache_type: str
@@ -69,16 +62,11 @@ class StateLayout:
         return [f"layers.{i}" for i, k in enumerate(self.config.block_types) if k == kind]
 
     def is_transposed(self, name: str) -> bool:
-        """Returns whether llama.cpp stores the transpose of a canonical tensor."""
         return name.endswith(".conv1d") or (self.transposed and name.endswith(".value"))
 
 
 def unpack(data: bytes, layout: StateLayout) -> State:
-    """Returns the canonical state, without a batch axis, of a sequence that has seen a token.
-
-    Raises:
-        RequestError: llama.cpp's layout is not the one that we know.
-    """
+    """Returns the canonical state, without a batch axis, of a sequence that has seen a token."""
     record, window = _checked_record(data, layout), layout.config.window
     positions = record["cells"]["position"][0]
     order = np.argsort(positions)[-window:]
@@ -95,10 +83,7 @@ def unpack(data: bytes, layout: StateLayout) -> State:
 
 
 def pack(state: State, layout: StateLayout) -> bytes:
-    """The inverse of `unpack`, with the cells in the order of their positions.
-
-    Keys and values from before the first token are left out, as llama.cpp has no cells for them.
-    """
+    """Inverts `unpack`; cells are in the order of positions, from the first token on."""
     position = int(state[POSITION])
     cells = min(position, layout.config.window)
     record = _blank(layout, cells, stream=0)
@@ -113,7 +98,6 @@ def pack(state: State, layout: StateLayout) -> bytes:
 
 
 def _checked_record(data: bytes, layout: StateLayout) -> np.ndarray:
-    """Returns a state as a record [1]; its fixed numbers must be as expected."""
     size = 4 * layout.streams
     counts = np.frombuffer(data[_CELLS_AT:][:size].ljust(size, b"\0"), "<u4")
     stream = int((counts > 0).argmax())

@@ -1,9 +1,9 @@
 """Maps the weights that native kernels read from their files, in huge pages.
 
-An engine maps each tensor by itself, in pages of 4 kB. Then a step spends a tenth of its time on
-address translation, and the first one more on page faults. Here each file is mapped once, whole.
-Where the kernel keeps files in large folios (Linux 6.16 and ext4, XFS, btrfs), `MADV_HUGEPAGE` has
-it read ahead in huge pages; elsewhere that is ignored. Nothing is copied.
+An engine maps each tensor by itself, in pages of 4 kB; then a step spends a tenth of its time on
+address translation. Here each file is mapped once. Where the kernel keeps files in large folios
+(Linux 6.16 and ext4, XFS, btrfs), `MADV_HUGEPAGE` has it read ahead in huge pages. Nothing is
+copied.
 """
 
 import math
@@ -17,53 +17,43 @@ import onnxruntime as ort
 from rgexport.export.onnx.model_file import ExternalTensor
 from rgexport.griffin.tensor import advise_kernel
 from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.machine import available_bytes
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
-"""Advice of Linux."""
 _DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16, 16: np.uint16}
 """The types that native kernels read: onnx.proto's number → numpy's type; 16 is bfloat16, which
 numpy lacks."""
 
 
 class MappedWeights:
-    """Tensors in the files of a folder, which an engine can read in place.
+    """Tensors in the files of a folder; one that does not fit into its file is skipped.
 
     `values` are for `SessionOptions.add_initializer`, by name. ONNX Runtime keeps only pointers to
     them: this object must live as long as the session.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[ExternalTensor]):
-        """Maps the files; a tensor that does not fit into its file is skipped."""
         self._folder = folder
         self._files: dict[str, mmap.mmap] = {}
-        self._arrays: list[np.ndarray] = []
         self._advice = BackgroundAdvice()
         self.values: dict[str, ort.OrtValue] = {}
         for tensor in tensors:
-            array = self._view(tensor)
-            if array is not None:
-                self._arrays.append(array)
+            if (array := self._view(tensor)) is not None:
                 self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
                     array, tensor.data_type
                 )
 
     def read_around(self, tensors: Sequence[ExternalTensor]) -> None:
-        """Reads the huge pages of tensors that the engine will read by itself.
-
-        The engine reads without a map: in small pages, and the megabytes around them too.
-        """
+        """Reads the huge pages of tensors that the engine will read by itself, in small pages."""
         for tensor in tensors:
-            array = self._view(tensor)
-            if array is not None:
+            if (array := self._view(tensor)) is not None:
                 start = array.ctypes.data
                 advise_kernel(start, start + array.nbytes, _POPULATE_READ)
 
     def make_resident(self) -> None:
         """Begins to read the files in the background, if there is memory for them."""
-        available, size = available_bytes(), sum(map(len, self._files.values()))
-        if available is None or available > size:
-            files = tuple(self._files.values())
+        available, files = available_bytes(), tuple(self._files.values())
+        if available is None or available > sum(map(len, files)):
             self._advice.start(map(_addresses, files), _populate, files)
 
     def close(self) -> None:

@@ -1,25 +1,25 @@
 """ONNX Runtime behind the Session interface; states are bound once and updated in place."""
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import onnxruntime as ort
 
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest
+from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import NUM_LOGITS, prepare_model, read_graph
 from rgexport.export.onnx.native import NativeOps, native_ops
 from rgexport.export.onnx.trust import require_trusted
+from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.parallelism import usable_threads
 from rgexport.progress import warn
 from rgexport.runtimes.huge_pages import huge_pages, zeros_together
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
-from rgexport.runtimes.onnx.run import BoundRun, VerificationRun, engine_errors, state_sites
 from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles, checked_tokens
 
 PREFILL_CHUNK = 512
@@ -27,10 +27,109 @@ PREFILL_CHUNK = 512
 
 _SILENT = 4
 """Severity of the log: errors are raised, and log lines show names from the file unescaped."""
-_NEEDED = {"webgpu": (1, 25)}
-"""Profile → the first ONNX Runtime with all its ops on a CPU, if pyproject allows older ones."""
+_WEBGPU = 1, 25
+"""The first ONNX Runtime with all ops of that profile on a CPU; pyproject allows older ones."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option of ONNX Runtime: the folder of the weights of a graph that is loaded from memory."""
+
+
+@contextmanager
+def engine_errors(action: str) -> Iterator[None]:
+    """Turns the errors of ONNX Runtime, which have no common base, into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(str(error)) or type(error).__name__
+        raise RequestError(f"ONNX Runtime {ort.__version__} cannot {action}: {reason}") from None
+
+
+class BoundRun:
+    """A graph with inputs and outputs bound to arrays; ONNX Runtime may keep only pointers."""
+
+    def __init__(self, session: ort.InferenceSession):
+        self._session, self._binding = session, session.io_binding()
+        self._arrays: dict[str | None, np.ndarray] = {}
+
+    def bind(self, array: np.ndarray, source: str | None, target: str | None = None) -> None:
+        """Binds `array` as the input `source` and the output `target`, instead of earlier ones."""
+        self._arrays[source or target] = array
+        with engine_errors(f"bind {source or target}"):
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            if source:
+                self._binding.bind_ortvalue_input(source, value)
+            if target:
+                self._binding.bind_ortvalue_output(target, value)
+
+    def run(self) -> None:
+        with engine_errors("run the model"):
+            self._session.run_with_iobinding(self._binding)
+
+    def fetch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        for name in names:
+            self._binding.bind_output(name)
+        self.run()
+        outputs = self._binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+
+
+def state_sites(config: GriffinConfig) -> dict[str, str]:
+    """Returns recurrent state → the site that computes its next rows, [B, T, R]."""
+    recurrent = [i for i, kind in enumerate(config.block_types) if kind == "recurrent"]
+    return {
+        f"layers.{i}.{state}": f"layers.{i}.temporal_block.{site}"
+        for i in recurrent
+        for state, site in (("rg_lru", "rg_lru"), ("conv1d", "linear_x"))
+    }
+
+
+class VerificationRun:
+    """A run over T tokens of R rows on trial; then the states keep the accepted tokens.
+
+    The graph has the rows of recurrent states: h of each token, and the inputs of a convolution. So
+    the run leaves these states alone, and `accept` takes the rows of accepted tokens. Keys and
+    values go into their rings; the slots of refused tokens get back their former content.
+    """
+
+    def __init__(
+        self,
+        run: BoundRun,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        states: Mapping[str, np.ndarray],
+        records: Sequence[StateRecord],
+        sites: Mapping[str, str],
+    ) -> None:
+        """Binds the states' rows; `run` has states, ids and positions [R, T] bound."""
+        self._run, self._ids, self._positions = run, ids, positions
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rings: list[np.ndarray] = []
+        self._former: list[np.ndarray] = []
+        for record in records:
+            state = states[record.name]
+            if record.layout == "ring":
+                self._rings.append(state.reshape(len(ids), *record.shape[-2:]))
+                continue
+            rows = np.empty((*ids.shape, state.shape[-1]), state.dtype)
+            run.bind(np.empty_like(state), None, record.output)
+            run.bind(rows, None, sites[record.name])
+            # h and its state [R, W] are as the inputs of a convolution of two taps.
+            self._rows.append((state.reshape(len(ids), -1, state.shape[-1]), rows))
+
+    def run(self, ids: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> None:
+        """Runs tokens [R, T] at their positions; fills logits [R, T, vocab]."""
+        self._ids[:], self._positions[:] = ids, positions
+        rows = np.arange(len(ids))[:, None]
+        self._former = [ring[rows, positions % ring.shape[1]] for ring in self._rings]
+        self._run.bind(logits, None, "logits")
+        self._run.run()
+
+    def accept(self, counts: Sequence[int]) -> None:
+        for row, count in enumerate(counts):
+            for state, rows in self._rows:
+                state[row] = np.concatenate([state[row], rows[row, :count]])[count:]
+            refused = self._positions[row, count:]
+            for ring, former in zip(self._rings, self._former, strict=True):
+                ring[row, refused % ring.shape[1]] = former[row, count:]
 
 
 class OrtSession(Session):
@@ -48,31 +147,19 @@ class OrtSession(Session):
         graph: bytes | None = None,
         native: bool = True,
     ):
-        """Opens the model.
-
-        Args:
-            artifact: an ONNX artifact.
-            threads: the processors that this process may use, by default.
-            graph: a serialized model that runs instead of the artifact's, with its weights.
-            native: whether our kernels may run.
-
-        Raises:
-            RequestError: ONNX Runtime cannot open the model, or a file has changed since the
-                artifact was opened.
-        """
+        """Opens the model, or `graph` with its weights; our kernels may run if `native`."""
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
         self._opened_files = (UnchangedFiles(artifact, MODEL_FILE),)
-        self._session, self._native, self._weights, stop = _open(
-            artifact, self._threads, graph, native
-        )
+        opened = _open(artifact, self._threads, graph, native)
+        self._session, self._native, self._weights, stop = opened
         # A session that is dropped without `close` must stop it too, before its memory is freed.
         self._stop_advice = weakref.finalize(self, stop)
         self._exact = 1 if graph else _exact_tokens(self._native, self._manifest)
         self._sites = state_sites(self._manifest.config) if self._exact > 1 else {}
         if not {value.name for value in self._session.get_outputs()} >= {*self._sites.values()}:
             self._exact, self._sites = 1, {}
-        self._vocab = artifact.manifest.config.vocab_size
+        self.vocab_size = artifact.manifest.config.vocab_size
         self._rings = {s.name: s.shape for s in self._manifest.states if s.layout == "ring"}
         self.reset()
 
@@ -92,10 +179,6 @@ class OrtSession(Session):
         )
 
     @property
-    def vocab_size(self) -> int:
-        return self._vocab
-
-    @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         # In the graph, keys and values have an axis for their one head too.
         states = self._manifest.states
@@ -107,13 +190,13 @@ class OrtSession(Session):
 
     def watch(self, tokens: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Takes tokens [B, T] in one run with all logits; returns the outputs `names`."""
-        ids, rows = checked_tokens(tokens, len(self._position), self._vocab), self._all
+        ids, rows = checked_tokens(tokens, len(self._position), self.vocab_size), self._all
         outputs = self._bind(rows, ids, self._next(rows, ids), ids.shape[1]).fetch(names)
         self._position += ids.shape[1]
         return outputs
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        ids = checked_tokens(tokens, len(self._position), self._vocab)
+        ids = checked_tokens(tokens, len(self._position), self.vocab_size)
         return self._run(self._all, ids, max(1, min(num_logits, ids.shape[1])))
 
     def reset(self, batch: int = 1) -> None:
@@ -127,12 +210,9 @@ class OrtSession(Session):
     def get_rows(self, rows: range) -> State:
         span = slice(rows.start, rows.stop)
         position = self._position[span].copy()
-        state = {}
-        for name, array in self._states.items():
-            state[name] = array[span].copy()
-            if name in self._rings:
-                caches = state[name].reshape(len(rows), *self._rings[name][-2:])
-                state[name] = _rolled(caches, -position)
+        state = {name: array[span].copy() for name, array in self._states.items()}
+        for name, shape in self._rings.items():
+            state[name] = _rolled(state[name].reshape(len(rows), *shape[-2:]), -position)
         return state | {POSITION: position}
 
     def close(self) -> None:
@@ -158,8 +238,11 @@ class OrtSession(Session):
             return super()._verify(rows, tokens)
         key = rows, tokens.shape[1]
         if key not in self._trials:
-            self._trials[key] = self._verification_run(rows, tokens)
-        logits = np.empty((*tokens.shape, self._vocab), np.float32)
+            ids, positions = np.zeros((2, *tokens.shape), np.int64)
+            run, specs = self._bind(rows, ids, positions, tokens.shape[1]), self._manifest.states
+            states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
+            self._trials[key] = VerificationRun(run, ids, positions, states, specs, self._sites)
+        logits = np.empty((*tokens.shape, self.vocab_size), np.float32)
         self._trials[key].run(tokens, self._next(rows, tokens), logits)
         return logits
 
@@ -172,13 +255,6 @@ class OrtSession(Session):
     def _is_exact(self, tokens: np.ndarray) -> bool:
         return 1 < self._exact >= tokens.size
 
-    def _verification_run(self, rows: range, tokens: np.ndarray) -> VerificationRun:
-        ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-        run = self._bind(rows, ids, positions, tokens.shape[1])
-        specs = self._manifest.states
-        states = {s.name: self._states[s.name][rows.start : rows.stop] for s in specs}
-        return VerificationRun(run, ids, positions, states, specs, self._sites)
-
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()
         span = slice(rows.start, rows.stop)
@@ -190,7 +266,6 @@ class OrtSession(Session):
             buffer[span] = array
 
     def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        """Takes one token [R, 1] a row, with bindings that are kept."""
         if rows not in self._steps:
             ids, positions = np.zeros((2, *tokens.shape), np.int64)
             self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
@@ -203,8 +278,7 @@ class OrtSession(Session):
         return self._logits(rows, run, ids.shape[1], num_logits)
 
     def _logits(self, rows: range, run: BoundRun, tokens: int, count: int) -> np.ndarray:
-        """Runs so many tokens; returns the last logits [R, count, vocab] in a new array."""
-        logits = np.empty((len(rows), count, self._vocab), np.float32)
+        logits = np.empty((len(rows), count, self.vocab_size), np.float32)
         run.bind(logits, None, "logits")
         run.run()
         self._position[rows.start : rows.stop] += tokens
@@ -218,7 +292,6 @@ class OrtSession(Session):
     def _bind(
         self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> BoundRun:
-        """Binds all inputs, and the states as outputs too: neighbouring rows are one array."""
         run = BoundRun(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
@@ -232,14 +305,12 @@ class OrtSession(Session):
     def _share_outputs(self, run: BoundRun, shape: tuple[int, ...]) -> None:
         """Binds outputs that only verification reads to one array of each kind for all layers.
 
-        ONNX Runtime would keep those of all layers until the end of a run. The next layer needs
-        the result of a layer, so it overwrites only arrays that have been read.
+        ONNX Runtime would keep them all. A layer overwrites what the next has read already.
         """
         arrays: dict[str, np.ndarray] = {}
         for state, site in self._sites.items():
-            kind = state.rpartition(".")[2]
+            kind, width = state.rpartition(".")[2], self._states[state].shape[-1]
             if kind not in arrays:
-                width = self._states[state].shape[-1]
                 arrays[kind] = np.empty((*shape, width), np.float32)
             run.bind(arrays[kind], None, site)
 
@@ -247,8 +318,8 @@ class OrtSession(Session):
 def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
     """Returns `SessionInfo.exact_tokens`.
 
-    ONNX Runtime takes cosines and sines four at a time, and the remainder by another formula.
-    More tokens than the window has would share slots of a ring, which could not be restored.
+    ONNX Runtime takes cosines and sines four at a time, and the remainder by another formula. More
+    tokens than the window has would share slots of a ring, which could not be restored.
     """
     config = manifest.config
     angles = config.rope_dims // 2 if "attention" in config.block_types else 0
@@ -258,10 +329,7 @@ def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
 
 
 def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Rotates each row of caches [B, window, D] by its own number of slots.
-
-    A ring has position p in slot p modulo the window; rotated by -p, the oldest is in front.
-    """
+    """Rotates each row of caches [B, window, D]; position p is in slot p modulo window."""
     return np.stack([np.roll(c, s, axis=0) for c, s in zip(caches, shifts, strict=True)])
 
 
@@ -299,21 +367,18 @@ def _open(
 
 
 def _require_version(artifact: Artifact) -> None:
-    profile = artifact.manifest.profile
-    needed = _NEEDED.get(profile, (0, 0))
-    if tuple(map(int, ort.__version__.split(".")[:2])) < needed:
+    version = ort.__version__
+    if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
         raise RequestError(
-            f"{artifact.path} is made for {profile}, and on a processor needs ONNX Runtime "
-            f"{'.'.join(map(str, needed))} or later; this is {ort.__version__}: update onnxruntime"
+            f"{artifact.path} is made for webgpu, and on a processor needs ONNX Runtime "
+            f"{'.'.join(map(str, _WEBGPU))} or later; this is {version}: update onnxruntime"
         )
 
 
 def _register(options: ort.SessionOptions, native: NativeOps) -> NativeOps:
-    """Registers our kernels, if there are any; returns what the session will run."""
-    if native.library is None:
-        return native
     try:
-        options.register_custom_ops_library(str(native.library))
+        if native.library:
+            options.register_custom_ops_library(str(native.library))
     except Exception as error:  # built for another machine or another ONNX Runtime
         warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
         return NativeOps()

@@ -11,7 +11,7 @@ from rgexport.griffin.layout import sites
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State
 from rgexport.runtimes.engine import Observer, engine_of, open_observer
-from rgexport.runtimes.memory import release_freed_memory
+from rgexport.runtimes.machine import release_freed_memory
 from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, site_errors
 from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers

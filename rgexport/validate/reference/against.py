@@ -10,8 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.progress import task
-from rgexport.runtimes.blocks import blocks, whole_chunks
-from rgexport.runtimes.session import Session
+from rgexport.runtimes.session import Session, blocks, whole_chunks
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import NO_LIMITS, Check
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile

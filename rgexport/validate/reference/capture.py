@@ -23,7 +23,7 @@ from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import detail, expect_stages, task
-from rgexport.runtimes.environment import environment
+from rgexport.runtimes.machine import environment
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity.text import text_identity

@@ -11,7 +11,7 @@ from rgexport.griffin.layout import float32_bytes
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import note
-from rgexport.runtimes.memory import available_bytes
+from rgexport.runtimes.machine import available_bytes
 from rgexport.units import amount
 from rgexport.validate.reference_pass import ReferenceModel
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.kernels.llama_cpp import port, sources
+from rgexport.kernels.llama_cpp import build, port
 from tests.llama_tools import FOLDER
 
-ARCHIVE = FOLDER.parent / sources.ARCHIVE
+ARCHIVE = FOLDER.parent / build.ARCHIVE
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def archive() -> Path:
 @pytest.fixture(scope="session")
 def originals(archive: Path) -> dict[str, str]:
     """What the port changes, and what tells a llama.cpp checkout."""
-    return sources.read_files(archive, [*port.registration(), "include/llama.h"])
+    return build.read_files(archive, [*port.registration(), "include/llama.h"])
 
 
 @pytest.fixture

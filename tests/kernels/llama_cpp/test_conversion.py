@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFReader
 
 from rgexport.griffin.checkpoint import demo_folder
-from rgexport.kernels.llama_cpp import sources
+from rgexport.kernels.llama_cpp import build
 from tests.artifacts import export_random_gguf
 from tests.command_line import ROOT
 from tests.models import ODD_CONFIGS
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.full
 def converter(archive, tmp_path_factory):
     """`convert_hf_to_gguf.py` with the patch."""
     pytest.importorskip("transformers")
-    folder, root = tmp_path_factory.mktemp("llama.cpp"), f"{sources.ROOT}/{sources.LLAMA_CPP}/"
+    folder, root = tmp_path_factory.mktemp("llama.cpp"), f"{build.ROOT}/{build.LLAMA_CPP}/"
     with tarfile.open(archive) as tree:
         for member in tree:
             inner = member.name.removeprefix(root)

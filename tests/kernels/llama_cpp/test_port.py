@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.kernels.llama_cpp import port, sources
+from rgexport.kernels.llama_cpp import build, port
 from rgexport.kernels.llama_cpp.port import patch_checkout
 from tests.command_line import ROOT, rgexport
 from tests.llama_tools import installed_version, needs_llama_cpp
@@ -126,17 +126,17 @@ def test_an_archive_is_downloaded_unless_it_is_there(archive, tmp_path):
     def pip(*arguments: str) -> None:
         asked.append(Path(arguments[arguments.index("-r") + 1]).read_text())
 
-    (tmp_path / sources.ARCHIVE).write_bytes(b"cut off")
-    with pytest.raises(RequestError, match=f"pip gave no {sources.ARCHIVE}"):
-        sources.fetch(tmp_path, pip)
-    assert [path.name for path in tmp_path.iterdir()] == [sources.ARCHIVE]
+    (tmp_path / build.ARCHIVE).write_bytes(b"cut off")
+    with pytest.raises(RequestError, match=f"pip gave no {build.ARCHIVE}"):
+        build.fetch(tmp_path, pip)
+    assert [path.name for path in tmp_path.iterdir()] == [build.ARCHIVE]
     assert asked == [f"llama-cpp-python=={port.RELEASE} --hash=sha256:{port.SHA256}\n"]
-    assert sources.fetch(archive.parent, pip) == archive and len(asked) == 1
+    assert build.fetch(archive.parent, pip) == archive and len(asked) == 1
 
 
 @needs_llama_cpp
 def test_what_was_built_and_installed_is_the_port(archive):
-    built = archive.parent / f"src-{port.RELEASE}" / sources.LLAMA_CPP / port.MODEL_FILE
+    built = archive.parent / f"src-{port.RELEASE}" / build.LLAMA_CPP / port.MODEL_FILE
     assert built.read_text("utf-8") == port.model_source()
     assert installed_version() == port.port_version()
     (wheel,) = archive.parent.glob(f"llama_cpp_python-{port.port_version()}-*.whl")

@@ -14,9 +14,14 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.runtimes.bench import measure as bench
-from rgexport.runtimes.bench.measure import BenchMeasurement, BenchRequest, BenchTest
+from rgexport.runtimes.bench.measure import (
+    WRITERS,
+    BenchMeasurement,
+    BenchRequest,
+    BenchRow,
+    BenchTest,
+)
 from rgexport.runtimes.bench.roofline import roofline
-from rgexport.runtimes.bench.rows import WRITERS, BenchRow
 from rgexport.runtimes.session import SessionInfo
 from tests.artifacts import export_demo
 from tests.llama_tools import needs_llama_cpp

@@ -15,11 +15,10 @@ import coremltools
 from rgexport.errors import RequestError
 from rgexport.export.coreml.package import PACKAGE
 from rgexport.export.mil.package import open_package
-from rgexport.runtimes.coreml import runner as coreml_runner
+from rgexport.runtimes.coreml import session as coreml_session
 from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter, InterpreterRunner
 from rgexport.runtimes.coreml.interpreter.weights import WeightCache
-from rgexport.runtimes.coreml.runner import FrameworkRunner
-from rgexport.runtimes.coreml.session import CoreMLSession
+from rgexport.runtimes.coreml.session import CoreMLSession, FrameworkRunner
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS
 from tests.sessions import random_tokens
@@ -69,9 +68,10 @@ class FakeModel:
         if function_name not in package.functions:
             raise RuntimeError(f"no function\n{function_name}")
         self._run = Interpreter(package, function_name, WeightCache())
+        self._states = package.functions[function_name].states
 
     def make_state(self):
-        states = self._run.states.items()
+        states = self._states.items()
         return FakeState({name: np.zeros(type.shape, np.float16) for name, type in states})
 
     def predict(self, data, state):
@@ -83,7 +83,7 @@ def test_a_session_of_core_ml_is_the_same(tmp_path, monkeypatch):
     options = {"prefill_length": 8, "recurrent_state": "hilo"}
     artifact, _ = export_random_coreml(ODD_CONFIGS["wide_lru"], tmp_path, "fp16", **options)
     expected = CoreMLSession(artifact)
-    monkeypatch.setattr(coreml_runner.sys, "platform", "darwin")
+    monkeypatch.setattr(coreml_session.sys, "platform", "darwin")
     session = CoreMLSession(artifact)
     assert session.info.engine == "Core ML" and "coremltools 9" in session.info.engine_version
     tokens = np.random.default_rng(0).integers(0, 256, (2, 21))

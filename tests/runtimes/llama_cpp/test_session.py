@@ -94,7 +94,7 @@ def test_precision_follows_the_weights(kind, cache, flash, tmp_path):
     artifact, _ = export_random_gguf(ODD_CONFIGS["regular"], tmp_path, kind)
     session = opened(artifact)
     state, info = session.get_state(), session.info
-    assert state["layers.2.key"].dtype == cache and session._settings.flash_attention is flash
+    assert state["layers.2.key"].dtype == cache and session._flash is flash
     assert (info.engine, info.threads) == ("llama.cpp", 1)
     stored = sum(p.nbytes for t in artifact.manifest.tensors.values() for p in t.parts.values())
     assert info.weight_bytes == stored

@@ -17,7 +17,7 @@ from rgexport.export.opening import open_artifact
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
 from rgexport.kernels.onnx.library import NO_NATIVE, calls, library
-from rgexport.runtimes.memory import rss_bytes
+from rgexport.runtimes.machine import rss_bytes
 from rgexport.runtimes.onnx import session as runtime
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random, load_graph

@@ -9,7 +9,7 @@ from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper, parser
 
 from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import parse_model
-from rgexport.runtimes.onnx.observer import _show_gelu
+from rgexport.runtimes.onnx.engine import _show_gelu
 from tests.validate.conftest import claim
 
 Edit = Callable[[onnx.ModelProto], None]

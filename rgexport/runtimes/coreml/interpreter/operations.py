@@ -1,30 +1,25 @@
 """The operations that rgexport emits, in numpy, by the formulas of Apple's documentation.
 
 It has only the emitted forms: when a program is opened, a parameter that is not read here is
-refused, and so is an operation that is not in the table at the end.
+refused, and so is an operation that is not in the tables at the end.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil.program import TensorType
 from rgexport.runtimes.coreml.interpreter.weights import FileWeight, Unsupported
 
 _CASTS = {"fp16": np.float16, "fp32": np.float32}
+_ONE = np.float32(1)
 
 
 @dataclass(frozen=True)
 class OperationCall:
-    """A function, and the operation's parameters that are its arguments, in this order.
-
-    The function returns the array of the only output. A parameter with several values, such as
-    `values`, gives as many arguments. A parameter in `lazy` may come as a `FileWeight` instead of
-    an array.
-    """
+    """A function, and the parameters that give its arguments, `lazy` ones as `FileWeight`s."""
 
     function: Callable[..., Any]
     operands: tuple[str, ...]
@@ -33,43 +28,24 @@ class OperationCall:
 
 @dataclass(frozen=True, eq=False)
 class OperationInputs:
-    """The inputs of an operation, as far as they are known when a program is opened.
+    """The inputs of an operation, and their values as far as they are known before a run.
 
     Every parameter must be read, as an operand or by value: one that is not read may mean something
     that this interpreter does not do.
-
-    Attributes:
-        constants: parameter → its value, where that is known.
-        types: parameter → the types of its values.
-        names_read: parameters that the operation has read.
     """
 
     constants: Mapping[str, np.ndarray]
-    types: Mapping[str, tuple[TensorType, ...]]
+    names: Set[str]
     names_read: set[str] = field(default_factory=set)
 
     def call(
         self, function: Callable[..., Any], *operands: str, lazy: tuple[str, ...] = ()
     ) -> OperationCall:
-        """Returns a call with these operands.
-
-        Raises:
-            Unsupported: one is missing.
-        """
         for name in operands:
-            self._require(name)
-        self.names_read.update(operands)
+            self._read(name)
         return OperationCall(function, operands, lazy)
 
-    def has(self, name: str) -> bool:
-        return bool(self.types.get(name))
-
     def integers(self, name: str) -> tuple[int, ...]:
-        """Returns a constant of integers.
-
-        Raises:
-            Unsupported: it is missing or computed.
-        """
         return tuple(self._constant(name).reshape(-1).tolist())
 
     def item(self, name: str) -> Any:
@@ -79,29 +55,18 @@ class OperationInputs:
         return value.item()
 
     def _constant(self, name: str) -> np.ndarray:
-        self._require(name)
-        self.names_read.add(name)
+        self._read(name)
         if name not in self.constants:
             raise Unsupported(f"its input {name} is computed; expected a constant")
         return self.constants[name]
 
-    def _require(self, name: str) -> None:
-        if not self.has(name):
+    def _read(self, name: str) -> None:
+        if name not in self.names:
             raise Unsupported(f"it has no input {name}")
+        self.names_read.add(name)
 
 
 MakeCall = Callable[[OperationInputs], OperationCall]
-
-
-class OperationRule(NamedTuple):
-    """A function that makes the calls of an operation.
-
-    `arithmetic`: float16 operands come widened to float32, and the result is rounded to its
-    declared dtype. Other operations only move elements, and see arrays as they are.
-    """
-
-    make: MakeCall
-    arithmetic: bool
 
 
 # ---- Elementwise, with broadcasting -----------------------------------------------------------
@@ -123,36 +88,28 @@ def _rounded(function: Callable[[np.ndarray], np.ndarray]) -> MakeCall:
     return _unary(lambda x: function(x.astype(np.float64)).astype(np.float32))
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    one = np.float32(1)
-    result: np.ndarray = one / (one + np.exp(-x))
-    return result
-
-
 def _rsqrt(inputs: OperationInputs) -> OperationCall:
     epsilon = np.float32(inputs.item("epsilon"))
-    return inputs.call(lambda x: np.float32(1) / np.sqrt(x + epsilon), "x")
+    return inputs.call(lambda x: _ONE / np.sqrt(x + epsilon), "x")
 
 
 def _gelu(inputs: OperationInputs) -> OperationCall:
     mode = inputs.item("mode")
     if mode != "TANH_APPROXIMATION":
         raise Unsupported(f"its mode is {mode}; expected TANH_APPROXIMATION")
-    return inputs.call(_gelu_by_tanh, "x")
 
+    def function(x: np.ndarray) -> Any:
+        inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * (x * x * x))
+        return np.float32(0.5) * x * (_ONE + np.tanh(inner))
 
-def _gelu_by_tanh(x: np.ndarray) -> np.ndarray:
-    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * (x * x * x))
-    result: np.ndarray = np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
-    return result
+    return inputs.call(function, "x")
 
 
 def _cast(inputs: OperationInputs) -> OperationCall:
     name = inputs.item("dtype")
     if name not in _CASTS:
         raise Unsupported(f"it casts to {name}; expected one of {', '.join(_CASTS)}")
-    dtype = _CASTS[name]
-    return inputs.call(lambda x: x.astype(dtype), "x")
+    return inputs.call(lambda x: x.astype(_CASTS[name]), "x")
 
 
 def _softmax(inputs: OperationInputs) -> OperationCall:
@@ -164,12 +121,6 @@ def _softmax(inputs: OperationInputs) -> OperationCall:
         return powers
 
     return inputs.call(function, "x")
-
-
-def _mean(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
-    add: Callable[..., np.ndarray] = np.add.reduce  # numpy's overloads take no `bool`
-    total = add(x, axis=axis, keepdims=keepdims)
-    return total / np.float32(x.size // max(1, total.size))
 
 
 def _reduction(function: Callable[..., Any]) -> MakeCall:
@@ -184,8 +135,6 @@ def _reduction(function: Callable[..., Any]) -> MakeCall:
 
 
 def _linear(inputs: OperationInputs) -> OperationCall:
-    """Computes `x · weightᵀ + bias`; a weight in a file is read in slabs of rows."""
-
     def function(x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
         product = _by_slabs(rows, weight) if isinstance(weight, FileWeight) else rows @ weight.T
@@ -193,7 +142,7 @@ def _linear(inputs: OperationInputs) -> OperationCall:
             product += bias
         return product.reshape(*x.shape[:-1], -1)
 
-    bias = ("bias",) if inputs.has("bias") else ()
+    bias = ("bias",) if "bias" in inputs.names else ()
     return inputs.call(function, "x", "weight", *bias, lazy=("weight",))
 
 
@@ -241,7 +190,6 @@ def _slice_by_index(inputs: OperationInputs) -> OperationCall:
 
 
 def _gather(inputs: OperationInputs) -> OperationCall:
-    """Takes slices of `x` along an axis; of a weight in a file, only these rows are read."""
     inputs.item("validate_indices")  # they are always checked
     axis = inputs.item("axis")
     if inputs.item("batch_dims"):
@@ -258,11 +206,7 @@ def _gather(inputs: OperationInputs) -> OperationCall:
     return inputs.call(function, "x", "indices", lazy=("x",))
 
 
-def _select(inputs: OperationInputs) -> OperationCall:
-    return inputs.call(np.where, "cond", "a", "b")
-
-
-_ARITHMETIC: dict[str, MakeCall] = {
+ARITHMETIC: dict[str, MakeCall] = {
     "add": _binary(np.add),
     "sub": _binary(np.subtract),
     "mul": _binary(np.multiply),
@@ -275,26 +219,23 @@ _ARITHMETIC: dict[str, MakeCall] = {
     "cos": _rounded(np.cos),
     "sin": _rounded(np.sin),
     "tanh": _unary(np.tanh),
-    "sigmoid": _unary(_sigmoid),
+    "sigmoid": _unary(lambda x: _ONE / (_ONE + np.exp(-x))),
     "rsqrt": _rsqrt,
     "gelu": _gelu,
     "softmax": _softmax,
     "reduce_sum": _reduction(np.add.reduce),
-    "reduce_mean": _reduction(_mean),
+    "reduce_mean": _reduction(np.mean),
     "linear": _linear,
     "matmul": _matmul,
 }
-_MOVES: dict[str, MakeCall] = {
+"""Operations on float16 widened to float32, whose results are rounded to their declared dtype."""
+OPS: dict[str, MakeCall] = ARITHMETIC | {
     "cast": _cast,
     "reshape": _reshape,
     "transpose": _transpose,
     "concat": _concat,
     "slice_by_index": _slice_by_index,
     "gather": _gather,
-    "select": _select,
-}
-OPS: dict[str, OperationRule] = {
-    **{name: OperationRule(make, arithmetic=True) for name, make in _ARITHMETIC.items()},
-    **{name: OperationRule(make, arithmetic=False) for name, make in _MOVES.items()},
+    "select": lambda inputs: inputs.call(np.where, "cond", "a", "b"),
 }
 """All but `const`, `constexpr_*`, `read_state` and `write_state`, which compute nothing."""

@@ -1,10 +1,8 @@
-"""Constants of a program in weight files, dequantized a slab at a time.
-
-A weight is held in float32, rounded to its declared dtype.
-"""
+"""Constants of a program in weight files, dequantized a slab at a time in float32."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -40,8 +38,7 @@ class Unsupported(Exception):
 class WeightCache:
     """Keeps the slabs that are read first, up to a limit of bytes.
 
-    Nothing is evicted: a step reads all weights in turn, so an evicted slab would be needed again
-    before any that is kept.
+    Nothing is evicted: a step reads all weights in turn, so what is evicted would be needed first.
     """
 
     def __init__(self, limit: int = CACHE_BYTES):
@@ -49,7 +46,6 @@ class WeightCache:
         self._slabs: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Returns the slab `key`, made by `make` unless cached; it must not be changed."""
         slab = self._slabs.get(key)
         if slab is None:
             slab = make()
@@ -63,10 +59,8 @@ class WeightCache:
 class FileWeight:
     """A constant of rank 1 or more, read in rows of its first axis.
 
-    Attributes:
-        type: the declared type.
-        key: equal for equal values: both functions of a package share cached slabs.
-        read: (start, stop) → these rows in float32, `[stop - start, *shape[1:]]`.
+    `read(start, stop)` gives float32 [stop - start, *shape[1:]]. Both functions of a package share
+    the cached slabs of equal `key`s.
     """
 
     type: TensorType
@@ -76,10 +70,10 @@ class FileWeight:
 
     def slabs(self) -> Iterator[tuple[int, int, np.ndarray]]:
         for start, stop in slab_bounds(self.type.shape[0], self._row_bytes, SLAB_BYTES):
-            yield start, stop, self._slab(start, stop)
+            make = partial(self._assemble, start, stop)
+            yield start, stop, self.cache.get((self.key, start), make)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Reads the rows `indices` [*N] in the declared dtype, `[*N, *shape[1:]]`."""
         flat = [self.read(index, index + 1) for index in indices.reshape(-1).tolist()]
         shape = (*indices.shape, *self.type.shape[1:])
         rows = np.concatenate(flat) if flat else np.zeros(0, _F32)
@@ -92,14 +86,11 @@ class FileWeight:
         slabs = [slab for _, _, slab in self.slabs()]
         return slabs[0] if len(slabs) == 1 else np.concatenate(slabs)
 
-    def _slab(self, start: int, stop: int) -> np.ndarray:
-        def assemble() -> np.ndarray:
-            out = np.empty((stop - start, *self.type.shape[1:]), _F32)
-            for first, last in slab_bounds(stop - start, self._row_bytes, BLOCK_BYTES):
-                out[first:last] = self.read(start + first, start + last)
-            return out
-
-        return self.cache.get((self.key, start), assemble)
+    def _assemble(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *self.type.shape[1:]), _F32)
+        for first, last in slab_bounds(stop - start, self._row_bytes, BLOCK_BYTES):
+            out[first:last] = self.read(start + first, start + last)
+        return out
 
     @property
     def _row_bytes(self) -> int:
@@ -107,11 +98,6 @@ class FileWeight:
 
 
 def elements(package: Package, value: Constant) -> Read:
-    """Returns a reader of the elements of a constant, in the order of storage.
-
-    Raises:
-        RequestError: its blob does not agree with the program.
-    """
     if isinstance(value, Immediate):
         flat = value.array.reshape(-1)
         return lambda start, stop: flat[start:stop]
@@ -134,13 +120,10 @@ def whole_constant(package: Package, value: Constant) -> np.ndarray:
 
 def file_weight(package: Package, value: FileValue, cache: WeightCache) -> FileWeight:
     read = rows_of(package, value)
-    return FileWeight(
-        value.type, key_of(value), lambda start, stop: read(start, stop).astype(_F32), cache
-    )
+    return FileWeight(value.type, key_of(value), lambda *rows: read(*rows).astype(_F32), cache)
 
 
 def rows_of(package: Package, value: Constant) -> Read:
-    """Returns a reader of rows of a constant of rank 1 or more, as they are stored."""
     read, shape = elements(package, value), value.type.shape
     width = int(np.prod(shape[1:], dtype=np.int64))
     return lambda start, stop: read(start * width, stop * width).reshape(stop - start, *shape[1:])
@@ -153,13 +136,8 @@ def key_of(value: Constant) -> Hashable:
 
 
 def compressed_weight(package: Package, operation: Operation, cache: WeightCache) -> FileWeight:
-    """Returns the output of a `constexpr_` operation.
-
-    Raises:
-        Unsupported: an operation, or a form of one, that rgexport does not emit.
-    """
-    make = COMPRESSIONS.get(operation.type)
-    if make is None:
+    """Returns the output of a `constexpr_` operation; raises Unsupported for unknown forms."""
+    if operation.type not in COMPRESSIONS:
         raise Unsupported("it is no operation that this interpreter knows")
     constants: dict[str, Constant] = {}
     for name, values in operation.inputs.items():
@@ -169,7 +147,7 @@ def compressed_weight(package: Package, operation: Operation, cache: WeightCache
     ((_, type),) = operation.outputs
     if type.dtype not in ("float16", "float32"):
         raise Unsupported(f"it gives {type.dtype}; expected float16 or float32")
-    read = make(package, type, constants)
+    read = COMPRESSIONS[operation.type](package, type, constants)
     rounded = read if type.dtype == "float32" else lambda *rows: rounded_to_half(read(*rows))
     key = (operation.type, type, *(key_of(value) for value in constants.values()))
     return FileWeight(type, key, rounded, cache)
@@ -178,9 +156,9 @@ def compressed_weight(package: Package, operation: Operation, cache: WeightCache
 def rounded_to_half(array: np.ndarray) -> np.ndarray:
     """Rounds float32 values to float16 precision; the result stays float32.
 
-    Works on the bits, which is three times as fast as two casts: adds half of the last bit that
-    remains (less where that bit is 0), and clears the bits after it. Below 2^-14 float16 has
-    steps of 2^-24, as float32 has next to 0.75.
+    Works on the bits, three times as fast as two casts: adds half of the last bit that remains
+    (less where that bit is 0), and clears the bits after it. Below 2^-14 float16 has steps of
+    2^-24, as float32 has next to 0.75.
     """
     size = np.abs(array)
     if not size.max(initial=0) < _HALF_MAX:  # also where there is a NaN
@@ -200,7 +178,6 @@ _Constants = Mapping[str, Constant]
 
 
 def _require_exactly(constants: _Constants, *names: str) -> list[Constant]:
-    """Returns the named constants; refuses missing and further ones."""
     if missing := [name for name in names if name not in constants]:
         raise Unsupported(f"it has no input {missing[0]}")
     if unknown := constants.keys() - {*names}:
@@ -215,10 +192,8 @@ def _shift_scale(package: Package, type: TensorType, constants: _Constants) -> R
     shape, blocks = data.type.shape, scale.type.shape
     fits = shape == type.shape and all(part.type.shape == blocks for part in offsets)
     if fits and scale.type.size == 1 and not offsets:
-        factor, read_data = (
-            np.float32(whole_constant(package, scale).item()),
-            rows_of(package, data),
-        )
+        factor = np.float32(whole_constant(package, scale).item())
+        read_data = rows_of(package, data)
         return lambda start, stop: read_data(start, stop).astype(_F32) * factor
     if not fits or len(blocks) != 2 or blocks[:1] != shape[:1] or _remainder(shape[-1], blocks[1]):
         raise Unsupported(f"its data {data.type}, scales {scale.type} and result {type} do not fit")

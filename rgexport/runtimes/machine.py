@@ -1,15 +1,16 @@
-"""Measures the memory of this process and of the machine, and gives memory back.
-
-Control groups are read, because a self-check that exceeds a container's limit would be killed
-instead of skipped (`tests/runtimes/test_memory.py`).
-"""
+"""Facts about this process and its machine: memory, processor, software; and freed memory."""
 
 import ctypes
 import os
+import platform
 import sys
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rgexport._version import __version__
+from rgexport.parallelism import usable_processors
 
 if TYPE_CHECKING:
     from resource import struct_rusage
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 _CGROUP = Path("/sys/fs/cgroup")
+_PACKAGES = ("coremltools", "llama_cpp_python", "numpy", "onnxruntime", "torch")
+_CPUINFO = Path("/proc/cpuinfo")
+_FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+"""The instructions that decide how fast int4 and int8 are computed, by Linux's names."""
 
 
 def rss_bytes() -> int | None:
@@ -43,10 +48,7 @@ def peak_bytes(usage: "struct_rusage") -> int:
 
 
 def available_bytes() -> int | None:
-    """Returns the memory available without swapping; None where unknown (not on Linux).
-
-    A container's limit counts. Files in the kernel's cache do not count as used.
-    """
+    """Returns the memory that is left, in a container too; None if unknown (not Linux)."""
     system = _fields(_MEMINFO).get("MemAvailable:")
     if system is None:
         return None
@@ -61,7 +63,6 @@ def release_freed_memory() -> None:
 
 
 def _left_in_container() -> int | None:
-    """Returns the bytes that control groups (version 2) leave; None without a limit."""
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
         return None
@@ -83,3 +84,33 @@ def _fields(file: Path) -> dict[str, int]:
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
     except OSError:
         return {}
+
+
+def environment() -> dict[str, str | int]:
+    facts: dict[str, str | int] = {
+        "cpu": cpu(),
+        "cores": usable_processors(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "rgexport": __version__,
+    }
+    return facts | {name: version for name in _PACKAGES if (version := _version(name))}
+
+
+def cpu() -> str:
+    facts = {}
+    if _CPUINFO.is_file():
+        first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        facts = {key.strip(): value.strip() for key, _, value in pairs}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    features = ", ".join(feature for feature in _FEATURES if feature in flags)
+    return f"{name} ({features})" if features else name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
