@@ -69,7 +69,7 @@ def onnx(arguments: OnnxArguments) -> int:
     from rgexport.export.advice import default_target
     from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.onnx.exporter import export_onnx
-    from rgexport.export.onnx.options import OnnxOptions
+    from rgexport.export.onnx.profiles import OnnxOptions
     from rgexport.export.request import precision_word
     from rgexport.files.targets import check_target
 

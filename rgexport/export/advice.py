@@ -6,8 +6,8 @@ from pathlib import Path
 from subprocess import list2cmdline
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.checked import NOT_ASKED_FOR
 from rgexport.export.format import format_of
+from rgexport.export.manifest import NOT_ASKED_FOR
 from rgexport.units import amount
 
 _CHECK_ADVICE = {"unverified": "Look closer", "skipped": "Do it later"}
@@ -17,12 +17,10 @@ _TUNED = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}
 
 
 def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
-    """Returns the folder for an export without `-o`, such as `./recurrentgemma-2b-int4-onnx`."""
     return Path("-".join([model, precision, kind, *([] if profile == "cpu" else [profile])]))
 
 
 def as_argument(path: Path) -> str:
-    """Returns a path, quoted for a shell of this system."""
     text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
     return list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 

@@ -10,8 +10,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
 from rgexport.export.origin import Origin, origin_of_card
-from rgexport.export.row_groups import groups_of
-from rgexport.export.storage import aligned
+from rgexport.export.storage import aligned, groups_of
 from rgexport.files.hashing import (
     FileRecord,
     hash_file,
@@ -37,15 +36,10 @@ class Artifact:
     allow_foreign: bool = field(default=False, kw_only=True)
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file of the manifest."""
         return self.path / name
 
     def tensor(self, name: str) -> RowTensor:
-        """Returns a weight, dequantized to float32 in its canonical shape, read in slabs.
-
-        Raises:
-            RequestError: the artifact has no such weight.
-        """
+        """Returns a weight as float32 in its canonical shape, to be read in slabs."""
         stored = self.manifest.tensors.get(name)
         if stored is None:
             raise RequestError(f"{self.path} has no tensor {name!r}")
@@ -55,7 +49,6 @@ class Artifact:
 
     @property
     def weights(self) -> WeightSource:
-        """All weights, dequantized."""
         return {name: self.tensor(name) for name in self.manifest.tensors}
 
     def facts(self) -> dict[str, Any]:
@@ -110,7 +103,6 @@ class Artifact:
         return np.ascontiguousarray(mapped[:, start:stop].T)
 
     def origin(self) -> Origin:
-        """Returns the author of the model and its licence, from the card."""
         return origin_of_card(self.file(CARD))
 
     def notes(self) -> list[str]:

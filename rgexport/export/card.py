@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
 
-from rgexport.export.checked import CheckRecord
 from rgexport.export.format import format_of
-from rgexport.export.manifest import CARD, Manifest
+from rgexport.export.manifest import CARD, CheckRecord, Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms import ALGORITHMS
@@ -75,7 +74,6 @@ class Share:
 
 
 def shares(manifest: Manifest) -> list[Share]:
-    """Returns the shares of each role and scheme, in the order of the model."""
     specs = model_tensors(manifest.config)
     return group_shares(
         Share(
@@ -161,7 +159,6 @@ def _header(manifest: Manifest, origin: Origin) -> str:
 
 
 def card(manifest: Manifest, origin: Origin) -> str:
-    """Returns the text of the card; the hub reads its header."""
     config = manifest.config
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)

@@ -10,9 +10,8 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.card import Share, algorithms, group_shares, levels_sentence, shares
-from rgexport.export.checked import CheckRecord
 from rgexport.export.format import all_formats, format_of
-from rgexport.export.manifest import arithmetic
+from rgexport.export.manifest import CheckRecord, arithmetic
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +25,6 @@ from rgexport.units import amount
 Description = dict[str, Any]
 """Plain JSON. `kind` is `checkpoint` or the artifact's. Scripts rely on the names of fields."""
 _NUMBERS = ("tensors", "weights", "size", "bits/weight")
-"""Columns that are aligned to the right."""
 _TUNED = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
 _CLOSING = {
     ("checkpoint", True): "No problems: every value was checked.",
@@ -40,11 +38,8 @@ _CLOSING = {
 def describe(path: str | None, *, size: str | None = None, verify: bool = False) -> Description:
     """Describes an artifact, Core ML package or checkpoint, or the checkpoint of a size.
 
-    `verify` reads every byte: the hashes of an artifact, the values of a checkpoint.
-
-    Raises:
-        RequestError: the path has nothing usable, or an artifact is damaged. Faults in the tensors
-            of a checkpoint, or in a package, are listed under `problems` instead.
+    `verify` reads every byte. Faults in the tensors of a checkpoint, or in a package, are listed
+    under `problems`; a damaged artifact raises RequestError.
     """
     if path is not None and size is None:
         if means_artifact(Path(path)):
@@ -125,7 +120,6 @@ def as_json(description: Description) -> str:
 
 
 def as_text(description: Description) -> str:
-    """Formats a description as text and tables for a terminal."""
     for form in all_formats():
         if description["kind"] == form.foreign_kind:
             return render(form.foreign_text(description))

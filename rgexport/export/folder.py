@@ -10,8 +10,15 @@ from typing import Any
 from rgexport._version import __version__
 from rgexport.export.artifact import record_files, remember_verified
 from rgexport.export.card import write_card
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
-from rgexport.export.manifest import CARD, Manifest, Source, write_manifest
+from rgexport.export.manifest import (
+    CARD,
+    NOT_ASKED_FOR,
+    CheckRecord,
+    Manifest,
+    SelfCheck,
+    Source,
+    write_manifest,
+)
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.origin import origin_of
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer
@@ -27,8 +34,8 @@ _GRAPH_BYTES = 64 << 20
 `tokenizer.json` has 33 MB for Gemma's vocabulary."""
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
-"""Writes the model into a folder; gets the fields of a manifest that do not depend on the format,
-and the ids of control tokens. Returns the manifest without the hashes of the files."""
+"""Writes the model into a folder from the manifest's common fields and the control tokens' ids;
+returns the manifest without the hashes of the files."""
 
 
 def export_folder(
@@ -43,18 +50,12 @@ def export_folder(
 ) -> Path:
     """Makes the folder `target`, which appears when it is complete and was checked.
 
-    Args:
-        checkpoint: where the weights and the tokenizer come from.
-        target: the folder.
-        write_model: writes what the format has, beside the tokenizer.
-        data_bytes: size of the weights as they will be stored.
-        tools: packages whose versions the manifest records.
-        force: whether an earlier artifact may be replaced.
-        check: runs the artifact; its record goes into the card and the manifest.
+    `data_bytes` is the size of the weights as stored, `tools` are packages whose versions are
+    recorded, and `force` lets it replace an earlier artifact.
 
     Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, or whatever `write_model` finds.
+        RequestError: an unsound checkpoint (all problems at once), a bad target, too little disk,
+            or whatever `write_model` finds.
     """
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
@@ -83,7 +84,6 @@ def export_folder(
 
 
 def _run_check(folder: Path, manifest: Manifest, check: SelfCheck | None) -> CheckRecord:
-    """Runs the self-check on a folder that lacks only its card and its final manifest."""
     if check is None:
         return NOT_ASKED_FOR
     write_manifest(folder, manifest)

@@ -36,7 +36,6 @@ class HubName:
 
 
 def is_hub_name(path: PurePath | str) -> bool:
-    """Whether a path is meant to be an artifact of the hub."""
     return str(path).startswith(PREFIX)
 
 
@@ -56,30 +55,18 @@ def parse(path: PurePath | str) -> HubName:
 def fetch_artifact(path: Path | str) -> Path:
     """Returns the local copy of an artifact below `HF_HOME`, a folder or a GGUF file.
 
-    A complete copy is used without asking the network. Only what the manifest lists is downloaded,
-    and an interrupted download goes on.
-
-    Raises:
-        RequestError: no such artifact, no permission, no network, or no disk space.
+    A complete copy is used without asking the network; an interrupted download goes on. Raises
+    RequestError: no such artifact, no permission, no network, or no disk space.
     """
     name = parse(path)
     return _complete(name) or _download(name)
 
 
 def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    """Uploads an artifact in one commit; returns its address.
+    """Uploads an artifact in one commit to `owner/name`, made if need be; returns its address.
 
-    Large files that an earlier, interrupted upload has sent are not sent again. Files of an earlier
-    artifact in the repository are removed; files that somebody else added stay.
-
-    Args:
-        artifact: the artifact.
-        repo: `owner/name`, which is made if it does not exist.
-        public: whether everybody may see a new repository.
-        force: whether the repository may have other files.
-
-    Raises:
-        RequestError: no such name, no permission, no network, or a repository of something else.
+    Files of an earlier artifact there are removed; those of others stay, and need `force`. Raises
+    RequestError: no such name, no permission, no network, or a repository of something else.
     """
     name = parse(repo)
     if name.file or name.revision:
@@ -120,7 +107,6 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
 
 
 def _earlier_manifest(repo: str) -> Manifest | None:
-    """Returns the manifest of a repository's artifact; None if it cannot be read."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -132,10 +118,7 @@ def _earlier_manifest(repo: str) -> Manifest | None:
 def _require_own(
     artifact: Artifact, repo: str, existing: set[str], earlier: Manifest | None
 ) -> None:
-    """Refuses a repository unless it is empty or has an earlier export of the same model.
-
-    GGUF files may lie beside one another.
-    """
+    """Refuses a repository unless it is empty, has this model, or GGUF files beside this one."""
     manifest, foreign = artifact.manifest, existing - _NEUTRAL
     if earlier:
         fits = (earlier.kind, earlier.name) == (manifest.kind, manifest.name)
@@ -163,7 +146,6 @@ def _keeps_card(artifact: Artifact, repo: str, earlier: Manifest | None) -> bool
 
 
 def _files(artifact: Artifact) -> dict[str, Path | bytes]:
-    """Returns name in the repository → a local file, or its contents."""
     if artifact.path.is_file():
         text = card(artifact.manifest, artifact.origin())
         return {artifact.path.name: artifact.path, CARD: text.encode()}
@@ -183,10 +165,7 @@ def _warn_of_terms(artifact: Artifact) -> None:
 
 
 def _folder(name: HubName) -> Path:
-    """Returns the local folder for the files of a repository.
-
-    The hub's own cache has links to them, and ONNX Runtime reads no weights through links.
-    """
+    """Returns the local folder; the hub's cache has links, through which ORT reads no weights."""
     from huggingface_hub import constants
 
     revision = [quote(name.revision, safe="")] if name.revision else []
@@ -194,7 +173,6 @@ def _folder(name: HubName) -> Path:
 
 
 def _complete(name: HubName) -> Path | None:
-    """Returns the local copy of an artifact if it is complete."""
     folder = _folder(name)
     if name.file is not None:
         return folder / name.file if (folder / name.file).is_file() else None
@@ -234,7 +212,6 @@ def _download(name: HubName) -> Path:
 
 
 def _gguf(name: HubName, sizes: Iterable[str]) -> str:
-    """Returns the GGUF file that is named, or the only one of a repository."""
     files = sorted(file for file in sizes if file.endswith(".gguf"))
     if name.file in files:
         return str(name.file)

@@ -1,8 +1,10 @@
 """The manifest of an artifact, `rgexport.json`: its files and tensors, and how it was made."""
 
 import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +12,70 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.choices import Profile
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
+from rgexport.errors import printable
 from rgexport.files.atomic import write_file
 from rgexport.files.hashing import FileRecord
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.scheme import Scheme, Uniform
+
+Status = Literal["verified", "unverified", "skipped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRecord:
+    """The outcome of a self-check, and its measurements if it came so far.
+
+    It is `unverified` where a number was beyond its limit, or the artifact could not be run.
+    """
+
+    status: Status
+    reason: str = ""
+    tokens: int = 0
+    positions: int = 0
+    kl: float | None = None
+    kl_standard_error: float | None = None
+    relative_max: float | None = None
+    engine: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Outcome and measurements in one line of printable characters."""
+        return printable(self._sentence())
+
+    def _sentence(self) -> str:
+        if self.status == "skipped":
+            return f"Not checked: {self.reason}."
+        verdict = self.status + (f", since {self.reason}" if self.reason else "")
+        if not self.positions:
+            return f"Checked: {verdict}."
+        compared = f" ({self.positions} compared)" if self.positions < self.tokens else ""
+        return (
+            f"Checked on {self.tokens} tokens{compared} in {self.engine}: "
+            f"KL to the original {self.nats}; largest difference to the dequantized reference "
+            f"{self.share} of the largest logit: {verdict}."
+        )
+
+    @property
+    def nats(self) -> str:
+        if self.kl is None or self.kl_standard_error is None:
+            return "not a number"
+        return f"{self.kl:.3g} ± {self.kl_standard_error:.1g} nats"
+
+    @property
+    def share(self) -> str:
+        return "not a number" if self.relative_max is None else f"{100 * self.relative_max:.2g} %"
+
+
+def skipped(reason: str) -> CheckRecord:
+    return CheckRecord(status="skipped", reason=reason)
+
+
+NOT_ASKED_FOR = skipped("it was not asked for")
+
+SelfCheck = Callable[[Path], CheckRecord]
+"""Checks an artifact that is complete, but not yet renamed to its target."""
 
 MANIFEST = "rgexport.json"
 CARD = "README.md"
@@ -32,8 +91,7 @@ ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
 class StoredPart:
     """The place of a part of a tensor: row-major, `shape` in items of `dtype`.
 
-    A float tensor and one in a ggml type have one part, `data`; for the parts of the other schemes
-    see `quantize.affine`, `quantize.palette` and `export.row_groups`.
+    A tensor of floats or of a ggml type has one part, `data`.
     """
 
     file: str
@@ -43,12 +101,10 @@ class StoredPart:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
         return self.nbytes // self.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the part."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -75,10 +131,7 @@ class StoredTensor:
         return max(map(self._rows_per_row, by_row))
 
     def row_offset(self, label: str, row: int) -> int:
-        """The offset in its file of a row of the part `label`, which must not be `COLUMNS`.
-
-        Not for tensors in row groups, see `row_groups.groups_of`.
-        """
+        """The offset in its file of a row of the part `label`, not `COLUMNS` nor of row groups."""
         part = self.parts[label]
         return part.offset + row // self._rows_per_row(part) * part.row_bytes
 
@@ -123,8 +176,6 @@ class IoRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that an artifact was made from."""
-
     layout: str
     name: str
     files: dict[str, FileRecord]
@@ -163,10 +214,7 @@ class Manifest:
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether products with quantized weights round activations to int8.
-
-        llama.cpp's always do.
-        """
+        """Whether products with quantized weights round activations to int8, as llama.cpp's do."""
         return not self.exact and any(
             uniform.rounds_activations
             for scheme in self.plan.values()
@@ -179,15 +227,12 @@ class Manifest:
         return False
 
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
-        """This manifest with other files."""
         return dataclasses.replace(self, files=files)
 
     def with_check(self, check: CheckRecord) -> "Manifest":
-        """This manifest with the outcome of a self-check."""
         return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the manifest as JSON."""
         fields: dict[str, Any] = to_json(self)
         return fields
 
@@ -199,6 +244,40 @@ def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `rgexport.json` in `folder`, to the disk."""
     text = json.dumps(manifest.to_dict(), indent=1) + "\n"
     write_file(folder / MANIFEST, [text.encode()])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The facts that must be equal to continue a state; engine and precision may differ."""
+
+    name: str
+    """The model's name, only for messages."""
+    weights: str
+    """A hash of the original checkpoint's files."""
+    window: int
+    """Tokens that local attention sees."""
+    template: str
+    """A hash of the chat template; only conversations depend on it."""
+
+
+def identity_of(manifest: Manifest, template: str) -> Identity:
+    return identity_of_files(manifest.name, manifest.source.files, manifest.config, template)
+
+
+def artifact_hash(manifest: Manifest) -> str:
+    """Hashes an artifact's manifest; the result differs between two precisions."""
+    return _hash(json.dumps(manifest.to_dict(), sort_keys=True))
+
+
+def identity_of_files(
+    name: str, files: Mapping[str, FileRecord], config: GriffinConfig, template: str
+) -> Identity:
+    hashes = sorted(record.sha256 for record in files.values())
+    weights = _hash("\n".join([*hashes, repr(config.soft_cap)]))
+    return Identity(name, weights, config.window, _hash(template))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

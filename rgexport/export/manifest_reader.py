@@ -9,13 +9,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.format import FolderFormat, folder_format
-from rgexport.export.manifest import (
-    ACTIVATIONS,
-    FORMAT_VERSION,
-    MANIFEST,
-    Manifest,
-    StoredTensor,
-)
+from rgexport.export.manifest import ACTIVATIONS, FORMAT_VERSION, MANIFEST, Manifest, StoredTensor
 from rgexport.files.paths import stays_inside
 from rgexport.files.typed_json import (
     MAX_INTEGER,
@@ -36,12 +30,7 @@ MAX_STATE_BYTES = 1 << 30
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks the manifest of the artifact in `folder`.
-
-    Raises:
-        RequestError: no artifact, foreign or damaged JSON, a newer format version, or content
-            that contradicts itself; the line names the file and the place.
-    """
+    """Reads and checks a manifest; RequestError names the file and the place of a fault."""
     path = folder / MANIFEST
     fields = _load(path)
     version = fields.get("format_version")
@@ -63,7 +52,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether `folder` has a manifest."""
     return (folder / MANIFEST).is_file()
 
 
@@ -76,12 +64,6 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check(manifest: Manifest, form: FolderFormat) -> None:
-    """Checks what the types do not say.
-
-    Raises:
-        Mismatch: an unsafe file name, a part outside its file, or a tensor that the
-            configuration does not have.
-    """
     for name, record in manifest.files.items():
         _require(_is_safe(name), f"files: {name!r} leads out of the artifact")
         _require(
@@ -113,11 +95,7 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
 
 
 def check_config(config: GriffinConfig) -> None:
-    """Checks what the types do not say about a configuration.
-
-    Raises:
-        Mismatch: a size that is not positive, or sizes that do not fit one another.
-    """
+    """Raises Mismatch for sizes that are not positive, or do not fit one another."""
     for name, value in config.to_dict().items():
         if type(value) is int:
             _require(0 < value <= MAX_INTEGER, f"config.{name} is {reprlib.repr(value)}")
@@ -143,7 +121,6 @@ def check_config(config: GriffinConfig) -> None:
 
 
 def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
-    """Compares records of a manifest with those that follow from its configuration."""
     _require(
         len(records) == len(expected),
         f"{field} has {len(records)} entries; expected {len(expected)}",
@@ -158,7 +135,6 @@ def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) 
 
 
 def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
-    """Requires the parts of the tensor's scheme, each inside its file."""
     _require(not isinstance(stored.scheme, Ggml), f"{label}: only GGUF files have ggml types")
     quantized = stored.scheme.is_quantized
     _require(len(stored.shape) == 2 or not quantized, f"{label}: only matrices are quantized")

@@ -17,20 +17,14 @@ from rgexport.progress import note
 def open_artifact(
     path: Path | str, *, verify: bool = False, allow_foreign: bool = False
 ) -> Artifact:
-    """Opens an artifact and checks that its files are those that were exported.
+    """Opens an artifact, a file or package in its folder, or `hf:owner/name`; checks its files.
 
-    Names, sizes and headers are always checked; hashes are computed where a file was not seen
-    before in this state (size, mtime, ctime), and of all files with `verify`. An edited card and
-    added files are only noted.
-
-    Args:
-        path: the artifact, a file or package in its folder, or `hf:owner/name`.
-        verify: whether hashes are computed of all files.
-        allow_foreign: whether engines may run a graph with ops that rgexport does not write.
+    Names, sizes and headers are always checked; hashes where a file was not seen before in this
+    state (size, mtime, ctime), and of all files with `verify`. An edited card and added files are
+    only noted. With `allow_foreign`, engines may run ops that rgexport does not write.
 
     Raises:
-        RequestError: no artifact, a damaged manifest, or a file that is missing, truncated or
-            altered; the line names it.
+        RequestError: no artifact, a damaged manifest, or a file that is missing or altered.
     """
     path = fetch_artifact(path) if is_hub_name(path) else Path(path)
     if form := _file_format(path):
@@ -57,7 +51,6 @@ def open_artifact(
 
 
 def means_artifact(path: Path) -> bool:
-    """Whether a path is meant to be an artifact, sound or not."""
     return is_hub_name(path) or _file_format(path) is not None or is_artifact(path)
 
 

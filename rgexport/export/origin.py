@@ -12,13 +12,12 @@ _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RELEASED = {size.hub_id for size in SIZES.values()}
 _PREFIX = "recurrentgemma"
 GEMMA = "gemma"
-"""The hub's name of Gemma's terms."""
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a checkpoint; fields are None if unknown."""
+    """The origin of a checkpoint, in the hub's names; fields are None if unknown."""
 
     hub_id: str | None
     """Such as `google/recurrentgemma-2b`."""
@@ -27,7 +26,6 @@ class Origin:
 
     @property
     def released(self) -> bool:
-        """Whether it is one of Google's released models."""
         return self.hub_id in _RELEASED
 
 
@@ -39,10 +37,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 
 
 def origin_of_card(path: Path) -> Origin:
-    """Reads the model that a card names as its base, and its licence, in the YAML header.
-
-    Without a licence it is Gemma's if the base is one of Google's models.
-    """
+    """Reads base model and licence in a card's header; Gemma's for a base by Google."""
     head = _head(path)
     base = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
     licence = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
@@ -52,7 +47,6 @@ def origin_of_card(path: Path) -> Origin:
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
-    """Returns the folder that has a checkpoint's tokenizer and card."""
     if checkpoint.tokenizer_files:
         return checkpoint.tokenizer_files[0].parent
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -69,7 +63,6 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
 
 
 def _head(card: Path) -> str:
-    """Returns the YAML header of a model card, or ""."""
     try:
         with card.open(encoding="utf-8", errors="replace") as file:
             head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))

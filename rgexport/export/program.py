@@ -15,7 +15,6 @@ class Value:
     dtype: str
 
     def size(self, axis: int) -> int:
-        """Returns the size of an axis, which must be fixed."""
         size = self.shape[axis]
         assert isinstance(size, int), f"axis {axis} of {self.name} is {size}"
         return size
@@ -33,7 +32,6 @@ class Node:
 
     @property
     def tensors(self) -> list[Value]:
-        """The inputs without optional ones that are absent."""
         return [value for value in self.inputs if value is not None]
 
 

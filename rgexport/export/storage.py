@@ -2,6 +2,9 @@
 
 The layout is known before the first weight is read. The writer then streams: each slab is read,
 encoded and written at its own offset, several at a time.
+
+A tensor with several row groups has a matrix for each. The names of its parts begin with the
+number of the group: `0.data`, `0.scales`, `1.data`, and so on.
 """
 
 from collections import deque
@@ -15,41 +18,145 @@ from typing import TypeVar
 import numpy as np
 
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.row_groups import groups_of
+from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme
+from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme, Uniform
+
+Shape = tuple[int, ...]
+_Values = Callable[[np.ndarray], np.ndarray]
+
+
+def _same(rows: np.ndarray) -> np.ndarray:
+    return rows
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Maps rows of a checkpoint to rows of the file and back; `shape` maps the canonical shape.
+
+    A graph need not compute these for every token. All are float32.
+    """
+
+    store: _Values = _same
+    restore: _Values = _same
+    shape: Callable[[Shape], Shape] = lambda shape: shape
+
+
+def _decay(a_param: np.ndarray) -> np.ndarray:
+    """Returns -8 softplus(a_param), computed in float64."""
+    p = a_param.astype(np.float64)
+    softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
+    return (RG_LRU_C * softplus).astype(np.float32)
+
+
+def _a_param(decay: np.ndarray) -> np.ndarray:
+    """Inverts softplus: log(exp(s) - 1) = s + log(1 - exp(-s))."""
+    softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
+    return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
+
+
+PLAIN = Transform()
+NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1))
+DECAY = Transform(_decay, _a_param)
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """Some rows of a tensor, None for all; `prefix` begins the names of its parts there.
+
+    `label` is the scheme for people: `int8/128 (1,024 rows)`.
+    """
+
+    prefix: str
+    stored: StoredTensor
+    label: str
+    rows: np.ndarray | None = None
+
+    def run(self, start: int, stop: int) -> tuple[int, int]:
+        """Returns the group's range of rows among the tensor's rows `start` to `stop`."""
+        if self.rows is None:
+            return start, stop
+        first, last = np.searchsorted(self.rows, [start, stop]).tolist()
+        return first, last
+
+    def chosen(self, start: int, stop: int) -> slice | np.ndarray:
+        """Returns the group's rows as an index of the tensor's rows `start` to `stop`."""
+        if self.rows is None:
+            return slice(None)
+        return self.rows[slice(*self.run(start, stop))] - start
+
+
+def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
+    return tuple(
+        StoredGroup("", stored, label)
+        if rows is None
+        else StoredGroup(f"{i}.", _group(stored, i, len(rows)), label, rows)
+        for i, (label, _, rows) in enumerate(stored.scheme.row_groups(stored.shape[0]))
+    )
+
+
+def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Returns the tensors, and the row groups of those that have several, by `group_name`."""
+    groups = {
+        group_name(name, i): _group(stored, i, size)
+        for name, stored in tensors.items()
+        if len(stored.scheme.uniform) > 1
+        for i, size in enumerate(stored.scheme.group_sizes(stored.shape[0]))
+    }
+    return {**tensors, **groups}
+
+
+def group_name(tensor: str, index: int) -> str:
+    return f"{tensor}.{index}"
+
+
+def part_shapes_by_group(
+    shape: Shape, scheme: Scheme, part_shapes: Callable[[Shape, Uniform], PartShapes]
+) -> PartShapes:
+    """Returns the parts of a tensor; the group's number begins their names if it has several."""
+    if len(scheme.uniform) == 1:
+        return part_shapes(shape, scheme.uniform[0])
+    sizes = scheme.group_sizes(shape[0])
+    return {
+        f"{i}.{label}": dtype_and_shape
+        for i, (uniform, size) in enumerate(zip(scheme.uniform, sizes, strict=True))
+        for label, dtype_and_shape in part_shapes((size, *shape[1:]), uniform).items()
+    }
+
+
+def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
+    prefix = f"{index}."
+    parts = {
+        label.removeprefix(prefix): part
+        for label, part in stored.parts.items()
+        if label.startswith(prefix)
+    }
+    return StoredTensor((size, *stored.shape[1:]), stored.scheme.uniform[index], parts)
+
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
 _LARGER = 4
-"""Factor by which some slabs are larger: column-major tensors are written in runs of a few bytes,
-and statistics are read once for many rows."""
+"""Factor by which slabs are larger that are written in short runs, or need statistics."""
 _MAX_WORKERS = 8
 _PENDING = 3
 """Slabs for each worker that are being encoded, or wait for their turn."""
 
-Shape = tuple[int, ...]
 PartShapesOf = Callable[[Shape, Scheme], PartShapes]
-"""Shape and scheme of a tensor → part name → dtype and shape."""
 Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]
-"""Name, rows in the checkpoint's dtype, their numbers, and stored form of a tensor (or of one of
-its row groups) → the parts of these rows."""
+"""Name, rows in the checkpoint's dtype, their numbers, stored tensor or group → parts."""
 _Result = TypeVar("_Result")
 
 
 def aligned(size: int, alignment: int) -> int:
-    """Returns `size` rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
 @dataclass
 class OffsetAllocator:
-    """Assigns offsets in a data file, one after another; `size` is the end of the last part.
-
-    Every part begins `header` bytes after a multiple of `alignment`.
-    """
+    """Assigns offsets in a data file; parts begin `header` bytes after aligned offsets."""
 
     file: str
     alignment: int
@@ -59,7 +166,6 @@ class OffsetAllocator:
     def allocate(
         self, plan: Plan, shapes: Mapping[str, Shape], part_shapes: PartShapesOf
     ) -> dict[str, StoredTensor]:
-        """Assigns offsets to all tensors, in the plan's order."""
         tensors = {}
         for name, scheme in plan.items():
             parts = {}
@@ -81,10 +187,6 @@ def fill(
     """Writes every weight into the files in `folder`, which exist and have their sizes.
 
     `written` is called for each slab with the tensor's name and the parts, in order.
-
-    Raises:
-        RequestError: a weight that its scheme cannot hold.
-        OSError: the disk is full, or the file cannot be written.
     """
     total = sum(weights[name].nbytes for name in tensors)
     slabs = (
@@ -104,7 +206,6 @@ def fill(
 
 
 def slab_bytes(scheme: Scheme, *, by_columns: bool = False) -> int:
-    """Returns the bytes of source weights that are encoded together."""
     return SLAB_BYTES * (_LARGER if by_columns or scheme.needs_statistics else 1)
 
 
@@ -117,10 +218,7 @@ def _write_slab(
     start: int,
     stop: int,
 ) -> tuple[str, Parts, int]:
-    """Encodes and writes rows `start` to `stop`; returns the name, their parts, and bytes read.
-
-    Each row group gets its rows, as a tensor that is stored by one scheme.
-    """
+    """Encodes and writes rows; returns the name, their parts, and bytes read."""
     rows = source.read(start, stop)
     slab: Parts = {}
     for group in groups_of(stored):

@@ -45,7 +45,6 @@ from rgexport.griffin.tokenizer_files import (
 from rgexport.progress import warn
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
-"""The class that leaves tokenizer.json alone; Gemma's adds tokens that a vocabulary may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +62,7 @@ class ControlIds:
 
 
 def complete_tokenizer(folder: Path, name: str) -> ControlIds:
-    """Writes `tokenizer.json`, and completes `tokenizer_config.json`, in an unfinished artifact.
-
-    A tokenizer that cannot be converted causes a warning and no error: rgexport itself may read it.
-    `name` is the model's, for warnings.
-    """
+    """Completes `tokenizer.json` and `tokenizer_config.json`, or warns; `name` is the model's."""
     if not has_tokenizer(folder):
         return ControlIds()
     try:
@@ -141,11 +136,8 @@ def _complete_config(path: Path, tokens: ControlTokens, template: str | None) ->
 def write_tokenizer_json(source: Path, target: Path) -> None:
     """Converts a `tokenizer.model` to a `tokenizer.json` that puts BOS before a text.
 
-    SentencePiece merges the pair whose result has the highest score; here pairs are listed in that
-    order. User-defined pieces, which it finds before it merges, are added tokens.
-
-    Raises:
-        RequestError: it is no BPE model with byte fallback, or cannot be read.
+    SentencePiece merges the pair whose result has the highest score, so pairs are in that order.
+    User-defined pieces, which it finds before it merges, are added tokens.
     """
     try:
         model = read_pieces(source)
@@ -169,7 +161,6 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
 
 
 def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
-    """Returns the file without the vocabulary and the merges."""
     added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
     engine = tokenizers.Tokenizer(
         models.BPE(
@@ -230,7 +221,6 @@ def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]
 
 
 def _fill(frame: dict[str, Any], vocabulary: Iterator[str], merges: Iterator[str]) -> Iterator[str]:
-    """Yields the text of the file."""
     lists = {"vocab": ("{", vocabulary, "}"), "merges": ("[", merges, "]")}
     model = frame.pop("model")
     yield json.dumps(frame)[:-1] + ', "model": {'

@@ -18,10 +18,7 @@ _DYNAMIC: dict[int, str] = {2: "batch_size", 3: "tokens"}
 
 
 def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
-    """Traces a model of shape `config`; `activation` is "float32" or "float16".
-
-    Allocates no weights: a 2B takes 3 s and a few hundred MB, most of it torch itself.
-    """
+    """Traces a model in "float32" or "float16", without memory for weights: 3 s for a 2B."""
     dtype = getattr(torch, activation)
     with FakeTensorMode():
         model = StepModel(config, dtype)
@@ -49,8 +46,6 @@ def _example(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 
 class _Reader:
-    """Converts an exported program into plain data."""
-
     def __init__(self, exported: ExportedProgram):
         self._exported = exported
         self._values: dict[torch.fx.Node, Value] = {}

@@ -18,7 +18,7 @@ from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.export.tokenizer import complete_tokenizer, write_tokenizer_json
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint

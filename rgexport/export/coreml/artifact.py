@@ -8,8 +8,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, stored_states
-from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan, Segment, weight_file
 from rgexport.export.coreml.storage import decode
 from rgexport.export.manifest import StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
@@ -19,7 +18,6 @@ from rgexport.files.hashing import hash_file
 from rgexport.quantize.scheme import Parts
 
 _MAX_COMPLAINTS = 4
-"""Complaints that are listed; the rest are counted."""
 
 Types = dict[str, TensorType]
 
@@ -53,7 +51,6 @@ class CoreMLArtifact(Artifact):
             yield from self._wrong_form(package, plan)
 
     def _wrong_form(self, package: Package, plan: PackagePlan) -> Iterator[str]:
-        """Compares functions, inputs, outputs and states with those that a session needs."""
         expected = plan.functions
         if {*package.functions} != {*expected} or package.default_function != expected[0]:
             functions = ", ".join(sorted(package.functions))
@@ -79,7 +76,6 @@ class CoreMLArtifact(Artifact):
         yield from _differences(name, "state", function.states, states)
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
-        """Names altered files, and for a file of weights its altered parts."""
         for complaint in super()._wrong_hashes(anew):
             yield complaint
             for plan in self.manifest.packages:

@@ -21,7 +21,7 @@ from rgexport.export.coreml.manifest import (
 from rgexport.export.coreml.storage import blob_dtype
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import Node, Value
-from rgexport.export.row_groups import with_groups
+from rgexport.export.storage import with_groups
 from rgexport.quantize.scheme import Affine, Palette
 
 DTYPES = {
@@ -40,11 +40,7 @@ _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}
 
 
 class Graph:
-    """Adds operations to the function that is being built.
-
-    Every operation is named after the site that is being lowered. Operations of the same type and
-    arguments are made once, so that lowerings may ask for a mask or a cosine repeatedly.
-    """
+    """Adds operations, named after the site that is lowered; equal ones are made once."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], Var] = {}
@@ -53,7 +49,7 @@ class Graph:
 
     @contextmanager
     def site(self, name: str) -> Iterator[None]:
-        """Names the operations made inside after the site `name`."""
+        """Names the operations made inside after the site."""
         self._site, before = name, self._site
         yield
         self._site = before
@@ -103,7 +99,7 @@ def _identity(argument: Any) -> object:
 
 
 class CoreMLEmitter(Graph):
-    """One function that is being built from a step program, for a fixed number of tokens.
+    """One function of a step program for a fixed number of tokens, with `num_logits` logits.
 
     A state is read where it is first used, and written as soon as its new value is computed. The
     RG-LRU states are the rows of one matrix, which is written at the end.
@@ -118,15 +114,6 @@ class CoreMLEmitter(Graph):
         activation: str,
         num_logits: int,
     ):
-        """Prepares a function.
-
-        Args:
-            tensors: the stored weights.
-            states: name → the step program's values before and after.
-            inputs: the function's, with its states.
-            activation: dtype of the linears.
-            num_logits: for how many tokens logits are made.
-        """
         super().__init__()
         self.num_logits = num_logits
         self.values: dict[str, Var] = {}
@@ -147,17 +134,13 @@ class CoreMLEmitter(Graph):
         return self.values[name]
 
     def stored(self, weight: Value) -> StoredTensor:
-        """Returns how a weight, or a row group of one, is stored."""
         return self._tensors[weight.name]
 
     def inputs(self, node: Node) -> list[Var]:
         return [self.value(declared) for declared in node.tensors]
 
     def declare(self, declared: Value, value: Var) -> None:
-        """Names a value as the step program does, and writes it if it is a new state.
-
-        An op's input that is its output too keeps its first name.
-        """
+        """Names a value as the step program does, unless it has a name; writes a state."""
         if value not in self.values.values():
             value.name = value.op.name = feature_name(declared.name)
         self.values[declared.name] = value
@@ -180,10 +163,9 @@ class CoreMLEmitter(Graph):
         return []
 
     def weight(self, declared: Value, *shape: int) -> Var:
-        """Returns a weight, dequantized if it is quantized; one of floats may get another `shape`.
+        """Returns a weight, dequantized; one of floats may get another `shape`.
 
-        Its parts are placeholders without memory, which `exporter_proto` replaces by offsets in the
-        weight file.
+        Its parts are placeholders without memory, which become offsets in the weight file.
         """
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
@@ -250,7 +232,6 @@ class CoreMLEmitter(Graph):
         return self.slice(self.reshape(state, 1, *state.shape[2:]), 0, width, 2)
 
     def _store(self, name: str, value: Var) -> None:
-        """Writes [1, n, width] into a Core ML state."""
         state = self._inputs[name]
         _, _, count, padded = state.sym_type.wrapped_type().get_shape()
         if padded > value.shape[2]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.export.checked import SelfCheck
 from rgexport.export.coreml.manifest import (
     CoreMLManifest,
     CoreMLRecord,
@@ -15,11 +14,16 @@ from rgexport.export.coreml.manifest import (
     state_records,
 )
 from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.package import write_package
-from rgexport.export.coreml.segments import PackagePlan, packages, split_by_size, whole
+from rgexport.export.coreml.package import (
+    PackagePlan,
+    packages,
+    split_by_size,
+    whole,
+    write_package,
+)
 from rgexport.export.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import Manifest, StoredTensor
+from rgexport.export.manifest import Manifest, SelfCheck, StoredTensor
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
 from rgexport.export.tokenizer import ControlIds
@@ -42,15 +46,7 @@ def export_coreml(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the folder `target`, as `export_folder` does.
-
-    Peak memory does not depend on the model's size: weights are read, encoded and written in
-    slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
-    `statistics` are for algorithms that need them.
-
-    Raises:
-        RequestError: those of `export_folder`, or an option that does not fit the model.
-    """
+    """Exports to a folder, as `export_folder` does, in memory that no model's size changes."""
     # coremltools takes seconds to load; its warnings about versions of torch are silenced.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     from rgexport.export.coreml.model import add_metadata, build_model
@@ -98,7 +94,6 @@ def export_coreml(
 def _split(
     config: GriffinConfig, plan: Plan, shapes: Mapping[str, Shape], limit: int | None
 ) -> tuple[int, ...]:
-    """Returns the layers of each package; no file of weights gets more than `limit` bytes."""
     if limit is None:
         return ()
     tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors

@@ -1,10 +1,8 @@
 """Converts a coremltools program to Core ML's protobuf.
 
-The program has placeholders for weights. They become offsets in the weight file, which rgexport
-writes without coremltools. All other constants are small and stay in the program.
-
-Only this file uses internals of coremltools, as of version 9: `MILProtoExporter` calls
-`get_milproto_value` for the value of every constant.
+The program has placeholders for weights, which become offsets in the weight file; rgexport writes
+that without coremltools. Only this file uses internals of coremltools, as of version 9:
+`MILProtoExporter` calls `get_milproto_value` for the value of every constant.
 """
 
 from collections.abc import Mapping
@@ -21,12 +19,9 @@ from rgexport.export.coreml.storage import BLOB_HEADER_BYTES
 from rgexport.export.manifest import StoredPart
 
 _WEIGHT_FILE = "@model_path/weights/weight.bin"
-"""Path of the weight file, as Core ML resolves it."""
 
 
 class _Exporter(MILProtoExporter):
-    """Replaces placeholders of weights by offsets in the weight file."""
-
     def __init__(self, program: Program, parts: Mapping[str, StoredPart]):
         super().__init__(program, weights_dir="", specification_version=IOS_18)
         self._parts = parts
@@ -51,7 +46,7 @@ def reset_name_counters() -> None:
 def to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
     """Converts a program; `parts` has placeholder → its part in the weight file.
 
-    No passes run over the program, because coremltools' deduplication would merge placeholders.
+    No passes run over it, because coremltools' deduplication would merge placeholders.
     """
     program.export_as_multifunction = True
     no_classifier: dict[str, Any] = dict.fromkeys(  # required arguments

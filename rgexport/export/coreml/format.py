@@ -6,8 +6,7 @@ from typing import Any
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, state_records
-from rgexport.export.coreml.package import PACKAGE, model_file
-from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
+from rgexport.export.coreml.package import DECODE, ENDS, PACKAGE, in_order, model_file, whole
 from rgexport.export.coreml.storage import part_shapes
 from rgexport.export.format import CardText, FolderFormat, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
@@ -48,8 +47,6 @@ runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
 
 
 class CoreMLFormat(FolderFormat):
-    """A folder with one package or several, and their manifest."""
-
     manifest = CoreMLManifest
     library = "coreml"
     precisions = COREML_PRECISIONS
@@ -69,7 +66,7 @@ class CoreMLFormat(FolderFormat):
         return part_shapes(shape, scheme)
 
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        """Returns the closest scheme without padding, see `Format`."""
+        """Returns the closest scheme without padding."""
         return super().candidate(scheme.fitted(shape), shape)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
@@ -78,7 +75,6 @@ class CoreMLFormat(FolderFormat):
         return state_records(config, form), io_record(config, form, whole(config.num_layers))
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """Checks the length of a chunk, the split, and the hashes of all parts."""
         assert isinstance(manifest, CoreMLManifest)
         length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
         layers, split = manifest.config.num_layers, manifest.coreml.split

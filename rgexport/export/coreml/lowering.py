@@ -1,17 +1,75 @@
-"""Lowers each Griffin op to MIL operations."""
+"""Lowers each Griffin op to MIL operations; with a weight in row groups, once for each group."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 from coremltools.converters.mil.mil import Var
 
 from rgexport.export.coreml.emitter import CoreMLEmitter
 from rgexport.export.coreml.manifest import feature_name
-from rgexport.export.coreml.row_groups import by_groups
-from rgexport.export.program import Node
+from rgexport.export.program import Node, Value
+from rgexport.export.storage import group_name
 from rgexport.griffin.ops import rope_frequencies
+from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]
+_WEIGHT = 1
+
+
+def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
+    """Lowers a node, once for each row group if its weight has several."""
+    combine = _OPS.get(node.op)
+    weight = node.inputs[_WEIGHT] if combine else None
+    scheme = g.stored(weight).scheme if weight else None
+    if combine is None or weight is None or not isinstance(scheme, Mixed):
+        return lower(g, node)
+    groups = [
+        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
+        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
+    ]
+    return [combine(g, node, lower, groups, scheme.positions(weight.size(0)))]
+
+
+def _grouped_linear(
+    g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
+) -> Var:
+    """The products side by side, gathered in the order of the rows, plus the bias."""
+    x, _, bias = node.inputs
+    products = [lower(g, replace(node, inputs=(x, group, None)))[0] for group in groups]
+    y = g.concat([product for product in products if product is not None], axis=-1)
+    if positions is not None:
+        y = g.op("gather", x=y, indices=positions, axis=y.rank - 1)
+    return y if bias is None else g.op("add", x=y, y=g.value(bias))
+
+
+def _grouped_embedding(
+    g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
+) -> Var:
+    """Each token's row from its group; the other groups look up some row of theirs."""
+    ids = node.inputs[0]
+    assert ids is not None
+    position = g.value(ids)
+    if positions is not None:
+        position = g.op("gather", x=positions, indices=position, axis=0)
+    result: Var | None = None
+    bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
+    for group, (start, stop) in zip(groups, bounds, strict=True):
+        from_start = g.op("greater_equal", x=position, y=np.int32(start))
+        before_stop = g.op("less_equal", x=position, y=np.int32(stop - 1))
+        inside = g.op("logical_and", x=from_start, y=before_stop)
+        local = g.op("sub", x=position, y=np.int32(start))
+        index = replace(ids, name=f"{group.name}.ids")
+        g.values[index.name] = g.op("select", cond=inside, a=local, b=np.int32(0))
+        (rows,) = lower(g, replace(node, inputs=(index, group)))
+        chosen = g.reshape(inside, *inside.shape, 1)
+        result = rows if result is None else g.op("select", cond=chosen, a=rows, b=result)
+    return result
+
+
+_OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}
+
 _NO_EPSILON = np.float32(1e-30)
 """MIL's `rsqrt` adds an epsilon, 1e-12 by default; its argument has the model's epsilon already."""
 _UNSEEN = np.float32(3e4)
@@ -19,7 +77,6 @@ _UNSEEN = np.float32(3e4)
 
 
 def _embedding(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Rows of the table, as float32, times the scale."""
     ids, table = g.inputs(node)
     rows = g.cast(g.op("gather", x=table, indices=ids, axis=0), "float32")
     return [g.op("mul", x=rows, y=np.float32(node.attributes["scale"]))]
@@ -42,14 +99,11 @@ def _rms_norm(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _gelu(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """The tanh form, in the dtype of its input."""
     (x,) = g.inputs(node)
     return [g.op("gelu", x=x, mode="TANH_APPROXIMATION")]
 
 
 def _elementwise(kind: str) -> Lowering:
-    """Makes a lowering to `kind` in the dtype of the result."""
-
     def lower(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
         x, y = (g.cast(x, node.outputs[0].dtype) for x in g.inputs(node))
         return [g.op(kind, x=x, y=y)]
@@ -99,7 +153,6 @@ def _taps(g: CoreMLEmitter, window: Var, weight: Var, tokens: int) -> Var:
 
 
 def _block_diagonal_linear(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """A matmul with the blocks of channels as its batch."""
     x, weight, bias = node.tensors
     heads, block = weight.size(0), weight.size(1)
     x = g.value(x)
@@ -138,10 +191,7 @@ def _rg_lru_scan(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _linear_scan(g: CoreMLEmitter, a: Var, b: Var, h0: Var) -> Var:
-    """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [1, T, R] and h0 [1, 1, R].
-
-    A Hillis-Steele prefix scan in log2(T) passes, since Core ML has no scan and its loops are slow.
-    """
+    """All h_t = a_t · h_{t-1} + b_t for a, b [1, T, R], h0 [1, 1, R], by Hillis-Steele."""
     tokens, shift = b.shape[1], 1
     while shift < tokens:
         before_a, before_b = (g.slice(x, 0, tokens - shift, 1) for x in (a, b))
@@ -182,10 +232,9 @@ def _rotation(g: CoreMLEmitter, positions: Var, dims: int, theta: float) -> tupl
 
 
 def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Attention to the past keys and the new ones, and the states with the new keys and values.
+    """Attention to past and new keys, and the states with the new keys and values.
 
-    The whole state is written at every call. That is 2 % of what a step reads, needs no index that
-    depends on the position, and works for chunks at any position.
+    The whole state is written at every call: 2 % of what a step reads, at any position.
     """
     q, k, v, past_k, past_v, positions = g.inputs(node)
     dtype = node.outputs[0].dtype
@@ -205,7 +254,6 @@ def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _softmax(g: CoreMLEmitter, scores: Var, positions: Var, window: int, dtype: str) -> Var:
-    """Attention weights in `dtype` from scores [1, T · H, window + T]."""
     tokens = positions.shape[1]
     by_row = scores.shape
     by_token = (1, tokens, by_row[1] // tokens, by_row[2])
@@ -217,8 +265,8 @@ def _softmax(g: CoreMLEmitter, scores: Var, positions: Var, window: int, dtype: 
 def _bias(g: CoreMLEmitter, positions: Var, window: int) -> Var:
     """The mask, float32 [1, T, 1, window + T]: 0 where a token sees a key, else -30,000.
 
-    A token at q sees the keys at q - window ≤ k ≤ q. If the first token is at p, slot s of the past
-    holds the key at p - window + s, or none if that is negative.
+    A token at q sees keys at q - window ≤ k ≤ q. If the first token is at p, slot s of the past
+    has the key at p - window + s, or none if that is negative.
     """
     tokens = positions.shape[1]
     back = np.arange(-window, 0, dtype=np.int32).reshape(1, window)
@@ -259,7 +307,6 @@ LOWERINGS: dict[str, Lowering] = {
 
 
 def lower(emitter: CoreMLEmitter, node: Node) -> None:
-    """Adds the operations of one op, and names its results as the step program does."""
     with emitter.site(feature_name(node.site)):
         results = by_groups(emitter, node, LOWERINGS[node.op])
     for declared, value in zip(node.outputs, results, strict=True):

@@ -1,10 +1,10 @@
 """The manifest of a Core ML artifact, and the interface of its packages: features and states.
 
-Core ML's states are float16, of rank 4, with a last axis that is a multiple of 32: canonical states
-are padded with zeros at the end of that axis. A state that needs more precision than float16 is
-kept as a pair, `hi` and `lo`, with 22 bits. With float32 computation, all states are pairs. The
-RG-LRU states always need it: they are such a pair (`hilo`), or a float32 input and output, a matrix
-with a row per recurrent layer (`io`).
+Core ML states are float16, of rank 4, with a last axis that is a multiple of 32: canonical states
+are padded with zeros at the end of that axis. A state that needs more precision is kept as a pair,
+`hi` and `lo`, with 22 bits. With float32 computation, all states are pairs. The RG-LRU states
+always need it: they are such a pair (`hilo`), or a float32 input and output, a matrix with a row
+per recurrent layer (`io`).
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rgexport.choices import RecurrentState
-from rgexport.export.coreml.segments import PackagePlan, Segment, packages
+from rgexport.export.coreml.package import PackagePlan, Segment, packages
 from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import StateSpec, state_specs
@@ -41,7 +41,6 @@ class Form:
     recurrent_state: RecurrentState
     """`io`: the RG-LRU's state is an input and an output; `hilo`: a pair of float16 states."""
     compute: str
-    """`fp16` or `fp32`."""
 
     @property
     def pairs(self) -> bool:
@@ -50,7 +49,6 @@ class Form:
 
     @property
     def activation(self) -> str:
-        """The dtype of the linears and the attention."""
         return ACTIVATIONS[self.compute]
 
 
@@ -64,13 +62,11 @@ class CoreMLRecord:
     blobs: dict[str, str]
     """`TENSOR.PART` → SHA-256 of its data, so that altered tensors can be named."""
     split: tuple[int, ...] = ()
-    """The layers of each package, if the model is cut into several (`segments.packages`)."""
+    """The layers of each package, if the model is cut into several."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLManifest(Manifest):
-    """The manifest of a Core ML artifact."""
-
     kind: str = KIND
     coreml: CoreMLRecord
 
@@ -95,13 +91,11 @@ def padded(size: int) -> int:
 
 
 def recurrent_layers(config: GriffinConfig, segment: Segment) -> list[str]:
-    """Returns the names of a segment's RG-LRU states, in the order of their rows."""
     names = {spec.name: spec for spec in state_specs(config) if _kind(spec) == "rg_lru"}
     return list(segment.of_layers(names))
 
 
 def pair(name: str) -> tuple[str, str]:
-    """Returns the features of a state that is kept as a pair."""
     return f"{name}_hi", f"{name}_lo"
 
 

@@ -25,7 +25,7 @@ from rgexport.export.coreml.manifest import (
     stored_states,
 )
 from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan, Segment
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
 from rgexport.export.origin import GEMMA_TERMS, origin_of
@@ -43,7 +43,6 @@ def build_model(
     form: Form,
     plan: PackagePlan,
 ) -> Model:
-    """Builds the model of one package; its weights are offsets in the file that `tensors` names."""
     reset_name_counters()
     functions = Program()
     stored_parts: dict[str, StoredPart] = {}
@@ -105,11 +104,7 @@ def add_metadata(
     plan: PackagePlan,
     blobs: Mapping[str, str],
 ) -> None:
-    """Adds the texts that Xcode shows: author, license, description, and help for every feature.
-
-    The hashes of its weights, from `blobs` (`TENSOR.PART` → SHA-256), let a package be checked
-    without its manifest.
-    """
+    """Adds the texts that Xcode shows, and the hashes of weights (`TENSOR.PART` → SHA-256)."""
     config, form, origin = checkpoint.config, options.form, origin_of(checkpoint)
     metadata = model.description.metadata
     owner = origin.hub_id.split("/")[0].capitalize() if origin.hub_id else "Unknown"
@@ -137,7 +132,6 @@ def add_metadata(
 
 
 def _contents(plan: PackagePlan, form: Form) -> str:
-    """Describes the functions of a package, and its part of the model."""
     *segments, last = plan.segments
     if segments:
         return (
@@ -152,7 +146,6 @@ def _contents(plan: PackagePlan, form: Form) -> str:
 
 
 def _help(name: str, config: GriffinConfig, form: Form) -> str:
-    """Tells a developer how to fill or read a feature."""
     match = _STATE.fullmatch(name)
     assert match, name
     text = _HELP[match["kind"]].format(

@@ -23,22 +23,14 @@ from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 
 DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
 _EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
-"""Precision of the linears → that of the embedding, where it is not the same."""
 _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLOptions(FolderOptions):
-    """How weights are stored and activations computed; None stands for a default.
+    """Stores scales, tables and biases of linears in the dtype of `compute`; see `Form`.
 
-    Scales, tables and biases of linears are stored in the dtype of `compute`.
-
-    Attributes:
-        prefill_length: tokens that the `prefill` function takes.
-        all_logits: whether it gives the logits of all of them, or of the last one.
-        recurrent_state: the RG-LRU's state is a float32 input and output (`io`), or a pair of
-            float16 states (`hilo`).
-        split: the most bytes of weights that a package may have.
+    A package has at most `split` bytes of weights.
     """
 
     prefill_length: int = DEFAULT_PREFILL_LENGTH
@@ -47,7 +39,6 @@ class CoreMLOptions(FolderOptions):
     split: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises RequestError: an unknown word, a contradiction, an option without effect."""
         self.require_consistent()
         require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
         if self.prefill_length < 2:
@@ -68,20 +59,13 @@ class CoreMLOptions(FolderOptions):
         return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
-        """Makes the plan for a model: schemes that fit the shapes, in the dtype of `compute`.
-
-        Blocks and groups of a user's plan are fitted too, so that one for another format works.
-
-        Raises:
-            RequestError: the plan has weights of more precision than the computation.
-        """
+        """Makes the plan: schemes fitted to the shapes, a user's too, in the dtype of `compute`."""
         plan = self.plan or make_plan(config, *self._schemes())
         plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         tensors = model_tensors(config)
         return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
-        """Chooses the schemes of the linears and of the embedding, before they are fitted."""
         choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
         return choose_schemes(self.precisions, choose, self.block_size, self.symmetric)
 

@@ -1,11 +1,8 @@
 """Stores the weights of packages: the parts of tensors, their encoding, and MIL blob files.
 
-A blob file (version 2) begins with a header of 64 bytes. The blobs follow, each with its own header
-of 64 bytes, at multiples of 64. MIL's C++ `StorageFormat.hpp` defines the headers; coremltools'
-blob reader reads them.
-
-MIL has two's complement where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ
-from it in the top bit, and need no offset.
+A blob file (version 2, as in MIL's C++ `StorageFormat.hpp`) begins with a header of 64 bytes. The
+blobs follow at multiples of 64, each with its own header of 64 bytes. MIL has two's complement
+where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
 """
 
 import hashlib
@@ -18,12 +15,18 @@ from typing import BinaryIO
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.segments import PackagePlan
+from rgexport.export.coreml.package import PackagePlan, weight_file
 from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.export.row_groups import groups_of, part_shapes_by_group
-from rgexport.export.storage import OffsetAllocator, fill
-from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
+from rgexport.export.storage import (
+    DECAY,
+    NORM,
+    PLAIN,
+    OffsetAllocator,
+    Transform,
+    fill,
+    groups_of,
+    part_shapes_by_group,
+)
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.scheme import (
@@ -46,12 +49,10 @@ BLOB_HEADER_BYTES = _BLOB_HEADER.size
 MOST_PADDING = 2 * ALIGNMENT
 """Most bytes of a blob's header and of the padding before it."""
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
-"""MIL's `BlobDataType`."""
 _SIGNED = {4: "uint8", 8: "int8"}
 """Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
 _TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
 _TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
-"""Role → the change of values before they are stored."""
 
 
 class CoreMLStorage:
@@ -71,21 +72,12 @@ class CoreMLStorage:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
         return sum(self._sizes.values())
 
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> dict[str, str]:
-        """Fills the files in `folder` from `weights`; algorithms use `statistics`.
-
-        Returns:
-            The SHA-256 of every blob's data, by `TENSOR.PART`.
-
-        Raises:
-            RequestError: a weight that its scheme cannot hold.
-            OSError: the disk is full, or the folder cannot be written.
-        """
+        """Fills the files in `folder`; returns the SHA-256 of every blob, by `TENSOR.PART`."""
         for name, size in self._sizes.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +94,6 @@ class CoreMLStorage:
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
-        """All blobs: `TENSOR.PART`, its offset, and MIL's name of its dtype."""
         for name, stored in self.tensors.items():
             for group in groups_of(stored):
                 for label, part in group.stored.parts.items():
@@ -127,11 +118,7 @@ def blob_dtype(label: str, stored: StoredTensor) -> str:
 
 
 def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Returns the parts of a tensor: those of its scheme, with signed integers where symmetric.
-
-    Raises:
-        RequestError: Core ML has no such scheme for that shape.
-    """
+    """Returns the parts of a scheme, signed where symmetric; raises RequestError for others."""
     if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
         raise RequestError(
             f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
@@ -155,11 +142,7 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
 ) -> Parts:
-    """Returns the parts of a checkpoint's rows; `ids` are the numbers of these rows.
-
-    Raises:
-        RequestError: a weight that its scheme cannot hold.
-    """
+    """Returns the parts of a checkpoint's rows; `ids` are their numbers."""
     values = _transform(name).store(rows.astype(np.float32, copy=False))
     scheme = stored.uniform
     if not isinstance(scheme, Affine):

@@ -1,8 +1,7 @@
 """An opened GGUF file: a checked header, and its weights dequantized.
 
-The metadata name the algorithms that chose levels, where llama-quantize could not have made the
-file. Like the data's hash, that holds only while the tensors have the types that they were written
-in: another tool that stores them in others copies it all the same.
+The hash of the data and the names of algorithms hold only while tensors have the types that they
+were written in: another tool that stores them in others copies both.
 """
 
 import json
@@ -32,7 +31,6 @@ from rgexport.quantize.scheme import Ggml, Parts, Plan
 
 ALGORITHMS_KEY = "rgexport.algorithms"
 _OWN = Ggml("f32").algorithm
-"""llama-quantize's algorithm."""
 _FILE_TYPES = {row.value: row.name for row in FILE_TYPES.values()}
 _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
@@ -41,12 +39,8 @@ _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 class GgufManifest(Manifest):
     """The whole manifest; `precision` is the name of the file's type, such as `q4_k_m`.
 
-    `states` and `io` are empty: llama.cpp builds the graph. The one record in `files` has the
-    hash of the tensors' data, since no file can hold its own.
-
-    Attributes:
-        pieces: tokens of the vocabulary in the file; 0 where there is none.
-        imatrix: whether an importance matrix was used.
+    `states` and `io` are empty: llama.cpp builds the graph. `files` has the hash of the tensors'
+    data. The vocabulary has `pieces` tokens; `imatrix` tells whether an importance matrix was used.
     """
 
     kind: str = "gguf"
@@ -73,7 +67,6 @@ class GgufArtifact(Artifact):
         return self.path
 
     def facts(self) -> dict[str, Any]:
-        """Returns bits per weight, facts of the metadata, and the tokenizer."""
         values, tensors = self.header.values, self.header.tensors.values()
         gguf = {
             "architecture": values["general.architecture"],
@@ -96,7 +89,6 @@ class GgufArtifact(Artifact):
         }
 
     def origin(self) -> Origin:
-        """Returns the author and licence, from the metadata."""
         keys = "general.source.huggingface.repository", "general.license"
         return Origin(*(_value(str, self.header.values, key) for key in keys))
 
@@ -106,14 +98,10 @@ class GgufArtifact(Artifact):
 
 
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
-    """Opens a file of `rgexport gguf`, or a file that another tool quantized from one.
+    """Opens a file of `rgexport gguf`, or one that another tool quantized from it.
 
-    The header and the metadata's hash are always checked; the data's hash where the file has
-    changed since the last opening, and with `verify`.
-
-    Raises:
-        RequestError: no such file, not GGUF, another model, not made by rgexport, a part of a
-            split file, or damaged.
+    Checks the header and the metadata's hash; the data's hash if the file has changed since the
+    last opening, and with `verify`. Raises RequestError for any other file.
     """
     if not path.exists():
         raise RequestError(f"there is no {path}")
@@ -182,10 +170,7 @@ def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None
 
 
 def _check_data(header: GgufHeader, anew: bool) -> str:
-    """The hash of the data, compared with the one in the metadata.
-
-    Where another tool stored the tensors in other types, there is none to compare with.
-    """
+    """Returns the hash of the data, compared with the metadata's unless types differ."""
     path, start = header.path, integrity.data_start(header)
     digest = (hash_files if anew else hash_new_files)([path], start=start)[path]
     same_types = integrity.has_original_types(header)
@@ -239,17 +224,13 @@ def _stored(header: GgufHeader, tensor: FileTensor, schemes: Mapping[str, Ggml])
 
 
 def algorithms_text(schemes: Mapping[str, Ggml]) -> str:
-    """Returns tensor → algorithm as JSON, without llama-quantize's; empty if there are no others.
-
-    It is the value of `ALGORITHMS_KEY`.
-    """
+    """Returns tensor → algorithm as JSON, without llama-quantize's; "" if there is none."""
     algorithms = {name: scheme.algorithm for name, scheme in schemes.items()}
     named = {name: algorithm for name, algorithm in algorithms.items() if algorithm != _OWN}
     return json.dumps(named) if named else ""
 
 
 def _used_algorithms(plan: Plan) -> set[str]:
-    """The algorithms of the quantized tensors."""
     uniform = (one for scheme in plan.values() for one in scheme.uniform)
     return {scheme.algorithm for scheme in uniform if scheme.is_quantized}
 
@@ -275,7 +256,6 @@ def _damaged(path: Path, what: str) -> RequestError:
 
 
 def _shorten(value: Any) -> str:
-    """A value on one line, cut to 60 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -295,5 +275,4 @@ def _tokenizer_facts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(kind: type, values: dict[str, Any], key: str) -> Any:
-    """A value of the metadata; None where it is missing or of another type."""
     return value if isinstance(value := values.get(key), kind) else None

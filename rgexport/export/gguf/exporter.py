@@ -1,28 +1,39 @@
-"""Exports a checkpoint to a GGUF file: the header with gguf-py, then every tensor by slabs."""
+"""Exports a checkpoint to a GGUF file: metadata and header with gguf-py, then tensors by slabs."""
 
+import dataclasses
 import hashlib
+import json
 import math
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
-from rgexport.export.checked import SelfCheck
+from rgexport._version import __version__
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
-from rgexport.export.gguf.metadata import KeyValue, metadata
-from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
+from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
+from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, architecture
 from rgexport.export.gguf.options import GgufOptions, GgufStorage
-from rgexport.export.gguf.vocabulary import read_vocabulary
+from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.manifest import SelfCheck, Source
+from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
 from rgexport.export.storage import aligned, in_order, slab_bytes
 from rgexport.files.hashing import remember_hashes
 from rgexport.files.targets import check_file_target, replace_file, require_free_disk
+from rgexport.files.typed_json import to_json
+from rgexport.griffin.chat_template import chosen_template
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.checks import require_sound
+from rgexport.griffin.checks import FileHashes, require_sound
+from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, expect_stages, group, note, task, warn
 from rgexport.quantize.ggml_library import load_library
@@ -30,6 +41,104 @@ from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
 from rgexport.quantize.scheme import Ggml
 from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_statistics
+
+_KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValue:
+    """One key-value pair; `kind` is the type of the value, or of the items of a list."""
+
+    key: str
+    value: Any
+    kind: Kind
+
+
+def metadata(
+    checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
+) -> list[KeyValue]:
+    template = None
+    if vocabulary is not None:
+        special = vocabulary.control.special
+        template = chosen_template(folder_of(checkpoint), special, checkpoint.name)
+    return [
+        *_general(checkpoint),
+        *(
+            KeyValue(key, value, _KINDS[type(value)])
+            for key, value in architecture(checkpoint.config).items()
+        ),
+        *tokenizer_values(vocabulary, template),
+        KeyValue(MANIFEST_KEY, json.dumps(to_json(_manifest(checkpoint, hashes))), Kind.STRING),
+    ]
+
+
+def _general(checkpoint: Checkpoint) -> Iterator[KeyValue]:
+    count = sum(math.prod(spec.shape) for spec in model_tensors(checkpoint.config).values())
+    origin = origin_of(checkpoint)
+    page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
+    terms: dict[str, str | None] = {"license": origin.licence}
+    if origin.released:
+        names = {"license.name": "Gemma Terms of Use", "license.link": GEMMA_TERMS}
+        terms = {"organization": "Google", **terms, **names}
+    texts = {
+        "type": "model",
+        "name": checkpoint.name,
+        "basename": ARCHITECTURE,
+        "finetune": "it" if checkpoint.instruction_tuned else None,
+        "size_label": gguf.size_label(count, count, 0, 0),
+        **terms,
+        "source.url": page,
+        "source.huggingface.repository": origin.hub_id,
+    }
+    for key, text in texts.items():
+        if text:
+            yield KeyValue(f"general.{key}", text, Kind.STRING)
+    yield KeyValue("general.tags", ["text-generation", "griffin"], Kind.STRING)
+
+
+def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[KeyValue]:
+    """Yields the pairs from which llama.cpp makes its tokenizer; `template` is for a chat."""
+    if vocabulary is None:
+        yield KeyValue("tokenizer.ggml.model", "no_vocab", Kind.STRING)
+        return
+    yield KeyValue("tokenizer.ggml.model", "llama", Kind.STRING)
+    yield KeyValue("tokenizer.ggml.pre", "default", Kind.STRING)
+    yield KeyValue("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
+    yield KeyValue("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
+    yield KeyValue("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
+    control = vocabulary.control
+    tokens = {
+        "bos": control.bos,
+        "eos": control.eos or control.end_of_turn,  # llama.cpp assumes 2 where there is none
+        "unknown": control.unk,
+        "padding": control.pad,
+        "eot": control.end_of_turn,
+    }
+    for name, token in tokens.items():
+        if token is not None:
+            yield KeyValue(f"tokenizer.ggml.{name}_token_id", token.id, Kind.UINT32)
+    flags = {
+        "add_bos_token": control.bos is not None,
+        "add_eos_token": False,
+        "add_space_prefix": vocabulary.add_space_prefix,
+    }
+    for name, flag in flags.items():
+        yield KeyValue(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
+    if template:
+        yield KeyValue("tokenizer.chat_template", template, Kind.STRING)
+
+
+def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
+    tools = {name: version(name) for name in ("gguf", "numpy")}
+    return EmbeddedManifest(
+        name=checkpoint.name,
+        created_with={"rgexport": __version__, "python": platform.python_version()} | tools,
+        source=Source(checkpoint.layout, checkpoint.name, hashes),
+        config=checkpoint.config,
+        instruction_tuned=checkpoint.instruction_tuned,
+        asked_for=checkpoint.asked_for,
+    )
+
 
 QUANTIZATION_VERSION = 2
 """ggml.h's `GGML_QNT_VERSION`."""
@@ -40,7 +149,6 @@ Job = Callable[[], tuple[bytes, int]]
 
 
 def default_target(model: str, file_type: str) -> Path:
-    """Returns the file for an export without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
     return Path(f"{model}-{file_type.upper()}.gguf")
 
 
@@ -53,16 +161,10 @@ def export_gguf(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the file `target`, which appears when it is complete.
+    """Exports to the file `target`, which appears when it is complete.
 
-    Peak memory does not depend on the model's size: weights are read, quantized and written in
-    slabs of a few MB. `check` runs the complete file, and takes memory of its own. `statistics` are
-    for algorithms that need them.
-
-    Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, an option that does not fit, or no ggml to
-            quantize with.
+    Peak memory does not depend on the model's size: weights go through in slabs of a few MB. Raises
+    RequestError as `export_folder` does, and without a ggml to quantize with.
     """
     check_file_target(target, force=force, replaceable=is_gguf)
     storage = options.choose(checkpoint.config)
@@ -174,7 +276,6 @@ def _write_header(path: Path, values: Iterable[KeyValue], storage: GgufStorage) 
 
 
 def _jobs(storage: GgufStorage, weights: WeightSource, statistics: StatisticsOf) -> Iterator[Job]:
-    """Yields jobs that encode the slabs of the data, in order."""
     for tensor in storage.tensors:
         scheme, source = storage.schemes[tensor.name], weights[tensor.canonical]
         known = _statistics(tensor, storage, statistics)
@@ -183,10 +284,7 @@ def _jobs(storage: GgufStorage, weights: WeightSource, statistics: StatisticsOf)
 
 
 def _statistics(tensor: FileTensor, storage: GgufStorage, statistics: StatisticsOf) -> Known:
-    """Returns a tensor's statistics from the importance matrix, or else from `statistics`.
-
-    Both are of columns as they are stored: no transform moves those of a matrix.
-    """
+    """Returns a tensor's statistics, of columns as stored: the importance matrix's, or others."""
     if not TYPES[storage.types[tensor.name]].is_quantized:
         return None
     if storage.imatrix is None:
@@ -203,7 +301,6 @@ def _encode(
     scheme: Ggml,
     statistics: Known,
 ) -> tuple[bytes, int]:
-    """Encodes rows, with the padding after the last one; also returns the bytes read."""
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])

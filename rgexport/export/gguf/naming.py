@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.transforms import DECAY, NORM, PLAIN, Shape, Transform
+from rgexport.export.storage import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, TensorSpec, all_ops, model_tensors
 
@@ -37,14 +37,10 @@ _LAYER: dict[str, str] = {
     for op in all_ops().values()
     for tensor in op.tensors
 }
-"""Canonical name without `layers.i.` → name without `blk.i.`."""
 
 
 def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
-    """Returns the metadata from which llama.cpp builds the graph, in the file's order.
-
-    The values are integers, floats, and a list with a number for each layer.
-    """
+    """Returns the metadata from which llama.cpp builds the graph, in the file's order."""
     sizes = {
         "vocab_size": c.vocab_size,
         "context_length": CONTEXT_LENGTH,
@@ -117,7 +113,6 @@ def _transform(spec: TensorSpec) -> Transform:
 
 
 def _without_leading_ones(shape: Shape) -> Shape:
-    """Returns the dimensions that ggml counts."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape

@@ -1,9 +1,8 @@
 """Reads a checkpoint's vocabulary in llama.cpp's form: pieces, scores and types by token id.
 
-llama.cpp merges by the pieces' scores, as SentencePiece's BPE does. It finds user-defined pieces in
-any text, but CONTROL tokens only if the caller asks for them (`parse_special`). So turn tokens and
-other markup become CONTROL, while HTML tags and runs of line breaks and tabs, which are text, stay
-user-defined.
+llama.cpp finds user-defined pieces in any text, but CONTROL tokens only if the caller asks for
+them (`parse_special`). So turn tokens and other markup become CONTROL, while HTML tags and runs of
+line breaks and tabs, which are text, stay user-defined.
 """
 
 import re
@@ -51,15 +50,12 @@ class Vocabulary:
 
 
 _Piece = tuple[str, float, int]
-"""Text, score, type."""
 
 
 def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
-    """Reads a checkpoint's tokenizer.model, else its tokenizer.json; None if it has neither.
+    """Reads tokenizer.model, else tokenizer.json; None if there is neither.
 
-    Raises:
-        RequestError: it cannot be read, llama.cpp would split text differently, or it has more
-            tokens than the embedding has rows.
+    Raises RequestError if llama.cpp would split text differently, or the embedding has fewer rows.
     """
     paths = {path.name: path for path in files}
     name = next((name for name in _READERS if name in paths), None)
@@ -111,9 +107,8 @@ def _make(
 def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
     """Yields the pieces with which llama.cpp splits text as SentencePiece does.
 
-    Runs of spaces become NORMAL with score 0: no merge has a higher one, and of equal ones the
-    leftmost comes first, so the longest runs are found, whether spaces or "▁" were typed. Where
-    a learned piece contains a run they stay user-defined, to match in raw text.
+    Runs of spaces become NORMAL with score 0, the highest, so the longest runs are found, whether
+    spaces or "▁" were typed; user-defined, to match in raw text, if a learned piece has a run.
     """
     run_is_learned = any(kind == NORMAL and _RUN.search(text) for text, _, kind in pieces)
     for text, score, kind in pieces:

@@ -1,9 +1,7 @@
 """Checks a package that rgexport made: its states are kept, and its weights are the right ones.
 
-Such faults would change what a package computes without any error. Types, shapes and operations are
-not checked here: coremltools' builder infers them when the program is built, coremltools' loader
-agrees (`tests/export/coreml/test_parity.py`), and Core ML and the interpreter refuse operands that
-do not fit.
+Such faults would change what a package computes without any error. Types, shapes and operations
+are not checked here: coremltools infers them, and Core ML and the interpreter refuse misfits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,16 +33,12 @@ _LABELS = {
 """(operation, input) → the part of a stored tensor, where it has another name than the input."""
 
 Location = tuple[Path, int]
-"""A weight file, and the offset of data in it."""
 
 
 def check_package(
     package: Package, uses: Mapping[str, Mapping[str, StoredTensor]]
 ) -> Iterator[str]:
-    """Yields complaints about a package in the folder of an artifact.
-
-    `uses` has for each function the weights of the artifact's manifest that it must use.
-    """
+    """Yields complaints; `uses` has for each function the weights that it must use."""
     folder = package.path.parent
     for function in package.functions.values():
         tensors = uses.get(function.name, {})
@@ -59,10 +53,9 @@ def check_package(
 
 
 def check_without_manifest(package: Package) -> Iterator[str]:
-    """Yields complaints about a package of rgexport without a manifest; reads all of its weights.
+    """Yields complaints about a package of rgexport; hashes all of its weights.
 
-    The functions of a segment must use the same weights, and all must have the hashes in the
-    metadata.
+    The functions of a segment must use the same weights.
     """
     by_segment: dict[str, dict[str, FileValue]] = {}
     for function in package.functions.values():
@@ -80,10 +73,7 @@ def made_by_rgexport(package: Package) -> bool:
 
 
 def part_name(tensor: str, label: str) -> str:
-    """Returns `OPERATION.PART` of a part of a tensor; the operation's name has no dots.
-
-    Each row group has an operation of its own; its number is before the names of its parts.
-    """
+    """Returns `OPERATION.PART`, without dots in the operation's name; a row group has its own."""
     weight, _, part = f"{tensor}.{label}".rpartition(".")
     return f"{_operation_name(weight)}.{part}"
 
@@ -102,9 +92,7 @@ def short_digests(blobs: Mapping[str, str]) -> dict[str, str]:
 def _check_states(function: Function) -> Iterator[str]:
     """Complains of states that are not written exactly once, from their own old value.
 
-    A state that is written twice, or with a value that was computed without it, was mixed up with
-    another one. Only a chunk with as many tokens as a state [1, 1, slots, width] has slots replaces
-    all of the state.
+    Only a chunk of as many tokens as a state [1, 1, slots, width] has slots replaces all of it.
     """
     ids = function.inputs.get(_TOKENS)
     chunk = ids.shape[-1] if ids and ids.shape else 1
@@ -139,7 +127,6 @@ def _check_states(function: Function) -> Iterator[str]:
 
 
 def _blobs(function: Function) -> dict[str, FileValue]:
-    """Returns `OPERATION.PART` → the value in a weight file."""
     blobs = {}
     for operation in function.walk():
         name = operation.outputs[0][0] if operation.outputs else operation.name
@@ -156,7 +143,6 @@ def _location(package: Package, value: FileValue) -> Location:
 def _check_locations(
     package: Package, function: Function, expected: Mapping[str, Location]
 ) -> Iterator[str]:
-    """Compares the locations of parts of weights, by `OPERATION.PART`."""
     actual = {name: _location(package, value) for name, value in _blobs(function).items()}
     for name in dict.fromkeys([*expected, *actual]):
         if actual.get(name) != expected.get(name):
@@ -189,7 +175,6 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
 
 
 def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator[str]:
-    """Compares the hashes of all weights with the metadata."""
     try:
         expected = _read_digests(package)
     except ValueError as error:

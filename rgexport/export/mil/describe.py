@@ -25,18 +25,11 @@ OPERATIONS = frozenset(
 _SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
 """Specification version → the first system that runs it."""
 _SHOWN, _LISTED = 60, 20
-"""Characters of a metadata value, and problems, in the text."""
 _NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 
 
 def describe_package(path: Path) -> dict[str, Any]:
-    """Describes a package as plain JSON.
-
-    One of ours is checked, and its weights are hashed: `problems` lists what is wrong.
-
-    Raises:
-        RequestError: it cannot be read, or its weights do not agree with its program.
-    """
+    """Describes a package as JSON; one of ours is hashed, and `problems` lists what is wrong."""
     package = open_package(path)
     ours, metadata = made_by_rgexport(package), package.description.metadata
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
@@ -94,7 +87,6 @@ def _function(function: Function, package: Package) -> dict[str, Any]:
 
 
 def _weights(package: Package) -> list[dict[str, Any]]:
-    """Adds up the weight files by dtype; a blob that several operations use counts once."""
     values = file_values(package.functions.values())
     blobs = {(value.file, value.offset): value.type for value in values}
     totals: dict[str, Counter[str]] = {}
@@ -105,7 +97,6 @@ def _weights(package: Package) -> list[dict[str, Any]]:
 
 
 def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
-    """Yields the description as text and tables."""
     yield _headline(d)
     texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
     metadata = (
@@ -166,7 +157,6 @@ def _closing(d: dict[str, Any]) -> str:
 
 
 def _grouped_rows(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
-    """Yields one row for all values that differ only in numbers in their names."""
     rows: Counter[Row] = Counter()
     for value in values:
         shape = " x ".join(map(str, value.get("shape", ())))

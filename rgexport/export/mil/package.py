@@ -17,15 +17,20 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from rgexport.errors import RequestError, one_line
-from rgexport.export.mil import decoder
-from rgexport.export.mil.program import FileValue, Function, TensorType
+from rgexport.export.mil.program import (
+    Damaged,
+    FileValue,
+    Function,
+    TensorType,
+    decode_functions,
+    messages,
+)
 from rgexport.files.paths import read_regular, stays_inside
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.tensor import read_lines
 
 PACKAGE_SUFFIX = ".mlpackage"
 MAX_MODEL_BYTES = 512 << 20
-"""Far above the size of any program, since weights have their own files."""
 HEADER_BYTES = 64
 """Size of a weight file's header, and of each blob's."""
 _MANIFEST, _DATA = "Manifest.json", "Data"
@@ -40,7 +45,6 @@ _BLOB_TYPES: dict[int, str] = {
     **{8: "int4", 9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32"},
     **{15: "uint32", 16: "float8e4m3fn", 17: "float8e5m2"},
 }
-"""The number of a dtype in a blob's header → its name."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,6 @@ class Blob:
 
 @dataclass(frozen=True)
 class BlobFile:
-    """A weight file of `size` bytes."""
-
     path: Path
     size: int
 
@@ -112,17 +114,14 @@ class Package:
 
     path: Path
     model: Path
-    """The model file."""
     specification_version: int
     functions: dict[str, Function]
     default_function: str
     description: Any
     """The message `ModelDescription`: metadata, and help for each input, output and state."""
     blob_files: Mapping[str, BlobFile]
-    """By their names in the program."""
 
     def blob(self, value: FileValue) -> Blob:
-        """Returns the blob of a value; raises RequestError if its header has another type."""
         return self.blob_files[value.file].blob(value.offset, value.type)
 
 
@@ -134,18 +133,13 @@ def means_package(path: Path) -> bool:
 
 
 def open_package(path: Path | str) -> Package:
-    """Reads the program and the headers of its weights.
-
-    Raises:
-        RequestError: no package, a file that is missing or outside of it, a program that
-            contradicts itself, or a weight that is not in its file.
-    """
+    """Reads the program and the headers of its weights; RequestError if they do not fit."""
     folder = Path(path)
     model = _model_file(folder)
     message = _parse(model)
     try:
-        functions = decoder.functions(message.mlProgram)
-    except decoder.Damaged as error:
+        functions = decode_functions(message.mlProgram)
+    except Damaged as error:
         raise RequestError(f"{model} is damaged: {one_line(str(error))}") from None
     if not functions:
         raise RequestError(f"{model} holds no ML program; expected a model of iOS 15 or later")
@@ -176,7 +170,6 @@ def open_package(path: Path | str) -> Package:
 
 
 def file_values(functions: Iterable[Function]) -> set[FileValue]:
-    """Returns all values in weight files."""
     constants = (c for f in functions for op in f.walk() for _, c in op.constants)
     return {constant for constant in constants if isinstance(constant, FileValue)}
 
@@ -187,13 +180,12 @@ def _parse(path: Path) -> Any:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        return decoder.messages("Model").Model.FromString(content)
+        return messages("Model").Model.FromString(content)
     except DecodeError:
         raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None
 
 
 def _model_file(folder: Path) -> Path:
-    """Returns the model file that the manifest names."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         missing = f"it has no {_MANIFEST}" if folder.is_dir() else "there is no such folder"

@@ -1,20 +1,181 @@
-"""The format of ONNX artifacts: layouts of tensors, interface, model card."""
+"""The format of ONNX artifacts: storage of tensors, interface of the graph, model card.
 
-from collections.abc import Collection
+onnxruntime-genai and transformers.js allocate keys and values as [batch_size, heads, window,
+head_dim], and read shapes from the graph: the first one asks for logits of one token, the second
+one for the name `batch_size`.
+"""
+
+import reprlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, installation
-from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord
-from rgexport.export.onnx.artifact import MODEL_FILE, OnnxArtifact, part_shapes, weight_files
-from rgexport.export.onnx.interface import graph_interface
-from rgexport.export.onnx.model_file import NUM_LOGITS
+from rgexport.export.manifest import (
+    ACTIVATIONS,
+    COLUMNS,
+    IoRecord,
+    Manifest,
+    StateRecord,
+    ValueRecord,
+)
+from rgexport.export.onnx.model_file import (
+    MODEL_FILE,
+    NUM_LOGITS,
+    native_ops,
+    read_graph,
+    read_model,
+    weight_files,
+)
+from rgexport.export.program import Node, StepProgram, Value
+from rgexport.export.storage import part_shapes_by_group
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.state import state_specs
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import PartShapes, Scheme
+from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, PartShapes, Scheme, Uniform
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
+
+_STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
+    "rg_lru": ("recurrent_state", "canonical"),
+    "conv1d": ("conv_state", "canonical"),
+    "key": ("key", "ring"),
+    "value": ("value", "ring"),
+}
+"""Canonical state → its name in hybrid models of Hugging Face and genai, and its layout."""
+
+
+def with_interface(program: StepProgram) -> StepProgram:
+    """Adds an axis for the one head of keys and values; outputs the logits of one token."""
+    rings = [
+        value
+        for name, values in program.states.items()
+        if _STATES[name.rpartition(".")[2]][1] == "ring"
+        for value in values
+    ]
+    batch, _, vocabulary = program.logits.shape
+    shaped = {v.name: replace(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in rings}
+    shaped[program.logits.name] = replace(program.logits, shape=(batch, 1, vocabulary))
+
+    def resized(value: Value) -> Value:
+        return shaped.get(value.name, value)
+
+    def resized_node(node: Node) -> Node:
+        inputs = tuple(value and resized(value) for value in node.inputs)
+        return replace(node, inputs=inputs, outputs=tuple(map(resized, node.outputs)))
+
+    return replace(
+        program,
+        states={name: (resized(a), resized(b)) for name, (a, b) in program.states.items()},
+        nodes=tuple(map(resized_node, program.nodes)),
+        logits=resized(program.logits),
+    )
+
+
+def graph_interface(
+    config: GriffinConfig, activation: str, *, earlier: bool = False
+) -> tuple[tuple[StateRecord, ...], IoRecord]:
+    """Returns the states, inputs and outputs of a graph; with a window of 0 it has no rings.
+
+    In an `earlier` layout `num_logits` is an input, and rings have no axis for the head.
+    """
+    batch, logits, head = ("batch", NUM_LOGITS, ()) if earlier else ("batch_size", 1, (1,))
+    inputs = [
+        ValueRecord(name, "int64", (batch, "tokens")) for name in ("input_ids", "position_ids")
+    ]
+    if earlier:
+        inputs.append(ValueRecord(NUM_LOGITS, "int64", ()))
+    outputs = [ValueRecord("logits", "float32", (batch, logits, config.vocab_size))]
+    states = []
+    for spec in state_specs(config, activation):
+        _, layout = _STATES[spec.name.rpartition(".")[2]]
+        if layout == "ring" and config.window == 0:
+            continue
+        shape = (*(head if layout == "ring" else ()), *spec.shape)
+        state = StateRecord(spec.name, shape, spec.dtype, layout, *feature_names(spec.name))
+        states.append(state)
+        inputs.append(ValueRecord(state.input, state.dtype, (batch, *shape)))
+        outputs.append(ValueRecord(state.output, state.dtype, (batch, *shape)))
+    return tuple(states), IoRecord(tuple(inputs), tuple(outputs))
+
+
+def feature_names(state: str) -> tuple[str, str]:
+    _, layer, kind = state.split(".")
+    name, _ = _STATES[kind]
+    return f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
+
+
+BITS = (3, 4, 8)
+
+
+class OnnxArtifact(Artifact):
+    def complaints(self, verify: bool) -> list[str]:
+        """Lists damage; the graph comes last, as a hash says more of an altered one."""
+        return super().complaints(verify) or list(self._wrong_graph())
+
+    def _wrong_graph(self) -> Iterator[str]:
+        graph, io = read_model(read_graph(self.file(MODEL_FILE))), self.manifest.io
+        yield from _differences("input", graph.inputs, io.inputs)
+        yield from _differences("output", graph.outputs, io.outputs)
+
+    def facts(self) -> dict[str, Any]:
+        ops = native_ops(self.file(MODEL_FILE))
+        kernels = {"runs": ops.kernels, "reason": ops.reason}
+        return {
+            "profile": self.manifest.profile,
+            "kernels": kernels | {"native": list(ops.native), "ops": ops.ops},
+        }
+
+
+def _differences(
+    kind: str, values: Sequence[ValueRecord], expected: Sequence[ValueRecord]
+) -> Iterator[str]:
+    by_name = attrgetter("name")
+    for value, right in zip_longest(sorted(values, key=by_name), sorted(expected, key=by_name)):
+        if value != right:
+            yield f"{MODEL_FILE}: {kind} {_describe(value)}; expected {_describe(right)}"
+            return
+
+
+def _describe(value: ValueRecord | None) -> str:
+    return f"{value.name} {value.dtype} {reprlib.repr(value.shape)}" if value else "none"
+
+
+def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+    """Returns the parts of a tensor; RequestError for a scheme that ONNX does not have.
+
+    An int8 matrix with a scale per row is stored by columns, as `MatMulInteger` needs it.
+    """
+    if scheme != INT8_ROWS and not is_storable(scheme):
+        raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
+    return part_shapes_by_group(shape, scheme, _group_part_shapes)
+
+
+def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+    shapes = scheme.part_shapes(shape)
+    if scheme != INT8_ROWS:
+        return shapes
+    rows, columns = shape
+    return {COLUMNS: ("uint8", (columns, rows)), "scales": shapes["scales"]}
+
+
+def is_storable(scheme: Scheme) -> bool:
+    """Whether ONNX has the scheme: floats, or blocks of some sizes and bits."""
+    return all(map(_is_storable, scheme.uniform))
+
+
+def _is_storable(scheme: Uniform) -> bool:
+    if isinstance(scheme, Affine):
+        has_bits = scheme.bits in BITS and (scheme.bits > 3 or scheme.symmetric)
+        return scheme.block in BLOCKS and has_bits
+    return isinstance(scheme, Float)
+
 
 _DESKTOP = """\
 {install}, in this folder:
@@ -53,8 +214,6 @@ rgexport's repository have examples:
 
 
 class OnnxFormat(FolderFormat):
-    """A graph, with its weights in files beside it."""
-
     library = "onnx"
     entries = (MODEL_FILE,)
     precisions = PRECISIONS
@@ -76,7 +235,6 @@ class OnnxFormat(FolderFormat):
     def write_program_files(
         self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
     ) -> None:
-        """Writes files for onnxruntime-genai and transformers.js."""
         from rgexport.export.onnx.program_files import write_genai_config, write_web_files
 
         write_genai_config(folder, manifest.config, ids, files)

@@ -1,25 +1,96 @@
-"""Lowers the ops with weights that may be quantized: embedding, linears and head."""
+"""Lowers the ops with weights that may be quantized or in row groups: embedding, linears, head."""
 
 import math
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain, pairwise
 
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.functions import (
-    QUANT_LINEAR_LEVEL,
-    QUANT_LINEAR_SIZES,
-    QUANT_LINEARS,
-)
+from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, QUANT_LINEAR_SIZES, QUANT_LINEARS
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
+from rgexport.export.storage import group_name
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.scheme import Affine, Mixed
+
+Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
+_WEIGHT = 1
+
+
+def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
+    """Lowers a node, once for each row group if its weight has several."""
+    combine = _OPS.get(node.op)
+    weight = node.inputs[_WEIGHT] if combine else None
+    scheme = g.stored(weight).scheme if weight else None
+    if combine is None or weight is None or not isinstance(scheme, Mixed):
+        return lower(g, node)
+    groups = [
+        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
+        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
+    ]
+    return [combine(g, node, lower, groups, scheme)]
+
+
+def _grouped_linear(
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+) -> ir.Value:
+    """The products side by side, gathered in the order of the rows, plus the bias."""
+    x, weight, bias = node.inputs
+    assert weight is not None
+    (out,) = node.outputs
+    products: list[ir.Value] = []
+    for group in groups:
+        shape = (*out.shape[:-1], group.size(0))
+        product = replace(node, inputs=(x, group, None), outputs=(replace(out, shape=shape),))
+        products += lower(g, product)
+    y, last = g.op("Concat", *products, axis=-1), len(out.shape) - 1
+    if (positions := scheme.positions(weight.size(0))) is not None:
+        y = g.op("Gather", y, g.constant(positions, "int32"), axis=last)
+    y = g.typed(y, out.dtype)
+    return y if bias is None else g.op("Add", y, g.cast(g.value(bias), out.dtype))
+
+
+def _grouped_embedding(
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+) -> ir.Value:
+    """Each token's row from its group; the other groups look up some row of theirs."""
+    ids, table = node.inputs
+    assert ids is not None and table is not None
+    position, positions = g.value(ids), scheme.positions(table.size(0))
+    if positions is None:
+        position = g.cast(position, "int32")
+    else:
+        position = g.op("Gather", g.constant(positions, "int32"), position)
+        position = g.typed(position, "int32")
+    result: ir.Value | None = None
+    bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
+    for group, (start, stop) in zip(groups, bounds, strict=True):
+        inside = _within(g, position, start, stop, stop == table.size(0))
+        local = g.op("Sub", position, g.constant(start, "int32")) if start else position
+        local = g.op("Where", inside, local, g.constant(0, "int32"))
+        index = replace(ids, name=f"{group.name}.ids", dtype="int32")
+        g.values[index.name] = local
+        (rows,) = lower(g, replace(node, inputs=(index, group)))
+        chosen = g.op("Unsqueeze", inside, g.constant([2]))
+        result = rows if result is None else g.op("Where", chosen, rows, result)
+    assert result is not None
+    return g.typed(result, node.outputs[0].dtype)
+
+
+def _within(g: OnnxEmitter, position: ir.Value, start: int, stop: int, is_last: bool) -> ir.Value:
+    from_start = g.op("GreaterOrEqual", position, g.constant(start, "int32"))
+    if is_last:
+        return from_start
+    before_stop = g.op("Less", position, g.constant(stop, "int32"))
+    return g.op("And", from_start, before_stop) if start else before_stop
+
+
+_OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}
 
 
 def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Rows of the table, as float32, times the scale."""
     ids, table = node.tensors
     scheme = g.stored(table).scheme
     if isinstance(scheme, Affine):
@@ -31,10 +102,9 @@ def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
-    """Gathers rows of a quantized table from the bytes that the head reads; dequantizes them.
+    """Gathers and dequantizes rows from the bytes that the head reads; cuts off padding.
 
-    With standard ops, since `GatherBlockQuantized` before ONNX Runtime 1.27 misreads the zero
-    points of rows with an odd number of blocks. The padding of rows to whole blocks is cut off.
+    `GatherBlockQuantized` before ONNX Runtime 1.27 misreads zero points of an odd number of blocks.
     """
     columns = table.size(1)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
@@ -133,7 +203,6 @@ def _float_linear(
 def _quantized_linear(
     g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
 ) -> ir.Value:
-    """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
         return _quant_linear(g, x, [weight], [bias])[0]
     sizes = block_attributes(g, weight) | {"N": weight.size(0)}
@@ -145,7 +214,7 @@ def _quantized_linear(
 
 
 def linears(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Several quantized linears with one input and one scheme, which `fusion` merged."""
+    """Several quantized linears with one input and one scheme, which `fused` merged."""
     x, *rest = node.inputs
     weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
     assert x is not None
@@ -169,20 +238,16 @@ def _quant_linear(
 
 
 def takes_two_digits(weight: str, scheme: Affine) -> bool:
-    """Whether native kernels round the activations for a weight, or a row group of one, twice.
+    """Whether native kernels round activations twice for a weight, or a row group of one.
 
-    Where weights have 8 bits, rounding activations to int8 costs more than rounding weights. Most
-    of the loss comes from the first layer, from the channels of the recurrence, whose sizes differ
-    most, and from the head, whose errors no layer evens out. With these sites alone the demo
-    model's KL is 1.7e-4 instead of 3.0e-4. Two digits everywhere give 1.4e-4, but a product takes
-    1.75 times as long in a prefill. A decode step takes no longer: it waits for the weights.
+    With 8-bit weights, rounding activations costs most, at these sites: with them alone the demo's
+    KL is 1.7e-4 instead of 3.0e-4, and 1.4e-4 everywhere, where a prefill takes 1.75 times as long.
     """
     is_site = weight.startswith((EMBEDDING, "layers.0.")) or "linear_out" in weight.split(".")
     return scheme.bits == 8 and is_site
 
 
 def block_attributes(g: OnnxEmitter, weight: Value) -> dict[str, int]:
-    """Returns the attributes of `MatMulNBits` for a weight in blocks, without its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
     bits = max(scheme.bits, 4)  # see `_widened`
     return {"K": columns, "bits": bits, "block_size": scheme.block_size(columns)}
@@ -207,5 +272,4 @@ def _affine(g: OnnxEmitter, weight: Value) -> Affine:
 
 
 def float32(g: OnnxEmitter, value: ir.Value | None) -> ir.Value | None:
-    """A bias or scales as `MatMulNBits` takes them beside float32 activations."""
     return None if value is None else g.cast(value, "float32")

@@ -9,13 +9,11 @@ from onnx_ir.passes.common import InlinePass
 from rgexport._version import __version__
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, StoredTensor
-from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
-from rgexport.export.onnx.fusion import fused
-from rgexport.export.onnx.graph import DTYPES, OPSET
-from rgexport.export.onnx.interface import feature_names, graph_interface, with_interface
+from rgexport.export.onnx.emitter import DTYPES, OPSET, OnnxEmitter
+from rgexport.export.onnx.format import feature_names, graph_interface, with_interface
+from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, fused
 from rgexport.export.onnx.lowering import lower
-from rgexport.export.onnx.native import DOMAIN, VERSION
+from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, StepProgram, Value
@@ -34,7 +32,6 @@ def build_model(
     *,
     exact: bool,
 ) -> ir.Model:
-    """Builds the model for a profile; its initializers point to where `tensors` are stored."""
     level = _EXACT if exact else profile.accuracy_level
     emitter = OnnxEmitter(tensors, level, native=profile.functions)
     if profile.functions:
@@ -102,7 +99,6 @@ def _input(value: Value, name: str) -> ir.Value:
 
 
 def _inline(model: ir.Model) -> None:
-    """Inlines our functions; the names of the graph's outputs stay."""
     names = [value.name for value in model.graph.outputs]
     InlinePass()(model)
     for value, name in zip(model.graph.outputs, names, strict=True):
@@ -112,11 +108,7 @@ def _inline(model: ir.Model) -> None:
 
 
 def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:
-    """Asserts that all readers of an old state run before the node that writes the new one.
-
-    Runtimes write a state into the buffer that it was read from. So each reader must be the writing
-    node, or one whose results it needs.
-    """
+    """Asserts that readers of an old state run before it is written, maybe in the same buffer."""
     earlier: set[ir.Node] = set()
     queue = [after.producer()]
     while queue:
@@ -131,8 +123,7 @@ def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:
 def narrowed(artifact: Artifact, window: int) -> tuple[Artifact, bytes]:
     """Returns an artifact as it were with another attention window, and its serialized graph.
 
-    The weights stay: the window is only in the shapes of states and in a few constants. With a
-    window of 0 a token sees only itself, so attention needs no state.
+    With a window of 0 a token sees only itself, so attention needs no state.
     """
     manifest = artifact.manifest
     config = replace(manifest.config, window=window)
@@ -155,7 +146,6 @@ _ITSELF = "attend_to_itself"
 
 
 def _without_past(node: Node) -> Node:
-    """Lets each token attend only to itself: the weight is 1."""
     if node.op != "local_attention":
         return node
     query, _, value = node.tensors[:3]

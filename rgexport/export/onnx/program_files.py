@@ -1,8 +1,7 @@
 """Writes the files by which onnxruntime-genai and transformers.js run an artifact as it is.
 
-The names of recurrent states are not in `genai_config.json`: versions before 0.16 refuse them, and
-every version derives them from the names of the keys. A fixed axis of keys and values makes them a
-cache that is updated in place, so a conversation may be longer than the window.
+`genai_config.json` has no recurrent states: versions before 0.16 refuse them, and all derive them
+from the keys' names. A fixed axis of keys and values makes a cache that is updated in place.
 """
 
 import json
@@ -15,9 +14,8 @@ from typing import Any
 from rgexport import npm
 from rgexport._version import __version__
 from rgexport.errors import RequestError
-from rgexport.export.identity import identity_of
-from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE, weight_files
+from rgexport.export.manifest import Manifest, identity_of
+from rgexport.export.onnx.model_file import MODEL_FILE, weight_files
 from rgexport.export.tokenizer import ControlIds
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.chat_template import chat_template
@@ -26,11 +24,9 @@ from rgexport.kernels.onnx import library
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 MODULES = "recurrent_gemma.mjs", "state_file.mjs"
-"""The class that transformers.js lacks."""
 _CONTEXT = 1 << 20
 """Most tokens of a conversation; a state of fixed size has no limit of its own."""
 _LENGTH = 8192
-"""The same where a program sets none."""
 
 
 def write_genai_config(

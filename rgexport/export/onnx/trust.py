@@ -20,19 +20,18 @@ from rgexport.choices import Profile
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import (
+    DOMAIN,
     LOCATIONS,
     MAX_NODES,
+    MODEL_FILE,
     ExternalTensor,
     external_tensor,
     parse_model,
     subgraphs,
 )
-from rgexport.export.onnx.native import DOMAIN
 
 Ops = Mapping[str, frozenset[str]]
-"""Domain → names of ops."""
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own ops, in every stock build."""
@@ -97,9 +96,6 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
     """Refuses a graph with ops that rgexport does not write, or with tensors that no model has.
 
     With `allow_foreign`, any op may be in it, and weights may lie anywhere in the files.
-
-    Raises:
-        RequestError: there is such an op or tensor.
     """
     path, manifest = artifact.file(MODEL_FILE), artifact.manifest
     try:
@@ -143,7 +139,6 @@ def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
 
 
 def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
-    """Checks that each tensor lies within a part of a weight."""
     weights = [part for stored in manifest.tensors.values() for part in stored.parts.values()]
     spans = sorted((part.file, part.offset, part.offset + part.nbytes) for part in weights)
     for tensor in tensors:
@@ -228,7 +223,6 @@ class _Scope:
 
 
 def _items(tensor: Any) -> Sizes | None:
-    """Returns the integers of a small tensor in the file."""
     dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
     if dtype is None or not 0 <= count <= _SMALL:
         return None

@@ -1,13 +1,9 @@
 """Lowers for WebAssembly: products of int8 weights and of activations in two int8 digits.
 
 ONNX Runtime has a fast integer product there, but none for blocks: `MatMulNBits` takes 7 times as
-long per weight. Every token is rounded by itself, so a step and a prefill see the same integers.
-
-One digit is not enough: where an activation is halfway between two integers, the last bit of a
-float decides, and engines differ in it. The logits of the demo move by 1.3 % of the largest. The
-second digit holds the rounding error of the first, and reduces that to 0.01 %. Both digits are
-rows of one product, which reads the weights once: a step takes a fifth longer, a prefill twice as
-long.
+long per weight. With one digit, an activation halfway between two integers differs between engines,
+and the demo's logits move by 1.3 % of the largest. The second digit, the rounding error of the
+first, reduces that to 0.01 %. Both are rows of one product: a prefill takes twice as long.
 """
 
 from collections.abc import Sequence
@@ -18,8 +14,7 @@ import onnx_ir as ir
 
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.storage import initializer
+from rgexport.export.onnx.emitter import OnnxEmitter, initializer
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.quantize.scheme import INT8_ROWS, Affine
@@ -27,13 +22,11 @@ from rgexport.quantize.scheme import INT8_ROWS, Affine
 _ZERO_POINT = 128
 """Of weights and activations, which are symmetric and stored as unsigned bytes."""
 _LARGEST = 127
-"""The integer for the largest activation of a row."""
 _FINER = 254
 """Steps of the second digit per step of the first: ±127 of them are half a step to each side."""
 PIECE = 1 << 26
 """Weights in blocks that are unpacked at a time: 256 MB as float32."""
 _LEAST = 1e-30
-"""Lower bound of the largest activation of a row, so that its scale is not zero."""
 
 
 def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
@@ -66,10 +59,7 @@ def _by_digits(g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
 def _in_pieces(
     g: OnnxEmitter, x: ir.Value, weight: Value, scheme: Affine, bias: ir.Value | None
 ) -> ir.Value:
-    """Splits the product with a large matrix in blocks, such as the head, into several.
-
-    `MatMulNBits` unpacks all of its weights to float32 there, and WebAssembly has 4 GB.
-    """
+    """Splits the product with a large matrix: `MatMulNBits` unpacks it to float32 there."""
     rows, columns = weight.size(0), weight.size(1)
     sizes = linear_ops.block_attributes(g, weight)
     blob = (scheme.num_blocks(columns), sizes["block_size"] * scheme.bits // 8)
@@ -91,7 +81,6 @@ def _in_pieces(
 def _rows_of(
     g: OnnxEmitter, weight: Value, label: str, start: int, shape: tuple[int, ...]
 ) -> ir.Value | None:
-    """Returns rows of a part from `start` on, in `shape`; None if there is no such part."""
     part = g.stored(weight).parts.get(label)
     if part is None:
         return None
@@ -131,4 +120,3 @@ def _scales(g: OnnxEmitter, weight: Value) -> ir.Value:
 
 
 LOWERINGS = {"embedding": embedding, "linear": linear}
-"""Griffin op → the lowering that replaces the general one."""

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.graph import END, GraphBuilder
+from rgexport.export.onnx.emitter import END, GraphBuilder, OnnxEmitter
 from rgexport.export.onnx.lowering import ring_attention
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node
@@ -47,7 +46,6 @@ def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Gelu in its tanh form, in the type of its input."""
     return [g.op("Gelu", *g.inputs(node), approximate="tanh")]
 
 
@@ -89,7 +87,7 @@ def _decay(g: OnnxEmitter, a_param: ir.Value) -> ir.Value:
     """-8 softplus(a_param), which runtimes fold when they load the file.
 
     softplus(p) = max(p, 0) + log1p(u), u = exp(-|p|), and log1p(u) = u · log(1 + u) / (1 + u - 1),
-    where the rounding of 1 + u cancels; where 1 + u rounds to 1, log1p(u) is u.
+    or u where 1 + u rounds to 1.
     """
     one, zero = g.constant(1, "float32"), g.constant(0, "float32")
     u = g.op("Exp", g.op("Neg", g.op("Abs", a_param)))
@@ -103,12 +101,10 @@ def _decay(g: OnnxEmitter, a_param: ir.Value) -> ir.Value:
 
 
 def local_attention(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """The general lowering with mask and slots in float32."""
     return ring_attention(g, node, *g.inputs(node), mask=_mask, slots=_ring_slots)
 
 
 def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
-    """The mask of `lowering` in float32, with `_UNSEEN` instead of minus infinity."""
     positions = g.cast(positions, "float32")
     last = g.op("Sub", g.slice(positions, 0, 1, 1), g.constant(1, "float32"))
     slots = g.constant(list(range(window)), "float32")
@@ -124,7 +120,6 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 
 
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
-    """The slots of `lowering`, in float32."""
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
     zero = g.op("Squeeze", g.cast(never, "float32"), g.constant([3]))
@@ -151,4 +146,3 @@ LOWERINGS = {
     "local_attention": local_attention,
     "rg_lru_scan": rg_lru_scan,
 }
-"""Griffin op → the lowering that replaces the general one."""

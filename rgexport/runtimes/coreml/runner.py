@@ -27,7 +27,7 @@ from rgexport.export.coreml.manifest import (
     recurrent_layers,
     stored_states,
 )
-from rgexport.export.coreml.segments import Segment, in_order
+from rgexport.export.coreml.package import Segment, in_order
 from rgexport.export.mil.package import open_package
 
 _LAYER_AXIS = -2

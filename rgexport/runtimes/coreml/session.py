@@ -4,7 +4,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import LO_SCALE, CoreMLManifest
-from rgexport.export.coreml.segments import DECODE, PREFILL
+from rgexport.export.coreml.package import DECODE, PREFILL
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.parallelism import usable_threads

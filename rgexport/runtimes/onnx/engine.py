@@ -4,9 +4,7 @@ from collections.abc import Iterator
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import read_graph
-from rgexport.export.onnx.native import native_ops
+from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, read_graph
 from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Float

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import parse_model, read_graph
+from rgexport.export.onnx.model_file import MODEL_FILE, parse_model, read_graph
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.engine import LENGTHS, Observation, observation_of

@@ -12,8 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
 from rgexport.export import storage
-from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.segments import packages
+from rgexport.export.coreml.package import packages, weight_file
 from rgexport.export.coreml.storage import (
     ALIGNMENT,
     CoreMLStorage,

@@ -12,7 +12,7 @@ import torch
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.onnx import wasm_ops
-from rgexport.export.onnx.native import NativeOps, native_ops
+from rgexport.export.onnx.model_file import NativeOps, native_ops
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
