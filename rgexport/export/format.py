@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CardText:
-    engine: str
-    """Runs the artifact."""
-    float32: str
-    """Computed in float32 with any `--compute`."""
-    run: str
-    """Instructions to run it, as Markdown."""
+    engine: str  # runs the artifact
+    float32: str  # computed in float32 with any `--compute`
+    run: str  # instructions to run it, as Markdown
 
 
 def installation(extra: str = "") -> str:
@@ -39,21 +36,16 @@ def installation(extra: str = "") -> str:
 class Format(ABC):
     """A kind of artifact."""
 
-    precisions: Collection[str] = ()
-    """Words of `--precision`."""
-    planned_precisions: Collection[str] = ()
-    """Words for artifacts that were made by a plan."""
+    precisions: Collection[str] = ()  # words of `--precision`
+    planned_precisions: Collection[str] = ()  # words for artifacts that were made by a plan
     runs_on: str = ""
     """The end of the sentence `It runs …`, printed after an export; empty for none."""
     library: str | None = None
-    hash_name: str = "sha256"
-    """The field of `inspect --json` that has the hash of a file."""
+    hash_name: str = "sha256"  # the field of `inspect --json` that has the hash of a file
     alignment: int = 1
     part_header: int = 0
-    has_row_groups: bool = True
-    """Whether the rows of a matrix may have several layouts."""
-    keeps_bfloat16_gates: bool = False
-    """Whether matrices of gates may be bfloat16."""
+    has_row_groups: bool = True  # whether the rows of a matrix may have several layouts
+    keeps_bfloat16_gates: bool = False  # whether matrices of gates may be bfloat16
 
     foreign_kind: str | None = None
     """The kind in descriptions of models of this format that rgexport did not export."""
@@ -96,8 +88,7 @@ class FolderFormat(Format):
     """A format with a folder as its artifact, described by an `rgexport.json`."""
 
     manifest: type[Manifest] = Manifest
-    graph_bytes: int = 0
-    """Estimated bytes of the graph and the manifest for each layer."""
+    graph_bytes: int = 0  # estimated bytes of the graph and the manifest for each layer
     entries: Collection[str] = ()
     """Files or folders of an artifact that a user may name instead of its folder."""
 

@@ -22,8 +22,7 @@ from rgexport.units import amount
 
 PREFIX = "hf:"
 _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?P<file>(/[\w.-]+)+\.gguf)?(@(?P<revision>[\w./-]+))?")
-_NEUTRAL = {".gitattributes", CARD}
-"""Files that a repository may have before it has an artifact."""
+_NEUTRAL = {".gitattributes", CARD}  # files that a repository may have before it has an artifact
 
 
 @dataclass(frozen=True)

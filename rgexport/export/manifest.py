@@ -78,13 +78,11 @@ SelfCheck = Callable[[Path], CheckRecord]
 """Checks an artifact that is complete, but not yet renamed to its target."""
 
 MANIFEST = "rgexport.json"
-CARD = "README.md"
-"""The model card; users may edit it."""
+CARD = "README.md"  # the model card; users may edit it
 COLUMNS = "columns"
 """Name of the part with the data of a matrix that is stored transposed, [in, out]."""
 FORMAT_VERSION = 1
-ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
-"""Compute word → activation dtype."""
+ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}  # compute word → activation dtype
 
 
 @dataclass(frozen=True)
@@ -186,8 +184,7 @@ class Manifest:
     """Everything about an artifact that a runtime needs besides the files listed here."""
 
     format_version: int = FORMAT_VERSION
-    kind: str = "onnx"
-    """A key of `formats.FORMATS`."""
+    kind: str = "onnx"  # a key of `formats.FORMATS`
     name: str
     created_with: dict[str, str]
     source: Source
@@ -201,10 +198,8 @@ class Manifest:
     states: tuple[StateRecord, ...]
     io: IoRecord
     instruction_tuned: bool | None
-    files: dict[str, FileRecord]
-    """Every other file of the folder, by its relative name."""
-    check: CheckRecord = NOT_ASKED_FOR
-    """How the export's self-check ended."""
+    files: dict[str, FileRecord]  # every other file of the folder, by its relative name
+    check: CheckRecord = NOT_ASKED_FOR  # how the export's self-check ended
     asked_for: AskedFor = NOTHING_ASKED_FOR
 
     @property
@@ -252,14 +247,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 class Identity:
     """The facts that must be equal to continue a state; engine and precision may differ."""
 
-    name: str
-    """The model's name, only for messages."""
-    weights: str
-    """A hash of the original checkpoint's files."""
-    window: int
-    """Tokens that local attention sees."""
-    template: str
-    """A hash of the chat template; only conversations depend on it."""
+    name: str  # the model's name, only for messages
+    weights: str  # a hash of the original checkpoint's files
+    window: int  # tokens that local attention sees
+    template: str  # a hash of the chat template; only conversations depend on it
 
 
 def identity_of(manifest: Manifest, template: str) -> Identity:

@@ -25,8 +25,7 @@ from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Ggml
 from rgexport.units import amount
 
-MAX_STATE_BYTES = 1 << 30
-"""The largest state of a conversation in float32: twenty times a 9B's."""
+MAX_STATE_BYTES = 1 << 30  # the largest state of a conversation in float32: twenty times a 9B's
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -19,10 +19,8 @@ GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 class Origin:
     """The origin of a checkpoint, in the hub's names; fields are None if unknown."""
 
-    hub_id: str | None
-    """Such as `google/recurrentgemma-2b`."""
-    licence: str | None
-    """The hub's name of it, such as `gemma`."""
+    hub_id: str | None  # such as `google/recurrentgemma-2b`
+    licence: str | None  # the hub's name of it, such as `gemma`
 
     @property
     def released(self) -> bool:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-Dim = int | str
-"""A fixed size, or the name of a dynamic one: `batch_size`, `tokens`, `num_logits`."""
+Dim = int | str  # a fixed size, or the name of a dynamic one: `batch_size`, `tokens`, `num_logits`
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class StepProgram:
     input_ids: Value
     position_ids: Value
     num_logits: Value
-    weights: dict[str, Value]
-    """By canonical tensor name."""
-    states: dict[str, tuple[Value, Value]]
-    """Canonical name → the values that come in and go out."""
+    weights: dict[str, Value]  # by canonical tensor name
+    states: dict[str, tuple[Value, Value]]  # canonical name → the values that come in and go out
     nodes: tuple[Node, ...]
     logits: Value

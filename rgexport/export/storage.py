@@ -138,11 +138,9 @@ def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
-_LARGER = 4
-"""Factor by which slabs are larger that are written in short runs, or need statistics."""
+_LARGER = 4  # factor by which slabs are larger that are written in short runs, or need statistics
 _MAX_WORKERS = 8
-_PENDING = 3
-"""Slabs for each worker that are being encoded, or wait for their turn."""
+_PENDING = 3  # slabs for each worker that are being encoded, or wait for their turn
 
 PartShapesOf = Callable[[Shape, Scheme], PartShapes]
 Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]

@@ -21,21 +21,18 @@ KIND = "coreml"
 
 Shape = tuple[int, ...]
 
-ALIGNMENT = 32
-"""The last axis of a state is a multiple of this, for the Neural Engine."""
+ALIGNMENT = 32  # the last axis of a state is a multiple of this, for the Neural Engine
 LO_SCALE = 2048.0
 """x = hi + lo / 2048: the rest after float16's 11 bits is scaled up to have 11 bits again."""
 RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
-HIDDEN, HIDDEN_OUTPUT = "hidden_state", "hidden_state_out"
-"""Between two packages."""
+HIDDEN, HIDDEN_OUTPUT = "hidden_state", "hidden_state_out"  # between two packages
 
 
 @dataclass(frozen=True)
 class Form:
     """The interface of a package, and the dtype that it computes in."""
 
-    prefill_length: int
-    """Tokens that the `prefill` function takes."""
+    prefill_length: int  # tokens that the `prefill` function takes
     all_logits: bool
     """Whether `prefill` gives the logits of all its tokens, or only of the last one."""
     recurrent_state: RecurrentState
@@ -61,8 +58,7 @@ class CoreMLRecord:
     recurrent_state: RecurrentState
     blobs: dict[str, str]
     """`TENSOR.PART` → SHA-256 of its data, so that altered tensors can be named."""
-    split: tuple[int, ...] = ()
-    """The layers of each package, if the model is cut into several."""
+    split: tuple[int, ...] = ()  # the layers of each package, if the model is cut into several
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,7 @@ def manifest_file(package: str = PACKAGE) -> str:
     return f"{package}/Manifest.json"
 
 
-_ITEMS = {
-    "model.mlmodel": "CoreML Model Specification",
-    "weights": "CoreML Model Weights",
-}
+_ITEMS = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
 
 
 def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
@@ -79,13 +76,10 @@ _Item = TypeVar("_Item")
 class Segment:
     """A part of the model that is run at once."""
 
-    prefix: str
-    """Before the names of its functions."""
-    begins: bool
-    """Whether it takes token ids, and has the embedding."""
+    prefix: str  # before the names of its functions
+    begins: bool  # whether it takes token ids, and has the embedding
     layers: range
-    ends: bool
-    """Whether it gives logits."""
+    ends: bool  # whether it gives logits
 
     def function(self, name: str) -> str:
         return self.prefix + name

@@ -46,8 +46,7 @@ _VERSION, _SENTINEL = 2, 0xDEADBEEF
 _FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
 BLOB_HEADER_BYTES = _BLOB_HEADER.size
 """A program has the offset of a blob's header; the data follow it."""
-MOST_PADDING = 2 * ALIGNMENT
-"""Most bytes of a blob's header and of the padding before it."""
+MOST_PADDING = 2 * ALIGNMENT  # most bytes of a blob's header and of the padding before it
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
 _SIGNED = {4: "uint8", 8: "int8"}
 """Bits → dtype of integers in two's complement; two of 4 bits are a byte."""

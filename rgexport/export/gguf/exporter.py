@@ -140,10 +140,8 @@ def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
     )
 
 
-QUANTIZATION_VERSION = 2
-"""ggml.h's `GGML_QNT_VERSION`."""
-_HEADER_BYTES = 32 << 20
-"""Upper bound of the header: a vocabulary of 256k takes 7 MB."""
+QUANTIZATION_VERSION = 2  # ggml.h's `GGML_QNT_VERSION`
+_HEADER_BYTES = 32 << 20  # upper bound of the header: a vocabulary of 256k takes 7 MB
 Job = Callable[[], tuple[bytes, int]]
 """Encodes a slab; returns its bytes, and the number of bytes of weights that were read."""
 
@@ -294,12 +292,7 @@ def _statistics(tensor: FileTensor, storage: GgufStorage, statistics: Statistics
 
 
 def _encode(
-    tensor: FileTensor,
-    source: RowTensor,
-    start: int,
-    stop: int,
-    scheme: Ggml,
-    statistics: Known,
+    tensor: FileTensor, source: RowTensor, start: int, stop: int, scheme: Ggml, statistics: Known
 ) -> tuple[bytes, int]:
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))

@@ -25,8 +25,7 @@ FILE_TYPE = "general.file_type"
 DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadata", "tensor_types"))
 HASHES = DATA, METADATA, TYPES
 CHECK = "rgexport.check"
-CHECK_WIDTH = 1024
-"""Bytes of the check's text, padded with spaces."""
+CHECK_WIDTH = 1024  # bytes of the check's text, padded with spaces
 _UNKNOWN = "0" * 64
 _NOT_HASHED = {DATA, METADATA, TYPES, CHECK, FILE_TYPE, "general.quantization_version"}
 _PREFIXES_NOT_HASHED = ("split.", "quantize.imatrix.")

@@ -18,10 +18,8 @@ from rgexport.griffin.layout import site_of
 
 CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 """Keys of a package's metadata: the Griffin configuration, and the hash of each stored part."""
-_DIGEST_LENGTH = 16
-"""Hexadecimal digits of a SHA-256 in the metadata: enough against mistakes."""
-_SHARED = "embed_tokens"
-"""The embedding's site; the output head shares its weight."""
+_DIGEST_LENGTH = 16  # hexadecimal digits of a SHA-256 in the metadata: enough against mistakes
+_SHARED = "embed_tokens"  # the embedding's site; the output head shares its weight
 _TOKENS = "position_ids"
 """The input whose last axis is the number of tokens; each function with states has it."""
 _LABELS = {
@@ -97,8 +95,7 @@ def _check_states(function: Function) -> Iterator[str]:
     ids = function.inputs.get(_TOKENS)
     chunk = ids.shape[-1] if ids and ids.shape else 1
     bits = {name: 1 << index for index, name in enumerate(function.states)}
-    sources: dict[str, int] = {}
-    """Value → a bit for each state that it was computed from."""
+    sources: dict[str, int] = {}  # value → a bit for each state that it was computed from
     written: set[str] = set()
     for operation in function.walk():
         operands = [v.name for v in chain(*operation.inputs.values()) if isinstance(v, Name)]

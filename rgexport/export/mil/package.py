@@ -31,13 +31,10 @@ from rgexport.griffin.tensor import read_lines
 
 PACKAGE_SUFFIX = ".mlpackage"
 MAX_MODEL_BYTES = 512 << 20
-HEADER_BYTES = 64
-"""Size of a weight file's header, and of each blob's."""
+HEADER_BYTES = 64  # size of a weight file's header, and of each blob's
 _MANIFEST, _DATA = "Manifest.json", "Data"
-_MAIN = "main"
-"""The name of the only function of a model."""
-_MODEL_PATH = "@model_path/"
-"""A program's name for the folder of its model file."""
+_MAIN = "main"  # the name of the only function of a model
+_MODEL_PATH = "@model_path/"  # a program's name for the folder of its model file
 _SENTINEL, _VERSION = 0xDEADBEEF, 2
 _FILE, _BLOB = struct.Struct("<4xI"), struct.Struct("<IIQQ")
 _BLOB_TYPES: dict[int, str] = {

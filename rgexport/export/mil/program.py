@@ -21,8 +21,7 @@ import numpy as np
 
 from rgexport.errors import NotInstalled
 
-UNKNOWN = -1
-"""A dimension that is known only at run time."""
+UNKNOWN = -1  # a dimension that is known only at run time
 
 BITS: dict[str, int] = {
     **{"bool": 8, "float16": 16, "float32": 32, "float64": 64, "bfloat16": 16},
@@ -74,8 +73,7 @@ class FileValue:
     """A value in a weight file, as one blob."""
 
     type: TensorType
-    file: str
-    """The program's name for the file, such as `@model_path/weights/weight.bin`."""
+    file: str  # the program's name for the file, such as `@model_path/weights/weight.bin`
     offset: int
 
 
@@ -97,8 +95,7 @@ class Operation:
     inputs: dict[str, tuple[Value, ...]]
     """Parameter → its values: one, or several for a variadic parameter such as `values`."""
     outputs: tuple[tuple[str, TensorType], ...]
-    attributes: dict[str, Constant] = field(default_factory=dict)
-    """All but `name`."""
+    attributes: dict[str, Constant] = field(default_factory=dict)  # all but `name`
     blocks: tuple[tuple["Operation", ...], ...] = ()
 
     @property

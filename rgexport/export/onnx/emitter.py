@@ -11,8 +11,7 @@ from rgexport.export.onnx.model_file import DOMAIN
 from rgexport.export.program import Node, Value
 from rgexport.export.storage import with_groups
 
-OPSET = 23
-"""The first one with RMSNormalization and RotaryEmbedding as single nodes."""
+OPSET = 23  # the first one with RMSNormalization and RotaryEmbedding as single nodes
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,

@@ -27,8 +27,7 @@ from rgexport.quantize.plan import bfloat16_gates
 from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
-_ALIGNMENT = 4096
-"""Of every part: runtimes map the file, and a mapping starts at a page."""
+_ALIGNMENT = 4096  # of every part: runtimes map the file, and a mapping starts at a page
 
 
 class OnnxStorage:

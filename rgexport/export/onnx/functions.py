@@ -95,8 +95,7 @@ are results too, to be compared with a reference."""
 
 QUANT_LINEAR_LEVEL = 4
 
-QUANT_LINEAR_SIZES = "N", "N2", "N3"
-"""Attributes of QuantLinear: the number of rows of each matrix."""
+QUANT_LINEAR_SIZES = "N", "N2", "N3"  # attributes of QuantLinear: the number of rows of each matrix
 
 
 def _quant_linear(matrices: int) -> str:

@@ -21,16 +21,11 @@ from rgexport.export.trace import trace
 from rgexport.griffin.config import GriffinConfig
 
 _IR_VERSION = 10
-_EXACT = 1
-"""`MatMulNBits`'s accuracy level for float32 activations."""
+_EXACT = 1  # `MatMulNBits`'s accuracy level for float32 activations
 
 
 def build_model(
-    program: StepProgram,
-    tensors: dict[str, StoredTensor],
-    profile: LoweringProfile,
-    *,
-    exact: bool,
+    program: StepProgram, tensors: dict[str, StoredTensor], profile: LoweringProfile, *, exact: bool
 ) -> ir.Model:
     level = _EXACT if exact else profile.accuracy_level
     emitter = OnnxEmitter(tensors, level, native=profile.functions)

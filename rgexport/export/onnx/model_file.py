@@ -52,8 +52,7 @@ LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
 _MAX_RANK = 8
 _INT64 = 7
 DTYPES = {1: "float32", 2: "uint8", 6: "int32", _INT64: "int64", 10: "float16", 16: "bfloat16"}
-MAX_NODES = 100_000
-"""Maximum number of nodes that are read: forty times that of the 9B."""
+MAX_NODES = 100_000  # maximum number of nodes that are read: forty times that of the 9B
 NUM_LOGITS = "num_logits"
 """Number of last tokens whose logits the graph returns: a scalar int64, constant in the file."""
 
@@ -217,10 +216,8 @@ class NativeOps:
     """Op of our domain → the number of its nodes in the graph."""
     native: tuple[str, ...] = ()
     """The ops that native kernels compute; of the others, the bodies run."""
-    library: Path | None = None
-    """What to register with the engine, if any op is native."""
-    kernels: str = STOCK
-    """`native` and the instruction set, or `stock`."""
+    library: Path | None = None  # what to register with the engine, if any op is native
+    kernels: str = STOCK  # `native` and the instruction set, or `stock`
     reason: str = ""
     weights: tuple[ExternalTensor, ...] = ()
     """External tensors that kernels read in place: the engine does not repack them."""

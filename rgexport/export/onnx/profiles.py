@@ -64,8 +64,7 @@ class LoweringProfile:
     """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False
     """Whether our ops stay functions, which native kernels can replace; gates may be bfloat16."""
-    files: FileLimit | None = None
-    """How large the files of weights may be; None for no limit."""
+    files: FileLimit | None = None  # how large the files of weights may be; None for no limit
 
     @property
     def ops(self) -> Ops:

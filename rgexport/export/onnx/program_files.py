@@ -24,8 +24,7 @@ from rgexport.kernels.onnx import library
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 MODULES = "recurrent_gemma.mjs", "state_file.mjs"
-_CONTEXT = 1 << 20
-"""Most tokens of a conversation; a state of fixed size has no limit of its own."""
+_CONTEXT = 1 << 20  # most tokens of a conversation; a state of fixed size has no limit of its own
 _LENGTH = 8192
 
 

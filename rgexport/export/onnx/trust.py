@@ -33,8 +33,7 @@ from rgexport.export.onnx.model_file import (
 
 Ops = Mapping[str, frozenset[str]]
 
-MICROSOFT = "com.microsoft"
-"""Domain of ONNX Runtime's own ops, in every stock build."""
+MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own ops, in every stock build
 
 _EVERYWHERE = frozenset(
     """
@@ -76,20 +75,15 @@ OPERATORS: Mapping[Profile, Ops] = {
     },
 }
 """Profile → all ops that a graph may have, also in bodies of functions and in subgraphs."""
-_EARLIER = {DOMAIN: frozenset({"BlockDiagonalLinear"})}
-"""Ops that only earlier versions wrote."""
+_EARLIER = {DOMAIN: frozenset({"BlockDiagonalLinear"})}  # ops that only earlier versions wrote
 
-MOST_ELEMENTS = 1 << 28
-"""Of a tensor that is no weight: a GB in float32."""
-_VIEWS = 4
-"""How many times a graph may name the bytes of the weights; the embedding is named twice."""
+MOST_ELEMENTS = 1 << 28  # of a tensor that is no weight: a GB in float32
+_VIEWS = 4  # how many times a graph may name the bytes of the weights; the embedding is named twice
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 9: 1, 10: 2, 12: 4, 16: 2}
 """Number of onnx.proto for a dtype → bytes of an item; 8 for all others."""
-_SMALL = 64
-"""The most items of a constant that is read: sizes and shapes have few."""
+_SMALL = 64  # the most items of a constant that is read: sizes and shapes have few
 
-Sizes = Sequence[int | None]
-"""The items of an integer tensor; None for those that are not known."""
+Sizes = Sequence[int | None]  # the items of an integer tensor; None for those that are not known
 
 
 def require_trusted(artifact: Artifact, model: bytes) -> None:

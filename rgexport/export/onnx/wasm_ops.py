@@ -19,13 +19,11 @@ from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.quantize.scheme import INT8_ROWS, Affine
 
-_ZERO_POINT = 128
-"""Of weights and activations, which are symmetric and stored as unsigned bytes."""
+_ZERO_POINT = 128  # of weights and activations, which are symmetric and stored as unsigned bytes
 _LARGEST = 127
 _FINER = 254
 """Steps of the second digit per step of the first: ±127 of them are half a step to each side."""
-PIECE = 1 << 26
-"""Weights in blocks that are unpacked at a time: 256 MB as float32."""
+PIECE = 1 << 26  # weights in blocks that are unpacked at a time: 256 MB as float32
 _LEAST = 1e-30
 
 

@@ -16,10 +16,8 @@ from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.quantize.scheme import Affine
 
-_FORGOTTEN = -1e4
-"""The logarithm of a decay of 0: its `exp` is 0, and no product with it is NaN."""
-_UNSEEN = -1e30
-"""Added to the score of a masked key; infinities are not safe in shaders."""
+_FORGOTTEN = -1e4  # the logarithm of a decay of 0: its `exp` is 0, and no product with it is NaN
+_UNSEEN = -1e30  # added to the score of a masked key; infinities are not safe in shaders
 
 
 def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
