@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
+from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredTensor
 from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.storage import aligned, groups_of
 from rgexport.files.hashing import (
@@ -20,8 +21,6 @@ from rgexport.files.hashing import (
 )
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize.scheme import Parts
-
-_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ class Artifact:
         stored = self.manifest.tensors.get(name)
         if stored is None:
             raise RequestError(f"{self.path} has no tensor {name!r}")
-        return RowTensor(
-            stored.shape, _FLOAT32, lambda start, stop: self._read_rows(name, start, stop)
-        )
+        return RowTensor(stored.shape, np.dtype(np.float32), partial(self._read_rows, name))
 
     @property
     def weights(self) -> WeightSource:
@@ -64,8 +61,8 @@ class Artifact:
         for group in groups:
             first, last = group.run(start, stop)
             if first < last:
-                group_rows = self._group_rows(name, group.stored, first, last)
-                rows[group.chosen(start, stop)] = group_rows
+                chosen = group.chosen(start, stop)
+                rows[chosen] = self._group_rows(name, group.stored, first, last)
         return rows
 
     def _group_rows(self, name: str, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
@@ -83,24 +80,21 @@ class Artifact:
         return stored.uniform.decode(arrays, columns)
 
     def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
-        if label == COLUMNS:
-            return self._columns(stored.parts[label], start, stop)
         part, dtype = stored.parts[label], np.dtype(stored.parts[label].dtype)
+        path = self.file(part.file)
+        truncated = RequestError(f"{path} was truncated while it was read")
+        if label == COLUMNS:
+            try:
+                mapped = np.memmap(path, dtype, "r", part.offset, part.shape)
+            except ValueError:
+                raise truncated from None
+            return np.ascontiguousarray(mapped[:, start:stop].T)
         offset, end = stored.row_offset(label, start), stored.row_offset(label, stop)
         count = (end - offset) // dtype.itemsize
-        items = np.fromfile(self.file(part.file), dtype, count, offset=offset)
+        items = np.fromfile(path, dtype, count, offset=offset)
         if items.size != count:
-            raise RequestError(f"{self.file(part.file)} was truncated while it was read")
+            raise truncated
         return items.reshape((end - offset) // part.row_bytes, -1)
-
-    def _columns(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
-        """Reads columns `start` to `stop` of a part, transposed to rows."""
-        path = self.file(part.file)
-        try:
-            mapped = np.memmap(path, part.dtype, "r", part.offset, part.shape)
-        except ValueError:
-            raise RequestError(f"{path} was truncated while it was read") from None
-        return np.ascontiguousarray(mapped[:, start:stop].T)
 
     def origin(self) -> Origin:
         return origin_of_card(self.file(CARD))

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
-from pathlib import Path
 
 from rgexport.export.format import format_of
-from rgexport.export.manifest import CARD, CheckRecord, Manifest
+from rgexport.export.manifest import CheckRecord, Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms import ALGORITHMS
@@ -74,17 +73,11 @@ class Share:
 
 
 def shares(manifest: Manifest) -> list[Share]:
-    specs = model_tensors(manifest.config)
-    return group_shares(
-        Share(
-            spec.role,
-            manifest.plan[name].label,
-            1,
-            prod(spec.shape),
-            sum(part.nbytes for part in manifest.tensors[name].parts.values()),
-        )
-        for name, spec in specs.items()
-    )
+    tensors = []
+    for name, spec in model_tensors(manifest.config).items():
+        size = sum(part.nbytes for part in manifest.tensors[name].parts.values())
+        tensors.append(Share(spec.role, manifest.plan[name].label, 1, prod(spec.shape), size))
+    return group_shares(tensors)
 
 
 def group_shares(tensors: Iterable[Share]) -> list[Share]:
@@ -93,10 +86,8 @@ def group_shares(tensors: Iterable[Share]) -> list[Share]:
     for tensor in tensors:
         total = totals.setdefault((tensor.role, tensor.scheme), Counter())
         total.update(tensors=tensor.tensors, weights=tensor.weights, bytes=tensor.bytes)
-    return [
-        Share(*key, total["tensors"], total["weights"], total["bytes"])
-        for key, total in totals.items()
-    ]
+    counts = "tensors", "weights", "bytes"
+    return [Share(*key, *(total[count] for count in counts)) for key, total in totals.items()]
 
 
 def matrix_bits(manifest: Manifest) -> float:
@@ -122,10 +113,6 @@ def levels_sentence(counts: Mapping[str, int]) -> str:
     (first, number), *others = titles.items()
     rest = "".join(f", {title} ({count})" for title, count in others)
     return f"Levels were chosen by {first} ({number} tensors){rest}."
-
-
-def write_card(folder: Path, manifest: Manifest, origin: Origin) -> None:
-    (folder / CARD).write_text(card(manifest, origin), "utf-8")
 
 
 def _header(manifest: Manifest, origin: Origin) -> str:
@@ -171,7 +158,11 @@ def card(manifest: Manifest, origin: Origin) -> str:
         version=manifest.created_with["rgexport"],
         precision=manifest.precision,
         compute=manifest.compute,
-        rows="\n".join(_row(share) for share in shares(manifest)),
+        rows="\n".join(
+            f"| {share.role} | {share.scheme} | {share.weights:,} | {amount(share.bytes)} "
+            f"| {8 * share.bytes / share.weights:.2f} |"
+            for share in shares(manifest)
+        ),
         levels=levels_sentence(algorithms(manifest)),
         bits=matrix_bits(manifest),
         engine=text.engine,
@@ -192,11 +183,4 @@ def _checked(check: CheckRecord) -> str:
     if not check.positions:
         return check.sentence
     verdict = ", since ".join(filter(None, (check.status, check.reason)))
-    shares = {"nats": check.nats, "share": check.share}
-    return _CHECKED.format(**vars(check) | shares, verdict=verdict)
-
-
-def _row(share: Share) -> str:
-    bits = f"{8 * share.bytes / share.weights:.2f}"
-    cells = share.role, share.scheme, f"{share.weights:,}", amount(share.bytes), bits
-    return f"| {' | '.join(cells)} |"
+    return _CHECKED.format(**vars(check), nats=check.nats, share=check.share, verdict=verdict)

@@ -9,11 +9,9 @@ from typing import Any
 
 from rgexport._version import __version__
 from rgexport.export.artifact import record_files, remember_verified
-from rgexport.export.card import write_card
+from rgexport.export.card import card
 from rgexport.export.manifest import (
     CARD,
-    NOT_ASKED_FOR,
-    CheckRecord,
     Manifest,
     SelfCheck,
     Source,
@@ -30,8 +28,7 @@ from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import expect_stages, group, warn
 
 _GRAPH_BYTES = 64 << 20
-"""Upper bound of everything in the folder but the weights and the checkpoint's tokenizer files:
-`tokenizer.json` has 33 MB for Gemma's vocabulary."""
+"""Upper bound of what is neither weights nor the checkpoint's: `tokenizer.json` has 33 MB."""
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
 """Writes the model into a folder from the manifest's common fields and the control tokens' ids;
@@ -50,12 +47,8 @@ def export_folder(
 ) -> Path:
     """Makes the folder `target`, which appears when it is complete and was checked.
 
-    `data_bytes` is the size of the weights as stored, `tools` are packages whose versions are
-    recorded, and `force` lets it replace an earlier artifact.
-
-    Raises:
-        RequestError: an unsound checkpoint (all problems at once), a bad target, too little disk,
-            or whatever `write_model` finds.
+    `data_bytes` is the size of the weights as stored; the versions of `tools` are recorded. Raises
+    RequestError: an unsound checkpoint (all problems at once), a bad target, too little disk.
     """
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
@@ -70,10 +63,16 @@ def export_folder(
             shutil.copyfile(path, folder / path.name)
         # First, so that torch uses the memory again that a large vocabulary takes.
         ids = complete_tokenizer(folder, checkpoint.name)
-        manifest = write_model(folder, _common(checkpoint, hashes, tools), ids)
+        manifest = write_model(
+            folder, common_fields(checkpoint, hashes, tools) | {"files": {}}, ids
+        )
         manifest = manifest.with_files(record_files(folder))
-        manifest = manifest.with_check(_run_check(folder, manifest, check))
-        write_card(folder, manifest, origin_of(checkpoint))
+        if check is not None:
+            write_manifest(folder, manifest)
+            remember_verified(folder, manifest)
+            with group("Self-check"):
+                manifest = manifest.with_check(check(folder))
+        (folder / CARD).write_text(card(manifest, origin_of(checkpoint)), "utf-8")
         records = manifest.files | record_files(folder, [CARD])
         manifest = manifest.with_files(dict(sorted(records.items())))
         write_manifest(folder, manifest)
@@ -83,16 +82,10 @@ def export_folder(
     return target
 
 
-def _run_check(folder: Path, manifest: Manifest, check: SelfCheck | None) -> CheckRecord:
-    if check is None:
-        return NOT_ASKED_FOR
-    write_manifest(folder, manifest)
-    remember_verified(folder, manifest)
-    with group("Self-check"):
-        return check(folder)
-
-
-def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) -> dict[str, Any]:
+def common_fields(
+    checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]
+) -> dict[str, Any]:
+    """Returns the fields of a manifest that do not depend on the format."""
     ours = {"rgexport": __version__, "python": platform.python_version()}
     return {
         "name": checkpoint.name,
@@ -101,5 +94,4 @@ def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) ->
         "config": checkpoint.config,
         "instruction_tuned": checkpoint.instruction_tuned,
         "asked_for": checkpoint.asked_for,
-        "files": {},
     }

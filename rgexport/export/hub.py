@@ -2,7 +2,8 @@
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -71,22 +72,31 @@ def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -
     if name.file or name.revision:
         raise RequestError(f"{repo} is no repository; expected owner/name")
     _warn_of_terms(artifact)
-    try:
+    with _explained(name.id, "upload", "try again: it goes on"):
         return _push(artifact, name.id, public=public, force=force)
+
+
+@contextmanager
+def _explained(repo: str, what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
     except RequestError:
         raise
     except Exception as error:  # the hub's client raises its HTTP library's errors as they are
-        raise RequestError(explain(name.id, error, "upload", "try again: it goes on")) from None
+        raise RequestError(explain(repo, error, what, advice)) from None
 
 
 def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
     show_bars_on_terminals_alone()
     api = HfApi()
     page = api.create_repo(repo, private=not public, exist_ok=True)
     existing = set(api.list_repo_files(repo))
-    earlier = _earlier_manifest(repo) if MANIFEST in existing else None
+    earlier = None
+    if MANIFEST in existing:
+        with suppress(RequestError):
+            earlier = read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
     if not force:
         _require_own(artifact, repo, existing, earlier)
     files = _files(artifact)
@@ -103,15 +113,6 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
     title = f"{artifact.manifest.name}, {artifact.manifest.precision}, by rgexport"
     api.create_commit(repo, operations, commit_message=title)
     return str(page.url)
-
-
-def _earlier_manifest(repo: str) -> Manifest | None:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
-    except RequestError:
-        return None
 
 
 def _require_own(
@@ -185,7 +186,7 @@ def _download(name: HubName) -> Path:
     from huggingface_hub import HfApi, constants
 
     folder = _folder(name)
-    try:
+    with _explained(name.id, "download", "or give a local artifact"):
         info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         is_folder = MANIFEST in sizes and name.file is None
@@ -196,11 +197,6 @@ def _download(name: HubName) -> Path:
         missing = sum(sizes[file] for file in files if not (folder / file).is_file())
         require_free_disk(Path(constants.HF_HOME), missing)
         snapshot(name.id, info.sha, [glob.escape(file) for file in files], folder)
-    except RequestError:
-        raise
-    except Exception as error:  # as above
-        advice = "or give a local artifact"
-        raise RequestError(explain(name.id, error, "download", advice)) from None
     path = _complete(name) if is_folder else folder / files[0]
     if path is None:
         raise RequestError(

@@ -25,10 +25,7 @@ Status = Literal["verified", "unverified", "skipped"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRecord:
-    """The outcome of a self-check, and its measurements if it came so far.
-
-    It is `unverified` where a number was beyond its limit, or the artifact could not be run.
-    """
+    """The outcome of a self-check (`unverified` if it failed), and its measurements if any."""
 
     status: Status
     reason: str = ""
@@ -42,16 +39,13 @@ class CheckRecord:
     @property
     def sentence(self) -> str:
         """Outcome and measurements in one line of printable characters."""
-        return printable(self._sentence())
-
-    def _sentence(self) -> str:
         if self.status == "skipped":
-            return f"Not checked: {self.reason}."
+            return printable(f"Not checked: {self.reason}.")
         verdict = self.status + (f", since {self.reason}" if self.reason else "")
         if not self.positions:
-            return f"Checked: {verdict}."
+            return printable(f"Checked: {verdict}.")
         compared = f" ({self.positions} compared)" if self.positions < self.tokens else ""
-        return (
+        return printable(
             f"Checked on {self.tokens} tokens{compared} in {self.engine}: "
             f"KL to the original {self.nats}; largest difference to the dequantized reference "
             f"{self.share} of the largest logit: {verdict}."
@@ -73,10 +67,8 @@ def skipped(reason: str) -> CheckRecord:
 
 
 NOT_ASKED_FOR = skipped("it was not asked for")
-
 SelfCheck = Callable[[Path], CheckRecord]
 """Checks an artifact that is complete, but not yet renamed to its target."""
-
 MANIFEST = "rgexport.json"
 CARD = "README.md"  # the model card; users may edit it
 COLUMNS = "columns"
@@ -87,10 +79,7 @@ ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}  # compute word → activat
 
 @dataclass(frozen=True)
 class StoredPart:
-    """The place of a part of a tensor: row-major, `shape` in items of `dtype`.
-
-    A tensor of floats or of a ggml type has one part, `data`.
-    """
+    """The place of a part of a tensor, such as `data`: row-major, `shape` in items of `dtype`."""
 
     file: str
     offset: int
@@ -210,11 +199,8 @@ class Manifest:
     @property
     def rounds_activations(self) -> bool:
         """Whether products with quantized weights round activations to int8, as llama.cpp's do."""
-        return not self.exact and any(
-            uniform.rounds_activations
-            for scheme in self.plan.values()
-            for uniform in scheme.uniform
-        )
+        uniform = (one for scheme in self.plan.values() for one in scheme.uniform)
+        return not self.exact and any(one.rounds_activations for one in uniform)
 
     @property
     def weighted(self) -> bool:
@@ -228,8 +214,7 @@ class Manifest:
         return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
-        fields: dict[str, Any] = to_json(self)
-        return fields
+        return dict(to_json(self))
 
 
 def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
@@ -239,8 +224,7 @@ def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    text = json.dumps(manifest.to_dict(), indent=1) + "\n"
-    write_file(folder / MANIFEST, [text.encode()])
+    write_file(folder / MANIFEST, [(json.dumps(manifest.to_dict(), indent=1) + "\n").encode()])
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,14 @@ def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
             byte_fallback=True,
         )
     )
-    engine.add_tokens([_added(piece) for piece in added.values()])
+    special = [p.type in (UNKNOWN, CONTROL) or is_markup(p.piece) for p in added.values()]
+    # Text matches after spaces became "▁", and markup before.
+    engine.add_tokens(
+        [
+            tokenizers.AddedToken(piece.piece, special=markup, normalized=not markup)
+            for piece, markup in zip(added.values(), special, strict=True)
+        ]
+    )
     engine.normalizer = _normalizer(model.normalizer_spec)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     engine.decoder = decoders.Sequence(steps)
@@ -182,8 +189,7 @@ def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
             pair=[bos, "$A", f"{bos}:1", "$B:1"],
             special_tokens=[(bos, tokens.bos.id)],
         )
-    frame: dict[str, Any] = json.loads(engine.to_str())
-    return frame
+    return dict(json.loads(engine.to_str()))
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
@@ -198,12 +204,6 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
         steps.append(normalizers.Prepend("▁"))
     spaces = normalizers.Replace(" ", "▁")
     return normalizers.Sequence([*steps, spaces]) if steps else spaces
-
-
-def _added(piece: Any) -> tokenizers.AddedToken:
-    """Matches text pieces after spaces became "▁", and markup before."""
-    special = piece.type in (UNKNOWN, CONTROL) or is_markup(piece.piece)
-    return tokenizers.AddedToken(piece.piece, special=special, normalized=not special)
 
 
 def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]:

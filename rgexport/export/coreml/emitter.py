@@ -24,18 +24,10 @@ from rgexport.export.program import Node, Value
 from rgexport.export.storage import with_groups
 from rgexport.quantize.scheme import Affine, Palette
 
-DTYPES = {
-    "float32": types.fp32,
-    "float16": types.fp16,
-    "int32": types.int32,
-    "bool": types.bool,
-    "int8": types.int8,
-    "uint8": types.uint8,
-    "int4": types.int4,
-    "uint4": types.uint4,
-}
 _CAST_NAMES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
-"""dtype → its name in `cast`."""
+DTYPES = {name: getattr(types, word) for name, word in _CAST_NAMES.items()} | {
+    name: getattr(types, name) for name in ("int8", "uint8", "int4", "uint4")
+}
 _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}
 
 
@@ -58,7 +50,11 @@ class Graph:
         """Adds an operation with one output, named after the site unless `name` is set."""
         key = (kind, name, *((k, _identity(v)) for k, v in sorted(arguments.items())))
         if key not in self._made:
-            name = name or self._unique(f"{self._site}_{kind}")
+            if name is None:
+                name = f"{self._site}_{kind}"
+                self._names[name] += 1
+                count = self._names[name]
+                name = name if count == 1 else f"{name}_{count - 1}"
             self._made[key] = getattr(mb, kind)(name=name, **arguments)
         return self._made[key]
 
@@ -81,11 +77,6 @@ class Graph:
 
     def concat(self, values: Sequence[Var], axis: int) -> Var:
         return values[0] if len(values) == 1 else self.op("concat", values=values, axis=axis)
-
-    def _unique(self, name: str) -> str:
-        self._names[name] += 1
-        count = self._names[name]
-        return name if count == 1 else f"{name}_{count - 1}"
 
 
 def _identity(argument: Any) -> object:

@@ -9,7 +9,6 @@ from rgexport.errors import RequestError
 from rgexport.export.coreml.manifest import (
     CoreMLManifest,
     CoreMLRecord,
-    Shape,
     io_record,
     state_records,
 )
@@ -29,9 +28,7 @@ from rgexport.export.mil.package import open_package
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
-from rgexport.quantize.scheme import Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
 _TOOLS = ("torch", "coremltools", "numpy")
@@ -54,7 +51,14 @@ def export_coreml(
     config, form = checkpoint.config, options.form
     plan = options.resolve_plan(config)
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-    split = _split(config, plan, shapes, options.split)
+    split: tuple[int, ...] = ()
+    if options.split is not None:
+        tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors
+        sizes = {
+            name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
+            for name, stored in tensors.items()
+        }
+        split = split_by_size(config.num_layers, sizes, options.split)
     plans = packages(config.num_layers, split)
     storage = CoreMLStorage(plan, shapes, plans)
 
@@ -89,19 +93,6 @@ def export_coreml(
         force=force,
         check=check,
     )
-
-
-def _split(
-    config: GriffinConfig, plan: Plan, shapes: Mapping[str, Shape], limit: int | None
-) -> tuple[int, ...]:
-    if limit is None:
-        return ()
-    tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors
-    sizes = {
-        name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
-        for name, stored in tensors.items()
-    }
-    return split_by_size(config.num_layers, sizes, limit)
 
 
 def _require_sound_package(

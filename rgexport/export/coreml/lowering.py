@@ -209,7 +209,10 @@ def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
     tokens, width = x.shape[1:]
-    cos, sin = _rotation(g, positions, dims, node.attributes["theta"])
+    position = g.reshape(g.cast(positions, "float32"), 1, tokens, 1, 1)
+    frequencies = rope_frequencies(dims, node.attributes["theta"]).numpy().reshape(1, 1, 1, -1)
+    angles = g.op("mul", x=position, y=frequencies)
+    cos, sin = g.op("cos", x=angles), g.op("sin", x=angles)
     heads = g.cast(g.reshape(x, 1, tokens, width // head_dim, head_dim), "float32")
     half = dims // 2
     first, second = g.slice(heads, 0, half, 3), g.slice(heads, half, dims, 3)
@@ -221,14 +224,6 @@ def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
         rotated.append(g.slice(heads, dims, head_dim, 3))
     turned = g.reshape(g.concat(rotated, 3), 1, tokens, width)
     return [g.cast(turned, node.outputs[0].dtype)]
-
-
-def _rotation(g: CoreMLEmitter, positions: Var, dims: int, theta: float) -> tuple[Var, Var]:
-    """Cosines and sines [1, T, 1, dims / 2] from the reference's own frequencies."""
-    position = g.reshape(g.cast(positions, "float32"), 1, positions.shape[1], 1, 1)
-    frequencies = rope_frequencies(dims, theta).numpy().reshape(1, 1, 1, -1)
-    angles = g.op("mul", x=position, y=frequencies)
-    return g.op("cos", x=angles), g.op("sin", x=angles)
 
 
 def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:

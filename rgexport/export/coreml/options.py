@@ -10,7 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.export.coreml.manifest import Form
 from rgexport.export.request import FolderOptions, require_word
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     choose_scheme,
@@ -22,16 +22,12 @@ from rgexport.quantize.plan import (
 from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 
 DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
-_EMBEDDINGS = {"int4": "int8", "pal4": "int8"}
 _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLOptions(FolderOptions):
-    """Stores scales, tables and biases of linears in the dtype of `compute`; see `Form`.
-
-    A package has at most `split` bytes of weights.
-    """
+    """Stores scales, tables and biases in the dtype of `compute`; `split` is in bytes."""
 
     prefill_length: int = DEFAULT_PREFILL_LENGTH
     all_logits: bool = False
@@ -48,7 +44,7 @@ class CoreMLOptions(FolderOptions):
 
     @property
     def defaults(self) -> tuple[str, Mapping[str, str]]:
-        return DEFAULT_PRECISION, _EMBEDDINGS
+        return DEFAULT_PRECISION, {"int4": "int8", "pal4": "int8"}
 
     @property
     def compute_word(self) -> str:
@@ -62,19 +58,19 @@ class CoreMLOptions(FolderOptions):
         """Makes the plan: schemes fitted to the shapes, a user's too, in the dtype of `compute`."""
         plan = self.plan or make_plan(config, *self._schemes())
         plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
-        tensors = model_tensors(config)
-        return {name: self._resolve(name, scheme, tensors) for name, scheme in plan.items()}
+        dtype, tensors = _DTYPES[self.compute_word], model_tensors(config)
+        resolved: dict[str, Scheme] = {}
+        for name, scheme in plan.items():
+            if tensors[name].role in QUANTIZABLE:
+                self._require_computable(f"the plan stores {name}", scheme)
+                resolved[name] = scheme.fitted(tensors[name].shape).with_dtype(dtype)
+            else:
+                resolved[name] = Float(dtype if is_linear_bias(name, tensors) else "float32")
+        return resolved
 
     def _schemes(self) -> tuple[Scheme, Scheme]:
         choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
         return choose_schemes(self.precisions, choose, self.block_size, self.symmetric)
-
-    def _resolve(self, name: str, scheme: Scheme, tensors: dict[str, TensorSpec]) -> Scheme:
-        dtype, spec = _DTYPES[self.compute_word], tensors[name]
-        if spec.role in QUANTIZABLE:
-            self._require_computable(f"the plan stores {name}", scheme)
-            return scheme.fitted(spec.shape).with_dtype(dtype)
-        return Float(dtype if is_linear_bias(name, tensors) else "float32")
 
     def _require_computable(self, subject: str, scheme: Scheme) -> None:
         """MIL's `linear` takes weights of the dtype of its activations."""

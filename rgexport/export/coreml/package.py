@@ -7,6 +7,7 @@ one table. A cut is a hidden state: an output of one package and an input of the
 import hashlib
 import json
 import uuid
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,10 +32,6 @@ def model_file(package: str = PACKAGE) -> str:
 
 def weight_file(package: str = PACKAGE) -> str:
     return f"{package}/Data/{_AUTHOR}/weights/weight.bin"
-
-
-def manifest_file(package: str = PACKAGE) -> str:
-    return f"{package}/Manifest.json"
 
 
 _ITEMS = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
@@ -62,7 +59,7 @@ def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
         "rootModelIdentifier": identifiers["model.mlmodel"],
     }
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
-    (folder / manifest_file(name)).write_text(text, "utf-8")
+    (folder / name / "Manifest.json").write_text(text, "utf-8")
 
 
 DECODE, PREFILL = "decode", "prefill"
@@ -209,14 +206,10 @@ def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tupl
                 "it in fewer bits"
             )
     fewest = len(_groups(layers, limit))
-    low, high = max(layers), limit
-    while low < high:
-        middle = (low + high) // 2
-        if len(_groups(layers, middle)) > fewest:
-            low = middle + 1
-        else:
-            high = middle
-    return tuple(_groups(layers, low))
+    smallest = bisect_left(
+        range(limit + 1), -fewest, max(layers), key=lambda most: -len(_groups(layers, most))
+    )
+    return tuple(_groups(layers, smallest))
 
 
 def layer_of(name: str) -> int | None:

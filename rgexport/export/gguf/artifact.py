@@ -190,16 +190,15 @@ def _manifest(
         schemes = _read_schemes(header)
     except Mismatch as error:
         raise _damaged(header.path, str(error)) from None
-    name = header.path.name
-    stored = {
-        canonical: _stored(header, tensors[canonical], schemes)
-        for canonical in model_tensors(embedded.config)
-    }
+    name, stored = header.path.name, {}
+    for canonical in model_tensors(embedded.config):
+        tensor = tensors[canonical]
+        scheme = schemes[tensor.name]
+        ((dtype, shape),) = scheme.part_shapes(tensor.canonical_shape).values()
+        part = StoredPart(name, header.tensors[tensor.name].offset, dtype, shape)
+        stored[canonical] = StoredTensor(tensor.canonical_shape, scheme, {"data": part})
     return GgufManifest(
-        name=embedded.name,
-        created_with=embedded.created_with,
-        source=embedded.source,
-        config=embedded.config,
+        **vars(embedded),
         precision=_FILE_TYPES[header.values[integrity.FILE_TYPE]],
         compute="fp32",
         exact=False,
@@ -207,20 +206,11 @@ def _manifest(
         tensors=stored,
         states=(),
         io=IoRecord((), ()),
-        instruction_tuned=embedded.instruction_tuned,
-        asked_for=embedded.asked_for,
         files={name: FileRecord(digest, header.path.stat().st_size)},
         check=check,
         pieces=len(header.values.get(_TOKENS, ())),
         imatrix="quantize.imatrix.file" in header.values,
     )
-
-
-def _stored(header: GgufHeader, tensor: FileTensor, schemes: Mapping[str, Ggml]) -> StoredTensor:
-    scheme = schemes[tensor.name]
-    ((dtype, shape),) = scheme.part_shapes(tensor.canonical_shape).values()
-    part = StoredPart(header.path.name, header.tensors[tensor.name].offset, dtype, shape)
-    return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
 
 
 def algorithms_text(schemes: Mapping[str, Ggml]) -> str:
@@ -241,12 +231,11 @@ def _read_schemes(header: GgufHeader) -> dict[str, Ggml]:
     algorithms = {} if text is None else from_json(dict[str, str], parse_json(text))
     if not integrity.has_original_types(header):
         algorithms = {}
-    fields = {
-        name: {"type": tensor.type.name, "algorithm": algorithms.get(name, _OWN)}
-        for name, tensor in header.tensors.items()
-    }
     try:
-        return {name: Ggml.from_dict(values) for name, values in fields.items()}
+        return {
+            name: Ggml.from_dict({"type": t.type.name, "algorithm": algorithms.get(name, _OWN)})
+            for name, t in header.tensors.items()
+        }
     except RequestError as error:
         raise Mismatch(f"{ALGORITHMS_KEY}: {error}") from None
 

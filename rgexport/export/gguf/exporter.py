@@ -5,10 +5,8 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,14 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
-from rgexport._version import __version__
+from rgexport.export.folder import common_fields
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
 from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, architecture
 from rgexport.export.gguf.options import GgufOptions, GgufStorage
 from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from rgexport.export.manifest import SelfCheck, Source
+from rgexport.export.manifest import SelfCheck
 from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
 from rgexport.export.storage import aligned, in_order, slab_bytes
 from rgexport.files.hashing import remember_hashes
@@ -61,6 +59,7 @@ def metadata(
     if vocabulary is not None:
         special = vocabulary.control.special
         template = chosen_template(folder_of(checkpoint), special, checkpoint.name)
+    embedded = EmbeddedManifest(**common_fields(checkpoint, hashes, ("gguf", "numpy")))
     return [
         *_general(checkpoint),
         *(
@@ -68,7 +67,7 @@ def metadata(
             for key, value in architecture(checkpoint.config).items()
         ),
         *tokenizer_values(vocabulary, template),
-        KeyValue(MANIFEST_KEY, json.dumps(to_json(_manifest(checkpoint, hashes))), Kind.STRING),
+        KeyValue(MANIFEST_KEY, json.dumps(to_json(embedded)), Kind.STRING),
     ]
 
 
@@ -128,18 +127,6 @@ def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Ite
         yield KeyValue("tokenizer.chat_template", template, Kind.STRING)
 
 
-def _manifest(checkpoint: Checkpoint, hashes: FileHashes) -> EmbeddedManifest:
-    tools = {name: version(name) for name in ("gguf", "numpy")}
-    return EmbeddedManifest(
-        name=checkpoint.name,
-        created_with={"rgexport": __version__, "python": platform.python_version()} | tools,
-        source=Source(checkpoint.layout, checkpoint.name, hashes),
-        config=checkpoint.config,
-        instruction_tuned=checkpoint.instruction_tuned,
-        asked_for=checkpoint.asked_for,
-    )
-
-
 QUANTIZATION_VERSION = 2  # ggml.h's `GGML_QNT_VERSION`
 _HEADER_BYTES = 32 << 20  # upper bound of the header: a vocabulary of 256k takes 7 MB
 Job = Callable[[], tuple[bytes, int]]
@@ -172,7 +159,9 @@ def export_gguf(
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
-    require_free_disk(target.resolve().parent, _data_bytes(storage) + _HEADER_BYTES)
+    sizes = (_tensor_bytes(tensor, storage.types[tensor.name]) for tensor in storage.tensors)
+    data_bytes = sum(aligned(size, ALIGNMENT) for size in sizes)
+    require_free_disk(target.resolve().parent, data_bytes + _HEADER_BYTES)
     expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
@@ -218,11 +207,6 @@ def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
     yield KeyValue(integrity.FILE_TYPE, storage.file_type.value, Kind.UINT32)
     for key, value in (storage.imatrix.metadata() if storage.imatrix else {}).items():
         yield KeyValue(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
-
-
-def _data_bytes(storage: GgufStorage) -> int:
-    sizes = (_tensor_bytes(tensor, storage.types[tensor.name]) for tensor in storage.tensors)
-    return sum(aligned(size, ALIGNMENT) for size in sizes)
 
 
 def _tensor_bytes(tensor: FileTensor, kind: str) -> int:

@@ -1,17 +1,16 @@
 """Maps a Griffin model to a GGUF file: hyperparameters, and names and shapes of the tensors.
 
-Names follow llama.cpp's for other hybrid models. In addition to `export.transforms`, the blocks of
-the gates are transposed, because ggml multiplies by rows.
+Names follow llama.cpp's for other hybrid models. The blocks of the gates are transposed, because
+ggml multiplies by rows.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from rgexport.export.storage import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, TensorSpec, all_ops, model_tensors
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, all_ops, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
 CONTEXT_LENGTH = 1 << 20
@@ -41,7 +40,7 @@ _LAYER: dict[str, str] = {
 
 def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
     """Returns the metadata from which llama.cpp builds the graph, in the file's order."""
-    sizes = {
+    pairs: dict[str, int | float | list[int]] = {
         "vocab_size": c.vocab_size,
         "context_length": CONTEXT_LENGTH,
         "embedding_length": c.width,
@@ -57,16 +56,12 @@ def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
         "ssm.state_size": 1,
         "ssm.group_count": 0,
         "ssm.time_step_rank": c.lru_heads,
-    }
-    factors = {
         "attention.layer_norm_rms_epsilon": c.rms_eps,
         "rope.freq_base": c.rope_theta,
         "final_logit_softcapping": c.soft_cap,
         "embedding_scale": c.embedding_scale,
+        "attention.head_count_kv": [int(kind == "attention") for kind in c.block_types],
     }
-    key_heads = [int(kind == "attention") for kind in c.block_types]
-    pairs: dict[str, int | float | list[int]]
-    pairs = {**sizes, **factors, "attention.head_count_kv": key_heads}
     return {f"{ARCHITECTURE}.{key}": value for key, value in pairs.items()}
 
 
@@ -84,35 +79,19 @@ class FileTensor:
 
 def file_tensors(config: GriffinConfig) -> list[FileTensor]:
     """Returns all tensors in llama.cpp's order: globals, then by layer and name."""
-    tensors = []
+    tensors: dict[tuple[int, str], FileTensor] = {}
     for canonical, spec in model_tensors(config).items():
-        name, transform = _name(canonical), _transform(spec)
-        shape = _without_leading_ones(transform.shape(spec.shape))
+        is_gate_bias = spec.role == "gate" and len(spec.shape) == 2
+        transform = _GATE_BIAS if is_gate_bias else _TRANSFORMS.get(spec.role, PLAIN)
+        shape = transform.shape(spec.shape)
+        while len(shape) > 1 and shape[0] == 1:  # ggml does not count these
+            shape = shape[1:]
         # To ggml a matrix of one row is a vector, which is never quantized.
         quantizable = spec.role in QUANTIZABLE and len(shape) > 1
-        tensors.append(FileTensor(canonical, name, spec.shape, shape, quantizable, transform))
-    return sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
-
-
-def _name(canonical: str) -> str:
-    if canonical in _GLOBAL:
-        return _GLOBAL[canonical]
-    _, index, local = canonical.split(".", 2)
-    return f"blk.{index}.{_LAYER[local]}"
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _transform(spec: TensorSpec) -> Transform:
-    if spec.role == "gate" and len(spec.shape) == 2:
-        return _GATE_BIAS
-    return _TRANSFORMS.get(spec.role, PLAIN)
-
-
-def _without_leading_ones(shape: Shape) -> Shape:
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+        layer, name = -1, _GLOBAL.get(canonical)
+        if name is None:
+            _, index, local = canonical.split(".", 2)
+            layer, name = int(index), f"blk.{index}.{_LAYER[local]}"
+        tensor = FileTensor(canonical, name, spec.shape, shape, quantizable, transform)
+        tensors[layer, name] = tensor
+    return [tensors[key] for key in sorted(tensors)]

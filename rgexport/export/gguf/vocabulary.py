@@ -95,13 +95,8 @@ def _make(
         raise RequestError(f"{path} has a token whose score is no number")
     if len(set(tokens)) != len(tokens):
         raise RequestError(f"{path} has the same token twice; llama.cpp cannot load that")
-    return Vocabulary(
-        tokens=tokens,
-        scores=np.array(scores, np.float32),
-        types=np.array(types, np.int32),
-        control=control,
-        add_space_prefix=add_space_prefix,
-    )
+    numbers = np.array(scores, np.float32), np.array(types, np.int32)
+    return Vocabulary(tokens, *numbers, control, add_space_prefix)
 
 
 def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:

@@ -177,18 +177,17 @@ def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator
     except ValueError as error:
         yield f"its metadata are damaged: {error}"
         return
+
+    def digest(value: FileValue) -> str:
+        path, start = _location(package, value)
+        return hash_file(path, start=start, length=value.type.nbytes).sha256[:_DIGEST_LENGTH]
+
     values = set(blobs.values())
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda value: _short_digest(package, value), values)
-        actual = dict(zip(values, digests, strict=True))
+        actual = dict(zip(values, pool.map(digest, values), strict=True))
     for name in dict.fromkeys([*blobs, *expected]):
         if name not in blobs or actual[blobs[name]] != expected.get(name):
             yield f"{name} was altered (its hash differs)"
-
-
-def _short_digest(package: Package, value: FileValue) -> str:
-    path, start = _location(package, value)
-    return hash_file(path, start=start, length=value.type.nbytes).sha256[:_DIGEST_LENGTH]
 
 
 def _read_digests(package: Package) -> dict[str, str]:

@@ -193,15 +193,11 @@ def _message_package() -> str:
 
 def decode_functions(program: Any) -> dict[str, Function]:
     """Decodes the functions of a `Program` message; raises Damaged if it contradicts itself."""
-    return {name: _function(name, message) for name, message in _sorted(program.functions)}
-
-
-def _sorted(entries: Any) -> list[tuple[str, Any]]:
-    return sorted(entries.items(), key=lambda entry: entry[0])
+    return {name: _function(name, message) for name, message in sorted(program.functions.items())}
 
 
 def _function(name: str, message: Any) -> Function:
-    blocks = dict(_sorted(message.block_specializations))
+    blocks = dict(sorted(message.block_specializations.items()))
     if message.opset not in blocks:
         raise Damaged(f"function {name} has nothing for its opset {message.opset!r}")
     inputs: dict[str, TensorType] = {}
@@ -221,15 +217,17 @@ def _operations(where: str, block: Any) -> tuple[Operation, ...]:
 
 
 def _operation(where: str, message: Any) -> Operation:
-    attributes = dict(_sorted(message.attributes))
-    name = _text(attributes.pop("name", None))
+    attributes = dict(sorted(message.attributes.items()))
+    named = attributes.pop("name", None)
+    strings = named.immediateValue.tensor.strings.values if named is not None else ()
+    name = strings[0] if strings else ""
     label = f"{where}: {message.type} {name or ','.join(v.name for v in message.outputs)}"
     return Operation(
         type=message.type,
         name=name,
         inputs={
             parameter: tuple(_binding(f"{label}, {parameter}", b) for b in argument.arguments)
-            for parameter, argument in _sorted(message.inputs)
+            for parameter, argument in sorted(message.inputs.items())
         },
         outputs=tuple((v.name, _type(f"{label}, {v.name}", v.type)) for v in message.outputs),
         attributes={key: _constant(f"{label}, {key}", value) for key, value in attributes.items()},
@@ -237,15 +235,9 @@ def _operation(where: str, message: Any) -> Operation:
     )
 
 
-def _text(value: Any) -> str:
-    strings = value.immediateValue.tensor.strings.values if value is not None else ()
-    return strings[0] if strings else ""
-
-
 def _binding(where: str, message: Any) -> Value:
-    if message.WhichOneof("binding") == "value":
-        return _constant(where, message.value)
-    return Name(message.name)
+    is_value = message.WhichOneof("binding") == "value"
+    return _constant(where, message.value) if is_value else Name(message.name)
 
 
 def _constant(where: str, message: Any) -> Constant:

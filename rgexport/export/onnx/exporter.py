@@ -55,10 +55,6 @@ class OnnxStorage:
             self.tensors |= stored
             self.sizes[allocator.file] = aligned(allocator.size, _ALIGNMENT)
 
-    @property
-    def size(self) -> int:
-        return sum(self.sizes.values())
-
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> None:
@@ -125,7 +121,7 @@ def export_onnx(
         checkpoint,
         target,
         write_model,
-        data_bytes=storage.size,
+        data_bytes=sum(storage.sizes.values()),
         tools=_TOOLS,
         force=force,
         check=check,

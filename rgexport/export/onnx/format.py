@@ -32,7 +32,7 @@ from rgexport.export.onnx.model_file import (
     read_model,
     weight_files,
 )
-from rgexport.export.program import Node, StepProgram, Value
+from rgexport.export.program import StepProgram, Value
 from rgexport.export.storage import part_shapes_by_group
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import state_specs
@@ -66,16 +66,12 @@ def with_interface(program: StepProgram) -> StepProgram:
     def resized(value: Value) -> Value:
         return shaped.get(value.name, value)
 
-    def resized_node(node: Node) -> Node:
+    nodes = []
+    for node in program.nodes:
         inputs = tuple(value and resized(value) for value in node.inputs)
-        return replace(node, inputs=inputs, outputs=tuple(map(resized, node.outputs)))
-
-    return replace(
-        program,
-        states={name: (resized(a), resized(b)) for name, (a, b) in program.states.items()},
-        nodes=tuple(map(resized_node, program.nodes)),
-        logits=resized(program.logits),
-    )
+        nodes.append(replace(node, inputs=inputs, outputs=tuple(map(resized, node.outputs))))
+    states = {name: (resized(a), resized(b)) for name, (a, b) in program.states.items()}
+    return replace(program, states=states, nodes=tuple(nodes), logits=resized(program.logits))
 
 
 def graph_interface(
@@ -167,14 +163,12 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 
 def is_storable(scheme: Scheme) -> bool:
     """Whether ONNX has the scheme: floats, or blocks of some sizes and bits."""
-    return all(map(_is_storable, scheme.uniform))
-
-
-def _is_storable(scheme: Uniform) -> bool:
-    if isinstance(scheme, Affine):
-        has_bits = scheme.bits in BITS and (scheme.bits > 3 or scheme.symmetric)
-        return scheme.block in BLOCKS and has_bits
-    return isinstance(scheme, Float)
+    return all(
+        one.block in BLOCKS and one.bits in BITS and (one.bits > 3 or one.symmetric)
+        if isinstance(one, Affine)
+        else isinstance(one, Float)
+        for one in scheme.uniform
+    )
 
 
 _DESKTOP = """\

@@ -32,29 +32,11 @@ def write_genai_config(
     folder: Path, config: GriffinConfig, ids: ControlIds, files: Iterable[str]
 ) -> None:
     """Writes `genai_config.json`; it names our kernels if they are among the artifact's `files`."""
-    fields = _genai_config(config, ids)
-    if kernels := kernels_among(files):
-        fields["model"]["decoder"]["session_options"]["custom_ops_library"] = kernels
-    _write_json(folder / GENAI_CONFIG, fields)
-
-
-def kernels_among(files: Iterable[str]) -> str | None:
-    """Returns the file of native kernels, made for any system, or None if there is none."""
-    return next((name for name in sorted(files) if Path(name).stem == library.LIBRARY.stem), None)
-
-
-def require_kernels() -> Path:
-    """Returns the library of kernels for this machine; raises RequestError without one."""
-    path = library.library()
-    if path is None:
-        raise RequestError(
-            f"--genai-native copies the native kernels, but {library.kernels().reason}; "
-            "or leave it out, and onnxruntime-genai runs its own"
-        )
-    return path
-
-
-def _genai_config(config: GriffinConfig, ids: ControlIds) -> dict[str, Any]:
+    # 0 is ONNX Runtime's own choice; genai's is half of it on machines with two processors.
+    options: dict[str, Any] = {"provider_options": [], "intra_op_num_threads": 0}
+    for name in sorted(files, reverse=True):
+        if Path(name).stem == library.LIBRARY.stem:  # made for any system
+            options["custom_ops_library"] = name
     decoder = {
         "filename": MODEL_FILE,
         "head_size": config.head_dim,
@@ -62,8 +44,7 @@ def _genai_config(config: GriffinConfig, ids: ControlIds) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": 1,
         "num_hidden_layers": config.num_layers,
-        # 0 is ONNX Runtime's own choice; genai's is half of it on machines with two processors.
-        "session_options": {"provider_options": [], "intra_op_num_threads": 0},
+        "session_options": options,
         "inputs": {
             "input_ids": "input_ids",
             "position_ids": "position_ids",
@@ -85,7 +66,18 @@ def _genai_config(config: GriffinConfig, ids: ControlIds) -> dict[str, Any]:
     }
     # Version 0.14 demands the last one.
     search = {"do_sample": False, "max_length": _LENGTH, "past_present_share_buffer": True}
-    return {"model": model, "search": search}
+    _write_json(folder / GENAI_CONFIG, {"model": model, "search": search})
+
+
+def require_kernels() -> Path:
+    """Returns the library of kernels for this machine; raises RequestError without one."""
+    path = library.library()
+    if path is None:
+        raise RequestError(
+            f"--genai-native copies the native kernels, but {library.kernels().reason}; "
+            "or leave it out, and onnxruntime-genai runs its own"
+        )
+    return path
 
 
 def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
