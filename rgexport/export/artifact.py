@@ -25,10 +25,7 @@ from rgexport.quantize.scheme import Parts
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model: a folder with its manifest, or one GGUF file (see `export.gguf`).
-
-    `allow_foreign`: whether an engine may run a graph with ops that rgexport does not write.
-    """
+    """An exported model; with `allow_foreign`, engines may run ops that rgexport does not write."""
 
     path: Path
     manifest: Manifest
@@ -116,7 +113,6 @@ class Artifact:
 
     @property
     def _sealed(self) -> dict[str, FileRecord]:
-        """The files that must be as they were exported."""
         return {name: record for name, record in self.manifest.files.items() if name != CARD}
 
     def _wrong_sizes(self) -> Iterator[str]:

@@ -63,8 +63,6 @@ At the end of the export, on {tokens} tokens in {engine}, against float32 refere
 
 @dataclass(frozen=True)
 class Share:
-    """The tensors of one role that are stored by one scheme."""
-
     role: str
     scheme: str
     tensors: int
@@ -81,7 +79,6 @@ def shares(manifest: Manifest) -> list[Share]:
 
 
 def group_shares(tensors: Iterable[Share]) -> list[Share]:
-    """Adds up the shares of one tensor each, by role and scheme."""
     totals: dict[tuple[str, str], Counter[str]] = {}
     for tensor in tensors:
         total = totals.setdefault((tensor.role, tensor.scheme), Counter())

@@ -23,7 +23,6 @@ from rgexport.reporting.tables import Row, Table, render
 from rgexport.units import amount
 
 Description = dict[str, Any]
-"""Plain JSON. `kind` is `checkpoint` or the artifact's. Scripts rely on the names of fields."""
 _NUMBERS = ("tensors", "weights", "size", "bits/weight")
 _TUNED = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
 _CLOSING = {
@@ -36,11 +35,7 @@ _CLOSING = {
 
 
 def describe(path: str | None, *, size: str | None = None, verify: bool = False) -> Description:
-    """Describes an artifact, Core ML package or checkpoint, or the checkpoint of a size.
-
-    `verify` reads every byte. Faults in the tensors of a checkpoint, or in a package, are listed
-    under `problems`; a damaged artifact raises RequestError.
-    """
+    """Describes a model, artifact or package; `verify` reads every byte."""
     if path is not None and size is None:
         if means_artifact(Path(path)):
             return _describe_artifact(open_artifact(Path(path), verify=verify), verify)
@@ -213,7 +208,6 @@ def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
 
 
 def _state_rows(d: Description) -> Iterator[Row]:
-    """Yields one row for all layers with the same state."""
     layers: dict[Row, list[str]] = {}
     for state in d["states"]:
         _, index, kind = state["name"].split(".")

@@ -31,8 +31,7 @@ _GRAPH_BYTES = 64 << 20
 """Upper bound of what is neither weights nor the checkpoint's: `tokenizer.json` has 33 MB."""
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
-"""Writes the model into a folder from the manifest's common fields and the control tokens' ids;
-returns the manifest without the hashes of the files."""
+"""Writes a model, from the manifest's common fields and the ids of control tokens."""
 
 
 def export_folder(
@@ -45,11 +44,7 @@ def export_folder(
     force: bool,
     check: SelfCheck | None,
 ) -> Path:
-    """Makes the folder `target`, which appears when it is complete and was checked.
-
-    `data_bytes` is the size of the weights as stored; the versions of `tools` are recorded. Raises
-    RequestError: an unsound checkpoint (all problems at once), a bad target, too little disk.
-    """
+    """Makes the folder `target`, which appears when it is complete and was checked."""
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")

@@ -34,8 +34,6 @@ def installation(extra: str = "") -> str:
 
 
 class Format(ABC):
-    """A kind of artifact."""
-
     precisions: Collection[str] = ()  # words of `--precision`
     planned_precisions: Collection[str] = ()  # words for artifacts that were made by a plan
     runs_on: str = ""

@@ -28,8 +28,6 @@ _NEUTRAL = {".gitattributes", CARD}  # files that a repository may have before i
 
 @dataclass(frozen=True)
 class HubName:
-    """`owner/name`, perhaps with the path of a GGUF file in it, and a branch, tag or commit."""
-
     id: str
     file: str | None
     revision: str | None
@@ -53,21 +51,13 @@ def parse(path: PurePath | str) -> HubName:
 
 
 def fetch_artifact(path: Path | str) -> Path:
-    """Returns the local copy of an artifact below `HF_HOME`, a folder or a GGUF file.
-
-    A complete copy is used without asking the network; an interrupted download goes on. Raises
-    RequestError: no such artifact, no permission, no network, or no disk space.
-    """
+    """Returns the local copy below `HF_HOME`; a complete one without asking the network."""
     name = parse(path)
     return _complete(name) or _download(name)
 
 
 def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    """Uploads an artifact in one commit to `owner/name`, made if need be; returns its address.
-
-    Files of an earlier artifact there are removed; those of others stay, and need `force`. Raises
-    RequestError: no such name, no permission, no network, or a repository of something else.
-    """
+    """Uploads in one commit, and removes an earlier artifact's files; returns the address."""
     name = parse(repo)
     if name.file or name.revision:
         raise RequestError(f"{repo} is no repository; expected owner/name")

@@ -132,8 +132,7 @@ class StateRecord:
 
     Layouts: `canonical` is oldest first. In a `ring`, position p is in slot p modulo the window.
     A `row` is one of a matrix with a row for each recurrent layer. A `pair` is two float16 states,
-    named by `input` and `output`; the second is the rounding error of the first, times 2048.
-    `hilo` is a row of such a pair.
+    the second the rounding error of the first, times 2048; `hilo` is a row of such a pair.
     """
 
     name: str
@@ -155,8 +154,6 @@ class ValueRecord:
 
 @dataclass(frozen=True)
 class IoRecord:
-    """All inputs and outputs of the graph, in its order."""
-
     inputs: tuple[ValueRecord, ...]
     outputs: tuple[ValueRecord, ...]
 
@@ -193,7 +190,6 @@ class Manifest:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the artifact has a tokenizer; without, it takes token ids only."""
         return any(name in TOKENIZERS for name in self.files)
 
     @property
@@ -204,7 +200,6 @@ class Manifest:
 
     @property
     def weighted(self) -> bool:
-        """Whether an importance matrix was used to round the weights."""
         return False
 
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
@@ -218,7 +213,6 @@ class Manifest:
 
 
 def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
-    """One phrase for how an artifact stores weights and computes."""
     rounded = " (int8 in products)" if rounds_activations else ""
     return f"{precision} weights, {compute} activations{rounded}"
 
@@ -229,8 +223,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class Identity:
-    """The facts that must be equal to continue a state; engine and precision may differ."""
-
     name: str  # the model's name, only for messages
     weights: str  # a hash of the original checkpoint's files
     window: int  # tokens that local attention sees

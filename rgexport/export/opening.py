@@ -19,9 +19,8 @@ def open_artifact(
 ) -> Artifact:
     """Opens an artifact, a file or package in its folder, or `hf:owner/name`; checks its files.
 
-    Names, sizes and headers are always checked; hashes where a file was not seen before in this
-    state (size, mtime, ctime), and of all files with `verify`. An edited card and added files are
-    only noted. With `allow_foreign`, engines may run ops that rgexport does not write.
+    Hashes are checked where a file was not seen before in this state, and of all with `verify`.
+    With `allow_foreign`, engines may run ops that rgexport does not write.
 
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing or altered.

@@ -17,8 +17,6 @@ GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a checkpoint, in the hub's names; fields are None if unknown."""
-
     hub_id: str | None  # such as `google/recurrentgemma-2b`
     licence: str | None  # the hub's name of it, such as `gemma`
 

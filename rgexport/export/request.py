@@ -32,7 +32,6 @@ def bytes_of(flag: str, text: str) -> float:
 
 
 def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> str | None:
-    """Returns the precision that `--precision`, `--int4` and `--int8` name, if any."""
     flags = [name for name, is_set in (("int4", int4), ("int8", int8)) if is_set]
     named = {*flags, *([precision] if precision else [])}
     if len(named) > 1:
@@ -67,11 +66,7 @@ def algorithm_word(
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions(ABC):
-    """The options that exports to folders share; None stands for a default.
-
-    `block_size` and `symmetric` are of the linears, and of an embedding of the same precision;
-    `plan` replaces all fields but `compute`.
-    """
+    """The options that exports to folders share; `plan` replaces all but `compute`."""
 
     precision: str | None = None
     compute: str | None = None

@@ -1,10 +1,7 @@
 """The layout of weights in data files, and the writer that fills them.
 
-The layout is known before the first weight is read. The writer then streams: each slab is read,
-encoded and written at its own offset, several at a time.
-
-A tensor with several row groups has a matrix for each. The names of its parts begin with the
-number of the group: `0.data`, `0.scales`, `1.data`, and so on.
+Each slab is read, encoded and written at its own offset, several at a time. A tensor with several
+row groups has a matrix for each; the group's number begins its parts' names: `0.data`, `0.scales`.
 """
 
 from collections import deque
@@ -34,10 +31,7 @@ def _same(rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """Maps rows of a checkpoint to rows of the file and back; `shape` maps the canonical shape.
-
-    A graph need not compute these for every token. All are float32.
-    """
+    """Maps float32 rows of a checkpoint to rows of the file and back, and the canonical shape."""
 
     store: _Values = _same
     restore: _Values = _same
@@ -64,10 +58,7 @@ DECAY = Transform(_decay, _a_param)
 
 @dataclass(frozen=True)
 class StoredGroup:
-    """Some rows of a tensor, None for all; `prefix` begins the names of its parts there.
-
-    `label` is the scheme for people: `int8/128 (1,024 rows)`.
-    """
+    """Some `rows` of a tensor (None: all), and the `prefix` of their parts' names there."""
 
     prefix: str
     stored: StoredTensor
@@ -75,14 +66,12 @@ class StoredGroup:
     rows: np.ndarray | None = None
 
     def run(self, start: int, stop: int) -> tuple[int, int]:
-        """Returns the group's range of rows among the tensor's rows `start` to `stop`."""
         if self.rows is None:
             return start, stop
         first, last = np.searchsorted(self.rows, [start, stop]).tolist()
         return first, last
 
     def chosen(self, start: int, stop: int) -> slice | np.ndarray:
-        """Returns the group's rows as an index of the tensor's rows `start` to `stop`."""
         if self.rows is None:
             return slice(None)
         return self.rows[slice(*self.run(start, stop))] - start
@@ -154,8 +143,6 @@ def aligned(size: int, alignment: int) -> int:
 
 @dataclass
 class OffsetAllocator:
-    """Assigns offsets in a data file; parts begin `header` bytes after aligned offsets."""
-
     file: str
     alignment: int
     size: int = 0
@@ -182,10 +169,7 @@ def fill(
     encode: Encode,
     written: Callable[[str, Parts], None] = lambda name, slab: None,
 ) -> None:
-    """Writes every weight into the files in `folder`, which exist and have their sizes.
-
-    `written` is called for each slab with the tensor's name and the parts, in order.
-    """
+    """Writes weights into files of the right size; `written` gets each slab's name and parts."""
     total = sum(weights[name].nbytes for name in tensors)
     slabs = (
         partial(_write_slab, folder, name, stored, weights[name], encode, *bounds)

@@ -1,8 +1,6 @@
 """Completes an artifact's tokenizer for programs that read no SentencePiece model.
 
-Control tokens and the chat template become those of `rgexport chat`, so that all programs read the
-same ids. `tokenizer.json` has 256,000 pieces and half a million merges, which are written one by
-one: the library that reads them would take 250 MB for them.
+Merges are written one by one: the library that reads them would take 250 MB for them.
 """
 
 import json
@@ -57,7 +55,6 @@ class ControlIds:
     pad_token_id: int | None = 0
 
     def fields(self) -> dict[str, Any]:
-        """Returns the fields of a configuration; a token that the vocabulary lacks has none."""
         return {key: ids for key, ids in vars(self).items() if ids not in (None, ())}
 
 
@@ -136,8 +133,8 @@ def _complete_config(path: Path, tokens: ControlTokens, template: str | None) ->
 def write_tokenizer_json(source: Path, target: Path) -> None:
     """Converts a `tokenizer.model` to a `tokenizer.json` that puts BOS before a text.
 
-    SentencePiece merges the pair whose result has the highest score, so pairs are in that order.
-    User-defined pieces, which it finds before it merges, are added tokens.
+    SentencePiece merges the pair with the highest score, so pairs are in that order; user-defined
+    pieces are added tokens.
     """
     try:
         model = read_pieces(source)

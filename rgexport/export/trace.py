@@ -14,7 +14,6 @@ from rgexport.griffin.state import layer_states
 from rgexport.griffin.step import LayerState, StepModel
 
 _DYNAMIC: dict[int, str] = {2: "batch_size", 3: "tokens"}
-"""Size of a dynamic axis in the example inputs → its name."""
 
 
 def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:

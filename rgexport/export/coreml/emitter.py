@@ -92,8 +92,8 @@ def _identity(argument: Any) -> object:
 class CoreMLEmitter(Graph):
     """One function of a step program for a fixed number of tokens, with `num_logits` logits.
 
-    A state is read where it is first used, and written as soon as its new value is computed. The
-    RG-LRU states are the rows of one matrix, which is written at the end.
+    A state is read where it is first used, and written as soon as its new value is computed; the
+    RG-LRU states, rows of one matrix, at the end.
     """
 
     def __init__(
@@ -154,10 +154,7 @@ class CoreMLEmitter(Graph):
         return []
 
     def weight(self, declared: Value, *shape: int) -> Var:
-        """Returns a weight, dequantized; one of floats may get another `shape`.
-
-        Its parts are placeholders without memory, which become offsets in the weight file.
-        """
+        """Returns a dequantized weight over placeholders; one of floats may get another `shape`."""
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
         match stored.scheme:

@@ -35,7 +35,6 @@ def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | N
 def _grouped_linear(
     g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> Var:
-    """The products side by side, gathered in the order of the rows, plus the bias."""
     x, _, bias = node.inputs
     products = [lower(g, replace(node, inputs=(x, group, None)))[0] for group in groups]
     y = g.concat([product for product in products if product is not None], axis=-1)
@@ -83,7 +82,6 @@ def _embedding(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _linear(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """`x · weightᵀ + bias` in the activation dtype; the head's weight is the embedding table."""
     x, weight, bias = (None if value is None else g.value(value) for value in node.inputs)
     arguments = {} if bias is None else {"bias": bias}
     return [g.op("linear", x=g.cast(x, node.outputs[0].dtype), weight=weight, **arguments)]
@@ -112,7 +110,6 @@ def _elementwise(kind: str) -> Lowering:
 
 
 def _last_tokens(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """The tokens that get logits: all or the last one, fixed for each function."""
     x = g.value(node.tensors[0])
     return [g.slice(x, x.shape[1] - g.num_logits, x.shape[1], 1)]
 
@@ -227,10 +224,7 @@ def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Attention to past and new keys, and the states with the new keys and values.
-
-    The whole state is written at every call: 2 % of what a step reads, at any position.
-    """
+    """Attention to past and new keys; all of the states is written, 2 % of what a step reads."""
     q, k, v, past_k, past_v, positions = g.inputs(node)
     dtype = node.outputs[0].dtype
     window, head_dim = past_k.shape[1:]
@@ -277,7 +271,6 @@ def _bias(g: CoreMLEmitter, positions: Var, window: int) -> Var:
 
 
 def _latest(g: CoreMLEmitter, past: Var, new: Var) -> Var:
-    """The last `window` of the past [1, window, D] and the new [1, T, D]."""
     window, tokens = past.shape[1], new.shape[1]
     if tokens >= window:
         return g.slice(new, tokens - window, tokens, 1)

@@ -1,10 +1,8 @@
 """The manifest of a Core ML artifact, and the interface of its packages: features and states.
 
-Core ML states are float16, of rank 4, with a last axis that is a multiple of 32: canonical states
-are padded with zeros at the end of that axis. A state that needs more precision is kept as a pair,
-`hi` and `lo`, with 22 bits. With float32 computation, all states are pairs. The RG-LRU states
-always need it: they are such a pair (`hilo`), or a float32 input and output, a matrix with a row
-per recurrent layer (`io`).
+Core ML states are float16 of rank 4, padded with zeros to a last axis that is a multiple of 32. A
+state that needs more precision is a pair, `hi` and `lo`, with 22 bits: all do with float32
+computation, the RG-LRU's always (`hilo`), unless it is a float32 input and output (`io`).
 """
 
 from collections.abc import Iterator
@@ -41,7 +39,6 @@ class Form:
 
     @property
     def pairs(self) -> bool:
-        """Whether keys, values and the convolution's inputs are kept as pairs."""
         return self.compute == "fp32"
 
     @property
@@ -51,8 +48,6 @@ class Form:
 
 @dataclass(frozen=True)
 class CoreMLRecord:
-    """The fields that only the manifest of a Core ML artifact has; the first are `Form`'s."""
-
     prefill_length: int
     all_logits: bool
     recurrent_state: RecurrentState
@@ -78,7 +73,6 @@ class CoreMLManifest(Manifest):
 
 
 def feature_name(name: str) -> str:
-    """Returns a canonical name as MIL's grammar allows it."""
     return name.replace(".", "_")
 
 

@@ -1,7 +1,6 @@
 """Cuts a model into packages, one or its ends and groups of layers, and writes their files.
 
-The ends are the embedding and the output head. They are functions of one package, since they have
-one table. A cut is a hidden state: an output of one package and an input of the next.
+The ends, embedding and output head, have one table, so they are functions of one package.
 """
 
 import hashlib
@@ -71,8 +70,6 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the model that is run at once."""
-
     prefix: str  # before the names of its functions
     begins: bool  # whether it takes token ids, and has the embedding
     layers: range
@@ -145,7 +142,6 @@ class PackagePlan:
         return [s.function(name) for s in self.segments for name in (DECODE, PREFILL)]
 
     def uses(self, items: Mapping[str, _Item]) -> dict[str, dict[str, _Item]]:
-        """Returns function → the items of the weights that it uses."""
         return {
             segment.function(name): segment.tensors(items)
             for segment in self.segments
@@ -185,10 +181,7 @@ def in_order(plans: Sequence[PackagePlan]) -> Iterator[tuple[PackagePlan, Segmen
 
 
 def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tuple[int, ...]:
-    """Returns the layers of each package of at most `limit` bytes; () if one is enough.
-
-    As few packages as possible, the largest as small as possible; `sizes` has bytes per weight.
-    """
+    """Returns the layers of each of as few packages as fit into `limit` bytes; () for one."""
     if sum(sizes.values()) <= limit:
         return ()
     layers = [0] * num_layers
@@ -217,7 +210,6 @@ def layer_of(name: str) -> int | None:
 
 
 def _groups(sizes: Sequence[int], limit: int) -> list[int]:
-    """Returns how many layers fit into each package, from the first layer on."""
     counts, total = [0], 0
     for size in sizes:
         if total + size > limit:

@@ -55,8 +55,6 @@ _TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
 
 
 class CoreMLStorage:
-    """The layout of the files: in each, tensors in the plan's order, one after another."""
-
     def __init__(
         self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], packages: Sequence[PackagePlan]
     ):

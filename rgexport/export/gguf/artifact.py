@@ -37,11 +37,7 @@ _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
 @dataclass(frozen=True, kw_only=True)
 class GgufManifest(Manifest):
-    """The whole manifest; `precision` is the name of the file's type, such as `q4_k_m`.
-
-    `states` and `io` are empty: llama.cpp builds the graph. `files` has the hash of the tensors'
-    data. The vocabulary has `pieces` tokens; `imatrix` tells whether an importance matrix was used.
-    """
+    """The whole manifest; `precision` is the file's type, `files` has the hash of the data."""
 
     kind: str = "gguf"
     pieces: int
@@ -58,8 +54,6 @@ class GgufManifest(Manifest):
 
 @dataclass(frozen=True)
 class GgufArtifact(Artifact):
-    """A GGUF file of a Griffin model; `tensors` are by canonical name."""
-
     header: GgufHeader
     tensors: dict[str, FileTensor]
 
@@ -100,8 +94,7 @@ class GgufArtifact(Artifact):
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
     """Opens a file of `rgexport gguf`, or one that another tool quantized from it.
 
-    Checks the header and the metadata's hash; the data's hash if the file has changed since the
-    last opening, and with `verify`. Raises RequestError for any other file.
+    The data are hashed if the file has changed since the last opening, and with `verify`.
     """
     if not path.exists():
         raise RequestError(f"there is no {path}")
@@ -226,7 +219,6 @@ def _used_algorithms(plan: Plan) -> set[str]:
 
 
 def _read_schemes(header: GgufHeader) -> dict[str, Ggml]:
-    """The scheme and algorithm of each tensor; Mismatch if the metadata's text cannot be read."""
     text = header.values.get(ALGORITHMS_KEY)
     algorithms = {} if text is None else from_json(dict[str, str], parse_json(text))
     if not integrity.has_original_types(header):

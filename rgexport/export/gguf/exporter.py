@@ -45,8 +45,6 @@ _KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
 
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
-    """One key-value pair; `kind` is the type of the value, or of the items of a list."""
-
     key: str
     value: Any
     kind: Kind
@@ -146,11 +144,7 @@ def export_gguf(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports to the file `target`, which appears when it is complete.
-
-    Peak memory does not depend on the model's size: weights go through in slabs of a few MB. Raises
-    RequestError as `export_folder` does, and without a ggml to quantize with.
-    """
+    """Exports to the file `target`, in memory that no model's size changes."""
     check_file_target(target, force=force, replaceable=is_gguf)
     storage = options.choose(checkpoint.config)
     _announce(storage)

@@ -1,8 +1,4 @@
-"""Maps a Griffin model to a GGUF file: hyperparameters, and names and shapes of the tensors.
-
-Names follow llama.cpp's for other hybrid models. The blocks of the gates are transposed, because
-ggml multiplies by rows.
-"""
+"""Maps a Griffin model to a GGUF file, with llama.cpp's names for other hybrid models."""
 
 from dataclasses import dataclass
 

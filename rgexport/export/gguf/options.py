@@ -85,7 +85,6 @@ class GgufOptions:
 
     @property
     def file_type(self) -> FileType:
-        """The file type in the metadata; for a plan, the type of most of its tensors."""
         if self.plan is not None:
             return _file_type_of(self.plan)
         return find_file_type(self.type or DEFAULT_TYPE)
@@ -140,10 +139,7 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Returns name → importances of quantized tensors; RequestError for another model's matrix.
-
-    Gates have none: llama-imatrix has the importances of all their blocks in one row.
-    """
+    """Returns the importances of quantized tensors; llama-imatrix has none for gates."""
     imatrix.require_any_of(tensor.name for tensor in tensors if tensor.quantizable)
     checked = [tensor for tensor in tensors if tensor.quantizable]
     importances = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in checked}

@@ -53,10 +53,7 @@ _Piece = tuple[str, float, int]
 
 
 def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
-    """Reads tokenizer.model, else tokenizer.json; None if there is neither.
-
-    Raises RequestError if llama.cpp would split text differently, or the embedding has fewer rows.
-    """
+    """Reads tokenizer.model, else tokenizer.json; None if there is neither."""
     paths = {path.name: path for path in files}
     name = next((name for name in _READERS if name in paths), None)
     if name is None:
@@ -172,7 +169,6 @@ def _read_json(path: Path) -> _Contents:
 
 
 def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
-    """Returns piece → minus the rank of the first merge that results in it."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)

@@ -1,7 +1,6 @@
 """Checks a package that rgexport made: its states are kept, and its weights are the right ones.
 
-Such faults would change what a package computes without any error. Types, shapes and operations
-are not checked here: coremltools infers them, and Core ML and the interpreter refuse misfits.
+Such faults would change what a package computes without any error; others, Core ML refuses.
 """
 
 from collections.abc import Iterator, Mapping
@@ -51,10 +50,7 @@ def check_package(
 
 
 def check_without_manifest(package: Package) -> Iterator[str]:
-    """Yields complaints about a package of rgexport; hashes all of its weights.
-
-    The functions of a segment must use the same weights.
-    """
+    """Yields complaints; all weights have their hashes, and a segment's functions share them."""
     by_segment: dict[str, dict[str, FileValue]] = {}
     for function in package.functions.values():
         segment = function.name.rpartition("_")[0]
@@ -81,17 +77,13 @@ def _operation_name(tensor: str) -> str:
 
 
 def short_digests(blobs: Mapping[str, str]) -> dict[str, str]:
-    """Shortens `TENSOR.PART` → SHA-256 in hexadecimal for the metadata."""
     return {
         part_name(*blob.rsplit(".", 1)): digest[:_DIGEST_LENGTH] for blob, digest in blobs.items()
     }
 
 
 def _check_states(function: Function) -> Iterator[str]:
-    """Complains of states that are not written exactly once, from their own old value.
-
-    Only a chunk of as many tokens as a state [1, 1, slots, width] has slots replaces all of it.
-    """
+    """Complains of states that are not written once from their old value; a long chunk need not."""
     ids = function.inputs.get(_TOKENS)
     chunk = ids.shape[-1] if ids and ids.shape else 1
     bits = {name: 1 << index for index, name in enumerate(function.states)}

@@ -1,9 +1,8 @@
 """Opens a `.mlpackage`: a folder with a manifest, a model file and weight files.
 
-Weight files are MIL's blob format, version 2, little-endian. The file's header has 64 bytes (number
-of blobs u32, version u32), and so has the header before each blob: `0xDEADBEEF` u32, dtype u32,
-size in bytes u64, offset of the data u64, unused bits at their end u64. Elements of fewer than 8
-bits are packed, the lowest bits first.
+Weight files are MIL's blob format, version 2, little-endian, with headers of 64 bytes. The file's:
+number of blobs u32, version u32; each blob's: `0xDEADBEEF` u32, dtype u32, size in bytes u64,
+offset of the data u64. Elements of fewer than 8 bits are packed, the lowest bits first.
 """
 
 import os
@@ -53,7 +52,6 @@ class Blob:
     offset: int
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads its bytes from `start` to `stop`, uint8; raises RequestError if it has changed."""
         out = np.empty((1, stop - start), np.uint8)
         read_lines(self.path, self.offset + start, 0, out)
         return out[0]
@@ -107,8 +105,6 @@ class BlobFile:
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """An opened package: the program is in memory, the weights are not."""
-
     path: Path
     model: Path
     specification_version: int

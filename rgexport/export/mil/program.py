@@ -1,8 +1,6 @@
 """Holds a MIL program as plain data, and decodes it from protobuf messages.
 
-Sizes are checked before they are used. Importing `coremltools` takes seconds and 300 MB, since it
-loads its converters, and torch if that is installed. Its messages, generated from Apple's schema,
-need neither: they are loaded by themselves from its folder.
+Importing `coremltools` takes seconds and 300 MB; its messages are loaded from its folder without.
 """
 
 import math
@@ -39,10 +37,7 @@ _STORED: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class TensorType:
-    """A dtype, a key of `BITS` or `string`, and a shape; `()` is a scalar.
-
-    What is no tensor has the dtype `list`, `tuple` or `dictionary`.
-    """
+    """A dtype (a key of `BITS`, `string`, or of a container: `list`, `tuple`), and a shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -100,21 +95,17 @@ class Operation:
 
     @property
     def constants(self) -> Iterator[tuple[str, Constant]]:
-        """Yields (parameter, value) of all inputs and attributes that are constants."""
         for name, values in self.inputs.items():
             yield from ((name, value) for value in values if not isinstance(value, Name))
         yield from self.attributes.items()
 
     @property
     def label(self) -> str:
-        """The name in messages: the operation's, else its first output's, else its type."""
         return self.name or (self.outputs[0][0] if self.outputs else self.type)
 
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """A function; `outputs` are names of values."""
-
     name: str
     inputs: dict[str, TensorType]
     states: dict[str, TensorType]

@@ -86,7 +86,6 @@ class GraphBuilder:
         return self._made[key][0]
 
     def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:
-        """Returns x[start:stop] along `axis`; `start` may be a value of one element."""
         first = self.constant([start]) if isinstance(start, int) else start
         return self.op("Slice", x, first, self.constant([stop]), self.constant([axis]))
 
@@ -166,10 +165,7 @@ class OnnxEmitter(GraphBuilder):
     def native_op(
         self, name: str, node: Node, body: Body, **attributes: int | float
     ) -> Sequence[ir.Value]:
-        """Adds an op with a native kernel, as a function with the nodes that `body` builds.
-
-        For other dtypes than float32, and without `native`, the graph itself gets the nodes.
-        """
+        """Adds an op with a native kernel as a function; for other dtypes, the nodes of `body`."""
         inputs = self.inputs(node)
         dtypes = {value.dtype for value in inputs} | {DTYPES[v.dtype] for v in node.outputs}
         if not self.native or DTYPES["float16"] in dtypes:
@@ -197,10 +193,7 @@ class _FunctionBuilder(GraphBuilder):
 def function_of(
     name: str, node: Node, inputs: Sequence[ir.Value], body: Body, attributes: Mapping[str, object]
 ) -> ir.Function:
-    """Makes a function from the nodes that `body` builds for a node; all layers have its sizes.
-
-    The attributes tell native kernels what the inputs do not show; the body does not use them.
-    """
+    """Makes a function from the nodes of `body`; attributes are for native kernels alone."""
     builder = _FunctionBuilder()
     formals = [ir.Value(name=f"input.{i}", type=value.type) for i, value in enumerate(inputs)]
     results = body(builder, node, *formals)

@@ -1,8 +1,7 @@
 """The format of ONNX artifacts: storage of tensors, interface of the graph, model card.
 
-onnxruntime-genai and transformers.js allocate keys and values as [batch_size, heads, window,
-head_dim], and read shapes from the graph: the first one asks for logits of one token, the second
-one for the name `batch_size`.
+onnxruntime-genai and transformers.js take keys and values as [batch_size, heads, window, head_dim];
+the first one asks for logits of one token, the second one for the name `batch_size`.
 """
 
 import reprlib
@@ -77,10 +76,7 @@ def with_interface(program: StepProgram) -> StepProgram:
 def graph_interface(
     config: GriffinConfig, activation: str, *, earlier: bool = False
 ) -> tuple[tuple[StateRecord, ...], IoRecord]:
-    """Returns the states, inputs and outputs of a graph; with a window of 0 it has no rings.
-
-    In an `earlier` layout `num_logits` is an input, and rings have no axis for the head.
-    """
+    """Returns states, inputs and outputs; in an `earlier` layout `num_logits` is an input."""
     batch, logits, head = ("batch", NUM_LOGITS, ()) if earlier else ("batch_size", 1, (1,))
     inputs = [
         ValueRecord(name, "int64", (batch, "tokens")) for name in ("input_ids", "position_ids")
@@ -144,10 +140,7 @@ def _describe(value: ValueRecord | None) -> str:
 
 
 def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Returns the parts of a tensor; RequestError for a scheme that ONNX does not have.
-
-    An int8 matrix with a scale per row is stored by columns, as `MatMulInteger` needs it.
-    """
+    """Returns the parts of a tensor; INT8_ROWS by columns, as `MatMulInteger` needs it."""
     if scheme != INT8_ROWS and not is_storable(scheme):
         raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
     return part_shapes_by_group(shape, scheme, _group_part_shapes)
@@ -162,7 +155,6 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 
 
 def is_storable(scheme: Scheme) -> bool:
-    """Whether ONNX has the scheme: floats, or blocks of some sizes and bits."""
     return all(
         one.block in BLOCKS and one.bits in BITS and (one.bits > 3 or one.symmetric)
         if isinstance(one, Affine)

@@ -1,7 +1,4 @@
-"""Ops of our own domain: model-local functions of standard ops, and the fusion of ops to them.
-
-A runtime that has a native kernel of that name uses it; every other one runs the body.
-"""
+"""Ops of our own domain, functions of standard ops that native kernels replace; fusion to them."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -144,11 +141,7 @@ Merges = Iterator[tuple[Node, set[str]]]
 def fused(
     program: StepProgram, stored: Mapping[str, StoredTensor], *, rounded: bool
 ) -> StepProgram:
-    """Merges ops into `gelu_mul`, `add_rms_norm`, `gated_rg_lru_scan` and `linears`.
-
-    The first two only in float32; `linears` where activations are `rounded` to int8, once for all.
-    Nodes whose only reader was the fused op are removed.
-    """
+    """Merges ops into functions; linears of one input if activations are `rounded` to int8."""
     nodes = program.nodes
     for rule in (_merge_gelu, _merge_norms, _merge_gates):
         nodes = _apply(nodes, rule(nodes))

@@ -20,7 +20,6 @@ _WEIGHT = 1
 
 
 def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
-    """Lowers a node, once for each row group if its weight has several."""
     combine = _OPS.get(node.op)
     weight = node.inputs[_WEIGHT] if combine else None
     scheme = g.stored(weight).scheme if weight else None
@@ -36,7 +35,6 @@ def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]
 def _grouped_linear(
     g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
 ) -> ir.Value:
-    """The products side by side, gathered in the order of the rows, plus the bias."""
     x, weight, bias = node.inputs
     assert weight is not None
     (out,) = node.outputs
@@ -102,10 +100,7 @@ def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
-    """Gathers and dequantizes rows from the bytes that the head reads; cuts off padding.
-
-    `GatherBlockQuantized` before ONNX Runtime 1.27 misreads zero points of an odd number of blocks.
-    """
+    """Gathers rows of the head's bytes; `GatherBlockQuantized` before ORT 1.27 misreads some."""
     columns = table.size(1)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
 
@@ -127,7 +122,6 @@ def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine)
 
 
 def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:
-    """Unsigned integers from rows of bytes [B, T, n], as `quantize.packing` packs them."""
     if bits == 8:
         return packed
     levels = g.op("Concat", *_levels(g, packed, (0, 0), bits), axis=3)
@@ -158,10 +152,7 @@ def _shifted(g: OnnxEmitter, x: ir.Value, bits: int, direction: str) -> ir.Value
 
 
 def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-    """Widens symmetric integers of 3 bits to 4 bits, the least that kernels multiply.
-
-    Runtimes fold this when they load the file: in memory they take what 4 bits take.
-    """
+    """Widens symmetric integers of 3 bits to 4; runtimes fold this when they load the file."""
     levels = _levels(g, packed, (), 3)
     pairs = [
         g.op("BitwiseOr", low, _shifted(g, high, 4, "LEFT"))
@@ -226,7 +217,6 @@ def linears(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 def _quant_linear(
     g: OnnxEmitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
 ) -> list[ir.Value]:
-    """The function QuantLinear: its inputs are all data, then all scales, and so on."""
     rows = [weight.size(0) for weight in weights]
     sizes = block_attributes(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
     if takes_two_digits(weights[0].name, _affine(g, weights[0])):

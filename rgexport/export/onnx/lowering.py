@@ -52,7 +52,6 @@ def gelu_mul(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Seque
 
 
 def _gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Gelu in its tanh form, in float32: processors have no kernel for float16."""
     (x,) = g.inputs(node)
     y = g.typed(g.op("Gelu", g.cast(x, "float32"), approximate="tanh"), "float32")
     return [g.cast(y, node.outputs[0].dtype)]
@@ -65,7 +64,6 @@ def _last_tokens(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _soft_cap(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """`cap · tanh(x / cap)`, or x where the cap is 0."""
     if not node.attributes["cap"]:
         return [g.op("Identity", g.cast(g.inputs(node)[0], "float32"))]
     return g.native_op("SoftCap", node, capped, cap=node.attributes["cap"])
@@ -154,10 +152,9 @@ def ring_attention(
     mask: Callable[[GraphBuilder, ir.Value, int], ir.Value],
     slots: Callable[[GraphBuilder, ir.Value, ir.Value, int], ir.Value],
 ) -> Sequence[ir.Value]:
-    """Attention to a ring of past keys and to the step's keys, which then enter the ring.
+    """Attention to a ring of past keys, written in place, and to the step's keys.
 
-    A runtime that binds input and output to one buffer writes the ring in place. All heads of a
-    token are rows of one matrix, since they share the keys.
+    All heads of a token are rows of one matrix, since they share the keys.
     """
     dtype = node.outputs[0].dtype
     window, head_dim = (node.tensors[3].size(axis) for axis in (2, 3))

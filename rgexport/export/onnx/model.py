@@ -48,7 +48,6 @@ def build_model(
 
 
 def add_description(model: ir.Model, name: str, precision: str, config: GriffinConfig) -> None:
-    """Adds the text that tools such as Netron show, and the model's sizes for programs."""
     model.doc_string = (
         f"One step of {name}, a Griffin model (arXiv 2402.19427), in {precision}: token ids, their "
         "positions and the states in; logits of the last token and the new states out. Keys and "
@@ -116,10 +115,7 @@ def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:
 
 
 def narrowed(artifact: Artifact, window: int) -> tuple[Artifact, bytes]:
-    """Returns an artifact as it were with another attention window, and its serialized graph.
-
-    With a window of 0 a token sees only itself, so attention needs no state.
-    """
+    """Returns an artifact with another attention window (0: a token sees itself), and its graph."""
     manifest = artifact.manifest
     config = replace(manifest.config, window=window)
     activation = ACTIVATIONS[manifest.compute]

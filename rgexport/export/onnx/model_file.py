@@ -1,8 +1,4 @@
-"""Reads `model.onnx` without the package `onnx`, finds kernels, prepares it for ONNX Runtime.
-
-The protobuf messages are declared here, as in onnx.proto, with the fields that an exported graph
-may have. Weights are in separate files, which this module does not read.
-"""
+"""Reads `model.onnx` without the package `onnx`, finds kernels, prepares it for ONNX Runtime."""
 
 import re
 from collections import Counter
@@ -66,8 +62,6 @@ class ModelNode:
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer stored in a file beside the model."""
-
     name: str
     data_type: int
     shape: tuple[int, ...]
@@ -102,7 +96,6 @@ def subgraphs(node: Any) -> list[Any]:
 
 
 def read_model(model: bytes) -> ModelFile:
-    """Summarizes a serialized model; the nodes and tensors of subgraphs are left out."""
     try:
         message = parse_model(model)
         graph = message.graph
@@ -128,11 +121,7 @@ def read_model(model: bytes) -> ModelFile:
 
 
 def prepare_model(model: bytes, extra_outputs: Iterable[str] = ()) -> bytes:
-    """Makes `num_logits` an input of a serialized model, and adds outputs that all exist.
-
-    In the file it is a constant, 1: ONNX Runtime warns about inputs that have a default. A damaged
-    model is returned unchanged; ONNX Runtime refuses it.
-    """
+    """Makes the constant `num_logits` an input, and adds outputs; a damaged model is unchanged."""
     try:
         message = parse_model(model)
     except DecodeError:

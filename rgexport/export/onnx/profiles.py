@@ -44,8 +44,6 @@ FINE_HEAD = {"int4": "int8"}
 
 @dataclass(frozen=True, kw_only=True)
 class LoweringProfile:
-    """How a step program becomes a graph for one kind of runtime."""
-
     name: Profile
     precision: str
     precisions: Mapping[str, Scheme] = field(default_factory=lambda: PRECISIONS)
@@ -68,7 +66,6 @@ class LoweringProfile:
 
     @property
     def ops(self) -> Ops:
-        """All ops that the graph may have, also in bodies of functions and in subgraphs."""
         return OPERATORS[self.name]
 
     def is_exact(self, plan: Plan, exact: bool) -> bool:
@@ -121,8 +118,6 @@ PROFILES: dict[str, LoweringProfile] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions(FolderOptions):
-    """How weights are stored and activations computed by the runtime of a `profile`."""
-
     profile: str = "cpu"
     exact: bool = False
     genai_native: bool = False
@@ -145,10 +140,7 @@ class OnnxOptions(FolderOptions):
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig, gates: Collection[str] = ()) -> Plan:
-        """Makes the plan for a model: blocks that fit its rows, unless a plan sets them.
-
-        `gates` are bfloat16 in the checkpoint; they stay so beside quantized weights and functions.
-        """
+        """Makes the plan for a model; `gates` are those that the checkpoint has in bfloat16."""
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
             chosen = choose_schemes(self.precisions, self._scheme, self.block_size, self.symmetric)

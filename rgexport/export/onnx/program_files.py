@@ -1,7 +1,7 @@
 """Writes the files by which onnxruntime-genai and transformers.js run an artifact as it is.
 
-`genai_config.json` has no recurrent states: versions before 0.16 refuse them, and all derive them
-from the keys' names. A fixed axis of keys and values makes a cache that is updated in place.
+`genai_config.json` has no recurrent states, as versions before 0.16 refuse them. A fixed axis of
+keys and values makes a cache that is updated in place.
 """
 
 import json
@@ -70,7 +70,6 @@ def write_genai_config(
 
 
 def require_kernels() -> Path:
-    """Returns the library of kernels for this machine; raises RequestError without one."""
     path = library.library()
     if path is None:
         raise RequestError(
@@ -81,7 +80,6 @@ def require_kernels() -> Path:
 
 
 def write_web_files(folder: Path, manifest: Manifest, ids: ControlIds) -> None:
-    """Writes `config.json`, and copies the modules, which read `rgexport` in it."""
     template, _ = chat_template(folder)
     config = manifest.config
     fields = {

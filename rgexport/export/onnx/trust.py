@@ -1,7 +1,6 @@
 """Refuses a graph before an engine opens it: unknown ops, or tensors that no model has.
 
-Sizes that a graph computes from its inputs are not known here. Those that it computes from
-constants are: an engine would allocate such tensors while it opens the file, to fold constants.
+An engine would allocate tensors that follow from constants while it opens the file.
 """
 
 import operator
@@ -87,10 +86,7 @@ Sizes = Sequence[int | None]  # the items of an integer tensor; None for those t
 
 
 def require_trusted(artifact: Artifact, model: bytes) -> None:
-    """Refuses a graph with ops that rgexport does not write, or with tensors that no model has.
-
-    With `allow_foreign`, any op may be in it, and weights may lie anywhere in the files.
-    """
+    """Raises RequestError for unknown ops unless `allow_foreign`, and for impossible tensors."""
     path, manifest = artifact.file(MODEL_FILE), artifact.manifest
     try:
         parsed = parse_model(model)
@@ -186,7 +182,6 @@ class _Scope:
             self.external += _Scope(self._path, graph, self._known).external
 
     def _constant(self, node: Any) -> Sizes | None:
-        """Checks the tensors in attributes; returns the items of a constant."""
         sizes: Sizes | None = None
         for attribute in node.attribute:
             self._require_small(prod(attribute.sparse.dims), "a sparse tensor")
@@ -256,7 +251,6 @@ def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
 
 
 def _computed(function: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
-    """Cuts the result at the limit, so that numbers do not grow without end."""
     if a is None or b is None:
         return None
     return max(-MOST_ELEMENTS - 1, min(function(a, b), MOST_ELEMENTS + 1))

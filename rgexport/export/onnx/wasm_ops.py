@@ -1,9 +1,8 @@
 """Lowers for WebAssembly: products of int8 weights and of activations in two int8 digits.
 
-ONNX Runtime has a fast integer product there, but none for blocks: `MatMulNBits` takes 7 times as
-long per weight. With one digit, an activation halfway between two integers differs between engines,
-and the demo's logits move by 1.3 % of the largest. The second digit, the rounding error of the
-first, reduces that to 0.01 %. Both are rows of one product: a prefill takes twice as long.
+ONNX Runtime has a fast integer product there; `MatMulNBits` takes 7 times as long per weight. With
+one digit engines differ, and the demo's logits move by 1.3 % of the largest; with the second, the
+rounding error of the first, by 0.01 %. Both are rows of one product.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""Lowers for WebGPU: only ops for which ONNX Runtime has kernels there, in their types.
+"""Lowers for WebGPU: only ops with kernels there; int64 stays on the CPU.
 
-Shapes and token ids are int64, which ONNX Runtime keeps on the CPU; masks and slots are computed
-from positions in float32, which is exact up to 4 million.
+Masks and slots are computed from positions in float32, which is exact up to 4 million.
 """
 
 from collections.abc import Sequence
