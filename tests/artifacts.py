@@ -14,8 +14,7 @@ import pytest
 import rgexport
 from rgexport.cli import run
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.exporter import export_coreml
-from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx

@@ -17,7 +17,6 @@ from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.tensor import WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.reporting.tables import Row, Table, render
 from rgexport.units import amount
@@ -25,13 +24,6 @@ from rgexport.units import amount
 Description = dict[str, Any]
 _NUMBERS = ("tensors", "weights", "size", "bits/weight")
 _TUNED = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
-_CLOSING = {
-    ("checkpoint", True): "No problems: every value was checked.",
-    ("checkpoint", False): "No problems in the headers (--verify checks every value).",
-    ("artifact", True): "All hashes were verified.",
-    ("artifact", False): "File sizes match; hashes were verified when each file was first seen "
-    "(--verify does it again).",
-}
 
 
 def describe(path: str | None, *, size: str | None = None, verify: bool = False) -> Description:
@@ -59,7 +51,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "exact": manifest.exact,
         "rounds_activations": manifest.rounds_activations,
         "profile": None,
-        "parameters": _parameters(artifact.weights),
+        "parameters": sum(prod(tensor.shape) for tensor in artifact.weights.values()),
         "size": sum(record.size for record in manifest.files.values()),
         "instruction_tuned": manifest.instruction_tuned,
         "has_tokenizer": manifest.has_tokenizer,
@@ -90,7 +82,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
         "name": checkpoint.name,
         "path": str(checkpoint.path),
         "layout": checkpoint.layout,
-        "parameters": _parameters(weights),
+        "parameters": sum(prod(tensor.shape) for tensor in weights.values()),
         "size": sum(sizes.values()),
         "instruction_tuned": checkpoint.instruction_tuned,
         "has_tokenizer": any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files),
@@ -104,10 +96,6 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
             for name, tensor in weights.items()
         },
     }
-
-
-def _parameters(weights: WeightSource) -> int:
-    return sum(prod(tensor.shape) for tensor in weights.values())
 
 
 def as_json(description: Description) -> str:
@@ -192,12 +180,17 @@ def _closing(d: Description) -> str:
     if d.get("problems"):
         return "\n".join(f"Problem: {problem}" for problem in d["problems"])
     if d["kind"] == "checkpoint":
-        return _CLOSING["checkpoint", d["all_values_checked"]]
+        if d["all_values_checked"]:
+            return "No problems: every value was checked."
+        return "No problems in the headers (--verify checks every value)."
     if "gguf" in d and not d["gguf"]["data_hash"]:
         return (
             "Another tool stored its tensors in other types: there is no hash to check them with."
         )
-    return _CLOSING["artifact", d["all_hashes_verified"]]
+    if d["all_hashes_verified"]:
+        return "All hashes were verified."
+    seen = "hashes were verified when each file was first seen (--verify does it again)."
+    return f"File sizes match; {seen}"
 
 
 def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:

@@ -1,6 +1,5 @@
 """Reads and checks the manifest of an artifact folder."""
 
-import dataclasses
 import math
 import reprlib
 from collections.abc import Sequence
@@ -31,9 +30,12 @@ MAX_STATE_BYTES = 1 << 30  # the largest state of a conversation in float32: twe
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks a manifest; RequestError names the file and the place of a fault."""
     path = folder / MANIFEST
-    fields = _load(path)
-    version = fields.get("format_version")
-    kind = fields.get("kind")
+    if not folder.exists():
+        raise RequestError(f"there is no {folder}")
+    if not path.is_file():
+        raise RequestError(f"{folder} is not an rgexport artifact: it has no {MANIFEST}")
+    fields = read_json(path)
+    version, kind = fields.get("format_version"), fields.get("kind")
     form = folder_format(kind) if isinstance(kind, str) else None
     if form is None or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
@@ -54,20 +56,12 @@ def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def _load(path: Path) -> dict[str, Any]:
-    if not path.parent.exists():
-        raise RequestError(f"there is no {path.parent}")
-    if not path.is_file():
-        raise RequestError(f"{path.parent} is not an rgexport artifact: it has no {MANIFEST}")
-    return read_json(path)
-
-
 def _check(manifest: Manifest, form: FolderFormat) -> None:
     for name, record in manifest.files.items():
-        _require(_is_safe(name), f"files: {name!r} leads out of the artifact")
-        _require(
-            record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
-        )
+        is_safe = stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
+        _require(is_safe, f"files: {name!r} leads out of the artifact")
+        is_sound = record.size >= 0 and len(record.sha256) == 64
+        _require(is_sound, f"files.{name}: not a hash and size")
     precisions = *form.precisions, *form.planned_precisions
     for field, names in (("precision", precisions), ("compute", ACTIVATIONS)):
         name = getattr(manifest, field)
@@ -76,15 +70,11 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
     shapes = {name: tensor.shape for name, tensor in manifest.tensors.items()}
     for name in expected.keys() | shapes.keys():
-        _require(
-            shapes.get(name) == expected.get(name),
-            f"tensors.{shown_key(name)} has shape {shapes.get(name)}; "
-            f"expected {expected.get(name)}",
-        )
-        _require(
-            manifest.plan.get(name) == manifest.tensors[name].scheme,
-            f"tensors.{name} is not stored as the plan says",
-        )
+        actual, right = shapes.get(name), expected.get(name)
+        complaint = f"tensors.{shown_key(name)} has shape {actual}; expected {right}"
+        _require(actual == right, complaint)
+        is_planned = manifest.plan.get(name) == manifest.tensors[name].scheme
+        _require(is_planned, f"tensors.{name} is not stored as the plan says")
         _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], form)
     form.check_manifest(manifest)
     states, io = form.interface(manifest)
@@ -120,17 +110,13 @@ def check_config(config: GriffinConfig) -> None:
 
 
 def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
-    _require(
-        len(records) == len(expected),
-        f"{field} has {len(records)} entries; expected {len(expected)}",
-    )
+    counts = f"{field} has {len(records)} entries; expected {len(expected)}"
+    _require(len(records) == len(expected), counts)
     for index, (record, right) in enumerate(zip(records, expected, strict=True)):
-        for name, value in ((f.name, getattr(record, f.name)) for f in dataclasses.fields(right)):
-            _require(
-                value == getattr(right, name),
-                f"{field}[{index}].{name} is {reprlib.repr(value)}; "
-                f"expected {getattr(right, name)!r}",
-            )
+        for name, value in vars(right).items():
+            actual = getattr(record, name)
+            complaint = f"{field}[{index}].{name} is {reprlib.repr(actual)}; expected {value!r}"
+            _require(actual == value, complaint)
 
 
 def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
@@ -147,10 +133,6 @@ def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: Fol
         record = manifest.files.get(part.file)
         inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
         _require(inside, f"{label}.{name} lies outside of {part.file!r}")
-
-
-def _is_safe(name: str) -> bool:
-    return stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
 
 
 def _require(condition: object, complaint: str) -> None:

@@ -34,7 +34,12 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 
 def origin_of_card(path: Path) -> Origin:
     """Reads base model and licence in a card's header; Gemma's for a base by Google."""
-    head = _head(path)
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            match = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
+    except OSError:
+        match = None
+    head = match[1] if match else ""
     base = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
     licence = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
     hub_id = base[1] if base else None
@@ -56,12 +61,3 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
     prefix = "" if checkpoint.name.startswith(_PREFIX) else f"{_PREFIX}-"
     name = prefix * (checkpoint.layout == "deepmind") + checkpoint.name
     return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
-
-
-def _head(card: Path) -> str:
-    try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
-    except OSError:
-        return ""
-    return head[1] if head else ""

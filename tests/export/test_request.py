@@ -10,12 +10,12 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export import card as module
-from rgexport.export.advice import as_argument, check_line, closing_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.card import algorithms, levels_sentence, shares
 from rgexport.export.describe import as_text, describe
 from rgexport.export.hub import is_hub_name, parse
 from rgexport.export.manifest import CARD, NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.opening import as_argument, check_line, closing_line
 from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.request import algorithm_word
 from rgexport.files.hashing import FileRecord

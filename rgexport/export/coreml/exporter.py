@@ -1,18 +1,21 @@
-"""Exports a checkpoint to a Core ML artifact."""
+"""Exports a checkpoint to a Core ML artifact, by its options."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from rgexport.choices import RecurrentState
 from rgexport.errors import RequestError
 from rgexport.export.coreml.manifest import (
     CoreMLManifest,
     CoreMLRecord,
+    Form,
     io_record,
     state_records,
 )
-from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import (
     PackagePlan,
     packages,
@@ -25,11 +28,82 @@ from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest, SelfCheck, StoredTensor
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
+from rgexport.export.request import FolderOptions, require_word
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import QUANTIZABLE, model_tensors
+from rgexport.quantize.plan import (
+    COREML_PRECISIONS,
+    choose_scheme,
+    choose_schemes,
+    is_linear_bias,
+    make_plan,
+    with_algorithm,
+)
+from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
+
+DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
+_DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreMLOptions(FolderOptions):
+    """Stores scales, tables and biases in the dtype of `compute`; `split` is in bytes."""
+
+    prefill_length: int = DEFAULT_PREFILL_LENGTH
+    all_logits: bool = False
+    recurrent_state: RecurrentState = "io"
+    split: int | None = None
+
+    def __post_init__(self) -> None:
+        self.require_consistent()
+        require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
+        if self.prefill_length < 2:
+            raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
+        for scheme in () if self.plan else self._schemes():
+            self._require_computable("weights are to be stored", scheme)
+
+    @property
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        return DEFAULT_PRECISION, {"int4": "int8", "pal4": "int8"}
+
+    @property
+    def compute_word(self) -> str:
+        return self.compute or ("fp32" if self.precision_word == "fp32" else "fp16")
+
+    @property
+    def form(self) -> Form:
+        return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
+
+    def resolve_plan(self, config: GriffinConfig) -> Plan:
+        """Makes the plan: schemes fitted to the shapes, a user's too, in the dtype of `compute`."""
+        plan = self.plan or make_plan(config, *self._schemes())
+        plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
+        dtype, tensors = _DTYPES[self.compute_word], model_tensors(config)
+        resolved: dict[str, Scheme] = {}
+        for name, scheme in plan.items():
+            if tensors[name].role in QUANTIZABLE:
+                self._require_computable(f"the plan stores {name}", scheme)
+                resolved[name] = scheme.fitted(tensors[name].shape).with_dtype(dtype)
+            else:
+                resolved[name] = Float(dtype if is_linear_bias(name, tensors) else "float32")
+        return resolved
+
+    def _schemes(self) -> tuple[Scheme, Scheme]:
+        choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
+        return choose_schemes(self.precisions, choose, self.block_size, self.symmetric)
+
+    def _require_computable(self, subject: str, scheme: Scheme) -> None:
+        """MIL's `linear` takes weights of the dtype of its activations."""
+        if self.compute_word == "fp16" and scheme == Float("float32"):
+            raise RequestError(
+                f"{subject} as float32, but products in fp16 take fp16 weights; take --compute "
+                "fp32 or another precision"
+            )
+
 
 _TOOLS = ("torch", "coremltools", "numpy")
 

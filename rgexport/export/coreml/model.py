@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 from coremltools import _SPECIFICATION_VERSION_IOS_18 as IOS_18
@@ -32,7 +33,6 @@ from rgexport.export.coreml.manifest import (
     io_record,
     stored_states,
 )
-from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan, Segment
 from rgexport.export.coreml.storage import BLOB_HEADER_BYTES
 from rgexport.export.manifest import StoredPart, StoredTensor
@@ -41,6 +41,9 @@ from rgexport.export.origin import GEMMA_TERMS, origin_of
 from rgexport.export.program import StepProgram
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
+
+if TYPE_CHECKING:
+    from rgexport.export.coreml.exporter import CoreMLOptions
 
 _STATE = re.compile(r"(?:layers_(?P<layer>\d+)_)?(?P<kind>.+?)(?P<half>_hi|_lo)?")
 
@@ -109,7 +112,7 @@ def _function(
 def add_metadata(
     model: Model,
     checkpoint: Checkpoint,
-    options: CoreMLOptions,
+    options: "CoreMLOptions",
     plan: PackagePlan,
     blobs: Mapping[str, str],
 ) -> None:

@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
-from rgexport.export.onnx import wasm_ops, webgpu_ops
 from rgexport.export.onnx.format import is_storable
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.trust import OPERATORS, Ops
+from rgexport.export.onnx.web_ops import WASM, WEBGPU
 from rgexport.export.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
@@ -101,7 +101,7 @@ PROFILES: dict[str, LoweringProfile] = {
             precisions=WEB_PRECISIONS,
             embeddings=FINE_HEAD,
             rows={"int8": INT8_ROWS},
-            lowerings=LOWERINGS | wasm_ops.LOWERINGS,
+            lowerings=LOWERINGS | WASM,
             files=WEB_FILES,
         ),
         LoweringProfile(
@@ -109,7 +109,7 @@ PROFILES: dict[str, LoweringProfile] = {
             precision="int4",
             precisions=WEB_PRECISIONS,
             even_zero_points=True,  # for GatherBlockQuantized
-            lowerings=LOWERINGS | webgpu_ops.LOWERINGS,
+            lowerings=LOWERINGS | WEBGPU,
             files=WEB_FILES,
         ),
     )

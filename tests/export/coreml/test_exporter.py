@@ -11,8 +11,7 @@ from rgexport._version import __version__
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.coreml import exporter
-from rgexport.export.coreml.exporter import export_coreml
-from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.coreml.package import model_file, weight_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.opening import open_artifact
