@@ -25,16 +25,12 @@ Shape = tuple[int, ...]
 _Values = Callable[[np.ndarray], np.ndarray]
 
 
-def _same(rows: np.ndarray) -> np.ndarray:
-    return rows
-
-
 @dataclass(frozen=True)
 class Transform:
     """Maps float32 rows of a checkpoint to rows of the file and back, and the canonical shape."""
 
-    store: _Values = _same
-    restore: _Values = _same
+    store: _Values = lambda rows: rows
+    restore: _Values = lambda rows: rows
     shape: Callable[[Shape], Shape] = lambda shape: shape
 
 
@@ -170,19 +166,16 @@ def fill(
     written: Callable[[str, Parts], None] = lambda name, slab: None,
 ) -> None:
     """Writes weights into files of the right size; `written` gets each slab's name and parts."""
-    total = sum(weights[name].nbytes for name in tensors)
-    slabs = (
-        partial(_write_slab, folder, name, stored, weights[name], encode, *bounds)
-        for name, stored in tensors.items()
-        for bounds in slab_bounds(
-            stored.shape[0],
-            weights[name].row_bytes,
-            slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts),
-            stored.rows_together,
-        )
-    )
-    with task("Writing the weights", total) as advance:
-        for name, slab, source_bytes in in_order(slabs):
+
+    def slabs() -> Iterator[Callable[[], tuple[str, Parts, int]]]:
+        for name, stored in tensors.items():
+            source, rows, together = weights[name], stored.shape[0], stored.rows_together
+            size = slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts)
+            for start, stop in slab_bounds(rows, source.row_bytes, size, together):
+                yield partial(_write_slab, folder, name, stored, source, encode, start, stop)
+
+    with task("Writing the weights", sum(weights[name].nbytes for name in tensors)) as advance:
+        for name, slab, source_bytes in in_order(slabs()):
             written(name, slab)
             advance(source_bytes)
 

@@ -162,7 +162,7 @@ def export_coreml(
         checkpoint,
         target,
         write_model,
-        data_bytes=storage.size,
+        data_bytes=sum(storage.sizes.values()),
         tools=_TOOLS,
         force=force,
         check=check,

@@ -12,13 +12,12 @@ from typing import Literal
 from rgexport.choices import RecurrentState
 from rgexport.export.coreml.package import PackagePlan, Segment, packages
 from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
+from rgexport.export.storage import aligned
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import StateSpec, state_specs
 
 KIND = "coreml"
-
 Shape = tuple[int, ...]
-
 ALIGNMENT = 32  # the last axis of a state is a multiple of this, for the Neural Engine
 LO_SCALE = 2048.0
 """x = hi + lo / 2048: the rest after float16's 11 bits is scaled up to have 11 bits again."""
@@ -67,17 +66,12 @@ class CoreMLManifest(Manifest):
 
     @property
     def form(self) -> Form:
-        record = self.coreml
-        shape = record.prefill_length, record.all_logits, record.recurrent_state
-        return Form(*shape, self.compute)
+        r = self.coreml
+        return Form(r.prefill_length, r.all_logits, r.recurrent_state, self.compute)
 
 
 def feature_name(name: str) -> str:
     return name.replace(".", "_")
-
-
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def recurrent_layers(config: GriffinConfig, segment: Segment) -> list[str]:
@@ -97,7 +91,7 @@ def stored_states(config: GriffinConfig, form: Form, segment: Segment) -> dict[s
     if form.recurrent_state == "hilo" and layers:
         states.append((RECURRENT, (len(layers), config.lru_width), True))
     return {
-        feature: (1, 1, count, padded(width))
+        feature: (1, 1, count, aligned(width, ALIGNMENT))
         for name, (count, width), paired in states
         for feature in (pair(name) if paired else (name,))
     }
@@ -113,13 +107,13 @@ def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
     cached = {spec.name for spec in _cached(config)}
     records = []
     for spec in state_specs(config, form.activation):
-        name = feature_name(spec.name)
+        name, facts = feature_name(spec.name), (spec.name, spec.shape, spec.dtype)
         if _kind(spec) == "rg_lru":
-            records.append(StateRecord(spec.name, spec.shape, spec.dtype, *stacked))
+            records.append(StateRecord(*facts, *stacked))
         elif spec.name in cached and form.pairs:
-            records.append(StateRecord(spec.name, spec.shape, spec.dtype, "pair", *pair(name)))
+            records.append(StateRecord(*facts, "pair", *pair(name)))
         elif spec.name in cached:
-            records.append(StateRecord(spec.name, spec.shape, spec.dtype, "canonical", name, name))
+            records.append(StateRecord(*facts, "canonical", name, name))
     return tuple(records)
 
 
@@ -131,11 +125,8 @@ def io_record(config: GriffinConfig, form: Form, segment: Segment) -> IoRecord:
     inputs = [ValueRecord("input_ids", *ids) if segment.begins else ValueRecord(HIDDEN, *hidden)]
     if segment.layers:
         inputs.append(ValueRecord("position_ids", *ids))
-    outputs = [
-        ValueRecord("logits", "float32", (1, logits, config.vocab_size))
-        if segment.ends
-        else ValueRecord(HIDDEN_OUTPUT, *hidden)
-    ]
+    result = ValueRecord("logits", "float32", (1, logits, config.vocab_size))
+    outputs = [result if segment.ends else ValueRecord(HIDDEN_OUTPUT, *hidden)]
     layers = recurrent_layers(config, segment)
     if form.recurrent_state == "io" and layers:
         shape = (len(layers), config.lru_width)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import uuid
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -33,29 +34,21 @@ def weight_file(package: str = PACKAGE) -> str:
     return f"{package}/Data/{_AUTHOR}/weights/weight.bin"
 
 
-_ITEMS = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
-
-
 def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
     """Writes a package without its file of weights; the same model gives the same bytes."""
     data = model.SerializeToString(deterministic=True)
     path = folder / model_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    identifiers = {item: str(uuid.uuid5(uuid.NAMESPACE_OID, digest + item)) for item in _ITEMS}
+    digest, entries = hashlib.sha256(data).hexdigest(), {}
+    for item, kind in (("weights", "Weights"), ("model.mlmodel", "Specification")):
+        identifier = str(uuid.uuid5(uuid.NAMESPACE_OID, digest + item))
+        entry = {"author": _AUTHOR, "name": item, "path": f"{_AUTHOR}/{item}"}
+        entries[identifier] = entry | {"description": f"CoreML Model {kind}"}
     manifest = {
         "fileFormatVersion": "1.0.0",
-        "itemInfoEntries": {
-            identifiers[item]: {
-                "author": _AUTHOR,
-                "description": description,
-                "name": item,
-                "path": f"{_AUTHOR}/{item}",
-            }
-            for item, description in _ITEMS.items()
-        },
-        "rootModelIdentifier": identifiers["model.mlmodel"],
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": identifier,  # the last one: the model's
     }
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
     (folder / name / "Manifest.json").write_text(text, "utf-8")
@@ -130,11 +123,8 @@ class PackagePlan:
     segments: tuple[Segment, ...]
 
     def tensors(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
-        return {
-            name: item
-            for name, item in items.items()
-            if any(segment.has(name) for segment in self.segments)
-        }
+        names = (name for name in items if any(segment.has(name) for segment in self.segments))
+        return {name: items[name] for name in names}
 
     @property
     def functions(self) -> list[str]:
@@ -159,40 +149,31 @@ def packages(num_layers: int, split: Sequence[int]) -> tuple[PackagePlan, ...]:
         return (PackagePlan(PACKAGE, (whole(num_layers),)),)
     nothing = range(0)
     ends = (Segment("embed_", True, nothing, False), Segment("head_", False, nothing, True))
-    stops = list(accumulate(split))
-    groups = [range(stop - count, stop) for stop, count in zip(stops, split, strict=True)]
-    return PackagePlan(ENDS, ends), *(
-        PackagePlan(
-            f"layers-{layers[0]}-{layers[-1]}.mlpackage", (Segment("", False, layers, False),)
-        )
-        for layers in groups
-    )
+    plans = [PackagePlan(ENDS, ends)]
+    for count, stop in zip(split, accumulate(split), strict=True):
+        layers = range(stop - count, stop)
+        name = f"layers-{layers[0]}-{layers[-1]}.mlpackage"
+        plans.append(PackagePlan(name, (Segment("", False, layers, False),)))
+    return tuple(plans)
 
 
 def in_order(plans: Sequence[PackagePlan]) -> Iterator[tuple[PackagePlan, Segment]]:
-    if len(plans) == 1:
-        yield from ((plans[0], segment) for segment in plans[0].segments)
-        return
-    (ends, *groups) = plans
-    embed, head = ends.segments
-    yield ends, embed
+    ends, *groups = plans
+    begin, *end = ends.segments
+    yield ends, begin
     yield from ((plan, segment) for plan in groups for segment in plan.segments)
-    yield ends, head
+    yield from ((ends, segment) for segment in end)
 
 
 def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tuple[int, ...]:
     """Returns the layers of each of as few packages as fit into `limit` bytes; () for one."""
     if sum(sizes.values()) <= limit:
         return ()
-    layers = [0] * num_layers
-    ends = 0
+    totals: Counter[int | None] = Counter()
     for name, size in sizes.items():
-        layer = layer_of(name)
-        if layer is None:
-            ends += size
-        else:
-            layers[layer] += size
-    for item, size in (("the embedding", ends), ("a layer", max(layers))):
+        totals[layer_of(name)] += size
+    layers = [totals[layer] for layer in range(num_layers)]
+    for item, size in (("the embedding", totals[None]), ("a layer", max(layers))):
         if size > limit:
             raise RequestError(
                 f"--split is {amount(limit)}, but {item} takes {amount(size)}; give more, or store "

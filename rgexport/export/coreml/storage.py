@@ -10,7 +10,6 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -59,28 +58,29 @@ class CoreMLStorage:
         self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], packages: Sequence[PackagePlan]
     ):
         tensors: dict[str, StoredTensor] = {}
-        self._sizes: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
             allocator = OffsetAllocator(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
             tensors |= allocator.allocate(package.tensors(plan), shapes, part_shapes)
-            self._sizes[file] = allocator.size
+            self.sizes[file] = allocator.size
         self.tensors = {name: tensors[name] for name in plan}
-
-    @property
-    def size(self) -> int:
-        return sum(self._sizes.values())
 
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> dict[str, str]:
         """Fills the files in `folder`; returns the SHA-256 of every blob, by `TENSOR.PART`."""
-        for name, size in self._sizes.items():
+        for name, size in self.sizes.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            blobs = [blob for blob in self._blobs() if blob[1].file == name]
             with open(path, "wb") as file:
                 file.truncate(size)
-                self._write_headers(file, name)
+                file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
+                for _, part, dtype in blobs:
+                    file.seek(part.offset - BLOB_HEADER_BYTES)
+                    header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
+                    file.write(_BLOB_HEADER.pack(*header))
         digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
 
         def hash_slab(name: str, slab: Parts) -> None:
@@ -96,14 +96,6 @@ class CoreMLStorage:
                 for label, part in group.stored.parts.items():
                     blob = f"{name}.{group.prefix}{label}"
                     yield blob, part, blob_dtype(label, group.stored)
-
-    def _write_headers(self, file: BinaryIO, name: str) -> None:
-        blobs = [blob for blob in self._blobs() if blob[1].file == name]
-        file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
-        for _, part, dtype in blobs:
-            file.seek(part.offset - BLOB_HEADER_BYTES)
-            header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
-            file.write(_BLOB_HEADER.pack(*header))
 
 
 def blob_dtype(label: str, stored: StoredTensor) -> str:
@@ -140,7 +132,7 @@ def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
 ) -> Parts:
     """Returns the parts of a checkpoint's rows; `ids` are their numbers."""
-    values = _transform(name).store(rows.astype(np.float32, copy=False))
+    values = _TRANSFORMS.get(role_of(name), PLAIN).store(rows.astype(np.float32, copy=False))
     scheme = stored.uniform
     if not isinstance(scheme, Affine):
         return scheme.encode(name, values, statistics(name), ids)
@@ -161,11 +153,8 @@ def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
         rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
     else:
         rows = scheme.decode(arrays, columns)
-    return _transform(name).restore(rows.astype(np.float32, copy=False))
-
-
-def _transform(name: str) -> Transform:
-    return _TRANSFORMS.get(role_of(name), PLAIN)
+    transform = _TRANSFORMS.get(role_of(name), PLAIN)
+    return transform.restore(rows.astype(np.float32, copy=False))
 
 
 def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
