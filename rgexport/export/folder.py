@@ -10,13 +10,7 @@ from typing import Any
 from rgexport._version import __version__
 from rgexport.export.artifact import record_files, remember_verified
 from rgexport.export.card import card
-from rgexport.export.manifest import (
-    CARD,
-    Manifest,
-    SelfCheck,
-    Source,
-    write_manifest,
-)
+from rgexport.export.manifest import CARD, Manifest, SelfCheck, Source, write_manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.origin import origin_of
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer

@@ -16,16 +16,10 @@ from rgexport.export.coreml.manifest import (
     io_record,
     state_records,
 )
-from rgexport.export.coreml.package import (
-    PackagePlan,
-    packages,
-    split_by_size,
-    whole,
-    write_package,
-)
+from rgexport.export.coreml.package import packages, split_by_size, whole, write_package
 from rgexport.export.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import Manifest, SelfCheck, StoredTensor
+from rgexport.export.manifest import Manifest, SelfCheck
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
 from rgexport.export.request import FolderOptions, require_word
@@ -143,7 +137,13 @@ def export_coreml(
         for package, model in zip(plans, models, strict=True):
             add_metadata(model, checkpoint, options, package, blobs)
             write_package(folder, model, package.name)
-            _require_sound_package(folder / package.name, package, storage.tensors)
+            # Read back by code that the writer does not share.
+            saved = open_package(folder / package.name)
+            if wrong := list(check_package(saved, package.uses(storage.tensors))):
+                raise RequestError(
+                    f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
+                    "this is a fault of rgexport, please report it"
+                )
         return CoreMLManifest(
             precision=options.precision_word,
             compute=options.compute_word,
@@ -167,14 +167,3 @@ def export_coreml(
         force=force,
         check=check,
     )
-
-
-def _require_sound_package(
-    path: Path, plan: PackagePlan, tensors: Mapping[str, StoredTensor]
-) -> None:
-    """Reads the package back, by code that the writer does not share, and checks it."""
-    if wrong := list(check_package(open_package(path), plan.uses(tensors))):
-        raise RequestError(
-            f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
-            "this is a fault of rgexport, please report it"
-        )

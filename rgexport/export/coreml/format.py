@@ -115,13 +115,13 @@ class CoreMLFormat(FolderFormat):
         return CardText("Core ML", "soft cap", run)
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
-        from rgexport.export.mil.describe import describe_package  # reads programs, too
+        from rgexport.export.mil.checks import describe_package  # reads programs, too
         from rgexport.export.mil.package import means_package
 
         return describe_package(path) if means_package(path) else None
 
     def foreign_text(self, description: dict[str, Any]) -> Iterator[str | Table]:
-        from rgexport.export.mil.describe import package_text
+        from rgexport.export.mil.checks import package_text
 
         return package_text(description)
 

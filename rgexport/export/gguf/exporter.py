@@ -33,7 +33,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import Advance, expect_stages, group, note, task, warn
+from rgexport.progress import Advance, expect_stages, group, task, warn
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
@@ -147,7 +147,6 @@ def export_gguf(
     """Exports to the file `target`, in memory that no model's size changes."""
     check_file_target(target, force=force, replaceable=is_gguf)
     storage = options.choose(checkpoint.config)
-    _announce(storage)
     if any(TYPES[kind].is_quantized for kind in storage.types.values()):
         load_library()  # fails before any work is done
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
@@ -162,9 +161,10 @@ def export_gguf(
     values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(storage)]
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
     with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
+        _write_header(unfinished, values, storage)
         with task("Writing the weights", total) as advance:
             jobs = _jobs(storage, checkpoint.weights, statistics)
-            digest = _write_file(unfinished, values, storage, jobs, advance)
+            digest = _append_data(unfinished, jobs, advance)
         start = integrity.data_start(read_header(unfinished))
         if check is not None:
             remember_hashes({unfinished: digest}, start=start)
@@ -173,21 +173,6 @@ def export_gguf(
             integrity.write_check(unfinished, record)
     remember_hashes({target: digest}, start=start)
     return target
-
-
-def _announce(storage: GgufStorage) -> None:
-    """Notes the tensors that get another type because their rows are no whole number of blocks."""
-    default = storage.file_type.default
-    unfit = [
-        tensor.name
-        for tensor in storage.tensors
-        if tensor.quantizable and not TYPES[default].fits(tensor.shape[-1])
-    ]
-    if unfit:
-        note(
-            f"{len(unfit)} tensors have rows that {default} does not fit, such as {unfit[0]}; "
-            f"they are stored in another type, as llama-quantize does ({storage.types[unfit[0]]})"
-        )
 
 
 def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
@@ -208,15 +193,8 @@ def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
     return math.prod(lead) * TYPES[kind].row_bytes(columns)
 
 
-def _write_file(
-    path: Path,
-    values: Iterable[KeyValue],
-    storage: GgufStorage,
-    jobs: Iterable[Job],
-    advance: Advance,
-) -> str:
-    """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
-    _write_header(path, values, storage)
+def _append_data(path: Path, jobs: Iterable[Job], advance: Advance) -> str:
+    """Completes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
     digest = hashlib.sha256()
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)

@@ -1,19 +1,31 @@
-"""Checks a package that rgexport made: its states are kept, and its weights are the right ones.
+"""Checks a package that rgexport made, and describes one from any tool for `rgexport inspect`.
 
-Such faults would change what a package computes without any error; others, Core ML refuses.
+States must be kept, and weights be the right ones: such faults would change what a package computes
+without any error; others, Core ML refuses.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.mil.package import HEADER_BYTES, Package
+from rgexport.export.mil.package import (
+    HEADER_BYTES,
+    PACKAGE_SUFFIX,
+    Package,
+    file_values,
+    open_package,
+)
 from rgexport.export.mil.program import FileValue, Function, Name
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import site_of
+from rgexport.reporting.tables import Row, Table
+from rgexport.units import amount
 
 CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 """Keys of a package's metadata: the Griffin configuration, and the hash of each stored part."""
@@ -62,18 +74,10 @@ def check_without_manifest(package: Package) -> Iterator[str]:
     yield from _check_digests(package, weights)
 
 
-def made_by_rgexport(package: Package) -> bool:
-    return CONFIG in package.description.metadata.userDefined
-
-
 def part_name(tensor: str, label: str) -> str:
     """Returns `OPERATION.PART`, without dots in the operation's name; a row group has its own."""
     weight, _, part = f"{tensor}.{label}".rpartition(".")
-    return f"{_operation_name(weight)}.{part}"
-
-
-def _operation_name(tensor: str) -> str:
-    return tensor.replace(".", "_")
+    return f"{weight.replace('.', '_')}.{part}"
 
 
 def short_digests(blobs: Mapping[str, str]) -> dict[str, str]:
@@ -156,7 +160,7 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
                 continue
             unused.pop(value.name, None)
             site = sites[value.name]
-            if not operation.name.startswith(_operation_name(site)) and site != _SHARED:
+            if not operation.name.startswith(site.replace(".", "_")) and site != _SHARED:
                 where = f"{function.name}: {operation.type} {operation.label}"
                 yield f"{where}: it takes {value.name}, which belongs to {site}"
     for name in unused:
@@ -164,8 +168,13 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
 
 
 def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator[str]:
+    text = package.description.metadata.userDefined.get(DIGESTS)
     try:
-        expected = _read_digests(package)
+        if text is None:
+            raise ValueError(f"there is no {DIGESTS}")
+        expected = parse_json(text)
+        if not isinstance(expected, dict) or not all(isinstance(d, str) for d in expected.values()):
+            raise ValueError(f"{DIGESTS} holds no hashes")
     except ValueError as error:
         yield f"its metadata are damaged: {error}"
         return
@@ -182,11 +191,145 @@ def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator
             yield f"{name} was altered (its hash differs)"
 
 
-def _read_digests(package: Package) -> dict[str, str]:
-    text = package.description.metadata.userDefined.get(DIGESTS)
-    if text is None:
-        raise ValueError(f"there is no {DIGESTS}")
-    digests = parse_json(text)
-    if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
-        raise ValueError(f"{DIGESTS} holds no hashes")
-    return digests
+KIND = "mlpackage"
+OPERATIONS = frozenset(
+    (
+        "add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal "
+        "exp gather gelu greater_equal less_equal linear logical_and matmul mul read_state "
+        "reduce_mean reduce_sum reshape rsqrt select sigmoid sin slice_by_index softmax sqrt sub "
+        "tanh transpose write_state"
+    ).split()
+)
+"""All that rgexport emits and its interpreter executes."""
+_SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
+"""Specification version → the first system that runs it."""
+_GROUPS = "inputs", "outputs", "states"
+_SHOWN, _LISTED = 60, 20
+_NUMBER = re.compile(r"(?<=_)\d+(?=_)")
+
+
+def describe_package(path: Path) -> dict[str, Any]:
+    """Describes a package as JSON; one of ours is hashed, and `problems` lists what is wrong."""
+    package = open_package(path)
+    metadata = package.description.metadata
+    ours = CONFIG in metadata.userDefined
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+    kinds = {op.type for function in package.functions.values() for op in function.walk()}
+    values = file_values(package.functions.values())
+    totals: dict[str, Counter[str]] = {}
+    for kind in {(value.file, value.offset): value.type for value in values}.values():
+        total = totals.setdefault(kind.dtype, Counter())
+        total.update(blobs=1, items=kind.size, bytes=kind.nbytes)
+    return {
+        "kind": KIND,
+        "name": path.resolve().name.removesuffix(PACKAGE_SUFFIX),
+        "path": str(path),
+        "specification_version": package.specification_version,
+        "default_function": package.default_function,
+        "size": sum(sizes.values()),
+        "made_by_rgexport": ours,
+        "all_hashes_verified": ours,
+        "metadata": {
+            "summary": metadata.shortDescription,
+            "author": metadata.author,
+            "license": metadata.license,
+            "version": metadata.versionString,
+            **dict(sorted(metadata.userDefined.items())),
+        },
+        "functions": {
+            name: _function(function, package) for name, function in package.functions.items()
+        },
+        "weights": [{"dtype": dtype, **total} for dtype, total in sorted(totals.items())],
+        "unchecked": sorted(kinds - OPERATIONS),
+        "problems": list(check_without_manifest(package)) if ours else [],
+        "files": {name: {"size": size} for name, size in sizes.items()},
+    }
+
+
+def _function(function: Function, package: Package) -> dict[str, Any]:
+    types = {name: kind for op in function.operations for name, kind in op.outputs}
+    types |= function.inputs | function.states
+    # A model of a single function has its features beside the list of functions.
+    described = {message.name: message for message in package.description.functions}
+    features = described.get(function.name, package.description)
+    all_features = chain(features.input, features.output, features.state)
+    helps = {feature.name: feature.shortDescription for feature in all_features}
+
+    def value(name: str) -> dict[str, Any]:
+        kind = types.get(name)
+        form = {"dtype": kind.dtype, "shape": list(kind.shape)} if kind else {}
+        return {"name": name, **form, "help": helps.get(name, "")}
+
+    groups = {group: list(map(value, getattr(function, group))) for group in _GROUPS}
+    counts = Counter(operation.type for operation in function.walk())
+    return {**groups, "operations": dict(counts.most_common())}
+
+
+def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
+    yield _headline(d)
+    texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
+    metadata = (
+        (name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+        for name, text in texts.items()
+        if text
+    )
+    yield Table("Metadata", ("", ""), metadata)
+    header = ("function", "", "name", "dtype", "shape")
+    values = (
+        (name, group.removesuffix("s"), *row)
+        for name, function in d["functions"].items()
+        for group in _GROUPS
+        for row in _grouped_rows(function[group])
+    )
+    yield Table("Inputs, outputs and states", header, values)
+    names = tuple(d["functions"])
+    counts = [function["operations"] for function in d["functions"].values()]
+    operations = (
+        (kind, *(f"{count.get(kind, 0):,}" for count in counts))
+        for kind in sorted({kind for count in counts for kind in count})
+    )
+    yield Table("Operations", ("type", *names), operations, names)
+    numbers = ("blobs", "items", "size")
+    weights = (
+        (w["dtype"], f"{w['blobs']:,}", f"{w['items']:,}", amount(w["bytes"])) for w in d["weights"]
+    )
+    yield Table("Weights", ("dtype", *numbers), weights, numbers)
+    files = ((name, amount(record["size"])) for name, record in d["files"].items())
+    yield Table("Files", ("name", "size"), files, ("size",))
+    yield _closing(d)
+
+
+def _headline(d: dict[str, Any]) -> str:
+    version = d["specification_version"]
+    system = _SYSTEMS.get(version)
+    facts = (
+        f"{d['name']}: Core ML package",
+        f"specification {version}" + (f" ({system} or later)" if system else ""),
+        f"functions {', '.join(d['functions'])} (by default {d['default_function']})",
+        amount(d["size"]),
+    )
+    return ", ".join(facts) + f"\n{d['path']}\n"
+
+
+def _closing(d: dict[str, Any]) -> str:
+    if problems := d["problems"]:
+        lines = [f"Problem: {problem}" for problem in problems[:_LISTED]]
+        if len(problems) > _LISTED:
+            lines.append(f"and {len(problems) - _LISTED} more problems")
+        return "\n".join(lines)
+    if d["made_by_rgexport"]:
+        return "No problems."
+    unknown = ", ".join(d["unchecked"])
+    return "Not made by rgexport: it can be read and has all weights; nothing else was checked." + (
+        f" rgexport cannot run these operations: {unknown}." if unknown else ""
+    )
+
+
+def _grouped_rows(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    rows: Counter[Row] = Counter()
+    for value in values:
+        shape = " x ".join(map(str, value.get("shape", ())))
+        rows[_NUMBER.sub("*", value["name"]), value.get("dtype", "?"), shape] += 1
+    for (name, *kind), count in rows.items():
+        yield (f"{name} ({count})" if count > 1 else name, *kind)

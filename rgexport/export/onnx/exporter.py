@@ -12,11 +12,16 @@ from rgexport.errors import RequestError
 from rgexport.export.artifact import files_of
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
-from rgexport.export.onnx.format import FORMAT, graph_interface, part_shapes, with_interface
+from rgexport.export.onnx.format import (
+    FORMAT,
+    graph_interface,
+    part_shapes,
+    require_kernels,
+    with_interface,
+)
 from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
 from rgexport.export.onnx.profiles import PROFILES, FileLimit, OnnxOptions
-from rgexport.export.onnx.program_files import require_kernels
 from rgexport.export.storage import OffsetAllocator, aligned, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace

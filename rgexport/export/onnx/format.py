@@ -1,17 +1,23 @@
-"""The format of ONNX artifacts: storage of tensors, interface of the graph, model card.
+"""The format of ONNX artifacts: storage, interface of the graph, card, files for other programs.
 
-onnxruntime-genai and transformers.js take keys and values as [batch_size, heads, window, head_dim];
-the first one asks for logits of one token, the second one for the name `batch_size`.
+onnxruntime-genai and transformers.js run a folder as it is. They take keys and values as
+[batch_size, heads, window, head_dim]; the first one asks for logits of one token, the second one
+for the name `batch_size`. `genai_config.json` has no recurrent states, as versions before 0.16
+refuse them. A fixed axis of keys and values makes a cache that is updated in place.
 """
 
+import json
 import reprlib
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rgexport import npm
+from rgexport._version import __version__
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import CardText, FolderFormat, installation
@@ -22,6 +28,7 @@ from rgexport.export.manifest import (
     Manifest,
     StateRecord,
     ValueRecord,
+    identity_of,
 )
 from rgexport.export.onnx.model_file import (
     MODEL_FILE,
@@ -33,13 +40,104 @@ from rgexport.export.onnx.model_file import (
 )
 from rgexport.export.program import StepProgram, Value
 from rgexport.export.storage import part_shapes_by_group
+from rgexport.files.typed_json import to_json
+from rgexport.griffin.chat_template import chat_template
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import state_specs
+from rgexport.kernels.onnx import library
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.scheme import BLOCKS, INT8_ROWS, Affine, Float, PartShapes, Scheme, Uniform
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
+
+GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
+MODULES = "recurrent_gemma.mjs", "state_file.mjs"
+_CONTEXT = 1 << 20  # most tokens of a conversation; a state of fixed size has no limit of its own
+_LENGTH = 8192
+
+
+def write_genai_config(
+    folder: Path, config: GriffinConfig, ids: "ControlIds", files: Iterable[str]
+) -> None:
+    """Writes `genai_config.json`; it names our kernels if they are among the artifact's `files`."""
+    # 0 is ONNX Runtime's own choice; genai's is half of it on machines with two processors.
+    options: dict[str, Any] = {"provider_options": [], "intra_op_num_threads": 0}
+    for name in sorted(files, reverse=True):
+        if Path(name).stem == library.LIBRARY.stem:  # made for any system
+            options["custom_ops_library"] = name
+    decoder = {
+        "filename": MODEL_FILE,
+        "head_size": config.head_dim,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": config.num_layers,
+        "session_options": options,
+        "inputs": {
+            "input_ids": "input_ids",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {
+        "type": "decoder",
+        **ids.fields(),
+        "context_length": _CONTEXT,
+        "vocab_size": config.vocab_size,
+        "decoder": decoder,
+    }
+    # Version 0.14 demands the last one.
+    search = {"do_sample": False, "max_length": _LENGTH, "past_present_share_buffer": True}
+    _write_json(folder / GENAI_CONFIG, {"model": model, "search": search})
+
+
+def require_kernels() -> Path:
+    path = library.library()
+    if path is None:
+        raise RequestError(
+            f"--genai-native copies the native kernels, but {library.kernels().reason}; "
+            "or leave it out, and onnxruntime-genai runs its own"
+        )
+    return path
+
+
+def write_web_files(folder: Path, manifest: Manifest, ids: "ControlIds") -> None:
+    template, _ = chat_template(folder)
+    config = manifest.config
+    fields = {
+        "model_type": "recurrent_gemma",
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        **ids.fields(),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "block_types": list(config.block_types),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": 1,
+        "head_dim": config.head_dim,
+        "attention_window_size": config.window,
+        "rgexport": {
+            "version": __version__,
+            "identity": asdict(identity_of(manifest, template)),
+            "states": [to_json(record) for record in manifest.states],
+            "data_files": weight_files(manifest),
+        },
+    }
+    _write_json(folder / CONFIG, fields)
+    for name in MODULES:
+        shutil.copyfile(Path(npm.__file__).with_name(name), folder / name)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
+
 
 _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "rg_lru": ("recurrent_state", "canonical"),
@@ -221,8 +319,6 @@ class OnnxFormat(FolderFormat):
     def write_program_files(
         self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
     ) -> None:
-        from rgexport.export.onnx.program_files import write_genai_config, write_web_files
-
         write_genai_config(folder, manifest.config, ids, files)
         write_web_files(folder, manifest, ids)
 

@@ -14,7 +14,7 @@ import pytest
 import rgexport
 from bench.genai import run
 from rgexport.errors import RequestError
-from rgexport.export.onnx import program_files as files
+from rgexport.export.onnx import format as files
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
