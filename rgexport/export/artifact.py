@@ -97,7 +97,6 @@ class Artifact:
         return origin_of_card(self.file(CARD))
 
     def notes(self) -> list[str]:
-        """Lists harmless changes since the export: of the card, and added files."""
         card, record = self.file(CARD), self.manifest.files.get(CARD)
         notes = []
         if record and not card.is_file():
@@ -138,7 +137,6 @@ def files_of(folder: Path) -> set[str]:
 
 
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
-    """Returns hashes and sizes of the named files in `folder`, or of all, for its manifest."""
     paths = {name: folder / name for name in sorted(files_of(folder) if names is None else names)}
     hashes = hash_files(paths.values())
     return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}

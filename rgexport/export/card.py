@@ -113,7 +113,6 @@ def levels_sentence(counts: Mapping[str, int]) -> str:
 
 
 def _header(manifest: Manifest, origin: Origin) -> str:
-    """Returns the YAML header for the hub: licence, original, tags, and the measured KL."""
     from huggingface_hub import EvalResult, ModelCardData
 
     check = manifest.check

@@ -25,7 +25,6 @@ _GRAPH_BYTES = 64 << 20
 """Upper bound of what is neither weights nor the checkpoint's: `tokenizer.json` has 33 MB."""
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
-"""Writes a model, from the manifest's common fields and the ids of control tokens."""
 
 
 def export_folder(
@@ -74,7 +73,6 @@ def export_folder(
 def common_fields(
     checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]
 ) -> dict[str, Any]:
-    """Returns the fields of a manifest that do not depend on the format."""
     ours = {"rgexport": __version__, "python": platform.python_version()}
     return {
         "name": checkpoint.name,

@@ -108,7 +108,6 @@ class FolderFormat(Format):
         return tokenizer + self.graph_bytes * checkpoint.config.num_layers
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """Derives the states, inputs and outputs of a graph from the manifest's other fields."""
         return (), IoRecord((), ())
 
     def write_program_files(

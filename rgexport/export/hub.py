@@ -89,7 +89,12 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
             earlier = read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
     if not force:
         _require_own(artifact, repo, existing, earlier)
-    files = _files(artifact)
+    if artifact.path.is_file():
+        text = card(artifact.manifest, artifact.origin())
+        files: dict[str, Path | bytes] = {artifact.path.name: artifact.path, CARD: text.encode()}
+    else:
+        paths = {name: artifact.file(name) for name in (*artifact.manifest.files, MANIFEST)}
+        files = {name: path for name, path in paths.items() if path.is_file()}
     if CARD in existing and _keeps_card(artifact, repo, earlier):
         note(f"The card of {repo} stays as it is")
         del files[CARD]
@@ -133,14 +138,6 @@ def _keeps_card(artifact: Artifact, repo: str, earlier: Manifest | None) -> bool
         return False
     listed = earlier.files.get(CARD)
     return listed is None or hash_file(Path(hf_hub_download(repo, CARD))).sha256 != listed.sha256
-
-
-def _files(artifact: Artifact) -> dict[str, Path | bytes]:
-    if artifact.path.is_file():
-        text = card(artifact.manifest, artifact.origin())
-        return {artifact.path.name: artifact.path, CARD: text.encode()}
-    names = [*artifact.manifest.files, MANIFEST]
-    return {name: artifact.file(name) for name in names if artifact.file(name).is_file()}
 
 
 def _warn_of_terms(artifact: Artifact) -> None:

@@ -38,7 +38,6 @@ class CheckRecord:
 
     @property
     def sentence(self) -> str:
-        """Outcome and measurements in one line of printable characters."""
         if self.status == "skipped":
             return printable(f"Not checked: {self.reason}.")
         verdict = self.status + (f", since {self.reason}" if self.reason else "")
@@ -68,7 +67,6 @@ def skipped(reason: str) -> CheckRecord:
 
 NOT_ASKED_FOR = skipped("it was not asked for")
 SelfCheck = Callable[[Path], CheckRecord]
-"""Checks an artifact that is complete, but not yet renamed to its target."""
 MANIFEST = "rgexport.json"
 CARD = "README.md"  # the model card; users may edit it
 COLUMNS = "columns"
@@ -145,8 +143,6 @@ class StateRecord:
 
 @dataclass(frozen=True)
 class ValueRecord:
-    """One input or output of the graph; a dimension is a number or a symbol."""
-
     name: str
     dtype: str
     shape: tuple[int | str, ...]
@@ -167,8 +163,6 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about an artifact that a runtime needs besides the files listed here."""
-
     format_version: int = FORMAT_VERSION
     kind: str = "onnx"  # a key of `formats.FORMATS`
     name: str

@@ -21,8 +21,6 @@ class Value:
 
 @dataclass(frozen=True)
 class Node:
-    """One op of the Griffin op set: tensor inputs in the op's order, the rest as attributes."""
-
     op: str
     site: str
     inputs: tuple[Value | None, ...]
@@ -36,8 +34,6 @@ class Node:
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A traced step."""
-
     input_ids: Value
     position_ids: Value
     num_logits: Value

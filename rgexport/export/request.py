@@ -18,11 +18,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
 _BLOCKS = {"int3", "int4", "int8"}
 QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
-"""Word of `--quality` → the algorithm that chooses levels."""
 
 
 def bytes_of(flag: str, text: str) -> float:
-    """Converts the text of an option, such as `1.5GB`, to bytes; raises RequestError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise RequestError(
@@ -117,7 +115,6 @@ class FolderOptions(ABC):
 
 
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
-    """Raises RequestError if one of the fields `names` is set although there is a plan."""
     changed = [name for name in names if getattr(options, name) != getattr(type(options), name)]
     if options.plan is not None and changed:
         fields = ", ".join(name.replace("_", " ") for name in changed)
@@ -132,7 +129,6 @@ def refuse_idle(options: Mapping[str, object], where: str) -> None:
 
 
 def require_levels(precisions: Collection[str], algorithm: str | None) -> None:
-    """Raises RequestError if there is an algorithm, but no precision or type with levels."""
     if algorithm is not None and {*precisions} <= _FLOATS:
         refuse_idle(
             {"--quality (or --calibration)": True},

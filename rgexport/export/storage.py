@@ -35,7 +35,6 @@ class Transform:
 
 
 def _decay(a_param: np.ndarray) -> np.ndarray:
-    """Returns -8 softplus(a_param), computed in float64."""
     p = a_param.astype(np.float64)
     softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
     return (RG_LRU_C * softplus).astype(np.float32)
@@ -83,7 +82,6 @@ def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
 
 
 def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Returns the tensors, and the row groups of those that have several, by `group_name`."""
     groups = {
         group_name(name, i): _group(stored, i, size)
         for name, stored in tensors.items()

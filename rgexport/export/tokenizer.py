@@ -47,8 +47,6 @@ _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 @dataclass(frozen=True, kw_only=True)
 class ControlIds:
-    """Ids of control tokens, as configurations name them; by default Gemma's."""
-
     bos_token_id: int | None = 2
     eos_token_id: tuple[int, ...] = (1,)
     """The tokens that end a reply: the end of a text, and the end of a turn if there is one."""
@@ -79,7 +77,6 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
 
 
 def bytes_to_add(files: Iterable[Path]) -> int:
-    """Returns the size of the `tokenizer.json` that an export adds to a checkpoint's files."""
     paths = {path.name: path for path in files}
     if "tokenizer.json" in paths or "tokenizer.model" not in paths:
         return 0
@@ -113,7 +110,6 @@ def _convert(folder: Path) -> None:
 
 
 def _complete_config(path: Path, tokens: ControlTokens, template: str | None) -> None:
-    """Writes the names of control tokens and the chat template where they are missing or wrong."""
     try:
         config = parse_json(read_regular(path)) if path.is_file() else dict(_NEW_CONFIG)
         completed = config | {
@@ -190,7 +186,6 @@ def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-    """Returns a normalizer that changes text as SentencePiece does before it splits it."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -66,7 +66,6 @@ class _Reader:
         return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
 
     def _nodes(self, graph: torch.fx.Graph) -> "list[Node]":
-        """Converts the nodes of the op set, without the shape guards that the tracer adds."""
         nodes = []
         for node in graph.nodes:
             namespace = getattr(node.target, "namespace", None)

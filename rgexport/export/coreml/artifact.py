@@ -24,8 +24,6 @@ Types = dict[str, TensorType]
 
 @dataclass(frozen=True)
 class CoreMLArtifact(Artifact):
-    """A folder with one package or several, and their manifest."""
-
     manifest: CoreMLManifest
 
     def facts(self) -> dict[str, Any]:

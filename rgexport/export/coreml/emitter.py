@@ -41,7 +41,6 @@ class Graph:
 
     @contextmanager
     def site(self, name: str) -> Iterator[None]:
-        """Names the operations made inside after the site."""
         self._site, before = name, self._site
         yield
         self._site = before
@@ -67,7 +66,6 @@ class Graph:
         return x if x.shape == shape else self.op("reshape", x=x, shape=list(shape))
 
     def slice(self, x: Var, start: int, stop: int, axis: int) -> Var:
-        """Returns x[start:stop] along `axis`; `x` itself if that is all of it."""
         axis %= x.rank
         if (start, stop) == (0, x.shape[axis]):
             return x
@@ -117,7 +115,6 @@ class CoreMLEmitter(Graph):
         self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
 
     def value(self, declared: Value) -> Var:
-        """Returns an activation, a state before this call, or a weight in its canonical shape."""
         name = declared.name
         if name not in self.values:
             is_state = name in self._before
@@ -142,7 +139,6 @@ class CoreMLEmitter(Graph):
             self._write(feature_name(state), value)
 
     def finish(self) -> list[Var]:
-        """Writes the RG-LRU states; returns the outputs that hold states."""
         rows = [row for row in self._rows.values() if row is not None]
         if not rows:
             return []

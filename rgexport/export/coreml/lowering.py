@@ -19,7 +19,6 @@ _WEIGHT = 1
 
 
 def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
-    """Lowers a node, once for each row group if its weight has several."""
     combine = _OPS.get(node.op)
     weight = node.inputs[_WEIGHT] if combine else None
     scheme = g.stored(weight).scheme if weight else None
@@ -46,7 +45,6 @@ def _grouped_linear(
 def _grouped_embedding(
     g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> Var:
-    """Each token's row from its group; the other groups look up some row of theirs."""
     ids = node.inputs[0]
     assert ids is not None
     position = g.value(ids)
@@ -202,7 +200,6 @@ def _linear_scan(g: CoreMLEmitter, a: Var, b: Var, h0: Var) -> Var:
 
 
 def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Angles in float32 from the integer positions; all layers share the cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
     tokens, width = x.shape[1:]

@@ -27,11 +27,8 @@ HIDDEN, HIDDEN_OUTPUT = "hidden_state", "hidden_state_out"  # between two packag
 
 @dataclass(frozen=True)
 class Form:
-    """The interface of a package, and the dtype that it computes in."""
-
     prefill_length: int  # tokens that the `prefill` function takes
     all_logits: bool
-    """Whether `prefill` gives the logits of all its tokens, or only of the last one."""
     recurrent_state: RecurrentState
     """`io`: the RG-LRU's state is an input and an output; `hilo`: a pair of float16 states."""
     compute: str
@@ -84,7 +81,6 @@ def pair(name: str) -> tuple[str, str]:
 
 
 def stored_states(config: GriffinConfig, form: Form, segment: Segment) -> dict[str, Shape]:
-    """Returns name → shape of every Core ML state of a segment, all float16."""
     cached = segment.of_layers({spec.name: spec for spec in _cached(config)})
     states = [(feature_name(name), spec.shape, form.pairs) for name, spec in cached.items()]
     layers = recurrent_layers(config, segment)
@@ -98,7 +94,6 @@ def stored_states(config: GriffinConfig, form: Form, segment: Segment) -> dict[s
 
 
 def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
-    """Returns the canonical states with their features: in and out, or hi and lo."""
     stacked: tuple[Literal["row", "hilo"], str, str] = (
         ("row", RECURRENT, RECURRENT_OUTPUT)
         if form.recurrent_state == "io"

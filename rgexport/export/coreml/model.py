@@ -75,7 +75,6 @@ def _function(
     tokens: int,
     stored_parts: dict[str, StoredPart],
 ) -> Function:
-    """Builds the function for `tokens` tokens; adds its weights to `stored_parts`."""
     inputs = {
         value.name: Placeholder(
             [tokens if size == "tokens" else size for size in value.shape],
@@ -116,7 +115,6 @@ def add_metadata(
     plan: PackagePlan,
     blobs: Mapping[str, str],
 ) -> None:
-    """Adds the texts that Xcode shows, and the hashes of weights (`TENSOR.PART` → SHA-256)."""
     config, form, origin = checkpoint.config, options.form, origin_of(checkpoint)
     metadata = model.description.metadata
     owner = origin.hub_id.split("/")[0].capitalize() if origin.hub_id else "Unknown"

@@ -84,7 +84,6 @@ class Segment:
         return self.ends or (self.begins and name == EMBEDDING)
 
     def nodes(self, program: StepProgram) -> list[Node]:
-        """Returns its nodes. A program has a beginning, the layers, and an end."""
         layers = [layer_of(node.site) for node in program.nodes]
         inside = [i for i, layer in enumerate(layers) if layer is not None]
         return [
@@ -144,7 +143,6 @@ def whole(num_layers: int) -> Segment:
 
 
 def packages(num_layers: int, split: Sequence[int]) -> tuple[PackagePlan, ...]:
-    """Returns one package, or with `split` the ends and groups of so many layers."""
     if not split:
         return (PackagePlan(PACKAGE, (whole(num_layers),)),)
     nothing = range(0)

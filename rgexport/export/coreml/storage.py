@@ -131,7 +131,6 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
 ) -> Parts:
-    """Returns the parts of a checkpoint's rows; `ids` are their numbers."""
     values = _TRANSFORMS.get(role_of(name), PLAIN).store(rows.astype(np.float32, copy=False))
     scheme = stored.uniform
     if not isinstance(scheme, Affine):
@@ -145,7 +144,6 @@ def encode(
 
 
 def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
-    """Inverts `encode`: float32 [rows, columns]."""
     columns = int(np.prod(stored.shape[1:], dtype=np.int64))
     scheme = stored.uniform
     if isinstance(scheme, Affine):

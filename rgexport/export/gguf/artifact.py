@@ -207,7 +207,6 @@ def _manifest(
 
 
 def algorithms_text(schemes: Mapping[str, Ggml]) -> str:
-    """Returns tensor → algorithm as JSON, without llama-quantize's; "" if there is none."""
     algorithms = {name: scheme.algorithm for name, scheme in schemes.items()}
     named = {name: algorithm for name, algorithm in algorithms.items() if algorithm != _OWN}
     return json.dumps(named) if named else ""

@@ -94,7 +94,6 @@ def _general(checkpoint: Checkpoint) -> Iterator[KeyValue]:
 
 
 def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[KeyValue]:
-    """Yields the pairs from which llama.cpp makes its tokenizer; `template` is for a chat."""
     if vocabulary is None:
         yield KeyValue("tokenizer.ggml.model", "no_vocab", Kind.STRING)
         return
@@ -176,7 +175,6 @@ def export_gguf(
 
 
 def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
-    """Yields the values that depend on the types: last, where llama-quantize appends them."""
     types = ((tensor.name, storage.types[tensor.name]) for tensor in storage.tensors)
     for key, text in integrity.placeholders(types).items():
         yield KeyValue(key, text, Kind.STRING)
@@ -194,7 +192,6 @@ def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
 
 
 def _append_data(path: Path, jobs: Iterable[Job], advance: Advance) -> str:
-    """Completes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
     digest = hashlib.sha256()
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)

@@ -31,8 +31,6 @@ _TENSOR_BYTES = 96
 
 
 class GgufFormat(FileFormat):
-    """One file, with a manifest in its metadata; its card is written when it is uploaded."""
-
     precisions = PRECISIONS
     runs_on = (
         "in the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM "

@@ -82,7 +82,6 @@ def data_start(header: GgufHeader) -> int:
 
 
 def placeholders(tensors: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Returns key → text for a file that is not written yet, from its tensors' names and types."""
     hashes = {DATA: _UNKNOWN, METADATA: _UNKNOWN, TYPES: types_sha256(tensors)}
     return hashes | {CHECK: check_text(NOT_ASKED_FOR)}
 
@@ -106,7 +105,6 @@ def check_text(record: CheckRecord) -> str:
 
 
 def read_check(header: GgufHeader) -> CheckRecord:
-    """Reads the check of a file's own tensors; raises Mismatch if it is damaged."""
     if CHECK not in header.values:
         return NOT_ASKED_FOR
     try:

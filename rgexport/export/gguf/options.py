@@ -35,13 +35,10 @@ PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
 """File types that are no mix, and that importances do not change."""
-_SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 
 @dataclass(frozen=True)
 class GgufStorage:
-    """The ggml types and statistics of a model's tensors, by their names in the file."""
-
     file_type: FileType
     tensors: list[FileTensor]
     schemes: dict[str, Ggml]
@@ -67,7 +64,7 @@ class GgufOptions:
     algorithm: str | None = None
 
     def __post_init__(self) -> None:
-        refuse_beside_plan(self, _SET_BY_A_PLAN)
+        refuse_beside_plan(self, ("type", "pure", "tensor_types", "embedding", "imatrix"))
         self._request()
         if self.imatrix and self._takes_statistics:
             raise RequestError(
@@ -85,9 +82,12 @@ class GgufOptions:
 
     @property
     def file_type(self) -> FileType:
-        if self.plan is not None:
-            return _file_type_of(self.plan)
-        return find_file_type(self.type or DEFAULT_TYPE)
+        if self.plan is None:
+            return find_file_type(self.type or DEFAULT_TYPE)
+        kinds = Counter(scheme.ggml_type for scheme in self.plan.values())
+        fewer = Counter({k: count for k, count in kinds.items() if k not in ("f32", None)})
+        most = str((fewer or Counter(["f32"])).most_common(1)[0][0])
+        return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)
 
     def choose(self, config: GriffinConfig) -> GgufStorage:
         """Chooses the types for a model; RequestError for a plan or file that does not fit it."""
@@ -140,8 +140,8 @@ def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
     """Returns the importances of quantized tensors; llama-imatrix has none for gates."""
-    imatrix.require_any_of(tensor.name for tensor in tensors if tensor.quantizable)
     checked = [tensor for tensor in tensors if tensor.quantizable]
+    imatrix.require_any_of(tensor.name for tensor in checked)
     importances = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in checked}
     return {
         name: columns
@@ -163,10 +163,3 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     if kind != "f32" and not tensor.quantizable:
         raise RequestError(f"the plan stores {tensor.canonical} as {kind}; expected f32")
     return scheme if isinstance(scheme, Ggml) else Ggml(kind)
-
-
-def _file_type_of(plan: Plan) -> FileType:
-    kinds = Counter(kind for scheme in plan.values() if (kind := scheme.ggml_type) is not None)
-    fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
-    most = (fewer or Counter(["f32"])).most_common(1)[0][0]
-    return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)

@@ -40,8 +40,6 @@ _PADDING_SCORE = -10_000.0
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One entry per row of the embedding, and the control tokens."""
-
     tokens: list[str]
     scores: np.ndarray
     types: np.ndarray
@@ -138,7 +136,6 @@ def _read_sentencepiece(path: Path) -> _Contents:
 
 
 def _read_json(path: Path) -> _Contents:
-    """Reads Hugging Face's conversion, which sorts merges by the scores of their results."""
     file = read_tokenizer_json(path)
     layout = file.fields
     model = layout["model"]

@@ -147,7 +147,6 @@ def _check_locations(
 
 
 def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Complains of weights that are used at another site than their own, or nowhere."""
     sites = {
         part_name(tensor, label).partition(".")[0]: site_of(tensor)
         for tensor, stored in tensors.items()
@@ -200,9 +199,7 @@ OPERATIONS = frozenset(
         "tanh transpose write_state"
     ).split()
 )
-"""All that rgexport emits and its interpreter executes."""
 _SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
-"""Specification version → the first system that runs it."""
 _GROUPS = "inputs", "outputs", "states"
 _SHOWN, _LISTED = 60, 20
 _NUMBER = re.compile(r"(?<=_)\d+(?=_)")

@@ -32,7 +32,6 @@ PACKAGE_SUFFIX = ".mlpackage"
 MAX_MODEL_BYTES = 512 << 20
 HEADER_BYTES = 64  # size of a weight file's header, and of each blob's
 _MANIFEST, _DATA = "Manifest.json", "Data"
-_MAIN = "main"  # the name of the only function of a model
 _MODEL_PATH = "@model_path/"  # a program's name for the folder of its model file
 _SENTINEL, _VERSION = 0xDEADBEEF, 2
 _FILE, _BLOB = struct.Struct("<4xI"), struct.Struct("<IIQQ")
@@ -45,8 +44,6 @@ _BLOB_TYPES: dict[int, str] = {
 
 @dataclass(frozen=True)
 class Blob:
-    """A tensor in a weight file, its header checked; `offset` is where its data begin."""
-
     path: Path
     type: TensorType
     offset: int
@@ -64,7 +61,6 @@ class BlobFile:
 
     @classmethod
     def open(cls, path: Path) -> "BlobFile":
-        """Reads the header; raises RequestError if the file is missing or of another version."""
         try:
             with path.open("rb") as file:
                 head = file.read(HEADER_BYTES)
@@ -81,7 +77,6 @@ class BlobFile:
         return cls(path, size)
 
     def blob(self, offset: int, type: TensorType) -> Blob:
-        """Returns the blob with its header at `offset`; raises RequestError for another type."""
         data_offset = offset + HEADER_BYTES
         if not 0 < offset <= self.size - HEADER_BYTES - type.nbytes:
             raise RequestError(
@@ -129,7 +124,12 @@ def open_package(path: Path | str) -> Package:
     """Reads the program and the headers of its weights; RequestError if they do not fit."""
     folder = Path(path)
     model = _model_file(folder)
-    message = _parse(model)
+    try:
+        message = messages("Model").Model.FromString(read_regular(model, MAX_MODEL_BYTES))
+    except OSError as error:
+        raise RequestError(f"{model} cannot be read: {error.strerror}") from None
+    except DecodeError:
+        raise RequestError(f"{model} is damaged: it is no protobuf message of a model") from None
     try:
         functions = decode_functions(message.mlProgram)
     except Damaged as error:
@@ -137,20 +137,20 @@ def open_package(path: Path | str) -> Package:
     if not functions:
         raise RequestError(f"{model} holds no ML program; expected a model of iOS 15 or later")
     default = message.description.defaultFunctionName
-    default = default or (_MAIN if _MAIN in functions else next(iter(functions)))
+    default = default or ("main" if "main" in functions else next(iter(functions)))
     if default not in functions:
         raise RequestError(f"{model} is damaged: it has no function {default!r}, its default")
     values = file_values(functions.values())
-    names = sorted({value.file for value in values})
-    package = Package(
-        path=folder,
-        model=model,
-        specification_version=message.specificationVersion,
-        functions=functions,
-        default_function=default,
-        description=message.description,
-        blob_files={name: BlobFile.open(_weight_file(folder, model, name)) for name in names},
-    )
+    blob_files = {}
+    for name in sorted({value.file for value in values}):
+        if not name.startswith(_MODEL_PATH):
+            raise RequestError(
+                f"{model} is damaged: it takes weights from {name!r}; expected {_MODEL_PATH}…"
+            )
+        path_in_model = name.removeprefix(_MODEL_PATH)
+        blob_files[name] = BlobFile.open(_inside(folder, model.parent, path_in_model, model))
+    version, description = message.specificationVersion, message.description
+    package = Package(folder, model, version, functions, default, description, blob_files)
     sizes: dict[str, dict[int, int]] = {}
     for value in sorted(values, key=lambda value: (value.file, value.offset)):
         package.blob(value)
@@ -167,17 +167,6 @@ def file_values(functions: Iterable[Function]) -> set[FileValue]:
     return {constant for constant in constants if isinstance(constant, FileValue)}
 
 
-def _parse(path: Path) -> Any:
-    try:
-        content = read_regular(path, MAX_MODEL_BYTES)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return messages("Model").Model.FromString(content)
-    except DecodeError:
-        raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None
-
-
 def _model_file(folder: Path) -> Path:
     manifest = folder / _MANIFEST
     if not manifest.is_file():
@@ -190,14 +179,6 @@ def _model_file(folder: Path) -> Path:
     if not isinstance(relative, str):
         raise RequestError(f"{manifest} is damaged: it does not say where the model is")
     return _inside(folder, folder / _DATA, relative, manifest)
-
-
-def _weight_file(folder: Path, model: Path, name: str) -> Path:
-    if not name.startswith(_MODEL_PATH):
-        raise RequestError(
-            f"{model} is damaged: it takes weights from {name!r}; expected {_MODEL_PATH}…"
-        )
-    return _inside(folder, model.parent, name.removeprefix(_MODEL_PATH), model)
 
 
 def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:

@@ -57,16 +57,12 @@ class TensorType:
 
 @dataclass(frozen=True, eq=False)
 class Immediate:
-    """A value in the program itself; integers of fewer than 8 bits are unpacked."""
-
     type: TensorType
     array: np.ndarray
 
 
 @dataclass(frozen=True)
 class FileValue:
-    """A value in a weight file, as one blob."""
-
     type: TensorType
     file: str  # the program's name for the file, such as `@model_path/weights/weight.bin`
     offset: int

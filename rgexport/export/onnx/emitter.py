@@ -107,7 +107,6 @@ class GraphBuilder:
 
 
 Body = Callable[..., Sequence[ir.Value]]
-"""Takes a graph builder, a node of the program and its inputs' values; returns the results."""
 
 
 class OnnxEmitter(GraphBuilder):
@@ -123,7 +122,6 @@ class OnnxEmitter(GraphBuilder):
         self._stored = with_groups(stored)
 
     def value(self, declared: Value) -> ir.Value:
-        """Returns an activation, a state, or a weight that is stored as floats."""
         if declared.name not in self.values:
             part = self.stored(declared).parts["data"]
             self.values[declared.name] = self.initializer(initializer(part, declared.name))
@@ -157,7 +155,6 @@ class OnnxEmitter(GraphBuilder):
     def call(
         self, function: ir.Function, *inputs: ir.Value | None, **attributes: Attribute
     ) -> list[ir.Value]:
-        """Adds a node of our own domain, and its function to the file."""
         self.functions[function.name] = function
         outputs = len(function.outputs)
         return self.ops(function.name, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
@@ -176,8 +173,6 @@ class OnnxEmitter(GraphBuilder):
 
 
 class _FunctionBuilder(GraphBuilder):
-    """Builds the body of a function, which has no initializers: its constants are nodes."""
-
     def constant(self, value: object, dtype: str = "int64") -> ir.Value:
         array = np.asarray(value, dtype)
         key = ("constant", dtype, array.shape, array.tobytes())
@@ -206,6 +201,5 @@ def function_of(
 def initializer(
     part: StoredPart, name: str, shape: tuple[int, ...] | None = None
 ) -> ir.ExternalTensor:
-    """Returns a tensor of the graph over a stored part, optionally in another shape."""
     dtype, dims = DTYPES[part.dtype], ir.Shape(shape or part.shape)
     return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=dims, name=name)

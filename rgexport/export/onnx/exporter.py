@@ -36,8 +36,6 @@ _ALIGNMENT = 4096  # of every part: runtimes map the file, and a mapping starts 
 
 
 class OnnxStorage:
-    """The layout of the data files: tensors in the plan's order."""
-
     def __init__(
         self, plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None = None
     ):

@@ -149,7 +149,6 @@ _STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
 
 
 def with_interface(program: StepProgram) -> StepProgram:
-    """Adds an axis for the one head of keys and values; outputs the logits of one token."""
     rings = [
         value
         for name, values in program.states.items()

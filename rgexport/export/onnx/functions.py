@@ -201,7 +201,6 @@ def _merge_gates(nodes: Nodes) -> Merges:
 
 
 def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Merges:
-    """Merges linears of one input and one scheme, up to three, where the first one stands."""
     alike: dict[tuple[str, Affine], list[Node]] = {}
     for node in nodes:
         if node.op == "linear":

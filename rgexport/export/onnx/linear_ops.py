@@ -53,7 +53,6 @@ def _grouped_linear(
 def _grouped_embedding(
     g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
 ) -> ir.Value:
-    """Each token's row from its group; the other groups look up some row of theirs."""
     ids, table = node.inputs
     assert ids is not None and table is not None
     position, positions = g.value(ids), scheme.positions(table.size(0))
@@ -166,7 +165,6 @@ def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Val
 
 
 def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """`x · weightᵀ + bias`; the head's weight is the embedding's table."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
     dtype = node.outputs[0].dtype
@@ -244,7 +242,6 @@ def block_attributes(g: OnnxEmitter, weight: Value) -> dict[str, int]:
 
 
 def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
-    """Returns data [N, blocks, bytes], scales, and zero points or None."""
     rows, columns = weight.size(0), weight.size(1)
     scheme = _affine(g, weight)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)

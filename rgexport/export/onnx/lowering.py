@@ -14,7 +14,6 @@ from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.ops import rope_frequencies
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
-"""Adds the nodes of one op, and returns its results."""
 
 
 def _native(name: str, body: Body, *attributes: str) -> Lowering:
@@ -130,7 +129,6 @@ def _rope(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _local_attention(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """A function; the attribute tells its native kernel the number of heads."""
     heads = node.tensors[0].size(2) // node.tensors[1].size(2)
     return g.native_op("LocalAttention", node, attention, heads=heads)
 

@@ -81,7 +81,6 @@ class ModelFile:
 
 
 def read_graph(path: Path) -> bytes:
-    """Returns the bytes of a model file; raises RequestError if it is too large."""
     return read_regular(path)
 
 
@@ -164,7 +163,6 @@ def external_tensor(tensor: Any) -> ExternalTensor:
 
 @cache
 def _model_class() -> Any:
-    """Builds protobuf classes from `_SCHEMA`; returns that of `Model`."""
     file = descriptor_pb2.FileDescriptorProto(name="onnx.proto", package="rgexport")
     locations = file.enum_type.add(name="Location")
     for name, number in LOCATIONS.items():
@@ -202,9 +200,7 @@ _SMALL = 1 << 16
 @dataclass(frozen=True)
 class NativeOps:
     ops: dict[str, int] = field(default_factory=dict)
-    """Op of our domain → the number of its nodes in the graph."""
     native: tuple[str, ...] = ()
-    """The ops that native kernels compute; of the others, the bodies run."""
     library: Path | None = None  # what to register with the engine, if any op is native
     kernels: str = STOCK  # `native` and the instruction set, or `stock`
     reason: str = ""

@@ -51,13 +51,11 @@ class LoweringProfile:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """Precision of the linears → that of the embedding, where it is another."""
     rows: Mapping[str, Scheme] = field(default_factory=dict)
-    """Precision word → its scheme here, where the user asks for nothing that needs blocks."""
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
     accuracy_level: int = 1
     """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is given."""
     bits: frozenset[int] = frozenset({4, 8})
     scale: FloatDtype = "float32"
-    """The dtype of the scales of blocks, where no plan gives another one."""
     even_zero_points: bool = False
     """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False

@@ -108,7 +108,6 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
 
 
 def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
-    """Refuses ops that an exporter of this profile does not write, also in functions."""
     queue: list[Any] = [model.graph, *model.function]
     count = 0
     while queue:
@@ -154,8 +153,6 @@ def _nbytes(tensor: ExternalTensor) -> int:
 
 
 class _Scope:
-    """A graph or a body of a function: its constants, and the least size of its values."""
-
     def __init__(self, path: Path, scope: Any, outer: "ChainMap[bytes, Sizes | None]") -> None:
         self._path = path
         self.external: list[ExternalTensor] = []
@@ -221,7 +218,6 @@ def _items(tensor: Any) -> Sizes | None:
 
 
 _SAME = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-"""Ops that keep the items of their first input."""
 _ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
 _SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Resize": 3}
 """Op → its input that is the shape of its result."""

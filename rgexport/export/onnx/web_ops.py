@@ -33,7 +33,6 @@ _LEAST = 1e-30
 
 
 def wasm_linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """`x · weightᵀ + bias`, in integers if the weight has a scale per row."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
     scheme = g.stored(weight).scheme
@@ -92,7 +91,6 @@ def _rows_of(
 
 
 def wasm_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Columns of the head's matrix, as rows of float32, times the scale."""
     ids, table = node.tensors
     if g.stored(table).scheme != INT8_ROWS:
         return linear_ops.embedding(g, node)
@@ -129,7 +127,6 @@ _UNSEEN = -1e30  # added to the score of a masked key; infinities are not safe i
 
 
 def webgpu_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Rows of the table that the head reads, unpacked by one op; padding is cut off."""
     ids, table = node.tensors
     scheme, columns = g.stored(table).scheme, table.size(1)
     if not isinstance(scheme, Affine):
