@@ -69,6 +69,12 @@ class Share:
     weights: int
     bytes: int
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its fields and the bits per weight, for tables."""
+        counts = f"{self.tensors:,}", f"{self.weights:,}", amount(self.bytes)
+        return self.role, self.scheme, *counts, f"{8 * self.bytes / self.weights:.2f}"
+
 
 def shares(manifest: Manifest) -> list[Share]:
     tensors = []
@@ -155,9 +161,8 @@ def card(manifest: Manifest, origin: Origin) -> str:
         precision=manifest.precision,
         compute=manifest.compute,
         rows="\n".join(
-            f"| {share.role} | {share.scheme} | {share.weights:,} | {amount(share.bytes)} "
-            f"| {8 * share.bytes / share.weights:.2f} |"
-            for share in shares(manifest)
+            f"| {role} | {scheme} | {' | '.join(numbers)} |"
+            for role, scheme, _, *numbers in (share.cells for share in shares(manifest))
         ),
         levels=levels_sentence(algorithms(manifest)),
         bits=matrix_bits(manifest),

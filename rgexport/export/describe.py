@@ -111,17 +111,7 @@ def as_text(description: Description) -> str:
 
 def _text(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
-    stored = (
-        (
-            share["role"],
-            share["scheme"],
-            f"{share['tensors']:,}",
-            f"{share['weights']:,}",
-            amount(share["bytes"]),
-            f"{8 * share['bytes'] / share['weights']:.2f}",
-        )
-        for share in d["stored"]
-    )
+    stored = (Share(**share).cells for share in d["stored"])
     yield Table("Stored", ("role", "as", *_NUMBERS), stored, _NUMBERS)
     if "algorithms" in d:
         yield levels_sentence(d["algorithms"]) + "\n"

@@ -80,8 +80,8 @@ class CoreMLFormat(FolderFormat):
         layers, split = manifest.config.num_layers, manifest.coreml.split
         if split and (sum(split) != layers or min(split) < 1):
             raise Mismatch(f"coreml.split is {list(split)}; expected numbers that sum to {layers}")
-        for file in (model_file(plan.name) for plan in manifest.packages):
-            if file not in manifest.files:
+        for plan in manifest.packages:
+            if (file := model_file(plan.name)) not in manifest.files:
                 raise Mismatch(f"files: there is no {file}")
         if length < 2:
             raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
@@ -96,22 +96,13 @@ class CoreMLFormat(FolderFormat):
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         assert isinstance(manifest, CoreMLManifest)
-        inputs, outputs = (
-            ", ".join(f"`{value.name}`" for value in values)
-            for values in (manifest.io.inputs, manifest.io.outputs)
-        )
-        length = manifest.coreml.prefill_length
         stages = list(in_order(manifest.packages))
         steps = [f"`{s.function(DECODE)}` of `{plan.name}`" for plan, s in stages]
-        text = _RUN_SPLIT if len(stages) > 1 else _RUN
-        run = (text + _RUN_ON_A_MAC).format(
-            verb=verb,
-            install=installation("coreml"),
-            prefill_length=length,
-            inputs=inputs,
-            outputs=outputs,
-            steps=", ".join(steps),
-        )
+        facts = {"verb": verb, "install": installation("coreml"), "steps": ", ".join(steps)}
+        for group, values in vars(manifest.io).items():
+            facts[group] = ", ".join(f"`{value.name}`" for value in values)
+        text = (_RUN_SPLIT if len(stages) > 1 else _RUN) + _RUN_ON_A_MAC
+        run = text.format(prefill_length=manifest.coreml.prefill_length, **facts)
         return CardText("Core ML", "soft cap", run)
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:

@@ -64,7 +64,10 @@ def _grouped_embedding(
     result: ir.Value | None = None
     bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
     for group, (start, stop) in zip(groups, bounds, strict=True):
-        inside = _within(g, position, start, stop, stop == table.size(0))
+        inside = g.op("GreaterOrEqual", position, g.constant(start, "int32"))
+        if stop < table.size(0):  # the end of the last group is above all positions
+            before_stop = g.op("Less", position, g.constant(stop, "int32"))
+            inside = g.op("And", inside, before_stop) if start else before_stop
         local = g.op("Sub", position, g.constant(start, "int32")) if start else position
         local = g.op("Where", inside, local, g.constant(0, "int32"))
         index = replace(ids, name=f"{group.name}.ids", dtype="int32")
@@ -74,14 +77,6 @@ def _grouped_embedding(
         result = rows if result is None else g.op("Where", chosen, rows, result)
     assert result is not None
     return g.typed(result, node.outputs[0].dtype)
-
-
-def _within(g: OnnxEmitter, position: ir.Value, start: int, stop: int, is_last: bool) -> ir.Value:
-    from_start = g.op("GreaterOrEqual", position, g.constant(start, "int32"))
-    if is_last:
-        return from_start
-    before_stop = g.op("Less", position, g.constant(stop, "int32"))
-    return g.op("And", from_start, before_stop) if start else before_stop
 
 
 _OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}

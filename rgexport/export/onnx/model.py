@@ -16,7 +16,7 @@ from rgexport.export.onnx.lowering import lower
 from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
 from rgexport.export.onnx.trust import MICROSOFT
-from rgexport.export.program import Node, StepProgram, Value
+from rgexport.export.program import Node, StepProgram
 from rgexport.export.trace import trace
 from rgexport.griffin.config import GriffinConfig
 
@@ -71,7 +71,8 @@ def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringPr
     inputs = [(value, value.name) for value in (program.input_ids, program.position_ids)]
     inputs += [(before, feature_names(state)[0]) for state, (before, _) in program.states.items()]
     for value, name in inputs:
-        emitter.values[value.name] = _input(value, name)
+        type, shape = ir.TensorType(DTYPES[value.dtype]), ir.Shape(value.shape)
+        emitter.values[value.name] = ir.Value(name=name, type=type, shape=shape)
     for node in program.nodes:
         lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
@@ -86,10 +87,6 @@ def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringPr
         opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
         name="griffin_step",
     )
-
-
-def _input(value: Value, name: str) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
 
 
 def _inline(model: ir.Model) -> None:
