@@ -31,9 +31,9 @@ def export_folder(
     checkpoint: Checkpoint,
     target: Path,
     write_model: WriteModel,
-    *,
     data_bytes: int,
     tools: Iterable[str],
+    *,
     force: bool,
     check: SelfCheck | None,
 ) -> Path:

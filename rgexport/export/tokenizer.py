@@ -1,10 +1,7 @@
-"""Completes an artifact's tokenizer for programs that read no SentencePiece model.
-
-Merges are written one by one: the library that reads them would take 250 MB for them.
-"""
+"""Completes an artifact's tokenizer for programs that read no SentencePiece model."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -60,9 +57,12 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
     """Completes `tokenizer.json` and `tokenizer_config.json`, or warns; `name` is the model's."""
     if not has_tokenizer(folder):
         return ControlIds()
+    model, target = folder / "tokenizer.model", folder / "tokenizer.json"
     try:
         tokens = read_control_tokens(folder)
-        _convert(folder)
+        if not target.is_file():
+            write_tokenizer_json(model, target)
+            _warn_of_normalization(model)
     except RequestError as error:
         warn(f"only rgexport will take text with this artifact, other programs token ids: {error}")
         return ControlIds()
@@ -76,30 +76,21 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
     )
 
 
-def bytes_to_add(files: Iterable[Path]) -> int:
+@lru_cache(maxsize=1)  # every plan needs it, and the conversion takes seconds
+def bytes_to_add(files: tuple[Path, ...]) -> int:
     paths = {path.name: path for path in files}
     if "tokenizer.json" in paths or "tokenizer.model" not in paths:
         return 0
-    return _converted_bytes(paths["tokenizer.model"])
-
-
-@lru_cache(maxsize=1)
-def _converted_bytes(model: Path) -> int:
-    # Cached, since every plan needs it and the conversion takes seconds.
     with TemporaryDirectory() as folder:
         target = Path(folder) / "tokenizer.json"
         try:
-            write_tokenizer_json(model, target)
+            write_tokenizer_json(paths["tokenizer.model"], target)
         except RequestError:  # the export does without
             return 0
         return target.stat().st_size
 
 
-def _convert(folder: Path) -> None:
-    model, target = folder / "tokenizer.model", folder / "tokenizer.json"
-    if target.is_file():
-        return
-    write_tokenizer_json(model, target)
+def _warn_of_normalization(model: Path) -> None:
     pieces = read_pieces(model)
     prefix = "a space in front" if pieces.normalizer_spec.add_dummy_prefix else None
     if rule := normalization(pieces) or prefix:

@@ -158,12 +158,5 @@ def export_coreml(
             **common,
         )
 
-    return export_folder(
-        checkpoint,
-        target,
-        write_model,
-        data_bytes=sum(storage.sizes.values()),
-        tools=_TOOLS,
-        force=force,
-        check=check,
-    )
+    size = sum(storage.sizes.values())
+    return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)

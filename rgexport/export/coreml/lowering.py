@@ -232,20 +232,16 @@ def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     scaled = g.op("mul", x=g.cast(rows, "float32"), y=np.float32(head_dim**-0.5))
     rows = g.cast(scaled, dtype)
     scores = [g.op("matmul", x=rows, y=keys, transpose_y=True) for keys in (past_k, k)]
-    weights = _softmax(g, g.concat(scores, 2), positions, window, dtype)
+    both = g.concat(scores, 2)
+    by_row = (1, tokens * heads, window + tokens)
+    by_token = (1, tokens, heads, window + tokens)
+    bias = g.cast(_bias(g, positions, window), dtype)
+    masked = g.op("add", x=g.reshape(both, *by_token), y=bias)
+    weights = g.reshape(g.op("softmax", x=masked, axis=-1), *by_row)
     halves = g.slice(weights, 0, window, 2), g.slice(weights, window, window + tokens, 2)
     sums = [g.op("matmul", x=half, y=x) for half, x in zip(halves, (past_v, v), strict=True)]
     attended = g.reshape(g.op("add", x=sums[0], y=sums[1]), 1, tokens, heads * head_dim)
     return [attended, _latest(g, past_k, k), _latest(g, past_v, v)]
-
-
-def _softmax(g: CoreMLEmitter, scores: Var, positions: Var, window: int, dtype: str) -> Var:
-    tokens = positions.shape[1]
-    by_row = scores.shape
-    by_token = (1, tokens, by_row[1] // tokens, by_row[2])
-    bias = g.cast(_bias(g, positions, window), dtype)
-    masked = g.op("add", x=g.reshape(scores, *by_token), y=bias)
-    return g.reshape(g.op("softmax", x=masked, axis=-1), *by_row)
 
 
 def _bias(g: CoreMLEmitter, positions: Var, window: int) -> Var:

@@ -1,7 +1,4 @@
-"""Cuts a model into packages, one or its ends and groups of layers, and writes their files.
-
-The ends, embedding and output head, have one table, so they are functions of one package.
-"""
+"""Cuts a model into packages: one, or its ends, which have one table, and groups of layers."""
 
 import hashlib
 import json

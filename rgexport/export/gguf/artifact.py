@@ -1,8 +1,4 @@
-"""An opened GGUF file: a checked header, and its weights dequantized.
-
-The hash of the data and the names of algorithms hold only while tensors have the types that they
-were written in: another tool that stores them in others copies both.
-"""
+"""An opened GGUF file: a checked header, and its weights dequantized; see `integrity`."""
 
 import json
 from collections import Counter

@@ -1,8 +1,4 @@
-"""Checks a package that rgexport made, and describes one from any tool for `rgexport inspect`.
-
-States must be kept, and weights be the right ones: such faults would change what a package computes
-without any error; others, Core ML refuses.
-"""
+"""Checks what Core ML would not refuse: lost states, wrong weights; describes any package."""
 
 import re
 from collections import Counter
@@ -264,7 +260,15 @@ def _function(function: Function, package: Package) -> dict[str, Any]:
 
 
 def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
-    yield _headline(d)
+    version = d["specification_version"]
+    system = _SYSTEMS.get(version)
+    facts = (
+        f"{d['name']}: Core ML package",
+        f"specification {version}" + (f" ({system} or later)" if system else ""),
+        f"functions {', '.join(d['functions'])} (by default {d['default_function']})",
+        amount(d["size"]),
+    )
+    yield ", ".join(facts) + f"\n{d['path']}\n"
     texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
     metadata = (
         (name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
@@ -295,18 +299,6 @@ def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
     files = ((name, amount(record["size"])) for name, record in d["files"].items())
     yield Table("Files", ("name", "size"), files, ("size",))
     yield _closing(d)
-
-
-def _headline(d: dict[str, Any]) -> str:
-    version = d["specification_version"]
-    system = _SYSTEMS.get(version)
-    facts = (
-        f"{d['name']}: Core ML package",
-        f"specification {version}" + (f" ({system} or later)" if system else ""),
-        f"functions {', '.join(d['functions'])} (by default {d['default_function']})",
-        amount(d["size"]),
-    )
-    return ", ".join(facts) + f"\n{d['path']}\n"
 
 
 def _closing(d: dict[str, Any]) -> str:

@@ -120,12 +120,5 @@ def export_onnx(
         FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
         return manifest
 
-    return export_folder(
-        checkpoint,
-        target,
-        write_model,
-        data_bytes=sum(storage.sizes.values()),
-        tools=_TOOLS,
-        force=force,
-        check=check,
-    )
+    size = sum(storage.sizes.values())
+    return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)

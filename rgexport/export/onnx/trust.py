@@ -197,8 +197,13 @@ class _Scope:
             except ValueError as error:
                 raise RequestError(f"{self._path} is damaged: {error}") from None
             return None
-        self._require_small(prod(tensor.dims), "a constant")
-        return _items(tensor)
+        dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
+        self._require_small(count, "a constant")
+        if dtype is None or not 0 <= count <= _SMALL:
+            return None
+        if len(tensor.raw_data) == count * np.dtype(dtype).itemsize:
+            return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
+        return [*tensor.int64_data[:count], *tensor.int32_data[:count]]
 
     def _require_small(self, elements: int, of: str) -> None:
         if elements > MOST_ELEMENTS:
@@ -206,15 +211,6 @@ class _Scope:
                 f"{self._path} declares {elements} elements in {one_line(of)}; expected at most "
                 f"{MOST_ELEMENTS}: it is not a model that rgexport exports"
             )
-
-
-def _items(tensor: Any) -> Sizes | None:
-    dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
-    if dtype is None or not 0 <= count <= _SMALL:
-        return None
-    if len(tensor.raw_data) == count * np.dtype(dtype).itemsize:
-        return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
-    return [*tensor.int64_data[:count], *tensor.int32_data[:count]]
 
 
 _SAME = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
