@@ -122,7 +122,15 @@ def _text(d: Description) -> Iterator[str | Table]:
     yield Table("Configuration", ("", ""), config)
     for title in ("Tokenizer", "GGUF", "Core ML"):
         if facts := d.get(title.replace(" ", "").lower()):
-            yield Table(title, ("", ""), _fact_rows(facts))
+            rows = (
+                (
+                    name.replace("_", " "),
+                    ("no", "yes")[fact] if isinstance(fact, bool) else str(fact),
+                )
+                for name, fact in facts.items()
+                if fact is not None
+            )
+            yield Table(title, ("", ""), rows)
     if d.get("states"):
         header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
@@ -181,13 +189,6 @@ def _closing(d: Description) -> str:
         return "All hashes were verified."
     seen = "hashes were verified when each file was first seen (--verify does it again)."
     return f"File sizes match; {seen}"
-
-
-def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    for name, fact in facts.items():
-        if fact is not None:
-            text = ("no", "yes")[fact] if isinstance(fact, bool) else str(fact)
-            yield name.replace("_", " "), text
 
 
 def _state_rows(d: Description) -> Iterator[Row]:

@@ -20,14 +20,12 @@ from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.scheme import Scheme, Uniform
 
-Status = Literal["verified", "unverified", "skipped"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRecord:
     """The outcome of a self-check (`unverified` if it failed), and its measurements if any."""
 
-    status: Status
+    status: Literal["verified", "unverified", "skipped"]
     reason: str = ""
     tokens: int = 0
     positions: int = 0

@@ -31,13 +31,35 @@ DTYPES = {name: getattr(types, word) for name, word in _CAST_NAMES.items()} | {
 _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}
 
 
-class Graph:
-    """Adds operations, named after the site that is lowered; equal ones are made once."""
+class CoreMLEmitter:
+    """One function of a step program for a fixed number of tokens, with `num_logits` logits.
 
-    def __init__(self) -> None:
+    Operations are named after the site that is lowered; equal ones are made once. A state is read
+    where it is first used, and written as soon as its new value is computed; the RG-LRU states,
+    rows of one matrix, at the end.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, StoredTensor],
+        states: Mapping[str, tuple[Value, Value]],
+        inputs: Mapping[str, Var],
+        *,
+        activation: str,
+        num_logits: int,
+    ):
         self._made: dict[tuple[object, ...], Var] = {}
         self._names: Counter[str] = Counter()
         self._site = ""
+        self.num_logits = num_logits
+        self.values: dict[str, Var] = {}
+        self.parts: dict[str, StoredPart] = {}
+        """Name of a placeholder → the stored part that it stands for."""
+        self._tensors, self._inputs, self._activation = with_groups(tensors), inputs, activation
+        items = states.items()
+        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
+        self._after = {after.name: name for name, (_, after) in items}
+        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
 
     @contextmanager
     def site(self, name: str) -> Iterator[None]:
@@ -75,44 +97,6 @@ class Graph:
 
     def concat(self, values: Sequence[Var], axis: int) -> Var:
         return values[0] if len(values) == 1 else self.op("concat", values=values, axis=axis)
-
-
-def _identity(argument: Any) -> object:
-    if isinstance(argument, Var):
-        return id(argument)
-    if isinstance(argument, np.ndarray | np.generic):
-        return argument.dtype.str, argument.shape, argument.tobytes()
-    if isinstance(argument, list | tuple):
-        return tuple(map(_identity, argument))
-    return argument
-
-
-class CoreMLEmitter(Graph):
-    """One function of a step program for a fixed number of tokens, with `num_logits` logits.
-
-    A state is read where it is first used, and written as soon as its new value is computed; the
-    RG-LRU states, rows of one matrix, at the end.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, StoredTensor],
-        states: Mapping[str, tuple[Value, Value]],
-        inputs: Mapping[str, Var],
-        *,
-        activation: str,
-        num_logits: int,
-    ):
-        super().__init__()
-        self.num_logits = num_logits
-        self.values: dict[str, Var] = {}
-        self.parts: dict[str, StoredPart] = {}
-        """Name of a placeholder → the stored part that it stands for."""
-        self._tensors, self._inputs, self._activation = with_groups(tensors), inputs, activation
-        items = states.items()
-        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
-        self._after = {after.name: name for name, (_, after) in items}
-        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
 
     def value(self, declared: Value) -> Var:
         name = declared.name
@@ -223,3 +207,13 @@ class CoreMLEmitter(Graph):
             value = self.concat([value, self.op("const", val=zeros)], 2)
         value = self.reshape(value, 1, 1, count, padded)
         self.op("coreml_update_state", f"{name}_write", state=state, value=value)
+
+
+def _identity(argument: Any) -> object:
+    if isinstance(argument, Var):
+        return id(argument)
+    if isinstance(argument, np.ndarray | np.generic):
+        return argument.dtype.str, argument.shape, argument.tobytes()
+    if isinstance(argument, list | tuple):
+        return tuple(map(_identity, argument))
+    return argument

@@ -39,7 +39,6 @@ from rgexport.quantize.plan import (
 from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
 
-DEFAULT_PRECISION, DEFAULT_PREFILL_LENGTH = "int4", 128
 _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -47,7 +46,7 @@ _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 class CoreMLOptions(FolderOptions):
     """Stores scales, tables and biases in the dtype of `compute`; `split` is in bytes."""
 
-    prefill_length: int = DEFAULT_PREFILL_LENGTH
+    prefill_length: int = 128
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
     split: int | None = None
@@ -62,7 +61,7 @@ class CoreMLOptions(FolderOptions):
 
     @property
     def defaults(self) -> tuple[str, Mapping[str, str]]:
-        return DEFAULT_PRECISION, {"int4": "int8", "pal4": "int8"}
+        return "int4", {"int4": "int8", "pal4": "int8"}
 
     @property
     def compute_word(self) -> str:

@@ -124,7 +124,6 @@ def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Ite
         yield KeyValue("tokenizer.chat_template", template, Kind.STRING)
 
 
-QUANTIZATION_VERSION = 2  # ggml.h's `GGML_QNT_VERSION`
 _HEADER_BYTES = 32 << 20  # upper bound of the header: a vocabulary of 256k takes 7 MB
 Job = Callable[[], tuple[bytes, int]]
 """Encodes a slab; returns its bytes, and the number of bytes of weights that were read."""
@@ -180,7 +179,7 @@ def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
         yield KeyValue(key, text, Kind.STRING)
     if text := algorithms_text(storage.schemes):
         yield KeyValue(ALGORITHMS_KEY, text, Kind.STRING)
-    yield KeyValue("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
+    yield KeyValue("general.quantization_version", 2, Kind.UINT32)  # ggml.h's `GGML_QNT_VERSION`
     yield KeyValue(integrity.FILE_TYPE, storage.file_type.value, Kind.UINT32)
     for key, value in (storage.imatrix.metadata() if storage.imatrix else {}).items():
         yield KeyValue(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)

@@ -26,7 +26,6 @@ DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadat
 HASHES = DATA, METADATA, TYPES
 CHECK = "rgexport.check"
 CHECK_WIDTH = 1024  # bytes of the check's text, padded with spaces
-_UNKNOWN = "0" * 64
 _NOT_HASHED = {DATA, METADATA, TYPES, CHECK, FILE_TYPE, "general.quantization_version"}
 _PREFIXES_NOT_HASHED = ("split.", "quantize.imatrix.")
 
@@ -82,7 +81,7 @@ def data_start(header: GgufHeader) -> int:
 
 
 def placeholders(tensors: Iterable[tuple[str, str]]) -> dict[str, str]:
-    hashes = {DATA: _UNKNOWN, METADATA: _UNKNOWN, TYPES: types_sha256(tensors)}
+    hashes = {DATA: "0" * 64, METADATA: "0" * 64, TYPES: types_sha256(tensors)}
     return hashes | {CHECK: check_text(NOT_ASKED_FOR)}
 
 

@@ -9,8 +9,6 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, all_ops, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
-CONTEXT_LENGTH = 1 << 20
-"""A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
 
 def _transposed(blocks: np.ndarray) -> np.ndarray:
@@ -38,7 +36,7 @@ def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
     """Returns the metadata from which llama.cpp builds the graph, in the file's order."""
     pairs: dict[str, int | float | list[int]] = {
         "vocab_size": c.vocab_size,
-        "context_length": CONTEXT_LENGTH,
+        "context_length": 1 << 20,  # there is no limit; llama.cpp's converter has this for Mamba
         "embedding_length": c.width,
         "feed_forward_length": c.mlp_width,
         "block_count": c.num_layers,

@@ -30,7 +30,6 @@ from rgexport.quantize.ggml_types import (
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
 from rgexport.quantize.scheme import Ggml, Plan
 
-DEFAULT_TYPE = "q4_k_m"
 PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", **INT_WORDS}
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
@@ -83,7 +82,7 @@ class GgufOptions:
     @property
     def file_type(self) -> FileType:
         if self.plan is None:
-            return find_file_type(self.type or DEFAULT_TYPE)
+            return find_file_type(self.type or "q4_k_m")
         kinds = Counter(scheme.ggml_type for scheme in self.plan.values())
         fewer = Counter({k: count for k, count in kinds.items() if k not in ("f32", None)})
         most = str((fewer or Counter(["f32"])).most_common(1)[0][0])

@@ -186,7 +186,6 @@ def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator
             yield f"{name} was altered (its hash differs)"
 
 
-KIND = "mlpackage"
 OPERATIONS = frozenset(
     (
         "add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal "
@@ -215,7 +214,7 @@ def describe_package(path: Path) -> dict[str, Any]:
         total = totals.setdefault(kind.dtype, Counter())
         total.update(blobs=1, items=kind.size, bytes=kind.nbytes)
     return {
-        "kind": KIND,
+        "kind": "mlpackage",
         "name": path.resolve().name.removesuffix(PACKAGE_SUFFIX),
         "path": str(path),
         "specification_version": package.specification_version,

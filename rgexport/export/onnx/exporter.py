@@ -92,8 +92,7 @@ def export_onnx(
     activation = ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]
-    if options.genai_native:
-        require_kernels()  # before minutes of work
+    kernels = require_kernels() if options.genai_native else None  # before minutes of work
     storage = OnnxStorage(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
@@ -114,8 +113,7 @@ def export_onnx(
             io=io,
             **common,
         )
-        if options.genai_native:
-            kernels = require_kernels()
+        if kernels is not None:
             shutil.copyfile(kernels, folder / kernels.name)
         FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
         return manifest

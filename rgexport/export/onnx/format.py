@@ -52,9 +52,6 @@ if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
-MODULES = "recurrent_gemma.mjs", "state_file.mjs"
-_CONTEXT = 1 << 20  # most tokens of a conversation; a state of fixed size has no limit of its own
-_LENGTH = 8192
 
 
 def write_genai_config(
@@ -89,12 +86,12 @@ def write_genai_config(
     model = {
         "type": "decoder",
         **ids.fields(),
-        "context_length": _CONTEXT,
+        "context_length": 1 << 20,  # a state of fixed size has no limit of its own
         "vocab_size": config.vocab_size,
         "decoder": decoder,
     }
     # Version 0.14 demands the last one.
-    search = {"do_sample": False, "max_length": _LENGTH, "past_present_share_buffer": True}
+    search = {"do_sample": False, "max_length": 8192, "past_present_share_buffer": True}
     _write_json(folder / GENAI_CONFIG, {"model": model, "search": search})
 
 
@@ -131,7 +128,7 @@ def write_web_files(folder: Path, manifest: Manifest, ids: "ControlIds") -> None
         },
     }
     _write_json(folder / CONFIG, fields)
-    for name in MODULES:
+    for name in ("recurrent_gemma.mjs", "state_file.mjs"):
         shutil.copyfile(Path(npm.__file__).with_name(name), folder / name)
 
 
@@ -200,9 +197,6 @@ def feature_names(state: str) -> tuple[str, str]:
     return f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
 
 
-BITS = (3, 4, 8)
-
-
 class OnnxArtifact(Artifact):
     def complaints(self, verify: bool) -> list[str]:
         """Lists damage; the graph comes last, as a hash says more of an altered one."""
@@ -253,7 +247,7 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 
 def is_storable(scheme: Scheme) -> bool:
     return all(
-        one.block in BLOCKS and one.bits in BITS and (one.bits > 3 or one.symmetric)
+        one.block in BLOCKS and one.bits in (3, 4, 8) and (one.bits > 3 or one.symmetric)
         if isinstance(one, Affine)
         else isinstance(one, Float)
         for one in scheme.uniform
