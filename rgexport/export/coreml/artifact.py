@@ -18,7 +18,6 @@ from rgexport.files.hashing import hash_file
 from rgexport.quantize.scheme import Parts
 
 _MAX_COMPLAINTS = 4
-
 Types = dict[str, TensorType]
 
 

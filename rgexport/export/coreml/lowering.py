@@ -15,12 +15,11 @@ from rgexport.griffin.ops import rope_frequencies
 from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]
-_WEIGHT = 1
 
 
 def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
     combine = _OPS.get(node.op)
-    weight = node.inputs[_WEIGHT] if combine else None
+    weight = node.inputs[1] if combine else None
     scheme = g.stored(weight).scheme if weight else None
     if combine is None or weight is None or not isinstance(scheme, Mixed):
         return lower(g, node)

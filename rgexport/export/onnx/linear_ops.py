@@ -16,12 +16,11 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Affine, Mixed
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
-_WEIGHT = 1
 
 
 def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
     combine = _OPS.get(node.op)
-    weight = node.inputs[_WEIGHT] if combine else None
+    weight = node.inputs[1] if combine else None
     scheme = g.stored(weight).scheme if weight else None
     if combine is None or weight is None or not isinstance(scheme, Mixed):
         return lower(g, node)

@@ -31,7 +31,6 @@ from rgexport.export.onnx.model_file import (
 )
 
 Ops = Mapping[str, frozenset[str]]
-
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own ops, in every stock build
 
 _EVERYWHERE = frozenset(
