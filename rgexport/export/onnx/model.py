@@ -71,8 +71,8 @@ def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringPr
     inputs = [(value, value.name) for value in (program.input_ids, program.position_ids)]
     inputs += [(before, feature_names(state)[0]) for state, (before, _) in program.states.items()]
     for value, name in inputs:
-        type, shape = ir.TensorType(DTYPES[value.dtype]), ir.Shape(value.shape)
-        emitter.values[value.name] = ir.Value(name=name, type=type, shape=shape)
+        kind, shape = ir.TensorType(DTYPES[value.dtype]), ir.Shape(value.shape)
+        emitter.values[value.name] = ir.Value(name=name, type=kind, shape=shape)
     for node in program.nodes:
         lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
