@@ -33,7 +33,7 @@ from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
 from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.export.identity import Identity
+from rgexport.export.manifest import Identity
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from rgexport.serve import named_states
 from rgexport.serve.app import create_app

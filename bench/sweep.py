@@ -23,12 +23,11 @@ from typing import Any
 
 from bench.checkpoints import write_checkpoint
 from bench.run import FOLDER
-from rgexport.export.coreml.exporter import export_coreml
-from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO
 from rgexport.progress import note

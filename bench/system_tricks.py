@@ -21,7 +21,7 @@ import numpy as np
 from bench.onnx_models import STORAGES, make_missing
 from rgexport.export.artifact import remember_verified
 from rgexport.export.manifest_reader import read_manifest
-from rgexport.export.onnx.artifact import DATA_FILE
+from rgexport.export.onnx.model_file import DATA_FILE
 from rgexport.export.opening import open_artifact
 from rgexport.files import atomic, hashing
 from rgexport.progress import note

@@ -14,12 +14,11 @@ import pytest
 import rgexport
 from rgexport.cli import run
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.exporter import export_coreml
-from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig

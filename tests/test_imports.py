@@ -51,7 +51,7 @@ NEEDS_TORCH = {
 }
 FENCED = {
     "torch": NEEDS_TORCH,
-    "gguf": {"export/gguf/exporter.py", "export/gguf/metadata.py"},
+    "gguf": {"export/gguf/exporter.py"},
     **dict.fromkeys("onnx onnx_ir coremltools prompt_toolkit datasets".split(), frozenset()),
     **dict.fromkeys("distributed llama_cpp lm_eval tensorstore".split(), frozenset()),
 }

@@ -20,8 +20,8 @@ from fuzz.readers.weights import change_folder
 from rgexport.export.artifact import Artifact
 from rgexport.export.describe import describe
 from rgexport.export.manifest import CARD, MANIFEST
-from rgexport.export.onnx.artifact import DATA_FILE, MODEL_FILE
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.plan import choose_scheme, make_plan

@@ -46,7 +46,7 @@ from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.identity import Identity, artifact_hash, identity_of
+from rgexport.export.manifest import Identity, artifact_hash, identity_of
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import open_session

@@ -21,7 +21,7 @@ from rgexport._version import __version__
 from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
-from rgexport.export.identity import Identity
+from rgexport.export.manifest import Identity
 from rgexport.files.atomic import write_file
 from rgexport.files.safetensors import Entry, header, read_header, read_metadata
 from rgexport.files.targets import require_writable

@@ -19,7 +19,7 @@ from rgexport.chat.folder_index import FolderIndex, file_name
 from rgexport.chat.prefix_key import Key
 from rgexport.chat.state_file import SavedState, read_state, write_state
 from rgexport.errors import RequestError, system_error
-from rgexport.export.identity import Identity
+from rgexport.export.manifest import Identity
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 

@@ -66,10 +66,10 @@ class OnnxArguments:
 @command(OnnxArguments)
 def onnx(arguments: OnnxArguments) -> int:
     """Exports a checkpoint to ONNX."""
-    from rgexport.export.advice import default_target
     from rgexport.export.manifest_reader import is_artifact
     from rgexport.export.onnx.exporter import export_onnx
-    from rgexport.export.onnx.options import OnnxOptions
+    from rgexport.export.onnx.profiles import OnnxOptions
+    from rgexport.export.opening import default_target
     from rgexport.export.request import precision_word
     from rgexport.files.targets import check_target
 
@@ -137,10 +137,9 @@ def coreml(arguments: CoreMLArguments) -> int:
     The package has two functions, decode for one token and prefill for many, that share weights
     and states.
     """
-    from rgexport.export.advice import default_target
-    from rgexport.export.coreml.exporter import export_coreml
-    from rgexport.export.coreml.options import CoreMLOptions
+    from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
     from rgexport.export.manifest_reader import is_artifact
+    from rgexport.export.opening import default_target
     from rgexport.export.request import bytes_of, precision_word
     from rgexport.files.targets import check_target
 
@@ -276,9 +275,8 @@ def _export(
 
 def _print_artifact(target: Path) -> int:
     """Prints a summary of the artifact; returns exit code 1 if its self-check failed, else 0."""
-    from rgexport.export.advice import check_line, closing_line
     from rgexport.export.describe import as_text, describe
-    from rgexport.export.opening import open_artifact
+    from rgexport.export.opening import check_line, closing_line, open_artifact
 
     artifact = open_artifact(target)
     if progress.verbose:
@@ -301,7 +299,7 @@ class RandomArguments:
 @command(RandomArguments)
 def random(arguments: RandomArguments) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.export.advice import as_argument
+    from rgexport.export.opening import as_argument
     from rgexport.griffin.synthetic import write_random
 
     output = arguments.output

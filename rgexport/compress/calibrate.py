@@ -21,7 +21,7 @@ from rgexport.compress.cluster import spread_layer, spread_statistics
 from rgexport.compress.passages import LENGTH, Passages, join, read_text
 from rgexport.compress.sampling import sample
 from rgexport.errors import RequestError
-from rgexport.export.advice import as_argument
+from rgexport.export.opening import as_argument
 from rgexport.export.origin import folder_of
 from rgexport.files.hashing import hash_file, hash_new_files, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk

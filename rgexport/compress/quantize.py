@@ -13,7 +13,7 @@ from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.plan_file import PlanReport, is_plan, write_json
 from rgexport.compress.planning import FLAGS, Kind, Planner, PlanTarget
 from rgexport.errors import RequestError
-from rgexport.export.advice import as_argument
+from rgexport.export.opening import as_argument
 from rgexport.export.origin import folder_of
 from rgexport.export.request import bytes_of
 from rgexport.files.targets import check_file_target, replace_file

@@ -91,7 +91,7 @@ def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[int], St
     The window is at most as long as a sequence, which saves memory for states.
     """
     from rgexport.export.onnx.exporter import export_onnx
-    from rgexport.export.onnx.options import OnnxOptions
+    from rgexport.export.onnx.profiles import OnnxOptions
     from rgexport.export.opening import open_artifact
     from rgexport.runtimes.engine import open_session
 

@@ -14,7 +14,7 @@ from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.hub import is_hub_name
-from rgexport.export.identity import Identity, identity_of, identity_of_files
+from rgexport.export.manifest import Identity, identity_of, identity_of_files
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.config import GriffinConfig

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredPart, StoredTensor
+from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredTensor
 from rgexport.export.origin import Origin, origin_of_card
-from rgexport.export.row_groups import groups_of
-from rgexport.export.storage import aligned
+from rgexport.export.storage import aligned, groups_of
 from rgexport.files.hashing import (
     FileRecord,
     hash_file,
@@ -22,40 +22,27 @@ from rgexport.files.hashing import (
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize.scheme import Parts
 
-_FLOAT32 = np.dtype(np.float32)
-
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model: a folder with its manifest, or one GGUF file (see `export.gguf`).
-
-    `allow_foreign`: whether an engine may run a graph with ops that rgexport does not write.
-    """
+    """An exported model; with `allow_foreign`, engines may run ops that rgexport does not write."""
 
     path: Path
     manifest: Manifest
     allow_foreign: bool = field(default=False, kw_only=True)
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file of the manifest."""
         return self.path / name
 
     def tensor(self, name: str) -> RowTensor:
-        """Returns a weight, dequantized to float32 in its canonical shape, read in slabs.
-
-        Raises:
-            RequestError: the artifact has no such weight.
-        """
+        """Returns a weight as float32 in its canonical shape, to be read in slabs."""
         stored = self.manifest.tensors.get(name)
         if stored is None:
             raise RequestError(f"{self.path} has no tensor {name!r}")
-        return RowTensor(
-            stored.shape, _FLOAT32, lambda start, stop: self._read_rows(name, start, stop)
-        )
+        return RowTensor(stored.shape, np.dtype(np.float32), partial(self._read_rows, name))
 
     @property
     def weights(self) -> WeightSource:
-        """All weights, dequantized."""
         return {name: self.tensor(name) for name in self.manifest.tensors}
 
     def facts(self) -> dict[str, Any]:
@@ -71,8 +58,8 @@ class Artifact:
         for group in groups:
             first, last = group.run(start, stop)
             if first < last:
-                group_rows = self._group_rows(name, group.stored, first, last)
-                rows[group.chosen(start, stop)] = group_rows
+                chosen = group.chosen(start, stop)
+                rows[chosen] = self._group_rows(name, group.stored, first, last)
         return rows
 
     def _group_rows(self, name: str, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
@@ -90,31 +77,26 @@ class Artifact:
         return stored.uniform.decode(arrays, columns)
 
     def _part(self, stored: StoredTensor, label: str, start: int, stop: int) -> np.ndarray:
-        if label == COLUMNS:
-            return self._columns(stored.parts[label], start, stop)
         part, dtype = stored.parts[label], np.dtype(stored.parts[label].dtype)
+        path = self.file(part.file)
+        truncated = RequestError(f"{path} was truncated while it was read")
+        if label == COLUMNS:
+            try:
+                mapped = np.memmap(path, dtype, "r", part.offset, part.shape)
+            except ValueError:
+                raise truncated from None
+            return np.ascontiguousarray(mapped[:, start:stop].T)
         offset, end = stored.row_offset(label, start), stored.row_offset(label, stop)
         count = (end - offset) // dtype.itemsize
-        items = np.fromfile(self.file(part.file), dtype, count, offset=offset)
+        items = np.fromfile(path, dtype, count, offset=offset)
         if items.size != count:
-            raise RequestError(f"{self.file(part.file)} was truncated while it was read")
+            raise truncated
         return items.reshape((end - offset) // part.row_bytes, -1)
 
-    def _columns(self, part: StoredPart, start: int, stop: int) -> np.ndarray:
-        """Reads columns `start` to `stop` of a part, transposed to rows."""
-        path = self.file(part.file)
-        try:
-            mapped = np.memmap(path, part.dtype, "r", part.offset, part.shape)
-        except ValueError:
-            raise RequestError(f"{path} was truncated while it was read") from None
-        return np.ascontiguousarray(mapped[:, start:stop].T)
-
     def origin(self) -> Origin:
-        """Returns the author of the model and its licence, from the card."""
         return origin_of_card(self.file(CARD))
 
     def notes(self) -> list[str]:
-        """Lists harmless changes since the export: of the card, and added files."""
         card, record = self.file(CARD), self.manifest.files.get(CARD)
         notes = []
         if record and not card.is_file():
@@ -130,7 +112,6 @@ class Artifact:
 
     @property
     def _sealed(self) -> dict[str, FileRecord]:
-        """The files that must be as they were exported."""
         return {name: record for name, record in self.manifest.files.items() if name != CARD}
 
     def _wrong_sizes(self) -> Iterator[str]:
@@ -156,7 +137,6 @@ def files_of(folder: Path) -> set[str]:
 
 
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
-    """Returns hashes and sizes of the named files in `folder`, or of all, for its manifest."""
     paths = {name: folder / name for name in sorted(files_of(folder) if names is None else names)}
     hashes = hash_files(paths.values())
     return {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}

@@ -4,11 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
-from pathlib import Path
 
-from rgexport.export.checked import CheckRecord
 from rgexport.export.format import format_of
-from rgexport.export.manifest import CARD, Manifest
+from rgexport.export.manifest import CheckRecord, Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms import ALGORITHMS
@@ -65,40 +63,34 @@ At the end of the export, on {tokens} tokens in {engine}, against float32 refere
 
 @dataclass(frozen=True)
 class Share:
-    """The tensors of one role that are stored by one scheme."""
-
     role: str
     scheme: str
     tensors: int
     weights: int
     bytes: int
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its fields and the bits per weight, for tables."""
+        counts = f"{self.tensors:,}", f"{self.weights:,}", amount(self.bytes)
+        return self.role, self.scheme, *counts, f"{8 * self.bytes / self.weights:.2f}"
+
 
 def shares(manifest: Manifest) -> list[Share]:
-    """Returns the shares of each role and scheme, in the order of the model."""
-    specs = model_tensors(manifest.config)
-    return group_shares(
-        Share(
-            spec.role,
-            manifest.plan[name].label,
-            1,
-            prod(spec.shape),
-            sum(part.nbytes for part in manifest.tensors[name].parts.values()),
-        )
-        for name, spec in specs.items()
-    )
+    tensors = []
+    for name, spec in model_tensors(manifest.config).items():
+        size = sum(part.nbytes for part in manifest.tensors[name].parts.values())
+        tensors.append(Share(spec.role, manifest.plan[name].label, 1, prod(spec.shape), size))
+    return group_shares(tensors)
 
 
 def group_shares(tensors: Iterable[Share]) -> list[Share]:
-    """Adds up the shares of one tensor each, by role and scheme."""
     totals: dict[tuple[str, str], Counter[str]] = {}
     for tensor in tensors:
         total = totals.setdefault((tensor.role, tensor.scheme), Counter())
         total.update(tensors=tensor.tensors, weights=tensor.weights, bytes=tensor.bytes)
-    return [
-        Share(*key, total["tensors"], total["weights"], total["bytes"])
-        for key, total in totals.items()
-    ]
+    counts = "tensors", "weights", "bytes"
+    return [Share(*key, *(total[count] for count in counts)) for key, total in totals.items()]
 
 
 def matrix_bits(manifest: Manifest) -> float:
@@ -126,12 +118,7 @@ def levels_sentence(counts: Mapping[str, int]) -> str:
     return f"Levels were chosen by {first} ({number} tensors){rest}."
 
 
-def write_card(folder: Path, manifest: Manifest, origin: Origin) -> None:
-    (folder / CARD).write_text(card(manifest, origin), "utf-8")
-
-
 def _header(manifest: Manifest, origin: Origin) -> str:
-    """Returns the YAML header for the hub: licence, original, tags, and the measured KL."""
     from huggingface_hub import EvalResult, ModelCardData
 
     check = manifest.check
@@ -161,7 +148,6 @@ def _header(manifest: Manifest, origin: Origin) -> str:
 
 
 def card(manifest: Manifest, origin: Origin) -> str:
-    """Returns the text of the card; the hub reads its header."""
     config = manifest.config
     kinds = Counter(config.block_types)
     tuned = bool(manifest.instruction_tuned)
@@ -174,7 +160,10 @@ def card(manifest: Manifest, origin: Origin) -> str:
         version=manifest.created_with["rgexport"],
         precision=manifest.precision,
         compute=manifest.compute,
-        rows="\n".join(_row(share) for share in shares(manifest)),
+        rows="\n".join(
+            f"| {role} | {scheme} | {' | '.join(numbers)} |"
+            for role, scheme, _, *numbers in (share.cells for share in shares(manifest))
+        ),
         levels=levels_sentence(algorithms(manifest)),
         bits=matrix_bits(manifest),
         engine=text.engine,
@@ -195,11 +184,4 @@ def _checked(check: CheckRecord) -> str:
     if not check.positions:
         return check.sentence
     verdict = ", since ".join(filter(None, (check.status, check.reason)))
-    shares = {"nats": check.nats, "share": check.share}
-    return _CHECKED.format(**vars(check) | shares, verdict=verdict)
-
-
-def _row(share: Share) -> str:
-    bits = f"{8 * share.bytes / share.weights:.2f}"
-    cells = share.role, share.scheme, f"{share.weights:,}", amount(share.bytes), bits
-    return f"| {' | '.join(cells)} |"
+    return _CHECKED.format(**vars(check), nats=check.nats, share=check.share, verdict=verdict)

@@ -10,42 +10,24 @@ from typing import Any
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.card import Share, algorithms, group_shares, levels_sentence, shares
-from rgexport.export.checked import CheckRecord
 from rgexport.export.format import all_formats, format_of
-from rgexport.export.manifest import arithmetic
+from rgexport.export.manifest import CheckRecord, arithmetic
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.tensor import WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.reporting.tables import Row, Table, render
 from rgexport.units import amount
 
 Description = dict[str, Any]
-"""Plain JSON. `kind` is `checkpoint` or the artifact's. Scripts rely on the names of fields."""
 _NUMBERS = ("tensors", "weights", "size", "bits/weight")
-"""Columns that are aligned to the right."""
 _TUNED = {True: "instruction-tuned", False: "base model", None: "base or tuned: unknown"}
-_CLOSING = {
-    ("checkpoint", True): "No problems: every value was checked.",
-    ("checkpoint", False): "No problems in the headers (--verify checks every value).",
-    ("artifact", True): "All hashes were verified.",
-    ("artifact", False): "File sizes match; hashes were verified when each file was first seen "
-    "(--verify does it again).",
-}
 
 
 def describe(path: str | None, *, size: str | None = None, verify: bool = False) -> Description:
-    """Describes an artifact, Core ML package or checkpoint, or the checkpoint of a size.
-
-    `verify` reads every byte: the hashes of an artifact, the values of a checkpoint.
-
-    Raises:
-        RequestError: the path has nothing usable, or an artifact is damaged. Faults in the tensors
-            of a checkpoint, or in a package, are listed under `problems` instead.
-    """
+    """Describes a model, artifact or package; `verify` reads every byte."""
     if path is not None and size is None:
         if means_artifact(Path(path)):
             return _describe_artifact(open_artifact(Path(path), verify=verify), verify)
@@ -69,7 +51,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "exact": manifest.exact,
         "rounds_activations": manifest.rounds_activations,
         "profile": None,
-        "parameters": _parameters(artifact.weights),
+        "parameters": sum(prod(tensor.shape) for tensor in artifact.weights.values()),
         "size": sum(record.size for record in manifest.files.values()),
         "instruction_tuned": manifest.instruction_tuned,
         "has_tokenizer": manifest.has_tokenizer,
@@ -100,7 +82,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
         "name": checkpoint.name,
         "path": str(checkpoint.path),
         "layout": checkpoint.layout,
-        "parameters": _parameters(weights),
+        "parameters": sum(prod(tensor.shape) for tensor in weights.values()),
         "size": sum(sizes.values()),
         "instruction_tuned": checkpoint.instruction_tuned,
         "has_tokenizer": any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files),
@@ -116,16 +98,11 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
     }
 
 
-def _parameters(weights: WeightSource) -> int:
-    return sum(prod(tensor.shape) for tensor in weights.values())
-
-
 def as_json(description: Description) -> str:
     return json.dumps(description, indent=1).replace("\x7f", "\\u007f") + "\n"
 
 
 def as_text(description: Description) -> str:
-    """Formats a description as text and tables for a terminal."""
     for form in all_formats():
         if description["kind"] == form.foreign_kind:
             return render(form.foreign_text(description))
@@ -134,17 +111,7 @@ def as_text(description: Description) -> str:
 
 def _text(d: Description) -> Iterator[str | Table]:
     yield _headline(d)
-    stored = (
-        (
-            share["role"],
-            share["scheme"],
-            f"{share['tensors']:,}",
-            f"{share['weights']:,}",
-            amount(share["bytes"]),
-            f"{8 * share['bytes'] / share['weights']:.2f}",
-        )
-        for share in d["stored"]
-    )
+    stored = (Share(**share).cells for share in d["stored"])
     yield Table("Stored", ("role", "as", *_NUMBERS), stored, _NUMBERS)
     if "algorithms" in d:
         yield levels_sentence(d["algorithms"]) + "\n"
@@ -155,7 +122,15 @@ def _text(d: Description) -> Iterator[str | Table]:
     yield Table("Configuration", ("", ""), config)
     for title in ("Tokenizer", "GGUF", "Core ML"):
         if facts := d.get(title.replace(" ", "").lower()):
-            yield Table(title, ("", ""), _fact_rows(facts))
+            rows = (
+                (
+                    name.replace("_", " "),
+                    ("no", "yes")[fact] if isinstance(fact, bool) else str(fact),
+                )
+                for name, fact in facts.items()
+                if fact is not None
+            )
+            yield Table(title, ("", ""), rows)
     if d.get("states"):
         header = ("layers", "state", "shape", "dtype", "layout")
         yield Table("States of one sequence", header, _state_rows(d))
@@ -203,23 +178,20 @@ def _closing(d: Description) -> str:
     if d.get("problems"):
         return "\n".join(f"Problem: {problem}" for problem in d["problems"])
     if d["kind"] == "checkpoint":
-        return _CLOSING["checkpoint", d["all_values_checked"]]
+        if d["all_values_checked"]:
+            return "No problems: every value was checked."
+        return "No problems in the headers (--verify checks every value)."
     if "gguf" in d and not d["gguf"]["data_hash"]:
         return (
             "Another tool stored its tensors in other types: there is no hash to check them with."
         )
-    return _CLOSING["artifact", d["all_hashes_verified"]]
-
-
-def _fact_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    for name, fact in facts.items():
-        if fact is not None:
-            text = ("no", "yes")[fact] if isinstance(fact, bool) else str(fact)
-            yield name.replace("_", " "), text
+    if d["all_hashes_verified"]:
+        return "All hashes were verified."
+    seen = "hashes were verified when each file was first seen (--verify does it again)."
+    return f"File sizes match; {seen}"
 
 
 def _state_rows(d: Description) -> Iterator[Row]:
-    """Yields one row for all layers with the same state."""
     layers: dict[Row, list[str]] = {}
     for state in d["states"]:
         _, index, kind = state["name"].split(".")

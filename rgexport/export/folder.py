@@ -9,9 +9,8 @@ from typing import Any
 
 from rgexport._version import __version__
 from rgexport.export.artifact import record_files, remember_verified
-from rgexport.export.card import write_card
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, SelfCheck
-from rgexport.export.manifest import CARD, Manifest, Source, write_manifest
+from rgexport.export.card import card
+from rgexport.export.manifest import CARD, Manifest, SelfCheck, Source, write_manifest
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.origin import origin_of
 from rgexport.export.tokenizer import ControlIds, complete_tokenizer
@@ -23,39 +22,22 @@ from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import expect_stages, group, warn
 
 _GRAPH_BYTES = 64 << 20
-"""Upper bound of everything in the folder but the weights and the checkpoint's tokenizer files:
-`tokenizer.json` has 33 MB for Gemma's vocabulary."""
+"""Upper bound of what is neither weights nor the checkpoint's: `tokenizer.json` has 33 MB."""
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
-"""Writes the model into a folder; gets the fields of a manifest that do not depend on the format,
-and the ids of control tokens. Returns the manifest without the hashes of the files."""
 
 
 def export_folder(
     checkpoint: Checkpoint,
     target: Path,
     write_model: WriteModel,
-    *,
     data_bytes: int,
     tools: Iterable[str],
+    *,
     force: bool,
     check: SelfCheck | None,
 ) -> Path:
-    """Makes the folder `target`, which appears when it is complete and was checked.
-
-    Args:
-        checkpoint: where the weights and the tokenizer come from.
-        target: the folder.
-        write_model: writes what the format has, beside the tokenizer.
-        data_bytes: size of the weights as they will be stored.
-        tools: packages whose versions the manifest records.
-        force: whether an earlier artifact may be replaced.
-        check: runs the artifact; its record goes into the card and the manifest.
-
-    Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, or whatever `write_model` finds.
-    """
+    """Makes the folder `target`, which appears when it is complete and was checked."""
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
@@ -69,10 +51,16 @@ def export_folder(
             shutil.copyfile(path, folder / path.name)
         # First, so that torch uses the memory again that a large vocabulary takes.
         ids = complete_tokenizer(folder, checkpoint.name)
-        manifest = write_model(folder, _common(checkpoint, hashes, tools), ids)
+        manifest = write_model(
+            folder, common_fields(checkpoint, hashes, tools) | {"files": {}}, ids
+        )
         manifest = manifest.with_files(record_files(folder))
-        manifest = manifest.with_check(_run_check(folder, manifest, check))
-        write_card(folder, manifest, origin_of(checkpoint))
+        if check is not None:
+            write_manifest(folder, manifest)
+            remember_verified(folder, manifest)
+            with group("Self-check"):
+                manifest = manifest.with_check(check(folder))
+        (folder / CARD).write_text(card(manifest, origin_of(checkpoint)), "utf-8")
         records = manifest.files | record_files(folder, [CARD])
         manifest = manifest.with_files(dict(sorted(records.items())))
         write_manifest(folder, manifest)
@@ -82,17 +70,9 @@ def export_folder(
     return target
 
 
-def _run_check(folder: Path, manifest: Manifest, check: SelfCheck | None) -> CheckRecord:
-    """Runs the self-check on a folder that lacks only its card and its final manifest."""
-    if check is None:
-        return NOT_ASKED_FOR
-    write_manifest(folder, manifest)
-    remember_verified(folder, manifest)
-    with group("Self-check"):
-        return check(folder)
-
-
-def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) -> dict[str, Any]:
+def common_fields(
+    checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]
+) -> dict[str, Any]:
     ours = {"rgexport": __version__, "python": platform.python_version()}
     return {
         "name": checkpoint.name,
@@ -101,5 +81,4 @@ def _common(checkpoint: Checkpoint, hashes: FileHashes, tools: Iterable[str]) ->
         "config": checkpoint.config,
         "instruction_tuned": checkpoint.instruction_tuned,
         "asked_for": checkpoint.asked_for,
-        "files": {},
     }

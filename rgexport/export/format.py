@@ -20,18 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CardText:
-    """The texts of a model card that depend on the format."""
-
-    engine: str
-    """Runs the artifact."""
-    float32: str
-    """Computed in float32 with any `--compute`."""
-    run: str
-    """Instructions to run it, as Markdown."""
+    engine: str  # runs the artifact
+    float32: str  # computed in float32 with any `--compute`
+    run: str  # instructions to run it, as Markdown
 
 
 def installation(extra: str = "") -> str:
-    """Returns the sentence of a card that says how to install rgexport, perhaps with an extra."""
     package = f"'.[{extra}]'" if extra else "."
     return (
         f"rgexport is not on PyPI yet: `pip install {package}` in a clone of its repository\n"
@@ -40,45 +34,30 @@ def installation(extra: str = "") -> str:
 
 
 class Format(ABC):
-    """A kind of artifact."""
-
-    precisions: Collection[str] = ()
-    """Words of `--precision`."""
-    planned_precisions: Collection[str] = ()
-    """Words for artifacts that were made by a plan."""
+    precisions: Collection[str] = ()  # words of `--precision`
+    planned_precisions: Collection[str] = ()  # words for artifacts that were made by a plan
     runs_on: str = ""
     """The end of the sentence `It runs …`, printed after an export; empty for none."""
     library: str | None = None
-    """The hub's name of the library that runs it."""
-    hash_name: str = "sha256"
-    """The field of `inspect --json` that has the hash of a file."""
+    hash_name: str = "sha256"  # the field of `inspect --json` that has the hash of a file
     alignment: int = 1
-    """Alignment of the parts of tensors in the file, in bytes."""
     part_header: int = 0
-    """Bytes before each part."""
-    has_row_groups: bool = True
-    """Whether the rows of a matrix may have several layouts."""
-    keeps_bfloat16_gates: bool = False
-    """Whether matrices of gates may be bfloat16."""
+    has_row_groups: bool = True  # whether the rows of a matrix may have several layouts
+    keeps_bfloat16_gates: bool = False  # whether matrices of gates may be bfloat16
 
     foreign_kind: str | None = None
     """The kind in descriptions of models of this format that rgexport did not export."""
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
-        """Describes a model of this format that rgexport did not export; None if it is none."""
+        """Describes a model that rgexport did not export; None if it is not of this format."""
         return None
 
     def foreign_text(self, description: dict[str, Any]) -> Iterator[str | Table]:
-        """Formats what `describe_foreign` returned."""
         raise NotImplementedError
 
     @abstractmethod
     def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-        """Returns the parts of a tensor of `shape` that is stored by `scheme`.
-
-        Raises:
-            RequestError: the format does not have that scheme, or not for that shape.
-        """
+        """Returns the parts of a stored tensor; RequestError if the format lacks the scheme."""
 
     @abstractmethod
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
@@ -94,8 +73,6 @@ class Format(ABC):
 
 
 class FileFormat(Format):
-    """A format with a single file as its artifact."""
-
     @abstractmethod
     def owns(self, path: Path) -> bool:
         """Whether a path is meant to be such a file."""
@@ -109,17 +86,14 @@ class FolderFormat(Format):
     """A format with a folder as its artifact, described by an `rgexport.json`."""
 
     manifest: type[Manifest] = Manifest
-    graph_bytes: int = 0
-    """Estimated bytes of the graph and the manifest for each layer."""
+    graph_bytes: int = 0  # estimated bytes of the graph and the manifest for each layer
     entries: Collection[str] = ()
     """Files or folders of an artifact that a user may name instead of its folder."""
 
     def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        """Returns the artifact in a folder, its files not yet checked."""
         return Artifact(folder, manifest)
 
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        """Returns the scheme if the format has it for this shape."""
         try:
             self.part_shapes(shape, scheme)
         except RequestError:
@@ -127,7 +101,6 @@ class FolderFormat(Format):
         return scheme
 
     def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
-        """Estimates the bytes of tokenizer, graph and manifest."""
         from rgexport.export.tokenizer import bytes_to_add
 
         files = checkpoint.tokenizer_files
@@ -135,16 +108,12 @@ class FolderFormat(Format):
         return tokenizer + self.graph_bytes * checkpoint.config.num_layers
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
-        """Derives the states, inputs and outputs of a graph from the manifest's other fields."""
         return (), IoRecord((), ())
 
     def write_program_files(
         self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
     ) -> None:
-        """Writes the files by which other programs run an artifact, beside its tokenizer.
-
-        `files` are the names of the artifact's files.
-        """
+        """Writes the files by which other programs run an artifact with these `files`."""
         return
 
     def check_manifest(self, manifest: Manifest) -> None:
@@ -157,7 +126,6 @@ def format_of(kind: str) -> Format:
 
 
 def folder_format(kind: str) -> FolderFormat | None:
-    """Returns the format of a kind of folder; None for any other word."""
     form = format_of(kind) if kind in FORMATS else None
     return form if isinstance(form, FolderFormat) else None
 

@@ -2,7 +2,8 @@
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,21 +23,17 @@ from rgexport.units import amount
 
 PREFIX = "hf:"
 _NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?P<file>(/[\w.-]+)+\.gguf)?(@(?P<revision>[\w./-]+))?")
-_NEUTRAL = {".gitattributes", CARD}
-"""Files that a repository may have before it has an artifact."""
+_NEUTRAL = {".gitattributes", CARD}  # files that a repository may have before it has an artifact
 
 
 @dataclass(frozen=True)
 class HubName:
-    """`owner/name`, perhaps with the path of a GGUF file in it, and a branch, tag or commit."""
-
     id: str
     file: str | None
     revision: str | None
 
 
 def is_hub_name(path: PurePath | str) -> bool:
-    """Whether a path is meant to be an artifact of the hub."""
     return str(path).startswith(PREFIX)
 
 
@@ -54,56 +51,50 @@ def parse(path: PurePath | str) -> HubName:
 
 
 def fetch_artifact(path: Path | str) -> Path:
-    """Returns the local copy of an artifact below `HF_HOME`, a folder or a GGUF file.
-
-    A complete copy is used without asking the network. Only what the manifest lists is downloaded,
-    and an interrupted download goes on.
-
-    Raises:
-        RequestError: no such artifact, no permission, no network, or no disk space.
-    """
+    """Returns the local copy below `HF_HOME`; a complete one without asking the network."""
     name = parse(path)
     return _complete(name) or _download(name)
 
 
 def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    """Uploads an artifact in one commit; returns its address.
-
-    Large files that an earlier, interrupted upload has sent are not sent again. Files of an earlier
-    artifact in the repository are removed; files that somebody else added stay.
-
-    Args:
-        artifact: the artifact.
-        repo: `owner/name`, which is made if it does not exist.
-        public: whether everybody may see a new repository.
-        force: whether the repository may have other files.
-
-    Raises:
-        RequestError: no such name, no permission, no network, or a repository of something else.
-    """
+    """Uploads in one commit, and removes an earlier artifact's files; returns the address."""
     name = parse(repo)
     if name.file or name.revision:
         raise RequestError(f"{repo} is no repository; expected owner/name")
     _warn_of_terms(artifact)
-    try:
+    with _explained(name.id, "upload", "try again: it goes on"):
         return _push(artifact, name.id, public=public, force=force)
+
+
+@contextmanager
+def _explained(repo: str, what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
     except RequestError:
         raise
     except Exception as error:  # the hub's client raises its HTTP library's errors as they are
-        raise RequestError(explain(name.id, error, "upload", "try again: it goes on")) from None
+        raise RequestError(explain(repo, error, what, advice)) from None
 
 
 def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
     show_bars_on_terminals_alone()
     api = HfApi()
     page = api.create_repo(repo, private=not public, exist_ok=True)
     existing = set(api.list_repo_files(repo))
-    earlier = _earlier_manifest(repo) if MANIFEST in existing else None
+    earlier = None
+    if MANIFEST in existing:
+        with suppress(RequestError):
+            earlier = read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
     if not force:
         _require_own(artifact, repo, existing, earlier)
-    files = _files(artifact)
+    if artifact.path.is_file():
+        text = card(artifact.manifest, artifact.origin())
+        files: dict[str, Path | bytes] = {artifact.path.name: artifact.path, CARD: text.encode()}
+    else:
+        paths = {name: artifact.file(name) for name in (*artifact.manifest.files, MANIFEST)}
+        files = {name: path for name, path in paths.items() if path.is_file()}
     if CARD in existing and _keeps_card(artifact, repo, earlier):
         note(f"The card of {repo} stays as it is")
         del files[CARD]
@@ -119,23 +110,10 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
     return str(page.url)
 
 
-def _earlier_manifest(repo: str) -> Manifest | None:
-    """Returns the manifest of a repository's artifact; None if it cannot be read."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
-    except RequestError:
-        return None
-
-
 def _require_own(
     artifact: Artifact, repo: str, existing: set[str], earlier: Manifest | None
 ) -> None:
-    """Refuses a repository unless it is empty or has an earlier export of the same model.
-
-    GGUF files may lie beside one another.
-    """
+    """Refuses a repository unless it is empty, has this model, or GGUF files beside this one."""
     manifest, foreign = artifact.manifest, existing - _NEUTRAL
     if earlier:
         fits = (earlier.kind, earlier.name) == (manifest.kind, manifest.name)
@@ -162,15 +140,6 @@ def _keeps_card(artifact: Artifact, repo: str, earlier: Manifest | None) -> bool
     return listed is None or hash_file(Path(hf_hub_download(repo, CARD))).sha256 != listed.sha256
 
 
-def _files(artifact: Artifact) -> dict[str, Path | bytes]:
-    """Returns name in the repository → a local file, or its contents."""
-    if artifact.path.is_file():
-        text = card(artifact.manifest, artifact.origin())
-        return {artifact.path.name: artifact.path, CARD: text.encode()}
-    names = [*artifact.manifest.files, MANIFEST]
-    return {name: artifact.file(name) for name in names if artifact.file(name).is_file()}
-
-
 def _warn_of_terms(artifact: Artifact) -> None:
     licence = artifact.origin().licence
     if licence in (None, "gemma"):
@@ -183,10 +152,7 @@ def _warn_of_terms(artifact: Artifact) -> None:
 
 
 def _folder(name: HubName) -> Path:
-    """Returns the local folder for the files of a repository.
-
-    The hub's own cache has links to them, and ONNX Runtime reads no weights through links.
-    """
+    """Returns the local folder; the hub's cache has links, through which ORT reads no weights."""
     from huggingface_hub import constants
 
     revision = [quote(name.revision, safe="")] if name.revision else []
@@ -194,7 +160,6 @@ def _folder(name: HubName) -> Path:
 
 
 def _complete(name: HubName) -> Path | None:
-    """Returns the local copy of an artifact if it is complete."""
     folder = _folder(name)
     if name.file is not None:
         return folder / name.file if (folder / name.file).is_file() else None
@@ -208,7 +173,7 @@ def _download(name: HubName) -> Path:
     from huggingface_hub import HfApi, constants
 
     folder = _folder(name)
-    try:
+    with _explained(name.id, "download", "or give a local artifact"):
         info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         is_folder = MANIFEST in sizes and name.file is None
@@ -219,11 +184,6 @@ def _download(name: HubName) -> Path:
         missing = sum(sizes[file] for file in files if not (folder / file).is_file())
         require_free_disk(Path(constants.HF_HOME), missing)
         snapshot(name.id, info.sha, [glob.escape(file) for file in files], folder)
-    except RequestError:
-        raise
-    except Exception as error:  # as above
-        advice = "or give a local artifact"
-        raise RequestError(explain(name.id, error, "download", advice)) from None
     path = _complete(name) if is_folder else folder / files[0]
     if path is None:
         raise RequestError(
@@ -234,7 +194,6 @@ def _download(name: HubName) -> Path:
 
 
 def _gguf(name: HubName, sizes: Iterable[str]) -> str:
-    """Returns the GGUF file that is named, or the only one of a repository."""
     files = sorted(file for file in sizes if file.endswith(".gguf"))
     if name.file in files:
         return str(name.file)

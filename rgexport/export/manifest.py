@@ -1,8 +1,10 @@
 """The manifest of an artifact, `rgexport.json`: its files and tensors, and how it was made."""
 
 import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.choices import Profile
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord
+from rgexport.errors import printable
 from rgexport.files.atomic import write_file
 from rgexport.files.hashing import FileRecord
 from rgexport.files.typed_json import to_json
@@ -18,23 +20,62 @@ from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.quantize.scheme import Scheme, Uniform
 
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRecord:
+    """The outcome of a self-check (`unverified` if it failed), and its measurements if any."""
+
+    status: Literal["verified", "unverified", "skipped"]
+    reason: str = ""
+    tokens: int = 0
+    positions: int = 0
+    kl: float | None = None
+    kl_standard_error: float | None = None
+    relative_max: float | None = None
+    engine: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        if self.status == "skipped":
+            return printable(f"Not checked: {self.reason}.")
+        verdict = self.status + (f", since {self.reason}" if self.reason else "")
+        if not self.positions:
+            return printable(f"Checked: {verdict}.")
+        compared = f" ({self.positions} compared)" if self.positions < self.tokens else ""
+        return printable(
+            f"Checked on {self.tokens} tokens{compared} in {self.engine}: "
+            f"KL to the original {self.nats}; largest difference to the dequantized reference "
+            f"{self.share} of the largest logit: {verdict}."
+        )
+
+    @property
+    def nats(self) -> str:
+        if self.kl is None or self.kl_standard_error is None:
+            return "not a number"
+        return f"{self.kl:.3g} ± {self.kl_standard_error:.1g} nats"
+
+    @property
+    def share(self) -> str:
+        return "not a number" if self.relative_max is None else f"{100 * self.relative_max:.2g} %"
+
+
+def skipped(reason: str) -> CheckRecord:
+    return CheckRecord(status="skipped", reason=reason)
+
+
+NOT_ASKED_FOR = skipped("it was not asked for")
+SelfCheck = Callable[[Path], CheckRecord]
 MANIFEST = "rgexport.json"
-CARD = "README.md"
-"""The model card; users may edit it."""
+CARD = "README.md"  # the model card; users may edit it
 COLUMNS = "columns"
 """Name of the part with the data of a matrix that is stored transposed, [in, out]."""
 FORMAT_VERSION = 1
-ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
-"""Compute word → activation dtype."""
+ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}  # compute word → activation dtype
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """The place of a part of a tensor: row-major, `shape` in items of `dtype`.
-
-    A float tensor and one in a ggml type have one part, `data`; for the parts of the other schemes
-    see `quantize.affine`, `quantize.palette` and `export.row_groups`.
-    """
+    """The place of a part of a tensor, such as `data`: row-major, `shape` in items of `dtype`."""
 
     file: str
     offset: int
@@ -43,12 +84,10 @@ class StoredPart:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
         return self.nbytes // self.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the part."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -75,10 +114,7 @@ class StoredTensor:
         return max(map(self._rows_per_row, by_row))
 
     def row_offset(self, label: str, row: int) -> int:
-        """The offset in its file of a row of the part `label`, which must not be `COLUMNS`.
-
-        Not for tensors in row groups, see `row_groups.groups_of`.
-        """
+        """The offset in its file of a row of the part `label`, not `COLUMNS` nor of row groups."""
         part = self.parts[label]
         return part.offset + row // self._rows_per_row(part) * part.row_bytes
 
@@ -92,8 +128,7 @@ class StateRecord:
 
     Layouts: `canonical` is oldest first. In a `ring`, position p is in slot p modulo the window.
     A `row` is one of a matrix with a row for each recurrent layer. A `pair` is two float16 states,
-    named by `input` and `output`; the second is the rounding error of the first, times 2048.
-    `hilo` is a row of such a pair.
+    the second the rounding error of the first, times 2048; `hilo` is a row of such a pair.
     """
 
     name: str
@@ -106,8 +141,6 @@ class StateRecord:
 
 @dataclass(frozen=True)
 class ValueRecord:
-    """One input or output of the graph; a dimension is a number or a symbol."""
-
     name: str
     dtype: str
     shape: tuple[int | str, ...]
@@ -115,16 +148,12 @@ class ValueRecord:
 
 @dataclass(frozen=True)
 class IoRecord:
-    """All inputs and outputs of the graph, in its order."""
-
     inputs: tuple[ValueRecord, ...]
     outputs: tuple[ValueRecord, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that an artifact was made from."""
-
     layout: str
     name: str
     files: dict[str, FileRecord]
@@ -132,11 +161,8 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about an artifact that a runtime needs besides the files listed here."""
-
     format_version: int = FORMAT_VERSION
-    kind: str = "onnx"
-    """A key of `formats.FORMATS`."""
+    kind: str = "onnx"  # a key of `formats.FORMATS`
     name: str
     created_with: dict[str, str]
     source: Source
@@ -150,55 +176,67 @@ class Manifest:
     states: tuple[StateRecord, ...]
     io: IoRecord
     instruction_tuned: bool | None
-    files: dict[str, FileRecord]
-    """Every other file of the folder, by its relative name."""
-    check: CheckRecord = NOT_ASKED_FOR
-    """How the export's self-check ended."""
+    files: dict[str, FileRecord]  # every other file of the folder, by its relative name
+    check: CheckRecord = NOT_ASKED_FOR  # how the export's self-check ended
     asked_for: AskedFor = NOTHING_ASKED_FOR
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the artifact has a tokenizer; without, it takes token ids only."""
         return any(name in TOKENIZERS for name in self.files)
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether products with quantized weights round activations to int8.
-
-        llama.cpp's always do.
-        """
-        return not self.exact and any(
-            uniform.rounds_activations
-            for scheme in self.plan.values()
-            for uniform in scheme.uniform
-        )
+        """Whether products with quantized weights round activations to int8, as llama.cpp's do."""
+        uniform = (one for scheme in self.plan.values() for one in scheme.uniform)
+        return not self.exact and any(one.rounds_activations for one in uniform)
 
     @property
     def weighted(self) -> bool:
-        """Whether an importance matrix was used to round the weights."""
         return False
 
     def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
-        """This manifest with other files."""
         return dataclasses.replace(self, files=files)
 
     def with_check(self, check: CheckRecord) -> "Manifest":
-        """This manifest with the outcome of a self-check."""
         return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the manifest as JSON."""
-        fields: dict[str, Any] = to_json(self)
-        return fields
+        return dict(to_json(self))
 
 
 def arithmetic(precision: str, compute: str, rounds_activations: bool) -> str:
-    """One phrase for how an artifact stores weights and computes."""
     rounded = " (int8 in products)" if rounds_activations else ""
     return f"{precision} weights, {compute} activations{rounded}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `rgexport.json` in `folder`, to the disk."""
-    text = json.dumps(manifest.to_dict(), indent=1) + "\n"
-    write_file(folder / MANIFEST, [text.encode()])
+    write_file(folder / MANIFEST, [(json.dumps(manifest.to_dict(), indent=1) + "\n").encode()])
+
+
+@dataclass(frozen=True)
+class Identity:
+    name: str  # the model's name, only for messages
+    weights: str  # a hash of the original checkpoint's files
+    window: int  # tokens that local attention sees
+    template: str  # a hash of the chat template; only conversations depend on it
+
+
+def identity_of(manifest: Manifest, template: str) -> Identity:
+    return identity_of_files(manifest.name, manifest.source.files, manifest.config, template)
+
+
+def artifact_hash(manifest: Manifest) -> str:
+    """Hashes an artifact's manifest; the result differs between two precisions."""
+    return _hash(json.dumps(manifest.to_dict(), sort_keys=True))
+
+
+def identity_of_files(
+    name: str, files: Mapping[str, FileRecord], config: GriffinConfig, template: str
+) -> Identity:
+    hashes = sorted(record.sha256 for record in files.values())
+    weights = _hash("\n".join([*hashes, repr(config.soft_cap)]))
+    return Identity(name, weights, config.window, _hash(template))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

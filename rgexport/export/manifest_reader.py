@@ -1,6 +1,5 @@
 """Reads and checks the manifest of an artifact folder."""
 
-import dataclasses
 import math
 import reprlib
 from collections.abc import Sequence
@@ -9,13 +8,7 @@ from typing import Any
 
 from rgexport.errors import RequestError
 from rgexport.export.format import FolderFormat, folder_format
-from rgexport.export.manifest import (
-    ACTIVATIONS,
-    FORMAT_VERSION,
-    MANIFEST,
-    Manifest,
-    StoredTensor,
-)
+from rgexport.export.manifest import ACTIVATIONS, FORMAT_VERSION, MANIFEST, Manifest, StoredTensor
 from rgexport.files.paths import stays_inside
 from rgexport.files.typed_json import (
     MAX_INTEGER,
@@ -31,21 +24,18 @@ from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Ggml
 from rgexport.units import amount
 
-MAX_STATE_BYTES = 1 << 30
-"""The largest state of a conversation in float32: twenty times a 9B's."""
+MAX_STATE_BYTES = 1 << 30  # the largest state of a conversation in float32: twenty times a 9B's
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks the manifest of the artifact in `folder`.
-
-    Raises:
-        RequestError: no artifact, foreign or damaged JSON, a newer format version, or content
-            that contradicts itself; the line names the file and the place.
-    """
+    """Reads and checks a manifest; RequestError names the file and the place of a fault."""
     path = folder / MANIFEST
-    fields = _load(path)
-    version = fields.get("format_version")
-    kind = fields.get("kind")
+    if not folder.exists():
+        raise RequestError(f"there is no {folder}")
+    if not path.is_file():
+        raise RequestError(f"{folder} is not an rgexport artifact: it has no {MANIFEST}")
+    fields = read_json(path)
+    version, kind = fields.get("format_version"), fields.get("kind")
     form = folder_format(kind) if isinstance(kind, str) else None
     if form is None or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
@@ -63,30 +53,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether `folder` has a manifest."""
     return (folder / MANIFEST).is_file()
 
 
-def _load(path: Path) -> dict[str, Any]:
-    if not path.parent.exists():
-        raise RequestError(f"there is no {path.parent}")
-    if not path.is_file():
-        raise RequestError(f"{path.parent} is not an rgexport artifact: it has no {MANIFEST}")
-    return read_json(path)
-
-
 def _check(manifest: Manifest, form: FolderFormat) -> None:
-    """Checks what the types do not say.
-
-    Raises:
-        Mismatch: an unsafe file name, a part outside its file, or a tensor that the
-            configuration does not have.
-    """
     for name, record in manifest.files.items():
-        _require(_is_safe(name), f"files: {name!r} leads out of the artifact")
-        _require(
-            record.size >= 0 and len(record.sha256) == 64, f"files.{name}: not a hash and size"
-        )
+        is_safe = stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
+        _require(is_safe, f"files: {name!r} leads out of the artifact")
+        is_sound = record.size >= 0 and len(record.sha256) == 64
+        _require(is_sound, f"files.{name}: not a hash and size")
     precisions = *form.precisions, *form.planned_precisions
     for field, names in (("precision", precisions), ("compute", ACTIVATIONS)):
         name = getattr(manifest, field)
@@ -95,15 +70,11 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
     expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
     shapes = {name: tensor.shape for name, tensor in manifest.tensors.items()}
     for name in expected.keys() | shapes.keys():
-        _require(
-            shapes.get(name) == expected.get(name),
-            f"tensors.{shown_key(name)} has shape {shapes.get(name)}; "
-            f"expected {expected.get(name)}",
-        )
-        _require(
-            manifest.plan.get(name) == manifest.tensors[name].scheme,
-            f"tensors.{name} is not stored as the plan says",
-        )
+        actual, right = shapes.get(name), expected.get(name)
+        complaint = f"tensors.{shown_key(name)} has shape {actual}; expected {right}"
+        _require(actual == right, complaint)
+        is_planned = manifest.plan.get(name) == manifest.tensors[name].scheme
+        _require(is_planned, f"tensors.{name} is not stored as the plan says")
         _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], form)
     form.check_manifest(manifest)
     states, io = form.interface(manifest)
@@ -113,11 +84,7 @@ def _check(manifest: Manifest, form: FolderFormat) -> None:
 
 
 def check_config(config: GriffinConfig) -> None:
-    """Checks what the types do not say about a configuration.
-
-    Raises:
-        Mismatch: a size that is not positive, or sizes that do not fit one another.
-    """
+    """Raises Mismatch for sizes that are not positive, or do not fit one another."""
     for name, value in config.to_dict().items():
         if type(value) is int:
             _require(0 < value <= MAX_INTEGER, f"config.{name} is {reprlib.repr(value)}")
@@ -143,22 +110,16 @@ def check_config(config: GriffinConfig) -> None:
 
 
 def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
-    """Compares records of a manifest with those that follow from its configuration."""
-    _require(
-        len(records) == len(expected),
-        f"{field} has {len(records)} entries; expected {len(expected)}",
-    )
+    counts = f"{field} has {len(records)} entries; expected {len(expected)}"
+    _require(len(records) == len(expected), counts)
     for index, (record, right) in enumerate(zip(records, expected, strict=True)):
-        for name, value in ((f.name, getattr(record, f.name)) for f in dataclasses.fields(right)):
-            _require(
-                value == getattr(right, name),
-                f"{field}[{index}].{name} is {reprlib.repr(value)}; "
-                f"expected {getattr(right, name)!r}",
-            )
+        for name, value in vars(right).items():
+            actual = getattr(record, name)
+            complaint = f"{field}[{index}].{name} is {reprlib.repr(actual)}; expected {value!r}"
+            _require(actual == value, complaint)
 
 
 def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
-    """Requires the parts of the tensor's scheme, each inside its file."""
     _require(not isinstance(stored.scheme, Ggml), f"{label}: only GGUF files have ggml types")
     quantized = stored.scheme.is_quantized
     _require(len(stored.shape) == 2 or not quantized, f"{label}: only matrices are quantized")
@@ -172,10 +133,6 @@ def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: Fol
         record = manifest.files.get(part.file)
         inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
         _require(inside, f"{label}.{name} lies outside of {part.file!r}")
-
-
-def _is_safe(name: str) -> bool:
-    return stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
 
 
 def _require(condition: object, complaint: str) -> None:

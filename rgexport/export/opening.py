@@ -1,36 +1,32 @@
-"""Opens artifacts of all formats."""
+"""Opens artifacts of all formats, and tells a user what to do with them."""
 
+import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from subprocess import list2cmdline
 
 from rgexport.errors import RequestError
-from rgexport.export.advice import as_argument
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format
+from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format, format_of
 from rgexport.export.hub import fetch_artifact, is_hub_name
-from rgexport.export.manifest import MANIFEST
+from rgexport.export.manifest import MANIFEST, NOT_ASKED_FOR
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.griffin.checkpoint import means_checkpoint
 from rgexport.progress import note
+from rgexport.units import amount
 
 
 def open_artifact(
     path: Path | str, *, verify: bool = False, allow_foreign: bool = False
 ) -> Artifact:
-    """Opens an artifact and checks that its files are those that were exported.
+    """Opens an artifact, a file or package in its folder, or `hf:owner/name`; checks its files.
 
-    Names, sizes and headers are always checked; hashes are computed where a file was not seen
-    before in this state (size, mtime, ctime), and of all files with `verify`. An edited card and
-    added files are only noted.
-
-    Args:
-        path: the artifact, a file or package in its folder, or `hf:owner/name`.
-        verify: whether hashes are computed of all files.
-        allow_foreign: whether engines may run a graph with ops that rgexport does not write.
+    Hashes are checked where a file was not seen before in this state, and of all with `verify`.
+    With `allow_foreign`, engines may run ops that rgexport does not write.
 
     Raises:
-        RequestError: no artifact, a damaged manifest, or a file that is missing, truncated or
-            altered; the line names it.
+        RequestError: no artifact, a damaged manifest, or a file that is missing or altered.
     """
     path = fetch_artifact(path) if is_hub_name(path) else Path(path)
     if form := _file_format(path):
@@ -57,10 +53,46 @@ def open_artifact(
 
 
 def means_artifact(path: Path) -> bool:
-    """Whether a path is meant to be an artifact, sound or not."""
     return is_hub_name(path) or _file_format(path) is not None or is_artifact(path)
 
 
 def _file_format(path: Path) -> FileFormat | None:
     files = (form for form in all_formats() if isinstance(form, FileFormat))
     return next((form for form in files if form.owns(path)), None)
+
+
+def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
+    return Path("-".join([model, precision, kind, *([] if profile == "cpu" else [profile])]))
+
+
+def as_argument(path: Path) -> str:
+    text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
+    return list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
+
+
+def closing_line(artifact: Artifact) -> str:
+    """Returns the last line of an export: the artifact's path, and the next command."""
+    path, manifest = as_argument(artifact.path), artifact.manifest
+    size = amount(sum(record.size for record in manifest.files.values()))
+    runs_on = format_of(manifest.kind).runs_on
+    engine = f"It runs {runs_on}. " if runs_on else ""
+    tuned = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}.get(manifest.name)
+    if not manifest.has_tokenizer:
+        step = f"It has no tokenizer; try: rgexport generate {path} --ids 2"
+    elif manifest.instruction_tuned:
+        step = f"Chat with it: rgexport chat {path}"
+    else:
+        step = f'Try: rgexport generate {path} -p "The meaning of life is"'
+        step += f" (a base model; to chat, export --size {tuned})" if tuned else ""
+    return f"{artifact.path} is complete ({size}). {engine}{step}"
+
+
+def check_line(artifact: Artifact) -> str | None:
+    """Returns the self-check's outcome, and advice; None with `--no-check`."""
+    check = artifact.manifest.check
+    if check == NOT_ASKED_FOR:
+        return None
+    if check.status == "verified":
+        return check.sentence
+    advice = "Look closer" if check.status == "unverified" else "Do it later"
+    return f"{check.sentence} {advice}: rgexport validate {as_argument(artifact.path)}"

@@ -12,22 +12,16 @@ _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _RELEASED = {size.hub_id for size in SIZES.values()}
 _PREFIX = "recurrentgemma"
 GEMMA = "gemma"
-"""The hub's name of Gemma's terms."""
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of a checkpoint; fields are None if unknown."""
-
-    hub_id: str | None
-    """Such as `google/recurrentgemma-2b`."""
-    licence: str | None
-    """The hub's name of it, such as `gemma`."""
+    hub_id: str | None  # such as `google/recurrentgemma-2b`
+    licence: str | None  # the hub's name of it, such as `gemma`
 
     @property
     def released(self) -> bool:
-        """Whether it is one of Google's released models."""
         return self.hub_id in _RELEASED
 
 
@@ -39,11 +33,13 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 
 
 def origin_of_card(path: Path) -> Origin:
-    """Reads the model that a card names as its base, and its licence, in the YAML header.
-
-    Without a licence it is Gemma's if the base is one of Google's models.
-    """
-    head = _head(path)
+    """Reads base model and licence in a card's header; Gemma's for a base by Google."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            match = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
+    except OSError:
+        match = None
+    head = match[1] if match else ""
     base = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
     licence = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
     hub_id = base[1] if base else None
@@ -52,7 +48,6 @@ def origin_of_card(path: Path) -> Origin:
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:
-    """Returns the folder that has a checkpoint's tokenizer and card."""
     if checkpoint.tokenizer_files:
         return checkpoint.tokenizer_files[0].parent
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -66,13 +61,3 @@ def _hub_id(checkpoint: Checkpoint) -> str | None:
     prefix = "" if checkpoint.name.startswith(_PREFIX) else f"{_PREFIX}-"
     name = prefix * (checkpoint.layout == "deepmind") + checkpoint.name
     return next((hub_id for hub_id in _RELEASED if hub_id.endswith(f"/{name}")), None)
-
-
-def _head(card: Path) -> str:
-    """Returns the YAML header of a model card, or ""."""
-    try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            head = _CARD_HEAD.match(file.read(_CARD_CHARACTERS))
-    except OSError:
-        return ""
-    return head[1] if head else ""

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-Dim = int | str
-"""A fixed size, or the name of a dynamic one: `batch_size`, `tokens`, `num_logits`."""
+Dim = int | str  # a fixed size, or the name of a dynamic one: `batch_size`, `tokens`, `num_logits`
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,6 @@ class Value:
     dtype: str
 
     def size(self, axis: int) -> int:
-        """Returns the size of an axis, which must be fixed."""
         size = self.shape[axis]
         assert isinstance(size, int), f"axis {axis} of {self.name} is {size}"
         return size
@@ -23,8 +21,6 @@ class Value:
 
 @dataclass(frozen=True)
 class Node:
-    """One op of the Griffin op set: tensor inputs in the op's order, the rest as attributes."""
-
     op: str
     site: str
     inputs: tuple[Value | None, ...]
@@ -33,20 +29,15 @@ class Node:
 
     @property
     def tensors(self) -> list[Value]:
-        """The inputs without optional ones that are absent."""
         return [value for value in self.inputs if value is not None]
 
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A traced step."""
-
     input_ids: Value
     position_ids: Value
     num_logits: Value
-    weights: dict[str, Value]
-    """By canonical tensor name."""
-    states: dict[str, tuple[Value, Value]]
-    """Canonical name → the values that come in and go out."""
+    weights: dict[str, Value]  # by canonical tensor name
+    states: dict[str, tuple[Value, Value]]  # canonical name → the values that come in and go out
     nodes: tuple[Node, ...]
     logits: Value

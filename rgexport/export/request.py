@@ -18,11 +18,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
 _BLOCKS = {"int3", "int4", "int8"}
 QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
-"""Word of `--quality` → the algorithm that chooses levels."""
 
 
 def bytes_of(flag: str, text: str) -> float:
-    """Converts the text of an option, such as `1.5GB`, to bytes; raises RequestError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise RequestError(
@@ -32,11 +30,6 @@ def bytes_of(flag: str, text: str) -> float:
 
 
 def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> str | None:
-    """Returns the precision that `--precision`, `--int4` and `--int8` name, if any.
-
-    Raises:
-        RequestError: they contradict each other, or artifacts of this kind do not have it.
-    """
     flags = [name for name, is_set in (("int4", int4), ("int8", int8)) if is_set]
     named = {*flags, *([precision] if precision else [])}
     if len(named) > 1:
@@ -49,7 +42,6 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> 
 
 
 def require_word(flag: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises RequestError if the value of an option is not `allowed`."""
     if value not in allowed:
         raise RequestError(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
 
@@ -57,11 +49,7 @@ def require_word(flag: str, value: str, allowed: Iterable[str]) -> None:
 def algorithm_word(
     quality: Quality | None, calibration: object | None, plan: object | None
 ) -> str | None:
-    """Returns the algorithm that the options name; None leaves it to a plan, or to the default.
-
-    Raises:
-        RequestError: an unknown word, or a calibration for a quality that takes none.
-    """
+    """Returns the algorithm that the options name; None leaves it to a plan, or to the default."""
     if quality is not None:
         require_word("--quality", quality, QUALITIES)
     if calibration is not None and quality not in (None, "best"):
@@ -76,17 +64,7 @@ def algorithm_word(
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions(ABC):
-    """The options that exports to folders share; None stands for a default.
-
-    Attributes:
-        precision: precision of the weights.
-        compute: type of the activations.
-        block_size: of the linears, and of an embedding of the same precision.
-        symmetric: likewise.
-        embedding_precision: of the embedding, which is the head too.
-        plan: says for each tensor what the fields above, except `compute`, say for all.
-        algorithm: chooses the levels; None leaves it to the plan, or to clip search.
-    """
+    """The options that exports to folders share; `plan` replaces all but `compute`."""
 
     precision: str | None = None
     compute: str | None = None
@@ -108,22 +86,15 @@ class FolderOptions(ABC):
 
     @property
     def precision_word(self) -> str:
-        """`precision`, or the plan's, or the default."""
         return precision_of(self.plan) if self.plan else self.precision or self.defaults[0]
 
     @property
     def precisions(self) -> tuple[str, str]:
-        """The precisions of the linears and of the embedding."""
         linears = self.precision_word
         return linears, self.embedding_precision or self.defaults[1].get(linears, linears)
 
     def require_consistent(self, *, exact: bool = False) -> None:
-        """Checks the options without the model; `exact` is `--exact`.
-
-        Raises:
-            RequestError: an unknown word, a plan beside an option that it replaces, a plan for
-                GGUF, or an option without effect.
-        """
+        """Raises RequestError: an unknown word, a plan that does not fit, an idle option."""
         by_plan = "precision", "block_size", "symmetric", "embedding_precision"
         refuse_beside_plan(self, by_plan)
         for name, scheme in (self.plan or {}).items():
@@ -144,7 +115,6 @@ class FolderOptions(ABC):
 
 
 def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
-    """Raises RequestError if one of the fields `names` is set although there is a plan."""
     changed = [name for name in names if getattr(options, name) != getattr(type(options), name)]
     if options.plan is not None and changed:
         fields = ", ".join(name.replace("_", " ") for name in changed)
@@ -152,19 +122,13 @@ def refuse_beside_plan(options: Any, names: Iterable[str]) -> None:
 
 
 def refuse_idle(options: Mapping[str, object], where: str) -> None:
-    """Raises RequestError if an option is set that changes nothing.
-
-    Args:
-        options: flag → its value; None, False and empty values are not set.
-        where: goes on after `changes nothing in`, and says what to do.
-    """
+    """Raises RequestError if an option, flag → value, is set that changes nothing in `where`."""
     if flags := [flag for flag, value in options.items() if value]:
         change = "changes" if len(flags) == 1 else "change"
         raise RequestError(f"{' and '.join(flags)} {change} nothing in {where}")
 
 
 def require_levels(precisions: Collection[str], algorithm: str | None) -> None:
-    """Raises RequestError if there is an algorithm, but no precision or type with levels."""
     if algorithm is not None and {*precisions} <= _FLOATS:
         refuse_idle(
             {"--quality (or --calibration)": True},

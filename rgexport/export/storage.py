@@ -1,7 +1,7 @@
 """The layout of weights in data files, and the writer that fills them.
 
-The layout is known before the first weight is read. The writer then streams: each slab is read,
-encoded and written at its own offset, several at a time.
+Each slab is read, encoded and written at its own offset, several at a time. A tensor with several
+row groups has a matrix for each; the group's number begins its parts' names: `0.data`, `0.scales`.
 """
 
 from collections import deque
@@ -15,42 +15,128 @@ from typing import TypeVar
 import numpy as np
 
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.row_groups import groups_of
+from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme
+from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme, Uniform
+
+Shape = tuple[int, ...]
+_Values = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Maps float32 rows of a checkpoint to rows of the file and back, and the canonical shape."""
+
+    store: _Values = lambda rows: rows
+    restore: _Values = lambda rows: rows
+    shape: Callable[[Shape], Shape] = lambda shape: shape
+
+
+def _decay(a_param: np.ndarray) -> np.ndarray:
+    p = a_param.astype(np.float64)
+    softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
+    return (RG_LRU_C * softplus).astype(np.float32)
+
+
+def _a_param(decay: np.ndarray) -> np.ndarray:
+    """Inverts softplus: log(exp(s) - 1) = s + log(1 - exp(-s))."""
+    softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
+    return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
+
+
+PLAIN = Transform()
+NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1))
+DECAY = Transform(_decay, _a_param)
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """Some `rows` of a tensor (None: all), and the `prefix` of their parts' names there."""
+
+    prefix: str
+    stored: StoredTensor
+    label: str
+    rows: np.ndarray | None = None
+
+    def run(self, start: int, stop: int) -> tuple[int, int]:
+        if self.rows is None:
+            return start, stop
+        first, last = np.searchsorted(self.rows, [start, stop]).tolist()
+        return first, last
+
+    def chosen(self, start: int, stop: int) -> slice | np.ndarray:
+        if self.rows is None:
+            return slice(None)
+        return self.rows[slice(*self.run(start, stop))] - start
+
+
+def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
+    return tuple(
+        StoredGroup("", stored, label)
+        if rows is None
+        else StoredGroup(f"{i}.", _group(stored, i, len(rows)), label, rows)
+        for i, (label, _, rows) in enumerate(stored.scheme.row_groups(stored.shape[0]))
+    )
+
+
+def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    groups = {
+        group_name(name, i): _group(stored, i, size)
+        for name, stored in tensors.items()
+        if len(stored.scheme.uniform) > 1
+        for i, size in enumerate(stored.scheme.group_sizes(stored.shape[0]))
+    }
+    return {**tensors, **groups}
+
+
+def group_name(tensor: str, index: int) -> str:
+    return f"{tensor}.{index}"
+
+
+def part_shapes_by_group(
+    shape: Shape, scheme: Scheme, part_shapes: Callable[[Shape, Uniform], PartShapes]
+) -> PartShapes:
+    """Returns the parts of a tensor; the group's number begins their names if it has several."""
+    if len(scheme.uniform) == 1:
+        return part_shapes(shape, scheme.uniform[0])
+    sizes = scheme.group_sizes(shape[0])
+    return {
+        f"{i}.{label}": dtype_and_shape
+        for i, (uniform, size) in enumerate(zip(scheme.uniform, sizes, strict=True))
+        for label, dtype_and_shape in part_shapes((size, *shape[1:]), uniform).items()
+    }
+
+
+def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
+    prefix = f"{index}."
+    parts = {
+        label.removeprefix(prefix): part
+        for label, part in stored.parts.items()
+        if label.startswith(prefix)
+    }
+    return StoredTensor((size, *stored.shape[1:]), stored.scheme.uniform[index], parts)
+
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
-_LARGER = 4
-"""Factor by which some slabs are larger: column-major tensors are written in runs of a few bytes,
-and statistics are read once for many rows."""
+_LARGER = 4  # factor by which slabs are larger that are written in short runs, or need statistics
 _MAX_WORKERS = 8
-_PENDING = 3
-"""Slabs for each worker that are being encoded, or wait for their turn."""
+_PENDING = 3  # slabs for each worker that are being encoded, or wait for their turn
 
-Shape = tuple[int, ...]
 PartShapesOf = Callable[[Shape, Scheme], PartShapes]
-"""Shape and scheme of a tensor → part name → dtype and shape."""
 Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]
-"""Name, rows in the checkpoint's dtype, their numbers, and stored form of a tensor (or of one of
-its row groups) → the parts of these rows."""
+"""Name, rows in the checkpoint's dtype, their numbers, stored tensor or group → parts."""
 _Result = TypeVar("_Result")
 
 
 def aligned(size: int, alignment: int) -> int:
-    """Returns `size` rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
 @dataclass
 class OffsetAllocator:
-    """Assigns offsets in a data file, one after another; `size` is the end of the last part.
-
-    Every part begins `header` bytes after a multiple of `alignment`.
-    """
-
     file: str
     alignment: int
     size: int = 0
@@ -59,7 +145,6 @@ class OffsetAllocator:
     def allocate(
         self, plan: Plan, shapes: Mapping[str, Shape], part_shapes: PartShapesOf
     ) -> dict[str, StoredTensor]:
-        """Assigns offsets to all tensors, in the plan's order."""
         tensors = {}
         for name, scheme in plan.items():
             parts = {}
@@ -78,33 +163,22 @@ def fill(
     encode: Encode,
     written: Callable[[str, Parts], None] = lambda name, slab: None,
 ) -> None:
-    """Writes every weight into the files in `folder`, which exist and have their sizes.
+    """Writes weights into files of the right size; `written` gets each slab's name and parts."""
 
-    `written` is called for each slab with the tensor's name and the parts, in order.
+    def slabs() -> Iterator[Callable[[], tuple[str, Parts, int]]]:
+        for name, stored in tensors.items():
+            source, rows, together = weights[name], stored.shape[0], stored.rows_together
+            size = slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts)
+            for start, stop in slab_bounds(rows, source.row_bytes, size, together):
+                yield partial(_write_slab, folder, name, stored, source, encode, start, stop)
 
-    Raises:
-        RequestError: a weight that its scheme cannot hold.
-        OSError: the disk is full, or the file cannot be written.
-    """
-    total = sum(weights[name].nbytes for name in tensors)
-    slabs = (
-        partial(_write_slab, folder, name, stored, weights[name], encode, *bounds)
-        for name, stored in tensors.items()
-        for bounds in slab_bounds(
-            stored.shape[0],
-            weights[name].row_bytes,
-            slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts),
-            stored.rows_together,
-        )
-    )
-    with task("Writing the weights", total) as advance:
-        for name, slab, source_bytes in in_order(slabs):
+    with task("Writing the weights", sum(weights[name].nbytes for name in tensors)) as advance:
+        for name, slab, source_bytes in in_order(slabs()):
             written(name, slab)
             advance(source_bytes)
 
 
 def slab_bytes(scheme: Scheme, *, by_columns: bool = False) -> int:
-    """Returns the bytes of source weights that are encoded together."""
     return SLAB_BYTES * (_LARGER if by_columns or scheme.needs_statistics else 1)
 
 
@@ -117,10 +191,7 @@ def _write_slab(
     start: int,
     stop: int,
 ) -> tuple[str, Parts, int]:
-    """Encodes and writes rows `start` to `stop`; returns the name, their parts, and bytes read.
-
-    Each row group gets its rows, as a tensor that is stored by one scheme.
-    """
+    """Encodes and writes rows; returns the name, their parts, and bytes read."""
     rows = source.read(start, stop)
     slab: Parts = {}
     for group in groups_of(stored):

@@ -1,12 +1,7 @@
-"""Completes an artifact's tokenizer for programs that read no SentencePiece model.
-
-Control tokens and the chat template become those of `rgexport chat`, so that all programs read the
-same ids. `tokenizer.json` has 256,000 pieces and half a million merges, which are written one by
-one: the library that reads them would take 250 MB for them.
-"""
+"""Completes an artifact's tokenizer for programs that read no SentencePiece model."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,34 +41,29 @@ from rgexport.griffin.tokenizer_files import (
 from rgexport.progress import warn
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
-"""The class that leaves tokenizer.json alone; Gemma's adds tokens that a vocabulary may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlIds:
-    """Ids of control tokens, as configurations name them; by default Gemma's."""
-
     bos_token_id: int | None = 2
     eos_token_id: tuple[int, ...] = (1,)
     """The tokens that end a reply: the end of a text, and the end of a turn if there is one."""
     pad_token_id: int | None = 0
 
     def fields(self) -> dict[str, Any]:
-        """Returns the fields of a configuration; a token that the vocabulary lacks has none."""
         return {key: ids for key, ids in vars(self).items() if ids not in (None, ())}
 
 
 def complete_tokenizer(folder: Path, name: str) -> ControlIds:
-    """Writes `tokenizer.json`, and completes `tokenizer_config.json`, in an unfinished artifact.
-
-    A tokenizer that cannot be converted causes a warning and no error: rgexport itself may read it.
-    `name` is the model's, for warnings.
-    """
+    """Completes `tokenizer.json` and `tokenizer_config.json`, or warns; `name` is the model's."""
     if not has_tokenizer(folder):
         return ControlIds()
+    model, target = folder / "tokenizer.model", folder / "tokenizer.json"
     try:
         tokens = read_control_tokens(folder)
-        _convert(folder)
+        if not target.is_file():
+            write_tokenizer_json(model, target)
+            _warn_of_normalization(model)
     except RequestError as error:
         warn(f"only rgexport will take text with this artifact, other programs token ids: {error}")
         return ControlIds()
@@ -87,31 +77,21 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
     )
 
 
-def bytes_to_add(files: Iterable[Path]) -> int:
-    """Returns the size of the `tokenizer.json` that an export adds to a checkpoint's files."""
+@lru_cache(maxsize=1)  # every plan needs it, and the conversion takes seconds
+def bytes_to_add(files: tuple[Path, ...]) -> int:
     paths = {path.name: path for path in files}
     if "tokenizer.json" in paths or "tokenizer.model" not in paths:
         return 0
-    return _converted_bytes(paths["tokenizer.model"])
-
-
-@lru_cache(maxsize=1)
-def _converted_bytes(model: Path) -> int:
-    # Cached, since every plan needs it and the conversion takes seconds.
     with TemporaryDirectory() as folder:
         target = Path(folder) / "tokenizer.json"
         try:
-            write_tokenizer_json(model, target)
+            write_tokenizer_json(paths["tokenizer.model"], target)
         except RequestError:  # the export does without
             return 0
         return target.stat().st_size
 
 
-def _convert(folder: Path) -> None:
-    model, target = folder / "tokenizer.model", folder / "tokenizer.json"
-    if target.is_file():
-        return
-    write_tokenizer_json(model, target)
+def _warn_of_normalization(model: Path) -> None:
     pieces = read_pieces(model)
     prefix = "a space in front" if pieces.normalizer_spec.add_dummy_prefix else None
     if rule := normalization(pieces) or prefix:
@@ -122,7 +102,6 @@ def _convert(folder: Path) -> None:
 
 
 def _complete_config(path: Path, tokens: ControlTokens, template: str | None) -> None:
-    """Writes the names of control tokens and the chat template where they are missing or wrong."""
     try:
         config = parse_json(read_regular(path)) if path.is_file() else dict(_NEW_CONFIG)
         completed = config | {
@@ -142,11 +121,8 @@ def _complete_config(path: Path, tokens: ControlTokens, template: str | None) ->
 def write_tokenizer_json(source: Path, target: Path) -> None:
     """Converts a `tokenizer.model` to a `tokenizer.json` that puts BOS before a text.
 
-    SentencePiece merges the pair whose result has the highest score; here pairs are listed in that
-    order. User-defined pieces, which it finds before it merges, are added tokens.
-
-    Raises:
-        RequestError: it is no BPE model with byte fallback, or cannot be read.
+    SentencePiece merges the pair with the highest score, so pairs are in that order; user-defined
+    pieces are added tokens.
     """
     try:
         model = read_pieces(source)
@@ -170,7 +146,6 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
 
 
 def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
-    """Returns the file without the vocabulary and the merges."""
     added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
     engine = tokenizers.Tokenizer(
         models.BPE(
@@ -181,7 +156,14 @@ def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
             byte_fallback=True,
         )
     )
-    engine.add_tokens([_added(piece) for piece in added.values()])
+    special = [p.type in (UNKNOWN, CONTROL) or is_markup(p.piece) for p in added.values()]
+    # Text matches after spaces became "▁", and markup before.
+    engine.add_tokens(
+        [
+            tokenizers.AddedToken(piece.piece, special=markup, normalized=not markup)
+            for piece, markup in zip(added.values(), special, strict=True)
+        ]
+    )
     engine.normalizer = _normalizer(model.normalizer_spec)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     engine.decoder = decoders.Sequence(steps)
@@ -192,12 +174,10 @@ def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
             pair=[bos, "$A", f"{bos}:1", "$B:1"],
             special_tokens=[(bos, tokens.bos.id)],
         )
-    frame: dict[str, Any] = json.loads(engine.to_str())
-    return frame
+    return dict(json.loads(engine.to_str()))
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-    """Returns a normalizer that changes text as SentencePiece does before it splits it."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -208,12 +188,6 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
         steps.append(normalizers.Prepend("▁"))
     spaces = normalizers.Replace(" ", "▁")
     return normalizers.Sequence([*steps, spaces]) if steps else spaces
-
-
-def _added(piece: Any) -> tokenizers.AddedToken:
-    """Matches text pieces after spaces became "▁", and markup before."""
-    special = piece.type in (UNKNOWN, CONTROL) or is_markup(piece.piece)
-    return tokenizers.AddedToken(piece.piece, special=special, normalized=not special)
 
 
 def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]:
@@ -231,7 +205,6 @@ def _merges(pieces: Sequence[str], scores: Mapping[int, float]) -> Iterator[str]
 
 
 def _fill(frame: dict[str, Any], vocabulary: Iterator[str], merges: Iterator[str]) -> Iterator[str]:
-    """Yields the text of the file."""
     lists = {"vocab": ("{", vocabulary, "}"), "merges": ("[", merges, "]")}
     model = frame.pop("model")
     yield json.dumps(frame)[:-1] + ', "model": {'

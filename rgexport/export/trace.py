@@ -10,18 +10,14 @@ from torch.export.graph_signature import InputKind
 
 from rgexport.export.program import Dim, Node, StepProgram, Value
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.state import layer_states
+from rgexport.griffin.state import layer_states, state_specs
 from rgexport.griffin.step import LayerState, StepModel
 
 _DYNAMIC: dict[int, str] = {2: "batch_size", 3: "tokens"}
-"""Size of a dynamic axis in the example inputs → its name."""
 
 
 def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
-    """Traces a model of shape `config`; `activation` is "float32" or "float16".
-
-    Allocates no weights: a 2B takes 3 s and a few hundred MB, most of it torch itself.
-    """
+    """Traces a model in "float32" or "float16", without memory for weights: 3 s for a 2B."""
     dtype = getattr(torch, activation)
     with FakeTensorMode():
         model = StepModel(config, dtype)
@@ -29,10 +25,11 @@ def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         states: list[LayerState] = []
         for index in range(config.num_layers):
-            first, second = layer_states(config, index, activation)
-            states.append(
-                (_example(first.shape, first.dtype), _example(second.shape, second.dtype))
+            first, second = (
+                torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype))
+                for spec in layer_states(config, index, activation)
             )
+            states.append((first, second))
         axes = {0: ExportDim("batch"), 1: ExportDim("tokens")}
         per_layer = ({0: axes[0]}, {0: axes[0]})
         exported = torch.export.export(
@@ -44,13 +41,7 @@ def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
     return _Reader(exported).program(config, activation)
 
 
-def _example(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    return torch.zeros(next(iter(_DYNAMIC)), *shape, dtype=getattr(torch, dtype))
-
-
 class _Reader:
-    """Converts an exported program into plain data."""
-
     def __init__(self, exported: ExportedProgram):
         self._exported = exported
         self._values: dict[torch.fx.Node, Value] = {}
@@ -70,24 +61,18 @@ class _Reader:
         nodes = tuple(self._nodes(graph))
         (results,) = next(n for n in graph.nodes if n.op == "output").args
         logits, *updated = [self._values[node] for node in results]
-        names = [
-            spec.name
-            for index in range(config.num_layers)
-            for spec in layer_states(config, index, activation)
-        ]
+        names = [spec.name for spec in state_specs(config, activation)]
         states = dict(zip(names, zip(inputs[3:], updated, strict=True), strict=True))
         return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
 
     def _nodes(self, graph: torch.fx.Graph) -> "list[Node]":
-        """Converts the nodes of the op set, without the shape guards that the tracer adds."""
         nodes = []
         for node in graph.nodes:
             namespace = getattr(node.target, "namespace", None)
             if node.op != "call_function" or namespace != "griffin":
                 continue
-            arguments = dict(
-                zip((a.name for a in node.target._schema.arguments), node.args, strict=True)
-            )
+            names = (argument.name for argument in node.target._schema.arguments)
+            arguments = dict(zip(names, node.args, strict=True))
             site = arguments.pop("site")
             inputs, attributes = [], {}
             for name, argument in arguments.items():

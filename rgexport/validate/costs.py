@@ -12,7 +12,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest, StoredTensor
-from rgexport.export.row_groups import groups_of
+from rgexport.export.storage import groups_of
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.numpy_reference import NumpyReference, Variants
 from rgexport.griffin.tensor import RowTensor, WeightSource

@@ -9,8 +9,7 @@ import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.checked import CheckRecord, skipped
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import CheckRecord, Manifest, skipped
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import layer_tensors

@@ -16,7 +16,7 @@ from rgexport.evaluate.models import open_model
 from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import tasks
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.evaluate.small_model import small_model
 from tests.models import make_config

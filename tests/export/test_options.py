@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.exporter import CoreMLOptions
 from rgexport.export.gguf.options import GgufOptions, type_word
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.config import CONFIG_2B
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize.plan import make_plan

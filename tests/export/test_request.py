@@ -10,12 +10,12 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export import card as module
-from rgexport.export.advice import as_argument, check_line, closing_line
 from rgexport.export.artifact import Artifact
-from rgexport.export.card import CARD, algorithms, levels_sentence, shares, write_card
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.card import algorithms, levels_sentence, shares
 from rgexport.export.describe import as_text, describe
 from rgexport.export.hub import is_hub_name, parse
+from rgexport.export.manifest import CARD, NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.export.opening import as_argument, check_line, closing_line
 from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.request import algorithm_word
 from rgexport.files.hashing import FileRecord
@@ -116,8 +116,7 @@ def card(manifest) -> str:
 
 
 def test_card_says_what_it_is(made):
-    write_card(made.folder, made.manifest, UNKNOWN)
-    text = (made.folder / CARD).read_text("utf-8")
+    text = card(made.manifest)
     assert "# model: int4 for ONNX Runtime\n" in text
     assert "| linear | int4/32 asym | 10,368 | 9.02 kB | 6.96 |" in text
     assert "Gemma Terms of Use" in text and "{" not in text
@@ -150,7 +149,7 @@ def test_the_header_tells_what_is_known(made):
     """And is read back where an artifact is uploaded."""
     origin = Origin("google/recurrentgemma-2b", "gemma")
     for told in (origin, UNKNOWN):
-        write_card(made.folder, made.manifest, told)
+        (made.folder / CARD).write_text(module.card(made.manifest, told), "utf-8")
         assert origin_of_card(made.folder / CARD) == told
     text = module.card(made.manifest, origin)
     assert text.startswith("---\n") and "base_model_relation: quantized\n" in text

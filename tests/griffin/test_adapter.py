@@ -12,7 +12,7 @@ from transformers import RecurrentGemmaForCausalLM
 
 from rgexport.errors import RequestError
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.checkpoint import open_checkpoint

@@ -11,7 +11,7 @@ import pytest
 import rgexport
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.control_tokens import END_OF_TURN

@@ -19,7 +19,7 @@ from rgexport.chat.prompts import PromptEncoder
 from rgexport.chat.template import load_template
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.identity import identity_of
+from rgexport.export.manifest import identity_of
 from rgexport.export.opening import open_artifact
 from rgexport.serve import grammar as grammar_module
 from rgexport.serve import offload

@@ -14,7 +14,7 @@ from rgexport.export.gguf.integrity import data_start, seal
 from rgexport.export.manifest import write_manifest
 from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header

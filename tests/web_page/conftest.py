@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rgexport.export.onnx.exporter import export_onnx
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.web_page import build, site

@@ -8,26 +8,21 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, stored_states
-from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan
 from rgexport.export.coreml.storage import decode
 from rgexport.export.manifest import StoredTensor, ValueRecord
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import Package, open_package
-from rgexport.export.mil.program import Function, TensorType
+from rgexport.export.mil.program import TensorType
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.scheme import Parts
 
 _MAX_COMPLAINTS = 4
-"""Complaints that are listed; the rest are counted."""
-
 Types = dict[str, TensorType]
 
 
 @dataclass(frozen=True)
 class CoreMLArtifact(Artifact):
-    """A folder with one package or several, and their manifest."""
-
     manifest: CoreMLManifest
 
     def facts(self) -> dict[str, Any]:
@@ -50,68 +45,53 @@ class CoreMLArtifact(Artifact):
         for plan in self.manifest.packages:
             package = open_package(self.path / plan.name)
             yield from check_package(package, plan.uses(self.manifest.tensors))
-            yield from self._wrong_form(package, plan)
-
-    def _wrong_form(self, package: Package, plan: PackagePlan) -> Iterator[str]:
-        """Compares functions, inputs, outputs and states with those that a session needs."""
-        expected = plan.functions
-        if {*package.functions} != {*expected} or package.default_function != expected[0]:
-            functions = ", ".join(sorted(package.functions))
-            first, *rest = expected
-            yield (
-                f"{plan.name} has the functions {functions}, by default "
-                f"{package.default_function}; expected {first} (the default) and {', '.join(rest)}"
-            )
-            return
-        tokens = {DECODE: 1, PREFILL: self.manifest.coreml.prefill_length}
-        for segment in plan.segments:
-            for name, count in tokens.items():
-                yield from self._wrong_function(
-                    package.functions[segment.function(name)], segment, count
+            first, *rest = plan.functions
+            if {*package.functions} == {first, *rest} and package.default_function == first:
+                yield from self._wrong_functions(package, plan)
+            else:
+                yield (
+                    f"{plan.name} has the functions {', '.join(sorted(package.functions))}, by "
+                    f"default {package.default_function}; expected {first} (the default) and "
+                    f"{', '.join(rest)}"
                 )
 
-    def _wrong_function(self, function: Function, segment: Segment, count: int) -> Iterator[str]:
-        config, form, name = self.manifest.config, self.manifest.form, function.name
-        io, shapes = io_record(config, form, segment), stored_states(config, form, segment)
-        states = {state: TensorType("float16", shape) for state, shape in shapes.items()}
-        yield from _differences(name, "input", function.inputs, _types(io.inputs, count))
-        yield from _differences(name, "output", _outputs(function), _types(io.outputs, count))
-        yield from _differences(name, "state", function.states, states)
+    def _wrong_functions(self, package: Package, plan: PackagePlan) -> Iterator[str]:
+        config, form = self.manifest.config, self.manifest.form
+        for segment in plan.segments:
+            io, shapes = io_record(config, form, segment), stored_states(config, form, segment)
+            states = {state: TensorType("float16", shape) for state, shape in shapes.items()}
+            for kind, count in ((DECODE, 1), (PREFILL, form.prefill_length)):
+                function = package.functions[segment.function(kind)]
+                types = {name: type for op in function.operations for name, type in op.outputs}
+                outputs = {name: types[name] for name in function.outputs if name in types}
+                inputs, name = function.inputs, function.name
+                yield from _differences(name, "input", inputs, _types(io.inputs, count))
+                yield from _differences(name, "output", outputs, _types(io.outputs, count))
+                yield from _differences(name, "state", function.states, states)
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
-        """Names altered files, and for a file of weights its altered parts."""
         for complaint in super()._wrong_hashes(anew):
             yield complaint
-            for plan in self.manifest.packages:
-                if complaint.startswith(weight_file(plan.name)):
-                    yield from self._altered_parts(plan)
-
-    def _altered_parts(self, plan: PackagePlan) -> Iterator[str]:
-        for name, stored in plan.tensors(self.manifest.tensors).items():
-            for label, part in stored.parts.items():
-                digest = hash_file(self.file(part.file), start=part.offset, length=part.nbytes)
-                if digest.sha256 != self.manifest.coreml.blobs[f"{name}.{label}"]:
-                    yield f"{name}.{label} was altered (its hash differs)"
+            for name, stored in self.manifest.tensors.items():
+                for label, part in stored.parts.items():
+                    if not complaint.startswith(part.file):
+                        continue
+                    digest = hash_file(self.file(part.file), start=part.offset, length=part.nbytes)
+                    if digest.sha256 != self.manifest.coreml.blobs[f"{name}.{label}"]:
+                        yield f"{name}.{label} was altered (its hash differs)"
 
 
 def _types(values: tuple[ValueRecord, ...], tokens: int) -> Types:
-    return {
-        value.name: TensorType(
-            value.dtype, tuple(tokens if size == "tokens" else int(size) for size in value.shape)
-        )
-        for value in values
-    }
-
-
-def _outputs(function: Function) -> Types:
-    types = {name: type for operation in function.operations for name, type in operation.outputs}
-    return {name: types[name] for name in function.outputs if name in types}
+    types = {}
+    for value in values:
+        shape = tuple(tokens if size == "tokens" else int(size) for size in value.shape)
+        types[value.name] = TensorType(value.dtype, shape)
+    return types
 
 
 def _differences(function: str, kind: str, actual: Types, expected: Types) -> Iterator[str]:
     for name in sorted(actual.keys() | expected.keys()):
-        if actual.get(name) != expected.get(name):
-            yield (
-                f"{function}: {kind} {name} is {actual.get(name) or 'missing'}; the manifest has "
-                f"{expected.get(name) or 'none'}"
-            )
+        actual_type, right = actual.get(name), expected.get(name)
+        if actual_type != right:
+            difference = f"is {actual_type or 'missing'}; the manifest has {right or 'none'}"
+            yield f"{function}: {kind} {name} {difference}"

@@ -21,39 +21,48 @@ from rgexport.export.coreml.manifest import (
 from rgexport.export.coreml.storage import blob_dtype
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import Node, Value
-from rgexport.export.row_groups import with_groups
+from rgexport.export.storage import with_groups
 from rgexport.quantize.scheme import Affine, Palette
 
-DTYPES = {
-    "float32": types.fp32,
-    "float16": types.fp16,
-    "int32": types.int32,
-    "bool": types.bool,
-    "int8": types.int8,
-    "uint8": types.uint8,
-    "int4": types.int4,
-    "uint4": types.uint4,
-}
 _CAST_NAMES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
-"""dtype → its name in `cast`."""
+DTYPES = {name: getattr(types, word) for name, word in _CAST_NAMES.items()} | {
+    name: getattr(types, name) for name in ("int8", "uint8", "int4", "uint4")
+}
 _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}
 
 
-class Graph:
-    """Adds operations to the function that is being built.
+class CoreMLEmitter:
+    """One function of a step program for a fixed number of tokens, with `num_logits` logits.
 
-    Every operation is named after the site that is being lowered. Operations of the same type and
-    arguments are made once, so that lowerings may ask for a mask or a cosine repeatedly.
+    Operations are named after the site that is lowered; equal ones are made once. A state is read
+    where it is first used, and written as soon as its new value is computed; the RG-LRU states,
+    rows of one matrix, at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, StoredTensor],
+        states: Mapping[str, tuple[Value, Value]],
+        inputs: Mapping[str, Var],
+        *,
+        activation: str,
+        num_logits: int,
+    ):
         self._made: dict[tuple[object, ...], Var] = {}
         self._names: Counter[str] = Counter()
         self._site = ""
+        self.num_logits = num_logits
+        self.values: dict[str, Var] = {}
+        self.parts: dict[str, StoredPart] = {}
+        """Name of a placeholder → the stored part that it stands for."""
+        self._tensors, self._inputs, self._activation = with_groups(tensors), inputs, activation
+        items = states.items()
+        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
+        self._after = {after.name: name for name, (_, after) in items}
+        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
 
     @contextmanager
     def site(self, name: str) -> Iterator[None]:
-        """Names the operations made inside after the site `name`."""
         self._site, before = name, self._site
         yield
         self._site = before
@@ -62,7 +71,11 @@ class Graph:
         """Adds an operation with one output, named after the site unless `name` is set."""
         key = (kind, name, *((k, _identity(v)) for k, v in sorted(arguments.items())))
         if key not in self._made:
-            name = name or self._unique(f"{self._site}_{kind}")
+            if name is None:
+                name = f"{self._site}_{kind}"
+                self._names[name] += 1
+                count = self._names[name]
+                name = name if count == 1 else f"{name}_{count - 1}"
             self._made[key] = getattr(mb, kind)(name=name, **arguments)
         return self._made[key]
 
@@ -75,7 +88,6 @@ class Graph:
         return x if x.shape == shape else self.op("reshape", x=x, shape=list(shape))
 
     def slice(self, x: Var, start: int, stop: int, axis: int) -> Var:
-        """Returns x[start:stop] along `axis`; `x` itself if that is all of it."""
         axis %= x.rank
         if (start, stop) == (0, x.shape[axis]):
             return x
@@ -86,60 +98,7 @@ class Graph:
     def concat(self, values: Sequence[Var], axis: int) -> Var:
         return values[0] if len(values) == 1 else self.op("concat", values=values, axis=axis)
 
-    def _unique(self, name: str) -> str:
-        self._names[name] += 1
-        count = self._names[name]
-        return name if count == 1 else f"{name}_{count - 1}"
-
-
-def _identity(argument: Any) -> object:
-    if isinstance(argument, Var):
-        return id(argument)
-    if isinstance(argument, np.ndarray | np.generic):
-        return argument.dtype.str, argument.shape, argument.tobytes()
-    if isinstance(argument, list | tuple):
-        return tuple(map(_identity, argument))
-    return argument
-
-
-class CoreMLEmitter(Graph):
-    """One function that is being built from a step program, for a fixed number of tokens.
-
-    A state is read where it is first used, and written as soon as its new value is computed. The
-    RG-LRU states are the rows of one matrix, which is written at the end.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, StoredTensor],
-        states: Mapping[str, tuple[Value, Value]],
-        inputs: Mapping[str, Var],
-        *,
-        activation: str,
-        num_logits: int,
-    ):
-        """Prepares a function.
-
-        Args:
-            tensors: the stored weights.
-            states: name → the step program's values before and after.
-            inputs: the function's, with its states.
-            activation: dtype of the linears.
-            num_logits: for how many tokens logits are made.
-        """
-        super().__init__()
-        self.num_logits = num_logits
-        self.values: dict[str, Var] = {}
-        self.parts: dict[str, StoredPart] = {}
-        """Name of a placeholder → the stored part that it stands for."""
-        self._tensors, self._inputs, self._activation = with_groups(tensors), inputs, activation
-        items = states.items()
-        self._before = {before.name: (name, before.size(-1)) for name, (before, _) in items}
-        self._after = {after.name: name for name, (_, after) in items}
-        self._rows: dict[str, Var | None] = {n: None for n in states if n.endswith(".rg_lru")}
-
     def value(self, declared: Value) -> Var:
-        """Returns an activation, a state before this call, or a weight in its canonical shape."""
         name = declared.name
         if name not in self.values:
             is_state = name in self._before
@@ -147,17 +106,13 @@ class CoreMLEmitter(Graph):
         return self.values[name]
 
     def stored(self, weight: Value) -> StoredTensor:
-        """Returns how a weight, or a row group of one, is stored."""
         return self._tensors[weight.name]
 
     def inputs(self, node: Node) -> list[Var]:
         return [self.value(declared) for declared in node.tensors]
 
     def declare(self, declared: Value, value: Var) -> None:
-        """Names a value as the step program does, and writes it if it is a new state.
-
-        An op's input that is its output too keeps its first name.
-        """
+        """Names a value as the step program does, unless it has a name; writes a state."""
         if value not in self.values.values():
             value.name = value.op.name = feature_name(declared.name)
         self.values[declared.name] = value
@@ -168,7 +123,6 @@ class CoreMLEmitter(Graph):
             self._write(feature_name(state), value)
 
     def finish(self) -> list[Var]:
-        """Writes the RG-LRU states; returns the outputs that hold states."""
         rows = [row for row in self._rows.values() if row is not None]
         if not rows:
             return []
@@ -180,11 +134,7 @@ class CoreMLEmitter(Graph):
         return []
 
     def weight(self, declared: Value, *shape: int) -> Var:
-        """Returns a weight, dequantized if it is quantized; one of floats may get another `shape`.
-
-        Its parts are placeholders without memory, which `exporter_proto` replaces by offsets in the
-        weight file.
-        """
+        """Returns a dequantized weight over placeholders; one of floats may get another `shape`."""
         stored, name = self._tensors[declared.name], feature_name(declared.name)
         part = partial(self._placeholder, name, stored)
         match stored.scheme:
@@ -250,7 +200,6 @@ class CoreMLEmitter(Graph):
         return self.slice(self.reshape(state, 1, *state.shape[2:]), 0, width, 2)
 
     def _store(self, name: str, value: Var) -> None:
-        """Writes [1, n, width] into a Core ML state."""
         state = self._inputs[name]
         _, _, count, padded = state.sym_type.wrapped_type().get_shape()
         if padded > value.shape[2]:
@@ -258,3 +207,13 @@ class CoreMLEmitter(Graph):
             value = self.concat([value, self.op("const", val=zeros)], 2)
         value = self.reshape(value, 1, 1, count, padded)
         self.op("coreml_update_state", f"{name}_write", state=state, value=value)
+
+
+def _identity(argument: Any) -> object:
+    if isinstance(argument, Var):
+        return id(argument)
+    if isinstance(argument, np.ndarray | np.generic):
+        return argument.dtype.str, argument.shape, argument.tobytes()
+    if isinstance(argument, list | tuple):
+        return tuple(map(_identity, argument))
+    return argument

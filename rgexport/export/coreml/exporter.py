@@ -1,34 +1,102 @@
-"""Exports a checkpoint to a Core ML artifact."""
+"""Exports a checkpoint to a Core ML artifact, by its options."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from rgexport.choices import RecurrentState
 from rgexport.errors import RequestError
-from rgexport.export.checked import SelfCheck
 from rgexport.export.coreml.manifest import (
     CoreMLManifest,
     CoreMLRecord,
-    Shape,
+    Form,
     io_record,
     state_records,
 )
-from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.package import write_package
-from rgexport.export.coreml.segments import PackagePlan, packages, split_by_size, whole
+from rgexport.export.coreml.package import packages, split_by_size, whole, write_package
 from rgexport.export.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import Manifest, StoredTensor
+from rgexport.export.manifest import Manifest, SelfCheck
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
+from rgexport.export.request import FolderOptions, require_word
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import model_tensors
-from rgexport.quantize.scheme import Plan
+from rgexport.griffin.layout import QUANTIZABLE, model_tensors
+from rgexport.quantize.plan import (
+    COREML_PRECISIONS,
+    choose_scheme,
+    choose_schemes,
+    is_linear_bias,
+    make_plan,
+    with_algorithm,
+)
+from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
+
+_DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreMLOptions(FolderOptions):
+    """Stores scales, tables and biases in the dtype of `compute`; `split` is in bytes."""
+
+    prefill_length: int = 128
+    all_logits: bool = False
+    recurrent_state: RecurrentState = "io"
+    split: int | None = None
+
+    def __post_init__(self) -> None:
+        self.require_consistent()
+        require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
+        if self.prefill_length < 2:
+            raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
+        for scheme in () if self.plan else self._schemes():
+            self._require_computable("weights are to be stored", scheme)
+
+    @property
+    def defaults(self) -> tuple[str, Mapping[str, str]]:
+        return "int4", {"int4": "int8", "pal4": "int8"}
+
+    @property
+    def compute_word(self) -> str:
+        return self.compute or ("fp32" if self.precision_word == "fp32" else "fp16")
+
+    @property
+    def form(self) -> Form:
+        return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
+
+    def resolve_plan(self, config: GriffinConfig) -> Plan:
+        """Makes the plan: schemes fitted to the shapes, a user's too, in the dtype of `compute`."""
+        plan = self.plan or make_plan(config, *self._schemes())
+        plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
+        dtype, tensors = _DTYPES[self.compute_word], model_tensors(config)
+        resolved: dict[str, Scheme] = {}
+        for name, scheme in plan.items():
+            if tensors[name].role in QUANTIZABLE:
+                self._require_computable(f"the plan stores {name}", scheme)
+                resolved[name] = scheme.fitted(tensors[name].shape).with_dtype(dtype)
+            else:
+                resolved[name] = Float(dtype if is_linear_bias(name, tensors) else "float32")
+        return resolved
+
+    def _schemes(self) -> tuple[Scheme, Scheme]:
+        choose = partial(choose_scheme, precisions=COREML_PRECISIONS)
+        return choose_schemes(self.precisions, choose, self.block_size, self.symmetric)
+
+    def _require_computable(self, subject: str, scheme: Scheme) -> None:
+        """MIL's `linear` takes weights of the dtype of its activations."""
+        if self.compute_word == "fp16" and scheme == Float("float32"):
+            raise RequestError(
+                f"{subject} as float32, but products in fp16 take fp16 weights; take --compute "
+                "fp32 or another precision"
+            )
+
 
 _TOOLS = ("torch", "coremltools", "numpy")
 
@@ -42,15 +110,7 @@ def export_coreml(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the folder `target`, as `export_folder` does.
-
-    Peak memory does not depend on the model's size: weights are read, encoded and written in
-    slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
-    `statistics` are for algorithms that need them.
-
-    Raises:
-        RequestError: those of `export_folder`, or an option that does not fit the model.
-    """
+    """Exports to a folder, as `export_folder` does, in memory that no model's size changes."""
     # coremltools takes seconds to load; its warnings about versions of torch are silenced.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     from rgexport.export.coreml.model import add_metadata, build_model
@@ -58,7 +118,14 @@ def export_coreml(
     config, form = checkpoint.config, options.form
     plan = options.resolve_plan(config)
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-    split = _split(config, plan, shapes, options.split)
+    split: tuple[int, ...] = ()
+    if options.split is not None:
+        tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors
+        sizes = {
+            name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
+            for name, stored in tensors.items()
+        }
+        split = split_by_size(config.num_layers, sizes, options.split)
     plans = packages(config.num_layers, split)
     storage = CoreMLStorage(plan, shapes, plans)
 
@@ -69,7 +136,13 @@ def export_coreml(
         for package, model in zip(plans, models, strict=True):
             add_metadata(model, checkpoint, options, package, blobs)
             write_package(folder, model, package.name)
-            _require_sound_package(folder / package.name, package, storage.tensors)
+            # Read back by code that the writer does not share.
+            saved = open_package(folder / package.name)
+            if wrong := list(check_package(saved, package.uses(storage.tensors))):
+                raise RequestError(
+                    f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
+                    "this is a fault of rgexport, please report it"
+                )
         return CoreMLManifest(
             precision=options.precision_word,
             compute=options.compute_word,
@@ -84,37 +157,5 @@ def export_coreml(
             **common,
         )
 
-    return export_folder(
-        checkpoint,
-        target,
-        write_model,
-        data_bytes=storage.size,
-        tools=_TOOLS,
-        force=force,
-        check=check,
-    )
-
-
-def _split(
-    config: GriffinConfig, plan: Plan, shapes: Mapping[str, Shape], limit: int | None
-) -> tuple[int, ...]:
-    """Returns the layers of each package; no file of weights gets more than `limit` bytes."""
-    if limit is None:
-        return ()
-    tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors
-    sizes = {
-        name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
-        for name, stored in tensors.items()
-    }
-    return split_by_size(config.num_layers, sizes, limit)
-
-
-def _require_sound_package(
-    path: Path, plan: PackagePlan, tensors: Mapping[str, StoredTensor]
-) -> None:
-    """Reads the package back, by code that the writer does not share, and checks it."""
-    if wrong := list(check_package(open_package(path), plan.uses(tensors))):
-        raise RequestError(
-            f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
-            "this is a fault of rgexport, please report it"
-        )
+    size = sum(storage.sizes.values())
+    return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)

@@ -6,8 +6,7 @@ from typing import Any
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, state_records
-from rgexport.export.coreml.package import PACKAGE, model_file
-from rgexport.export.coreml.segments import DECODE, ENDS, in_order, whole
+from rgexport.export.coreml.package import DECODE, ENDS, PACKAGE, in_order, model_file, whole
 from rgexport.export.coreml.storage import part_shapes
 from rgexport.export.format import CardText, FolderFormat, installation
 from rgexport.export.manifest import IoRecord, Manifest, StateRecord
@@ -48,8 +47,6 @@ runs it on a Mac; elsewhere an interpreter computes the same, slowly."""
 
 
 class CoreMLFormat(FolderFormat):
-    """A folder with one package or several, and their manifest."""
-
     manifest = CoreMLManifest
     library = "coreml"
     precisions = COREML_PRECISIONS
@@ -69,7 +66,7 @@ class CoreMLFormat(FolderFormat):
         return part_shapes(shape, scheme)
 
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        """Returns the closest scheme without padding, see `Format`."""
+        """Returns the closest scheme without padding."""
         return super().candidate(scheme.fitted(shape), shape)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
@@ -78,14 +75,13 @@ class CoreMLFormat(FolderFormat):
         return state_records(config, form), io_record(config, form, whole(config.num_layers))
 
     def check_manifest(self, manifest: Manifest) -> None:
-        """Checks the length of a chunk, the split, and the hashes of all parts."""
         assert isinstance(manifest, CoreMLManifest)
         length, hashes = manifest.coreml.prefill_length, manifest.coreml.blobs
         layers, split = manifest.config.num_layers, manifest.coreml.split
         if split and (sum(split) != layers or min(split) < 1):
             raise Mismatch(f"coreml.split is {list(split)}; expected numbers that sum to {layers}")
-        for file in (model_file(plan.name) for plan in manifest.packages):
-            if file not in manifest.files:
+        for plan in manifest.packages:
+            if (file := model_file(plan.name)) not in manifest.files:
                 raise Mismatch(f"files: there is no {file}")
         if length < 2:
             raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
@@ -100,32 +96,23 @@ class CoreMLFormat(FolderFormat):
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         assert isinstance(manifest, CoreMLManifest)
-        inputs, outputs = (
-            ", ".join(f"`{value.name}`" for value in values)
-            for values in (manifest.io.inputs, manifest.io.outputs)
-        )
-        length = manifest.coreml.prefill_length
         stages = list(in_order(manifest.packages))
         steps = [f"`{s.function(DECODE)}` of `{plan.name}`" for plan, s in stages]
-        text = _RUN_SPLIT if len(stages) > 1 else _RUN
-        run = (text + _RUN_ON_A_MAC).format(
-            verb=verb,
-            install=installation("coreml"),
-            prefill_length=length,
-            inputs=inputs,
-            outputs=outputs,
-            steps=", ".join(steps),
-        )
+        facts = {"verb": verb, "install": installation("coreml"), "steps": ", ".join(steps)}
+        for group, values in vars(manifest.io).items():
+            facts[group] = ", ".join(f"`{value.name}`" for value in values)
+        text = (_RUN_SPLIT if len(stages) > 1 else _RUN) + _RUN_ON_A_MAC
+        run = text.format(prefill_length=manifest.coreml.prefill_length, **facts)
         return CardText("Core ML", "soft cap", run)
 
     def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
-        from rgexport.export.mil.describe import describe_package  # reads programs, too
+        from rgexport.export.mil.checks import describe_package  # reads programs, too
         from rgexport.export.mil.package import means_package
 
         return describe_package(path) if means_package(path) else None
 
     def foreign_text(self, description: dict[str, Any]) -> Iterator[str | Table]:
-        from rgexport.export.mil.describe import package_text
+        from rgexport.export.mil.checks import package_text
 
         return package_text(description)
 

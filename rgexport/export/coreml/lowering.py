@@ -1,17 +1,71 @@
-"""Lowers each Griffin op to MIL operations."""
+"""Lowers each Griffin op to MIL operations; with a weight in row groups, once for each group."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 from coremltools.converters.mil.mil import Var
 
 from rgexport.export.coreml.emitter import CoreMLEmitter
 from rgexport.export.coreml.manifest import feature_name
-from rgexport.export.coreml.row_groups import by_groups
-from rgexport.export.program import Node
+from rgexport.export.program import Node, Value
+from rgexport.export.storage import group_name
 from rgexport.griffin.ops import rope_frequencies
+from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]
+
+
+def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
+    combine = _OPS.get(node.op)
+    weight = node.inputs[1] if combine else None
+    scheme = g.stored(weight).scheme if weight else None
+    if combine is None or weight is None or not isinstance(scheme, Mixed):
+        return lower(g, node)
+    groups = [
+        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
+        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
+    ]
+    return [combine(g, node, lower, groups, scheme.positions(weight.size(0)))]
+
+
+def _grouped_linear(
+    g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
+) -> Var:
+    x, _, bias = node.inputs
+    products = [lower(g, replace(node, inputs=(x, group, None)))[0] for group in groups]
+    y = g.concat([product for product in products if product is not None], axis=-1)
+    if positions is not None:
+        y = g.op("gather", x=y, indices=positions, axis=y.rank - 1)
+    return y if bias is None else g.op("add", x=y, y=g.value(bias))
+
+
+def _grouped_embedding(
+    g: CoreMLEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
+) -> Var:
+    ids = node.inputs[0]
+    assert ids is not None
+    position = g.value(ids)
+    if positions is not None:
+        position = g.op("gather", x=positions, indices=position, axis=0)
+    result: Var | None = None
+    bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
+    for group, (start, stop) in zip(groups, bounds, strict=True):
+        from_start = g.op("greater_equal", x=position, y=np.int32(start))
+        before_stop = g.op("less_equal", x=position, y=np.int32(stop - 1))
+        inside = g.op("logical_and", x=from_start, y=before_stop)
+        local = g.op("sub", x=position, y=np.int32(start))
+        index = replace(ids, name=f"{group.name}.ids")
+        g.values[index.name] = g.op("select", cond=inside, a=local, b=np.int32(0))
+        (rows,) = lower(g, replace(node, inputs=(index, group)))
+        chosen = g.reshape(inside, *inside.shape, 1)
+        result = rows if result is None else g.op("select", cond=chosen, a=rows, b=result)
+    return result
+
+
+_OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}
+
 _NO_EPSILON = np.float32(1e-30)
 """MIL's `rsqrt` adds an epsilon, 1e-12 by default; its argument has the model's epsilon already."""
 _UNSEEN = np.float32(3e4)
@@ -19,14 +73,12 @@ _UNSEEN = np.float32(3e4)
 
 
 def _embedding(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Rows of the table, as float32, times the scale."""
     ids, table = g.inputs(node)
     rows = g.cast(g.op("gather", x=table, indices=ids, axis=0), "float32")
     return [g.op("mul", x=rows, y=np.float32(node.attributes["scale"]))]
 
 
 def _linear(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """`x · weightᵀ + bias` in the activation dtype; the head's weight is the embedding table."""
     x, weight, bias = (None if value is None else g.value(value) for value in node.inputs)
     arguments = {} if bias is None else {"bias": bias}
     return [g.op("linear", x=g.cast(x, node.outputs[0].dtype), weight=weight, **arguments)]
@@ -42,14 +94,11 @@ def _rms_norm(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _gelu(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """The tanh form, in the dtype of its input."""
     (x,) = g.inputs(node)
     return [g.op("gelu", x=x, mode="TANH_APPROXIMATION")]
 
 
 def _elementwise(kind: str) -> Lowering:
-    """Makes a lowering to `kind` in the dtype of the result."""
-
     def lower(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
         x, y = (g.cast(x, node.outputs[0].dtype) for x in g.inputs(node))
         return [g.op(kind, x=x, y=y)]
@@ -58,7 +107,6 @@ def _elementwise(kind: str) -> Lowering:
 
 
 def _last_tokens(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """The tokens that get logits: all or the last one, fixed for each function."""
     x = g.value(node.tensors[0])
     return [g.slice(x, x.shape[1] - g.num_logits, x.shape[1], 1)]
 
@@ -99,7 +147,6 @@ def _taps(g: CoreMLEmitter, window: Var, weight: Var, tokens: int) -> Var:
 
 
 def _block_diagonal_linear(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """A matmul with the blocks of channels as its batch."""
     x, weight, bias = node.tensors
     heads, block = weight.size(0), weight.size(1)
     x = g.value(x)
@@ -138,10 +185,7 @@ def _rg_lru_scan(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 
 
 def _linear_scan(g: CoreMLEmitter, a: Var, b: Var, h0: Var) -> Var:
-    """All h of `h_t = a_t · h_{t-1} + b_t` for a, b [1, T, R] and h0 [1, 1, R].
-
-    A Hillis-Steele prefix scan in log2(T) passes, since Core ML has no scan and its loops are slow.
-    """
+    """All h_t = a_t · h_{t-1} + b_t for a, b [1, T, R], h0 [1, 1, R], by Hillis-Steele."""
     tokens, shift = b.shape[1], 1
     while shift < tokens:
         before_a, before_b = (g.slice(x, 0, tokens - shift, 1) for x in (a, b))
@@ -155,11 +199,13 @@ def _linear_scan(g: CoreMLEmitter, a: Var, b: Var, h0: Var) -> Var:
 
 
 def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Angles in float32 from the integer positions; all layers share the cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
     tokens, width = x.shape[1:]
-    cos, sin = _rotation(g, positions, dims, node.attributes["theta"])
+    position = g.reshape(g.cast(positions, "float32"), 1, tokens, 1, 1)
+    frequencies = rope_frequencies(dims, node.attributes["theta"]).numpy().reshape(1, 1, 1, -1)
+    angles = g.op("mul", x=position, y=frequencies)
+    cos, sin = g.op("cos", x=angles), g.op("sin", x=angles)
     heads = g.cast(g.reshape(x, 1, tokens, width // head_dim, head_dim), "float32")
     half = dims // 2
     first, second = g.slice(heads, 0, half, 3), g.slice(heads, half, dims, 3)
@@ -173,20 +219,8 @@ def _rope(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     return [g.cast(turned, node.outputs[0].dtype)]
 
 
-def _rotation(g: CoreMLEmitter, positions: Var, dims: int, theta: float) -> tuple[Var, Var]:
-    """Cosines and sines [1, T, 1, dims / 2] from the reference's own frequencies."""
-    position = g.reshape(g.cast(positions, "float32"), 1, positions.shape[1], 1, 1)
-    frequencies = rope_frequencies(dims, theta).numpy().reshape(1, 1, 1, -1)
-    angles = g.op("mul", x=position, y=frequencies)
-    return g.op("cos", x=angles), g.op("sin", x=angles)
-
-
 def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
-    """Attention to the past keys and the new ones, and the states with the new keys and values.
-
-    The whole state is written at every call. That is 2 % of what a step reads, needs no index that
-    depends on the position, and works for chunks at any position.
-    """
+    """Attention to past and new keys; all of the states is written, 2 % of what a step reads."""
     q, k, v, past_k, past_v, positions = g.inputs(node)
     dtype = node.outputs[0].dtype
     window, head_dim = past_k.shape[1:]
@@ -197,28 +231,23 @@ def _local_attention(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     scaled = g.op("mul", x=g.cast(rows, "float32"), y=np.float32(head_dim**-0.5))
     rows = g.cast(scaled, dtype)
     scores = [g.op("matmul", x=rows, y=keys, transpose_y=True) for keys in (past_k, k)]
-    weights = _softmax(g, g.concat(scores, 2), positions, window, dtype)
+    both = g.concat(scores, 2)
+    by_row = (1, tokens * heads, window + tokens)
+    by_token = (1, tokens, heads, window + tokens)
+    bias = g.cast(_bias(g, positions, window), dtype)
+    masked = g.op("add", x=g.reshape(both, *by_token), y=bias)
+    weights = g.reshape(g.op("softmax", x=masked, axis=-1), *by_row)
     halves = g.slice(weights, 0, window, 2), g.slice(weights, window, window + tokens, 2)
     sums = [g.op("matmul", x=half, y=x) for half, x in zip(halves, (past_v, v), strict=True)]
     attended = g.reshape(g.op("add", x=sums[0], y=sums[1]), 1, tokens, heads * head_dim)
     return [attended, _latest(g, past_k, k), _latest(g, past_v, v)]
 
 
-def _softmax(g: CoreMLEmitter, scores: Var, positions: Var, window: int, dtype: str) -> Var:
-    """Attention weights in `dtype` from scores [1, T · H, window + T]."""
-    tokens = positions.shape[1]
-    by_row = scores.shape
-    by_token = (1, tokens, by_row[1] // tokens, by_row[2])
-    bias = g.cast(_bias(g, positions, window), dtype)
-    masked = g.op("add", x=g.reshape(scores, *by_token), y=bias)
-    return g.reshape(g.op("softmax", x=masked, axis=-1), *by_row)
-
-
 def _bias(g: CoreMLEmitter, positions: Var, window: int) -> Var:
     """The mask, float32 [1, T, 1, window + T]: 0 where a token sees a key, else -30,000.
 
-    A token at q sees the keys at q - window ≤ k ≤ q. If the first token is at p, slot s of the past
-    holds the key at p - window + s, or none if that is negative.
+    A token at q sees keys at q - window ≤ k ≤ q. If the first token is at p, slot s of the past
+    has the key at p - window + s, or none if that is negative.
     """
     tokens = positions.shape[1]
     back = np.arange(-window, 0, dtype=np.int32).reshape(1, window)
@@ -234,7 +263,6 @@ def _bias(g: CoreMLEmitter, positions: Var, window: int) -> Var:
 
 
 def _latest(g: CoreMLEmitter, past: Var, new: Var) -> Var:
-    """The last `window` of the past [1, window, D] and the new [1, T, D]."""
     window, tokens = past.shape[1], new.shape[1]
     if tokens >= window:
         return g.slice(new, tokens - window, tokens, 1)
@@ -259,7 +287,6 @@ LOWERINGS: dict[str, Lowering] = {
 
 
 def lower(emitter: CoreMLEmitter, node: Node) -> None:
-    """Adds the operations of one op, and names its results as the step program does."""
     with emitter.site(feature_name(node.site)):
         results = by_groups(emitter, node, LOWERINGS[node.op])
     for declared, value in zip(node.outputs, results, strict=True):

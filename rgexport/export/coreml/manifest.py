@@ -1,10 +1,8 @@
 """The manifest of a Core ML artifact, and the interface of its packages: features and states.
 
-Core ML's states are float16, of rank 4, with a last axis that is a multiple of 32: canonical states
-are padded with zeros at the end of that axis. A state that needs more precision than float16 is
-kept as a pair, `hi` and `lo`, with 22 bits. With float32 computation, all states are pairs. The
-RG-LRU states always need it: they are such a pair (`hilo`), or a float32 input and output, a matrix
-with a row per recurrent layer (`io`).
+Core ML states are float16 of rank 4, padded with zeros to a last axis that is a multiple of 32. A
+state that needs more precision is a pair, `hi` and `lo`, with 22 bits: all do with float32
+computation, the RG-LRU's always (`hilo`), unless it is a float32 input and output (`io`).
 """
 
 from collections.abc import Iterator
@@ -12,65 +10,50 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rgexport.choices import RecurrentState
-from rgexport.export.coreml.segments import PackagePlan, Segment, packages
+from rgexport.export.coreml.package import PackagePlan, Segment, packages
 from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
+from rgexport.export.storage import aligned
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import StateSpec, state_specs
 
 KIND = "coreml"
-
 Shape = tuple[int, ...]
-
-ALIGNMENT = 32
-"""The last axis of a state is a multiple of this, for the Neural Engine."""
+ALIGNMENT = 32  # the last axis of a state is a multiple of this, for the Neural Engine
 LO_SCALE = 2048.0
 """x = hi + lo / 2048: the rest after float16's 11 bits is scaled up to have 11 bits again."""
 RECURRENT, RECURRENT_OUTPUT = "recurrent_state", "recurrent_state_out"
-HIDDEN, HIDDEN_OUTPUT = "hidden_state", "hidden_state_out"
-"""Between two packages."""
+HIDDEN, HIDDEN_OUTPUT = "hidden_state", "hidden_state_out"  # between two packages
 
 
 @dataclass(frozen=True)
 class Form:
-    """The interface of a package, and the dtype that it computes in."""
-
-    prefill_length: int
-    """Tokens that the `prefill` function takes."""
+    prefill_length: int  # tokens that the `prefill` function takes
     all_logits: bool
-    """Whether `prefill` gives the logits of all its tokens, or only of the last one."""
     recurrent_state: RecurrentState
     """`io`: the RG-LRU's state is an input and an output; `hilo`: a pair of float16 states."""
     compute: str
-    """`fp16` or `fp32`."""
 
     @property
     def pairs(self) -> bool:
-        """Whether keys, values and the convolution's inputs are kept as pairs."""
         return self.compute == "fp32"
 
     @property
     def activation(self) -> str:
-        """The dtype of the linears and the attention."""
         return ACTIVATIONS[self.compute]
 
 
 @dataclass(frozen=True)
 class CoreMLRecord:
-    """The fields that only the manifest of a Core ML artifact has; the first are `Form`'s."""
-
     prefill_length: int
     all_logits: bool
     recurrent_state: RecurrentState
     blobs: dict[str, str]
     """`TENSOR.PART` → SHA-256 of its data, so that altered tensors can be named."""
-    split: tuple[int, ...] = ()
-    """The layers of each package, if the model is cut into several (`segments.packages`)."""
+    split: tuple[int, ...] = ()  # the layers of each package, if the model is cut into several
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLManifest(Manifest):
-    """The manifest of a Core ML artifact."""
-
     kind: str = KIND
     coreml: CoreMLRecord
 
@@ -80,47 +63,37 @@ class CoreMLManifest(Manifest):
 
     @property
     def form(self) -> Form:
-        record = self.coreml
-        shape = record.prefill_length, record.all_logits, record.recurrent_state
-        return Form(*shape, self.compute)
+        r = self.coreml
+        return Form(r.prefill_length, r.all_logits, r.recurrent_state, self.compute)
 
 
 def feature_name(name: str) -> str:
-    """Returns a canonical name as MIL's grammar allows it."""
     return name.replace(".", "_")
 
 
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def recurrent_layers(config: GriffinConfig, segment: Segment) -> list[str]:
-    """Returns the names of a segment's RG-LRU states, in the order of their rows."""
     names = {spec.name: spec for spec in state_specs(config) if _kind(spec) == "rg_lru"}
     return list(segment.of_layers(names))
 
 
 def pair(name: str) -> tuple[str, str]:
-    """Returns the features of a state that is kept as a pair."""
     return f"{name}_hi", f"{name}_lo"
 
 
 def stored_states(config: GriffinConfig, form: Form, segment: Segment) -> dict[str, Shape]:
-    """Returns name → shape of every Core ML state of a segment, all float16."""
     cached = segment.of_layers({spec.name: spec for spec in _cached(config)})
     states = [(feature_name(name), spec.shape, form.pairs) for name, spec in cached.items()]
     layers = recurrent_layers(config, segment)
     if form.recurrent_state == "hilo" and layers:
         states.append((RECURRENT, (len(layers), config.lru_width), True))
     return {
-        feature: (1, 1, count, padded(width))
+        feature: (1, 1, count, aligned(width, ALIGNMENT))
         for name, (count, width), paired in states
         for feature in (pair(name) if paired else (name,))
     }
 
 
 def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
-    """Returns the canonical states with their features: in and out, or hi and lo."""
     stacked: tuple[Literal["row", "hilo"], str, str] = (
         ("row", RECURRENT, RECURRENT_OUTPUT)
         if form.recurrent_state == "io"
@@ -129,13 +102,13 @@ def state_records(config: GriffinConfig, form: Form) -> tuple[StateRecord, ...]:
     cached = {spec.name for spec in _cached(config)}
     records = []
     for spec in state_specs(config, form.activation):
-        name = feature_name(spec.name)
+        name, facts = feature_name(spec.name), (spec.name, spec.shape, spec.dtype)
         if _kind(spec) == "rg_lru":
-            records.append(StateRecord(spec.name, spec.shape, spec.dtype, *stacked))
+            records.append(StateRecord(*facts, *stacked))
         elif spec.name in cached and form.pairs:
-            records.append(StateRecord(spec.name, spec.shape, spec.dtype, "pair", *pair(name)))
+            records.append(StateRecord(*facts, "pair", *pair(name)))
         elif spec.name in cached:
-            records.append(StateRecord(spec.name, spec.shape, spec.dtype, "canonical", name, name))
+            records.append(StateRecord(*facts, "canonical", name, name))
     return tuple(records)
 
 
@@ -147,11 +120,8 @@ def io_record(config: GriffinConfig, form: Form, segment: Segment) -> IoRecord:
     inputs = [ValueRecord("input_ids", *ids) if segment.begins else ValueRecord(HIDDEN, *hidden)]
     if segment.layers:
         inputs.append(ValueRecord("position_ids", *ids))
-    outputs = [
-        ValueRecord("logits", "float32", (1, logits, config.vocab_size))
-        if segment.ends
-        else ValueRecord(HIDDEN_OUTPUT, *hidden)
-    ]
+    result = ValueRecord("logits", "float32", (1, logits, config.vocab_size))
+    outputs = [result if segment.ends else ValueRecord(HIDDEN_OUTPUT, *hidden)]
     layers = recurrent_layers(config, segment)
     if form.recurrent_state == "io" and layers:
         shape = (len(layers), config.lru_width)

@@ -1,19 +1,28 @@
-"""Lowers a step program into a Core ML model of two functions, and describes it for Xcode."""
+"""Lowers a step program into a Core ML model of two functions, and describes it for Xcode.
+
+Only this file uses internals of coremltools, as of version 9: `MILProtoExporter` calls
+`get_milproto_value` for the value of every constant. Placeholders for weights become offsets in the
+weight file there, which rgexport writes without coremltools.
+"""
 
 import json
 import re
 from collections.abc import Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
+from coremltools import _SPECIFICATION_VERSION_IOS_18 as IOS_18
 from coremltools import target
-from coremltools.converters.mil.mil import Function, Program
+from coremltools.converters.mil.backend.mil import helper
+from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter, MILProtoExporter
+from coremltools.converters.mil.mil import Builder, Function, Program, Var
 from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlaceholder
+from coremltools.proto.MIL_pb2 import Value
 from coremltools.proto.Model_pb2 import Model
 
 from rgexport._version import __version__
 from rgexport.export.coreml.emitter import DTYPES, CoreMLEmitter
-from rgexport.export.coreml.exporter_proto import reset_name_counters, to_model
 from rgexport.export.coreml.lowering import lower
 from rgexport.export.coreml.manifest import (
     HIDDEN,
@@ -24,14 +33,17 @@ from rgexport.export.coreml.manifest import (
     io_record,
     stored_states,
 )
-from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.segments import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.export.coreml.storage import BLOB_HEADER_BYTES
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
 from rgexport.export.origin import GEMMA_TERMS, origin_of
 from rgexport.export.program import StepProgram
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
+
+if TYPE_CHECKING:
+    from rgexport.export.coreml.exporter import CoreMLOptions
 
 _STATE = re.compile(r"(?:layers_(?P<layer>\d+)_)?(?P<kind>.+?)(?P<half>_hi|_lo)?")
 
@@ -43,8 +55,7 @@ def build_model(
     form: Form,
     plan: PackagePlan,
 ) -> Model:
-    """Builds the model of one package; its weights are offsets in the file that `tensors` names."""
-    reset_name_counters()
+    Builder.name_count.clear()  # so that names do not depend on earlier exports in this process
     functions = Program()
     stored_parts: dict[str, StoredPart] = {}
     for segment in plan.segments:
@@ -52,7 +63,7 @@ def build_model(
             function = _function(program, config, tensors, form, segment, tokens, stored_parts)
             functions.add_function(segment.function(name), function)
     functions.default_function_name = plan.segments[0].function(DECODE)
-    return to_model(functions, stored_parts)
+    return _to_model(functions, stored_parts)
 
 
 def _function(
@@ -64,7 +75,6 @@ def _function(
     tokens: int,
     stored_parts: dict[str, StoredPart],
 ) -> Function:
-    """Builds the function for `tokens` tokens; adds its weights to `stored_parts`."""
     inputs = {
         value.name: Placeholder(
             [tokens if size == "tokens" else size for size in value.shape],
@@ -101,15 +111,10 @@ def _function(
 def add_metadata(
     model: Model,
     checkpoint: Checkpoint,
-    options: CoreMLOptions,
+    options: "CoreMLOptions",
     plan: PackagePlan,
     blobs: Mapping[str, str],
 ) -> None:
-    """Adds the texts that Xcode shows: author, license, description, and help for every feature.
-
-    The hashes of its weights, from `blobs` (`TENSOR.PART` → SHA-256), let a package be checked
-    without its manifest.
-    """
     config, form, origin = checkpoint.config, options.form, origin_of(checkpoint)
     metadata = model.description.metadata
     owner = origin.hub_id.split("/")[0].capitalize() if origin.hub_id else "Unknown"
@@ -131,13 +136,17 @@ def add_metadata(
             DIGESTS: json.dumps(short_digests(plan.tensors(blobs))),
         }
     )
+    sizes = {"window": config.window, "before": config.conv_width - 1}
+    logits = "each token" if form.all_logits else "the last token"
     for function in model.description.functions:
         for feature in chain(function.input, function.output, function.state):
-            feature.shortDescription = _help(feature.name, config, form)
+            match = _STATE.fullmatch(feature.name)
+            assert match, feature.name
+            text = _HELP[match["kind"]].format(layer=match["layer"], logits=logits, **sizes)
+            feature.shortDescription = text + _HALVES[match["half"]]
 
 
 def _contents(plan: PackagePlan, form: Form) -> str:
-    """Describes the functions of a package, and its part of the model."""
     *segments, last = plan.segments
     if segments:
         return (
@@ -149,19 +158,6 @@ def _contents(plan: PackagePlan, form: Form) -> str:
         f"{part}Its functions, decode for 1 token and prefill for {form.prefill_length}, share "
         "weights and states. A new conversation begins with a new state."
     )
-
-
-def _help(name: str, config: GriffinConfig, form: Form) -> str:
-    """Tells a developer how to fill or read a feature."""
-    match = _STATE.fullmatch(name)
-    assert match, name
-    text = _HELP[match["kind"]].format(
-        layer=match["layer"],
-        window=config.window,
-        before=config.conv_width - 1,
-        logits="each token" if form.all_logits else "the last token",
-    )
-    return text + _HALVES[match["half"]]
 
 
 _HELP = {
@@ -178,3 +174,36 @@ _HELP = {
     "value": "Layer {layer}: the last {window} values, oldest first, zeros in front",
 }
 _HALVES = {None: "", "_hi": " (in float16)", "_lo": " (what float16 left over, times 2048)"}
+
+
+class _Exporter(MILProtoExporter):
+    def __init__(self, program: Program, parts: Mapping[str, StoredPart]):
+        super().__init__(program, weights_dir="", specification_version=IOS_18)
+        self._parts = parts
+
+    def get_milproto_value(self, var: Var) -> Value:
+        part = self._parts.get(var.name)
+        if part is None:
+            return helper.create_immediate_value(var)
+        return helper.create_file_value_tensor(
+            file_name="@model_path/weights/weight.bin",
+            offset=part.offset - BLOB_HEADER_BYTES,  # Core ML expects the offset of the header
+            dim=var.shape,
+            data_type=helper.types_to_proto_primitive(var.dtype),
+        )
+
+
+def _to_model(program: Program, parts: Mapping[str, StoredPart]) -> Model:
+    """Converts a program without passes, as deduplication would merge placeholders."""
+    program.export_as_multifunction = True
+    exporter = CoreMLProtoExporter(
+        program,
+        _Exporter(program, parts).export(),
+        predicted_feature_name=None,
+        predicted_probabilities_name=None,
+        classifier_config=None,
+        convert_to="mlprogram",
+        convert_from="milinternal",
+        specification_version=IOS_18,
+    )
+    return exporter.export(IOS_18)

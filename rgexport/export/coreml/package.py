@@ -1,10 +1,20 @@
-"""Names and writes the files of a package, in the layout of Core ML's own tools."""
+"""Cuts a model into packages: one, or its ends, which have one table, and groups of layers."""
 
 import hashlib
 import json
 import uuid
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from rgexport.errors import RequestError
+from rgexport.export.program import Node, StepProgram, Value
+from rgexport.griffin.layout import EMBEDDING
+from rgexport.units import amount
 
 if TYPE_CHECKING:
     from coremltools.proto.Model_pb2 import Model
@@ -14,7 +24,6 @@ _AUTHOR = "com.apple.CoreML"
 
 
 def model_file(package: str = PACKAGE) -> str:
-    """Returns the path of the model file below the artifact's folder."""
     return f"{package}/Data/{_AUTHOR}/model.mlmodel"
 
 
@@ -22,40 +31,166 @@ def weight_file(package: str = PACKAGE) -> str:
     return f"{package}/Data/{_AUTHOR}/weights/weight.bin"
 
 
-def manifest_file(package: str = PACKAGE) -> str:
-    return f"{package}/Manifest.json"
-
-
-_ITEMS = {
-    "model.mlmodel": "CoreML Model Specification",
-    "weights": "CoreML Model Weights",
-}
-"""Item of the package → its description, as coremltools writes it."""
-
-
 def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
-    """Writes the package `name` in `folder`, except for the file of weights.
-
-    The same model gives the same bytes: the identifiers of the items are made from its hash.
-    """
+    """Writes a package without its file of weights; the same model gives the same bytes."""
     data = model.SerializeToString(deterministic=True)
     path = folder / model_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    identifiers = {item: str(uuid.uuid5(uuid.NAMESPACE_OID, digest + item)) for item in _ITEMS}
+    digest, entries = hashlib.sha256(data).hexdigest(), {}
+    for item, kind in (("weights", "Weights"), ("model.mlmodel", "Specification")):
+        identifier = str(uuid.uuid5(uuid.NAMESPACE_OID, digest + item))
+        entry = {"author": _AUTHOR, "name": item, "path": f"{_AUTHOR}/{item}"}
+        entries[identifier] = entry | {"description": f"CoreML Model {kind}"}
     manifest = {
         "fileFormatVersion": "1.0.0",
-        "itemInfoEntries": {
-            identifiers[item]: {
-                "author": _AUTHOR,
-                "description": description,
-                "name": item,
-                "path": f"{_AUTHOR}/{item}",
-            }
-            for item, description in _ITEMS.items()
-        },
-        "rootModelIdentifier": identifiers["model.mlmodel"],
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": identifier,  # the last one: the model's
     }
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
-    (folder / manifest_file(name)).write_text(text, "utf-8")
+    (folder / name / "Manifest.json").write_text(text, "utf-8")
+
+
+DECODE, PREFILL = "decode", "prefill"
+"""The functions of a segment: of one token, and of a fixed number of them."""
+ENDS = "ends.mlpackage"
+_LAYER = "layers."
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Segment:
+    prefix: str  # before the names of its functions
+    begins: bool  # whether it takes token ids, and has the embedding
+    layers: range
+    ends: bool  # whether it gives logits
+
+    def function(self, name: str) -> str:
+        return self.prefix + name
+
+    def of_layers(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
+        return {name: item for name, item in items.items() if layer_of(name) in self.layers}
+
+    def tensors(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
+        return {name: item for name, item in items.items() if self.has(name)}
+
+    def has(self, name: str) -> bool:
+        layer = layer_of(name)
+        if layer is not None:
+            return layer in self.layers
+        return self.ends or (self.begins and name == EMBEDDING)
+
+    def nodes(self, program: StepProgram) -> list[Node]:
+        layers = [layer_of(node.site) for node in program.nodes]
+        inside = [i for i, layer in enumerate(layers) if layer is not None]
+        return [
+            node
+            for i, (node, layer) in enumerate(zip(program.nodes, layers, strict=True))
+            if layer in self.layers
+            or (self.begins and i < inside[0])
+            or (self.ends and i > inside[-1])
+        ]
+
+    def hidden(self, program: StepProgram) -> tuple[Value | None, Value | None]:
+        """Returns the values that come from the segment before and go to the one after it."""
+        nodes = self.nodes(program)
+        sites = {node.site for node in nodes}
+        outputs, inputs = _values(nodes)
+        outer = [node for node in program.nodes if node.site not in sites]
+        outer_outputs, outer_inputs = _values(outer)
+        before, after = _only(inputs & outer_outputs), _only(outputs & outer_inputs)
+        assert (before is None, after is None) == (self.begins, self.ends)
+        return before, after
+
+
+def _values(nodes: Sequence[Node]) -> tuple[set[Value], set[Value]]:
+    outputs = {value for node in nodes for value in node.outputs}
+    return outputs, {value for node in nodes for value in node.tensors}
+
+
+def _only(values: set[Value]) -> Value | None:
+    assert len(values) <= 1, "a cut has one value"
+    return next(iter(values), None)
+
+
+@dataclass(frozen=True)
+class PackagePlan:
+    name: str
+    segments: tuple[Segment, ...]
+
+    def tensors(self, items: Mapping[str, _Item]) -> dict[str, _Item]:
+        names = (name for name in items if any(segment.has(name) for segment in self.segments))
+        return {name: items[name] for name in names}
+
+    @property
+    def functions(self) -> list[str]:
+        """Names of its functions; the first is the default."""
+        return [s.function(name) for s in self.segments for name in (DECODE, PREFILL)]
+
+    def uses(self, items: Mapping[str, _Item]) -> dict[str, dict[str, _Item]]:
+        return {
+            segment.function(name): segment.tensors(items)
+            for segment in self.segments
+            for name in (DECODE, PREFILL)
+        }
+
+
+def whole(num_layers: int) -> Segment:
+    return Segment("", True, range(num_layers), True)
+
+
+def packages(num_layers: int, split: Sequence[int]) -> tuple[PackagePlan, ...]:
+    if not split:
+        return (PackagePlan(PACKAGE, (whole(num_layers),)),)
+    nothing = range(0)
+    ends = (Segment("embed_", True, nothing, False), Segment("head_", False, nothing, True))
+    plans = [PackagePlan(ENDS, ends)]
+    for count, stop in zip(split, accumulate(split), strict=True):
+        layers = range(stop - count, stop)
+        name = f"layers-{layers[0]}-{layers[-1]}.mlpackage"
+        plans.append(PackagePlan(name, (Segment("", False, layers, False),)))
+    return tuple(plans)
+
+
+def in_order(plans: Sequence[PackagePlan]) -> Iterator[tuple[PackagePlan, Segment]]:
+    ends, *groups = plans
+    begin, *end = ends.segments
+    yield ends, begin
+    yield from ((plan, segment) for plan in groups for segment in plan.segments)
+    yield from ((ends, segment) for segment in end)
+
+
+def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tuple[int, ...]:
+    """Returns the layers of each of as few packages as fit into `limit` bytes; () for one."""
+    if sum(sizes.values()) <= limit:
+        return ()
+    totals: Counter[int | None] = Counter()
+    for name, size in sizes.items():
+        totals[layer_of(name)] += size
+    layers = [totals[layer] for layer in range(num_layers)]
+    for item, size in (("the embedding", totals[None]), ("a layer", max(layers))):
+        if size > limit:
+            raise RequestError(
+                f"--split is {amount(limit)}, but {item} takes {amount(size)}; give more, or store "
+                "it in fewer bits"
+            )
+    fewest = len(_groups(layers, limit))
+    smallest = bisect_left(
+        range(limit + 1), -fewest, max(layers), key=lambda most: -len(_groups(layers, most))
+    )
+    return tuple(_groups(layers, smallest))
+
+
+def layer_of(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith(_LAYER) else None
+
+
+def _groups(sizes: Sequence[int], limit: int) -> list[int]:
+    counts, total = [0], 0
+    for size in sizes:
+        if total + size > limit:
+            counts.append(0)
+            total = 0
+        counts[-1] += 1
+        total += size
+    return counts

@@ -1,11 +1,8 @@
 """Stores the weights of packages: the parts of tensors, their encoding, and MIL blob files.
 
-A blob file (version 2) begins with a header of 64 bytes. The blobs follow, each with its own header
-of 64 bytes, at multiples of 64. MIL's C++ `StorageFormat.hpp` defines the headers; coremltools'
-blob reader reads them.
-
-MIL has two's complement where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ
-from it in the top bit, and need no offset.
+A blob file (version 2, as in MIL's C++ `StorageFormat.hpp`) begins with a header of 64 bytes. The
+blobs follow at multiples of 64, each with its own header of 64 bytes. MIL has two's complement
+where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
 """
 
 import hashlib
@@ -13,17 +10,22 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.segments import PackagePlan
+from rgexport.export.coreml.package import PackagePlan, weight_file
 from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.export.row_groups import groups_of, part_shapes_by_group
-from rgexport.export.storage import OffsetAllocator, fill
-from rgexport.export.transforms import DECAY, NORM, PLAIN, Transform
+from rgexport.export.storage import (
+    DECAY,
+    NORM,
+    PLAIN,
+    OffsetAllocator,
+    Transform,
+    fill,
+    groups_of,
+    part_shapes_by_group,
+)
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.scheme import (
@@ -43,55 +45,42 @@ _VERSION, _SENTINEL = 2, 0xDEADBEEF
 _FILE_HEADER, _BLOB_HEADER = struct.Struct("<II56x"), struct.Struct("<IIQQQ32x")
 BLOB_HEADER_BYTES = _BLOB_HEADER.size
 """A program has the offset of a blob's header; the data follow it."""
-MOST_PADDING = 2 * ALIGNMENT
-"""Most bytes of a blob's header and of the padding before it."""
+MOST_PADDING = 2 * ALIGNMENT  # most bytes of a blob's header and of the padding before it
 _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11}
-"""MIL's `BlobDataType`."""
 _SIGNED = {4: "uint8", 8: "int8"}
 """Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
 _TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
 _TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
-"""Role → the change of values before they are stored."""
 
 
 class CoreMLStorage:
-    """The layout of the files: in each, tensors in the plan's order, one after another."""
-
     def __init__(
         self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], packages: Sequence[PackagePlan]
     ):
         tensors: dict[str, StoredTensor] = {}
-        self._sizes: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
             allocator = OffsetAllocator(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
             tensors |= allocator.allocate(package.tensors(plan), shapes, part_shapes)
-            self._sizes[file] = allocator.size
+            self.sizes[file] = allocator.size
         self.tensors = {name: tensors[name] for name in plan}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(self._sizes.values())
 
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> dict[str, str]:
-        """Fills the files in `folder` from `weights`; algorithms use `statistics`.
-
-        Returns:
-            The SHA-256 of every blob's data, by `TENSOR.PART`.
-
-        Raises:
-            RequestError: a weight that its scheme cannot hold.
-            OSError: the disk is full, or the folder cannot be written.
-        """
-        for name, size in self._sizes.items():
+        """Fills the files in `folder`; returns the SHA-256 of every blob, by `TENSOR.PART`."""
+        for name, size in self.sizes.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            blobs = [blob for blob in self._blobs() if blob[1].file == name]
             with open(path, "wb") as file:
                 file.truncate(size)
-                self._write_headers(file, name)
+                file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
+                for _, part, dtype in blobs:
+                    file.seek(part.offset - BLOB_HEADER_BYTES)
+                    header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
+                    file.write(_BLOB_HEADER.pack(*header))
         digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
 
         def hash_slab(name: str, slab: Parts) -> None:
@@ -102,20 +91,11 @@ class CoreMLStorage:
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
-        """All blobs: `TENSOR.PART`, its offset, and MIL's name of its dtype."""
         for name, stored in self.tensors.items():
             for group in groups_of(stored):
                 for label, part in group.stored.parts.items():
                     blob = f"{name}.{group.prefix}{label}"
                     yield blob, part, blob_dtype(label, group.stored)
-
-    def _write_headers(self, file: BinaryIO, name: str) -> None:
-        blobs = [blob for blob in self._blobs() if blob[1].file == name]
-        file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
-        for _, part, dtype in blobs:
-            file.seek(part.offset - BLOB_HEADER_BYTES)
-            header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
-            file.write(_BLOB_HEADER.pack(*header))
 
 
 def blob_dtype(label: str, stored: StoredTensor) -> str:
@@ -127,11 +107,7 @@ def blob_dtype(label: str, stored: StoredTensor) -> str:
 
 
 def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Returns the parts of a tensor: those of its scheme, with signed integers where symmetric.
-
-    Raises:
-        RequestError: Core ML has no such scheme for that shape.
-    """
+    """Returns the parts of a scheme, signed where symmetric; raises RequestError for others."""
     if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
         raise RequestError(
             f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
@@ -155,12 +131,7 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
 ) -> Parts:
-    """Returns the parts of a checkpoint's rows; `ids` are the numbers of these rows.
-
-    Raises:
-        RequestError: a weight that its scheme cannot hold.
-    """
-    values = _transform(name).store(rows.astype(np.float32, copy=False))
+    values = _TRANSFORMS.get(role_of(name), PLAIN).store(rows.astype(np.float32, copy=False))
     scheme = stored.uniform
     if not isinstance(scheme, Affine):
         return scheme.encode(name, values, statistics(name), ids)
@@ -173,7 +144,6 @@ def encode(
 
 
 def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
-    """Inverts `encode`: float32 [rows, columns]."""
     columns = int(np.prod(stored.shape[1:], dtype=np.int64))
     scheme = stored.uniform
     if isinstance(scheme, Affine):
@@ -181,11 +151,8 @@ def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
         rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
     else:
         rows = scheme.decode(arrays, columns)
-    return _transform(name).restore(rows.astype(np.float32, copy=False))
-
-
-def _transform(name: str) -> Transform:
-    return _TRANSFORMS.get(role_of(name), PLAIN)
+    transform = _TRANSFORMS.get(role_of(name), PLAIN)
+    return transform.restore(rows.astype(np.float32, copy=False))
 
 
 def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:

@@ -1,9 +1,4 @@
-"""An opened GGUF file: a checked header, and its weights dequantized.
-
-The metadata name the algorithms that chose levels, where llama-quantize could not have made the
-file. Like the data's hash, that holds only while the tensors have the types that they were written
-in: another tool that stores them in others copies it all the same.
-"""
+"""An opened GGUF file: a checked header, and its weights dequantized; see `integrity`."""
 
 import json
 from collections import Counter
@@ -32,22 +27,13 @@ from rgexport.quantize.scheme import Ggml, Parts, Plan
 
 ALGORITHMS_KEY = "rgexport.algorithms"
 _OWN = Ggml("f32").algorithm
-"""llama-quantize's algorithm."""
 _FILE_TYPES = {row.value: row.name for row in FILE_TYPES.values()}
 _TOKENS, _TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufManifest(Manifest):
-    """The whole manifest; `precision` is the name of the file's type, such as `q4_k_m`.
-
-    `states` and `io` are empty: llama.cpp builds the graph. The one record in `files` has the
-    hash of the tensors' data, since no file can hold its own.
-
-    Attributes:
-        pieces: tokens of the vocabulary in the file; 0 where there is none.
-        imatrix: whether an importance matrix was used.
-    """
+    """The whole manifest; `precision` is the file's type, `files` has the hash of the data."""
 
     kind: str = "gguf"
     pieces: int
@@ -64,8 +50,6 @@ class GgufManifest(Manifest):
 
 @dataclass(frozen=True)
 class GgufArtifact(Artifact):
-    """A GGUF file of a Griffin model; `tensors` are by canonical name."""
-
     header: GgufHeader
     tensors: dict[str, FileTensor]
 
@@ -73,7 +57,6 @@ class GgufArtifact(Artifact):
         return self.path
 
     def facts(self) -> dict[str, Any]:
-        """Returns bits per weight, facts of the metadata, and the tokenizer."""
         values, tensors = self.header.values, self.header.tensors.values()
         gguf = {
             "architecture": values["general.architecture"],
@@ -96,7 +79,6 @@ class GgufArtifact(Artifact):
         }
 
     def origin(self) -> Origin:
-        """Returns the author and licence, from the metadata."""
         keys = "general.source.huggingface.repository", "general.license"
         return Origin(*(_value(str, self.header.values, key) for key in keys))
 
@@ -106,14 +88,9 @@ class GgufArtifact(Artifact):
 
 
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
-    """Opens a file of `rgexport gguf`, or a file that another tool quantized from one.
+    """Opens a file of `rgexport gguf`, or one that another tool quantized from it.
 
-    The header and the metadata's hash are always checked; the data's hash where the file has
-    changed since the last opening, and with `verify`.
-
-    Raises:
-        RequestError: no such file, not GGUF, another model, not made by rgexport, a part of a
-            split file, or damaged.
+    The data are hashed if the file has changed since the last opening, and with `verify`.
     """
     if not path.exists():
         raise RequestError(f"there is no {path}")
@@ -182,10 +159,7 @@ def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None
 
 
 def _check_data(header: GgufHeader, anew: bool) -> str:
-    """The hash of the data, compared with the one in the metadata.
-
-    Where another tool stored the tensors in other types, there is none to compare with.
-    """
+    """Returns the hash of the data, compared with the metadata's unless types differ."""
     path, start = header.path, integrity.data_start(header)
     digest = (hash_files if anew else hash_new_files)([path], start=start)[path]
     same_types = integrity.has_original_types(header)
@@ -205,16 +179,15 @@ def _manifest(
         schemes = _read_schemes(header)
     except Mismatch as error:
         raise _damaged(header.path, str(error)) from None
-    name = header.path.name
-    stored = {
-        canonical: _stored(header, tensors[canonical], schemes)
-        for canonical in model_tensors(embedded.config)
-    }
+    name, stored = header.path.name, {}
+    for canonical in model_tensors(embedded.config):
+        tensor = tensors[canonical]
+        scheme = schemes[tensor.name]
+        ((dtype, shape),) = scheme.part_shapes(tensor.canonical_shape).values()
+        part = StoredPart(name, header.tensors[tensor.name].offset, dtype, shape)
+        stored[canonical] = StoredTensor(tensor.canonical_shape, scheme, {"data": part})
     return GgufManifest(
-        name=embedded.name,
-        created_with=embedded.created_with,
-        source=embedded.source,
-        config=embedded.config,
+        **vars(embedded),
         precision=_FILE_TYPES[header.values[integrity.FILE_TYPE]],
         compute="fp32",
         exact=False,
@@ -222,8 +195,6 @@ def _manifest(
         tensors=stored,
         states=(),
         io=IoRecord((), ()),
-        instruction_tuned=embedded.instruction_tuned,
-        asked_for=embedded.asked_for,
         files={name: FileRecord(digest, header.path.stat().st_size)},
         check=check,
         pieces=len(header.values.get(_TOKENS, ())),
@@ -231,41 +202,27 @@ def _manifest(
     )
 
 
-def _stored(header: GgufHeader, tensor: FileTensor, schemes: Mapping[str, Ggml]) -> StoredTensor:
-    scheme = schemes[tensor.name]
-    ((dtype, shape),) = scheme.part_shapes(tensor.canonical_shape).values()
-    part = StoredPart(header.path.name, header.tensors[tensor.name].offset, dtype, shape)
-    return StoredTensor(tensor.canonical_shape, scheme, {"data": part})
-
-
 def algorithms_text(schemes: Mapping[str, Ggml]) -> str:
-    """Returns tensor → algorithm as JSON, without llama-quantize's; empty if there are no others.
-
-    It is the value of `ALGORITHMS_KEY`.
-    """
     algorithms = {name: scheme.algorithm for name, scheme in schemes.items()}
     named = {name: algorithm for name, algorithm in algorithms.items() if algorithm != _OWN}
     return json.dumps(named) if named else ""
 
 
 def _used_algorithms(plan: Plan) -> set[str]:
-    """The algorithms of the quantized tensors."""
     uniform = (one for scheme in plan.values() for one in scheme.uniform)
     return {scheme.algorithm for scheme in uniform if scheme.is_quantized}
 
 
 def _read_schemes(header: GgufHeader) -> dict[str, Ggml]:
-    """The scheme and algorithm of each tensor; Mismatch if the metadata's text cannot be read."""
     text = header.values.get(ALGORITHMS_KEY)
     algorithms = {} if text is None else from_json(dict[str, str], parse_json(text))
     if not integrity.has_original_types(header):
         algorithms = {}
-    fields = {
-        name: {"type": tensor.type.name, "algorithm": algorithms.get(name, _OWN)}
-        for name, tensor in header.tensors.items()
-    }
     try:
-        return {name: Ggml.from_dict(values) for name, values in fields.items()}
+        return {
+            name: Ggml.from_dict({"type": t.type.name, "algorithm": algorithms.get(name, _OWN)})
+            for name, t in header.tensors.items()
+        }
     except RequestError as error:
         raise Mismatch(f"{ALGORITHMS_KEY}: {error}") from None
 
@@ -275,7 +232,6 @@ def _damaged(path: Path, what: str) -> RequestError:
 
 
 def _shorten(value: Any) -> str:
-    """A value on one line, cut to 60 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -295,5 +251,4 @@ def _tokenizer_facts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(kind: type, values: dict[str, Any], key: str) -> Any:
-    """A value of the metadata; None where it is missing or of another type."""
     return value if isinstance(value := values.get(key), kind) else None

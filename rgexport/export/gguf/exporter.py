@@ -1,46 +1,135 @@
-"""Exports a checkpoint to a GGUF file: the header with gguf-py, then every tensor by slabs."""
+"""Exports a checkpoint to a GGUF file: metadata and header with gguf-py, then tensors by slabs."""
 
+import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
-from rgexport.export.checked import SelfCheck
+from rgexport.export.folder import common_fields
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
-from rgexport.export.gguf.metadata import KeyValue, metadata
-from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor
+from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
+from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, architecture
 from rgexport.export.gguf.options import GgufOptions, GgufStorage
-from rgexport.export.gguf.vocabulary import read_vocabulary
+from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.manifest import SelfCheck
+from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
 from rgexport.export.storage import aligned, in_order, slab_bytes
 from rgexport.files.hashing import remember_hashes
 from rgexport.files.targets import check_file_target, replace_file, require_free_disk
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.checks import require_sound
+from rgexport.griffin.checks import FileHashes, require_sound
+from rgexport.griffin.control_tokens import chosen_template
+from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import Advance, expect_stages, group, note, task, warn
+from rgexport.progress import Advance, expect_stages, group, task, warn
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
 from rgexport.quantize.scheme import Ggml
 from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_statistics
 
-QUANTIZATION_VERSION = 2
-"""ggml.h's `GGML_QNT_VERSION`."""
-_HEADER_BYTES = 32 << 20
-"""Upper bound of the header: a vocabulary of 256k takes 7 MB."""
+_KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValue:
+    key: str
+    value: Any
+    kind: Kind
+
+
+def metadata(
+    checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
+) -> list[KeyValue]:
+    template = None
+    if vocabulary is not None:
+        special = vocabulary.control.special
+        template = chosen_template(folder_of(checkpoint), special, checkpoint.name)
+    embedded = EmbeddedManifest(**common_fields(checkpoint, hashes, ("gguf", "numpy")))
+    return [
+        *_general(checkpoint),
+        *(
+            KeyValue(key, value, _KINDS[type(value)])
+            for key, value in architecture(checkpoint.config).items()
+        ),
+        *tokenizer_values(vocabulary, template),
+        KeyValue(MANIFEST_KEY, json.dumps(to_json(embedded)), Kind.STRING),
+    ]
+
+
+def _general(checkpoint: Checkpoint) -> Iterator[KeyValue]:
+    count = sum(math.prod(spec.shape) for spec in model_tensors(checkpoint.config).values())
+    origin = origin_of(checkpoint)
+    page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
+    terms: dict[str, str | None] = {"license": origin.licence}
+    if origin.released:
+        names = {"license.name": "Gemma Terms of Use", "license.link": GEMMA_TERMS}
+        terms = {"organization": "Google", **terms, **names}
+    texts = {
+        "type": "model",
+        "name": checkpoint.name,
+        "basename": ARCHITECTURE,
+        "finetune": "it" if checkpoint.instruction_tuned else None,
+        "size_label": gguf.size_label(count, count, 0, 0),
+        **terms,
+        "source.url": page,
+        "source.huggingface.repository": origin.hub_id,
+    }
+    for key, text in texts.items():
+        if text:
+            yield KeyValue(f"general.{key}", text, Kind.STRING)
+    yield KeyValue("general.tags", ["text-generation", "griffin"], Kind.STRING)
+
+
+def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[KeyValue]:
+    if vocabulary is None:
+        yield KeyValue("tokenizer.ggml.model", "no_vocab", Kind.STRING)
+        return
+    yield KeyValue("tokenizer.ggml.model", "llama", Kind.STRING)
+    yield KeyValue("tokenizer.ggml.pre", "default", Kind.STRING)
+    yield KeyValue("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
+    yield KeyValue("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
+    yield KeyValue("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
+    control = vocabulary.control
+    tokens = {
+        "bos": control.bos,
+        "eos": control.eos or control.end_of_turn,  # llama.cpp assumes 2 where there is none
+        "unknown": control.unk,
+        "padding": control.pad,
+        "eot": control.end_of_turn,
+    }
+    for name, token in tokens.items():
+        if token is not None:
+            yield KeyValue(f"tokenizer.ggml.{name}_token_id", token.id, Kind.UINT32)
+    flags = {
+        "add_bos_token": control.bos is not None,
+        "add_eos_token": False,
+        "add_space_prefix": vocabulary.add_space_prefix,
+    }
+    for name, flag in flags.items():
+        yield KeyValue(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
+    if template:
+        yield KeyValue("tokenizer.chat_template", template, Kind.STRING)
+
+
+_HEADER_BYTES = 32 << 20  # upper bound of the header: a vocabulary of 256k takes 7 MB
 Job = Callable[[], tuple[bytes, int]]
 """Encodes a slab; returns its bytes, and the number of bytes of weights that were read."""
 
 
 def default_target(model: str, file_type: str) -> Path:
-    """Returns the file for an export without `-o`, such as `./recurrentgemma-2b-Q4_K_M.gguf`."""
     return Path(f"{model}-{file_type.upper()}.gguf")
 
 
@@ -53,35 +142,27 @@ def export_gguf(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the file `target`, which appears when it is complete.
-
-    Peak memory does not depend on the model's size: weights are read, quantized and written in
-    slabs of a few MB. `check` runs the complete file, and takes memory of its own. `statistics` are
-    for algorithms that need them.
-
-    Raises:
-        RequestError: an unsound checkpoint (all problems at once), a target that exists or
-            cannot be written, too little disk, an option that does not fit, or no ggml to
-            quantize with.
-    """
+    """Exports to the file `target`, in memory that no model's size changes."""
     check_file_target(target, force=force, replaceable=is_gguf)
     storage = options.choose(checkpoint.config)
-    _announce(storage)
     if any(TYPES[kind].is_quantized for kind in storage.types.values()):
         load_library()  # fails before any work is done
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
     if vocabulary is None:
         warn(f"{checkpoint.name} has no tokenizer: the file will take token ids, not text")
-    require_free_disk(target.resolve().parent, _data_bytes(storage) + _HEADER_BYTES)
+    sizes = (_tensor_bytes(tensor, storage.types[tensor.name]) for tensor in storage.tensors)
+    data_bytes = sum(aligned(size, ALIGNMENT) for size in sizes)
+    require_free_disk(target.resolve().parent, data_bytes + _HEADER_BYTES)
     expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
     values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(storage)]
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
     with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
+        _write_header(unfinished, values, storage)
         with task("Writing the weights", total) as advance:
             jobs = _jobs(storage, checkpoint.weights, statistics)
-            digest = _write_file(unfinished, values, storage, jobs, advance)
+            digest = _append_data(unfinished, jobs, advance)
         start = integrity.data_start(read_header(unfinished))
         if check is not None:
             remember_hashes({unfinished: digest}, start=start)
@@ -92,37 +173,16 @@ def export_gguf(
     return target
 
 
-def _announce(storage: GgufStorage) -> None:
-    """Notes the tensors that get another type because their rows are no whole number of blocks."""
-    default = storage.file_type.default
-    unfit = [
-        tensor.name
-        for tensor in storage.tensors
-        if tensor.quantizable and not TYPES[default].fits(tensor.shape[-1])
-    ]
-    if unfit:
-        note(
-            f"{len(unfit)} tensors have rows that {default} does not fit, such as {unfit[0]}; "
-            f"they are stored in another type, as llama-quantize does ({storage.types[unfit[0]]})"
-        )
-
-
 def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
-    """Yields the values that depend on the types: last, where llama-quantize appends them."""
     types = ((tensor.name, storage.types[tensor.name]) for tensor in storage.tensors)
     for key, text in integrity.placeholders(types).items():
         yield KeyValue(key, text, Kind.STRING)
     if text := algorithms_text(storage.schemes):
         yield KeyValue(ALGORITHMS_KEY, text, Kind.STRING)
-    yield KeyValue("general.quantization_version", QUANTIZATION_VERSION, Kind.UINT32)
+    yield KeyValue("general.quantization_version", 2, Kind.UINT32)  # ggml.h's `GGML_QNT_VERSION`
     yield KeyValue(integrity.FILE_TYPE, storage.file_type.value, Kind.UINT32)
     for key, value in (storage.imatrix.metadata() if storage.imatrix else {}).items():
         yield KeyValue(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
-
-
-def _data_bytes(storage: GgufStorage) -> int:
-    sizes = (_tensor_bytes(tensor, storage.types[tensor.name]) for tensor in storage.tensors)
-    return sum(aligned(size, ALIGNMENT) for size in sizes)
 
 
 def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
@@ -130,15 +190,7 @@ def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
     return math.prod(lead) * TYPES[kind].row_bytes(columns)
 
 
-def _write_file(
-    path: Path,
-    values: Iterable[KeyValue],
-    storage: GgufStorage,
-    jobs: Iterable[Job],
-    advance: Advance,
-) -> str:
-    """Writes and syncs the file, in memory of a few slabs; returns the SHA-256 of the data."""
-    _write_header(path, values, storage)
+def _append_data(path: Path, jobs: Iterable[Job], advance: Advance) -> str:
     digest = hashlib.sha256()
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
@@ -174,7 +226,6 @@ def _write_header(path: Path, values: Iterable[KeyValue], storage: GgufStorage) 
 
 
 def _jobs(storage: GgufStorage, weights: WeightSource, statistics: StatisticsOf) -> Iterator[Job]:
-    """Yields jobs that encode the slabs of the data, in order."""
     for tensor in storage.tensors:
         scheme, source = storage.schemes[tensor.name], weights[tensor.canonical]
         known = _statistics(tensor, storage, statistics)
@@ -183,10 +234,7 @@ def _jobs(storage: GgufStorage, weights: WeightSource, statistics: StatisticsOf)
 
 
 def _statistics(tensor: FileTensor, storage: GgufStorage, statistics: StatisticsOf) -> Known:
-    """Returns a tensor's statistics from the importance matrix, or else from `statistics`.
-
-    Both are of columns as they are stored: no transform moves those of a matrix.
-    """
+    """Returns a tensor's statistics, of columns as stored: the importance matrix's, or others."""
     if not TYPES[storage.types[tensor.name]].is_quantized:
         return None
     if storage.imatrix is None:
@@ -196,14 +244,8 @@ def _statistics(tensor: FileTensor, storage: GgufStorage, statistics: Statistics
 
 
 def _encode(
-    tensor: FileTensor,
-    source: RowTensor,
-    start: int,
-    stop: int,
-    scheme: Ggml,
-    statistics: Known,
+    tensor: FileTensor, source: RowTensor, start: int, stop: int, scheme: Ggml, statistics: Known
 ) -> tuple[bytes, int]:
-    """Encodes rows, with the padding after the last one; also returns the bytes read."""
     rows = source.read(start, stop)
     values = tensor.transform.store(rows.astype(np.float32, copy=False))
     values = values.reshape(-1, tensor.shape[-1])

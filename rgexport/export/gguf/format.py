@@ -28,12 +28,9 @@ LM Studio do not know the architecture yet."""
 
 
 _TENSOR_BYTES = 96
-"""Bytes of a tensor's name, shape, type and offset."""
 
 
 class GgufFormat(FileFormat):
-    """One file, with a manifest in its metadata; its card is written when it is uploaded."""
-
     precisions = PRECISIONS
     runs_on = (
         "in the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM "
@@ -54,18 +51,16 @@ class GgufFormat(FileFormat):
         return open_gguf(path, verify=verify)
 
     def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-        """Returns the bytes of a ggml type, see `Format`; other schemes become float32."""
+        """Returns the bytes of a ggml type; other schemes become float32."""
         kind = scheme.ggml_type or "f32"
         return {"data": ("uint8", (shape[0], TYPES[kind].row_bytes(prod(shape[1:]))))}
 
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        """Returns the scheme if it is a ggml type and its blocks fit into the rows."""
         kind = scheme.ggml_type
         fits = kind and shape[0] > 1 and TYPES[kind].fits(shape[1])
         return scheme if fits else None
 
     def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
-        """Estimates the bytes of tensor headers, and of each token's text, score and type."""
         from rgexport.export.gguf.vocabulary import read_vocabulary
 
         vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)

@@ -1,9 +1,8 @@
 """Reads and writes the manifest, hashes and self-check in a GGUF file's metadata.
 
-Another tool may change one part and keep the rest: llama-quantize copies all metadata except those
-about types, and writes other tensors. So the metadata have a hash of their own, and the hash of the
-data counts only while the tensors have the types that it was made for. The check's result is a text
-of fixed width outside of the hashes, written when the file is otherwise complete.
+llama-quantize copies all metadata except those about types, and writes other tensors. So metadata
+have a hash of their own, and the hash of the data counts only for the types that it was made for.
+The check's text of fixed width is outside of the hashes, and is written last.
 """
 
 import dataclasses
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
-from rgexport.export.manifest import FORMAT_VERSION, Source
+from rgexport.export.manifest import FORMAT_VERSION, NOT_ASKED_FOR, CheckRecord, Source, skipped
 from rgexport.export.manifest_reader import check_config
 from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
@@ -27,19 +25,14 @@ FILE_TYPE = "general.file_type"
 DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadata", "tensor_types"))
 HASHES = DATA, METADATA, TYPES
 CHECK = "rgexport.check"
-CHECK_WIDTH = 1024
-"""Bytes of the check's text, padded with spaces."""
-_UNKNOWN = "0" * 64
+CHECK_WIDTH = 1024  # bytes of the check's text, padded with spaces
 _NOT_HASHED = {DATA, METADATA, TYPES, CHECK, FILE_TYPE, "general.quantization_version"}
 _PREFIXES_NOT_HASHED = ("split.", "quantize.imatrix.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedManifest:
-    """The fields of `Manifest` that are in the metadata; the header gives the others.
-
-    They do not depend on how tensors are stored: they hold when another tool quantizes the file.
-    """
+    """The fields of `Manifest` in the metadata, which hold when another tool quantizes the file."""
 
     format_version: int = FORMAT_VERSION
     kind: Literal["gguf"] = "gguf"
@@ -52,7 +45,6 @@ class EmbeddedManifest:
 
 
 def read_embedded(text: str) -> EmbeddedManifest:
-    """Reads an embedded manifest; raises Mismatch if it is damaged or of another version."""
     fields = parse_json(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
@@ -74,13 +66,11 @@ def metadata_sha256(header: GgufHeader) -> str:
 
 
 def types_sha256(tensors: Iterable[tuple[str, str]]) -> str:
-    """Hashes the names and types of the tensors, in the file's order."""
     lines = "".join(f"{name} {kind}\n" for name, kind in tensors)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def has_original_types(header: GgufHeader) -> bool:
-    """Whether the tensors have the types that the data's hash was made for."""
     kinds = ((name, tensor.type.name) for name, tensor in header.tensors.items())
     return bool(header.values.get(TYPES) == types_sha256(kinds))
 
@@ -91,19 +81,16 @@ def data_start(header: GgufHeader) -> int:
 
 
 def placeholders(tensors: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Returns key → text for a file that is not written yet, from its tensors' names and types."""
-    hashes = {DATA: _UNKNOWN, METADATA: _UNKNOWN, TYPES: types_sha256(tensors)}
+    hashes = {DATA: "0" * 64, METADATA: "0" * 64, TYPES: types_sha256(tensors)}
     return hashes | {CHECK: check_text(NOT_ASKED_FOR)}
 
 
 def seal(path: Path, data_sha256: str) -> None:
-    """Replaces the placeholders of a complete file's hashes, and syncs the file."""
     header = read_header(path)
     _overwrite(header, {DATA: data_sha256, METADATA: metadata_sha256(header)})
 
 
 def write_check(path: Path, record: CheckRecord) -> None:
-    """Replaces the check of a complete file, and syncs the file."""
     _overwrite(read_header(path), {CHECK: check_text(record)})
 
 
@@ -117,7 +104,6 @@ def check_text(record: CheckRecord) -> str:
 
 
 def read_check(header: GgufHeader) -> CheckRecord:
-    """Reads the check of a file's own tensors; raises Mismatch if it is damaged."""
     if CHECK not in header.values:
         return NOT_ASKED_FOR
     try:
@@ -130,7 +116,6 @@ def read_check(header: GgufHeader) -> CheckRecord:
 
 
 def _overwrite(header: GgufHeader, texts: Mapping[str, str]) -> None:
-    """Replaces values by texts of the same length, and syncs the file."""
     with header.path.open("r+b") as file:
         for key, text in texts.items():
             file.seek(header.spans[key][1] - len(text))  # the text ends the span

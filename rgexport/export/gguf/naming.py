@@ -1,21 +1,14 @@
-"""Maps a Griffin model to a GGUF file: hyperparameters, and names and shapes of the tensors.
+"""Maps a Griffin model to a GGUF file, with llama.cpp's names for other hybrid models."""
 
-Names follow llama.cpp's for other hybrid models. In addition to `export.transforms`, the blocks of
-the gates are transposed, because ggml multiplies by rows.
-"""
-
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.transforms import DECAY, NORM, PLAIN, Shape, Transform
+from rgexport.export.storage import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, TensorSpec, all_ops, model_tensors
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, all_ops, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
-CONTEXT_LENGTH = 1 << 20
-"""A state of fixed size has no limit; llama.cpp's converter uses this number for Mamba."""
 
 
 def _transposed(blocks: np.ndarray) -> np.ndarray:
@@ -37,17 +30,13 @@ _LAYER: dict[str, str] = {
     for op in all_ops().values()
     for tensor in op.tensors
 }
-"""Canonical name without `layers.i.` → name without `blk.i.`."""
 
 
 def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
-    """Returns the metadata from which llama.cpp builds the graph, in the file's order.
-
-    The values are integers, floats, and a list with a number for each layer.
-    """
-    sizes = {
+    """Returns the metadata from which llama.cpp builds the graph, in the file's order."""
+    pairs: dict[str, int | float | list[int]] = {
         "vocab_size": c.vocab_size,
-        "context_length": CONTEXT_LENGTH,
+        "context_length": 1 << 20,  # there is no limit; llama.cpp's converter has this for Mamba
         "embedding_length": c.width,
         "feed_forward_length": c.mlp_width,
         "block_count": c.num_layers,
@@ -61,16 +50,12 @@ def architecture(c: GriffinConfig) -> dict[str, int | float | list[int]]:
         "ssm.state_size": 1,
         "ssm.group_count": 0,
         "ssm.time_step_rank": c.lru_heads,
-    }
-    factors = {
         "attention.layer_norm_rms_epsilon": c.rms_eps,
         "rope.freq_base": c.rope_theta,
         "final_logit_softcapping": c.soft_cap,
         "embedding_scale": c.embedding_scale,
+        "attention.head_count_kv": [int(kind == "attention") for kind in c.block_types],
     }
-    key_heads = [int(kind == "attention") for kind in c.block_types]
-    pairs: dict[str, int | float | list[int]]
-    pairs = {**sizes, **factors, "attention.head_count_kv": key_heads}
     return {f"{ARCHITECTURE}.{key}": value for key, value in pairs.items()}
 
 
@@ -88,36 +73,19 @@ class FileTensor:
 
 def file_tensors(config: GriffinConfig) -> list[FileTensor]:
     """Returns all tensors in llama.cpp's order: globals, then by layer and name."""
-    tensors = []
+    tensors: dict[tuple[int, str], FileTensor] = {}
     for canonical, spec in model_tensors(config).items():
-        name, transform = _name(canonical), _transform(spec)
-        shape = _without_leading_ones(transform.shape(spec.shape))
+        is_gate_bias = spec.role == "gate" and len(spec.shape) == 2
+        transform = _GATE_BIAS if is_gate_bias else _TRANSFORMS.get(spec.role, PLAIN)
+        shape = transform.shape(spec.shape)
+        while len(shape) > 1 and shape[0] == 1:  # ggml does not count these
+            shape = shape[1:]
         # To ggml a matrix of one row is a vector, which is never quantized.
         quantizable = spec.role in QUANTIZABLE and len(shape) > 1
-        tensors.append(FileTensor(canonical, name, spec.shape, shape, quantizable, transform))
-    return sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
-
-
-def _name(canonical: str) -> str:
-    if canonical in _GLOBAL:
-        return _GLOBAL[canonical]
-    _, index, local = canonical.split(".", 2)
-    return f"blk.{index}.{_LAYER[local]}"
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _transform(spec: TensorSpec) -> Transform:
-    if spec.role == "gate" and len(spec.shape) == 2:
-        return _GATE_BIAS
-    return _TRANSFORMS.get(spec.role, PLAIN)
-
-
-def _without_leading_ones(shape: Shape) -> Shape:
-    """Returns the dimensions that ggml counts."""
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+        layer, name = -1, _GLOBAL.get(canonical)
+        if name is None:
+            _, index, local = canonical.split(".", 2)
+            layer, name = int(index), f"blk.{index}.{_LAYER[local]}"
+        tensor = FileTensor(canonical, name, spec.shape, shape, quantizable, transform)
+        tensors[layer, name] = tensor
+    return [tensors[key] for key in sorted(tensors)]

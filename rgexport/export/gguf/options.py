@@ -32,13 +32,10 @@ PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", "int8": "q8_0", "int4": "q4_k_m
 _EMBEDDING_TYPES = PRECISION_TYPES | {"int4": "q4_k"}
 _ONE_WAY = "f32", "f16", "bf16", "q8_0"
 """File types that are no mix, and that importances do not change."""
-_SET_BY_A_PLAN = ("type", "pure", "tensor_types", "embedding", "imatrix")
 
 
 @dataclass(frozen=True)
 class GgufStorage:
-    """The ggml types and statistics of a model's tensors, by their names in the file."""
-
     file_type: FileType
     tensors: list[FileTensor]
     schemes: dict[str, Ggml]
@@ -48,23 +45,12 @@ class GgufStorage:
 
     @property
     def types(self) -> dict[str, str]:
-        """Name → ggml type."""
         return {name: scheme.type for name, scheme in self.schemes.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """How weights are stored; None stands for a default.
-
-    Attributes:
-        type: a file type of llama-quantize, such as `q4_k_m`.
-        pure: that type everywhere, no mix.
-        tensor_types: each `REGEX=TYPE`, searched for in the names in the file.
-        embedding: the type of the embedding, which is the head too.
-        imatrix: a file of llama-imatrix.
-        plan: says for each tensor what the fields above say for all.
-        algorithm: chooses the levels of the types that it can fill; llama-quantize's own the rest.
-    """
+    """How weights are stored; each of `tensor_types` is `REGEX=TYPE`, for names in the file."""
 
     type: str | None = None
     pure: bool = False
@@ -75,8 +61,7 @@ class GgufOptions:
     algorithm: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises RequestError: an unknown word, a contradiction, an option without effect."""
-        refuse_beside_plan(self, _SET_BY_A_PLAN)
+        refuse_beside_plan(self, ("type", "pure", "tensor_types", "embedding", "imatrix"))
         self._request()
         if self.imatrix and self._takes_statistics:
             raise RequestError(
@@ -94,18 +79,15 @@ class GgufOptions:
 
     @property
     def file_type(self) -> FileType:
-        """The file type in the metadata; for a plan, the type of most of its tensors."""
-        if self.plan is not None:
-            return _file_type_of(self.plan)
-        return find_file_type(self.type or DEFAULT_TYPE)
+        if self.plan is None:
+            return find_file_type(self.type or "q4_k_m")
+        kinds = Counter(scheme.ggml_type for scheme in self.plan.values())
+        fewer = Counter({k: count for k, count in kinds.items() if k not in ("f32", None)})
+        most = str((fewer or Counter(["f32"])).most_common(1)[0][0])
+        return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)
 
     def choose(self, config: GriffinConfig) -> GgufStorage:
-        """Chooses the types for a model.
-
-        Raises:
-            RequestError: an unreadable importance matrix or one of another model, a plan that
-                GGUF cannot express, or an option that changes nothing.
-        """
+        """Chooses the types for a model; RequestError for a plan or file that does not fit it."""
         tensors = file_tensors(config)
         if self.plan is not None:
             schemes = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
@@ -128,7 +110,6 @@ class GgufOptions:
         return self.algorithm is not None and ALGORITHMS[self.algorithm].needs_statistics
 
     def _filled(self, schemes: Mapping[str, Ggml]) -> dict[str, Ggml]:
-        """Sets the algorithm of the schemes, if there is one."""
         if self.algorithm is None:
             return dict(schemes)
         algorithm = self.algorithm if self.algorithm in Ggml.encoders else "ggml"
@@ -147,7 +128,6 @@ class GgufOptions:
 
 
 def type_word(kind: str | None, precision: str | None) -> str | None:
-    """Returns the file type that `--type` or a precision word names; raises for both."""
     if kind and precision:
         raise RequestError(f"--type {kind} and {precision} contradict each other; give one of them")
     return kind or (PRECISION_TYPES[precision] if precision else None)
@@ -156,15 +136,9 @@ def type_word(kind: str | None, precision: str | None) -> str | None:
 def _importances(
     imatrix: Imatrix, tensors: list[FileTensor], types: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Returns name → importances of the quantized tensors; checks sizes of all quantizable ones.
-
-    Gates have none: llama-imatrix has the importances of all their blocks in one row.
-
-    Raises:
-        RequestError: the importance matrix was made for another model.
-    """
-    imatrix.require_any_of(tensor.name for tensor in tensors if tensor.quantizable)
+    """Returns the importances of quantized tensors; llama-imatrix has none for gates."""
     checked = [tensor for tensor in tensors if tensor.quantizable]
+    imatrix.require_any_of(tensor.name for tensor in checked)
     importances = {t.name: imatrix.importance(t.name, t.shape[-1]) for t in checked}
     return {
         name: columns
@@ -186,11 +160,3 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     if kind != "f32" and not tensor.quantizable:
         raise RequestError(f"the plan stores {tensor.canonical} as {kind}; expected f32")
     return scheme if isinstance(scheme, Ggml) else Ggml(kind)
-
-
-def _file_type_of(plan: Plan) -> FileType:
-    """Returns the file type for a plan's most frequent ggml type, float32 excepted."""
-    kinds = Counter(kind for scheme in plan.values() if (kind := scheme.ggml_type) is not None)
-    fewer = Counter({kind: count for kind, count in kinds.items() if kind != "f32"})
-    most = (fewer or Counter(["f32"])).most_common(1)[0][0]
-    return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)

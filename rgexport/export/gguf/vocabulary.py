@@ -1,9 +1,8 @@
 """Reads a checkpoint's vocabulary in llama.cpp's form: pieces, scores and types by token id.
 
-llama.cpp merges by the pieces' scores, as SentencePiece's BPE does. It finds user-defined pieces in
-any text, but CONTROL tokens only if the caller asks for them (`parse_special`). So turn tokens and
-other markup become CONTROL, while HTML tags and runs of line breaks and tabs, which are text, stay
-user-defined.
+llama.cpp finds user-defined pieces in any text, but CONTROL tokens only if the caller asks for
+them (`parse_special`). So turn tokens and other markup become CONTROL, while HTML tags and runs of
+line breaks and tabs, which are text, stay user-defined.
 """
 
 import re
@@ -41,8 +40,6 @@ _PADDING_SCORE = -10_000.0
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One entry per row of the embedding, and the control tokens."""
-
     tokens: list[str]
     scores: np.ndarray
     types: np.ndarray
@@ -51,16 +48,10 @@ class Vocabulary:
 
 
 _Piece = tuple[str, float, int]
-"""Text, score, type."""
 
 
 def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
-    """Reads a checkpoint's tokenizer.model, else its tokenizer.json; None if it has neither.
-
-    Raises:
-        RequestError: it cannot be read, llama.cpp would split text differently, or it has more
-            tokens than the embedding has rows.
-    """
+    """Reads tokenizer.model, else tokenizer.json; None if there is neither."""
     paths = {path.name: path for path in files}
     name = next((name for name in _READERS if name in paths), None)
     if name is None:
@@ -99,21 +90,15 @@ def _make(
         raise RequestError(f"{path} has a token whose score is no number")
     if len(set(tokens)) != len(tokens):
         raise RequestError(f"{path} has the same token twice; llama.cpp cannot load that")
-    return Vocabulary(
-        tokens=tokens,
-        scores=np.array(scores, np.float32),
-        types=np.array(types, np.int32),
-        control=control,
-        add_space_prefix=add_space_prefix,
-    )
+    numbers = np.array(scores, np.float32), np.array(types, np.int32)
+    return Vocabulary(tokens, *numbers, control, add_space_prefix)
 
 
 def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
     """Yields the pieces with which llama.cpp splits text as SentencePiece does.
 
-    Runs of spaces become NORMAL with score 0: no merge has a higher one, and of equal ones the
-    leftmost comes first, so the longest runs are found, whether spaces or "▁" were typed. Where
-    a learned piece contains a run they stay user-defined, to match in raw text.
+    Runs of spaces become NORMAL with score 0, the highest, so the longest runs are found, whether
+    spaces or "▁" were typed; user-defined, to match in raw text, if a learned piece has a run.
     """
     run_is_learned = any(kind == NORMAL and _RUN.search(text) for text, _, kind in pieces)
     for text, score, kind in pieces:
@@ -151,7 +136,6 @@ def _read_sentencepiece(path: Path) -> _Contents:
 
 
 def _read_json(path: Path) -> _Contents:
-    """Reads Hugging Face's conversion, which sorts merges by the scores of their results."""
     file = read_tokenizer_json(path)
     layout = file.fields
     model = layout["model"]
@@ -182,7 +166,6 @@ def _read_json(path: Path) -> _Contents:
 
 
 def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
-    """Returns piece → minus the rank of the first merge that results in it."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)

@@ -1,29 +1,32 @@
-"""Checks a package that rgexport made: its states are kept, and its weights are the right ones.
+"""Checks what Core ML would not refuse: lost states, wrong weights; describes any package."""
 
-Such faults would change what a package computes without any error. Types, shapes and operations are
-not checked here: coremltools' builder infers them when the program is built, coremltools' loader
-agrees (`tests/export/coreml/test_parity.py`), and Core ML and the interpreter refuse operands that
-do not fit.
-"""
-
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.mil.package import HEADER_BYTES, Package
+from rgexport.export.mil.package import (
+    HEADER_BYTES,
+    PACKAGE_SUFFIX,
+    Package,
+    file_values,
+    open_package,
+)
 from rgexport.export.mil.program import FileValue, Function, Name
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.layout import site_of
+from rgexport.reporting.tables import Row, Table
+from rgexport.units import amount
 
 CONFIG, DIGESTS = "rgexport.config", "rgexport.weights"
 """Keys of a package's metadata: the Griffin configuration, and the hash of each stored part."""
-_DIGEST_LENGTH = 16
-"""Hexadecimal digits of a SHA-256 in the metadata: enough against mistakes."""
-_SHARED = "embed_tokens"
-"""The embedding's site; the output head shares its weight."""
+_DIGEST_LENGTH = 16  # hexadecimal digits of a SHA-256 in the metadata: enough against mistakes
+_SHARED = "embed_tokens"  # the embedding's site; the output head shares its weight
 _TOKENS = "position_ids"
 """The input whose last axis is the number of tokens; each function with states has it."""
 _LABELS = {
@@ -35,16 +38,12 @@ _LABELS = {
 """(operation, input) → the part of a stored tensor, where it has another name than the input."""
 
 Location = tuple[Path, int]
-"""A weight file, and the offset of data in it."""
 
 
 def check_package(
     package: Package, uses: Mapping[str, Mapping[str, StoredTensor]]
 ) -> Iterator[str]:
-    """Yields complaints about a package in the folder of an artifact.
-
-    `uses` has for each function the weights of the artifact's manifest that it must use.
-    """
+    """Yields complaints; `uses` has for each function the weights that it must use."""
     folder = package.path.parent
     for function in package.functions.values():
         tensors = uses.get(function.name, {})
@@ -59,11 +58,7 @@ def check_package(
 
 
 def check_without_manifest(package: Package) -> Iterator[str]:
-    """Yields complaints about a package of rgexport without a manifest; reads all of its weights.
-
-    The functions of a segment must use the same weights, and all must have the hashes in the
-    metadata.
-    """
+    """Yields complaints; all weights have their hashes, and a segment's functions share them."""
     by_segment: dict[str, dict[str, FileValue]] = {}
     for function in package.functions.values():
         segment = function.name.rpartition("_")[0]
@@ -75,42 +70,24 @@ def check_without_manifest(package: Package) -> Iterator[str]:
     yield from _check_digests(package, weights)
 
 
-def made_by_rgexport(package: Package) -> bool:
-    return CONFIG in package.description.metadata.userDefined
-
-
 def part_name(tensor: str, label: str) -> str:
-    """Returns `OPERATION.PART` of a part of a tensor; the operation's name has no dots.
-
-    Each row group has an operation of its own; its number is before the names of its parts.
-    """
+    """Returns `OPERATION.PART`, without dots in the operation's name; a row group has its own."""
     weight, _, part = f"{tensor}.{label}".rpartition(".")
-    return f"{_operation_name(weight)}.{part}"
-
-
-def _operation_name(tensor: str) -> str:
-    return tensor.replace(".", "_")
+    return f"{weight.replace('.', '_')}.{part}"
 
 
 def short_digests(blobs: Mapping[str, str]) -> dict[str, str]:
-    """Shortens `TENSOR.PART` → SHA-256 in hexadecimal for the metadata."""
     return {
         part_name(*blob.rsplit(".", 1)): digest[:_DIGEST_LENGTH] for blob, digest in blobs.items()
     }
 
 
 def _check_states(function: Function) -> Iterator[str]:
-    """Complains of states that are not written exactly once, from their own old value.
-
-    A state that is written twice, or with a value that was computed without it, was mixed up with
-    another one. Only a chunk with as many tokens as a state [1, 1, slots, width] has slots replaces
-    all of the state.
-    """
+    """Complains of states that are not written once from their old value; a long chunk need not."""
     ids = function.inputs.get(_TOKENS)
     chunk = ids.shape[-1] if ids and ids.shape else 1
     bits = {name: 1 << index for index, name in enumerate(function.states)}
-    sources: dict[str, int] = {}
-    """Value → a bit for each state that it was computed from."""
+    sources: dict[str, int] = {}  # value → a bit for each state that it was computed from
     written: set[str] = set()
     for operation in function.walk():
         operands = [v.name for v in chain(*operation.inputs.values()) if isinstance(v, Name)]
@@ -139,7 +116,6 @@ def _check_states(function: Function) -> Iterator[str]:
 
 
 def _blobs(function: Function) -> dict[str, FileValue]:
-    """Returns `OPERATION.PART` → the value in a weight file."""
     blobs = {}
     for operation in function.walk():
         name = operation.outputs[0][0] if operation.outputs else operation.name
@@ -156,7 +132,6 @@ def _location(package: Package, value: FileValue) -> Location:
 def _check_locations(
     package: Package, function: Function, expected: Mapping[str, Location]
 ) -> Iterator[str]:
-    """Compares the locations of parts of weights, by `OPERATION.PART`."""
     actual = {name: _location(package, value) for name, value in _blobs(function).items()}
     for name in dict.fromkeys([*expected, *actual]):
         if actual.get(name) != expected.get(name):
@@ -168,7 +143,6 @@ def _check_locations(
 
 
 def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Complains of weights that are used at another site than their own, or nowhere."""
     sites = {
         part_name(tensor, label).partition(".")[0]: site_of(tensor)
         for tensor, stored in tensors.items()
@@ -181,7 +155,7 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
                 continue
             unused.pop(value.name, None)
             site = sites[value.name]
-            if not operation.name.startswith(_operation_name(site)) and site != _SHARED:
+            if not operation.name.startswith(site.replace(".", "_")) and site != _SHARED:
                 where = f"{function.name}: {operation.type} {operation.label}"
                 yield f"{where}: it takes {value.name}, which belongs to {site}"
     for name in unused:
@@ -189,31 +163,161 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
 
 
 def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator[str]:
-    """Compares the hashes of all weights with the metadata."""
+    text = package.description.metadata.userDefined.get(DIGESTS)
     try:
-        expected = _read_digests(package)
+        if text is None:
+            raise ValueError(f"there is no {DIGESTS}")
+        expected = parse_json(text)
+        if not isinstance(expected, dict) or not all(isinstance(d, str) for d in expected.values()):
+            raise ValueError(f"{DIGESTS} holds no hashes")
     except ValueError as error:
         yield f"its metadata are damaged: {error}"
         return
+
+    def digest(value: FileValue) -> str:
+        path, start = _location(package, value)
+        return hash_file(path, start=start, length=value.type.nbytes).sha256[:_DIGEST_LENGTH]
+
     values = set(blobs.values())
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda value: _short_digest(package, value), values)
-        actual = dict(zip(values, digests, strict=True))
+        actual = dict(zip(values, pool.map(digest, values), strict=True))
     for name in dict.fromkeys([*blobs, *expected]):
         if name not in blobs or actual[blobs[name]] != expected.get(name):
             yield f"{name} was altered (its hash differs)"
 
 
-def _short_digest(package: Package, value: FileValue) -> str:
-    path, start = _location(package, value)
-    return hash_file(path, start=start, length=value.type.nbytes).sha256[:_DIGEST_LENGTH]
+OPERATIONS = frozenset(
+    (
+        "add cast concat const constexpr_blockwise_shift_scale constexpr_lut_to_dense cos equal "
+        "exp gather gelu greater_equal less_equal linear logical_and matmul mul read_state "
+        "reduce_mean reduce_sum reshape rsqrt select sigmoid sin slice_by_index softmax sqrt sub "
+        "tanh transpose write_state"
+    ).split()
+)
+_SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
+_GROUPS = "inputs", "outputs", "states"
+_SHOWN, _LISTED = 60, 20
+_NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 
 
-def _read_digests(package: Package) -> dict[str, str]:
-    text = package.description.metadata.userDefined.get(DIGESTS)
-    if text is None:
-        raise ValueError(f"there is no {DIGESTS}")
-    digests = parse_json(text)
-    if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
-        raise ValueError(f"{DIGESTS} holds no hashes")
-    return digests
+def describe_package(path: Path) -> dict[str, Any]:
+    """Describes a package as JSON; one of ours is hashed, and `problems` lists what is wrong."""
+    package = open_package(path)
+    metadata = package.description.metadata
+    ours = CONFIG in metadata.userDefined
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+    kinds = {op.type for function in package.functions.values() for op in function.walk()}
+    values = file_values(package.functions.values())
+    totals: dict[str, Counter[str]] = {}
+    for kind in {(value.file, value.offset): value.type for value in values}.values():
+        total = totals.setdefault(kind.dtype, Counter())
+        total.update(blobs=1, items=kind.size, bytes=kind.nbytes)
+    return {
+        "kind": "mlpackage",
+        "name": path.resolve().name.removesuffix(PACKAGE_SUFFIX),
+        "path": str(path),
+        "specification_version": package.specification_version,
+        "default_function": package.default_function,
+        "size": sum(sizes.values()),
+        "made_by_rgexport": ours,
+        "all_hashes_verified": ours,
+        "metadata": {
+            "summary": metadata.shortDescription,
+            "author": metadata.author,
+            "license": metadata.license,
+            "version": metadata.versionString,
+            **dict(sorted(metadata.userDefined.items())),
+        },
+        "functions": {
+            name: _function(function, package) for name, function in package.functions.items()
+        },
+        "weights": [{"dtype": dtype, **total} for dtype, total in sorted(totals.items())],
+        "unchecked": sorted(kinds - OPERATIONS),
+        "problems": list(check_without_manifest(package)) if ours else [],
+        "files": {name: {"size": size} for name, size in sizes.items()},
+    }
+
+
+def _function(function: Function, package: Package) -> dict[str, Any]:
+    types = {name: kind for op in function.operations for name, kind in op.outputs}
+    types |= function.inputs | function.states
+    # A model of a single function has its features beside the list of functions.
+    described = {message.name: message for message in package.description.functions}
+    features = described.get(function.name, package.description)
+    all_features = chain(features.input, features.output, features.state)
+    helps = {feature.name: feature.shortDescription for feature in all_features}
+
+    def value(name: str) -> dict[str, Any]:
+        kind = types.get(name)
+        form = {"dtype": kind.dtype, "shape": list(kind.shape)} if kind else {}
+        return {"name": name, **form, "help": helps.get(name, "")}
+
+    groups = {group: list(map(value, getattr(function, group))) for group in _GROUPS}
+    counts = Counter(operation.type for operation in function.walk())
+    return {**groups, "operations": dict(counts.most_common())}
+
+
+def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
+    version = d["specification_version"]
+    system = _SYSTEMS.get(version)
+    facts = (
+        f"{d['name']}: Core ML package",
+        f"specification {version}" + (f" ({system} or later)" if system else ""),
+        f"functions {', '.join(d['functions'])} (by default {d['default_function']})",
+        amount(d["size"]),
+    )
+    yield ", ".join(facts) + f"\n{d['path']}\n"
+    texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
+    metadata = (
+        (name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+        for name, text in texts.items()
+        if text
+    )
+    yield Table("Metadata", ("", ""), metadata)
+    header = ("function", "", "name", "dtype", "shape")
+    values = (
+        (name, group.removesuffix("s"), *row)
+        for name, function in d["functions"].items()
+        for group in _GROUPS
+        for row in _grouped_rows(function[group])
+    )
+    yield Table("Inputs, outputs and states", header, values)
+    names = tuple(d["functions"])
+    counts = [function["operations"] for function in d["functions"].values()]
+    operations = (
+        (kind, *(f"{count.get(kind, 0):,}" for count in counts))
+        for kind in sorted({kind for count in counts for kind in count})
+    )
+    yield Table("Operations", ("type", *names), operations, names)
+    numbers = ("blobs", "items", "size")
+    weights = (
+        (w["dtype"], f"{w['blobs']:,}", f"{w['items']:,}", amount(w["bytes"])) for w in d["weights"]
+    )
+    yield Table("Weights", ("dtype", *numbers), weights, numbers)
+    files = ((name, amount(record["size"])) for name, record in d["files"].items())
+    yield Table("Files", ("name", "size"), files, ("size",))
+    yield _closing(d)
+
+
+def _closing(d: dict[str, Any]) -> str:
+    if problems := d["problems"]:
+        lines = [f"Problem: {problem}" for problem in problems[:_LISTED]]
+        if len(problems) > _LISTED:
+            lines.append(f"and {len(problems) - _LISTED} more problems")
+        return "\n".join(lines)
+    if d["made_by_rgexport"]:
+        return "No problems."
+    unknown = ", ".join(d["unchecked"])
+    return "Not made by rgexport: it can be read and has all weights; nothing else was checked." + (
+        f" rgexport cannot run these operations: {unknown}." if unknown else ""
+    )
+
+
+def _grouped_rows(values: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    rows: Counter[Row] = Counter()
+    for value in values:
+        shape = " x ".join(map(str, value.get("shape", ())))
+        rows[_NUMBER.sub("*", value["name"]), value.get("dtype", "?"), shape] += 1
+    for (name, *kind), count in rows.items():
+        yield (f"{name} ({count})" if count > 1 else name, *kind)

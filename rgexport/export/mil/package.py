@@ -1,9 +1,8 @@
 """Opens a `.mlpackage`: a folder with a manifest, a model file and weight files.
 
-Weight files are MIL's blob format, version 2, little-endian. The file's header has 64 bytes (number
-of blobs u32, version u32), and so has the header before each blob: `0xDEADBEEF` u32, dtype u32,
-size in bytes u64, offset of the data u64, unused bits at their end u64. Elements of fewer than 8
-bits are packed, the lowest bits first.
+Weight files are MIL's blob format, version 2, little-endian, with headers of 64 bytes. The file's:
+number of blobs u32, version u32; each blob's: `0xDEADBEEF` u32, dtype u32, size in bytes u64,
+offset of the data u64. Elements of fewer than 8 bits are packed, the lowest bits first.
 """
 
 import os
@@ -17,22 +16,23 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from rgexport.errors import RequestError, one_line
-from rgexport.export.mil import decoder
-from rgexport.export.mil.program import FileValue, Function, TensorType
+from rgexport.export.mil.program import (
+    Damaged,
+    FileValue,
+    Function,
+    TensorType,
+    decode_functions,
+    messages,
+)
 from rgexport.files.paths import read_regular, stays_inside
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.tensor import read_lines
 
 PACKAGE_SUFFIX = ".mlpackage"
 MAX_MODEL_BYTES = 512 << 20
-"""Far above the size of any program, since weights have their own files."""
-HEADER_BYTES = 64
-"""Size of a weight file's header, and of each blob's."""
+HEADER_BYTES = 64  # size of a weight file's header, and of each blob's
 _MANIFEST, _DATA = "Manifest.json", "Data"
-_MAIN = "main"
-"""The name of the only function of a model."""
-_MODEL_PATH = "@model_path/"
-"""A program's name for the folder of its model file."""
+_MODEL_PATH = "@model_path/"  # a program's name for the folder of its model file
 _SENTINEL, _VERSION = 0xDEADBEEF, 2
 _FILE, _BLOB = struct.Struct("<4xI"), struct.Struct("<IIQQ")
 _BLOB_TYPES: dict[int, str] = {
@@ -40,19 +40,15 @@ _BLOB_TYPES: dict[int, str] = {
     **{8: "int4", 9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32"},
     **{15: "uint32", 16: "float8e4m3fn", 17: "float8e5m2"},
 }
-"""The number of a dtype in a blob's header → its name."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A tensor in a weight file, its header checked; `offset` is where its data begin."""
-
     path: Path
     type: TensorType
     offset: int
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads its bytes from `start` to `stop`, uint8; raises RequestError if it has changed."""
         out = np.empty((1, stop - start), np.uint8)
         read_lines(self.path, self.offset + start, 0, out)
         return out[0]
@@ -60,14 +56,11 @@ class Blob:
 
 @dataclass(frozen=True)
 class BlobFile:
-    """A weight file of `size` bytes."""
-
     path: Path
     size: int
 
     @classmethod
     def open(cls, path: Path) -> "BlobFile":
-        """Reads the header; raises RequestError if the file is missing or of another version."""
         try:
             with path.open("rb") as file:
                 head = file.read(HEADER_BYTES)
@@ -84,7 +77,6 @@ class BlobFile:
         return cls(path, size)
 
     def blob(self, offset: int, type: TensorType) -> Blob:
-        """Returns the blob with its header at `offset`; raises RequestError for another type."""
         data_offset = offset + HEADER_BYTES
         if not 0 < offset <= self.size - HEADER_BYTES - type.nbytes:
             raise RequestError(
@@ -108,21 +100,16 @@ class BlobFile:
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """An opened package: the program is in memory, the weights are not."""
-
     path: Path
     model: Path
-    """The model file."""
     specification_version: int
     functions: dict[str, Function]
     default_function: str
     description: Any
     """The message `ModelDescription`: metadata, and help for each input, output and state."""
     blob_files: Mapping[str, BlobFile]
-    """By their names in the program."""
 
     def blob(self, value: FileValue) -> Blob:
-        """Returns the blob of a value; raises RequestError if its header has another type."""
         return self.blob_files[value.file].blob(value.offset, value.type)
 
 
@@ -134,36 +121,36 @@ def means_package(path: Path) -> bool:
 
 
 def open_package(path: Path | str) -> Package:
-    """Reads the program and the headers of its weights.
-
-    Raises:
-        RequestError: no package, a file that is missing or outside of it, a program that
-            contradicts itself, or a weight that is not in its file.
-    """
+    """Reads the program and the headers of its weights; RequestError if they do not fit."""
     folder = Path(path)
     model = _model_file(folder)
-    message = _parse(model)
     try:
-        functions = decoder.functions(message.mlProgram)
-    except decoder.Damaged as error:
+        message = messages("Model").Model.FromString(read_regular(model, MAX_MODEL_BYTES))
+    except OSError as error:
+        raise RequestError(f"{model} cannot be read: {error.strerror}") from None
+    except DecodeError:
+        raise RequestError(f"{model} is damaged: it is no protobuf message of a model") from None
+    try:
+        functions = decode_functions(message.mlProgram)
+    except Damaged as error:
         raise RequestError(f"{model} is damaged: {one_line(str(error))}") from None
     if not functions:
         raise RequestError(f"{model} holds no ML program; expected a model of iOS 15 or later")
     default = message.description.defaultFunctionName
-    default = default or (_MAIN if _MAIN in functions else next(iter(functions)))
+    default = default or ("main" if "main" in functions else next(iter(functions)))
     if default not in functions:
         raise RequestError(f"{model} is damaged: it has no function {default!r}, its default")
     values = file_values(functions.values())
-    names = sorted({value.file for value in values})
-    package = Package(
-        path=folder,
-        model=model,
-        specification_version=message.specificationVersion,
-        functions=functions,
-        default_function=default,
-        description=message.description,
-        blob_files={name: BlobFile.open(_weight_file(folder, model, name)) for name in names},
-    )
+    blob_files = {}
+    for name in sorted({value.file for value in values}):
+        if not name.startswith(_MODEL_PATH):
+            raise RequestError(
+                f"{model} is damaged: it takes weights from {name!r}; expected {_MODEL_PATH}…"
+            )
+        path_in_model = name.removeprefix(_MODEL_PATH)
+        blob_files[name] = BlobFile.open(_inside(folder, model.parent, path_in_model, model))
+    version, description = message.specificationVersion, message.description
+    package = Package(folder, model, version, functions, default, description, blob_files)
     sizes: dict[str, dict[int, int]] = {}
     for value in sorted(values, key=lambda value: (value.file, value.offset)):
         package.blob(value)
@@ -176,24 +163,11 @@ def open_package(path: Path | str) -> Package:
 
 
 def file_values(functions: Iterable[Function]) -> set[FileValue]:
-    """Returns all values in weight files."""
     constants = (c for f in functions for op in f.walk() for _, c in op.constants)
     return {constant for constant in constants if isinstance(constant, FileValue)}
 
 
-def _parse(path: Path) -> Any:
-    try:
-        content = read_regular(path, MAX_MODEL_BYTES)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return decoder.messages("Model").Model.FromString(content)
-    except DecodeError:
-        raise RequestError(f"{path} is damaged: it is no protobuf message of a model") from None
-
-
 def _model_file(folder: Path) -> Path:
-    """Returns the model file that the manifest names."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         missing = f"it has no {_MANIFEST}" if folder.is_dir() else "there is no such folder"
@@ -205,14 +179,6 @@ def _model_file(folder: Path) -> Path:
     if not isinstance(relative, str):
         raise RequestError(f"{manifest} is damaged: it does not say where the model is")
     return _inside(folder, folder / _DATA, relative, manifest)
-
-
-def _weight_file(folder: Path, model: Path, name: str) -> Path:
-    if not name.startswith(_MODEL_PATH):
-        raise RequestError(
-            f"{model} is damaged: it takes weights from {name!r}; expected {_MODEL_PATH}…"
-        )
-    return _inside(folder, model.parent, name.removeprefix(_MODEL_PATH), model)
 
 
 def _inside(folder: Path, base: Path, relative: str, source: Path) -> Path:

@@ -1,31 +1,119 @@
-"""Builds a graph from a step program: its values, its stored weights, its functions."""
+"""Builds a graph from a step program; equal nodes are made once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.onnx.graph import DTYPES, OPSET, Attribute, GraphBuilder
-from rgexport.export.onnx.native import DOMAIN
-from rgexport.export.onnx.storage import initializer
+from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.export.onnx.model_file import DOMAIN
 from rgexport.export.program import Node, Value
-from rgexport.export.row_groups import with_groups
+from rgexport.export.storage import with_groups
+
+OPSET = 23  # the first one with RMSNormalization and RotaryEmbedding as single nodes
+
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int32": ir.DataType.INT32,
+    "int64": ir.DataType.INT64,
+    "uint8": ir.DataType.UINT8,
+}
+
+END = np.iinfo(np.int64).max
+
+Attribute = int | float | str | Sequence[int]
+
+
+class GraphBuilder:
+    """Collects nodes, named after the site that is lowered; equal ones are made once."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._made: dict[tuple[object, ...], list[ir.Value]] = {}
+        self._names: dict[str, int] = {}
+        self._site = ""
+
+    @contextmanager
+    def site(self, name: str) -> Iterator[None]:
+        self._site, before = name, self._site
+        yield
+        self._site = before
+
+    def op(
+        self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute
+    ) -> ir.Value:
+        return self.ops(op, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self,
+        op: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        **attributes: Attribute,
+    ) -> list[ir.Value]:
+        frozen = tuple(sorted((name, str(value)) for name, value in attributes.items()))
+        key = (domain, op, tuple(id(value) for value in inputs), frozen, outputs)
+        if key not in self._made:
+            name = self._unique(f"{self._site}/{op}")
+            node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+            for index, value in enumerate(node.outputs):
+                value.name = name if index == 0 else f"{name}.{index}"
+            self.nodes.append(node)
+            self._made[key] = list(node.outputs)
+        return self._made[key]
+
+    def cast(self, value: ir.Value, dtype: str) -> ir.Value:
+        if value.dtype == DTYPES[dtype]:
+            return value
+        return self.typed(self.op("Cast", value, to=int(DTYPES[dtype])), dtype)
+
+    def typed(self, value: ir.Value, dtype: str) -> ir.Value:
+        """Declares the dtype of an intermediate value, so that a later cast can be left out."""
+        value.dtype = DTYPES[dtype]
+        return value
+
+    def constant(self, value: object, dtype: str = "int64") -> ir.Value:
+        array = np.asarray(value, dtype)
+        key = ("constant", dtype, array.shape, array.tobytes())
+        if key not in self._made:
+            name = f"constant/{len(self.initializers)}"
+            self._made[key] = [self.initializer(ir.tensor(array, name=name))]
+        return self._made[key][0]
+
+    def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:
+        first = self.constant([start]) if isinstance(start, int) else start
+        return self.op("Slice", x, first, self.constant([stop]), self.constant([axis]))
+
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=tensor.name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
+        assert tensor.name and tensor.name not in self.initializers, tensor.name
+        self.initializers[tensor.name] = value
+        return value
+
+    def _unique(self, name: str) -> str:
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return f"{name}.{count}" if count else name
+
 
 Body = Callable[..., Sequence[ir.Value]]
-"""Takes a graph builder, a node of the program and its inputs' values; returns the results."""
 
 
 class OnnxEmitter(GraphBuilder):
-    """The graph that is being built, with the values of the program and the stored weights."""
-
     def __init__(
         self, stored: dict[str, StoredTensor], accuracy_level: int, *, native: bool = False
     ):
-        """`accuracy_level` is an attribute of `MatMulNBits`: 1 means float32 activations, 4 int8.
-
-        With `native`, ops that have native kernels become functions.
-        """
+        """`accuracy_level` of `MatMulNBits`: 1 means float32 activations, 4 int8."""
         super().__init__()
         self.accuracy_level = accuracy_level
         self.native = native
@@ -34,7 +122,6 @@ class OnnxEmitter(GraphBuilder):
         self._stored = with_groups(stored)
 
     def value(self, declared: Value) -> ir.Value:
-        """Returns an activation, a state, or a weight that is stored as floats."""
         if declared.name not in self.values:
             part = self.stored(declared).parts["data"]
             self.values[declared.name] = self.initializer(initializer(part, declared.name))
@@ -44,23 +131,18 @@ class OnnxEmitter(GraphBuilder):
         return [self.value(declared) for declared in node.tensors]
 
     def declare(self, declared: Value, value: ir.Value) -> None:
-        """Sets the name, dtype and shape of a value to those in the program."""
         value.name = declared.name
         value.dtype = DTYPES[declared.dtype]
         value.shape = ir.Shape(declared.shape)
         self.values[declared.name] = value
 
     def stored(self, weight: Value) -> StoredTensor:
-        """Returns how a weight, or a row group of one, is stored."""
         return self._stored[weight.name]
 
     def part(
         self, weight: Value, part: str, shape: tuple[int, ...] | None = None
     ) -> ir.Value | None:
-        """Returns a part of a quantized weight, perhaps reshaped; None if it has no such part.
-
-        Each shape of the same bytes is an initializer of its own.
-        """
+        """Returns a part of a quantized weight, perhaps reshaped; None if it has no such part."""
         parts = self.stored(weight).parts
         if part not in parts:
             return None
@@ -73,7 +155,6 @@ class OnnxEmitter(GraphBuilder):
     def call(
         self, function: ir.Function, *inputs: ir.Value | None, **attributes: Attribute
     ) -> list[ir.Value]:
-        """Adds a node of our own domain, and its function to the file."""
         self.functions[function.name] = function
         outputs = len(function.outputs)
         return self.ops(function.name, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
@@ -81,11 +162,7 @@ class OnnxEmitter(GraphBuilder):
     def native_op(
         self, name: str, node: Node, body: Body, **attributes: int | float
     ) -> Sequence[ir.Value]:
-        """Adds an op with a native kernel, as a function with the nodes that `body` builds.
-
-        Native kernels take float32. For other dtypes, and without `native`, the body's nodes are
-        added to the graph itself.
-        """
+        """Adds an op with a native kernel as a function; for other dtypes, the nodes of `body`."""
         inputs = self.inputs(node)
         dtypes = {value.dtype for value in inputs} | {DTYPES[v.dtype] for v in node.outputs}
         if not self.native or DTYPES["float16"] in dtypes:
@@ -96,8 +173,6 @@ class OnnxEmitter(GraphBuilder):
 
 
 class _FunctionBuilder(GraphBuilder):
-    """Builds the body of a function, which has no initializers: its constants are nodes."""
-
     def constant(self, value: object, dtype: str = "int64") -> ir.Value:
         array = np.asarray(value, dtype)
         key = ("constant", dtype, array.shape, array.tobytes())
@@ -113,11 +188,7 @@ class _FunctionBuilder(GraphBuilder):
 def function_of(
     name: str, node: Node, inputs: Sequence[ir.Value], body: Body, attributes: Mapping[str, object]
 ) -> ir.Function:
-    """Makes a function of our domain from the nodes that `body` builds for `node`.
-
-    All layers of a model have the sizes of that node. The attributes tell native kernels what the
-    inputs do not show; the body does not use them.
-    """
+    """Makes a function from the nodes of `body`; attributes are for native kernels alone."""
     builder = _FunctionBuilder()
     formals = [ir.Value(name=f"input.{i}", type=value.type) for i, value in enumerate(inputs)]
     results = body(builder, node, *formals)
@@ -125,3 +196,10 @@ def function_of(
     types = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
     declared = [ir.Attr(key, types[type(value)], None) for key, value in attributes.items()]
     return ir.Function(DOMAIN, name, graph=graph, attributes=declared)
+
+
+def initializer(
+    part: StoredPart, name: str, shape: tuple[int, ...] | None = None
+) -> ir.ExternalTensor:
+    dtype, dims = DTYPES[part.dtype], ir.Shape(shape or part.shape)
+    return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=dims, name=name)

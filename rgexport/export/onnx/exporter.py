@@ -1,29 +1,78 @@
 """Exports a checkpoint to an ONNX artifact."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from rgexport.errors import RequestError
 from rgexport.export.artifact import files_of
-from rgexport.export.checked import SelfCheck
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import ACTIVATIONS, Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.format import FORMAT
-from rgexport.export.onnx.interface import graph_interface, with_interface
+from rgexport.export.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
+from rgexport.export.onnx.format import (
+    FORMAT,
+    graph_interface,
+    part_shapes,
+    require_kernels,
+    with_interface,
+)
 from rgexport.export.onnx.model import add_description, build_model
-from rgexport.export.onnx.options import OnnxOptions
-from rgexport.export.onnx.profiles import PROFILES
-from rgexport.export.onnx.program_files import require_kernels
-from rgexport.export.onnx.storage import OnnxStorage
+from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
+from rgexport.export.onnx.profiles import PROFILES, FileLimit, OnnxOptions
+from rgexport.export.storage import OffsetAllocator, aligned, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.plan import bfloat16_gates
+from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
+
+_ALIGNMENT = 4096  # of every part: runtimes map the file, and a mapping starts at a page
+
+
+class OnnxStorage:
+    def __init__(
+        self, plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None = None
+    ):
+        """Lays out one file, or more if there is a `limit`; RequestError for a too large tensor."""
+        self.tensors: dict[str, StoredTensor] = {}
+        self.sizes: dict[str, int] = {}
+        allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
+        for name, scheme in plan.items():
+            before = allocator.size
+            stored = allocator.allocate({name: scheme}, shapes, part_shapes)
+            if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
+                allocator = OffsetAllocator(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
+                stored = allocator.allocate({name: scheme}, shapes, part_shapes)
+            if limit and allocator.size > limit.largest:
+                raise RequestError(
+                    f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
+                    f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
+                    "such as with --embedding-precision int8"
+                )
+            self.tensors |= stored
+            self.sizes[allocator.file] = aligned(allocator.size, _ALIGNMENT)
+
+    def write(
+        self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
+    ) -> None:
+        for name, size in self.sizes.items():
+            with open(folder / name, "wb") as file:
+                file.truncate(size)
+        fill(folder, self.tensors, weights, partial(_encode, statistics))
+
+
+def _encode(
+    statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, tensor: StoredTensor
+) -> Parts:
+    arrays = tensor.uniform.encode(name, rows, statistics(name), ids)
+    return arrays if "data" in tensor.parts else {COLUMNS: arrays.pop("data"), **arrays}
+
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")
 
@@ -37,22 +86,13 @@ def export_onnx(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports `checkpoint` to the folder `target`, as `export_folder` does.
-
-    Peak memory does not depend on the model's size: weights are read, encoded and written in
-    slabs of a few MB. `check` runs the complete artifact, and takes memory of its own.
-    `statistics` are for algorithms that need them.
-
-    Raises:
-        RequestError: those of `export_folder`, or an option that does not fit the model.
-    """
+    """Exports to a folder, as `export_folder` does, in memory that no model's size changes."""
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
     plan = options.resolve_plan(checkpoint.config, gates)
     activation = ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]
-    if options.genai_native:
-        require_kernels()  # before minutes of work
+    kernels = require_kernels() if options.genai_native else None  # before minutes of work
     storage = OnnxStorage(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
@@ -73,18 +113,10 @@ def export_onnx(
             io=io,
             **common,
         )
-        if options.genai_native:
-            kernels = require_kernels()
+        if kernels is not None:
             shutil.copyfile(kernels, folder / kernels.name)
         FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
         return manifest
 
-    return export_folder(
-        checkpoint,
-        target,
-        write_model,
-        data_bytes=storage.size,
-        tools=_TOOLS,
-        force=force,
-        check=check,
-    )
+    size = sum(storage.sizes.values())
+    return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)

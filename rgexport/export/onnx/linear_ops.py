@@ -1,25 +1,87 @@
-"""Lowers the ops with weights that may be quantized: embedding, linears and head."""
+"""Lowers the ops with weights that may be quantized or in row groups: embedding, linears, head."""
 
 import math
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain, pairwise
 
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.functions import (
-    QUANT_LINEAR_LEVEL,
-    QUANT_LINEAR_SIZES,
-    QUANT_LINEARS,
-)
+from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, QUANT_LINEAR_SIZES, QUANT_LINEARS
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
+from rgexport.export.storage import group_name
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.scheme import Affine, Mixed
+
+Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
+
+
+def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
+    combine = _OPS.get(node.op)
+    weight = node.inputs[1] if combine else None
+    scheme = g.stored(weight).scheme if weight else None
+    if combine is None or weight is None or not isinstance(scheme, Mixed):
+        return lower(g, node)
+    groups = [
+        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
+        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
+    ]
+    return [combine(g, node, lower, groups, scheme)]
+
+
+def _grouped_linear(
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+) -> ir.Value:
+    x, weight, bias = node.inputs
+    assert weight is not None
+    (out,) = node.outputs
+    products: list[ir.Value] = []
+    for group in groups:
+        shape = (*out.shape[:-1], group.size(0))
+        product = replace(node, inputs=(x, group, None), outputs=(replace(out, shape=shape),))
+        products += lower(g, product)
+    y, last = g.op("Concat", *products, axis=-1), len(out.shape) - 1
+    if (positions := scheme.positions(weight.size(0))) is not None:
+        y = g.op("Gather", y, g.constant(positions, "int32"), axis=last)
+    y = g.typed(y, out.dtype)
+    return y if bias is None else g.op("Add", y, g.cast(g.value(bias), out.dtype))
+
+
+def _grouped_embedding(
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+) -> ir.Value:
+    ids, table = node.inputs
+    assert ids is not None and table is not None
+    position, positions = g.value(ids), scheme.positions(table.size(0))
+    if positions is None:
+        position = g.cast(position, "int32")
+    else:
+        position = g.op("Gather", g.constant(positions, "int32"), position)
+        position = g.typed(position, "int32")
+    result: ir.Value | None = None
+    bounds = pairwise(accumulate((group.size(0) for group in groups), initial=0))
+    for group, (start, stop) in zip(groups, bounds, strict=True):
+        inside = g.op("GreaterOrEqual", position, g.constant(start, "int32"))
+        if stop < table.size(0):  # the end of the last group is above all positions
+            before_stop = g.op("Less", position, g.constant(stop, "int32"))
+            inside = g.op("And", inside, before_stop) if start else before_stop
+        local = g.op("Sub", position, g.constant(start, "int32")) if start else position
+        local = g.op("Where", inside, local, g.constant(0, "int32"))
+        index = replace(ids, name=f"{group.name}.ids", dtype="int32")
+        g.values[index.name] = local
+        (rows,) = lower(g, replace(node, inputs=(index, group)))
+        chosen = g.op("Unsqueeze", inside, g.constant([2]))
+        result = rows if result is None else g.op("Where", chosen, rows, result)
+    assert result is not None
+    return g.typed(result, node.outputs[0].dtype)
+
+
+_OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}
 
 
 def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Rows of the table, as float32, times the scale."""
     ids, table = node.tensors
     scheme = g.stored(table).scheme
     if isinstance(scheme, Affine):
@@ -31,11 +93,7 @@ def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
-    """Gathers rows of a quantized table from the bytes that the head reads; dequantizes them.
-
-    With standard ops, since `GatherBlockQuantized` before ONNX Runtime 1.27 misreads the zero
-    points of rows with an odd number of blocks. The padding of rows to whole blocks is cut off.
-    """
+    """Gathers rows of the head's bytes; `GatherBlockQuantized` before ORT 1.27 misreads some."""
     columns = table.size(1)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
 
@@ -88,10 +146,7 @@ def _shifted(g: OnnxEmitter, x: ir.Value, bits: int, direction: str) -> ir.Value
 
 
 def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-    """Widens symmetric integers of 3 bits to 4 bits, the least that kernels multiply.
-
-    Runtimes fold this when they load the file: in memory they take what 4 bits take.
-    """
+    """Widens symmetric integers of 3 bits to 4; runtimes fold this when they load the file."""
     levels = _levels(g, packed, (), 3)
     pairs = [
         g.op("BitwiseOr", low, _shifted(g, high, 4, "LEFT"))
@@ -105,7 +160,6 @@ def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Val
 
 
 def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """`x · weightᵀ + bias`; the head's weight is the embedding's table."""
     x, weight, bias = node.inputs
     assert x is not None and weight is not None
     dtype = node.outputs[0].dtype
@@ -133,7 +187,6 @@ def _float_linear(
 def _quantized_linear(
     g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
 ) -> ir.Value:
-    """`MatMulNBits` over float32 activations, which it may round to int8 itself."""
     if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
         return _quant_linear(g, x, [weight], [bias])[0]
     sizes = block_attributes(g, weight) | {"N": weight.size(0)}
@@ -145,7 +198,7 @@ def _quantized_linear(
 
 
 def linears(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Several quantized linears with one input and one scheme, which `fusion` merged."""
+    """Several quantized linears with one input and one scheme, which `fused` merged."""
     x, *rest = node.inputs
     weights, biases = rest[: len(node.outputs)], rest[len(node.outputs) :]
     assert x is not None
@@ -157,7 +210,6 @@ def linears(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 def _quant_linear(
     g: OnnxEmitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
 ) -> list[ir.Value]:
-    """The function QuantLinear: its inputs are all data, then all scales, and so on."""
     rows = [weight.size(0) for weight in weights]
     sizes = block_attributes(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
     if takes_two_digits(weights[0].name, _affine(g, weights[0])):
@@ -169,27 +221,22 @@ def _quant_linear(
 
 
 def takes_two_digits(weight: str, scheme: Affine) -> bool:
-    """Whether native kernels round the activations for a weight, or a row group of one, twice.
+    """Whether native kernels round activations twice for a weight, or a row group of one.
 
-    Where weights have 8 bits, rounding activations to int8 costs more than rounding weights. Most
-    of the loss comes from the first layer, from the channels of the recurrence, whose sizes differ
-    most, and from the head, whose errors no layer evens out. With these sites alone the demo
-    model's KL is 1.7e-4 instead of 3.0e-4. Two digits everywhere give 1.4e-4, but a product takes
-    1.75 times as long in a prefill. A decode step takes no longer: it waits for the weights.
+    With 8-bit weights, rounding activations costs most, at these sites: with them alone the demo's
+    KL is 1.7e-4 instead of 3.0e-4, and 1.4e-4 everywhere, where a prefill takes 1.75 times as long.
     """
     is_site = weight.startswith((EMBEDDING, "layers.0.")) or "linear_out" in weight.split(".")
     return scheme.bits == 8 and is_site
 
 
 def block_attributes(g: OnnxEmitter, weight: Value) -> dict[str, int]:
-    """Returns the attributes of `MatMulNBits` for a weight in blocks, without its rows."""
     scheme, columns = _affine(g, weight), weight.size(1)
     bits = max(scheme.bits, 4)  # see `_widened`
     return {"K": columns, "bits": bits, "block_size": scheme.block_size(columns)}
 
 
 def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
-    """Returns data [N, blocks, bytes], scales, and zero points or None."""
     rows, columns = weight.size(0), weight.size(1)
     scheme = _affine(g, weight)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
@@ -207,5 +254,4 @@ def _affine(g: OnnxEmitter, weight: Value) -> Affine:
 
 
 def float32(g: OnnxEmitter, value: ir.Value | None) -> ir.Value | None:
-    """A bias or scales as `MatMulNBits` takes them beside float32 activations."""
     return None if value is None else g.cast(value, "float32")

@@ -6,16 +6,14 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import Body, OnnxEmitter
+from rgexport.export.onnx.emitter import END, Body, GraphBuilder, OnnxEmitter
 from rgexport.export.onnx.functions import RG_LRU_SCAN, UNGATED_SCAN
-from rgexport.export.onnx.graph import END, GraphBuilder
-from rgexport.export.onnx.row_groups import by_groups
+from rgexport.export.onnx.linear_ops import by_groups
 from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.ops import rope_frequencies
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
-"""Adds the nodes of one op, and returns its results."""
 
 
 def _native(name: str, body: Body, *attributes: str) -> Lowering:
@@ -28,8 +26,6 @@ def _native(name: str, body: Body, *attributes: str) -> Lowering:
 
 
 def _elementwise(op: str) -> Lowering:
-    """Makes a lowering to the ONNX op `op`, computed in the dtype of the result."""
-
     def lower(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         dtype = node.outputs[0].dtype
         return [g.op(op, *(g.cast(x, dtype) for x in g.inputs(node)))]
@@ -55,21 +51,18 @@ def gelu_mul(g: GraphBuilder, node: Node, gate: ir.Value, up: ir.Value) -> Seque
 
 
 def _gelu(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """Gelu in its tanh form, in float32: processors have no kernel for float16."""
     (x,) = g.inputs(node)
     y = g.typed(g.op("Gelu", g.cast(x, "float32"), approximate="tanh"), "float32")
     return [g.cast(y, node.outputs[0].dtype)]
 
 
 def _last_tokens(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """The last tokens; all of them where there are fewer."""
     x, count = g.inputs(node)
     start = g.op("Reshape", g.op("Neg", count), g.constant([1]))
     return [g.slice(x, start, END, 1)]
 
 
 def _soft_cap(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """`cap · tanh(x / cap)`, or x where the cap is 0."""
     if not node.attributes["cap"]:
         return [g.op("Identity", g.cast(g.inputs(node)[0], "float32"))]
     return g.native_op("SoftCap", node, capped, cap=node.attributes["cap"])
@@ -98,7 +91,6 @@ def convolved(
 
 
 def _block_diagonal_linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """One batched `MatMul` with a matrix per block of channels."""
     x, weight, bias = g.inputs(node)
     heads, block = (node.tensors[1].size(axis) for axis in (0, 1))
     split = g.op("Reshape", x, g.constant([0, 0, heads, block]))
@@ -108,8 +100,6 @@ def _block_diagonal_linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _scan(function: ir.Function) -> Lowering:
-    """Makes a lowering to a function of the scan, with or without its gates."""
-
     def lower(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         *inputs, a_param, positions, state = g.inputs(node)
         # -8 softplus(a_param), which runtimes fold when they load the file.
@@ -120,7 +110,6 @@ def _scan(function: ir.Function) -> Lowering:
 
 
 def _rope(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """RoPE, with angles computed in float32; all layers share their cosines and sines."""
     x, positions = g.inputs(node)
     head_dim, dims = int(node.attributes["head_dim"]), int(node.attributes["dims"])
     # The frequencies of the reference: another pow differs in the last bit, which at position
@@ -140,7 +129,6 @@ def _rope(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _local_attention(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-    """A function; the attribute tells its native kernel the number of heads."""
     heads = node.tensors[0].size(2) // node.tensors[1].size(2)
     return g.native_op("LocalAttention", node, attention, heads=heads)
 
@@ -162,11 +150,9 @@ def ring_attention(
     mask: Callable[[GraphBuilder, ir.Value, int], ir.Value],
     slots: Callable[[GraphBuilder, ir.Value, ir.Value, int], ir.Value],
 ) -> Sequence[ir.Value]:
-    """Attention to a ring of past keys and to the step's keys, which then enter the ring.
+    """Attention to a ring of past keys, written in place, and to the step's keys.
 
-    Where a runtime binds input and output to one buffer, the ring is written in place and nothing
-    of the window is copied. All heads of a token are rows of one matrix, since they share the keys:
-    axis 1 of each factor is the one head that keys and values have.
+    All heads of a token are rows of one matrix, since they share the keys.
     """
     dtype = node.outputs[0].dtype
     window, head_dim = (node.tensors[3].size(axis) for axis in (2, 3))
@@ -197,7 +183,6 @@ def ring_attention(
 def _softmax(
     g: GraphBuilder, scores: ir.Value, mask: ir.Value, positions: ir.Value, node: Node
 ) -> ir.Value:
-    """Float32 scores [B, 1, T · H, window + T] to weights in the activation dtype, same shape."""
     head_dim = node.tensors[3].size(3)
     heads = node.tensors[0].size(2) // head_dim
     by_row = g.op("Shape", scores)
@@ -232,8 +217,7 @@ def _mask(g: GraphBuilder, positions: ir.Value, window: int) -> ir.Value:
 def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window: int) -> ir.Value:
     """Indices (row, 0, slot) [B, n, 3] at which the last `window` keys of the step are written.
 
-    A 0 that is computed from the attention's result is added to the slots, so that no runtime can
-    write the ring in place before the attention has read it.
+    Adds a 0 made from the attention's result, so that the ring is read before it is written.
     """
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
@@ -271,7 +255,6 @@ LOWERINGS: dict[str, Lowering] = {
 
 
 def lower(emitter: OnnxEmitter, node: Node, lowerings: Mapping[str, Lowering]) -> None:
-    """Adds the nodes of one op; its results get their names in the program."""
     with emitter.site(node.site):
         results = by_groups(emitter, node, lowerings[node.op])
     for declared, value in zip(node.outputs, results, strict=True):

@@ -9,32 +9,24 @@ from onnx_ir.passes.common import InlinePass
 from rgexport._version import __version__
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, StoredTensor
-from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL
-from rgexport.export.onnx.fusion import fused
-from rgexport.export.onnx.graph import DTYPES, OPSET
-from rgexport.export.onnx.interface import feature_names, graph_interface, with_interface
+from rgexport.export.onnx.emitter import DTYPES, OPSET, OnnxEmitter
+from rgexport.export.onnx.format import feature_names, graph_interface, with_interface
+from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, fused
 from rgexport.export.onnx.lowering import lower
-from rgexport.export.onnx.native import DOMAIN, VERSION
+from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
 from rgexport.export.onnx.trust import MICROSOFT
-from rgexport.export.program import Node, StepProgram, Value
+from rgexport.export.program import Node, StepProgram
 from rgexport.export.trace import trace
 from rgexport.griffin.config import GriffinConfig
 
 _IR_VERSION = 10
-_EXACT = 1
-"""`MatMulNBits`'s accuracy level for float32 activations."""
+_EXACT = 1  # `MatMulNBits`'s accuracy level for float32 activations
 
 
 def build_model(
-    program: StepProgram,
-    tensors: dict[str, StoredTensor],
-    profile: LoweringProfile,
-    *,
-    exact: bool,
+    program: StepProgram, tensors: dict[str, StoredTensor], profile: LoweringProfile, *, exact: bool
 ) -> ir.Model:
-    """Builds the model for a profile; its initializers point to where `tensors` are stored."""
     level = _EXACT if exact else profile.accuracy_level
     emitter = OnnxEmitter(tensors, level, native=profile.functions)
     if profile.functions:
@@ -56,7 +48,6 @@ def build_model(
 
 
 def add_description(model: ir.Model, name: str, precision: str, config: GriffinConfig) -> None:
-    """Adds the text that tools such as Netron show, and the model's sizes for programs."""
     model.doc_string = (
         f"One step of {name}, a Griffin model (arXiv 2402.19427), in {precision}: token ids, their "
         "positions and the states in; logits of the last token and the new states out. Keys and "
@@ -80,7 +71,8 @@ def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringPr
     inputs = [(value, value.name) for value in (program.input_ids, program.position_ids)]
     inputs += [(before, feature_names(state)[0]) for state, (before, _) in program.states.items()]
     for value, name in inputs:
-        emitter.values[value.name] = _input(value, name)
+        kind, shape = ir.TensorType(DTYPES[value.dtype]), ir.Shape(value.shape)
+        emitter.values[value.name] = ir.Value(name=name, type=kind, shape=shape)
     for node in program.nodes:
         lower(emitter, node, profile.lowerings)
     outputs = [emitter.values[program.logits.name]]
@@ -97,12 +89,7 @@ def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringPr
     )
 
 
-def _input(value: Value, name: str) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(DTYPES[value.dtype]), shape=ir.Shape(value.shape))
-
-
 def _inline(model: ir.Model) -> None:
-    """Inlines our functions; the names of the graph's outputs stay."""
     names = [value.name for value in model.graph.outputs]
     InlinePass()(model)
     for value, name in zip(model.graph.outputs, names, strict=True):
@@ -112,11 +99,7 @@ def _inline(model: ir.Model) -> None:
 
 
 def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:
-    """Asserts that all readers of an old state run before the node that writes the new one.
-
-    Runtimes write a state into the buffer that it was read from. So each reader must be the writing
-    node, or one whose results it needs.
-    """
+    """Asserts that readers of an old state run before it is written, maybe in the same buffer."""
     earlier: set[ir.Node] = set()
     queue = [after.producer()]
     while queue:
@@ -129,11 +112,7 @@ def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:
 
 
 def narrowed(artifact: Artifact, window: int) -> tuple[Artifact, bytes]:
-    """Returns an artifact as it were with another attention window, and its serialized graph.
-
-    The weights stay: the window is only in the shapes of states and in a few constants. With a
-    window of 0 a token sees only itself, so attention needs no state.
-    """
+    """Returns an artifact with another attention window (0: a token sees itself), and its graph."""
     manifest = artifact.manifest
     config = replace(manifest.config, window=window)
     activation = ACTIVATIONS[manifest.compute]
@@ -155,7 +134,6 @@ _ITSELF = "attend_to_itself"
 
 
 def _without_past(node: Node) -> Node:
-    """Lets each token attend only to itself: the weight is 1."""
     if node.op != "local_attention":
         return node
     query, _, value = node.tensors[:3]

@@ -1,22 +1,22 @@
-"""Reads `model.onnx` without the package `onnx`, and prepares it for an ONNX Runtime session.
-
-The protobuf messages are declared here, as in onnx.proto, with the fields that an exported graph
-may have. Weights are in separate files, which this module does not read.
-"""
+"""Reads `model.onnx` without the package `onnx`, finds kernels, prepares it for ONNX Runtime."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from rgexport.export.manifest import ValueRecord
+from rgexport.export.manifest import Manifest, ValueRecord
 from rgexport.files.paths import read_regular, stays_inside
+from rgexport.kernels.onnx import library
 
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 _SCHEMA = """
 Model: ir_version=1:int64 producer_name=2:bytes producer_version=3:bytes domain=4:bytes
   model_version=5:int64 doc_string=6:bytes graph=7:Graph opset_import=8:Opset*
@@ -45,21 +45,16 @@ Dim: value=1:int64 symbol=2:bytes denotation=3:bytes
 """
 """Protobuf messages, each `NAME: FIELD=NUMBER:TYPE …`; `*` marks repeated fields."""
 LOCATIONS = {"DEFAULT": 0, "EXTERNAL": 1}
-"""The enum `Location`: where a tensor's bytes are, in the model or in another file."""
 _MAX_RANK = 8
 _INT64 = 7
 DTYPES = {1: "float32", 2: "uint8", 6: "int32", _INT64: "int64", 10: "float16", 16: "bfloat16"}
-"""Number in onnx.proto → dtype, for the dtypes of inputs and outputs."""
-MAX_NODES = 100_000
-"""Maximum number of nodes that are read: forty times that of the 9B."""
+MAX_NODES = 100_000  # maximum number of nodes that are read: forty times that of the 9B
 NUM_LOGITS = "num_logits"
 """Number of last tokens whose logits the graph returns: a scalar int64, constant in the file."""
 
 
 @dataclass(frozen=True)
 class ModelNode:
-    """A node of the graph, without its outputs and attributes."""
-
     op: str
     domain: str
     inputs: tuple[str, ...]
@@ -67,11 +62,8 @@ class ModelNode:
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer stored in a file beside the model."""
-
     name: str
     data_type: int
-    """Number in onnx.proto, such as 1 for float32."""
     shape: tuple[int, ...]
     file: str
     offset: int
@@ -86,11 +78,9 @@ class ModelFile:
     inputs: tuple[ValueRecord, ...] = ()
     outputs: tuple[ValueRecord, ...] = ()
     versions: dict[str, int] = field(default_factory=dict)
-    """Domain → version of its op set."""
 
 
 def read_graph(path: Path) -> bytes:
-    """Returns the bytes of a model file; raises RequestError if it is too large."""
     return read_regular(path)
 
 
@@ -100,13 +90,11 @@ def parse_model(model: bytes) -> Any:
 
 
 def subgraphs(node: Any) -> list[Any]:
-    """Returns the graphs in a node's attributes, such as the body of a loop."""
     inner = [a.g for a in node.attribute if a.HasField("g")]
     return inner + [graph for a in node.attribute for graph in a.graphs]
 
 
 def read_model(model: bytes) -> ModelFile:
-    """Summarizes a serialized model; the nodes and tensors of subgraphs are left out."""
     try:
         message = parse_model(model)
         graph = message.graph
@@ -132,13 +120,7 @@ def read_model(model: bytes) -> ModelFile:
 
 
 def prepare_model(model: bytes, extra_outputs: Iterable[str] = ()) -> bytes:
-    """Makes `num_logits` an input of a serialized model, and adds outputs.
-
-    In the file, `num_logits` is a constant, 1: ONNX Runtime warns about inputs that have a default,
-    and other programs need only the last token's logits. The `extra_outputs` are names of values in
-    the graph; none is added if the graph lacks one. Protobuf fields that are not declared above are
-    preserved. A damaged model is returned unchanged; ONNX Runtime refuses it.
-    """
+    """Makes the constant `num_logits` an input, and adds outputs; a damaged model is unchanged."""
     try:
         message = parse_model(model)
     except DecodeError:
@@ -170,11 +152,7 @@ def _value_record(value: Any) -> ValueRecord:
 
 
 def external_tensor(tensor: Any) -> ExternalTensor:
-    """Reads the shape, file and offset of an initializer that is stored in another file.
-
-    Raises:
-        ValueError: the shape or the offset cannot be that of a weight.
-    """
+    """Reads an initializer in another file; ValueError if it cannot be a weight."""
     location = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK or min(shape, default=0) < 0:
@@ -185,7 +163,6 @@ def external_tensor(tensor: Any) -> ExternalTensor:
 
 @cache
 def _model_class() -> Any:
-    """Builds protobuf classes from `_SCHEMA`; returns that of `Model`."""
     file = descriptor_pb2.FileDescriptorProto(name="onnx.proto", package="rgexport")
     locations = file.enum_type.add(name="Location")
     for name, number in LOCATIONS.items():
@@ -203,3 +180,59 @@ def _model_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("rgexport.Model"))
+
+
+def weight_files(manifest: Manifest) -> list[str]:
+    stored_parts = (part for stored in manifest.tensors.values() for part in stored.parts.values())
+    return list(dict.fromkeys(part.file for part in stored_parts))
+
+
+DOMAIN, VERSION = "ai.rgexport", 2
+SINCE = {"RgLruScan": 2}
+"""Op → the first version of the domain that kernels implement, if not 1; else the body runs."""
+STOCK = "stock"
+_PRODUCTS = {"MatMul", "MatMulNBits", "Gemm"}
+"""Ops of the engine that sum in another order for other numbers of tokens."""
+_SMALL = 1 << 16
+"""Elements. A tensor of fewer is read to fold constants; a larger one is repacked."""
+
+
+@dataclass(frozen=True)
+class NativeOps:
+    ops: dict[str, int] = field(default_factory=dict)
+    native: tuple[str, ...] = ()
+    library: Path | None = None  # what to register with the engine, if any op is native
+    kernels: str = STOCK  # `native` and the instruction set, or `stock`
+    reason: str = ""
+    weights: tuple[ExternalTensor, ...] = ()
+    """External tensors that kernels read in place: the engine does not repack them."""
+    small: tuple[ExternalTensor, ...] = ()
+    """External tensors that the engine reads by itself, to fold constants."""
+    exact_tokens: int = 1
+    """Largest step, in tokens of all rows, with the bits that a token has in its own step."""
+
+
+def native_ops(model: Path | bytes) -> NativeOps:
+    """Compares the ops of a model file, or a serialized model, with those of our library."""
+    file = read_model(model if isinstance(model, bytes) else read_graph(model))
+    counts = Counter(node.op for node in file.nodes if node.domain == DOMAIN)
+    ops = dict(sorted(counts.items()))
+    kernels, path = library.kernels(), library.library()
+    version = file.versions.get(DOMAIN, VERSION)
+    native = tuple(n for n in ops if n in kernels.ops and SINCE.get(n, 1) <= version)
+    if not native or not path:
+        reason = kernels.reason or f"the file has no op of {', '.join(sorted(kernels.ops))}"
+        return NativeOps(ops, reason=reason)
+    # The embedding is the head's table: mapped twice, its pages would count twice as memory.
+    readers = (node for node in file.nodes if node.domain == DOMAIN or node.op == "Gather")
+    names = {name for node in readers for name in node.inputs}
+    has_stock_sums = len(native) < len(ops) or any(node.op in _PRODUCTS for node in file.nodes)
+    return NativeOps(
+        ops,
+        native,
+        path,
+        kernels=f"native {kernels.instruction_set}",
+        weights=tuple(t for t in file.tensors if t.name in names),
+        small=tuple(t for t in file.tensors if t.name not in names and prod(t.shape) < _SMALL),
+        exact_tokens=1 if has_stock_sums else kernels.exact_tokens,
+    )

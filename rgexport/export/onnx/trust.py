@@ -1,7 +1,6 @@
 """Refuses a graph before an engine opens it: unknown ops, or tensors that no model has.
 
-Sizes that a graph computes from its inputs are not known here. Those that it computes from
-constants are: an engine would allocate such tensors while it opens the file, to fold constants.
+An engine would allocate tensors that follow from constants while it opens the file.
 """
 
 import operator
@@ -20,22 +19,19 @@ from rgexport.choices import Profile
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.model_file import (
+    DOMAIN,
     LOCATIONS,
     MAX_NODES,
+    MODEL_FILE,
     ExternalTensor,
     external_tensor,
     parse_model,
     subgraphs,
 )
-from rgexport.export.onnx.native import DOMAIN
 
 Ops = Mapping[str, frozenset[str]]
-"""Domain → names of ops."""
-
-MICROSOFT = "com.microsoft"
-"""Domain of ONNX Runtime's own ops, in every stock build."""
+MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own ops, in every stock build
 
 _EVERYWHERE = frozenset(
     """
@@ -77,30 +73,19 @@ OPERATORS: Mapping[Profile, Ops] = {
     },
 }
 """Profile → all ops that a graph may have, also in bodies of functions and in subgraphs."""
-_EARLIER = {DOMAIN: frozenset({"BlockDiagonalLinear"})}
-"""Ops that only earlier versions wrote."""
+_EARLIER = {DOMAIN: frozenset({"BlockDiagonalLinear"})}  # ops that only earlier versions wrote
 
-MOST_ELEMENTS = 1 << 28
-"""Of a tensor that is no weight: a GB in float32."""
-_VIEWS = 4
-"""How many times a graph may name the bytes of the weights; the embedding is named twice."""
+MOST_ELEMENTS = 1 << 28  # of a tensor that is no weight: a GB in float32
+_VIEWS = 4  # how many times a graph may name the bytes of the weights; the embedding is named twice
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 9: 1, 10: 2, 12: 4, 16: 2}
 """Number of onnx.proto for a dtype → bytes of an item; 8 for all others."""
-_SMALL = 64
-"""The most items of a constant that is read: sizes and shapes have few."""
+_SMALL = 64  # the most items of a constant that is read: sizes and shapes have few
 
-Sizes = Sequence[int | None]
-"""The items of an integer tensor; None for those that are not known."""
+Sizes = Sequence[int | None]  # the items of an integer tensor; None for those that are not known
 
 
 def require_trusted(artifact: Artifact, model: bytes) -> None:
-    """Refuses a graph with ops that rgexport does not write, or with tensors that no model has.
-
-    With `allow_foreign`, any op may be in it, and weights may lie anywhere in the files.
-
-    Raises:
-        RequestError: there is such an op or tensor.
-    """
+    """Raises RequestError for unknown ops unless `allow_foreign`, and for impossible tensors."""
     path, manifest = artifact.file(MODEL_FILE), artifact.manifest
     try:
         parsed = parse_model(model)
@@ -122,7 +107,6 @@ def require_trusted(artifact: Artifact, model: bytes) -> None:
 
 
 def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
-    """Refuses ops that an exporter of this profile does not write, also in functions."""
     queue: list[Any] = [model.graph, *model.function]
     count = 0
     while queue:
@@ -143,7 +127,6 @@ def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
 
 
 def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
-    """Checks that each tensor lies within a part of a weight."""
     weights = [part for stored in manifest.tensors.values() for part in stored.parts.values()]
     spans = sorted((part.file, part.offset, part.offset + part.nbytes) for part in weights)
     for tensor in tensors:
@@ -169,8 +152,6 @@ def _nbytes(tensor: ExternalTensor) -> int:
 
 
 class _Scope:
-    """A graph or a body of a function: its constants, and the least size of its values."""
-
     def __init__(self, path: Path, scope: Any, outer: "ChainMap[bytes, Sizes | None]") -> None:
         self._path = path
         self.external: list[ExternalTensor] = []
@@ -197,7 +178,6 @@ class _Scope:
             self.external += _Scope(self._path, graph, self._known).external
 
     def _constant(self, node: Any) -> Sizes | None:
-        """Checks the tensors in attributes; returns the items of a constant."""
         sizes: Sizes | None = None
         for attribute in node.attribute:
             self._require_small(prod(attribute.sparse.dims), "a sparse tensor")
@@ -216,8 +196,13 @@ class _Scope:
             except ValueError as error:
                 raise RequestError(f"{self._path} is damaged: {error}") from None
             return None
-        self._require_small(prod(tensor.dims), "a constant")
-        return _items(tensor)
+        dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
+        self._require_small(count, "a constant")
+        if dtype is None or not 0 <= count <= _SMALL:
+            return None
+        if len(tensor.raw_data) == count * np.dtype(dtype).itemsize:
+            return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
+        return [*tensor.int64_data[:count], *tensor.int32_data[:count]]
 
     def _require_small(self, elements: int, of: str) -> None:
         if elements > MOST_ELEMENTS:
@@ -227,18 +212,7 @@ class _Scope:
             )
 
 
-def _items(tensor: Any) -> Sizes | None:
-    """Returns the integers of a small tensor in the file."""
-    dtype, count = {6: "<i4", 7: "<i8"}.get(tensor.data_type), prod(tensor.dims)
-    if dtype is None or not 0 <= count <= _SMALL:
-        return None
-    if len(tensor.raw_data) == count * np.dtype(dtype).itemsize:
-        return [int(item) for item in np.frombuffer(tensor.raw_data, dtype)]
-    return [*tensor.int64_data[:count], *tensor.int32_data[:count]]
-
-
 _SAME = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-"""Ops that keep the items of their first input."""
 _ARITHMETIC = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
 _SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Resize": 3}
 """Op → its input that is the shape of its result."""
@@ -268,7 +242,6 @@ def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
 
 
 def _computed(function: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
-    """Cuts the result at the limit, so that numbers do not grow without end."""
     if a is None or b is None:
         return None
     return max(-MOST_ELEMENTS - 1, min(function(a, b), MOST_ELEMENTS + 1))

@@ -28,7 +28,7 @@ from rgexport.export.coreml.manifest import (
     recurrent_layers,
     stored_states,
 )
-from rgexport.export.coreml.segments import DECODE, PREFILL, Segment, in_order
+from rgexport.export.coreml.package import DECODE, PREFILL, Segment, in_order
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.export.mil.package import open_package
 from rgexport.griffin.state import POSITION, State, state_specs

@@ -8,9 +8,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import parse_model, read_graph
-from rgexport.export.onnx.native import native_ops
+from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
 from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.griffin.state import State

@@ -10,9 +10,14 @@ import onnxruntime as ort
 from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
-from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import NUM_LOGITS, prepare_model, read_graph
-from rgexport.export.onnx.native import NativeOps, native_ops
+from rgexport.export.onnx.model_file import (
+    MODEL_FILE,
+    NUM_LOGITS,
+    NativeOps,
+    native_ops,
+    prepare_model,
+    read_graph,
+)
 from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State

@@ -7,12 +7,11 @@ from typing import Any
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.coreml.manifest import KIND, CoreMLManifest, Form
-from rgexport.export.coreml.package import model_file
-from rgexport.export.coreml.segments import PackagePlan, packages
+from rgexport.export.coreml.package import PackagePlan, model_file, packages
 from rgexport.export.coreml.storage import CoreMLStorage
 from rgexport.export.manifest import Manifest
-from rgexport.export.mil.decoder import messages
 from rgexport.export.mil.package import MAX_MODEL_BYTES
+from rgexport.export.mil.program import messages
 from rgexport.files.paths import read_regular
 from rgexport.griffin.layout import model_tensors
 from rgexport.validate.formats.expected import TOKENS, Expected, Recipe, Schedule, traced

@@ -94,7 +94,7 @@ class GgufExpected(Expected):
 
         The vocabulary's lists are left out: they are compared with the original's.
         """
-        from rgexport.export.gguf.metadata import tokenizer_values
+        from rgexport.export.gguf.exporter import tokenizer_values
 
         assert isinstance(artifact, GgufArtifact)
         values = artifact.header.values

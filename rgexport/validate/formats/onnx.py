@@ -7,8 +7,7 @@ import numpy as np
 
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, Manifest
-from rgexport.export.onnx.artifact import MODEL_FILE
-from rgexport.export.onnx.model_file import NUM_LOGITS, parse_model, read_graph
+from rgexport.export.onnx.model_file import MODEL_FILE, NUM_LOGITS, parse_model, read_graph
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.validate.formats.expected import Expected, Recipe, traced
@@ -46,10 +45,10 @@ class OnnxExpected(Expected):
     def lower(self, recipe: Recipe) -> Iterator[Element]:
         import onnx_ir as ir
 
-        from rgexport.export.onnx.interface import with_interface
+        from rgexport.export.onnx.exporter import OnnxStorage
+        from rgexport.export.onnx.format import with_interface
         from rgexport.export.onnx.model import build_model
         from rgexport.export.onnx.profiles import PROFILES
-        from rgexport.export.onnx.storage import OnnxStorage
 
         config, options = recipe.config, recipe.options
         profile = PROFILES[options["profile"]]
@@ -62,8 +61,7 @@ class OnnxExpected(Expected):
 
     def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
         """Yields all precisions of all profiles."""
-        from rgexport.export.onnx.options import OnnxOptions
-        from rgexport.export.onnx.profiles import PROFILES
+        from rgexport.export.onnx.profiles import PROFILES, OnnxOptions
 
         for profile in PROFILES.values():
             for precision in profile.precisions:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rgexport import progress
-from rgexport.export.advice import as_argument
+from rgexport.export.opening import as_argument
 from rgexport.reporting import tables
 from rgexport.reporting.numbers import number
 from rgexport.reporting.tables import Table

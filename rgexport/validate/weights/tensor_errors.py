@@ -16,7 +16,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.manifest import StoredTensor
-from rgexport.export.row_groups import StoredGroup, groups_of
+from rgexport.export.storage import StoredGroup, groups_of
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
 from rgexport.progress import Advance, task

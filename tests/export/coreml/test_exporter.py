@@ -11,9 +11,8 @@ from rgexport._version import __version__
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.coreml import exporter
-from rgexport.export.coreml.exporter import export_coreml
-from rgexport.export.coreml.options import CoreMLOptions
-from rgexport.export.coreml.package import manifest_file, model_file, weight_file
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.package import model_file, weight_file
 from rgexport.export.manifest import MANIFEST
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -56,7 +55,13 @@ def test_the_same_request_gives_the_same_bytes(model, tmp_path):
     options = CoreMLOptions(precision="pal4", prefill_length=3)
     one, other = (export_coreml(open_checkpoint(model), options, tmp_path / name) for name in "ab")
     files = files_of(one)
-    assert set(files) == {MANIFEST, "README.md", model_file(), manifest_file(), weight_file()}
+    assert set(files) == {
+        MANIFEST,
+        "README.md",
+        model_file(),
+        "model.mlpackage/Manifest.json",
+        weight_file(),
+    }
     for name, path in files.items():
         assert path.read_bytes() == files_of(other)[name].read_bytes(), name
     artifact = open_artifact(one)

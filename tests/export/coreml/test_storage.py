@@ -12,8 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
 from rgexport.export import storage
-from rgexport.export.coreml.package import weight_file
-from rgexport.export.coreml.segments import packages
+from rgexport.export.coreml.package import packages, weight_file
 from rgexport.export.coreml.storage import (
     ALIGNMENT,
     CoreMLStorage,
@@ -139,7 +138,7 @@ def written(weights, folder):
 
 def test_coremltools_reads_every_blob(weights, tmp_path):
     stored, hashes, path = written(weights, tmp_path)
-    assert path.stat().st_size == stored.size
+    assert path.stat().st_size == sum(stored.sizes.values())
     assert struct.unpack("<II", path.read_bytes()[:8]) == (len(hashes), 2)
     reader = _BlobStorageReader(str(path))
     for name, tensor in stored.tensors.items():

@@ -13,11 +13,11 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.checked import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import open_gguf
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
+from rgexport.export.manifest import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header

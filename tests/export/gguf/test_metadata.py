@@ -8,7 +8,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf import vocabulary as kinds
-from rgexport.export.gguf.metadata import metadata
+from rgexport.export.gguf.exporter import metadata
 from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.tokenizer import write_tokenizer_json
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint

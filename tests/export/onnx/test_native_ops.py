@@ -10,11 +10,10 @@ from onnx import helper
 
 from rgexport.cli import run
 from rgexport.export.artifact import Artifact
-from rgexport.export.onnx.artifact import MODEL_FILE
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.functions import DOMAIN
-from rgexport.export.onnx.native import NativeOps, native_ops
-from rgexport.export.onnx.options import OnnxOptions
+from rgexport.export.onnx.model_file import MODEL_FILE, NativeOps, native_ops
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, model_tensors

@@ -12,9 +12,8 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.export.describe import as_text, describe
 from rgexport.export.manifest import COLUMNS
-from rgexport.export.onnx import storage
 from rgexport.export.onnx.functions import DOMAIN
-from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.onnx.profiles import PROFILES, FileLimit
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.runtimes.onnx.session import OrtSession
@@ -140,7 +139,7 @@ def test_int8_rows_are_stored_by_columns(tmp_path: Path) -> None:
 def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the embedding, which has a file of its own of a larger size at most."""
     limit, config = 4 * 4096, ODD_CONFIGS["regular"]
-    files = storage.FileLimit(filled=limit, largest=3 * limit)
+    files = FileLimit(filled=limit, largest=3 * limit)
     changed = dataclasses.replace(PROFILES["webgpu"], files=files)
     monkeypatch.setitem(PROFILES, "webgpu", changed)
     with pytest.raises(RequestError, match=r"embed_tokens\.weight takes 65,536 bytes as float32"):

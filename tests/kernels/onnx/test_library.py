@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.onnx.native import DOMAIN, VERSION
+from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.build import NOT_BUILT, BuildFailed, build
 from rgexport.kernels.onnx import library
 from rgexport.kernels.rounding import library as rounding

@@ -11,8 +11,8 @@ import torch
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.onnx import wasm_ops
-from rgexport.export.onnx.native import NativeOps, native_ops
+from rgexport.export.onnx import web_ops
+from rgexport.export.onnx.model_file import NativeOps, native_ops
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
@@ -169,8 +169,8 @@ def test_large_matrices_are_unpacked_in_pieces(options, tmp_path, monkeypatch):
     """Rows of a product do not depend on each other."""
     config = ODD_CONFIGS["not_by_32"]
     products, logits = [], []
-    for size in (wasm_ops.PIECE, 1000):
-        monkeypatch.setattr(wasm_ops, "PIECE", size)
+    for size in (web_ops.PIECE, 1000):
+        monkeypatch.setattr(web_ops, "PIECE", size)
         artifact, _ = export_random(config, tmp_path / str(size), profile="wasm", **options)
         nodes = load_graph(artifact).graph.node
         products.append(sum(node.op_type == "MatMulNBits" for node in nodes))

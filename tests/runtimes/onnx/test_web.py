@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 import rgexport
-from rgexport.export.onnx.profiles import PROFILES
-from rgexport.export.onnx.storage import FileLimit
+from rgexport.export.onnx.profiles import PROFILES, FileLimit
 from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_demo, export_random
