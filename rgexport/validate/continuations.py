@@ -15,10 +15,10 @@ from rgexport.chat.tokenizer import Tokenizer
 from rgexport.griffin.state import State, zero_state
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
-from rgexport.validate.positions import TokenText
-from rgexport.validate.reference.prompts import short_prompts
+from rgexport.validate.measure import TokenText
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import ReferenceModel
+from rgexport.validate.text import short_prompts
 
 SHOWN = 3
 """Prompts that are continued: of a file the first that qualify."""
@@ -52,7 +52,6 @@ class Continuation:
 
 
 def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
-    """The first prompts of a file that are short and have a continuation."""
     short = (
         (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
         for index, prompt, span in reference.spans()
@@ -82,8 +81,7 @@ def continue_greedily(
 ) -> list[list[int]]:
     """Continues texts greedily in one batch, by at most `count` tokens; a stop id ends one.
 
-    `hidden` has an array [1, T, width] of the model's own type for each text, `ends` the states
-    after them.
+    `hidden` has an array [1, T, width] for each text, `ends` the states after them.
     """
     state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
     following = [int(model.logits(last[:, -1:])[0, -1].argmax()) for last in hidden]

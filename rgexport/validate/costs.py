@@ -19,7 +19,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.steps import shown_steps
+from rgexport.validate.weights.tensor_errors import shown_steps
 
 ROUNDED_TOKENS, POSITIONS = 256, 64
 """The first tokens of the text, which the rounded model takes, and how many are compared."""
@@ -37,7 +37,7 @@ class RoundingCost:
     """Mean KL over some positions, nats per token.
 
     `kl_rounded` is that of the artifact's weights to themselves with random errors within half a
-    step, `kl` that of the weights in exact arithmetic to the original; None without one. `ratio` is
+    step, `kl` that of the exactly computed weights to the original; null without one. `ratio` is
     `kl` in units of `kl_rounded`, less two standard errors.
     """
 
@@ -49,10 +49,7 @@ class RoundingCost:
 def rounding_cost(
     artifact: Artifact, dequantized: Pass, original: Pass | None, tokens: np.ndarray
 ) -> RoundingCost | None:
-    """Runs the artifact's weights with random errors; None where no weight is quantized.
-
-    `dequantized` is the pass of its weights over tokens [T], `original` the original's, if any.
-    """
+    """Runs the artifact's weights with random errors; None where no weight is quantized."""
     tensors, generator = artifact.manifest.tensors, np.random.default_rng(_SEED)
     if not is_rounded(artifact.manifest):
         return None
@@ -131,10 +128,7 @@ def layer_costs(
     dequantized: WeightSource,
     tokens: np.ndarray,
 ) -> list[LayerCost]:
-    """Measures every part of the model, from the embedding to the last norm.
-
-    `config` is the original's; at most `LAYER_TOKENS` of the tokens [T] are taken.
-    """
+    """Measures every part of the model; `config` is the original's."""
     with watched_layers("Measuring what each layer costs", original) as watched:
         model = Variants(config, watched, dequantized)
         hidden = model.run_all(tokens[:LAYER_TOKENS])

@@ -28,19 +28,9 @@ from rgexport.validate.text import Text, choose_text
 class ValidationRequest:
     """The options of `rgexport validate` for one artifact.
 
-    Attributes:
-        model: the original, a folder or hub id; see `find_original` for the default.
-        adapter: the folder of a LoRA adapter that is merged into it.
-        text: a UTF-8 file to compare on; see `choose_text` for the default.
-        max_tokens: how many tokens of it.
-        reference: a reference file to compare with too.
-        limits: replace those in `thresholds`, by names in `checks.NAMES`.
-        bisect: whether to measure each layer's cost, and to name suspects.
-        bench: whether to measure the speed.
-        reproduce: whether to encode the original's weights again, to compare every level.
-        calibration: with `reproduce`, the calibration that the weights were encoded with.
-        min_quality: the lowest grade that passes.
-        allow_foreign: whether a graph with ops that rgexport does not write may run.
+    `model` is a folder or hub id; `bisect` measures each layer's cost and names suspects;
+    `reproduce` encodes the original's weights again, with the `calibration` of the export;
+    `allow_foreign` lets a graph run that has ops which rgexport does not write.
     """
 
     model: str | None = None
@@ -59,10 +49,7 @@ class ValidationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedArtifact:
-    """An artifact, the text that it takes, and its original, where that is known.
-
-    `statistics` are those that the weights were encoded with, for `reproduce`.
-    """
+    """An artifact and all that it is compared with; `statistics` are for `reproduce`."""
 
     path: Path
     request: ValidationRequest
@@ -124,7 +111,6 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
 
 
 def _go_without_original(request: ValidationRequest, source: str) -> None:
-    """Warns that the cost is not measured; refuses if it was asked for."""
     if request.min_quality is not None:
         raise RequestError(
             f"--min-quality {request.min_quality}: the original ({source}) was not given, so there "
@@ -139,7 +125,6 @@ def _go_without_original(request: ValidationRequest, source: str) -> None:
 def _statistics(
     request: ValidationRequest, manifest: Manifest, original: OriginalModel | None
 ) -> StatisticsOf:
-    """The statistics that `--reproduce` encodes with; refuses what cannot be encoded again."""
     if original is None:
         raise RequestError(
             f"--reproduce encodes the original's weights again, but the original "

@@ -18,7 +18,7 @@ from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import task
-from rgexport.validate.states import checkpoints, recent
+from rgexport.validate.metrics import checkpoints, recent
 from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
 
 
@@ -47,8 +47,8 @@ class ReferenceModel(Protocol):
 class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
-    `drift` has the states after some numbers of tokens, reduced by `states.recent`. `inputs` are
-    mixtures of the linears' inputs, if they were recorded.
+    `drift` has the states after some numbers of tokens, reduced by `states.recent`, `inputs`
+    mixtures of the linears' inputs.
     """
 
     model: ReferenceModel
@@ -58,7 +58,6 @@ class Pass:
     inputs: Mixtures
 
     def logits(self, start: int, stop: int) -> np.ndarray:
-        """Logits [stop - start, vocab] float32 of these positions."""
         return self.model.logits(self.hidden[:, start:stop])[0]
 
 
@@ -113,10 +112,9 @@ def _run(
 def watched_layers(
     label: str, weights: WeightSource, ended: threading.Event | None = None
 ) -> Iterator[WeightSource]:
-    """Yields the same weights; their reads are shown as progress.
+    """Yields the same weights; their reads are shown as progress, except the embedding's few rows.
 
-    The embedding does not count, since only some of its rows are read. Reads raise
-    InterruptedError once `ended` is set.
+    Reads raise InterruptedError once `ended` is set.
     """
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
@@ -133,8 +131,6 @@ def watched_layers(
 
 
 class SharedPasses:
-    """Passes of originals, shared by all artifacts that are compared with them."""
-
     def __init__(self) -> None:
         self._passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = {}
 

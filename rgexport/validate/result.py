@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,23 +17,32 @@ from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
+from rgexport.validate import thresholds
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
-from rgexport.validate.checks import Check, Outcome, verdict
+from rgexport.validate.checks import (
+    STANDARD_ERRORS,
+    Check,
+    Outcome,
+    Quality,
+    grade_quality,
+    verdict,
+)
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.costs import LayerCost, RoundingCost
-from rgexport.validate.equivalences import Equivalence
+from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.formats.expected import expected_of
-from rgexport.validate.identity.items import IdentityItem
+from rgexport.validate.identity.items import IdentityItem, identity_checks
 from rgexport.validate.measure import Comparison
-from rgexport.validate.quality import Quality, grade_quality
-from rgexport.validate.reference.against import AgainstFile
+from rgexport.validate.metrics import Drift, worst
+from rgexport.validate.reference.against import AgainstFile, file_checks
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
-from rgexport.validate.weights.reproduced import Reproduced
+from rgexport.validate.weights.reproduced import Reproduced, reproduced_checks
 from rgexport.validate.weights.tensor_errors import WeightError
+from rgexport.validate.weights.weight_limits import weight_checks
 
 Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2
@@ -93,10 +102,7 @@ class TextInfo:
 class Speed:
     """Tokens per second from an empty state, medians of a few repetitions.
 
-    Attributes:
-        decode: one token at a time.
-        prefill: a prompt of `prompt_tokens`.
-        prompt_tokens: 128, or a chunk where chunks are of a fixed length.
+    A prompt has 128 tokens, or those of a chunk where chunks are of a fixed length.
     """
 
     decode: float
@@ -112,8 +118,7 @@ class Result:
     `original` is None without an original, and `sites` where the engine does not show its values.
     `weights`, `cost` and `layers` need the original; `reproduced`, `layers` and `suspects` are null
     unless they were asked for, `continuations` without a tokenizer, or without both a reference
-    file and a small original. `min_quality` is the grade that was asked for. `identity` compares
-    configuration, tokenizer, chat template and settings.
+    file and a small original. `min_quality` is the grade that was asked for.
     """
 
     artifact: ArtifactInfo
@@ -159,7 +164,6 @@ class Result:
 
     @property
     def good_enough(self) -> bool:
-        """Whether the quality reaches the grade that was asked for, if one was."""
         if self.min_quality is None:
             return True
         return self.quality is not None and self.quality.reaches(self.min_quality)
@@ -183,8 +187,7 @@ def require_writable(path: Path) -> None:
     """Refuses a path before the work that `write_text` would refuse after it.
 
     Raises:
-        RequestError: the folder is missing, read-only or in an artifact, which one more file
-            would damage, or `path` is a folder.
+        RequestError: the folder is missing, read-only or in an artifact, or `path` is a folder.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
@@ -196,7 +199,6 @@ def require_writable(path: Path) -> None:
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:
-    """Writes a result to a file, or the list of several; see `write_text`."""
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
     write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
@@ -236,3 +238,100 @@ def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
 def describe_text(text: Text, window: int) -> TextInfo:
     count = len(text.tokens)
     return TextInfo(text.name, count, count / window, text.bytes, text.truncated)
+
+
+def all_checks(
+    result: Result, manifest: Manifest, counted: bool, limits: Mapping[str, float]
+) -> Iterator[Check]:
+    """Yields all checks; `limits` are those that the user set."""
+    yield from _dequantized_checks(result.dequantized, result.tolerance, result.text.tokens)
+    yield Check(
+        name="position", value=float(not counted), limit=0, reason="the session counts every token"
+    )
+    yield from _equivalence_checks(result)
+    if result.structure.in_verdict:
+        wrong = float(result.structure.status == "differs")
+        yield Check(name="structure", value=wrong, limit=0, reason=result.structure.reason)
+    if result.sites is not None:
+        yield from _site_checks(result.sites)
+    if result.original is not None:
+        logits, kl = result.original.logits, result.original.kl
+        yield from thresholds.cost_checks("original", manifest, logits, kl, limits)
+    if result.weights is not None:
+        yield from weight_checks(result.weights)
+    if result.reproduced is not None:
+        yield from reproduced_checks(result.reproduced)
+    yield from _rounding_checks(result)
+    if result.reference is not None:
+        asked_for = any(item.outcome == "asked for" for item in result.identity)
+        for check in file_checks(result.reference, manifest, limits):
+            # Logits with another window, which the export was asked for, are no fault.
+            of_another = check.name == "reference.rms" and result.reference.config_differences
+            if not (asked_for and of_another):
+                yield check
+    yield from identity_checks(result.identity)
+
+
+def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
+    yield from thresholds.logit_checks(comparison.logits, limit.at(length))
+    drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
+    states = [
+        Check(
+            name="dequantized.states",
+            value=worst(at.states),
+            limit=limit.at(at.position).states,
+            reason=f"after {at.position} tokens; {limit.reason}",
+        )
+        for at in drift
+    ]
+    yield max(states, key=lambda check: check.excess)
+
+
+def _equivalence_checks(result: Result) -> Iterator[Check]:
+    """Checks each way of taking the tokens, as far as the artifact is off from its reference."""
+    side = result.dequantized
+    states = worst([*side.states, *(error for at in side.drift for error in at.states)])
+    limit = thresholds.consistency(
+        result.tolerance, result.text.tokens, side.logits.relative_max, states
+    )
+    for name, same in result.equivalences.items():
+        values = [("logits", same.logits.relative_max, limit.logits)]
+        if same.states:
+            values.append(("states", worst(same.states), limit.states))
+        why = f"{SAME[name]}; {limit.reason}"
+        for what, value, most in values:
+            yield Check(name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name)
+
+
+def _site_checks(report: SiteReport) -> Iterator[Check]:
+    """Checks the op that is nearest to its limit, or all that are beyond it."""
+    for error in report.beyond or report.worst(1):
+        yield Check(
+            name=f"sites.{error.state or error.site}",
+            value=error.excess,
+            limit=1.0,
+            reason=f"{error.op} of {error.call} from the artifact's own inputs, in limits",
+            kind="sites",
+        )
+
+
+def _rounding_checks(result: Result) -> Iterator[Check]:
+    """Checks the KL to the original or to a reference file, divided by random rounding's KL."""
+    cost, ratios = result.cost, {}
+    if cost is None:
+        return
+    if cost.ratio is not None:
+        ratios["original"] = cost.ratio
+    if result.reference is not None:
+        # The file has logits of other texts, and of the artifact's own arithmetic.
+        kl = result.reference.kl
+        least = kl.mean - STANDARD_ERRORS * kl.standard_error
+        ratios["reference"] = least / (cost.kl_rounded + result.dequantized.kl.mean)
+    for side, ratio in ratios.items():
+        yield Check(
+            name=f"cost.{side}",
+            kind="cost",
+            value=ratio,
+            limit=thresholds.MOST_COST[side],
+            reason="KL in units of what rounding costs at random, by the steps of the weights",
+        )

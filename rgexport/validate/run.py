@@ -23,10 +23,8 @@ from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
 from rgexport.validate.continuations import Continuation, ContinuedPrompt
 from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
-from rgexport.validate.judging import all_checks
-from rgexport.validate.measure import Measurement, measure
+from rgexport.validate.measure import Measurement, measure, token_text
 from rgexport.validate.opening import OpenedArtifact, ValidationRequest, open_all
-from rgexport.validate.positions import token_text
 from rgexport.validate.reference.against import AgainstFile, compare_with_file
 from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
@@ -35,6 +33,7 @@ from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import (
     Result,
     Speed,
+    all_checks,
     describe_artifact,
     describe_source,
     describe_text,
@@ -63,10 +62,7 @@ def validate_artifacts(
     """Validates artifacts, writes the report as JSON and HTML, and prints it.
 
     Returns 0 if all artifacts pass, or are AMBIGUOUS where that is allowed, and have the quality
-    that was asked for; else 1.
-
-    Raises:
-        RequestError: see `validate_artifact`; or a file cannot be written.
+    that was asked for; else 1. Raises what `validate_artifact` does.
     """
     for file in (json_file, html_file):
         if file is not None:
@@ -99,10 +95,10 @@ def validate_artifacts(
 def validate_artifact(
     path: Path, request: ValidationRequest, passes: SharedPasses | None = None
 ) -> Result:
-    """Compares an artifact with its dequantized reference and, where it is found, its original.
+    """Compares an artifact with its dequantized reference and, where there is one, its original.
 
-    The references run first, one layer at a time. Then the artifact's session opens, and when it
-    is closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.
+    The references run first, one layer at a time. Then the artifact's session opens, and when it is
+    closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.
 
     Raises:
         RequestError: see `open_all`; or the engine is missing or cannot open the artifact.
@@ -174,7 +170,6 @@ def _compare(
 
 
 def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
-    """The number of stages that show their progress."""
     request, original = opened.request, opened.original
     # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
     count = 4 + request.bench + _has_native(opened)
@@ -189,7 +184,6 @@ def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
 def _use_session(
     opened: OpenedArtifact, dequantized: Pass, original: Pass | None
 ) -> tuple[SessionInfo, Measurement, AgainstFile | None, list[Continuation] | None]:
-    """Runs the artifact over the text, the reference file's prompts, and prompts to continue."""
     prompts = _continued_prompts(opened)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
     against_file = answers = None
@@ -233,22 +227,17 @@ def _continued_prompts(opened: OpenedArtifact) -> list[ContinuedPrompt] | None:
 
 
 def _asks_original(opened: OpenedArtifact) -> bool:
-    """Whether the original continues prompts: a small one, where no reference file has any."""
     if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
         return False
     return float32_bytes(opened.original.checkpoint.config) <= continuations.SMALL_BYTES
 
 
 def _has_native(opened: OpenedArtifact) -> bool:
-    """Whether native kernels replace the functions that other runtimes run."""
     return engine_of(opened.manifest.kind).has_native(opened.artifact)
 
 
 def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) -> Equivalence | None:
-    """Compares the artifact without native kernels, in a session of its own.
-
-    It takes twice the memory of one with them: 3.9 GB for a 2B in int4.
-    """
+    """Compares without native kernels, in twice the memory: 3.9 GB for a 2B in int4."""
     release_freed_memory()
     engine = engine_of(opened.manifest.kind)
     needed, available = 2 * engine.memory_bytes(opened.manifest), available_bytes()
@@ -267,7 +256,6 @@ def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) ->
 
 
 def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
-    """Compares every op, from the state after the text; None where the engine shows none."""
     original, state = opened.original, measured.ending.chunk.state
     config = opened.manifest.config if original is None else original.checkpoint.config
     try:
@@ -278,7 +266,6 @@ def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
 
 
 def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
-    """Measures what `rgexport bench` does, in less time."""
     length, tokens, repetitions = BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS
     if info.whole_chunks:  # perhaps in the interpreter, which takes seconds for a token
         length, tokens, repetitions = info.prefill_chunk, 4, 1

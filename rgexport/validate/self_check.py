@@ -45,12 +45,10 @@ _DESCRIPTIONS = {
 def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     """Compares an artifact with its checkpoint: logits of a few tokens, and all weights.
 
-    The logits are compared with two references: the dequantized one, which has the artifact's
-    weights, and the original. Logits alone cannot prove that the weights are the checkpoint's: with
-    4 bits, those of a fine-tuned model may be as close.
-
-    The references run one layer at a time, and their layers are freed before the engine opens the
-    artifact. So the check needs the memory of a few layers in float32, or that of the engine.
+    Logits alone cannot prove that the weights are the checkpoint's: with 4 bits, those of a
+    fine-tuned model may be as close. The references run one layer at a time, and are freed before
+    the engine opens the artifact: the check needs the memory of a few layers in float32, or that of
+    the engine.
     """
     try:
         artifact = open_artifact(path)
@@ -104,11 +102,7 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
 
 
 def _memory_shortage(artifact: Artifact) -> str | None:
-    """Returns a sentence if free memory is too small; None if it suffices or is not known.
-
-    Raises:
-        NotInstalled: the engine is missing.
-    """
+    """Returns a sentence if free memory is too small; raises NotInstalled without the engine."""
     engine, config = engine_of(artifact.manifest.kind), artifact.manifest.config
     engine.require()
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
@@ -125,7 +119,6 @@ def _memory_shortage(artifact: Artifact) -> str | None:
 def _run_engine(
     artifact: Artifact, tokens: np.ndarray, schedule: Schedule
 ) -> tuple[np.ndarray, str]:
-    """Runs the artifact; returns the scheduled logits [n, vocab], and the engine's title."""
     release_freed_memory()
     session = open_session(artifact, lean=True)
     engine = session.info.title
@@ -141,14 +134,13 @@ def _run_engine(
 
 
 def _compare(reference: Pass, tokens: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Compares the logits of the last positions; see `metrics.compare_logits`."""
     start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
     expected = reference.logits(start, len(tokens))
     return metrics.compare_logits(expected, logits, following[start:])
 
 
 def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:
-    """Prefills the first tokens and decodes the rest; returns the scheduled logits [n, vocab]."""
+    """Prefills the first tokens, decodes the rest; returns the scheduled logits [n, vocab]."""
     with task("Self-check", len(tokens), "tokens") as advance:
         logits = [session.prefill(tokens[None, : schedule.chunk], schedule.rows)[0]]
         advance(schedule.chunk)
@@ -161,7 +153,6 @@ def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> 
 def _failures(
     manifest: Manifest, dequantized: LogitError, original: LogitError, weights: list[WeightError]
 ) -> Iterator[str]:
-    """Describes the values that are beyond the limits of `validate`."""
     for check in (
         *logit_checks(dequantized, tolerance(manifest)),
         original_rms(manifest, original),
@@ -177,5 +168,4 @@ def _finite(value: float) -> float | None:
 
 
 def _without_path(error: RequestError, path: Path) -> str:
-    """Returns an error's text without the artifact's temporary path."""
     return str(error).replace(f"{path}{os.sep}", "").replace(str(path), "the artifact")

@@ -19,12 +19,9 @@ from rgexport.validate.weights.tensor_errors import check_shapes
 class OriginalModel:
     """A checkpoint to compare with, and how it relates to the artifact.
 
-    Attributes:
-        checkpoint: its configuration has the artifact's values for fields that its files do not
-            state, and that the export was asked to change.
-        stated: the configuration of its files.
-        same_files: whether its weight files are those that the artifact was made from.
-        config_differences: see the function.
+    The checkpoint's configuration has the artifact's values for fields that its files do not state,
+    and that the export was asked to change; `stated` is that of its files. `same_files` tells
+    whether the artifact was made from its weight files.
     """
 
     checkpoint: Checkpoint
@@ -38,8 +35,8 @@ def find_original(
 ) -> OriginalModel | None:
     """Opens `model`; else the demo or a released model in the hub's cache, by the source's name.
 
-    A `model` that the user names may be any of the same shape: differences are reported, and the
-    logits are compared. One that is found by its name must be the very same files.
+    A `model` that the user names may be any of the same shape. One that is found by its name must
+    be the very same files.
 
     Raises:
         RequestError: `model` or its `adapter` cannot be opened, is damaged, or has other shapes.
@@ -70,8 +67,8 @@ def find_original(
 def is_asked_for(name: str, manifest: Manifest, stated: Any) -> bool:
     """Whether the export was asked for the artifact's value of a field of the configuration.
 
-    `stated` is the original's value. A window can only become smaller, and a soft cap is an option
-    for DeepMind's files alone.
+    A window can only become smaller than the `stated` one, and a soft cap is an option for
+    DeepMind's files alone.
     """
     value, option = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
     allowed = value < stated if name == "window" else manifest.source.layout == "deepmind"

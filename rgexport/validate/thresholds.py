@@ -20,10 +20,10 @@ from rgexport.validate.metrics import KL, LogitError
 class Tolerance:
     """How far an artifact may be from its dequantized reference.
 
-    logits: max |Δlogit| / max |logit|; rms: `LogitError.relative_rms`; states: max |Δ| /
-    max |state| of each state tensor. `logits` and `states` are of the worst of thousands of values,
-    and where two large scores of attention are nearly equal, a single position may be off: so they
-    are twice as wide as `rms`. The per-op check finds smaller faults.
+    logits: max |Δlogit| / max |logit|; rms: `LogitError.relative_rms`; states: max |Δ| / max
+    |state| of each state tensor. `logits` and `states` are of the worst of thousands of values, and
+    where two large scores of attention are nearly equal, a single position may be off: so they are
+    twice as wide as `rms`. The per-op check finds smaller faults.
     """
 
     logits: float
@@ -127,13 +127,11 @@ positions, and to a reference file, which has other texts."""
 
 
 def tolerance(manifest: Manifest) -> Tolerance:
-    """The tolerance of an artifact against its dequantized reference."""
     limit: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
     return limit
 
 
 def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
-    """Checks the logits of an artifact against its dequantized reference's."""
     for what, value, most in (
         ("logits", logits.relative_max, limit.logits),
         ("rms", logits.relative_rms, limit.rms),
@@ -144,10 +142,7 @@ def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
 def cost_checks(
     side: str, manifest: Manifest, logits: LogitError, kl: KL, limits: Mapping[str, float]
 ) -> Iterator[Check]:
-    """Checks an artifact against the original; KL only where `limits` has a limit for it.
-
-    `side` is `original` or `reference`, what the original's logits are from.
-    """
+    """Checks an artifact against the `original` or a `reference`; KL only where `limits` has it."""
     yield original_rms(manifest, logits, side)
     if f"{side}.kl" in limits:
         yield Check(
@@ -172,5 +167,4 @@ def original_rms(manifest: Manifest, logits: LogitError, side: str = "original")
 
 
 def coarsest(manifest: Manifest) -> str:
-    """The key of `ORIGINAL_RMS` for the rows that are stored in the fewest bits."""
     return schemes.coarsest(manifest.plan.values()).storage_class

@@ -12,8 +12,14 @@ from rgexport.griffin.state import state_specs
 from rgexport.quantize.scheme import Affine, Float
 from rgexport.runtimes.engine import Observation
 from rgexport.validate import metrics
-from rgexport.validate.bisect.site_errors import ObservedCall, SiteError, layer_of, site_errors
-from rgexport.validate.bisect.sites import site_report, with_large_state
+from rgexport.validate.bisect.sites import (
+    ObservedCall,
+    SiteError,
+    layer_of,
+    site_errors,
+    site_report,
+    with_large_state,
+)
 from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
 from rgexport.validate.checks import Check
 from rgexport.validate.costs import LAYER_TOKENS, layer_costs

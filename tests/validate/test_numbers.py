@@ -15,11 +15,18 @@ from rgexport.griffin.state import POSITION, State
 from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
 from rgexport.quantize.scheme import Ggml
 from rgexport.validate import metrics
-from rgexport.validate.checks import NAMES, Check, parse_limits, verdict, with_limits
-from rgexport.validate.metrics import KL, Agreement
-from rgexport.validate.positions import CHOICES, WORST, WorstPositions
-from rgexport.validate.quality import GRADE_NAMES, GRADES, grade_quality
-from rgexport.validate.states import state_errors, worst
+from rgexport.validate.checks import (
+    GRADE_NAMES,
+    GRADES,
+    NAMES,
+    Check,
+    grade_quality,
+    parse_limits,
+    verdict,
+    with_limits,
+)
+from rgexport.validate.measure import CHOICES, WORST, WorstPositions
+from rgexport.validate.metrics import KL, Agreement, state_errors, worst
 from rgexport.validate.thresholds import ORIGINAL_RMS, coarsest, tolerance
 from tests.models import ODD_CONFIGS
 from tests.validate.toys import manifest_of

@@ -129,10 +129,7 @@ def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
 
 
 def state_limit(manifest: Manifest, state: str) -> SiteLimit:
-    """The limit of a canonical state after the tokens.
-
-    All but the RG-LRU's are copies of values at sites, rounded to what the artifact keeps.
-    """
+    """The limit of a canonical state: all but the RG-LRU's are copies of values at sites."""
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
     half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rgexport.griffin.layout import site_of
-from rgexport.validate.bisect.site_errors import SiteError, layer_of
 from rgexport.validate.bisect.site_limits import GAIN
-from rgexport.validate.bisect.sites import SiteReport
+from rgexport.validate.bisect.sites import SiteError, SiteReport, layer_of
 from rgexport.validate.checks import Check
 
 CONFIG_SITES: dict[str, tuple[str, ...]] = {
@@ -35,8 +34,6 @@ class Suspect:
 
 
 class _Evidence(NamedTuple):
-    """One finding about a site; `strength` is in units of a limit."""
-
     site: str
     text: str
     strength: float
@@ -45,10 +42,10 @@ class _Evidence(NamedTuple):
 def find_suspects(
     report: SiteReport | None, failed: Sequence[Check], config_differences: Sequence[str]
 ) -> list[Suspect]:
-    """Names the sites that may explain why an artifact differs, the strongest first.
+    """Names the sites that may explain why an artifact differs.
 
-    They are ranked by the number of findings, then by how far these are beyond their limits.
-    `failed` are checks of weights, `config_differences` those of `source.config_differences`.
+    Those with the most findings come first, then those furthest beyond their limits. `failed` are
+    checks of weights.
     """
     beyond = [] if report is None else report.beyond
     by_site: dict[str, list[_Evidence]] = defaultdict(list)
@@ -80,7 +77,6 @@ def _from_sites(beyond: Sequence[SiteError]) -> Iterator[_Evidence]:
 
 
 def site_evidence(error: SiteError) -> str:
-    """A sentence for people."""
     what = "" if error.state is None else f"the state {error.state} after it: "
     shares = {
         f"rms error {error.rms:.3g}": error.rms / error.limit_rms,

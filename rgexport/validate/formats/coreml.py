@@ -42,8 +42,8 @@ is 1.5 % of the weight. Measured on random models of odd shapes, of the largest 
 class CoreMLExpected(Expected):
     """Two functions of fixed lengths in one package or several; activations are never int8.
 
-    There are no default recipes for fingerprints: coremltools, which reads a package, comes with
-    the extra that makes one.
+    Fingerprints are not recorded: coremltools, which reads a package, comes with the extra that
+    makes one.
     """
 
     extra = "coreml"
@@ -107,7 +107,6 @@ def _parsed(model: bytes) -> Any:
 
 
 def _package(plan: PackagePlan, model: Any) -> Iterator[Element]:
-    """The elements of a package's model; inputs, outputs and states keep their names."""
     functions = model.mlProgram.functions.values()
     inputs = [value.name for function in functions for value in function.inputs]
     blocks = (block for f in functions for block in f.block_specializations.values())

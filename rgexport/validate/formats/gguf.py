@@ -19,8 +19,7 @@ from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
 from rgexport.validate.formats.expected import Expected, Recipe
-from rgexport.validate.identity.items import IdentityItem, compared
-from rgexport.validate.identity.text import NO_MEANING, Items, meaning
+from rgexport.validate.identity.items import NO_MEANING, IdentityItem, Items, compared, meaning
 from rgexport.validate.structure.elements import Element, shortened
 from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
@@ -64,10 +63,7 @@ _MOST_NAMED, _MOST_SHOWN = 20, 80
 
 
 class GgufExpected(Expected):
-    """Expectations of GGUF files: the weight's type decides how llama.cpp rounds inputs."""
-
     def tolerance(self, manifest: Manifest) -> Tolerance:
-        """The largest of all types in the file."""
         types = {scheme.label for scheme in manifest.plan.values()}
         return max((_TOLERANCES.get(one, INT8) for one in types), key=lambda limit: limit.logits)
 
@@ -82,7 +78,6 @@ class GgufExpected(Expected):
         return float(HALF_SUMS * manifest.config.window**0.5)
 
     def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
-        """The meaning of a file's metadata, since there are no files beside it."""
         assert isinstance(artifact, GgufArtifact)
         vocabulary = _vocabulary(artifact.header.values)
         if tokenizer is None or vocabulary is None:
@@ -90,10 +85,7 @@ class GgufExpected(Expected):
         return meaning(tokenizer, vocabulary, vocabulary.control, open_template(artifact).source)
 
     def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
-        """Compares the tokenizer's keys with what rgexport writes.
-
-        The vocabulary's lists are left out: they are compared with the original's.
-        """
+        """Compares the tokenizer's keys, except for the vocabulary's lists."""
         from rgexport.export.gguf.metadata import tokenizer_values
 
         assert isinstance(artifact, GgufArtifact)
@@ -116,7 +108,6 @@ class GgufExpected(Expected):
             yield compared("metadata", count, count, "as its own manifest means")
 
     def recipe(self, manifest: Manifest) -> Recipe:
-        """The configuration alone decides, whatever tool chose the types."""
         return Recipe(manifest.kind, manifest.config, manifest.plan, {})
 
     def read(self, artifact: Artifact) -> Iterator[Element]:

@@ -61,7 +61,6 @@ class OnnxExpected(Expected):
         yield from _graph(ir.to_proto(model).SerializeToString())
 
     def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
-        """Yields all precisions of all profiles."""
         from rgexport.export.onnx.options import OnnxOptions
         from rgexport.export.onnx.profiles import PROFILES
 

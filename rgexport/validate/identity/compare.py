@@ -12,12 +12,15 @@ from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES
 from rgexport.validate.formats.expected import expected_of
-from rgexport.validate.identity.items import IdentityItem, compared, merge_items, not_compared
-from rgexport.validate.identity.text import (
+from rgexport.validate.identity.items import (
+    IdentityItem,
     Items,
     TextIdentity,
+    compared,
     completed_copy,
     file_text,
+    merge_items,
+    not_compared,
     text_identity,
 )
 from rgexport.validate.reference.reference_file import ReferenceFile
@@ -26,14 +29,7 @@ from rgexport.validate.source import OriginalModel, is_asked_for, unstated_field
 
 @dataclass(frozen=True, kw_only=True)
 class _ModelIdentity:
-    """The identity of the original or of a reference file's model.
-
-    Attributes:
-        title: `the original` or `the reference file`.
-        config: its configuration.
-        items: those that are known.
-        text: its text side; None where it was not recorded.
-    """
+    """The original or a reference file's model; `text` is None where it was not recorded."""
 
     title: str
     config: GriffinConfig
@@ -47,10 +43,9 @@ def compare_identity(
     original: OriginalModel | None,
     reference: ReferenceFile | None,
 ) -> tuple[IdentityItem, ...]:
-    """Compares all items of an artifact; each has the worst outcome of its comparisons.
+    """Compares all items of an artifact with those of the original and of a reference file.
 
-    `tokenizer` is the artifact's. `original` and `reference` are compared with in the same way, as
-    far as they are known.
+    Each item has the worst outcome of its comparisons. `tokenizer` is the artifact's.
 
     Raises:
         RequestError: a tokenizer, settings or a chat template cannot be read.
@@ -123,7 +118,6 @@ def _adapter_hashes(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _adapter_item(hashes: Mapping[str, str]) -> dict[str, str | None]:
-    """The adapter that is merged into a model, by its files' SHA-256."""
     first = [hashes[name][:16] for name in (WEIGHTS, CONFIG) if name in hashes]
     return {"adapter": f"sha256 {', '.join(first)}" if first else None}
 

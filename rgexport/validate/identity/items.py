@@ -1,9 +1,41 @@
-"""The items by which an artifact's identity is judged, and the checks that follow from them."""
+"""The items by which an artifact's identity is judged, and its text side's.
 
-from collections.abc import Iterable, Iterator, Sequence
+An item is a short text by its name. Those of a checkpoint's tokenizer, chat template and settings
+are of the folder that an export makes of its files, to be compared with an artifact's one by one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
+from rgexport._version import __version__
+from rgexport.chat.sample_text import built_in_text
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact, files_of
+from rgexport.export.format import folder_format
+from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.manifest import CARD
+from rgexport.export.tokenizer import ControlIds, complete_tokenizer
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
+from rgexport.griffin.chat_template import chat_template
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.control_tokens import ControlTokens, read_control_tokens
+from rgexport.griffin.tokenizer_files import (
+    MAX_BYTES,
+    NORMAL,
+    TOKENIZER_FILES,
+    find_tokenizer_files,
+    has_tokenizer,
+)
+from rgexport.kernels.onnx.library import LIBRARY
+from rgexport.progress import without_warnings
 from rgexport.validate.checks import Check
 
 IdentityOutcome = Literal["same", "asked for", "differs", "not compared"]
@@ -17,12 +49,9 @@ _MOST_NAMED = 6
 class IdentityItem:
     """One property that identifies a model, of an artifact and of what it is compared with.
 
-    Attributes:
-        name: such as `window`, `tokenizer.json` or `tokenization`.
-        artifact: the artifact's value, in words; null where it has none.
-        expected: the value that it should have; null where that is none, or nothing is known.
-        outcome: `asked for` if the manifest says that the export was asked for the difference.
-        reason: what `expected` is, or why nothing was compared.
+    Values are in words, null where there is none or nothing is known. The outcome is `asked for` if
+    the manifest says that the export was asked for the difference. `reason` tells what `expected`
+    is, or why nothing was compared.
     """
 
     name: str
@@ -42,7 +71,6 @@ class IdentityItem:
 def compared(
     name: str, artifact: str | None, expected: str | None, reason: str, asked_for: bool = False
 ) -> IdentityItem:
-    """Makes an item; its outcome follows from the two values."""
     outcome: IdentityOutcome = "asked for" if asked_for else "differs"
     return IdentityItem(
         name=name,
@@ -54,7 +82,6 @@ def compared(
 
 
 def not_compared(name: str, artifact: str | None, reason: str) -> IdentityItem:
-    """An item for which nothing is known to compare with."""
     return IdentityItem(
         name=name, artifact=artifact, expected=None, outcome="not compared", reason=reason
     )
@@ -71,7 +98,6 @@ def merge_items(items: Iterable[IdentityItem]) -> tuple[IdentityItem, ...]:
 
 
 def identity_checks(items: Sequence[IdentityItem]) -> Iterator[Check]:
-    """A check for each item that differs, or one that passes."""
     wrong = [item for item in items if item.outcome == "differs"]
     for item in wrong:
         name = f"identity.{item.name}"
@@ -94,6 +120,215 @@ def summary(items: Sequence[IdentityItem]) -> str:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first of some names, and how many follow."""
     rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + rest
+
+
+Items = Mapping[str, str | None]
+"""Name → value in words; None where there is none."""
+
+_HARD_TEXTS = (
+    " leading,  double,   triple and trailing  ",
+    "\n\n\n\t\t \r\n\r mixed\u00a0white\u2003space\u3000",
+    "12345678901234567890 3.14e-10 0x1F 1,000,000.00",
+    "cafe\u0301 café ﬁ ½ Ⅷ ＡＢＣ ①②③",
+    "👩‍👩‍👧‍👦🏳️‍🌈👋🏽 \U0001f1e9\U0001f1ea \U0010ffff \x00\x7f",
+    "مرحبا שלום 你好世界 こんにちは 안녕하세요 ไทย हिन्दी",
+    "<table><tr><td>a</td></tr></table> <b>b</b> <mask> <unused7> [multimodal]",
+    "<start_of_turn>user\nignore<end_of_turn>\n<bos><eos><pad><unk></s>",
+    "▁▁ _▁_ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "def f(x):\n        return {'a': [x**2 for _ in range(10)]}  # ;;;((()))",
+)
+"""Texts on which tokenizers that are nearly the same differ."""
+_CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
+NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
+"""The items of `meaning` where there is no tokenizer."""
+_MOST_CUT = 256
+"""Characters of a piece that is cut in two at each place: far more than any has."""
+_MOST_SHOWN = 200
+"""Most characters of a JSON file that is shown whole; longer ones are shown as a hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextIdentity:
+    """The text side of a checkpoint of a `layout`, as an export would write it.
+
+    `made` are the files that rgexport `version` converted or completed; the others are copies.
+    """
+
+    layout: str
+    version: str
+    made: tuple[str, ...]
+    items: dict[str, str | None]
+
+
+def text_identity(checkpoint: Checkpoint) -> TextIdentity:
+    before = {path.name: file_text(path) for path in checkpoint.tokenizer_files}
+    with completed_copy(checkpoint.tokenizer_files, checkpoint.name) as (folder, _):
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        items = folder_items(folder, checkpoint.config.vocab_size, tokenizer)
+    converted = tuple(name for name in TOKENIZER_FILES if items[name] != before.get(name))
+    return TextIdentity(layout=checkpoint.layout, version=__version__, made=converted, items=items)
+
+
+@contextmanager
+def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, ControlIds]]:
+    """Copies a tokenizer's files and completes them as an export does; yields folder and ids."""
+    with TemporaryDirectory() as temporary, without_warnings():
+        folder, paths = Path(temporary), list(files)
+        for path in paths:
+            (folder / path.name).write_bytes(read_regular(path, MAX_BYTES))
+        try:
+            ids = complete_tokenizer(folder, name)
+        except RequestError as error:  # names a file of the copy
+            raise RequestError(str(error).replace(temporary, str(paths[0].parent))) from None
+        yield folder, ids
+
+
+def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
+    """Compares the files beside a model with those that this version writes for its manifest.
+
+    Copies of the checkpoint's files are left out. Files that rgexport does not write are one item.
+
+    Raises:
+        RequestError: a file is too large, or the tokenizer's settings cannot be read.
+    """
+    manifest, folder = artifact.manifest, artifact.path
+    form, names = folder_format(manifest.kind), files_of(folder)
+    assert form is not None, "artifacts of other formats are no folders"
+    with completed_copy(find_tokenizer_files(folder), manifest.name) as (copy, ids):
+        form.write_program_files(copy, manifest, ids, names)
+        written = {name: _file_pair(folder / name, copy / name) for name in sorted(files_of(copy))}
+    version = manifest.created_with.get("rgexport", "of an unknown version")
+    for name, pair in written.items():
+        item = compared(name, *pair, "rgexport writes")
+        if item.outcome == "differs" and version != __version__:
+            item = not_compared(name, item.artifact, f"written by rgexport {version[:40]}")
+        if item.outcome != "same" or name not in TOKENIZER_FILES:
+            yield item
+    stored = (part for tensor in manifest.tensors.values() for part in tensor.parts.values())
+    model = {part.file.partition("/")[0] for part in stored} | {*form.entries}
+    known = {CARD, *TOKENIZER_FILES, *written}
+    if LIBRARY.name in names and file_text(folder / LIBRARY.name) == file_text(LIBRARY):
+        known.add(LIBRARY.name)
+    if foreign := sorted(n for n in names - known if n.partition("/")[0] not in model):
+        yield not_compared("foreign files", first_names(foreign), "rgexport does not write them")
+
+
+def folder_items(
+    folder: Path, vocab_size: int, tokenizer: Tokenizer | None
+) -> dict[str, str | None]:
+    """The items of a folder: each of the tokenizer's files, and their `meaning`.
+
+    `vocab_size` counts the rows of the embedding; `tokenizer` is the folder's.
+    """
+    items = {name: file_text(folder / name) for name in TOKENIZER_FILES}
+    if tokenizer is None:
+        return items | NO_MEANING
+    vocabulary = None
+    with without_warnings(), suppress(RequestError):  # of a kind that only SentencePiece reads
+        vocabulary = read_vocabulary(find_tokenizer_files(folder), vocab_size)
+    control, (template, _) = read_control_tokens(folder), chat_template(folder)
+    return items | meaning(tokenizer, vocabulary, control, template)
+
+
+def meaning(
+    tokenizer: Tokenizer, vocabulary: Vocabulary | None, control: ControlTokens, template: str
+) -> dict[str, str | None]:
+    """The items that formats share.
+
+    `vocabulary` covers pieces, scores, types and the space in front; `tokenization` the ids of the
+    built-in text and of hard cases.
+    """
+    tokens = (
+        control.bos,
+        control.eos or control.end_of_turn,  # as in GGUF files
+        control.end_of_turn,
+        control.unk,
+        control.pad,
+    )
+    control_ids = [None if token is None else str(token.id) for token in tokens]
+    texts = built_in_text(), *_HARD_TEXTS
+    ids = [tokenizer.encode_markup(texts[0]), *map(tokenizer.encode_text, texts)]
+    return {
+        "vocabulary": None if vocabulary is None else _vocabulary_text(vocabulary),
+        "tokenization": _counted(sum(map(len, ids)), "tokens", json.dumps(ids)),
+        "chat_template": _counted(len(template), "characters", template),
+        **dict(zip(_CONTROL, control_ids, strict=True)),
+    }
+
+
+def _vocabulary_text(vocabulary: Vocabulary) -> str:
+    columns = vocabulary.tokens, vocabulary.types.tolist(), _merge_ranks(vocabulary)
+    content = json.dumps([*columns, vocabulary.add_space_prefix])
+    return _counted(len(vocabulary.tokens), "pieces", content)
+
+
+def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    """The ids of the pieces that merges result in, and the rank of each one's score.
+
+    Nothing else of the scores counts, and the merges of a tokenizer.json have ranks alone. Runs of
+    spaces have the score 0 in either case, as the first merge may have: they rank by themselves.
+    """
+    tokens, scores = vocabulary.tokens, vocabulary.scores.tolist()
+    normal = [i for i, kind in enumerate(vocabulary.types.tolist()) if kind == NORMAL]
+    known = {tokens[i] for i in normal}
+    merged = [i for i in normal if len(tokens[i]) > _MOST_CUT or _is_merged(tokens[i], known)]
+    keys = [(not tokens[i].strip("▁"), -scores[i]) for i in merged]
+    ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+    return [(i, ranks[key]) for i, key in zip(merged, keys, strict=True)]
+
+
+def _is_merged(piece: str, known: set[str]) -> bool:
+    return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
+
+
+def _counted(count: int, what: str, content: str) -> str:
+    return f"{count:,} {what}, {_hash(content.encode('utf-8', 'surrogatepass'))}"
+
+
+def file_text(path: Path) -> str | None:
+    """Returns the text of a short JSON file, a hash of others, or None if the file is missing.
+
+    Neither the order of JSON's fields nor white space counts.
+    """
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".json":
+        with suppress(ValueError, RecursionError):
+            text = json.dumps(parse_json(content), sort_keys=True)
+            return text if len(text) <= _MOST_SHOWN else _hash(text.encode())
+    return _hash(content)
+
+
+def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
+    """Both files' content; where settings differ, only the fields that do."""
+    pair = file_text(path), file_text(expected)
+    if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
+        return pair
+    with suppress(ValueError, RecursionError, OSError):
+        ours, theirs = (_fields(parse_json(read_regular(file))) for file in (path, expected))
+        names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
+        first, second = (
+            ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)
+        )
+        if max(len(first), len(second)) <= _MOST_SHOWN:
+            return first, second
+    return pair
+
+
+def _fields(value: Any, name: str = "") -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {name: json.dumps(value)}
+    fields: dict[str, str] = {}
+    for key, item in value.items():
+        fields |= _fields(item, f"{name}.{key}".lstrip("."))
+    return fields
+
+
+def _hash(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:32]}"

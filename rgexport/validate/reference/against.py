@@ -14,9 +14,9 @@ from rgexport.runtimes.blocks import blocks, whole_chunks
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
 from rgexport.validate.checks import NO_LIMITS, Check
+from rgexport.validate.metrics import Drift, StateError, state_errors, worst
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
-from rgexport.validate.states import Drift, StateError, state_errors, worst
 from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
@@ -29,11 +29,10 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt.
+    """One prompt; `kl` and `top1` are means over the `positions` whose logits the file has.
 
-    `kl` and `top1` are means over the `positions` whose logits the file has. `greedy_common` counts
-    the tokens of the reference's continuation, of `greedy_tokens`, that the artifact chooses too,
-    up to the first that it does not.
+    `greedy_common` counts the first tokens of the reference's continuation that the artifact
+    chooses.
     """
 
     name: str
@@ -50,11 +49,10 @@ class PromptResult:
 class AgainstFile:
     """The artifact against a reference file, over all its prompts.
 
-    `logits`, `kl`, `agreement` and `likelihood` are of the `positions` whose logits the file has,
-    of `tokens` in all; bits per byte are known where these are the same. `worst_position` counts
-    through all tokens, and `non_finite_positions` are of all tokens. `states` are those after the
-    prompts, each of the prompt where it is worst; `drift` has the recurrent ones inside the longest
-    prompt. `weights` compares the artifact's with the file's sketches.
+    Logits are compared at the `positions` that the file has, of `tokens` in all. `worst_position`
+    counts through all tokens, and `non_finite_positions` are of all tokens. `states` are those
+    after the prompts, each of the prompt where it is worst; `drift` has the recurrent ones inside
+    the longest prompt. `weights` compares with the file's sketches.
     """
 
     path: str
@@ -77,8 +75,6 @@ class AgainstFile:
 
 @dataclass
 class _Collected:
-    """Numbers of all prompts; `rows` have the dtype `metrics.ROWS`, for the file's `positions`."""
-
     rows: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
     non_finite: int = 0
@@ -88,11 +84,7 @@ class _Collected:
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
-    """Checks that an artifact can be compared with a file.
-
-    Raises:
-        RequestError: they are of models of different shapes.
-    """
+    """Raises RequestError for a file of a model of another shape."""
     theirs, ours = reference.header.config, manifest.config
     for name in SHAPES:
         if getattr(theirs, name) != getattr(ours, name):
@@ -106,13 +98,7 @@ def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
 def compare_with_file(
     session: Session, artifact: Artifact, reference: ReferenceFile
 ) -> AgainstFile:
-    """Teacher-forces an artifact's session with all prompts, and compares its weights.
-
-    Logits exist for a block of positions at a time.
-
-    Raises:
-        RequestError: the file is of a model of another shape.
-    """
+    """Teacher-forces an artifact's session with all prompts, and compares its weights."""
     manifest, header = artifact.manifest, reference.header
     check_fits(reference, manifest)
     collected = _Collected()
@@ -155,7 +141,6 @@ def _force(
     span: slice,
     collected: _Collected,
 ) -> None:
-    """Teacher-forces a session with one prompt, from the beginning."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
     compared, logits = [], np.empty((1, 0))
@@ -188,7 +173,6 @@ def _force(
 
 
 def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
-    """Counts the expected tokens [n] that the session chooses, up to the first that it does not."""
     for count, token in enumerate(expected.tolist()):
         if int(logits.argmax()) != token:
             return count
@@ -210,7 +194,6 @@ def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
 def file_checks(
     result: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
 ) -> Iterator[Check]:
-    """Compares the numbers of a comparison with a reference file with their limits."""
     yield from thresholds.cost_checks("reference", manifest, result.logits, result.kl, limits)
     yield Check(
         name="reference.finite",

@@ -5,30 +5,34 @@ positions at a time, so memory is that of a layer and a block, whatever the prom
 the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
 from rgexport.export.origin import folder_of
 from rgexport.files.hashing import FileRecord, hash_new_files
 from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import linear_inputs, model_tensors
+from rgexport.griffin.device import torch_device
+from rgexport.griffin.layout import float32_bytes, linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import detail, expect_stages, task
+from rgexport.progress import detail, expect_stages, note, task
 from rgexport.runtimes.environment import environment
+from rgexport.runtimes.memory import available_bytes
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
-from rgexport.validate.identity.text import text_identity
-from rgexport.validate.reference.implementations import OWN, choose_implementation
-from rgexport.validate.reference.prompts import choose_prompts
+from rgexport.validate.identity.items import text_identity
+from rgexport.validate.metrics import checkpoints
 from rgexport.validate.reference.reference_file import (
     Header,
     PromptRecord,
@@ -39,10 +43,82 @@ from rgexport.validate.reference.reference_file import (
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
-from rgexport.validate.states import checkpoints
 from rgexport.validate.structure.compare import can_record, record_structures
-from rgexport.validate.text import Text
+from rgexport.validate.text import Text, choose_prompts
 from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, products, sketch
+
+OWN = "rgexport"
+DEEPMIND = "deepmind"
+ROOM = 1.25
+"""Free memory that a whole model takes, as a multiple of its float32 weights, …"""
+WORKING_BYTES = 2 << 30
+"""… and for activations."""
+
+MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
+
+
+def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
+    """Returns the constructor of an implementation, `OWN` or `DEEPMIND`.
+
+    rgexport's own computes in NumPy on the CPU, and in torch on a GPU, which `auto` prefers. It
+    keeps its weights in memory where they fit, unless `low_memory` forbids it.
+
+    Raises:
+        RequestError: a package or device is missing, or DeepMind's is asked for `low_memory`.
+    """
+    if name == OWN:
+        numpy_only = device == "cpu" or (device == "auto" and find_spec("torch") is None)
+        return partial(_open_own, "cpu" if numpy_only else torch_device(device), low_memory)
+    if low_memory:
+        raise RequestError(
+            f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
+        )
+    device = torch_device(device)
+    try:
+        import rgexport.validate.reference.deepmind_model  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f"--impl deepmind needs a package that is missing ({error.name}): "
+            "pip install 'recurrentgemma[torch]' flax jax"
+        ) from None
+    return partial(_open_deepmind, device)
+
+
+def _open_own(
+    device: str, low_memory: bool, config: GriffinConfig, weights: WeightSource
+) -> ReferenceModel:
+    needed = float32_bytes(config)
+    free = None if low_memory else _free_bytes(device)
+    keep = free is not None and ROOM * needed + WORKING_BYTES <= free
+    if not low_memory and not keep:
+        note(f"{amount(needed)} of weights do not fit into memory: one layer at a time")
+    if device == "cpu":
+        return NumpyReference(config, weights, keep=keep)
+    from rgexport.griffin.reference import Reference
+
+    return Reference(config, weights, device=device, keep=keep)
+
+
+def _open_deepmind(device: str, config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
+    from rgexport.validate.reference.deepmind_model import DeepMindModel
+
+    needed, free = float32_bytes(config), _free_bytes(device)
+    if free is not None and needed > free:
+        raise RequestError(
+            f"--impl deepmind takes {amount(needed)} of memory for the weights alone, and "
+            f"{amount(free)} are free; leave it out: rgexport's own reads layer by layer"
+        )
+    return DeepMindModel(config, weights, device=device)
+
+
+def _free_bytes(device: str) -> int | None:
+    if not device.startswith("cuda"):
+        return available_bytes()
+    import torch
+
+    free: int = torch.cuda.mem_get_info(torch.device(device))[0]
+    return free
+
 
 GREEDY_TOKENS = 32
 MIXED_TOKENS = 256
@@ -70,9 +146,8 @@ def capture(
     The options are those of `rgexport reference`; `prompts` is a file.
 
     Raises:
-        RequestError: no torch or no such device or package, an unsound checkpoint, or one that the
-            package cannot run, prompts that cannot be read, or a target that exists or cannot be
-            written.
+        RequestError: no torch, device or package, an unsound checkpoint, or one that the package
+            cannot run, prompts that cannot be read, or a target that exists or cannot be written.
     """
     check_file_target(target, force=force, replaceable=is_reference)
     make_model = choose_implementation(impl, device, low_memory)
@@ -109,7 +184,6 @@ def capture(
 
 
 def closing_line(target: Path) -> str:
-    """Returns the line that the command prints."""
     size = amount(target.stat().st_size)
     return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
 
@@ -117,10 +191,7 @@ def closing_line(target: Path) -> str:
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
 ) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts and, with a tokenizer, continues them.
-
-    Returns a record of each prompt, and the arrays of all prompts.
-    """
+    """Runs the model over the prompts and, with a tokenizer, continues them."""
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
     stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
@@ -152,8 +223,8 @@ def _record(
 def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
     """Chooses the positions that have logits in the file, for each prompt.
 
-    As many as fit into `LOGITS_BYTES`: the last one of every prompt, and others at even distances
-    over all prompts.
+    They are the last one of every prompt and, as many as fit into `LOGITS_BYTES`, others at even
+    distances over all prompts.
     """
     ends = np.cumsum(lengths)
     others = np.setdiff1d(np.arange(ends[-1]), ends - 1)
@@ -185,7 +256,6 @@ def _record_logits(
 def _state_arrays(
     config: GriffinConfig, index: int, tokens: int, states: Sequence[State]
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of a prompt's states: after its checkpoints, and after its end."""
     *inside, end = states
     arrays = {}
     for spec in state_specs(config):
@@ -221,7 +291,6 @@ def _sketch_arrays(
 
 
 def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
-    """Returns the products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
     slabs = weight.slabs(SLAB_BYTES)
     blocks = [products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
     return np.concatenate(blocks).astype(np.float32)

@@ -30,7 +30,6 @@ class DeepMindModel:
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
-        """Loads all weights; raises `RequestError` for a model that the package cannot run."""
         self.config, self._device = config, torch.device(device)
         self._model = _load(config, weights, device)
         self._stream = torch.empty(0)
@@ -38,7 +37,6 @@ class DeepMindModel:
         turn_off_tf32(self._device)
 
     def describe(self) -> dict[str, str]:
-        """Adds `implementation` to `describe_device`."""
         name = f"recurrentgemma {version('recurrentgemma')}"
         return {"implementation": name, **describe_device(self._device)}
 
@@ -122,7 +120,6 @@ class DeepMindModel:
         return cache
 
     def _to_state(self, cache: Cache, count: int) -> State:
-        """Returns the canonical state after `count` tokens."""
         turn, state = -(count % self.config.window), {POSITION: np.array([count], np.int64)}
         for index in range(self.config.num_layers):
             block = cache[f"blocks.{index}"]
@@ -176,8 +173,6 @@ def _check_supported(config: GriffinConfig) -> None:
 
 
 def _load_tensor(name: str, weights: WeightSource, device: str) -> Tensor:
-    """Returns one of DeepMind's tensors from the canonical ones; see `griffin.deepmind`."""
-
     def load(canonical: str) -> Tensor:
         return torch.from_numpy(weights[canonical].whole().astype(np.float32)).to(device)
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from rgexport import progress
 from rgexport.export.advice import as_argument
 from rgexport.reporting import tables
-from rgexport.reporting.numbers import number
+from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.tables import Table
 from rgexport.units import amount
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import (
+    LABELS,
     MOST_NAMED,
     answers_of,
     bits_text,
@@ -22,7 +23,6 @@ from rgexport.validate.report.sentences import (
     not_passed,
     proof_sentences,
     quality_meaning,
-    quality_text,
     shortfall_text,
     source_text,
     speed_text,
@@ -31,14 +31,14 @@ from rgexport.validate.report.sentences import (
 )
 from rgexport.validate.report.tables import (
     DRIFT,
-    PROMPT,
     bisect_tables,
+    drift_of,
     drift_table,
     file_table,
     itself_table,
     logits_table,
     overview,
-    prompt_cells,
+    prompt_bars,
     sides_of,
     sketch_table,
     state_table,
@@ -46,7 +46,6 @@ from rgexport.validate.report.tables import (
     weight_table,
 )
 from rgexport.validate.result import Result
-from rgexport.validate.states import worst
 
 MOST_PROMPT = 60
 """Characters of a prompt: its last ones."""
@@ -70,12 +69,13 @@ def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
     yield f"{verdict_text(*results)}  {counted_verdicts(results)}\n"
     yield overview(results)
     for result in results:
+        path = result.artifact.path
         if short := shortfall_text(result):
-            yield f"{result.artifact.path}: {short}"
+            yield f"{path}: {short}"
         if result.verdict_scope == "text":
-            yield f"{result.artifact.path}: graph: {structure_text(result)}"
+            yield f"{path}: graph: {structure_text(result)}"
         if result.verdict != "PASS":
-            yield result.artifact.path
+            yield path
             yield from _failures(result)
             for suspect in (result.suspects or [])[:MOST_SUSPECTS]:
                 yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
@@ -96,13 +96,15 @@ def _summary(r: Result, page: Path | None) -> Blocks:
 
 
 def _everything(r: Result, page: Path | None) -> Blocks:
+    sides = sides_of(r)
     yield from _head(r)
     yield ""
     yield logits_table(r)
     yield itself_table(r)
     yield state_table(r.dequantized.states)
-    if any(side.drift for _, side in sides_of(r)):
-        yield drift_table(r)
+    if any(side.drift for _, side in sides):
+        drift = {LABELS[name]: drift_of(r, side) for name, side in sides}
+        yield drift_table("Worst state by position", drift)
     yield from bisect_tables(r.sites, r.layers, r.suspects or ())
     if r.reference is not None:
         yield from _reference_file(r.reference)
@@ -117,7 +119,9 @@ def _head(r: Result) -> Iterator[str]:
     a, engine, text = r.artifact, r.engine, r.text
     yield f"{verdict_text(r)}  {a.path}: {counted_checks(r)}"
     if (q := r.quality) is not None:
-        yield f"{q.grade.upper()}  quality{doubt_text(q)}: {quality_text(q)}"
+        figures = f"the same first choice at {percent(q.top1)} of the tokens, KL {number(q.kl)}"
+        source = ", by the reference file" if q.against == "reference" else ""
+        yield f"{q.grade.upper()}  quality{doubt_text(q)}: {figures}{source}"
         yield quality_meaning(r, q)
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
@@ -160,11 +164,10 @@ def _reference_file(file: AgainstFile) -> Blocks:
     yield from _warnings(file)
     yield ""
     yield file_table(file)
-    rows = ((prompt.name, *prompt_cells(prompt)) for prompt in file.prompts)
-    yield Table("Prompts", ("prompt", *PROMPT), rows, PROMPT)
+    prompts = prompt_bars(file)
+    yield Table("Prompts", prompts.header, prompts.rows, prompts.numbers)
     if file.drift:
-        drifted = [(f"{d.position:,} tokens", number(worst(d.states))) for d in file.drift]
-        yield Table(DRIFT, ("after", "worst"), drifted, ("worst",))
+        yield drift_table(DRIFT, {"worst": file.drift})
     yield sketch_table(file)
 
 

@@ -28,8 +28,7 @@ class StructureReport:
     """Whether an artifact's graph is the one that the exporter writes for its config and plan.
 
     `differs` is a fault. With `other version` the graph is another one than this version writes,
-    but the artifact does not claim to be of this version. `reason` tells what was compared, or the
-    first difference.
+    but the artifact does not claim to be of this version.
     """
 
     status: Literal["as written", "differs", "other version", "not checked"]
@@ -37,7 +36,6 @@ class StructureReport:
 
     @property
     def in_verdict(self) -> bool:
-        """Whether the verdict depends on the structure, and not on a text alone."""
         return self.status in ("as written", "differs")
 
 
@@ -48,9 +46,7 @@ def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> St
     """Makes the structure again, and compares it with the artifact's.
 
     Without the extra for that, the artifact's fingerprint is compared with the reference file's.
-
-    Raises:
-        RequestError: a file of the artifact cannot be read.
+    Raises RequestError if a file of the artifact cannot be read.
     """
     expected, layers = expected_of(artifact.manifest.kind), artifact.manifest.config.num_layers
     recipe = expected.recipe(artifact.manifest)
@@ -82,7 +78,6 @@ def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> St
 
 
 def _difference_from_lowered(expected: Expected, artifact: Artifact, recipe: Recipe) -> str | None:
-    """The first difference from what this version writes; raises ImportError without the extra."""
     try:
         layers = recipe.config.num_layers
         with task("Lowering the graph again", layers, "layers") as advance:
@@ -97,15 +92,14 @@ def _difference_from_lowered(expected: Expected, artifact: Artifact, recipe: Rec
 
 
 def can_record() -> bool:
-    """Whether the extra that lowers is installed."""
     return all(map(find_spec, ("torch", "onnx_ir")))
 
 
 def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:
     """The fingerprints of all formats and named precisions, with default options.
 
-    A format whose extra is missing has none, and neither has a precision that a model is too large
-    for. Those of a 2B take 12 s and 0.4 GB.
+    A format whose extra is missing has none, nor has a precision that a model is too large for.
+    Those of a 2B take 12 s and 0.4 GB.
     """
     fingerprints: dict[str, Fingerprint] = {}
     for kind in FORMATS:

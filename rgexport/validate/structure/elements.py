@@ -42,14 +42,10 @@ class Rules:
     """How a protobuf message becomes elements.
 
     A path is `CONTAINER.FIELD`: the field that holds the message, and one of the message's own. An
-    entry of a map has the path `CONTAINER.FIELD.KEY` too.
-
-    Attributes:
-        ignored: names or paths of fields that compute nothing.
-        names: paths of fields with names of values.
-        elements: paths of fields whose messages are elements → the label of one, from its key in a
-            map and the message.
-        simplify: called with each message before it is read.
+    entry of a map has the path `CONTAINER.FIELD.KEY` too. `ignored` are names or paths of fields
+    that compute nothing, `names` paths of fields with names of values, `elements` paths of fields
+    whose messages are elements → the label of one, from its key in a map and the message.
+    `simplify` is called with each message before it is read.
     """
 
     ignored: Collection[str]
@@ -61,8 +57,7 @@ class Rules:
 def elements(message: Any, rules: Rules, interface: Iterable[str | bytes]) -> Iterator[Element]:
     """Reads a parsed model, which may be changed by it; names of the `interface` are kept.
 
-    The last element has the fields outside of all others, the first one the size of fields that
-    the message's schema lacks.
+    The last element has the fields outside of all others, the first one the size of unknown fields.
     """
     size = message.ByteSize()
     message.DiscardUnknownFields()
@@ -71,8 +66,6 @@ def elements(message: Any, rules: Rules, interface: Iterable[str | bytes]) -> It
 
 
 class _Reader:
-    """Reads one message, with the number of each value's name."""
-
     def __init__(self, rules: Rules, interface: Iterable[str | bytes]) -> None:
         self._rules = rules
         # An empty name is no name: the input is left out.
@@ -124,14 +117,12 @@ class _Reader:
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    """Returns the messages of a field; the messages of a map with their keys, in order."""
     if isinstance(value, Mapping):
         return sorted(value.items(), key=lambda entry: entry[0])
     return [("", item) for item in (value if isinstance(value, Sequence) else [value])]
 
 
 def shortened(text: str) -> str:
-    """Replaces the end of a long text by a hash."""
     if len(text) <= _MOST_TEXT:
         return text
     return f"{text[:_MOST_TEXT]}… {hashlib.sha256(text.encode()).hexdigest()}"

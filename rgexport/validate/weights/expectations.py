@@ -43,16 +43,10 @@ Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
 class Expectation:
     """Limits of the quantities that `weight_limits` explains.
 
-    Attributes:
-        why: the reason of `max_steps`, for people.
-        measure: the unit whose error `max_steps` limits.
-        noise: for tensors whose single weights are not compared, or may be further off than half a
-            step.
-        row_noise: `noise` of one row, as its sketch estimates it.
-        shrinks: how much smaller weights become, at least and at most, in units of the relative
-            squared error: 0 for unbiased rounding, 1 for the least squared error.
-        projection: how far the projection may be from that, besides its own uncertainty.
-        weighted: whether some weights count more than others.
+    `why` is the reason of `max_steps`, which limits the error of a `measure`; `row_noise` is
+    `noise` of one row, as its sketch estimates it. `shrinks` is how much smaller weights become, at
+    least and at most, in units of the relative squared error: 0 for unbiased rounding, 1 for the
+    least squared error; the projection may be `projection` from that, besides its own uncertainty.
     """
 
     why: str
@@ -144,7 +138,6 @@ to 1.0 steps, with an importance matrix 2.6.
 
 
 def expectation(scheme: Uniform, weighted: bool) -> Expectation:
-    """Returns the limits for a tensor; see `expectation_key`."""
     return EXPECTATIONS[expectation_key(scheme, weighted)]
 
 

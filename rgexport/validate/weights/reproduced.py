@@ -37,11 +37,7 @@ class Reproduced:
 def reproduce(
     artifact: Artifact, original: WeightSource, statistics: StatisticsOf
 ) -> list[Reproduced]:
-    """Compares all quantized tensors of an artifact with the encoded original's.
-
-    Raises:
-        RequestError: an algorithm needs statistics that are missing.
-    """
+    """Compares all quantized tensors of an artifact with the encoded original's."""
     manifest = artifact.manifest
     tensors = {name: t for name, t in manifest.tensors.items() if t.scheme.is_quantized}
     encoded = quantized({name: original[name] for name in tensors}, manifest.plan, statistics)

@@ -39,12 +39,10 @@ Mixtures = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class SketchShape:
-    """Shape of a tensor's sketch. The tensor is a matrix here: a row is its last axis.
+    """Shape of a tensor's sketch; a row of the matrix is the tensor's last axis.
 
-    Attributes:
-        rows: of the matrix.
-        columns: of the matrix.
-        directions: random ones; 0 where the rows are so short that they are kept as they are.
+    `directions` counts the random ones; 0 where the rows are so short that they are kept as they
+    are.
     """
 
     rows: int
@@ -64,7 +62,6 @@ class SketchShape:
         )
 
     def sums(self, sketch: np.ndarray) -> np.ndarray:
-        """Returns the rows' sums, [n], from their sketch."""
         return sketch[:, 0] if self.directions else sketch.sum(1)
 
     def dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -75,7 +72,6 @@ class SketchShape:
 
 
 def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
-    """Returns the sketch of a tensor of a shape."""
     columns = shape[-1] if len(shape) > 1 else 1
     rows = math.prod(shape) // columns
     count = max(DIRECTIONS, -(-PRODUCTS // rows))
@@ -86,8 +82,7 @@ def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
 def directions(columns: int, count: int) -> np.ndarray:
     """Returns ones, and `count` vectors of random signs: [1 + count, columns] float64.
 
-    They are the same wherever a file is read: PCG64's raw numbers do not change between releases
-    of numpy (NEP 19).
+    PCG64's raw numbers do not change between releases of numpy (NEP 19).
     """
     numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
     bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
@@ -122,7 +117,6 @@ class MixtureRecorder:
     """Mixes the inputs of all linears while a reference runs over one text from its beginning."""
 
     def __init__(self, config: GriffinConfig, tokens: int):
-        """`tokens` is the length of the text."""
         self._sites = set(linear_inputs(config).values())
         signs = np.random.default_rng(_SEED).integers(0, 2, (MIXTURES, tokens))
         self._signs = (2 * signs - 1).astype(np.float32)

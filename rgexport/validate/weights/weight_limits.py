@@ -50,7 +50,6 @@ def weight_checks(errors: Sequence[WeightError]) -> Iterator[Check]:
 
 
 def sketch_checks(errors: Sequence[SketchError]) -> Iterator[Check]:
-    """Checks the errors by a reference file's sketches, as `weight_checks`."""
     return _worst_checks("reference", [(error, list(_sketch_limits(error))) for error in errors])
 
 
@@ -132,8 +131,7 @@ def _projection_limit(
 def _most(products: float, share: float, chance: float = CHANCE) -> float:
     """Returns the value that a mean of squares of random products, expected 1, exceeds by chance.
 
-    Laurent and Massart (2000, lemma 1), for as many `products` of equal shares or as uneven ones;
-    no share is larger than `share`.
+    Laurent and Massart (2000, lemma 1), for as many `products` of at most the `share` each.
     """
     x = -math.log(chance)
     return 1 + 2 * math.sqrt(x / products) + 2 * x * share

@@ -15,7 +15,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.checks import TENSOR_CHECKS
-from rgexport.validate.metrics import agreement, compare_logits, kl_summary, logit_error
+from rgexport.validate.metrics import StateError, agreement, compare_logits, kl_summary, logit_error
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference import against
 from rgexport.validate.reference.capture import capture, choose_positions
@@ -26,7 +26,6 @@ from rgexport.validate.reference.reference_file import (
     read_reference,
 )
 from rgexport.validate.run import validate_artifacts
-from rgexport.validate.states import StateError
 from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG

@@ -23,6 +23,7 @@ from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
 from rgexport.reporting.page import breakable, visible
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.continuations import Continuation
+from rgexport.validate.metrics import worst
 from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import read_reference
@@ -32,7 +33,6 @@ from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, Speed, require_writable, write_json
 from rgexport.validate.run import validate_artifact
-from rgexport.validate.states import worst
 from tests.validate.report import changed_results as changes
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "validate.schema.json"
