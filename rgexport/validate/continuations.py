@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
@@ -60,8 +62,9 @@ def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
     return list(islice(short, SHOWN))
 
 
-def continue_prompts(model: ReferenceModel, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
-    """Continues built-in prompts by a model, which should keep its weights in memory."""
+def continue_prompts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
+    """Continues built-in prompts; the model's weights stay in memory meanwhile."""
+    model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
     prompts = short_prompts(tokenizer)
     passes = model.run_each([(one.tokens[None], zero_state(model.config, 1)) for one in prompts])
     hidden, states = [last for last, _ in passes], [states[-1] for _, states in passes]

@@ -32,7 +32,7 @@ from rgexport.validate.continuations import Continuation
 from rgexport.validate.costs import LayerCost, RoundingCost
 from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.formats.expected import expected_of
-from rgexport.validate.identity.items import IdentityItem, identity_checks
+from rgexport.validate.identity import IdentityItem, identity_checks
 from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Drift, worst
 from rgexport.validate.reference.against import AgainstFile, file_checks
@@ -40,9 +40,8 @@ from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.text import Text
 from rgexport.validate.thresholds import Tolerance
-from rgexport.validate.weights.reproduced import Reproduced, reproduced_checks
 from rgexport.validate.weights.tensor_errors import WeightError
-from rgexport.validate.weights.weight_limits import weight_checks
+from rgexport.validate.weights.weight_limits import Reproduced, reproduced_checks, weight_checks
 
 Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2

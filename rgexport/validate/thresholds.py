@@ -21,9 +21,8 @@ class Tolerance:
     """How far an artifact may be from its dequantized reference.
 
     logits: max |Δlogit| / max |logit|; rms: `LogitError.relative_rms`; states: max |Δ| / max
-    |state| of each state tensor. `logits` and `states` are of the worst of thousands of values, and
-    where two large scores of attention are nearly equal, a single position may be off: so they are
-    twice as wide as `rms`. The per-op check finds smaller faults.
+    |state| of each state tensor. `logits` and `states` are of the worst of thousands of values, so
+    they are twice as wide as `rms`. The per-op check finds smaller faults.
     """
 
     logits: float
@@ -41,10 +40,9 @@ class Tolerance:
 PER_POSITION = 2.0**-27
 """Growth of a tolerance with every token: the rounding of RoPE's angles.
 
-The angle of the fastest pair is the position itself, in radians; in float32 it is off by up to
-2⁻²⁵ of itself. Only that pair is off by so much, one of many that a score is the sum of: a
-quarter of it is allowed. That is 1.6 % of `FLOAT32` at 1,000 tokens, 5e-4 more at 65,536 and 1e-3
-at 131,072. Measured: ggml, which multiplies the angle up pair by pair, is 1.2e-3 off there.
+The angle of the fastest pair is the position itself, in radians, in float32 off by up to 2⁻²⁵ of
+itself. It is one of many that a score is the sum of: a quarter is allowed, 1e-3 at 131,072 tokens.
+Measured: ggml, which multiplies the angle up pair by pair, is 1.2e-3 off there.
 """
 
 
@@ -70,7 +68,6 @@ INT8 = Tolerance(
 ITSELF = 8
 """The most that an artifact may differ from itself, in units of its error against the reference.
 
-Two ways to take the same tokens round at random, and both are about as far from the reference.
 Measured on ten random models of odd shapes in int8 and int4, without native kernels too: up to 2.5.
 """
 
@@ -98,28 +95,24 @@ DEQUANTIZED: dict[tuple[str, bool], Tolerance] = {
 
 float32: sums of K terms in another order differ by about √K · 2⁻²⁴, some 1e-6 of the logits
 after all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of
-exp(2 log a) is 0.3 % of 1 - a², and no two libraries agree on it. Core ML's pairs of float16
-states hold 22 bits of 24, which is less than that.
+exp(2 log a) is 0.3 % of 1 - a², and no two libraries agree on it.
 
-float16: half a unit is 2⁻¹¹ = 5e-4 of each activation; some ten roundings a layer add up at
-random, √(10 · 38) · 5e-4 / √3 = 6e-3 for the deepest model.
+float16: some ten roundings a layer add up at random, √(10 · 38) · 2⁻¹¹ / √3 = 6e-3 for the deepest
+model.
 
-int8 activations (`accuracy_level` 4): a block of x is rounded to steps of max |x| / 127, an rms
-error of max |x| / 440. A normal block of 128 has max |x| = 2.8 rms, so each linear gets inputs
-that are off by 0.6 %; with outliers more, up to √128 / 440 = 2.6 %. The errors are independent
-and do not shrink on their way: about four linears follow one another in a layer, √(4 · 26) ·
-0.6 % = 6 % for a 2B and 12 % where there are outliers. A flipped rounding makes a step differ
-from a prefill by as much. So the logits of this mode cannot show smaller faults: the weight table
-shows those of weights, and an artifact made with `--exact` those of the graph.
+int8 activations (`accuracy_level` 4): a block of x has an rms error of max |x| / 440, 0.6 % of a
+normal block of 128, with outliers up to √128 / 440 = 2.6 %. About four linears follow one another
+in a layer: √(4 · 26) · 0.6 % = 6 % for a 2B and 12 % where there are outliers. A flipped rounding
+makes a step differ from a prefill by as much. The logits cannot show smaller faults: the weight
+table shows those of weights, and an artifact made with `--exact` those of the graph.
 """
 
 ORIGINAL_RMS = dict(float32=0.0, float16=5e-2, int8=0.35, int4=1.1, int3=1.3, int2=1.3)
 """Coarsest storage → `relative_rms` against the original that only a broken export exceeds.
 
-The tolerance of the arithmetic comes on top; float32 weights are the original's own. Constant
-logits have 1, those of an unrelated model 1.4. Measured on random models with large logits: int8 up
-to 0.2, int4 up to 0.9. With so few bits this check hides much: whether the weights are the right
-ones is checked in `weights.weight_limits`.
+The tolerance of the arithmetic comes on top. Constant logits have 1, those of an unrelated model
+1.4. Measured on random models with large logits: int8 up to 0.2, int4 up to 0.9. Whether the
+weights are the right ones is checked in `weights.weight_limits`.
 """
 MOST_COST = {"original": 2.0, "reference": 3.0}
 """KL of an artifact divided by the KL of rounding to nearest: to the original on the same

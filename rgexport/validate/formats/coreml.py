@@ -30,12 +30,10 @@ _FLOAT16 = Tolerance(
     states=6e-2,
     reason="activations are rounded to 11 bits between the operations, scores of attention too",
 )
-"""For packages that compute in float16.
+"""Limits of packages that compute in float16.
 
-In addition to what `DEQUANTIZED` says of float16, a score s moves by up to s · 2⁻¹¹, and a weight
-of the softmax by as much of itself. With scores of 30, as in random models with large logits, that
-is 1.5 % of the weight. Measured on random models of odd shapes, of the largest logit: 0.1 % to
-1.9 %.
+Beyond what `DEQUANTIZED` says, a score of 30 moves a weight of the softmax by up to 30 · 2⁻¹¹ =
+1.5 %. Measured on random models of odd shapes, of the largest logit: 0.1 % to 1.9 %.
 """
 
 

@@ -14,7 +14,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.scheme import Plan
-from rgexport.validate.identity.items import IdentityItem, Items, folder_items, written_files
+from rgexport.validate.identity import IdentityItem, Items, folder_items, written_files
 from rgexport.validate.structure.elements import Element
 from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
 
@@ -77,7 +77,7 @@ class Expected:
         return 0.0
 
     def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
-        """The items of an artifact's text side, see `identity.text`."""
+        """The items of an artifact's text side, see `identity`."""
         return folder_items(artifact.path, artifact.manifest.config.vocab_size, tokenizer)
 
     def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:

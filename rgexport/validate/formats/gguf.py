@@ -19,7 +19,7 @@ from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
 from rgexport.validate.formats.expected import Expected, Recipe
-from rgexport.validate.identity.items import NO_MEANING, IdentityItem, Items, compared, meaning
+from rgexport.validate.identity import NO_MEANING, IdentityItem, Items, compared, meaning
 from rgexport.validate.structure.elements import Element, shortened
 from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
@@ -33,16 +33,10 @@ _TOLERANCES: dict[str, Tolerance] = {"f32": FLOAT32, "f16": FLOAT16, "bf16": _BF
 """Type of a GGUF file's tensor → tolerance, INT8 for all others; the largest of a file counts.
 
 llama.cpp converts activations to what a type is multiplied with: float16 and bfloat16 to
-themselves, every quantized type to int8 (q8_0: blocks of 32; q8_k: blocks of 256). All else is
-float32, except keys and values: they are float16 where any weight is not float32, and their
-rounding is negligible beside that of the activations.
-
-bfloat16: half a unit is 2⁻⁹, eight times that of float16 tensors' activations, at four linears a
-layer: √(4 · 38) · 2⁻⁹ / √3 = 1.4 % for the deepest model. Blocks of 32 in int8 have max |x| =
-2.2 rms, an error of 0.5 %; those of 256 have 3 rms, 0.7 %, as ONNX Runtime's blocks of 128.
-
-Measured on the demo and on small random models of odd shapes, of the largest logit: float32
-2e-5, float16 0.3 %, bfloat16 2.2 %, q8_0 to q2_k 1 % to 6.4 %.
+themselves, every quantized type to int8, in blocks of 32 (an error of 0.5 %) or 256 (0.7 %). The
+rounding of keys and values to float16 is negligible beside that. bfloat16: √(4 · 38) · 2⁻⁹ / √3 =
+1.4 % for the deepest model. Measured on the demo and on small random models of odd shapes, of the
+largest logit: float32 2e-5, float16 0.3 %, bfloat16 2.2 %, q8_0 to q2_k 1 % to 6.4 %.
 """
 
 _INPUTS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -51,9 +45,8 @@ _INPUTS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 HALF_SUMS = 2.0**-10
 """Times √window: the relative error of attention because llama.cpp adds up values in float16.
 
-Each addition is off by 2⁻¹² / √3 of the sum so far, and where values cancel one another, partial
-sums are larger than the result. That makes 2.3e-3 and some for 256 keys, where 4e-3 was measured,
-and 6.5e-3 for 2048, where it was 2e-2.
+Each addition is off by 2⁻¹² / √3 of the sum so far, which may be larger than the result: 2.3e-3 and
+some for 256 keys, where 4e-3 was measured, and 6.5e-3 for 2048, where it was 2e-2.
 """
 _PREFIX = "tokenizer.ggml."
 _COLUMNS = tuple(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))

@@ -31,7 +31,7 @@ from rgexport.runtimes.environment import environment
 from rgexport.runtimes.memory import available_bytes
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
-from rgexport.validate.identity.items import text_identity
+from rgexport.validate.identity import text_identity
 from rgexport.validate.metrics import checkpoints
 from rgexport.validate.reference.reference_file import (
     Header,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rgexport.reporting.numbers import number, plus_minus, rate
 from rgexport.validate.checks import GRADE_NAMES, TENSOR_CHECKS, Check, Quality, verdict
 from rgexport.validate.continuations import Continuation
-from rgexport.validate.identity.items import first_names, summary
+from rgexport.validate.identity import first_names, summary
 from rgexport.validate.metrics import KL
 from rgexport.validate.result import Result
 

@@ -1,6 +1,7 @@
 """The tables of a result, for the terminal and the page."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from rgexport.reporting.numbers import number, percent, plus_minus, rate
 from rgexport.reporting.tables import BarTable, Row, Table
@@ -19,7 +20,7 @@ from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 WORST = 5
 """Rows of tables that show only the worst."""
 MOST = 30
-"""Ops beyond their limits, and suspects, that are shown."""
+"""Suspects that are shown."""
 DRIFT = "Recurrent states inside the longest prompt"
 _EXACT = 0.05
 """Noise below this is the sketch's own rounding."""
@@ -37,13 +38,12 @@ def cost_of(r: Result) -> Compared | None:
     return r.original or r.reference
 
 
-def drift_of(r: Result, side: Comparison) -> list[Drift]:
-    """The states on the way and at the end."""
-    return [*side.drift, Drift(position=r.text.tokens, states=side.states)]
-
-
 def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
     return Table(title, (*names, *numbers), list(rows), numbers)
+
+
+def without_bars(title: str, bars: BarTable) -> Table:
+    return Table(title, bars.header, bars.rows, bars.numbers)
 
 
 def _first(
@@ -129,6 +129,15 @@ def state_table(errors: Sequence[StateError]) -> Table:
         for e in sorted(errors, key=lambda e: -e.relative_max)
     ]
     return _table("States", ("state",), ("max |Δ| / max", "norm"), _first(rows))
+
+
+def drift_of(r: Result) -> tuple[str, dict[str, list[Drift]]]:
+    """The arguments of `drift_table` for the states on the way and at the end."""
+    end = r.text.tokens
+    return "Worst state by position", {
+        LABELS[name]: [*side.drift, Drift(position=end, states=side.states)]
+        for name, side in sides_of(r)
+    }
 
 
 def drift_table(title: str, sides: Mapping[str, Sequence[Drift]]) -> Table:
@@ -217,12 +226,14 @@ def bisect_tables(
     if suspects:
         yield suspect_table(suspects)
     if report is not None:
-        yield _site_table(report)
+        unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
+        counts = f"({len(report.beyond)} of {len(report.errors)} beyond the limit{unseen})"
+        title = f"Per-op check: each op from the artifact's own inputs {counts}"
+        yield without_bars(title, op_bars(report))
     if costs:
-        bars = cost_bars(costs)
-        rows = list(_first(bars.rows, 2 * WORST, "cheaper ones"))
         title = "Layers: KL to the original if only this one were stored so"
-        yield Table(title, bars.header, rows, bars.numbers)
+        table = without_bars(title, cost_bars(costs))
+        yield replace(table, rows=list(_first([*table.rows], 2 * WORST, "cheaper ones")))
 
 
 def suspect_table(suspects: Sequence[Suspect]) -> Table:
@@ -230,22 +241,21 @@ def suspect_table(suspects: Sequence[Suspect]) -> Table:
     return _table("Suspects", ("op", "evidence"), (), _first(rows, MOST, "more"))
 
 
-def _site_table(report: SiteReport) -> Table:
-    beyond, unseen = report.beyond, ""
-    if report.unseen:
-        unseen = f"; {len(report.unseen)} not shown by the engine"
-    title = (
-        "Per-op check: each op from the artifact's own inputs "
-        f"({len(beyond)} of {len(report.errors)} beyond the limit{unseen})"
-    )
-    rows = list(_first(list(map(_site_row, beyond)), MOST, "more beyond the limit"))
-    rows += [_site_row(error) for error in report.worst(WORST) if error.passed]
-    return _table(title, ("op", "call"), ("rms", "median", "÷ limit"), rows)
-
-
-def _site_row(e: SiteError) -> Row:
-    where = e.site if e.state is None else f"state {e.state}"
-    return where, e.call, number(e.rms), number(e.median), number(e.excess)
+def op_bars(report: SiteReport) -> BarTable:
+    """The worst op and state of each kind."""
+    worst_of: dict[str, SiteError] = {}
+    for error in report.errors:
+        kind = error.op if error.state is None else f"state {error.state.rpartition('.')[2]}"
+        if kind not in worst_of or worst_of[kind].excess < error.excess:
+            worst_of[kind] = error
+    ranked = sorted(worst_of.items(), key=lambda item: -item[1].excess)
+    rows = [
+        (kind, number(e.excess), e.state or e.site, e.call, number(e.rms), number(e.median))
+        for kind, e in ranked
+    ]
+    header = ("op", "÷ limit", "where it is worst", "call", "rms", "median")
+    numbers = (header[1], *header[4:])
+    return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
 
 
 def cost_bars(costs: Sequence[LayerCost]) -> BarTable:

@@ -1,8 +1,8 @@
 """Limits of sound weights, by the algorithm that chose their levels.
 
 Rounding to nearest leaves every weight within half a step; a search for the best scale leaves every
-block with at most the error that rounding has there, but clips single weights; error feedback moves
-whole rows further away, so that the errors of their products cancel.
+block with at most the error of rounding, but clips single weights; error feedback moves whole rows
+further away, so that the errors of their products cancel.
 """
 
 from dataclasses import dataclass, replace
@@ -19,24 +19,17 @@ HALF_STEPS = 12 * MAX_STEPS**2
 NOISE = 1.5
 """‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
 
-Measured by `bench.sweep`: up to 1.1. Weights that miss their levels by one have 13, shuffled scales
-3.2 and more, another tensor's values 100 and more.
+Measured by `bench.sweep`: up to 1.1. Levels off by one have 13, shuffled scales 3.2 and more.
 """
 WEIGHTED_NOISE = 6.0
-"""The same with an importance matrix, which lets unimportant weights be far from their levels.
-
-Measured with importances of two (four) orders of magnitude: up to 1.1 (3.7).
-"""
+"""The same with an importance matrix; measured with one of four orders of magnitude: up to 3.7."""
 FEEDBACK_NOISE = 8.0
 """The same where errors are weighed by a Hessian: usually 1 to 2.
 
 Measured up to 5.3, with correlated inputs whose squares differ by two to three orders of magnitude.
 """
 OUTPUT_NOISE = 1.25
-"""‖(Ŵ−W)X‖² in units of that of rounding to nearest: no algorithm may be much worse.
-
-Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
-"""
+"""‖(Ŵ−W)X‖² in units of that of rounding to nearest; measured: up to 1.05 without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +117,11 @@ EXPECTATIONS: dict[str, Expectation] = {
 }
 """Key, see `expectation_key` → limits.
 
-search: measured on five kinds of weights, a block has up to 1.00 times the error of rounding to
-nearest, and weights shrink by 1.00 times the squared error.
-
-gptq, importance: with inputs as in `FEEDBACK_NOISE`, a row had up to 4.9 times the root mean
-square of rounding (2.4 in the units of `max_steps`), and weights shrank by 0.3 to 2.9 times the
-squared error, in 8 bits by up to 0.014. Two rows that changed places have 9 to 18 times that root
-mean square (4.5 to 9) in 4 bits.
-
-ggml search: a few outermost weights clip. Measured on normal, uniform and heavy-tailed weights: up
-to 1.0 steps, with an importance matrix 2.6.
+Measured: with `search`, a block has up to 1.00 times the error of rounding to nearest, and weights
+shrink by 1.00 times the squared error. With `gptq` and `importance`, and inputs as in
+`FEEDBACK_NOISE`, a row had up to 2.4 in the units of `max_steps`, and weights shrank by 0.3 to 2.9
+times the squared error, in 8 bits by up to 0.014; two rows that changed places have 4.5 to 9. With
+`ggml search`, a few outermost weights clip: up to 1.0 steps, with an importance matrix 2.6.
 """
 
 
