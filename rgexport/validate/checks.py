@@ -8,7 +8,6 @@ sees every change of a probability, and the top-1 agreement, which readers see.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal, get_args
 
 from rgexport.choices import GradeName
@@ -31,10 +30,6 @@ NAMES = (
 )
 """Names that a limit can be set for: a check, or all checks of a kind. KL is checked only where a
 limit is set for it."""
-FORMER_NAMES = {f"twin.{what}": f"dequantized.{what}" for what in ("logits", "rms", "states")}
-"""Former name of a check → its name."""
-
-NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 STANDARD_ERRORS = 2
 """The margin of a mean, in standard errors."""
 
@@ -94,18 +89,17 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     limits = {}
     for text in texts:
         key, _, number = text.partition("=")
-        name = FORMER_NAMES.get(key, key)
+        name = key.replace("twin.", "dequantized.")  # its former name
         if name not in NAMES:
             raise RequestError(
                 f"--limit {text}: expected NAME=VALUE with one of {', '.join(NAMES)}"
             )
         try:
-            value = float(number)
+            limits[name] = float(number)
         except ValueError:
-            value = -1.0
-        if not value >= 0:
+            limits[name] = -1.0
+        if not limits[name] >= 0:
             raise RequestError(f"--limit {text}: expected a number of 0 or more after {key}=")
-        limits[name] = value
     return limits
 
 
@@ -134,10 +128,8 @@ GRADES = (
 """From the best to the worst; the last one has no limits.
 
 Trained checkpoints in known formats set the limits of KL: q8_0 has about 2e-4, q6_k 1e-3, q4_k_m
-and the best 5 bits 5e-3 to 7e-3, 4.5 bits 1e-2 to 2e-2 if chosen well and 3e-2 to 6e-2 if rounded
-to nearest, 3 bits 1e-1. The top-1 token changes where two are nearly equal, at about 0.7 √KL of the
-positions: 1 % at 2e-4, 5 % at 5e-3, 17 % at 6e-2. The limits of agreement are a little wider than
-that, so that they decide only where a text has more close calls than most.
+5e-3, 4.5 bits 1e-2 to 6e-2, 3 bits 1e-1. The top-1 token changes at about 0.7 √KL of the positions;
+the limits of agreement decide only where a text has more close calls than most.
 """
 
 

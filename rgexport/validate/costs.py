@@ -1,9 +1,8 @@
 """The KL that an artifact's weights cost, in all and by parts of the model.
 
-The cost in all is compared with that of random rounding to the weights' steps. That needs no
-original: the artifact's weights show their steps, and a model is as sensitive to random errors
-around its artifact's weights as around its own. An algorithm loses less than such errors do.
-Weights that lose much more are not made from the model.
+The cost in all is compared with that of random rounding to the steps that the artifact's weights
+show. An algorithm loses less than such errors do. Weights that lose much more are not made from
+the model.
 """
 
 from dataclasses import dataclass
@@ -123,10 +122,7 @@ class LayerCost:
 
 
 def layer_costs(
-    config: GriffinConfig,
-    original: WeightSource,
-    dequantized: WeightSource,
-    tokens: np.ndarray,
+    config: GriffinConfig, original: WeightSource, dequantized: WeightSource, tokens: np.ndarray
 ) -> list[LayerCost]:
     """Measures every part of the model; `config` is the original's."""
     with watched_layers("Measuring what each layer costs", original) as watched:
@@ -139,12 +135,9 @@ def layer_costs(
         unknown = np.full(len(first), -1)
         for rows, logits in zip(blocks, variants, strict=True):
             rows.append(metrics.compare_logits(first, logits, unknown))
-    return [
-        _cost(part, np.concatenate(rows)) for part, rows in zip(model.parts, blocks, strict=True)
-    ]
-
-
-def _cost(part: str, rows: np.ndarray) -> LayerCost:
-    kl = metrics.kl_summary(rows)
-    top1 = float(rows["top1"].mean())
-    return LayerCost(part=part, kl=kl.mean, standard_error=kl.standard_error, top1=top1)
+    costs = []
+    for part, block in zip(model.parts, blocks, strict=True):
+        rows = np.concatenate(block)
+        kl, top1 = metrics.kl_summary(rows), float(rows["top1"].mean())
+        costs.append(LayerCost(part=part, kl=kl.mean, standard_error=kl.standard_error, top1=top1))
+    return costs

@@ -108,14 +108,12 @@ def identity_checks(items: Sequence[IdentityItem]) -> Iterator[Check]:
 
 def summary(items: Sequence[IdentityItem]) -> str:
     """Names the items that were asked for, differ, or could not be compared, in one line."""
-    by_outcome = {rank: [item for item in items if item.outcome == rank] for rank in _RANK}
-    sentences = [item.sentence for item in by_outcome["asked for"]]
-    if same := by_outcome["same"]:
-        count = f"{len(same)} items as expected"
-        sentences.append(f"{count} (configuration, tokenizer, settings, files)")
-    named: tuple[IdentityOutcome, ...] = ("differs", "not compared")
-    names = {outcome: [item.name for item in by_outcome[outcome]] for outcome in named}
-    sentences += [f"{outcome}: {first_names(some)}" for outcome, some in names.items() if some]
+    sentences = [item.sentence for item in items if item.outcome == "asked for"]
+    if same := sum(item.outcome == "same" for item in items):
+        sentences.append(f"{same} items as expected (configuration, tokenizer, settings, files)")
+    for outcome in ("differs", "not compared"):
+        names = [item.name for item in items if item.outcome == outcome]
+        sentences += [f"{outcome}: {first_names(names)}"] if names else []
     return "; ".join(sentences)
 
 
@@ -143,8 +141,6 @@ _HARD_TEXTS = (
 _CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
 NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
 """The items of `meaning` where there is no tokenizer."""
-_MOST_CUT = 256
-"""Characters of a piece that is cut in two at each place: far more than any has."""
 _MOST_SHOWN = 200
 """Most characters of a JSON file that is shown whole; longer ones are shown as a hash."""
 
@@ -273,7 +269,7 @@ def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
     tokens, scores = vocabulary.tokens, vocabulary.scores.tolist()
     normal = [i for i, kind in enumerate(vocabulary.types.tolist()) if kind == NORMAL]
     known = {tokens[i] for i in normal}
-    merged = [i for i in normal if len(tokens[i]) > _MOST_CUT or _is_merged(tokens[i], known)]
+    merged = [i for i in normal if len(tokens[i]) > 256 or _is_merged(tokens[i], known)]
     keys = [(not tokens[i].strip("▁"), -scores[i]) for i in merged]
     ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
     return [(i, ranks[key]) for i, key in zip(merged, keys, strict=True)]
@@ -313,11 +309,9 @@ def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
     with suppress(ValueError, RecursionError, OSError):
         ours, theirs = (_fields(parse_json(read_regular(file))) for file in (path, expected))
         names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
-        first, second = (
-            ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)
-        )
-        if max(len(first), len(second)) <= _MOST_SHOWN:
-            return first, second
+        both = [", ".join(f"{n} {side.get(n)}" for n in names) for side in (ours, theirs)]
+        if max(map(len, both)) <= _MOST_SHOWN:
+            return both[0], both[1]
     return pair
 
 

@@ -31,8 +31,6 @@ BLOCKS = 128
 """The most blocks; their lengths differ by one position at most."""
 WORST = 10
 CHOICES = 5
-CONTEXT = 24
-"""Tokens of the text that are shown before a position's prediction."""
 
 TokenText = Callable[[Sequence[int]], str]
 """The text of ids: special ones as their literals, bytes of incomplete characters as `\\xf0`."""
@@ -75,17 +73,12 @@ class WorstPosition:
 
 
 def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
-    count = min(BLOCKS, len(rows))
-    return [
-        PositionBlock(
-            start=start,
-            stop=stop,
-            kl_mean=float(rows["kl"][start:stop].mean()),
-            kl_max=float(rows["kl"][start:stop].max()),
-            top1=float(rows["top1"][start:stop].mean()),
-        )
-        for start, stop in pairwise(len(rows) * index // count for index in range(count + 1))
-    ]
+    count, cut = min(BLOCKS, len(rows)), []
+    for start, stop in pairwise(len(rows) * index // count for index in range(count + 1)):
+        kl, top1 = rows["kl"][start:stop], float(rows["top1"][start:stop].mean())
+        mean, most = float(kl.mean()), float(kl.max())
+        cut.append(PositionBlock(start=start, stop=stop, kl_mean=mean, kl_max=most, top1=top1))
+    return cut
 
 
 def token_text(tokenizer: Tokenizer) -> TokenText:
@@ -118,7 +111,7 @@ class WorstPositions:
                     kl=float(kl[index]),
                     next_token=after,
                     next_text=None if after is None else self._text([after]),
-                    context=self._text(ids[max(0, position + 1 - CONTEXT) : position + 1]),
+                    context=self._text(ids[: position + 1][-24:]),
                     reference=self._choices(reference[index]),
                     candidate=self._choices(candidate[index]),
                 )

@@ -70,21 +70,18 @@ def _compare_block(
     out["square_delta"] = np.einsum("nv,nv->n", absolute, absolute) / ref.shape[1]
     out["max_logit"] = np.abs(ref).max(1)
     out["variance"] = ref.var(1)
-    out["cosine"] = _row_cosine(ref, cand)
+    ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((ref, cand), (ref, ref), (cand, cand)))
+    norms = np.sqrt(aa * bb)
+    out["cosine"] = np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
     out["kl"] = np.maximum(kl, 0)
     out["top1"] = first == first_candidate
-    out["top5"] = _top_overlap(ref, cand, 5)
+    most = min(5, ref.shape[1])
+    ours, theirs = (np.argpartition(x, -most, axis=1)[:, -most:] for x in (ref, cand))
+    out["top5"] = (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
     out["flip_margin"] = ref[at, first] - ref[at, first_candidate]
     out["has_next"] = known
     out["nll"] = np.where(known, log_p - ref[at, token], 0)
     out["nll_candidate"] = np.where(known, log_q - cand[at, token], 0)
-
-
-def _row_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine similarity of each pair of rows; 1 where both are zero."""
-    ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((a, b), (a, a), (b, b)))
-    norms = np.sqrt(aa * bb)
-    return np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
 
 
 def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
@@ -92,19 +89,12 @@ def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
     return top + np.log(np.exp(logits - top[:, None]).sum(1))
 
 
-def _top_overlap(reference: np.ndarray, candidate: np.ndarray, k: int) -> np.ndarray:
-    k = min(k, reference.shape[1])
-    ours, theirs = (np.argpartition(x, -k, axis=1)[:, -k:] for x in (reference, candidate))
-    return (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LogitError:
     """|Δlogit| over all positions and tokens.
 
     `relative_max` is relative to the largest |logit|; `relative_rms` is the rms relative to the
-    standard deviation of the reference's logits at each position: 1 for constant logits. `cosine`
-    is the mean over the positions, `lowest_cosine` the worst one's.
+    standard deviation of the reference's logits at each position: 1 for constant logits.
     """
 
     max: float

@@ -70,7 +70,6 @@ class ArtifactInfo:
 
     @property
     def numbers(self) -> str:
-        """Precision and compute, for people; `exact` where the format has both."""
         exact = ", exact" if self.exact and expected_of(self.kind).has_exact else ""
         return arithmetic(self.precision, self.compute, self.rounds_activations) + exact
 
@@ -163,9 +162,8 @@ class Result:
 
     @property
     def good_enough(self) -> bool:
-        if self.min_quality is None:
-            return True
-        return self.quality is not None and self.quality.reaches(self.min_quality)
+        least, quality = self.min_quality, self.quality
+        return least is None or (quality is not None and quality.reaches(least))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON; numbers that are not finite become null."""
@@ -225,13 +223,8 @@ def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
 def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
     if original is None:
         return SourceInfo(name, found=False)
-    return SourceInfo(
-        name,
-        found=True,
-        path=str(original.checkpoint.path),
-        same_files=original.same_files,
-        config_differences=original.config_differences,
-    )
+    path, differences = str(original.checkpoint.path), original.config_differences
+    return SourceInfo(name, True, path, original.same_files, differences)
 
 
 def describe_text(text: Text, window: int) -> TextInfo:
@@ -244,9 +237,8 @@ def all_checks(
 ) -> Iterator[Check]:
     """Yields all checks; `limits` are those that the user set."""
     yield from _dequantized_checks(result.dequantized, result.tolerance, result.text.tokens)
-    yield Check(
-        name="position", value=float(not counted), limit=0, reason="the session counts every token"
-    )
+    reason = "the session counts every token"
+    yield Check(name="position", value=float(not counted), limit=0, reason=reason)
     yield from _equivalence_checks(result)
     if result.structure.in_verdict:
         wrong = float(result.structure.status == "differs")
@@ -305,32 +297,22 @@ def _equivalence_checks(result: Result) -> Iterator[Check]:
 def _site_checks(report: SiteReport) -> Iterator[Check]:
     """Checks the op that is nearest to its limit, or all that are beyond it."""
     for error in report.beyond or report.worst(1):
-        yield Check(
-            name=f"sites.{error.state or error.site}",
-            value=error.excess,
-            limit=1.0,
-            reason=f"{error.op} of {error.call} from the artifact's own inputs, in limits",
-            kind="sites",
-        )
+        name = f"sites.{error.state or error.site}"
+        reason = f"{error.op} of {error.call} from the artifact's own inputs, in limits"
+        yield Check(name=name, value=error.excess, limit=1.0, reason=reason, kind="sites")
 
 
 def _rounding_checks(result: Result) -> Iterator[Check]:
     """Checks the KL to the original or to a reference file, divided by random rounding's KL."""
-    cost, ratios = result.cost, {}
-    if cost is None:
+    if (cost := result.cost) is None:
         return
-    if cost.ratio is not None:
-        ratios["original"] = cost.ratio
+    ratios = {} if cost.ratio is None else {"original": cost.ratio}
     if result.reference is not None:
         # The file has logits of other texts, and of the artifact's own arithmetic.
         kl = result.reference.kl
         least = kl.mean - STANDARD_ERRORS * kl.standard_error
         ratios["reference"] = least / (cost.kl_rounded + result.dequantized.kl.mean)
+    reason = "KL in units of what rounding costs at random, by the steps of the weights"
     for side, ratio in ratios.items():
-        yield Check(
-            name=f"cost.{side}",
-            kind="cost",
-            value=ratio,
-            limit=thresholds.MOST_COST[side],
-            reason="KL in units of what rounding costs at random, by the steps of the weights",
-        )
+        limit = thresholds.MOST_COST[side]
+        yield Check(name=f"cost.{side}", value=ratio, limit=limit, reason=reason, kind="cost")

@@ -64,10 +64,8 @@ def find_original(
         checkpoint = _open_by_name(manifest.source.name)
     else:
         checkpoint = open_checkpoint(model, adapter=adapter)
-    if checkpoint is None:
-        return None
-    same_files = _same_files(manifest, checkpoint.weight_files)
-    if model is None and not same_files:
+    same_files = checkpoint is not None and _same_files(manifest, checkpoint.weight_files)
+    if checkpoint is None or (model is None and not same_files):
         return None
     if checkpoint.problems:
         raise RequestError(f"{checkpoint.path} is damaged: {summarize(checkpoint.problems)}")
@@ -123,7 +121,7 @@ def config_differences(ours: GriffinConfig, theirs: GriffinConfig) -> tuple[str,
     return tuple(f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if a != b)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _ModelIdentity:
     """The original or a reference file's model; `text` is None where it was not recorded."""
 
@@ -169,18 +167,18 @@ def _models(
         config = _config_items(original.stated)
         for name in unstated_fields(checkpoint.layout):
             del config[name]
-        adapter = _adapter_item(_adapter_hashes(checkpoint.weight_files))
+        files = {n: p for n, p in checkpoint.weight_files.items() if n in (WEIGHTS, CONFIG)}
+        hashes = hash_new_files(files.values())
+        adapter = _adapter_item({name: hashes[path] for name, path in files.items()})
         items = {**config, **adapter, **_expected_text(artifact, text, side)}
-        yield _ModelIdentity(title="the original", config=original.stated, items=items, text=side)
+        yield _ModelIdentity("the original", original.stated, items, side)
     if reference is not None:
         header = reference.header
         adapter = _adapter_item({name: one.sha256 for name, one in header.files.items()})
         items = {**_config_items(header.config), **adapter}
         if header.identity is not None:
             items |= _expected_text(artifact, text, header.identity)
-        yield _ModelIdentity(
-            title="the reference file", config=header.config, items=items, text=header.identity
-        )
+        yield _ModelIdentity("the reference file", header.config, items, header.identity)
 
 
 def _compare(manifest: Manifest, ours: Items, model: _ModelIdentity) -> Iterator[IdentityItem]:
@@ -205,12 +203,6 @@ def _compare(manifest: Manifest, ours: Items, model: _ModelIdentity) -> Iterator
 def _config_items(config: GriffinConfig) -> dict[str, str | None]:
     values = vars(config).items()
     return {n: " ".join(v) if isinstance(v, tuple) else str(v) for n, v in values}
-
-
-def _adapter_hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    paths = {name: files[name] for name in (WEIGHTS, CONFIG) if name in files}
-    hashes = hash_new_files(paths.values())
-    return {name: hashes[path] for name, path in paths.items()}
 
 
 def _adapter_item(hashes: Mapping[str, str]) -> dict[str, str | None]:

@@ -63,7 +63,9 @@ def choose_text(
             )
         return random_text(vocab_size, limit or min(MAX_TOKENS, max(64, 4 * window + 1)))
     if file is not None:
-        content, most = _read(file), limit or MAX_TOKENS
+        content, most = _read_utf8(file), limit or MAX_TOKENS
+        if not content.strip():
+            raise RequestError(f"{file} has no text in it; expected a UTF-8 text to validate on")
         text = encode(tokenizer.encode_text, tokenizer.bos_id, content, str(file), most)
     else:
         encoder, content = tokenizer.encode_markup, built_in_text()
@@ -118,20 +120,13 @@ def encode(
     return Text(name, ids, len(text[:end].encode()), end < whole)
 
 
-def _read(file: Path) -> str:
+def _read_utf8(file: Path) -> str:
     try:
-        text = file.read_text("utf-8")
+        return file.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise RequestError(f"{file} has no text in it; expected a UTF-8 text to validate on")
-    return text
 
 
-LONG_WINDOWS = 2.25
-"""Length of the longest built-in prompt, in windows of local attention."""
-MAX_LONG_TOKENS = 8192
-"""Maximum length of the longest built-in prompt."""
 _NO_LIMIT = 1 << 24
 """Token limit that no prompt reaches."""
 
@@ -164,8 +159,6 @@ CHAT = (
     "<start_of_turn>model\n"
 )
 """A conversation; its turn markers are encoded as special tokens."""
-RANDOM_LENGTHS = (1, 2, 7, 32, 65)
-"""Lengths of the prompts for a model without a tokenizer; the longest prompt is added."""
 
 
 def choose_prompts(
@@ -176,13 +169,13 @@ def choose_prompts(
     Raises:
         RequestError: the file cannot be read, or a prompt has an id that the model lacks.
     """
-    longest = min(int(LONG_WINDOWS * window), MAX_LONG_TOKENS)
+    longest = min(int(2.25 * window), 8192)
     if file is not None:
         prompts = list(_from_file(file, tokenizer))
     elif tokenizer is not None:
         prompts = list(_built_in(tokenizer, longest))
     else:
-        rng, lengths = np.random.default_rng(SEED), (*RANDOM_LENGTHS, longest)
+        rng, lengths = np.random.default_rng(SEED), (1, 2, 7, 32, 65, longest)
         ids = [rng.integers(0, vocab_size, length, np.int64) for length in lengths]
         prompts = [Text(f"{len(tokens)} random ids", tokens, None) for tokens in ids]
     for prompt in prompts:
@@ -251,10 +244,7 @@ def _is_id(token: Any) -> bool:
 
 
 def _read_items(file: Path) -> list[Any]:
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+    text = _read_utf8(file)
     items: list[Any] = [line for line in text.splitlines() if line.strip()]
     if text.lstrip().startswith("["):
         try:

@@ -25,11 +25,9 @@ from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers
 
 Arguments = tuple[Any, ...]
-_STATES = {
-    "causal_conv1d": ("conv1d",),
-    "rg_lru_scan": ("rg_lru",),
-    "local_attention": ("key", "value"),
-}
+_Key = tuple[str, str, str | None]
+"""A site, its op, and the state that is compared, if it is not the op's value."""
+_STATES = dict(causal_conv1d=["conv1d"], rg_lru_scan=["rg_lru"], local_attention=["key", "value"])
 """Op → the states of its layer that it returns after its value."""
 
 
@@ -96,11 +94,9 @@ def site_errors(
     comparisons = [_CallComparison(call, manifest, window) for call in calls]
     turns: Counter[str] = Counter()  # a site's op computes for one call after the other
 
-    def look(
-        site: str, op: str, arguments: Arguments, results: tuple[np.ndarray, ...]
-    ) -> np.ndarray | None:
+    def look(site: str, *seen: Any) -> np.ndarray | None:
         turns[site] += 1
-        return comparisons[turns[site] - 1].look(site, op, arguments, results)
+        return comparisons[turns[site] - 1].look(site, *seen)
 
     model.look = look
     passes = model.run_each([(call.tokens[None], _fitted(call.before, window)) for call in calls])
@@ -114,15 +110,11 @@ def site_errors(
 
 def _fitted(state: State, window: int) -> State:
     """Cuts caches to the last `window` keys, or puts zeros before them."""
-
-    def resized(cache: np.ndarray) -> np.ndarray:
+    caches = {n: array for n, array in state.items() if n.endswith((".key", ".value"))}
+    for name, cache in caches.items():
         missing = max(0, window - cache.shape[1])
-        return np.pad(cache[:, -window:], ((0, 0), (missing, 0), (0, 0)))
-
-    return {
-        name: resized(array) if name.endswith((".key", ".value")) else array
-        for name, array in state.items()
-    }
+        caches[name] = np.pad(cache[:, -window:], ((0, 0), (missing, 0), (0, 0)))
+    return state | caches
 
 
 class _CallComparison:
@@ -131,7 +123,7 @@ class _CallComparison:
     def __init__(self, call: ObservedCall, manifest: Manifest, window: int):
         self._call, self._manifest, self._observed = call, manifest, call.observed
         self._states = _fitted(call.observed.state, window)
-        self._sums: dict[tuple[str, str, str | None], list[np.ndarray]] = {}
+        self._sums: dict[_Key, list[np.ndarray]] = {}
         self._noise: dict[str, np.ndarray] = {}
 
     def look(
@@ -155,7 +147,8 @@ class _CallComparison:
     def _compare_value(self, site: str, op: str, value: np.ndarray) -> np.ndarray | None:
         key = site, op, None
         if site in self._observed.gates:
-            self._add(key, _sigmoid(value), self._observed.gates[site])
+            gate = 1 / (1 + np.exp(-value.astype(np.float64)))
+            self._add(key, gate, self._observed.gates[site])
         if site not in self._observed.values:
             return None
         # The head's values come in slabs, and may be those of the last tokens only.
@@ -168,9 +161,7 @@ class _CallComparison:
         replacement[0, -len(values) :] = np.where(np.isfinite(values), values, rows)
         return replacement
 
-    def _add(
-        self, key: tuple[str, str, str | None], expected: np.ndarray, value: np.ndarray
-    ) -> None:
+    def _add(self, key: _Key, expected: np.ndarray, value: np.ndarray) -> None:
         ref, ours = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, value))
         with np.errstate(invalid="ignore", over="ignore"):
             delta = ours - ref
@@ -219,16 +210,6 @@ def _ratio(squares: np.ndarray, norms: np.ndarray) -> float:
     return float(np.sqrt(squares.sum() / (norms.sum() or 1)))
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x.astype(np.float64)))
-
-
-_MOST = 2.0**12
-"""The largest amplified value of a cache; all of them add up to three times that at most."""
-_FADING = 2 / 3
-"""The gain of each of them beside that of the next older one."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
     """The errors of all sites, call by call in the order of computation.
@@ -260,10 +241,7 @@ def compare_sites(
 
     `config` is the original's where it is known. The ops take the last of the tokens [T] from the
     artifact's canonical `state` of batch 1, and from position 0, which must ignore the state of the
-    recurrence.
-
-    Raises:
-        RequestError: a package that observing takes is missing.
+    recurrence. Raises RequestError without a package that observing takes.
     """
     recurrent = {name: array for name, array in state.items() if name.endswith(".rg_lru")}
     starts = with_large_state(state), zeros_of(state) | recurrent
@@ -301,7 +279,7 @@ def with_large_state(state: State) -> State:
     """
     amplified = {name: array.copy() for name, array in state.items() if name.endswith(".value")}
     for values in amplified.values():
-        highest = min(values.shape[1] / 4, _MOST / max(np.abs(values).max(), 1))
-        gains = highest * _FADING ** np.arange(values.shape[1])
+        highest = min(values.shape[1] / 4, 2.0**12 / max(np.abs(values).max(), 1))
+        gains = highest * (2 / 3) ** np.arange(values.shape[1])
         values *= np.maximum(gains, 1).astype(values.dtype)[:, None]
     return state | amplified

@@ -10,18 +10,16 @@ from rgexport.validate.bisect.site_limits import GAIN
 from rgexport.validate.bisect.sites import SiteError, SiteReport, layer_of
 from rgexport.validate.checks import Check
 
+_ROPE = ("temporal_block.rope_q", "temporal_block.rope_k")
 CONFIG_SITES: dict[str, tuple[str, ...]] = {
     "soft_cap": ("logits",),
     "embedding_scale": ("embed_tokens",),
     "window": ("temporal_block.attention",),
-    "rope_dims": ("temporal_block.rope_q", "temporal_block.rope_k"),
-    "rope_theta": ("temporal_block.rope_q", "temporal_block.rope_k"),
+    "rope_dims": _ROPE,
+    "rope_theta": _ROPE,
     "rms_eps": ("temporal_pre_norm", "channel_pre_norm", "final_norm"),
 }
-"""Field of the configuration → the sites that depend on it, in every layer that has them.
-
-The other fields are shapes: models in which they differ cannot be compared.
-"""
+"""Field of the configuration → the sites that depend on it; models of other shapes are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +40,9 @@ class _Evidence(NamedTuple):
 def find_suspects(
     report: SiteReport | None, failed: Sequence[Check], config_differences: Sequence[str]
 ) -> list[Suspect]:
-    """Names the sites that may explain why an artifact differs.
+    """Names sites with many findings, then those furthest beyond their limits.
 
-    Those with the most findings come first, then those furthest beyond their limits. `failed` are
-    checks of weights.
+    `failed` are checks of weights.
     """
     beyond = [] if report is None else report.beyond
     by_site: dict[str, list[_Evidence]] = defaultdict(list)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from rgexport.progress import task
 from rgexport.runtimes.blocks import blocks, whole_chunks
 from rgexport.runtimes.session import Session
 from rgexport.validate import metrics, thresholds
-from rgexport.validate.checks import NO_LIMITS, Check
+from rgexport.validate.checks import Check
 from rgexport.validate.metrics import Drift, StateError, state_errors, worst
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
@@ -73,14 +73,15 @@ class AgainstFile:
     prompts: list[PromptResult]
 
 
-@dataclass
-class _Collected:
-    rows: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-    non_finite: int = 0
-    states: list[StateError] = field(default_factory=list)
-    drift: list[Drift] = field(default_factory=list)
-    prompts: list[PromptResult] = field(default_factory=list)
+@dataclass(frozen=True)
+class _Forced:
+    """The numbers of one prompt; `rows` have the dtype `metrics.ROWS`."""
+
+    result: PromptResult
+    rows: np.ndarray
+    non_finite: int
+    states: list[StateError]
+    drift: list[Drift]
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
@@ -101,12 +102,13 @@ def compare_with_file(
     """Teacher-forces an artifact's session with all prompts, and compares its weights."""
     manifest, header = artifact.manifest, reference.header
     check_fits(reference, manifest)
-    collected = _Collected()
+    forced, positions = [], []
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
-            _force(session, reference, index, prompt, span, collected)
+            forced.append(_force(session, reference, index, prompt, span))
+            positions += [span.start + position for position in prompt.positions]
             advance(prompt.tokens)
-    rows, positions = np.concatenate(collected.rows), np.concatenate(collected.positions)
+    rows = np.concatenate([one.rows for one in forced])
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
     complete = len(rows) == header.tokens and None not in sizes
@@ -119,41 +121,36 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=collected.non_finite,
-        logits=replace(logits, worst_position=int(positions[logits.worst_position])),
-        kl=replace(kl, worst_position=int(positions[kl.worst_position])),
+        non_finite_positions=sum(one.non_finite for one in forced),
+        logits=replace(logits, worst_position=positions[logits.worst_position]),
+        kl=replace(kl, worst_position=positions[kl.worst_position]),
         agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
-        states=_worst_states(collected.states),
-        drift=collected.drift,
+        states=_worst_states(error for one in forced for error in one.states),
+        drift=[drift for one in forced for drift in one.drift],
         weights=sketch_errors(
             reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
         ),
-        prompts=collected.prompts,
+        prompts=[one.result for one in forced],
     )
 
 
 def _force(
-    session: Session,
-    reference: ReferenceFile,
-    index: int,
-    prompt: PromptRecord,
-    span: slice,
-    collected: _Collected,
-) -> None:
+    session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
+) -> _Forced:
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
-    compared, logits = [], np.empty((1, 0))
+    compared, drift, non_finite, logits = [], [], 0, np.empty((1, 0))
     session.reset()
     for start, stop in blocks(session, {len(tokens)} | whole_chunks(session, inside)):
         logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-        collected.non_finite += int((~np.isfinite(logits).all(1)).sum())
+        non_finite += int((~np.isfinite(logits).all(1)).sum())
         first, last = np.searchsorted(positions, (start, stop)).tolist()
         at, expected = positions[first:last], reference.logits(index, first, last)
         compared.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
             errors = state_errors(inside[stop], session.get_state())
-            collected.drift.append(Drift(position=stop, states=errors))
+            drift.append(Drift(position=stop, states=errors))
     rows = np.concatenate(compared)
     states = state_errors(reference.state(index), session.get_state())
     result = PromptResult(
@@ -166,10 +163,7 @@ def _force(
         greedy_tokens=prompt.greedy_tokens,
         greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
     )
-    collected.rows.append(rows)
-    collected.positions.append(span.start + positions)
-    collected.states += states
-    collected.prompts.append(result)
+    return _Forced(result, rows, non_finite, states, drift)
 
 
 def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
@@ -192,13 +186,9 @@ def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
 
 
 def file_checks(
-    result: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
+    result: AgainstFile, manifest: Manifest, limits: Mapping[str, float]
 ) -> Iterator[Check]:
     yield from thresholds.cost_checks("reference", manifest, result.logits, result.kl, limits)
-    yield Check(
-        name="reference.finite",
-        value=float(result.non_finite_positions),
-        limit=0,
-        reason="positions whose logits are not finite",
-    )
+    broken, reason = result.non_finite_positions, "positions whose logits are not finite"
+    yield Check(name="reference.finite", value=float(broken), limit=0, reason=reason)
     yield from sketch_checks(result.weights)

@@ -26,11 +26,8 @@ ON_THE_TEXT = "PASS on the text that was run"
 """The verdict if all checks passed, but the graph was not compared with the exporter's."""
 _SEPARATE = "identity", "structure"
 """Kinds of checks that `proof_sentences` does not count with the others."""
-_PARTS = {
-    **dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights"),
-    **dict.fromkeys(("original.rms", "original.kl", "cost"), "cost"),
-    **dict.fromkeys(("reference.rms", "reference.kl", "reference.finite"), "cost"),
-}
+_COSTS = "original.rms original.kl cost reference.rms reference.kl reference.finite".split()
+_PARTS = dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights") | dict.fromkeys(_COSTS, "cost")
 """Kind of a check → its part of the proof; `arithmetic` for all other kinds."""
 MOST_NAMED = 12
 """Checks that are named below the verdict."""
@@ -71,8 +68,7 @@ def _outcome_of(checks: Sequence[Check]) -> str:
     """Such as `12 checks passed, up to 64 % of a limit (steps.logits)`."""
     if not checks:
         return "not compared, since the original was not given"
-    wrong = [check.name for check in checks if not check.passed]
-    if wrong:
+    if wrong := [check.name for check in checks if not check.passed]:
         return f"{len(wrong)} of {len(checks)} checks not passed: {first_names(wrong)}"
     nearest = max(checks, key=lambda check: check.value / check.limit if check.limit else 0)
     share = nearest.value / nearest.limit if nearest.limit else 0
@@ -160,9 +156,7 @@ def source_text(r: Result) -> str:
 
 def speed_text(r: Result) -> str:
     """Tokens per second; empty if they were not measured."""
-    if r.speed is None:
+    if (speed := r.speed) is None:
         return ""
-    return (
-        f"{rate(r.speed.decode)} tokens/s one by one, "
-        f"{rate(r.speed.prefill)} of a prompt of {r.speed.prompt_tokens}"
-    )
+    prompt = f"{rate(speed.prefill)} of a prompt of {speed.prompt_tokens}"
+    return f"{rate(speed.decode)} tokens/s one by one, {prompt}"

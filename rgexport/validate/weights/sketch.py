@@ -21,7 +21,6 @@ from numpy.random import PCG64  # here, since threads that import it at once rec
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs
 from rgexport.griffin.tensor import RowTensor, slab_bounds
-from rgexport.quantize.steps import StepSizes
 
 DIRECTIONS = 3
 """The fewest random directions: they show nine in ten exchanged rows of an embedding."""
@@ -56,10 +55,8 @@ class SketchShape:
 
     def project(self, rows: np.ndarray) -> np.ndarray:
         """Sketches rows [n, columns]: [n, width] float64."""
-        wide = rows.astype(np.float64)
-        return (
-            products(wide, directions(self.columns, self.directions)) if self.directions else wide
-        )
+        wide, count = rows.astype(np.float64), self.directions
+        return products(wide, directions(self.columns, count)) if count else wide
 
     def sums(self, sketch: np.ndarray) -> np.ndarray:
         return sketch[:, 0] if self.directions else sketch.sum(1)
@@ -135,9 +132,3 @@ class MixtureRecorder:
         mixed = self._signs[:, start : start + len(inputs)] @ inputs
         self._tokens[site] = start + len(inputs)
         self.mixtures[site] = self.mixtures.get(site, 0) + mixed
-
-
-def expected_noise(steps: StepSizes, mixtures: np.ndarray) -> float:
-    """Returns Σ ‖E p‖² over mixtures p [m, K] where E is the error of rounding to nearest."""
-    squares = np.square(mixtures, dtype=np.float64).sum(0)
-    return float(steps.rounding(mixtures.shape[1], squares).sum())

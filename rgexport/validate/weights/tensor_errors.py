@@ -29,11 +29,20 @@ from rgexport.validate.weights.expectations import expectation, expectation_key
 from rgexport.validate.weights.sketch import (
     SLAB_BYTES,
     Mixtures,
-    expected_noise,
     products,
     sketch_shape,
     square_sum,
 )
+
+_THREADS = 2
+_PIECE = 1 << 14
+_MAXIMA = "max_steps", "worst_row", "most_expected"
+_KEPT = 2.0**-22
+"""Relative error of a number in a sketch: float32, and four times as much for sums."""
+
+T = TypeVar("T")
+Sums = dict[str, float]
+"""Sums over rows of a tensor, by name, in float64; of `_MAXIMA` the largest."""
 
 
 def step_sizes(name: str, w: np.ndarray, scheme: Uniform, measure: Measure = "weight") -> StepSizes:
@@ -62,17 +71,6 @@ def decay_steps(w: np.ndarray) -> np.ndarray:
     softplus = np.logaddexp(0, wide)
     moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
     return np.maximum(moved + np.spacing(np.abs(w)), NEGLIGIBLE).astype(np.float32)
-
-
-_THREADS = 2
-_PIECE = 1 << 14
-_MAXIMA = "max_steps", "worst_row", "most_expected"
-_KEPT = 2.0**-22
-"""Relative error of a number in a sketch: float32, and four times as much for sums."""
-
-T = TypeVar("T")
-Sums = dict[str, float]
-"""Sums over rows of a tensor, by name, in float64; of `_MAXIMA` the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +154,11 @@ def weight_errors(
     def measure(name: str, scheme: Uniform, w: np.ndarray, rows: np.ndarray) -> Sums:
         expected, error, columns = expectation(scheme, weighted), rows - w, w.shape[1]
         steps = step_sizes(name, w, scheme, expected.measure)
-        square, along, along_rounding, error_square = _products(
-            w, error, steps.beyond_rounding(error, w)
-        )
+        names = "square", "along", "along_rounding", "error"
+        measured = _products(w, error, steps.beyond_rounding(error, w))
         sums = {
+            **dict(zip(names, measured, strict=True)),
             "max_steps": steps.largest(steps.without_clipping(error, w)),
-            "square": square,
-            "along": along,
-            "along_rounding": along_rounding,
-            "error": error_square,
             "expected": float(steps.rounding(columns).sum()),
             "moved": float(error.sum(dtype=np.float64)),
             "steps": steps.total(columns),
@@ -259,6 +253,7 @@ def _known_site(name: str, scheme: Scheme) -> str | None:
 
 def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) -> dict[str, Any]:
     scheme = group.stored.uniform
+    output = _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
     return {
         "name": name,
         "scheme": group.label,
@@ -267,19 +262,17 @@ def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) ->
         "projection": 1 + _ratio(sums["along"], sums["square"]),
         "noise": _ratio(sums["error"], sums["expected"]),
         "shift": _ratio(sums["moved"], sums["steps"]),
-        "output_noise": (
-            _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
-        ),
+        "output_noise": output,
         "weighted": expectation(scheme, weighted).weighted,
         "chosen": expectation_key(scheme, weighted),
     }
 
 
 def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
-    return {
-        "output": float(np.square(moved).sum()),
-        "expected_output": expected_noise(steps, mixtures),
-    }
+    """Σ ‖E p‖² over mixtures p, [m, K], where `moved` is E p, and where E is that of rounding."""
+    squares = np.square(mixtures, dtype=np.float64).sum(0)
+    expected = float(steps.rounding(mixtures.shape[1], squares).sum())
+    return {"output": float(np.square(moved).sum()), "expected_output": expected}
 
 
 def _compare(

@@ -77,14 +77,9 @@ def _worst_checks(
     for error, limits in tensors:
         for quantity, value, limit in limits:
             why = REASONS.get(quantity, EXPECTATIONS[error.chosen].why)
-            check = Check(
-                name=f"{table}.{error.name}.{quantity}",
-                kind=f"{table}.{quantity}",
-                value=value,
-                limit=limit,
-                reason=f"{error.scheme}: {why}",
-            )
-            kinds[check.kind].append(check)
+            name, kind = f"{table}.{error.name}.{quantity}", f"{table}.{quantity}"
+            reason = f"{error.scheme}: {why}"
+            kinds[kind].append(Check(name=name, value=value, limit=limit, reason=reason, kind=kind))
     for checks in kinds.values():
         checks.sort(key=lambda check: check.excess, reverse=True)
         yield checks[0]
@@ -95,12 +90,9 @@ def _weight_limits(error: WeightError) -> Iterator[Limited]:
     expected = EXPECTATIONS[error.chosen]
     yield "max_steps", error.max_steps, expected.max_steps
     yield "noise", error.noise, HALF_STEPS if expected.bounded else expected.noise
-    yield from _shift_limit(error, error.values)
     clipping = 0.0 if expected.searched else error.clipping
-    uncertainty = 5 * error.relative_error / error.values**0.5
-    square = error.relative_error**2
-    yield _projection_limit(error, square, expected.shrinks, clipping, uncertainty)
-    yield from _output_limit(error)
+    square, deviation = error.relative_error**2, error.relative_error / error.values**0.5
+    yield from _shared_limits(error, error.values, square, expected.shrinks, deviation, clipping)
 
 
 def _sketch_limits(error: SketchError) -> Iterator[Limited]:
@@ -113,7 +105,6 @@ def _sketch_limits(error: SketchError) -> Iterator[Limited]:
     count = error.directions or error.columns
     limit = expected.row_noise * _most(count, 1 / count, CHANCE / error.rows)
     yield "row", error.worst_row, limit
-    yield from _shift_limit(error, values)
     # Without the weights it is not known how many clip: by rounding to nearest, too, some shrink.
     square = min(error.relative_error**2, expected.noise * error.expected_error**2)
     if error.estimated and error.directions:  # from as many independent products of W and E
@@ -123,26 +114,32 @@ def _sketch_limits(error: SketchError) -> Iterator[Limited]:
     if error.directions and not error.estimated:  # √(2/known): the relative error of ‖W−Ŵ‖²
         deviation += square * (2 / known) ** 0.5 / 2
     shrinks = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
-    yield _projection_limit(error, square, shrinks, 0.0, 5 * deviation)
-    yield from _output_limit(error)
+    yield from _shared_limits(error, values, square, shrinks, deviation)
 
 
-def _projection_limit(
+def _shared_limits(
     error: TensorError,
+    values: int,
     square: float,
     shrinks: tuple[float, float],
-    clipping: float,
-    uncertainty: float,
-) -> Limited:
-    """Compares the projection with the middle of its expected range.
+    deviation: float,
+    clipping: float = 0.0,
+) -> Iterator[Limited]:
+    """Limits the shift, the distance of the projection from the middle of its range, the output.
 
-    With ρ² = ‖W−Ŵ‖²/‖W‖², the `square`, the least squared error changes it by -ρ², unbiased
-    rounding by 0; `shrinks` is in units of ρ².
+    With ρ² = ‖W−Ŵ‖²/‖W‖², the `square`, the least squared error changes the projection by -ρ²,
+    unbiased rounding by 0; `shrinks` is in units of ρ².
     """
-    least, most = shrinks
+    expected, (least, most) = EXPECTATIONS[error.chosen], shrinks
+    if error.quantized:
+        yield "shift", abs(error.shift), SHIFT + 5 / math.sqrt(12 * values)
     change = error.projection - 1 - clipping + square * (least + most) / 2
-    tolerance = EXPECTATIONS[error.chosen].projection + square * (most - least) / 2
-    return "projection", abs(change), tolerance + uncertainty
+    tolerance = expected.projection + square * (most - least) / 2
+    yield "projection", abs(change), tolerance + 5 * deviation
+    if error.output_noise is not None and error.quantized:
+        # Mixtures of inputs that are alike count as two.
+        limit = expected.output_noise * _most(2 * error.rows, 0.5 / error.rows)
+        yield "output", error.output_noise, limit
 
 
 def _most(products: float, share: float, chance: float = CHANCE) -> float:
@@ -152,18 +149,6 @@ def _most(products: float, share: float, chance: float = CHANCE) -> float:
     """
     x = -math.log(chance)
     return 1 + 2 * math.sqrt(x / products) + 2 * x * share
-
-
-def _shift_limit(error: TensorError, values: int) -> Iterator[Limited]:
-    if error.quantized:
-        yield "shift", abs(error.shift), SHIFT + 5 / math.sqrt(12 * values)
-
-
-def _output_limit(error: TensorError) -> Iterator[Limited]:
-    if error.output_noise is not None and error.quantized:
-        # Mixtures of inputs that are alike count as two.
-        limit = EXPECTATIONS[error.chosen].output_noise * _most(2 * error.rows, 0.5 / error.rows)
-        yield "output", error.output_noise, limit
 
 
 _SAME = 2.0**-9
@@ -206,12 +191,7 @@ def reproduce(
 def reproduced_checks(tensors: list[Reproduced]) -> Iterator[Check]:
     """Checks the tensor that differs most, and every tensor that differs."""
     worst = sorted(tensors, key=lambda tensor: -tensor.different)
-    for index, tensor in enumerate(worst):
-        if index == 0 or tensor.different:
-            yield Check(
-                name=f"reproduced.{tensor.name}",
-                kind="reproduced",
-                value=float(tensor.different),
-                limit=0,
-                reason=f"{tensor.scheme}: weights that the encoder stores as other values",
-            )
+    for one in worst[:1] + [tensor for tensor in worst[1:] if tensor.different]:
+        name, value = f"reproduced.{one.name}", float(one.different)
+        reason = f"{one.scheme}: weights that the encoder stores as other values"
+        yield Check(name=name, value=value, limit=0, reason=reason, kind="reproduced")

@@ -54,7 +54,7 @@ def held(artifact: Path, reference: ReferenceFile) -> against.AgainstFile:
 
 
 def failed(artifact: Path, found: against.AgainstFile) -> list[str]:
-    checks = against.file_checks(found, open_artifact(artifact).manifest)
+    checks = against.file_checks(found, open_artifact(artifact).manifest, {})
     return [check.name for check in checks if not check.passed and check.kind not in TENSOR_CHECKS]
 
 

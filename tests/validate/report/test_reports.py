@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.result_schema import as_text, result_schema
 from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -27,7 +28,6 @@ from rgexport.validate.metrics import worst
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page, write_html
-from rgexport.validate.report.schema import as_text, result_schema
 from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, Speed, require_writable, write_json

@@ -1,6 +1,6 @@
 """The JSON schema of `validate --json`, made from the dataclasses that are written.
 
-`python -m rgexport.validate.report.schema > docs/validate.schema.json` publishes it.
+`python -m bench.result_schema > docs/validate.schema.json` publishes it.
 """
 
 import dataclasses
