@@ -159,10 +159,7 @@ def _compare_end(
         rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
         chunk = ChunkResult(np.concatenate([first.logits, rest]), session.get_state())
     result = {}
-    for name, sizes in (
-        ("steps", [1] * len(tokens)),
-        ("ragged", list(_ragged(len(tokens), info))),
-    ):
+    for name, sizes in (("steps", [1] * len(tokens)), ("ragged", list(_ragged(len(tokens), info)))):
         (repeated,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
         result[name] = _compare([(chunk, repeated)], len(tokens))
     return result | {"restored": restored}

@@ -269,14 +269,14 @@ def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
     tokens, scores = vocabulary.tokens, vocabulary.scores.tolist()
     normal = [i for i, kind in enumerate(vocabulary.types.tolist()) if kind == NORMAL]
     known = {tokens[i] for i in normal}
-    merged = [i for i in normal if len(tokens[i]) > 256 or _is_merged(tokens[i], known)]
+
+    def is_merged(piece: str) -> bool:
+        return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
+
+    merged = [i for i in normal if len(tokens[i]) > 256 or is_merged(tokens[i])]
     keys = [(not tokens[i].strip("▁"), -scores[i]) for i in merged]
     ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
     return [(i, ranks[key]) for i, key in zip(merged, keys, strict=True)]
-
-
-def _is_merged(piece: str, known: set[str]) -> bool:
-    return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
 
 
 def _counted(count: int, what: str, content: str) -> str:

@@ -243,8 +243,11 @@ def all_checks(
     if result.structure.in_verdict:
         wrong = float(result.structure.status == "differs")
         yield Check(name="structure", value=wrong, limit=0, reason=result.structure.reason)
-    if result.sites is not None:
-        yield from _site_checks(result.sites)
+    if (report := result.sites) is not None:
+        for error in report.beyond or report.worst(1):
+            name = f"sites.{error.state or error.site}"
+            reason = f"{error.op} of {error.call} from the artifact's own inputs, in limits"
+            yield Check(name=name, value=error.excess, limit=1.0, reason=reason, kind="sites")
     if result.original is not None:
         logits, kl = result.original.logits, result.original.kl
         yield from thresholds.cost_checks("original", manifest, logits, kl, limits)
@@ -266,15 +269,11 @@ def all_checks(
 def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
     yield from thresholds.logit_checks(comparison.logits, limit.at(length))
     drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
-    states = [
-        Check(
-            name="dequantized.states",
-            value=worst(at.states),
-            limit=limit.at(at.position).states,
-            reason=f"after {at.position} tokens; {limit.reason}",
-        )
-        for at in drift
-    ]
+    states = []
+    for at in drift:
+        value, most = worst(at.states), limit.at(at.position).states
+        reason = f"after {at.position} tokens; {limit.reason}"
+        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
     yield max(states, key=lambda check: check.excess)
 
 
@@ -292,14 +291,6 @@ def _equivalence_checks(result: Result) -> Iterator[Check]:
         why = f"{SAME[name]}; {limit.reason}"
         for what, value, most in values:
             yield Check(name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name)
-
-
-def _site_checks(report: SiteReport) -> Iterator[Check]:
-    """Checks the op that is nearest to its limit, or all that are beyond it."""
-    for error in report.beyond or report.worst(1):
-        name = f"sites.{error.state or error.site}"
-        reason = f"{error.op} of {error.call} from the artifact's own inputs, in limits"
-        yield Check(name=name, value=error.excess, limit=1.0, reason=reason, kind="sites")
 
 
 def _rounding_checks(result: Result) -> Iterator[Check]:

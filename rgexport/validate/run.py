@@ -184,18 +184,13 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
     if request.calibration is not None and not request.reproduce:
         raise RequestError("--calibration is for --reproduce; give both, or leave it out")
     artifact = open_artifact(path, allow_foreign=request.allow_foreign)
-    manifest = artifact.manifest
+    manifest, config = artifact.manifest, artifact.manifest.config
     engine_of(manifest.kind).require_trusted(artifact)
     if request.reference is not None:
         check_fits(request.reference, manifest)
     tokenizer = open_tokenizer(artifact) if manifest.has_tokenizer else None
-    text = choose_text(
-        tokenizer,
-        vocab_size=manifest.config.vocab_size,
-        window=manifest.config.window,
-        file=request.text,
-        limit=request.max_tokens,
-    )
+    options = request.text, request.max_tokens
+    text = choose_text(tokenizer, config.vocab_size, config.window, *options)
     detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
     original = find_original(manifest, request.model, request.adapter)
     statistics = _statistics(request, manifest, original) if request.reproduce else None

@@ -22,7 +22,7 @@ from rgexport.units import amount
 from rgexport.validate import metrics
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.metrics import LogitError
-from rgexport.validate.reference_pass import Pass, run_side_by_side
+from rgexport.validate.reference_pass import run_side_by_side
 from rgexport.validate.text import first_tokens
 from rgexport.validate.thresholds import logit_checks, original_rms, tolerance
 from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
@@ -31,7 +31,6 @@ from rgexport.validate.weights.weight_limits import weight_checks
 _REST_BYTES = 384 << 20
 """Memory for temporaries, a few rows of logits, and libraries that are loaded for the check."""
 _MAX_FAILURES = 3
-"""Number of failed checks that the reason lists."""
 _DESCRIPTIONS = {
     "dequantized.logits": (
         "the largest difference from the dequantized reference, of the largest logit,"
@@ -67,17 +66,17 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     manifest = artifact.manifest
     schedule = expected_of(manifest.kind).schedule(manifest)
     tokens = first_tokens(artifact, schedule.chunk + schedule.steps)
-    references = run_side_by_side(
-        "Self-check",
-        [
-            (manifest.config, artifact.weights, False),
-            # Weight errors below need mixtures of the original's inputs.
-            (checkpoint.config, checkpoint.weights, True),
-        ],
-        tokens,
-    )
+    models = [
+        (manifest.config, artifact.weights, False),
+        (checkpoint.config, checkpoint.weights, True),  # with mixtures of its inputs
+    ]
+    references = run_side_by_side("Self-check", models, tokens)
     logits, engine = _run_engine(artifact, tokens, schedule)
-    dequantized, original = (_compare(reference, tokens, logits) for reference in references)
+    start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
+    dequantized, original = (
+        metrics.compare_logits(one.logits(start, len(tokens)), logits, following[start:])
+        for one in references
+    )
     weights = weight_errors(
         checkpoint.weights,
         artifact.weights,
@@ -131,12 +130,6 @@ def _run_engine(
         raise RequestError(f"{engine} cannot run it: {reason}") from None
     finally:
         session.close()
-
-
-def _compare(reference: Pass, tokens: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
-    expected = reference.logits(start, len(tokens))
-    return metrics.compare_logits(expected, logits, following[start:])
 
 
 def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:

@@ -157,10 +157,7 @@ def compare_identity(
 
 
 def _models(
-    artifact: Artifact,
-    text: Items,
-    original: OriginalModel | None,
-    reference: ReferenceFile | None,
+    artifact: Artifact, text: Items, original: OriginalModel | None, reference: ReferenceFile | None
 ) -> Iterator[_ModelIdentity]:
     if original is not None:
         checkpoint, side = original.checkpoint, text_identity(original.checkpoint)

@@ -39,7 +39,6 @@ class Text:
 
 def choose_text(
     tokenizer: Tokenizer | None,
-    *,
     vocab_size: int,
     window: int,
     file: Path | None = None,
@@ -85,13 +84,9 @@ def choose_text(
 
 def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
     """The built-in text's first tokens, [count] int64, or random ones; repeated if it is short."""
-    manifest = artifact.manifest
-    text = choose_text(
-        open_tokenizer(artifact) if manifest.has_tokenizer else None,
-        vocab_size=manifest.config.vocab_size,
-        window=manifest.config.window,
-        limit=count,
-    )
+    config = artifact.manifest.config
+    tokenizer = open_tokenizer(artifact) if artifact.manifest.has_tokenizer else None
+    text = choose_text(tokenizer, config.vocab_size, config.window, limit=count)
     return np.resize(text.tokens, count)
 
 
@@ -162,7 +157,7 @@ CHAT = (
 
 
 def choose_prompts(
-    tokenizer: Tokenizer | None, *, vocab_size: int, window: int, file: Path | None = None
+    tokenizer: Tokenizer | None, vocab_size: int, window: int, file: Path | None = None
 ) -> list[Text]:
     """Returns the prompts of `file`, else the built-in ones, or random ids without a tokenizer.
 

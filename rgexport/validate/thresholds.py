@@ -46,24 +46,14 @@ Measured: ggml, which multiplies the angle up pair by pair, is 1.2e-3 off there.
 """
 
 
-FLOAT32 = Tolerance(
-    logits=1e-3,
-    rms=2e-4,
-    states=1e-3,
-    reason="float32 on both sides: the order of sums, and the last bit of exp under sqrt(1 - a²)",
+_WHY_FLOAT32 = (
+    "float32 on both sides: the order of sums, and the last bit of exp under sqrt(1 - a²)"
 )
-FLOAT16 = Tolerance(
-    logits=4e-2,
-    rms=2e-2,
-    states=4e-2,
-    reason="activations are rounded to 11 bits between the operations",
-)
-INT8 = Tolerance(
-    logits=0.6,
-    rms=0.25,
-    states=0.6,
-    reason="activations are rounded to int8 per block at every quantized linear",
-)
+_WHY_FLOAT16 = "activations are rounded to 11 bits between the operations"
+_WHY_INT8 = "activations are rounded to int8 per block at every quantized linear"
+FLOAT32 = Tolerance(logits=1e-3, rms=2e-4, states=1e-3, reason=_WHY_FLOAT32)
+FLOAT16 = Tolerance(logits=4e-2, rms=2e-2, states=4e-2, reason=_WHY_FLOAT16)
+INT8 = Tolerance(logits=0.6, rms=0.25, states=0.6, reason=_WHY_INT8)
 
 ITSELF = 8
 """The most that an artifact may differ from itself, in units of its error against the reference.
@@ -125,10 +115,8 @@ def tolerance(manifest: Manifest) -> Tolerance:
 
 
 def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
-    for what, value, most in (
-        ("logits", logits.relative_max, limit.logits),
-        ("rms", logits.relative_rms, limit.rms),
-    ):
+    pairs = {"logits": (logits.relative_max, limit.logits), "rms": (logits.relative_rms, limit.rms)}
+    for what, (value, most) in pairs.items():
         yield Check(name=f"dequantized.{what}", value=value, limit=most, reason=limit.reason)
 
 
@@ -137,14 +125,9 @@ def cost_checks(
 ) -> Iterator[Check]:
     """Checks an artifact against the `original` or a `reference`; KL only where `limits` has it."""
     yield original_rms(manifest, logits, side)
-    if f"{side}.kl" in limits:
-        yield Check(
-            name=f"{side}.kl",
-            value=kl.mean,
-            margin=STANDARD_ERRORS * kl.standard_error,
-            limit=limits[f"{side}.kl"],
-            reason="mean KL to the original, nats",
-        )
+    if (name := f"{side}.kl") in limits:
+        margin, reason = STANDARD_ERRORS * kl.standard_error, "mean KL to the original, nats"
+        yield Check(name=name, value=kl.mean, margin=margin, limit=limits[name], reason=reason)
 
 
 def original_rms(manifest: Manifest, logits: LogitError, side: str = "original") -> Check:

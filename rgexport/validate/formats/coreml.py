@@ -19,11 +19,6 @@ from rgexport.validate.formats.expected import TOKENS, Expected, Recipe, Schedul
 from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
 from rgexport.validate.thresholds import Tolerance
 
-SMALL_MODEL = 100_000_000
-"""Parameters up to which the interpreter needs less than half a second a token."""
-LARGE_STEPS = 2
-"""Single tokens that a larger model takes after a chunk: 12 s a token at 2B."""
-
 _FLOAT16 = Tolerance(
     logits=6e-2,
     rms=3e-2,
@@ -40,8 +35,7 @@ Beyond what `DEQUANTIZED` says, a score of 30 moves a weight of the softmax by u
 class CoreMLExpected(Expected):
     """Two functions of fixed lengths in one package or several; activations are never int8.
 
-    Fingerprints are not recorded: coremltools, which reads a package, comes with the extra that
-    makes one.
+    Fingerprints are of no use: coremltools, which reads a package, also makes one.
     """
 
     extra = "coreml"
@@ -58,7 +52,8 @@ class CoreMLExpected(Expected):
         length = manifest.coreml.prefill_length
         parameters = sum(prod(stored.shape) for stored in manifest.tensors.values())
         rows = min(length, TOKENS) if manifest.coreml.all_logits else 1
-        return Schedule(length, rows, TOKENS - 1 if parameters <= SMALL_MODEL else LARGE_STEPS)
+        # The interpreter takes half a second a token at 100M, and 12 s at 2B.
+        return Schedule(length, rows, TOKENS - 1 if parameters <= 100_000_000 else 2)
 
     def recipe(self, manifest: Manifest) -> Recipe:
         assert isinstance(manifest, CoreMLManifest)

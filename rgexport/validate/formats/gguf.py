@@ -1,7 +1,7 @@
 """Limits of GGUF files in llama.cpp, and the metadata that makes its graph and its tokenizer.
 
-Types and offsets of tensors need no comparison: the plan is read from the types, and the reader of
-the header refuses tensors that do not follow each other.
+Types and offsets of tensors are no part of the structure: the plan is read from the types, and the
+reader of the header refuses tensors that do not follow each other.
 """
 
 import reprlib
@@ -23,12 +23,8 @@ from rgexport.validate.identity import NO_MEANING, IdentityItem, Items, compared
 from rgexport.validate.structure.elements import Element, shortened
 from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
-_BFLOAT16 = Tolerance(
-    logits=0.16,
-    rms=5e-2,
-    states=0.16,
-    reason="activations are rounded to 8 bits at every linear",
-)
+_WHY_BFLOAT16 = "activations are rounded to 8 bits at every linear"
+_BFLOAT16 = Tolerance(logits=0.16, rms=5e-2, states=0.16, reason=_WHY_BFLOAT16)
 _TOLERANCES: dict[str, Tolerance] = {"f32": FLOAT32, "f16": FLOAT16, "bf16": _BFLOAT16}
 """Type of a GGUF file's tensor → tolerance, INT8 for all others; the largest of a file counts.
 
@@ -134,12 +130,9 @@ def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
     )
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         scores = np.full(len(tokens), np.nan)
+    space = values.get(f"{_PREFIX}add_space_prefix") is True
     return Vocabulary(
-        tokens=tokens,
-        scores=scores,
-        types=types,
-        control=control,
-        add_space_prefix=values.get(f"{_PREFIX}add_space_prefix") is True,
+        tokens=tokens, scores=scores, types=types, control=control, add_space_prefix=space
     )
 
 

@@ -48,7 +48,6 @@ from rgexport.validate.text import Text, choose_prompts
 from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, products, sketch
 
 OWN = "rgexport"
-DEEPMIND = "deepmind"
 ROOM = 1.25
 """Free memory that a whole model takes, as a multiple of its float32 weights, …"""
 WORKING_BYTES = 2 << 30
@@ -58,7 +57,7 @@ MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 
 
 def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
-    """Returns the constructor of an implementation, `OWN` or `DEEPMIND`.
+    """Returns the constructor of an implementation, `OWN` or `deepmind`.
 
     rgexport's own computes in NumPy on the CPU, and in torch on a GPU, which `auto` prefers. It
     keeps its weights in memory where they fit, unless `low_memory` forbids it.
@@ -120,9 +119,6 @@ def _free_bytes(device: str) -> int | None:
     return free
 
 
-GREEDY_TOKENS = 32
-MIXED_TOKENS = 256
-"""Most tokens that are mixed into the sketches of the inputs of linears."""
 LOGITS_BYTES = 17_280_000
 """The file's budget for logits: all positions of the demo."""
 LEAST_POSITIONS = 128
@@ -152,27 +148,23 @@ def capture(
     check_file_target(target, force=force, replaceable=is_reference)
     make_model = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
-    texts = choose_prompts(
-        tokenizer,
-        vocab_size=checkpoint.config.vocab_size,
-        window=checkpoint.config.window,
-        file=prompts,
-    )
+    config = checkpoint.config
+    texts = choose_prompts(tokenizer, config.vocab_size, config.window, prompts)
     expect_stages(5 + bool(tokenizer) + can_record())
     require_sound(checkpoint)
     structures = record_structures(checkpoint)
     count = sum(len(text.tokens) for text in texts)
     detail(f"Capturing {checkpoint.name} on {len(texts)} prompts, {count} tokens")
-    model = make_model(checkpoint.config, checkpoint.weights)
+    model = make_model(config, checkpoint.weights)
     records, arrays = _record(model, texts, tokenizer)
     longest = max(texts, key=lambda text: len(text.tokens))
-    arrays |= _sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
-    names = {path: name for name, path in checkpoint.weight_files.items()}
-    hashes = hash_new_files(names)
+    arrays |= _sketch_arrays(config, checkpoint.weights, longest.tokens)
+    hashes = hash_new_files(checkpoint.weight_files.values())
+    files = {n: FileRecord(hashes[p], p.stat().st_size) for n, p in checkpoint.weight_files.items()}
     header = Header(
         model=checkpoint.name,
         config=model.config,
-        files={names[p]: FileRecord(sha, p.stat().st_size) for p, sha in hashes.items()},
+        files=files,
         computed=model.describe(),
         environment=environment(),
         prompts=records,
@@ -209,7 +201,7 @@ def _record(
     greedy: list[list[int]] = [[] for _ in texts]
     if tokenizer is not None:
         ends = [after[-1] for after in states]
-        greedy = continue_greedily(model, hidden, ends, GREEDY_TOKENS, tokenizer.stop_ids)
+        greedy = continue_greedily(model, hidden, ends, 32, tokenizer.stop_ids)
     for index, (ids, after) in enumerate(zip(greedy, states, strict=True)):
         arrays |= {f"greedy.{index}": np.array(ids, np.int64)} if ids else {}
         arrays |= _state_arrays(model.config, index, lengths[index], after)
@@ -261,17 +253,16 @@ def _state_arrays(
     for spec in state_specs(config):
         rows = stored_shape(spec, tokens)[0]
         arrays[f"states.{index}.{spec.name}"] = end[spec.name][0, spec.shape[0] - rows :]
-    for spec in checkpoint_specs(config) if inside else ():
-        stacked = np.concatenate([state[spec.name] for state in inside])
-        arrays[f"checkpoints.{index}.{spec.name}"] = stacked
+    for name in [spec.name for spec in checkpoint_specs(config)] if inside else ():
+        arrays[f"checkpoints.{index}.{name}"] = np.concatenate([state[name] for state in inside])
     return arrays
 
 
 def _sketch_arrays(
     config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sketches all tensors, and linears also by mixtures of their inputs over tokens [T]."""
-    tokens, sites = tokens[:MIXED_TOKENS], linear_inputs(config)
+    """Sketches all tensors, and linears also by mixtures of their inputs over the first tokens."""
+    tokens, sites = tokens[:256], linear_inputs(config)
     recorder = MixtureRecorder(config, len(tokens))
     with watched_layers("Recording inputs", weights) as watched:
         model = NumpyReference(config, watched)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
@@ -23,7 +23,6 @@ from rgexport.validate.report.sentences import (
 )
 from rgexport.validate.result import Result
 
-_MOST_NAME = 26
 _VERDICTS = {
     "PASS": "The export is correct: all {} checks passed.",
     ON_THE_TEXT: "All {} checks passed, but the graph was not compared with the exporter's.",
@@ -68,7 +67,6 @@ def render_page(results: Sequence[Result]) -> str:
         badge=sentences.verdict_text(*results),
         counts=sentences.counted_verdicts(results),
         overview=tables.overview(results),
-        costs=list(_size_chart(results)),
         environment=results[0].environment,
         rgexport=results[0].environment["rgexport"],
     )
@@ -84,8 +82,8 @@ def _view(anchor: str, r: Result) -> dict[str, Any]:
     count = len(r.checks) if r.verdict == "PASS" else sentences.counted_checks(r)
     failures, sites, quality = sentences.not_passed(r), r.sites, None
     if (q := r.quality) is not None:
-        texts = {"doubt": sentences.doubt_text(q), "meaning": sentences.quality_meaning(r, q)}
-        quality = {"grade": q.grade, "tone": _TONES[q.grade], **texts}
+        texts = {"doubt": sentences.doubt_text(q), "short": sentences.shortfall_text(r)}
+        quality = {"grade": q.grade, "meaning": q.meaning, "tone": _TONES[q.grade], **texts}
     variables: dict[str, Any] = {
         "anchor": anchor,
         "result": r,
@@ -179,26 +177,3 @@ def _range(line: Series) -> str:
     missing = len(line.points) - len(ys)
     text = f"{number(min(ys))} to {number(max(ys))}" if ys else "no finite value"
     return f"{text}, {missing} of {len(line.points)} not finite" if missing and ys else text
-
-
-def _size_chart(results: Sequence[Result]) -> Iterator[Chart]:
-    """Charts KL to the original by size, if at least two artifacts have an original."""
-    costs = sorted(
-        (r.artifact.bytes / 1e6, cost.kl.mean, PurePath(r.artifact.path).name)
-        for r in results
-        if (cost := tables.cost_of(r)) is not None and math.isfinite(cost.kl.mean)
-    )
-    if len(costs) < 2:
-        return
-    names = [name if len(name) <= _MOST_NAME else f"{name[:_MOST_NAME]}…" for *_, name in costs]
-    points = [(size, kl) for size, kl, _ in costs]
-    listed = "; ".join(f"{name}: {size:,.0f} MB, {number(kl)}" for size, kl, name in costs)
-    yield Chart(
-        title="What compression costs, by size",
-        summary=f"Mean KL in nats per token against the size of the files. {listed}.",
-        labels=("size, MB", "KL, nats per token"),
-        series=[Series("original", "KL to the original", points, dots=True, names=names)],
-        y=logarithmic_axis([kl for _, kl in points]),
-        column="size, MB",
-        show_x="{:,.1f}".format,
-    )

@@ -106,10 +106,6 @@ def doubt_text(q: Quality) -> str:
     return f" (or {' or '.join(names)}, within the margin of error)" if names else ""
 
 
-def quality_meaning(r: Result, q: Quality) -> str:
-    return f"{q.meaning} {shortfall_text(r)}".rstrip()
-
-
 def shortfall_text(r: Result) -> str:
     """Warns that the quality is below `--min-quality`; empty if it is not."""
     return "" if r.good_enough else f"The quality is below {r.min_quality}, which was asked for."

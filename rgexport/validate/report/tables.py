@@ -194,10 +194,7 @@ def sketch_table(file: AgainstFile) -> Table:
 
 
 def _tensor_table(
-    title: str,
-    last: str,
-    unchanged: str,
-    judged: Sequence[tuple[TensorError, bool, float, float]],
+    title: str, last: str, unchanged: str, judged: Sequence[tuple[TensorError, bool, float, float]]
 ) -> Table:
     """The worst tensors of each scheme, and the number of those that are stored exactly.
 

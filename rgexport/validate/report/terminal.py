@@ -87,7 +87,7 @@ def _head(r: Result) -> Iterator[str]:
         figures = f"the same first choice at {percent(q.top1)} of the tokens, KL {number(q.kl)}"
         source = ", by the reference file" if q.against == "reference" else ""
         yield f"{q.grade.upper()}  quality{sentences.doubt_text(q)}: {figures}{source}"
-        yield sentences.quality_meaning(r, q)
+        yield f"{q.meaning} {sentences.shortfall_text(r)}".rstrip()
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
     speed = f"; {sentences.speed_text(r)}" if r.speed else ""

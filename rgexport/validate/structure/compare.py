@@ -61,11 +61,11 @@ def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> St
         install = f"{error.name} is missing (pip install 'rgexport[{expected.extra}]')"
         if reference is None:
             return StructureReport("not checked", f"{install}, and no reference file was given")
-        known = {one.recipe: one for one in reference.header.structures}.get(recipe.key)
-        if known is None:
+        known = [one for one in reference.header.structures if one.recipe == recipe.key]
+        if not known:
             lack = "the reference file has no fingerprint for this config and plan"
             return StructureReport("not checked", f"{install}, and {lack}")
-        same = fingerprint(recipe.key, expected.read(artifact)).matches(known)
+        same = fingerprint(recipe.key, expected.read(artifact)).matches(known[-1])
         difference = None if same else "its fingerprint is not the reference file's"
         writer = version_text(reference.header.environment)
     if difference is None:
@@ -78,8 +78,8 @@ def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> St
 
 
 def _difference_from_lowered(expected: Expected, artifact: Artifact, recipe: Recipe) -> str | None:
+    layers = recipe.config.num_layers
     try:
-        layers = recipe.config.num_layers
         with task("Lowering the graph again", layers, "layers") as advance:
             lowered = list(expected.lower(recipe))
             advance(layers)

@@ -18,8 +18,6 @@ from rgexport.export.manifest import StoredTensor
 
 TOLERANCE = 1e-6
 """Relative difference of equal floats: the last bits of RoPE's depend on the machine."""
-_MOST_NUMBERS = 1024
-"""Numbers of one array that are kept; of a longer one there is a hash."""
 _MOST_TEXT = 80
 """Characters of a value that are kept, before a hash of it."""
 
@@ -109,7 +107,7 @@ class _Reader:
             yield from (self._names.setdefault(name, f"%{len(self._names)}") for name in values)
         elif isinstance(values[0], str | bytes):
             yield from (shortened(repr(text)) for text in values)
-        elif len(values) > _MOST_NUMBERS:
+        elif len(values) > 1024:
             yield hashlib.sha256(np.array(values).tobytes()).hexdigest()
         else:
             finite = (isinstance(number, float) and math.isfinite(number) for number in values)
