@@ -17,15 +17,19 @@ from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate import thresholds
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.checks import (
+    MOST_COST,
     STANDARD_ERRORS,
     Check,
     Outcome,
     Quality,
+    Tolerance,
+    consistency,
+    cost_checks,
     grade_quality,
+    logit_checks,
     verdict,
 )
 from rgexport.validate.continuations import Continuation
@@ -39,7 +43,6 @@ from rgexport.validate.reference.against import AgainstFile, file_checks
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.text import Text
-from rgexport.validate.thresholds import Tolerance
 from rgexport.validate.weights.tensor_errors import WeightError
 from rgexport.validate.weights.weight_limits import Reproduced, reproduced_checks, weight_checks
 
@@ -250,7 +253,7 @@ def all_checks(
             yield Check(name=name, value=error.excess, limit=1.0, reason=reason, kind="sites")
     if result.original is not None:
         logits, kl = result.original.logits, result.original.kl
-        yield from thresholds.cost_checks("original", manifest, logits, kl, limits)
+        yield from cost_checks("original", manifest, logits, kl, limits)
     if result.weights is not None:
         yield from weight_checks(result.weights)
     if result.reproduced is not None:
@@ -267,7 +270,7 @@ def all_checks(
 
 
 def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
-    yield from thresholds.logit_checks(comparison.logits, limit.at(length))
+    yield from logit_checks(comparison.logits, limit.at(length))
     drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
     states = []
     for at in drift:
@@ -281,9 +284,7 @@ def _equivalence_checks(result: Result) -> Iterator[Check]:
     """Checks each way of taking the tokens, as far as the artifact is off from its reference."""
     side = result.dequantized
     states = worst([*side.states, *(error for at in side.drift for error in at.states)])
-    limit = thresholds.consistency(
-        result.tolerance, result.text.tokens, side.logits.relative_max, states
-    )
+    limit = consistency(result.tolerance, result.text.tokens, side.logits.relative_max, states)
     for name, same in result.equivalences.items():
         values = [("logits", same.logits.relative_max, limit.logits)]
         if same.states:
@@ -305,5 +306,5 @@ def _rounding_checks(result: Result) -> Iterator[Check]:
         ratios["reference"] = least / (cost.kl_rounded + result.dequantized.kl.mean)
     reason = "KL in units of what rounding costs at random, by the steps of the weights"
     for side, ratio in ratios.items():
-        limit = thresholds.MOST_COST[side]
+        limit = MOST_COST[side]
         yield Check(name=f"cost.{side}", value=ratio, limit=limit, reason=reason, kind="cost")

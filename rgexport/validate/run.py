@@ -26,7 +26,7 @@ from rgexport.units import amount
 from rgexport.validate import continuations
 from rgexport.validate.bisect.sites import SiteReport, compare_sites
 from rgexport.validate.bisect.suspects import find_suspects
-from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
+from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, tolerance, with_limits
 from rgexport.validate.continuations import Continuation, ContinuedPrompt
 from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
@@ -50,7 +50,6 @@ from rgexport.validate.result import (
 from rgexport.validate.source import OriginalModel, compare_identity, find_original
 from rgexport.validate.structure.compare import compare_structure
 from rgexport.validate.text import Text, choose_text
-from rgexport.validate.thresholds import tolerance
 from rgexport.validate.weights.tensor_errors import weight_errors
 from rgexport.validate.weights.weight_limits import reproduce
 

@@ -20,11 +20,11 @@ from rgexport.runtimes.memory import available_bytes, release_freed_memory
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 from rgexport.validate import metrics
+from rgexport.validate.checks import logit_checks, original_rms, tolerance
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.metrics import LogitError
 from rgexport.validate.reference_pass import run_side_by_side
 from rgexport.validate.text import first_tokens
-from rgexport.validate.thresholds import logit_checks, original_rms, tolerance
 from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 

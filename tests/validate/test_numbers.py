@@ -19,15 +19,17 @@ from rgexport.validate.checks import (
     GRADE_NAMES,
     GRADES,
     NAMES,
+    ORIGINAL_RMS,
     Check,
+    coarsest,
     grade_quality,
     parse_limits,
+    tolerance,
     verdict,
     with_limits,
 )
 from rgexport.validate.measure import CHOICES, WORST, WorstPositions
 from rgexport.validate.metrics import KL, Agreement, state_errors, worst
-from rgexport.validate.thresholds import ORIGINAL_RMS, coarsest, tolerance
 from tests.models import ODD_CONFIGS
 from tests.validate.toys import manifest_of
 

@@ -15,9 +15,9 @@ from rgexport.export.mil.decoder import messages
 from rgexport.export.mil.package import MAX_MODEL_BYTES
 from rgexport.files.paths import read_regular
 from rgexport.griffin.layout import model_tensors
+from rgexport.validate.checks import Tolerance
 from rgexport.validate.formats.expected import TOKENS, Expected, Recipe, Schedule, traced
 from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
-from rgexport.validate.thresholds import Tolerance
 
 _FLOAT16 = Tolerance(
     logits=6e-2,

@@ -14,9 +14,9 @@ from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.scheme import Plan
+from rgexport.validate.checks import DEQUANTIZED, Tolerance
 from rgexport.validate.identity import IdentityItem, Items, folder_items, written_files
 from rgexport.validate.structure.elements import Element
-from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
 
 if TYPE_CHECKING:
     from rgexport.export.program import StepProgram

@@ -12,8 +12,8 @@ from rgexport.export.manifest import Manifest
 from rgexport.progress import task
 from rgexport.runtimes.blocks import blocks, whole_chunks
 from rgexport.runtimes.session import Session
-from rgexport.validate import metrics, thresholds
-from rgexport.validate.checks import Check
+from rgexport.validate import metrics
+from rgexport.validate.checks import Check, cost_checks, tolerance
 from rgexport.validate.metrics import Drift, StateError, state_errors, worst
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
@@ -124,7 +124,7 @@ def compare_with_file(
         non_finite_positions=sum(one.non_finite for one in forced),
         logits=replace(logits, worst_position=positions[logits.worst_position]),
         kl=replace(kl, worst_position=positions[kl.worst_position]),
-        agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
+        agreement=metrics.agreement(rows, tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
         states=_worst_states(error for one in forced for error in one.states),
         drift=[drift for one in forced for drift in one.drift],
@@ -188,7 +188,7 @@ def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
 def file_checks(
     result: AgainstFile, manifest: Manifest, limits: Mapping[str, float]
 ) -> Iterator[Check]:
-    yield from thresholds.cost_checks("reference", manifest, result.logits, result.kl, limits)
+    yield from cost_checks("reference", manifest, result.logits, result.kl, limits)
     broken, reason = result.non_finite_positions, "positions whose logits are not finite"
     yield Check(name="reference.finite", value=float(broken), limit=0, reason=reason)
     yield from sketch_checks(result.weights)
