@@ -89,11 +89,7 @@ def with_limits(checks: Iterable[Check], limits: Mapping[str, float]) -> Iterato
 
 
 def parse_limits(texts: Iterable[str]) -> dict[str, float]:
-    """Reads the values of `--limit NAME=VALUE`.
-
-    Raises:
-        RequestError: an unknown name, or a value that is not a number of 0 or more.
-    """
+    """Reads `--limit NAME=VALUE`; raises RequestError for other names or values."""
     limits = {}
     for text in texts:
         key, _, number = text.partition("=")
@@ -143,10 +139,9 @@ the limits of agreement decide only where a text has more close calls than most.
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The grade of an artifact: the worse of its grades for KL and for agreement.
+    """The worse of an artifact's grades for KL and for agreement, which `decided_by` names.
 
     `best` and `worst` are the grades at the ends of the margins, two standard errors on each side.
-    `decided_by` is the number that has the grade; KL where both have.
     """
 
     grade: GradeName
@@ -243,10 +238,7 @@ Measured on ten random models of odd shapes in int8 and int4, without native ker
 
 
 def consistency(limit: Tolerance, position: int, logits: float, states: float) -> Tolerance:
-    """The tolerance of an artifact against itself, after `position` tokens.
-
-    `limit` is that against its dequantized reference; `logits` and `states` are the largest errors.
-    """
+    """The tolerance of an artifact against itself, by its errors against its reference."""
     least, most = FLOAT32.at(position), limit.at(position)
     return replace(
         most,

@@ -82,10 +82,7 @@ def continue_greedily(
     count: int,
     stop_ids: Collection[int],
 ) -> list[list[int]]:
-    """Continues texts greedily in one batch, by at most `count` tokens; a stop id ends one.
-
-    `hidden` has an array [1, T, width] for each text, `ends` the states after them.
-    """
+    """Continues texts, [1, T, width] each, in one batch by up to `count` tokens or a stop id."""
     state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
     following = [int(model.logits(last[:, -1:])[0, -1].argmax()) for last in hidden]
     continued = [[token] for token in following]

@@ -109,10 +109,9 @@ def _with_errors(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """The original against itself with one part of the artifact's weights.
+    """The original with one part of the artifact's weights: its KL in nats, and top-1 agreement.
 
-    The part is `layers.3`, `embed_tokens` (which is the head, too) or `final_norm`; `kl` is the
-    mean KL(original ‖ variant) in nats, `top1` the top-1 agreement in [0, 1].
+    The part is `layers.3`, `embed_tokens` (which is the head, too) or `final_norm`.
     """
 
     part: str

@@ -43,10 +43,7 @@ SAME = {
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """Tokens taken in two ways: the errors of their logits and, if known, of the states after.
-
-    Where several texts were taken, `states` has those of each.
-    """
+    """Errors between two ways of taking tokens; `states` are those of each text, if known."""
 
     tokens: int
     logits: metrics.LogitError
@@ -114,7 +111,7 @@ def compare_portable(
     """Takes the beginning and the end of a text in a session without native kernels.
 
     The beginning is compared with the reference; the end, one long call, with what native kernels
-    gave; the rows of a batch with what each gives alone.
+    gave.
     """
     count = next(iter(checkpoints(len(text))), len(text))
     state = reference.drift.get(count) or recent(reference.state)
@@ -185,10 +182,7 @@ def _at_once(session: Session, ending: Ending) -> ChunkResult:
 def _in_batch(
     session: Session, text: np.ndarray, used: State
 ) -> list[tuple[ChunkResult, ChunkResult]]:
-    """Takes the last tokens of a text [T], from the state `used`, and its first ones in one batch.
-
-    So the rows have different positions. Returns what each row gave alone and in the batch.
-    """
+    """Takes the last tokens of a text [T] from `used`, and its first ones, alone and in a batch."""
     count = min(STEPS, len(text))
     tokens, states = np.stack([text[-count:], text[:count]]), [used, zeros_of(used)]
     sizes = _chunk_and_steps(count)

@@ -147,10 +147,7 @@ _MOST_SHOWN = 200
 
 @dataclass(frozen=True, kw_only=True)
 class TextIdentity:
-    """The text side of a checkpoint of a `layout`, as an export would write it.
-
-    `made` are the files that rgexport `version` converted or completed; the others are copies.
-    """
+    """The text side of a checkpoint; rgexport `version` converted or completed the files `made`."""
 
     layout: str
     version: str
@@ -185,9 +182,6 @@ def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
     """Compares the files beside a model with those that this version writes for its manifest.
 
     Copies of the checkpoint's files are left out. Files that rgexport does not write are one item.
-
-    Raises:
-        RequestError: a file is too large, or the tokenizer's settings cannot be read.
     """
     manifest, folder = artifact.manifest, artifact.path
     form, names = folder_format(manifest.kind), files_of(folder)
@@ -214,10 +208,7 @@ def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
 def folder_items(
     folder: Path, vocab_size: int, tokenizer: Tokenizer | None
 ) -> dict[str, str | None]:
-    """The items of a folder: each of the tokenizer's files, and their `meaning`.
-
-    `vocab_size` counts the rows of the embedding; `tokenizer` is the folder's.
-    """
+    """The items of a folder: each of the tokenizer's files, and their `meaning`."""
     items = {name: file_text(folder / name) for name in TOKENIZER_FILES}
     if tokenizer is None:
         return items | NO_MEANING
@@ -231,11 +222,7 @@ def folder_items(
 def meaning(
     tokenizer: Tokenizer, vocabulary: Vocabulary | None, control: ControlTokens, template: str
 ) -> dict[str, str | None]:
-    """The items that formats share.
-
-    `vocabulary` covers pieces, scores, types and the space in front; `tokenization` the ids of the
-    built-in text and of hard cases.
-    """
+    """The items that formats share, of a vocabulary and of the ids of some texts."""
     tokens = (
         control.bos,
         control.eos or control.end_of_turn,  # as in GGUF files
@@ -284,10 +271,7 @@ def _counted(count: int, what: str, content: str) -> str:
 
 
 def file_text(path: Path) -> str | None:
-    """Returns the text of a short JSON file, a hash of others, or None if the file is missing.
-
-    Neither the order of JSON's fields nor white space counts.
-    """
+    """The text of a short JSON file in canonical form, a hash of others, None if it is missing."""
     try:
         content = read_regular(path, MAX_BYTES)
     except FileNotFoundError:

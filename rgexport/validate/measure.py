@@ -58,10 +58,7 @@ class TokenChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstPosition:
-    """A position with a large KL, and what both models expect after it, likeliest first.
-
-    `next_token` follows in the text; `context` is the text of the last tokens up to the position.
-    """
+    """A position with a large KL, the text before it, and what both models expect next."""
 
     position: int
     kl: float
@@ -210,10 +207,9 @@ def measure(
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
-    The session takes the tokens in chunks of at most `longest`, as in a long conversation. Logits
-    exist for one block at a time. Where a chunk has a fixed length, or gives one row of logits, the
-    text is taken in steps, and `equivalences` compares a chunk with them. `text_bytes` is the
-    text's length in UTF-8, `noise` makes a near tie, see `metrics.agreement`.
+    Logits exist for one block at a time. Where a chunk has a fixed length, or gives one row of
+    logits, the text is taken in steps, and `equivalences` compares a chunk with them. `noise` makes
+    a near tie, see `metrics.agreement`; `longest` is the most tokens of a call.
     """
     sides = [ComparisonRecorder(reference, tokens, spell) for reference in references]
     stops = checkpoints(len(tokens))

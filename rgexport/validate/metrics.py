@@ -38,10 +38,7 @@ _BLOCK_VALUES = 1 << 16
 def compare_logits(
     reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray
 ) -> np.ndarray:
-    """Compares logits [n, vocab] of the same n positions; returns [n] rows of dtype `ROWS`.
-
-    `next_tokens` [n] follow the positions, -1 where the text ends.
-    """
+    """Returns `ROWS` [n] of logits [n, vocab]; `next_tokens` [n] are -1 at the text's end."""
     rows = np.empty(len(reference), ROWS)
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -141,8 +138,7 @@ class Agreement:
 class Likelihood:
     """Mean negative log-likelihood of a text's tokens under both models, in nats.
 
-    `delta` is the candidate's minus the reference's, with the standard error of the paired
-    differences; bits per byte are null where the text's bytes are not known.
+    `delta` is the candidate's minus the reference's, with the error of the paired differences.
     """
 
     tokens: int
@@ -192,8 +188,8 @@ def kl_summary(rows: np.ndarray) -> KL:
 def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
     """Summarizes `top1`, `top5` and `flip_margin`.
 
-    `noise` is the tolerated rms error of a logit, relative to the deviation of the reference's. The
-    difference of two logits has √2 times as much: a flip of no larger margin is a near tie.
+    `noise` is the tolerated rms error of a logit, relative to the reference's deviation: a flip of
+    no larger margin than √2 times that is a near tie.
     """
     flipped = rows[~rows["top1"]]
     margins = np.sqrt(2 * flipped["variance"]) * noise
@@ -256,10 +252,7 @@ class Drift:
 
 
 def state_errors(reference: State, candidate: State) -> list[StateError]:
-    """Compares all tensors except the position, in the reference's order.
-
-    Tensors whose shapes differ, as those of another window do, are left out.
-    """
+    """Compares all tensors except the position, and those of another window's shape."""
     return [
         _error(name, array.astype(np.float64), candidate[name])
         for name, array in reference.items()

@@ -47,8 +47,8 @@ class ReferenceModel(Protocol):
 class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
-    `drift` has the states after some numbers of tokens, reduced by `states.recent`, `inputs`
-    mixtures of the linears' inputs.
+    `drift` has the states inside, reduced by `metrics.recent`, `inputs` mixtures of linears'
+    inputs.
     """
 
     model: ReferenceModel
@@ -77,10 +77,7 @@ def run_reference(
 def run_side_by_side(
     label: str, models: Sequence[tuple[GriffinConfig, WeightSource, bool]], tokens: np.ndarray
 ) -> list[Pass]:
-    """Runs references over tokens [T] in a thread each, since reading weights takes one thread.
-
-    `models` say, too, whether inputs are mixed.
-    """
+    """Runs references in a thread each, since reading takes one; the flag is `mix_inputs`."""
     ended = threading.Event()
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         jobs = []
@@ -112,10 +109,7 @@ def _run(
 def watched_layers(
     label: str, weights: WeightSource, ended: threading.Event | None = None
 ) -> Iterator[WeightSource]:
-    """Yields the same weights; their reads are shown as progress, except the embedding's few rows.
-
-    Reads raise InterruptedError once `ended` is set.
-    """
+    """Yields the same weights; reads of layers show progress, and raise once `ended` is set."""
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
 

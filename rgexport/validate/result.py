@@ -184,11 +184,7 @@ class Result:
 
 
 def require_writable(path: Path) -> None:
-    """Refuses a path before the work that `write_text` would refuse after it.
-
-    Raises:
-        RequestError: the folder is missing, read-only or in an artifact, or `path` is a folder.
-    """
+    """Refuses what `write_text` would after the work, and artifacts, with a RequestError."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise RequestError(f"cannot write {path}: {what}; expected a file in an existing folder")

@@ -45,9 +45,8 @@ def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     """Compares an artifact with its checkpoint: logits of a few tokens, and all weights.
 
     Logits alone cannot prove that the weights are the checkpoint's: with 4 bits, those of a
-    fine-tuned model may be as close. The references run one layer at a time, and are freed before
-    the engine opens the artifact: the check needs the memory of a few layers in float32, or that of
-    the engine.
+    fine-tuned model may be as close. The references run one layer at a time, before the engine
+    opens the artifact.
     """
     try:
         artifact = open_artifact(path)

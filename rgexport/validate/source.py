@@ -52,11 +52,8 @@ def find_original(
 ) -> OriginalModel | None:
     """Opens `model`; else the demo or a released model in the hub's cache, by the source's name.
 
-    A `model` that the user names may be any of the same shape. One that is found by its name must
-    be the very same files.
-
-    Raises:
-        RequestError: `model` or its `adapter` cannot be opened, is damaged, or has other shapes.
+    One that is found by its name must be the very same files, another one of the same shape. Raises
+    RequestError if it cannot be opened, is damaged, or has other shapes.
     """
     if model is None and adapter is not None:
         raise RequestError("--adapter is for the model that -m names; give both")
@@ -80,11 +77,7 @@ def find_original(
 
 
 def is_asked_for(name: str, manifest: Manifest, stated: Any) -> bool:
-    """Whether the export was asked for the artifact's value of a field of the configuration.
-
-    A window can only become smaller than the `stated` one, and a soft cap is an option for
-    DeepMind's files alone.
-    """
+    """Whether the export was asked for a smaller window, or a soft cap for DeepMind's files."""
     value, option = getattr(manifest.config, name), getattr(manifest.asked_for, name, None)
     allowed = value < stated if name == "window" else manifest.source.layout == "deepmind"
     return value == option and allowed
@@ -137,13 +130,7 @@ def compare_identity(
     original: OriginalModel | None,
     reference: ReferenceFile | None,
 ) -> tuple[IdentityItem, ...]:
-    """Compares all items of an artifact with those of the original and of a reference file.
-
-    Each item has the worst outcome of its comparisons. `tokenizer` is the artifact's.
-
-    Raises:
-        RequestError: a tokenizer, settings or a chat template cannot be read.
-    """
+    """Compares all items with the original and a reference file; the worst outcome counts."""
     expected, manifest = expected_of(artifact.manifest.kind), artifact.manifest
     text = expected.text_items(artifact, tokenizer)
     adapter = _adapter_item({name: one.sha256 for name, one in manifest.source.files.items()})

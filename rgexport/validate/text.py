@@ -46,11 +46,8 @@ def choose_text(
 ) -> Text:
     """Encodes a file or the built-in text, or draws random ids if there is no tokenizer.
 
-    A file is cut at `limit` tokens, by default at `MAX_TOKENS`. The others have `limit` tokens, by
-    default more than a window.
-
-    Raises:
-        RequestError: a file that cannot be read, is empty or cannot be encoded, or a limit below 2.
+    A file is cut at `limit` tokens, by default at `MAX_TOKENS`; the others have so many, by default
+    more than a window. Raises RequestError for a file that cannot be read, is empty or not encoded.
     """
     if limit is not None and limit < 2:
         raise RequestError(f"{limit} tokens are too few to compare; expected at least 2")
@@ -159,11 +156,7 @@ CHAT = (
 def choose_prompts(
     tokenizer: Tokenizer | None, vocab_size: int, window: int, file: Path | None = None
 ) -> list[Text]:
-    """Returns the prompts of `file`, else the built-in ones, or random ids without a tokenizer.
-
-    Raises:
-        RequestError: the file cannot be read, or a prompt has an id that the model lacks.
-    """
+    """The prompts of `file`, else built-in ones or random ids; RequestError for wrong ones."""
     longest = min(int(2.25 * window), 8192)
     if file is not None:
         prompts = list(_from_file(file, tokenizer))

@@ -83,10 +83,7 @@ ANGLE = 2.0**-23
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
-    """The limit of an op of `griffin.ops`; `position` is the last token's.
-
-    It follows from the manifest, not from the dtype of a value: a gate in float16 is a fault.
-    """
+    """The limit of an op of `griffin.ops`, by the manifest: a gate in float16 is a fault."""
     expected, rounding = expected_of(manifest.kind), 0.0
     if op == "linear":
         tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"

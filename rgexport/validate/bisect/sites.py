@@ -85,11 +85,7 @@ class ObservedCall:
 def site_errors(
     model: NumpyReference, manifest: Manifest, calls: Sequence[ObservedCall]
 ) -> list[SiteError]:
-    """Compares calls from canonical states of batch 1 with the reference, op by op.
-
-    The model has the artifact's weights; all calls go through one layer before the next is read.
-    Returns the errors call by call, in the order of computation.
-    """
+    """Compares calls from canonical states of batch 1; all go through one layer after another."""
     window = model.config.window
     comparisons = [_CallComparison(call, manifest, window) for call in calls]
     turns: Counter[str] = Counter()  # a site's op computes for one call after the other
@@ -212,10 +208,7 @@ def _ratio(squares: np.ndarray, norms: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """The errors of all sites, call by call in the order of computation.
-
-    `first` is the first one beyond its limit; `unseen` are sites that the engine does not show.
-    """
+    """All errors in the order of computation; `unseen` are sites that the engine does not show."""
 
     errors: list[SiteError]
     first: SiteError | None
@@ -273,9 +266,8 @@ def _observe(
 def with_large_state(state: State) -> State:
     """A state in which the oldest values of the caches are amplified, the older the more.
 
-    One key of 2,048 that is seen or not moves attention by 0.05 % to 2 %, which float16 hides.
-    Amplified, the oldest key is 15 % of the result, the next one two thirds of that, for the token
-    that does not see the oldest any more, and so on. Sums stay below what float16 can hold.
+    One key of 2,048 moves attention by 0.05 % to 2 %, which float16 hides. Amplified, the oldest is
+    15 % of the result, the next one two thirds of that. Sums stay below what float16 can hold.
     """
     amplified = {name: array.copy() for name, array in state.items() if name.endswith(".value")}
     for values in amplified.values():

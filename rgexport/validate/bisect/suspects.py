@@ -35,8 +35,8 @@ def find_suspects(
 ) -> list[Suspect]:
     """Names sites with many findings, then those furthest beyond their limits.
 
-    A finding is the first error of a layer, a failed check of weights, or a difference of the
-    configurations, which counts for its sites that are beyond their limits, if any is.
+    A finding is the first error of a layer, a failed check of weights, or a different
+    configuration.
     """
     beyond = [] if report is None else report.beyond
     strengths: dict[str, dict[str, float]] = defaultdict(dict)

@@ -33,10 +33,7 @@ Beyond what `DEQUANTIZED` says, a score of 30 moves a weight of the softmax by u
 
 
 class CoreMLExpected(Expected):
-    """Two functions of fixed lengths in one package or several; activations are never int8.
-
-    Fingerprints are of no use: coremltools, which reads a package, also makes one.
-    """
+    """Two functions of fixed lengths in one package or several; activations are never int8."""
 
     extra = "coreml"
 

@@ -35,10 +35,7 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that an exporter makes a graph of, except the weights' values.
-
-    `plan` is in the order in which tensors are stored; `options` are those that change a graph.
-    """
+    """Everything that an exporter makes a graph of, except the weights' values."""
 
     kind: str
     config: GriffinConfig
@@ -104,10 +101,7 @@ class Expected:
         raise NotImplementedError
 
     def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
-        """The recipes of a model's named precisions, with default options, for fingerprints.
-
-        `gates` are the matrices that the checkpoint has in bfloat16.
-        """
+        """The recipes of named precisions, where the matrices `gates` are in bfloat16."""
         yield from ()
 
 

@@ -29,11 +29,7 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt; `kl` and `top1` are means over the `positions` whose logits the file has.
-
-    `greedy_common` counts the first tokens of the reference's continuation that the artifact
-    chooses.
-    """
+    """One prompt; the artifact chooses the first `greedy_common` tokens of the continuation."""
 
     name: str
     tokens: int

@@ -57,13 +57,10 @@ MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
 
 
 def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
-    """Returns the constructor of an implementation, `OWN` or `deepmind`.
+    """Returns the constructor of `OWN` or `deepmind`; raises RequestError if it cannot run.
 
     rgexport's own computes in NumPy on the CPU, and in torch on a GPU, which `auto` prefers. It
     keeps its weights in memory where they fit, unless `low_memory` forbids it.
-
-    Raises:
-        RequestError: a package or device is missing, or DeepMind's is asked for `low_memory`.
     """
     if name == OWN:
         numpy_only = device == "cpu" or (device == "auto" and find_spec("torch") is None)
@@ -139,8 +136,6 @@ def capture(
 ) -> Path:
     """Captures a reference into the file `target`, which appears once it is complete.
 
-    The options are those of `rgexport reference`; `prompts` is a file.
-
     Raises:
         RequestError: no torch, device or package, an unsound checkpoint, or one that the package
             cannot run, prompts that cannot be read, or a target that exists or cannot be written.
@@ -213,11 +208,7 @@ def _record(
 
 
 def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Chooses the positions that have logits in the file, for each prompt.
-
-    They are the last one of every prompt and, as many as fit into `LOGITS_BYTES`, others at even
-    distances over all prompts.
-    """
+    """Chooses positions to record: each prompt's last one, and others at even distances."""
     ends = np.cumsum(lengths)
     others = np.setdiff1d(np.arange(ends[-1]), ends - 1)
     most = max(LEAST_POSITIONS, LOGITS_BYTES // (2 * vocab_size))

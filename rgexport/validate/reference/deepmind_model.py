@@ -26,7 +26,6 @@ class DeepMindModel:
     """`recurrentgemma.torch.Griffin` in float32, whole in memory, as a reference.
 
     It takes many tokens at once only from the beginning of a text, and one at a time from a state.
-    So a state inside a text comes from a run of its own that ends there.
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):

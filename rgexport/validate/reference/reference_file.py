@@ -59,11 +59,7 @@ _LAST_CODE = 2**16 - 1
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt; `bytes` is the text's length in UTF-8, None for token ids.
-
-    `positions` (at least one) have logits, and there are recurrent states after `checkpoints`
-    tokens. Both ascend.
-    """
+    """One prompt; there are logits at `positions`, and states after `checkpoints` tokens."""
 
     name: str
     tokens: int
@@ -243,11 +239,7 @@ def write_reference(
 
 
 def read_reference(path: Path) -> ReferenceFile:
-    """Opens a file and checks all of it.
-
-    Raises:
-        RequestError: no such file, another kind of file, a newer format, or damage.
-    """
+    """Opens a file and checks all of it; raises RequestError for another one, or damage."""
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise RequestError(f"cannot read the reference {path}: {what}")

@@ -196,10 +196,7 @@ def sketch_table(file: AgainstFile) -> Table:
 def _tensor_table(
     title: str, last: str, unchanged: str, judged: Sequence[tuple[TensorError, bool, float, float]]
 ) -> Table:
-    """The worst tensors of each scheme, and the number of those that are stored exactly.
-
-    `judged` has each tensor, whether it is exact, its rank and its number in the `last` column.
-    """
+    """The worst tensors of each scheme; `judged` has whether each is exact, and its rank."""
     rows: list[Row] = []
     for scheme in dict.fromkeys(e.scheme for e, *_ in judged):
         group = [one for one in judged if one[0].scheme == scheme]

@@ -27,8 +27,7 @@ MOST_LAYERS = 256
 class StructureReport:
     """Whether an artifact's graph is the one that the exporter writes for its config and plan.
 
-    `differs` is a fault. With `other version` the graph is another one than this version writes,
-    but the artifact does not claim to be of this version.
+    `differs` is a fault; with `other version`, the artifact does not claim to be of this version.
     """
 
     status: Literal["as written", "differs", "other version", "not checked"]
@@ -43,11 +42,7 @@ NOT_COMPARED = StructureReport("not checked", "nobody asked for it")
 
 
 def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> StructureReport:
-    """Makes the structure again, and compares it with the artifact's.
-
-    Without the extra for that, the artifact's fingerprint is compared with the reference file's.
-    Raises RequestError if a file of the artifact cannot be read.
-    """
+    """Compares a structure with a new one or, without the extra, with a file's fingerprint."""
     expected, layers = expected_of(artifact.manifest.kind), artifact.manifest.config.num_layers
     recipe = expected.recipe(artifact.manifest)
     if recipe is None:
@@ -96,11 +91,7 @@ def can_record() -> bool:
 
 
 def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:
-    """The fingerprints of all formats and named precisions, with default options.
-
-    A format whose extra is missing has none, nor has a precision that a model is too large for.
-    Those of a 2B take 12 s and 0.4 GB.
-    """
+    """The fingerprints of all formats and named precisions; 12 s and 0.4 GB for a 2B."""
     fingerprints: dict[str, Fingerprint] = {}
     for kind in FORMATS:
         try:

@@ -130,13 +130,7 @@ def expectation(scheme: Uniform, weighted: bool) -> Expectation:
 
 
 def expectation_key(scheme: Uniform, weighted: bool) -> str:
-    """Returns the key of `EXPECTATIONS` for a tensor or a row group.
-
-    `weighted` says whether the artifact was made with an importance matrix or a calibration.
-
-    Raises:
-        RequestError: an algorithm that is not known here.
-    """
+    """The key of `EXPECTATIONS`; raises RequestError for an algorithm that is not known here."""
     rule = scheme.rounding_rule(weighted)
     if rule not in EXPECTATIONS:
         raise RequestError(

@@ -38,11 +38,7 @@ Mixtures = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class SketchShape:
-    """Shape of a tensor's sketch; a row of the matrix is the tensor's last axis.
-
-    `directions` counts the random ones; 0 where the rows are so short that they are kept as they
-    are.
-    """
+    """Shape of a tensor's sketch; with 0 `directions`, the short rows are kept as they are."""
 
     rows: int
     columns: int
@@ -77,10 +73,7 @@ def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
 
 @functools.cache
 def directions(columns: int, count: int) -> np.ndarray:
-    """Returns ones, and `count` vectors of random signs: [1 + count, columns] float64.
-
-    PCG64's raw numbers do not change between releases of numpy (NEP 19).
-    """
+    """Returns ones, and random signs, the same in all releases of numpy (NEP 19): float64."""
     numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
     bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
     signs = 1.0 - 2.0 * bits.reshape(count, columns)

@@ -123,9 +123,8 @@ class SketchError(TensorError):
 
     `directions` counts the products that are known of each row; null where the row itself is.
     `expected_error` is the relative error that rounding to nearest makes, `evenness` how many rows
-    of equal shares would make it up, `largest_share` that of the row with most of it. `worst_row`
-    is the noise of the row where it is largest. The projection and ‖W‖ of row groups are
-    `estimated`: the file has only the norm of the whole tensor.
+    of equal shares would make it up, `largest_share` that of the row with most of it. The
+    projection of row groups is `estimated`.
     """
 
     columns: int
@@ -145,11 +144,7 @@ def weight_errors(
     weighted: bool = False,
     inputs: Mixtures | None = None,
 ) -> list[WeightError]:
-    """Compares all `tensors` of an artifact, each of its row groups for itself.
-
-    `weighted` says whether the artifact was made with an importance matrix or a calibration;
-    `inputs` are mixtures of the linears' inputs, where they are known.
-    """
+    """Compares all `tensors`, each row group for itself, also over mixed `inputs` of linears."""
 
     def measure(name: str, scheme: Uniform, w: np.ndarray, rows: np.ndarray) -> Sums:
         expected, error, columns = expectation(scheme, weighted), rows - w, w.shape[1]
