@@ -1,13 +1,9 @@
 """Checks of measured values, their limits, and the two verdicts that follow from them.
 
-The checks say whether the artifact computes what its plan says. The dequantized reference has
-exactly the artifact's weights, so the tolerances against it are those of the arithmetic. Logits are
-judged by relative errors, because the same relative error means another KL for a model with larger
-logits.
-
-A correct artifact in four bits may still answer otherwise than the original. Two numbers grade
-that: the mean KL to the original, which sees every change of a probability, and the top-1
-agreement, which readers see.
+The checks say whether the artifact computes what its plan says, up to the rounding of its
+arithmetic. Relative errors are limited, since the same one means another KL with larger logits. A
+correct artifact in four bits may still answer otherwise than the original. Two numbers grade that:
+the mean KL, which sees every change of a probability, and the top-1 agreement, which readers see.
 """
 
 import math
@@ -36,8 +32,7 @@ NAMES = (
     *TENSOR_CHECKS,
     *"cost reproduced sites structure identity".split(),
 )
-"""Names that a limit can be set for: a check, or all checks of a kind. KL is checked only where a
-limit is set for it."""
+"""Checks, or kinds of checks, that a limit can be set for; KL is checked only with one."""
 STANDARD_ERRORS = 2
 """The margin of a mean, in standard errors."""
 
@@ -215,9 +210,8 @@ class Tolerance:
 PER_POSITION = 2.0**-27
 """Growth of a tolerance with every token: the rounding of RoPE's angles.
 
-The angle of the fastest pair is the position itself, in radians, in float32 off by up to 2⁻²⁵ of
-itself. It is one of many that a score is the sum of: a quarter is allowed, 1e-3 at 131,072 tokens.
-Measured: ggml, which multiplies the angle up pair by pair, is 1.2e-3 off there.
+The fastest pair's is off by up to 2⁻²⁵ of the position: a quarter is allowed, since a score is the
+sum of many. Measured: ggml is off by 1.2e-3 at 131,072 tokens, where this is 1e-3.
 """
 
 
@@ -231,10 +225,8 @@ FLOAT16 = Tolerance(logits=4e-2, rms=2e-2, states=4e-2, reason=_WHY_FLOAT16)
 INT8 = Tolerance(logits=0.6, rms=0.25, states=0.6, reason=_WHY_INT8)
 
 ITSELF = 8
-"""The most that an artifact may differ from itself, in units of its error against the reference.
-
-Measured on ten random models of odd shapes in int8 and int4, without native kernels too: up to 2.5.
-"""
+"""The most that an artifact may differ from itself, in units of its error against the reference;
+measured on ten random models of odd shapes, without native kernels too: up to 2.5."""
 
 
 def consistency(limit: Tolerance, position: int, logits: float, states: float) -> Tolerance:

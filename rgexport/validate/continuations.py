@@ -1,7 +1,7 @@
 """Answers side by side: greedy continuations by an artifact and by its reference.
 
-The reference's are in a reference file. Without one the original continues some prompts itself, if
-it is so small that all its weights stay in memory: a larger one would be read once for each token.
+Without a reference file, only a small original continues prompts: a larger one would be read once
+for each token.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -22,12 +22,8 @@ from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import ReferenceModel
 from rgexport.validate.text import short_prompts
 
-SHOWN = 3
-"""Prompts that are continued: of a file the first that qualify."""
 LEAST_TOKENS, MOST_TOKENS = 16, 24
 """Tokens of a file's continuation: fewer say little, more cost time."""
-MOST_PROMPT = 128
-"""Tokens of a prompt."""
 SMALL_BYTES = 1 << 30
 """Float32 bytes of an original that continues prompts."""
 
@@ -57,9 +53,9 @@ def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
     short = (
         (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
         for index, prompt, span in reference.spans()
-        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= MOST_PROMPT
+        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= 128
     )
-    return list(islice(short, SHOWN))
+    return list(islice(short, 3))
 
 
 def continue_prompts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[ContinuedPrompt]:

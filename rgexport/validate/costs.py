@@ -23,8 +23,6 @@ from rgexport.validate.weights.tensor_errors import shown_steps
 ROUNDED_TOKENS, POSITIONS = 256, 64
 """The first tokens of the text, which the rounded model takes, and how many are compared."""
 _SEED = 20240411
-_LEAST = 1e-12
-"""KL, nats, that a cost is divided by at least."""
 LAYER_TOKENS = 48
 """Most tokens: each of a 2B's 29 variants takes them."""
 _LOGITS_BYTES = 256 << 20
@@ -33,11 +31,10 @@ _LOGITS_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingCost:
-    """Mean KL over some positions, nats per token.
+    """Mean KL, nats per token, of the artifact's weights to the original, if it is known.
 
-    `kl_rounded` is that of the artifact's weights to themselves with random errors within half a
-    step, `kl` that of the exactly computed weights to the original; null without one. `ratio` is
-    `kl` in units of `kl_rounded`, less two standard errors.
+    `kl_rounded` is that to themselves with random errors within half a step; `ratio` is `kl` in
+    units of that, less two standard errors.
     """
 
     kl_rounded: float
@@ -60,25 +57,19 @@ def rounding_cost(
         model = NumpyReference(artifact.manifest.config, watched)
         hidden, _ = model.run(tokens[None, :ROUNDED_TOKENS])
     positions = np.unique(np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int))
-    logits = _logits_at(dequantized, positions)
+    logits = dequantized.model.logits(dequantized.hidden[:, positions])[0]
     kl_rounded = _divergence(logits, model.logits(hidden[:, positions])[0])
-    base = max(float(kl_rounded.mean()), _LEAST)
+    base = max(float(kl_rounded.mean()), 1e-12)
     if original is None:
         return RoundingCost(kl_rounded=base, kl=None, ratio=None)
-    kl = _divergence(_logits_at(original, positions), logits)
-    ratio = float(kl.mean()) / base
+    kl = _divergence(original.model.logits(original.hidden[:, positions])[0], logits)
+    mean, ratio = float(kl.mean()), float(kl.mean()) / base
     error = float(np.std(kl - ratio * kl_rounded, ddof=len(kl) > 1)) / len(kl) ** 0.5
-    return RoundingCost(
-        kl_rounded=base, kl=float(kl.mean()), ratio=ratio - STANDARD_ERRORS * error / base
-    )
+    return RoundingCost(kl_rounded=base, kl=mean, ratio=ratio - STANDARD_ERRORS * error / base)
 
 
 def is_rounded(manifest: Manifest) -> bool:
     return any(stored.scheme.is_quantized for stored in manifest.tensors.values())
-
-
-def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
-    return model_pass.model.logits(model_pass.hidden[:, positions])[0]
 
 
 def _divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:

@@ -23,10 +23,6 @@ STEPS = 8
 """The last tokens that are taken again; and a chunk more where its length is fixed."""
 _RAGGED = 3, 1, 2
 """Lengths of chunks, over and over."""
-SCORES_BYTES = 64 << 20
-"""Float32 scores of one layer's attention; a stock runtime holds several copies."""
-LONGEST = 2048
-"""Most tokens of a long call, whose activations take memory too."""
 
 SAME = {
     "steps": "single tokens give what a chunk gives",
@@ -72,9 +68,10 @@ def repeated_tokens(info: SessionInfo) -> int:
 
 
 def longest_call(config: GriffinConfig) -> int:
-    window, scores = config.window, SCORES_BYTES / 4 / config.num_heads
+    """Most tokens of a call: 2,048, or so many that a layer's scores take 64 MiB in float32."""
+    window, scores = config.window, (64 << 20) / 4 / config.num_heads
     tokens = int((math.sqrt(window**2 + 4 * scores) - window) / 2)
-    return max(STEPS, min(LONGEST, tokens))
+    return max(STEPS, min(2048, tokens))
 
 
 def compare_with_itself(

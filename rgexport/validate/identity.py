@@ -1,7 +1,6 @@
-"""The items by which an artifact's identity is judged, and its text side's.
+"""The items by which an artifact's identity is judged: short texts by their names.
 
-An item is a short text by its name. Those of a checkpoint's tokenizer, chat template and settings
-are of the folder that an export makes of its files, to be compared with an artifact's one by one.
+Those of a checkpoint's tokenizer, template and settings are of the folder that an export makes.
 """
 
 import hashlib
@@ -45,13 +44,12 @@ _RANK: dict[IdentityOutcome, int] = {"differs": 3, "asked for": 2, "same": 1, "n
 _MOST_NAMED = 6
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class IdentityItem:
     """One property that identifies a model, of an artifact and of what it is compared with.
 
     Values are in words, null where there is none or nothing is known. The outcome is `asked for` if
-    the manifest says that the export was asked for the difference. `reason` tells what `expected`
-    is, or why nothing was compared.
+    the manifest says that the export was asked for the difference.
     """
 
     name: str
@@ -72,19 +70,12 @@ def compared(
     name: str, artifact: str | None, expected: str | None, reason: str, asked_for: bool = False
 ) -> IdentityItem:
     outcome: IdentityOutcome = "asked for" if asked_for else "differs"
-    return IdentityItem(
-        name=name,
-        artifact=artifact,
-        expected=expected,
-        outcome="same" if artifact == expected else outcome,
-        reason=reason,
-    )
+    outcome = "same" if artifact == expected else outcome
+    return IdentityItem(name, artifact, expected, outcome, reason)
 
 
 def not_compared(name: str, artifact: str | None, reason: str) -> IdentityItem:
-    return IdentityItem(
-        name=name, artifact=artifact, expected=None, outcome="not compared", reason=reason
-    )
+    return IdentityItem(name, artifact, None, "not compared", reason)
 
 
 def merge_items(items: Iterable[IdentityItem]) -> tuple[IdentityItem, ...]:
@@ -231,20 +222,18 @@ def meaning(
         control.pad,
     )
     control_ids = [None if token is None else str(token.id) for token in tokens]
+    pieces = None
+    if (known := vocabulary) is not None:
+        columns = known.tokens, known.types.tolist(), _merge_ranks(known), known.add_space_prefix
+        pieces = _counted(len(known.tokens), "pieces", json.dumps(columns))
     texts = built_in_text(), *_HARD_TEXTS
     ids = [tokenizer.encode_markup(texts[0]), *map(tokenizer.encode_text, texts)]
     return {
-        "vocabulary": None if vocabulary is None else _vocabulary_text(vocabulary),
+        "vocabulary": pieces,
         "tokenization": _counted(sum(map(len, ids)), "tokens", json.dumps(ids)),
         "chat_template": _counted(len(template), "characters", template),
         **dict(zip(_CONTROL, control_ids, strict=True)),
     }
-
-
-def _vocabulary_text(vocabulary: Vocabulary) -> str:
-    columns = vocabulary.tokens, vocabulary.types.tolist(), _merge_ranks(vocabulary)
-    content = json.dumps([*columns, vocabulary.add_space_prefix])
-    return _counted(len(vocabulary.tokens), "pieces", content)
 
 
 def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:

@@ -253,21 +253,17 @@ class Drift:
 
 def state_errors(reference: State, candidate: State) -> list[StateError]:
     """Compares all tensors except the position, and those of another window's shape."""
-    return [
-        _error(name, array.astype(np.float64), candidate[name])
-        for name, array in reference.items()
-        if name != POSITION and array.shape == candidate[name].shape
-    ]
-
-
-def _error(name: str, reference: np.ndarray, candidate: np.ndarray) -> StateError:
-    with np.errstate(invalid="ignore", over="ignore"):
-        delta = np.abs(candidate.astype(np.float64) - reference)
-        return StateError(
-            name=name,
-            relative_max=float(delta.max() / (np.abs(reference).max() or 1)),
-            relative_norm=float(np.linalg.norm(delta) / (np.linalg.norm(reference) or 1)),
-        )
+    errors = []
+    for name, array in reference.items():
+        if name == POSITION or array.shape != candidate[name].shape:
+            continue
+        with np.errstate(invalid="ignore", over="ignore"):
+            expected = array.astype(np.float64)
+            delta = np.abs(candidate[name].astype(np.float64) - expected)
+            most = float(delta.max() / (np.abs(expected).max() or 1))
+            norm = float(np.linalg.norm(delta) / (np.linalg.norm(expected) or 1))
+        errors.append(StateError(name=name, relative_max=most, relative_norm=norm))
+    return errors
 
 
 def recent(state: State) -> State:

@@ -25,8 +25,7 @@ from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
 class ReferenceModel(Protocol):
     """The methods of `griffin.layer_by_layer.LayerByLayer` that DeepMind's model has, too."""
 
-    @property
-    def config(self) -> GriffinConfig: ...
+    config: GriffinConfig
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]: ...
 

@@ -101,10 +101,7 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens per second from an empty state, medians of a few repetitions.
-
-    A prompt has 128 tokens, or those of a chunk where chunks are of a fixed length.
-    """
+    """Tokens per second from an empty state, medians; a prompt fills a chunk of fixed length."""
 
     decode: float
     prefill: float

@@ -58,9 +58,9 @@ from rgexport.validate.weights.weight_limits import reproduce
 class ValidationRequest:
     """The options of `rgexport validate` for one artifact.
 
-    `model` is a folder or hub id; `bisect` measures each layer's cost and names suspects;
-    `reproduce` encodes the original's weights again, with the `calibration` of the export;
-    `allow_foreign` lets a graph run that has ops which rgexport does not write.
+    `bisect` measures each layer's cost and names suspects; `reproduce` encodes the original's
+    weights again, with the `calibration` of the export; `allow_foreign` lets a graph run that has
+    ops which rgexport does not write.
     """
 
     model: str | None = None
@@ -143,8 +143,8 @@ def validate_artifacts(
     if html_file is not None:
         write_html(results, html_file)
     # Last: a reader may leave after a few lines, as `head` does.
-    one = len(results) == 1
-    text = render(results[0], html_file) if one else render_several(results, html_file)
+    several = len(results) > 1
+    text = render_several(results, html_file) if several else render(results[0], html_file)
     print_result(text, end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
@@ -170,7 +170,13 @@ def validate_artifact(
     if opened.original is not None:
         original = passes.run_reference(opened.original.checkpoint, tokens)
     result = _compare(opened, dequantized, original)
-    return _with_suspects(result) if request.bisect else result
+    if not request.bisect:
+        return result
+    failed = [c for c in result.checks if c.kind in TENSOR_CHECKS and not c.passed]
+    file, differences = result.reference, [*result.source.config_differences]
+    differences += [] if file is None else file.config_differences
+    suspects = find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
+    return replace(result, suspects=suspects)
 
 
 def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
@@ -262,13 +268,8 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
         cost = rounding_cost(artifact, dequantized, original, tokens)
     if opened.original is not None and original is not None:
         source, stored = opened.original.checkpoint, artifact.weights
-        weights = weight_errors(
-            source.weights,
-            stored,
-            manifest.tensors,
-            weighted=manifest.weighted,
-            inputs=original.inputs,
-        )
+        mixtures, weighted = original.inputs, manifest.weighted
+        weights = weight_errors(source.weights, stored, manifest.tensors, weighted, mixtures)
         if opened.statistics is not None:
             reproduced = reproduce(artifact, source.weights, opened.statistics)
         if request.bisect:
@@ -385,12 +386,3 @@ def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
     )
     prefill, decode = (row.median_tokens_per_second for row in rows)
     return Speed(decode=decode, prefill=prefill, prompt_tokens=length)
-
-
-def _with_suspects(result: Result) -> Result:
-    failed = [c for c in result.checks if c.kind in TENSOR_CHECKS and not c.passed]
-    differences = [*result.source.config_differences]
-    if result.reference is not None:
-        differences += result.reference.config_differences
-    suspects = find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
-    return replace(result, suspects=suspects)

@@ -76,13 +76,8 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
         metrics.compare_logits(one.logits(start, len(tokens)), logits, following[start:])
         for one in references
     )
-    weights = weight_errors(
-        checkpoint.weights,
-        artifact.weights,
-        manifest.tensors,
-        weighted=manifest.weighted,
-        inputs=references[1].inputs,
-    )
+    known, stored, mixtures = checkpoint.weights, artifact.weights, references[1].inputs
+    weights = weight_errors(known, stored, manifest.tensors, manifest.weighted, mixtures)
     errors = metrics.logit_error(dequantized), metrics.logit_error(original)
     failures, kl = list(_failures(manifest, *errors, weights)), metrics.kl_summary(original)
     if len(failures) > _MAX_FAILURES:

@@ -37,8 +37,7 @@ class OriginalModel:
     """A checkpoint to compare with, and how it relates to the artifact.
 
     The checkpoint's configuration has the artifact's values for fields that its files do not state,
-    and that the export was asked to change; `stated` is that of its files. `same_files` tells
-    whether the artifact was made from its weight files.
+    and that the export was asked to change; `stated` is that of its files.
     """
 
     checkpoint: Checkpoint

@@ -20,8 +20,6 @@ MAX_TOKENS = 4096
 PAST_WINDOW = 128
 """The built-in text goes on for at least this many tokens after the first window."""
 SEED = 20240411
-_LONGEST_TOKEN = 32
-"""Characters per token, at most, when a long file is cut before it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,7 @@ def encode(
     def tokens_of(characters: int) -> int:
         return len(start) + len(encoder(text[:characters]))
 
-    whole = len(text)
-    text = text[: _LONGEST_TOKEN * limit]
+    whole, text = len(text), text[: 32 * limit]  # no token is longer
     end = len(text)
     if tokens_of(end) > limit:
         end = bisect.bisect_right(range(end), limit, key=tokens_of) - 1

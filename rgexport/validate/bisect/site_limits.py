@@ -1,8 +1,7 @@
 """How far one op of an artifact may be from the reference's, given the same inputs.
 
-Only one op's arithmetic lies between the two, so the limits are near to its rounding, and the same
-in every layer. The median over the channels, which is limited beside the rms over all values, shows
-a fault of every channel where a few ill-conditioned ones make the rms large.
+The limits are near to one op's rounding. The median over the channels, which is limited beside the
+rms over all values, shows a fault of every channel where few ill-conditioned ones make that large.
 """
 
 from dataclasses import dataclass
@@ -42,42 +41,31 @@ A sum of K products in another order differs by some √K · 2⁻²⁴ of their 
 times that allows for sums that cancel to a tenth of their terms. A float16 in between costs 2.8e-4.
 The squares in a norm cannot cancel, so it is off by 5e-7; an epsilon of 1e-5 for 1e-6 shows as
 4.5e-6. GELU below -3 is 1 + tanh of nearly -1, whose last bits are lost: that may be most channels
-of a sparse layer. The scan is as inexact as the roundings of its tokens, 3e-7, and of sigmoids;
-`scan_noise` has what its decays add. Gates in float16 show as 1e-5.
+of a sparse layer. The scan rounds by 3e-7, and `scan_noise` has what its decays add; gates in
+float16 show as 1e-5.
 """
 
 ROUNDED = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1}
 """What an op rounds its values to → what that adds to both limits.
 
-float16: ten times the mean of half a unit, 2e-4, since an op's intermediate values are rounded too,
-and an engine may pass on the value before the rounding. bfloat16, at a linear's inputs: eight times
-as much. int8, there too: the rms error of a block is max |x| / 440, 0.7 % for normal values and
-√256 / 440 = 3.6 % where one outlier makes up a block. The result may be a third of what its terms
-add up to at random.
+float16: ten times the mean of half a unit, 2e-4, since intermediate values are rounded too.
+bfloat16, at a linear's inputs: eight times as much. int8, there too: the rms error of a block is
+max |x| / 440, at most √256 / 440 = 3.6 %, and the terms may cancel to a third.
 """
 
 GAIN = 0.02
-"""The most that all values of an op may be too large or too small together: rounding, even to
-int8, has no direction. Measured: up to 0.003."""
+"""The most that all values of an op may be too large together; measured: up to 0.003."""
 
-HALF = {
-    "embedding": 0.0,
-    "rms_norm": 0.0,
-    "block_diagonal_linear": 0.0,
-    "rg_lru_scan": 0.0,
-    "soft_cap": 5e-4,
-}
+_ALWAYS_FLOAT32 = "embedding", "rms_norm", "block_diagonal_linear", "rg_lru_scan"
+HALF = dict.fromkeys(_ALWAYS_FLOAT32, 0.0) | {"soft_cap": 5e-4}
 """Op → what float16 activations add to its limits; `ROUNDED` for all other ops.
 
 These are float32 in every artifact. Only the soft cap takes logits that may have been rounded.
 """
 
 HALF_ATTENTION = 1e-2
-"""What attention adds where its scores (Core ML) or its keys and queries (GGUF) are float16.
-
-A weight of the softmax is off by as much as its score: 30 · 2⁻¹¹ = 1.5 % if all errors of its
-products had one sign, a tenth of that as they have not.
-"""
+"""What attention adds where its scores (Core ML) or its keys and queries (GGUF) are float16: a
+weight is off by as much as its score, 30 · 2⁻¹¹ = 1.5 % if all its errors had one sign."""
 ANGLE = 2.0**-23
 """Added per token of position: the rounding of a frequency and of an angle, in radians."""
 

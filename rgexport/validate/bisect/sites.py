@@ -1,8 +1,7 @@
 """The per-op check: compares every op of an artifact by itself with the reference's.
 
-The reference takes the tokens that the artifact took, from the same state. Each of its ops is
-compared with the artifact's value at that site, and the artifact's value is passed on. So no op
-inherits the errors of the ops before it.
+The reference takes the same tokens from the same state. Each of its ops is compared with the
+artifact's value at that site, which is passed on. So no op inherits the errors before it.
 """
 
 from collections import Counter

@@ -112,10 +112,8 @@ def _operation(_: str, message: Any) -> str:
 
 _RULES = Rules(
     ignored=frozenset(
-        (
-            "docString shortDescription description.metadata operations.attributes.name "
-            "mlProgram.attributes.buildInfo"
-        ).split()
+        "docString shortDescription description.metadata operations.attributes.name "
+        "mlProgram.attributes.buildInfo".split()
     ),
     names=frozenset(
         "arguments.name outputs.name inputs.name block_specializations.outputs "

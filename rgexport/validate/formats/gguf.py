@@ -47,8 +47,6 @@ some for 256 keys, where 4e-3 was measured, and 6.5e-3 for 2048, where it was 2e
 _PREFIX = "tokenizer.ggml."
 _COLUMNS = tuple(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
 """The lists of a vocabulary."""
-_MOST_NAMED, _MOST_SHOWN = 20, 80
-"""Keys that differ, and characters of one, that are shown."""
 
 
 class GgufExpected(Expected):
@@ -84,14 +82,9 @@ class GgufExpected(Expected):
         ours = {k: _plain(value) for k, value in values.items() if k.startswith("tokenizer.")}
         keys = [key for key in (*expected, *(ours.keys() - expected.keys())) if key not in _COLUMNS]
         wrong = [key for key in keys if ours.get(key) != expected.get(key)]
-        for key in wrong[:_MOST_NAMED]:
-            yield IdentityItem(
-                name=key[:_MOST_SHOWN],
-                artifact=reprlib.repr(ours.get(key)),
-                expected=reprlib.repr(expected.get(key)),
-                outcome="differs",
-                reason="its own manifest means",
-            )
+        for key in wrong[:20]:
+            pair = reprlib.repr(ours.get(key)), reprlib.repr(expected.get(key))
+            yield IdentityItem(key[:80], *pair, "differs", "its own manifest means")
         if not wrong:
             count = f"{len(keys)} keys"
             yield compared("metadata", count, count, "as its own manifest means")

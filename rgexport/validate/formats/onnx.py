@@ -94,16 +94,12 @@ def _unpack_floats(message: Any) -> None:
 
 _RULES = Rules(
     ignored=frozenset(
-        (
-            "doc_string metadata_props value_info denotation producer_name producer_version "
-            "model_version model.domain graph.name g.name node.name t.name tensors.name"
-        ).split()
+        "doc_string metadata_props value_info denotation producer_name producer_version "
+        "model_version model.domain graph.name g.name node.name t.name tensors.name".split()
     ),
     names=frozenset(
-        (
-            "node.input node.output function.input function.output initializer.name input.name "
-            "output.name"
-        ).split()
+        "node.input node.output function.input function.output initializer.name input.name "
+        "output.name".split()
     ),
     elements={
         "model.function": _name,

@@ -21,9 +21,8 @@ from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (
-    *("vocab_size", "width", "mlp_width", "lru_width", "lru_heads", "num_heads", "head_dim"),
-    *("block_types", "conv_width"),
-)
+    "vocab_size width mlp_width lru_width lru_heads num_heads head_dim block_types conv_width"
+).split()
 """Fields of the configuration that an artifact and its reference must share."""
 
 
@@ -45,10 +44,9 @@ class PromptResult:
 class AgainstFile:
     """The artifact against a reference file, over all its prompts.
 
-    Logits are compared at the `positions` that the file has, of `tokens` in all. `worst_position`
-    counts through all tokens, and `non_finite_positions` are of all tokens. `states` are those
-    after the prompts, each of the prompt where it is worst; `drift` has the recurrent ones inside
-    the longest prompt. `weights` compares with the file's sketches.
+    Logits are compared at the `positions` that the file has, of `tokens` in all, which
+    `worst_position` counts through. `states` are those after the prompts, each of the prompt where
+    it is worst; `drift` has the recurrent ones inside the longest prompt.
     """
 
     path: str
@@ -71,8 +69,6 @@ class AgainstFile:
 
 @dataclass(frozen=True)
 class _Forced:
-    """The numbers of one prompt; `rows` have the dtype `metrics.ROWS`."""
-
     result: PromptResult
     rows: np.ndarray
     non_finite: int
@@ -124,9 +120,7 @@ def compare_with_file(
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
         states=_worst_states(error for one in forced for error in one.states),
         drift=[drift for one in forced for drift in one.drift],
-        weights=sketch_errors(
-            reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
-        ),
+        weights=sketch_errors(reference, artifact.weights, manifest.tensors, manifest.weighted),
         prompts=[one.result for one in forced],
     )
 

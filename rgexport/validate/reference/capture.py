@@ -1,8 +1,7 @@
 """`rgexport reference`: captures what the full-precision model computes for some prompts.
 
-All prompts go through one layer before the next one is read, and logits exist for one block of
-positions at a time, so memory is that of a layer and a block, whatever the prompts' length. Where
-the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
+All prompts go through one layer before the next one is read, and logits exist for one block at a
+time. Where the whole model fits into memory, its layers stay there, which speeds up continuations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from rgexport.griffin.device import torch_device
 from rgexport.griffin.layout import float32_bytes, linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
+from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.progress import detail, expect_stages, note, task
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.memory import available_bytes
@@ -267,12 +266,10 @@ def _sketch_arrays(
             arrays[f"weights.{name}"], square = sketch(tensor)
             squares.append(square)
             if name in sites:
-                arrays[f"outputs.{name}"] = _outputs(tensor, recorder.mixtures[sites[name]])
+                mixtures, slabs = recorder.mixtures[sites[name]], tensor.slabs(SLAB_BYTES)
+                blocks = [
+                    products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs
+                ]
+                arrays[f"outputs.{name}"] = np.concatenate(blocks).astype(np.float32)
             advance(tensor.nbytes)
     return arrays | {"squares": np.array(squares)}
-
-
-def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
-    slabs = weight.slabs(SLAB_BYTES)
-    blocks = [products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
-    return np.concatenate(blocks).astype(np.float32)

@@ -121,10 +121,8 @@ class DeepMindModel:
     def _to_state(self, cache: Cache, count: int) -> State:
         turn, state = -(count % self.config.window), {POSITION: np.array([count], np.int64)}
         for index in range(self.config.num_layers):
-            block = cache[f"blocks.{index}"]
-            for spec, array in zip(
-                layer_states(self.config, index, "float32"), block, strict=False
-            ):
+            block, specs = cache[f"blocks.{index}"], layer_states(self.config, index, "float32")
+            for spec, array in zip(specs, block, strict=False):
                 if isinstance(block, AttentionBlockCache):
                     array = array[:, :, 0].roll(turn, 1)
                 state[spec.name] = _to_numpy(array)

@@ -49,7 +49,6 @@ from rgexport.validate.structure.elements import Fingerprint
 from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
 
 FORMAT_VERSION = 3
-"""Version 2 had most logits as bounds, version 1 no sketches of the weights."""
 METADATA = "rgexport_reference"
 MAX_STATE_BYTES = 1 << 30
 """States of one prompt: thirty times those of a 2B."""

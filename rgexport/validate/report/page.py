@@ -90,7 +90,7 @@ def _view(anchor: str, r: Result) -> dict[str, Any]:
         "badge": sentences.verdict_text(r),
         "verdict": _VERDICTS[sentences.verdict_text(r)].format(count),
         "quality": quality,
-        "cost": " ".join(_cost(tables.cost_of(r))),
+        "cost": _cost(tables.cost_of(r)),
         "named": failures[:MOST_NAMED],
         "unnamed": len(failures[MOST_NAMED:]),
         "first_beyond": None if sites is None else sites.first,
@@ -117,15 +117,12 @@ def _view(anchor: str, r: Result) -> dict[str, Any]:
     return variables | {"contents": sections}
 
 
-def _cost(c: tables.Compared | None) -> Iterator[str]:
+def _cost(c: tables.Compared | None) -> str:
     if c is None:
-        yield "What compression cost was not measured: the original was not given (-m)."
-        return
+        return "What compression cost was not measured: the original was not given (-m)."
     by = ", by the reference file" if isinstance(c, AgainstFile) else ""
-    yield (
-        f"Compression cost {mean_kl(c.kl)} nats of KL per token{by}; the most likely token is the "
-        f"same at {percent(c.agreement.top1)} of the positions."
-    )
+    same = f"the most likely token is the same at {percent(c.agreement.top1)} of the positions"
+    return f"Compression cost {mean_kl(c.kl)} nats of KL per token{by}; {same}."
 
 
 def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:

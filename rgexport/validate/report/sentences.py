@@ -113,8 +113,8 @@ def shortfall_text(r: Result) -> str:
 
 def bits_text(r: Result) -> str:
     """Such as `5.39 bits per weight in matrices and head, 5.97 in all`."""
-    matrices, every = r.artifact.matrix_bits_per_weight, r.artifact.bits_per_weight
-    return f"{matrices:.2f} bits per weight in matrices and head, {every:.2f} in all"
+    matrices, total = r.artifact.matrix_bits_per_weight, r.artifact.bits_per_weight
+    return f"{matrices:.2f} bits per weight in matrices and head, {total:.2f} in all"
 
 
 def answers_of(c: Continuation) -> tuple[Answer, Answer]:

@@ -19,8 +19,6 @@ from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 
 WORST = 5
 """Rows of tables that show only the worst."""
-MOST = 30
-"""Suspects that are shown."""
 DRIFT = "Recurrent states inside the longest prompt"
 _EXACT = 0.05
 """Noise below this is the sketch's own rounding."""
@@ -200,17 +198,15 @@ def _tensor_table(
     rows: list[Row] = []
     for scheme in dict.fromkeys(e.scheme for e, *_ in judged):
         group = [one for one in judged if one[0].scheme == scheme]
-        inexact = sorted((one for one in group if not one[1]), key=lambda one: -one[2])
-        rows += _first([_tensor_row(e, value) for e, _, _, value in inexact])
-        if count := len(group) - len(inexact):
+        errors: list[Row] = []
+        for e, exact, _, value in sorted(group, key=lambda one: -one[2]):
+            measured = number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
+            errors += [] if exact else [(e.name, scheme, *measured, number(value))]
+        rows += _first(errors)
+        if count := len(group) - len(errors):
             rows.append((f"{count} tensors, {unchanged}", scheme, "0", "1", "0", "0"))
     numbers = ("error", "projection", "noise", last)
     return _table(title, ("tensor", "stored"), numbers, rows)
-
-
-def _tensor_row(e: TensorError, last: float) -> Row:
-    measured = number(e.relative_error), f"{e.projection:.5f}", number(e.noise), number(last)
-    return e.name, e.scheme, *measured
 
 
 def bisect_tables(
@@ -232,7 +228,7 @@ def bisect_tables(
 
 def suspect_table(suspects: Sequence[Suspect]) -> Table:
     rows = [(suspect.site, suspect.evidence) for suspect in suspects]
-    return _table("Suspects", ("op", "evidence"), (), _first(rows, MOST, "more"))
+    return _table("Suspects", ("op", "evidence"), (), _first(rows, 30, "more"))
 
 
 def op_bars(report: SiteReport) -> BarTable:

@@ -15,10 +15,6 @@ from rgexport.validate.report import sentences, tables
 from rgexport.validate.report.sentences import MOST_NAMED, check_text
 from rgexport.validate.result import Result
 
-MOST_PROMPT = 60
-"""Characters of a prompt: its last ones."""
-MOST_SUSPECTS = 3
-"""Suspects of each of several artifacts."""
 _OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 Blocks = Iterator[str | Table]
 
@@ -45,7 +41,7 @@ def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
         if result.verdict != "PASS":
             yield path
             yield from _failures(result)
-            for suspect in (result.suspects or [])[:MOST_SUSPECTS]:
+            for suspect in (result.suspects or [])[:3]:
                 yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
     yield _environment(results[0]) if progress.verbose else _next_step(results, page)
 
@@ -104,7 +100,7 @@ def _answers(continuations: Sequence[Continuation]) -> Iterator[str]:
     """Yields both models' texts after a prompt; the first token that differs is in brackets."""
     for text in continuations:
         prompt = _one_line(text.prompt)
-        end = prompt if len(prompt) <= MOST_PROMPT else f"…{prompt[-MOST_PROMPT:]}"
+        end = prompt if len(prompt) <= 60 else f"…{prompt[-60:]}"
         yield f"After “{end}”, {text.common} of {text.tokens} tokens are the same:"
         for side, answer in zip(("original", "artifact"), sentences.answers_of(text), strict=True):
             differing = f"[{answer.differing}]" if answer.differing else ""

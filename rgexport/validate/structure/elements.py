@@ -40,10 +40,9 @@ class Rules:
     """How a protobuf message becomes elements.
 
     A path is `CONTAINER.FIELD`: the field that holds the message, and one of the message's own. An
-    entry of a map has the path `CONTAINER.FIELD.KEY` too. `ignored` are names or paths of fields
-    that compute nothing, `names` paths of fields with names of values, `elements` paths of fields
-    whose messages are elements → the label of one, from its key in a map and the message.
-    `simplify` is called with each message before it is read.
+    entry of a map has the path `CONTAINER.FIELD.KEY` too. Fields that are `ignored` compute
+    nothing, `names` have names of values, `elements` have elements, each with a label from its key
+    in a map and the message. `simplify` is called with each message before it is read.
     """
 
     ignored: Collection[str]

@@ -73,7 +73,7 @@ def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
 
 @functools.cache
 def directions(columns: int, count: int) -> np.ndarray:
-    """Returns ones, and random signs, the same in all releases of numpy (NEP 19): float64."""
+    """Returns [1 + count, columns]: ones and signs, equal in all releases of numpy (NEP 19)."""
     numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
     bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
     signs = 1.0 - 2.0 * bits.reshape(count, columns)

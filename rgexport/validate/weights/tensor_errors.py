@@ -1,9 +1,8 @@
 """Measures how far each stored tensor Ŵ is from the tensor W that it was made from.
 
-The original's numbers come from the model, or from the sketches in a reference file, which lack
-those of single weights. E = Ŵ−W throughout. Steps follow from the original weights and the scheme,
-not from the artifact's scales: so they show a wrong scale, even where the noise of four bits would
-hide it in a norm.
+The original's numbers come from the model, or from the sketches in a reference file. E = Ŵ−W
+throughout. Steps follow from the original weights and the scheme, not from the artifact's scales:
+so they show a wrong scale, even where the noise of four bits would hide it in a norm.
 """
 
 import functools
@@ -94,7 +93,6 @@ class TensorError:
 class WeightError(TensorError):
     """The original tensor W against the stored Ŵ, both as float32.
 
-    - `scheme`: its label; that of a row group, where the tensor has several.
     - `relative_error`: ‖W−Ŵ‖/‖W‖.
     - `projection`: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
     - `clipping`: the part of `projection - 1` that comes from rounding to nearest on the levels of
@@ -105,9 +103,7 @@ class WeightError(TensorError):
     - `shift`: Σ(Ŵ−W) in units of Σ step: about 0.
     - `output_noise`: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
       text; null where they are not known, or the weights are no linear's.
-    - `weighted`: whether an importance matrix says which weights may be further off.
-    - `searched`: whether levels were chosen for the least squared error.
-    - `chosen`: the algorithm that chose the levels, a key of `expectations.EXPECTATIONS`.
+    - `searched`: whether levels were chosen for the least squared error; `chosen`: how.
     """
 
     values: int
@@ -140,7 +136,6 @@ def weight_errors(
     original: WeightSource,
     dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
-    *,
     weighted: bool = False,
     inputs: Mixtures | None = None,
 ) -> list[WeightError]:
@@ -183,7 +178,6 @@ def sketch_errors(
     reference: ReferenceFile,
     dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
-    *,
     weighted: bool = False,
 ) -> list[SketchError]:
     """Compares all `tensors` of an artifact with a file's sketches; see `weight_errors`."""

@@ -1,19 +1,10 @@
 """Compares the errors of stored weights with their limits.
 
-Most quantities do not depend on the weights, only on their rounding: a sound artifact is at 1
-(noise) or 0 (shift), and other weights are far beyond. So these checks find another model even
-where its logits are as near as those of the right one in four bits. Limits that depend on the
-algorithm are in `expectations`. The quantities:
-
-- `max_steps`: max |W−Ŵ| in steps of the scheme; of a block, row or group its root mean square, in
-  units of twice what rounding to nearest gives there.
-- `noise`: ‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
-- `row`: the noise of the row where it is largest.
-- `shift`: |Σ(Ŵ−W)| / Σ step.
-- `projection`: |⟨W,Ŵ⟩/⟨W,W⟩ − 1|, without clipping, beyond five deviations of its rounding noise.
-  The least squared error counts clipping as an error, and makes weights smaller by its square.
-- `output`: ‖(Ŵ−W)X‖² in units of that of rounding to nearest, for the inputs X of a text.
-  Whatever an algorithm weighs errors by, it must not be much worse than rounding to nearest.
+Most quantities, see `WeightError`, do not depend on the weights, only on their rounding: a sound
+artifact is at 1 (noise) or 0 (shift), and other weights are far beyond. So these checks find
+another model even where its logits are as near as those of the right one in four bits. Limits that
+depend on the algorithm are in `expectations`. The projection is limited without clipping, and
+beyond five deviations of its rounding noise; the least squared error makes weights smaller.
 
 An algorithm that weighs errors by data may move any weight by more than half a step, so limits of
 errors leave room for other weights. An encoder that runs again leaves none: see `reproduce`.
