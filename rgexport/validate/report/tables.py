@@ -179,7 +179,6 @@ def identity_table(r: Result) -> Table:
 
 
 def weight_table(errors: Sequence[WeightError]) -> Table:
-    """Compares the stored weights with the original's."""
     judged = [(e, e.max_steps == 0, e.relative_error, e.max_steps) for e in errors]
     return _tensor_table("Weights", "max steps", "stored unchanged", judged)
 
@@ -201,7 +200,8 @@ def _tensor_table(
         errors: list[Row] = []
         for e, exact, _, value in sorted(group, key=lambda one: -one[2]):
             measured = number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
-            errors += [] if exact else [(e.name, scheme, *measured, number(value))]
+            if not exact:
+                errors.append((e.name, scheme, *measured, number(value)))
         rows += _first(errors)
         if count := len(group) - len(errors):
             rows.append((f"{count} tensors, {unchanged}", scheme, "0", "1", "0", "0"))
