@@ -15,13 +15,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
 from rgexport.validate import metrics
-from rgexport.validate.reference.capture import (
-    OWN,
-    ROOM,
-    WORKING_BYTES,
-    capture,
-    choose_implementation,
-)
+from rgexport.validate.reference.capture import OWN, ROOM, capture, choose_implementation
 from rgexport.validate.reference.reference_file import is_reference, read_reference, write_reference
 from tests.command_line import rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
@@ -221,7 +215,7 @@ def test_weights_stay_in_memory_only_where_they_fit(small, monkeypatch, capsys):
         model.logits(model.run(np.array([[1, 2, 3]]))[0])
         return bool(vars(model)["_layers"]) and bool(vars(model)["_head"])
 
-    enough = int(ROOM * needed) + WORKING_BYTES + 1
+    enough = int(ROOM * needed) + (2 << 30) + 1
     assert keeps(enough) and not keeps(enough, low_memory=True)
     assert "one layer at a time" not in capsys.readouterr().err
     assert not keeps(enough - 2) and not keeps(None)
