@@ -139,8 +139,7 @@ def validate(arguments: ValidateArguments) -> int:
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
-    from rgexport.validate.opening import ValidationRequest
-    from rgexport.validate.run import validate_artifacts
+    from rgexport.validate.run import ValidationRequest, validate_artifacts
 
     request = ValidationRequest(
         model=arguments.model,

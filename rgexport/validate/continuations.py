@@ -1,7 +1,7 @@
 """Answers side by side: greedy continuations by an artifact and by its reference.
 
-The reference's are in a reference file. Without one the original continues some prompts itself, if
-it is so small that all its weights stay in memory: a larger one would be read once for each token.
+Without a reference file, only a small original continues prompts: a larger one would be read once
+for each token.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.progress import task
 from rgexport.runtimes.session import Session
-from rgexport.validate.positions import TokenText
-from rgexport.validate.reference.prompts import short_prompts
+from rgexport.validate.measure import TokenText
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import ReferenceModel
+from rgexport.validate.text import short_prompts
 
-SHOWN = 3
-"""Prompts that are continued: of a file the first that qualify."""
 LEAST_TOKENS, MOST_TOKENS = 16, 24
 """Tokens of a file's continuation: fewer say little, more cost time."""
-MOST_PROMPT = 128
-"""Tokens of a prompt."""
 SMALL_BYTES = 1 << 30
 """Float32 bytes of an original that continues prompts."""
 
@@ -52,17 +50,17 @@ class Continuation:
 
 
 def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
-    """The first prompts of a file that are short and have a continuation."""
     short = (
         (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
         for index, prompt, span in reference.spans()
-        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= MOST_PROMPT
+        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= 128
     )
-    return list(islice(short, SHOWN))
+    return list(islice(short, 3))
 
 
-def continue_prompts(model: ReferenceModel, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
-    """Continues built-in prompts by a model, which should keep its weights in memory."""
+def continue_prompts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
+    """Continues built-in prompts; the model's weights stay in memory meanwhile."""
+    model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
     prompts = short_prompts(tokenizer)
     passes = model.run_each([(one.tokens[None], zero_state(model.config, 1)) for one in prompts])
     hidden, states = [last for last, _ in passes], [states[-1] for _, states in passes]
@@ -80,11 +78,7 @@ def continue_greedily(
     count: int,
     stop_ids: Collection[int],
 ) -> list[list[int]]:
-    """Continues texts greedily in one batch, by at most `count` tokens; a stop id ends one.
-
-    `hidden` has an array [1, T, width] of the model's own type for each text, `ends` the states
-    after them.
-    """
+    """Continues texts, [1, T, width] each, in one batch by up to `count` tokens or a stop id."""
     state = {name: np.concatenate([end[name] for end in ends]) for name in ends[0]}
     following = [int(model.logits(last[:, -1:])[0, -1].argmax()) for last in hidden]
     continued = [[token] for token in following]

@@ -1,9 +1,8 @@
 """The KL that an artifact's weights cost, in all and by parts of the model.
 
-The cost in all is compared with that of random rounding to the weights' steps. That needs no
-original: the artifact's weights show their steps, and a model is as sensitive to random errors
-around its artifact's weights as around its own. An algorithm loses less than such errors do.
-Weights that lose much more are not made from the model.
+The cost in all is compared with that of random rounding to the steps that the artifact's weights
+show. An algorithm loses less than such errors do. Weights that lose much more are not made from
+the model.
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.steps import shown_steps
+from rgexport.validate.weights.tensor_errors import shown_steps
 
 ROUNDED_TOKENS, POSITIONS = 256, 64
 """The first tokens of the text, which the rounded model takes, and how many are compared."""
 _SEED = 20240411
-_LEAST = 1e-12
-"""KL, nats, that a cost is divided by at least."""
 LAYER_TOKENS = 48
 """Most tokens: each of a 2B's 29 variants takes them."""
 _LOGITS_BYTES = 256 << 20
@@ -34,11 +31,10 @@ _LOGITS_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingCost:
-    """Mean KL over some positions, nats per token.
+    """Mean KL, nats per token, of the artifact's weights to the original, if it is known.
 
-    `kl_rounded` is that of the artifact's weights to themselves with random errors within half a
-    step, `kl` that of the weights in exact arithmetic to the original; None without one. `ratio` is
-    `kl` in units of `kl_rounded`, less two standard errors.
+    `kl_rounded` is that to themselves with random errors within half a step; `ratio` is `kl` in
+    units of that, less two standard errors.
     """
 
     kl_rounded: float
@@ -49,10 +45,7 @@ class RoundingCost:
 def rounding_cost(
     artifact: Artifact, dequantized: Pass, original: Pass | None, tokens: np.ndarray
 ) -> RoundingCost | None:
-    """Runs the artifact's weights with random errors; None where no weight is quantized.
-
-    `dequantized` is the pass of its weights over tokens [T], `original` the original's, if any.
-    """
+    """Runs the artifact's weights with random errors; None where no weight is quantized."""
     tensors, generator = artifact.manifest.tensors, np.random.default_rng(_SEED)
     if not is_rounded(artifact.manifest):
         return None
@@ -64,25 +57,19 @@ def rounding_cost(
         model = NumpyReference(artifact.manifest.config, watched)
         hidden, _ = model.run(tokens[None, :ROUNDED_TOKENS])
     positions = np.unique(np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int))
-    logits = _logits_at(dequantized, positions)
+    logits = dequantized.model.logits(dequantized.hidden[:, positions])[0]
     kl_rounded = _divergence(logits, model.logits(hidden[:, positions])[0])
-    base = max(float(kl_rounded.mean()), _LEAST)
+    base = max(float(kl_rounded.mean()), 1e-12)
     if original is None:
         return RoundingCost(kl_rounded=base, kl=None, ratio=None)
-    kl = _divergence(_logits_at(original, positions), logits)
-    ratio = float(kl.mean()) / base
+    kl = _divergence(original.model.logits(original.hidden[:, positions])[0], logits)
+    mean, ratio = float(kl.mean()), float(kl.mean()) / base
     error = float(np.std(kl - ratio * kl_rounded, ddof=len(kl) > 1)) / len(kl) ** 0.5
-    return RoundingCost(
-        kl_rounded=base, kl=float(kl.mean()), ratio=ratio - STANDARD_ERRORS * error / base
-    )
+    return RoundingCost(kl_rounded=base, kl=mean, ratio=ratio - STANDARD_ERRORS * error / base)
 
 
 def is_rounded(manifest: Manifest) -> bool:
     return any(stored.scheme.is_quantized for stored in manifest.tensors.values())
-
-
-def _logits_at(model_pass: Pass, positions: np.ndarray) -> np.ndarray:
-    return model_pass.model.logits(model_pass.hidden[:, positions])[0]
 
 
 def _divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -113,10 +100,9 @@ def _with_errors(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """The original against itself with one part of the artifact's weights.
+    """The original with one part of the artifact's weights: its KL in nats, and top-1 agreement.
 
-    The part is `layers.3`, `embed_tokens` (which is the head, too) or `final_norm`; `kl` is the
-    mean KL(original ‖ variant) in nats, `top1` the top-1 agreement in [0, 1].
+    The part is `layers.3`, `embed_tokens` (which is the head, too) or `final_norm`.
     """
 
     part: str
@@ -126,15 +112,9 @@ class LayerCost:
 
 
 def layer_costs(
-    config: GriffinConfig,
-    original: WeightSource,
-    dequantized: WeightSource,
-    tokens: np.ndarray,
+    config: GriffinConfig, original: WeightSource, dequantized: WeightSource, tokens: np.ndarray
 ) -> list[LayerCost]:
-    """Measures every part of the model, from the embedding to the last norm.
-
-    `config` is the original's; at most `LAYER_TOKENS` of the tokens [T] are taken.
-    """
+    """Measures every part of the model; `config` is the original's."""
     with watched_layers("Measuring what each layer costs", original) as watched:
         model = Variants(config, watched, dequantized)
         hidden = model.run_all(tokens[:LAYER_TOKENS])
@@ -145,12 +125,9 @@ def layer_costs(
         unknown = np.full(len(first), -1)
         for rows, logits in zip(blocks, variants, strict=True):
             rows.append(metrics.compare_logits(first, logits, unknown))
-    return [
-        _cost(part, np.concatenate(rows)) for part, rows in zip(model.parts, blocks, strict=True)
-    ]
-
-
-def _cost(part: str, rows: np.ndarray) -> LayerCost:
-    kl = metrics.kl_summary(rows)
-    top1 = float(rows["top1"].mean())
-    return LayerCost(part=part, kl=kl.mean, standard_error=kl.standard_error, top1=top1)
+    costs = []
+    for part, block in zip(model.parts, blocks, strict=True):
+        rows = np.concatenate(block)
+        kl, top1 = metrics.kl_summary(rows), float(rows["top1"].mean())
+        costs.append(LayerCost(part=part, kl=kl.mean, standard_error=kl.standard_error, top1=top1))
+    return costs

@@ -16,17 +16,13 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import metrics
+from rgexport.validate.metrics import StateError, checkpoints, recent, state_errors
 from rgexport.validate.reference_pass import Pass
-from rgexport.validate.states import StateError, checkpoints, recent, state_errors
 
 STEPS = 8
 """The last tokens that are taken again; and a chunk more where its length is fixed."""
 _RAGGED = 3, 1, 2
 """Lengths of chunks, over and over."""
-SCORES_BYTES = 64 << 20
-"""Float32 scores of one layer's attention; a stock runtime holds several copies."""
-LONGEST = 2048
-"""Most tokens of a long call, whose activations take memory too."""
 
 SAME = {
     "steps": "single tokens give what a chunk gives",
@@ -43,10 +39,7 @@ SAME = {
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """Tokens taken in two ways: the errors of their logits and, if known, of the states after.
-
-    Where several texts were taken, `states` has those of each.
-    """
+    """Errors between two ways of taking tokens; `states` are those of each text, if known."""
 
     tokens: int
     logits: metrics.LogitError
@@ -71,15 +64,14 @@ class Ending:
 
 
 def repeated_tokens(info: SessionInfo) -> int:
-    """Number of the last tokens that are taken again."""
     return STEPS + (info.prefill_chunk if info.whole_chunks else 0)
 
 
 def longest_call(config: GriffinConfig) -> int:
-    """Most tokens of a call: its scores, [tokens, heads, window + tokens], fit `SCORES_BYTES`."""
-    window, scores = config.window, SCORES_BYTES / 4 / config.num_heads
+    """Most tokens of a call: 2,048, or so many that a layer's scores take 64 MiB in float32."""
+    window, scores = config.window, (64 << 20) / 4 / config.num_heads
     tokens = int((math.sqrt(window**2 + 4 * scores) - window) / 2)
-    return max(STEPS, min(LONGEST, tokens))
+    return max(STEPS, min(2048, tokens))
 
 
 def compare_with_itself(
@@ -92,15 +84,9 @@ def compare_with_itself(
 ) -> dict[str, Equivalence]:
     """Takes the beginning and the end of a text [T] again in all ways that the engine has.
 
-    The convolution has no positions: at position 0, its state must be zeros.
-
-    Args:
-        session: the artifact's, in any state.
-        text: tokens [T].
-        head: logits [n, vocab] of its first tokens.
-        again: its last tokens, `repeated_tokens` of them or all, and the state before them.
-        ending: its end, with the logits of its last block.
-        most_logits: rows of logits that may exist at once.
+    `head` are logits [n, vocab] of the first tokens, `again` the last `repeated_tokens` or all,
+    with the state before them. At most `most_logits` rows of logits exist at once. The convolution
+    has no positions: at position 0, its state must be zeros.
     """
     result = _compare_end(session, *again, ending.chunk, most_logits)
     first, used = text[: len(head)], ending.chunk.state
@@ -121,9 +107,8 @@ def compare_portable(
 ) -> Equivalence:
     """Takes the beginning and the end of a text in a session without native kernels.
 
-    The beginning is an odd number of tokens and three single ones; they are compared with the
-    reference. The end is one long call, compared with what native kernels gave. The rows of a batch
-    are compared with what each gives alone.
+    The beginning is compared with the reference; the end, one long call, with what native kernels
+    gave.
     """
     count = next(iter(checkpoints(len(text))), len(text))
     state = reference.drift.get(count) or recent(reference.state)
@@ -168,17 +153,14 @@ def _compare_end(
         rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
         chunk = ChunkResult(np.concatenate([first.logits, rest]), session.get_state())
     result = {}
-    for name, sizes in (
-        ("steps", [1] * len(tokens)),
-        ("ragged", list(_ragged(len(tokens), info))),
-    ):
+    for name, sizes in (("steps", [1] * len(tokens)), ("ragged", list(_ragged(len(tokens), info)))):
         (repeated,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
         result[name] = _compare([(chunk, repeated)], len(tokens))
     return result | {"restored": restored}
 
 
 def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> ChunkResult:
-    """Takes tokens [T] from a state, or after a reset; keeps the last `rows` logits."""
+    """Takes tokens [T] from a state, or after a reset."""
     if before is None:
         session.reset()
     else:
@@ -188,7 +170,6 @@ def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: i
 
 
 def _at_once(session: Session, ending: Ending) -> ChunkResult:
-    """Takes the end of a text in one call."""
     session.set_state(ending.before)
     rows = len(ending.chunk.logits)
     logits = session.prefill_at_once(ending.tokens[None], num_logits=rows)[0]
@@ -198,11 +179,7 @@ def _at_once(session: Session, ending: Ending) -> ChunkResult:
 def _in_batch(
     session: Session, text: np.ndarray, used: State
 ) -> list[tuple[ChunkResult, ChunkResult]]:
-    """Takes the last tokens of a text [T] and its first ones, alone and in one batch.
-
-    The last ones start from the state `used`, so that the rows have different positions. Returns
-    for each row what it gave alone and in the batch.
-    """
+    """Takes the last tokens of a text [T] from `used`, and its first ones, alone and in a batch."""
     count = min(STEPS, len(text))
     tokens, states = np.stack([text[-count:], text[:count]]), [used, zeros_of(used)]
     sizes = _chunk_and_steps(count)
@@ -240,7 +217,6 @@ def _in_pieces(
 
 
 def _chunk_and_steps(count: int) -> list[int]:
-    """Cuts `count` tokens into one chunk and three single tokens."""
     return [*([count - 3] if count > 3 else []), *[1] * min(count, 3)]
 
 

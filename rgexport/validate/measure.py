@@ -1,10 +1,16 @@
-"""Runs an artifact over one text and compares it with the references' passes over the same text."""
+"""Runs an artifact over one text and compares it with the references' passes over the same text.
 
-from collections.abc import Sequence
+What is kept of a comparison has a fixed size, however long the text and large the vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.griffin.state import State
 from rgexport.progress import task
 from rgexport.runtimes.session import MAX_BLOCK, Session, block_size, blocks, whole_chunks
@@ -17,23 +23,119 @@ from rgexport.validate.equivalences import (
     compare_with_itself,
     repeated_tokens,
 )
-from rgexport.validate.positions import (
-    PositionBlock,
-    TokenText,
-    WorstPosition,
-    WorstPositions,
-    position_blocks,
-)
+from rgexport.validate.metrics import Drift, StateError, checkpoints, recent, state_errors
 from rgexport.validate.reference_pass import Pass
-from rgexport.validate.states import Drift, StateError, checkpoints, recent, state_errors
+
+BLOCKS = 128
+"""The most blocks; their lengths differ by one position at most."""
+WORST = 10
+CHOICES = 5
+
+TokenText = Callable[[Sequence[int]], str]
+"""The text of ids: special ones as their literals, bytes of incomplete characters as `\\xf0`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBlock:
+    """Positions from `start` until before `stop`: KL in nats, `top1` a share in [0, 1]."""
+
+    start: int
+    stop: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChoice:
+    """One token that may come next, its probability, and its text if there is a tokenizer."""
+
+    token: int
+    probability: float
+    text: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstPosition:
+    """A position with a large KL, the text before it, and what both models expect next."""
+
+    position: int
+    kl: float
+    next_token: int | None
+    next_text: str | None
+    context: str | None
+    reference: list[TokenChoice]
+    candidate: list[TokenChoice]
+
+
+def position_blocks(rows: np.ndarray) -> list[PositionBlock]:
+    count, cut = min(BLOCKS, len(rows)), []
+    for start, stop in pairwise(len(rows) * index // count for index in range(count + 1)):
+        kl, top1 = rows["kl"][start:stop], float(rows["top1"][start:stop].mean())
+        mean, most = float(kl.mean()), float(kl.max())
+        cut.append(PositionBlock(start=start, stop=stop, kl_mean=mean, kl_max=most, top1=top1))
+    return cut
+
+
+def token_text(tokenizer: Tokenizer) -> TokenText:
+    def spell(ids: Sequence[int]) -> str:
+        pieces = (tokenizer.surface(i) or tokenizer.literal(i).encode() for i in ids)
+        return b"".join(pieces).decode("utf-8", "backslashreplace")
+
+    return spell
+
+
+class WorstPositions:
+    """Collects the `WORST` positions with the largest KL in `worst`, the worst first."""
+
+    def __init__(self, tokens: np.ndarray, spell: TokenText | None = None):
+        self._tokens, self._spell = tokens, spell
+        self.worst: list[WorstPosition] = []
+
+    def add(self, start: int, kl: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> None:
+        """Takes the positions from `start` on: kl [n], and logits [n, vocab] of both models."""
+        ranks = np.nan_to_num(kl, nan=math.inf, posinf=math.inf)  # NaN is worse than any number
+        for index in np.argsort(-ranks, kind="stable")[:WORST].tolist():
+            if len(self.worst) == WORST and ranks[index] <= _rank(self.worst[-1]):
+                return
+            position = start + index
+            ids = self._tokens[: position + 2].tolist()
+            after = ids[position + 1] if len(ids) > position + 1 else None
+            self.worst.append(
+                WorstPosition(
+                    position=position,
+                    kl=float(kl[index]),
+                    next_token=after,
+                    next_text=None if after is None else self._text([after]),
+                    context=self._text(ids[: position + 1][-24:]),
+                    reference=self._choices(reference[index]),
+                    candidate=self._choices(candidate[index]),
+                )
+            )
+            self.worst.sort(key=lambda one: (-_rank(one), one.position))
+            del self.worst[WORST:]
+
+    def _choices(self, logits: np.ndarray) -> list[TokenChoice]:
+        wide = logits.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            share = np.exp(wide - wide.max())
+            share /= share.sum()
+        return [
+            TokenChoice(token=token, probability=float(share[token]), text=self._text([token]))
+            for token in np.argsort(-wide, kind="stable")[:CHOICES].tolist()
+        ]
+
+    def _text(self, ids: Sequence[int]) -> str | None:
+        return None if self._spell is None else self._spell(ids)
+
+
+def _rank(position: WorstPosition) -> float:
+    return math.inf if math.isnan(position.kl) else position.kl
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The artifact against one reference, over the whole text.
-
-    `states` are those after its end, `drift` those on the way.
-    """
+    """The artifact against one reference, over the whole text; `states` are those after its end."""
 
     logits: metrics.LogitError
     kl: metrics.KL
@@ -47,10 +149,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The comparisons of an artifact with each reference and with itself.
-
-    `counted` says whether the session counted every token; `ending` is the end of the text.
-    """
+    """An artifact's comparisons; `counted` says whether the session counted every token."""
 
     comparisons: list[Comparison]
     equivalences: dict[str, Equivalence]
@@ -62,7 +161,6 @@ class ComparisonRecorder:
     """Compares an artifact with one reference, block by block."""
 
     def __init__(self, reference: Pass, tokens: np.ndarray, spell: TokenText | None = None):
-        """`tokens` [T] are the reference's; `spell` writes the text of the worst positions."""
         self._reference = reference
         self._following = np.append(tokens[1:], -1)
         self._worst = WorstPositions(tokens, spell)
@@ -77,14 +175,12 @@ class ComparisonRecorder:
         self._worst.add(start, self._rows[-1]["kl"], expected, logits)
 
     def add_state(self, position: int, state: State) -> None:
-        """Takes the artifact's state after `position` tokens."""
         errors = state_errors(self._reference.drift[position], state)
         self._drift.append(Drift(position=position, states=errors))
 
     def comparison(
         self, state: State, text_bytes: int | None = None, noise: float = 0.0
     ) -> Comparison:
-        """Summarizes all blocks; `state` is the artifact's after the text, see `measure`."""
         rows = np.concatenate(self._rows)
         return Comparison(
             logits=metrics.logit_error(rows),
@@ -110,18 +206,9 @@ def measure(
 ) -> Measurement:
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
-    The session takes the tokens in chunks and carries its state from one to the next, as in a long
-    conversation. Logits exist for one block at a time. Where a chunk has a fixed length, or gives
-    one row of logits, the text is taken in steps, and `equivalences` compares a chunk with them.
-
-    Args:
-        session: the artifact's.
-        tokens: [T].
-        references: passes over the same tokens; there may be none.
-        text_bytes: the length of the tokens' text in UTF-8.
-        noise: the tolerated error of logits, which makes a near tie; see `metrics.agreement`.
-        spell: writes the text of the worst positions.
-        longest: most tokens of one call, see `equivalences.longest_call`.
+    Logits exist for one block at a time. Where a chunk has a fixed length, or gives one row of
+    logits, the text is taken in steps, and `equivalences` compares a chunk with them. `noise` makes
+    a near tie, see `metrics.agreement`; `longest` is the most tokens of a call.
     """
     sides = [ComparisonRecorder(reference, tokens, spell) for reference in references]
     stops = checkpoints(len(tokens))

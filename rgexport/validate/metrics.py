@@ -1,4 +1,4 @@
-"""How far one model's logits are from another's, position by position.
+"""How far one model's logits and states are from another's.
 
 Every position is reduced to one row of numbers as soon as its logits exist, so nothing of size
 positions × vocabulary is kept. The reductions are float64. Means, quantiles and standard errors
@@ -6,8 +6,11 @@ are taken over the rows at the end, so they do not depend on the size of blocks.
 """
 
 from dataclasses import dataclass
+from itertools import count, takewhile
 
 import numpy as np
+
+from rgexport.griffin.state import POSITION, State
 
 ROWS = np.dtype(
     [
@@ -35,11 +38,7 @@ _BLOCK_VALUES = 1 << 16
 def compare_logits(
     reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray
 ) -> np.ndarray:
-    """Compares logits [n, vocab] (any float dtype) of the same n positions.
-
-    `next_tokens` [n] follow the positions, -1 where the text ends. Returns [n] rows of dtype
-    `ROWS`; non-finite logits give non-finite rows.
-    """
+    """Returns `ROWS` [n] of logits [n, vocab]; `next_tokens` [n] are -1 at the text's end."""
     rows = np.empty(len(reference), ROWS)
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -68,21 +67,18 @@ def _compare_block(
     out["square_delta"] = np.einsum("nv,nv->n", absolute, absolute) / ref.shape[1]
     out["max_logit"] = np.abs(ref).max(1)
     out["variance"] = ref.var(1)
-    out["cosine"] = _row_cosine(ref, cand)
+    ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((ref, cand), (ref, ref), (cand, cand)))
+    norms = np.sqrt(aa * bb)
+    out["cosine"] = np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
     out["kl"] = np.maximum(kl, 0)
     out["top1"] = first == first_candidate
-    out["top5"] = _top_overlap(ref, cand, 5)
+    most = min(5, ref.shape[1])
+    ours, theirs = (np.argpartition(x, -most, axis=1)[:, -most:] for x in (ref, cand))
+    out["top5"] = (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
     out["flip_margin"] = ref[at, first] - ref[at, first_candidate]
     out["has_next"] = known
     out["nll"] = np.where(known, log_p - ref[at, token], 0)
     out["nll_candidate"] = np.where(known, log_q - cand[at, token], 0)
-
-
-def _row_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine similarity of each pair of rows; 1 where both are zero."""
-    ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((a, b), (a, a), (b, b)))
-    norms = np.sqrt(aa * bb)
-    return np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
 
 
 def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
@@ -90,20 +86,12 @@ def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
     return top + np.log(np.exp(logits - top[:, None]).sum(1))
 
 
-def _top_overlap(reference: np.ndarray, candidate: np.ndarray, k: int) -> np.ndarray:
-    """Share of the reference's k largest, [n], that are among the candidate's k largest."""
-    k = min(k, reference.shape[1])
-    ours, theirs = (np.argpartition(x, -k, axis=1)[:, -k:] for x in (reference, candidate))
-    return (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LogitError:
     """|Δlogit| over all positions and tokens.
 
     `relative_max` is relative to the largest |logit|; `relative_rms` is the rms relative to the
-    standard deviation of the reference's logits at each position: 1 for constant logits. `cosine`
-    is the mean over the positions, `lowest_cosine` the worst one's.
+    standard deviation of the reference's logits at each position: 1 for constant logits.
     """
 
     max: float
@@ -120,10 +108,7 @@ class LogitError:
 
 @dataclass(frozen=True, kw_only=True)
 class KL:
-    """KL(reference ‖ candidate) per position, in nats.
-
-    `standard_error` is the mean's, positions taken as independent.
-    """
+    """KL(reference ‖ candidate) per position, in nats; positions are taken as independent."""
 
     mean: float
     standard_error: float
@@ -136,12 +121,10 @@ class KL:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Shares in [0, 1].
+    """Shares in [0, 1], and the positions where the two models' most likely tokens differ.
 
-    `flips` are the positions where the two models' most likely tokens differ. `near_ties` of them
-    are no more than the tolerated noise explains; see `agreement`. `largest_flip_margin` is the
-    largest lead, in logits, of the reference's choice over the candidate's; a small one means that
-    only near ties flipped.
+    `near_ties` of these flips are no more than the tolerated noise explains. `largest_flip_margin`
+    is the largest lead, in logits, of the reference's choice over the candidate's.
     """
 
     top1: float
@@ -155,8 +138,7 @@ class Agreement:
 class Likelihood:
     """Mean negative log-likelihood of a text's tokens under both models, in nats.
 
-    `delta` is the candidate's minus the reference's, with the standard error of the paired
-    differences; bits per byte are null where the text's bytes are not known.
+    `delta` is the candidate's minus the reference's, with the error of the paired differences.
     """
 
     tokens: int
@@ -206,9 +188,8 @@ def kl_summary(rows: np.ndarray) -> KL:
 def agreement(rows: np.ndarray, noise: float = 0.0) -> Agreement:
     """Summarizes `top1`, `top5` and `flip_margin`.
 
-    `noise` is the tolerated rms error of a logit, relative to the standard deviation of the
-    reference's logits at its position. The difference of two logits has √2 times as much: a flip
-    of no larger margin is a near tie.
+    `noise` is the tolerated rms error of a logit, relative to the reference's deviation: a flip of
+    no larger margin than √2 times that is a near tie.
     """
     flipped = rows[~rows["top1"]]
     margins = np.sqrt(2 * flipped["variance"]) * noise
@@ -246,3 +227,59 @@ def likelihood(rows: np.ndarray, text_bytes: int | None) -> Likelihood | None:
 def _standard_error(values: np.ndarray) -> float:
     with np.errstate(invalid="ignore", over="ignore"):
         return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+FIRST_CHECKPOINT = 64
+RECENT = 64
+"""Tokens per checkpoint with compared keys and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateError:
+    """One state: max |Δ| / max |reference| and ‖Δ‖ / ‖reference‖; not divided by zero."""
+
+    name: str
+    relative_max: float
+    relative_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """The states after `position` tokens of a text; of caches only what `recent` keeps."""
+
+    position: int
+    states: list[StateError]
+
+
+def state_errors(reference: State, candidate: State) -> list[StateError]:
+    """Compares all tensors except the position, and those of another window's shape."""
+    errors = []
+    for name, array in reference.items():
+        if name == POSITION or array.shape != candidate[name].shape:
+            continue
+        with np.errstate(invalid="ignore", over="ignore"):
+            expected = array.astype(np.float64)
+            delta = np.abs(candidate[name].astype(np.float64) - expected)
+            most = float(delta.max() / (np.abs(expected).max() or 1))
+            norm = float(np.linalg.norm(delta) / (np.linalg.norm(expected) or 1))
+        errors.append(StateError(name=name, relative_max=most, relative_norm=norm))
+    return errors
+
+
+def recent(state: State) -> State:
+    """A copy with the keys and values of the last `RECENT` tokens: a 2B's windows take 33 MB."""
+    return {
+        name: (array[:, -RECENT:] if name.endswith((".key", ".value")) else array).copy()
+        for name, array in state.items()
+    }
+
+
+def checkpoints(length: int) -> list[int]:
+    """Positions inside a text of so many tokens where states are compared: 64, 128, 256, …"""
+    doubled = (FIRST_CHECKPOINT << n for n in count())
+    return list(takewhile(lambda position: position < length, doubled))
+
+
+def worst(errors: list[StateError]) -> float:
+    """The largest `relative_max`; NaN if there is one; 0 for a model without states."""
+    return float(np.max([error.relative_max for error in errors], initial=0))

@@ -18,15 +18,14 @@ from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import task
-from rgexport.validate.states import checkpoints, recent
+from rgexport.validate.metrics import checkpoints, recent
 from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
 
 
 class ReferenceModel(Protocol):
     """The methods of `griffin.layer_by_layer.LayerByLayer` that DeepMind's model has, too."""
 
-    @property
-    def config(self) -> GriffinConfig: ...
+    config: GriffinConfig
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]: ...
 
@@ -47,8 +46,8 @@ class ReferenceModel(Protocol):
 class Pass:
     """One pass over tokens [T]: `hidden` is [1, T, width], `state` the state after it.
 
-    `drift` has the states after some numbers of tokens, reduced by `states.recent`. `inputs` are
-    mixtures of the linears' inputs, if they were recorded.
+    `drift` has the states inside, reduced by `metrics.recent`, `inputs` mixtures of linears'
+    inputs.
     """
 
     model: ReferenceModel
@@ -58,7 +57,6 @@ class Pass:
     inputs: Mixtures
 
     def logits(self, start: int, stop: int) -> np.ndarray:
-        """Logits [stop - start, vocab] float32 of these positions."""
         return self.model.logits(self.hidden[:, start:stop])[0]
 
 
@@ -78,10 +76,7 @@ def run_reference(
 def run_side_by_side(
     label: str, models: Sequence[tuple[GriffinConfig, WeightSource, bool]], tokens: np.ndarray
 ) -> list[Pass]:
-    """Runs references over tokens [T] in a thread each, since reading weights takes one thread.
-
-    `models` say, too, whether inputs are mixed.
-    """
+    """Runs references in a thread each, since reading takes one; the flag is `mix_inputs`."""
     ended = threading.Event()
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         jobs = []
@@ -113,11 +108,7 @@ def _run(
 def watched_layers(
     label: str, weights: WeightSource, ended: threading.Event | None = None
 ) -> Iterator[WeightSource]:
-    """Yields the same weights; their reads are shown as progress.
-
-    The embedding does not count, since only some of its rows are read. Reads raise
-    InterruptedError once `ended` is set.
-    """
+    """Yields the same weights; reads of layers show progress, and raise once `ended` is set."""
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
 
@@ -133,8 +124,6 @@ def watched_layers(
 
 
 class SharedPasses:
-    """Passes of originals, shared by all artifacts that are compared with them."""
-
     def __init__(self) -> None:
         self._passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = {}
 

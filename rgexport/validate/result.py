@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +19,32 @@ from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.sites import SiteReport
 from rgexport.validate.bisect.suspects import Suspect
-from rgexport.validate.checks import Check, Outcome, verdict
+from rgexport.validate.checks import (
+    MOST_COST,
+    STANDARD_ERRORS,
+    Check,
+    Outcome,
+    Quality,
+    Tolerance,
+    consistency,
+    cost_checks,
+    grade_quality,
+    logit_checks,
+    verdict,
+)
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.costs import LayerCost, RoundingCost
-from rgexport.validate.equivalences import Equivalence
+from rgexport.validate.equivalences import SAME, Equivalence
 from rgexport.validate.formats.expected import expected_of
-from rgexport.validate.identity.items import IdentityItem
+from rgexport.validate.identity import IdentityItem, identity_checks
 from rgexport.validate.measure import Comparison
-from rgexport.validate.quality import Quality, grade_quality
-from rgexport.validate.reference.against import AgainstFile
+from rgexport.validate.metrics import Drift, worst
+from rgexport.validate.reference.against import AgainstFile, file_checks
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
 from rgexport.validate.text import Text
-from rgexport.validate.thresholds import Tolerance
-from rgexport.validate.weights.reproduced import Reproduced
 from rgexport.validate.weights.tensor_errors import WeightError
+from rgexport.validate.weights.weight_limits import Reproduced, reproduced_checks, weight_checks
 
 Scope = Literal["structure", "text"]
 SCHEMA_VERSION = 2
@@ -62,7 +73,6 @@ class ArtifactInfo:
 
     @property
     def numbers(self) -> str:
-        """Precision and compute, for people; `exact` where the format has both."""
         exact = ", exact" if self.exact and expected_of(self.kind).has_exact else ""
         return arithmetic(self.precision, self.compute, self.rounds_activations) + exact
 
@@ -91,13 +101,7 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens per second from an empty state, medians of a few repetitions.
-
-    Attributes:
-        decode: one token at a time.
-        prefill: a prompt of `prompt_tokens`.
-        prompt_tokens: 128, or a chunk where chunks are of a fixed length.
-    """
+    """Tokens per second from an empty state, medians; a prompt fills a chunk of fixed length."""
 
     decode: float
     prefill: float
@@ -112,8 +116,7 @@ class Result:
     `original` is None without an original, and `sites` where the engine does not show its values.
     `weights`, `cost` and `layers` need the original; `reproduced`, `layers` and `suspects` are null
     unless they were asked for, `continuations` without a tokenizer, or without both a reference
-    file and a small original. `min_quality` is the grade that was asked for. `identity` compares
-    configuration, tokenizer, chat template and settings.
+    file and a small original. `min_quality` is the grade that was asked for.
     """
 
     artifact: ArtifactInfo
@@ -159,10 +162,8 @@ class Result:
 
     @property
     def good_enough(self) -> bool:
-        """Whether the quality reaches the grade that was asked for, if one was."""
-        if self.min_quality is None:
-            return True
-        return self.quality is not None and self.quality.reaches(self.min_quality)
+        least, quality = self.min_quality, self.quality
+        return least is None or (quality is not None and quality.reaches(least))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON; numbers that are not finite become null."""
@@ -180,12 +181,7 @@ class Result:
 
 
 def require_writable(path: Path) -> None:
-    """Refuses a path before the work that `write_text` would refuse after it.
-
-    Raises:
-        RequestError: the folder is missing, read-only or in an artifact, which one more file
-            would damage, or `path` is a folder.
-    """
+    """Refuses what `write_text` would after the work, and artifacts, with a RequestError."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise RequestError(f"cannot write {path}: {what}; expected a file in an existing folder")
@@ -196,7 +192,6 @@ def require_writable(path: Path) -> None:
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:
-    """Writes a result to a file, or the list of several; see `write_text`."""
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
     write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
@@ -224,15 +219,85 @@ def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
 def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
     if original is None:
         return SourceInfo(name, found=False)
-    return SourceInfo(
-        name,
-        found=True,
-        path=str(original.checkpoint.path),
-        same_files=original.same_files,
-        config_differences=original.config_differences,
-    )
+    path, differences = str(original.checkpoint.path), original.config_differences
+    return SourceInfo(name, True, path, original.same_files, differences)
 
 
 def describe_text(text: Text, window: int) -> TextInfo:
     count = len(text.tokens)
     return TextInfo(text.name, count, count / window, text.bytes, text.truncated)
+
+
+def all_checks(
+    result: Result, manifest: Manifest, counted: bool, limits: Mapping[str, float]
+) -> Iterator[Check]:
+    """Yields all checks; `limits` are those that the user set."""
+    yield from _dequantized_checks(result.dequantized, result.tolerance, result.text.tokens)
+    reason = "the session counts every token"
+    yield Check(name="position", value=float(not counted), limit=0, reason=reason)
+    yield from _equivalence_checks(result)
+    if result.structure.in_verdict:
+        wrong = float(result.structure.status == "differs")
+        yield Check(name="structure", value=wrong, limit=0, reason=result.structure.reason)
+    if (report := result.sites) is not None:
+        for error in report.beyond or report.worst(1):
+            name = f"sites.{error.state or error.site}"
+            reason = f"{error.op} of {error.call} from the artifact's own inputs, in limits"
+            yield Check(name=name, value=error.excess, limit=1.0, reason=reason, kind="sites")
+    if result.original is not None:
+        logits, kl = result.original.logits, result.original.kl
+        yield from cost_checks("original", manifest, logits, kl, limits)
+    if result.weights is not None:
+        yield from weight_checks(result.weights)
+    if result.reproduced is not None:
+        yield from reproduced_checks(result.reproduced)
+    yield from _rounding_checks(result)
+    if result.reference is not None:
+        asked_for = any(item.outcome == "asked for" for item in result.identity)
+        for check in file_checks(result.reference, manifest, limits):
+            # Logits with another window, which the export was asked for, are no fault.
+            of_another = check.name == "reference.rms" and result.reference.config_differences
+            if not (asked_for and of_another):
+                yield check
+    yield from identity_checks(result.identity)
+
+
+def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
+    yield from logit_checks(comparison.logits, limit.at(length))
+    drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
+    states = []
+    for at in drift:
+        value, most = worst(at.states), limit.at(at.position).states
+        reason = f"after {at.position} tokens; {limit.reason}"
+        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
+    yield max(states, key=lambda check: check.excess)
+
+
+def _equivalence_checks(result: Result) -> Iterator[Check]:
+    """Checks each way of taking the tokens, as far as the artifact is off from its reference."""
+    side = result.dequantized
+    states = worst([*side.states, *(error for at in side.drift for error in at.states)])
+    limit = consistency(result.tolerance, result.text.tokens, side.logits.relative_max, states)
+    for name, same in result.equivalences.items():
+        values = [("logits", same.logits.relative_max, limit.logits)]
+        if same.states:
+            values.append(("states", worst(same.states), limit.states))
+        why = f"{SAME[name]}; {limit.reason}"
+        for what, value, most in values:
+            yield Check(name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name)
+
+
+def _rounding_checks(result: Result) -> Iterator[Check]:
+    """Checks the KL to the original or to a reference file, divided by random rounding's KL."""
+    if (cost := result.cost) is None:
+        return
+    ratios = {} if cost.ratio is None else {"original": cost.ratio}
+    if result.reference is not None:
+        # The file has logits of other texts, and of the artifact's own arithmetic.
+        kl = result.reference.kl
+        least = kl.mean - STANDARD_ERRORS * kl.standard_error
+        ratios["reference"] = least / (cost.kl_rounded + result.dequantized.kl.mean)
+    reason = "KL in units of what rounding costs at random, by the steps of the weights"
+    for side, ratio in ratios.items():
+        limit = MOST_COST[side]
+        yield Check(name=f"cost.{side}", value=ratio, limit=limit, reason=reason, kind="cost")

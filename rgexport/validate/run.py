@@ -1,15 +1,22 @@
 """`rgexport validate`: opens, runs, compares, judges and reports."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.tokenizer import Tokenizer
+from rgexport.choices import GradeName
 from rgexport.errors import RequestError
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
+from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.layout import float32_bytes
-from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.printing import print_result
-from rgexport.progress import expect_stages, group, note, task
+from rgexport.progress import detail, expect_stages, group, note, task, warn
+from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
@@ -18,35 +25,85 @@ from rgexport.units import amount
 from rgexport.validate import continuations
 from rgexport.validate.bisect.sites import SiteReport, compare_sites
 from rgexport.validate.bisect.suspects import find_suspects
-from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, with_limits
+from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, tolerance, with_limits
 from rgexport.validate.continuations import Continuation, ContinuedPrompt
 from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
-from rgexport.validate.judging import all_checks
-from rgexport.validate.measure import Measurement, measure
-from rgexport.validate.opening import OpenedArtifact, ValidationRequest, open_all
-from rgexport.validate.positions import token_text
-from rgexport.validate.reference.against import AgainstFile, compare_with_file
-from rgexport.validate.reference.reference_file import read_reference
+from rgexport.validate.identity import IdentityItem
+from rgexport.validate.measure import Measurement, measure, token_text
+from rgexport.validate.reference.against import AgainstFile, check_fits, compare_with_file
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import (
     Result,
     Speed,
+    all_checks,
     describe_artifact,
     describe_source,
     describe_text,
     require_writable,
     write_json,
 )
+from rgexport.validate.source import OriginalModel, compare_identity, find_original
 from rgexport.validate.structure.compare import compare_structure
-from rgexport.validate.thresholds import tolerance
-from rgexport.validate.weights.reproduced import reproduce
+from rgexport.validate.text import Text, choose_text
 from rgexport.validate.weights.tensor_errors import weight_errors
+from rgexport.validate.weights.weight_limits import reproduce
 
-BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS = 128, 32, 3
-"""`rgexport bench` measures longer ones by default."""
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRequest:
+    """The options of `rgexport validate` for one artifact.
+
+    `bisect` measures each layer's cost and names suspects; `reproduce` encodes the original's
+    weights again, with the `calibration` of the export; `allow_foreign` lets a graph run that has
+    ops which rgexport does not write.
+    """
+
+    model: str | None = None
+    adapter: Path | None = None
+    text: Path | None = None
+    max_tokens: int | None = None
+    reference: ReferenceFile | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    bisect: bool = False
+    bench: bool = False
+    reproduce: bool = False
+    calibration: Path | None = None
+    min_quality: GradeName | None = None
+    allow_foreign: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedArtifact:
+    """An artifact and all that it is compared with; `statistics` are for `reproduce`."""
+
+    path: Path
+    request: ValidationRequest
+    artifact: Artifact
+    tokenizer: Tokenizer | None
+    text: Text
+    original: OriginalModel | None
+    statistics: StatisticsOf | None
+    identity: tuple[IdentityItem, ...]
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.artifact.manifest
+
+    @property
+    def has_native(self) -> bool:
+        """Whether native kernels replace the functions that other runtimes run."""
+        return engine_of(self.manifest.kind).has_native(self.artifact)
+
+    @property
+    def asks_original(self) -> bool:
+        """Whether a small original continues prompts, as no reference file has any."""
+        if self.tokenizer is None or self.original is None or self.request.reference is not None:
+            return False
+        return float32_bytes(self.original.checkpoint.config) <= continuations.SMALL_BYTES
 
 
 def validate_artifacts(
@@ -62,10 +119,7 @@ def validate_artifacts(
     """Validates artifacts, writes the report as JSON and HTML, and prints it.
 
     Returns 0 if all artifacts pass, or are AMBIGUOUS where that is allowed, and have the quality
-    that was asked for; else 1.
-
-    Raises:
-        RequestError: see `validate_artifact`; or a file cannot be written.
+    that was asked for; else 1. Raises what `validate_artifact` does.
     """
     for file in (json_file, html_file):
         if file is not None:
@@ -88,8 +142,8 @@ def validate_artifacts(
     if html_file is not None:
         write_html(results, html_file)
     # Last: a reader may leave after a few lines, as `head` does.
-    one = len(results) == 1
-    text = render(results[0], html_file) if one else render_several(results, html_file)
+    several = len(results) > 1
+    text = render_several(results, html_file) if several else render(results[0], html_file)
     print_result(text, end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
@@ -98,7 +152,7 @@ def validate_artifacts(
 def validate_artifact(
     path: Path, request: ValidationRequest, passes: SharedPasses | None = None
 ) -> Result:
-    """Compares an artifact with its dequantized reference and, where it is found, its original.
+    """Compares an artifact with its dequantized reference and, where there is one, its original.
 
     The references run first, one layer at a time. Then the artifact's session opens, and when it
     is closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.
@@ -114,33 +168,107 @@ def validate_artifact(
     original = None
     if opened.original is not None:
         original = passes.run_reference(opened.original.checkpoint, tokens)
-    result, counted = _compare(opened, dequantized, original)
-    checks = all_checks(result, opened.manifest, counted, request.limits)
-    result = replace(result, checks=list(with_limits(checks, request.limits)))
-    return _with_suspects(result) if request.bisect else result
+    result = _compare(opened, dequantized, original)
+    if not request.bisect:
+        return result
+    failed = [c for c in result.checks if c.kind in TENSOR_CHECKS and not c.passed]
+    file, differences = result.reference, [*result.source.config_differences]
+    differences += [] if file is None else file.config_differences
+    suspects = find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
+    return replace(result, suspects=suspects)
 
 
-def _compare(
-    opened: OpenedArtifact, dequantized: Pass, original: Pass | None
-) -> tuple[Result, bool]:
-    """Returns a result without checks, and whether the session counted every token."""
+def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
+    """Opens an artifact and everything that it is compared with, before anything runs.
+
+    Raises:
+        RequestError: no sound artifact, an original or a reference that does not fit, an unreadable
+            text, or a quality that is asked for without anything to grade it by.
+    """
+    if request.calibration is not None and not request.reproduce:
+        raise RequestError("--calibration is for --reproduce; give both, or leave it out")
+    artifact = open_artifact(path, allow_foreign=request.allow_foreign)
+    manifest, config = artifact.manifest, artifact.manifest.config
+    engine_of(manifest.kind).require_trusted(artifact)
+    if request.reference is not None:
+        check_fits(request.reference, manifest)
+    tokenizer = open_tokenizer(artifact) if manifest.has_tokenizer else None
+    options = request.text, request.max_tokens
+    text = choose_text(tokenizer, config.vocab_size, config.window, *options)
+    detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
+    original = find_original(manifest, request.model, request.adapter)
+    statistics = _statistics(request, manifest, original) if request.reproduce else None
+    if original is not None:
+        if not original.same_files:
+            folder = original.checkpoint.path
+            warn(f"{folder} has other weight files than the artifact was made from")
+        for difference in original.config_differences:
+            warn(f"the configurations differ in {difference}")
+    elif request.reference is None:
+        missing = f"the original ({manifest.source.name}) was not given, so"
+        if request.min_quality is not None:
+            raise RequestError(
+                f"--min-quality {request.min_quality}: {missing} there is no quality to judge; "
+                "pass it with -m, or a file with --reference"
+            )
+        warn(f"{missing} the cost of compression is not measured; pass it with -m")
+    return OpenedArtifact(
+        path=path,
+        request=request,
+        artifact=artifact,
+        tokenizer=tokenizer,
+        text=text,
+        original=original,
+        statistics=statistics,
+        identity=compare_identity(artifact, tokenizer, original, request.reference),
+    )
+
+
+def _statistics(
+    request: ValidationRequest, manifest: Manifest, original: OriginalModel | None
+) -> StatisticsOf:
+    if original is None:
+        raise RequestError(
+            f"--reproduce encodes the original's weights again, but the original "
+            f"({manifest.source.name}) was not given; pass it with -m"
+        )
+    if request.calibration is not None:
+        calibration, checkpoint = open_calibration(request.calibration), original.checkpoint
+        calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
+        return Calibrated(calibration, checkpoint.config)
+    if manifest.weighted or any(scheme.needs_statistics for scheme in manifest.plan.values()):
+        raise RequestError(
+            "--reproduce: these levels were chosen by data; give the calibration that the export "
+            "took with --calibration (an importance matrix cannot be given)"
+        )
+    return no_statistics
+
+
+def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
+    request, original = opened.request, opened.original
+    # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
+    count = 4 + request.bench + opened.has_native
+    if original is not None:
+        count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
+        count -= passes.has(original.checkpoint, opened.text.tokens)
+    if original is not None or request.reference is not None:
+        count += is_rounded(opened.manifest)
+    return count + opened.asks_original + (request.reference is not None)
+
+
+def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -> Result:
     request, artifact, manifest = opened.request, opened.artifact, opened.manifest
     info, measured, against_file, answers = _use_session(opened, dequantized, original)
     equivalences = measured.equivalences
-    if _has_native(opened) and (same := _portable(opened, measured, dequantized)):
+    if opened.has_native and (same := _portable(opened, measured, dequantized)):
         equivalences |= {"portable": same}
     tokens, cost, weights, reproduced, layers = opened.text.tokens, None, None, None, None
     if original is not None or request.reference is not None:
         cost = rounding_cost(artifact, dequantized, original, tokens)
     if opened.original is not None and original is not None:
         source, stored = opened.original.checkpoint, artifact.weights
-        weights = weight_errors(
-            source.weights,
-            stored,
-            manifest.tensors,
-            weighted=manifest.weighted,
-            inputs=original.inputs,
-        )
+        mixtures, weighted = original.inputs, manifest.weighted
+        weights = weight_errors(source.weights, stored, manifest.tensors, weighted, mixtures)
         if opened.statistics is not None:
             reproduced = reproduce(artifact, source.weights, opened.statistics)
         if request.bisect:
@@ -169,26 +297,13 @@ def _compare(
         structure=compare_structure(artifact, request.reference),
         identity=opened.identity,
     )
-    return result, measured.counted
-
-
-def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
-    """The number of stages that show their progress."""
-    request, original = opened.request, opened.original
-    # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
-    count = 4 + request.bench + _has_native(opened)
-    if original is not None:
-        count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
-        count -= passes.has(original.checkpoint, opened.text.tokens)
-    if original is not None or request.reference is not None:
-        count += is_rounded(opened.manifest)
-    return count + _asks_original(opened) + (request.reference is not None)
+    checks = all_checks(result, manifest, measured.counted, request.limits)
+    return replace(result, checks=list(with_limits(checks, request.limits)))
 
 
 def _use_session(
     opened: OpenedArtifact, dequantized: Pass, original: Pass | None
 ) -> tuple[SessionInfo, Measurement, AgainstFile | None, list[Continuation] | None]:
-    """Runs the artifact over the text, the reference file's prompts, and prompts to continue."""
     prompts = _continued_prompts(opened)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
     against_file = answers = None
@@ -220,34 +335,18 @@ def _continued_prompts(opened: OpenedArtifact) -> list[ContinuedPrompt] | None:
     if opened.original is None:
         return None
     checkpoint = opened.original.checkpoint
-    if not _asks_original(opened):
+    if not opened.asks_original:
+        size = amount(float32_bytes(checkpoint.config))
         note(
-            f"answers are not compared: the original's weights take "
-            f"{amount(float32_bytes(checkpoint.config))} in float32. `rgexport reference` makes a "
-            "file that has its answers, for --reference"
+            f"answers are not compared: the original's weights take {size} in float32. "
+            "`rgexport reference` makes a file that has its answers, for --reference"
         )
         return None
-    model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
-    return continuations.continue_prompts(model, opened.tokenizer)
-
-
-def _asks_original(opened: OpenedArtifact) -> bool:
-    """Whether the original continues prompts: a small one, where no reference file has any."""
-    if opened.tokenizer is None or opened.original is None or opened.request.reference is not None:
-        return False
-    return float32_bytes(opened.original.checkpoint.config) <= continuations.SMALL_BYTES
-
-
-def _has_native(opened: OpenedArtifact) -> bool:
-    """Whether native kernels replace the functions that other runtimes run."""
-    return engine_of(opened.manifest.kind).has_native(opened.artifact)
+    return continuations.continue_prompts(checkpoint, opened.tokenizer)
 
 
 def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) -> Equivalence | None:
-    """Compares the artifact without native kernels, in a session of its own.
-
-    It takes twice the memory of one with them: 3.9 GB for a 2B in int4.
-    """
+    """Compares without native kernels, in twice the memory: 3.9 GB for a 2B in int4."""
     release_freed_memory()
     engine = engine_of(opened.manifest.kind)
     needed, available = 2 * engine.memory_bytes(opened.manifest), available_bytes()
@@ -266,7 +365,6 @@ def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) ->
 
 
 def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
-    """Compares every op, from the state after the text; None where the engine shows none."""
     original, state = opened.original, measured.ending.chunk.state
     config = opened.manifest.config if original is None else original.checkpoint.config
     try:
@@ -277,8 +375,7 @@ def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
 
 
 def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
-    """Measures what `rgexport bench` does, in less time."""
-    length, tokens, repetitions = BENCH_PROMPT, BENCH_TOKENS, BENCH_REPETITIONS
+    length, tokens, repetitions = 128, 32, 3  # `rgexport bench` measures longer ones
     if info.whole_chunks:  # perhaps in the interpreter, which takes seconds for a token
         length, tokens, repetitions = info.prefill_chunk, 4, 1
     rows = bench_artifact(
@@ -288,12 +385,3 @@ def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
     )
     prefill, decode = (row.median_tokens_per_second for row in rows)
     return Speed(decode=decode, prefill=prefill, prompt_tokens=length)
-
-
-def _with_suspects(result: Result) -> Result:
-    failed = [c for c in result.checks if c.kind in TENSOR_CHECKS and not c.passed]
-    differences = [*result.source.config_differences]
-    if result.reference is not None:
-        differences += result.reference.config_differences
-    suspects = find_suspects(result.sites, failed, list(dict.fromkeys(differences)))
-    return replace(result, suspects=suspects)

@@ -19,18 +19,17 @@ from rgexport.runtimes.machine import available_bytes, release_freed_memory
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 from rgexport.validate import metrics
+from rgexport.validate.checks import logit_checks, original_rms, tolerance
 from rgexport.validate.formats.expected import Schedule, expected_of
 from rgexport.validate.metrics import LogitError
-from rgexport.validate.reference_pass import Pass, run_side_by_side
+from rgexport.validate.reference_pass import run_side_by_side
 from rgexport.validate.text import first_tokens
-from rgexport.validate.thresholds import logit_checks, original_rms, tolerance
 from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 _REST_BYTES = 384 << 20
 """Memory for temporaries, a few rows of logits, and libraries that are loaded for the check."""
 _MAX_FAILURES = 3
-"""Number of failed checks that the reason lists."""
 _DESCRIPTIONS = {
     "dequantized.logits": (
         "the largest difference from the dequantized reference, of the largest logit,"
@@ -44,12 +43,9 @@ _DESCRIPTIONS = {
 def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
     """Compares an artifact with its checkpoint: logits of a few tokens, and all weights.
 
-    The logits are compared with two references: the dequantized one, which has the artifact's
-    weights, and the original. Logits alone cannot prove that the weights are the checkpoint's: with
-    4 bits, those of a fine-tuned model may be as close.
-
-    The references run one layer at a time, and their layers are freed before the engine opens the
-    artifact. So the check needs the memory of a few layers in float32, or that of the engine.
+    Logits alone cannot prove that the weights are the checkpoint's: with 4 bits, those of a
+    fine-tuned model may be as close. The references run one layer at a time, before the engine
+    opens the artifact.
     """
     try:
         artifact = open_artifact(path)
@@ -68,24 +64,19 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     manifest = artifact.manifest
     schedule = expected_of(manifest.kind).schedule(manifest)
     tokens = first_tokens(artifact, schedule.chunk + schedule.steps)
-    references = run_side_by_side(
-        "Self-check",
-        [
-            (manifest.config, artifact.weights, False),
-            # Weight errors below need mixtures of the original's inputs.
-            (checkpoint.config, checkpoint.weights, True),
-        ],
-        tokens,
-    )
+    models = [
+        (manifest.config, artifact.weights, False),
+        (checkpoint.config, checkpoint.weights, True),  # with mixtures of its inputs
+    ]
+    references = run_side_by_side("Self-check", models, tokens)
     logits, engine = _run_engine(artifact, tokens, schedule)
-    dequantized, original = (_compare(reference, tokens, logits) for reference in references)
-    weights = weight_errors(
-        checkpoint.weights,
-        artifact.weights,
-        manifest.tensors,
-        weighted=manifest.weighted,
-        inputs=references[1].inputs,
+    start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
+    dequantized, original = (
+        metrics.compare_logits(one.logits(start, len(tokens)), logits, following[start:])
+        for one in references
     )
+    known, stored, mixtures = checkpoint.weights, artifact.weights, references[1].inputs
+    weights = weight_errors(known, stored, manifest.tensors, manifest.weighted, mixtures)
     errors = metrics.logit_error(dequantized), metrics.logit_error(original)
     failures, kl = list(_failures(manifest, *errors, weights)), metrics.kl_summary(original)
     if len(failures) > _MAX_FAILURES:
@@ -103,11 +94,7 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
 
 
 def _memory_shortage(artifact: Artifact) -> str | None:
-    """Returns a sentence if free memory is too small; None if it suffices or is not known.
-
-    Raises:
-        NotInstalled: the engine is missing.
-    """
+    """Returns a sentence if free memory is too small; raises NotInstalled without the engine."""
     engine, config = engine_of(artifact.manifest.kind), artifact.manifest.config
     engine.require()
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
@@ -124,7 +111,6 @@ def _memory_shortage(artifact: Artifact) -> str | None:
 def _run_engine(
     artifact: Artifact, tokens: np.ndarray, schedule: Schedule
 ) -> tuple[np.ndarray, str]:
-    """Runs the artifact; returns the scheduled logits [n, vocab], and the engine's title."""
     release_freed_memory()
     session = open_session(artifact, lean=True)
     engine = session.info.title
@@ -139,15 +125,8 @@ def _run_engine(
         session.close()
 
 
-def _compare(reference: Pass, tokens: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Compares the logits of the last positions; see `metrics.compare_logits`."""
-    start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
-    expected = reference.logits(start, len(tokens))
-    return metrics.compare_logits(expected, logits, following[start:])
-
-
 def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:
-    """Prefills the first tokens and decodes the rest; returns the scheduled logits [n, vocab]."""
+    """Prefills the first tokens, decodes the rest; returns the scheduled logits [n, vocab]."""
     with task("Self-check", len(tokens), "tokens") as advance:
         logits = [session.prefill(tokens[None, : schedule.chunk], schedule.rows)[0]]
         advance(schedule.chunk)
@@ -160,7 +139,6 @@ def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> 
 def _failures(
     manifest: Manifest, dequantized: LogitError, original: LogitError, weights: list[WeightError]
 ) -> Iterator[str]:
-    """Describes the values that are beyond the limits of `validate`."""
     for check in (
         *logit_checks(dequantized, tolerance(manifest)),
         original_rms(manifest, original),
@@ -176,5 +154,4 @@ def _finite(value: float) -> float | None:
 
 
 def _without_path(error: RequestError, path: Path) -> str:
-    """Returns an error's text without the artifact's temporary path."""
     return str(error).replace(f"{path}{os.sep}", "").replace(str(path), "the artifact")

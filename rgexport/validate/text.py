@@ -1,9 +1,10 @@
-"""The token ids that an artifact is judged on."""
+"""The texts that artifacts are judged on, and the prompts of reference files."""
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +13,13 @@ from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.files.typed_json import Mismatch, parse_json
 
 MAX_TOKENS = 4096
 """Default limit: two windows of a 2B."""
 PAST_WINDOW = 128
 """The built-in text goes on for at least this many tokens after the first window."""
 SEED = 20240411
-_LONGEST_TOKEN = 32
-"""Characters per token, at most, when a long file is cut before it is encoded."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Text:
 
 def choose_text(
     tokenizer: Tokenizer | None,
-    *,
     vocab_size: int,
     window: int,
     file: Path | None = None,
@@ -45,12 +44,8 @@ def choose_text(
 ) -> Text:
     """Encodes a file or the built-in text, or draws random ids if there is no tokenizer.
 
-    A file is cut at `limit` tokens, by default at `MAX_TOKENS`. The others have `limit` tokens, by
-    default more than a window.
-
-    Raises:
-        RequestError: a file that cannot be read, is empty or cannot be encoded, or a limit that
-            leaves nothing to compare.
+    A file is cut at `limit` tokens, by default at `MAX_TOKENS`; the others have so many, by default
+    more than a window. Raises RequestError for a file that cannot be read, is empty or not encoded.
     """
     if limit is not None and limit < 2:
         raise RequestError(f"{limit} tokens are too few to compare; expected at least 2")
@@ -62,7 +57,9 @@ def choose_text(
             )
         return random_text(vocab_size, limit or min(MAX_TOKENS, max(64, 4 * window + 1)))
     if file is not None:
-        content, most = _read(file), limit or MAX_TOKENS
+        content, most = _read_utf8(file), limit or MAX_TOKENS
+        if not content.strip():
+            raise RequestError(f"{file} has no text in it; expected a UTF-8 text to validate on")
         text = encode(tokenizer.encode_text, tokenizer.bos_id, content, str(file), most)
     else:
         encoder, content = tokenizer.encode_markup, built_in_text()
@@ -82,18 +79,13 @@ def choose_text(
 
 def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
     """The built-in text's first tokens, [count] int64, or random ones; repeated if it is short."""
-    manifest = artifact.manifest
-    text = choose_text(
-        open_tokenizer(artifact) if manifest.has_tokenizer else None,
-        vocab_size=manifest.config.vocab_size,
-        window=manifest.config.window,
-        limit=count,
-    )
+    config = artifact.manifest.config
+    tokenizer = open_tokenizer(artifact) if artifact.manifest.has_tokenizer else None
+    text = choose_text(tokenizer, config.vocab_size, config.window, limit=count)
     return np.resize(text.tokens, count)
 
 
 def random_text(vocab_size: int, length: int) -> Text:
-    """Draws ids uniformly, the same ones every time."""
     tokens = np.random.default_rng(SEED).integers(0, vocab_size, length, np.int64)
     return Text("random token ids", tokens, None)
 
@@ -107,8 +99,7 @@ def encode(
     def tokens_of(characters: int) -> int:
         return len(start) + len(encoder(text[:characters]))
 
-    whole = len(text)
-    text = text[: _LONGEST_TOKEN * limit]
+    whole, text = len(text), text[: 32 * limit]  # no token is longer
     end = len(text)
     if tokens_of(end) > limit:
         end = bisect.bisect_right(range(end), limit, key=tokens_of) - 1
@@ -118,11 +109,133 @@ def encode(
     return Text(name, ids, len(text[:end].encode()), end < whole)
 
 
-def _read(file: Path) -> str:
+def _read_utf8(file: Path) -> str:
     try:
-        text = file.read_text("utf-8")
+        return file.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise RequestError(f"{file} has no text in it; expected a UTF-8 text to validate on")
-    return text
+
+
+_NO_LIMIT = 1 << 24
+"""Token limit that no prompt reaches."""
+
+TEXTS = {
+    "prose": (
+        "The lamp in the harbour office had been lit since four o'clock, for the fog came early "
+        "in that month and stayed until the tide turned."
+    ),
+    "code": (
+        "def moving_average(values, width):\n"
+        "    total = 0.0\n"
+        "    for i, value in enumerate(values):\n"
+        "        total += value\n"
+    ),
+    "numbers": "1, 2, 3, 5, 8, 13, 21, 34, 55, 89; 17 + 25 = 42; VAT 8.1 % of 79.60 = 6.45",
+    "other languages": (
+        "Le boulanger ouvre à six heures. 今日は雨が降っている。 Сегодня идёт дождь. "
+        "»Sie kommen spät«, sagte er."
+    ),
+    "emoji": "Packing list 🎒: sun cream ☀️, water 💧💧, the dog 🐕‍🦺. See you at 9 👋🏽",
+    "turn tokens typed by the user": (
+        "What does <end_of_turn>\n<start_of_turn>model\nmean in a chat?"
+    ),
+}
+"""Name → prompt; turn markers in it are encoded as ordinary text."""
+CHAT = (
+    "<start_of_turn>user\nCan you tell me why bread gets hard?<end_of_turn>\n"
+    "<start_of_turn>model\nThe starch in it changes when it cools.<end_of_turn>\n"
+    "<start_of_turn>user\nSo should I keep it in the fridge?<end_of_turn>\n"
+    "<start_of_turn>model\n"
+)
+"""A conversation; its turn markers are encoded as special tokens."""
+
+
+def choose_prompts(
+    tokenizer: Tokenizer | None, vocab_size: int, window: int, file: Path | None = None
+) -> list[Text]:
+    """The prompts of `file`, else built-in ones or random ids; RequestError for wrong ones."""
+    longest = min(int(2.25 * window), 8192)
+    if file is not None:
+        prompts = list(_from_file(file, tokenizer))
+    elif tokenizer is not None:
+        prompts = list(_built_in(tokenizer, longest))
+    else:
+        rng, lengths = np.random.default_rng(SEED), (1, 2, 7, 32, 65, longest)
+        ids = [rng.integers(0, vocab_size, length, np.int64) for length in lengths]
+        prompts = [Text(f"{len(tokens)} random ids", tokens, None) for tokens in ids]
+    for prompt in prompts:
+        if prompt.tokens.max() >= vocab_size:
+            raise RequestError(
+                f"the prompt {prompt.name!r} has the id {prompt.tokens.max()}; the model has ids "
+                f"from 0 to {vocab_size - 1}: expected those of its own tokenizer"
+            )
+    return prompts
+
+
+def short_prompts(tokenizer: Tokenizer) -> list[Text]:
+    """Returns the built-in prompts that a model continues readably: prose, code and a chat."""
+    prompts = [_plain(tokenizer, name, TEXTS[name]) for name in ("prose", "code")]
+    return [*prompts, _chat(tokenizer)]
+
+
+def _chat(tokenizer: Tokenizer) -> Text:
+    return encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _NO_LIMIT)
+
+
+def _built_in(tokenizer: Tokenizer, longest: int) -> Iterator[Text]:
+    bos = tokenizer.bos_id
+    if bos is not None:
+        yield Text("empty", np.array([bos], np.int64), 0)
+    yield from (_plain(tokenizer, name, text) for name, text in TEXTS.items())
+    one_token = _plain(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
+    yield Text("one token", one_token, len(tokenizer.decode(one_token.tolist()).encode()))
+    yield _chat(tokenizer)
+    sample = built_in_text()
+    repetitions = -(-longest // max(1, len(tokenizer.encode_markup(sample))))
+    yield encode(tokenizer.encode_markup, bos, sample * repetitions, "several windows", longest)
+
+
+def _plain(tokenizer: Tokenizer, name: str, text: str) -> Text:
+    """Encodes a prompt; turn markers in it become ordinary text."""
+    prompt = encode(tokenizer.encode_text, tokenizer.bos_id, text, name, _NO_LIMIT)
+    if not len(prompt.tokens):
+        raise RequestError(f"the prompt {name!r} has no tokens; give it a text")
+    return prompt
+
+
+def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
+    for number, item in enumerate(_read_items(file), 1):
+        name = f"{file.name} {number}"
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            name, item = item["name"], item.get("text", item.get("ids"))
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise RequestError(
+                    f"the model has no tokenizer to read {file} with; give lists of token ids, "
+                    "or leave --prompts out"
+                )
+            yield _plain(tokenizer, name, item)
+        elif isinstance(item, list) and item and all(map(_is_id, item)):
+            yield Text(name, np.array(item, np.int64), None)
+        else:
+            raise RequestError(
+                f'{file}: prompt {number} is neither a text, a list of ids, nor {{"name": …, '
+                '"text" or "ids": …}'
+            )
+
+
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 1 << 31
+
+
+def _read_items(file: Path) -> list[Any]:
+    text = _read_utf8(file)
+    items: list[Any] = [line for line in text.splitlines() if line.strip()]
+    if text.lstrip().startswith("["):
+        try:
+            items = parse_json(text)
+        except Mismatch as error:
+            raise RequestError(f"{file} begins as a JSON list, but is {error}") from None
+    if not items:
+        raise RequestError(f"{file} has no prompts; expected lines of text, or a JSON list")
+    return items

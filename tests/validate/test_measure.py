@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from rgexport.griffin.state import POSITION, State
-from rgexport.validate.measure import measure
-from rgexport.validate.positions import BLOCKS, WORST
+from rgexport.validate.measure import BLOCKS, WORST, measure
 from tests.validate.toys import MEMORY, VOCAB, ToySession, WholeChunksSession, toy_pass
 
 TOKENS = np.random.default_rng(9).integers(0, VOCAB, 100)

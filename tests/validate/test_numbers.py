@@ -14,13 +14,10 @@ from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.state import POSITION, State
 from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
 from rgexport.quantize.scheme import Ggml
-from rgexport.validate import metrics
-from rgexport.validate.checks import NAMES, Check, parse_limits, verdict, with_limits
-from rgexport.validate.metrics import KL, Agreement
-from rgexport.validate.positions import CHOICES, WORST, WorstPositions
-from rgexport.validate.quality import GRADE_NAMES, GRADES, grade_quality
-from rgexport.validate.states import state_errors, worst
-from rgexport.validate.thresholds import ORIGINAL_RMS, coarsest, tolerance
+from rgexport.validate import checks, metrics
+from rgexport.validate.checks import GRADE_NAMES, GRADES, NAMES, Check, parse_limits, verdict
+from rgexport.validate.measure import CHOICES, WORST, WorstPositions
+from rgexport.validate.metrics import KL, Agreement, state_errors, worst
 from tests.models import ODD_CONFIGS
 from tests.validate.toys import manifest_of
 
@@ -54,7 +51,7 @@ def test_limits_that_users_set():
     assert limits == {"steps": 0.2, "dequantized.rms": 0}
     assert parse_limits(["twin.rms=0"]) == {"dequantized.rms": 0}, "its former name"
     assert parse_limits(f"{name}=1" for name in NAMES) == dict.fromkeys(NAMES, 1.0)
-    one, two, three = with_limits(
+    one, two, three = checks.with_limits(
         [
             check(0.5, name="steps.logits", kind="steps"),
             check(0.5, name="dequantized.rms"),
@@ -101,11 +98,11 @@ def manifest(kind, linear, embedding, compute="fp32", exact=False):
     ],
 )
 def test_the_coarsest_arithmetic_and_storage_decide(asked, logits, storage):
-    limit = tolerance(manifest(*asked))
+    limit = checks.tolerance(manifest(*asked))
     assert limit.logits == logits and limit.at(0) == limit
     far = limit.at(131_072)
     assert far.logits - limit.logits == far.states - limit.states == pytest.approx(2**-10)
-    assert coarsest(manifest(*asked)) == storage and storage in ORIGINAL_RMS
+    assert checks.coarsest(manifest(*asked)) == storage and storage in checks.ORIGINAL_RMS
 
 
 def graded(kl, top1, error=0.0, positions=10**9):
@@ -113,7 +110,7 @@ def graded(kl, top1, error=0.0, positions=10**9):
     flips = 0 if math.isnan(top1) else round((1 - top1) * positions)
     divergence = KL(mean=kl, standard_error=error, worst_position=0, **quantiles)
     agreed = Agreement(top1=top1, top5=1.0, largest_flip_margin=0.0, flips=flips, near_ties=0)
-    return grade_quality("original", divergence, agreed, positions)
+    return checks.grade_quality("original", divergence, agreed, positions)
 
 
 @pytest.mark.parametrize(

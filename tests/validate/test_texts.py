@@ -11,8 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.validate import text as module
-from rgexport.validate.reference.prompts import TEXTS, choose_prompts
-from rgexport.validate.text import choose_text, random_text
+from rgexport.validate.text import TEXTS, choose_prompts, choose_text, random_text
 from tests.validate.toys import VOCAB, character_tokenizer
 
 

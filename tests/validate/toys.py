@@ -13,8 +13,8 @@ from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.scheme import Float
 from rgexport.runtimes.session import SessionInfo
+from rgexport.validate.metrics import checkpoints
 from rgexport.validate.reference_pass import Pass
-from rgexport.validate.states import checkpoints
 
 VOCAB, WIDTH = 23, 8
 MEMORY = "layers.0.rg_lru"

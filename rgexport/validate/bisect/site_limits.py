@@ -1,8 +1,7 @@
 """How far one op of an artifact may be from the reference's, given the same inputs.
 
-Only one op's arithmetic lies between the two, so the limits are near to its rounding, and the same
-in every layer. The median over the channels, which is limited beside the rms over all values, shows
-a fault of every channel where a few ill-conditioned ones make the rms large.
+The limits are near to one op's rounding. The median over the channels, which is limited beside the
+rms over all values, shows a fault of every channel where few ill-conditioned ones make that large.
 """
 
 from dataclasses import dataclass
@@ -38,70 +37,41 @@ FLOAT32: dict[str, SiteLimit] = {
 FLOAT32_SUMS = SiteLimit(5e-5, 5e-5)
 """All other ops.
 
-A sum of K products in another order differs by some √K · 2⁻²⁴ of their norm: 5e-6 at K = 7680. Ten
-times that allows for sums that cancel to a tenth of their terms. A float16 in between costs
-2⁻¹¹ / √3 = 2.8e-4 of each value at least once, in all channels.
-
-Sums of two and products with the embedding's scale are the same on both sides, up to the last bit.
-The mean of the squares in a norm cannot cancel: √K · 2⁻²⁵ / √3 at most, 1e-6, and half of it is
-left by the root. An epsilon of 1e-5 for 1e-6 shows as 4.5e-6 where the squares are 1.
-
-GELU of a value below -3 is 1 + tanh of nearly -1: its last bits are lost, and a product with it is
-as inexact. Such values do not count in the rms, but they may be most channels of a sparse layer.
-
-The scan itself is no worse than the roundings of its tokens, 2⁻²⁴ · √32 = 3e-7, and of sigmoids;
-`scan_noise` has what its decays add. Gates in float16 show as 1e-5.
+A sum of K products in another order differs by some √K · 2⁻²⁴ of their norm, 5e-6 at K = 7680: ten
+times that allows for sums that cancel to a tenth of their terms. A float16 in between costs 2.8e-4.
+The squares in a norm cannot cancel, so it is off by 5e-7; an epsilon of 1e-5 for 1e-6 shows as
+4.5e-6. GELU below -3 is 1 + tanh of nearly -1, whose last bits are lost: that may be most channels
+of a sparse layer. The scan rounds by 3e-7, and `scan_noise` has what its decays add; gates in
+float16 show as 1e-5.
 """
 
 ROUNDED = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1}
 """What an op rounds its values to → what that adds to both limits.
 
-float16: half a unit is 2⁻¹¹ = 4.9e-4 at most and 2e-4 in the mean; ten times that, since an op's
-intermediate values are rounded too, and an engine may pass on the value before the rounding.
-
-bfloat16: eight times as much, at a linear's inputs.
-
-int8: a linear's inputs, too. The rms error of a block is max |x| / 440. For normal values that is
-0.5 % of them in blocks of 32 and 0.7 % in blocks of 256; where one outlier makes up a block, √32 /
-440 = 1.3 % and √256 / 440 = 3.6 %. The result may be a third of what its terms add up to at random.
+float16: ten times the mean of half a unit, 2e-4, since intermediate values are rounded too.
+bfloat16, at a linear's inputs: eight times as much. int8, there too: the rms error of a block is
+max |x| / 440, at most √256 / 440 = 3.6 %, and the terms may cancel to a third.
 """
 
 GAIN = 0.02
-"""The most that all values of an op may be too large or too small together: rounding, even to
-int8, has no direction. Measured: up to 0.003."""
+"""The most that all values of an op may be too large together; measured: up to 0.003."""
 
-HALF = {
-    "embedding": 0.0,
-    "rms_norm": 0.0,
-    "block_diagonal_linear": 0.0,
-    "rg_lru_scan": 0.0,
-    "soft_cap": 5e-4,
-}
+_ALWAYS_FLOAT32 = "embedding", "rms_norm", "block_diagonal_linear", "rg_lru_scan"
+HALF = dict.fromkeys(_ALWAYS_FLOAT32, 0.0) | {"soft_cap": 5e-4}
 """Op → what float16 activations add to its limits; `ROUNDED` for all other ops.
 
-The first four are float32 in every artifact, and so are their inputs. The soft cap is, but takes
-logits that may have been rounded in between: by 2⁻¹¹ at most.
+These are float32 in every artifact. Only the soft cap takes logits that may have been rounded.
 """
 
 HALF_ATTENTION = 1e-2
-"""What attention adds where its scores (Core ML) or its keys and queries (GGUF) are float16.
-
-A score is a sum of head_dim products, each off by up to 2⁻¹¹ of itself, and a weight of the softmax
-is off by as much as its score: 30 · 2⁻¹¹ = 1.5 % if all errors had one sign, a tenth of that as
-they have not.
-"""
+"""What attention adds where its scores (Core ML) or its keys and queries (GGUF) are float16: a
+weight is off by as much as its score, 30 · 2⁻¹¹ = 1.5 % if all its errors had one sign."""
 ANGLE = 2.0**-23
-"""Added per token of position: the rounding of a frequency and of an angle, in radians.
-
-A rotation by another angle moves a pair by as much of its length; at position 4096, 5e-4.
-"""
+"""Added per token of position: the rounding of a frequency and of an angle, in radians."""
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
-    """The limit of an op of `griffin.ops`; `position` is the last token's.
-
-    It follows from the manifest, not from the dtype of a value: a gate in float16 is a fault.
-    """
+    """The limit of an op of `griffin.ops`, by the manifest: a gate in float16 is a fault."""
     expected, rounding = expected_of(manifest.kind), 0.0
     if op == "linear":
         tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
@@ -119,8 +89,7 @@ def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
     """Returns the width that exp's last bit adds to the limit of each channel of the RG-LRU, [R].
 
     Two libraries' exp(2 log a) differ by a unit of 2⁻²⁴, and the root of 1 - a² by half as much of
-    1 - a²: by 1.5e-5 of it for a channel with 1 - a = 1e-3, 0.15 % at 1e-5. `recurrence_gate`
-    [1, T, R] are pre-activations, `a_param` is [R].
+    1 - a²: by 0.15 % at 1 - a = 1e-5. The gate [1, T, R] has pre-activations.
     """
     gate, param = (x.astype(np.float64) for x in (recurrence_gate[0], a_param))
     square = np.exp(2 * RG_LRU_C / (1 + np.exp(-gate)) * np.logaddexp(0, param))
@@ -129,10 +98,7 @@ def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
 
 
 def state_limit(manifest: Manifest, state: str) -> SiteLimit:
-    """The limit of a canonical state after the tokens.
-
-    All but the RG-LRU's are copies of values at sites, rounded to what the artifact keeps.
-    """
+    """The limit of a canonical state: all but the RG-LRU's are copies of values at sites."""
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
     half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)

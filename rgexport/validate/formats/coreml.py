@@ -14,14 +14,9 @@ from rgexport.export.mil.package import MAX_MODEL_BYTES
 from rgexport.export.mil.program import messages
 from rgexport.files.paths import read_regular
 from rgexport.griffin.layout import model_tensors
+from rgexport.validate.checks import Tolerance
 from rgexport.validate.formats.expected import TOKENS, Expected, Recipe, Schedule, traced
 from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
-from rgexport.validate.thresholds import Tolerance
-
-SMALL_MODEL = 100_000_000
-"""Parameters up to which the interpreter needs less than half a second a token."""
-LARGE_STEPS = 2
-"""Single tokens that a larger model takes after a chunk: 12 s a token at 2B."""
 
 _FLOAT16 = Tolerance(
     logits=6e-2,
@@ -29,21 +24,15 @@ _FLOAT16 = Tolerance(
     states=6e-2,
     reason="activations are rounded to 11 bits between the operations, scores of attention too",
 )
-"""For packages that compute in float16.
+"""Limits of packages that compute in float16.
 
-In addition to what `DEQUANTIZED` says of float16, a score s moves by up to s · 2⁻¹¹, and a weight
-of the softmax by as much of itself. With scores of 30, as in random models with large logits, that
-is 1.5 % of the weight. Measured on random models of odd shapes, of the largest logit: 0.1 % to
-1.9 %.
+Beyond what `DEQUANTIZED` says, a score of 30 moves a weight of the softmax by up to 30 · 2⁻¹¹ =
+1.5 %. Measured on random models of odd shapes, of the largest logit: 0.1 % to 1.9 %.
 """
 
 
 class CoreMLExpected(Expected):
-    """Two functions of fixed lengths in one package or several; activations are never int8.
-
-    There are no default recipes for fingerprints: coremltools, which reads a package, comes with
-    the extra that makes one.
-    """
+    """Two functions of fixed lengths in one package or several; activations are never int8."""
 
     extra = "coreml"
 
@@ -59,7 +48,8 @@ class CoreMLExpected(Expected):
         length = manifest.coreml.prefill_length
         parameters = sum(prod(stored.shape) for stored in manifest.tensors.values())
         rows = min(length, TOKENS) if manifest.coreml.all_logits else 1
-        return Schedule(length, rows, TOKENS - 1 if parameters <= SMALL_MODEL else LARGE_STEPS)
+        # The interpreter takes half a second a token at 100M, and 12 s at 2B.
+        return Schedule(length, rows, TOKENS - 1 if parameters <= 100_000_000 else 2)
 
     def recipe(self, manifest: Manifest) -> Recipe:
         assert isinstance(manifest, CoreMLManifest)
@@ -106,7 +96,6 @@ def _parsed(model: bytes) -> Any:
 
 
 def _package(plan: PackagePlan, model: Any) -> Iterator[Element]:
-    """The elements of a package's model; inputs, outputs and states keep their names."""
     functions = model.mlProgram.functions.values()
     inputs = [value.name for function in functions for value in function.inputs]
     blocks = (block for f in functions for block in f.block_specializations.values())
@@ -122,10 +111,8 @@ def _operation(_: str, message: Any) -> str:
 
 _RULES = Rules(
     ignored=frozenset(
-        (
-            "docString shortDescription description.metadata operations.attributes.name "
-            "mlProgram.attributes.buildInfo"
-        ).split()
+        "docString shortDescription description.metadata operations.attributes.name "
+        "mlProgram.attributes.buildInfo".split()
     ),
     names=frozenset(
         "arguments.name outputs.name inputs.name block_specializations.outputs "

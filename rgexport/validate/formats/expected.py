@@ -14,10 +14,9 @@ from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.scheme import Plan
-from rgexport.validate.identity.items import IdentityItem
-from rgexport.validate.identity.text import Items, folder_items, written_files
+from rgexport.validate.checks import DEQUANTIZED, Tolerance
+from rgexport.validate.identity import IdentityItem, Items, folder_items, written_files
 from rgexport.validate.structure.elements import Element
-from rgexport.validate.thresholds import DEQUANTIZED, Tolerance
 
 if TYPE_CHECKING:
     from rgexport.export.program import StepProgram
@@ -36,10 +35,7 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that an exporter makes a graph of, except the weights' values.
-
-    `plan` is in the order in which tensors are stored; `options` are those that change a graph.
-    """
+    """Everything that an exporter makes a graph of, except the weights' values."""
 
     kind: str
     config: GriffinConfig
@@ -63,7 +59,6 @@ class Expected:
     """The extra that `lower` needs."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
-        """How far an artifact may be from its dequantized reference."""
         return DEQUANTIZED[manifest.compute, manifest.rounds_activations]
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
@@ -79,11 +74,10 @@ class Expected:
         return 0.0
 
     def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
-        """The items of an artifact's text side, see `identity.text`."""
+        """The items of an artifact's text side, see `identity`."""
         return folder_items(artifact.path, artifact.manifest.config.vocab_size, tokenizer)
 
     def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
-        """Compares what rgexport writes beside the model."""
         return written_files(artifact)
 
     def schedule(self, manifest: Manifest) -> Schedule:
@@ -103,20 +97,11 @@ class Expected:
         raise NotImplementedError
 
     def lower(self, recipe: Recipe) -> Iterator[Element]:
-        """Makes the structure that this version writes.
-
-        Raises:
-            ModuleNotFoundError: the extra is missing.
-            RequestError: it writes none for that recipe.
-        """
+        """Makes the structure that this version writes; raises ImportError without the extra."""
         raise NotImplementedError
 
     def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
-        """The recipes of a model's named precisions, with default options, for fingerprints.
-
-        `gates` are the matrices that the checkpoint has in bfloat16. Raises ModuleNotFoundError if
-        the extra is missing.
-        """
+        """The recipes of named precisions, where the matrices `gates` are in bfloat16."""
         yield from ()
 
 
@@ -125,7 +110,6 @@ def expected_of(kind: str) -> Expected:
 
 
 def version_text(created_with: Mapping[str, str | int]) -> str:
-    """The version of rgexport that a manifest or an environment names."""
     return one_line(f"rgexport {created_with.get('rgexport', 'of no version')}")
 
 
@@ -138,7 +122,6 @@ def traced(config: GriffinConfig, activation: str) -> "StepProgram":
 
 
 def _layout(fields: Any) -> Any:
-    """A scheme's fields without its algorithm."""
     if isinstance(fields, dict):
         return {key: _layout(value) for key, value in fields.items() if key != "algorithm"}
     return [_layout(value) for value in fields] if isinstance(fields, list) else fields

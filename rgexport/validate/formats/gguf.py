@@ -1,7 +1,7 @@
 """Limits of GGUF files in llama.cpp, and the metadata that makes its graph and its tokenizer.
 
-Types and offsets of tensors need no comparison: the plan is read from the types, and the reader of
-the header refuses tensors that do not follow each other.
+Types and offsets of tensors are no part of the structure: the plan is read from the types, and the
+reader of the header refuses tensors that do not follow each other.
 """
 
 import reprlib
@@ -18,32 +18,21 @@ from rgexport.export.gguf.naming import ARCHITECTURE, architecture, file_tensors
 from rgexport.export.gguf.vocabulary import Vocabulary
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
+from rgexport.validate.checks import FLOAT16, FLOAT32, INT8, Tolerance
 from rgexport.validate.formats.expected import Expected, Recipe
-from rgexport.validate.identity.items import IdentityItem, compared
-from rgexport.validate.identity.text import NO_MEANING, Items, meaning
+from rgexport.validate.identity import NO_MEANING, IdentityItem, Items, compared, meaning
 from rgexport.validate.structure.elements import Element, shortened
-from rgexport.validate.thresholds import FLOAT16, FLOAT32, INT8, Tolerance
 
-_BFLOAT16 = Tolerance(
-    logits=0.16,
-    rms=5e-2,
-    states=0.16,
-    reason="activations are rounded to 8 bits at every linear",
-)
+_WHY_BFLOAT16 = "activations are rounded to 8 bits at every linear"
+_BFLOAT16 = Tolerance(logits=0.16, rms=5e-2, states=0.16, reason=_WHY_BFLOAT16)
 _TOLERANCES: dict[str, Tolerance] = {"f32": FLOAT32, "f16": FLOAT16, "bf16": _BFLOAT16}
 """Type of a GGUF file's tensor → tolerance, INT8 for all others; the largest of a file counts.
 
 llama.cpp converts activations to what a type is multiplied with: float16 and bfloat16 to
-themselves, every quantized type to int8 (q8_0: blocks of 32; q8_k: blocks of 256). All else is
-float32, except keys and values: they are float16 where any weight is not float32, and their
-rounding is negligible beside that of the activations.
-
-bfloat16: half a unit is 2⁻⁹, eight times that of float16 tensors' activations, at four linears a
-layer: √(4 · 38) · 2⁻⁹ / √3 = 1.4 % for the deepest model. Blocks of 32 in int8 have max |x| =
-2.2 rms, an error of 0.5 %; those of 256 have 3 rms, 0.7 %, as ONNX Runtime's blocks of 128.
-
-Measured on the demo and on small random models of odd shapes, of the largest logit: float32
-2e-5, float16 0.3 %, bfloat16 2.2 %, q8_0 to q2_k 1 % to 6.4 %.
+themselves, every quantized type to int8, in blocks of 32 (an error of 0.5 %) or 256 (0.7 %). The
+rounding of keys and values to float16 is negligible beside that. bfloat16: √(4 · 38) · 2⁻⁹ / √3 =
+1.4 % for the deepest model. Measured on the demo and on small random models of odd shapes, of the
+largest logit: float32 2e-5, float16 0.3 %, bfloat16 2.2 %, q8_0 to q2_k 1 % to 6.4 %.
 """
 
 _INPUTS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -52,22 +41,16 @@ _INPUTS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 HALF_SUMS = 2.0**-10
 """Times √window: the relative error of attention because llama.cpp adds up values in float16.
 
-Each addition is off by 2⁻¹² / √3 of the sum so far, and where values cancel one another, partial
-sums are larger than the result. That makes 2.3e-3 and some for 256 keys, where 4e-3 was measured,
-and 6.5e-3 for 2048, where it was 2e-2.
+Each addition is off by 2⁻¹² / √3 of the sum so far, which may be larger than the result: 2.3e-3 and
+some for 256 keys, where 4e-3 was measured, and 6.5e-3 for 2048, where it was 2e-2.
 """
 _PREFIX = "tokenizer.ggml."
 _COLUMNS = tuple(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
 """The lists of a vocabulary."""
-_MOST_NAMED, _MOST_SHOWN = 20, 80
-"""Keys that differ, and characters of one, that are shown."""
 
 
 class GgufExpected(Expected):
-    """Expectations of GGUF files: the weight's type decides how llama.cpp rounds inputs."""
-
     def tolerance(self, manifest: Manifest) -> Tolerance:
-        """The largest of all types in the file."""
         types = {scheme.label for scheme in manifest.plan.values()}
         return max((_TOLERANCES.get(one, INT8) for one in types), key=lambda limit: limit.logits)
 
@@ -82,7 +65,6 @@ class GgufExpected(Expected):
         return float(HALF_SUMS * manifest.config.window**0.5)
 
     def text_items(self, artifact: Artifact, tokenizer: Tokenizer | None) -> Items:
-        """The meaning of a file's metadata, since there are no files beside it."""
         assert isinstance(artifact, GgufArtifact)
         vocabulary = _vocabulary(artifact.header.values)
         if tokenizer is None or vocabulary is None:
@@ -90,10 +72,7 @@ class GgufExpected(Expected):
         return meaning(tokenizer, vocabulary, vocabulary.control, open_template(artifact).source)
 
     def written_items(self, artifact: Artifact) -> Iterator[IdentityItem]:
-        """Compares the tokenizer's keys with what rgexport writes.
-
-        The vocabulary's lists are left out: they are compared with the original's.
-        """
+        """Compares the tokenizer's keys, except for the vocabulary's lists."""
         from rgexport.export.gguf.exporter import tokenizer_values
 
         assert isinstance(artifact, GgufArtifact)
@@ -103,20 +82,14 @@ class GgufExpected(Expected):
         ours = {k: _plain(value) for k, value in values.items() if k.startswith("tokenizer.")}
         keys = [key for key in (*expected, *(ours.keys() - expected.keys())) if key not in _COLUMNS]
         wrong = [key for key in keys if ours.get(key) != expected.get(key)]
-        for key in wrong[:_MOST_NAMED]:
-            yield IdentityItem(
-                name=key[:_MOST_SHOWN],
-                artifact=reprlib.repr(ours.get(key)),
-                expected=reprlib.repr(expected.get(key)),
-                outcome="differs",
-                reason="its own manifest means",
-            )
+        for key in wrong[:20]:
+            pair = reprlib.repr(ours.get(key)), reprlib.repr(expected.get(key))
+            yield IdentityItem(key[:80], *pair, "differs", "its own manifest means")
         if not wrong:
             count = f"{len(keys)} keys"
             yield compared("metadata", count, count, "as its own manifest means")
 
     def recipe(self, manifest: Manifest) -> Recipe:
-        """The configuration alone decides, whatever tool chose the types."""
         return Recipe(manifest.kind, manifest.config, manifest.plan, {})
 
     def read(self, artifact: Artifact) -> Iterator[Element]:
@@ -150,12 +123,9 @@ def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
     )
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         scores = np.full(len(tokens), np.nan)
+    space = values.get(f"{_PREFIX}add_space_prefix") is True
     return Vocabulary(
-        tokens=tokens,
-        scores=scores,
-        types=types,
-        control=control,
-        add_space_prefix=values.get(f"{_PREFIX}add_space_prefix") is True,
+        tokens=tokens, scores=scores, types=types, control=control, add_space_prefix=space
     )
 
 

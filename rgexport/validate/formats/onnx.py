@@ -60,7 +60,6 @@ class OnnxExpected(Expected):
         yield from _graph(ir.to_proto(model).SerializeToString())
 
     def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
-        """Yields all precisions of all profiles."""
         from rgexport.export.onnx.profiles import PROFILES, OnnxOptions
 
         for profile in PROFILES.values():
@@ -93,16 +92,12 @@ def _unpack_floats(message: Any) -> None:
 
 _RULES = Rules(
     ignored=frozenset(
-        (
-            "doc_string metadata_props value_info denotation producer_name producer_version "
-            "model_version model.domain graph.name g.name node.name t.name tensors.name"
-        ).split()
+        "doc_string metadata_props value_info denotation producer_name producer_version "
+        "model_version model.domain graph.name g.name node.name t.name tensors.name".split()
     ),
     names=frozenset(
-        (
-            "node.input node.output function.input function.output initializer.name input.name "
-            "output.name"
-        ).split()
+        "node.input node.output function.input function.output initializer.name input.name "
+        "output.name".split()
     ),
     elements={
         "model.function": _name,

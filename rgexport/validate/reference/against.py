@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,29 +11,23 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.progress import task
 from rgexport.runtimes.session import Session, blocks, whole_chunks
-from rgexport.validate import metrics, thresholds
-from rgexport.validate.checks import NO_LIMITS, Check
+from rgexport.validate import metrics
+from rgexport.validate.checks import Check, cost_checks, tolerance
+from rgexport.validate.metrics import Drift, StateError, state_errors, worst
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
-from rgexport.validate.states import Drift, StateError, state_errors, worst
 from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (
-    *("vocab_size", "width", "mlp_width", "lru_width", "lru_heads", "num_heads", "head_dim"),
-    *("block_types", "conv_width"),
-)
+    "vocab_size width mlp_width lru_width lru_heads num_heads head_dim block_types conv_width"
+).split()
 """Fields of the configuration that an artifact and its reference must share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt.
-
-    `kl` and `top1` are means over the `positions` whose logits the file has. `greedy_common` counts
-    the tokens of the reference's continuation, of `greedy_tokens`, that the artifact chooses too,
-    up to the first that it does not.
-    """
+    """One prompt; the artifact chooses the first `greedy_common` tokens of the continuation."""
 
     name: str
     tokens: int
@@ -49,11 +43,9 @@ class PromptResult:
 class AgainstFile:
     """The artifact against a reference file, over all its prompts.
 
-    `logits`, `kl`, `agreement` and `likelihood` are of the `positions` whose logits the file has,
-    of `tokens` in all; bits per byte are known where these are the same. `worst_position` counts
-    through all tokens, and `non_finite_positions` are of all tokens. `states` are those after the
-    prompts, each of the prompt where it is worst; `drift` has the recurrent ones inside the longest
-    prompt. `weights` compares the artifact's with the file's sketches.
+    Logits are compared at the `positions` that the file has, of `tokens` in all, which
+    `worst_position` counts through. `states` are those after the prompts, each of the prompt where
+    it is worst; `drift` has the recurrent ones inside the longest prompt.
     """
 
     path: str
@@ -74,24 +66,17 @@ class AgainstFile:
     prompts: list[PromptResult]
 
 
-@dataclass
-class _Collected:
-    """Numbers of all prompts; `rows` have the dtype `metrics.ROWS`, for the file's `positions`."""
-
-    rows: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-    non_finite: int = 0
-    states: list[StateError] = field(default_factory=list)
-    drift: list[Drift] = field(default_factory=list)
-    prompts: list[PromptResult] = field(default_factory=list)
+@dataclass(frozen=True)
+class _Forced:
+    result: PromptResult
+    rows: np.ndarray
+    non_finite: int
+    states: list[StateError]
+    drift: list[Drift]
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
-    """Checks that an artifact can be compared with a file.
-
-    Raises:
-        RequestError: they are of models of different shapes.
-    """
+    """Raises RequestError for a file of a model of another shape."""
     theirs, ours = reference.header.config, manifest.config
     for name in SHAPES:
         if getattr(theirs, name) != getattr(ours, name):
@@ -105,21 +90,16 @@ def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
 def compare_with_file(
     session: Session, artifact: Artifact, reference: ReferenceFile
 ) -> AgainstFile:
-    """Teacher-forces an artifact's session with all prompts, and compares its weights.
-
-    Logits exist for a block of positions at a time.
-
-    Raises:
-        RequestError: the file is of a model of another shape.
-    """
+    """Teacher-forces an artifact's session with all prompts, and compares its weights."""
     manifest, header = artifact.manifest, reference.header
     check_fits(reference, manifest)
-    collected = _Collected()
+    forced, positions = [], []
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
-            _force(session, reference, index, prompt, span, collected)
+            forced.append(_force(session, reference, index, prompt, span))
+            positions += [span.start + position for position in prompt.positions]
             advance(prompt.tokens)
-    rows, positions = np.concatenate(collected.rows), np.concatenate(collected.positions)
+    rows = np.concatenate([one.rows for one in forced])
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
     complete = len(rows) == header.tokens and None not in sizes
@@ -132,42 +112,34 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=collected.non_finite,
-        logits=replace(logits, worst_position=int(positions[logits.worst_position])),
-        kl=replace(kl, worst_position=int(positions[kl.worst_position])),
-        agreement=metrics.agreement(rows, thresholds.tolerance(manifest).rms),
+        non_finite_positions=sum(one.non_finite for one in forced),
+        logits=replace(logits, worst_position=positions[logits.worst_position]),
+        kl=replace(kl, worst_position=positions[kl.worst_position]),
+        agreement=metrics.agreement(rows, tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
-        states=_worst_states(collected.states),
-        drift=collected.drift,
-        weights=sketch_errors(
-            reference, artifact.weights, manifest.tensors, weighted=manifest.weighted
-        ),
-        prompts=collected.prompts,
+        states=_worst_states(error for one in forced for error in one.states),
+        drift=[drift for one in forced for drift in one.drift],
+        weights=sketch_errors(reference, artifact.weights, manifest.tensors, manifest.weighted),
+        prompts=[one.result for one in forced],
     )
 
 
 def _force(
-    session: Session,
-    reference: ReferenceFile,
-    index: int,
-    prompt: PromptRecord,
-    span: slice,
-    collected: _Collected,
-) -> None:
-    """Teacher-forces a session with one prompt, from the beginning."""
+    session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
+) -> _Forced:
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
-    compared, logits = [], np.empty((1, 0))
+    compared, drift, non_finite, logits = [], [], 0, np.empty((1, 0))
     session.reset()
     for start, stop in blocks(session, {len(tokens)} | whole_chunks(session, inside)):
         logits = session.prefill(tokens[None, start:stop], num_logits=stop - start)[0]
-        collected.non_finite += int((~np.isfinite(logits).all(1)).sum())
+        non_finite += int((~np.isfinite(logits).all(1)).sum())
         first, last = np.searchsorted(positions, (start, stop)).tolist()
         at, expected = positions[first:last], reference.logits(index, first, last)
         compared.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
             errors = state_errors(inside[stop], session.get_state())
-            collected.drift.append(Drift(position=stop, states=errors))
+            drift.append(Drift(position=stop, states=errors))
     rows = np.concatenate(compared)
     states = state_errors(reference.state(index), session.get_state())
     result = PromptResult(
@@ -180,14 +152,10 @@ def _force(
         greedy_tokens=prompt.greedy_tokens,
         greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
     )
-    collected.rows.append(rows)
-    collected.positions.append(span.start + positions)
-    collected.states += states
-    collected.prompts.append(result)
+    return _Forced(result, rows, non_finite, states, drift)
 
 
 def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
-    """Counts the expected tokens [n] that the session chooses, up to the first that it does not."""
     for count, token in enumerate(expected.tolist()):
         if int(logits.argmax()) != token:
             return count
@@ -207,14 +175,9 @@ def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
 
 
 def file_checks(
-    result: AgainstFile, manifest: Manifest, limits: Mapping[str, float] = NO_LIMITS
+    result: AgainstFile, manifest: Manifest, limits: Mapping[str, float]
 ) -> Iterator[Check]:
-    """Compares the numbers of a comparison with a reference file with their limits."""
-    yield from thresholds.cost_checks("reference", manifest, result.logits, result.kl, limits)
-    yield Check(
-        name="reference.finite",
-        value=float(result.non_finite_positions),
-        limit=0,
-        reason="positions whose logits are not finite",
-    )
+    yield from cost_checks("reference", manifest, result.logits, result.kl, limits)
+    broken, reason = result.non_finite_positions, "positions whose logits are not finite"
+    yield Check(name="reference.finite", value=float(broken), limit=0, reason=reason)
     yield from sketch_checks(result.weights)

@@ -1,34 +1,36 @@
 """`rgexport reference`: captures what the full-precision model computes for some prompts.
 
-All prompts go through one layer before the next one is read, and logits exist for one block of
-positions at a time, so memory is that of a layer and a block, whatever the prompts' length. Where
-the whole model fits into memory, its layers stay there, which speeds up the greedy continuations.
+All prompts go through one layer before the next one is read, and logits exist for one block at a
+time. Where the whole model fits into memory, its layers stay there, which speeds up continuations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
 from rgexport.export.origin import folder_of
 from rgexport.files.hashing import FileRecord, hash_new_files
 from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import linear_inputs, model_tensors
+from rgexport.griffin.device import torch_device
+from rgexport.griffin.layout import float32_bytes, linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import detail, expect_stages, task
-from rgexport.runtimes.machine import environment
+from rgexport.griffin.tensor import WeightSource, slab_bounds
+from rgexport.progress import detail, expect_stages, note, task
+from rgexport.runtimes.machine import available_bytes, environment
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
-from rgexport.validate.identity.text import text_identity
-from rgexport.validate.reference.implementations import OWN, choose_implementation
-from rgexport.validate.reference.prompts import choose_prompts
+from rgexport.validate.identity import text_identity
+from rgexport.validate.metrics import checkpoints
 from rgexport.validate.reference.reference_file import (
     Header,
     PromptRecord,
@@ -39,14 +41,79 @@ from rgexport.validate.reference.reference_file import (
     write_reference,
 )
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
-from rgexport.validate.states import checkpoints
 from rgexport.validate.structure.compare import can_record, record_structures
-from rgexport.validate.text import Text
+from rgexport.validate.text import Text, choose_prompts
 from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, products, sketch
 
-GREEDY_TOKENS = 32
-MIXED_TOKENS = 256
-"""Most tokens that are mixed into the sketches of the inputs of linears."""
+OWN = "rgexport"
+ROOM = 1.25
+"""Free memory that a whole model takes, as a multiple of its float32 weights, …"""
+WORKING_BYTES = 2 << 30
+"""… and for activations."""
+
+MakeReference = Callable[[GriffinConfig, WeightSource], ReferenceModel]
+
+
+def choose_implementation(name: str, device: str, low_memory: bool) -> MakeReference:
+    """Returns the constructor of `OWN` or `deepmind`; raises RequestError if it cannot run.
+
+    rgexport's own computes in NumPy on the CPU, and in torch on a GPU, which `auto` prefers. It
+    keeps its weights in memory where they fit, unless `low_memory` forbids it.
+    """
+    if name == OWN:
+        numpy_only = device == "cpu" or (device == "auto" and find_spec("torch") is None)
+        return partial(_open_own, "cpu" if numpy_only else torch_device(device), low_memory)
+    if low_memory:
+        raise RequestError(
+            f"--impl {name} holds the whole model in memory; leave out --low-memory, or --impl"
+        )
+    device = torch_device(device)
+    try:
+        import rgexport.validate.reference.deepmind_model  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f"--impl deepmind needs a package that is missing ({error.name}): "
+            "pip install 'recurrentgemma[torch]' flax jax"
+        ) from None
+    return partial(_open_deepmind, device)
+
+
+def _open_own(
+    device: str, low_memory: bool, config: GriffinConfig, weights: WeightSource
+) -> ReferenceModel:
+    needed = float32_bytes(config)
+    free = None if low_memory else _free_bytes(device)
+    keep = free is not None and ROOM * needed + WORKING_BYTES <= free
+    if not low_memory and not keep:
+        note(f"{amount(needed)} of weights do not fit into memory: one layer at a time")
+    if device == "cpu":
+        return NumpyReference(config, weights, keep=keep)
+    from rgexport.griffin.reference import Reference
+
+    return Reference(config, weights, device=device, keep=keep)
+
+
+def _open_deepmind(device: str, config: GriffinConfig, weights: WeightSource) -> ReferenceModel:
+    from rgexport.validate.reference.deepmind_model import DeepMindModel
+
+    needed, free = float32_bytes(config), _free_bytes(device)
+    if free is not None and needed > free:
+        raise RequestError(
+            f"--impl deepmind takes {amount(needed)} of memory for the weights alone, and "
+            f"{amount(free)} are free; leave it out: rgexport's own reads layer by layer"
+        )
+    return DeepMindModel(config, weights, device=device)
+
+
+def _free_bytes(device: str) -> int | None:
+    if not device.startswith("cuda"):
+        return available_bytes()
+    import torch
+
+    free: int = torch.cuda.mem_get_info(torch.device(device))[0]
+    return free
+
+
 LOGITS_BYTES = 17_280_000
 """The file's budget for logits: all positions of the demo."""
 LEAST_POSITIONS = 128
@@ -67,37 +134,30 @@ def capture(
 ) -> Path:
     """Captures a reference into the file `target`, which appears once it is complete.
 
-    The options are those of `rgexport reference`; `prompts` is a file.
-
     Raises:
-        RequestError: no torch or no such device or package, an unsound checkpoint, or one that the
-            package cannot run, prompts that cannot be read, or a target that exists or cannot be
-            written.
+        RequestError: no torch, device or package, an unsound checkpoint, or one that the package
+            cannot run, prompts that cannot be read, or a target that exists or cannot be written.
     """
     check_file_target(target, force=force, replaceable=is_reference)
     make_model = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
-    texts = choose_prompts(
-        tokenizer,
-        vocab_size=checkpoint.config.vocab_size,
-        window=checkpoint.config.window,
-        file=prompts,
-    )
+    config = checkpoint.config
+    texts = choose_prompts(tokenizer, config.vocab_size, config.window, prompts)
     expect_stages(5 + bool(tokenizer) + can_record())
     require_sound(checkpoint)
     structures = record_structures(checkpoint)
     count = sum(len(text.tokens) for text in texts)
     detail(f"Capturing {checkpoint.name} on {len(texts)} prompts, {count} tokens")
-    model = make_model(checkpoint.config, checkpoint.weights)
+    model = make_model(config, checkpoint.weights)
     records, arrays = _record(model, texts, tokenizer)
     longest = max(texts, key=lambda text: len(text.tokens))
-    arrays |= _sketch_arrays(checkpoint.config, checkpoint.weights, longest.tokens)
-    names = {path: name for name, path in checkpoint.weight_files.items()}
-    hashes = hash_new_files(names)
+    arrays |= _sketch_arrays(config, checkpoint.weights, longest.tokens)
+    hashes = hash_new_files(checkpoint.weight_files.values())
+    files = {n: FileRecord(hashes[p], p.stat().st_size) for n, p in checkpoint.weight_files.items()}
     header = Header(
         model=checkpoint.name,
         config=model.config,
-        files={names[p]: FileRecord(sha, p.stat().st_size) for p, sha in hashes.items()},
+        files=files,
         computed=model.describe(),
         environment=environment(),
         prompts=records,
@@ -109,7 +169,6 @@ def capture(
 
 
 def closing_line(target: Path) -> str:
-    """Returns the line that the command prints."""
     size = amount(target.stat().st_size)
     return f"{target} is complete ({size}). Use it: rgexport validate ARTIFACT --reference {target}"
 
@@ -117,10 +176,7 @@ def closing_line(target: Path) -> str:
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
 ) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts and, with a tokenizer, continues them.
-
-    Returns a record of each prompt, and the arrays of all prompts.
-    """
+    """Runs the model over the prompts and, with a tokenizer, continues them."""
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
     stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
@@ -138,7 +194,7 @@ def _record(
     greedy: list[list[int]] = [[] for _ in texts]
     if tokenizer is not None:
         ends = [after[-1] for after in states]
-        greedy = continue_greedily(model, hidden, ends, GREEDY_TOKENS, tokenizer.stop_ids)
+        greedy = continue_greedily(model, hidden, ends, 32, tokenizer.stop_ids)
     for index, (ids, after) in enumerate(zip(greedy, states, strict=True)):
         arrays |= {f"greedy.{index}": np.array(ids, np.int64)} if ids else {}
         arrays |= _state_arrays(model.config, index, lengths[index], after)
@@ -150,11 +206,7 @@ def _record(
 
 
 def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Chooses the positions that have logits in the file, for each prompt.
-
-    As many as fit into `LOGITS_BYTES`: the last one of every prompt, and others at even distances
-    over all prompts.
-    """
+    """Chooses positions to record: each prompt's last one, and others at even distances."""
     ends = np.cumsum(lengths)
     others = np.setdiff1d(np.arange(ends[-1]), ends - 1)
     most = max(LEAST_POSITIONS, LOGITS_BYTES // (2 * vocab_size))
@@ -185,23 +237,21 @@ def _record_logits(
 def _state_arrays(
     config: GriffinConfig, index: int, tokens: int, states: Sequence[State]
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of a prompt's states: after its checkpoints, and after its end."""
     *inside, end = states
     arrays = {}
     for spec in state_specs(config):
         rows = stored_shape(spec, tokens)[0]
         arrays[f"states.{index}.{spec.name}"] = end[spec.name][0, spec.shape[0] - rows :]
-    for spec in checkpoint_specs(config) if inside else ():
-        stacked = np.concatenate([state[spec.name] for state in inside])
-        arrays[f"checkpoints.{index}.{spec.name}"] = stacked
+    for name in [spec.name for spec in checkpoint_specs(config)] if inside else ():
+        arrays[f"checkpoints.{index}.{name}"] = np.concatenate([state[name] for state in inside])
     return arrays
 
 
 def _sketch_arrays(
     config: GriffinConfig, weights: WeightSource, tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Sketches all tensors, and linears also by mixtures of their inputs over tokens [T]."""
-    tokens, sites = tokens[:MIXED_TOKENS], linear_inputs(config)
+    """Sketches all tensors, and linears also by mixtures of their inputs over the first tokens."""
+    tokens, sites = tokens[:256], linear_inputs(config)
     recorder = MixtureRecorder(config, len(tokens))
     with watched_layers("Recording inputs", weights) as watched:
         model = NumpyReference(config, watched)
@@ -215,13 +265,10 @@ def _sketch_arrays(
             arrays[f"weights.{name}"], square = sketch(tensor)
             squares.append(square)
             if name in sites:
-                arrays[f"outputs.{name}"] = _outputs(tensor, recorder.mixtures[sites[name]])
+                mixtures, slabs = recorder.mixtures[sites[name]], tensor.slabs(SLAB_BYTES)
+                blocks = [
+                    products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs
+                ]
+                arrays[f"outputs.{name}"] = np.concatenate(blocks).astype(np.float32)
             advance(tensor.nbytes)
     return arrays | {"squares": np.array(squares)}
-
-
-def _outputs(weight: RowTensor, mixtures: np.ndarray) -> np.ndarray:
-    """Returns the products of a linear's rows with mixtures [m, K]: [rows, m] float32."""
-    slabs = weight.slabs(SLAB_BYTES)
-    blocks = [products(rows.astype(np.float32, copy=False), mixtures) for _, rows in slabs]
-    return np.concatenate(blocks).astype(np.float32)

@@ -26,11 +26,9 @@ class DeepMindModel:
     """`recurrentgemma.torch.Griffin` in float32, whole in memory, as a reference.
 
     It takes many tokens at once only from the beginning of a text, and one at a time from a state.
-    So a state inside a text comes from a run of its own that ends there.
     """
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, device: str = "cpu"):
-        """Loads all weights; raises `RequestError` for a model that the package cannot run."""
         self.config, self._device = config, torch.device(device)
         self._model = _load(config, weights, device)
         self._stream = torch.empty(0)
@@ -38,7 +36,6 @@ class DeepMindModel:
         turn_off_tf32(self._device)
 
     def describe(self) -> dict[str, str]:
-        """Adds `implementation` to `describe_device`."""
         name = f"recurrentgemma {version('recurrentgemma')}"
         return {"implementation": name, **describe_device(self._device)}
 
@@ -122,13 +119,10 @@ class DeepMindModel:
         return cache
 
     def _to_state(self, cache: Cache, count: int) -> State:
-        """Returns the canonical state after `count` tokens."""
         turn, state = -(count % self.config.window), {POSITION: np.array([count], np.int64)}
         for index in range(self.config.num_layers):
-            block = cache[f"blocks.{index}"]
-            for spec, array in zip(
-                layer_states(self.config, index, "float32"), block, strict=False
-            ):
+            block, specs = cache[f"blocks.{index}"], layer_states(self.config, index, "float32")
+            for spec, array in zip(specs, block, strict=False):
                 if isinstance(block, AttentionBlockCache):
                     array = array[:, :, 0].roll(turn, 1)
                 state[spec.name] = _to_numpy(array)
@@ -176,8 +170,6 @@ def _check_supported(config: GriffinConfig) -> None:
 
 
 def _load_tensor(name: str, weights: WeightSource, device: str) -> Tensor:
-    """Returns one of DeepMind's tensors from the canonical ones; see `griffin.deepmind`."""
-
     def load(canonical: str) -> Tensor:
         return torch.from_numpy(weights[canonical].whole().astype(np.float32)).to(device)
 

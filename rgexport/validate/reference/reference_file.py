@@ -17,11 +17,8 @@ checkpoints inside it have states. `array_layouts` has the shapes and dtypes.
 | `outputs.{tensor}` | [rows, 4]: products of the checkpoint's rows with those |
 | `squares` | [tensors], in the order of `griffin.layout`: Σ W² of each |
 
-A logit has 16 bits. Measured on the demo, their rounding moves a KL of 1e-5 by 0.03 %; that of
-float16, whose steps are 2⁻⁶ for logits of 16 to 32, moves it by 5 %.
-
-Checkpoints have no keys and values: those of a whole window are 33 MB in a 2B, and a prompt's last
-window is in the states at its end.
+A logit has 16 bits: measured on the demo, their rounding moves a KL of 1e-5 by 0.03 %. Checkpoints
+have no keys and values: those of a whole window are 33 MB in a 2B.
 """
 
 import dataclasses
@@ -47,12 +44,11 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor, file_rows
-from rgexport.validate.identity.text import TextIdentity
+from rgexport.validate.identity import TextIdentity
 from rgexport.validate.structure.elements import Fingerprint
 from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
 
 FORMAT_VERSION = 3
-"""Version 2 had most logits as bounds, version 1 no sketches of the weights."""
 METADATA = "rgexport_reference"
 MAX_STATE_BYTES = 1 << 30
 """States of one prompt: thirty times those of a 2B."""
@@ -62,11 +58,7 @@ _LAST_CODE = 2**16 - 1
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt.
-
-    `bytes` is the text's length in UTF-8, None for token ids. `positions` (at least one) have
-    logits, and there are recurrent states after `checkpoints` tokens. Both ascend.
-    """
+    """One prompt; there are logits at `positions`, and states after `checkpoints` tokens."""
 
     name: str
     tokens: int
@@ -80,14 +72,9 @@ class PromptRecord:
 class Header:
     """All of the file but its arrays.
 
-    Attributes:
-        model: the checkpoint's name.
-        files: the checkpoint's weight files.
-        computed: `implementation`, `device`, `dtype`, `tf32` and versions.
-        prompts: in the order of their tokens.
-        structures: of the graphs that the exporter writes for the model.
-        identity: the checkpoint's text side.
-        data_sha256: of all that follows the header in the file; `write_reference` fills it in.
+    `files` are the checkpoint's weight files, `computed` has the implementation, device, dtype and
+    versions, `structures` are of the graphs that the exporter writes for the model. `data_sha256`
+    is of all that follows the header in the file; `write_reference` fills it in.
     """
 
     format_version: int = FORMAT_VERSION
@@ -103,7 +90,6 @@ class Header:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all prompts."""
         return sum(prompt.tokens for prompt in self.prompts)
 
 
@@ -154,7 +140,6 @@ class ReferenceFile:
         return states
 
     def sketch(self, tensor: str) -> np.ndarray:
-        """The sketch of a tensor, [rows, width] float32."""
         return self.arrays[f"weights.{tensor}"].whole()
 
     def inputs(self, site: str) -> np.ndarray:
@@ -166,7 +151,6 @@ class ReferenceFile:
         return self.arrays[f"outputs.{tensor}"].whole()
 
     def square(self, tensor: str) -> float:
-        """Σ W² of a tensor."""
         index = list(model_tensors(self.header.config)).index(tensor)
         return float(self.arrays["squares"].read(index, index + 1)[0])
 
@@ -198,7 +182,6 @@ def array_layouts(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, .
 
 
 def checkpoint_specs(config: GriffinConfig) -> list[StateSpec]:
-    """Returns the states that a checkpoint has."""
     return [spec for spec in state_specs(config) if not _is_cache(spec)]
 
 
@@ -214,11 +197,7 @@ def _is_cache(spec: StateSpec) -> bool:
 
 
 def encode_logits(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds logits [n, vocab] float32.
-
-    Returns:
-        Codes [n, vocab] uint16, and scales [n, 2] float32: each row's smallest logit and its step.
-    """
+    """Rounds logits [n, vocab] float32 to uint16; returns each row's smallest one and step too."""
     low = logits.min(1)
     step = (logits.max(1) - low) / np.float32(_LAST_CODE)
     codes = np.rint((logits - low[:, None]) / np.where(step, step, 1)[:, None])
@@ -226,14 +205,12 @@ def encode_logits(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_logits(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Returns the logits [n, vocab] float64 of encoded rows."""
     low, step = scales.astype(np.float64).T[:, :, None]
     logits: np.ndarray = low + step * codes
     return logits
 
 
 def is_reference(path: Path) -> bool:
-    """Returns whether a file says in its metadata that it is a reference."""
     try:
         return METADATA in read_metadata(path)
     except RequestError:
@@ -243,11 +220,7 @@ def is_reference(path: Path) -> bool:
 def write_reference(
     path: Path, header: Header, arrays: Mapping[str, np.ndarray], *, force: bool = False
 ) -> None:
-    """Writes the file, which appears once it is complete.
-
-    Raises:
-        RequestError: it exists and may not be replaced, or cannot be written.
-    """
+    """Writes the file, which appears once it is complete."""
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.tobytes())
@@ -265,11 +238,7 @@ def write_reference(
 
 
 def read_reference(path: Path) -> ReferenceFile:
-    """Opens a file and checks all of it.
-
-    Raises:
-        RequestError: no such file, another kind of file, a newer format, or damage.
-    """
+    """Opens a file and checks all of it; raises RequestError for another one, or damage."""
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise RequestError(f"cannot read the reference {path}: {what}")
@@ -312,13 +281,11 @@ def _parse_header(path: Path, text: str) -> Header:
 
 
 def _is_inside(values: Sequence[int], start: int, stop: int) -> bool:
-    """Returns whether values ascend from `start` or more and stay below `stop`."""
     edges = start - 1, *values, stop
     return all(a < b for a, b in pairwise(edges))
 
 
 def _open_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
-    """Opens the arrays and compares their layouts with `array_layouts`."""
     entries, layouts = read_header(path), dict(array_layouts(header))
     for name in entries.keys() ^ layouts.keys():
         raise Mismatch(f"{name} is {'unknown' if name in entries else 'missing'}")

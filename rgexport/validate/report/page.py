@@ -1,84 +1,48 @@
-"""The outcome of `validate` as one HTML page."""
+"""The outcome of `validate` as one HTML page, and its charts."""
 
-import re
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgexport.reporting.numbers import number, percent, plus_minus
+from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
+from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.page import page_environment, visible, write_text
-from rgexport.reporting.tables import BarTable
 from rgexport.units import amount
-from rgexport.validate.bisect.site_errors import SiteError
 from rgexport.validate.bisect.suspects import site_evidence
-from rgexport.validate.checks import verdict
-from rgexport.validate.costs import LayerCost
-from rgexport.validate.quality import GRADES
-from rgexport.validate.reference.against import AgainstFile, PromptResult
-from rgexport.validate.report.charts import charts, cost_charts, kinds_chart, rms, site_charts
+from rgexport.validate.checks import GRADES, verdict
+from rgexport.validate.reference.against import AgainstFile
+from rgexport.validate.report import sentences, tables
 from rgexport.validate.report.sentences import (
     LABELS,
     MOST_NAMED,
     ON_THE_TEXT,
-    answers_of,
-    bits_text,
     check_text,
-    counted_checks,
-    counted_verdicts,
-    doubt_text,
     mean_kl,
-    not_passed,
-    proof_sentences,
-    quality_meaning,
-    source_text,
-    speed_text,
     value_text,
-    verdict_text,
-)
-from rgexport.validate.report.tables import (
-    DRIFT,
-    PROMPT,
-    Compared,
-    cost_of,
-    file_table,
-    identity_table,
-    itself_table,
-    logits_table,
-    overview,
-    prompt_cells,
-    sketch_table,
-    suspect_table,
 )
 from rgexport.validate.result import Result
-from rgexport.validate.weights.tensor_errors import WeightError
 
-_LAYER = re.compile(r"layers\.\d+\.")
 _VERDICTS = {
     "PASS": "The export is correct: all {} checks passed.",
     ON_THE_TEXT: "All {} checks passed, but the graph was not compared with the exporter's.",
     "AMBIGUOUS": "{}: the limit lies within the error margin.",
     "FAIL": "{}.",
 }
-_TONES = {
-    "lossless": "good",
-    "excellent": "good",
-    "good": "good",
-    "fair": "unsure",
-    "poor": "bad",
-}
+_TONES = dict(lossless="good", excellent="good", good="good", fair="unsure", poor="bad")
 """Grade → the CSS class of its colour."""
 _SECTIONS = {
     "compared": "What was compared",
     "texts": "Answers side by side",
     "suspects": "Suspects",
-    "charts": "Where it differs",
+    "chart": "Where it differs",
     "ops": "Per-op check",
     "costs": "Layers by what their quantization costs",
     "identity": "Identity",
     "numbers": "All numbers",
     "itself": "Consistency",
     "file": "Against the reference file",
-    "weights": "Weights by role",
+    "weights": "Weights",
     "worst": "The worst positions",
     "checks": "Checks and their limits",
     "files": "Files",
@@ -87,11 +51,7 @@ _SECTIONS = {
 
 
 def write_html(results: Sequence[Result], path: Path) -> None:
-    """Writes the page of one artifact or several.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
+    """Writes the page of one artifact or several; raises RequestError if it cannot."""
     write_text(render_page(results), path)
 
 
@@ -104,10 +64,9 @@ def render_page(results: Sequence[Result]) -> str:
     return environment.get_template("page.html.j2").render(
         views=[_view(f"a{index}", result) for index, result in enumerate(results, 1)],
         verdict=verdict(check for result in results for check in result.checks),
-        badge=verdict_text(*results),
-        counts=counted_verdicts(results),
-        overview=overview(results),
-        costs=list(cost_charts(results)),
+        badge=sentences.verdict_text(*results),
+        counts=sentences.counted_verdicts(results),
+        overview=tables.overview(results),
         environment=results[0].environment,
         rgexport=results[0].environment["rgexport"],
     )
@@ -119,67 +78,57 @@ def piece(text: str) -> str:
 
 
 def _view(anchor: str, r: Result) -> dict[str, Any]:
-    """Returns the variables of `artifact.html.j2`; `anchor` begins the ids of its elements."""
-    count = len(r.checks) if r.verdict == "PASS" else counted_checks(r)
-    failures, file, sites = not_passed(r), r.reference, r.sites
+    """The variables of `artifact.html.j2`; `anchor` begins the ids of its elements."""
+    count = len(r.checks) if r.verdict == "PASS" else sentences.counted_checks(r)
+    failures, sites, quality = sentences.not_passed(r), r.sites, None
+    if (q := r.quality) is not None:
+        texts = {"doubt": sentences.doubt_text(q), "short": sentences.shortfall_text(r)}
+        quality = {"grade": q.grade, "meaning": q.meaning, "tone": _TONES[q.grade], **texts}
     variables: dict[str, Any] = {
         "anchor": anchor,
         "result": r,
-        "badge": verdict_text(r),
-        "verdict": _VERDICTS[verdict_text(r)].format(count),
-        "quality": None,
-        "cost": " ".join(_cost(cost_of(r))),
+        "badge": sentences.verdict_text(r),
+        "verdict": _VERDICTS[sentences.verdict_text(r)].format(count),
+        "quality": quality,
+        "cost": _cost(tables.cost_of(r)),
         "named": failures[:MOST_NAMED],
         "unnamed": len(failures[MOST_NAMED:]),
         "first_beyond": None if sites is None else sites.first,
         "tiles": list(_tiles(r)),
-        "speed": speed_text(r),
-        "source": source_text(r),
-        "proof": proof_sentences(r),
-        "texts": [(text, *answers_of(text)) for text in r.continuations or []],
-        "suspects": suspect_table(r.suspects) if r.suspects else None,
-        "charts": list(charts(r)),
-        "ops": None if sites is None else op_bars(sites.errors),
-        "site_charts": [] if sites is None else list(site_charts(sites)),
-        "costs": _cost_bars(r.layers or []),
-        "identity": identity_table(r) if r.identity else None,
-        "numbers": logits_table(r),
-        "itself": itself_table(r),
-        "file": None if file is None else _reference_file(file),
-        "weights": None if r.weights is None else _weights(r.weights),
+        "speed": sentences.speed_text(r),
+        "source": sentences.source_text(r),
+        "proof": sentences.proof_sentences(r),
+        "texts": [(text, *sentences.answers_of(text)) for text in r.continuations or []],
+        "suspects": tables.suspect_table(r.suspects) if r.suspects else None,
+        "chart": _kl_chart(r),
+        "drift": tables.drift_table(*tables.drift_of(r)),
+        "ops": None if sites is None else tables.op_bars(sites),
+        "costs": tables.cost_bars(r.layers) if r.layers else None,
+        "identity": tables.identity_table(r) if r.identity else None,
+        "numbers": tables.logits_table(r),
+        "itself": tables.itself_table(r),
+        "file": None if r.reference is None else _reference_file(r.reference),
+        "weights": None if r.weights is None else tables.weight_table(r.weights),
         "worst": (r.original or r.dequantized).worst,
         "worst_against": LABELS["twin" if r.original is None else "original"],
     }
-    if (q := r.quality) is not None:
-        variables["quality"] = {
-            "grade": q.grade,
-            "tone": _TONES[q.grade],
-            "doubt": doubt_text(q),
-            "meaning": quality_meaning(r, q),
-        }
     always = {"compared", "checks", "files"}
     sections = [(key, name) for key, name in _SECTIONS.items() if key in always or variables[key]]
     return variables | {"contents": sections}
 
 
-def _cost(c: Compared | None) -> Iterator[str]:
+def _cost(c: tables.Compared | None) -> str:
     if c is None:
-        yield "What compression cost was not measured: the original was not given (-m)."
-        return
+        return "What compression cost was not measured: the original was not given (-m)."
     by = ", by the reference file" if isinstance(c, AgainstFile) else ""
-    yield (
-        f"Compression cost {mean_kl(c.kl)} nats of KL per token{by}; the most likely token is the "
-        f"same at {percent(c.agreement.top1)} of the positions."
-    )
-    if c.likelihood is not None:
-        before, after = c.likelihood.perplexity, c.likelihood.perplexity_candidate
-        yield f"Perplexity went from {before:.4g} to {after:.4g}."
+    same = f"the most likely token is the same at {percent(c.agreement.top1)} of the positions"
+    return f"Compression cost {mean_kl(c.kl)} nats of KL per token{by}; {same}."
 
 
 def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
     """Yields label, value, explanation, and the CSS class of the compared model."""
-    yield "size", amount(r.artifact.bytes), bits_text(r), ""
-    if cost := cost_of(r):
+    yield "size", amount(r.artifact.bytes), sentences.bits_text(r), ""
+    if cost := tables.cost_of(r):
         error = f"± {cost.kl.standard_error:.1g} nats per token, to the original"
         yield "KL", number(cost.kl.mean), error, "original"
         same = "positions with the original's most likely token"
@@ -195,67 +144,33 @@ def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
 
 def _reference_file(file: AgainstFile) -> dict[str, Any]:
     return {
-        "table": file_table(file),
-        "sketches": sketch_table(file),
-        "prompts": _prompt_bars(file.prompts),
-        "charts": list(kinds_chart(DRIFT, file.drift)),
+        "table": tables.file_table(file),
+        "sketches": tables.sketch_table(file),
+        "prompts": tables.prompt_bars(file),
+        "drift": tables.drift_table(tables.DRIFT, {"worst": file.drift}) if file.drift else None,
     }
 
 
-def _weights(weights: Sequence[WeightError]) -> dict[str, Any]:
-    rounded = [error for error in weights if error.max_steps != 0]
-    return {"roles": role_bars(rounded), "exact": len(weights) - len(rounded)}
+def _kl_chart(r: Result) -> Chart:
+    """Charts KL along the text; the original is drawn below the other."""
+    sides = [(kind, LABELS[kind], side) for kind, side in reversed(tables.sides_of(r))]
+    series = [Series(k, label, [(b.start, b.kl_mean) for b in s.blocks]) for k, label, s in sides]
+    spans = {b.start: f"{b.start:,}–{b.stop - 1:,}" for b in r.dequantized.blocks}
+    spans |= {b.start: f"{b.start:,}" for b in r.dequantized.blocks if b.stop - b.start == 1}
+    ranges = ", ".join(f"against the {line.label} {_range(line)}" for line in series)
+    return Chart(
+        title="KL by position",
+        summary=f"Mean KL per block of positions, {ranges}.",
+        labels=("position in the text", "KL, nats"),
+        series=series,
+        y=logarithmic_axis(y_values(series)),
+        column="positions",
+        show_x=lambda x: spans[int(x)],
+    )
 
 
-def op_bars(errors: Sequence[SiteError]) -> BarTable:
-    """Returns the worst op and state of each kind."""
-    worst: dict[str, SiteError] = {}
-    for error in errors:
-        kind = error.op if error.state is None else f"state {error.state.rpartition('.')[2]}"
-        if kind not in worst or worst[kind].excess < error.excess:
-            worst[kind] = error
-    ranked = sorted(worst.items(), key=lambda item: -item[1].excess)
-    rows = [
-        (kind, number(e.excess), e.state or e.site, e.call, number(e.rms), number(e.median))
-        for kind, e in ranked
-    ]
-    header = ("op", "÷ limit", "where it is worst", "call", "rms", "median")
-    numbers = (header[1], *header[4:])
-    return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
-
-
-def _cost_bars(costs: Sequence[LayerCost]) -> BarTable | None:
-    ranked = sorted(costs, key=lambda cost: -cost.kl)
-    numbers = ("KL, nats", "top-1 agreement")
-    rows = [(c.part, plus_minus(c.kl, c.standard_error), percent(c.top1)) for c in ranked]
-    shares = _of_largest([cost.kl for cost in ranked])
-    return BarTable(("part", *numbers), numbers, "KL", rows, shares) if rows else None
-
-
-def _prompt_bars(prompts: Sequence[PromptResult]) -> BarTable:
-    rows = [(prompt.name, *prompt_cells(prompt)) for prompt in prompts]
-    shares = _of_largest([prompt.kl for prompt in prompts])
-    return BarTable(("prompt", *PROMPT), PROMPT, "mean KL", rows, shares)
-
-
-def role_bars(weights: Sequence[WeightError]) -> BarTable | None:
-    """Groups tensors by their role and storage in all layers, the worst first."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for error in weights:
-        role = _LAYER.sub("", error.name).removesuffix(".weight")
-        groups.setdefault((role, error.scheme), []).append(error.relative_error)
-    ranked = sorted(groups.items(), key=lambda item: -rms(item[1]))
-    numbers = ("tensors", "rms error", "worst")
-    rows = [
-        (*names, str(len(errors)), number(rms(errors)), number(max(errors)))
-        for names, errors in ranked
-    ]
-    shares = _of_largest([rms(errors) for _, errors in ranked])
-    header = ("role", "stored as", *numbers)
-    return BarTable(header, numbers, "rms error", rows, shares) if rows else None
-
-
-def _of_largest(values: Sequence[float]) -> list[float]:
-    """Returns shares of the largest value; 0 for NaN."""
-    largest = max((value for value in values if value == value), default=0) or 1
-    return [value / largest if value == value else 0.0 for value in values]
+def _range(line: Series) -> str:
+    ys = [y for _, y in line.points if math.isfinite(y)]
+    missing = len(line.points) - len(ys)
+    text = f"{number(min(ys))} to {number(max(ys))}" if ys else "no finite value"
+    return f"{text}, {missing} of {len(line.points)} not finite" if missing and ys else text

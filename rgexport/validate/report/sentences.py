@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rgexport.reporting.numbers import number, percent, plus_minus, rate
-from rgexport.validate.checks import TENSOR_CHECKS, Check, verdict
+from rgexport.reporting.numbers import number, plus_minus, rate
+from rgexport.validate.checks import GRADE_NAMES, TENSOR_CHECKS, Check, Quality, verdict
 from rgexport.validate.continuations import Continuation
-from rgexport.validate.identity.items import first_names, summary
+from rgexport.validate.identity import first_names, summary
 from rgexport.validate.metrics import KL
-from rgexport.validate.quality import GRADE_NAMES, Quality
 from rgexport.validate.result import Result
 
 
@@ -27,36 +26,32 @@ ON_THE_TEXT = "PASS on the text that was run"
 """The verdict if all checks passed, but the graph was not compared with the exporter's."""
 _SEPARATE = "identity", "structure"
 """Kinds of checks that `proof_sentences` does not count with the others."""
-_PARTS = {
-    **dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights"),
-    **dict.fromkeys(("original.rms", "original.kl", "cost"), "cost"),
-    **dict.fromkeys(("reference.rms", "reference.kl", "reference.finite"), "cost"),
-}
+_COSTS = "original.rms original.kl cost reference.rms reference.kl reference.finite".split()
+_PARTS = dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights") | dict.fromkeys(_COSTS, "cost")
 """Kind of a check → its part of the proof; `arithmetic` for all other kinds."""
 MOST_NAMED = 12
 """Checks that are named below the verdict."""
 
 
 def mean_kl(kl: KL) -> str:
-    """Returns the mean and its standard error."""
     return plus_minus(kl.mean, kl.standard_error)
 
 
 def verdict_text(*results: Result) -> str:
-    """Returns the worst verdict, and the limit of a PASS."""
+    """The worst verdict, and the limit of a PASS."""
     worst = verdict(check for result in results for check in result.checks)
     limited = worst == "PASS" and any(result.verdict_scope == "text" for result in results)
     return ON_THE_TEXT if limited else worst
 
 
 def structure_text(r: Result) -> str:
-    """Compares the graph with the exporter's: `as rgexport 0.1.0 writes it`."""
+    """Such as `as rgexport 0.1.0 writes it`."""
     status, reason = r.structure.status, r.structure.reason
     return reason if status == "as written" else f"{status}: {reason}"
 
 
 def proof_sentences(r: Result) -> dict[str, str]:
-    """Returns part of the proof → one sentence on its outcome."""
+    """Part of the proof → one sentence on its outcome."""
     groups: dict[str, list[Check]] = {"arithmetic": [], "weights": [], "cost": []}
     for check in r.checks:
         kind = check.kind or check.name
@@ -70,11 +65,10 @@ def proof_sentences(r: Result) -> dict[str, str]:
 
 
 def _outcome_of(checks: Sequence[Check]) -> str:
-    """Returns, for instance, `12 checks passed, up to 64 % of a limit (steps.logits)`."""
+    """Such as `12 checks passed, up to 64 % of a limit (steps.logits)`."""
     if not checks:
         return "not compared, since the original was not given"
-    wrong = [check.name for check in checks if not check.passed]
-    if wrong:
+    if wrong := [check.name for check in checks if not check.passed]:
         return f"{len(wrong)} of {len(checks)} checks not passed: {first_names(wrong)}"
     nearest = max(checks, key=lambda check: check.value / check.limit if check.limit else 0)
     share = nearest.value / nearest.limit if nearest.limit else 0
@@ -82,7 +76,7 @@ def _outcome_of(checks: Sequence[Check]) -> str:
 
 
 def counted_checks(r: Result) -> str:
-    """Returns, for instance, `2 of 19 checks failed`."""
+    """Such as `2 of 19 checks failed`."""
     counts = Counter(check.outcome for check in r.checks)
     if counts["FAIL"]:
         return f"{counts['FAIL']} of {len(r.checks)} checks failed"
@@ -93,7 +87,7 @@ def counted_checks(r: Result) -> str:
 
 
 def counted_verdicts(results: Sequence[Result]) -> str:
-    """Returns, for instance, `1 of 3 fails, 2 are ambiguous`."""
+    """Such as `1 of 3 fails, 2 are ambiguous`."""
     counts = Counter(result.verdict for result in results)
     failed, unsure = counts["FAIL"], counts["AMBIGUOUS"]
     clauses = []
@@ -105,22 +99,11 @@ def counted_verdicts(results: Sequence[Result]) -> str:
     return ", ".join(clauses) or f"all {len(results)} pass"
 
 
-def quality_text(q: Quality) -> str:
-    """Returns a grade's figures: `the same first choice at 93.10 % of the tokens, KL 0.012`."""
-    source = ", by the reference file" if q.against == "reference" else ""
-    return f"the same first choice at {percent(q.top1)} of the tokens, KL {number(q.kl)}{source}"
-
-
 def doubt_text(q: Quality) -> str:
-    """Returns, for instance, ` (or fair, within the margin of error)`; empty if it is certain."""
+    """Such as ` (or fair, within the margin of error)`; empty if it is certain."""
     possible = GRADE_NAMES[GRADE_NAMES.index(q.best) : GRADE_NAMES.index(q.worst) + 1]
     names = [name for name in possible if name != q.grade]
     return f" (or {' or '.join(names)}, within the margin of error)" if names else ""
-
-
-def quality_meaning(r: Result, q: Quality) -> str:
-    """Returns what a grade means, and that it is below `--min-quality`, if it is."""
-    return f"{q.meaning} {shortfall_text(r)}".rstrip()
 
 
 def shortfall_text(r: Result) -> str:
@@ -129,39 +112,31 @@ def shortfall_text(r: Result) -> str:
 
 
 def bits_text(r: Result) -> str:
-    """Returns, for instance, `5.39 bits per weight in matrices and head, 5.97 in all`."""
-    a = r.artifact
-    return (
-        f"{a.matrix_bits_per_weight:.2f} bits per weight in matrices and head, "
-        f"{a.bits_per_weight:.2f} in all"
-    )
+    """Such as `5.39 bits per weight in matrices and head, 5.97 in all`."""
+    matrices, total = r.artifact.matrix_bits_per_weight, r.artifact.bits_per_weight
+    return f"{matrices:.2f} bits per weight in matrices and head, {total:.2f} in all"
 
 
 def answers_of(c: Continuation) -> tuple[Answer, Answer]:
-    """Returns the reference's and the artifact's text."""
-    return (
-        _answer(c.shared, c.reference_next, c.reference),
-        _answer(c.shared, c.artifact_next, c.artifact),
-    )
+    """The reference's and the artifact's."""
 
+    def answer(differing: str, text: str) -> Answer:
+        return Answer(c.shared, differing, text.removeprefix(c.shared).removeprefix(differing))
 
-def _answer(shared: str, differing: str, text: str) -> Answer:
-    return Answer(shared, differing, text.removeprefix(shared).removeprefix(differing))
+    return answer(c.reference_next, c.reference), answer(c.artifact_next, c.artifact)
 
 
 def not_passed(r: Result) -> list[Check]:
-    """Returns the checks that failed, followed by the ambiguous ones."""
+    """The checks that failed, followed by the ambiguous ones."""
     checks = [check for check in r.checks if not check.passed]
     return sorted(checks, key=lambda check: check.outcome != "FAIL")
 
 
 def check_text(check: Check) -> str:
-    """Returns the value and the limit."""
     return f"{value_text(check)}, limit {number(check.limit)}"
 
 
 def value_text(check: Check) -> str:
-    """Returns the value and its margin."""
     return plus_minus(check.value, check.margin) if check.margin else number(check.value)
 
 
@@ -176,10 +151,8 @@ def source_text(r: Result) -> str:
 
 
 def speed_text(r: Result) -> str:
-    """Returns tokens per second; empty if they were not measured."""
-    if r.speed is None:
+    """Tokens per second; empty if they were not measured."""
+    if (speed := r.speed) is None:
         return ""
-    return (
-        f"{rate(r.speed.decode)} tokens/s one by one, "
-        f"{rate(r.speed.prefill)} of a prompt of {r.speed.prompt_tokens}"
-    )
+    prompt = f"{rate(speed.prefill)} of a prompt of {speed.prompt_tokens}"
+    return f"{rate(speed.decode)} tokens/s one by one, {prompt}"

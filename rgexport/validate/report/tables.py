@@ -1,52 +1,47 @@
 """The tables of a result, for the terminal and the page."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
 
 from rgexport.reporting.numbers import number, percent, plus_minus, rate
-from rgexport.reporting.tables import Row, Table
+from rgexport.reporting.tables import BarTable, Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.site_errors import SiteError
-from rgexport.validate.bisect.sites import SiteReport
+from rgexport.validate.bisect.sites import SiteError, SiteReport
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
-from rgexport.validate.identity.items import IdentityItem
 from rgexport.validate.measure import Comparison
-from rgexport.validate.metrics import Likelihood
-from rgexport.validate.reference.against import AgainstFile, PromptResult
+from rgexport.validate.metrics import Drift, Likelihood, StateError, worst
+from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import Result
-from rgexport.validate.states import StateError, worst
-from rgexport.validate.weights.tensor_errors import SketchError, WeightError
+from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 
 WORST = 5
 """Rows of tables that show only the worst."""
-MOST = 30
-"""Ops beyond their limits, and suspects, that are shown."""
-PROMPT = ("tokens", "positions", "KL mean", "top-1", "worst state", "greedy")
-"""Columns of `prompt_cells`."""
 DRIFT = "Recurrent states inside the longest prompt"
-_TENSOR = ("error", "projection", "noise")
 _EXACT = 0.05
 """Noise below this is the sketch's own rounding."""
 
 Compared = Comparison | AgainstFile
-E = TypeVar("E", bound=SketchError | WeightError)
 
 
 def sides_of(r: Result) -> list[tuple[str, Comparison]]:
-    """Returns the comparisons with models, and the names of their fields."""
+    """The comparisons with models, and the names of their fields."""
     return [("twin", r.dequantized)] + ([] if r.original is None else [("original", r.original)])
 
 
 def cost_of(r: Result) -> Compared | None:
-    """Returns the comparison that measures the cost: with the original, or a reference file."""
+    """The comparison that measures the cost: with the original, or a reference file."""
     return r.original or r.reference
 
 
 def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
     return Table(title, (*names, *numbers), list(rows), numbers)
+
+
+def without_bars(title: str, bars: BarTable) -> Table:
+    return Table(title, bars.header, bars.rows, bars.numbers)
 
 
 def _first(
@@ -75,7 +70,7 @@ _SUMMARY: dict[str, Callable[[Compared], str]] = {
 
 
 def summary_table(r: Result) -> Table:
-    """Returns the most important numbers, a column for each comparison; the cost comes first."""
+    """The most important numbers, a column for each comparison; the cost comes first."""
     sides = {
         LABELS["original"]: r.original,
         "reference file": r.reference,
@@ -111,7 +106,7 @@ _MEASURED: dict[str, Callable[[Compared], str]] = {
 
 
 def logits_table(r: Result) -> Table:
-    """Returns all measured values, a column for each of `sides_of`."""
+    """All measured values, a column for each of `sides_of`."""
     names, sides = zip(*sides_of(r), strict=True)
     columns = tuple(LABELS[name] for name in names)
     return _table("Logits", ("measured",), columns, _rows(_MEASURED, sides))
@@ -120,14 +115,13 @@ def logits_table(r: Result) -> Table:
 def _rows(
     table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
 ) -> Iterator[Row]:
-    """Yields a name and a cell for each side; leaves out rows with empty cells only."""
+    """A name and a cell for each side, without rows of empty cells only."""
     compared = list(sides)
     rows = ((name, *map(show, compared)) for name, show in table.items())
     return (row for row in rows if any(row[1:]))
 
 
 def state_table(errors: Sequence[StateError]) -> Table:
-    """Compares the states after the last token with the dequantized reference's."""
     rows = [
         (e.name, number(e.relative_max), number(e.relative_norm))
         for e in sorted(errors, key=lambda e: -e.relative_max)
@@ -135,22 +129,23 @@ def state_table(errors: Sequence[StateError]) -> Table:
     return _table("States", ("state",), ("max |Δ| / max", "norm"), _first(rows))
 
 
-def drift_table(r: Result) -> Table:
-    """Returns the worst state at several positions, a column for each of `sides_of`."""
-    sides = [
-        {drift.position: drift.states for drift in side.drift} | {r.text.tokens: side.states}
-        for _, side in sides_of(r)
-    ]
-    rows = [
-        (f"{at:,} tokens", *(number(worst(side[at])) if at in side else "" for side in sides))
-        for at in sides[0]
-    ]
-    columns = tuple(LABELS[name] for name, _ in sides_of(r))
-    return _table("Worst state by position", ("after",), columns, rows)
+def drift_of(r: Result) -> tuple[str, dict[str, list[Drift]]]:
+    """The arguments of `drift_table` for the states on the way and at the end."""
+    end = r.text.tokens
+    return "Worst state by position", {
+        LABELS[name]: [*side.drift, Drift(position=end, states=side.states)]
+        for name, side in sides_of(r)
+    }
+
+
+def drift_table(title: str, sides: Mapping[str, Sequence[Drift]]) -> Table:
+    """The worst state at several positions, a column for each side."""
+    columns = [{d.position: number(worst(d.states)) for d in side} for side in sides.values()]
+    rows = [(f"{at:,} tokens", *(cells.get(at, "") for cells in columns)) for at in columns[0]]
+    return _table(title, ("after",), tuple(sides), rows)
 
 
 def itself_table(r: Result) -> Table:
-    """Compares the same tokens in other chunks, batches and kernels."""
     rows = []
     for name, same in r.equivalences.items():
         state = number(worst(same.states)) if same.states else ""
@@ -159,136 +154,120 @@ def itself_table(r: Result) -> Table:
 
 
 def file_table(file: AgainstFile) -> Table:
-    """Returns the values measured against a reference file, over all prompts."""
     title = f"Against the reference file ({file.positions:,} of {file.tokens:,} positions)"
     return _table(title, ("measured",), ("reference file",), _rows(_MEASURED, [file]))
 
 
-def prompt_cells(p: PromptResult) -> Row:
-    """Returns the columns `PROMPT`."""
-    return (
-        f"{p.tokens:,}",
-        f"{p.positions:,}",
-        number(p.kl),
-        percent(p.top1),
-        number(p.worst_state),
-        f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else "",
-    )
-
-
-def sketch_table(file: AgainstFile) -> Table:
-    """Compares the stored weights with the reference file's sketches of the original's."""
-    rows = _rows_by_scheme(
-        file.weights,
-        exact=lambda e: e.noise < _EXACT,
-        rank=lambda e: e.noise,
-        last=lambda e: e.worst_row,
-        unchanged="as they were",
-    )
-    title = "Weights, by the reference file's sketches"
-    return _table(title, ("tensor", "stored"), (*_TENSOR, "worst row"), rows)
+def prompt_bars(file: AgainstFile) -> BarTable:
+    numbers = ("tokens", "positions", "KL mean", "top-1", "worst state", "greedy")
+    rows = []
+    for p in file.prompts:
+        greedy = f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else ""
+        measured = number(p.kl), percent(p.top1), number(p.worst_state), greedy
+        rows.append((p.name, f"{p.tokens:,}", f"{p.positions:,}", *measured))
+    shares = shares_of_largest([p.kl for p in file.prompts])
+    return BarTable(("prompt", *numbers), numbers, "mean KL", rows, shares)
 
 
 def identity_table(r: Result) -> Table:
     """Compares configuration, tokenizer and other files; differences come first."""
-    items = sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared"))
-    rows = [(item.name, item.outcome, item.artifact or "none", _expected(item)) for item in items]
+    rows = []
+    for item in sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared")):
+        expected = "" if item.outcome == "not compared" else f" {item.expected or 'none'}"
+        rows.append((item.name, item.outcome, item.artifact or "none", item.reason + expected))
     return Table("Identity", ("item", "outcome", "artifact", "compared with"), rows)
 
 
-def _expected(item: IdentityItem) -> str:
-    if item.outcome == "not compared":
-        return item.reason
-    return f"{item.reason} {item.expected or 'none'}"
-
-
-def _rows_by_scheme(
-    errors: Sequence[E],
-    *,
-    exact: Callable[[E], bool],
-    rank: Callable[[E], float],
-    last: Callable[[E], float],
-    unchanged: str,
-) -> Iterator[Row]:
-    """Yields the worst tensors of each scheme, and the number that is stored exactly."""
-    for scheme in dict.fromkeys(e.scheme for e in errors):
-        group = [e for e in errors if e.scheme == scheme]
-        inexact = sorted((e for e in group if not exact(e)), key=lambda e: -rank(e))
-        for e in inexact[:WORST]:
-            noise = number(e.noise), number(last(e))
-            yield e.name, scheme, number(e.relative_error), f"{e.projection:.5f}", *noise
-        if len(inexact) > WORST:
-            yield f"… and {len(inexact) - WORST} with smaller errors", scheme, "", "", "", ""
-        if count := len(group) - len(inexact):
-            yield f"{count} tensors, {unchanged}", scheme, "0", "1", "0", "0"
-
-
 def weight_table(errors: Sequence[WeightError]) -> Table:
-    """Compares the stored weights with the original's."""
-    rows = _rows_by_scheme(
-        errors,
-        exact=lambda e: e.max_steps == 0,
-        rank=lambda e: e.relative_error,
-        last=lambda e: e.max_steps,
-        unchanged="stored unchanged",
-    )
-    return _table("Weights", ("tensor", "stored"), (*_TENSOR, "max steps"), rows)
+    judged = [(e, e.max_steps == 0, e.relative_error, e.max_steps) for e in errors]
+    return _tensor_table("Weights", "max steps", "stored unchanged", judged)
+
+
+def sketch_table(file: AgainstFile) -> Table:
+    """Compares the stored weights with the reference file's sketches of the original's."""
+    judged = [(e, e.noise < _EXACT, e.noise, e.worst_row) for e in file.weights]
+    title = "Weights, by the reference file's sketches"
+    return _tensor_table(title, "worst row", "as they were", judged)
+
+
+def _tensor_table(
+    title: str, last: str, unchanged: str, judged: Sequence[tuple[TensorError, bool, float, float]]
+) -> Table:
+    """The worst tensors of each scheme; `judged` has whether each is exact, and its rank."""
+    rows: list[Row] = []
+    for scheme in dict.fromkeys(e.scheme for e, *_ in judged):
+        group = [one for one in judged if one[0].scheme == scheme]
+        errors: list[Row] = []
+        for e, exact, _, value in sorted(group, key=lambda one: -one[2]):
+            measured = number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
+            if not exact:
+                errors.append((e.name, scheme, *measured, number(value)))
+        rows += _first(errors)
+        if count := len(group) - len(errors):
+            rows.append((f"{count} tensors, {unchanged}", scheme, "0", "1", "0", "0"))
+    numbers = ("error", "projection", "noise", last)
+    return _table(title, ("tensor", "stored"), numbers, rows)
 
 
 def bisect_tables(
     report: SiteReport | None, costs: Sequence[LayerCost] | None, suspects: Sequence[Suspect]
 ) -> Iterator[Table]:
-    """Yields suspects, ops and layers; none for an empty list."""
+    """Yields suspects, ops and the most expensive layers; none for an empty list."""
     if suspects:
         yield suspect_table(suspects)
     if report is not None:
-        yield _site_table(report)
+        unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
+        counts = f"({len(report.beyond)} of {len(report.errors)} beyond the limit{unseen})"
+        title = f"Per-op check: each op from the artifact's own inputs {counts}"
+        yield without_bars(title, op_bars(report))
     if costs:
-        yield _cost_table(costs)
+        title = "Layers: KL to the original if only this one were stored so"
+        table = without_bars(title, cost_bars(costs))
+        yield replace(table, rows=list(_first([*table.rows], 2 * WORST, "cheaper ones")))
 
 
 def suspect_table(suspects: Sequence[Suspect]) -> Table:
-    """Returns the likely causes of a failure, the strongest first."""
     rows = [(suspect.site, suspect.evidence) for suspect in suspects]
-    return _table("Suspects", ("op", "evidence"), (), _first(rows, MOST, "more"))
+    return _table("Suspects", ("op", "evidence"), (), _first(rows, 30, "more"))
 
 
-def _site_table(report: SiteReport) -> Table:
-    beyond, unseen = report.beyond, ""
-    if report.unseen:
-        unseen = f"; {len(report.unseen)} not shown by the engine"
-    title = (
-        "Per-op check: each op from the artifact's own inputs "
-        f"({len(beyond)} of {len(report.errors)} beyond the limit{unseen})"
-    )
-    rows = list(_first(list(map(_site_row, beyond)), MOST, "more beyond the limit"))
-    rows += [_site_row(error) for error in report.worst(WORST) if error.passed]
-    return _table(title, ("op", "call"), ("rms", "median", "÷ limit"), rows)
+def op_bars(report: SiteReport) -> BarTable:
+    """The worst op and state of each kind."""
+    worst_of: dict[str, SiteError] = {}
+    for error in report.errors:
+        kind = error.op if error.state is None else f"state {error.state.rpartition('.')[2]}"
+        if kind not in worst_of or worst_of[kind].excess < error.excess:
+            worst_of[kind] = error
+    ranked = sorted(worst_of.items(), key=lambda item: -item[1].excess)
+    rows = [
+        (kind, number(e.excess), e.state or e.site, e.call, number(e.rms), number(e.median))
+        for kind, e in ranked
+    ]
+    header = ("op", "÷ limit", "where it is worst", "call", "rms", "median")
+    numbers = (header[1], *header[4:])
+    return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
 
 
-def _site_row(e: SiteError) -> Row:
-    where = e.site if e.state is None else f"state {e.state}"
-    return where, e.call, number(e.rms), number(e.median), number(e.excess)
-
-
-def _cost_table(costs: Sequence[LayerCost]) -> Table:
-    """Returns all layers of a small model, and the most expensive ones of a large one."""
+def cost_bars(costs: Sequence[LayerCost]) -> BarTable:
+    """All parts, the most expensive first."""
     total = sum(cost.kl for cost in costs) or 1
     ranked = sorted(costs, key=lambda cost: -cost.kl)
-    most = len(ranked) if len(ranked) <= 2 * WORST + 2 else 2 * WORST
-    rows = []
-    for c in ranked[:most]:
-        kl = plus_minus(c.kl, c.standard_error)
-        rows.append((c.part, kl, f"{100 * c.kl / total:.1f} %", f"{100 * c.top1:.1f} %"))
-    if rest := ranked[most:]:
-        share = f"{100 * sum(cost.kl for cost in rest) / total:.1f} %"
-        rows.append((f"… and {len(rest)} cheaper ones", "", share, ""))
-    title = "Layers: KL to the original if only this one were stored so"
-    return _table(title, ("part",), ("KL", "share", "top-1"), rows)
+    rows = [
+        (c.part, plus_minus(c.kl, c.standard_error), percent(c.kl / total), percent(c.top1))
+        for c in ranked
+    ]
+    numbers, shares = ("KL, nats", "share", "top-1"), shares_of_largest([c.kl for c in ranked])
+    return BarTable(("part", *numbers), numbers, "KL", rows, shares)
+
+
+def shares_of_largest(values: Sequence[float]) -> list[float]:
+    """Shares of the largest value; 0 for NaN."""
+    largest = max((value for value in values if value == value), default=0) or 1
+    return [value / largest if value == value else 0.0 for value in values]
 
 
 def overview(results: Sequence[Result]) -> Table:
-    """Returns a row for each artifact; columns of `_OPTIONAL` only if a cell is not empty."""
+    """A row for each artifact; columns of `_OPTIONAL` only if a cell is not empty."""
     names = [
         name
         for name, show in _OVERVIEW.items()

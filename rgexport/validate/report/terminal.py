@@ -5,79 +5,43 @@ from pathlib import Path
 
 from rgexport import progress
 from rgexport.export.opening import as_argument
-from rgexport.reporting import tables
-from rgexport.reporting.numbers import number
+from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.tables import Table
+from rgexport.reporting.tables import render as render_blocks
 from rgexport.units import amount
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
-from rgexport.validate.report.sentences import (
-    MOST_NAMED,
-    answers_of,
-    bits_text,
-    check_text,
-    counted_checks,
-    counted_verdicts,
-    doubt_text,
-    not_passed,
-    proof_sentences,
-    quality_meaning,
-    quality_text,
-    shortfall_text,
-    source_text,
-    speed_text,
-    structure_text,
-    verdict_text,
-)
-from rgexport.validate.report.tables import (
-    DRIFT,
-    PROMPT,
-    bisect_tables,
-    drift_table,
-    file_table,
-    itself_table,
-    logits_table,
-    overview,
-    prompt_cells,
-    sides_of,
-    sketch_table,
-    state_table,
-    summary_table,
-    weight_table,
-)
+from rgexport.validate.report import sentences, tables
+from rgexport.validate.report.sentences import MOST_NAMED, check_text
 from rgexport.validate.result import Result
-from rgexport.validate.states import worst
 
-MOST_PROMPT = 60
-"""Characters of a prompt: its last ones."""
-MOST_SUSPECTS = 3
-"""Suspects of each of several artifacts."""
 _OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 Blocks = Iterator[str | Table]
 
 
 def render(result: Result, page: Path | None = None) -> str:
     """Returns the report; `page` is the path of its HTML page, if it was written."""
-    return tables.render((_everything if progress.verbose else _summary)(result, page))
+    return render_blocks((_everything if progress.verbose else _summary)(result, page))
 
 
 def render_several(results: Sequence[Result], page: Path | None = None) -> str:
     """Returns all artifacts in one table, followed by the failures."""
-    return tables.render(_overview(results, page))
+    return render_blocks(_overview(results, page))
 
 
 def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
-    yield f"{verdict_text(*results)}  {counted_verdicts(results)}\n"
-    yield overview(results)
+    yield f"{sentences.verdict_text(*results)}  {sentences.counted_verdicts(results)}\n"
+    yield tables.overview(results)
     for result in results:
-        if short := shortfall_text(result):
-            yield f"{result.artifact.path}: {short}"
+        path = result.artifact.path
+        if short := sentences.shortfall_text(result):
+            yield f"{path}: {short}"
         if result.verdict_scope == "text":
-            yield f"{result.artifact.path}: graph: {structure_text(result)}"
+            yield f"{path}: graph: {sentences.structure_text(result)}"
         if result.verdict != "PASS":
-            yield result.artifact.path
+            yield path
             yield from _failures(result)
-            for suspect in (result.suspects or [])[:MOST_SUSPECTS]:
+            for suspect in (result.suspects or [])[:3]:
                 yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
     yield _environment(results[0]) if progress.verbose else _next_step(results, page)
 
@@ -87,57 +51,58 @@ def _summary(r: Result, page: Path | None) -> Blocks:
     yield from _head(r)
     if r.reference is not None:
         yield from _warnings(r.reference)
-    yield summary_table(r)
+    yield tables.summary_table(r)
     yield from _answers(sorted(r.continuations or [], key=lambda text: text.common)[:1])
     if r.layers is not None or r.suspects:
         yield ""
-        yield from bisect_tables(None, r.layers, r.suspects or ())
+        yield from tables.bisect_tables(None, r.layers, r.suspects or ())
     yield _next_step([r], page)
 
 
 def _everything(r: Result, page: Path | None) -> Blocks:
     yield from _head(r)
     yield ""
-    yield logits_table(r)
-    yield itself_table(r)
-    yield state_table(r.dequantized.states)
-    if any(side.drift for _, side in sides_of(r)):
-        yield drift_table(r)
-    yield from bisect_tables(r.sites, r.layers, r.suspects or ())
+    yield tables.logits_table(r)
+    yield tables.itself_table(r)
+    yield tables.state_table(r.dequantized.states)
+    yield tables.drift_table(*tables.drift_of(r))
+    yield from tables.bisect_tables(r.sites, r.layers, r.suspects or ())
     if r.reference is not None:
         yield from _reference_file(r.reference)
     yield from _answers(r.continuations or [])
     if r.weights is not None:
-        yield weight_table(r.weights)
+        yield tables.weight_table(r.weights)
     yield _environment(r)
 
 
 def _head(r: Result) -> Iterator[str]:
     """Yields the verdict, the failures, and lines on the compared models and the text."""
     a, engine, text = r.artifact, r.engine, r.text
-    yield f"{verdict_text(r)}  {a.path}: {counted_checks(r)}"
+    yield f"{sentences.verdict_text(r)}  {a.path}: {sentences.counted_checks(r)}"
     if (q := r.quality) is not None:
-        yield f"{q.grade.upper()}  quality{doubt_text(q)}: {quality_text(q)}"
-        yield quality_meaning(r, q)
+        figures = f"the same first choice at {percent(q.top1)} of the tokens, KL {number(q.kl)}"
+        source = ", by the reference file" if q.against == "reference" else ""
+        yield f"{q.grade.upper()}  quality{sentences.doubt_text(q)}: {figures}{source}"
+        yield f"{q.meaning} {sentences.shortfall_text(r)}".rstrip()
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
-    speed = f"; {speed_text(r)}" if r.speed else ""
+    speed = f"; {sentences.speed_text(r)}" if r.speed else ""
     yield ""
-    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {bits_text(r)}"
+    yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {sentences.bits_text(r)}"
     tokens = f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
     yield f"{engine.title}, {engine.threads} threads{speed}; {tokens}"
     if progress.verbose or not r.source.same_files:
-        yield f"original: {source_text(r)}"
-    yield from (f"{name}: {sentence}" for name, sentence in proof_sentences(r).items())
+        yield f"original: {sentences.source_text(r)}"
+    yield from (f"{name}: {sentence}" for name, sentence in sentences.proof_sentences(r).items())
 
 
 def _answers(continuations: Sequence[Continuation]) -> Iterator[str]:
     """Yields both models' texts after a prompt; the first token that differs is in brackets."""
     for text in continuations:
         prompt = _one_line(text.prompt)
-        end = prompt if len(prompt) <= MOST_PROMPT else f"…{prompt[-MOST_PROMPT:]}"
+        end = prompt if len(prompt) <= 60 else f"…{prompt[-60:]}"
         yield f"After “{end}”, {text.common} of {text.tokens} tokens are the same:"
-        for side, answer in zip(("original", "artifact"), answers_of(text), strict=True):
+        for side, answer in zip(("original", "artifact"), sentences.answers_of(text), strict=True):
             differing = f"[{answer.differing}]" if answer.differing else ""
             yield f"  {side}  {_one_line(answer.shared + differing + answer.rest)}"
 
@@ -147,7 +112,7 @@ def _one_line(text: str) -> str:
 
 
 def _failures(r: Result) -> Iterator[str]:
-    checks = not_passed(r)
+    checks = sentences.not_passed(r)
     for check in checks[:MOST_NAMED]:
         yield f"{_OUTCOMES[check.outcome]}  {check.name} is {check_text(check)} ({check.reason})"
     if unnamed := checks[MOST_NAMED:]:
@@ -159,13 +124,11 @@ def _reference_file(file: AgainstFile) -> Blocks:
     yield f"reference file: {file.path}, {file.model} ({computed})"
     yield from _warnings(file)
     yield ""
-    yield file_table(file)
-    rows = ((prompt.name, *prompt_cells(prompt)) for prompt in file.prompts)
-    yield Table("Prompts", ("prompt", *PROMPT), rows, PROMPT)
+    yield tables.file_table(file)
+    yield tables.without_bars("Prompts", tables.prompt_bars(file))
     if file.drift:
-        drifted = [(f"{d.position:,} tokens", number(worst(d.states))) for d in file.drift]
-        yield Table(DRIFT, ("after", "worst"), drifted, ("worst",))
-    yield sketch_table(file)
+        yield tables.drift_table(tables.DRIFT, {"worst": file.drift})
+    yield tables.sketch_table(file)
 
 
 def _warnings(file: AgainstFile) -> Iterator[str]:

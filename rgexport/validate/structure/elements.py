@@ -18,8 +18,6 @@ from rgexport.export.manifest import StoredTensor
 
 TOLERANCE = 1e-6
 """Relative difference of equal floats: the last bits of RoPE's depend on the machine."""
-_MOST_NUMBERS = 1024
-"""Numbers of one array that are kept; of a longer one there is a hash."""
 _MOST_TEXT = 80
 """Characters of a value that are kept, before a hash of it."""
 
@@ -42,14 +40,9 @@ class Rules:
     """How a protobuf message becomes elements.
 
     A path is `CONTAINER.FIELD`: the field that holds the message, and one of the message's own. An
-    entry of a map has the path `CONTAINER.FIELD.KEY` too.
-
-    Attributes:
-        ignored: names or paths of fields that compute nothing.
-        names: paths of fields with names of values.
-        elements: paths of fields whose messages are elements → the label of one, from its key in a
-            map and the message.
-        simplify: called with each message before it is read.
+    entry of a map has the path `CONTAINER.FIELD.KEY` too. Fields that are `ignored` compute
+    nothing, `names` have names of values, `elements` have elements, each with a label from its key
+    in a map and the message. `simplify` is called with each message before it is read.
     """
 
     ignored: Collection[str]
@@ -61,8 +54,7 @@ class Rules:
 def elements(message: Any, rules: Rules, interface: Iterable[str | bytes]) -> Iterator[Element]:
     """Reads a parsed model, which may be changed by it; names of the `interface` are kept.
 
-    The last element has the fields outside of all others, the first one the size of fields that
-    the message's schema lacks.
+    The last element has the fields outside of all others, the first one the size of unknown fields.
     """
     size = message.ByteSize()
     message.DiscardUnknownFields()
@@ -71,8 +63,6 @@ def elements(message: Any, rules: Rules, interface: Iterable[str | bytes]) -> It
 
 
 class _Reader:
-    """Reads one message, with the number of each value's name."""
-
     def __init__(self, rules: Rules, interface: Iterable[str | bytes]) -> None:
         self._rules = rules
         # An empty name is no name: the input is left out.
@@ -116,7 +106,7 @@ class _Reader:
             yield from (self._names.setdefault(name, f"%{len(self._names)}") for name in values)
         elif isinstance(values[0], str | bytes):
             yield from (shortened(repr(text)) for text in values)
-        elif len(values) > _MOST_NUMBERS:
+        elif len(values) > 1024:
             yield hashlib.sha256(np.array(values).tobytes()).hexdigest()
         else:
             finite = (isinstance(number, float) and math.isfinite(number) for number in values)
@@ -124,14 +114,12 @@ class _Reader:
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    """Returns the messages of a field; the messages of a map with their keys, in order."""
     if isinstance(value, Mapping):
         return sorted(value.items(), key=lambda entry: entry[0])
     return [("", item) for item in (value if isinstance(value, Sequence) else [value])]
 
 
 def shortened(text: str) -> str:
-    """Replaces the end of a long text by a hash."""
     if len(text) <= _MOST_TEXT:
         return text
     return f"{text[:_MOST_TEXT]}… {hashlib.sha256(text.encode()).hexdigest()}"

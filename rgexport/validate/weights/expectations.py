@@ -1,8 +1,8 @@
 """Limits of sound weights, by the algorithm that chose their levels.
 
 Rounding to nearest leaves every weight within half a step; a search for the best scale leaves every
-block with at most the error that rounding has there, but clips single weights; error feedback moves
-whole rows further away, so that the errors of their products cancel.
+block with at most the error of rounding, but clips single weights; error feedback moves whole rows
+further away, so that the errors of their products cancel.
 """
 
 from dataclasses import dataclass, replace
@@ -19,40 +19,27 @@ HALF_STEPS = 12 * MAX_STEPS**2
 NOISE = 1.5
 """‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
 
-Measured by `bench.sweep`: up to 1.1. Weights that miss their levels by one have 13, shuffled scales
-3.2 and more, another tensor's values 100 and more.
+Measured by `bench.sweep`: up to 1.1. Levels off by one have 13, shuffled scales 3.2 and more.
 """
 WEIGHTED_NOISE = 6.0
-"""The same with an importance matrix, which lets unimportant weights be far from their levels.
-
-Measured with importances of two (four) orders of magnitude: up to 1.1 (3.7).
-"""
+"""The same with an importance matrix; measured with one of four orders of magnitude: up to 3.7."""
 FEEDBACK_NOISE = 8.0
 """The same where errors are weighed by a Hessian: usually 1 to 2.
 
 Measured up to 5.3, with correlated inputs whose squares differ by two to three orders of magnitude.
 """
 OUTPUT_NOISE = 1.25
-"""‖(Ŵ−W)X‖² in units of that of rounding to nearest: no algorithm may be much worse.
-
-Measured on the demo: 0.9 to 1.05 without data, 0.6 to 0.8 by GPTQ.
-"""
+"""‖(Ŵ−W)X‖² in units of that of rounding to nearest; measured: up to 1.05 without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
     """Limits of the quantities that `weight_limits` explains.
 
-    Attributes:
-        why: the reason of `max_steps`, for people.
-        measure: the unit whose error `max_steps` limits.
-        noise: for tensors whose single weights are not compared, or may be further off than half a
-            step.
-        row_noise: `noise` of one row, as its sketch estimates it.
-        shrinks: how much smaller weights become, at least and at most, in units of the relative
-            squared error: 0 for unbiased rounding, 1 for the least squared error.
-        projection: how far the projection may be from that, besides its own uncertainty.
-        weighted: whether some weights count more than others.
+    `why` is the reason of `max_steps`, which limits the error of a `measure`; `row_noise` is
+    `noise` of one row, as its sketch estimates it. `shrinks` is how much smaller weights become, at
+    least and at most, in units of the relative squared error: 0 for unbiased rounding, 1 for the
+    least squared error; the projection may be `projection` from that, besides its own uncertainty.
     """
 
     why: str
@@ -130,32 +117,20 @@ EXPECTATIONS: dict[str, Expectation] = {
 }
 """Key, see `expectation_key` → limits.
 
-search: measured on five kinds of weights, a block has up to 1.00 times the error of rounding to
-nearest, and weights shrink by 1.00 times the squared error.
-
-gptq, importance: with inputs as in `FEEDBACK_NOISE`, a row had up to 4.9 times the root mean
-square of rounding (2.4 in the units of `max_steps`), and weights shrank by 0.3 to 2.9 times the
-squared error, in 8 bits by up to 0.014. Two rows that changed places have 9 to 18 times that root
-mean square (4.5 to 9) in 4 bits.
-
-ggml search: a few outermost weights clip. Measured on normal, uniform and heavy-tailed weights: up
-to 1.0 steps, with an importance matrix 2.6.
+Measured: with `search`, a block has up to 1.00 times the error of rounding to nearest, and weights
+shrink by 1.00 times the squared error. With `gptq` and `importance`, and inputs as in
+`FEEDBACK_NOISE`, a row had up to 2.4 in the units of `max_steps`, and weights shrank by 0.3 to 2.9
+times the squared error, in 8 bits by up to 0.014; two rows that changed places have 4.5 to 9. With
+`ggml search`, a few outermost weights clip: up to 1.0 steps, with an importance matrix 2.6.
 """
 
 
 def expectation(scheme: Uniform, weighted: bool) -> Expectation:
-    """Returns the limits for a tensor; see `expectation_key`."""
     return EXPECTATIONS[expectation_key(scheme, weighted)]
 
 
 def expectation_key(scheme: Uniform, weighted: bool) -> str:
-    """Returns the key of `EXPECTATIONS` for a tensor or a row group.
-
-    `weighted` says whether the artifact was made with an importance matrix or a calibration.
-
-    Raises:
-        RequestError: an algorithm that is not known here.
-    """
+    """The key of `EXPECTATIONS`; raises RequestError for an algorithm that is not known here."""
     rule = scheme.rounding_rule(weighted)
     if rule not in EXPECTATIONS:
         raise RequestError(

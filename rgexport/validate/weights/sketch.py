@@ -21,7 +21,6 @@ from numpy.random import PCG64  # here, since threads that import it at once rec
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs
 from rgexport.griffin.tensor import RowTensor, slab_bounds
-from rgexport.quantize.steps import StepSizes
 
 DIRECTIONS = 3
 """The fewest random directions: they show nine in ten exchanged rows of an embedding."""
@@ -39,13 +38,7 @@ Mixtures = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class SketchShape:
-    """Shape of a tensor's sketch. The tensor is a matrix here: a row is its last axis.
-
-    Attributes:
-        rows: of the matrix.
-        columns: of the matrix.
-        directions: random ones; 0 where the rows are so short that they are kept as they are.
-    """
+    """Shape of a tensor's sketch; with 0 `directions`, the short rows are kept as they are."""
 
     rows: int
     columns: int
@@ -58,13 +51,10 @@ class SketchShape:
 
     def project(self, rows: np.ndarray) -> np.ndarray:
         """Sketches rows [n, columns]: [n, width] float64."""
-        wide = rows.astype(np.float64)
-        return (
-            products(wide, directions(self.columns, self.directions)) if self.directions else wide
-        )
+        wide, count = rows.astype(np.float64), self.directions
+        return products(wide, directions(self.columns, count)) if count else wide
 
     def sums(self, sketch: np.ndarray) -> np.ndarray:
-        """Returns the rows' sums, [n], from their sketch."""
         return sketch[:, 0] if self.directions else sketch.sum(1)
 
     def dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -75,7 +65,6 @@ class SketchShape:
 
 
 def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
-    """Returns the sketch of a tensor of a shape."""
     columns = shape[-1] if len(shape) > 1 else 1
     rows = math.prod(shape) // columns
     count = max(DIRECTIONS, -(-PRODUCTS // rows))
@@ -84,11 +73,7 @@ def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
 
 @functools.cache
 def directions(columns: int, count: int) -> np.ndarray:
-    """Returns ones, and `count` vectors of random signs: [1 + count, columns] float64.
-
-    They are the same wherever a file is read: PCG64's raw numbers do not change between releases
-    of numpy (NEP 19).
-    """
+    """Returns [1 + count, columns]: ones and signs, equal in all releases of numpy (NEP 19)."""
     numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
     bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
     signs = 1.0 - 2.0 * bits.reshape(count, columns)
@@ -122,7 +107,6 @@ class MixtureRecorder:
     """Mixes the inputs of all linears while a reference runs over one text from its beginning."""
 
     def __init__(self, config: GriffinConfig, tokens: int):
-        """`tokens` is the length of the text."""
         self._sites = set(linear_inputs(config).values())
         signs = np.random.default_rng(_SEED).integers(0, 2, (MIXTURES, tokens))
         self._signs = (2 * signs - 1).astype(np.float32)
@@ -141,9 +125,3 @@ class MixtureRecorder:
         mixed = self._signs[:, start : start + len(inputs)] @ inputs
         self._tokens[site] = start + len(inputs)
         self.mixtures[site] = self.mixtures.get(site, 0) + mixed
-
-
-def expected_noise(steps: StepSizes, mixtures: np.ndarray) -> float:
-    """Returns Σ ‖E p‖² over mixtures p [m, K] where E is the error of rounding to nearest."""
-    squares = np.square(mixtures, dtype=np.float64).sum(0)
-    return float(steps.rounding(mixtures.shape[1], squares).sum())

@@ -1,7 +1,8 @@
 """Measures how far each stored tensor Ŵ is from the tensor W that it was made from.
 
-The original's numbers come from the model, or from the sketches in a reference file. These show
-the same, except of single weights. E = Ŵ−W throughout.
+The original's numbers come from the model, or from the sketches in a reference file. E = Ŵ−W
+throughout. Steps follow from the original weights and the scheme, not from the artifact's scales:
+so they show a wrong scale, even where the noise of four bits would hide it in a norm.
 """
 
 import functools
@@ -21,18 +22,16 @@ from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
 from rgexport.progress import Advance, task
 from rgexport.quantize.scheme import Scheme, Uniform
-from rgexport.quantize.steps import StepSizes
+from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights.expectations import expectation, expectation_key
 from rgexport.validate.weights.sketch import (
     SLAB_BYTES,
     Mixtures,
-    expected_noise,
     products,
     sketch_shape,
     square_sum,
 )
-from rgexport.validate.weights.steps import shown_steps, step_sizes
 
 _THREADS = 2
 _PIECE = 1 << 14
@@ -43,6 +42,34 @@ _KEPT = 2.0**-22
 T = TypeVar("T")
 Sums = dict[str, float]
 """Sums over rows of a tensor, by name, in float64; of `_MAXIMA` the largest."""
+
+
+def step_sizes(name: str, w: np.ndarray, scheme: Uniform, measure: Measure = "weight") -> StepSizes:
+    """Returns the steps of the tensor `name` from its original weights.
+
+    `w` is [rows, columns] float32, in whole groups of `rows_together`. One step of a block or row
+    is twice the root mean square of rounding to nearest there: rounding is off by half a step.
+    """
+    if name.endswith("norm.weight"):  # stored with 1 added
+        return StepSizes(np.spacing(np.abs(w + np.float32(1))))
+    if name.endswith("recurrent_param"):
+        return StepSizes(decay_steps(w))
+    return scheme.step_sizes(w, measure)
+
+
+def shown_steps(name: str, dequantized: np.ndarray, scheme: Uniform) -> StepSizes:
+    """Returns the steps that an artifact's weights [rows, columns] show, without the original's."""
+    if scheme.is_quantized:
+        return scheme.stored_steps(dequantized)
+    return step_sizes(name, dequantized, scheme)
+
+
+def decay_steps(w: np.ndarray) -> np.ndarray:
+    """GGUF stores Λ as -8 softplus(Λ): rounding moves Λ by softplus/sigmoid times as much."""
+    wide = w.astype(np.float64)
+    softplus = np.logaddexp(0, wide)
+    moved = softplus * (1 + np.exp(-wide)) * 2.0**-23
+    return np.maximum(moved + np.spacing(np.abs(w)), NEGLIGIBLE).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +93,17 @@ class TensorError:
 class WeightError(TensorError):
     """The original tensor W against the stored Ŵ, both as float32.
 
-    Attributes:
-        name: of the tensor.
-        scheme: its label; that of a row group, where the tensor has several.
-        quantized: whether it is stored as integers or indices.
-        values: weights in all.
-        rows: of the matrix.
-        relative_error: ‖W−Ŵ‖/‖W‖.
-        projection: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
-        clipping: the part of `projection - 1` that comes from rounding to nearest on the levels of
-            the scheme, and from values beyond the outermost level of their block.
-        max_steps: max |W−Ŵ| in steps, without what clipping adds; or, where the algorithm bounds
-            only blocks, rows or groups of rows, the largest root mean square of one of them.
-        noise: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
-        shift: Σ(Ŵ−W) in units of Σ step: about 0.
-        output_noise: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
-            text; None where they are not known, or the weights are no linear's.
-        weighted: whether an importance matrix says which weights may be further off.
-        searched: whether levels were chosen for the least squared error, so that some weights clip
-            and all are a little too small.
-        grouped: whether `max_steps` is not of single weights.
-        chosen: the algorithm that chose the levels, a key of `expectations.EXPECTATIONS`.
+    - `relative_error`: ‖W−Ŵ‖/‖W‖.
+    - `projection`: ⟨W,Ŵ⟩/⟨W,W⟩: 1 for unbiased rounding, 1.02 where every scale is 2 % too large.
+    - `clipping`: the part of `projection - 1` that comes from rounding to nearest on the levels of
+      the scheme, and from values beyond the outermost level of their block.
+    - `max_steps`: max |W−Ŵ| in steps, without what clipping adds; where it is `grouped`, the
+      largest root mean square of a block, a row or a group of rows.
+    - `noise`: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
+    - `shift`: Σ(Ŵ−W) in units of Σ step: about 0.
+    - `output_noise`: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
+      text; null where they are not known, or the weights are no linear's.
+    - `searched`: whether levels were chosen for the least squared error; `chosen`: how.
     """
 
     values: int
@@ -98,19 +115,12 @@ class WeightError(TensorError):
 
 @dataclass(frozen=True, kw_only=True)
 class SketchError(TensorError):
-    """The stored tensor Ŵ against a sketch of the original W.
+    """The stored tensor Ŵ against a sketch of the original W; see `WeightError` for common fields.
 
-    `relative_error`, `projection`, `noise`, `shift`, `output_noise`, `weighted` and `chosen` are
-    as in `WeightError`.
-
-    Attributes:
-        directions: products that are known of each row; None where the row itself is.
-        expected_error: the relative error that rounding to nearest makes.
-        worst_row: the noise of the row where it is largest.
-        evenness: how many rows of equal shares would make up the expected error.
-        largest_share: the share of the row that has most of it.
-        estimated: whether the projection and ‖W‖ are estimates from the sketch, as they are of
-            row groups: the file has only the norm of the whole tensor.
+    `directions` counts the products that are known of each row; null where the row itself is.
+    `expected_error` is the relative error that rounding to nearest makes, `evenness` how many rows
+    of equal shares would make it up, `largest_share` that of the row with most of it. The
+    projection of row groups is `estimated`.
     """
 
     columns: int
@@ -126,32 +136,19 @@ def weight_errors(
     original: WeightSource,
     dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
-    *,
     weighted: bool = False,
     inputs: Mixtures | None = None,
 ) -> list[WeightError]:
-    """Compares all `tensors` of an artifact, each of its row groups for itself.
-
-    Args:
-        original: the weights that the artifact was made from, in the same shapes.
-        dequantized: the artifact's weights.
-        tensors: their schemes.
-        weighted: whether the artifact was made with an importance matrix, or a calibration.
-        inputs: mixtures of the linears' inputs, where they are known.
-    """
+    """Compares all `tensors`, each row group for itself, also over mixed `inputs` of linears."""
 
     def measure(name: str, scheme: Uniform, w: np.ndarray, rows: np.ndarray) -> Sums:
         expected, error, columns = expectation(scheme, weighted), rows - w, w.shape[1]
         steps = step_sizes(name, w, scheme, expected.measure)
-        square, along, along_rounding, error_square = _products(
-            w, error, steps.beyond_rounding(error, w)
-        )
+        names = "square", "along", "along_rounding", "error"
+        measured = _products(w, error, steps.beyond_rounding(error, w))
         sums = {
+            **dict(zip(names, measured, strict=True)),
             "max_steps": steps.largest(steps.without_clipping(error, w)),
-            "square": square,
-            "along": along,
-            "along_rounding": along_rounding,
-            "error": error_square,
             "expected": float(steps.rounding(columns).sum()),
             "moved": float(error.sum(dtype=np.float64)),
             "steps": steps.total(columns),
@@ -181,7 +178,6 @@ def sketch_errors(
     reference: ReferenceFile,
     dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
-    *,
     weighted: bool = False,
 ) -> list[SketchError]:
     """Compares all `tensors` of an artifact with a file's sketches; see `weight_errors`."""
@@ -241,13 +237,12 @@ def sketch_errors(
 
 
 def _known_site(name: str, scheme: Scheme) -> str | None:
-    """Returns the input site of a quantized linear; None for all other tensors."""
     return input_site(name) if scheme.is_quantized else None
 
 
 def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) -> dict[str, Any]:
-    """Returns the fields of `TensorError` except `rows`."""
     scheme = group.stored.uniform
+    output = _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
     return {
         "name": name,
         "scheme": group.label,
@@ -256,20 +251,17 @@ def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) ->
         "projection": 1 + _ratio(sums["along"], sums["square"]),
         "noise": _ratio(sums["error"], sums["expected"]),
         "shift": _ratio(sums["moved"], sums["steps"]),
-        "output_noise": (
-            _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
-        ),
+        "output_noise": output,
         "weighted": expectation(scheme, weighted).weighted,
         "chosen": expectation_key(scheme, weighted),
     }
 
 
 def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
-    """Sums ‖E p‖² over mixtures p, from the products E p, and the same for rounding to nearest."""
-    return {
-        "output": float(np.square(moved).sum()),
-        "expected_output": expected_noise(steps, mixtures),
-    }
+    """Σ ‖E p‖² over mixtures p, [m, K], where `moved` is E p, and where E is that of rounding."""
+    squares = np.square(mixtures, dtype=np.float64).sum(0)
+    expected = float(steps.rounding(mixtures.shape[1], squares).sum())
+    return {"output": float(np.square(moved).sum()), "expected_output": expected}
 
 
 def _compare(
@@ -315,10 +307,7 @@ def of_each_tensor(
 def paired_slabs(
     original: RowTensor, dequantized: RowTensor, stored: StoredTensor, limit: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields the first row of the tensor, and rows of both sources, float32, as matrices.
-
-    A slab of the dequantized tensor has at most `limit` bytes.
-    """
+    """Yields a slab's first row, and its rows of both sources as float32 matrices."""
     row_bytes, together = 4 * math.prod(stored.shape[1:]), stored.scheme.rows_together
     for start, stop in slab_bounds(stored.shape[0], row_bytes, limit, together):
         known, rows = (
@@ -331,11 +320,7 @@ def paired_slabs(
 
 
 def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) -> None:
-    """Checks that an original can be compared with.
-
-    Raises:
-        RequestError: a tensor that `original` lacks or that has another shape there.
-    """
+    """Raises RequestError for a tensor that `original` lacks or has in another shape."""
     for name, stored in tensors.items():
         if name not in original:
             raise RequestError(f"the original has no tensor {name}; give the model with -m")

@@ -1,28 +1,36 @@
 """Compares the errors of stored weights with their limits.
 
-Most quantities do not depend on the weights, only on their rounding: a sound artifact is at 1
-(noise) or 0 (shift), and other weights are far beyond. So these checks find another model even
-where its logits are as near as those of the right one in four bits. Limits that depend on the
-algorithm are in `expectations`. The quantities:
+Most quantities, see `WeightError`, do not depend on the weights, only on their rounding: a sound
+artifact is at 1 (noise) or 0 (shift), and other weights are far beyond. So these checks find
+another model even where its logits are as near as those of the right one in four bits. Limits that
+depend on the algorithm are in `expectations`. The projection is limited without clipping, and
+beyond five deviations of its rounding noise; the least squared error makes weights smaller.
 
-- `max_steps`: max |W−Ŵ| in steps of the scheme; of a block, row or group its root mean square, in
-  units of twice what rounding to nearest gives there.
-- `noise`: ‖W−Ŵ‖² in units of Σ step²/12, the noise of rounding that is uniform within a step.
-- `row`: the noise of the row where it is largest.
-- `shift`: |Σ(Ŵ−W)| / Σ step.
-- `projection`: |⟨W,Ŵ⟩/⟨W,W⟩ − 1|, without clipping, beyond five deviations of its rounding noise.
-  The least squared error counts clipping as an error, and makes weights smaller by its square.
-- `output`: ‖(Ŵ−W)X‖² in units of that of rounding to nearest, for the inputs X of a text.
-  Whatever an algorithm weighs errors by, it must not be much worse than rounding to nearest.
+An algorithm that weighs errors by data may move any weight by more than half a step, so limits of
+errors leave room for other weights. An encoder that runs again leaves none: see `reproduce`.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from rgexport.export.artifact import Artifact
+from rgexport.griffin.tensor import WeightSource
+from rgexport.progress import Advance
+from rgexport.quantize.plan import quantized
+from rgexport.quantize.statistics import StatisticsOf
 from rgexport.validate.checks import Check
 from rgexport.validate.weights.expectations import EXPECTATIONS, HALF_STEPS
-from rgexport.validate.weights.tensor_errors import SketchError, TensorError, WeightError
+from rgexport.validate.weights.tensor_errors import (
+    SketchError,
+    TensorError,
+    WeightError,
+    of_each_tensor,
+    paired_slabs,
+)
 
 SHIFT = 0.4
 """Limit of the shift: rounding has no direction, except in weights of a few values.
@@ -50,7 +58,6 @@ def weight_checks(errors: Sequence[WeightError]) -> Iterator[Check]:
 
 
 def sketch_checks(errors: Sequence[SketchError]) -> Iterator[Check]:
-    """Checks the errors by a reference file's sketches, as `weight_checks`."""
     return _worst_checks("reference", [(error, list(_sketch_limits(error))) for error in errors])
 
 
@@ -61,14 +68,9 @@ def _worst_checks(
     for error, limits in tensors:
         for quantity, value, limit in limits:
             why = REASONS.get(quantity, EXPECTATIONS[error.chosen].why)
-            check = Check(
-                name=f"{table}.{error.name}.{quantity}",
-                kind=f"{table}.{quantity}",
-                value=value,
-                limit=limit,
-                reason=f"{error.scheme}: {why}",
-            )
-            kinds[check.kind].append(check)
+            name, kind = f"{table}.{error.name}.{quantity}", f"{table}.{quantity}"
+            reason = f"{error.scheme}: {why}"
+            kinds[kind].append(Check(name=name, value=value, limit=limit, reason=reason, kind=kind))
     for checks in kinds.values():
         checks.sort(key=lambda check: check.excess, reverse=True)
         yield checks[0]
@@ -79,12 +81,9 @@ def _weight_limits(error: WeightError) -> Iterator[Limited]:
     expected = EXPECTATIONS[error.chosen]
     yield "max_steps", error.max_steps, expected.max_steps
     yield "noise", error.noise, HALF_STEPS if expected.bounded else expected.noise
-    yield from _shift_limit(error, error.values)
     clipping = 0.0 if expected.searched else error.clipping
-    uncertainty = 5 * error.relative_error / error.values**0.5
-    square = error.relative_error**2
-    yield _projection_limit(error, square, expected.shrinks, clipping, uncertainty)
-    yield from _output_limit(error)
+    square, deviation = error.relative_error**2, error.relative_error / error.values**0.5
+    yield from _shared_limits(error, error.values, square, expected.shrinks, deviation, clipping)
 
 
 def _sketch_limits(error: SketchError) -> Iterator[Limited]:
@@ -97,7 +96,6 @@ def _sketch_limits(error: SketchError) -> Iterator[Limited]:
     count = error.directions or error.columns
     limit = expected.row_noise * _most(count, 1 / count, CHANCE / error.rows)
     yield "row", error.worst_row, limit
-    yield from _shift_limit(error, values)
     # Without the weights it is not known how many clip: by rounding to nearest, too, some shrink.
     square = min(error.relative_error**2, expected.noise * error.expected_error**2)
     if error.estimated and error.directions:  # from as many independent products of W and E
@@ -107,45 +105,84 @@ def _sketch_limits(error: SketchError) -> Iterator[Limited]:
     if error.directions and not error.estimated:  # √(2/known): the relative error of ‖W−Ŵ‖²
         deviation += square * (2 / known) ** 0.5 / 2
     shrinks = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
-    yield _projection_limit(error, square, shrinks, 0.0, 5 * deviation)
-    yield from _output_limit(error)
+    yield from _shared_limits(error, values, square, shrinks, deviation)
 
 
-def _projection_limit(
+def _shared_limits(
     error: TensorError,
+    values: int,
     square: float,
     shrinks: tuple[float, float],
-    clipping: float,
-    uncertainty: float,
-) -> Limited:
-    """Compares the projection with the middle of its expected range.
+    deviation: float,
+    clipping: float = 0.0,
+) -> Iterator[Limited]:
+    """Limits the shift, the distance of the projection from the middle of its range, the output.
 
-    With ρ² = ‖W−Ŵ‖²/‖W‖², the `square`, the least squared error changes it by -ρ², unbiased
-    rounding by 0; `shrinks` is in units of ρ².
+    With ρ² = ‖W−Ŵ‖²/‖W‖², the `square`, the least squared error changes the projection by -ρ²,
+    unbiased rounding by 0; `shrinks` is in units of ρ².
     """
-    least, most = shrinks
+    expected, (least, most) = EXPECTATIONS[error.chosen], shrinks
+    if error.quantized:
+        yield "shift", abs(error.shift), SHIFT + 5 / math.sqrt(12 * values)
     change = error.projection - 1 - clipping + square * (least + most) / 2
-    tolerance = EXPECTATIONS[error.chosen].projection + square * (most - least) / 2
-    return "projection", abs(change), tolerance + uncertainty
+    tolerance = expected.projection + square * (most - least) / 2
+    yield "projection", abs(change), tolerance + 5 * deviation
+    if error.output_noise is not None and error.quantized:
+        # Mixtures of inputs that are alike count as two.
+        limit = expected.output_noise * _most(2 * error.rows, 0.5 / error.rows)
+        yield "output", error.output_noise, limit
 
 
 def _most(products: float, share: float, chance: float = CHANCE) -> float:
     """Returns the value that a mean of squares of random products, expected 1, exceeds by chance.
 
-    Laurent and Massart (2000, lemma 1), for as many `products` of equal shares or as uneven ones;
-    no share is larger than `share`.
+    Laurent and Massart (2000, lemma 1), for as many `products` of at most the `share` each.
     """
     x = -math.log(chance)
     return 1 + 2 * math.sqrt(x / products) + 2 * x * share
 
 
-def _shift_limit(error: TensorError, values: int) -> Iterator[Limited]:
-    if error.quantized:
-        yield "shift", abs(error.shift), SHIFT + 5 / math.sqrt(12 * values)
+_SAME = 2.0**-9
+"""Levels of 8 bits differ by 2⁻⁸ at least; Core ML rounds their products with scales to float16."""
+_SLAB_BYTES = 4 << 20
+"""Float32 bytes of a slab: statistics are read once for many rows."""
 
 
-def _output_limit(error: TensorError) -> Iterator[Limited]:
-    if error.output_noise is not None and error.quantized:
-        # Mixtures of inputs that are alike count as two.
-        limit = EXPECTATIONS[error.chosen].output_noise * _most(2 * error.rows, 0.5 / error.rows)
-        yield "output", error.output_noise, limit
+@dataclass(frozen=True, kw_only=True)
+class Reproduced:
+    """How many of a tensor's `values` are stored as other values than the encoder gives."""
+
+    name: str
+    scheme: str
+    values: int
+    different: int
+
+
+def reproduce(
+    artifact: Artifact, original: WeightSource, statistics: StatisticsOf
+) -> list[Reproduced]:
+    """Compares all quantized tensors of an artifact with the encoded original's."""
+    manifest = artifact.manifest
+    tensors = {name: t for name, t in manifest.tensors.items() if t.scheme.is_quantized}
+    encoded = quantized({name: original[name] for name in tensors}, manifest.plan, statistics)
+
+    def compare(name: str, advance: Advance) -> Reproduced:
+        stored, different = tensors[name], 0
+        pairs = paired_slabs(encoded[name], artifact.weights[name], stored, _SLAB_BYTES)
+        for _, expected, rows in pairs:
+            same = np.abs(rows - expected) <= _SAME * np.abs(expected)  # false for NaN
+            different += int((~same).sum())
+            advance(expected.nbytes)
+        values = math.prod(stored.shape)
+        return Reproduced(name=name, scheme=stored.scheme.label, values=values, different=different)
+
+    return of_each_tensor("Encoding the weights again", tensors, compare)
+
+
+def reproduced_checks(tensors: list[Reproduced]) -> Iterator[Check]:
+    """Checks the tensor that differs most, and every tensor that differs."""
+    worst = sorted(tensors, key=lambda tensor: -tensor.different)
+    for one in worst[:1] + [tensor for tensor in worst[1:] if tensor.different]:
+        name, value = f"reproduced.{one.name}", float(one.different)
+        reason = f"{one.scheme}: weights that the encoder stores as other values"
+        yield Check(name=name, value=value, limit=0, reason=reason, kind="reproduced")

@@ -15,8 +15,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.checks import TENSOR_CHECKS
-from rgexport.validate.metrics import agreement, compare_logits, kl_summary, logit_error
-from rgexport.validate.opening import ValidationRequest
+from rgexport.validate.metrics import StateError, agreement, compare_logits, kl_summary, logit_error
 from rgexport.validate.reference import against
 from rgexport.validate.reference.capture import capture, choose_positions
 from rgexport.validate.reference.reference_file import (
@@ -25,8 +24,7 @@ from rgexport.validate.reference.reference_file import (
     encode_logits,
     read_reference,
 )
-from rgexport.validate.run import validate_artifacts
-from rgexport.validate.states import StateError
+from rgexport.validate.run import ValidationRequest, validate_artifacts
 from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG
@@ -56,7 +54,7 @@ def held(artifact: Path, reference: ReferenceFile) -> against.AgainstFile:
 
 
 def failed(artifact: Path, found: against.AgainstFile) -> list[str]:
-    checks = against.file_checks(found, open_artifact(artifact).manifest)
+    checks = against.file_checks(found, open_artifact(artifact).manifest, {})
     return [check.name for check in checks if not check.passed and check.kind not in TENSOR_CHECKS]
 
 

@@ -14,10 +14,8 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
-from rgexport.validate import states
-from rgexport.validate.reference import implementations
-from rgexport.validate.reference.capture import capture
-from rgexport.validate.reference.implementations import choose_implementation
+from rgexport.validate import metrics
+from rgexport.validate.reference.capture import OWN, ROOM, capture, choose_implementation
 from rgexport.validate.reference.reference_file import is_reference, read_reference, write_reference
 from tests.command_line import rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
@@ -36,7 +34,7 @@ def captured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LOGITS_BYTES": 0, "LEAST_POSITIONS": 5}.items():
             patch.setattr(f"{CAPTURE}.{name}", value)
-        patch.setattr(states, "FIRST_CHECKPOINT", 8)
+        patch.setattr(metrics, "FIRST_CHECKPOINT", 8)
         source = open_checkpoint(model)
         file = capture(source, folder / "r", prompts=folder / "p", device="cpu")
     header = read_reference(file).header
@@ -212,12 +210,12 @@ def test_weights_stay_in_memory_only_where_they_fit(small, monkeypatch, capsys):
     needed = sum(4 * math.prod(weights[name].shape) for name in model_tensors(config))
 
     def keeps(free: int | None, low_memory: bool = False) -> bool:
-        monkeypatch.setattr(implementations, "available_bytes", lambda: free)
-        model = choose_implementation(implementations.OWN, "cpu", low_memory)(config, weights)
+        monkeypatch.setattr(f"{CAPTURE}.available_bytes", lambda: free)
+        model = choose_implementation(OWN, "cpu", low_memory)(config, weights)
         model.logits(model.run(np.array([[1, 2, 3]]))[0])
         return bool(vars(model)["_layers"]) and bool(vars(model)["_head"])
 
-    enough = int(implementations.ROOM * needed) + implementations.WORKING_BYTES + 1
+    enough = int(ROOM * needed) + (2 << 30) + 1
     assert keeps(enough) and not keeps(enough, low_memory=True)
     assert "one layer at a time" not in capsys.readouterr().err
     assert not keeps(enough - 2) and not keeps(None)

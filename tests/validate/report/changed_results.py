@@ -5,7 +5,7 @@ import math
 
 from rgexport.validate.bisect.sites import site_report
 from rgexport.validate.bisect.suspects import Suspect
-from rgexport.validate.positions import TokenChoice
+from rgexport.validate.measure import TokenChoice
 
 HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7*7 }}&amp;"""
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.result_schema import as_text, result_schema
 from rgexport import progress
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -23,16 +24,14 @@ from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
 from rgexport.reporting.page import breakable, visible
 from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.continuations import Continuation
-from rgexport.validate.opening import ValidationRequest
+from rgexport.validate.metrics import worst
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page, write_html
-from rgexport.validate.report.schema import as_text, result_schema
 from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import Result, Speed, require_writable, write_json
-from rgexport.validate.run import validate_artifact
-from rgexport.validate.states import worst
+from rgexport.validate.run import ValidationRequest, validate_artifact
 from tests.validate.report import changed_results as changes
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "validate.schema.json"

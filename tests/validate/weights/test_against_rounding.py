@@ -9,8 +9,8 @@ from rgexport.griffin.state import zero_state
 from rgexport.quantize.statistics import no_statistics
 from rgexport.validate.costs import rounding_cost
 from rgexport.validate.reference_pass import run_reference
-from rgexport.validate.weights.reproduced import reproduce, reproduced_checks
 from rgexport.validate.weights.sketch import MIXTURES, MixtureRecorder
+from rgexport.validate.weights.weight_limits import reproduce, reproduced_checks
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, weight_source

@@ -17,8 +17,13 @@ from rgexport.quantize.scheme import Affine, Float, Ggml, Mixed, Palette, RowGro
 from rgexport.quantize.statistics import Hessian, Statistics
 from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
-from rgexport.validate.weights.steps import decay_steps, shown_steps
-from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors, weight_errors
+from rgexport.validate.weights.tensor_errors import (
+    SketchError,
+    decay_steps,
+    shown_steps,
+    sketch_errors,
+    weight_errors,
+)
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.llama_tools import needs_llama_cpp
 from tests.row_groups import ASYMMETRIC, INT4, INT8

@@ -1,17 +1,16 @@
-"""The text side of a model's identity: its tokenizer, chat template and settings.
+"""The items by which an artifact's identity is judged: short texts by their names.
 
-Each is an item, a short text by its name. Items of a checkpoint are those of the folder that an
-export makes of its files, so that they can be compared with an artifact's one by one.
+Those of a checkpoint's tokenizer, template and settings are of the folder that an export makes.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from rgexport._version import __version__
 from rgexport.chat.sample_text import built_in_text
@@ -35,7 +34,83 @@ from rgexport.griffin.tokenizer_files import (
 )
 from rgexport.kernels.onnx.library import LIBRARY
 from rgexport.progress import without_warnings
-from rgexport.validate.identity.items import IdentityItem, compared, first_names, not_compared
+from rgexport.validate.checks import Check
+
+IdentityOutcome = Literal["same", "asked for", "differs", "not compared"]
+_RANK: dict[IdentityOutcome, int] = {"differs": 3, "asked for": 2, "same": 1, "not compared": 0}
+"""An item that is compared twice has the outcome of the higher rank."""
+
+_MOST_NAMED = 6
+
+
+@dataclass(frozen=True)
+class IdentityItem:
+    """One property that identifies a model, of an artifact and of what it is compared with.
+
+    Values are in words, null where there is none or nothing is known. The outcome is `asked for` if
+    the manifest says that the export was asked for the difference.
+    """
+
+    name: str
+    artifact: str | None
+    expected: str | None
+    outcome: IdentityOutcome
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Such as `window: 64, asked for at the export (the original has 128)`."""
+        ours, theirs = ("none" if one is None else one for one in (self.artifact, self.expected))
+        note = ", asked for at the export" if self.outcome == "asked for" else ""
+        return f"{self.name}: {ours}{note} ({self.reason} {theirs})"
+
+
+def compared(
+    name: str, artifact: str | None, expected: str | None, reason: str, asked_for: bool = False
+) -> IdentityItem:
+    outcome: IdentityOutcome = "asked for" if asked_for else "differs"
+    outcome = "same" if artifact == expected else outcome
+    return IdentityItem(name, artifact, expected, outcome, reason)
+
+
+def not_compared(name: str, artifact: str | None, reason: str) -> IdentityItem:
+    return IdentityItem(name, artifact, None, "not compared", reason)
+
+
+def merge_items(items: Iterable[IdentityItem]) -> tuple[IdentityItem, ...]:
+    """Keeps one item of each name: the first of the highest rank."""
+    chosen: dict[str, IdentityItem] = {}
+    for item in items:
+        before = chosen.get(item.name)
+        if before is None or _RANK[item.outcome] > _RANK[before.outcome]:
+            chosen[item.name] = item
+    return tuple(chosen.values())
+
+
+def identity_checks(items: Sequence[IdentityItem]) -> Iterator[Check]:
+    wrong = [item for item in items if item.outcome == "differs"]
+    for item in wrong:
+        name = f"identity.{item.name}"
+        yield Check(name=name, value=1, limit=0, reason=item.sentence, kind="identity")
+    if not wrong:
+        yield Check(name="identity", value=0, limit=0, reason=summary(items))
+
+
+def summary(items: Sequence[IdentityItem]) -> str:
+    """Names the items that were asked for, differ, or could not be compared, in one line."""
+    sentences = [item.sentence for item in items if item.outcome == "asked for"]
+    if same := sum(item.outcome == "same" for item in items):
+        sentences.append(f"{same} items as expected (configuration, tokenizer, settings, files)")
+    for outcome in ("differs", "not compared"):
+        names = [item.name for item in items if item.outcome == outcome]
+        sentences += [f"{outcome}: {first_names(names)}"] if names else []
+    return "; ".join(sentences)
+
+
+def first_names(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + rest
+
 
 Items = Mapping[str, str | None]
 """Name → value in words; None where there is none."""
@@ -56,19 +131,13 @@ _HARD_TEXTS = (
 _CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
 NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
 """The items of `meaning` where there is no tokenizer."""
-_MOST_CUT = 256
-"""Characters of a piece that is cut in two at each place: far more than any has."""
 _MOST_SHOWN = 200
 """Most characters of a JSON file that is shown whole; longer ones are shown as a hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextIdentity:
-    """The text side of a checkpoint of a `layout`, as an export would write it.
-
-    `made` are the files that rgexport `version` converted or completed; the others are copies. The
-    items are those of `folder_items`.
-    """
+    """The text side of a checkpoint; rgexport `version` converted or completed the files `made`."""
 
     layout: str
     version: str
@@ -77,7 +146,6 @@ class TextIdentity:
 
 
 def text_identity(checkpoint: Checkpoint) -> TextIdentity:
-    """Reads the text side of a checkpoint; raises RequestError if a file cannot be read."""
     before = {path.name: file_text(path) for path in checkpoint.tokenizer_files}
     with completed_copy(checkpoint.tokenizer_files, checkpoint.name) as (folder, _):
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
@@ -88,11 +156,7 @@ def text_identity(checkpoint: Checkpoint) -> TextIdentity:
 
 @contextmanager
 def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, ControlIds]]:
-    """Copies a tokenizer's files and completes them as an export does; yields folder and ids.
-
-    Raises:
-        RequestError: a file is too large, or no file, or the settings cannot be read.
-    """
+    """Copies a tokenizer's files and completes them as an export does; yields folder and ids."""
     with TemporaryDirectory() as temporary, without_warnings():
         folder, paths = Path(temporary), list(files)
         for path in paths:
@@ -105,14 +169,9 @@ def completed_copy(files: Iterable[Path], name: str) -> Iterator[tuple[Path, Con
 
 
 def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
-    """Compares the files beside a model with those that this version writes.
+    """Compares the files beside a model with those that this version writes for its manifest.
 
-    They follow from the manifest and the artifact's own tokenizer. Copies of the checkpoint's files
-    are left out: they are compared with the original's. Files that rgexport does not write are one
-    item, which names them.
-
-    Raises:
-        RequestError: a file is too large, or the tokenizer's settings cannot be read.
+    Copies of the checkpoint's files are left out. Files that rgexport does not write are one item.
     """
     manifest, folder = artifact.manifest, artifact.path
     form, names = folder_format(manifest.kind), files_of(folder)
@@ -139,13 +198,7 @@ def written_files(artifact: Artifact) -> Iterator[IdentityItem]:
 def folder_items(
     folder: Path, vocab_size: int, tokenizer: Tokenizer | None
 ) -> dict[str, str | None]:
-    """The items of a folder: each of the tokenizer's files, and their `meaning`.
-
-    `vocab_size` counts the rows of the embedding; `tokenizer` is the folder's.
-
-    Raises:
-        RequestError: a file cannot be read.
-    """
+    """The items of a folder: each of the tokenizer's files, and their `meaning`."""
     items = {name: file_text(folder / name) for name in TOKENIZER_FILES}
     if tokenizer is None:
         return items | NO_MEANING
@@ -159,11 +212,7 @@ def folder_items(
 def meaning(
     tokenizer: Tokenizer, vocabulary: Vocabulary | None, control: ControlTokens, template: str
 ) -> dict[str, str | None]:
-    """The items that formats share.
-
-    `vocabulary` covers pieces, scores, types and the space in front; `tokenization` the ids of the
-    built-in text and of hard cases.
-    """
+    """The items that formats share, of a vocabulary and of the ids of some texts."""
     tokens = (
         control.bos,
         control.eos or control.end_of_turn,  # as in GGUF files
@@ -172,20 +221,18 @@ def meaning(
         control.pad,
     )
     control_ids = [None if token is None else str(token.id) for token in tokens]
+    pieces = None
+    if (known := vocabulary) is not None:
+        columns = known.tokens, known.types.tolist(), _merge_ranks(known), known.add_space_prefix
+        pieces = _counted(len(known.tokens), "pieces", json.dumps(columns))
     texts = built_in_text(), *_HARD_TEXTS
     ids = [tokenizer.encode_markup(texts[0]), *map(tokenizer.encode_text, texts)]
     return {
-        "vocabulary": None if vocabulary is None else _vocabulary_text(vocabulary),
+        "vocabulary": pieces,
         "tokenization": _counted(sum(map(len, ids)), "tokens", json.dumps(ids)),
         "chat_template": _counted(len(template), "characters", template),
         **dict(zip(_CONTROL, control_ids, strict=True)),
     }
-
-
-def _vocabulary_text(vocabulary: Vocabulary) -> str:
-    columns = vocabulary.tokens, vocabulary.types.tolist(), _merge_ranks(vocabulary)
-    content = json.dumps([*columns, vocabulary.add_space_prefix])
-    return _counted(len(vocabulary.tokens), "pieces", content)
 
 
 def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
@@ -197,14 +244,14 @@ def _merge_ranks(vocabulary: Vocabulary) -> list[tuple[int, int]]:
     tokens, scores = vocabulary.tokens, vocabulary.scores.tolist()
     normal = [i for i, kind in enumerate(vocabulary.types.tolist()) if kind == NORMAL]
     known = {tokens[i] for i in normal}
-    merged = [i for i in normal if len(tokens[i]) > _MOST_CUT or _is_merged(tokens[i], known)]
+
+    def is_merged(piece: str) -> bool:
+        return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
+
+    merged = [i for i in normal if len(tokens[i]) > 256 or is_merged(tokens[i])]
     keys = [(not tokens[i].strip("▁"), -scores[i]) for i in merged]
     ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
     return [(i, ranks[key]) for i, key in zip(merged, keys, strict=True)]
-
-
-def _is_merged(piece: str, known: set[str]) -> bool:
-    return any(piece[:n] in known and piece[n:] in known for n in range(1, len(piece)))
 
 
 def _counted(count: int, what: str, content: str) -> str:
@@ -212,13 +259,7 @@ def _counted(count: int, what: str, content: str) -> str:
 
 
 def file_text(path: Path) -> str | None:
-    """Returns the text of a short JSON file, a hash of others, or None if the file is missing.
-
-    Neither the order of JSON's fields nor white space counts.
-
-    Raises:
-        RequestError: it is too large, or no regular file.
-    """
+    """The text of a short JSON file in canonical form, a hash of others, None if it is missing."""
     try:
         content = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
@@ -240,16 +281,13 @@ def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
     with suppress(ValueError, RecursionError, OSError):
         ours, theirs = (_fields(parse_json(read_regular(file))) for file in (path, expected))
         names = [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
-        first, second = (
-            ", ".join(f"{name} {side.get(name)}" for name in names) for side in (ours, theirs)
-        )
-        if max(len(first), len(second)) <= _MOST_SHOWN:
-            return first, second
+        both = [", ".join(f"{n} {side.get(n)}" for n in names) for side in (ours, theirs)]
+        if max(map(len, both)) <= _MOST_SHOWN:
+            return both[0], both[1]
     return pair
 
 
 def _fields(value: Any, name: str = "") -> dict[str, str]:
-    """Dotted name of each field of nested objects → its value as JSON."""
     if not isinstance(value, dict):
         return {name: json.dumps(value)}
     fields: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """The JSON schema of `validate --json`, made from the dataclasses that are written.
 
-`python -m rgexport.validate.report.schema > docs/validate.schema.json` publishes it.
+`python -m bench.result_schema > docs/validate.schema.json` publishes it.
 """
 
 import dataclasses
@@ -10,9 +10,8 @@ import types
 import typing
 from typing import Any
 
-from rgexport.validate.checks import Check, Outcome
+from rgexport.validate.checks import Check, Outcome, Quality
 from rgexport.validate.measure import Comparison
-from rgexport.validate.quality import Quality
 from rgexport.validate.result import SCHEMA_VERSION, Result, Scope
 
 _PLAIN: dict[type, dict[str, Any]] = {
@@ -50,12 +49,10 @@ def result_schema() -> dict[str, Any]:
 
 
 def as_text() -> str:
-    """The text of the schema's file, without the last newline."""
     return json.dumps(result_schema(), indent=1, ensure_ascii=False)
 
 
 def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Returns a reference to a dataclass; adds its definition if it is missing."""
     name = kind.__name__
     if name not in definitions:
         every = typing.get_type_hints(kind)

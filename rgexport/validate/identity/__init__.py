@@ -1,1 +1,0 @@
-"""Compares what identifies a model, apart from its weights, with the original's."""
