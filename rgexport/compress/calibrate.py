@@ -1,6 +1,7 @@
 """`rgexport calibrate`: collects statistics of a model on a text, for its quantization."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,8 @@ from rgexport.compress.calibration_folder import (
     StatisticsFile,
     open_calibration_folder,
 )
-from rgexport.compress.cluster import spread_layer, spread_statistics
-from rgexport.compress.passages import LENGTH, Passages, join, read_text
-from rgexport.compress.sampling import sample
+from rgexport.compress.cluster import SpreadStatistics, spread_layer
+from rgexport.compress.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.errors import RequestError
 from rgexport.export.advice import as_argument
 from rgexport.export.origin import folder_of
@@ -30,14 +30,13 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.device import torch_device
 from rgexport.progress import expect_stages, group, note
-from rgexport.quantize.calibration import Calibration, is_calibration, open_calibration
+from rgexport.quantize.calibration import is_calibration, open_calibration
 from rgexport.quantize.calibration_format import (
     FREQUENCY,
     HELD_OUT,
     HELD_OUT_LENGTHS,
     LENGTHS,
     TOKENS,
-    Arrays,
     Provenance,
     arrays_of,
 )
@@ -69,7 +68,6 @@ class CalibrationOptions:
             held-out tokens. None: none with a user's text, else five sixths, or all without a
             tokenizer.
         gradient_tokens: tokens with gradients, in whole sequences, at least one.
-        seed: of all random numbers.
         device: where torch computes; `auto` is CUDA where there is one.
 
     Raises:
@@ -85,7 +83,6 @@ class CalibrationOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuses contradictions."""
         for name, value, least, most in (
             ("--tokens", self.tokens, 1, _MOST_TOKENS),
             ("--gradient-tokens", self.gradient_tokens, 1, _MOST_TOKENS),
@@ -93,10 +90,9 @@ class CalibrationOptions:
             ("--sampled", self.sampled, 0, _MOST_TOKENS),
             ("--held-out", self.held_out, 0, _MOST_TOKENS),
         ):
-            if value is not None and value < least:
-                raise RequestError(f"{name} is {value}; expected at least {least}")
-            if value is not None and value > most:
-                raise RequestError(f"{name} is {value}; expected at most {most}")
+            if value is not None and not least <= value <= most:
+                limit = f"at least {least}" if value < least else f"at most {most}"
+                raise RequestError(f"{name} is {value}; expected {limit}")
         if self.tokens is None or self.sampled is None:
             return
         if self.sampled > self.tokens:
@@ -107,40 +103,32 @@ class CalibrationOptions:
             )
 
     def for_model(self, config: GriffinConfig, *, readable: bool) -> "CalibrationOptions":
-        """Returns a copy with all defaults; `readable`: the model's tokenizer can read text.
-
-        Raises:
-            RequestError: no tokens are left for the text.
-        """
+        """Returns a copy with all defaults; `readable`: the model's tokenizer can read text."""
         small = config.width <= _SMALL
         tokens = _TOKENS[small] if self.tokens is None else self.tokens
-        part = tokens // _HELD_OUT[small] // LENGTH * LENGTH
-        built_in = tokens // _BUILT_IN_PART if readable else 0
-        sampled = 0 if self.text is not None else tokens - built_in
-        sampled = sampled if self.sampled is None else self.sampled
-        return replace(
-            self,
-            text=BUILT_IN if not sampled and self.text is None else self.text,
-            tokens=tokens,
-            held_out=part if self.held_out is None else self.held_out,
-            sampled=sampled,
-        )
+        sampled, held_out, text = self.sampled, self.held_out, self.text
+        if sampled is None:
+            built_in = tokens // _BUILT_IN_PART if readable else 0
+            sampled = 0 if text is not None else tokens - built_in
+        if held_out is None:
+            held_out = tokens // _HELD_OUT[small] // LENGTH * LENGTH
+        if not sampled and text is None:
+            text = BUILT_IN
+        return replace(self, text=text, tokens=tokens, held_out=held_out, sampled=sampled)
 
     @property
     def from_model(self) -> int:
-        """The number of sampled tokens."""
-        assert self.sampled is not None, "see `for_model`"
+        assert self.sampled is not None
         return self.sampled
 
     @property
     def from_text(self) -> int:
-        """The most tokens of the text."""
-        assert self.tokens is not None, "see `for_model`"
+        assert self.tokens is not None
         return self.tokens - self.from_model
 
     def with_held_out(self, tokens: int) -> int:
         """Returns `tokens` of the statistics plus the held-out tokens beside them."""
-        assert self.tokens is not None and self.held_out is not None, "see `for_model`"
+        assert self.tokens is not None and self.held_out is not None
         return tokens + tokens * self.held_out // self.tokens
 
     def split(self, text: Passages) -> tuple[Passages, Passages]:
@@ -157,14 +145,12 @@ class CalibrationOptions:
 
     @property
     def source(self) -> str:
-        """The origin of the text, for people."""
         sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
         read = self.text_name if self.from_text else ""
         return " and ".join(filter(None, (sampled, read)))
 
     @property
     def text_name(self) -> str:
-        """The name of the text, for people."""
         if self.text is None or self.text == BUILT_IN:
             return "the built-in text"
         return f"the text of {self.text.name}"
@@ -208,7 +194,6 @@ def calibrate(
 
 
 def closing_line(checkpoint: Checkpoint, target: Path) -> str:
-    """Returns the last line of the command's output."""
     model = as_argument(checkpoint.path)
     return (
         f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
@@ -233,7 +218,6 @@ def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
 def _read_text(
     options: CalibrationOptions, tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[np.ndarray]:
-    """Returns the sequences of the user's text, or of the built-in one."""
     if not options.from_text:
         return []
     if tokenizer is None:
@@ -261,7 +245,6 @@ def _text(
     options: CalibrationOptions,
     read: list[np.ndarray],
 ) -> Passages:
-    """Returns the text of an earlier run, or samples a new one and joins it with that read."""
     tokens, lengths = folder.load(TOKENS), folder.load(LENGTHS)
     if tokens is not None and lengths is not None:
         expect_stages(3)  # nothing is sampled now
@@ -291,7 +274,6 @@ def collect(
     device: str,
     workers: Cluster | None = None,
 ) -> None:
-    """Writes the statistics of the text, and the held-out tokens, into the file."""
     from rgexport.compress.statistics import Collector, run_layer
     from rgexport.griffin.reference import Reference
 
@@ -311,7 +293,8 @@ def collect(
     if len(held_out.tokens):
         texts |= {HELD_OUT: held_out.tokens, HELD_OUT_LENGTHS: held_out.lengths}
     arrays = arrays_of(config, texts)
-    require_free_disk(folder.path, _free_bytes(arrays, len(text.tokens) * config.width))
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values())
+    require_free_disk(folder.path, size + 2 * 4 * len(text.tokens) * config.width)
     file = StatisticsFile(folder, provenance, arrays)
     counts = np.bincount(text.tokens, minlength=config.vocab_size)
     frequency = (counts / len(text.tokens)).astype(np.float32)
@@ -319,11 +302,6 @@ def collect(
     model = Reference(config, checkpoint.weights, device=device)
     run = spread_layer(workers, checkpoint, device) if workers else partial(run_layer, model)
     Collector(model, text, gradients, folder, file, options.seed, run).collect()
-
-
-def _free_bytes(arrays: Arrays, stream: int) -> int:
-    sizes = (dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
-    return sum(sizes) + 2 * 4 * stream
 
 
 @contextmanager
@@ -339,23 +317,16 @@ def known_statistics(
         RequestError: the file cannot be read or is of another model, or there is no cluster.
     """
     with connected(cluster) as workers:
-        calibration = _open_or_calibrate(checkpoint, file, workers)
+        if file is None:
+            file = Path(f"{checkpoint.name}{SUFFIX}")
+            if file.exists():
+                note(f"Taking the calibration {file}")
+            else:
+                with group("Calibration"):
+                    calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
+        calibration = open_calibration(file)
+        calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
         if workers is None:
             yield Calibrated(calibration, checkpoint.config)
         else:
-            yield spread_statistics(workers, calibration, checkpoint.config)
-
-
-def _open_or_calibrate(
-    checkpoint: Checkpoint, file: Path | None, workers: Cluster | None
-) -> Calibration:
-    if file is None:
-        file = Path(f"{checkpoint.name}{SUFFIX}")
-        if file.exists():
-            note(f"Taking the calibration {file}")
-        else:
-            with group("Calibration"):
-                calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
-    calibration = open_calibration(file)
-    calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
-    return calibration
+            yield SpreadStatistics(workers, calibration, checkpoint.config)

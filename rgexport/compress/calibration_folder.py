@@ -46,11 +46,6 @@ class CalibrationFolder:
             np.save(file, array, allow_pickle=False)
 
     def load(self, name: str) -> np.ndarray | None:
-        """Returns an array, or None if it was not saved.
-
-        Raises:
-            RequestError: its file cannot be read.
-        """
         try:
             array: np.ndarray = np.load(self._path(name), allow_pickle=False)
         except FileNotFoundError:
@@ -62,7 +57,6 @@ class CalibrationFolder:
         return array
 
     def remove(self, name: str) -> None:
-        """Removes an array, if it was saved."""
         self._path(name).unlink(missing_ok=True)
 
     def steps(self, name: str) -> list[int]:
@@ -80,52 +74,37 @@ def open_calibration_folder(
 ) -> CalibrationFolder:
     """Creates the folder, or opens it if an earlier run had the same request.
 
-    Args:
-        folder: the folder.
-        request: options and hashes that determine the result, as JSON.
-        force: whether to delete the folder if its request differs.
+    The request is JSON that determines the result. `force` replaces work of another request.
 
     Raises:
         RequestError: the folder has no request, or a different one and `force` is not set.
     """
+    file = folder / _REQUEST
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _check_request(folder, request, force)
-    if not (folder / _REQUEST).exists():
+        if not file.is_file():
+            raise RequestError(
+                f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
+            )
+        earlier = read_json(file)
+        differing = [key for key in request if earlier.get(key) != request[key]]
+        if differing and not force:
+            raise RequestError(
+                f"{folder} is the unfinished work of another request ({', '.join(differing)} "
+                "differ); repeat that to finish it, or pass --force to start anew"
+            )
+        if differing:
+            shutil.rmtree(folder)
+    if not file.exists():
         folder.mkdir(exist_ok=True)
-        text = json.dumps(request, indent=2, sort_keys=True) + "\n"
-        (folder / _REQUEST).write_text(text, "utf-8")
+        file.write_text(json.dumps(request, indent=2, sort_keys=True) + "\n", "utf-8")
     return CalibrationFolder(folder)
-
-
-def _check_request(folder: Path, request: Mapping[str, Any], force: bool) -> None:
-    """Refuses a folder whose request differs from `request`; deletes it if `force` is set."""
-    if not (folder / _REQUEST).is_file():
-        raise RequestError(
-            f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
-        )
-    earlier = read_json(folder / _REQUEST)
-    differing = [key for key in request if earlier.get(key) != request[key]]
-    if not differing:
-        return
-    if not force:
-        raise RequestError(
-            f"{folder} is the unfinished work of another request ({', '.join(differing)} differ); "
-            "repeat that to finish it, or pass --force to start anew"
-        )
-    shutil.rmtree(folder)
 
 
 class StatisticsFile:
     """The calibration file, a safetensors file whose arrays may be written in any order."""
 
     def __init__(self, folder: CalibrationFolder, provenance: Provenance, arrays: Arrays):
-        """Creates the file at its full size; keeps one of that size, from an earlier run.
-
-        Args:
-            folder: the folder for the file.
-            provenance: metadata for the file's header.
-            arrays: name → dtype and shape of every array.
-        """
+        """Creates the file at its full size; keeps one of that size, from an earlier run."""
         self._path = folder.path / COMPLETE
         file_header = header(arrays, provenance.as_metadata())
         sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values()]
@@ -137,11 +116,7 @@ class StatisticsFile:
                 file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes some of the arrays durably.
-
-        Raises:
-            ValueError: an array has another dtype or shape than was declared.
-        """
+        """Writes some of the arrays durably."""
         with self._path.open("r+b") as file:
             for name, array in arrays.items():
                 dtype, shape = self._arrays[name]

@@ -32,12 +32,6 @@ class HeadStatistics:
     gradient: Tensor
 
 
-class _Sums:
-    def __init__(self, vocab_size: int):
-        self.probability = np.zeros(vocab_size)
-        self.fisher = np.zeros(vocab_size)
-
-
 @torch.no_grad()
 def head_statistics(
     model: Reference, hidden: Tensor, gradients: int, seed: int, advance: Advance
@@ -46,29 +40,24 @@ def head_statistics(
 
     The first `gradients` tokens get labels and gradients.
     """
-    sums, drawn = _Sums(model.config.vocab_size), np.random.default_rng(seed).random(gradients)
+    sums = np.zeros((2, model.config.vocab_size))
+    drawn = np.random.default_rng(seed).random(gradients).astype(np.float32)
     step = max(1, _LOGIT_BYTES // (4 * model.config.vocab_size))
     labels, gradient = [], []
     for start in range(0, len(hidden), step):
         tokens = hidden[start : start + step]
         logits = _Logits(model, tokens)
         logits.add_to(sums)
-        points = torch.from_numpy(drawn[start : start + step].astype(np.float32)).to(hidden.device)
+        points = torch.from_numpy(drawn[start : start + step]).to(hidden.device)
         if len(points):
             labels.append(logits.draw(points))
             gradient.append(logits.gradient(labels[-1]))
         advance(len(tokens))
-    return HeadStatistics(
-        (sums.probability / len(hidden)).astype(np.float32),
-        (sums.fisher / len(hidden)).astype(np.float32),
-        torch.cat(labels).cpu().numpy(),
-        torch.cat(gradient),
-    )
+    probability, fisher = (sums / len(hidden)).astype(np.float32)
+    return HeadStatistics(probability, fisher, torch.cat(labels).cpu().numpy(), torch.cat(gradient))
 
 
 class _Logits:
-    """Soft-capped logits of some tokens, computed in slabs of the vocabulary."""
-
     def __init__(self, model: Reference, hidden: Tensor):
         self._model, self._cap = model, model.config.soft_cap
         shape = len(hidden), model.config.vocab_size
@@ -88,22 +77,19 @@ class _Logits:
         slope = 1 - (part / self._cap).square_() if self._cap else 1.0
         return (part - self._log_sum).exp_(), slope
 
-    def _slabs(self) -> range:
-        return range(0, self._values.shape[1], _SLAB)
-
-    def add_to(self, sums: _Sums) -> None:
-        """Adds these tokens to the sums over all."""
-        for start in self._slabs():
+    def add_to(self, sums: np.ndarray) -> None:
+        """Adds these tokens to the sums of probabilities and of Fisher information [2, vocab]."""
+        for start in range(0, self._values.shape[1], _SLAB):
             p, slope = self._slab(start, _SLAB)
-            slab = slice(start, start + p.shape[1])
-            sums.probability[slab] += p.sum(0).cpu().numpy()
-            sums.fisher[slab] += (p * (1 - p) * slope * slope).sum(0).cpu().numpy()
+            slab = sums[:, start : start + p.shape[1]]
+            slab[0] += p.sum(0).cpu().numpy()
+            slab[1] += (p * (1 - p) * slope * slope).sum(0).cpu().numpy()
 
     def draw(self, points: Tensor) -> Tensor:
         """Draws a label for each of the first tokens, by inverting its cumulative sums."""
         labels = self._values[: len(points)].argmax(1)  # where sums round below the point
         below = torch.zeros_like(points)
-        for start in self._slabs():
+        for start in range(0, self._values.shape[1], _SLAB):
             sums = below.unsqueeze(1) + self._slab(start, _SLAB)[0][: len(points)].cumsum(1)
             index = torch.searchsorted(sums, points.unsqueeze(1), right=True).squeeze(1)
             inside = (below <= points) & (index < sums.shape[1])

@@ -1,23 +1,28 @@
-"""Predicts the cost of a layout: the KL of a model with one item stored in that layout.
+"""The cost of a plan: the KL of a model with its weights, predicted by items, and measured.
 
-For a linear that is ½ Σ_o g²_o · Δw_o H Δw_oᵀ over its outputs o: g² is the mean square of the
-gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw the error
+For a linear in a layout, it is ½ Σ_o g²_o · Δw_o H Δw_oᵀ over its outputs o: g² is the mean square
+of the gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw the error
 of the algorithm. For a row of the head, g² is the Fisher information of its logit, and the cost of
-the same row in the embedding is added. The cost of a plan is the sum over its items.
-
-Rows are independent, so a sample of them represents all: a 2B takes minutes.
+the same row in the embedding is added. The cost of a plan is the sum over its items. Rows are
+independent, so a sample of them represents all: a 2B takes minutes.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from rgexport.compress.items import PlanItem
+from rgexport.compress.layouts import PlanItem
+from rgexport.griffin import ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.tensor import WeightSource
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import zero_state
+from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Uniform
@@ -25,10 +30,12 @@ from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
 _SAMPLE = 256
 """Rows of a matrix, or of a row group, that are quantized in every layout."""
+_SLAB_BYTES = 32 << 20
+"""Most bytes of a slab of the embedding, and of its logits, in float32."""
 
 
 class PredictedLosses:
-    """Predicts the losses of items from a calibration."""
+    """Predicts the losses of items from a calibration, and `statistics` of it if they exist."""
 
     def __init__(
         self,
@@ -37,7 +44,6 @@ class PredictedLosses:
         calibration: Calibration,
         statistics: StatisticsOf | None = None,
     ):
-        """Takes `statistics` if the caller has already computed them from the calibration."""
         self._config, self._weights, self._calibration = config, weights, calibration
         self._statistics = statistics or Calibrated(calibration, config)
 
@@ -125,3 +131,82 @@ def _evenly(rows: int, sample: int, together: int) -> np.ndarray:
     chosen = min(runs, max(1, sample // together))
     firsts = (np.arange(chosen) * runs // chosen) * together
     return (firsts[:, None] + np.arange(together)).ravel()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The mean KL of a text's tokens, in nats, and its standard error over sequences.
+
+    The error is NaN where there is one sequence.
+    """
+
+    kl: float
+    error: float
+    tokens: int
+
+
+class OriginalRun:
+    """The original's hidden states on a text, from one run, for comparison with plans."""
+
+    def __init__(
+        self, config: GriffinConfig, weights: WeightSource, sequences: Sequence[np.ndarray]
+    ):
+        self._config, self._weights = config, weights
+        lengths = dict.fromkeys(map(len, sequences))
+        self._texts = [
+            np.stack([ids for ids in sequences if len(ids) == length]).astype(np.int64)
+            for length in lengths
+        ]
+        self._hidden = self._run(weights)
+
+    def divergence(self, weights: WeightSource) -> Divergence:
+        values = self._divergences(self._run(weights), weights).numpy()
+        mean = values.mean()
+        lengths = [ids.shape[1] for ids in self._texts for _ in ids]
+        sums = np.add.reduceat(values - mean, np.cumsum([0, *lengths[:-1]]))
+        count = len(lengths)
+        spread = np.sqrt(np.square(sums).sum() * count / (count - 1)) if count > 1 else np.nan
+        return Divergence(float(mean), float(spread / len(values)), len(values))
+
+    def _run(self, weights: WeightSource) -> Tensor:
+        """Returns the head's input [tokens, width]; one layer's weights are in memory at a time."""
+        model = Reference(self._config, weights)
+        texts = [(ids, zero_state(self._config, len(ids))) for ids in self._texts]
+        return torch.cat([hidden.flatten(0, 1) for hidden, _ in model.run_each(texts)])
+
+    @torch.inference_mode()
+    def _divergences(self, hidden: Tensor, weights: WeightSource) -> Tensor:
+        """Returns the KL at each token, float64; computes logits in slabs of the vocabulary."""
+        shape = self._weights[EMBEDDING].shape
+        sums = _SlabSums(len(hidden))
+        for start, stop in slab_bounds(shape[0], 4 * max(shape[1], len(hidden)), _SLAB_BYTES):
+            sums.add(
+                self._logits(self._hidden, self._weights[EMBEDDING].read(start, stop)),
+                self._logits(hidden, weights[EMBEDDING].read(start, stop)),
+            )
+        return sums.divergences()
+
+    def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+        part = ops.linear(hidden, torch.from_numpy(rows.astype(np.float32)), None, "lm_head")
+        return ops.soft_cap(part, self._config.soft_cap, "logits")
+
+
+class _SlabSums:
+    """Sums over the vocabulary for each token, from one slab after another."""
+
+    def __init__(self, tokens: int):
+        self._log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64)
+        self._log_q = self._log_p.clone()
+        self._mean = torch.zeros(tokens, dtype=torch.float64)
+        """The mean difference of logits, weighted by the original's probabilities so far."""
+
+    def add(self, original: Tensor, changed: Tensor) -> None:
+        p = original.logsumexp(1).double()
+        total = torch.logaddexp(self._log_p, p)
+        mean = (original.softmax(1) * (original - changed)).sum(1, dtype=torch.float64)
+        self._mean = self._mean * (self._log_p - total).exp() + mean * (p - total).exp()
+        self._log_p = total
+        self._log_q = torch.logaddexp(self._log_q, changed.logsumexp(1).double())
+
+    def divergences(self) -> Tensor:
+        return (self._mean - self._log_p + self._log_q).clamp_min(0)

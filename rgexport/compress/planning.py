@@ -6,10 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from rgexport.compress.items import items_of, plan_of
-from rgexport.compress.layouts import FormatLayouts
-from rgexport.compress.losses import PredictedLosses
-from rgexport.compress.measure import Divergence, OriginalRun
+from rgexport.compress.layouts import FormatLayouts, items_of, plan_of
+from rgexport.compress.losses import Divergence, OriginalRun, PredictedLosses
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
@@ -84,12 +82,6 @@ class Planner:
     ):
         """Quantizes some rows of every matrix in every layout.
 
-        Args:
-            checkpoint: the model.
-            calibration: of the model.
-            layouts: to choose from.
-            statistics: those of the calibration, if they exist already.
-
         Raises:
             RequestError: a weight that a layout cannot hold, or a damaged calibration.
         """
@@ -99,10 +91,9 @@ class Planner:
         losses = PredictedLosses(config, weights, calibration, self._statistics)
         importance = losses.row_importance() if layouts.form.has_row_groups else None
         self._items = items_of(config, importance)
-        exact = bfloat16_gates(config, weights)
-        self._gates: Plan = dict.fromkeys(
-            exact if layouts.form.keeps_bfloat16_gates else (), BFLOAT16
-        )
+        self._weights = sum(item.weights for item in self._items)
+        gates = bfloat16_gates(config, weights) if layouts.form.keeps_bfloat16_gates else ()
+        self._gates: Plan = dict.fromkeys(gates, BFLOAT16)
         self._schemes: list[list[Uniform]] = []
         self._front = self._predicted(losses)
         self._scale = 1.0
@@ -110,7 +101,7 @@ class Planner:
 
     def _predicted(self, losses: PredictedLosses) -> Front:
         options: list[list[Option]] = []
-        with task("Trying layouts", sum(item.weights for item in self._items), "weights") as done:
+        with task("Trying layouts", self._weights, "weights") as done:
             for item in self._items:
                 sizes = self._layouts.layout_bytes(item.shape)
                 self._schemes.append(list(sizes))
@@ -126,10 +117,14 @@ class Planner:
         Raises:
             RequestError: no plan reaches the target.
         """
-        choice, original = self._choose(target), self._original(sequences)
+        choice = self._choose(target)
+        with group("Running the original"):
+            original = OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
         for attempt in range(1, _ATTEMPTS + 1):
             plan, predicted = self._plan(choice), self._point(choice)
-            measured = self._measured(original, plan, predicted)
+            weights = quantized(self._checkpoint.weights, plan, self._statistics)
+            with group(f"Measuring a plan of {predicted.bits:.3f} bits"):
+                measured = original.divergence(weights)
             if choice.loss > 0 and measured.kl > 0:
                 self._scale = measured.kl / choice.loss
             near = abs(measured.kl / target.value - 1) <= _NEAR
@@ -140,15 +135,6 @@ class Planner:
                 break  # no other plan is nearer
         front = tuple(map(self._point, self._front.points(_POINTS)))
         return PlanResult(plan, predicted, measured, front)
-
-    def _measured(self, original: OriginalRun, plan: Plan, point: PlanPoint) -> Divergence:
-        weights = quantized(self._checkpoint.weights, plan, self._statistics)
-        with group(f"Measuring a plan of {point.bits:.3f} bits"):
-            return original.divergence(weights)
-
-    def _original(self, sequences: Sequence[np.ndarray]) -> OriginalRun:
-        with group("Running the original"):
-            return OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
 
     def _choose(self, target: PlanTarget) -> Choice:
         if target.kind == "kl":
@@ -192,7 +178,3 @@ class Planner:
     def _point(self, choice: Choice) -> PlanPoint:
         size = self._layouts.artifact_bytes(self._plan(choice), self._checkpoint)
         return PlanPoint(8 * choice.bytes / self._weights, size, choice.loss * self._scale)
-
-    @property
-    def _weights(self) -> int:
-        return sum(item.weights for item in self._items)

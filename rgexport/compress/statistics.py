@@ -5,42 +5,125 @@ outputs. Each step ends with a file in the calibration's folder, so a later run 
 last complete step.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
 from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
-from rgexport.compress.sums import Gram, SquareSums, square_sum, watched_inputs
 from rgexport.errors import RequestError
+from rgexport.griffin import gradients as _differentiable  # noqa: F401  # registers backward passes
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import layer_states
-from rgexport.griffin.step import Layer, LayerState
+from rgexport.griffin.step import Layer, LayerState, Linear
 from rgexport.progress import task
 from rgexport.quantize.calibration_format import (
     EMBEDDED,
     FISHER,
     PROBABILITY,
+    column_blocks,
     gradient_name,
     hessian_name,
     input_columns,
     linears,
+    pack,
 )
 
 _FORWARD, _BACKWARD = 2048, 1024
 """Tokens that go through a layer at once, which bounds the memory of its activations."""
+_PANEL = 512
+"""Rows of a triangle that are computed together: fewer waste less, but run slower."""
+
+
+class Gram:
+    """Σ x xᵀ over tokens, float32: the lower triangles of the diagonal blocks."""
+
+    def __init__(self, site: str, columns: int, device: torch.device):
+        self._site = site
+        self._bounds = column_blocks(columns)
+        self._sums = [torch.zeros(b - a, b - a, device=device) for a, b in self._bounds]
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2)
+        self._tokens += len(rows)
+        for (start, stop), total in zip(self._bounds, self._sums, strict=True):
+            x_block = rows[:, start:stop]
+            # Panels end at the diagonal.
+            for first in range(0, len(total), _PANEL):
+                last = min(first + _PANEL, len(total))
+                total[first:last, :last].addmm_(x_block[:, first:last].T, x_block[:, :last])
+
+    def see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Adds the input of a module: a hook before its forward pass."""
+        self.add(inputs[0])
+
+    def merge(self, other: "Gram") -> None:
+        self._tokens += other._tokens
+        for total, added in zip(self._sums, other._sums, strict=True):
+            total += added
+
+    def triangles(self) -> Iterator[np.ndarray]:
+        """Yields the packed lower triangle of Σ x xᵀ / N of each block."""
+        for total in self._sums:
+            packed = pack(total.cpu().numpy()) / np.float32(self._tokens)
+            if not np.isfinite(packed).all():
+                raise RequestError(
+                    f"the values at {self._site} overflow on this text, so there are no statistics "
+                    "of them; check the checkpoint with `rgexport inspect`, or give another --text"
+                )
+            yield packed
+
+
+@contextmanager
+def _watched_inputs(layer: nn.Module, grams: Mapping[str, Gram]) -> Iterator[None]:
+    """Adds the inputs of linears in the `with` block; `grams` are keyed by names in the layer."""
+    with ExitStack() as hooks:
+        for name, gram in grams.items():
+            hook = layer.get_submodule(name).register_forward_pre_hook(gram.see)
+            hooks.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _watched_gradients(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yields site of a linear → Σ g² of its outputs over backward passes in the `with` block."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(module: Any, inputs: Any, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            sums[module.site] = sums.get(module.site, 0) + _square_sum(gradient)
+
+        output.register_hook(add)
+
+    with ExitStack() as hooks:
+        for module in layer.modules():
+            if isinstance(module, Linear):
+                hooks.callback(module.register_forward_hook(watch).remove)
+        yield sums
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    """Returns Σ g² over tokens of g [..., channels], float64."""
+    return gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
 
 RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
 """Takes the index of a layer and sequences in batches [B, T, width]; yields the results
 of `forward`, in order."""
+
+
+def _mean(total: Tensor, tokens: int) -> np.ndarray:
+    mean: np.ndarray = (total / tokens).float().cpu().numpy()
+    return mean
 
 
 def forward(
@@ -57,14 +140,13 @@ def forward(
     watched = {
         name.split(".", 2)[2].removesuffix(".weight"): grams[site] for site, name in readers.items()
     }
-    with torch.no_grad(), watched_inputs(layer, watched):
+    with torch.no_grad(), _watched_inputs(layer, watched):
         return layer(x, *_beginning(config, index, x))[0], grams
 
 
 def run_layer(
     model: Reference, index: int, batches: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, dict[str, Gram]]]:
-    """Runs a layer on one batch after another: a `RunLayer` in this process."""
     layer = model.layer(index)
     for x in batches:
         yield forward(model.config, layer, index, x)
@@ -73,7 +155,7 @@ def run_layer(
 def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
     """Returns positions and a fresh state for sequences; the window is at most as long."""
     shape = x.shape[:2]
-    short = dataclasses.replace(config, window=min(config.window, shape[1]))
+    short = replace(config, window=min(config.window, shape[1]))
     first, second = (
         torch.zeros(shape[0], *spec.shape, device=x.device)
         for spec in layer_states(short, index, "float32")
@@ -94,7 +176,6 @@ class Collector:
     run: RunLayer
 
     def collect(self) -> None:
-        """Runs all missing steps in their order."""
         self.forward()
         self.head()
         self.backward()
@@ -103,8 +184,12 @@ class Collector:
         """Computes the Hessians of all layers' inputs, and the residual stream after the last."""
         count = self.model.config.num_layers
         done = self.folder.steps("stream")
-        stream = self._begin() if not done else self._load(f"stream-{done[-1]}")
         first, tokens = done[-1] if done else 0, len(self.text.tokens)
+        if done:
+            stream = self._load(f"stream-{first}")
+        else:
+            with torch.no_grad():
+                stream = self.model.embed(self.text.tokens.astype(np.int64))
         if first == count:
             return
         with task("Running the layers", (count - first) * tokens, "tokens x layers") as advance:
@@ -141,18 +226,13 @@ class Collector:
         with task("Running backwards", (below or 1) * tokens, "tokens x layers") as advance:
             for index in reversed(range(below)):
                 gradient, sums = self._back_through(index, gradient)
-                means = sums.means(tokens)
-                self.file.write({gradient_name(site): mean for site, mean in means.items()})
+                self.file.write(
+                    {gradient_name(site): _mean(total, tokens) for site, total in sums.items()}
+                )
                 self.folder.save(f"gradient-{index}", gradient.cpu().numpy())
                 self.folder.remove(f"gradient-{index + 1}")
                 advance(tokens)
-        embedded = (square_sum(gradient) / tokens).float().cpu().numpy()
-        self.file.write({gradient_name(EMBEDDED): embedded})
-
-    def _begin(self) -> Tensor:
-        """Returns the residual stream [N, width] before the first layer."""
-        with torch.no_grad():
-            return self.model.embed(self.text.tokens.astype(np.int64))
+        self.file.write({gradient_name(EMBEDDED): _mean(_square_sum(gradient), tokens)})
 
     def _start_of(self, stream: Tensor) -> Tensor:
         return stream[: len(self.gradients.tokens)]
@@ -187,12 +267,11 @@ class Collector:
             for block, triangle in enumerate(gram.triangles())
         }
 
-    def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, SquareSums]:
+    def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the gradient [n, width] before a layer, from that after it, and Σ g² inside."""
-        layer, sums = self.model.layer(index), SquareSums()
-        inputs = self._load(f"input-{index}")
+        layer, inputs = self.model.layer(index), self._load(f"input-{index}")
         before = torch.empty_like(gradient)
-        with sums.watched(layer):
+        with _watched_gradients(layer) as sums:
             for tokens, shape in self.gradients.batches(_BACKWARD):
                 x = inputs[tokens].unflatten(0, shape).requires_grad_()
                 y = layer(x, *_beginning(self.model.config, index, x))[0]

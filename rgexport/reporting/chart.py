@@ -49,7 +49,6 @@ class Axis:
     stop: float = TOP
 
     def __call__(self, value: float) -> float:
-        """Returns the pixel of a number."""
         low, high, value = (self._measure(x) for x in (self.low, self.high, value))
         share = (value - low) / (high - low) if high > low else 0.0
         return round(self.start + (self.stop - self.start) * min(1.0, max(0.0, share)), 1)
@@ -84,7 +83,6 @@ class Chart:
 
     @property
     def x(self) -> Axis:
-        """The axis from the first to the last point of all series."""
         xs = [x for line in self.series for x, _ in line.points]
         low, high = min(xs, default=1), max(xs, default=1)
         ticks = (doubling_ticks if self.doubling else whole_ticks)(low, high)
@@ -93,7 +91,6 @@ class Chart:
 
     @property
     def paths(self) -> list[tuple[Series, str]]:
-        """The lines as SVG paths."""
         return [(s, _path(self._pixels(s))) for s in self.series if not s.dots]
 
     @property
@@ -108,7 +105,6 @@ class Chart:
 
     @property
     def dots(self) -> list[tuple[Series, list[Point]]]:
-        """The pixels of the dots; none for a number that is not finite."""
         return [(s, [p for p in self._pixels(s) if p]) for s in self.series if s.dots]
 
     @property
@@ -148,7 +144,6 @@ def _path(pixels: Sequence[Point | None]) -> str:
 
 
 def y_values(series: Sequence[Series]) -> list[float]:
-    """Returns the y of all points."""
     return [y for line in series for _, y in line.points]
 
 

@@ -8,7 +8,7 @@ import pytest
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.figures import mean, mean_difference, share
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest
 from rgexport.evaluate.suites import memory
 from rgexport.evaluate.suites.episodes import TASKS, vocabulary_of
 from rgexport.griffin.checkpoint import demo_folder

@@ -13,8 +13,8 @@ from rgexport.chat.sample_text import built_in_text
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.models import open_model
+from rgexport.evaluate.pieces import EvaluationRequest
 from rgexport.evaluate.report import render_page
-from rgexport.evaluate.request import EvaluationRequest
 from rgexport.evaluate.suites import noise, text
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import CONFIG, deepmind_losses, losses, small_model
@@ -155,7 +155,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
     assert "<svg" in page and "<script" not in page and "Loss by position" in page
     result = json.loads((target / "evaluation.json").read_text())
     result["environment"]["cpu"] = "right \u202e left"
-    assert "\u202e" not in render_page(result, "evaluation.json")
+    assert "\u202e" not in render_page(result)
     original, artifact, _ = result["models"]
     first, second = (model["suites"]["text"]["domains"][0] for model in (original, artifact))
     gap = artifact["differences"]["text"]["domains"][0]["nll"]

@@ -33,7 +33,6 @@ class TokenText:
 
     @property
     def first_scored(self) -> int:
-        """The first position with requested logits."""
         return len(self.ids) - self.scored
 
 
@@ -53,15 +52,10 @@ class PrefixReader(ABC):
 
     @property
     def rows(self) -> int:
-        """The batch size, limited by the memory for states."""
         return max(1, min(_ROWS, _STATE_BYTES // max(1, self.session.info.state_bytes)))
 
     def run(self) -> None:
-        """Reads all texts; the session's state afterwards is undefined.
-
-        Raises:
-            RequestError: the model gives NaN or infinite logits.
-        """
+        """Reads all texts; the session's state afterwards is undefined."""
         self.session.reset()
         if self.texts:
             self._read_from(range(len(self.texts)), 0, self.session.get_state())
@@ -91,7 +85,6 @@ class PrefixReader(ABC):
                 self.on_end(batch)
 
     def _read_branch(self, indices: Sequence[int], start: int) -> None:
-        """Reads the common prefix of texts, then the rest of each."""
         stop = self._common(indices)
         self._take([indices], start, stop)
         state = self.session.get_state()
@@ -127,15 +120,12 @@ class PrefixReader(ABC):
             chunk = tokens[:, position - start : end - start]
             logits = self.session.prefill(chunk, end - begin)
             self.read += chunk.size
-            self._deliver(rows, begin, logits[:, logits.shape[1] - (end - begin) :])
+            logits = logits[:, logits.shape[1] - (end - begin) :]
+            for indices, row in zip(rows, logits, strict=True):
+                for index in indices:
+                    if len(requested := row[max(0, self.texts[index].first_scored - begin) :]):
+                        self.on_logits(index, requested)
             position = end
-
-    def _deliver(self, rows: Sequence[Sequence[int]], begin: int, logits: np.ndarray) -> None:
-        """Passes logits [R, n, vocab] of the positions from `begin` on to the texts of each row."""
-        for indices, row in zip(rows, logits, strict=True):
-            for index in indices:
-                if len(requested := row[max(0, self.texts[index].first_scored - begin) :]):
-                    self.on_logits(index, requested)
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,6 @@ class Likelihoods(PrefixReader):
         self._next = [text.first_scored for text in self.texts]
 
     def on_logits(self, index: int, logits: np.ndarray) -> None:
-        """Scores the targets at the next positions of a text."""
         ids, start = self.texts[index].ids, self._next[index]
         stop = self._next[index] = start + len(logits)
         for scored in self._by_ids[ids]:

@@ -24,14 +24,9 @@ _UNPICKLED = ("pandas",)
 
 
 def copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
-    """Writes harmless copies of a folder's task files.
+    """Writes harmless copies of a folder's `.yaml` files to `target`, where `datasets` caches, too.
 
-    Returns the names of the tasks, and of the groups that consist of them.
-
-    Args:
-        folder: of files that end in `.yaml`, and of their data.
-        target: a folder for the copies and the cache of `datasets`.
-        metrics: lm_eval's own.
+    Returns the names of the tasks, and of the groups that consist of them. `metrics` are lm_eval's.
 
     Raises:
         RequestError: a file names code, cannot be read, or there is none.
@@ -68,11 +63,7 @@ def _complete(configs: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _merged(file: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    """Returns a task file merged with its includes; its own keys win, then the last include's.
-
-    Raises:
-        RequestError: a file names code, is no YAML, or includes itself.
-    """
+    """Returns a task file merged with its includes; its own keys win, then the last include's."""
     if file in including:
         raise RequestError(f"{file} includes itself")
     config = _read(file)
@@ -88,7 +79,7 @@ def _read(file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Loads plain data only."""
+        pass
 
     def refuse(loader: Any, suffix: str, node: Any) -> None:
         raise _refusal(file, f"!{suffix}", "Python code")

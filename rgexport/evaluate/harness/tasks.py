@@ -20,9 +20,7 @@ from rgexport.evaluate.harness.task_files import copy_tasks
 from rgexport.progress import note
 
 _SEEDS = 0, 1234
-"""lm_eval's own, of Python and NumPy."""
-_EXAMPLES_SEED = 1234
-"""lm_eval's own, of the examples before a question."""
+"""lm_eval's own, of Python and NumPy; the latter also of the examples before a question."""
 _NO_FILTER = "none"
 
 
@@ -56,8 +54,8 @@ class Tasks:
     """
 
     def __init__(self, loaded: Mapping[str, Any], examples: int | None, seed: int):
-        """Takes the return value of `TaskManager.load`; must be called in `confined`."""
-        self._loaded, self._examples, self._seed = loaded, examples, _EXAMPLES_SEED + seed
+        """Takes the return value of `TaskManager.load`; must be called in `_confined`."""
+        self._loaded, self._examples, self._seed = loaded, examples, _SEEDS[1] + seed
         self.requests: dict[str, list[LmRequest]] = {}
         self.shots: dict[str, int] = {}
         for name, task in loaded["tasks"].items():
@@ -75,7 +73,7 @@ class Tasks:
         Raises:
             RequestError: lm_eval fails, or a task makes new requests.
         """
-        with confined("score the tasks"):
+        with _confined("score the tasks"):
             from lm_eval.evaluator import evaluate
 
             for task in self._loaded["tasks"].values():
@@ -132,7 +130,6 @@ def _request(instance: Any) -> LmRequest:
 
 
 def _recorded_model(answers: Mapping[LmRequest, Any]) -> Any:
-    """Returns a model of lm_eval that gives the recorded answers."""
     from lm_eval.api.model import LM
 
     def recorded(instances: Sequence[Any]) -> list[Any]:
@@ -161,13 +158,9 @@ def _recorded_model(answers: Mapping[LmRequest, Any]) -> Any:
 def load_tasks(
     names: tuple[str, ...], folder: Path | None, examples: int | None, seed: int
 ) -> Tasks:
-    """Loads tasks, groups and tags of lm_eval and of a folder of task files.
+    """Loads tasks, groups and tags of a folder of task files, or else of lm_eval.
 
-    Args:
-        names: of lm_eval's, or of the folder's, which come first.
-        folder: of task files, or None.
-        examples: the most of a task, or None for all.
-        seed: of the examples before a question; 0 is that of lm_eval.
+    `examples` is the most of a task, `seed` that of the examples before a question: 0 is lm_eval's.
 
     Raises:
         NotInstalled: lm_eval is missing.
@@ -179,7 +172,7 @@ def load_tasks(
         raise NotInstalled("the suite tasks needs lm_eval: pip install 'rgexport[tasks]'") from None
     if folder is None:
         note("Loading the tasks of lm_eval.")  # seconds, and minutes where documents are downloaded
-    with confined("load the tasks"), TemporaryDirectory() as copies:
+    with _confined("load the tasks"), TemporaryDirectory() as copies:
         from lm_eval.api.registry import METRIC_REGISTRY
         from lm_eval.tasks import TaskManager
 
@@ -199,12 +192,8 @@ def load_tasks(
 
 
 @contextmanager
-def confined(purpose: str) -> Iterator[None]:
-    """Runs lm_eval silently, with its own seeds, and with sandboxed templates.
-
-    Raises:
-        RequestError: lm_eval fails.
-    """
+def _confined(purpose: str) -> Iterator[None]:
+    """Runs lm_eval silently, with its own seeds, and with sandboxed templates."""
     import datasets
     import lm_eval.utils
 

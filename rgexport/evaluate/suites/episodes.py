@@ -7,6 +7,7 @@ of the language.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -72,9 +73,6 @@ def vocabulary_of(tokenizer: Tokenizer | None, vocab_size: int) -> EpisodeVocabu
 
     Without one, or with too few nouns of one token, ids spread over the vocabulary stand for
     words, and the filler is drawn from the others.
-
-    Raises:
-        RequestError: the vocabulary is too small.
     """
     if tokenizer is not None:
         encode = tokenizer.encode_text
@@ -124,20 +122,8 @@ def _pairs(
     return Episode(facts, questions)
 
 
-def _recall(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    return _pairs(vocabulary, random, 4, 1)
-
-
-def _several(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    return _pairs(vocabulary, random, 8, 4)
-
-
 def _induction(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    """Tells one pair.
-
-    Only the right candidate was told, so right answers show that it is known; those of the other
-    tasks show that it is known what belongs together.
-    """
+    """Tells one pair; no other candidate was told, so nothing shows what belongs together."""
     key, *values = random.permutation(vocabulary.symbols)[:9].tolist()
     question = Question([key, *vocabulary.between], values[0], sorted(values))
     return Episode(_line(vocabulary, key, values[0]), [question])
@@ -177,8 +163,8 @@ def _counting(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Epi
 
 TASKS: dict[str, Callable[[EpisodeVocabulary, np.random.Generator], Episode]] = {
     "induction": _induction,
-    "recall": _recall,
-    "several": _several,
+    "recall": partial(_pairs, num_pairs=4, num_questions=1),
+    "several": partial(_pairs, num_pairs=8, num_questions=4),
     "passkey": _passkey,
     "copying": _copying,
     "counting": _counting,

@@ -8,46 +8,48 @@ together cost about as much as the farthest one. Long distances are cut into cha
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
+from rgexport.evaluate.display import Models, Value, differences_of, ends, is_significant, lines
 from rgexport.evaluate.figures import mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings, chained
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import (
+    NEAREST,
+    EvaluationRequest,
+    Measured,
+    Piece,
+    Result,
+    Settings,
+    chained,
+    doublings,
+)
 from rgexport.evaluate.suites.episodes import TASKS, Episode, Question, vocabulary_of
+from rgexport.reporting.chart import Chart, Series, share_axis
+from rgexport.reporting.numbers import percent
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
 NAME = "memory"
 ROWS = 8
 """Episodes of a batch."""
-_NEAREST = 16
-_FARTHEST_WINDOWS = 4
 _SPAN = 1 << 15
 """Most tokens that an episode reads in a piece."""
-
-
-def farthest(window: int) -> int:
-    """Returns the default of the largest distance: four windows."""
-    return _FARTHEST_WINDOWS * max(window, _NEAREST)
+_COLUMNS = 10
+"""Most distances in a table: ten fit a terminal."""
 
 
 def distances(last: int) -> list[int]:
-    """Returns the tokens between fact and question: 16, 32, 64, … and `last`."""
-    values, distance = [], _NEAREST
-    while distance < last:
-        values.append(distance)
-        distance *= 2
-    return [*values, last]
+    return doublings(NEAREST, last)
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a chain of pieces for each task and batch of episodes, through all distances."""
-    spans = list(_spans(distances(request.farthest or farthest(model.window))))
+    assert request.farthest is not None
+    spans = list(_spans(distances(request.farthest)))
     for task in TASKS:
         for first in range(0, request.trials, ROWS):
             rows = min(ROWS, request.trials - first)
@@ -125,7 +127,31 @@ def summary(measured: Measured) -> Result:
         chances[settings["task"]] = result["chance"]
         for distance, rows in result["right"].items():
             tasks[settings["task"]][int(distance)] += [float(np.mean(row)) for row in rows]
-    return {"tasks": [_curve(task, shares, chances[task]) for task, shares in tasks.items()]}
+    curves = []
+    for task, by_distance in tasks.items():
+        points = [
+            {"distance": distance} | asdict(share(sum(shares), len(shares)))
+            for distance, shares in sorted(by_distance.items())
+        ]
+        half = _half(points, chances[task])
+        curves.append({"task": task, "chance": chances[task], "points": points, "half": half})
+    return {"tasks": curves}
+
+
+def _half(points: Sequence[Result], chance: float) -> float | None:
+    """Returns the distance at which accuracy is halfway between its first value and chance.
+
+    It is interpolated on a logarithmic scale; None if accuracy never falls so far, or is at chance
+    from the start.
+    """
+    if points[0]["low"] <= chance:
+        return None
+    middle = (points[0]["value"] + chance) / 2
+    for before, after in itertools.pairwise(points):
+        if after["value"] <= middle:
+            fraction = (before["value"] - middle) / (before["value"] - after["value"])
+            return float(before["distance"] * (after["distance"] / before["distance"]) ** fraction)
+    return None
 
 
 def differences(first: Measured, second: Measured) -> Result:
@@ -146,26 +172,53 @@ def differences(first: Measured, second: Measured) -> Result:
     }
 
 
-def _curve(task: str, by_distance: Mapping[int, Sequence[float]], chance: float) -> Result:
-    points = []
-    for distance in sorted(by_distance):
-        shares = by_distance[distance]
-        points.append({"distance": distance} | asdict(share(sum(shares), len(shares))))
-    return {"task": task, "chance": chance, "points": points, "half": _half(points, chance)}
+def tables(models: Models) -> Iterator[Table]:
+    for index, first in enumerate(models[0]["suites"][NAME]["tasks"]):
+        count = len(first["points"])
+        # Every other distance has a column, if they are many.
+        columns = range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
+        rows: list[Row] = []
+        for model in models:
+            curve = model["suites"][NAME]["tasks"][index]
+            differing = {
+                point["distance"]
+                for point in differences_of(model, NAME, "points")
+                if point["task"] == curve["task"] and is_significant(point["p"])
+            }
+            points = [curve["points"][column] for column in columns]
+            cells = [f"{p['value']:.2f}{'*' * (p['distance'] in differing)}" for p in points]
+            rows.append((model["label"], *cells, _half_cell(curve)))
+        title = (
+            f"Memory, {first['task']}: right answers after so many tokens; "
+            f"{first['chance']:.2f} by chance; * differs from {models[0]['label']} (p < 0.05)"
+        )
+        header = ("model", *(f"{first['points'][i]['distance']:,}" for i in columns), "half at")
+        yield Table(title, header, rows, header[1:])
 
 
-def _half(points: Sequence[Result], chance: float) -> float | None:
-    """Returns the distance at which accuracy is halfway between its first value and chance.
+def _half_cell(curve: Result) -> str:
+    if curve["half"] is not None:
+        return f"{curve['half']:,.0f}"
+    return "at chance" if curve["points"][0]["low"] <= curve["chance"] else "beyond"
 
-    It is interpolated on a logarithmic scale; None if accuracy never falls so far, or is at chance
-    from the start.
-    """
-    top = points[0]["value"]
-    if points[0]["low"] <= chance:
-        return None
-    middle = (top + chance) / 2
-    for before, after in itertools.pairwise(points):
-        if after["value"] <= middle:
-            fraction = (before["value"] - middle) / (before["value"] - after["value"])
-            return float(before["distance"] * (after["distance"] / before["distance"]) ** fraction)
-    return None
+
+def charts(models: Models) -> Iterator[Chart]:
+    for index, first in enumerate(models[0]["suites"][NAME]["tasks"]):
+
+        def points(model: Result, index: int = index) -> Iterator[tuple[float, Value]]:
+            for point in model["suites"][NAME]["tasks"][index]["points"]:
+                yield point["distance"], ends(point)
+
+        series, chance = lines(models, points), first["chance"]
+        yield Chart(
+            title=first["task"],
+            summary="Share of right answers by the tokens in between; "
+            f"{percent(chance)} by chance.",
+            labels=("tokens in between", "right answers"),
+            series=series,
+            y=share_axis([low for line in series for _, low, _ in line.intervals]),
+            column="tokens in between",
+            show_y=percent,
+            limit=Series("limit", "chance", [(series[0].points[i][0], chance) for i in (0, -1)]),
+            doubling=True,
+        )

@@ -15,12 +15,14 @@ from zlib import crc32
 
 import numpy as np
 
+from rgexport.evaluate.display import Models, Value, curves, difference_cell, ends
 from rgexport.evaluate.figures import mean, mean_difference
 from rgexport.evaluate.losses import nats
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.text import document_of, documents
+from rgexport.reporting.chart import Chart
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
 NAME = "noise"
@@ -64,7 +66,6 @@ def _drop(tokens: list[str], random: Random) -> list[str]:
 
 
 def _swap(tokens: list[str], random: Random) -> list[str]:
-    """Swaps neighbours, each at most once."""
     index, tokens = 0, tokens.copy()
     while index + 1 < len(tokens):
         if random.random() < _SHARE:
@@ -75,11 +76,12 @@ def _swap(tokens: list[str], random: Random) -> list[str]:
 
 
 def _insert_markers(tokens: list[str], random: Random) -> list[str]:
-
-    def marked(token: str) -> str:
-        return f"{token} {_MARKERS[random.integers(len(_MARKERS))]}"
-
-    return [marked(token) if random.random() < _SHARE / 4 else token for token in tokens]
+    return [
+        f"{token} {_MARKERS[random.integers(len(_MARKERS))]}"
+        if random.random() < _SHARE / 4
+        else token
+        for token in tokens
+    ]
 
 
 NOISES: dict[str, Callable[[str, Random], str]] = {
@@ -98,7 +100,6 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a piece for each document and kind of noise."""
     model.require_tokenizer(NAME)
     for document in documents(request.texts):
         if not (count := len(passages(document.text))):
@@ -131,7 +132,6 @@ def _gap(text: str, index: int) -> int | None:
 def measure(
     model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """Returns the losses and the most likely tokens in the clean part of each passage."""
     document, corrupt = document_of(settings, request), NOISES[settings["noise"]]
     values, tops, hashed = [], [], hashlib.sha256()
     for index, (context, rest) in enumerate(passages(document.text)):
@@ -201,8 +201,38 @@ def differences(first: Measured, second: Measured) -> Result:
             clean = side[sha256, "none"]["nats"]
             column += [sum(a) - sum(b) for a, b in zip(result["nats"], clean, strict=True)]
         columns[kind][2] += map(len, before["nats"])
-    return {
-        "noises": [
-            {"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()
-        ]
-    }
+    entries = [{"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()]
+    return {"noises": entries}
+
+
+def tables(models: Models) -> Iterator[Table]:
+    rows: list[Row] = []
+    for index, first in enumerate(models[0]["suites"][NAME]["noises"]):
+        cells = []
+        for model in models:
+            entry = model["suites"][NAME]["noises"][index]
+            cells += [difference_cell(entry["more"]), f"{100 * entry['flips']['value']:.1f} %"]
+        if first["noise"] != "none":
+            rows.append((first["noise"], *cells))
+    columns = [f"{model['label']}{end}" for model in models for end in (", nats", ", flips")]
+    title = "Noise: more nats per token than after a clean text, and other likeliest tokens"
+    yield Table(title, ("noise", *columns), rows, columns)
+
+
+def charts(models: Models) -> Iterator[Chart]:
+    for index, first in enumerate(models[0]["suites"][NAME]["noises"]):
+        if first["noise"] == "none":
+            continue
+
+        def points(model: Result, index: int = index) -> Iterator[tuple[float, Value]]:
+            for point in model["suites"][NAME]["noises"][index]["by_distance"]:
+                yield point["token"], ends(point["more"])
+
+        yield curves(
+            f"After {first['noise']}",
+            "More nats per token than after the clean text, from that token on.",
+            ("tokens after the noise", "more nats"),
+            models,
+            points,
+            "token",
+        )
