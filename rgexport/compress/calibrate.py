@@ -57,21 +57,17 @@ _MOST_TOKENS = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """The options of `rgexport calibrate`.
+    """The options of `rgexport calibrate`; None leaves a number to the model's width.
 
     Attributes:
         text: a file with text, or None for the built-in one.
-        tokens: of the statistics; None leaves it to the model's width.
-        held_out: further tokens in whole sequences, on which plans are measured; None leaves it to
-            the model's width. A short text has fewer; the built-in text beside sampled text none.
+        held_out: further tokens in whole sequences, on which plans are measured. A short text has
+            fewer; the built-in text beside sampled text none.
         sampled: how many of `tokens` are sampled from the model, and the same share of the
             held-out tokens. None: none with a user's text, else five sixths, or all without a
             tokenizer.
         gradient_tokens: tokens with gradients, in whole sequences, at least one.
         device: where torch computes; `auto` is CUDA where there is one.
-
-    Raises:
-        RequestError: a number is outside its range, or no text is left.
     """
 
     text: Path | None = None
@@ -166,8 +162,7 @@ def calibrate(
 ) -> Path:
     """Writes the statistics of a model into the file `target`, which appears when it is complete.
 
-    An interrupted run leaves `TARGET.partial`, and the same request continues it. `workers` run
-    the layers.
+    An interrupted run leaves `TARGET.partial`, and the same request continues it.
 
     Raises:
         RequestError: an unsound checkpoint, a text that cannot be read, a target that exists, or
@@ -308,10 +303,9 @@ def collect(
 def known_statistics(
     checkpoint: Checkpoint, file: Path | None, cluster: str | None = None
 ) -> Iterator[StatisticsOf]:
-    """Yields the statistics of a calibration file, or of `./MODEL.calibration`.
+    """Yields the statistics of a calibration file; by default of `./MODEL.calibration`.
 
-    If the latter is missing, it is computed, which takes minutes. With the address of a cluster,
-    its workers quantize.
+    If the latter is missing, it is computed, which takes minutes. A cluster's workers quantize.
 
     Raises:
         RequestError: the file cannot be read or is of another model, or there is no cluster.

@@ -75,9 +75,6 @@ def open_calibration_folder(
     """Creates the folder, or opens it if an earlier run had the same request.
 
     The request is JSON that determines the result. `force` replaces work of another request.
-
-    Raises:
-        RequestError: the folder has no request, or a different one and `force` is not set.
     """
     file = folder / _REQUEST
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -17,12 +17,7 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.quantize.scheme import Parts, Uniform
-from rgexport.quantize.statistics import (
-    Calibrated,
-    LastInputs,
-    RemoteStatistics,
-    Statistics,
-)
+from rgexport.quantize.statistics import Calibrated, LastInputs, RemoteStatistics, Statistics
 from rgexport.runtimes.cluster import Cluster
 
 if TYPE_CHECKING:

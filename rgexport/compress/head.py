@@ -36,10 +36,7 @@ class HeadStatistics:
 def head_statistics(
     model: Reference, hidden: Tensor, gradients: int, seed: int, advance: Advance
 ) -> HeadStatistics:
-    """Computes statistics over the final norm's output [N, width].
-
-    The first `gradients` tokens get labels and gradients.
-    """
+    """Computes statistics of the final norm's output [N, width]; gradients of the first tokens."""
     sums = np.zeros((2, model.config.vocab_size))
     drawn = np.random.default_rng(seed).random(gradients).astype(np.float32)
     step = max(1, _LOGIT_BYTES // (4 * model.config.vocab_size))

@@ -48,11 +48,7 @@ class PredictedLosses:
         self._statistics = statistics or Calibrated(calibration, config)
 
     def of(self, item: PlanItem, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
-        """Returns the loss of an item in each layout, in nats per token.
-
-        Raises:
-            RequestError: a weight that a layout cannot hold, or a damaged calibration.
-        """
+        """Returns the loss of an item in each layout, in nats per token."""
         together = max(layout.rows_together for layout in layouts)
         losses = np.zeros(len(layouts))
         for tensor in item.tensors:
@@ -88,10 +84,7 @@ class PredictedLosses:
     def _cost(
         self, tensor: str, ids: np.ndarray, among: np.ndarray | None
     ) -> Callable[[np.ndarray], float]:
-        """Returns a function from errors [n, K] of the rows `ids` to the cost of errors in `among`.
-
-        `among` None means all rows.
-        """
+        """Returns a function from errors [n, K] of rows `ids` to the cost of errors in `among`."""
         known, head = self._calibration, tensor == EMBEDDING
         hessians = known.hessian(tensor) or []
         outputs = known.row_sensitivity if head else known.output_sensitivity(tensor)
@@ -135,10 +128,7 @@ def _evenly(rows: int, sample: int, together: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The mean KL of a text's tokens, in nats, and its standard error over sequences.
-
-    The error is NaN where there is one sequence.
-    """
+    """The mean KL of a text's tokens in nats; its standard error over sequences, NaN of one."""
 
     kl: float
     error: float

@@ -85,11 +85,7 @@ def join(sequences: Sequence[np.ndarray], seed: int) -> Passages:
 
 
 def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
-    """Reads the beginning of a text as sequences, each after a bos, `limit` tokens in all.
-
-    Raises:
-        RequestError: the file cannot be read, or is empty.
-    """
+    """Reads the beginning of a text as sequences, each after a bos, `limit` tokens in all."""
     ids = tokenizer.encode_text(_characters(file, _LONGEST_TOKEN * limit))
     if not ids:
         raise RequestError(f"{file} has no text in it; expected a UTF-8 text to calibrate on")
@@ -117,12 +113,7 @@ def _characters(file: Path, most: int) -> str:
 
 
 def sample(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer | None,
-    count: int,
-    *,
-    seed: int,
-    folder: Path,
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, count: int, *, seed: int, folder: Path
 ) -> list[np.ndarray]:
     """Samples sequences of `count` tokens together; the export lies in `folder` meanwhile."""
     rng = np.random.default_rng(seed)

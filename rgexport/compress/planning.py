@@ -40,13 +40,7 @@ class PlanTarget:
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """The figures of a plan.
-
-    Attributes:
-        bits: per weight of the matrices and the head, scales and zero points included.
-        size: bytes of the artifact.
-        kl: predicted, in nats per token.
-    """
+    """A plan's bits per weight with scales, bytes of the artifact, and predicted KL in nats."""
 
     bits: float
     size: int
@@ -55,13 +49,9 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The chosen plan, and the front of all good plans.
+    """The chosen plan, its figures, and the front of all good plans, the smallest first.
 
-    Attributes:
-        plan: the layout of every tensor.
-        chosen: its figures; the KL is a prediction from the measurements of other plans.
-        measured: its KL.
-        front: from the smallest plan to the largest; predicted from all measurements.
+    The KL of `chosen` is a prediction from the measurements of other plans.
     """
 
     plan: Plan
@@ -80,11 +70,7 @@ class Planner:
         layouts: FormatLayouts,
         statistics: StatisticsOf | None = None,
     ):
-        """Quantizes some rows of every matrix in every layout.
-
-        Raises:
-            RequestError: a weight that a layout cannot hold, or a damaged calibration.
-        """
+        """Quantizes some rows of every matrix in every layout."""
         self._checkpoint, self._layouts = checkpoint, layouts
         self._statistics = statistics or Calibrated(calibration, checkpoint.config)
         config, weights = checkpoint.config, checkpoint.weights
@@ -112,11 +98,7 @@ class Planner:
         return solve(options)
 
     def find(self, target: PlanTarget, sequences: Sequence[np.ndarray]) -> PlanResult:
-        """Returns the plan for a target, measured on a text.
-
-        Raises:
-            RequestError: no plan reaches the target.
-        """
+        """Returns the plan for a target, measured on a text; refuses a target out of reach."""
         choice = self._choose(target)
         with group("Running the original"):
             original = OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)

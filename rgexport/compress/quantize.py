@@ -42,19 +42,14 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of `rgexport quantize`.
+    """The options of `rgexport quantize`, with exactly one target.
 
     Attributes:
-        calibration: the file of `rgexport calibrate`.
         target_kl: nats per token on the text.
         target_size: of the artifact, such as `1.5GB`.
         bits: per weight of the matrices and the head.
-        format: of the export that the plan is for.
         text: to measure the plan on; None for the calibration's held-out text, or else its text.
         tokens: most tokens of it.
-
-    Raises:
-        RequestError: not exactly one target, or one that is no positive number.
     """
 
     calibration: Path
@@ -89,13 +84,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan, with the facts that its reports name.
-
-    Attributes:
-        result: the plan, its figures, and the front.
-        model: the checkpoint's name.
-        text: the name of the text that it was measured on.
-    """
+    """A plan with its figures, and the names of the model and of the text it was measured on."""
 
     result: PlanResult
     options: PlanOptions

@@ -41,10 +41,7 @@ class Difference:
 
 
 def share(right: float, count: int) -> Estimate:
-    """Returns a share with Wilson's interval (JASA 22, 1927), which stays in [0, 1].
-
-    `right` may be a sum of shares.
-    """
+    """Returns a share with Wilson's interval (JASA 22, 1927); `right` may be a sum of shares."""
     middle = (right + Z**2 / 2) / (count + Z**2)
     spread = Z / (count + Z**2) * math.sqrt(right * (count - right) / count + Z**2 / 4)
     return Estimate(
@@ -103,10 +100,7 @@ def _ratio(sums: np.ndarray, items: Sequence[float]) -> tuple[float, float | Non
 
 
 def _student(freedom: int) -> float:
-    """Returns the quantile of Student's t that corresponds to `Z`; an expansion from three on.
-
-    Abramowitz and Stegun, 26.7.5: within 1 %.
-    """
+    """Returns Student's t for `Z`; from 3 on within 1 % (Abramowitz and Stegun, 26.7.5)."""
     if freedom == 1:
         return math.tan(math.pi * _SHARE / 2)
     if freedom == 2:

@@ -32,7 +32,6 @@ class EvaluatedModel(ABC):
 
     Attributes:
         argument: the word that opens it, from any folder.
-        label: its name in tables.
         size: bytes of its files.
         allow_foreign: whether engines may run a graph with ops that rgexport does not write.
     """
@@ -60,11 +59,7 @@ class EvaluatedModel(ABC):
 
     @abstractmethod
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
-        """Opens a session, perhaps with a smaller window; the caller closes it.
-
-        Raises:
-            RequestError: the engine is missing, cannot open the model, or cannot narrow its window.
-        """
+        """Opens a session, perhaps with a smaller window; the caller closes it."""
 
     def require_narrowing(self) -> None:
         """Refuses a model without attention, or an engine that takes the window of the file."""
@@ -192,11 +187,7 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
 
 
 def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[EvaluatedModel]:
-    """Opens several models with different labels.
-
-    Raises:
-        RequestError: a model cannot be opened, or is given twice.
-    """
+    """Opens several models, which must have different labels."""
     models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
     labels = [model.label for model in models]
     if twice := {label for label in labels if labels.count(label) > 1}:

@@ -42,21 +42,16 @@ class EvaluationRequest:
 
     Attributes:
         folder: of the results; `length` writes state files into it, too.
-        texts: files and folders of texts; empty for the text that comes with rgexport.
-        limit: most tokens of a document in `text`, or None.
+        texts: files and folders; empty for the text that comes with rgexport.
+        limit: most tokens of a document in `text`.
         context: tokens of a chunk.
         stride: tokens between the beginnings of overlapping chunks; None for no such chunks.
         trials: episodes of each task and distance in `memory`.
         farthest: the largest distance of `memory`, in tokens; None for four windows.
         length: tokens of `length`.
         state: a state file that `length` continues from.
-        tasks: names of tasks of lm_eval, or of `task_files`.
-        task_files: a folder of task files.
-        examples: most examples of a task, or None.
-        seed: of all random numbers.
-
-    Raises:
-        RequestError: the stride is at least as long as a chunk, so it would skip tokens.
+        tasks: names of tasks of lm_eval, or of the folder `task_files`.
+        examples: most examples of a task.
     """
 
     folder: Path = Path("evaluation")
@@ -105,8 +100,6 @@ class Piece:
 
     Attributes:
         model: the identity of the model.
-        suite: its name.
-        settings: of the measurement.
         tokens: that the model has to read, for estimates of time.
         after: the key of the piece whose final state is this one's initial state, or None.
     """

@@ -26,11 +26,7 @@ from rgexport.runtimes.session import Session
 
 
 def requested_suites(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:
-    """Returns these suites, by default `BY_DEFAULT`; task names add the suite `tasks`.
-
-    Raises:
-        RequestError: there is no task for the suite `tasks`.
-    """
+    """Returns these suites, by default `BY_DEFAULT`; task names add the suite `tasks`."""
     if "tasks" in names and not task_names:
         raise RequestError(
             "--suite tasks needs --task NAME: a task of lm_eval, or one of --task-files"
@@ -173,11 +169,7 @@ class Worker:
         results: Results,
         advance: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """Measures the missing pieces of a chain; `advance` gets the tokens of each piece.
-
-        Raises:
-            RequestError: the model cannot be opened or measured.
-        """
+        """Measures the missing pieces of a chain; `advance` gets the tokens of each piece."""
         with results.lock(chain):
             missing = results.missing(chain)
             advance(sum(piece.tokens for piece in chain if piece not in missing))
@@ -211,10 +203,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class ChainJob:
-    """A chain, and what another process needs to measure it.
-
-    `run` differs between commands: files may change between them.
-    """
+    """A chain, and what another process needs to measure it; `run` is that of a command."""
 
     run: str
     argument: str
@@ -231,12 +220,7 @@ _workers: dict[str, Worker] = {}
 
 
 def run_job(job: ChainJob) -> None:
-    """Measures the missing pieces of a chain; a lost worker may have measured some.
-
-    Raises:
-        RequestError: this machine does not see the model, the texts or the folder of the results,
-            or `Worker.measure` fails.
-    """
+    """Measures the missing pieces of a chain; a lost worker may have measured some."""
     folder = job.request.folder
     with _lock:
         if not folder.is_dir():

@@ -47,11 +47,7 @@ def page_environment(package: str) -> "Environment":
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
+    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes."""
     try:
         path.write_text(text + "\n", "utf-8", "backslashreplace")
     except OSError as error:

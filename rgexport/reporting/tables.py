@@ -31,13 +31,11 @@ class Table:
 
 @dataclass(frozen=True)
 class BarTable:
-    """A table of a page with a bar in each row.
+    """A table of a page with a bar in each row; `header` lacks it.
 
     Attributes:
-        header: the columns but the bar.
         numbers: columns that are set flush right.
         bar: the meaning of the bars.
-        rows: as in `Table`.
         shares: the lengths of the bars, 1 being the whole length; longer ones turn red.
     """
 

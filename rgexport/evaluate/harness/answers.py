@@ -64,9 +64,6 @@ def answer(tokenizer: Tokenizer, session: Session, requests: Sequence[LmRequest]
     """Returns the answers in the order of the requests, the tokens read, and the total of tokens.
 
     The session reads fewer tokens than the total where requests have a common prefix.
-
-    Raises:
-        RequestError: the model's logits are NaN or infinite, or a request has no answer.
     """
     generated = [i for i, request in enumerate(requests) if request.kind == _GENERATION]
     judged = [i for i, request in enumerate(requests) if request.kind != _GENERATION]
@@ -117,10 +114,7 @@ def _pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns bos and the ids of a text; literals of special tokens become their ids.
-
-    There is one bos, also if the text begins with its literal.
-    """
+    """Returns one bos and the ids of a text; literals of special tokens become their ids."""
     bos, ids = tokenizer.bos_id, _plain(tokenizer, text)
     literal = tokenizer.literal(bos)
     return ids if bos is None or (literal and text.startswith(literal)) else [bos, *ids]

@@ -39,10 +39,8 @@ class TokenText:
 class PrefixReader(ABC):
     """Takes different texts through a session; a subclass receives the requested logits.
 
-    Attributes:
-        texts: sorted by their ids, so that texts with a common prefix are neighbours. Methods
-            identify a text by its index here.
-        read: tokens that the session took.
+    `texts` are sorted by their ids, so that texts with a common prefix are neighbours; methods
+    identify a text by its index there. `read` counts the tokens that the session took.
     """
 
     def __init__(self, session: Session, texts: Sequence[TokenText]):

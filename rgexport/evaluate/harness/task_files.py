@@ -27,9 +27,6 @@ def copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
     """Writes harmless copies of a folder's `.yaml` files to `target`, where `datasets` caches, too.
 
     Returns the names of the tasks, and of the groups that consist of them. `metrics` are lm_eval's.
-
-    Raises:
-        RequestError: a file names code, cannot be read, or there is none.
     """
     import yaml
 

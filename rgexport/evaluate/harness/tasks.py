@@ -29,7 +29,6 @@ class Score:
     """A figure of a task or of a group of tasks.
 
     Attributes:
-        task: the name of the task or group.
         metric: its name, followed by the filter if there is one.
         value: lm_eval's figure, None if it is no number.
         aggregation: the name of the function from `values` to `value`.
@@ -48,9 +47,7 @@ class Score:
 class Tasks:
     """Loaded tasks with their documents.
 
-    Attributes:
-        requests: task → its requests, each once.
-        shots: task → the number of examples before a question.
+    `requests` has the requests of a task, each once; `shots` its examples before a question.
     """
 
     def __init__(self, loaded: Mapping[str, Any], examples: int | None, seed: int):
@@ -68,11 +65,7 @@ class Tasks:
             self.shots[name] = task.get_config("num_fewshot")
 
     def scores(self, answers: Mapping[LmRequest, Any]) -> list[Score]:
-        """Returns lm_eval's figures from the answers to all requests.
-
-        Raises:
-            RequestError: lm_eval fails, or a task makes new requests.
-        """
+        """Returns lm_eval's figures from the answers to all requests."""
         with _confined("score the tasks"):
             from lm_eval.evaluator import evaluate
 

@@ -141,8 +141,7 @@ def summary(measured: Measured) -> Result:
 def _half(points: Sequence[Result], chance: float) -> float | None:
     """Returns the distance at which accuracy is halfway between its first value and chance.
 
-    It is interpolated on a logarithmic scale; None if accuracy never falls so far, or is at chance
-    from the start.
+    It is interpolated logarithmically; None if it is never reached, or at chance from the start.
     """
     if points[0]["low"] <= chance:
         return None

@@ -57,9 +57,6 @@ def documents(paths: tuple[Path, ...]) -> list[Document]:
 
     The domain of a file is its name without an ending such as `.txt`. The domain of a file in a
     folder is the name of the first folder below: `prose` for `texts/prose/emma.txt` in `texts`.
-
-    Raises:
-        RequestError: a file is missing or not UTF-8, or a folder has no texts.
     """
     if not paths:
         return [Document(_BUILT_IN, _BUILT_IN, built_in_text())]
@@ -80,11 +77,7 @@ def _documents_at(path: Path) -> Iterator[Document]:
 
 
 def document_of(settings: Settings, request: EvaluationRequest) -> Document:
-    """Returns the document of a piece.
-
-    Raises:
-        RequestError: it is missing, or has changed.
-    """
+    """Returns the document of a piece, unless it has changed."""
     for document in documents(request.texts):
         if document.sha256 == settings["sha256"]:
             return document
@@ -156,8 +149,7 @@ def _strided_losses(
 ) -> np.ndarray:
     """Returns the loss of every token but the first.
 
-    A piece consists of a bos and up to `context - 1` tokens of the text. Only the tokens after the
-    end of the previous piece count.
+    A piece is a bos and up to `context - 1` tokens; those after the end of the piece before count.
     """
     bos = np.array(model.bos, np.int64)
     text, values, counted = ids[len(bos) :], [], 0

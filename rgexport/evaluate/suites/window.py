@@ -34,11 +34,7 @@ def windows(full: int) -> list[int]:
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields for each window the texts, the tasks of `memory`, and a measurement of speed.
-
-    Raises:
-        RequestError: the model has no attention or no tokenizer, or its window cannot be changed.
-    """
+    """Yields for each window the texts, the tasks of `memory`, and a measurement of speed."""
     model.require_narrowing()
     model.require_tokenizer(NAME)
     for window in windows(model.config.window):
