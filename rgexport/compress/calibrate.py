@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -141,9 +140,8 @@ class CalibrationOptions:
 
     @property
     def source(self) -> str:
-        sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
-        read = self.text_name if self.from_text else ""
-        return " and ".join(filter(None, (sampled, read)))
+        sampled = [f"{self.from_model} tokens sampled from the model"] if self.from_model else []
+        return " and ".join([*sampled, *([self.text_name] if self.from_text else [])])
 
     @property
     def text_name(self) -> str:
@@ -177,7 +175,16 @@ def calibrate(
     expect_stages(5 if options.from_model else 4)
     hashes = require_sound(checkpoint)
     remember_hashes({path: hashes[name].sha256 for name, path in checkpoint.weight_files.items()})
-    request = _request(options, hashes)
+    request = {  # equal for a run that continues an earlier one
+        "rgexport": __version__,
+        "weights": {name: record.sha256 for name, record in hashes.items()},
+        "--text": None if options.text is None else hash_file(options.text).sha256,
+        "--tokens": options.tokens,
+        "--held-out": options.held_out,
+        "--sampled": options.from_model,
+        "--gradient-tokens": options.gradient_tokens,
+        "--seed": options.seed,
+    }
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
         unfinished = open_calibration_folder(folder, request, force=force)
         built_in = [] if options.text else read
@@ -194,20 +201,6 @@ def closing_line(checkpoint: Checkpoint, target: Path) -> str:
         f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
         f"rgexport onnx -m {model} --int4 --calibration {as_argument(target)}"
     )
-
-
-def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
-    """Returns the facts that must be equal for a run to continue an earlier one."""
-    return {
-        "rgexport": __version__,
-        "weights": {name: record.sha256 for name, record in hashes.items()},
-        "--text": None if options.text is None else hash_file(options.text).sha256,
-        "--tokens": options.tokens,
-        "--held-out": options.held_out,
-        "--sampled": options.from_model,
-        "--gradient-tokens": options.gradient_tokens,
-        "--seed": options.seed,
-    }
 
 
 def _read_text(
@@ -246,13 +239,8 @@ def _text(
         return Passages(tokens, lengths)
     sampled = []
     if options.from_model:
-        sampled = sample(
-            checkpoint,
-            tokenizer,
-            options.with_held_out(options.from_model),
-            seed=options.seed,
-            folder=folder.path / "sampled",
-        )
+        count, target = options.with_held_out(options.from_model), folder.path / "sampled"
+        sampled = sample(checkpoint, tokenizer, count, seed=options.seed, folder=target)
     text = join([*sampled, *read], options.seed)
     folder.save(LENGTHS, text.lengths)
     folder.save(TOKENS, text.tokens)

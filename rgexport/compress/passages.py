@@ -55,12 +55,9 @@ class Passages:
 
     def without_last(self, count: int) -> tuple["Passages", "Passages"]:
         """Splits off the last `count` sequences; returns the others first."""
-        split = len(self.lengths) - count
-        end = self.lengths[:split].sum()
-        return (
-            Passages(self.tokens[:end], self.lengths[:split]),
-            Passages(self.tokens[end:], self.lengths[split:]),
-        )
+        lengths = np.split(self.lengths, [len(self.lengths) - count])
+        first, last = map(Passages, np.split(self.tokens, [lengths[0].sum()]), lengths)
+        return first, last
 
     def batches(self, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
         """Yields neighbouring sequences of equal length: a slice of the tokens, and their shape.
@@ -86,7 +83,13 @@ def join(sequences: Sequence[np.ndarray], seed: int) -> Passages:
 
 def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
     """Reads the beginning of a text as sequences, each after a bos, `limit` tokens in all."""
-    ids = tokenizer.encode_text(_characters(file, _LONGEST_TOKEN * limit))
+    try:
+        require_regular(file)
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(_LONGEST_TOKEN * limit)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+    ids = tokenizer.encode_text(text)
     if not ids:
         raise RequestError(f"{file} has no text in it; expected a UTF-8 text to calibrate on")
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -101,15 +104,6 @@ def first_tokens(sequences: Sequence[np.ndarray], limit: int) -> list[np.ndarray
     starts = accumulate((len(sequence) for sequence in sequences), initial=0)
     cut = (s[: max(0, limit - start)] for s, start in zip(sequences, starts, strict=False))
     return [sequence for sequence in cut if len(sequence)]
-
-
-def _characters(file: Path, most: int) -> str:
-    try:
-        require_regular(file)
-        with file.open(encoding="utf-8") as opened:
-            return opened.read(most)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
 
 
 def sample(

@@ -11,7 +11,7 @@ from rgexport.compress.losses import Divergence, OriginalRun, PredictedLosses
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
-from rgexport.quantize.allocation import Choice, Front, Option, solve
+from rgexport.quantize.allocation import Choice, Option, solve
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.plan import bfloat16_gates
 from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
@@ -80,22 +80,19 @@ class Planner:
         self._weights = sum(item.weights for item in self._items)
         gates = bfloat16_gates(config, weights) if layouts.form.keeps_bfloat16_gates else ()
         self._gates: Plan = dict.fromkeys(gates, BFLOAT16)
-        self._schemes: list[list[Uniform]] = []
-        self._front = self._predicted(losses)
         self._scale = 1.0
         """Measured KL divided by predicted KL."""
-
-    def _predicted(self, losses: PredictedLosses) -> Front:
+        self._schemes: list[list[Uniform]] = []
         options: list[list[Option]] = []
         with task("Trying layouts", self._weights, "weights") as done:
             for item in self._items:
-                sizes = self._layouts.layout_bytes(item.shape)
+                sizes = layouts.layout_bytes(item.shape)
                 self._schemes.append(list(sizes))
                 predicted = losses.of(item, self._schemes[-1])
                 sums = (len(item.tensors) * size for size in sizes.values())
                 options.append([Option(*one) for one in zip(sums, predicted, strict=True)])
                 done(item.weights)
-        return solve(options)
+        self._front = solve(options)
 
     def find(self, target: PlanTarget, sequences: Sequence[np.ndarray]) -> PlanResult:
         """Returns the plan for a target, measured on a text; refuses a target out of reach."""
@@ -125,9 +122,17 @@ class Planner:
             choice = self._front.within(target.value * self._weights / 8)
         else:
             choice = self._of_size(target.value)
-        if choice is None:
-            raise self._out_of_reach(target)
-        return choice
+        if choice is not None:
+            return choice
+        smallest, largest = map(self._point, self._front.points(2))
+        value, limit = {
+            "kl": (f"{target.value:g}", f"{largest.kl:.2g}"),
+            "size": (amount(target.value), amount(smallest.size)),
+            "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
+        }[target.kind]
+        raise RequestError(
+            f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
+        )
 
     def _of_size(self, size: float) -> Choice | None:
         """Returns the best plan for an artifact of at most so many bytes.
@@ -141,17 +146,6 @@ class Planner:
                 break
             budget = choice.bytes - excess
         return choice
-
-    def _out_of_reach(self, target: PlanTarget) -> RequestError:
-        smallest, largest = map(self._point, self._front.points(2))
-        value, limit = {
-            "kl": (f"{target.value:g}", f"{largest.kl:.2g}"),
-            "size": (amount(target.value), amount(smallest.size)),
-            "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
-        }[target.kind]
-        return RequestError(
-            f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
-        )
 
     def _plan(self, choice: Choice) -> Plan:
         layouts = [schemes[pick] for schemes, pick in zip(self._schemes, choice.picks, strict=True)]

@@ -26,7 +26,6 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.quantize.calibration import Calibration, open_calibration
-from rgexport.quantize.scheme import Plan
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis
 from rgexport.reporting.numbers import number, plus_minus
 from rgexport.reporting.page import render_page, write_text
@@ -132,7 +131,16 @@ class PlanReport:
         return Table(f"Plans for {self.options.format}:", header, rows, header)
 
     def _layouts(self) -> Table:
-        rows = _by_kind(self.result.plan)
+        """Tells for each kind of matrix how many have which layout, most frequent first."""
+        kinds: dict[str, Counter[str]] = defaultdict(Counter)
+        for name, scheme in self.result.plan.items():
+            if input_site(name) is not None:
+                inner = "head" if name == EMBEDDING else name.split(".", 2)[2]
+                kinds[inner.removesuffix(".weight")][scheme.label] += 1
+        rows = [
+            (kind, ", ".join(f"{count} × {label}" for label, count in counts.most_common()))
+            for kind, counts in kinds.items()
+        ]
         return Table("The chosen plan:", ("matrices", "layouts"), rows)
 
     def page(self) -> str:
@@ -170,19 +178,6 @@ def is_plan(path: Path) -> bool:
         return False
 
 
-def _by_kind(plan: Plan) -> list[tuple[str, str]]:
-    """Returns kind of matrix, and the numbers of matrices by layout, most frequent first."""
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, scheme in plan.items():
-        if input_site(name) is not None:
-            kind = "head" if name == EMBEDDING else name.split(".", 2)[2].removesuffix(".weight")
-            kinds[kind][scheme.label] += 1
-    return [
-        (kind, ", ".join(f"{count} × {label}" for label, count in counts.most_common()))
-        for kind, counts in kinds.items()
-    ]
-
-
 def make_plan(
     checkpoint: Checkpoint,
     options: PlanOptions,
@@ -197,26 +192,6 @@ def make_plan(
         RequestError: an unsound checkpoint, statistics of another model, an unreadable text, a
             target out of reach, or a file that may not be replaced.
     """
-    _check_targets(target, force)
-    calibration = open_calibration(options.calibration)
-    sequences = _sequences(checkpoint, calibration, options)
-    hashes = require_sound(checkpoint).values()
-    calibration.require_for(record.sha256 for record in hashes)
-    statistics = SpreadStatistics(workers, calibration, checkpoint.config) if workers else None
-    planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
-    report = PlanReport(
-        planner.find(options.target, sequences),
-        options,
-        checkpoint.name,
-        _name_of(calibration, options),
-    )
-    with replace_file(target, force=force, replaceable=is_plan) as unfinished:
-        unfinished.write_text(report.as_json(), "utf-8")
-    write_text(report.page(), page_of(target))
-    return report
-
-
-def _check_targets(target: Path, force: bool) -> None:
     if target.suffix == ".html":
         raise RequestError(
             f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "
@@ -224,6 +199,18 @@ def _check_targets(target: Path, force: bool) -> None:
         )
     check_file_target(target, force=force, replaceable=is_plan)
     check_file_target(page_of(target), force=force, replaceable=lambda page: True)
+    calibration = open_calibration(options.calibration)
+    text, sequences = _text(checkpoint, calibration, options)
+    hashes = require_sound(checkpoint).values()
+    calibration.require_for(record.sha256 for record in hashes)
+    statistics = SpreadStatistics(workers, calibration, checkpoint.config) if workers else None
+    planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
+    result = planner.find(options.target, sequences)
+    report = PlanReport(result, options, checkpoint.name, text)
+    with replace_file(target, force=force, replaceable=is_plan) as unfinished:
+        unfinished.write_text(report.as_json(), "utf-8")
+    write_text(report.page(), page_of(target))
+    return report
 
 
 def page_of(target: Path) -> Path:
@@ -240,23 +227,19 @@ def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> 
     )
 
 
-def _sequences(
+def _text(
     checkpoint: Checkpoint, calibration: Calibration, options: PlanOptions
-) -> Sequence[np.ndarray]:
+) -> tuple[str, Sequence[np.ndarray]]:
+    """Returns the name and the sequences of the text to measure on."""
     if options.text is None:
-        return first_tokens(calibration.held_out or calibration.sequences, options.tokens)
+        name = "the calibration's own text, on which a plan is better than elsewhere"
+        if calibration.held_out:
+            name = "text that the calibration held out"
+        return name, first_tokens(calibration.held_out or calibration.sequences, options.tokens)
     tokenizer = load_tokenizer(folder_of(checkpoint))
     if tokenizer is None:
         raise RequestError(
             f"{checkpoint.name} has no tokenizer to read {options.text} with; leave --text out to "
             "measure on the calibration's text"
         )
-    return read_text(options.text, tokenizer, options.tokens)
-
-
-def _name_of(calibration: Calibration, options: PlanOptions) -> str:
-    if options.text is not None:
-        return str(options.text)
-    if calibration.held_out:
-        return "text that the calibration held out"
-    return "the calibration's own text, on which a plan is better than elsewhere"
+    return str(options.text), read_text(options.text, tokenizer, options.tokens)

@@ -5,7 +5,7 @@ outputs. Each step ends with a file in the calibration's folder, so a later run 
 last complete step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
-from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
 from rgexport.errors import RequestError
 from rgexport.griffin import gradients as _differentiable  # noqa: F401  # registers backward passes
@@ -24,7 +23,7 @@ from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import layer_states
 from rgexport.griffin.step import Layer, LayerState, Linear
-from rgexport.progress import task
+from rgexport.progress import Advance, task
 from rgexport.quantize.calibration_format import (
     EMBEDDED,
     FISHER,
@@ -41,6 +40,10 @@ _FORWARD, _BACKWARD = 2048, 1024
 """Tokens that go through a layer at once, which bounds the memory of its activations."""
 _PANEL = 512
 """Rows of a triangle that are computed together: fewer waste less, but run slower."""
+_LOGIT_BYTES = 512 << 20
+"""Most bytes of logits in memory; the head is read once for as many tokens."""
+_SLAB = 4096
+"""Rows of the vocabulary per computed slab of probabilities."""
 
 
 class Gram:
@@ -84,16 +87,6 @@ class Gram:
 
 
 @contextmanager
-def _watched_inputs(layer: nn.Module, grams: Mapping[str, Gram]) -> Iterator[None]:
-    """Adds the inputs of linears in the `with` block; `grams` are keyed by names in the layer."""
-    with ExitStack() as hooks:
-        for name, gram in grams.items():
-            hook = layer.get_submodule(name).register_forward_pre_hook(gram.see)
-            hooks.callback(hook.remove)
-        yield
-
-
-@contextmanager
 def _watched_gradients(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yields site of a linear → Σ g² of its outputs over backward passes in the `with` block."""
     sums: dict[str, Tensor] = {}
@@ -116,14 +109,14 @@ def _square_sum(gradient: Tensor) -> Tensor:
     return gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
 
-RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
-"""Takes the index of a layer and sequences in batches [B, T, width]; yields the results
-of `forward`, in order."""
-
-
 def _mean(total: Tensor, tokens: int) -> np.ndarray:
     mean: np.ndarray = (total / tokens).float().cpu().numpy()
     return mean
+
+
+RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
+"""Takes the index of a layer and sequences in batches [B, T, width]; yields the results
+of `forward`, in order."""
 
 
 def forward(
@@ -137,10 +130,10 @@ def forward(
     }
     columns = input_columns(config)
     grams = {site: Gram(site, columns[site], x.device) for site in readers}
-    watched = {
-        name.split(".", 2)[2].removesuffix(".weight"): grams[site] for site, name in readers.items()
-    }
-    with torch.no_grad(), _watched_inputs(layer, watched):
+    with torch.no_grad(), ExitStack() as hooks:
+        for site, name in readers.items():
+            module = layer.get_submodule(name.split(".", 2)[2].removesuffix(".weight"))
+            hooks.callback(module.register_forward_pre_hook(grams[site].see).remove)
         return layer(x, *_beginning(config, index, x))[0], grams
 
 
@@ -161,6 +154,100 @@ def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, La
         for spec in layer_states(short, index, "float32")
     )
     return torch.arange(shape[1], device=x.device).expand(shape), (first, second)
+
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """Statistics over the tokens of a text.
+
+    Attributes:
+        probability: the mean probability of each token, float32 [vocab].
+        fisher: the mean of p (1 - p) c², float32 [vocab]; c is the soft cap's derivative.
+        labels: a token for each of the first positions, drawn from the model's distribution.
+        gradient: of their summed negative log-likelihood at the head's input, [n, width].
+    """
+
+    probability: np.ndarray
+    fisher: np.ndarray
+    labels: np.ndarray
+    gradient: Tensor
+
+
+@torch.no_grad()
+def head_statistics(
+    model: Reference, hidden: Tensor, gradients: int, seed: int, advance: Advance
+) -> HeadStatistics:
+    """Computes statistics of the final norm's output [N, width]; gradients of the first tokens."""
+    sums = np.zeros((2, model.config.vocab_size))
+    drawn = np.random.default_rng(seed).random(gradients).astype(np.float32)
+    step = max(1, _LOGIT_BYTES // (4 * model.config.vocab_size))
+    labels, gradient = [], []
+    for start in range(0, len(hidden), step):
+        tokens = hidden[start : start + step]
+        logits = _Logits(model, tokens)
+        logits.add_to(sums)
+        points = torch.from_numpy(drawn[start : start + step]).to(hidden.device)
+        if len(points):
+            labels.append(logits.draw(points))
+            gradient.append(logits.gradient(labels[-1]))
+        advance(len(tokens))
+    probability, fisher = (sums / len(hidden)).astype(np.float32)
+    return HeadStatistics(probability, fisher, torch.cat(labels).cpu().numpy(), torch.cat(gradient))
+
+
+class _Logits:
+    def __init__(self, model: Reference, hidden: Tensor):
+        self._model, self._cap = model, model.config.soft_cap
+        shape = len(hidden), model.config.vocab_size
+        self._values = torch.empty(shape, device=hidden.device)
+        log_sum = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        for start, rows in model.head_slabs():
+            part = self._values[:, start : start + len(rows)]
+            torch.mm(hidden, rows.T, out=part)
+            if self._cap:
+                part.div_(self._cap).tanh_().mul_(self._cap)
+            log_sum = torch.logaddexp(log_sum, part.logsumexp(1))
+        self._log_sum = log_sum.unsqueeze(1)
+
+    def _slab(self, start: int, count: int) -> tuple[Tensor, Tensor | float]:
+        """Returns probabilities [n, count] of a slab, and the soft cap's derivative."""
+        part = self._values[:, start : start + count]
+        slope = 1 - (part / self._cap).square_() if self._cap else 1.0
+        return (part - self._log_sum).exp_(), slope
+
+    def add_to(self, sums: np.ndarray) -> None:
+        """Adds these tokens to the sums of probabilities and of Fisher information [2, vocab]."""
+        for start in range(0, self._values.shape[1], _SLAB):
+            p, slope = self._slab(start, _SLAB)
+            slab = sums[:, start : start + p.shape[1]]
+            slab[0] += p.sum(0).cpu().numpy()
+            slab[1] += (p * (1 - p) * slope * slope).sum(0).cpu().numpy()
+
+    def draw(self, points: Tensor) -> Tensor:
+        """Draws a label for each of the first tokens, by inverting its cumulative sums."""
+        labels = self._values[: len(points)].argmax(1)  # where sums round below the point
+        below = torch.zeros_like(points)
+        for start in range(0, self._values.shape[1], _SLAB):
+            sums = below.unsqueeze(1) + self._slab(start, _SLAB)[0][: len(points)].cumsum(1)
+            index = torch.searchsorted(sums, points.unsqueeze(1), right=True).squeeze(1)
+            inside = (below <= points) & (index < sums.shape[1])
+            labels = torch.where(inside, start + index, labels)
+            below = sums[:, -1]
+        return labels
+
+    def gradient(self, labels: Tensor) -> Tensor:
+        """Returns the gradient of -log p(label) at the head's input for the first tokens."""
+        count = len(labels)
+        total = torch.zeros(0)
+        for start, rows in self._model.head_slabs():
+            p, slope = self._slab(start, len(rows))
+            inside = (labels >= start) & (labels < start + len(rows))
+            p = p[:count]
+            p[inside, labels[inside] - start] -= 1
+            slope = slope if isinstance(slope, float) else slope[:count]
+            part = (p * slope) @ rows
+            total = part if start == 0 else total.add_(part)
+        return total
 
 
 @dataclass(frozen=True)
@@ -194,7 +281,9 @@ class Collector:
             return
         with task("Running the layers", (count - first) * tokens, "tokens x layers") as advance:
             for index in range(first, count):
-                self.folder.save(f"input-{index}", self._start_of(stream).cpu().numpy())
+                self.folder.save(
+                    f"input-{index}", stream[: len(self.gradients.tokens)].cpu().numpy()
+                )
                 self.file.write(self._through(index, stream))
                 self.folder.save(f"stream-{index + 1}", stream.cpu().numpy())
                 self.folder.remove(f"stream-{index}")
@@ -206,7 +295,7 @@ class Collector:
         if self.folder.steps("gradient"):
             return
         stream, site = self._load(f"stream-{last}"), str(input_site(EMBEDDING))
-        start = self._start_of(stream).clone().requires_grad_()
+        start = stream[: len(self.gradients.tokens)].clone().requires_grad_()
         with torch.no_grad():
             hidden = self.model.final_norm(stream)
         gram = Gram(site, self.model.config.width, stream.device)
@@ -233,9 +322,6 @@ class Collector:
                 self.folder.remove(f"gradient-{index + 1}")
                 advance(tokens)
         self.file.write({gradient_name(EMBEDDED): _mean(_square_sum(gradient), tokens)})
-
-    def _start_of(self, stream: Tensor) -> Tensor:
-        return stream[: len(self.gradients.tokens)]
 
     def _load(self, name: str) -> Tensor:
         array = self.folder.load(name)
