@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -16,6 +17,7 @@ from rgexport.evaluate.pieces import (
     Piece,
     Result,
     Results,
+    Settings,
     chains_of,
 )
 from rgexport.evaluate.suites import BY_DEFAULT, SUITES, forget_files
@@ -23,6 +25,9 @@ from rgexport.progress import note, task
 from rgexport.runtimes.cluster import Cluster
 from rgexport.runtimes.environment import environment
 from rgexport.runtimes.session import Session
+
+Chains = Sequence[tuple[EvaluatedModel, Sequence[Chain]]]
+"""Chains to measure of each model."""
 
 
 def requested_suites(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:
@@ -58,54 +63,45 @@ def evaluate(
     ]
     results = Results(request.folder)  # is not created for a wrong request
     missing = [
-        [todo for chain in chains_of(planned) if (todo := results.missing(chain))]
-        for planned in pieces
+        (model, [todo for chain in chains_of(planned) if (todo := results.missing(chain))])
+        for model, planned in zip(models, pieces, strict=True)
     ]
     total = sum(map(len, pieces))
-    remaining = sum(len(chain) for chains in missing for chain in chains)
+    remaining = sum(len(chain) for _, chains in missing for chain in chains)
     if remaining < total:
         note(f"{total - remaining} of {total} pieces are done already.")
     if workers:
-        _run_on_cluster(models, missing, request, threads, workers)
+        _run_on_cluster(missing, request, threads, workers)
     else:
-        _run_here(models, missing, request, results, threads)
+        _run_here(missing, request, threads, results)
     measured = [_by_suite(names, planned, results, request) for planned in pieces]
-    summaries = [
-        _summary(model, suites, measured[0]) for model, suites in zip(models, measured, strict=True)
+    figures = [
+        _figures(model, suites, measured[0]) for model, suites in zip(models, measured, strict=True)
     ]
-    return {"request": request.to_dict(), "environment": environment(), "models": summaries}
+    return {"request": request.to_dict(), "environment": environment(), "models": figures}
 
 
 def _run_here(
-    models: Sequence[EvaluatedModel],
-    missing: Sequence[Sequence[Chain]],
-    request: EvaluationRequest,
-    results: Results,
-    threads: int | None,
+    missing: Chains, request: EvaluationRequest, threads: int | None, results: Results
 ) -> None:
-    for model, chains in zip(models, missing, strict=True):
+    for model, chains in missing:
         if not chains:
             continue
-        worker = Worker(threads)
-        try:
-            with task(f"Evaluating {model.label}", _tokens(chains), "tokens") as advance:
-                for chain in chains:
-                    worker.measure(model, chain, request, results, advance)
-        finally:
-            worker.close()
+        with (
+            closing(Worker(threads)) as worker,
+            task(f"Evaluating {model.label}", _tokens(chains), "tokens") as advance,
+        ):
+            for chain in chains:
+                worker.measure(model, chain, request, results, advance)
 
 
 def _run_on_cluster(
-    models: Sequence[EvaluatedModel],
-    missing: Sequence[Sequence[Chain]],
-    request: EvaluationRequest,
-    threads: int | None,
-    workers: Cluster,
+    missing: Chains, request: EvaluationRequest, threads: int | None, workers: Cluster
 ) -> None:
     request, run = request.resolved(), uuid4().hex
     jobs = [
         ChainJob(run, model.argument, chain, request, threads, model.allow_foreign)
-        for model, chains in zip(models, missing, strict=True)
+        for model, chains in missing
         for chain in chains
     ]
     with task("Evaluating on the cluster", _tokens([j.chain for j in jobs]), "tokens") as advance:
@@ -124,33 +120,30 @@ def _by_suite(
     names: Sequence[str], pieces: Sequence[Piece], results: Results, request: EvaluationRequest
 ) -> dict[str, Measured]:
     """Groups the results of all pieces by suite; suites may score them."""
-    suites: dict[str, Measured] = {}
-    for name in names:
-        measured = []
-        for piece in pieces:
-            if piece.suite != name:
-                continue
-            if (result := results.get(piece)) is None:
-                raise RequestError(
-                    f"the result of a piece is gone from {request.folder}; run the command again"
-                )
-            measured.append((piece.settings, result))
-        scored = getattr(SUITES[name], "scored", None)
-        suites[name] = scored(measured, request) if scored else measured
-    return suites
+    suites: dict[str, list[tuple[Settings, Result]]] = {name: [] for name in names}
+    for piece in pieces:
+        if (result := results.get(piece)) is None:
+            raise RequestError(
+                f"the result of a piece is gone from {request.folder}; run the command again"
+            )
+        suites[piece.suite].append((piece.settings, result))
+    for name, measured in suites.items():
+        if scored := getattr(SUITES[name], "scored", None):
+            suites[name] = scored(measured, request)
+    return {**suites}
 
 
-def _summary(
+def _figures(
     model: EvaluatedModel, measured: Mapping[str, Measured], first: Mapping[str, Measured]
 ) -> Result:
+    """Returns the figures of a model, and its differences to the first model."""
     suites = {name: SUITES[name].summary(results) for name, results in measured.items()}
-    summary = {"label": model.label, "bytes": model.size, "suites": suites}
-    if measured is first:
-        return summary
-    differences = {
-        name: SUITES[name].differences(first[name], results) for name, results in measured.items()
-    }
-    return summary | {"differences": differences}
+    figures: Result = {"label": model.label, "bytes": model.size, "suites": suites}
+    if measured is not first:
+        figures["differences"] = {
+            name: SUITES[name].differences(first[name], rest) for name, rest in measured.items()
+        }
+    return figures
 
 
 class Worker:

@@ -21,10 +21,7 @@ FormatNumber = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), ascending in x; `kind` is a CSS class, `names` are written beside dots.
-
-    `intervals` are error bars (x, low, high).
-    """
+    """Points (x, y), ascending in x, and error bars (x, low, high); `kind` is a CSS class."""
 
     kind: str
     label: str
@@ -36,10 +33,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps numbers from `low` to `high` to pixels; numbers outside lie at the nearer end.
-
-    `ticks` are numbers and their labels.
-    """
+    """Maps numbers from `low` to `high` to pixels; numbers outside lie at the nearer end."""
 
     low: float
     high: float
@@ -97,11 +91,11 @@ class Chart:
     def error_bars(self) -> list[tuple[Series, str]]:
         """The intervals of each series as an SVG path."""
         x, y = self.x, self.y
-        bars = [
-            [f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in line.intervals]
-            for line in self.series
+        return [
+            (s, " ".join(f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals))
+            for s in self.series
+            if s.intervals
         ]
-        return [(s, " ".join(path)) for s, path in zip(self.series, bars, strict=True) if path]
 
     @property
     def dots(self) -> list[tuple[Series, list[Point]]]:

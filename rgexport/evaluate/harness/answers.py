@@ -16,7 +16,7 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.evaluate.harness.prefixes import Likelihoods, PrefixReader, ScoredText, TokenText
+from rgexport.evaluate.harness.prefixes import Likelihoods, PrefixReader, ScoredText
 from rgexport.evaluate.losses import require_finite
 from rgexport.evaluate.pieces import Result
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
@@ -65,25 +65,27 @@ def answer(tokenizer: Tokenizer, session: Session, requests: Sequence[LmRequest]
 
     The session reads fewer tokens than the total where requests have a common prefix.
     """
-    generated = [i for i, request in enumerate(requests) if request.kind == _GENERATION]
-    judged = [i for i, request in enumerate(requests) if request.kind != _GENERATION]
-    scored = [_scored_text(tokenizer, requests[i]) for i in judged]
+    generated = [request for request in requests if request.kind == _GENERATION]
+    judged = [request for request in requests if request.kind != _GENERATION]
+    scored = [_scored_text(tokenizer, request) for request in judged]
     contexts = [
-        tuple(_encoded(tokenizer, requests[i].values[0]) or [_first(tokenizer)]) for i in generated
+        tuple(_encoded(tokenizer, request.values[0]) or [_first(tokenizer)])
+        for request in generated
     ]
-    replies = [GreedyReply(tokenizer, requests[i].values[1]) for i in generated]
+    replies = [GreedyReply(tokenizer, request.values[1]) for request in generated]
     likelihoods = Likelihoods(session, scored)
     generations = Generations(session, contexts, replies)
     likelihoods.run()
     generations.run()
-    answers: list[Any] = [None] * len(requests)
-    for i, reply in zip(generated, replies, strict=True):
-        answers[i] = reply.text
-    for index, i in enumerate(judged):
-        log, likeliest = -float(likelihoods.nats[index]), bool(likelihoods.likeliest[index])
-        answers[i] = log if requests[i].kind == _ROLLING else [log, likeliest]
+    answers: dict[LmRequest, Any] = {
+        request: reply.text for request, reply in zip(generated, replies, strict=True)
+    }
+    for request, nats, likeliest in zip(
+        judged, likelihoods.nats.tolist(), likelihoods.likeliest.tolist(), strict=True
+    ):
+        answers[request] = -nats if request.kind == _ROLLING else [-nats, likeliest]
     return {
-        "answers": answers,
+        "answers": [answers[request] for request in requests],
         "read": likelihoods.read + generations.read,
         "asked": sum(len(text.ids) for text in scored) + sum(map(len, contexts)),
     }
@@ -150,6 +152,7 @@ class GreedyReply:
         self._stop_bytes = [stop.encode() for stop in self._stops]
         limits = (settings[name] for name in _LIMITS if settings.get(name) is not None)
         self._most = int(next(limits, _MOST_TOKENS))
+        self._literals = {token: text.encode() for text, token in tokenizer.special.items()}
         self._tokenizer, self.ids, self._written = tokenizer, list[int](), b""
         self.done = self._most <= 0
 
@@ -174,10 +177,6 @@ class GreedyReply:
             text = text.split(stop)[0]
         return text
 
-    @cached_property
-    def _literals(self) -> dict[int, bytes]:
-        return {token: literal.encode() for literal, token in self._tokenizer.special.items()}
-
 
 class Generations(PrefixReader):
     """Reads texts, equal ones once, and writes a reply to each; writes a batch of them at once."""
@@ -188,7 +187,7 @@ class Generations(PrefixReader):
         self._replies = defaultdict(list)
         for ids, reply in zip(contexts, replies, strict=True):
             self._replies[ids].append(reply)
-        super().__init__(session, [TokenText(ids, 1) for ids in self._replies])
+        super().__init__(session, dict.fromkeys(self._replies, 1))
         self._last: dict[int, np.ndarray] = {}
         self._waiting: list[tuple[GreedyReply, np.ndarray, State]] = []
 
@@ -202,7 +201,7 @@ class Generations(PrefixReader):
     def on_end(self, indices: Sequence[int]) -> None:
         for row, index in enumerate(indices):
             state, logits = self.session.get_rows(range(row, row + 1)), self._last.pop(index)
-            for reply in self._replies[self.texts[index].ids]:
+            for reply in self._replies[self.texts[index]]:
                 if not reply.done:
                     self._waiting.append((reply, logits, state))
         while len(self._waiting) >= self.rows:
