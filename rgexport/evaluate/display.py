@@ -1,6 +1,6 @@
 """Cells of tables and curves of charts that several suites have."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 
 from rgexport.evaluate.pieces import Result
@@ -13,8 +13,8 @@ Models = Sequence[Result]
 """The figures of several models; the first is what the others are compared with."""
 Value = Sequence[float | None]
 """A value, and the low and high end of its interval, None if unknown."""
-Points = Callable[[Result], Iterable[tuple[float, Value]]]
-"""Takes the figures of a model; returns x and value of each point."""
+Points = Iterable[tuple[float, Value]]
+"""x and value of each point of a curve."""
 
 
 def differences_of(model: Result, suite: str, key: str) -> list[Result]:
@@ -39,19 +39,23 @@ def ends(estimate: Result) -> Value:
     return estimate["value"], estimate["low"], estimate["high"]
 
 
-def lines(models: Models, points: Points) -> list[Series]:
-    """Returns a line with error bars for each model."""
-    return [_line(kind, m["label"], points(m)) for kind, m in zip(cycle(_LINES), models)]
+def by_entry(models: Models, suite: str, key: str) -> Iterator[tuple[Result, ...]]:
+    """Yields each entry of a list of figures, from all models."""
+    return zip(*(model["suites"][suite][key] for model in models), strict=True)
 
 
-def _line(kind: str, label: str, points: Iterable[tuple[float, Value]]) -> Series:
-    line, bars = [], []
-    for x, (value, low, high) in points:
-        assert value is not None
-        line.append((float(x), value))
-        if low is not None and high is not None:
-            bars.append((float(x), low, high))
-    return Series(kind, label, sorted(line), intervals=bars)
+def lines(models: Models, points: Iterable[Points]) -> list[Series]:
+    """Returns a line with error bars for the points of each model."""
+    series = []
+    for kind, model, one in zip(cycle(_LINES), models, points):
+        line, bars = [], []
+        for x, (value, low, high) in one:
+            assert value is not None
+            line.append((float(x), value))
+            if low is not None and high is not None:
+                bars.append((float(x), low, high))
+        series.append(Series(kind, model["label"], sorted(line), intervals=bars))
+    return series
 
 
 def curves(
@@ -59,7 +63,7 @@ def curves(
     summary: str,
     labels: tuple[str, str],
     models: Models,
-    points: Points,
+    points: Iterable[Points],
     column: str | None = None,
 ) -> Chart:
     """Returns a chart with a line for each model; x is drawn by its logarithm."""

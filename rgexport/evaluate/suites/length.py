@@ -12,7 +12,7 @@ from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -323,23 +323,19 @@ def tables(models: Models) -> Iterator[Table]:
 def charts(models: Models) -> Iterator[Chart]:
     if len(models[0]["suites"][NAME]["points"]) < 2:
         return
-    values: tuple[tuple[str, str, Callable[[Result], Value | None]], ...] = (
+    values: tuple[tuple[str, str, Callable[[Result], Value]], ...] = (
         ("Loss by length", "nats per token", lambda point: point["nll"]),
         (
             "Largest norm of a recurrent state",
             "norm",
-            lambda p: (max(p["norms"].values()), None, None) if p["norms"] else None,
+            lambda point: (max(point["norms"].values()), None, None) if point["norms"] else (),
         ),
         ("Time of a step", "ms", lambda point: (1000 * point["step_seconds"], None, None)),
     )
     summary = "By the tokens of one text that were read before, its state carried on."
     for title, unit, value_of in values:
-        yield curves(title, summary, ("tokens", unit), models, partial(_points, value_of))
-
-
-def _points(
-    value_of: Callable[[Result], Value | None], model: Result
-) -> Iterator[tuple[float, Value]]:
-    for point in model["suites"][NAME]["points"]:
-        if (value := value_of(point)) is not None:
-            yield point["to"], value
+        points = [
+            [(p["to"], value_of(p)) for p in model["suites"][NAME]["points"] if value_of(p)]
+            for model in models
+        ]
+        yield curves(title, summary, ("tokens", unit), models, points)

@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluate.display import Models, Value, differences_of, ends, is_significant, lines
+from rgexport.evaluate.display import Models, by_entry, differences_of, ends, is_significant, lines
 from rgexport.evaluate.figures import mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
 from rgexport.evaluate.pieces import (
@@ -172,13 +172,12 @@ def differences(first: Measured, second: Measured) -> Result:
 
 
 def tables(models: Models) -> Iterator[Table]:
-    for index, first in enumerate(models[0]["suites"][NAME]["tasks"]):
-        count = len(first["points"])
+    for curves in by_entry(models, NAME, "tasks"):
+        first, count = curves[0], len(curves[0]["points"])
         # Every other distance has a column, if they are many.
         columns = range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
         rows: list[Row] = []
-        for model in models:
-            curve = model["suites"][NAME]["tasks"][index]
+        for model, curve in zip(models, curves, strict=True):
             differing = {
                 point["distance"]
                 for point in differences_of(model, NAME, "points")
@@ -202,15 +201,11 @@ def _half_cell(curve: Result) -> str:
 
 
 def charts(models: Models) -> Iterator[Chart]:
-    for index, first in enumerate(models[0]["suites"][NAME]["tasks"]):
-
-        def points(model: Result, index: int = index) -> Iterator[tuple[float, Value]]:
-            for point in model["suites"][NAME]["tasks"][index]["points"]:
-                yield point["distance"], ends(point)
-
-        series, chance = lines(models, points), first["chance"]
+    for entries in by_entry(models, NAME, "tasks"):
+        points = [[(p["distance"], ends(p)) for p in curve["points"]] for curve in entries]
+        series, chance = lines(models, points), entries[0]["chance"]
         yield Chart(
-            title=first["task"],
+            title=entries[0]["task"],
             summary="Share of right answers by the tokens in between; "
             f"{percent(chance)} by chance.",
             labels=("tokens in between", "right answers"),

@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluate.display import Models, Value, curves, difference_cell, ends
+from rgexport.evaluate.display import Models, by_entry, curves, difference_cell, ends
 from rgexport.evaluate.figures import mean, mean_difference
 from rgexport.evaluate.losses import nats
 from rgexport.evaluate.models import EvaluatedModel
@@ -66,7 +66,7 @@ def _drop(tokens: list[str], random: Random) -> list[str]:
 
 
 def _swap(tokens: list[str], random: Random) -> list[str]:
-    index, tokens = 0, tokens.copy()
+    index = 0
     while index + 1 < len(tokens):
         if random.random() < _SHARE:
             tokens[index], tokens[index + 1] = tokens[index + 1], tokens[index]
@@ -207,32 +207,25 @@ def differences(first: Measured, second: Measured) -> Result:
 
 def tables(models: Models) -> Iterator[Table]:
     rows: list[Row] = []
-    for index, first in enumerate(models[0]["suites"][NAME]["noises"]):
-        cells = []
-        for model in models:
-            entry = model["suites"][NAME]["noises"][index]
-            cells += [difference_cell(entry["more"]), f"{100 * entry['flips']['value']:.1f} %"]
-        if first["noise"] != "none":
-            rows.append((first["noise"], *cells))
+    for entries in by_entry(models, NAME, "noises"):
+        if entries[0]["noise"] != "none":
+            cells = [entries[0]["noise"]]
+            for entry in entries:
+                cells += [difference_cell(entry["more"]), f"{100 * entry['flips']['value']:.1f} %"]
+            rows.append(tuple(cells))
     columns = [f"{model['label']}{end}" for model in models for end in (", nats", ", flips")]
     title = "Noise: more nats per token than after a clean text, and other likeliest tokens"
     yield Table(title, ("noise", *columns), rows, columns)
 
 
 def charts(models: Models) -> Iterator[Chart]:
-    for index, first in enumerate(models[0]["suites"][NAME]["noises"]):
-        if first["noise"] == "none":
-            continue
-
-        def points(model: Result, index: int = index) -> Iterator[tuple[float, Value]]:
-            for point in model["suites"][NAME]["noises"][index]["by_distance"]:
-                yield point["token"], ends(point["more"])
-
-        yield curves(
-            f"After {first['noise']}",
-            "More nats per token than after the clean text, from that token on.",
-            ("tokens after the noise", "more nats"),
-            models,
-            points,
-            "token",
-        )
+    for entries in by_entry(models, NAME, "noises"):
+        if entries[0]["noise"] != "none":
+            yield curves(
+                f"After {entries[0]['noise']}",
+                "More nats per token than after the clean text, from that token on.",
+                ("tokens after the noise", "more nats"),
+                models,
+                [[(p["token"], ends(p["more"])) for p in e["by_distance"]] for e in entries],
+                "token",
+            )

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.evaluate.display import Models, differences_of, is_significant
+from rgexport.evaluate.display import Models, by_entry, differences_of, is_significant
 from rgexport.evaluate.figures import mean, mean_difference, share
 from rgexport.evaluate.harness.answers import LmRequest, answer, sha256_of
 from rgexport.evaluate.harness.tasks import Score, Tasks, load_tasks
@@ -152,8 +152,8 @@ def differences(first: Measured, second: Measured) -> Result:
 
 def tables(models: Models) -> Iterator[Table]:
     rows: list[Row] = []
-    for index, first in enumerate(models[0]["suites"][NAME]["tasks"]):
-        entries = [model["suites"][NAME]["tasks"][index] for model in models]
+    for entries in by_entry(models, NAME, "tasks"):
+        first = entries[0]
         for metric, figure in enumerate(first["metrics"]):
             count = "" if figure["count"] is None else f"{figure['count']:,}"
             cells = [

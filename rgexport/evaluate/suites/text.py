@@ -266,7 +266,8 @@ def charts(models: Models) -> Iterator[Chart]:
         ("tokens before", "nats per token"),
         models,
         # The first tokens of a document have no power of two.
-        lambda model: (
-            (max(point["from"], 32), point["nll"]) for point in model["suites"][NAME]["by_position"]
-        ),
+        [
+            [(max(point["from"], 32), point["nll"]) for point in m["suites"][NAME]["by_position"]]
+            for m in models
+        ],
     )

@@ -142,10 +142,10 @@ def charts(models: Models) -> Iterator[Chart]:
         "Mean loss of all texts; a window of 0 is drawn at 1.",
         ("tokens of the window", "nats per token"),
         models,
-        lambda model: (
-            (max(1, row["window"]), row["all_texts"]["nll"])
-            for row in model["suites"][NAME]["windows"]
-        ),
+        [
+            [(max(1, w["window"]), w["all_texts"]["nll"]) for w in m["suites"][NAME]["windows"]]
+            for m in models
+        ],
         "window",
     )
     for model in models:
