@@ -163,8 +163,7 @@ def calibrate(
     An interrupted run leaves `TARGET.partial`, and the same request continues it.
 
     Raises:
-        RequestError: an unsound checkpoint, a text that cannot be read, a target that exists, or
-            unfinished work of another request there.
+        RequestError: an unsound checkpoint, an unreadable text, a target or another work there.
     """
     check_file_target(target, force=force, replaceable=is_calibration)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
@@ -294,9 +293,6 @@ def known_statistics(
     """Yields the statistics of a calibration file; by default of `./MODEL.calibration`.
 
     If the latter is missing, it is computed, which takes minutes. A cluster's workers quantize.
-
-    Raises:
-        RequestError: the file cannot be read or is of another model, or there is no cluster.
     """
     with connected(cluster) as workers:
         if file is None:

@@ -1,10 +1,8 @@
 """The folder of an unfinished calibration, from which a later run continues.
 
-It has three kinds of files:
-
-- `request.json`: the options and weights of the run; only an equal request may continue it.
-- `NAME.npy` or `NAME-N.npy`: intermediate arrays, such as the residual stream after N layers.
-- `complete`: the calibration file, which becomes the target when all its arrays are written.
+`request.json` has the options and weights of the run; only an equal request may continue it.
+`NAME.npy` or `NAME-N.npy` are intermediate arrays, such as the residual stream after N layers.
+`complete` is the calibration file, which becomes the target when all its arrays are written.
 
 A step through a layer writes its statistics first and the residual stream, or the gradient, last.
 So the numbers of these arrays tell which layers are done.
@@ -39,7 +37,6 @@ class CalibrationFolder:
         self.path = path
 
     def save(self, name: str, array: np.ndarray) -> None:
-        """Writes an array atomically and durably."""
         path = self._path(name)
         remove_partials(path)
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
@@ -72,10 +69,7 @@ class CalibrationFolder:
 def open_calibration_folder(
     folder: Path, request: Mapping[str, Any], *, force: bool
 ) -> CalibrationFolder:
-    """Creates the folder, or opens it if an earlier run had the same request.
-
-    The request is JSON that determines the result. `force` replaces work of another request.
-    """
+    """Creates the folder, or opens that of an equal request; `force` replaces that of another."""
     file = folder / _REQUEST
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not file.is_file():
@@ -113,7 +107,6 @@ class StatisticsFile:
                 file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes some of the arrays durably."""
         with self._path.open("r+b") as file:
             for name, array in arrays.items():
                 dtype, shape = self._arrays[name]

@@ -69,12 +69,7 @@ def _graph_bytes(scheme: Scheme, rows: int) -> int:
 
 @dataclass(frozen=True)
 class PlanItem:
-    """Matrices, or rows of one, that get the same layout.
-
-    Attributes:
-        tensors: matrices of one shape and, if there are several, of one input.
-        rows: numbers of the rows of the one tensor, most important first; None for all.
-    """
+    """Matrices of one shape and input with one layout; or `rows` of one, most important first."""
 
     tensors: tuple[str, ...]
     shape: tuple[int, int]
@@ -88,8 +83,8 @@ class PlanItem:
 def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[PlanItem]:
     """Returns the items of a model: the head, then the linears by layer.
 
-    Linears of one shape that read the same input get one layout, so that kernels can compute them
-    together. With the importance of the head's rows, float32 [vocab], they are cut into groups.
+    Linears of one shape and input get one layout, so that kernels can compute them together. With
+    the importance of the head's rows, float32 [vocab], they are cut into groups.
     """
     together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, spec in model_tensors(config).items():

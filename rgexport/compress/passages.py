@@ -60,9 +60,9 @@ class Passages:
         return first, last
 
     def batches(self, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
-        """Yields neighbouring sequences of equal length: a slice of the tokens, and their shape.
+        """Yields sequences of equal length in a row: a slice of the tokens, (sequences, length).
 
-        The shape is (sequences, tokens of each), with at most `most` tokens or one sequence.
+        Together they have at most `most` tokens, or are one sequence.
         """
         first, start = 0, 0
         while first < len(self.lengths):

@@ -41,14 +41,9 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of `rgexport quantize`, with exactly one target.
+    """The options of `rgexport quantize`, with exactly one target; a size is such as `1.5GB`.
 
-    Attributes:
-        target_kl: nats per token on the text.
-        target_size: of the artifact, such as `1.5GB`.
-        bits: per weight of the matrices and the head.
-        text: to measure the plan on; None for the calibration's held-out text, or else its text.
-        tokens: most tokens of it.
+    Without `text`, a plan is measured on the calibration's held-out text, or else on its text.
     """
 
     calibration: Path

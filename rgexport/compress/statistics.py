@@ -1,8 +1,7 @@
 """Passes a text through the model, with one layer's weights in memory at a time.
 
 The forward pass sums x xᵀ of the linears' inputs, the backward pass g² of the gradients at their
-outputs. Each step ends with a file in the calibration's folder, so a later run continues after the
-last complete step.
+outputs. Each step ends with a file in the calibration's folder, where a later run continues.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -105,7 +104,6 @@ def _watched_gradients(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _square_sum(gradient: Tensor) -> Tensor:
-    """Returns Σ g² over tokens of g [..., channels], float64."""
     return gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
 

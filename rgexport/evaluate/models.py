@@ -28,13 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluatedModel(ABC):
-    """A model that suites measure.
-
-    Attributes:
-        argument: the word that opens it, from any folder.
-        size: bytes of its files.
-        allow_foreign: whether engines may run a graph with ops that rgexport does not write.
-    """
+    """A model that suites measure; `argument` opens it from any folder."""
 
     argument: str
     label: str
@@ -75,11 +69,9 @@ class EvaluatedModel(ABC):
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each canonical state, without the batch axis."""
         return {spec.name: spec.shape for spec in state_specs(self.config)}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text without a bos; the model must have a tokenizer."""
         assert self.tokenizer is not None
         return self.tokenizer.encode_text(text)
 

@@ -44,12 +44,10 @@ class EvaluationRequest:
         folder: of the results; `length` writes state files into it, too.
         texts: files and folders; empty for the text that comes with rgexport.
         limit: most tokens of a document in `text`.
-        context: tokens of a chunk.
-        stride: tokens between the beginnings of overlapping chunks; None for no such chunks.
+        context, stride: tokens of a chunk, and between the beginnings of overlapping chunks.
         trials: episodes of each task and distance in `memory`.
         farthest: the largest distance of `memory`, in tokens; None for four windows.
-        length: tokens of `length`.
-        state: a state file that `length` continues from.
+        length: tokens of `length`, which continues from the state file `state`.
         tasks: names of tasks of lm_eval, or of the folder `task_files`.
         examples: most examples of a task.
     """
@@ -96,12 +94,9 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a suite that is measured for one model.
+    """A part of a suite that is measured for one model, named by its identity.
 
-    Attributes:
-        model: the identity of the model.
-        tokens: that the model has to read, for estimates of time.
-        after: the key of the piece whose final state is this one's initial state, or None.
+    `tokens` estimates the time. `after` is the key of the piece whose final state it begins with.
     """
 
     model: str
@@ -176,7 +171,6 @@ class Results:
         _write(self._pieces / f"{piece.key}.json", lambda file: file.write(data))
 
     def state(self, key: str) -> State:
-        """Returns the final state of a piece."""
         path = self._state_file(key)
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -194,19 +188,13 @@ class Results:
         self._state_file(key).unlink(missing_ok=True)
 
     def lock(self, chain: Chain) -> AbstractContextManager[Any]:
-        """Lets one process at a time measure a chain, so that none drops another one's states.
-
-        Pieces without a state need no lock: two processes write the same result.
-        """
+        """Lets one process at a time measure a chain that passes states on: it drops old ones."""
         if any(piece.after for piece in chain):
             return FileLock(self._pieces / f"{chain[-1].key}.lock")
         return nullcontext()
 
     def missing(self, chain: Chain) -> list[Piece]:
-        """Returns the pieces of a chain to be measured.
-
-        A piece with a result is measured again if the next one needs its state, and that is gone.
-        """
+        """Returns the pieces of a chain that lack a result, or a state that is needed."""
         pieces: list[Piece] = []
         for piece in reversed(chain):
             needed = bool(pieces) and pieces[-1].after == piece.key
@@ -219,7 +207,6 @@ class Results:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file in one step; several processes may do so at once."""
     try:
         with replacing(path) as partial, partial.open("wb") as file:
             write(file)

@@ -50,8 +50,7 @@ def evaluate(
 ) -> Result:
     """Runs the named suites on all models, which are compared with the first one.
 
-    Results in the request's folder are reused. The cluster measures, or else this process does,
-    with `threads` per session: by default, all processors that a process may use.
+    Results in the request's folder are reused. The cluster measures, or else this process does.
 
     Raises:
         RequestError: a model or a text does not fit a suite, or cannot be opened.
@@ -119,7 +118,6 @@ def _tokens(chains: Sequence[Chain]) -> int:
 def _by_suite(
     names: Sequence[str], pieces: Sequence[Piece], results: Results, request: EvaluationRequest
 ) -> dict[str, Measured]:
-    """Groups the results of all pieces by suite; suites may score them."""
     suites: dict[str, list[tuple[Settings, Result]]] = {name: [] for name in names}
     for piece in pieces:
         if (result := results.get(piece)) is None:
@@ -136,7 +134,6 @@ def _by_suite(
 def _figures(
     model: EvaluatedModel, measured: Mapping[str, Measured], first: Mapping[str, Measured]
 ) -> Result:
-    """Returns the figures of a model, and its differences to the first model."""
     suites = {name: SUITES[name].summary(results) for name, results in measured.items()}
     figures: Result = {"label": model.label, "bytes": model.size, "suites": suites}
     if measured is not first:

@@ -55,13 +55,10 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture, its summary in words, and its numbers as a table.
+    """A picture, its summary in words, and its numbers as a table, in which x is called `column`.
 
-    Attributes:
-        labels: of the x and the y axis.
-        column: the name of x in the table.
-        limit: a line that is drawn from edge to edge.
-        doubling: whether x is drawn by its logarithm; it is positive then.
+    `labels` are those of x and y; `limit` is drawn from edge to edge; `doubling` draws a positive x
+    by its logarithm.
     """
 
     title: str
@@ -89,7 +86,6 @@ class Chart:
 
     @property
     def error_bars(self) -> list[tuple[Series, str]]:
-        """The intervals of each series as an SVG path."""
         x, y = self.x, self.y
         return [
             (s, " ".join(f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals))

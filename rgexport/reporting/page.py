@@ -25,7 +25,6 @@ _SHORT = 12
 
 
 def render_page(package: str, template: str, **variables: Any) -> str:
-    """Renders a template of a package of rgexport, such as `evaluate`."""
     return page_environment(package).get_template(template).render(**variables)
 
 

@@ -31,12 +31,9 @@ class Table:
 
 @dataclass(frozen=True)
 class BarTable:
-    """A table of a page with a bar in each row; `header` lacks it.
+    """A table of a page with a bar in each row; `header` lacks it, `bar` is its meaning.
 
-    Attributes:
-        numbers: columns that are set flush right.
-        bar: the meaning of the bars.
-        shares: the lengths of the bars, 1 being the whole length; longer ones turn red.
+    `shares` are the lengths of the bars, 1 being the whole length; longer ones turn red.
     """
 
     header: Row

@@ -1,7 +1,7 @@
 """Reads many texts; a prefix that several of them share is read once.
 
-The sorted texts form a tree. A shared prefix goes through the model once, its state is kept, and
-each branch continues from it. Branches with a single text are grouped by length into batches.
+The sorted texts form a tree: each branch continues from the state after a shared prefix. Branches
+with a single text are grouped by length into batches.
 """
 
 from abc import ABC, abstractmethod
@@ -126,9 +126,8 @@ class ScoredText:
 class Likelihoods(PrefixReader):
     """Reads texts and scores their targets, which may be empty.
 
-    Attributes:
-        nats: [n], the negative log-likelihoods.
-        likeliest: [n] bool, whether every target is the most likely token at its position.
+    `nats` are the negative log-likelihoods [n]; `likeliest` is whether every target is the most
+    likely token at its position, bool [n].
     """
 
     def __init__(self, session: Session, scored: Sequence[ScoredText]):

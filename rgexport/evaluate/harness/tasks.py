@@ -40,14 +40,9 @@ _UNPICKLED = ("pandas",)
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of a task or of a group of tasks.
+    """A figure of a task or of a group of tasks, None if it is no number.
 
-    Attributes:
-        metric: its name, followed by the filter if there is one.
-        value: lm_eval's figure, None if it is no number.
-        aggregation: the name of the function from `values` to `value`.
-        values: of each example; empty for a group.
-        higher_is_better: None if unknown.
+    `aggregation` names the function to it from the `values` of the examples, none for a group.
     """
 
     task: str
@@ -356,7 +351,6 @@ def _find_data(folder: Path, config: dict[str, Any], cache: Path) -> None:
 
 
 def _absolute(folder: Path, value: Any) -> Any:
-    """Makes paths and patterns of existing files absolute, in a text, a list or a mapping."""
     if isinstance(value, dict):
         return {key: _absolute(folder, inner) for key, inner in value.items()}
     if isinstance(value, list):

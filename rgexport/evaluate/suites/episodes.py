@@ -1,8 +1,7 @@
 """The episodes of `memory`: facts to remember, and questions about them.
 
 All episodes of a task have the same number of tokens, so that they can share a batch. Each answer
-is one token, chosen among candidates: so the chance level is known, whatever the model has learned
-of the language.
+is one token, chosen among candidates, so the chance level is known.
 """
 
 from collections.abc import Callable

@@ -118,8 +118,7 @@ def _is_right(logits: np.ndarray, question: Question) -> bool:
 def summary(measured: Measured) -> Result:
     """Returns accuracy by task and distance, and where half of it above chance is lost.
 
-    The questions of one episode are not independent: intervals count episodes, each with the share
-    of its right answers.
+    Intervals count episodes, each with its share of right answers, which are not independent.
     """
     tasks: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     chances = {}

@@ -1,8 +1,7 @@
 """The suite `noise`: how much worse a model continues a text after a corrupted beginning.
 
-A text is cut into passages. The first part of a passage is corrupted, the rest is unchanged: the
-same tokens are expected, so losses can be compared. The corruption depends on the passage and the
-seed alone.
+The first part of each passage is corrupted, by the passage and the seed alone; the rest is not, so
+the same tokens are expected and losses can be compared.
 """
 
 import hashlib

@@ -126,7 +126,6 @@ def _with_interval(figure: Result) -> Result:
 
 
 def _from_mean(figure: Result, value: float | None) -> float | None:
-    """Returns the figure of a mean; None if it is unknown or too large."""
     try:
         return None if value is None else _SUMS[figure["aggregation"]][1](value)
     except OverflowError:

@@ -29,7 +29,6 @@ _STEPS = 48
 
 
 def windows(full: int) -> list[int]:
-    """Returns the full window, its half, quarter and eighth, and 0."""
     return list(dict.fromkeys([*(full // divisor for divisor in _DIVISORS), 0]))
 
 
