@@ -12,11 +12,7 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.compress.calibration_folder import (
-    CalibrationFolder,
-    StatisticsFile,
-    open_calibration_folder,
-)
+from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
 from rgexport.compress.cluster import SpreadStatistics, spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.errors import RequestError
@@ -29,16 +25,8 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.device import torch_device
 from rgexport.progress import expect_stages, group, note
+from rgexport.quantize import calibration_format as stored
 from rgexport.quantize.calibration import is_calibration, open_calibration
-from rgexport.quantize.calibration_format import (
-    FREQUENCY,
-    HELD_OUT,
-    HELD_OUT_LENGTHS,
-    LENGTHS,
-    TOKENS,
-    Provenance,
-    arrays_of,
-)
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.units import amount
@@ -185,7 +173,7 @@ def calibrate(
         "--seed": options.seed,
     }
     with continue_file(target, force=force, replaceable=is_calibration) as folder:
-        unfinished = open_calibration_folder(folder, request, force=force)
+        unfinished = CalibrationFolder.open(folder, request, force=force)
         built_in = [] if options.text else read
         text = _text(unfinished, checkpoint, tokenizer, options, read if options.text else [])
         text, held_out = options.split(text)
@@ -232,7 +220,7 @@ def _text(
     options: CalibrationOptions,
     read: list[np.ndarray],
 ) -> Passages:
-    tokens, lengths = folder.load(TOKENS), folder.load(LENGTHS)
+    tokens, lengths = folder.load(stored.TOKENS), folder.load(stored.LENGTHS)
     if tokens is not None and lengths is not None:
         expect_stages(3)  # nothing is sampled now
         return Passages(tokens, lengths)
@@ -241,8 +229,8 @@ def _text(
         count, target = options.with_held_out(options.from_model), folder.path / "sampled"
         sampled = sample(checkpoint, tokenizer, count, seed=options.seed, folder=target)
     text = join([*sampled, *read], options.seed)
-    folder.save(LENGTHS, text.lengths)
-    folder.save(TOKENS, text.tokens)
+    folder.save(stored.LENGTHS, text.lengths)
+    folder.save(stored.TOKENS, text.tokens)
     return text
 
 
@@ -261,7 +249,7 @@ def collect(
 
     config = checkpoint.config
     gradients = text.first(options.gradient_tokens)
-    provenance = Provenance(
+    provenance = stored.Provenance(
         model=checkpoint.name,
         files={name: record.sha256 for name, record in hashes.items()},
         tokens=len(text.tokens),
@@ -271,16 +259,16 @@ def collect(
         seed=options.seed,
         tool=f"rgexport {__version__}",
     )
-    texts = {TOKENS: text.tokens, LENGTHS: text.lengths}
+    texts = {stored.TOKENS: text.tokens, stored.LENGTHS: text.lengths}
     if len(held_out.tokens):
-        texts |= {HELD_OUT: held_out.tokens, HELD_OUT_LENGTHS: held_out.lengths}
-    arrays = arrays_of(config, texts)
+        texts |= {stored.HELD_OUT: held_out.tokens, stored.HELD_OUT_LENGTHS: held_out.lengths}
+    arrays = stored.arrays_of(config, texts)
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values())
     require_free_disk(folder.path, size + 2 * 4 * len(text.tokens) * config.width)
     file = StatisticsFile(folder, provenance, arrays)
     counts = np.bincount(text.tokens, minlength=config.vocab_size)
     frequency = (counts / len(text.tokens)).astype(np.float32)
-    file.write(texts | {FREQUENCY: frequency})
+    file.write(texts | {stored.FREQUENCY: frequency})
     model = Reference(config, checkpoint.weights, device=device)
     run = spread_layer(workers, checkpoint, device) if workers else partial(run_layer, model)
     Collector(model, text, gradients, folder, file, options.seed, run).collect()

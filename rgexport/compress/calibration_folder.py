@@ -36,6 +36,29 @@ class CalibrationFolder:
     def __init__(self, path: Path):
         self.path = path
 
+    @classmethod
+    def open(cls, path: Path, request: Mapping[str, Any], *, force: bool) -> "CalibrationFolder":
+        """Creates the folder, or opens that of an equal request; `force` replaces another one."""
+        file = path / _REQUEST
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not file.is_file():
+                raise RequestError(
+                    f"{path} exists and is no unfinished calibration; remove it, or pass another -o"
+                )
+            earlier = read_json(file)
+            differing = [key for key in request if earlier.get(key) != request[key]]
+            if differing and not force:
+                raise RequestError(
+                    f"{path} is the unfinished work of another request ({', '.join(differing)} "
+                    "differ); repeat that to finish it, or pass --force to start anew"
+                )
+            if differing:
+                shutil.rmtree(path)
+        if not file.exists():
+            path.mkdir(exist_ok=True)
+            file.write_text(json.dumps(request, indent=2, sort_keys=True) + "\n", "utf-8")
+        return cls(path)
+
     def save(self, name: str, array: np.ndarray) -> None:
         path = self._path(name)
         remove_partials(path)
@@ -64,31 +87,6 @@ class CalibrationFolder:
 
     def _path(self, name: str) -> Path:
         return self.path / f"{name}.npy"
-
-
-def open_calibration_folder(
-    folder: Path, request: Mapping[str, Any], *, force: bool
-) -> CalibrationFolder:
-    """Creates the folder, or opens that of an equal request; `force` replaces that of another."""
-    file = folder / _REQUEST
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not file.is_file():
-            raise RequestError(
-                f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
-            )
-        earlier = read_json(file)
-        differing = [key for key in request if earlier.get(key) != request[key]]
-        if differing and not force:
-            raise RequestError(
-                f"{folder} is the unfinished work of another request ({', '.join(differing)} "
-                "differ); repeat that to finish it, or pass --force to start anew"
-            )
-        if differing:
-            shutil.rmtree(folder)
-    if not file.exists():
-        folder.mkdir(exist_ok=True)
-        file.write_text(json.dumps(request, indent=2, sort_keys=True) + "\n", "utf-8")
-    return CalibrationFolder(folder)
 
 
 class StatisticsFile:

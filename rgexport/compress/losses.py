@@ -7,10 +7,9 @@ the same row in the embedding is added. The cost of a plan is the sum over its i
 independent, so a sample of them represents all: a 2B takes minutes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -49,17 +48,35 @@ class PredictedLosses:
 
     def of(self, item: PlanItem, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
         """Returns the loss of an item in each layout, in nats per token."""
-        together = max(layout.rows_together for layout in layouts)
         losses = np.zeros(len(layouts))
         for tensor in item.tensors:
-            rows = _evenly(item.shape[0], sample, together)
-            ids = rows if item.rows is None else np.sort(item.rows[rows])
-            weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
-            cost = self._cost(tensor, ids, item.rows)
-            loss = partial(self._loss, tensor, ids, weights.astype(np.float32), cost)
-            with ThreadPoolExecutor(parallel_jobs()) as pool:
-                losses += list(pool.map(loss, layouts))
+            losses += self._of_tensor(tensor, item, layouts, sample)
         return losses.tolist()
+
+    def _of_tensor(
+        self, tensor: str, item: PlanItem, layouts: Sequence[Uniform], sample: int
+    ) -> list[float]:
+        known, is_head = self._calibration, tensor == EMBEDDING
+        rows = _evenly(item.shape[0], sample, max(layout.rows_together for layout in layouts))
+        ids = rows if item.rows is None else np.sort(item.rows[rows])
+        weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
+        weights = weights.astype(np.float32)
+        outputs = known.row_sensitivity if is_head else known.output_sensitivity(tensor)
+        if outputs is None:
+            outputs = np.zeros(self._weights[tensor].shape[0], np.float32)
+        hessians, product = known.hessian(tensor) or [], _share(outputs, ids, item.rows)
+        lookup = _share(known.token_share, ids, item.rows) if is_head else None
+        statistics = self._statistics(tensor)
+
+        def loss(layout: Uniform) -> float:
+            errors = layout.round_trip(tensor, weights, statistics, ids) - weights
+            costs = product * _through(errors, hessians)
+            if lookup is not None:
+                costs += lookup * (np.square(errors, dtype=np.float64) @ self._channels())
+            return float(0.5 * costs.sum())
+
+        with ThreadPoolExecutor(parallel_jobs()) as pool:
+            return list(pool.map(loss, layouts))
 
     def row_importance(self) -> np.ndarray:
         """Returns the cost of equal errors in each row of the embedding, float64 [vocab]."""
@@ -70,37 +87,6 @@ class PredictedLosses:
 
     def _channels(self) -> np.ndarray:
         return self._calibration.lookup_sensitivity * self._config.embedding_scale**2
-
-    def _loss(
-        self,
-        tensor: str,
-        ids: np.ndarray,
-        rows: np.ndarray,
-        cost: Callable[[np.ndarray], float],
-        layout: Uniform,
-    ) -> float:
-        return cost(layout.round_trip(tensor, rows, self._statistics(tensor), ids) - rows)
-
-    def _cost(
-        self, tensor: str, ids: np.ndarray, among: np.ndarray | None
-    ) -> Callable[[np.ndarray], float]:
-        """Returns a function from errors [n, K] of rows `ids` to the cost of errors in `among`."""
-        known, head = self._calibration, tensor == EMBEDDING
-        hessians = known.hessian(tensor) or []
-        outputs = known.row_sensitivity if head else known.output_sensitivity(tensor)
-        if outputs is None:
-            outputs = np.zeros(self._weights[tensor].shape[0], np.float32)
-        product = _share(outputs, ids, among)
-        if not head:
-            return lambda errors: float(0.5 * (product * _through(errors, hessians)).sum())
-        channels = self._channels()
-        lookup = _share(known.token_share, ids, among)
-
-        def cost(errors: np.ndarray) -> float:
-            looked_up = np.square(errors, dtype=np.float64) @ channels
-            return float(0.5 * (product * _through(errors, hessians) + lookup * looked_up).sum())
-
-        return cost
 
 
 def _share(values: np.ndarray, ids: np.ndarray, among: np.ndarray | None) -> np.ndarray:

@@ -23,17 +23,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import layer_states
 from rgexport.griffin.step import Layer, LayerState, Linear
 from rgexport.progress import Advance, task
-from rgexport.quantize.calibration_format import (
-    EMBEDDED,
-    FISHER,
-    PROBABILITY,
-    column_blocks,
-    gradient_name,
-    hessian_name,
-    input_columns,
-    linears,
-    pack,
-)
+from rgexport.quantize import calibration_format as stored
 
 _FORWARD, _BACKWARD = 2048, 1024
 """Tokens that go through a layer at once, which bounds the memory of its activations."""
@@ -50,7 +40,7 @@ class Gram:
 
     def __init__(self, site: str, columns: int, device: torch.device):
         self._site = site
-        self._bounds = column_blocks(columns)
+        self._bounds = stored.column_blocks(columns)
         self._sums = [torch.zeros(b - a, b - a, device=device) for a, b in self._bounds]
         self._tokens = 0
 
@@ -76,7 +66,7 @@ class Gram:
     def triangles(self) -> Iterator[np.ndarray]:
         """Yields the packed lower triangle of Σ x xᵀ / N of each block."""
         for total in self._sums:
-            packed = pack(total.cpu().numpy()) / np.float32(self._tokens)
+            packed = stored.pack(total.cpu().numpy()) / np.float32(self._tokens)
             if not np.isfinite(packed).all():
                 raise RequestError(
                     f"the values at {self._site} overflow on this text, so there are no statistics "
@@ -123,10 +113,10 @@ def forward(
     """Runs a layer on sequences [B, T, width]; returns its output, and site → sums of inputs."""
     readers = {
         str(input_site(name)): name
-        for name in linears(config)
+        for name in stored.linears(config)
         if name.startswith(f"layers.{index}.")
     }
-    columns = input_columns(config)
+    columns = stored.input_columns(config)
     grams = {site: Gram(site, columns[site], x.device) for site in readers}
     with torch.no_grad(), ExitStack() as hooks:
         for site, name in readers.items():
@@ -300,26 +290,27 @@ class Collector:
         gram.add(hidden)
         with task("Running the head", len(hidden), "tokens") as advance:
             head = head_statistics(self.model, hidden, len(start), self.seed, advance)
-        self.file.write({PROBABILITY: head.probability, FISHER: head.fisher})
-        self.file.write({hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
+        self.file.write({stored.PROBABILITY: head.probability, stored.FISHER: head.fisher})
+        self.file.write({stored.hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
         normalized = self.model.final_norm(start)
         (gradient,) = torch.autograd.grad(normalized, start, head.gradient)
         self.folder.save(f"gradient-{last}", gradient.cpu().numpy())
 
     def backward(self) -> None:
-        """Computes the gradients at the outputs of all linears, from the last layer on."""
+        """Computes the gradients at the outputs of all stored.linears, from the last layer on."""
         below = min(self.folder.steps("gradient"))
         gradient, tokens = self._load(f"gradient-{below}"), len(self.gradients.tokens)
         with task("Running backwards", (below or 1) * tokens, "tokens x layers") as advance:
             for index in reversed(range(below)):
                 gradient, sums = self._back_through(index, gradient)
-                self.file.write(
-                    {gradient_name(site): _mean(total, tokens) for site, total in sums.items()}
-                )
+                means = {stored.gradient_name(s): _mean(total, tokens) for s, total in sums.items()}
+                self.file.write(means)
                 self.folder.save(f"gradient-{index}", gradient.cpu().numpy())
                 self.folder.remove(f"gradient-{index + 1}")
                 advance(tokens)
-        self.file.write({gradient_name(EMBEDDED): _mean(_square_sum(gradient), tokens)})
+        self.file.write(
+            {stored.gradient_name(stored.EMBEDDED): _mean(_square_sum(gradient), tokens)}
+        )
 
     def _load(self, name: str) -> Tensor:
         array = self.folder.load(name)
@@ -346,7 +337,7 @@ class Collector:
                 else:
                     totals[site] = gram
         return {
-            hessian_name(site, block): triangle
+            stored.hessian_name(site, block): triangle
             for site, gram in totals.items()
             for block, triangle in enumerate(gram.triangles())
         }

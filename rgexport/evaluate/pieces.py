@@ -27,9 +27,7 @@ Settings = Mapping[str, Any]
 """The settings of a piece as JSON."""
 Measured = Sequence[tuple[Settings, Result]]
 """The settings and results of the pieces of one suite and model, in their order."""
-NEAREST = 16
-"""The smallest distance of `memory`, in tokens."""
-_FARTHEST_WINDOWS = 4
+_FARTHEST_WINDOWS, _LEAST_WINDOW = 4, 16
 _DIGITS = 20
 _VERSION = 5
 """Increased when a suite measures something else; results of other versions are not used."""
@@ -76,7 +74,7 @@ class EvaluationRequest:
     def for_window(self, window: int) -> "EvaluationRequest":
         if self.farthest is not None:
             return self
-        return replace(self, farthest=_FARTHEST_WINDOWS * max(window, NEAREST))
+        return replace(self, farthest=_FARTHEST_WINDOWS * max(window, _LEAST_WINDOW))
 
     def resolved(self) -> "EvaluationRequest":
         return replace(
@@ -131,15 +129,6 @@ def chains_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
         else:
             chains.append([piece])
     return chains
-
-
-def doublings(first: int, last: int) -> list[int]:
-    """Returns `first`, twice that, and so on, and `last`."""
-    values = []
-    while first < last:
-        values.append(first)
-        first *= 2
-    return [*values, last]
 
 
 class Results:

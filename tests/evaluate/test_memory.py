@@ -67,7 +67,7 @@ def _after(known: list[int]) -> int | None:
 
 
 def curves(session, tasks=("induction", "recall", "copying"), trials=64, farthest=4096):
-    far = memory.distances(farthest)
+    far = memory.doublings(16, farthest)
     results = []
     for task in tasks:
         for first in range(0, trials, memory.ROWS):

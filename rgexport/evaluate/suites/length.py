@@ -18,28 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat import state_file as files
 from rgexport.chat.prefix_key import key_of
-from rgexport.chat.state_file import (
-    SavedState,
-    read_state,
-    read_state_header,
-    require_same_model,
-    write_state,
-)
 from rgexport.errors import RequestError
 from rgexport.evaluate.display import Models, Value, curves, difference_cell, differences_of
 from rgexport.evaluate.figures import mean, mean_difference
 from rgexport.evaluate.losses import block_sums, further_losses, joined
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import (
-    EvaluationRequest,
-    Measured,
-    Piece,
-    Result,
-    Settings,
-    chained,
-    doublings,
-)
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
+from rgexport.evaluate.suites.memory import doublings
 from rgexport.evaluate.suites.text import LONGEST_TOKEN, documents
 from rgexport.reporting.chart import Chart
 from rgexport.reporting.tables import Row, Table
@@ -81,14 +68,14 @@ def _text(model: EvaluatedModel, request: EvaluationRequest) -> dict[str, Any]:
     ids = key_of(_ids(model, request)[: request.length + 1])[1]
     if request.state is None:
         return {"ids": ids, "start": 0, "state": None}
-    saved = _saved(model, request)
-    return {"ids": ids, "start": saved.position, "state": read_state_header(request.state).sha256}
+    sha256 = files.read_state_header(request.state).sha256
+    return {"ids": ids, "start": _saved(model, request).position, "state": sha256}
 
 
-def _saved(model: EvaluatedModel, request: EvaluationRequest) -> SavedState:
+def _saved(model: EvaluatedModel, request: EvaluationRequest) -> files.SavedState:
     assert request.state is not None
-    saved = read_state(request.state, model.state_shapes)
-    require_same_model(request.state, saved, model.state_identity)
+    saved = files.read_state(request.state, model.state_shapes)
+    files.require_same_model(request.state, saved, model.state_identity)
     if saved.position >= request.length:
         raise RequestError(
             f"{request.state} has seen {saved.position} tokens; expected fewer than "
@@ -158,7 +145,7 @@ def _at_mark(
     path = state_file(model, position, request)
     path.parent.mkdir(exist_ok=True)
     key, engine = key_of(ids[:position]), session.info.engine
-    write_state(path, SavedState(model.state_identity, key, state, engine=engine))
+    files.write_state(path, files.SavedState(model.state_identity, key, state, engine=engine))
     return result
 
 
@@ -179,7 +166,7 @@ def _steps_in_turns(
     paths = [state_file(model, position, request) for position in positions]
     if lost := [path for path in paths if not path.is_file()]:
         raise RequestError(f"{lost[0]} is gone; pass another folder with -o")
-    states = [read_state(path, model.state_shapes).state for path in paths]
+    states = [files.read_state(path, model.state_shapes).state for path in paths]
     seconds: list[list[float]] = [[], []]
     for _ in range(_TURNS):
         for times, position, state in zip(seconds, positions, states, strict=True):
@@ -207,28 +194,24 @@ def summary(measured: Measured) -> Result:
     points = []
     for mark, results in _by_mark(measured).items():
         sums, counts = joined(results)
-        last = results[-1]
         seconds = sum(result["prefill_seconds"] for result in results)
-        points.append(
-            {
-                "to": mark,
-                "nll": mean(sums, counts).ends,
-                "prefill_tokens_per_second": sum(counts) / seconds,
-                **{key: last[key] for key in ("step_seconds", "rss_bytes", "norms")},
-            }
-        )
-    turns = next((result for settings, result in measured if "turns" in settings), None)
-    start = measured[0][0]["start"]
-    return {"start": start, "points": points, "turns": turns and _ratio(turns)}
-
-
-def _ratio(turns: Result) -> Result:
-    first, last = map(np.array, turns["step_seconds"])
-    return {
-        "positions": turns["positions"],
-        "step_seconds": [float(np.median(first)), float(np.median(last))],
-        "ratio": float(np.median(last / first)),
-    }
+        point = {
+            "to": mark,
+            "nll": mean(sums, counts).ends,
+            "prefill_tokens_per_second": sum(counts) / seconds,
+        }
+        at_mark = {key: results[-1][key] for key in ("step_seconds", "rss_bytes", "norms")}
+        points.append(point | at_mark)
+    figures: Result = {"start": measured[0][0]["start"], "points": points, "turns": None}
+    if "turns" in measured[-1][0]:
+        turns = measured[-1][1]
+        first, last = map(np.array, turns["step_seconds"])
+        figures["turns"] = {
+            "positions": turns["positions"],
+            "step_seconds": [float(np.median(first)), float(np.median(last))],
+            "ratio": float(np.median(last / first)),
+        }
+    return figures
 
 
 def differences(first: Measured, second: Measured) -> Result:

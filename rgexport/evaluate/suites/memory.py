@@ -18,16 +18,7 @@ import numpy as np
 from rgexport.evaluate.display import Models, by_entry, differences_of, ends, is_significant, lines
 from rgexport.evaluate.figures import mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import (
-    NEAREST,
-    EvaluationRequest,
-    Measured,
-    Piece,
-    Result,
-    Settings,
-    chained,
-    doublings,
-)
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
 from rgexport.evaluate.suites.episodes import TASKS, Episode, Question, vocabulary_of
 from rgexport.reporting.chart import Chart, Series, share_axis
 from rgexport.reporting.numbers import percent
@@ -37,19 +28,26 @@ from rgexport.runtimes.session import Session
 NAME = "memory"
 ROWS = 8
 """Episodes of a batch."""
+_NEAREST = 16
+"""The smallest distance between fact and question, in tokens; each further one is twice as far."""
 _SPAN = 1 << 15
 """Most tokens that an episode reads in a piece."""
 _COLUMNS = 10
 """Most distances in a table: ten fit a terminal."""
 
 
-def distances(last: int) -> list[int]:
-    return doublings(NEAREST, last)
+def doublings(first: int, last: int) -> list[int]:
+    """Returns `first`, twice that, and so on, and `last`."""
+    values = []
+    while first < last:
+        values.append(first)
+        first *= 2
+    return [*values, last]
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
     assert request.farthest is not None
-    spans = list(_spans(distances(request.farthest)))
+    spans = list(_spans(doublings(_NEAREST, request.farthest)))
     for task in TASKS:
         for first in range(0, request.trials, ROWS):
             rows = min(ROWS, request.trials - first)

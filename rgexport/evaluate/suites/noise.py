@@ -60,10 +60,6 @@ def _by_word(change: Callable[[list[str], Random], list[str]]) -> Callable[[str,
     return lambda text, random: " ".join(change(text.split(" "), random))
 
 
-def _drop(tokens: list[str], random: Random) -> list[str]:
-    return [token for token in tokens if random.random() >= _SHARE]
-
-
 def _swap(tokens: list[str], random: Random) -> list[str]:
     index = 0
     while index + 1 < len(tokens):
@@ -89,7 +85,7 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
     "upper case": lambda text, random: text.upper(),
     "lower case": lambda text, random: text.lower(),
     "spacing": _spacing,
-    "dropped words": _by_word(_drop),
+    "dropped words": _by_word(lambda tokens, r: [t for t in tokens if r.random() >= _SHARE]),
     "swapped words": _by_word(_swap),
     "chat markers": _by_word(_insert_markers),
     # UTF-8 that was read as Latin-1, as in many a web page.

@@ -93,17 +93,13 @@ def _of_window(window: int, suites: Mapping[str, Measured], full: Mapping[str, M
 def differences(first: Measured, second: Measured) -> Result:
     """Returns the inner suites' differences for each window that both models have."""
     others = _by_window(second)
-    return {
-        "windows": [
-            {"window": window}
-            | {
-                name: s.differences(suites[name], others[window][name])
-                for name, s in _INNER.items()
-            }
-            for window, suites in _by_window(first).items()
-            if window in others
-        ]
-    }
+    entries: list[Result] = []
+    for window, suites in _by_window(first).items():
+        if window in others:
+            after = others[window]
+            gaps = {n: s.differences(suites[n], after[n]) for n, s in _INNER.items()}
+            entries.append({"window": window} | gaps)
+    return {"windows": entries}
 
 
 def _by_window(measured: Measured) -> dict[int, dict[str, Measured]]:
