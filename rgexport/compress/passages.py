@@ -131,11 +131,11 @@ def _random_starts(
     tokenizer: Tokenizer | None, vocab_size: int, count: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Returns a bos, if there is one, and a random ordinary token, [count, 1 or 2]."""
-    special = set() if tokenizer is None else {*tokenizer.special.values()}
-    size = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
-    ordinary = np.setdiff1d(np.arange(size), list(special))
-    drawn = rng.choice(ordinary if len(ordinary) else np.arange(size), (count, 1))
-    bos = None if tokenizer is None else tokenizer.bos_id
+    if tokenizer is None:
+        return rng.choice(np.arange(vocab_size), (count, 1))
+    ids, bos = np.arange(min(vocab_size, tokenizer.vocab_size)), tokenizer.bos_id
+    ordinary = np.setdiff1d(ids, list(tokenizer.special.values()))
+    drawn = rng.choice(ordinary if len(ordinary) else ids, (count, 1))
     return drawn if bos is None else np.concatenate([np.full((count, 1), bos), drawn], 1)
 
 

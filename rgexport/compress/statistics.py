@@ -54,10 +54,6 @@ class Gram:
                 last = min(first + _PANEL, len(total))
                 total[first:last, :last].addmm_(x_block[:, first:last].T, x_block[:, :last])
 
-    def see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Adds the input of a module: a hook before its forward pass."""
-        self.add(inputs[0])
-
     def merge(self, other: "Gram") -> None:
         self._tokens += other._tokens
         for total, added in zip(self._sums, other._sums, strict=True):
@@ -121,7 +117,8 @@ def forward(
     with torch.no_grad(), ExitStack() as hooks:
         for site, name in readers.items():
             module = layer.get_submodule(name.split(".", 2)[2].removesuffix(".weight"))
-            hooks.callback(module.register_forward_pre_hook(grams[site].see).remove)
+            hook = module.register_forward_pre_hook(lambda _, x, gram=grams[site]: gram.add(x[0]))
+            hooks.callback(hook.remove)
         return layer(x, *_beginning(config, index, x))[0], grams
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
@@ -17,13 +16,13 @@ from rgexport.export.hub import is_hub_name
 from rgexport.export.identity import Identity, identity_of, identity_of_files
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.files.hashing import FileRecord, hash_file
+from rgexport.griffin.checkpoint import Checkpoint, means_checkpoint, open_checkpoint
+from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.sizes import SIZE_WORDS
 from rgexport.griffin.state import state_specs
 from rgexport.runtimes.engine import engine_of, open_narrow_session, open_session
 from rgexport.runtimes.session import Session
-
-if TYPE_CHECKING:
-    from rgexport.griffin.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,7 +114,7 @@ class EvaluatedArtifact(EvaluatedModel):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluatedCheckpoint(EvaluatedModel):
-    checkpoint: "Checkpoint"
+    checkpoint: Checkpoint
 
     @cached_property
     def identity(self) -> str:
@@ -139,8 +138,6 @@ class EvaluatedCheckpoint(EvaluatedModel):
 
     @cached_property
     def _weight_files(self) -> dict[str, FileRecord]:
-        from rgexport.griffin.checks import require_sound
-
         return dict(require_sound(self.checkpoint))
 
 
@@ -163,8 +160,6 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
             artifact=artifact,
         )
     import rgexport.evaluate.reference_session  # noqa: F401  # fails at once without torch
-    from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
-    from rgexport.griffin.sizes import SIZE_WORDS
 
     by_size = argument in SIZE_WORDS and not means_checkpoint(Path(argument))
     checkpoint = open_checkpoint(None if by_size else argument, size=argument if by_size else None)

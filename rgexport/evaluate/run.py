@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
+from threading import RLock
 from uuid import uuid4
 
 from rgexport.errors import RequestError
@@ -203,7 +203,7 @@ class ChainJob:
     allow_foreign: bool
 
 
-_lock = Lock()
+_lock = RLock()
 """The threads of a Dask worker take turns."""
 _workers: dict[str, Worker] = {}
 """The last `ChainJob.run` → its worker, in a process of a cluster."""
@@ -219,7 +219,7 @@ def run_job(job: ChainJob) -> None:
                 "under this path, with -o"
             )
         if job.run not in _workers:
-            _clear()
+            clear_worker()
             forget_files()
             _workers[job.run] = Worker(job.threads)
         model = _model(job.argument, job.allow_foreign)
@@ -243,11 +243,7 @@ def _model(argument: str, allow_foreign: bool) -> EvaluatedModel:
 
 def clear_worker() -> None:
     with _lock:
-        _clear()
-
-
-def _clear() -> None:
-    for worker in _workers.values():
-        worker.close()
-    _workers.clear()
-    _model.cache_clear()
+        for worker in _workers.values():
+            worker.close()
+        _workers.clear()
+        _model.cache_clear()

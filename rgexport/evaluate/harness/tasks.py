@@ -25,7 +25,6 @@ from rgexport.progress import note
 
 _SEEDS = 0, 1234
 """lm_eval's own, of Python and NumPy; the latter also of the examples before a question."""
-_NO_FILTER = "none"
 _CODE = {
     "class": "a class",
     "custom_dataset": "a function",
@@ -65,7 +64,13 @@ class Tasks:
         self.requests: dict[str, list[LmRequest]] = {}
         self.shots: dict[str, int] = {}
         for name, task in loaded["tasks"].items():
-            _require_plain(name, task)
+            if getattr(task, "UNSAFE_CODE", False):
+                raise RequestError(
+                    f"the task {name} runs code that a model writes, which rgexport does not; "
+                    "choose another --task"
+                )
+            if getattr(task, "MULTIMODAL", False):
+                raise RequestError(f"the task {name} has pictures or sounds; choose another --task")
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(self._seed)
@@ -86,25 +91,19 @@ class Tasks:
                 limit=self._examples,
                 bootstrap_iters=0,
             )
-            tasks = [s for name in self._loaded["tasks"] for s in self._of_task(name, results)]
-        groups = results.get("groups", {})
-        return tasks + [
-            Score(name, metric, value, "", (), None)
-            for name, entry in groups.items()
-            for metric, _, _, value in _figures(entry)
-        ]
-
-    def _of_task(self, task: str, results: Mapping[str, Any]) -> Iterator[Score]:
-        functions = self._loaded["tasks"][task].aggregation()
-        better = results["higher_is_better"].get(task, {})
-        for label, metric, kind, value in _figures(results["results"][task]):
-            values = [
-                sample[metric]
-                for sample in results["samples"][task]
-                if sample["filter"] == kind and metric in sample
-            ]
-            aggregation = getattr(functions.get(metric), "__name__", "mean")
-            yield Score(task, label, value, aggregation, values, better.get(metric))
+            scores = []
+            for name, task in self._loaded["tasks"].items():
+                functions, better = task.aggregation(), results["higher_is_better"].get(name, {})
+                samples = results["samples"][name]
+                for label, metric, kind, value in _figures(results["results"][name]):
+                    values = [s[metric] for s in samples if s["filter"] == kind and metric in s]
+                    aggregation = getattr(functions.get(metric), "__name__", "mean")
+                    score = Score(name, label, value, aggregation, values, better.get(metric))
+                    scores.append(score)
+        for name, entry in results.get("groups", {}).items():
+            for label, _, _, value in _figures(entry):
+                scores.append(Score(name, label, value, "", (), None))
+        return scores
 
 
 def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
@@ -113,18 +112,8 @@ def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | 
         metric, comma, kind = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
             number = isinstance(value, int | float | np.number) and np.isfinite(value)
-            label = metric if kind == _NO_FILTER else f"{metric}, {kind}"
+            label = metric if kind == "none" else f"{metric}, {kind}"
             yield label, metric, kind, float(value) if number else None
-
-
-def _require_plain(name: str, task: Any) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
-        raise RequestError(
-            f"the task {name} runs code that a model writes, which rgexport does not; choose "
-            "another --task"
-        )
-    if getattr(task, "MULTIMODAL", False):
-        raise RequestError(f"the task {name} has pictures or sounds; choose another --task")
 
 
 def _request(instance: Any) -> LmRequest:
@@ -198,13 +187,19 @@ def _confined(purpose: str) -> Iterator[None]:
     """Runs lm_eval silently, with its own seeds, and with sandboxed templates."""
     import datasets
     import lm_eval.utils
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
 
     templates, counted = lm_eval.utils.env, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     before = random.getstate(), np.random.get_state(), logging.root.manager.disable
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
     logging.disable(logging.CRITICAL)
-    lm_eval.utils.env = _sandbox(templates)
+    # Templates of a task file are programs.
+    lm_eval.utils.env = SandboxedEnvironment(
+        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    lm_eval.utils.env.filters |= templates.filters
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to the hub, even for local files
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
@@ -224,18 +219,6 @@ def _confined(purpose: str) -> Iterator[None]:
         logging.disable(before[2])
         lm_eval.utils.env = templates
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
-
-
-def _sandbox(environment: Any) -> Any:
-    """Returns a sandboxed Jinja environment: templates of a task file are programs."""
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
-
-    sandbox = SandboxedEnvironment(
-        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    sandbox.filters |= environment.filters
-    return sandbox
 
 
 def _copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:

@@ -30,15 +30,10 @@ _FEWEST = _LEAST + 14 + 6
 
 @dataclass(frozen=True)
 class EpisodeVocabulary:
-    """The ids that episodes consist of.
+    """The ids that episodes consist of; `symbols` are keys, values, and the list of `copying`.
 
-    Attributes:
-        symbols: keys, values, and the list of `copying`.
-        digits: ten, from 0 on.
-        between: follow a key or a question.
-        end: follow an answer.
-        passkey, copy: begin the facts of these tasks, and ask for them.
-        filler: [N], the text between facts and questions, repeated as often as needed.
+    `between` follows a key or a question, `end` an answer; `passkey` and `copy` begin the facts of
+    these tasks, and ask for them. `filler` [N] is the text in between, repeated as needed.
     """
 
     symbols: list[int]

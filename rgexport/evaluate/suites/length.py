@@ -107,30 +107,25 @@ def measure(
     """Returns sums of losses; at a mark also norms, states and times."""
     if any(settings[name] != value for name, value in _text(model, request).items()):
         raise RequestError("the texts of length have changed, or a worker has others")
-    ids = _ids(model, request)
     if "turns" in settings:
-        return _steps_in_turns(model, session, settings["turns"], ids, request)
+        return _steps_in_turns(model, session, settings["turns"], request)
     first, stop = settings["from"], settings["to"]
     if first == 0:
         session.reset()
     elif first == settings["start"]:
         session.set_state(_saved(model, request).state)
     began = time.perf_counter()
-    values = further_losses(session, ids[first : stop + 1])
+    values = further_losses(session, _ids(model, request)[first : stop + 1])
     seconds = time.perf_counter() - began
     result = block_sums(values, _BLOCK) | {"prefill_seconds": seconds}
-    return result | (_at_mark(model, session, stop, ids, request) if settings["mark"] else {})
+    return result | (_at_mark(model, session, stop, request) if settings["mark"] else {})
 
 
 def _at_mark(
-    model: EvaluatedModel,
-    session: Session,
-    position: int,
-    ids: np.ndarray,
-    request: EvaluationRequest,
+    model: EvaluatedModel, session: Session, position: int, request: EvaluationRequest
 ) -> Result:
     """Records the recurrent states and the time of a step, and writes a state file."""
-    state = session.get_state()
+    state, ids = session.get_state(), _ids(model, request)
     recurrent = {name: a[0] for name, a in state.items() if name.endswith(_STATE)}
     result = {
         "step_seconds": float(np.median(step_seconds(session, ids[position : position + _STEPS]))),
@@ -156,11 +151,7 @@ def state_file(model: EvaluatedModel, position: int, request: EvaluationRequest)
 
 
 def _steps_in_turns(
-    model: EvaluatedModel,
-    session: Session,
-    positions: Sequence[int],
-    ids: np.ndarray,
-    request: EvaluationRequest,
+    model: EvaluatedModel, session: Session, positions: Sequence[int], request: EvaluationRequest
 ) -> Result:
     """Times a step at two marks in turns, as the machine's speed varies; seconds [2, turns]."""
     paths = [state_file(model, position, request) for position in positions]
@@ -168,6 +159,7 @@ def _steps_in_turns(
         raise RequestError(f"{lost[0]} is gone; pass another folder with -o")
     states = [files.read_state(path, model.state_shapes).state for path in paths]
     seconds: list[list[float]] = [[], []]
+    ids = _ids(model, request)
     for _ in range(_TURNS):
         for times, position, state in zip(seconds, positions, states, strict=True):
             session.set_state(state)

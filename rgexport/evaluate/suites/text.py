@@ -116,7 +116,7 @@ def measure(
     context, stride = settings["context"], settings["stride"]
     result: Result = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
     if context is not None and stride is None:
-        return result | block_sums(_chunk_losses(model, session, ids, context), BLOCK)
+        return result | block_sums(_chunk_losses(model.bos, session, ids, context), BLOCK)
     if context is None:
         values = losses(session, ids)
     else:
@@ -132,14 +132,12 @@ def _ids(model: EvaluatedModel, document: Document, limit: int | None) -> np.nda
     return np.array([*model.bos, *model.encode(text)], np.int64)[:limit]
 
 
-def _chunk_losses(
-    model: EvaluatedModel, session: Session, ids: np.ndarray, context: int
-) -> np.ndarray:
+def _chunk_losses(bos: list[int], session: Session, ids: np.ndarray, context: int) -> np.ndarray:
     """Returns the losses in the second half of each whole chunk; its first token becomes a bos."""
     halves = []
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
-        chunk[: len(model.bos)] = model.bos
+        chunk[: len(bos)] = bos
         halves.append(losses(session, chunk)[context // 2 :])
     return np.concatenate(halves)
 
