@@ -153,36 +153,21 @@ class OriginalRun:
     @torch.inference_mode()
     def _divergences(self, hidden: Tensor, weights: WeightSource) -> Tensor:
         """Returns the KL at each token, float64; computes logits in slabs of the vocabulary."""
-        shape = self._weights[EMBEDDING].shape
-        sums = _SlabSums(len(hidden))
-        for start, stop in slab_bounds(shape[0], 4 * max(shape[1], len(hidden)), _SLAB_BYTES):
-            sums.add(
-                self._logits(self._hidden, self._weights[EMBEDDING].read(start, stop)),
-                self._logits(hidden, weights[EMBEDDING].read(start, stop)),
-            )
-        return sums.divergences()
+        shape, tokens = self._weights[EMBEDDING].shape, len(hidden)
+        log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64)
+        log_q = log_p.clone()
+        mean = torch.zeros(tokens, dtype=torch.float64)
+        """The mean difference of logits, weighted by the original's probabilities so far."""
+        for start, stop in slab_bounds(shape[0], 4 * max(shape[1], tokens), _SLAB_BYTES):
+            original = self._logits(self._hidden, self._weights[EMBEDDING].read(start, stop))
+            changed = self._logits(hidden, weights[EMBEDDING].read(start, stop))
+            p = original.logsumexp(1).double()
+            total = torch.logaddexp(log_p, p)
+            slab_mean = (original.softmax(1) * (original - changed)).sum(1, dtype=torch.float64)
+            mean = mean * (log_p - total).exp() + slab_mean * (p - total).exp()
+            log_p, log_q = total, torch.logaddexp(log_q, changed.logsumexp(1).double())
+        return (mean - log_p + log_q).clamp_min(0)
 
     def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
         part = ops.linear(hidden, torch.from_numpy(rows.astype(np.float32)), None, "lm_head")
         return ops.soft_cap(part, self._config.soft_cap, "logits")
-
-
-class _SlabSums:
-    """Sums over the vocabulary for each token, from one slab after another."""
-
-    def __init__(self, tokens: int):
-        self._log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64)
-        self._log_q = self._log_p.clone()
-        self._mean = torch.zeros(tokens, dtype=torch.float64)
-        """The mean difference of logits, weighted by the original's probabilities so far."""
-
-    def add(self, original: Tensor, changed: Tensor) -> None:
-        p = original.logsumexp(1).double()
-        total = torch.logaddexp(self._log_p, p)
-        mean = (original.softmax(1) * (original - changed)).sum(1, dtype=torch.float64)
-        self._mean = self._mean * (self._log_p - total).exp() + mean * (p - total).exp()
-        self._log_p = total
-        self._log_q = torch.logaddexp(self._log_q, changed.logsumexp(1).double())
-
-    def divergences(self) -> Tensor:
-        return (self._mean - self._log_p + self._log_q).clamp_min(0)

@@ -7,7 +7,7 @@ Statistics are those of the original on that text.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -22,6 +22,7 @@ from rgexport.files.paths import require_regular
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import float32_bytes
 from rgexport.progress import Advance, group, task
+from rgexport.runtimes.session import Session
 
 LENGTH = 512
 """Tokens of a sequence: enough context to show the effect of int4, and many sequences per text."""
@@ -31,10 +32,6 @@ _BATCH = 16
 """Sequences that are sampled together; each weight is read once for all."""
 _LARGEST_IN_FLOAT32 = 2 << 30
 """Most bytes of float32 weights; a larger model is sampled in int4."""
-
-Step = Callable[[np.ndarray], np.ndarray]
-"""Takes the next tokens [B, t] of sequences, the first time from their beginning; returns logits
-[B, vocab] of the last."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +112,13 @@ def sample(
     sequences: list[np.ndarray] = []
     with (
         group("Sampling text from the model"),
-        _engine(checkpoint, folder) as begin,
+        _engine(checkpoint, folder) as session,
         task("Sampling text", len(starts) * LENGTH, "tokens") as advance,
     ):
         for first in range(0, len(starts), _BATCH):
             batch = starts[first : first + _BATCH]
             sampler = Sampler(Sampling(temperature=1.0, seed=int(rng.integers(1 << 31))))
-            step = begin(len(batch))
-            sequences += _continue(step, batch, min(LENGTH, count), sampler, advance)
+            sequences += _continue(session, batch, min(LENGTH, count), sampler, advance)
     sizes = np.minimum(LENGTH, count - LENGTH * np.arange(len(sequences)))
     return [ids[:size] for ids, size in zip(sequences, sizes, strict=True)]
 
@@ -140,14 +136,15 @@ def _random_starts(
 
 
 def _continue(
-    step: Step, starts: np.ndarray, length: int, sampler: Sampler, advance: Advance
+    session: Session, starts: np.ndarray, length: int, sampler: Sampler, advance: Advance
 ) -> list[np.ndarray]:
     ids = np.zeros((len(starts), max(length, starts.shape[1])), np.int64)
     ids[:, : starts.shape[1]] = starts
     following = starts
+    session.reset(len(starts))
     advance(starts.size)
     for position in range(starts.shape[1], length):
-        logits = step(following)
+        logits = session.prefill(following)[:, 0]
         ids[:, position] = [sampler(row) for row in logits]
         following = ids[:, position : position + 1]
         advance(len(ids))
@@ -155,11 +152,8 @@ def _continue(
 
 
 @contextmanager
-def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[int], Step]]:
-    """Exports the model and yields a function that starts a batch of sequences.
-
-    The window is at most as long as a sequence, which saves memory for states.
-    """
+def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Session]:
+    """Exports the model, with a window of at most a sequence, and opens it."""
     from rgexport.export.onnx.exporter import export_onnx
     from rgexport.export.onnx.options import OnnxOptions
     from rgexport.export.opening import open_artifact
@@ -173,13 +167,8 @@ def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[int], St
     options = OnnxOptions(precision="fp32") if small else smallest
     export_onnx(replace(checkpoint, config=short), options, folder)
     session = open_session(open_artifact(folder))
-
-    def begin(batch: int) -> Step:
-        session.reset(batch)
-        return lambda tokens: session.prefill(tokens)[:, 0]
-
     try:
-        yield begin
+        yield session
     finally:
         session.close()
         shutil.rmtree(folder, ignore_errors=True)

@@ -148,7 +148,7 @@ class HeadStatistics:
     Attributes:
         probability: the mean probability of each token, float32 [vocab].
         fisher: the mean of p (1 - p) c², float32 [vocab]; c is the soft cap's derivative.
-        labels: a token for each of the first positions, drawn from the model's distribution.
+        labels: tokens for the first positions, drawn from the model's distribution.
         gradient: of their summed negative log-likelihood at the head's input, [n, width].
     """
 

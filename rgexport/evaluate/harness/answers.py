@@ -35,11 +35,9 @@ _KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LIMITS}
 class LmRequest:
     """A request of lm_eval: its kind, and its arguments as JSON.
 
-    | kind | arguments | answer |
-    |---|---|---|
-    | `loglikelihood` | context, continuation | log-likelihood, whether it is the likeliest |
-    | `loglikelihood_rolling` | text | log-likelihood |
-    | `generate_until` | context, settings | text |
+    `loglikelihood` of a context and a continuation is answered by it and whether the latter is the
+    likeliest, `loglikelihood_rolling` of a text by it, `generate_until` of a context and settings
+    by a text.
     """
 
     kind: str

@@ -19,7 +19,7 @@ from rgexport.evaluate.display import Models, by_entry, differences_of, ends, is
 from rgexport.evaluate.figures import mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
 from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
-from rgexport.evaluate.suites.episodes import TASKS, Episode, Question, vocabulary_of
+from rgexport.evaluate.suites.episodes import TASKS, Episode, vocabulary_of
 from rgexport.reporting.chart import Chart, Series, share_axis
 from rgexport.reporting.numbers import percent
 from rgexport.reporting.tables import Row, Table
@@ -102,15 +102,15 @@ def _answers(session: Session, episodes: Sequence[Episode]) -> np.ndarray:
     for questions in zip(*(episode.questions for episode in episodes), strict=True):
         tokens = [[*answer, *q.prompt] for answer, q in zip(before, questions, strict=True)]
         logits = session.prefill(np.array(tokens, np.int64))[:, -1]
-        right.append([_is_right(row, q) for row, q in zip(logits, questions, strict=True)])
+        # A tie is wrong.
+        right.append(
+            [
+                all(row[q.answer] > row[token] for token in q.candidates if token != q.answer)
+                for row, q in zip(logits, questions, strict=True)
+            ]
+        )
         before = [[q.answer] for q in questions]
     return np.array(right).T
-
-
-def _is_right(logits: np.ndarray, question: Question) -> bool:
-    """Whether the answer's logit exceeds every other candidate's logit; a tie is wrong."""
-    others = [token for token in question.candidates if token != question.answer]
-    return bool(logits[question.answer] > logits[others].max())
 
 
 def summary(measured: Measured) -> Result:
