@@ -115,10 +115,7 @@ class CalibrationOptions:
         return tokens + tokens * self.held_out // self.tokens
 
     def split(self, text: Passages) -> tuple[Passages, Passages]:
-        """Splits a text, without the built-in one, into statistics and held-out sequences.
-
-        If it is too short for both, at most a third is held out.
-        """
+        """Splits a text, without the built-in one; of a short one, at most a third is held out."""
         used = self.from_model + (self.from_text if self.text is not None else 0)
         sequences, total = len(text.lengths), self.with_held_out(used)
         count = min(sequences * (total - used) // total, sequences - 1)
@@ -157,7 +154,7 @@ def calibrate(
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     readable = tokenizer is not None and tokenizer.vocab_size <= checkpoint.config.vocab_size
     options = options.for_model(checkpoint.config, readable=readable)
-    device = torch_device(options.device)
+    options = replace(options, device=torch_device(options.device))
     read = _read_text(options, tokenizer, checkpoint.config.vocab_size)
     expect_stages(5 if options.from_model else 4)
     hashes = require_sound(checkpoint)
@@ -178,7 +175,7 @@ def calibrate(
         text = _text(unfinished, checkpoint, tokenizer, options, read if options.text else [])
         text, held_out = options.split(text)
         text = join([*text.sequences(), *built_in], options.seed) if built_in else text
-        collect(unfinished, checkpoint, text, held_out, options, hashes, device, workers)
+        collect(unfinished, checkpoint, text, held_out, options, hashes, workers)
     return target
 
 
@@ -241,7 +238,6 @@ def collect(
     held_out: Passages,
     options: CalibrationOptions,
     hashes: FileHashes,
-    device: str,
     workers: Cluster | None = None,
 ) -> None:
     from rgexport.compress.statistics import Collector, run_layer
@@ -269,6 +265,7 @@ def collect(
     counts = np.bincount(text.tokens, minlength=config.vocab_size)
     frequency = (counts / len(text.tokens)).astype(np.float32)
     file.write(texts | {stored.FREQUENCY: frequency})
+    device = options.device
     model = Reference(config, checkpoint.weights, device=device)
     run = spread_layer(workers, checkpoint, device) if workers else partial(run_layer, model)
     Collector(model, text, gradients, folder, file, options.seed, run).collect()

@@ -59,10 +59,7 @@ def layouts_of(kind: str) -> FormatLayouts:
 
 
 def _graph_bytes(scheme: Scheme, rows: int) -> int:
-    """Estimates the bytes that the scheme of a tensor adds to the graph and the manifest.
-
-    Integers of 3 bits need nodes that unpack them; row groups need indices of their rows.
-    """
+    """Estimates the bytes of nodes that unpack 3-bit integers, and of indices of row groups."""
     three_bit = sum(layout.level_bits == 3 for layout in scheme.uniform)
     return three_bit * _UNPACKING_BYTES + scheme.index_bytes(rows)
 

@@ -49,10 +49,7 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The chosen plan, its figures, and the front of all good plans, the smallest first.
-
-    The KL of `chosen` is a prediction from the measurements of other plans.
-    """
+    """The chosen plan, its figures, predicted and measured, and the front of good plans."""
 
     plan: Plan
     chosen: PlanPoint
@@ -135,10 +132,7 @@ class Planner:
         )
 
     def _of_size(self, size: float) -> Choice | None:
-        """Returns the best plan for an artifact of at most so many bytes.
-
-        Padding and the bytes beside the matrices depend a little on the plan.
-        """
+        """Returns the best plan for so many bytes; those beside the matrices depend on the plan."""
         budget = size
         while choice := self._front.within(budget):
             excess = self._point(choice).size - size

@@ -181,12 +181,7 @@ def make_plan(
     force: bool = False,
     workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize.
-
-    Raises:
-        RequestError: an unsound checkpoint, statistics of another model, an unreadable text, a
-            target out of reach, or a file that may not be replaced.
-    """
+    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize."""
     if target.suffix == ".html":
         raise RequestError(
             f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "

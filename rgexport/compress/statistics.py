@@ -93,11 +93,6 @@ def _square_sum(gradient: Tensor) -> Tensor:
     return gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
 
-def _mean(total: Tensor, tokens: int) -> np.ndarray:
-    mean: np.ndarray = (total / tokens).float().cpu().numpy()
-    return mean
-
-
 RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
 """Takes the index of a layer and sequences in batches [B, T, width]; yields the results
 of `forward`, in order."""
@@ -300,14 +295,16 @@ class Collector:
         with task("Running backwards", (below or 1) * tokens, "tokens x layers") as advance:
             for index in reversed(range(below)):
                 gradient, sums = self._back_through(index, gradient)
-                means = {stored.gradient_name(s): _mean(total, tokens) for s, total in sums.items()}
+                means = {
+                    stored.gradient_name(site): (total / tokens).float().cpu().numpy()
+                    for site, total in sums.items()
+                }
                 self.file.write(means)
                 self.folder.save(f"gradient-{index}", gradient.cpu().numpy())
                 self.folder.remove(f"gradient-{index + 1}")
                 advance(tokens)
-        self.file.write(
-            {stored.gradient_name(stored.EMBEDDED): _mean(_square_sum(gradient), tokens)}
-        )
+        embedded = (_square_sum(gradient) / tokens).float().cpu().numpy()
+        self.file.write({stored.gradient_name(stored.EMBEDDED): embedded})
 
     def _load(self, name: str) -> Tensor:
         array = self.folder.load(name)
@@ -319,10 +316,7 @@ class Collector:
         return torch.from_numpy(array).to(self.model.device)
 
     def _through(self, index: int, stream: Tensor) -> dict[str, np.ndarray]:
-        """Runs a layer on the stream, in place; returns the Hessians of its inputs.
-
-        Sums of batches are added in their order, so they do not depend on the workers.
-        """
+        """Runs a layer on the stream, in place; returns Hessians, added in the order of batches."""
         batches = list(self.text.batches(_FORWARD))
         sequences = (stream[tokens].unflatten(0, shape) for tokens, shape in batches)
         totals: dict[str, Gram] = {}

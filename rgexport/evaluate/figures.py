@@ -29,10 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Second minus first over the same observations, its 95 % interval, and the p value of 0.
-
-    Interval and p are None if unknown.
-    """
+    """Second minus first of the same observations, its 95 % interval, and p; None if unknown."""
 
     value: float
     low: float | None

@@ -142,11 +142,7 @@ class EvaluatedCheckpoint(EvaluatedModel):
 
 
 def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
-    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`.
-
-    Raises:
-        RequestError: it is neither, it is damaged, or its engine is missing.
-    """
+    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`."""
     if means_artifact(Path(argument)):
         artifact = open_artifact(argument, allow_foreign=allow_foreign)
         engine_of(artifact.manifest.kind).require()

@@ -51,9 +51,6 @@ def evaluate(
     """Runs the named suites on all models, which are compared with the first one.
 
     Results in the request's folder are reused. The cluster measures, or else this process does.
-
-    Raises:
-        RequestError: a model or a text does not fit a suite, or cannot be opened.
     """
     request = request.for_window(max(model.config.window for model in models))
     pieces = [

@@ -76,7 +76,16 @@ class Chart:
     def x(self) -> Axis:
         xs = [x for line in self.series for x, _ in line.points]
         low, high = min(xs, default=1), max(xs, default=1)
-        ticks = (doubling_ticks if self.doubling else whole_ticks)(low, high)
+        if self.doubling:  # at most six ticks in either case
+            first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+            exponents = range(first, last + 1, 1 + max(0, last - first) // 6)
+            ticks = [2**exponent for exponent in exponents]
+        else:
+            span = max(1.0, high - low)
+            magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
+            steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
+            step = next(s for s in steps if span / s <= 5)
+            ticks = list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
         labelled = [(x, f"{x:,}") for x in ticks]
         return Axis(low, high, labelled, self.doubling, LEFT + _MARGIN, RIGHT - _MARGIN)
 
@@ -167,19 +176,3 @@ def share_axis(values: Sequence[float]) -> Axis:
     percents = round(low * 100)
     step = next(s for s in (2, 5, 10, 20) if (100 - percents) / s <= 5)
     return Axis(low, 1.0, [(p / 100, f"{p} %") for p in range(100, percents - 1, -step)])
-
-
-def whole_ticks(low: float, high: float) -> list[int]:
-    """Returns at most six round whole numbers."""
-    span = max(1.0, high - low)
-    magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
-    steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
-    step = next(s for s in steps if span / s <= 5)
-    return list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
-
-
-def doubling_ticks(low: float, high: float) -> list[int]:
-    """Returns at most six powers of two."""
-    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
-    step = 1 + max(0, last - first) // 6
-    return [2**exponent for exponent in range(first, last + 1, step)]

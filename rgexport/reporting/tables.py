@@ -50,10 +50,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def render(blocks: Iterable[str | Table]) -> str:
-    """Returns lines and tables one below another, as wide as the terminal or 110 columns.
-
-    Control characters, which names from a file may hold, are escaped.
-    """
+    """Returns lines and tables as wide as the terminal, or 110; escapes control characters."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()

@@ -15,9 +15,9 @@ def checkpoint_of(name, folder, seed=0):
 
 
 def collected(checkpoint, text, folder, *, gradients=10**6):
-    options = CalibrationOptions(gradient_tokens=gradients)
+    options = CalibrationOptions(gradient_tokens=gradients, device="cpu")
     options = options.for_model(checkpoint.config, readable=False)
     work = CalibrationFolder.open(folder, {}, force=False)
     text, nothing = text.without_last(0)
-    collect(work, checkpoint, text, nothing, options, require_sound(checkpoint), "cpu")
+    collect(work, checkpoint, text, nothing, options, require_sound(checkpoint))
     return open_calibration(folder / COMPLETE)

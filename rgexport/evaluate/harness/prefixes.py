@@ -124,11 +124,7 @@ class ScoredText:
 
 
 class Likelihoods(PrefixReader):
-    """Reads texts and scores their targets, which may be empty.
-
-    `nats` are the negative log-likelihoods [n]; `likeliest` is whether every target is the most
-    likely token at its position, bool [n].
-    """
+    """Reads texts and scores their targets, if any: `nats` [n], and bool `likeliest` [n]."""
 
     def __init__(self, session: Session, scored: Sequence[ScoredText]):
         self._targets = [np.array(text.targets, np.int64) for text in scored]

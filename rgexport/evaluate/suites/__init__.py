@@ -13,7 +13,6 @@ from typing import get_args
 from rgexport.choices import SuiteName
 
 SUITES = {name: import_module(f"{__name__}.{name}") for name in get_args(SuiteName)}
-"""Name → module."""
 BY_DEFAULT = "text", "memory", "noise"
 """The suites that run if none is named; and `tasks`, if tasks are named."""
 

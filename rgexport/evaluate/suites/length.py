@@ -207,10 +207,9 @@ def summary(measured: Measured) -> Result:
 
 
 def differences(first: Measured, second: Measured) -> Result:
-    """Returns the second model's loss minus the first's, and the distance of their states.
+    """Returns the second model's loss minus the first's, none if they read other ids.
 
-    `states` is the largest difference in the worst layer, relative to that layer's largest value.
-    There are no points if the two models read other ids.
+    `states` is their largest difference in the worst layer, relative to the layer's largest value.
     """
     texts = [[(s["ids"], s["to"]) for s, _ in side if "to" in s] for side in (first, second)]
     if texts[0] != texts[1]:

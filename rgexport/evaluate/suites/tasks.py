@@ -26,8 +26,6 @@ REQUESTS = 256
 """Requests of a piece."""
 _TOKEN = 4
 """Approximate characters of a token."""
-
-
 _SUMS: dict[str, tuple[Callable[[Any], tuple[float, float]], Callable[[float], float]]] = {
     "mean": (lambda value: (float(value), 1.0), float),
     "perplexity": (lambda log: (-log, 1.0), math.exp),
@@ -133,10 +131,7 @@ def _from_mean(figure: Result, value: float | None) -> float | None:
 
 
 def differences(first: Measured, second: Measured) -> Result:
-    """Returns the second model's figures minus the first's, example by example.
-
-    For perplexities it is the difference of their logarithms.
-    """
+    """Returns the second model's figures, or logarithms of perplexities, minus the first's."""
     metrics = []
     for (settings, before), (_, after) in zip(first, second, strict=True):
         others = {figure["metric"]: figure for figure in after["metrics"]}

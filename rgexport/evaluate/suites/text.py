@@ -205,10 +205,7 @@ def _by_position(results: Sequence[Result]) -> list[Result]:
 
 
 def differences(first: Measured, second: Measured) -> Result:
-    """Returns the second model's loss minus the first's on the same tokens, by domain and mode.
-
-    Documents whose token ids differ between the two models are left out.
-    """
+    """Returns the second model's loss minus the first's, of documents with equal token ids."""
 
     def document(settings: Settings) -> tuple[Any, ...]:
         return settings["document"], settings["sha256"], *_mode(settings)
