@@ -45,7 +45,7 @@ FORMATS_AND_ENGINES = {
 format object."""
 
 NEEDS_TORCH = {
-    *(f"compress/{name}.py" for name in "head measure statistics sums".split()),
+    *(f"compress/{name}.py" for name in "losses statistics".split()),
     *(f"griffin/{name}.py" for name in "gradients ops reference step triton_scan".split()),
     *("validate/reference/deepmind_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from rgexport.choices import (
     GradeName,
@@ -22,6 +23,8 @@ from rgexport.commands.options import (
     option,
 )
 from rgexport.printing import print_result
+
+_SUITES = get_args(SuiteName)
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class EvaluateArguments:
     suites: tuple[SuiteName, ...] = option(
         "--suite",
         metavar="NAME",
-        help="text, memory, noise, window, length or tasks. [default: the first three]",
+        help=f"{', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
     )
     output: Path = option(
         "-o",
@@ -222,16 +225,14 @@ def evaluate(arguments: EvaluateArguments) -> None:
     first one.
     """
     from rgexport.evaluate.models import open_models
+    from rgexport.evaluate.pieces import EvaluationRequest
     from rgexport.evaluate.report import JSON, as_text, write_files
-    from rgexport.evaluate.request import EvaluationRequest, require_overlap
     from rgexport.evaluate.run import evaluate as run
-    from rgexport.evaluate.run import require_known
+    from rgexport.evaluate.run import requested_suites
     from rgexport.runtimes.cluster import connected
 
     output = arguments.output
-    names = require_known(arguments.suites, arguments.tasks)
-    require_overlap(arguments.stride, arguments.context)
-    models = open_models(arguments.models, allow_foreign=arguments.engine.allow_foreign)
+    names = requested_suites(arguments.suites, arguments.tasks)
     request = EvaluationRequest(
         folder=output,
         texts=arguments.texts,
@@ -247,6 +248,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         examples=arguments.examples,
         seed=arguments.seed,
     )
+    models = open_models(arguments.models, allow_foreign=arguments.engine.allow_foreign)
     with connected(arguments.cluster.cluster) as workers:
         results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
     print_result(as_text(results), end="")

@@ -1,25 +1,20 @@
 """`rgexport calibrate`: collects statistics of a model on a text, for its quantization."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.compress.calibration_folder import (
-    CalibrationFolder,
-    StatisticsFile,
-    open_calibration_folder,
-)
-from rgexport.compress.cluster import spread_layer, spread_statistics
-from rgexport.compress.passages import LENGTH, Passages, join, read_text
-from rgexport.compress.sampling import sample
+from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
+from rgexport.compress.cluster import SpreadStatistics, spread_layer
+from rgexport.compress.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.errors import RequestError
 from rgexport.export.opening import as_argument
 from rgexport.export.origin import folder_of
@@ -30,16 +25,8 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.device import torch_device
 from rgexport.progress import expect_stages, group, note
+from rgexport.quantize import calibration as stored
 from rgexport.quantize.calibration import (
-    FREQUENCY,
-    HELD_OUT,
-    HELD_OUT_LENGTHS,
-    LENGTHS,
-    TOKENS,
-    Arrays,
-    Calibration,
-    Provenance,
-    arrays_of,
     is_calibration,
     open_calibration,
 )
@@ -60,22 +47,17 @@ _MOST_TOKENS = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """The options of `rgexport calibrate`.
+    """The options of `rgexport calibrate`; None leaves a number to the model's width.
 
     Attributes:
         text: a file with text, or None for the built-in one.
-        tokens: of the statistics; None leaves it to the model's width.
-        held_out: further tokens in whole sequences, on which plans are measured; None leaves it to
-            the model's width. A short text has fewer; the built-in text beside sampled text none.
+        held_out: further tokens in whole sequences, on which plans are measured. A short text has
+            fewer; the built-in text beside sampled text none.
         sampled: how many of `tokens` are sampled from the model, and the same share of the
             held-out tokens. None: none with a user's text, else five sixths, or all without a
             tokenizer.
         gradient_tokens: tokens with gradients, in whole sequences, at least one.
-        seed: of all random numbers.
         device: where torch computes; `auto` is CUDA where there is one.
-
-    Raises:
-        RequestError: a number is outside its range, or no text is left.
     """
 
     text: Path | None = None
@@ -87,7 +69,6 @@ class CalibrationOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuses contradictions."""
         for name, value, least, most in (
             ("--tokens", self.tokens, 1, _MOST_TOKENS),
             ("--gradient-tokens", self.gradient_tokens, 1, _MOST_TOKENS),
@@ -95,10 +76,9 @@ class CalibrationOptions:
             ("--sampled", self.sampled, 0, _MOST_TOKENS),
             ("--held-out", self.held_out, 0, _MOST_TOKENS),
         ):
-            if value is not None and value < least:
-                raise RequestError(f"{name} is {value}; expected at least {least}")
-            if value is not None and value > most:
-                raise RequestError(f"{name} is {value}; expected at most {most}")
+            if value is not None and not least <= value <= most:
+                limit = f"at least {least}" if value < least else f"at most {most}"
+                raise RequestError(f"{name} is {value}; expected {limit}")
         if self.tokens is None or self.sampled is None:
             return
         if self.sampled > self.tokens:
@@ -109,47 +89,36 @@ class CalibrationOptions:
             )
 
     def for_model(self, config: GriffinConfig, *, readable: bool) -> "CalibrationOptions":
-        """Returns a copy with all defaults; `readable`: the model's tokenizer can read text.
-
-        Raises:
-            RequestError: no tokens are left for the text.
-        """
+        """Returns a copy with all defaults; `readable`: the model's tokenizer can read text."""
         small = config.width <= _SMALL
         tokens = _TOKENS[small] if self.tokens is None else self.tokens
-        part = tokens // _HELD_OUT[small] // LENGTH * LENGTH
-        built_in = tokens // _BUILT_IN_PART if readable else 0
-        sampled = 0 if self.text is not None else tokens - built_in
-        sampled = sampled if self.sampled is None else self.sampled
-        return replace(
-            self,
-            text=BUILT_IN if not sampled and self.text is None else self.text,
-            tokens=tokens,
-            held_out=part if self.held_out is None else self.held_out,
-            sampled=sampled,
-        )
+        sampled, held_out, text = self.sampled, self.held_out, self.text
+        if sampled is None:
+            built_in = tokens // _BUILT_IN_PART if readable else 0
+            sampled = 0 if text is not None else tokens - built_in
+        if held_out is None:
+            held_out = tokens // _HELD_OUT[small] // LENGTH * LENGTH
+        if not sampled and text is None:
+            text = BUILT_IN
+        return replace(self, text=text, tokens=tokens, held_out=held_out, sampled=sampled)
 
     @property
     def from_model(self) -> int:
-        """The number of sampled tokens."""
-        assert self.sampled is not None, "see `for_model`"
+        assert self.sampled is not None
         return self.sampled
 
     @property
     def from_text(self) -> int:
-        """The most tokens of the text."""
-        assert self.tokens is not None, "see `for_model`"
+        assert self.tokens is not None
         return self.tokens - self.from_model
 
     def with_held_out(self, tokens: int) -> int:
         """Returns `tokens` of the statistics plus the held-out tokens beside them."""
-        assert self.tokens is not None and self.held_out is not None, "see `for_model`"
+        assert self.tokens is not None and self.held_out is not None
         return tokens + tokens * self.held_out // self.tokens
 
     def split(self, text: Passages) -> tuple[Passages, Passages]:
-        """Splits a text, without the built-in one, into statistics and held-out sequences.
-
-        If it is too short for both, at most a third is held out.
-        """
+        """Splits a text, without the built-in one; of a short one, at most a third is held out."""
         used = self.from_model + (self.from_text if self.text is not None else 0)
         sequences, total = len(text.lengths), self.with_held_out(used)
         count = min(sequences * (total - used) // total, sequences - 1)
@@ -159,14 +128,11 @@ class CalibrationOptions:
 
     @property
     def source(self) -> str:
-        """The origin of the text, for people."""
-        sampled = f"{self.from_model} tokens sampled from the model" if self.from_model else ""
-        read = self.text_name if self.from_text else ""
-        return " and ".join(filter(None, (sampled, read)))
+        sampled = [f"{self.from_model} tokens sampled from the model"] if self.from_model else []
+        return " and ".join([*sampled, *([self.text_name] if self.from_text else [])])
 
     @property
     def text_name(self) -> str:
-        """The name of the text, for people."""
         if self.text is None or self.text == BUILT_IN:
             return "the built-in text"
         return f"the text of {self.text.name}"
@@ -182,45 +148,21 @@ def calibrate(
 ) -> Path:
     """Writes the statistics of a model into the file `target`, which appears when it is complete.
 
-    An interrupted run leaves `TARGET.partial`, and the same request continues it. `workers` run
-    the layers.
+    An interrupted run leaves `TARGET.partial`, and the same request continues it.
 
     Raises:
-        RequestError: an unsound checkpoint, a text that cannot be read, a target that exists, or
-            unfinished work of another request there.
+        RequestError: an unsound checkpoint, an unreadable text, a target or another work there.
     """
     check_file_target(target, force=force, replaceable=is_calibration)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     readable = tokenizer is not None and tokenizer.vocab_size <= checkpoint.config.vocab_size
     options = options.for_model(checkpoint.config, readable=readable)
-    device = torch_device(options.device)
+    options = replace(options, device=torch_device(options.device))
     read = _read_text(options, tokenizer, checkpoint.config.vocab_size)
     expect_stages(5 if options.from_model else 4)
     hashes = require_sound(checkpoint)
     remember_hashes({path: hashes[name].sha256 for name, path in checkpoint.weight_files.items()})
-    request = _request(options, hashes)
-    with continue_file(target, force=force, replaceable=is_calibration) as folder:
-        unfinished = open_calibration_folder(folder, request, force=force)
-        built_in = [] if options.text else read
-        text = _text(unfinished, checkpoint, tokenizer, options, read if options.text else [])
-        text, held_out = options.split(text)
-        text = join([*text.sequences(), *built_in], options.seed) if built_in else text
-        collect(unfinished, checkpoint, text, held_out, options, hashes, device, workers)
-    return target
-
-
-def closing_line(checkpoint: Checkpoint, target: Path) -> str:
-    """Returns the last line of the command's output."""
-    model = as_argument(checkpoint.path)
-    return (
-        f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
-        f"rgexport onnx -m {model} --int4 --calibration {as_argument(target)}"
-    )
-
-
-def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
-    """Returns the facts that must be equal for a run to continue an earlier one."""
-    return {
+    request = {  # equal for a run that continues an earlier one
         "rgexport": __version__,
         "weights": {name: record.sha256 for name, record in hashes.items()},
         "--text": None if options.text is None else hash_file(options.text).sha256,
@@ -230,12 +172,27 @@ def _request(options: CalibrationOptions, hashes: FileHashes) -> dict[str, Any]:
         "--gradient-tokens": options.gradient_tokens,
         "--seed": options.seed,
     }
+    with continue_file(target, force=force, replaceable=is_calibration) as folder:
+        unfinished = CalibrationFolder.open(folder, request, force=force)
+        built_in = [] if options.text else read
+        text = _text(unfinished, checkpoint, tokenizer, options, read if options.text else [])
+        text, held_out = options.split(text)
+        text = join([*text.sequences(), *built_in], options.seed) if built_in else text
+        collect(unfinished, checkpoint, text, held_out, options, hashes, workers)
+    return target
+
+
+def closing_line(checkpoint: Checkpoint, target: Path) -> str:
+    model = as_argument(checkpoint.path)
+    return (
+        f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
+        f"rgexport onnx -m {model} --int4 --calibration {as_argument(target)}"
+    )
 
 
 def _read_text(
     options: CalibrationOptions, tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[np.ndarray]:
-    """Returns the sequences of the user's text, or of the built-in one."""
     if not options.from_text:
         return []
     if tokenizer is None:
@@ -263,23 +220,17 @@ def _text(
     options: CalibrationOptions,
     read: list[np.ndarray],
 ) -> Passages:
-    """Returns the text of an earlier run, or samples a new one and joins it with that read."""
-    tokens, lengths = folder.load(TOKENS), folder.load(LENGTHS)
+    tokens, lengths = folder.load(stored.TOKENS), folder.load(stored.LENGTHS)
     if tokens is not None and lengths is not None:
         expect_stages(3)  # nothing is sampled now
         return Passages(tokens, lengths)
     sampled = []
     if options.from_model:
-        sampled = sample(
-            checkpoint,
-            tokenizer,
-            options.with_held_out(options.from_model),
-            seed=options.seed,
-            folder=folder.path / "sampled",
-        )
+        count, target = options.with_held_out(options.from_model), folder.path / "sampled"
+        sampled = sample(checkpoint, tokenizer, count, seed=options.seed, folder=target)
     text = join([*sampled, *read], options.seed)
-    folder.save(LENGTHS, text.lengths)
-    folder.save(TOKENS, text.tokens)
+    folder.save(stored.LENGTHS, text.lengths)
+    folder.save(stored.TOKENS, text.tokens)
     return text
 
 
@@ -290,16 +241,14 @@ def collect(
     held_out: Passages,
     options: CalibrationOptions,
     hashes: FileHashes,
-    device: str,
     workers: Cluster | None = None,
 ) -> None:
-    """Writes the statistics of the text, and the held-out tokens, into the file."""
     from rgexport.compress.statistics import Collector, run_layer
     from rgexport.griffin.reference import Reference
 
     config = checkpoint.config
     gradients = text.first(options.gradient_tokens)
-    provenance = Provenance(
+    provenance = stored.Provenance(
         model=checkpoint.name,
         files={name: record.sha256 for name, record in hashes.items()},
         tokens=len(text.tokens),
@@ -309,55 +258,41 @@ def collect(
         seed=options.seed,
         tool=f"rgexport {__version__}",
     )
-    texts = {TOKENS: text.tokens, LENGTHS: text.lengths}
+    texts = {stored.TOKENS: text.tokens, stored.LENGTHS: text.lengths}
     if len(held_out.tokens):
-        texts |= {HELD_OUT: held_out.tokens, HELD_OUT_LENGTHS: held_out.lengths}
-    arrays = arrays_of(config, texts)
-    require_free_disk(folder.path, _free_bytes(arrays, len(text.tokens) * config.width))
+        texts |= {stored.HELD_OUT: held_out.tokens, stored.HELD_OUT_LENGTHS: held_out.lengths}
+    arrays = stored.arrays_of(config, texts)
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values())
+    require_free_disk(folder.path, size + 2 * 4 * len(text.tokens) * config.width)
     file = StatisticsFile(folder, provenance, arrays)
     counts = np.bincount(text.tokens, minlength=config.vocab_size)
     frequency = (counts / len(text.tokens)).astype(np.float32)
-    file.write(texts | {FREQUENCY: frequency})
+    file.write(texts | {stored.FREQUENCY: frequency})
+    device = options.device
     model = Reference(config, checkpoint.weights, device=device)
     run = spread_layer(workers, checkpoint, device) if workers else partial(run_layer, model)
     Collector(model, text, gradients, folder, file, options.seed, run).collect()
-
-
-def _free_bytes(arrays: Arrays, stream: int) -> int:
-    sizes = (dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays.values())
-    return sum(sizes) + 2 * 4 * stream
 
 
 @contextmanager
 def known_statistics(
     checkpoint: Checkpoint, file: Path | None, cluster: str | None = None
 ) -> Iterator[StatisticsOf]:
-    """Yields the statistics of a calibration file, or of `./MODEL.calibration`.
+    """Yields the statistics of a calibration file; by default of `./MODEL.calibration`.
 
-    If the latter is missing, it is computed, which takes minutes. With the address of a cluster,
-    its workers quantize.
-
-    Raises:
-        RequestError: the file cannot be read or is of another model, or there is no cluster.
+    If the latter is missing, it is computed, which takes minutes. A cluster's workers quantize.
     """
     with connected(cluster) as workers:
-        calibration = _open_or_calibrate(checkpoint, file, workers)
+        if file is None:
+            file = Path(f"{checkpoint.name}{SUFFIX}")
+            if file.exists():
+                note(f"Taking the calibration {file}")
+            else:
+                with group("Calibration"):
+                    calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
+        calibration = open_calibration(file)
+        calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
         if workers is None:
             yield Calibrated(calibration, checkpoint.config)
         else:
-            yield spread_statistics(workers, calibration, checkpoint.config)
-
-
-def _open_or_calibrate(
-    checkpoint: Checkpoint, file: Path | None, workers: Cluster | None
-) -> Calibration:
-    if file is None:
-        file = Path(f"{checkpoint.name}{SUFFIX}")
-        if file.exists():
-            note(f"Taking the calibration {file}")
-        else:
-            with group("Calibration"):
-                calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
-    calibration = open_calibration(file)
-    calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
-    return calibration
+            yield SpreadStatistics(workers, calibration, checkpoint.config)

@@ -1,10 +1,8 @@
 """The folder of an unfinished calibration, from which a later run continues.
 
-It has three kinds of files:
-
-- `request.json`: the options and weights of the run; only an equal request may continue it.
-- `NAME.npy` or `NAME-N.npy`: intermediate arrays, such as the residual stream after N layers.
-- `complete`: the calibration file, which becomes the target when all its arrays are written.
+`request.json` has the options and weights of the run; only an equal request may continue it.
+`NAME.npy` or `NAME-N.npy` are intermediate arrays, such as the residual stream after N layers.
+`complete` is the calibration file, which becomes the target when all its arrays are written.
 
 A step through a layer writes its statistics first and the residual stream, or the gradient, last.
 So the numbers of these arrays tell which layers are done.
@@ -38,19 +36,36 @@ class CalibrationFolder:
     def __init__(self, path: Path):
         self.path = path
 
+    @classmethod
+    def open(cls, path: Path, request: Mapping[str, Any], *, force: bool) -> "CalibrationFolder":
+        """Creates the folder, or opens that of an equal request; `force` replaces another one."""
+        file = path / _REQUEST
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not file.is_file():
+                raise RequestError(
+                    f"{path} exists and is no unfinished calibration; remove it, or pass another -o"
+                )
+            earlier = read_json(file)
+            differing = [key for key in request if earlier.get(key) != request[key]]
+            if differing and not force:
+                raise RequestError(
+                    f"{path} is the unfinished work of another request ({', '.join(differing)} "
+                    "differ); repeat that to finish it, or pass --force to start anew"
+                )
+            if differing:
+                shutil.rmtree(path)
+        if not file.exists():
+            path.mkdir(exist_ok=True)
+            file.write_text(json.dumps(request, indent=2, sort_keys=True) + "\n", "utf-8")
+        return cls(path)
+
     def save(self, name: str, array: np.ndarray) -> None:
-        """Writes an array atomically and durably."""
         path = self._path(name)
         remove_partials(path)
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
     def load(self, name: str) -> np.ndarray | None:
-        """Returns an array, or None if it was not saved.
-
-        Raises:
-            RequestError: its file cannot be read.
-        """
         try:
             array: np.ndarray = np.load(self._path(name), allow_pickle=False)
         except FileNotFoundError:
@@ -62,7 +77,6 @@ class CalibrationFolder:
         return array
 
     def remove(self, name: str) -> None:
-        """Removes an array, if it was saved."""
         self._path(name).unlink(missing_ok=True)
 
     def steps(self, name: str) -> list[int]:
@@ -75,57 +89,11 @@ class CalibrationFolder:
         return self.path / f"{name}.npy"
 
 
-def open_calibration_folder(
-    folder: Path, request: Mapping[str, Any], *, force: bool
-) -> CalibrationFolder:
-    """Creates the folder, or opens it if an earlier run had the same request.
-
-    Args:
-        folder: the folder.
-        request: options and hashes that determine the result, as JSON.
-        force: whether to delete the folder if its request differs.
-
-    Raises:
-        RequestError: the folder has no request, or a different one and `force` is not set.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _check_request(folder, request, force)
-    if not (folder / _REQUEST).exists():
-        folder.mkdir(exist_ok=True)
-        text = json.dumps(request, indent=2, sort_keys=True) + "\n"
-        (folder / _REQUEST).write_text(text, "utf-8")
-    return CalibrationFolder(folder)
-
-
-def _check_request(folder: Path, request: Mapping[str, Any], force: bool) -> None:
-    """Refuses a folder whose request differs from `request`; deletes it if `force` is set."""
-    if not (folder / _REQUEST).is_file():
-        raise RequestError(
-            f"{folder} exists and is no unfinished calibration; remove it, or pass another -o"
-        )
-    earlier = read_json(folder / _REQUEST)
-    differing = [key for key in request if earlier.get(key) != request[key]]
-    if not differing:
-        return
-    if not force:
-        raise RequestError(
-            f"{folder} is the unfinished work of another request ({', '.join(differing)} differ); "
-            "repeat that to finish it, or pass --force to start anew"
-        )
-    shutil.rmtree(folder)
-
-
 class StatisticsFile:
     """The calibration file, a safetensors file whose arrays may be written in any order."""
 
     def __init__(self, folder: CalibrationFolder, provenance: Provenance, arrays: Arrays):
-        """Creates the file at its full size; keeps one of that size, from an earlier run.
-
-        Args:
-            folder: the folder for the file.
-            provenance: metadata for the file's header.
-            arrays: name → dtype and shape of every array.
-        """
+        """Creates the file at its full size; keeps one of that size, from an earlier run."""
         self._path = folder.path / COMPLETE
         file_header = header(arrays, provenance.as_metadata())
         sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in arrays.values()]
@@ -137,11 +105,6 @@ class StatisticsFile:
                 file.truncate(size)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes some of the arrays durably.
-
-        Raises:
-            ValueError: an array has another dtype or shape than was declared.
-        """
         with self._path.open("r+b") as file:
             for name, array in arrays.items():
                 dtype, shape = self._arrays[name]

@@ -17,24 +17,11 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.quantize.scheme import Parts, Uniform
-from rgexport.quantize.statistics import (
-    Calibrated,
-    LastInputs,
-    RemoteStatistics,
-    Statistics,
-    StatisticsOf,
-)
+from rgexport.quantize.statistics import Calibrated, LastInputs, RemoteStatistics, Statistics
 from rgexport.runtimes.cluster import Cluster
 
 if TYPE_CHECKING:
     from rgexport.compress.statistics import RunLayer
-
-
-def spread_statistics(
-    cluster: Cluster, calibration: Calibration, config: GriffinConfig
-) -> StatisticsOf:
-    """Returns statistics from a calibration file that the workers see, too."""
-    return _Spread(cluster, calibration, config)
 
 
 def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunLayer":
@@ -42,8 +29,7 @@ def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunL
     import torch
 
     adapter = checkpoint.adapter and checkpoint.adapter.resolve()
-    paths = checkpoint.path.resolve(), adapter
-    model = uuid4().hex, paths, checkpoint.config, device
+    model = uuid4().hex, checkpoint.path.resolve(), adapter, checkpoint.config, device
     threads = torch.get_num_threads()  # another number could give other sums
 
     def run(index: int, batches: Iterable[Any]) -> Iterator[Any]:
@@ -55,8 +41,8 @@ def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunL
     return run
 
 
-class _Spread(LastInputs):
-    """Statistics that stay on the cluster and are factored there once."""
+class SpreadStatistics(LastInputs):
+    """Statistics of a calibration file that stay on the cluster and are factored there once."""
 
     def __init__(self, cluster: Cluster, calibration: Calibration, config: GriffinConfig):
         super().__init__()
@@ -73,7 +59,7 @@ class _OnCluster(RemoteStatistics):
         self._cluster, self._statistics = cluster, statistics
 
     def encode(self, name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
-        job = self._cluster.start(_encode, name, rows, scheme, self._statistics, ids)
+        job = self._cluster.start(scheme.encode, name, rows, self._statistics, ids)
         arrays: Parts = self._cluster.result(job)
         return arrays
 
@@ -101,38 +87,26 @@ def _calibrated(run: str, path: Path, text: str, config: GriffinConfig) -> Calib
     return Calibrated(calibration, config)
 
 
-_Paths = tuple[Path, Path | None]
-"""The paths of a model and its adapter."""
+_Model = tuple[str, Path, Path | None, GriffinConfig, str]
+"""The run, the paths of a model and its adapter, its shape, and the device."""
 
 
-def _encode(
-    name: str,
-    rows: np.ndarray,
-    scheme: Uniform,
-    statistics: Statistics | None,
-    ids: np.ndarray | None,
-) -> Parts:
-    return scheme.encode(name, rows, statistics, ids)
-
-
-def _forward(
-    model: tuple[str, _Paths, GriffinConfig, str], index: int, x: np.ndarray, threads: int
-) -> tuple[Any, Any]:
+def _forward(model: _Model, index: int, x: np.ndarray, threads: int) -> tuple[Any, Any]:
     import torch
 
     from rgexport.compress.statistics import forward
 
     torch.set_num_threads(threads)
-    _, _, config, device = model
-    return forward(config, _layer(*model, index), index, torch.from_numpy(x).to(device))
+    *_, config, device = model
+    return forward(config, _layer(model, index), index, torch.from_numpy(x).to(device))
 
 
 @lru_cache(maxsize=1)
-def _layer(run: str, paths: _Paths, config: GriffinConfig, device: str, index: int) -> Any:
+def _layer(model: _Model, index: int) -> Any:
     from rgexport.griffin.reference import Reference
 
+    _, path, adapter, config, device = model
     try:
-        path, adapter = paths
         checkpoint = open_checkpoint(path, adapter=adapter)
     except RequestError as error:
         raise RequestError(

@@ -1,24 +1,27 @@
-"""Layouts that a plan may choose in each export format, and estimates of their bytes.
+"""The items of a plan, the layouts that each may get in an export format, and their bytes.
 
-A layout is a quantization scheme that the format can store, such as int4 in blocks of 32. A plan
-has a layout for every tensor, or for each of its row groups.
+An item is a matrix, several that get one layout, or a group of the head's rows. A layout is a
+quantization scheme that the format can store, such as int4 in blocks of 32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from rgexport.errors import RequestError
 from rgexport.export.format import Format, format_of
 from rgexport.export.storage import OffsetAllocator
-from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.layout import model_tensors
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
+from rgexport.quantize.row_groups import group_rows
 from rgexport.quantize.scheme import FLOAT32, Plan, Scheme, Uniform, candidates
 
 Shape = tuple[int, ...]
 
+_SMALLEST_GROUP = 256
+"""Rows of the embedding in the smallest groups; the largest group has half of all rows."""
 _UNPACKING_BYTES = 6_300
 """Bytes of the graph nodes that unpack 3-bit integers of one matrix or row group to 4 bits."""
 
@@ -34,7 +37,13 @@ class FormatLayouts:
         """Returns layout → stored bytes of a matrix; only float32 if no scheme fits its shape."""
         fitting = [self.form.candidate(scheme, shape) for scheme in self.schemes]
         layouts = [layout for layout in fitting if layout is not None] or [FLOAT32]
-        return {layout: self._nbytes(shape, layout) for layout in layouts}
+        return {
+            layout: sum(
+                prod(part) * np.dtype(dtype).itemsize
+                for dtype, part in self.form.part_shapes(shape, layout).values()
+            )
+            for layout in layouts
+        }
 
     def artifact_bytes(self, plan: Plan, checkpoint: Checkpoint) -> int:
         """Estimates the size of an artifact, to within a few kB for each layer."""
@@ -44,27 +53,70 @@ class FormatLayouts:
         graph = sum(_graph_bytes(scheme, shapes[name][0]) for name, scheme in plan.items())
         return weights.size + graph + self.form.overhead_bytes(checkpoint)
 
-    def _nbytes(self, shape: Shape, layout: Uniform) -> int:
-        parts = self.form.part_shapes(shape, layout).values()
-        return sum(prod(part_shape) * np.dtype(dtype).itemsize for dtype, part_shape in parts)
-
 
 def layouts_of(kind: str) -> FormatLayouts:
-    """Returns the layouts of a format, such as `onnx`.
-
-    Raises:
-        RequestError: there is no such format.
-    """
-    if kind not in FORMATS:
-        raise RequestError(f"--format is {kind!r}; expected one of {', '.join(FORMATS)}")
     return FormatLayouts(format_of(kind))
 
 
 def _graph_bytes(scheme: Scheme, rows: int) -> int:
-    """Estimates the bytes that the scheme of a tensor adds to the graph and the manifest.
-
-    Integers of 3 bits need nodes that unpack them. Row groups need a list of their rows, twice in
-    the manifest, and an index of all rows in the graph.
-    """
+    """Estimates the bytes of nodes that unpack 3-bit integers, and of indices of row groups."""
     three_bit = sum(layout.level_bits == 3 for layout in scheme.uniform)
     return three_bit * _UNPACKING_BYTES + scheme.index_bytes(rows)
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """Matrices of one shape and input with one layout; or `rows` of one, most important first."""
+
+    tensors: tuple[str, ...]
+    shape: tuple[int, int]
+    rows: np.ndarray | None = None
+
+    @property
+    def weights(self) -> int:
+        return len(self.tensors) * self.shape[0] * self.shape[1]
+
+
+def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[PlanItem]:
+    """Returns the items of a model: the head, then the linears by layer.
+
+    Linears of one shape and input get one layout, so that kernels can compute them together. With
+    the importance of the head's rows, float32 [vocab], they are cut into groups.
+    """
+    together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, spec in model_tensors(config).items():
+        if site := input_site(name):
+            together.setdefault((site, spec.shape), []).append(name)
+    items = []
+    for (_, (rows, columns)), names in together.items():
+        if names == [EMBEDDING] and importance is not None:
+            items += [
+                PlanItem((EMBEDDING,), (len(ids), columns), ids) for ids in _groups(importance)
+            ]
+        else:
+            items.append(PlanItem(tuple(names), (rows, columns)))
+    return items
+
+
+def plan_of(config: GriffinConfig, items: Sequence[PlanItem], layouts: Sequence[Uniform]) -> Plan:
+    """Returns the plan with these layouts of the items, and float32 for all other tensors."""
+    plan: Plan = {name: FLOAT32 for name in model_tensors(config)}
+    groups: dict[Uniform, list[np.ndarray]] = {}
+    for item, layout in zip(items, layouts, strict=True):
+        if item.rows is None:
+            plan |= dict.fromkeys(item.tensors, layout)
+        else:
+            groups.setdefault(layout, []).append(item.rows)
+    if groups:
+        plan[EMBEDDING] = group_rows(
+            {layout: np.concatenate(ids) for layout, ids in groups.items()}
+        )
+    return plan
+
+
+def _groups(importance: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(-importance, kind="stable")
+    ends = [len(order)]
+    while ends[0] // 2 >= _SMALLEST_GROUP:
+        ends.insert(0, ends[0] // 2)
+    return np.split(order, ends[:-1])

@@ -1,23 +1,27 @@
-"""Predicts the cost of a layout: the KL of a model with one item stored in that layout.
+"""The cost of a plan: the KL of a model with its weights, predicted by items, and measured.
 
-For a linear that is ½ Σ_o g²_o · Δw_o H Δw_oᵀ over its outputs o: g² is the mean square of the
-gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw the error
+For a linear in a layout, it is ½ Σ_o g²_o · Δw_o H Δw_oᵀ over its outputs o: g² is the mean square
+of the gradient of the negative log-likelihood there, H = Σ x xᵀ / N of its inputs, and Δw the error
 of the algorithm. For a row of the head, g² is the Fisher information of its logit, and the cost of
-the same row in the embedding is added. The cost of a plan is the sum over its items.
-
-Rows are independent, so a sample of them represents all: a 2B takes minutes.
+the same row in the embedding is added. The cost of a plan is the sum over its items. Rows are
+independent, so a sample of them represents all: a 2B takes minutes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from rgexport.compress.items import PlanItem
+from rgexport.compress.layouts import PlanItem
+from rgexport.griffin import ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.griffin.tensor import WeightSource
+from rgexport.griffin.reference import Reference
+from rgexport.griffin.state import zero_state
+from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Uniform
@@ -25,10 +29,12 @@ from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
 _SAMPLE = 256
 """Rows of a matrix, or of a row group, that are quantized in every layout."""
+_SLAB_BYTES = 32 << 20
+"""Most bytes of a slab of the embedding, and of its logits, in float32."""
 
 
 class PredictedLosses:
-    """Predicts the losses of items from a calibration."""
+    """Predicts the losses of items from a calibration, and `statistics` of it if they exist."""
 
     def __init__(
         self,
@@ -37,27 +43,40 @@ class PredictedLosses:
         calibration: Calibration,
         statistics: StatisticsOf | None = None,
     ):
-        """Takes `statistics` if the caller has already computed them from the calibration."""
         self._config, self._weights, self._calibration = config, weights, calibration
         self._statistics = statistics or Calibrated(calibration, config)
 
     def of(self, item: PlanItem, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
-        """Returns the loss of an item in each layout, in nats per token.
-
-        Raises:
-            RequestError: a weight that a layout cannot hold, or a damaged calibration.
-        """
-        together = max(layout.rows_together for layout in layouts)
+        """Returns the loss of an item in each layout, in nats per token."""
         losses = np.zeros(len(layouts))
         for tensor in item.tensors:
-            rows = _evenly(item.shape[0], sample, together)
-            ids = rows if item.rows is None else np.sort(item.rows[rows])
-            weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
-            cost = self._cost(tensor, ids, item.rows)
-            loss = partial(self._loss, tensor, ids, weights.astype(np.float32), cost)
-            with ThreadPoolExecutor(parallel_jobs()) as pool:
-                losses += list(pool.map(loss, layouts))
+            losses += self._of_tensor(tensor, item, layouts, sample)
         return losses.tolist()
+
+    def _of_tensor(
+        self, tensor: str, item: PlanItem, layouts: Sequence[Uniform], sample: int
+    ) -> list[float]:
+        known, is_head = self._calibration, tensor == EMBEDDING
+        rows = _evenly(item.shape[0], sample, max(layout.rows_together for layout in layouts))
+        ids = rows if item.rows is None else np.sort(item.rows[rows])
+        weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
+        weights = weights.astype(np.float32)
+        outputs = known.row_sensitivity if is_head else known.output_sensitivity(tensor)
+        if outputs is None:
+            outputs = np.zeros(self._weights[tensor].shape[0], np.float32)
+        hessians, product = known.hessian(tensor) or [], _share(outputs, ids, item.rows)
+        lookup = _share(known.token_share, ids, item.rows) if is_head else None
+        statistics = self._statistics(tensor)
+
+        def loss(layout: Uniform) -> float:
+            errors = layout.round_trip(tensor, weights, statistics, ids) - weights
+            costs = product * _through(errors, hessians)
+            if lookup is not None:
+                costs += lookup * (np.square(errors, dtype=np.float64) @ self._channels())
+            return float(0.5 * costs.sum())
+
+        with ThreadPoolExecutor(parallel_jobs()) as pool:
+            return list(pool.map(loss, layouts))
 
     def row_importance(self) -> np.ndarray:
         """Returns the cost of equal errors in each row of the embedding, float64 [vocab]."""
@@ -68,40 +87,6 @@ class PredictedLosses:
 
     def _channels(self) -> np.ndarray:
         return self._calibration.lookup_sensitivity * self._config.embedding_scale**2
-
-    def _loss(
-        self,
-        tensor: str,
-        ids: np.ndarray,
-        rows: np.ndarray,
-        cost: Callable[[np.ndarray], float],
-        layout: Uniform,
-    ) -> float:
-        return cost(layout.round_trip(tensor, rows, self._statistics(tensor), ids) - rows)
-
-    def _cost(
-        self, tensor: str, ids: np.ndarray, among: np.ndarray | None
-    ) -> Callable[[np.ndarray], float]:
-        """Returns a function from errors [n, K] of the rows `ids` to the cost of errors in `among`.
-
-        `among` None means all rows.
-        """
-        known, head = self._calibration, tensor == EMBEDDING
-        hessians = known.hessian(tensor) or []
-        outputs = known.row_sensitivity if head else known.output_sensitivity(tensor)
-        if outputs is None:
-            outputs = np.zeros(self._weights[tensor].shape[0], np.float32)
-        product = _share(outputs, ids, among)
-        if not head:
-            return lambda errors: float(0.5 * (product * _through(errors, hessians)).sum())
-        channels = self._channels()
-        lookup = _share(known.token_share, ids, among)
-
-        def cost(errors: np.ndarray) -> float:
-            looked_up = np.square(errors, dtype=np.float64) @ channels
-            return float(0.5 * (product * _through(errors, hessians) + lookup * looked_up).sum())
-
-        return cost
 
 
 def _share(values: np.ndarray, ids: np.ndarray, among: np.ndarray | None) -> np.ndarray:
@@ -125,3 +110,64 @@ def _evenly(rows: int, sample: int, together: int) -> np.ndarray:
     chosen = min(runs, max(1, sample // together))
     firsts = (np.arange(chosen) * runs // chosen) * together
     return (firsts[:, None] + np.arange(together)).ravel()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The mean KL of a text's tokens in nats; its standard error over sequences, NaN of one."""
+
+    kl: float
+    error: float
+    tokens: int
+
+
+class OriginalRun:
+    """The original's hidden states on a text, from one run, for comparison with plans."""
+
+    def __init__(
+        self, config: GriffinConfig, weights: WeightSource, sequences: Sequence[np.ndarray]
+    ):
+        self._config, self._weights = config, weights
+        lengths = dict.fromkeys(map(len, sequences))
+        self._texts = [
+            np.stack([ids for ids in sequences if len(ids) == length]).astype(np.int64)
+            for length in lengths
+        ]
+        self._hidden = self._run(weights)
+
+    def divergence(self, weights: WeightSource) -> Divergence:
+        values = self._divergences(self._run(weights), weights).numpy()
+        mean = values.mean()
+        lengths = [ids.shape[1] for ids in self._texts for _ in ids]
+        sums = np.add.reduceat(values - mean, np.cumsum([0, *lengths[:-1]]))
+        count = len(lengths)
+        spread = np.sqrt(np.square(sums).sum() * count / (count - 1)) if count > 1 else np.nan
+        return Divergence(float(mean), float(spread / len(values)), len(values))
+
+    def _run(self, weights: WeightSource) -> Tensor:
+        """Returns the head's input [tokens, width]; one layer's weights are in memory at a time."""
+        model = Reference(self._config, weights)
+        texts = [(ids, zero_state(self._config, len(ids))) for ids in self._texts]
+        return torch.cat([hidden.flatten(0, 1) for hidden, _ in model.run_each(texts)])
+
+    @torch.inference_mode()
+    def _divergences(self, hidden: Tensor, weights: WeightSource) -> Tensor:
+        """Returns the KL at each token, float64; computes logits in slabs of the vocabulary."""
+        shape, tokens = self._weights[EMBEDDING].shape, len(hidden)
+        log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64)
+        log_q = log_p.clone()
+        mean = torch.zeros(tokens, dtype=torch.float64)
+        """The mean difference of logits, weighted by the original's probabilities so far."""
+        for start, stop in slab_bounds(shape[0], 4 * max(shape[1], tokens), _SLAB_BYTES):
+            original = self._logits(self._hidden, self._weights[EMBEDDING].read(start, stop))
+            changed = self._logits(hidden, weights[EMBEDDING].read(start, stop))
+            p = original.logsumexp(1).double()
+            total = torch.logaddexp(log_p, p)
+            slab_mean = (original.softmax(1) * (original - changed)).sum(1, dtype=torch.float64)
+            mean = mean * (log_p - total).exp() + slab_mean * (p - total).exp()
+            log_p, log_q = total, torch.logaddexp(log_q, changed.logsumexp(1).double())
+        return (mean - log_p + log_q).clamp_min(0)
+
+    def _logits(self, hidden: Tensor, rows: np.ndarray) -> Tensor:
+        part = ops.linear(hidden, torch.from_numpy(rows.astype(np.float32)), None, "lm_head")
+        return ops.soft_cap(part, self._config.soft_cap, "logits")

@@ -1,20 +1,37 @@
-"""A calibration text: sequences of tokens, each read from a fresh state."""
+"""Calibration texts: sequences of tokens, each read from a fresh state.
 
+Text sampled from the model itself calibrates better than most other text. Each sampled sequence
+begins with a bos and a random token: after a bos alone, a model writes too few kinds of text. An
+ONNX export in float32, or in int4 for large models, writes the text and is removed afterwards.
+Statistics are those of the original on that text.
+"""
+
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
+from rgexport.chat.sampling import Sampler, Sampling
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.files.paths import require_regular
+from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.griffin.layout import float32_bytes
+from rgexport.progress import Advance, group, task
+from rgexport.runtimes.session import Session
 
 LENGTH = 512
 """Tokens of a sequence: enough context to show the effect of int4, and many sequences per text."""
 _LONGEST_TOKEN = 32
 """Most characters of a token; a file is read up to so many per token."""
+_BATCH = 16
+"""Sequences that are sampled together; each weight is read once for all."""
+_LARGEST_IN_FLOAT32 = 2 << 30
+"""Most bytes of float32 weights; a larger model is sampled in int4."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,6 @@ class Passages:
     lengths: np.ndarray
 
     def sequences(self) -> list[np.ndarray]:
-        """Returns the tokens of each sequence."""
         return np.split(self.tokens, self.lengths.cumsum()[:-1])
 
     def first(self, tokens: int) -> "Passages":
@@ -36,17 +52,14 @@ class Passages:
 
     def without_last(self, count: int) -> tuple["Passages", "Passages"]:
         """Splits off the last `count` sequences; returns the others first."""
-        split = len(self.lengths) - count
-        end = self.lengths[:split].sum()
-        return (
-            Passages(self.tokens[:end], self.lengths[:split]),
-            Passages(self.tokens[end:], self.lengths[split:]),
-        )
+        lengths = np.split(self.lengths, [len(self.lengths) - count])
+        first, last = map(Passages, np.split(self.tokens, [lengths[0].sum()]), lengths)
+        return first, last
 
     def batches(self, most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
-        """Yields neighbouring sequences of equal length: a slice of the tokens, and their shape.
+        """Yields sequences of equal length in a row: a slice of the tokens, (sequences, length).
 
-        The shape is (sequences, tokens of each), with at most `most` tokens or one sequence.
+        Together they have at most `most` tokens, or are one sequence.
         """
         first, start = 0, 0
         while first < len(self.lengths):
@@ -66,12 +79,14 @@ def join(sequences: Sequence[np.ndarray], seed: int) -> Passages:
 
 
 def read_text(file: Path, tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
-    """Reads the beginning of a text as sequences, each after a bos, `limit` tokens in all.
-
-    Raises:
-        RequestError: the file cannot be read, or is empty.
-    """
-    ids = tokenizer.encode_text(_characters(file, _LONGEST_TOKEN * limit))
+    """Reads the beginning of a text as sequences, each after a bos, `limit` tokens in all."""
+    try:
+        require_regular(file)
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(_LONGEST_TOKEN * limit)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+    ids = tokenizer.encode_text(text)
     if not ids:
         raise RequestError(f"{file} has no text in it; expected a UTF-8 text to calibrate on")
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -88,10 +103,72 @@ def first_tokens(sequences: Sequence[np.ndarray], limit: int) -> list[np.ndarray
     return [sequence for sequence in cut if len(sequence)]
 
 
-def _characters(file: Path, most: int) -> str:
+def sample(
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, count: int, *, seed: int, folder: Path
+) -> list[np.ndarray]:
+    """Samples sequences of `count` tokens together; the export lies in `folder` meanwhile."""
+    rng = np.random.default_rng(seed)
+    starts = _random_starts(tokenizer, checkpoint.config.vocab_size, -(-count // LENGTH), rng)
+    sequences: list[np.ndarray] = []
+    with (
+        group("Sampling text from the model"),
+        _engine(checkpoint, folder) as session,
+        task("Sampling text", len(starts) * LENGTH, "tokens") as advance,
+    ):
+        for first in range(0, len(starts), _BATCH):
+            batch = starts[first : first + _BATCH]
+            sampler = Sampler(Sampling(temperature=1.0, seed=int(rng.integers(1 << 31))))
+            sequences += _continue(session, batch, min(LENGTH, count), sampler, advance)
+    sizes = np.minimum(LENGTH, count - LENGTH * np.arange(len(sequences)))
+    return [ids[:size] for ids, size in zip(sequences, sizes, strict=True)]
+
+
+def _random_starts(
+    tokenizer: Tokenizer | None, vocab_size: int, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns a bos, if there is one, and a random ordinary token, [count, 1 or 2]."""
+    if tokenizer is None:
+        return rng.choice(np.arange(vocab_size), (count, 1))
+    ids, bos = np.arange(min(vocab_size, tokenizer.vocab_size)), tokenizer.bos_id
+    ordinary = np.setdiff1d(ids, list(tokenizer.special.values()))
+    drawn = rng.choice(ordinary if len(ordinary) else ids, (count, 1))
+    return drawn if bos is None else np.concatenate([np.full((count, 1), bos), drawn], 1)
+
+
+def _continue(
+    session: Session, starts: np.ndarray, length: int, sampler: Sampler, advance: Advance
+) -> list[np.ndarray]:
+    ids = np.zeros((len(starts), max(length, starts.shape[1])), np.int64)
+    ids[:, : starts.shape[1]] = starts
+    following = starts
+    session.reset(len(starts))
+    advance(starts.size)
+    for position in range(starts.shape[1], length):
+        logits = session.prefill(following)[:, 0]
+        ids[:, position] = [sampler(row) for row in logits]
+        following = ids[:, position : position + 1]
+        advance(len(ids))
+    return list(ids)
+
+
+@contextmanager
+def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Session]:
+    """Exports the model, with a window of at most a sequence, and opens it."""
+    from rgexport.export.onnx.exporter import export_onnx
+    from rgexport.export.onnx.profiles import OnnxOptions
+    from rgexport.export.opening import open_artifact
+    from rgexport.runtimes.engine import open_session
+
+    config = checkpoint.config
+    short = replace(config, window=min(config.window, LENGTH))
+    small = float32_bytes(config) <= _LARGEST_IN_FLOAT32
+    shutil.rmtree(folder, ignore_errors=True)
+    smallest = OnnxOptions(precision="int4", block_size=128, embedding_precision="int4")
+    options = OnnxOptions(precision="fp32") if small else smallest
+    export_onnx(replace(checkpoint, config=short), options, folder)
+    session = open_session(open_artifact(folder))
     try:
-        require_regular(file)
-        with file.open(encoding="utf-8") as opened:
-            return opened.read(most)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
+        yield session
+    finally:
+        session.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -6,14 +6,12 @@ from typing import Literal
 
 import numpy as np
 
-from rgexport.compress.items import items_of, plan_of
-from rgexport.compress.layouts import FormatLayouts
-from rgexport.compress.losses import PredictedLosses
-from rgexport.compress.measure import Divergence, OriginalRun
+from rgexport.compress.layouts import FormatLayouts, items_of, plan_of
+from rgexport.compress.losses import Divergence, OriginalRun, PredictedLosses
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
-from rgexport.quantize.allocation import Choice, Front, Option, solve
+from rgexport.quantize.allocation import Choice, Option, solve
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.plan import bfloat16_gates, quantized
 from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
@@ -41,13 +39,7 @@ class PlanTarget:
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """The figures of a plan.
-
-    Attributes:
-        bits: per weight of the matrices and the head, scales and zero points included.
-        size: bytes of the artifact.
-        kl: predicted, in nats per token.
-    """
+    """A plan's bits per weight with scales, bytes of the artifact, and predicted KL in nats."""
 
     bits: float
     size: int
@@ -56,14 +48,7 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The chosen plan, and the front of all good plans.
-
-    Attributes:
-        plan: the layout of every tensor.
-        chosen: its figures; the KL is a prediction from the measurements of other plans.
-        measured: its KL.
-        front: from the smallest plan to the largest; predicted from all measurements.
-    """
+    """The chosen plan, its figures, predicted and measured, and the front of good plans."""
 
     plan: Plan
     chosen: PlanPoint
@@ -81,54 +66,40 @@ class Planner:
         layouts: FormatLayouts,
         statistics: StatisticsOf | None = None,
     ):
-        """Quantizes some rows of every matrix in every layout.
-
-        Args:
-            checkpoint: the model.
-            calibration: of the model.
-            layouts: to choose from.
-            statistics: those of the calibration, if they exist already.
-
-        Raises:
-            RequestError: a weight that a layout cannot hold, or a damaged calibration.
-        """
+        """Quantizes some rows of every matrix in every layout."""
         self._checkpoint, self._layouts = checkpoint, layouts
         self._statistics = statistics or Calibrated(calibration, checkpoint.config)
         config, weights = checkpoint.config, checkpoint.weights
         losses = PredictedLosses(config, weights, calibration, self._statistics)
         importance = losses.row_importance() if layouts.form.has_row_groups else None
         self._items = items_of(config, importance)
-        exact = bfloat16_gates(config, weights)
-        self._gates: Plan = dict.fromkeys(
-            exact if layouts.form.keeps_bfloat16_gates else (), BFLOAT16
-        )
-        self._schemes: list[list[Uniform]] = []
-        self._front = self._predicted(losses)
+        self._weights = sum(item.weights for item in self._items)
+        gates = bfloat16_gates(config, weights) if layouts.form.keeps_bfloat16_gates else ()
+        self._gates: Plan = dict.fromkeys(gates, BFLOAT16)
         self._scale = 1.0
         """Measured KL divided by predicted KL."""
-
-    def _predicted(self, losses: PredictedLosses) -> Front:
+        self._schemes: list[list[Uniform]] = []
         options: list[list[Option]] = []
-        with task("Trying layouts", sum(item.weights for item in self._items), "weights") as done:
+        with task("Trying layouts", self._weights, "weights") as done:
             for item in self._items:
-                sizes = self._layouts.layout_bytes(item.shape)
+                sizes = layouts.layout_bytes(item.shape)
                 self._schemes.append(list(sizes))
                 predicted = losses.of(item, self._schemes[-1])
                 sums = (len(item.tensors) * size for size in sizes.values())
                 options.append([Option(*one) for one in zip(sums, predicted, strict=True)])
                 done(item.weights)
-        return solve(options)
+        self._front = solve(options)
 
     def find(self, target: PlanTarget, sequences: Sequence[np.ndarray]) -> PlanResult:
-        """Returns the plan for a target, measured on a text.
-
-        Raises:
-            RequestError: no plan reaches the target.
-        """
-        choice, original = self._choose(target), self._original(sequences)
+        """Returns the plan for a target, measured on a text; refuses a target out of reach."""
+        choice = self._choose(target)
+        with group("Running the original"):
+            original = OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
         for attempt in range(1, _ATTEMPTS + 1):
             plan, predicted = self._plan(choice), self._point(choice)
-            measured = self._measured(original, plan, predicted)
+            weights = quantized(self._checkpoint.weights, plan, self._statistics)
+            with group(f"Measuring a plan of {predicted.bits:.3f} bits"):
+                measured = original.divergence(weights)
             if choice.loss > 0 and measured.kl > 0:
                 self._scale = measured.kl / choice.loss
             near = abs(measured.kl / target.value - 1) <= _NEAR
@@ -140,15 +111,6 @@ class Planner:
         front = tuple(map(self._point, self._front.points(_POINTS)))
         return PlanResult(plan, predicted, measured, front)
 
-    def _measured(self, original: OriginalRun, plan: Plan, point: PlanPoint) -> Divergence:
-        weights = quantized(self._checkpoint.weights, plan, self._statistics)
-        with group(f"Measuring a plan of {point.bits:.3f} bits"):
-            return original.divergence(weights)
-
-    def _original(self, sequences: Sequence[np.ndarray]) -> OriginalRun:
-        with group("Running the original"):
-            return OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
-
     def _choose(self, target: PlanTarget) -> Choice:
         if target.kind == "kl":
             choice = self._front.below(target.value / self._scale)
@@ -156,15 +118,20 @@ class Planner:
             choice = self._front.within(target.value * self._weights / 8)
         else:
             choice = self._of_size(target.value)
-        if choice is None:
-            raise self._out_of_reach(target)
-        return choice
+        if choice is not None:
+            return choice
+        smallest, largest = map(self._point, self._front.points(2))
+        value, limit = {
+            "kl": (f"{target.value:g}", f"{largest.kl:.2g}"),
+            "size": (amount(target.value), amount(smallest.size)),
+            "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
+        }[target.kind]
+        raise RequestError(
+            f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
+        )
 
     def _of_size(self, size: float) -> Choice | None:
-        """Returns the best plan for an artifact of at most so many bytes.
-
-        Padding and the bytes beside the matrices depend a little on the plan.
-        """
+        """Returns the best plan for so many bytes; those beside the matrices depend on the plan."""
         budget = size
         while choice := self._front.within(budget):
             excess = self._point(choice).size - size
@@ -173,17 +140,6 @@ class Planner:
             budget = choice.bytes - excess
         return choice
 
-    def _out_of_reach(self, target: PlanTarget) -> RequestError:
-        smallest, largest = map(self._point, self._front.points(2))
-        value, limit = {
-            "kl": (f"{target.value:g}", f"{largest.kl:.2g}"),
-            "size": (amount(target.value), amount(smallest.size)),
-            "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
-        }[target.kind]
-        return RequestError(
-            f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
-        )
-
     def _plan(self, choice: Choice) -> Plan:
         layouts = [schemes[pick] for schemes, pick in zip(self._schemes, choice.picks, strict=True)]
         return plan_of(self._checkpoint.config, self._items, layouts) | self._gates
@@ -191,7 +147,3 @@ class Planner:
     def _point(self, choice: Choice) -> PlanPoint:
         size = self._layouts.artifact_bytes(self._plan(choice), self._checkpoint)
         return PlanPoint(8 * choice.bytes / self._weights, size, choice.loss * self._scale)
-
-    @property
-    def _weights(self) -> int:
-        return sum(item.weights for item in self._items)

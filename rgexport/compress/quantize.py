@@ -1,41 +1,49 @@
 """`rgexport quantize`: a plan that reaches a quality or a size."""
 
+import json
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rgexport._version import __version__
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.compress.cluster import spread_statistics
+from rgexport.compress.cluster import SpreadStatistics
 from rgexport.compress.layouts import layouts_of
 from rgexport.compress.passages import first_tokens, read_text
-from rgexport.compress.plan_file import PlanReport, is_plan, write_json
-from rgexport.compress.planning import FLAGS, Kind, Planner, PlanTarget
+from rgexport.compress.planning import FLAGS, Kind, Planner, PlanResult, PlanTarget
 from rgexport.errors import RequestError
 from rgexport.export.opening import as_argument
 from rgexport.export.origin import folder_of
 from rgexport.export.request import bytes_of
+from rgexport.files.paths import read_regular
 from rgexport.files.targets import check_file_target, replace_file
+from rgexport.files.typed_json import parse_json
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
+from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.quantize.calibration import Calibration, open_calibration
-from rgexport.reporting.page import write_text
+from rgexport.reporting.chart import Chart, Series, logarithmic_axis
+from rgexport.reporting.numbers import number, plus_minus
+from rgexport.reporting.page import render_page, write_text
+from rgexport.reporting.tables import Table, render
 from rgexport.runtimes.cluster import Cluster
+from rgexport.units import amount
+
+_ELSEWHERE = (
+    " Text that the model would not write itself costs more, from 1.3 times to several times as "
+    "much; --text FILE measures on yours."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of `rgexport quantize`.
+    """The options of `rgexport quantize`, with exactly one target; a size is such as `1.5GB`.
 
-    Attributes:
-        calibration: the file of `rgexport calibrate`.
-        target_kl: nats per token on the text.
-        target_size: of the artifact, such as `1.5GB`.
-        bits: per weight of the matrices and the head.
-        format: of the export that the plan is for.
-        text: to measure the plan on; None for the calibration's held-out text, or else its text.
-        tokens: most tokens of it.
+    Without `text`, a plan is measured on the calibration's held-out text, or else on its text.
     """
 
     calibration: Path
@@ -47,12 +55,6 @@ class PlanOptions:
     tokens: int = 16384
 
     def __post_init__(self) -> None:
-        """Refuses contradictions.
-
-        Raises:
-            RequestError: not exactly one target, or one that is no positive number.
-        """
-        layouts_of(self.format)
         if self.tokens < 1:
             raise RequestError(f"--tokens is {self.tokens}; expected at least 1")
         target = self.target
@@ -63,7 +65,6 @@ class PlanOptions:
 
     @property
     def target(self) -> PlanTarget:
-        """The one target."""
         size = None if self.target_size is None else bytes_of("--target-size", self.target_size)
         values: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
         targets = [PlanTarget(kind, value) for kind, value in values.items() if value is not None]
@@ -75,6 +76,103 @@ class PlanOptions:
         return targets[0]
 
 
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan with its figures, and the names of the model and of the text it was measured on."""
+
+    result: PlanResult
+    options: PlanOptions
+    model: str
+    text: str
+
+    def as_json(self) -> str:
+        """Returns the content of the file: `plan`, which `--plan` reads, and its figures."""
+        result, target = self.result, self.options.target
+        error = result.measured.error
+        content = {
+            "rgexport": __version__,
+            "model": self.model,
+            "format": self.options.format,
+            "target": {target.kind: target.value},
+            "bits": result.chosen.bits,
+            "size": result.chosen.size,
+            "predicted_kl": result.chosen.kl,
+            "measured_kl": result.measured.kl,
+            "standard_error": error if math.isfinite(error) else None,
+            "text": {"name": self.text, "tokens": result.measured.tokens},
+            "front": [asdict(point) for point in result.front],
+            "plan": {name: scheme.to_dict() for name, scheme in result.plan.items()},
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def as_text(self) -> str:
+        return render([self._front(), self._layouts(), self.sentence()])
+
+    def sentence(self) -> str:
+        """Summarizes the plan: bits, size, cost; warns if it was measured on calibration text."""
+        chosen, measured = self.result.chosen, self.result.measured
+        kl = number(measured.kl)
+        if math.isfinite(measured.error):
+            kl = plus_minus(measured.kl, measured.error)
+        return (
+            f"{chosen.bits:.3f} bits per weight, {amount(chosen.size)}. Measured on "
+            f"{measured.tokens:,} tokens of {self.text}: KL {kl} ({number(chosen.kl)} predicted)."
+            f"{_ELSEWHERE if self.options.text is None else ''}"
+        )
+
+    def _front(self) -> Table:
+        rows = [(f"{p.bits:.3f}", amount(p.size), number(p.kl)) for p in self.result.front]
+        header = "bits per weight", "size", "KL, predicted"
+        return Table(f"Plans for {self.options.format}:", header, rows, header)
+
+    def _layouts(self) -> Table:
+        """Tells for each kind of matrix how many have which layout, most frequent first."""
+        kinds: dict[str, Counter[str]] = defaultdict(Counter)
+        for name, scheme in self.result.plan.items():
+            if input_site(name) is not None:
+                inner = "head" if name == EMBEDDING else name.split(".", 2)[2]
+                kinds[inner.removesuffix(".weight")][scheme.label] += 1
+        rows = [
+            (kind, ", ".join(f"{count} × {label}" for label, count in counts.most_common()))
+            for kind, counts in kinds.items()
+        ]
+        return Table("The chosen plan:", ("matrices", "layouts"), rows)
+
+    def page(self) -> str:
+        return render_page(
+            "compress",
+            "plan.html.j2",
+            report=self,
+            front=self._front(),
+            layouts=self._layouts(),
+            chart=self._chart(),
+        )
+
+    def _chart(self) -> Chart:
+        front, chosen = self.result.front, self.result.chosen
+        line = Series("twin", "predicted", [(point.bits, point.kl) for point in front])
+        dot = Series("original", "measured", [(chosen.bits, self.result.measured.kl)], dots=True)
+        return Chart(
+            title="What bits cost",
+            summary=(
+                f"The best plans have from {front[0].bits:.3g} to {front[-1].bits:.3g} bits per "
+                f"weight; their KL falls from {number(front[0].kl)} to {number(front[-1].kl)}."
+            ),
+            labels=("bits per weight", "KL, nats per token"),
+            series=[line, dot],
+            y=logarithmic_axis([*(point.kl for point in front), self.result.measured.kl]),
+            column="bits",
+            show_x="{:.3f}".format,
+        )
+
+
+def is_plan(path: Path) -> bool:
+    try:
+        return "plan" in parse_json(read_regular(path))
+    except (RequestError, OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
 def make_plan(
     checkpoint: Checkpoint,
     options: PlanOptions,
@@ -83,34 +181,7 @@ def make_plan(
     force: bool = False,
     workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize.
-
-    Raises:
-        RequestError: an unsound checkpoint, statistics of another model, an unreadable text, a
-            target out of reach, or a file that may not be replaced.
-    """
-    _check_targets(target, force)
-    calibration = open_calibration(options.calibration)
-    sequences = _sequences(checkpoint, calibration, options)
-    hashes = require_sound(checkpoint).values()
-    calibration.require_for(record.sha256 for record in hashes)
-    statistics = spread_statistics(workers, calibration, checkpoint.config) if workers else None
-    planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
-    report = PlanReport(
-        planner.find(options.target, sequences),
-        options.target,
-        options.format,
-        checkpoint.name,
-        _name_of(calibration, options),
-        options.text is None,
-    )
-    with replace_file(target, force=force, replaceable=is_plan) as unfinished:
-        write_json(report, unfinished)
-    write_text(report.page(), page_of(target))
-    return report
-
-
-def _check_targets(target: Path, force: bool) -> None:
+    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize."""
     if target.suffix == ".html":
         raise RequestError(
             f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "
@@ -118,6 +189,18 @@ def _check_targets(target: Path, force: bool) -> None:
         )
     check_file_target(target, force=force, replaceable=is_plan)
     check_file_target(page_of(target), force=force, replaceable=lambda page: True)
+    calibration = open_calibration(options.calibration)
+    text, sequences = _text(checkpoint, calibration, options)
+    hashes = require_sound(checkpoint).values()
+    calibration.require_for(record.sha256 for record in hashes)
+    statistics = SpreadStatistics(workers, calibration, checkpoint.config) if workers else None
+    planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
+    result = planner.find(options.target, sequences)
+    report = PlanReport(result, options, checkpoint.name, text)
+    with replace_file(target, force=force, replaceable=is_plan) as unfinished:
+        unfinished.write_text(report.as_json(), "utf-8")
+    write_text(report.page(), page_of(target))
+    return report
 
 
 def page_of(target: Path) -> Path:
@@ -126,7 +209,6 @@ def page_of(target: Path) -> Path:
 
 
 def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:
-    """Returns the last line of the command's output: the plan's path, and the next command."""
     paths = (checkpoint.path, target, options.calibration)
     model, plan, calibration = map(as_argument, paths)
     return (
@@ -135,23 +217,19 @@ def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> 
     )
 
 
-def _sequences(
+def _text(
     checkpoint: Checkpoint, calibration: Calibration, options: PlanOptions
-) -> Sequence[np.ndarray]:
+) -> tuple[str, Sequence[np.ndarray]]:
+    """Returns the name and the sequences of the text to measure on."""
     if options.text is None:
-        return first_tokens(calibration.held_out or calibration.sequences, options.tokens)
+        name = "the calibration's own text, on which a plan is better than elsewhere"
+        if calibration.held_out:
+            name = "text that the calibration held out"
+        return name, first_tokens(calibration.held_out or calibration.sequences, options.tokens)
     tokenizer = load_tokenizer(folder_of(checkpoint))
     if tokenizer is None:
         raise RequestError(
             f"{checkpoint.name} has no tokenizer to read {options.text} with; leave --text out to "
             "measure on the calibration's text"
         )
-    return read_text(options.text, tokenizer, options.tokens)
-
-
-def _name_of(calibration: Calibration, options: PlanOptions) -> str:
-    if options.text is not None:
-        return str(options.text)
-    if calibration.held_out:
-        return "text that the calibration held out"
-    return "the calibration's own text, on which a plan is better than elsewhere"
+    return str(options.text), read_text(options.text, tokenizer, options.tokens)

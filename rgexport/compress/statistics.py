@@ -1,41 +1,96 @@
 """Passes a text through the model, with one layer's weights in memory at a time.
 
 The forward pass sums x xᵀ of the linears' inputs, the backward pass g² of the gradients at their
-outputs. Each step ends with a file in the calibration's folder, so a later run continues after the
-last complete step.
+outputs. Each step ends with a file in the calibration's folder, where a later run continues.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
-from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
-from rgexport.compress.sums import Gram, SquareSums, square_sum, watched_inputs
 from rgexport.errors import RequestError
+from rgexport.griffin import gradients as _differentiable  # noqa: F401  # registers backward passes
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import layer_states
-from rgexport.griffin.step import Layer, LayerState
-from rgexport.progress import task
-from rgexport.quantize.calibration import (
-    EMBEDDED,
-    FISHER,
-    PROBABILITY,
-    gradient_name,
-    hessian_name,
-    input_columns,
-    linears,
-)
+from rgexport.griffin.step import Layer, LayerState, Linear
+from rgexport.progress import Advance, task
+from rgexport.quantize import calibration as stored
 
 _FORWARD, _BACKWARD = 2048, 1024
 """Tokens that go through a layer at once, which bounds the memory of its activations."""
+_PANEL = 512
+"""Rows of a triangle that are computed together: fewer waste less, but run slower."""
+_LOGIT_BYTES = 512 << 20
+"""Most bytes of logits in memory; the head is read once for as many tokens."""
+_SLAB = 4096
+"""Rows of the vocabulary per computed slab of probabilities."""
+
+
+class Gram:
+    """Σ x xᵀ over tokens, float32: the lower triangles of the diagonal blocks."""
+
+    def __init__(self, site: str, columns: int, device: torch.device):
+        self._site = site
+        self._bounds = stored.column_blocks(columns)
+        self._sums = [torch.zeros(b - a, b - a, device=device) for a, b in self._bounds]
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2)
+        self._tokens += len(rows)
+        for (start, stop), total in zip(self._bounds, self._sums, strict=True):
+            x_block = rows[:, start:stop]
+            # Panels end at the diagonal.
+            for first in range(0, len(total), _PANEL):
+                last = min(first + _PANEL, len(total))
+                total[first:last, :last].addmm_(x_block[:, first:last].T, x_block[:, :last])
+
+    def merge(self, other: "Gram") -> None:
+        self._tokens += other._tokens
+        for total, added in zip(self._sums, other._sums, strict=True):
+            total += added
+
+    def triangles(self) -> Iterator[np.ndarray]:
+        """Yields the packed lower triangle of Σ x xᵀ / N of each block."""
+        for total in self._sums:
+            packed = stored.pack(total.cpu().numpy()) / np.float32(self._tokens)
+            if not np.isfinite(packed).all():
+                raise RequestError(
+                    f"the values at {self._site} overflow on this text, so there are no statistics "
+                    "of them; check the checkpoint with `rgexport inspect`, or give another --text"
+                )
+            yield packed
+
+
+@contextmanager
+def _watched_gradients(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yields site of a linear → Σ g² of its outputs over backward passes in the `with` block."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(module: Any, inputs: Any, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            sums[module.site] = sums.get(module.site, 0) + _square_sum(gradient)
+
+        output.register_hook(add)
+
+    with ExitStack() as hooks:
+        for module in layer.modules():
+            if isinstance(module, Linear):
+                hooks.callback(module.register_forward_hook(watch).remove)
+        yield sums
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    return gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
 
 RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
@@ -49,22 +104,22 @@ def forward(
     """Runs a layer on sequences [B, T, width]; returns its output, and site → sums of inputs."""
     readers = {
         str(input_site(name)): name
-        for name in linears(config)
+        for name in stored.linears(config)
         if name.startswith(f"layers.{index}.")
     }
-    columns = input_columns(config)
+    columns = stored.input_columns(config)
     grams = {site: Gram(site, columns[site], x.device) for site in readers}
-    watched = {
-        name.split(".", 2)[2].removesuffix(".weight"): grams[site] for site, name in readers.items()
-    }
-    with torch.no_grad(), watched_inputs(layer, watched):
+    with torch.no_grad(), ExitStack() as hooks:
+        for site, name in readers.items():
+            module = layer.get_submodule(name.split(".", 2)[2].removesuffix(".weight"))
+            hook = module.register_forward_pre_hook(lambda _, x, gram=grams[site]: gram.add(x[0]))
+            hooks.callback(hook.remove)
         return layer(x, *_beginning(config, index, x))[0], grams
 
 
 def run_layer(
     model: Reference, index: int, batches: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, dict[str, Gram]]]:
-    """Runs a layer on one batch after another: a `RunLayer` in this process."""
     layer = model.layer(index)
     for x in batches:
         yield forward(model.config, layer, index, x)
@@ -73,12 +128,106 @@ def run_layer(
 def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
     """Returns positions and a fresh state for sequences; the window is at most as long."""
     shape = x.shape[:2]
-    short = dataclasses.replace(config, window=min(config.window, shape[1]))
+    short = replace(config, window=min(config.window, shape[1]))
     first, second = (
         torch.zeros(shape[0], *spec.shape, device=x.device)
         for spec in layer_states(short, index, "float32")
     )
     return torch.arange(shape[1], device=x.device).expand(shape), (first, second)
+
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """Statistics over the tokens of a text.
+
+    Attributes:
+        probability: the mean probability of each token, float32 [vocab].
+        fisher: the mean of p (1 - p) c², float32 [vocab]; c is the soft cap's derivative.
+        labels: tokens for the first positions, drawn from the model's distribution.
+        gradient: of their summed negative log-likelihood at the head's input, [n, width].
+    """
+
+    probability: np.ndarray
+    fisher: np.ndarray
+    labels: np.ndarray
+    gradient: Tensor
+
+
+@torch.no_grad()
+def head_statistics(
+    model: Reference, hidden: Tensor, gradients: int, seed: int, advance: Advance
+) -> HeadStatistics:
+    """Computes statistics of the final norm's output [N, width]; gradients of the first tokens."""
+    sums = np.zeros((2, model.config.vocab_size))
+    drawn = np.random.default_rng(seed).random(gradients).astype(np.float32)
+    step = max(1, _LOGIT_BYTES // (4 * model.config.vocab_size))
+    labels, gradient = [], []
+    for start in range(0, len(hidden), step):
+        tokens = hidden[start : start + step]
+        logits = _Logits(model, tokens)
+        logits.add_to(sums)
+        points = torch.from_numpy(drawn[start : start + step]).to(hidden.device)
+        if len(points):
+            labels.append(logits.draw(points))
+            gradient.append(logits.gradient(labels[-1]))
+        advance(len(tokens))
+    probability, fisher = (sums / len(hidden)).astype(np.float32)
+    return HeadStatistics(probability, fisher, torch.cat(labels).cpu().numpy(), torch.cat(gradient))
+
+
+class _Logits:
+    def __init__(self, model: Reference, hidden: Tensor):
+        self._model, self._cap = model, model.config.soft_cap
+        shape = len(hidden), model.config.vocab_size
+        self._values = torch.empty(shape, device=hidden.device)
+        log_sum = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        for start, rows in model.head_slabs():
+            part = self._values[:, start : start + len(rows)]
+            torch.mm(hidden, rows.T, out=part)
+            if self._cap:
+                part.div_(self._cap).tanh_().mul_(self._cap)
+            log_sum = torch.logaddexp(log_sum, part.logsumexp(1))
+        self._log_sum = log_sum.unsqueeze(1)
+
+    def _slab(self, start: int, count: int) -> tuple[Tensor, Tensor | float]:
+        """Returns probabilities [n, count] of a slab, and the soft cap's derivative."""
+        part = self._values[:, start : start + count]
+        slope = 1 - (part / self._cap).square_() if self._cap else 1.0
+        return (part - self._log_sum).exp_(), slope
+
+    def add_to(self, sums: np.ndarray) -> None:
+        """Adds these tokens to the sums of probabilities and of Fisher information [2, vocab]."""
+        for start in range(0, self._values.shape[1], _SLAB):
+            p, slope = self._slab(start, _SLAB)
+            slab = sums[:, start : start + p.shape[1]]
+            slab[0] += p.sum(0).cpu().numpy()
+            slab[1] += (p * (1 - p) * slope * slope).sum(0).cpu().numpy()
+
+    def draw(self, points: Tensor) -> Tensor:
+        """Draws a label for each of the first tokens, by inverting its cumulative sums."""
+        labels = self._values[: len(points)].argmax(1)  # where sums round below the point
+        below = torch.zeros_like(points)
+        for start in range(0, self._values.shape[1], _SLAB):
+            sums = below.unsqueeze(1) + self._slab(start, _SLAB)[0][: len(points)].cumsum(1)
+            index = torch.searchsorted(sums, points.unsqueeze(1), right=True).squeeze(1)
+            inside = (below <= points) & (index < sums.shape[1])
+            labels = torch.where(inside, start + index, labels)
+            below = sums[:, -1]
+        return labels
+
+    def gradient(self, labels: Tensor) -> Tensor:
+        """Returns the gradient of -log p(label) at the head's input for the first tokens."""
+        count = len(labels)
+        total = torch.zeros(0)
+        for start, rows in self._model.head_slabs():
+            p, slope = self._slab(start, len(rows))
+            inside = (labels >= start) & (labels < start + len(rows))
+            p = p[:count]
+            p[inside, labels[inside] - start] -= 1
+            slope = slope if isinstance(slope, float) else slope[:count]
+            part = (p * slope) @ rows
+            total = part if start == 0 else total.add_(part)
+        return total
 
 
 @dataclass(frozen=True)
@@ -94,7 +243,6 @@ class Collector:
     run: RunLayer
 
     def collect(self) -> None:
-        """Runs all missing steps in their order."""
         self.forward()
         self.head()
         self.backward()
@@ -103,13 +251,19 @@ class Collector:
         """Computes the Hessians of all layers' inputs, and the residual stream after the last."""
         count = self.model.config.num_layers
         done = self.folder.steps("stream")
-        stream = self._begin() if not done else self._load(f"stream-{done[-1]}")
         first, tokens = done[-1] if done else 0, len(self.text.tokens)
+        if done:
+            stream = self._load(f"stream-{first}")
+        else:
+            with torch.no_grad():
+                stream = self.model.embed(self.text.tokens.astype(np.int64))
         if first == count:
             return
         with task("Running the layers", (count - first) * tokens, "tokens x layers") as advance:
             for index in range(first, count):
-                self.folder.save(f"input-{index}", self._start_of(stream).cpu().numpy())
+                self.folder.save(
+                    f"input-{index}", stream[: len(self.gradients.tokens)].cpu().numpy()
+                )
                 self.file.write(self._through(index, stream))
                 self.folder.save(f"stream-{index + 1}", stream.cpu().numpy())
                 self.folder.remove(f"stream-{index}")
@@ -121,41 +275,36 @@ class Collector:
         if self.folder.steps("gradient"):
             return
         stream, site = self._load(f"stream-{last}"), str(input_site(EMBEDDING))
-        start = self._start_of(stream).clone().requires_grad_()
+        start = stream[: len(self.gradients.tokens)].clone().requires_grad_()
         with torch.no_grad():
             hidden = self.model.final_norm(stream)
         gram = Gram(site, self.model.config.width, stream.device)
         gram.add(hidden)
         with task("Running the head", len(hidden), "tokens") as advance:
             head = head_statistics(self.model, hidden, len(start), self.seed, advance)
-        self.file.write({PROBABILITY: head.probability, FISHER: head.fisher})
-        self.file.write({hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
+        self.file.write({stored.PROBABILITY: head.probability, stored.FISHER: head.fisher})
+        self.file.write({stored.hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
         normalized = self.model.final_norm(start)
         (gradient,) = torch.autograd.grad(normalized, start, head.gradient)
         self.folder.save(f"gradient-{last}", gradient.cpu().numpy())
 
     def backward(self) -> None:
-        """Computes the gradients at the outputs of all linears, from the last layer on."""
+        """Computes the gradients at the outputs of all stored.linears, from the last layer on."""
         below = min(self.folder.steps("gradient"))
         gradient, tokens = self._load(f"gradient-{below}"), len(self.gradients.tokens)
         with task("Running backwards", (below or 1) * tokens, "tokens x layers") as advance:
             for index in reversed(range(below)):
                 gradient, sums = self._back_through(index, gradient)
-                means = sums.means(tokens)
-                self.file.write({gradient_name(site): mean for site, mean in means.items()})
+                means = {
+                    stored.gradient_name(site): (total / tokens).float().cpu().numpy()
+                    for site, total in sums.items()
+                }
+                self.file.write(means)
                 self.folder.save(f"gradient-{index}", gradient.cpu().numpy())
                 self.folder.remove(f"gradient-{index + 1}")
                 advance(tokens)
-        embedded = (square_sum(gradient) / tokens).float().cpu().numpy()
-        self.file.write({gradient_name(EMBEDDED): embedded})
-
-    def _begin(self) -> Tensor:
-        """Returns the residual stream [N, width] before the first layer."""
-        with torch.no_grad():
-            return self.model.embed(self.text.tokens.astype(np.int64))
-
-    def _start_of(self, stream: Tensor) -> Tensor:
-        return stream[: len(self.gradients.tokens)]
+        embedded = (_square_sum(gradient) / tokens).float().cpu().numpy()
+        self.file.write({stored.gradient_name(stored.EMBEDDED): embedded})
 
     def _load(self, name: str) -> Tensor:
         array = self.folder.load(name)
@@ -167,10 +316,7 @@ class Collector:
         return torch.from_numpy(array).to(self.model.device)
 
     def _through(self, index: int, stream: Tensor) -> dict[str, np.ndarray]:
-        """Runs a layer on the stream, in place; returns the Hessians of its inputs.
-
-        Sums of batches are added in their order, so they do not depend on the workers.
-        """
+        """Runs a layer on the stream, in place; returns Hessians, added in the order of batches."""
         batches = list(self.text.batches(_FORWARD))
         sequences = (stream[tokens].unflatten(0, shape) for tokens, shape in batches)
         totals: dict[str, Gram] = {}
@@ -182,17 +328,16 @@ class Collector:
                 else:
                     totals[site] = gram
         return {
-            hessian_name(site, block): triangle
+            stored.hessian_name(site, block): triangle
             for site, gram in totals.items()
             for block, triangle in enumerate(gram.triangles())
         }
 
-    def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, SquareSums]:
+    def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the gradient [n, width] before a layer, from that after it, and Σ g² inside."""
-        layer, sums = self.model.layer(index), SquareSums()
-        inputs = self._load(f"input-{index}")
+        layer, inputs = self.model.layer(index), self._load(f"input-{index}")
         before = torch.empty_like(gradient)
-        with sums.watched(layer):
+        with _watched_gradients(layer) as sums:
             for tokens, shape in self.gradients.batches(_BACKWARD):
                 x = inputs[tokens].unflatten(0, shape).requires_grad_()
                 y = layer(x, *_beginning(self.model.config, index, x))[0]

@@ -22,13 +22,14 @@ class Estimate:
     high: float | None
     count: int
 
+    @property
+    def ends(self) -> list[float | None]:
+        return [self.value, self.low, self.high]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Second minus first over the same observations, its 95 % interval, and the p value of 0.
-
-    Interval and p are None if unknown.
-    """
+    """Second minus first of the same observations, its 95 % interval, and p; None if unknown."""
 
     value: float
     low: float | None
@@ -37,10 +38,7 @@ class Difference:
 
 
 def share(right: float, count: int) -> Estimate:
-    """Returns a share with Wilson's interval (JASA 22, 1927), which stays in [0, 1].
-
-    `right` may be a sum of shares.
-    """
+    """Returns a share with Wilson's interval (JASA 22, 1927); `right` may be a sum of shares."""
     middle = (right + Z**2 / 2) / (count + Z**2)
     spread = Z / (count + Z**2) * math.sqrt(right * (count - right) / count + Z**2 / 4)
     return Estimate(
@@ -57,10 +55,8 @@ def mean(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
     The interval is that of a ratio of two sums (Cochran, Sampling Techniques, chapter 6); it is
     unknown for one cluster.
     """
-    total, items = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-    value, spread = _ratio(total, items)
-    low, high = _around(value, spread)
-    return Estimate(value=value, low=low, high=high, count=int(items.sum()))
+    value, low, high = _ratio(np.asarray(sums, np.float64), counts)
+    return Estimate(value=value, low=low, high=high, count=int(sum(counts)))
 
 
 def mean_difference(
@@ -72,9 +68,8 @@ def mean_difference(
     differences for which their sum is as far from 0; at least 1 in 10,000.
     """
     gaps = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    value, spread = _ratio(gaps, np.asarray(counts, np.float64))
-    low, high = _around(value, spread)
-    return Difference(value=value, low=low, high=high, p=None if spread is None else _p(gaps))
+    value, low, high = _ratio(gaps, counts)
+    return Difference(value=value, low=low, high=high, p=None if low is None else _p(gaps))
 
 
 def _p(gaps: np.ndarray) -> float:
@@ -89,25 +84,20 @@ def _p(gaps: np.ndarray) -> float:
     return (reached + 1) / (_FLIPS + 1)
 
 
-def _around(value: float, spread: float | None) -> tuple[float | None, float | None]:
-    return (None, None) if spread is None else (value - spread, value + spread)
-
-
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """Returns the mean per item, and half of its 95 % interval."""
+def _ratio(sums: np.ndarray, items: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Returns the mean per item, and the ends of its 95 % interval."""
+    counts = np.asarray(items, np.float64)
     clusters, value = len(sums), float(sums.sum() / counts.sum())
     if clusters < 2:
-        return value, None
+        return value, None, None
     rest = sums - value * counts
     variance = (rest @ rest) * clusters / (clusters - 1)
-    return value, student(clusters - 1) * math.sqrt(variance) / float(counts.sum())
+    spread = _student(clusters - 1) * math.sqrt(variance) / float(counts.sum())
+    return value, value - spread, value + spread
 
 
-def student(freedom: int) -> float:
-    """Returns the quantile of Student's t that corresponds to `Z`; an expansion from three on.
-
-    Abramowitz and Stegun, 26.7.5: within 1 %.
-    """
+def _student(freedom: int) -> float:
+    """Returns Student's t for `Z`; from 3 on within 1 % (Abramowitz and Stegun, 26.7.5)."""
     if freedom == 1:
         return math.tan(math.pi * _SHARE / 2)
     if freedom == 2:

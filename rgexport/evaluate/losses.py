@@ -1,5 +1,7 @@
 """Negative log-likelihoods of the tokens of a text."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rgexport.errors import RequestError
@@ -8,7 +10,6 @@ from rgexport.runtimes.session import Session, blocks
 
 
 def losses(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """Resets the session and returns `further_losses`."""
     session.reset()
     return further_losses(session, tokens)
 
@@ -17,9 +18,6 @@ def further_losses(session: Session, tokens: np.ndarray) -> np.ndarray:
     """Returns the nats of tokens 1 … T - 1 of a text [T] after the session's state, float64 [T-1].
 
     The session reads all tokens but the last.
-
-    Raises:
-        RequestError: the model gives NaN or infinite logits.
     """
     values = np.empty(len(tokens) - 1)
     for start, stop in blocks(session, [len(values)]):
@@ -29,11 +27,7 @@ def further_losses(session: Session, tokens: np.ndarray) -> np.ndarray:
 
 
 def nats(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Returns the negative log-likelihood, float64 [R, T], of tokens [R, T], logits [R, T, V].
-
-    Raises:
-        RequestError: a logit is NaN or infinite.
-    """
+    """Returns the negative log-likelihood, float64 [R, T], of tokens [R, T], logits [R, T, V]."""
     largest = logits.max(-1, keepdims=True)
     sums = np.exp(logits - largest).sum(-1, dtype=np.float64)
     chosen = np.take_along_axis(logits, tokens[..., None], -1)[..., 0].astype(np.float64)
@@ -43,11 +37,6 @@ def nats(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def require_finite(values: np.ndarray) -> None:
-    """Refuses NaN and infinity.
-
-    Raises:
-        RequestError: there is one.
-    """
     if not np.isfinite(values).all():
         raise RequestError(
             "the model's logits are NaN or infinite; check the artifact with `rgexport validate`"
@@ -59,3 +48,11 @@ def block_sums(values: np.ndarray, block: int) -> Result:
     starts = np.arange(0, len(values), block)
     counts = np.diff([*starts, len(values)])
     return {"sums": np.add.reduceat(values, starts).tolist(), "counts": counts.tolist()}
+
+
+def joined(results: Sequence[Result]) -> tuple[list[float], list[int]]:
+    """Returns the sums and counts of several `block_sums`, one after another."""
+    return (
+        [value for result in results for value in result["sums"]],
+        [count for result in results for count in result["counts"]],
+    )

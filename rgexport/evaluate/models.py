@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
@@ -17,36 +16,23 @@ from rgexport.export.hub import is_hub_name
 from rgexport.export.manifest import Identity, identity_of, identity_of_files
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.files.hashing import FileRecord, hash_file
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.checkpoint import Checkpoint, means_checkpoint, open_checkpoint
+from rgexport.griffin.checks import require_sound
+from rgexport.griffin.config import SIZE_WORDS, GriffinConfig
 from rgexport.griffin.state import state_specs
 from rgexport.runtimes.engine import engine_of, open_narrow_session, open_session
 from rgexport.runtimes.session import Session
 
-if TYPE_CHECKING:
-    from rgexport.griffin.checkpoint import Checkpoint
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluatedModel(ABC):
-    """A model that suites measure.
-
-    Attributes:
-        argument: the word that opens it, from any folder.
-        label: its name in tables.
-    """
+    """A model that suites measure; `argument` opens it from any folder."""
 
     argument: str
     label: str
-
-    @property
-    def allow_foreign(self) -> bool:
-        """Whether engines may run a graph with ops that rgexport does not write."""
-        return False
-
-    @property
-    @abstractmethod
-    def config(self) -> GriffinConfig:
-        """The model's shape."""
+    config: GriffinConfig
+    size: int
+    allow_foreign: bool = False
 
     @property
     @abstractmethod
@@ -60,37 +46,19 @@ class EvaluatedModel(ABC):
 
     @property
     @abstractmethod
-    def size(self) -> int:
-        """Bytes of its files."""
-
-    @property
-    @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, or None if it takes token ids only."""
 
     @abstractmethod
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
-        """Opens a session, perhaps with a smaller window; the caller closes it.
-
-        Raises:
-            RequestError: the engine is missing, cannot open the model, or cannot narrow its window.
-        """
+        """Opens a session, perhaps with a smaller window; the caller closes it."""
 
     def require_narrowing(self) -> None:
-        """Requires that the attention window can be made smaller.
-
-        Raises:
-            RequestError: it has no attention, or its engine takes the window of the file.
-        """
+        """Refuses a model without attention, or an engine that takes the window of the file."""
         if "attention" not in self.config.block_types:
             raise RequestError(f"{self.label} has no attention, whose window could be smaller")
 
     def require_tokenizer(self, suite: str) -> None:
-        """Refuses a suite of texts for a model without a tokenizer.
-
-        Raises:
-            RequestError: the model has no tokenizer.
-        """
         if self.tokenizer is None:
             raise RequestError(
                 f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite "
@@ -99,22 +67,14 @@ class EvaluatedModel(ABC):
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each canonical state, without the batch axis."""
         return {spec.name: spec.shape for spec in state_specs(self.config)}
 
-    @property
-    def window(self) -> int:
-        """Tokens before its own that attention sees."""
-        return self.config.window
-
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text without a bos; the model must have a tokenizer."""
         assert self.tokenizer is not None
         return self.tokenizer.encode_text(text)
 
     @property
     def bos(self) -> list[int]:
-        """The ids that a text begins with: one, or none."""
         bos = self.tokenizer.bos_id if self.tokenizer else None
         return [] if bos is None else [bos]
 
@@ -124,19 +84,9 @@ class EvaluatedModel(ABC):
         return hashlib.sha256(facts.encode()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluatedArtifact(EvaluatedModel):
-    """An artifact in its engine."""
-
     artifact: Artifact
-
-    @property
-    def config(self) -> GriffinConfig:
-        return self.artifact.manifest.config
-
-    @property
-    def allow_foreign(self) -> bool:
-        return self.artifact.allow_foreign
 
     @cached_property
     def identity(self) -> str:
@@ -147,10 +97,6 @@ class EvaluatedArtifact(EvaluatedModel):
     def state_identity(self) -> Identity:
         return identity_of(self.artifact.manifest, "")
 
-    @property
-    def size(self) -> int:
-        return sum(record.size for record in self.artifact.manifest.files.values())
-
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         return open_tokenizer(self.artifact) if self.artifact.manifest.has_tokenizer else None
@@ -160,20 +106,14 @@ class EvaluatedArtifact(EvaluatedModel):
         engine_of(self.artifact.manifest.kind).narrowing(self.artifact)
 
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
-        if window in (None, self.window):
+        if window in (None, self.config.window):
             return open_session(self.artifact, threads=threads)
         return open_narrow_session(self.artifact, window, threads=threads)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluatedCheckpoint(EvaluatedModel):
-    """A checkpoint in the float32 reference."""
-
-    checkpoint: "Checkpoint"
-
-    @property
-    def config(self) -> GriffinConfig:
-        return self.checkpoint.config
+    checkpoint: Checkpoint
 
     @cached_property
     def identity(self) -> str:
@@ -183,10 +123,6 @@ class EvaluatedCheckpoint(EvaluatedModel):
     @cached_property
     def state_identity(self) -> Identity:
         return identity_of_files(self.label, self._weight_files, self.config, "")
-
-    @property
-    def size(self) -> int:
-        return sum(tensor.nbytes for tensor in self.checkpoint.weights.values())
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -201,40 +137,39 @@ class EvaluatedCheckpoint(EvaluatedModel):
 
     @cached_property
     def _weight_files(self) -> dict[str, FileRecord]:
-        from rgexport.griffin.checks import require_sound
-
         return dict(require_sound(self.checkpoint))
 
 
 def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
-    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`.
-
-    Raises:
-        RequestError: it is neither, it is damaged, or its engine is missing.
-    """
+    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`."""
     if means_artifact(Path(argument)):
         artifact = open_artifact(argument, allow_foreign=allow_foreign)
         engine_of(artifact.manifest.kind).require()
         engine_of(artifact.manifest.kind).require_trusted(artifact)
-        absolute = argument if is_hub_name(argument) else str(artifact.path.absolute())
-        return EvaluatedArtifact(absolute, artifact.path.name, artifact)
+        return EvaluatedArtifact(
+            argument=argument if is_hub_name(argument) else str(artifact.path.absolute()),
+            label=artifact.path.name,
+            config=artifact.manifest.config,
+            size=sum(record.size for record in artifact.manifest.files.values()),
+            allow_foreign=artifact.allow_foreign,
+            artifact=artifact,
+        )
     import rgexport.evaluate.reference_session  # noqa: F401  # fails at once without torch
-    from rgexport.griffin.checkpoint import means_checkpoint, open_checkpoint
-    from rgexport.griffin.config import SIZE_WORDS
 
     by_size = argument in SIZE_WORDS and not means_checkpoint(Path(argument))
     checkpoint = open_checkpoint(None if by_size else argument, size=argument if by_size else None)
     is_path = not by_size and Path(argument).exists()
-    absolute = str(Path(argument).absolute()) if is_path else argument
-    return EvaluatedCheckpoint(absolute, checkpoint.name, checkpoint)
+    return EvaluatedCheckpoint(
+        argument=str(Path(argument).absolute()) if is_path else argument,
+        label=checkpoint.name,
+        config=checkpoint.config,
+        size=sum(tensor.nbytes for tensor in checkpoint.weights.values()),
+        checkpoint=checkpoint,
+    )
 
 
 def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[EvaluatedModel]:
-    """Opens several models with different labels.
-
-    Raises:
-        RequestError: a model cannot be opened, or is given twice.
-    """
+    """Opens several models, which must have different labels."""
     models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
     labels = [model.label for model in models]
     if twice := {label for label in labels if labels.count(label) > 1}:

@@ -1,4 +1,4 @@
-"""The pieces that a run is cut into, and the folder that keeps their results.
+"""The request of an evaluation, the pieces that it is cut into, and the folder of their results.
 
 A piece names everything its result depends on, so any process may measure it at any time. A run
 that was interrupted measures only the pieces whose results are missing.
@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
@@ -27,22 +27,74 @@ Settings = Mapping[str, Any]
 """The settings of a piece as JSON."""
 Measured = Sequence[tuple[Settings, Result]]
 """The settings and results of the pieces of one suite and model, in their order."""
+_FARTHEST_WINDOWS, _LEAST_WINDOW = 4, 16
 _DIGITS = 20
 _VERSION = 5
 """Increased when a suite measures something else; results of other versions are not used."""
 _MARK = "made by rgexport evaluate"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a suite that is measured for one model.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """The settings of all suites.
 
     Attributes:
-        model: the identity of the model.
-        suite: its name.
-        settings: of the measurement.
-        tokens: that the model has to read, for estimates of time.
-        after: the key of the piece whose final state is this one's initial state, or None.
+        folder: of the results; `length` writes state files into it, too.
+        texts: files and folders; empty for the text that comes with rgexport.
+        limit: most tokens of a document in `text`.
+        context, stride: tokens of a chunk, and between the beginnings of overlapping chunks.
+        trials: episodes of each task and distance in `memory`.
+        farthest: the largest distance of `memory`, in tokens; None for four windows.
+        length: tokens of `length`, which continues from the state file `state`.
+        tasks: names of tasks of lm_eval, or of the folder `task_files`.
+        examples: most examples of a task.
+    """
+
+    folder: Path = Path("evaluation")
+    texts: tuple[Path, ...] = ()
+    limit: int | None = None
+    context: int = 512
+    stride: int | None = None
+    trials: int = 32
+    farthest: int | None = None
+    length: int = 1 << 15
+    state: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_files: Path | None = None
+    examples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and self.stride >= self.context:
+            raise RequestError(
+                f"--stride is {self.stride}, --context {self.context}; expected a stride of less "
+                "than the context"
+            )
+
+    def for_window(self, window: int) -> "EvaluationRequest":
+        if self.farthest is not None:
+            return self
+        return replace(self, farthest=_FARTHEST_WINDOWS * max(window, _LEAST_WINDOW))
+
+    def resolved(self) -> "EvaluationRequest":
+        return replace(
+            self,
+            folder=self.folder.absolute(),
+            texts=tuple(path.absolute() for path in self.texts),
+            state=self.state and self.state.absolute(),
+            task_files=self.task_files and self.task_files.absolute(),
+        )
+
+    def to_dict(self) -> Result:
+        plain: Result = json.loads(json.dumps(asdict(self), default=str))
+        return plain
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a suite that is measured for one model, named by its identity.
+
+    `tokens` estimates the time. `after` is the key of the piece whose final state it begins with.
     """
 
     model: str
@@ -53,7 +105,6 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """A hash of the model, the suite and the settings."""
         text = json.dumps([_VERSION, self.model, self.suite, self.settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
@@ -71,7 +122,6 @@ def chained(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def chains_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Groups neighbouring pieces that pass their states on."""
     chains: list[list[Piece]] = []
     for piece in pieces:
         if piece.after and chains and chains[-1][-1].key == piece.after:
@@ -85,11 +135,7 @@ class Results:
     """A folder with a file for each measured piece."""
 
     def __init__(self, folder: Path):
-        """Creates the folder if it is missing; several processes may use it at once.
-
-        Raises:
-            RequestError: the folder has other files.
-        """
+        """Creates the folder, or opens an earlier one; several processes may use it at once."""
         self._pieces = folder / "pieces"
         mark = self._pieces / _MARK
         is_empty = folder.is_dir() and not any(folder.iterdir())
@@ -104,73 +150,52 @@ class Results:
     def get(self, piece: Piece) -> Result | None:
         """Returns the result of a piece, or None if its file is missing or damaged."""
         try:
-            return read_json(self._result_file(piece)).get("result")
+            return read_json(self._pieces / f"{piece.key}.json").get("result")
         except RequestError:
             return None
 
     def put(self, piece: Piece, result: Result) -> None:
-        """Writes the result of a piece atomically."""
         entry = {"suite": piece.suite, "work": dict(piece.settings), "result": result}
         data = (json.dumps(entry, indent=1, allow_nan=False) + "\n").encode()
-        _write(self._result_file(piece), lambda file: file.write(data))
-
-    def has_state(self, key: str) -> bool:
-        """Whether the final state of a piece is stored."""
-        return self._state_file(key).is_file()
+        _write(self._pieces / f"{piece.key}.json", lambda file: file.write(data))
 
     def state(self, key: str) -> State:
-        """Returns the final state of a piece.
-
-        Raises:
-            RequestError: its file is missing or damaged.
-        """
+        path = self._state_file(key)
         try:
-            with np.load(self._state_file(key), allow_pickle=False) as arrays:
+            with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (OSError, ValueError, EOFError, BadZipFile):
             raise RequestError(
-                f"{self._state_file(key)} is gone or damaged; remove it and run the command again"
+                f"{path} is gone or damaged; remove it and run the command again"
             ) from None
 
     def keep_state(self, key: str, state: State) -> None:
-        """Writes the final state of a piece atomically."""
         # `allow_pickle` is no name of a state.
         _write(self._state_file(key), lambda file: np.savez(file, **state))  # type: ignore[arg-type]
 
     def drop_state(self, key: str) -> None:
-        """Removes a state that no piece needs any more."""
         self._state_file(key).unlink(missing_ok=True)
 
     def lock(self, chain: Chain) -> AbstractContextManager[Any]:
-        """Lets one process at a time measure a chain, so that none drops another one's states.
-
-        Pieces without a state need no lock: two processes write the same result.
-        """
+        """Lets one process at a time measure a chain that passes states on: it drops old ones."""
         if any(piece.after for piece in chain):
             return FileLock(self._pieces / f"{chain[-1].key}.lock")
         return nullcontext()
 
     def missing(self, chain: Chain) -> list[Piece]:
-        """Returns the pieces of a chain to be measured.
-
-        A piece with a result is measured again if the next one needs its state, and that is gone.
-        """
+        """Returns the pieces of a chain that lack a result, or a state that is needed."""
         pieces: list[Piece] = []
         for piece in reversed(chain):
             needed = bool(pieces) and pieces[-1].after == piece.key
-            if self.get(piece) is None or (needed and not self.has_state(piece.key)):
+            if self.get(piece) is None or (needed and not self._state_file(piece.key).is_file()):
                 pieces.append(piece)
         return pieces[::-1]
-
-    def _result_file(self, piece: Piece) -> Path:
-        return self._pieces / f"{piece.key}.json"
 
     def _state_file(self, key: str) -> Path:
         return self._pieces / f"{key}.npz"
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file in one step; several processes may do so at once."""
     try:
         with replacing(path) as partial, partial.open("wb") as file:
             write(file)

@@ -18,12 +18,10 @@ class ReferenceSession(Session):
     """The original model; its weights stay in memory if they fit, else each pass reads them."""
 
     def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None):
-        """Opens the checkpoint; `threads` apply to all of torch."""
         import torch
 
         if threads is not None:
             torch.set_num_threads(usable_threads(threads))
-
         weights = checkpoint.weights.values()
         self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)
         available = available_bytes()
@@ -35,7 +33,6 @@ class ReferenceSession(Session):
 
     @property
     def info(self) -> SessionInfo:
-        """The engine and the sizes."""
         state = sum(4 * int(np.prod(shape)) for shape in self.state_shapes.values())
         return SessionInfo(
             engine=f"rgexport {__version__} reference, torch",
@@ -49,20 +46,16 @@ class ReferenceSession(Session):
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of each state."""
         return {spec.name: spec.shape for spec in state_specs(self._config)}
 
     @property
     def position(self) -> np.ndarray:
-        """Tokens seen so far, [B] int64."""
         return self._state[POSITION].copy()
 
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations."""
         self._state = zero_state(self._config, batch)
 
     def get_rows(self, rows: range) -> State:
-        """Returns a copy of the canonical state of some rows."""
         return {name: array[rows.start : rows.stop].copy() for name, array in self._state.items()}
 
     def close(self) -> None:

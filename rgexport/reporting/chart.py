@@ -21,10 +21,7 @@ FormatNumber = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), ascending in x; `kind` is a CSS class, `names` are written beside dots.
-
-    `intervals` are error bars (x, low, high).
-    """
+    """Points (x, y), ascending in x, and error bars (x, low, high); `kind` is a CSS class."""
 
     kind: str
     label: str
@@ -36,10 +33,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps numbers from `low` to `high` to pixels; numbers outside lie at the nearer end.
-
-    `ticks` are numbers and their labels.
-    """
+    """Maps numbers from `low` to `high` to pixels; numbers outside lie at the nearer end."""
 
     low: float
     high: float
@@ -49,7 +43,6 @@ class Axis:
     stop: float = TOP
 
     def __call__(self, value: float) -> float:
-        """Returns the pixel of a number."""
         low, high, value = (self._measure(x) for x in (self.low, self.high, value))
         share = (value - low) / (high - low) if high > low else 0.0
         return round(self.start + (self.stop - self.start) * min(1.0, max(0.0, share)), 1)
@@ -62,13 +55,10 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture, its summary in words, and its numbers as a table.
+    """A picture, its summary in words, and its numbers as a table, in which x is called `column`.
 
-    Attributes:
-        labels: of the x and the y axis.
-        column: the name of x in the table.
-        limit: a line that is drawn from edge to edge.
-        doubling: whether x is drawn by its logarithm; it is positive then.
+    `labels` are those of x and y; `limit` is drawn from edge to edge; `doubling` draws a positive x
+    by its logarithm.
     """
 
     title: str
@@ -84,31 +74,36 @@ class Chart:
 
     @property
     def x(self) -> Axis:
-        """The axis from the first to the last point of all series."""
         xs = [x for line in self.series for x, _ in line.points]
         low, high = min(xs, default=1), max(xs, default=1)
-        ticks = (doubling_ticks if self.doubling else whole_ticks)(low, high)
+        if self.doubling:  # at most six ticks in either case
+            first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+            exponents = range(first, last + 1, 1 + max(0, last - first) // 6)
+            ticks = [2**exponent for exponent in exponents]
+        else:
+            span = max(1.0, high - low)
+            magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
+            steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
+            step = next(s for s in steps if span / s <= 5)
+            ticks = list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
         labelled = [(x, f"{x:,}") for x in ticks]
         return Axis(low, high, labelled, self.doubling, LEFT + _MARGIN, RIGHT - _MARGIN)
 
     @property
     def paths(self) -> list[tuple[Series, str]]:
-        """The lines as SVG paths."""
         return [(s, _path(self._pixels(s))) for s in self.series if not s.dots]
 
     @property
     def error_bars(self) -> list[tuple[Series, str]]:
-        """The intervals of each series as an SVG path."""
         x, y = self.x, self.y
-        bars = [
-            [f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in line.intervals]
-            for line in self.series
+        return [
+            (s, " ".join(f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals))
+            for s in self.series
+            if s.intervals
         ]
-        return [(s, " ".join(path)) for s, path in zip(self.series, bars, strict=True) if path]
 
     @property
     def dots(self) -> list[tuple[Series, list[Point]]]:
-        """The pixels of the dots; none for a number that is not finite."""
         return [(s, [p for p in self._pixels(s) if p]) for s in self.series if s.dots]
 
     @property
@@ -148,7 +143,6 @@ def _path(pixels: Sequence[Point | None]) -> str:
 
 
 def y_values(series: Sequence[Series]) -> list[float]:
-    """Returns the y of all points."""
     return [y for line in series for _, y in line.points]
 
 
@@ -182,19 +176,3 @@ def share_axis(values: Sequence[float]) -> Axis:
     percents = round(low * 100)
     step = next(s for s in (2, 5, 10, 20) if (100 - percents) / s <= 5)
     return Axis(low, 1.0, [(p / 100, f"{p} %") for p in range(100, percents - 1, -step)])
-
-
-def whole_ticks(low: float, high: float) -> list[int]:
-    """Returns at most six round whole numbers."""
-    span = max(1.0, high - low)
-    magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
-    steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
-    step = next(s for s in steps if span / s <= 5)
-    return list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
-
-
-def doubling_ticks(low: float, high: float) -> list[int]:
-    """Returns at most six powers of two."""
-    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
-    step = 1 + max(0, last - first) // 6
-    return [2**exponent for exponent in range(first, last + 1, step)]

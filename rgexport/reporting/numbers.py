@@ -2,12 +2,10 @@
 
 
 def number(value: float) -> str:
-    """Returns three significant digits."""
     return f"{value:.3g}"
 
 
 def percent(share: float) -> str:
-    """Returns a share in [0, 1] in per cent."""
     return f"{100 * share:.2f} %"
 
 

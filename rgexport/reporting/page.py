@@ -25,7 +25,6 @@ _SHORT = 12
 
 
 def render_page(package: str, template: str, **variables: Any) -> str:
-    """Renders a template of a package of rgexport, such as `evaluate`."""
     return page_environment(package).get_template(template).render(**variables)
 
 
@@ -47,11 +46,7 @@ def page_environment(package: str) -> "Environment":
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
+    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes."""
     try:
         path.write_text(text + "\n", "utf-8", "backslashreplace")
     except OSError as error:
@@ -69,13 +64,11 @@ def breakable(name: str) -> "Markup":
 
 def visible(text: str) -> str:
     """Returns text with marks in place of control characters, format characters, line breaks."""
-    return "".join(_MARKS.get(c) or (_mark(c) if _is_invisible(c) else c) for c in text)
+    return "".join(_MARKS.get(character) or _visible(character) for character in text)
 
 
-def _is_invisible(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in _JOINERS
-
-
-def _mark(character: str) -> str:
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs") or character in _JOINERS:
+        return character
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"

@@ -31,14 +31,9 @@ class Table:
 
 @dataclass(frozen=True)
 class BarTable:
-    """A table of a page with a bar in each row.
+    """A table of a page with a bar in each row; `header` lacks it, `bar` is its meaning.
 
-    Attributes:
-        header: the columns but the bar.
-        numbers: columns that are set flush right.
-        bar: the meaning of the bars.
-        rows: as in `Table`.
-        shares: the lengths of the bars, 1 being the whole length; longer ones turn red.
+    `shares` are the lengths of the bars, 1 being the whole length; longer ones turn red.
     """
 
     header: Row
@@ -55,10 +50,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def render(blocks: Iterable[str | Table]) -> str:
-    """Returns lines and tables one below another, as wide as the terminal or 110 columns.
-
-    Control characters, which names from a file may hold, are escaped.
-    """
+    """Returns lines and tables as wide as the terminal, or 110; escapes control characters."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()

@@ -1,7 +1,7 @@
 """Models of odd shapes, and statistics of them on given sequences."""
 
 from rgexport.compress.calibrate import CalibrationOptions, collect
-from rgexport.compress.calibration_folder import open_calibration_folder
+from rgexport.compress.calibration_folder import CalibrationFolder
 from rgexport.files.targets import COMPLETE
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import require_sound
@@ -15,9 +15,9 @@ def checkpoint_of(name, folder, seed=0):
 
 
 def collected(checkpoint, text, folder, *, gradients=10**6):
-    options = CalibrationOptions(gradient_tokens=gradients)
+    options = CalibrationOptions(gradient_tokens=gradients, device="cpu")
     options = options.for_model(checkpoint.config, readable=False)
-    work = open_calibration_folder(folder, {}, force=False)
+    work = CalibrationFolder.open(folder, {}, force=False)
     text, nothing = text.without_last(0)
-    collect(work, checkpoint, text, nothing, options, require_sound(checkpoint), "cpu")
+    collect(work, checkpoint, text, nothing, options, require_sound(checkpoint))
     return open_calibration(folder / COMPLETE)

@@ -10,7 +10,7 @@ import pytest
 from rgexport.chat.sampling import Sampler
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress import calibrate as module
-from rgexport.compress import sampling
+from rgexport.compress import passages
 from rgexport.compress.calibrate import BUILT_IN, CalibrationOptions, calibrate
 from rgexport.compress.calibration_folder import CalibrationFolder
 from rgexport.compress.passages import LENGTH, Passages, read_text
@@ -253,7 +253,7 @@ def test_a_file_without_text_is_refused(tmp_path):
 
 def test_samples_begin_with_a_bos_and_an_ordinary_token():
     tokenizer = load_tokenizer(demo_folder())
-    starts = sampling.first_tokens(tokenizer, 8192, 3000, np.random.default_rng(0))
+    starts = passages._random_starts(tokenizer, 8192, 3000, np.random.default_rng(0))
     assert starts.shape == (3000, 2) and set(starts[:, 0]) == {tokenizer.bos_id}
     assert not set(starts[:, 1]) & set(tokenizer.special.values())
     assert len(set(starts[:, 1])) > 2000 and starts.max() < 8192
@@ -263,15 +263,15 @@ def test_samples_begin_with_a_bos_and_an_ordinary_token():
 def test_each_token_is_drawn_from_the_models_distribution(precision, tmp_path, monkeypatch):
     """Drawn at a temperature near 0, each token is the reference's first choice."""
     monkeypatch.setattr(
-        sampling, "Sampler", lambda options: Sampler(replace(options, temperature=1e-6))
+        passages, "Sampler", lambda options: Sampler(replace(options, temperature=1e-6))
     )
-    monkeypatch.setattr(sampling, "_BATCH", 2)
-    monkeypatch.setattr(sampling, "LENGTH", 24)
+    monkeypatch.setattr(passages, "_BATCH", 2)
+    monkeypatch.setattr(passages, "LENGTH", 24)
     if precision == "int4":
-        monkeypatch.setattr(sampling, "_LARGEST_IN_FLOAT32", 0)
+        monkeypatch.setattr(passages, "_LARGEST_IN_FLOAT32", 0)
     checkpoint = checkpoint_of("wide_lru", tmp_path / "model")
     assert checkpoint.config.window < 24
-    texts = sampling.sample(checkpoint, None, 70, seed=0, folder=tmp_path / "sampled")
+    texts = passages.sample(checkpoint, None, 70, seed=0, folder=tmp_path / "sampled")
     assert [len(ids) for ids in texts] == [24, 24, 22] and not (tmp_path / "sampled").exists()
     reference = Reference(checkpoint.config, weight_source(random_weights(checkpoint.config)))
     for ids in texts:

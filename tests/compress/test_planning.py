@@ -11,13 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
-from rgexport.compress.items import PlanItem, items_of, plan_of
-from rgexport.compress.layouts import layouts_of
-from rgexport.compress.losses import PredictedLosses
-from rgexport.compress.measure import OriginalRun
-from rgexport.compress.plan_file import is_plan
+from rgexport.compress.layouts import PlanItem, items_of, layouts_of, plan_of
+from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
-from rgexport.compress.quantize import PlanOptions, make_plan, page_of
+from rgexport.compress.quantize import PlanOptions, is_plan, make_plan, page_of
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.gguf.exporter import GgufOptions, export_gguf
@@ -302,7 +299,7 @@ def divergences(original, other):
 @pytest.mark.parametrize("name", ["not_by_32", "hawk", "one_head"])
 def test_a_divergence_is_that_of_deepminds_model_and_its_error_that_of_sequences(name, monkeypatch):
     config, rng = ODD_CONFIGS[name], np.random.default_rng(1)
-    monkeypatch.setattr("rgexport.compress.measure._SLAB_BYTES", 100 * 4 * config.width)
+    monkeypatch.setattr("rgexport.compress.losses._SLAB_BYTES", 100 * 4 * config.width)
     weights = random_weights(config)
     others = {n: w + 0.02 * w.std() * rng.normal(size=w.shape) for n, w in weights.items()}
     others = {n: w.astype(np.float32) for n, w in others.items()}

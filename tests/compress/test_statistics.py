@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rgexport.compress.head import head_statistics
 from rgexport.compress.passages import Passages
+from rgexport.compress.statistics import head_statistics
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 from rgexport.quantize import calibration

@@ -10,7 +10,7 @@ from distributed import Client
 
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.models import open_model
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest
 from rgexport.evaluate.suites.text import documents
 from rgexport.runtimes.cluster import connected
 from tests.compress.test_cluster import address

@@ -10,7 +10,7 @@ from rgexport.chat.state_file import read_state
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.models import open_model
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest
 from rgexport.evaluate.suites import length
 from rgexport.griffin.state import POSITION
 from tests.artifacts import require_ggml

@@ -8,7 +8,7 @@ import pytest
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.figures import mean, mean_difference, share
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest
 from rgexport.evaluate.suites import memory
 from rgexport.evaluate.suites.episodes import TASKS, vocabulary_of
 from rgexport.griffin.checkpoint import demo_folder
@@ -67,7 +67,7 @@ def _after(known: list[int]) -> int | None:
 
 
 def curves(session, tasks=("induction", "recall", "copying"), trials=64, farthest=4096):
-    far = memory.distances(farthest)
+    far = memory.doublings(16, farthest)
     results = []
     for task in tasks:
         for first in range(0, trials, memory.ROWS):

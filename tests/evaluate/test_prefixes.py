@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.harness import prefixes
-from rgexport.evaluate.harness.answers import LmRequest, answer
-from rgexport.evaluate.harness.generations import Generations, GreedyReply
+from rgexport.evaluate.harness.answers import Generations, GreedyReply, LmRequest, answer
 from rgexport.evaluate.harness.prefixes import Likelihoods, ScoredText
 from rgexport.evaluate.losses import nats
 from rgexport.griffin.checkpoint import demo_folder
@@ -87,7 +86,7 @@ def test_replies_are_those_to_each_text_alone(contexts, most):
         logits = alone.prefill(np.array([ids]))[0]
         while not expected.done:
             expected.add(int(logits.argmax()))
-            logits = alone.step(np.array([expected.last]))
+            logits = alone.step(np.array([expected.ids[-1]]))
         assert reply.text == expected.text
 
 

@@ -13,7 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.harness.tasks import load_tasks
 from rgexport.evaluate.models import open_model
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest
 from rgexport.evaluate.suites import tasks
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from rgexport.chat.sample_text import built_in_text
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
 from rgexport.evaluate.models import open_model
-from rgexport.evaluate.report import render_page
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Piece
+from rgexport.evaluate.report import as_text, render_page
 from rgexport.evaluate.suites import noise, text
+from rgexport.reporting.tables import Table
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import CONFIG, deepmind_losses, losses, small_model
 from tests.models import make_config, random_weights, write_hugging_face
@@ -132,14 +134,27 @@ def test_domains_are_folders_and_file_names(tmp_path):
 
 
 def test_a_damaged_piece_is_done_again(model, prose, tmp_path):
-    subjects, request = (
-        [open_model(str(model))],
-        EvaluationRequest(folder=tmp_path / "r", texts=(prose,)),
-    )
+    subjects = [open_model(str(model))]
+    request = EvaluationRequest(folder=tmp_path / "r", texts=(prose,))
     expected = runner.evaluate(subjects, ["text"], request)
     for file in (tmp_path / "r" / "pieces").iterdir():
         file.write_text(file.read_text()[:40])
     assert runner.evaluate(subjects, ["text"], request) == expected
+
+
+def test_a_suite_is_one_module(model, tmp_path, monkeypatch):
+    """It is measured, summarized and shown by what it has itself."""
+    suite = SimpleNamespace(
+        pieces=lambda model, request: [Piece(model.identity, "size", {}, 1)],
+        measure=lambda model, session, settings, request: {"vocab": session.vocab_size},
+        summary=lambda measured: measured[0][1],
+        tables=lambda models: [Table("Of", ("n",), [(str(m["suites"]["size"]),) for m in models])],
+        charts=lambda models: [],
+    )
+    monkeypatch.setitem(runner.SUITES, "size", suite)
+    request = EvaluationRequest(folder=tmp_path / "r")
+    results = runner.evaluate([open_model(str(model))], ["size"], request)
+    assert "8192" in as_text(results) and "8192" in render_page(results)
 
 
 def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
@@ -155,7 +170,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
     assert "<svg" in page and "<script" not in page and "Loss by position" in page
     result = json.loads((target / "evaluation.json").read_text())
     result["environment"]["cpu"] = "right \u202e left"
-    assert "\u202e" not in render_page(result, "evaluation.json")
+    assert "\u202e" not in render_page(result)
     original, artifact, _ = result["models"]
     first, second = (model["suites"]["text"]["domains"][0] for model in (original, artifact))
     gap = artifact["differences"]["text"]["domains"][0]["nll"]

@@ -6,30 +6,38 @@ the state has the same size after any number of tokens.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.evaluate.harness.generations import Generations, GreedyReply
-from rgexport.evaluate.harness.prefixes import Likelihoods, ScoredText
+from rgexport.evaluate.harness.prefixes import Likelihoods, PrefixReader, ScoredText
+from rgexport.evaluate.losses import require_finite
 from rgexport.evaluate.pieces import Result
+from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
+from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 
-ROLLING, GENERATION = "loglikelihood_rolling", "generate_until"
+_ROLLING, _GENERATION = "loglikelihood_rolling", "generate_until"
+_MOST_TOKENS = 256
+"""Most tokens of a reply, unless its settings say otherwise."""
+_LIMITS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
+_KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LIMITS}
+"""Known settings; those of sampling change nothing, as the most likely token is chosen."""
 
 
 @dataclass(frozen=True)
 class LmRequest:
     """A request of lm_eval: its kind, and its arguments as JSON.
 
-    | kind | arguments | answer |
-    |---|---|---|
-    | `loglikelihood` | context, continuation | log-likelihood, whether it is the likeliest |
-    | `loglikelihood_rolling` | text | log-likelihood |
-    | `generate_until` | context, settings | text |
+    `loglikelihood` of a context and a continuation is answered by it and whether the latter is the
+    likeliest, `loglikelihood_rolling` of a text by it, `generate_until` of a context and settings
+    by a text.
     """
 
     kind: str
@@ -37,63 +45,51 @@ class LmRequest:
 
     @classmethod
     def of(cls, kind: str, *arguments: Any) -> "LmRequest":
-        """Makes a request with these arguments."""
         return cls(kind, json.dumps(arguments))
 
     @cached_property
     def values(self) -> list[Any]:
-        """The arguments."""
         values: list[Any] = json.loads(self.arguments)
         return values
 
 
 def sha256_of(requests: Sequence[LmRequest]) -> str:
-    """Returns a hash of requests."""
     text = json.dumps([[request.kind, request.arguments] for request in requests])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def answer(tokenizer: Tokenizer, session: Session, requests: Sequence[LmRequest]) -> Result:
-    """Returns the answers in the order of the requests, the tokens read, and the total of tokens.
-
-    The session reads fewer tokens than the total where requests have a common prefix.
-
-    Raises:
-        RequestError: the model's logits are NaN or infinite, or a request has no answer.
-    """
-    generated = [i for i, request in enumerate(requests) if request.kind == GENERATION]
-    judged = [i for i, request in enumerate(requests) if request.kind != GENERATION]
-    scored = [_scored_text(tokenizer, requests[i]) for i in judged]
+    """Returns the answers in the order of requests, the tokens read, and those of all texts."""
+    generated = [request for request in requests if request.kind == _GENERATION]
+    judged = [request for request in requests if request.kind != _GENERATION]
+    scored = [_scored_text(tokenizer, request) for request in judged]
     contexts = [
-        tuple(encoded(tokenizer, requests[i].values[0]) or [_first(tokenizer)]) for i in generated
+        tuple(_encoded(tokenizer, request.values[0]) or [_first(tokenizer)])
+        for request in generated
     ]
-    replies = [GreedyReply(tokenizer, requests[i].values[1]) for i in generated]
+    replies = [GreedyReply(tokenizer, request.values[1]) for request in generated]
     likelihoods = Likelihoods(session, scored)
     generations = Generations(session, contexts, replies)
     likelihoods.run()
     generations.run()
-    answers: list[Any] = [None] * len(requests)
-    for i, reply in zip(generated, replies, strict=True):
-        answers[i] = reply.text
-    for index, i in enumerate(judged):
-        log, likeliest = -float(likelihoods.nats[index]), bool(likelihoods.likeliest[index])
-        answers[i] = log if requests[i].kind == ROLLING else [log, likeliest]
+    answers: dict[LmRequest, Any] = {
+        request: reply.text for request, reply in zip(generated, replies, strict=True)
+    }
+    for request, nats, likeliest in zip(
+        judged, likelihoods.nats.tolist(), likelihoods.likeliest.tolist(), strict=True
+    ):
+        answers[request] = -nats if request.kind == _ROLLING else [-nats, likeliest]
     return {
-        "answers": answers,
+        "answers": [answers[request] for request in requests],
         "read": likelihoods.read + generations.read,
         "asked": sum(len(text.ids) for text in scored) + sum(map(len, contexts)),
     }
 
 
 def _scored_text(tokenizer: Tokenizer, request: LmRequest) -> ScoredText:
-    """Returns the ids to read and the targets.
-
-    Raises:
-        RequestError: the text to be judged has no tokens.
-    """
-    if request.kind == ROLLING:
+    if request.kind == _ROLLING:
         # Like HFLM, the text's own bos is a target, too.
-        before, after = [_first(tokenizer)], encoded(tokenizer, request.values[0])
+        before, after = [_first(tokenizer)], _encoded(tokenizer, request.values[0])
     else:
         before, after = _pair(tokenizer, *request.values)
     if not after:
@@ -108,17 +104,14 @@ def _pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
     """Encodes both; spaces at the end of the context become part of the continuation."""
     text, context = context + continuation, context.rstrip()
     if context:
-        before = encoded(tokenizer, context)
-        return before, encoded(tokenizer, text)[len(before) :]
+        before = _encoded(tokenizer, context)
+        return before, _encoded(tokenizer, text)[len(before) :]
     first, after = _first(tokenizer), _plain(tokenizer, text)
     return ([first], after) if after[:1] != [first] else (after[:1], after[1:])
 
 
-def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns bos and the ids of a text; literals of special tokens become their ids.
-
-    There is one bos, also if the text begins with its literal.
-    """
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns one bos and the ids of a text; literals of special tokens become their ids."""
     bos, ids = tokenizer.bos_id, _plain(tokenizer, text)
     literal = tokenizer.literal(bos)
     return ids if bos is None or (literal and text.startswith(literal)) else [bos, *ids]
@@ -129,12 +122,102 @@ def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _first(tokenizer: Tokenizer) -> int:
-    """Returns the token in front of an empty context: the bos, or else the eos.
-
-    Raises:
-        RequestError: the vocabulary has neither.
-    """
     for token in (tokenizer.bos_id, tokenizer.eos_id):
         if token is not None:
             return token
     raise RequestError("the tokenizer has neither a bos nor an eos, which the suite tasks needs")
+
+
+class GreedyReply:
+    """The ids that a model writes, up to the end of a turn, a stop, or the most tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]):
+        """Takes the settings of lm_eval's `generate_until`; refuses unknown and random ones."""
+        if unknown := sorted({*settings} - _KNOWN):
+            raise RequestError(
+                f"the task sets {unknown[0]} for its answers; expected {', '.join(sorted(_KNOWN))}"
+            )
+        if settings.get("do_sample") is not False and float(settings.get("temperature") or 0) > 0:
+            raise RequestError(
+                "the task draws its answers at random (temperature "
+                f"{settings['temperature']}); expected the likeliest tokens: choose another --task"
+            )
+        until = settings.get("until") or []
+        self._stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        self._stop_bytes = [stop.encode() for stop in self._stops]
+        limits = (settings[name] for name in _LIMITS if settings.get(name) is not None)
+        self._most = int(next(limits, _MOST_TOKENS))
+        self._literals = {token: text.encode() for text, token in tokenizer.special.items()}
+        self._tokenizer, self.ids, self._written = tokenizer, list[int](), b""
+        self.done = self._most <= 0
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        new = self._literals.get(token) or self._tokenizer.surface(token)
+        self._written += new
+        tail = self._written[-len(new) - max(map(len, self._stop_bytes), default=0) :]
+        self.done = (
+            len(self.ids) >= self._most
+            or token in self._tokenizer.stop_ids
+            or any(stop in tail for stop in self._stop_bytes)
+        )
+
+    @property
+    def text(self) -> str:
+        """The text before the first stop, decoded as by lm_eval's HFLM: without special tokens."""
+        special, unknown = self._tokenizer.special, self._tokenizer.unknown_id
+        hidden = {unknown, special.get(START_OF_TURN), special.get(END_OF_TURN)}
+        text = self._tokenizer.decode(token for token in self.ids if token not in hidden)
+        for stop in self._stops:
+            text = text.split(stop)[0]
+        return text
+
+
+class Generations(PrefixReader):
+    """Reads texts, equal ones once, and writes a reply to each; writes a batch of them at once."""
+
+    def __init__(
+        self, session: Session, contexts: Sequence[tuple[int, ...]], replies: Sequence[GreedyReply]
+    ):
+        self._replies = defaultdict(list)
+        for ids, reply in zip(contexts, replies, strict=True):
+            self._replies[ids].append(reply)
+        super().__init__(session, dict.fromkeys(self._replies, 1))
+        self._last: dict[int, np.ndarray] = {}
+        self._waiting: list[tuple[GreedyReply, np.ndarray, State]] = []
+
+    def run(self) -> None:
+        super().run()
+        self._write(self._waiting)
+
+    def on_logits(self, index: int, logits: np.ndarray) -> None:
+        self._last[index] = logits[-1]
+
+    def on_end(self, indices: Sequence[int]) -> None:
+        for row, index in enumerate(indices):
+            state, logits = self.session.get_rows(range(row, row + 1)), self._last.pop(index)
+            for reply in self._replies[self.texts[index]]:
+                if not reply.done:
+                    self._waiting.append((reply, logits, state))
+        while len(self._waiting) >= self.rows:
+            batch, self._waiting = self._waiting[: self.rows], self._waiting[self.rows :]
+            self._write(batch)
+
+    def _write(self, batch: Sequence[tuple[GreedyReply, np.ndarray, State]]) -> None:
+        if not batch:
+            return
+        replies, rows, states = zip(*batch, strict=True)
+        logits = np.stack(rows)
+        self.session.set_state({n: np.concatenate([s[n] for s in states]) for n in states[0]})
+        while True:
+            require_finite(logits.max(-1))
+            for reply, token in zip(replies, logits.argmax(-1).tolist(), strict=True):
+                reply.add(token)
+            unfinished = [row for row, reply in enumerate(replies) if not reply.done]
+            if not unfinished:
+                return
+            if len(unfinished) < len(replies):
+                replies = [replies[row] for row in unfinished]
+                state = self.session.get_state()
+                self.session.set_state({name: array[unfinished] for name, array in state.items()})
+            logits = self.session.step(np.array([reply.ids[-1] for reply in replies]))

@@ -1,12 +1,12 @@
 """Reads many texts; a prefix that several of them share is read once.
 
-The sorted texts form a tree. A shared prefix goes through the model once, its state is kept, and
-each branch continues from it. Branches with a single text are grouped by length into batches.
+The sorted texts form a tree: each branch continues from the state after a shared prefix. Branches
+with a single text are grouped by length into batches.
 """
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -24,44 +24,28 @@ _STATE_BYTES, _LOGITS_BYTES = 256 << 20, 128 << 20
 """Most bytes of the states of a batch, and of the logits of one call."""
 
 
-@dataclass(frozen=True)
-class TokenText:
-    """Token ids, at least one; the logits of the last `scored` positions are requested."""
-
-    ids: tuple[int, ...]
-    scored: int
-
-    @property
-    def first_scored(self) -> int:
-        """The first position with requested logits."""
-        return len(self.ids) - self.scored
+Ids = tuple[int, ...]
 
 
 class PrefixReader(ABC):
     """Takes different texts through a session; a subclass receives the requested logits.
 
-    Attributes:
-        texts: sorted by their ids, so that texts with a common prefix are neighbours. Methods
-            identify a text by its index here.
-        read: tokens that the session took.
+    `texts` are sorted, so that those with a common prefix are neighbours; methods identify a text
+    by its index there. `read` counts the tokens that the session took.
     """
 
-    def __init__(self, session: Session, texts: Sequence[TokenText]):
-        self.session = session
-        self.texts = sorted(texts, key=lambda text: text.ids)
-        self.read = 0
+    def __init__(self, session: Session, scored: Mapping[Ids, int]):
+        """Takes ids → how many of their last positions have requested logits."""
+        self.session, self.read = session, 0
+        self.texts = sorted(scored)
+        self.first_scored = [len(ids) - scored[ids] for ids in self.texts]
 
     @property
     def rows(self) -> int:
-        """The batch size, limited by the memory for states."""
         return max(1, min(_ROWS, _STATE_BYTES // max(1, self.session.info.state_bytes)))
 
     def run(self) -> None:
-        """Reads all texts; the session's state afterwards is undefined.
-
-        Raises:
-            RequestError: the model gives NaN or infinite logits.
-        """
+        """Reads all texts; the session's state afterwards is undefined."""
         self.session.reset()
         if self.texts:
             self._read_from(range(len(self.texts)), 0, self.session.get_state())
@@ -79,10 +63,16 @@ class PrefixReader(ABC):
         by_length = defaultdict(list)
         for branch in self._branches(indices, start):
             if len(branch) == 1:
-                by_length[len(self.texts[branch[0]].ids)].append(branch[0])
+                by_length[len(self.texts[branch[0]])].append(branch[0])
                 continue
             self.session.set_state(state)
-            self._read_branch(branch, start)
+            stop = self._common(branch)
+            self._take([branch], start, stop)
+            after = self.session.get_state()
+            if len(self.texts[branch[0]]) == stop:
+                self.on_end(branch[:1])
+                branch = branch[1:]
+            self._read_from(branch, stop, after)
         for stop, single in by_length.items():
             for first in range(0, len(single), self.rows):
                 batch = single[first : first + self.rows]
@@ -90,34 +80,24 @@ class PrefixReader(ABC):
                 self._take([[index] for index in batch], start, stop)
                 self.on_end(batch)
 
-    def _read_branch(self, indices: Sequence[int], start: int) -> None:
-        """Reads the common prefix of texts, then the rest of each."""
-        stop = self._common(indices)
-        self._take([indices], start, stop)
-        state = self.session.get_state()
-        if len(self.texts[indices[0]].ids) == stop:
-            self.on_end(indices[:1])
-            indices = indices[1:]
-        self._read_from(indices, stop, state)
-
     def _branches(self, indices: Sequence[int], start: int) -> Iterator[Sequence[int]]:
         """Splits texts into groups with a long common prefix, and single texts."""
         common = self._common(indices)
         if len(indices) == 1 or common - start >= _SHORTEST_PREFIX:
             yield indices
             return
-        for _, group in groupby(indices, lambda index: self.texts[index].ids[common : common + 1]):
+        for _, group in groupby(indices, lambda index: self.texts[index][common : common + 1]):
             yield from self._branches(list(group), start)
 
     def _common(self, indices: Sequence[int]) -> int:
-        first, last = self.texts[indices[0]].ids, self.texts[indices[-1]].ids
+        first, last = self.texts[indices[0]], self.texts[indices[-1]]
         pairs = enumerate(zip(first, last, strict=False))
         return next((at for at, (a, b) in pairs if a != b), min(len(first), len(last)))
 
     def _take(self, rows: Sequence[Sequence[int]], start: int, stop: int) -> None:
         """Takes tokens `start` to `stop`; each row stands for texts that share these tokens."""
-        tokens = np.array([self.texts[row[0]].ids[start:stop] for row in rows], np.int64)
-        first = min(self.texts[index].first_scored for row in rows for index in row)
+        tokens = np.array([self.texts[row[0]][start:stop] for row in rows], np.int64)
+        first = min(self.first_scored[index] for row in rows for index in row)
         first = min(stop, max(start, first))
         most = max(1, _LOGITS_BYTES // (4 * self.session.vocab_size * len(rows)))
         position = start
@@ -127,32 +107,24 @@ class PrefixReader(ABC):
             chunk = tokens[:, position - start : end - start]
             logits = self.session.prefill(chunk, end - begin)
             self.read += chunk.size
-            self._deliver(rows, begin, logits[:, logits.shape[1] - (end - begin) :])
+            logits = logits[:, logits.shape[1] - (end - begin) :]
+            for indices, row in zip(rows, logits, strict=True):
+                for index in indices:
+                    if len(requested := row[max(0, self.first_scored[index] - begin) :]):
+                        self.on_logits(index, requested)
             position = end
-
-    def _deliver(self, rows: Sequence[Sequence[int]], begin: int, logits: np.ndarray) -> None:
-        """Passes logits [R, n, vocab] of the positions from `begin` on to the texts of each row."""
-        for indices, row in zip(rows, logits, strict=True):
-            for index in indices:
-                if len(requested := row[max(0, self.texts[index].first_scored - begin) :]):
-                    self.on_logits(index, requested)
 
 
 @dataclass(frozen=True)
 class ScoredText:
     """The ids that a model reads, and the targets it should predict, the last one after `ids`."""
 
-    ids: tuple[int, ...]
-    targets: tuple[int, ...]
+    ids: Ids
+    targets: Ids
 
 
 class Likelihoods(PrefixReader):
-    """Reads texts and scores their targets, which may be empty.
-
-    Attributes:
-        nats: [n], the negative log-likelihoods.
-        likeliest: [n] bool, whether every target is the most likely token at its position.
-    """
+    """Reads texts and scores their targets, if any: `nats` [n], and bool `likeliest` [n]."""
 
     def __init__(self, session: Session, scored: Sequence[ScoredText]):
         self._targets = [np.array(text.targets, np.int64) for text in scored]
@@ -161,16 +133,15 @@ class Likelihoods(PrefixReader):
             if text.targets:
                 self._by_ids[text.ids].append(index)
         self.nats, self.likeliest = np.zeros(len(scored)), np.ones(len(scored), bool)
-        texts = [
-            TokenText(ids, max(len(self._targets[index]) for index in indices))
+        counts = {
+            ids: max(len(self._targets[index]) for index in indices)
             for ids, indices in self._by_ids.items()
-        ]
-        super().__init__(session, texts)
-        self._next = [text.first_scored for text in self.texts]
+        }
+        super().__init__(session, counts)
+        self._next = self.first_scored.copy()
 
     def on_logits(self, index: int, logits: np.ndarray) -> None:
-        """Scores the targets at the next positions of a text."""
-        ids, start = self.texts[index].ids, self._next[index]
+        ids, start = self.texts[index], self._next[index]
         stop = self._next[index] = start + len(logits)
         for scored in self._by_ids[ids]:
             first = len(ids) - len(self._targets[scored])

@@ -1,4 +1,8 @@
-"""EleutherAI's lm_eval: loads its tasks, collects their requests, and scores the answers."""
+"""EleutherAI's lm_eval: loads its tasks, collects their requests, and scores the answers.
+
+lm_eval would load the Python code that a task file names. Of a folder's files, it reads only copies
+that name none; each is merged with the files that it includes, and has absolute paths of its data.
+"""
 
 import logging
 import random
@@ -16,27 +20,28 @@ import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.evaluate.harness.answers import LmRequest
-from rgexport.evaluate.harness.task_files import copy_tasks
+from rgexport.files.paths import read_text
 from rgexport.progress import note
 
 _SEEDS = 0, 1234
-"""lm_eval's own, of Python and NumPy."""
-_EXAMPLES_SEED = 1234
-"""lm_eval's own, of the examples before a question."""
-_NO_FILTER = "none"
+"""lm_eval's own, of Python and NumPy; the latter also of the examples before a question."""
+_CODE = {
+    "class": "a class",
+    "custom_dataset": "a function",
+    "hf_evaluate": "a program of the hub",
+    "trust_remote_code": "a program of the hub",
+    "use_prompt": "a file of prompts",
+}
+"""Key → the code that lm_eval or `datasets` would load and run."""
+_UNPICKLED = ("pandas",)
+"""Readers of `datasets` that unpickle, which runs code."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of a task or of a group of tasks.
+    """A figure of a task or of a group of tasks, None if it is no number.
 
-    Attributes:
-        task: the name of the task or group.
-        metric: its name, followed by the filter if there is one.
-        value: lm_eval's figure, None if it is no number.
-        aggregation: the name of the function from `values` to `value`.
-        values: of each example; empty for a group.
-        higher_is_better: None if unknown.
+    `aggregation` names the function to it from the `values` of the examples, none for a group.
     """
 
     task: str
@@ -50,18 +55,22 @@ class Score:
 class Tasks:
     """Loaded tasks with their documents.
 
-    Attributes:
-        requests: task → its requests, each once.
-        shots: task → the number of examples before a question.
+    `requests` has the requests of a task, each once; `shots` its examples before a question.
     """
 
     def __init__(self, loaded: Mapping[str, Any], examples: int | None, seed: int):
-        """Takes the return value of `TaskManager.load`; must be called in `confined`."""
-        self._loaded, self._examples, self._seed = loaded, examples, _EXAMPLES_SEED + seed
+        """Takes the return value of `TaskManager.load`; must be called in `_confined`."""
+        self._loaded, self._examples, self._seed = loaded, examples, _SEEDS[1] + seed
         self.requests: dict[str, list[LmRequest]] = {}
         self.shots: dict[str, int] = {}
         for name, task in loaded["tasks"].items():
-            _require_plain(name, task)
+            if getattr(task, "UNSAFE_CODE", False):
+                raise RequestError(
+                    f"the task {name} runs code that a model writes, which rgexport does not; "
+                    "choose another --task"
+                )
+            if getattr(task, "MULTIMODAL", False):
+                raise RequestError(f"the task {name} has pictures or sounds; choose another --task")
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(self._seed)
@@ -70,12 +79,8 @@ class Tasks:
             self.shots[name] = task.get_config("num_fewshot")
 
     def scores(self, answers: Mapping[LmRequest, Any]) -> list[Score]:
-        """Returns lm_eval's figures from the answers to all requests.
-
-        Raises:
-            RequestError: lm_eval fails, or a task makes new requests.
-        """
-        with confined("score the tasks"):
+        """Returns lm_eval's figures from the answers to all requests."""
+        with _confined("score the tasks"):
             from lm_eval.evaluator import evaluate
 
             for task in self._loaded["tasks"].values():
@@ -86,25 +91,19 @@ class Tasks:
                 limit=self._examples,
                 bootstrap_iters=0,
             )
-            tasks = [s for name in self._loaded["tasks"] for s in self._of_task(name, results)]
-        groups = results.get("groups", {})
-        return tasks + [
-            Score(name, metric, value, "", (), None)
-            for name, entry in groups.items()
-            for metric, _, _, value in _figures(entry)
-        ]
-
-    def _of_task(self, task: str, results: Mapping[str, Any]) -> Iterator[Score]:
-        functions = self._loaded["tasks"][task].aggregation()
-        better = results["higher_is_better"].get(task, {})
-        for label, metric, kind, value in _figures(results["results"][task]):
-            values = [
-                sample[metric]
-                for sample in results["samples"][task]
-                if sample["filter"] == kind and metric in sample
-            ]
-            aggregation = getattr(functions.get(metric), "__name__", "mean")
-            yield Score(task, label, value, aggregation, values, better.get(metric))
+            scores = []
+            for name, task in self._loaded["tasks"].items():
+                functions, better = task.aggregation(), results["higher_is_better"].get(name, {})
+                samples = results["samples"][name]
+                for label, metric, kind, value in _figures(results["results"][name]):
+                    values = [s[metric] for s in samples if s["filter"] == kind and metric in s]
+                    aggregation = getattr(functions.get(metric), "__name__", "mean")
+                    score = Score(name, label, value, aggregation, values, better.get(metric))
+                    scores.append(score)
+        for name, entry in results.get("groups", {}).items():
+            for label, _, _, value in _figures(entry):
+                scores.append(Score(name, label, value, "", (), None))
+        return scores
 
 
 def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
@@ -113,18 +112,8 @@ def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | 
         metric, comma, kind = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
             number = isinstance(value, int | float | np.number) and np.isfinite(value)
-            label = metric if kind == _NO_FILTER else f"{metric}, {kind}"
+            label = metric if kind == "none" else f"{metric}, {kind}"
             yield label, metric, kind, float(value) if number else None
-
-
-def _require_plain(name: str, task: Any) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
-        raise RequestError(
-            f"the task {name} runs code that a model writes, which rgexport does not; choose "
-            "another --task"
-        )
-    if getattr(task, "MULTIMODAL", False):
-        raise RequestError(f"the task {name} has pictures or sounds; choose another --task")
 
 
 def _request(instance: Any) -> LmRequest:
@@ -132,7 +121,6 @@ def _request(instance: Any) -> LmRequest:
 
 
 def _recorded_model(answers: Mapping[LmRequest, Any]) -> Any:
-    """Returns a model of lm_eval that gives the recorded answers."""
     from lm_eval.api.model import LM
 
     def recorded(instances: Sequence[Any]) -> list[Any]:
@@ -161,13 +149,9 @@ def _recorded_model(answers: Mapping[LmRequest, Any]) -> Any:
 def load_tasks(
     names: tuple[str, ...], folder: Path | None, examples: int | None, seed: int
 ) -> Tasks:
-    """Loads tasks, groups and tags of lm_eval and of a folder of task files.
+    """Loads tasks, groups and tags of a folder of task files, or else of lm_eval.
 
-    Args:
-        names: of lm_eval's, or of the folder's, which come first.
-        folder: of task files, or None.
-        examples: the most of a task, or None for all.
-        seed: of the examples before a question; 0 is that of lm_eval.
+    `examples` is the most of a task, `seed` that of the examples before a question: 0 is lm_eval's.
 
     Raises:
         NotInstalled: lm_eval is missing.
@@ -179,13 +163,13 @@ def load_tasks(
         raise NotInstalled("the suite tasks needs lm_eval: pip install 'rgexport[tasks]'") from None
     if folder is None:
         note("Loading the tasks of lm_eval.")  # seconds, and minutes where documents are downloaded
-    with confined("load the tasks"), TemporaryDirectory() as copies:
+    with _confined("load the tasks"), TemporaryDirectory() as copies:
         from lm_eval.api.registry import METRIC_REGISTRY
         from lm_eval.tasks import TaskManager
 
         complete = set[str]()
         if folder is not None:
-            complete = copy_tasks(folder, Path(copies), {*METRIC_REGISTRY})
+            complete = _copy_tasks(folder, Path(copies), {*METRIC_REGISTRY})
         # The index of lm_eval's own tasks takes seconds.
         manager = TaskManager(include_path=[copies], include_defaults=not {*names} <= complete)
         for name in names:
@@ -199,21 +183,23 @@ def load_tasks(
 
 
 @contextmanager
-def confined(purpose: str) -> Iterator[None]:
-    """Runs lm_eval silently, with its own seeds, and with sandboxed templates.
-
-    Raises:
-        RequestError: lm_eval fails.
-    """
+def _confined(purpose: str) -> Iterator[None]:
+    """Runs lm_eval silently, with its own seeds, and with sandboxed templates."""
     import datasets
     import lm_eval.utils
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
 
     templates, counted = lm_eval.utils.env, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     before = random.getstate(), np.random.get_state(), logging.root.manager.disable
     random.seed(_SEEDS[0])
     np.random.seed(_SEEDS[1])
     logging.disable(logging.CRITICAL)
-    lm_eval.utils.env = _sandbox(templates)
+    # Templates of a task file are programs.
+    lm_eval.utils.env = SandboxedEnvironment(
+        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    lm_eval.utils.env.filters |= templates.filters
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to the hub, even for local files
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
@@ -235,13 +221,123 @@ def confined(purpose: str) -> Iterator[None]:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
-def _sandbox(environment: Any) -> Any:
-    """Returns a sandboxed Jinja environment: templates of a task file are programs."""
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
+def _copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
+    """Writes harmless copies of a folder's `.yaml` files to `target`, where `datasets` caches, too.
 
-    sandbox = SandboxedEnvironment(
-        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+    Returns the names of the tasks, and of the groups that consist of them. `metrics` are lm_eval's.
+    """
+    import yaml
+
+    configs = []
+    if not folder.is_dir():
+        raise RequestError(f"--task-files is {folder}; expected a folder of task files")
+    for number, file in enumerate(sorted(folder.rglob("*.yaml"))):
+        config = _merged(file, ())
+        if not {"task", "group"} & config.keys():
+            continue
+        _require_harmless(file, config, metrics)
+        _find_data(file.parent, config, target)
+        configs.append(config)
+        (target / f"{number}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    if not configs:
+        raise RequestError(f"{folder} has no tasks; expected .yaml files with `task: NAME`")
+    return _complete(configs)
+
+
+def _complete(configs: Sequence[Mapping[str, Any]]) -> set[str]:
+    names = {str(config["task"]) for config in configs if "group" not in config}
+    groups = {str(config["group"]): config.get("task") for config in configs if "group" in config}
+    for _ in groups:  # groups may be members of groups
+        names |= {
+            name
+            for name, members in groups.items()
+            if isinstance(members, list)
+            and all(isinstance(member, str) and member in names for member in members)
+        }
+    return names
+
+
+def _merged(file: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    """Returns a task file merged with its includes; its own keys win, then the last include's."""
+    if file in including:
+        raise RequestError(f"{file} includes itself")
+    config = _read(file)
+    included = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [included] if isinstance(included, str) else included:
+        merged |= _merged((file.parent / name).resolve(), (*including, file))
+    merged.pop("task_list", None)
+    return merged | config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def refuse(loader: Any, suffix: str, node: Any) -> None:
+        raise _refusal(file, f"!{suffix}", "Python code")
+
+    Loader.add_multi_constructor("!", refuse)
+    try:
+        config = yaml.load(read_text(file), Loader)  # noqa: S506
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RequestError(f"{file} is no task file: {' '.join(str(error).split())}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _refusal(file: Path, key: str, what: str) -> RequestError:
+    return RequestError(
+        f"{file} has {key}, by which lm_eval loads {what}; no code of a folder is run: write the "
+        "task without it"
     )
-    sandbox.filters |= environment.filters
-    return sandbox
+
+
+def _require_harmless(file: Path, config: dict[str, Any], metrics: set[str]) -> None:
+    for mapping in _mappings(config, set()):
+        for key, what in _CODE.items():
+            if mapping.get(key):
+                raise _refusal(file, key, what)
+        if mapping.get("dataset_path") in _UNPICKLED:
+            raise _refusal(file, f"dataset_path: {mapping['dataset_path']}", "pickles")
+        listed = mapping.get("metric_list")
+        for metric in listed if isinstance(listed, list) else []:
+            name = metric.get("metric") if isinstance(metric, dict) else metric
+            if name not in metrics:
+                raise _refusal(file, f"the metric {name}", "a program of the hub or a folder")
+
+
+def _mappings(value: Any, seen: set[int]) -> Iterator[Mapping[str, Any]]:
+    """Yields all mappings in a value, each once: anchors may repeat one many times."""
+    if id(value) in seen or not isinstance(value, dict | list):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value:
+        yield from _mappings(inner, seen)
+
+
+def _find_data(folder: Path, config: dict[str, Any], cache: Path) -> None:
+    """Makes paths relative to the task file absolute, and sets the cache of `datasets`."""
+    path = config.get("dataset_path")
+    if isinstance(path, str) and "/" in path and (folder / path).is_dir():
+        config["dataset_path"] = str((folder / path).resolve())
+    options = config.get("dataset_kwargs")
+    if not isinstance(options, dict) or not options.keys() & {"data_files", "data_dir"}:
+        return
+    for key in ("data_files", "data_dir"):
+        if key in options:
+            options[key] = _absolute(folder, options[key])
+    options |= {"cache_dir": str(cache / "data"), "keep_in_memory": True}
+
+
+def _absolute(folder: Path, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(folder, inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_absolute(folder, inner) for inner in value]
+    if isinstance(value, str) and not Path(value).is_absolute() and any(folder.glob(value)):
+        return str(folder.resolve() / value)
+    return value

@@ -1,12 +1,12 @@
 """The episodes of `memory`: facts to remember, and questions about them.
 
 All episodes of a task have the same number of tokens, so that they can share a batch. Each answer
-is one token, chosen among candidates: so the chance level is known, whatever the model has learned
-of the language.
+is one token, chosen among candidates, so the chance level is known.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -30,15 +30,10 @@ _FEWEST = _LEAST + 14 + 6
 
 @dataclass(frozen=True)
 class EpisodeVocabulary:
-    """The ids that episodes consist of.
+    """The ids that episodes consist of; `symbols` are keys, values, and the list of `copying`.
 
-    Attributes:
-        symbols: keys, values, and the list of `copying`.
-        digits: ten, from 0 on.
-        between: follow a key or a question.
-        end: follow an answer.
-        passkey, copy: begin the facts of these tasks, and ask for them.
-        filler: [N], the text between facts and questions, repeated as often as needed.
+    `between` follows a key or a question, `end` an answer; `passkey` and `copy` begin the facts of
+    these tasks, and ask for them. `filler` [N] is the text in between, repeated as needed.
     """
 
     symbols: list[int]
@@ -72,9 +67,6 @@ def vocabulary_of(tokenizer: Tokenizer | None, vocab_size: int) -> EpisodeVocabu
 
     Without one, or with too few nouns of one token, ids spread over the vocabulary stand for
     words, and the filler is drawn from the others.
-
-    Raises:
-        RequestError: the vocabulary is too small.
     """
     if tokenizer is not None:
         encode = tokenizer.encode_text
@@ -124,20 +116,8 @@ def _pairs(
     return Episode(facts, questions)
 
 
-def _recall(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    return _pairs(vocabulary, random, 4, 1)
-
-
-def _several(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    return _pairs(vocabulary, random, 8, 4)
-
-
 def _induction(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    """Tells one pair.
-
-    Only the right candidate was told, so right answers show that it is known; those of the other
-    tasks show that it is known what belongs together.
-    """
+    """Tells one pair; no other candidate was told, so nothing shows what belongs together."""
     key, *values = random.permutation(vocabulary.symbols)[:9].tolist()
     question = Question([key, *vocabulary.between], values[0], sorted(values))
     return Episode(_line(vocabulary, key, values[0]), [question])
@@ -177,8 +157,8 @@ def _counting(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Epi
 
 TASKS: dict[str, Callable[[EpisodeVocabulary, np.random.Generator], Episode]] = {
     "induction": _induction,
-    "recall": _recall,
-    "several": _several,
+    "recall": partial(_pairs, num_pairs=4, num_questions=1),
+    "several": partial(_pairs, num_pairs=8, num_questions=4),
     "passkey": _passkey,
     "copying": _copying,
     "counting": _counting,

@@ -10,7 +10,7 @@ import json
 import time
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -18,24 +18,21 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.chat import state_file as files
 from rgexport.chat.prefix_key import key_of
-from rgexport.chat.state_file import (
-    SavedState,
-    read_state,
-    read_state_header,
-    require_same_model,
-    write_state,
-)
 from rgexport.errors import RequestError
+from rgexport.evaluate.display import Models, Value, curves, difference_cell, differences_of
 from rgexport.evaluate.figures import mean, mean_difference
-from rgexport.evaluate.losses import block_sums, further_losses
+from rgexport.evaluate.losses import block_sums, further_losses, joined
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings, chained
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
+from rgexport.evaluate.suites.memory import doublings
 from rgexport.evaluate.suites.text import LONGEST_TOKEN, documents
-from rgexport.griffin.state import State
+from rgexport.reporting.chart import Chart
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.machine import rss_bytes
 from rgexport.runtimes.session import Session
+from rgexport.units import amount
 
 NAME = "length"
 FIRST = 1 << 13
@@ -49,34 +46,17 @@ _TURNS = 24
 _STATE = ".rg_lru"
 
 
-def marks(start: int, last: int) -> list[int]:
-    """Returns 8K, 16K, … and `last`, without the marks up to `start`."""
-    values, mark = [], FIRST
-    while mark < last:
-        values.append(mark)
-        mark *= 2
-    return [mark for mark in [*values, last] if mark > start]
-
-
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a chain of pieces through the text; the last one times steps at both ends.
-
-    Raises:
-        RequestError: the state file is of another model or text, or beyond the end.
-    """
+    """Yields a chain of pieces through the text; the last one times steps at both ends."""
     model.require_tokenizer(NAME)
     text, end = _text(model, request), request.length
-    start, marked = text["start"], marks(text["start"], end)
+    start = text["start"]
+    marked = [mark for mark in doublings(FIRST, end) if mark > start]
     stops = sorted({*marked, *range(start + _PIECE, end, _PIECE)})
-    chain = [
-        Piece(
-            model.identity,
-            NAME,
-            text | {"from": first, "to": stop, "mark": stop in marked},
-            stop - first,
-        )
-        for first, stop in zip([start, *stops], stops, strict=False)
-    ]
+    chain = []
+    for first, stop in zip([start, *stops], stops, strict=False):
+        settings = text | {"from": first, "to": stop, "mark": stop in marked}
+        chain.append(Piece(model.identity, NAME, settings, stop - first))
     if len(marked) > 1:
         settings = text | {"turns": [marked[0], marked[-1]]}
         chain.append(Piece(model.identity, NAME, settings, 2 * _TURNS * _STEPS))
@@ -88,14 +68,14 @@ def _text(model: EvaluatedModel, request: EvaluationRequest) -> dict[str, Any]:
     ids = key_of(_ids(model, request)[: request.length + 1])[1]
     if request.state is None:
         return {"ids": ids, "start": 0, "state": None}
-    saved = _saved(model, request)
-    return {"ids": ids, "start": saved.position, "state": read_state_header(request.state).sha256}
+    sha256 = files.read_state_header(request.state).sha256
+    return {"ids": ids, "start": _saved(model, request).position, "state": sha256}
 
 
-def _saved(model: EvaluatedModel, request: EvaluationRequest) -> SavedState:
+def _saved(model: EvaluatedModel, request: EvaluationRequest) -> files.SavedState:
     assert request.state is not None
-    saved = read_state(request.state, model.state_shapes)
-    require_same_model(request.state, saved, model.state_identity)
+    saved = files.read_state(request.state, model.state_shapes)
+    files.require_same_model(request.state, saved, model.state_identity)
     if saved.position >= request.length:
         raise RequestError(
             f"{request.state} has seen {saved.position} tokens; expected fewer than "
@@ -108,14 +88,12 @@ def _saved(model: EvaluatedModel, request: EvaluationRequest) -> SavedState:
     return saved
 
 
-def _ids(model: EvaluatedModel, request: EvaluationRequest) -> np.ndarray:
-    return _text_ids(model, request.texts, request.length + 1 + _STEPS)
-
-
 @lru_cache(maxsize=1)
-def _text_ids(model: EvaluatedModel, texts: tuple[Path, ...], count: int) -> np.ndarray:
+def _ids(model: EvaluatedModel, request: EvaluationRequest) -> np.ndarray:
+    count = request.length + 1 + _STEPS
     longest = count * LONGEST_TOKEN
-    text = "\n\n".join(document.text[:longest] for document in documents(texts))[:longest]
+    texts = (document.text[:longest] for document in documents(request.texts))
+    text = "\n\n".join(texts)[:longest]
     ids = np.array(model.encode(text), np.int64)
     if not len(ids):
         raise RequestError("the texts are empty")
@@ -126,83 +104,68 @@ def _text_ids(model: EvaluatedModel, texts: tuple[Path, ...], count: int) -> np.
 def measure(
     model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """Returns sums of losses; at a mark also norms, states and times.
-
-    Raises:
-        RequestError: the texts or the state file are not those of the piece.
-    """
+    """Returns sums of losses; at a mark also norms, states and times."""
     if any(settings[name] != value for name, value in _text(model, request).items()):
         raise RequestError("the texts of length have changed, or a worker has others")
-    ids = _ids(model, request)
     if "turns" in settings:
-        return _steps_in_turns(model, session, settings["turns"], ids, request)
+        return _steps_in_turns(model, session, settings["turns"], request)
     first, stop = settings["from"], settings["to"]
     if first == 0:
         session.reset()
     elif first == settings["start"]:
         session.set_state(_saved(model, request).state)
     began = time.perf_counter()
-    values = further_losses(session, ids[first : stop + 1])
+    values = further_losses(session, _ids(model, request)[first : stop + 1])
     seconds = time.perf_counter() - began
     result = block_sums(values, _BLOCK) | {"prefill_seconds": seconds}
-    return result | (_at_mark(model, session, stop, ids, request) if settings["mark"] else {})
+    return result | (_at_mark(model, session, stop, request) if settings["mark"] else {})
 
 
 def _at_mark(
-    model: EvaluatedModel,
-    session: Session,
-    position: int,
-    ids: np.ndarray,
-    request: EvaluationRequest,
+    model: EvaluatedModel, session: Session, position: int, request: EvaluationRequest
 ) -> Result:
     """Records the recurrent states and the time of a step, and writes a state file."""
-    state = session.get_state()
+    state, ids = session.get_state(), _ids(model, request)
     recurrent = {name: a[0] for name, a in state.items() if name.endswith(_STATE)}
     result = {
         "step_seconds": float(np.median(step_seconds(session, ids[position : position + _STEPS]))),
         "rss_bytes": rss_bytes(),
         "norms": {name: float(np.linalg.norm(array)) for name, array in recurrent.items()},
-        "states": {name: _packed(array) for name, array in recurrent.items()},
+        "states": {
+            name: b64encode(np.asarray(array, "<f4").tobytes()).decode()
+            for name, array in recurrent.items()
+        },
     }
     session.set_state(state)
-    key = key_of(ids[:position])
-    saved = SavedState(model.state_identity, key, state, engine=session.info.engine)
     path = state_file(model, position, request)
     path.parent.mkdir(exist_ok=True)
-    write_state(path, saved)
+    key, engine = key_of(ids[:position]), session.info.engine
+    files.write_state(path, files.SavedState(model.state_identity, key, state, engine=engine))
     return result
 
 
 def state_file(model: EvaluatedModel, position: int, request: EvaluationRequest) -> Path:
-    """Returns the path of the state after `position` tokens, for this model, text and start."""
     facts = json.dumps([model.identity, _text(model, request)], sort_keys=True)
     name = f"{model.label}-{position}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
     return request.folder / "states" / f"{name}.safetensors"
 
 
 def _steps_in_turns(
-    model: EvaluatedModel,
-    session: Session,
-    positions: Sequence[int],
-    ids: np.ndarray,
-    request: EvaluationRequest,
+    model: EvaluatedModel, session: Session, positions: Sequence[int], request: EvaluationRequest
 ) -> Result:
     """Times a step at two marks in turns, as the machine's speed varies; seconds [2, turns]."""
-    states = [_state_at(model, position, request) for position in positions]
+    paths = [state_file(model, position, request) for position in positions]
+    if lost := [path for path in paths if not path.is_file()]:
+        raise RequestError(f"{lost[0]} is gone; pass another folder with -o")
+    states = [files.read_state(path, model.state_shapes).state for path in paths]
     seconds: list[list[float]] = [[], []]
+    ids = _ids(model, request)
     for _ in range(_TURNS):
         for times, position, state in zip(seconds, positions, states, strict=True):
             session.set_state(state)
             steps = step_seconds(session, ids[position : position + _STEPS])
             times.append(float(np.median(steps)))
     return {"positions": list(positions), "step_seconds": seconds}
-
-
-def _state_at(model: EvaluatedModel, position: int, request: EvaluationRequest) -> State:
-    path = state_file(model, position, request)
-    if not path.is_file():
-        raise RequestError(f"{path} is gone; pass another folder with -o")
-    return read_state(path, model.state_shapes).state
 
 
 def step_seconds(session: Session, ids: np.ndarray) -> list[float]:
@@ -215,14 +178,6 @@ def step_seconds(session: Session, ids: np.ndarray) -> list[float]:
     return seconds[1:]
 
 
-def _packed(array: np.ndarray) -> str:
-    return b64encode(np.asarray(array, "<f4").tobytes()).decode()
-
-
-def _unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(b64decode(text), "<f4").astype(np.float64)
-
-
 def summary(measured: Measured) -> Result:
     """Returns a point for each mark: the loss since the mark before, speeds, memory, state norms.
 
@@ -230,36 +185,31 @@ def summary(measured: Measured) -> Result:
     """
     points = []
     for mark, results in _by_mark(measured).items():
-        sums, counts = _joined(results, "sums"), _joined(results, "counts")
-        nll, last = mean(sums, counts), results[-1]
+        sums, counts = joined(results)
         seconds = sum(result["prefill_seconds"] for result in results)
-        points.append(
-            {
-                "to": mark,
-                "nll": [nll.value, nll.low, nll.high],
-                "prefill_tokens_per_second": sum(counts) / seconds,
-                **{key: last[key] for key in ("step_seconds", "rss_bytes", "norms")},
-            }
-        )
-    turns = next((result for settings, result in measured if "turns" in settings), None)
-    start = measured[0][0]["start"]
-    return {"start": start, "points": points, "turns": turns and _ratio(turns)}
-
-
-def _ratio(turns: Result) -> Result:
-    first, last = map(np.array, turns["step_seconds"])
-    return {
-        "positions": turns["positions"],
-        "step_seconds": [float(np.median(first)), float(np.median(last))],
-        "ratio": float(np.median(last / first)),
-    }
+        point = {
+            "to": mark,
+            "nll": mean(sums, counts).ends,
+            "prefill_tokens_per_second": sum(counts) / seconds,
+        }
+        at_mark = {key: results[-1][key] for key in ("step_seconds", "rss_bytes", "norms")}
+        points.append(point | at_mark)
+    figures: Result = {"start": measured[0][0]["start"], "points": points, "turns": None}
+    if "turns" in measured[-1][0]:
+        turns = measured[-1][1]
+        first, last = map(np.array, turns["step_seconds"])
+        figures["turns"] = {
+            "positions": turns["positions"],
+            "step_seconds": [float(np.median(first)), float(np.median(last))],
+            "ratio": float(np.median(last / first)),
+        }
+    return figures
 
 
 def differences(first: Measured, second: Measured) -> Result:
-    """Returns the second model's loss minus the first's, and the distance of their states.
+    """Returns the second model's loss minus the first's, none if they read other ids.
 
-    `states` is the largest difference in the worst layer, relative to that layer's largest value.
-    There are no points if the two models read other ids.
+    `states` is their largest difference in the worst layer, relative to the layer's largest value.
     """
     texts = [[(s["ids"], s["to"]) for s, _ in side if "to" in s] for side in (first, second)]
     if texts[0] != texts[1]:
@@ -268,8 +218,8 @@ def differences(first: Measured, second: Measured) -> Result:
     second_by_mark = _by_mark(second)
     for mark, before in _by_mark(first).items():
         after = second_by_mark[mark]
-        sums = _joined(before, "sums"), _joined(after, "sums")
-        gap = mean_difference(*sums, _joined(before, "counts"))
+        sums, counts = joined(before)
+        gap = mean_difference(sums, joined(after)[0], counts)
         states = _state_distance(before[-1]["states"], after[-1]["states"])
         points.append({"to": mark, "nll": asdict(gap), "states": states})
     return {"points": points}
@@ -278,7 +228,10 @@ def differences(first: Measured, second: Measured) -> Result:
 def _state_distance(before: Mapping[str, str], after: Mapping[str, str]) -> float | None:
     gaps = []
     for name in before.keys() & after.keys():
-        a, b = _unpacked(before[name]), _unpacked(after[name])
+        a, b = (
+            np.frombuffer(b64decode(side[name]), "<f4").astype(np.float64)
+            for side in (before, after)
+        )
         gaps.append(abs(a - b).max() / (abs(a).max() or 1.0))
     return float(max(gaps)) if gaps else None
 
@@ -295,5 +248,68 @@ def _by_mark(measured: Measured) -> dict[int, list[Result]]:
     return groups
 
 
-def _joined(results: Sequence[Result], name: str) -> list[float]:
-    return [value for result in results for value in result[name]]
+def tables(models: Models) -> Iterator[Table]:
+    losses: list[Row] = []
+    speeds: list[Row] = []
+    turns: list[Row] = []
+    for model in models:
+        gaps = {gap["to"]: gap for gap in differences_of(model, NAME, "points")}
+        figures = model["suites"][NAME]
+        for point in figures["points"]:
+            names = (model["label"], f"{point['to']:,}")
+            gap = gaps.get(point["to"])
+            states = gap and gap["states"]
+            losses.append(
+                (
+                    *names,
+                    f"{point['nll'][0]:.4f}",
+                    difference_cell(gap and gap["nll"]),
+                    "" if states is None else f"{states:.1e}",
+                    f"{max(point['norms'].values()):.3g}" if point["norms"] else "",
+                )
+            )
+            speeds.append(
+                (
+                    *names,
+                    f"{point['prefill_tokens_per_second']:,.0f}",
+                    f"{1000 * point['step_seconds']:.2f}",
+                    "" if point["rss_bytes"] is None else amount(point["rss_bytes"]),
+                )
+            )
+        if times := figures["turns"]:
+            milliseconds = [f"{1000 * seconds:.3f}" for seconds in times["step_seconds"]]
+            turns.append((model["label"], *milliseconds, f"{times['ratio']:.3f}"))
+            ends = [f"ms at {position:,}" for position in times["positions"]]
+    first = models[0]["label"]
+    title = (
+        f"Length: loss since the line above, and beside {first}; how far recurrent states are off "
+        f"from those of {first}, in parts of a layer's largest value"
+    )
+    header: Row = ("model", "tokens", "nats", "more nats", "states off", "largest norm")
+    yield Table(title, header, losses, header[1:])
+    header = ("model", "tokens", "prefill tokens/s", "ms/token", "memory")
+    yield Table("Length: speed and memory", header, speeds, header[1:])
+    if turns:
+        header = ("model", *ends, "ratio")
+        yield Table("A step at both ends, timed in turns", header, turns, header[1:])
+
+
+def charts(models: Models) -> Iterator[Chart]:
+    if len(models[0]["suites"][NAME]["points"]) < 2:
+        return
+    values: tuple[tuple[str, str, Callable[[Result], Value]], ...] = (
+        ("Loss by length", "nats per token", lambda point: point["nll"]),
+        (
+            "Largest norm of a recurrent state",
+            "norm",
+            lambda point: (max(point["norms"].values()), None, None) if point["norms"] else (),
+        ),
+        ("Time of a step", "ms", lambda point: (1000 * point["step_seconds"], None, None)),
+    )
+    summary = "By the tokens of one text that were read before, its state carried on."
+    for title, unit, value_of in values:
+        points = [
+            [(p["to"], value_of(p)) for p in model["suites"][NAME]["points"] if value_of(p)]
+            for model in models
+        ]
+        yield curves(title, summary, ("tokens", unit), models, points)

@@ -8,46 +8,46 @@ together cost about as much as the farthest one. Long distances are cut into cha
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
+from rgexport.evaluate.display import Models, by_entry, differences_of, ends, is_significant, lines
 from rgexport.evaluate.figures import mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings, chained
-from rgexport.evaluate.request import EvaluationRequest
-from rgexport.evaluate.suites.episodes import TASKS, Episode, Question, vocabulary_of
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
+from rgexport.evaluate.suites.episodes import TASKS, Episode, vocabulary_of
+from rgexport.reporting.chart import Chart, Series, share_axis
+from rgexport.reporting.numbers import percent
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
 NAME = "memory"
 ROWS = 8
 """Episodes of a batch."""
 _NEAREST = 16
-_FARTHEST_WINDOWS = 4
+"""The smallest distance between fact and question, in tokens; each further one is twice as far."""
 _SPAN = 1 << 15
 """Most tokens that an episode reads in a piece."""
+_COLUMNS = 10
+"""Most distances in a table: ten fit a terminal."""
 
 
-def farthest(window: int) -> int:
-    """Returns the default of the largest distance: four windows."""
-    return _FARTHEST_WINDOWS * max(window, _NEAREST)
-
-
-def distances(last: int) -> list[int]:
-    """Returns the tokens between fact and question: 16, 32, 64, … and `last`."""
-    values, distance = [], _NEAREST
-    while distance < last:
-        values.append(distance)
-        distance *= 2
+def doublings(first: int, last: int) -> list[int]:
+    """Returns `first`, twice that, and so on, and `last`."""
+    values = []
+    while first < last:
+        values.append(first)
+        first *= 2
     return [*values, last]
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a chain of pieces for each task and batch of episodes, through all distances."""
-    spans = list(_spans(distances(request.farthest or farthest(model.window))))
+    assert request.farthest is not None
+    spans = list(_spans(doublings(_NEAREST, request.farthest)))
     for task in TASKS:
         for first in range(0, request.trials, ROWS):
             rows = min(ROWS, request.trials - first)
@@ -102,22 +102,21 @@ def _answers(session: Session, episodes: Sequence[Episode]) -> np.ndarray:
     for questions in zip(*(episode.questions for episode in episodes), strict=True):
         tokens = [[*answer, *q.prompt] for answer, q in zip(before, questions, strict=True)]
         logits = session.prefill(np.array(tokens, np.int64))[:, -1]
-        right.append([_is_right(row, q) for row, q in zip(logits, questions, strict=True)])
+        # A tie is wrong.
+        right.append(
+            [
+                all(row[q.answer] > row[token] for token in q.candidates if token != q.answer)
+                for row, q in zip(logits, questions, strict=True)
+            ]
+        )
         before = [[q.answer] for q in questions]
     return np.array(right).T
-
-
-def _is_right(logits: np.ndarray, question: Question) -> bool:
-    """Whether the answer's logit exceeds every other candidate's logit; a tie is wrong."""
-    others = [token for token in question.candidates if token != question.answer]
-    return bool(logits[question.answer] > logits[others].max())
 
 
 def summary(measured: Measured) -> Result:
     """Returns accuracy by task and distance, and where half of it above chance is lost.
 
-    The questions of one episode are not independent: intervals count episodes, each with the share
-    of its right answers.
+    Intervals count episodes, each with its share of right answers, which are not independent.
     """
     tasks: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     chances = {}
@@ -125,7 +124,30 @@ def summary(measured: Measured) -> Result:
         chances[settings["task"]] = result["chance"]
         for distance, rows in result["right"].items():
             tasks[settings["task"]][int(distance)] += [float(np.mean(row)) for row in rows]
-    return {"tasks": [_curve(task, shares, chances[task]) for task, shares in tasks.items()]}
+    curves = []
+    for task, by_distance in tasks.items():
+        points = [
+            {"distance": distance} | asdict(share(sum(shares), len(shares)))
+            for distance, shares in sorted(by_distance.items())
+        ]
+        half = _half(points, chances[task])
+        curves.append({"task": task, "chance": chances[task], "points": points, "half": half})
+    return {"tasks": curves}
+
+
+def _half(points: Sequence[Result], chance: float) -> float | None:
+    """Returns the distance at which accuracy is halfway between its first value and chance.
+
+    It is interpolated logarithmically; None if it is never reached, or at chance from the start.
+    """
+    if points[0]["low"] <= chance:
+        return None
+    middle = (points[0]["value"] + chance) / 2
+    for before, after in itertools.pairwise(points):
+        if after["value"] <= middle:
+            fraction = (before["value"] - middle) / (before["value"] - after["value"])
+            return float(before["distance"] * (after["distance"] / before["distance"]) ** fraction)
+    return None
 
 
 def differences(first: Measured, second: Measured) -> Result:
@@ -146,26 +168,48 @@ def differences(first: Measured, second: Measured) -> Result:
     }
 
 
-def _curve(task: str, by_distance: Mapping[int, Sequence[float]], chance: float) -> Result:
-    points = []
-    for distance in sorted(by_distance):
-        shares = by_distance[distance]
-        points.append({"distance": distance} | asdict(share(sum(shares), len(shares))))
-    return {"task": task, "chance": chance, "points": points, "half": _half(points, chance)}
+def tables(models: Models) -> Iterator[Table]:
+    for curves in by_entry(models, NAME, "tasks"):
+        first, count = curves[0], len(curves[0]["points"])
+        # Every other distance has a column, if they are many.
+        columns = range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
+        rows: list[Row] = []
+        for model, curve in zip(models, curves, strict=True):
+            differing = {
+                point["distance"]
+                for point in differences_of(model, NAME, "points")
+                if point["task"] == curve["task"] and is_significant(point["p"])
+            }
+            points = [curve["points"][column] for column in columns]
+            cells = [f"{p['value']:.2f}{'*' * (p['distance'] in differing)}" for p in points]
+            rows.append((model["label"], *cells, _half_cell(curve)))
+        title = (
+            f"Memory, {first['task']}: right answers after so many tokens; "
+            f"{first['chance']:.2f} by chance; * differs from {models[0]['label']} (p < 0.05)"
+        )
+        header = ("model", *(f"{first['points'][i]['distance']:,}" for i in columns), "half at")
+        yield Table(title, header, rows, header[1:])
 
 
-def _half(points: Sequence[Result], chance: float) -> float | None:
-    """Returns the distance at which accuracy is halfway between its first value and chance.
+def _half_cell(curve: Result) -> str:
+    if curve["half"] is not None:
+        return f"{curve['half']:,.0f}"
+    return "at chance" if curve["points"][0]["low"] <= curve["chance"] else "beyond"
 
-    It is interpolated on a logarithmic scale; None if accuracy never falls so far, or is at chance
-    from the start.
-    """
-    top = points[0]["value"]
-    if points[0]["low"] <= chance:
-        return None
-    middle = (top + chance) / 2
-    for before, after in itertools.pairwise(points):
-        if after["value"] <= middle:
-            fraction = (before["value"] - middle) / (before["value"] - after["value"])
-            return float(before["distance"] * (after["distance"] / before["distance"]) ** fraction)
-    return None
+
+def charts(models: Models) -> Iterator[Chart]:
+    for entries in by_entry(models, NAME, "tasks"):
+        points = [[(p["distance"], ends(p)) for p in curve["points"]] for curve in entries]
+        series, chance = lines(models, points), entries[0]["chance"]
+        yield Chart(
+            title=entries[0]["task"],
+            summary="Share of right answers by the tokens in between; "
+            f"{percent(chance)} by chance.",
+            labels=("tokens in between", "right answers"),
+            series=series,
+            y=share_axis([low for line in series for _, low, _ in line.intervals]),
+            column="tokens in between",
+            show_y=percent,
+            limit=Series("limit", "chance", [(series[0].points[i][0], chance) for i in (0, -1)]),
+            doubling=True,
+        )

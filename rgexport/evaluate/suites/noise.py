@@ -1,8 +1,7 @@
 """The suite `noise`: how much worse a model continues a text after a corrupted beginning.
 
-A text is cut into passages. The first part of a passage is corrupted, the rest is unchanged: the
-same tokens are expected, so losses can be compared. The corruption depends on the passage and the
-seed alone.
+The first part of each passage is corrupted, by the passage and the seed alone; the rest is not, so
+the same tokens are expected and losses can be compared.
 """
 
 import hashlib
@@ -15,12 +14,14 @@ from zlib import crc32
 
 import numpy as np
 
+from rgexport.evaluate.display import Models, by_entry, curves, difference_cell, ends
 from rgexport.evaluate.figures import mean, mean_difference
 from rgexport.evaluate.losses import nats
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.text import document_of, documents
+from rgexport.reporting.chart import Chart
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
 NAME = "noise"
@@ -59,13 +60,8 @@ def _by_word(change: Callable[[list[str], Random], list[str]]) -> Callable[[str,
     return lambda text, random: " ".join(change(text.split(" "), random))
 
 
-def _drop(tokens: list[str], random: Random) -> list[str]:
-    return [token for token in tokens if random.random() >= _SHARE]
-
-
 def _swap(tokens: list[str], random: Random) -> list[str]:
-    """Swaps neighbours, each at most once."""
-    index, tokens = 0, tokens.copy()
+    index = 0
     while index + 1 < len(tokens):
         if random.random() < _SHARE:
             tokens[index], tokens[index + 1] = tokens[index + 1], tokens[index]
@@ -75,11 +71,12 @@ def _swap(tokens: list[str], random: Random) -> list[str]:
 
 
 def _insert_markers(tokens: list[str], random: Random) -> list[str]:
-
-    def marked(token: str) -> str:
-        return f"{token} {_MARKERS[random.integers(len(_MARKERS))]}"
-
-    return [marked(token) if random.random() < _SHARE / 4 else token for token in tokens]
+    return [
+        f"{token} {_MARKERS[random.integers(len(_MARKERS))]}"
+        if random.random() < _SHARE / 4
+        else token
+        for token in tokens
+    ]
 
 
 NOISES: dict[str, Callable[[str, Random], str]] = {
@@ -88,7 +85,7 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
     "upper case": lambda text, random: text.upper(),
     "lower case": lambda text, random: text.lower(),
     "spacing": _spacing,
-    "dropped words": _by_word(_drop),
+    "dropped words": _by_word(lambda tokens, r: [t for t in tokens if r.random() >= _SHARE]),
     "swapped words": _by_word(_swap),
     "chat markers": _by_word(_insert_markers),
     # UTF-8 that was read as Latin-1, as in many a web page.
@@ -98,7 +95,6 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a piece for each document and kind of noise."""
     model.require_tokenizer(NAME)
     for document in documents(request.texts):
         if not (count := len(passages(document.text))):
@@ -131,7 +127,6 @@ def _gap(text: str, index: int) -> int | None:
 def measure(
     model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """Returns the losses and the most likely tokens in the clean part of each passage."""
     document, corrupt = document_of(settings, request), NOISES[settings["noise"]]
     values, tops, hashed = [], [], hashlib.sha256()
     for index, (context, rest) in enumerate(passages(document.text)):
@@ -201,8 +196,31 @@ def differences(first: Measured, second: Measured) -> Result:
             clean = side[sha256, "none"]["nats"]
             column += [sum(a) - sum(b) for a, b in zip(result["nats"], clean, strict=True)]
         columns[kind][2] += map(len, before["nats"])
-    return {
-        "noises": [
-            {"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()
-        ]
-    }
+    entries = [{"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()]
+    return {"noises": entries}
+
+
+def tables(models: Models) -> Iterator[Table]:
+    rows: list[Row] = []
+    for entries in by_entry(models, NAME, "noises"):
+        if entries[0]["noise"] != "none":
+            cells = [entries[0]["noise"]]
+            for entry in entries:
+                cells += [difference_cell(entry["more"]), f"{100 * entry['flips']['value']:.1f} %"]
+            rows.append(tuple(cells))
+    columns = [f"{model['label']}{end}" for model in models for end in (", nats", ", flips")]
+    title = "Noise: more nats per token than after a clean text, and other likeliest tokens"
+    yield Table(title, ("noise", *columns), rows, columns)
+
+
+def charts(models: Models) -> Iterator[Chart]:
+    for entries in by_entry(models, NAME, "noises"):
+        if entries[0]["noise"] != "none":
+            yield curves(
+                f"After {entries[0]['noise']}",
+                "More nats per token than after the clean text, from that token on.",
+                ("tokens after the noise", "more nats"),
+                models,
+                [[(p["token"], ends(p["more"])) for p in e["by_distance"]] for e in entries],
+                "token",
+            )

@@ -6,17 +6,19 @@ no new measurement, and a changed document only those of the new requests.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.evaluate.figures import Estimate, mean, mean_difference, share
+from rgexport.evaluate.display import Models, by_entry, differences_of, is_significant
+from rgexport.evaluate.figures import mean, mean_difference, share
 from rgexport.evaluate.harness.answers import LmRequest, answer, sha256_of
 from rgexport.evaluate.harness.tasks import Score, Tasks, load_tasks
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
+from rgexport.reporting.chart import Chart
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
 NAME = "tasks"
@@ -24,17 +26,11 @@ REQUESTS = 256
 """Requests of a piece."""
 _TOKEN = 4
 """Approximate characters of a token."""
-
-
-def _identity(value: float) -> float:
-    return value
-
-
 _SUMS: dict[str, tuple[Callable[[Any], tuple[float, float]], Callable[[float], float]]] = {
-    "mean": (lambda value: (float(value), 1.0), _identity),
+    "mean": (lambda value: (float(value), 1.0), float),
     "perplexity": (lambda log: (-log, 1.0), math.exp),
     "weighted_perplexity": (lambda pair: (-pair[0], pair[1]), math.exp),
-    "bits_per_byte": (lambda pair: (-pair[0] / math.log(2), pair[1]), _identity),
+    "bits_per_byte": (lambda pair: (-pair[0] / math.log(2), pair[1]), float),
 }
 """lm_eval's aggregations that are functions of a mean: example → sum and weight; mean → figure.
 
@@ -42,7 +38,6 @@ A pair is a log-likelihood and its number of words or bytes."""
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a piece for each `REQUESTS` requests of a task."""
     model.require_tokenizer(NAME)
     for task, requests in _tasks(request).requests.items():
         for first in range(0, len(requests), REQUESTS):
@@ -85,25 +80,17 @@ def scored(measured: Measured, request: EvaluationRequest) -> list[tuple[Setting
     figures = defaultdict(list)
     for score in tasks.scores(answers):
         figures[score.task].append(_figure(score))
-    return [
-        (
-            {"task": name},
-            {"shots": tasks.shots.get(name), "tokens": tokens.get(name), "metrics": metrics},
-        )
-        for name, metrics in figures.items()
-    ]
+    entries: list[tuple[Settings, Result]] = []
+    for name, metrics in figures.items():
+        read = {"shots": tasks.shots.get(name), "tokens": tokens.get(name)}
+        entries.append(({"task": name}, read | {"metrics": metrics}))
+    return entries
 
 
 def _figure(score: Score) -> Result:
     """Returns a figure with the sums and weights of its examples, None if it is no mean of them."""
-    figure = {
-        "metric": score.metric,
-        "value": score.value,
-        "higher_is_better": score.higher_is_better,
-        "aggregation": score.aggregation,
-        "sums": None,
-        "counts": None,
-    }
+    known = "metric", "value", "higher_is_better", "aggregation"
+    figure: Result = {key: getattr(score, key) for key in known} | {"sums": None, "counts": None}
     if score.value is None or not score.values or score.aggregation not in _SUMS:
         return figure
     split, from_mean = _SUMS[score.aggregation]
@@ -119,35 +106,24 @@ def summary(measured: Measured) -> Result:
     """Returns the figures of each task or group with their intervals, and the tokens read."""
     return {
         "tasks": [
-            {
-                "task": settings["task"],
-                "shots": result["shots"],
-                "tokens": result["tokens"],
-                "metrics": [_with_interval(figure) for figure in result["metrics"]],
-            }
+            {**settings, **result, "metrics": [_with_interval(f) for f in result["metrics"]]}
             for settings, result in measured
         ]
     }
 
 
 def _with_interval(figure: Result) -> Result:
-    """Returns a figure with its interval and its number of examples."""
     entry = {key: figure[key] for key in ("metric", "value", "higher_is_better")}
-    if figure["sums"] is None:
+    sums, counts = figure["sums"], figure["counts"]
+    if sums is None:
         return entry | {"low": None, "high": None, "count": None}
-    estimate = _estimate(figure["sums"], figure["counts"])
+    is_share = {*counts} == {1.0} and {*sums} <= {0.0, 1.0}
+    estimate = share(sum(sums), len(sums)) if is_share else mean(sums, counts)
     low, high = (_from_mean(figure, end) for end in (estimate.low, estimate.high))
-    return entry | {"low": low, "high": high, "count": len(figure["sums"])}
-
-
-def _estimate(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
-    if {*counts} == {1.0} and {*sums} <= {0.0, 1.0}:
-        return share(sum(sums), len(sums))
-    return mean(sums, counts)
+    return entry | {"low": low, "high": high, "count": len(sums)}
 
 
 def _from_mean(figure: Result, value: float | None) -> float | None:
-    """Returns the figure of a mean; None if it is unknown or too large."""
     try:
         return None if value is None else _SUMS[figure["aggregation"]][1](value)
     except OverflowError:
@@ -155,10 +131,7 @@ def _from_mean(figure: Result, value: float | None) -> float | None:
 
 
 def differences(first: Measured, second: Measured) -> Result:
-    """Returns the second model's figures minus the first's, example by example.
-
-    For perplexities it is the difference of their logarithms.
-    """
+    """Returns the second model's figures, or logarithms of perplexities, minus the first's."""
     metrics = []
     for (settings, before), (_, after) in zip(first, second, strict=True):
         others = {figure["metric"]: figure for figure in after["metrics"]}
@@ -169,3 +142,47 @@ def differences(first: Measured, second: Measured) -> Result:
             gap = mean_difference(figure["sums"], same["sums"], figure["counts"])
             metrics.append({"task": settings["task"], "metric": figure["metric"]} | asdict(gap))
     return {"metrics": metrics}
+
+
+def tables(models: Models) -> Iterator[Table]:
+    rows: list[Row] = []
+    for entries in by_entry(models, NAME, "tasks"):
+        first = entries[0]
+        for metric, figure in enumerate(first["metrics"]):
+            count = "" if figure["count"] is None else f"{figure['count']:,}"
+            cells = [
+                _figure_cell(entry["metrics"][metric], model, entry["task"])
+                for entry, model in zip(entries, models, strict=True)
+            ]
+            rows.append((first["task"], figure["metric"], count, *cells))
+        if first["tokens"]:
+            cells = ["{:,} of {:,}".format(*entry["tokens"]) for entry in entries]
+            rows.append((first["task"], "tokens read", "", *cells))
+    labels = [model["label"] for model in models]
+    title = (
+        "Tasks of lm_eval, with their 95 % interval; of their tokens, those that begin alike are "
+        f"read once; * differs from {labels[0]} (p < 0.05)"
+    )
+    header = ("task", "figure", "examples", *labels)
+    yield Table(title, header, rows, header[2:])
+
+
+def _figure_cell(figure: Result, model: Result, task: str) -> str:
+    if figure["value"] is None:
+        return "unknown"
+    significant = any(
+        is_significant(gap["p"])
+        for gap in differences_of(model, NAME, "metrics")
+        if (gap["task"], gap["metric"]) == (task, figure["metric"])
+    )
+    known = figure["low"] is not None and figure["high"] is not None
+    error = f" ± {_short((figure['high'] - figure['low']) / 2)}" if known else ""
+    return f"{_short(figure['value'])}{error}{'*' * significant}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def charts(models: Models) -> list[Chart]:
+    return []

@@ -18,35 +18,36 @@ import numpy as np
 
 from rgexport.chat.sample_text import built_in_text
 from rgexport.errors import RequestError
+from rgexport.evaluate.display import Models, curves, difference_cell, differences_of
 from rgexport.evaluate.figures import mean, mean_difference
-from rgexport.evaluate.losses import block_sums, losses
+from rgexport.evaluate.losses import block_sums, joined, losses
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.files.paths import read_text, without_ending
+from rgexport.reporting.chart import Chart
+from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
+from rgexport.units import amount
 
 NAME = "text"
 BLOCK = 64
 """Tokens per stored sum of losses. Losses of neighbours are correlated, so intervals are computed
 from blocks."""
-_ENDINGS = ".txt", ".md", ".rst", ".py", ".json", ".csv", ".html"
-_BUILT_IN = "built-in"
 LONGEST_TOKEN = 32
 """Most characters of a token; a long text is cut by it before it is encoded."""
+_ENDINGS = ".txt", ".md", ".rst", ".py", ".json", ".csv", ".html"
+_BUILT_IN = "built-in"
+_MODE = "domain", "context", "stride"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text file of a domain."""
-
     name: str
     domain: str
     text: str
 
     @property
     def sha256(self) -> str:
-        """The hash of the text in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -56,9 +57,6 @@ def documents(paths: tuple[Path, ...]) -> list[Document]:
 
     The domain of a file is its name without an ending such as `.txt`. The domain of a file in a
     folder is the name of the first folder below: `prose` for `texts/prose/emma.txt` in `texts`.
-
-    Raises:
-        RequestError: a file is missing or not UTF-8, or a folder has no texts.
     """
     if not paths:
         return [Document(_BUILT_IN, _BUILT_IN, built_in_text())]
@@ -67,8 +65,7 @@ def documents(paths: tuple[Path, ...]) -> list[Document]:
 
 def _documents_at(path: Path) -> Iterator[Document]:
     if not path.is_dir():
-        domain = without_ending(path.name, _ENDINGS)
-        yield Document(path.name, domain, read_text(path))
+        yield Document(path.name, without_ending(path.name, _ENDINGS), read_text(path))
         return
     files = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS and file.is_file())
     if not files:
@@ -80,11 +77,7 @@ def _documents_at(path: Path) -> Iterator[Document]:
 
 
 def document_of(settings: Settings, request: EvaluationRequest) -> Document:
-    """Returns the document of a piece.
-
-    Raises:
-        RequestError: it is missing, or has changed.
-    """
+    """Returns the document of a piece, unless it has changed."""
     for document in documents(request.texts):
         if document.sha256 == settings["sha256"]:
             return document
@@ -92,7 +85,6 @@ def document_of(settings: Settings, request: EvaluationRequest) -> Document:
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a piece for each document and mode."""
     model.require_tokenizer(NAME)
     # Context and stride: both None in continuous mode, only the stride in chunks.
     modes: list[tuple[int | None, int | None]] = [(None, None), (request.context, None)]
@@ -120,13 +112,11 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
 def measure(
     model: EvaluatedModel, session: Session, settings: Settings, request: EvaluationRequest
 ) -> Result:
-    """Returns the losses of a document in sums of `BLOCK` tokens."""
-    document = document_of(settings, request)
-    ids = _ids(model, document, settings["limit"])
+    ids = _ids(model, document_of(settings, request), settings["limit"])
     context, stride = settings["context"], settings["stride"]
     result: Result = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
     if context is not None and stride is None:
-        return result | block_sums(_chunk_losses(model, session, ids, context), BLOCK)
+        return result | block_sums(_chunk_losses(model.bos, session, ids, context), BLOCK)
     if context is None:
         values = losses(session, ids)
     else:
@@ -142,14 +132,12 @@ def _ids(model: EvaluatedModel, document: Document, limit: int | None) -> np.nda
     return np.array([*model.bos, *model.encode(text)], np.int64)[:limit]
 
 
-def _chunk_losses(
-    model: EvaluatedModel, session: Session, ids: np.ndarray, context: int
-) -> np.ndarray:
+def _chunk_losses(bos: list[int], session: Session, ids: np.ndarray, context: int) -> np.ndarray:
     """Returns the losses in the second half of each whole chunk; its first token becomes a bos."""
     halves = []
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
-        chunk[: len(model.bos)] = model.bos
+        chunk[: len(bos)] = bos
         halves.append(losses(session, chunk)[context // 2 :])
     return np.concatenate(halves)
 
@@ -159,8 +147,7 @@ def _strided_losses(
 ) -> np.ndarray:
     """Returns the loss of every token but the first.
 
-    A piece consists of a bos and up to `context - 1` tokens of the text. Only the tokens after the
-    end of the previous piece count.
+    A piece is a bos and up to `context - 1` tokens; those after the end of the piece before count.
     """
     bos = np.array(model.bos, np.int64)
     text, values, counted = ids[len(bos) :], [], 0
@@ -174,11 +161,8 @@ def _strided_losses(
     return np.concatenate(values)
 
 
-_MODE = "domain", "context", "stride"
-
-
-def _mode(settings: Settings) -> tuple[Any, ...]:
-    return tuple(settings[key] for key in _MODE)
+def _mode(entry: Settings) -> tuple[Any, ...]:
+    return tuple(entry[key] for key in _MODE)
 
 
 def summary(measured: Measured) -> Result:
@@ -196,11 +180,32 @@ def summary(measured: Measured) -> Result:
     }
 
 
-def differences(first: Measured, second: Measured) -> Result:
-    """Returns the second model's loss minus the first's on the same tokens, by domain and mode.
+def _perplexity(results: Sequence[Result]) -> Result:
+    sums, counts = joined(results)
+    nll = mean(sums, counts)
+    size = sum(result.get("bytes", 0) for result in results)
+    return {
+        "tokens": nll.count,
+        "nll": nll.ends,
+        "perplexity": float(np.exp(nll.value)),
+        "bits_per_byte": float(sum(sums) / np.log(2) / size) if size else None,
+    }
 
-    Documents whose token ids differ between the two models are left out.
-    """
+
+def _by_position(results: Sequence[Result]) -> list[Result]:
+    """Returns the mean loss from each power of two on, counted from the start of a document."""
+    buckets: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for result in results:
+        for index, block in enumerate(zip(result["sums"], result["counts"], strict=True)):
+            buckets[BLOCK * (1 << (index.bit_length() - 1)) if index else 0].append(block)
+    return [
+        {"from": first, "nll": mean(*zip(*blocks, strict=True)).ends}
+        for first, blocks in sorted(buckets.items())
+    ]
+
+
+def differences(first: Measured, second: Measured) -> Result:
+    """Returns the second model's loss minus the first's, of documents with equal token ids."""
 
     def document(settings: Settings) -> tuple[Any, ...]:
         return settings["document"], settings["sha256"], *_mode(settings)
@@ -213,37 +218,51 @@ def differences(first: Measured, second: Measured) -> Result:
             groups[_mode(settings)].append((one, counterpart))
     entries = []
     for mode, pairs in groups.items():
-        before, after = ([x for pair in pairs for x in pair[side]["sums"]] for side in (0, 1))
-        counts = [x for one, _ in pairs for x in one["counts"]]
+        (before, counts), (after, _) = map(joined, zip(*pairs, strict=True))
         gap = asdict(mean_difference(before, after, counts))
         entries.append(dict(zip(_MODE, mode, strict=True)) | {"nll": gap})
     return {"domains": entries}
 
 
-def _perplexity(results: Sequence[Result]) -> Result:
-    sums = [value for result in results for value in result["sums"]]
-    counts = [value for result in results for value in result["counts"]]
-    nll = mean(sums, counts)
-    size = sum(result.get("bytes", 0) for result in results)
-    return {
-        "tokens": nll.count,
-        "nll": [nll.value, nll.low, nll.high],
-        "perplexity": float(np.exp(nll.value)),
-        "bits_per_byte": float(sum(sums) / np.log(2) / size) if size else None,
-    }
+def tables(models: Models) -> Iterator[Table]:
+    groups: dict[Row, list[Row]] = defaultdict(list)
+    for model in models:
+        gaps = {_mode(gap): gap["nll"] for gap in differences_of(model, NAME, "domains")}
+        for entry in model["suites"][NAME]["domains"]:
+            bits = entry["bits_per_byte"]
+            groups[entry["domain"], _mode_name(entry)].append(
+                (
+                    model["label"],
+                    f"{entry['tokens']:,}",
+                    f"{entry['perplexity']:.3f}",
+                    "" if bits is None else f"{bits:.4f}",
+                    difference_cell(gaps.get(_mode(entry))),
+                    amount(model["bytes"]),
+                )
+            )
+    rows = [(*group, *cells) for group, entries in groups.items() for cells in entries]
+    header = ("domain", "read", "model", "tokens", "perplexity", "bits/byte", "more nats", "size")
+    title = f"Texts; more nats per token than {models[0]['label']}, with their 95 % interval"
+    yield Table(title, header, rows, header[3:])
 
 
-def _by_position(results: Sequence[Result]) -> list[Result]:
-    """Returns the mean loss from each power of two on, counted from the start of a document."""
-    sums: dict[int, list[float]] = defaultdict(list)
-    counts: dict[int, list[int]] = defaultdict(list)
-    for result in results:
-        for index, (value, count) in enumerate(zip(result["sums"], result["counts"], strict=True)):
-            bucket = BLOCK * (1 << (index.bit_length() - 1)) if index else 0
-            sums[bucket].append(value)
-            counts[bucket].append(count)
-    curve = []
-    for bucket in sorted(sums):
-        nll = mean(sums[bucket], counts[bucket])
-        curve.append({"from": bucket, "nll": [nll.value, nll.low, nll.high]})
-    return curve
+def _mode_name(entry: Result) -> str:
+    if entry["context"] is None:
+        return "continuous"
+    if entry["stride"] is None:
+        return f"chunks of {entry['context']}"
+    return f"{entry['context']}, stride {entry['stride']}"
+
+
+def charts(models: Models) -> Iterator[Chart]:
+    yield curves(
+        "Loss by position",
+        "Mean loss of tokens from each power of two on, from the start of a document.",
+        ("tokens before", "nats per token"),
+        models,
+        # The first tokens of a document have no power of two.
+        [
+            [(max(point["from"], 32), point["nll"]) for point in m["suites"][NAME]["by_position"]]
+            for m in models
+        ],
+    )

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.evaluate.display import Models, curves, difference_cell
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import Measured, Piece, Result, Settings
-from rgexport.evaluate.request import EvaluationRequest
+from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites import memory, text
 from rgexport.evaluate.suites.length import step_seconds
+from rgexport.reporting.chart import Chart
+from rgexport.reporting.tables import Table
 from rgexport.runtimes.session import Session
+from rgexport.units import amount
 
 NAME = "window"
 _DIVISORS = 1, 2, 4, 8
@@ -26,19 +29,14 @@ _STEPS = 48
 
 
 def windows(full: int) -> list[int]:
-    """Returns the full window, its half, quarter and eighth, and 0."""
     return list(dict.fromkeys([*(full // divisor for divisor in _DIVISORS), 0]))
 
 
 def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields for each window the texts, the tasks of `memory`, and a measurement of speed.
-
-    Raises:
-        RequestError: the model has no attention or no tokenizer, or its window cannot be changed.
-    """
+    """Yields for each window the texts, the tasks of `memory`, and a measurement of speed."""
     model.require_narrowing()
     model.require_tokenizer(NAME)
-    for window in windows(model.window):
+    for window in windows(model.config.window):
         for suite in _INNER.values():
             before: Piece | None = None
             for inner in suite.pieces(model, request):
@@ -61,7 +59,7 @@ def measure(
         return result
     random = np.random.default_rng(0)
     session.reset()
-    session.prefill(random.integers(session.vocab_size, size=(1, model.window)))
+    session.prefill(random.integers(session.vocab_size, size=(1, model.config.window)))
     seconds = step_seconds(session, random.integers(session.vocab_size, size=_STEPS))
     return {"step_seconds": float(np.median(seconds)), "state_bytes": session.info.state_bytes}
 
@@ -95,17 +93,13 @@ def _of_window(window: int, suites: Mapping[str, Measured], full: Mapping[str, M
 def differences(first: Measured, second: Measured) -> Result:
     """Returns the inner suites' differences for each window that both models have."""
     others = _by_window(second)
-    return {
-        "windows": [
-            {"window": window}
-            | {
-                name: s.differences(suites[name], others[window][name])
-                for name, s in _INNER.items()
-            }
-            for window, suites in _by_window(first).items()
-            if window in others
-        ]
-    }
+    entries: list[Result] = []
+    for window, suites in _by_window(first).items():
+        if window in others:
+            after = others[window]
+            gaps = {n: s.differences(suites[n], after[n]) for n, s in _INNER.items()}
+            entries.append({"window": window} | gaps)
+    return {"windows": entries}
 
 
 def _by_window(measured: Measured) -> dict[int, dict[str, Measured]]:
@@ -115,3 +109,52 @@ def _by_window(measured: Measured) -> dict[int, dict[str, Measured]]:
         suites = groups.setdefault(settings["window"], {})
         suites.setdefault(settings["suite"], []).append((settings.get("work", {}), result))
     return groups
+
+
+def tables(models: Models) -> Iterator[Table]:
+    rows = [
+        (
+            model["label"],
+            f"{row['window']:,}",
+            f"{row['all_texts']['perplexity']:.3f}",
+            difference_cell(row["all_texts_above_full"]),
+            amount(row["state_bytes"]),
+            f"{1000 * row['step_seconds']:.2f}",
+        )
+        for model in models
+        for row in model["suites"][NAME]["windows"]
+    ]
+    header = ("model", "window", "perplexity", "more nats", "state", "ms/token")
+    title = "Windows: perplexity of all texts, nats above the full window, state, time of a step"
+    yield Table(title, header, rows, header[1:])
+    for model in models:
+        yield from memory.tables(_as_models(model))
+
+
+def charts(models: Models) -> Iterator[Chart]:
+    yield curves(
+        "Loss by window",
+        "Mean loss of all texts; a window of 0 is drawn at 1.",
+        ("tokens of the window", "nats per token"),
+        models,
+        [
+            [(max(1, w["window"]), w["all_texts"]["nll"]) for w in m["suites"][NAME]["windows"]]
+            for m in models
+        ],
+        "window",
+    )
+    for model in models:
+        for chart in memory.charts(_as_models(model)):
+            yield replace(chart, title=f"{model['label']}: {chart.title}")
+
+
+def _as_models(model: Result) -> list[Result]:
+    """Returns the figures of a model's windows in the form of several models' figures."""
+    return [
+        {
+            "label": f"{model['label']}, {row['window']:,}",
+            "suites": {memory.NAME: row["memory"]},
+            "differences": {memory.NAME: row["memory_above_full"]},
+        }
+        for row in model["suites"][NAME]["windows"]
+    ]
