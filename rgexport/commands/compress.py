@@ -4,36 +4,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport.choices import FormatName
-from rgexport.commands.options import CheckpointArguments, ClusterArguments, command, group, option
+from rgexport.commands.options import (
+    CheckpointArguments,
+    ClusterArguments,
+    command,
+    group,
+    option,
+    shared,
+)
 from rgexport.printing import print_result
 
 
 @dataclass(frozen=True)
 class CalibrateArguments:
-    checkpoint: CheckpointArguments = group(CheckpointArguments)
-    text: Path | None = option("--text", help="A file with text. [default: a built-in one]")
+    checkpoint: CheckpointArguments = group()
+    text: Path | None = option("A file with text. [default: a built-in one]")
     tokens: int | None = option(
-        "--tokens",
-        help="Tokens of the statistics. [default: 8192; 16384 for a width of at most 1024]",
+        "Tokens of the statistics. [default: 8192; 16384 for a width of at most 1024]"
     )
     held_out: int | None = option(
-        "--held-out",
-        help="Further tokens, to measure plans on. [default: a quarter of --tokens; as many for a "
-        "width of at most 1024]",
+        "Further tokens, to measure plans on. [default: a quarter of --tokens; as many for a "
+        "width of at most 1024]"
     )
     sampled: int | None = option(
-        "--sampled",
-        help="How many of --tokens the model writes itself. [default: five sixths; none with "
-        "--text]",
+        "How many of --tokens the model writes itself. [default: five sixths; none with --text]"
     )
-    gradient_tokens: int = option(
-        "--gradient-tokens", default=1024, help="How many of --tokens also have gradients."
-    )
-    seed: int = option("--seed", default=0)
-    device: str = option("--device", default="auto", metavar="auto|cuda|cpu")
-    cluster: ClusterArguments = group(ClusterArguments)
-    output: Path | None = option("-o", "--output", help="The file. [default: ./MODEL.calibration]")
-    force: bool = option("--force", help="Replace an earlier one.")
+    gradient_tokens: int = option("How many of --tokens also have gradients.", default=1024)
+    seed: int = option(default=0)
+    device: str = option(default="auto", metavar="auto|cuda|cpu")
+    cluster: ClusterArguments = group()
+    output: Path | None = option("The file. [default: ./MODEL.calibration]", "-o")
+    force: bool = option("Replace an earlier one.")
 
 
 @command(CalibrateArguments)
@@ -46,15 +47,7 @@ def calibrate(arguments: CalibrateArguments) -> None:
     from rgexport.compress.calibrate import calibrate as run
     from rgexport.runtimes.cluster import connected
 
-    options = CalibrationOptions(
-        text=arguments.text,
-        tokens=arguments.tokens,
-        held_out=arguments.held_out,
-        sampled=arguments.sampled,
-        gradient_tokens=arguments.gradient_tokens,
-        seed=arguments.seed,
-        device=arguments.device,
-    )
+    options = CalibrationOptions(**shared(arguments, CalibrationOptions))
     checkpoint = arguments.checkpoint.open()
     target = arguments.output or Path(f"{checkpoint.name}{SUFFIX}")
     with connected(arguments.cluster.cluster) as workers:
@@ -64,29 +57,19 @@ def calibrate(arguments: CalibrateArguments) -> None:
 
 @dataclass(frozen=True)
 class QuantizeArguments:
-    checkpoint: CheckpointArguments = group(CheckpointArguments)
-    calibration: Path = option(
-        "--calibration", required=True, help="The file of `rgexport calibrate`."
-    )
-    target_kl: float | None = option(
-        "--target-kl", help="The smallest size with at most this KL per token."
-    )
+    checkpoint: CheckpointArguments = group()
+    calibration: Path = option("The file of `rgexport calibrate`.", required=True)
+    target_kl: float | None = option("The smallest size with at most this KL per token.")
     target_size: str | None = option(
-        "--target-size",
-        metavar="SIZE",
-        help="The lowest KL in an artifact of at most this size, such as 1.5GB.",
+        "The lowest KL in an artifact of at most this size, such as 1.5GB.", metavar="SIZE"
     )
-    bits: float | None = option("--bits", help="The lowest KL at this many bits per weight.")
-    format: FormatName = option("--format", default="onnx", help="The format of the export.")
-    text: Path | None = option(
-        "--text", help="Measure on this text. [default: what the calibration held out]"
-    )
-    tokens: int = option("--tokens", default=16384, help="At most this many tokens of the text.")
-    cluster: ClusterArguments = group(ClusterArguments)
-    output: Path | None = option(
-        "-o", "--output", help="The file. [default: ./MODEL-FORMAT.plan.json]"
-    )
-    force: bool = option("--force", help="Replace an earlier one.")
+    bits: float | None = option("The lowest KL at this many bits per weight.")
+    format: FormatName = option("The format of the export.", default="onnx")
+    text: Path | None = option("Measure on this text. [default: what the calibration held out]")
+    tokens: int = option("At most this many tokens of the text.", default=16384)
+    cluster: ClusterArguments = group()
+    output: Path | None = option("The file. [default: ./MODEL-FORMAT.plan.json]", "-o")
+    force: bool = option("Replace an earlier one.")
 
 
 @command(QuantizeArguments)
@@ -99,15 +82,7 @@ def quantize(arguments: QuantizeArguments) -> None:
     from rgexport.compress.quantize import PlanOptions, closing_line, make_plan
     from rgexport.runtimes.cluster import connected
 
-    options = PlanOptions(
-        calibration=arguments.calibration,
-        target_kl=arguments.target_kl,
-        target_size=arguments.target_size,
-        bits=arguments.bits,
-        format=arguments.format,
-        text=arguments.text,
-        tokens=arguments.tokens,
-    )
+    options = PlanOptions(**shared(arguments, PlanOptions))
     checkpoint = arguments.checkpoint.open()
     target = arguments.output or Path(f"{checkpoint.name}-{options.format}.plan.json")
     with connected(arguments.cluster.cluster) as workers:

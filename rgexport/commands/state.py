@@ -31,17 +31,16 @@ def state(context: click.Context) -> None:
 @dataclass(frozen=True)
 class SaveArguments:
     artifact: Path = argument()
-    text: Path = option("--read", required=True, help="The text to read.")
-    plain: bool = option("--plain", help="A text for `generate`, not a document for `chat`.")
+    text: Path = option("The text to read.", "--read", required=True)
+    plain: bool = option("A text for `generate`, not a document for `chat`.")
     no_text: bool = option(
-        "--no-text",
-        help="Store only a hash of the text; whoever goes on must supply the text again.",
+        "Store only a hash of the text; whoever goes on must supply the text again."
     )
-    precision: StatePrecisionArguments = group(StatePrecisionArguments)
-    output: Path = option("-o", "--output", required=True, help="The state file.")
-    threads: ThreadsArguments = group(ThreadsArguments)
-    force: bool = option("--force", help="Replace an earlier one.")
-    engine: NativeArguments = group(NativeArguments)
+    precision: StatePrecisionArguments = group()
+    output: Path = option("The state file.", "-o", required=True)
+    threads: ThreadsArguments = group()
+    force: bool = option("Replace an earlier one.")
+    engine: NativeArguments = group()
 
 
 @command(SaveArguments, parent=state)
@@ -100,7 +99,7 @@ def load(arguments: LoadArguments) -> None:
 @dataclass(frozen=True)
 class InfoArguments:
     file: Path = argument()
-    as_json: bool = option("--json", help="As one JSON object.")
+    as_json: bool = option("As one JSON object.", "--json")
 
 
 @command(InfoArguments, parent=state)
@@ -124,7 +123,6 @@ def info(arguments: InfoArguments) -> None:
 
 
 def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> str:
-    """Returns how to go on with a state file."""
     if not has_text:
         return (
             "Go on with the text that it was made from: "

@@ -16,6 +16,7 @@ from rgexport.commands.options import (
     command,
     group,
     option,
+    shared,
 )
 from rgexport.errors import RequestError
 from rgexport.printing import print_reply, print_result
@@ -28,70 +29,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftArguments(LookupArguments):
-    """Sources of drafts."""
-
-    draft_text: Path | None = option(
-        "--draft-text", help="A text that replies may repeat: they come sooner."
-    )
+    draft_text: Path | None = option("A text that replies may repeat: they come sooner.")
 
     def text(self) -> str:
         """Returns the text that replies may repeat, "" for none."""
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            raise RequestError(
-                "--draft-text changes nothing with --no-lookup; leave out one of them"
-            )
+            message = "--draft-text changes nothing with --no-lookup; leave out one of them"
+            raise RequestError(message)
         return read_text(self.draft_text) if self.draft_text else ""
 
 
 @dataclass(frozen=True)
 class SamplingArguments(ThreadsArguments):
-    """How a reply is written."""
-
-    max_new_tokens: int = option(
-        "-n", "--max-new-tokens", least=1, default=256, help="Maximum number of tokens of a reply."
-    )
-    temperature: float = option("--temperature", default=0.0, help="0: greedy.")
-    top_k: int = option(
-        "--top-k", default=0, show_default=False, help="Sample from the k most likely tokens."
-    )
+    max_new_tokens: int = option("Maximum number of tokens of a reply.", "-n", least=1, default=256)
+    temperature: float = option("0: greedy.", default=0.0)
+    top_k: int = option("Sample from the k most likely tokens.", default=0, show_default=False)
     top_p: float = option(
-        "--top-p",
-        default=1.0,
-        show_default=False,
-        help="Sample from the most likely tokens that sum to p.",
+        "Sample from the most likely tokens that sum to p.", default=1.0, show_default=False
     )
     min_p: float = option(
-        "--min-p",
+        "Drop tokens less likely than p times the most likely one.",
         default=0.0,
         show_default=False,
-        help="Drop tokens less likely than p times the most likely one.",
     )
     repetition_penalty: float = option(
-        "--repetition-penalty", default=1.0, show_default=False, help="Above 1: tokens repeat less."
+        "Above 1: tokens repeat less.", default=1.0, show_default=False
     )
     presence_penalty: float = option(
-        "--presence-penalty",
-        default=0.0,
-        show_default=False,
-        help="Above 0: tokens of the reply occur less.",
+        "Above 0: tokens of the reply occur less.", default=0.0, show_default=False
     )
     frequency_penalty: float = option(
-        "--frequency-penalty",
-        default=0.0,
-        show_default=False,
-        help="The same, in proportion to how often they occurred.",
+        "The same, in proportion to how often they occurred.", default=0.0, show_default=False
     )
-    seed: int | None = option("--seed", help="Makes sampling repeatable.")
+    seed: int | None = option("Makes sampling repeatable.")
 
     def sampling(self) -> "Sampling":
-        """Returns the options of sampling."""
         from rgexport.chat.sampling import Sampling
 
-        names = {field.name for field in dataclasses.fields(Sampling)}
-        values = {name: value for name, value in vars(self).items() if name in names}
-        sampling = Sampling(**values)
+        sampling = Sampling(**shared(self, Sampling))
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
             raise RequestError(
                 "top_k, top_p and min_p change nothing at temperature 0, which takes the most "
@@ -102,35 +79,30 @@ class SamplingArguments(ThreadsArguments):
 
 @dataclass(frozen=True)
 class StateArguments(StatePrecisionArguments):
-    """The state files of a reply."""
-
-    load_state: Path | None = option("--load-state", help="Go on from a state file.")
-    save_state: Path | None = option("--save-state", help="Write a state file at the end.")
+    load_state: Path | None = option("Go on from a state file.")
+    save_state: Path | None = option("Write a state file at the end.")
 
 
 @dataclass(frozen=True)
 class ReplyArguments:
     """The options that `generate` and `chat` share."""
 
-    draft: DraftArguments = group(DraftArguments)
-    sampling: SamplingArguments = group(SamplingArguments)
-    state: StateArguments = group(StateArguments)
-    engine: NativeArguments = group(NativeArguments)
+    draft: DraftArguments = group()
+    sampling: SamplingArguments = group()
+    state: StateArguments = group()
+    engine: NativeArguments = group()
 
     def options(self, stop: tuple[str, ...]) -> "ReplyOptions":
-        """Returns the options of replies."""
         from rgexport.chat.reply import ReplyOptions
         from rgexport.chat.state_file import require_replaceable
 
         sampling = self.sampling.sampling()
         if self.state.save_state:
             require_replaceable(self.state.save_state)  # before the reply, and again after it
-        return ReplyOptions(
-            sampling=sampling, max_new_tokens=self.sampling.max_new_tokens, stop=stop
-        )
+        most = self.sampling.max_new_tokens
+        return ReplyOptions(sampling=sampling, max_new_tokens=most, stop=stop)
 
     def open_model(self, artifact: Path, *, chat: bool) -> "Model":
-        """Opens an artifact; see `from_artifact.open_model`."""
         from rgexport.chat.from_artifact import open_model
 
         return open_model(
@@ -146,15 +118,11 @@ class ReplyArguments:
 @dataclass(frozen=True)
 class GenerateArguments:
     artifact: Path = argument()
-    prompt: str | None = option("-p", "--prompt", help="The text to continue.")
-    prompt_file: Path | None = option(
-        "--prompt-file", help="The text to continue, from a file; - is the standard input."
-    )
-    ids: str | None = option(
-        "--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids."
-    )
-    stop: tuple[str, ...] = option("--stop", help="A text that ends the continuation; repeatable.")
-    reply: ReplyArguments = group(ReplyArguments)
+    prompt: str | None = option("The text to continue.", "-p")
+    prompt_file: Path | None = option("The text to continue, from a file; - is the standard input.")
+    ids: str | None = option("Instead of a text: token ids, such as 2,651,603; prints ids.")
+    stop: tuple[str, ...] = option("A text that ends the continuation; repeatable.")
+    reply: ReplyArguments = group()
 
 
 @command(GenerateArguments)
@@ -196,17 +164,12 @@ def generate(arguments: GenerateArguments) -> None:
 
 
 def _prompt(arguments: GenerateArguments) -> str | None:
-    """Returns the text of --prompt or --prompt-file."""
     from rgexport.files.paths import read_text
 
-    values = {
-        "--prompt": arguments.prompt,
-        "--prompt-file": arguments.prompt_file,
-        "--ids": arguments.ids,
-    }
+    file = arguments.prompt_file
+    values = {"--prompt": arguments.prompt, "--prompt-file": file, "--ids": arguments.ids}
     if len(names := [name for name, value in values.items() if value is not None]) > 1:
         raise RequestError(f"generate takes one of {' and '.join(names)}; both were given")
-    file = arguments.prompt_file
     if file is None:
         return arguments.prompt
     if str(file) != "-":
@@ -220,12 +183,12 @@ def _prompt(arguments: GenerateArguments) -> str | None:
 @dataclass(frozen=True)
 class ChatArguments:
     artifact: Path = argument()
-    prompt: str | None = option("-p", "--prompt", help="Say this, print the reply, and end.")
-    system: str = option("--system", default="", show_default=False, help="The system prompt.")
-    document: Path | None = option("--read", help="A text that the first message is about.")
-    as_json: bool = option("--json", help="With -p: the reply and its figures as JSON.")
-    stop: tuple[str, ...] = option("--stop", help="A text that ends a reply; repeatable.")
-    reply: ReplyArguments = group(ReplyArguments)
+    prompt: str | None = option("Say this, print the reply, and end.", "-p")
+    system: str = option("The system prompt.", default="", show_default=False)
+    document: Path | None = option("A text that the first message is about.", "--read")
+    as_json: bool = option("With -p: the reply and its figures as JSON.", "--json")
+    stop: tuple[str, ...] = option("A text that ends a reply; repeatable.")
+    reply: ReplyArguments = group()
 
 
 @command(ChatArguments)
