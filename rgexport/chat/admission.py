@@ -14,7 +14,6 @@ class Admission:
     A cancelled job no longer counts, although the scheduler notices it only after a step or chunk.
 
     Attributes:
-        changed: notified when there is work, or when there will be no more.
         most: maximum number of jobs, not counting those that go first.
     """
 
@@ -27,7 +26,6 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that wait for a row."""
         with self.changed:
             return sum(not job.cancelled for queue in self._queues.values() for job in queue)
 
@@ -43,15 +41,14 @@ class Admission:
 
     @property
     def paused(self) -> int:
-        """Number of jobs that had a row and wait for another one."""
         with self.changed:
             return sum(job.paused is not None for queue in self._queues.values() for job in queue)
 
     def add(self, job: GenerationJob) -> GenerationJob | None:
         """Queues a job; returns the job that it displaces, if any.
 
-        If the queues are full, the client with the longest queue loses its newest job to a client
-        with a shorter one.
+        If the queues are full, the client with the longest one loses its newest job to one with
+        less.
 
         Raises:
             Busy: the queues are full, and this client has as many jobs as any other.
@@ -90,12 +87,7 @@ class Admission:
             self.changed.notify()
 
     def take(self, running: Mapping[str, int], most: int | None = None) -> GenerationJob | None:
-        """Takes the next job of the client with the fewest rows; equal clients take turns.
-
-        Args:
-            running: number of rows by client.
-            most: maximum number of rows of this client; None for any.
-        """
+        """Takes the next job of the client with the fewest rows, if not above `most`."""
         with self.changed:
             if not self._queues:
                 return None
@@ -109,12 +101,11 @@ class Admission:
             return job
 
     def put_back(self, job: GenerationJob) -> None:
-        """Makes a job the next one of its client."""
         with self.changed:
             self._queues.setdefault(job.request.client, deque()).appendleft(job)
 
     def take_cancelled(self, *, paused: bool = True) -> list[GenerationJob]:
-        """Takes the cancelled jobs out of the queues; optionally leaves those that are paused."""
+        """Takes the cancelled jobs out of the queues; leaves paused ones if `paused` is False."""
         cancelled: list[GenerationJob] = []
         with self.changed:
             for client, queue in [*self._queues.items()]:
@@ -127,7 +118,7 @@ class Admission:
         return cancelled
 
     def end(self, job: GenerationJob) -> None:
-        """Stops counting a job that has left its row or its queue."""
+        """Stops counting a job."""
         with self.changed:
             self._live.discard(job)
 
@@ -140,10 +131,7 @@ class Admission:
         return Busy(f"{self._max_waiting} requests wait already; try again later")
 
     def _is_full_for(self, job: GenerationJob) -> bool:
-        """Returns whether the maximum is reached for a job of this kind.
-
-        Jobs that go first follow a reply and count separately: at most one for each row.
-        """
+        """Returns whether the maximum is reached; jobs that go first have one of their own."""
         first = job.request.first
         most = self._rows if first else self.most
         if len(self._live) < most:

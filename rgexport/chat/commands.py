@@ -16,15 +16,12 @@ Replies = Generator[str, None, None]
 
 
 class Quit(Exception):
-    """The chat ends."""
+    pass
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command, its description, and the name of its argument.
-
-    `run` returns a line to show, or the pieces of a reply.
-    """
+    """A command and its description; `run` returns a line, or the pieces of a reply."""
 
     run: Callable[[Conversation, str], str | Replies]
     about: str

@@ -18,21 +18,14 @@ _SEPARATOR = "\n\n"
 class Conversation:
     """Turns of a user and a model.
 
-    It holds only messages. The model finds its states by them, so that after a change only what
-    follows the change is read.
+    It holds only messages, and the model finds its states by them: after a change only what follows
+    the change is read.
 
-    Attributes:
-        messages: the turns so far, perhaps after a system prompt.
-        options: the options of replies.
-        last: the last reply.
+    Raises:
+        RequestError: the model cannot chat.
     """
 
     def __init__(self, model: Model, options: ReplyOptions) -> None:
-        """Starts an empty conversation.
-
-        Raises:
-            RequestError: the model cannot chat.
-        """
         model.require_chat()
         self.model, self.options = model, options
         self.messages: list[Message] = []
@@ -44,17 +37,14 @@ class Conversation:
 
     @property
     def system(self) -> str:
-        """The system prompt, "" if there is none."""
         first = self.messages[0] if self.messages else None
         return first["content"] if first and first["role"] == "system" else ""
 
     def set_system(self, text: str) -> None:
-        """Replaces the system prompt; "" removes it."""
         turns = [message for message in self.messages if message["role"] != "system"]
         self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
     def clear(self) -> None:
-        """Removes all turns, but not the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._document, self._unread = "", None
 
@@ -62,8 +52,8 @@ class Conversation:
         """Reads a document that the next message is about; returns the length in tokens.
 
         Raises:
-            RequestError: the template refuses it, or it is not the text of a state that was loaded
-                without its text.
+            RequestError: the template refuses it, or it is not the text of a state that was
+                loaded without its text.
         """
         document = self._after_document(text)
         ids = self.model.opening_ids([*self.messages, _user(document)])
@@ -84,9 +74,6 @@ class Conversation:
 
         Closing the iterator ends the reply; its text so far stays in the conversation. An error
         undoes the turn.
-
-        Raises:
-            RequestError: the template refuses the conversation, or the engine failed.
         """
         if self._unread:
             raise RequestError(
@@ -97,7 +84,7 @@ class Conversation:
         yield from self._reply_to([*self.messages, _user(self._after_document(text))])
 
     def retry(self) -> Generator[str, None, None]:
-        """Yields another reply to the last message."""
+        """Yields another reply to the last message; a seed changes with each attempt."""
         self._attempts += 1
         yield from self._reply_to(self.messages[: self._last_index() + 1])
 
@@ -107,7 +94,6 @@ class Conversation:
         yield from self._reply_to([*self.messages[: self._last_index()], _user(text)])
 
     def undo(self) -> None:
-        """Removes the last message and its reply."""
         self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:
@@ -159,7 +145,6 @@ class Conversation:
                 self._document = ""
 
     def _next_options(self) -> ReplyOptions:
-        """Returns the options; a seed changes with each attempt."""
         sampling = self.options.sampling
         if sampling.seed is None or not self._attempts:
             return self.options
@@ -170,7 +155,6 @@ class Conversation:
         return _SEPARATOR.join(filter(None, (self._document, text)))
 
     def _last_index(self) -> int:
-        """Returns the index of the last message of the user."""
         indices = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not indices:
             raise RequestError("there is no message yet")

@@ -27,27 +27,19 @@ def file_name(key: Key) -> str:
 
 @dataclass
 class _File:
-    """Size and time of last use; `has_logits` is None if only the file knows."""
-
     nbytes: int
     used: float
     has_logits: bool | None = None
 
 
 class FolderIndex:
-    """The state files of all artifacts in a folder, the least recently used first.
+    """The state files of all artifacts in a folder `root`, the least recently used first.
 
-    Only one thread calls `scan` and `trim`, which use the disk. Any thread may call the other
-    methods, which never wait for the disk.
+    States are looked up in its subfolder `name`. Only one thread calls `scan` and `trim`, which use
+    the disk. Any thread may call the other methods, which never wait for the disk.
     """
 
     def __init__(self, root: Path, name: str) -> None:
-        """Starts empty.
-
-        Args:
-            root: the folder of all artifacts.
-            name: the folder in it of the artifact whose states are looked up.
-        """
         self._root, self._name = root, name
         self._files: OrderedDict[FileName, _File] = OrderedDict()
         self._lengths = Counter[int]()
@@ -55,7 +47,6 @@ class FolderIndex:
         self._lock = threading.Lock()
 
     def lengths(self) -> set[int]:
-        """Returns the lengths, in tokens, of this artifact's states."""
         with self._lock:
             return set(self._lengths)
 
@@ -76,7 +67,6 @@ class FolderIndex:
             self._insert(name, _File(nbytes, time.time(), has_logits))
 
     def touch(self, key: Key, *, has_logits: bool) -> None:
-        """Makes a file of this artifact the most recently used one."""
         with self._lock:
             name = self._name, file_name(key)
             if file := self._files.get(name):
@@ -88,11 +78,7 @@ class FolderIndex:
             self._discard((self._name, file_name(key)))
 
     def scan(self) -> None:
-        """Compares the index with the disk; removes incomplete files of killed processes.
-
-        Raises:
-            OSError: a folder cannot be listed; the index stays unchanged.
-        """
+        """Compares the index with the disk; removes incomplete files of killed processes."""
         names = set(self._names_on_disk())
         with self._lock:
             for name in self._files.keys() - names:

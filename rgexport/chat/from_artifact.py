@@ -24,9 +24,7 @@ _MOST_DIGITS = 20
 
 
 def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
-    """Opens an artifact; `options` as for `model.open_model`.
-
-    Warns if the self-check of its export failed, or if it shall `chat` and was not tuned for that.
+    """Opens an artifact as `model.open_model` does, with warnings for the user.
 
     Raises:
         RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
@@ -48,8 +46,8 @@ def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
     """Returns the tokens of a plain text, after the tokens of a state file if it has them.
 
     Raises:
-        RequestError: no tokens, a state of another model, or a state with only the hash of a text
-            that `text` does not begin with.
+        RequestError: no tokens, a state of another model, or a state with only the hash of a
+            text that `text` does not begin with.
     """
     saved = None if state is None else model.load_state(state)
     if saved and saved.tokens is not None:
@@ -72,11 +70,7 @@ def continue_ids(
     *,
     allow_foreign: bool = False,
 ) -> Iterator[int]:
-    """Yields exactly `max_new_tokens` tokens after ids such as `2,651,603`.
-
-    Raises:
-        RequestError: no sound artifact, or no ids.
-    """
+    """Yields exactly `max_new_tokens` tokens after ids such as `2,651,603`."""
     numbers = ids.replace(",", " ").split()
     if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
@@ -98,7 +92,6 @@ def continue_ids(
 
 
 def summary(reply: ModelReply) -> str:
-    """Returns the speed of a reply, in one line."""
     read = reply.prompt_tokens - reply.cached_tokens
     known = f" ({reply.cached_tokens} more were known)" if reply.cached_tokens else ""
     cut = "; cut at --max-new-tokens" if reply.reason == "length" else ""

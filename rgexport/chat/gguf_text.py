@@ -59,7 +59,7 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
 def _matching(
     pieces: dict[str, int], encode: Callable[[str], list[int]]
 ) -> Callable[[str], list[int]]:
-    """`encode`, but `pieces` match anywhere in a text, as user-defined ones do."""
+    """Returns `encode`, but `pieces` match anywhere in a text, as user-defined ones do."""
     pattern = re.compile(f"({'|'.join(map(re.escape, pieces)) or '(?!)'})")
 
     def matched(text: str) -> list[int]:
@@ -84,12 +84,10 @@ class LlamaCppVocabulary:
 
     @property
     def understands_text(self) -> bool:
-        """Whether the file had a vocabulary, not only its size."""
         kind: int = self._llama.llama_vocab_type(self._pointer)
         return bool(kind != self._llama.LLAMA_VOCAB_TYPE_NONE)
 
     def special(self) -> dict[str, int]:
-        """Literal → id of the control tokens and the unknown token."""
         kinds = self._llama.LLAMA_TOKEN_ATTR_CONTROL | self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
         return {
             self._llama.llama_vocab_get_text(self._pointer, token).decode(): token
@@ -98,7 +96,7 @@ class LlamaCppVocabulary:
         }
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Ids of a text; literals of control tokens match only with `parse_special`."""
+        """Encodes a text; literals of control tokens match only with `parse_special`."""
         data = text.encode()
         capacity = len(data) + 1  # a token has at least a byte; llama.cpp may prepend a space
         ids = (ctypes.c_int32 * capacity)()
@@ -108,7 +106,7 @@ class LlamaCppVocabulary:
         return ids[:count]
 
     def surface(self, token: int) -> bytes:
-        """The UTF-8 text of one piece; empty for BOS, EOS and padding."""
+        """Returns the UTF-8 text of one piece; empty for BOS, EOS and padding."""
         if not 0 <= token < self.size or token in self._silent:
             return b""
         unknown = self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -129,14 +127,11 @@ def _known(token: int) -> int | None:
 
 
 class GgufText(ArtifactText):
-    """For GGUF files."""
-
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
         assert isinstance(artifact, GgufArtifact)
         return load_vocabulary(artifact)
 
     def template(self, artifact: Artifact) -> ChatTemplate:
-        """The chat template in the file's metadata, or Gemma's where it has none."""
         assert isinstance(artifact, GgufArtifact)
         source = artifact.header.values.get(TEMPLATE_KEY)
         if not source or not isinstance(source, str):

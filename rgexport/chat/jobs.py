@@ -21,27 +21,25 @@ KEPT_EVERY = 512
 
 
 class Busy(RequestError):
-    """Too many requests are waiting."""
+    pass
 
 
 class EngineError(RequestError):
-    """The engine failed; its running computations are lost."""
+    pass
 
 
 class Mask(Protocol):
     """The tokens that a grammar allows next, for one reply.
 
-    Other threads call it, one at a time, while the model takes its step. An error of a mask ends
-    only its reply, and so does a mask that takes longer than `masks.MASK_SECONDS` for a token.
+    Other threads call it, one at a time. An error of a mask ends only its reply, and so does a mask
+    that takes longer than `masks.MASK_SECONDS` for a token.
     """
 
     def allowed(self) -> np.ndarray:
         """Returns which tokens may come next, bool [vocab]."""
         ...
 
-    def accept(self, token: int) -> None:
-        """Takes the token that was chosen; not called for the last one of a reply."""
-        ...
+    def accept(self, token: int) -> None: ...
 
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -59,14 +57,11 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """The end of a reply.
+    """The end of a reply, after `stop` for a stop id or a listener that returned False.
 
     Attributes:
-        reason: `stop` for a stop id or a listener that returned False.
-        cached_tokens: prompt tokens whose state was known.
         read_seconds: time from admission to the first token.
         write_seconds: time from the first token to the end.
-        error: the error, for the reason `error`.
         state: the state after a prompt that was only read.
     """
 
@@ -88,9 +83,7 @@ class Listener(Protocol):
         """Takes the next token; returns whether the reply goes on."""
         ...
 
-    def end(self, end: End) -> None:
-        """Takes the end; called once."""
-        ...
+    def end(self, end: End) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +91,19 @@ class GenerationRequest:
     """A prompt to read, and a reply to write.
 
     Attributes:
-        ids: the prompt, at least one token.
-        listener: receives the reply.
-        sampling: how tokens are chosen.
         draft: tokens that the reply may repeat.
         max_new_tokens: maximum length of the reply; 0 only reads, and stores the state.
         stop_ids: tokens that end the reply and are not part of it.
-        keep: lengths of prefixes of the prompt whose states are stored, beside the whole prompt's.
+        keep: lengths of prefixes of the prompt whose states are stored, beside the whole
+            prompt's.
         mask: the tokens that may be written; no other request uses it.
         prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them,
             chunk by chunk, in the scheduler's thread. The whole prompt is read then.
-        client: the client; clients take turns, and share the rows.
+        client: clients take turns, and share the rows.
         namespace: states are found only by requests of the same namespace.
         first: whether it goes before other requests of its client.
-        lasting: whether the states after the prompt and the reply are also stored in the folder.
+        lasting: whether the states after the prompt and the reply are also stored in the
+            folder.
     """
 
     ids: Sequence[int]
@@ -145,14 +137,9 @@ class GenerationJob:
     Attributes:
         ids: prompt and reply so far.
         fed: number of `ids` that the row's state has seen.
-        written: number of tokens of the reply.
-        cached: number of prompt tokens whose state was known.
         stored: number of `ids` after which the state was last stored.
-        fetch: what the folder of states reads for it.
         foreign: whether its state follows from one that another artifact has computed.
         paused: the state of its row, while another client has that row.
-        began: when it first got a row.
-        replied: when its reply began.
         held: logits whose mask is not ready; the row takes no step until it is.
     """
 
@@ -169,14 +156,11 @@ class GenerationJob:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """The sampler; creating it is slow, and cancelled requests never need it."""
+        """Created late: it is slow, and cancelled requests never need it."""
         return Sampler(self.request.sampling, self.request.ids)
 
     def cancel(self) -> None:
-        """Ends it after the current step or chunk.
-
-        Only sets a flag, so that a finalizer may call it in any thread, whatever locks are held.
-        """
+        """Ends it after the current step or chunk; safe in a finalizer, whatever locks are held."""
         self.cancelled = True
 
     def stops(self) -> list[int]:

@@ -31,8 +31,6 @@ class Draft:
 
 
 class PromptLookup:
-    """Drafts for one text, and their acceptance rates by length of the match."""
-
     def __init__(self, ids: Sequence[int], source: Sequence[int] = ()) -> None:
         """Takes the text so far, a list that grows, and another text that it may repeat."""
         self._ids, self._texts = ids, (source, ids)

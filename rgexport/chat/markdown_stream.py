@@ -37,7 +37,6 @@ class MarkdownStream:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Prints the last block."""
         self._live.stop()
         if self._text.strip():
             self._console.print(Markdown(self._text))

@@ -33,14 +33,6 @@ class MaskThreads:
         seconds: float = MASK_SECONDS,
         quick_seconds: float = _QUICK_SECONDS,
     ) -> None:
-        """Starts no thread before the first mask.
-
-        Args:
-            vocab_size: length of a mask.
-            ready: called by the threads when a mask is ready.
-            seconds: longest time for the mask of one token.
-            quick_seconds: longest time of a mask in the first thread.
-        """
         self.vocab_size, self.seconds, self.quick_seconds = vocab_size, seconds, quick_seconds
         self._ready = ready
         self._quick = DaemonExecutor("masks")
@@ -52,7 +44,7 @@ class MaskThreads:
         return future
 
     def close(self) -> None:
-        """Ends the threads, but does not wait for a mask that takes too long."""
+        """Ends the threads; waits for no slow mask."""
         for thread in (self._quick, self._slow):
             thread.shutdown(_CLOSING_SECONDS)
 
@@ -61,21 +53,19 @@ class ReplyMask:
     """The mask of one reply: the next one is computed as soon as a token is accepted."""
 
     def __init__(self, mask: Mask, threads: MaskThreads) -> None:
-        """Starts to compute the mask of the first token."""
         self._mask, self._threads = mask, threads
         self._slow = False
         self._start(None)
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask, or an error instead of it, is ready."""
+        """True also if there is an error instead of the next mask."""
         return self._bias.done() or self._is_overdue()
 
     def bias(self, seconds: float) -> np.ndarray | None:
         """Returns the mask as a summand of logits [vocab], 0 or -inf; None if it is not ready.
 
-        Args:
-            seconds: how long to wait for a quick mask.
+        Waits `seconds` for a quick mask.
 
         Raises:
             RequestError: the mask failed, or takes too long.
@@ -90,7 +80,6 @@ class ReplyMask:
         return None
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen, and starts to compute the mask of the next one."""
         self._start(token)
 
     def cancel(self) -> None:
@@ -101,7 +90,6 @@ class ReplyMask:
         self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def _compute(self, token: int | None) -> np.ndarray:
-        """Computes the mask after `token`, in another thread."""
         self._began = time.perf_counter()
         try:
             if token is not None:

@@ -59,10 +59,7 @@ _UNWRITTEN_SHARE = 4
 
 
 class Model(PromptEncoder):
-    """An artifact in its engine, with the states of earlier prompts.
-
-    Several conversations may run at once, in any threads.
-    """
+    """An artifact in its engine, with the states of earlier prompts; any threads may use it."""
 
     def __init__(
         self,
@@ -82,20 +79,11 @@ class Model(PromptEncoder):
     ) -> None:
         """Takes ownership of an engine; `load` opens one.
 
-        Args:
-            session: the engine.
-            tokenizer: its vocabulary.
-            template: the format of conversations.
-            identity: the model that its states belong to.
-            artifact: a hash of the artifact.
-            rows: maximum number of conversations in a step.
-            max_waiting: maximum number of requests that wait for their turn.
-            lookup: whether drafts are checked where a text repeats itself. It changes the speed of
-                a reply, not its text.
-            cache_bytes: memory for states.
-            state_folder: the folder that stores states for the next start.
-            folder_bytes: maximum size of that folder.
-            state_precision: fp32 or fp16, in files; None for the engine's precision.
+        `rows` conversations share a step, and `max_waiting` requests wait for their turn. With
+        `lookup`, drafts are checked where a text repeats itself, which changes only the speed.
+        States take at most `cache_bytes` of memory, and `folder_bytes` in `state_folder`, which
+        serves the next start too. `state_precision` is fp32 or fp16 in files, None for the
+        engine's. `artifact` is a hash of the artifact.
 
         Raises:
             RequestError: the folder cannot be made, or memory is too small for the rows.
@@ -144,9 +132,7 @@ class Model(PromptEncoder):
     def stream(self, messages: Sequence[Message], **options: Any) -> ReplyStream:
         """Returns the reply to a conversation, piece by piece.
 
-        Args:
-            messages: `role` and `content` of each turn, the last one a user's.
-            options: fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
+        The options are fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
 
         Raises:
             RequestError: the template refuses the messages, or an option is outside its range.
@@ -154,7 +140,6 @@ class Model(PromptEncoder):
         return self.reply_to(messages, reply_options(**options))
 
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
-        """Returns the reply to a conversation, piece by piece, as `stream` does."""
         prompt = self.conversation_prompt(messages, namespace=options.namespace)
         return ReplyStream(partial(self.start, prompt, options))
 
@@ -181,11 +166,7 @@ class Model(PromptEncoder):
     async def deliver(
         self, prompt: PromptTokens, options: ReplyOptions
     ) -> AsyncGenerator[TextPiece | ModelReply, None]:
-        """Yields the pieces of a reply, then the reply; closing it cancels the rest.
-
-        Raises:
-            RequestError: the request cannot be run, or the engine failed.
-        """
+        """Yields the pieces of a reply, then the reply; closing it cancels the rest."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
         def take(item: Item) -> None:
@@ -258,11 +239,7 @@ class Model(PromptEncoder):
         return done
 
     def state(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens.
-
-        Raises:
-            RequestError: there are no tokens, or the model was closed.
-        """
+        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens."""
         reading = self.read(ids, client=client, namespace=namespace)
         try:
             return _copy_state(reading.result())
@@ -290,8 +267,7 @@ class Model(PromptEncoder):
         only its hash, and is used when the same text is read again.
 
         Raises:
-            RequestError: the file cannot be written, exists and is no state file, or the model was
-                closed.
+            RequestError: the file cannot be written, or exists and is no state file.
         """
         path = Path(path)
         require_replaceable(path)
@@ -347,11 +323,10 @@ class Model(PromptEncoder):
     def _settle(
         self, prompt: PromptTokens, options: ReplyOptions, reply: ModelReply, deliver: Deliver
     ) -> None:
-        """Reads the end of the turn, so that the next turn goes on from its state.
+        """Reads the end of the turn as the template renders it, for the next turn to go on from.
 
-        The reply's tokens may differ from the encoding of its text: the template may trim it, and a
-        model can spell a word in pieces that the tokenizer would not choose. Then the reply is read
-        again, as the template renders it.
+        The tokens may differ from the reply's: the template may trim it, and a model can spell a
+        word in pieces that the tokenizer would not choose.
         """
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
@@ -363,10 +338,7 @@ class Model(PromptEncoder):
     def _forget(
         self, prompt: list[int], reply: Sequence[int], settled: list[int], namespace: str
     ) -> None:
-        """Frees the state after the generated tokens, since the rendered turn replaces it.
-
-        The model has seen the last token only if a stop token followed.
-        """
+        """Frees the state after the generated tokens, since the rendered turn replaces it."""
         for count in (len(reply), len(reply) - 1):
             ids = [*prompt, *reply[:count]]
             if count > 0 and ids != settled:
@@ -375,8 +347,6 @@ class Model(PromptEncoder):
 
 @dataclass(frozen=True)
 class _ReadingListener:
-    """The listener of a prompt that is only read."""
-
     done: Future[End]
 
     def token(self, token: Token) -> bool:
@@ -400,14 +370,10 @@ def _copy_state(end: End) -> State:
 def load(
     path: str | Path, *, threads: int | None = None, allow_foreign: bool = False, **options: Any
 ) -> Model:
-    """Opens an artifact.
+    """Opens an artifact of any format, a path or `hf:owner/name`; `options` are those of `Model`.
 
-    Args:
-        path: an artifact of any format, or `hf:owner/name`.
-        threads: number of processors that the engine uses; all by default.
-        allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
-            can take any time and memory.
-        options: arguments of `Model`.
+    `threads` is the number of processors, all by default. With `allow_foreign`, a graph may have
+    ops that rgexport does not write; it can take any time and memory.
 
     Raises:
         RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.

@@ -18,13 +18,9 @@ from rgexport.griffin.state import State
 
 @dataclass(frozen=True)
 class Prefix:
-    """A state of batch 1 that has seen `length` tokens.
+    """A state of batch 1 that has seen `length` tokens, and the logits [vocab] after the last one.
 
-    Attributes:
-        length: number of tokens.
-        state: the state.
-        logits: the logits after the last token [vocab], or None.
-        foreign: whether another artifact has computed it, or a state that it follows from.
+    It is `foreign` if another artifact has computed it, or a state that it follows from.
     """
 
     length: int
@@ -38,21 +34,12 @@ class Prefix:
         return sum(array.nbytes for array in arrays)
 
     def can_continue(self, count: int) -> bool:
-        """Returns whether a text of `count` tokens can go on from it.
-
-        It needs a token that the state has not seen, or the logits.
-        """
+        """Returns whether a text of `count` tokens has an unseen one, or there are logits."""
         return self.length < count or self.logits is not None
 
 
 class PrefixStore:
-    """The states of a process, within a limit of memory.
-
-    A state is found only in its namespace; "" is the namespace of a single user.
-
-    Attributes:
-        nbytes: memory in use.
-    """
+    """The states of a process, within a limit of memory, found only in their namespaces."""
 
     def __init__(self, max_bytes: int, folder: StateFolder | None = None) -> None:
         self._max_bytes, self._folder = max_bytes, folder
@@ -77,7 +64,6 @@ class PrefixStore:
             self._folder.save(key, prefix.state, prefix.logits)
 
     def forget(self, ids: Sequence[int], namespace: str = "") -> None:
-        """Frees the memory of the state after `ids`."""
         with self._lock:
             if before := self._entries.pop(in_namespace(key_of(ids), namespace), None):
                 self.nbytes -= before.nbytes
@@ -87,10 +73,7 @@ class PrefixStore:
     ) -> Fetch | None:
         """Lets the folder read a longer prefix than memory has; returns None if it has none.
 
-        Args:
-            ids: the tokens of a text.
-            callback: called by the folder's thread when the read ends.
-            namespace: the namespace of the prefix.
+        Its thread calls `callback` when the read ends.
         """
         if self._folder is None:
             return None

@@ -27,12 +27,9 @@ _LAST_TURNS = 4
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The tokens before a reply.
+    """The tokens before a reply, of a conversation if there are messages.
 
-    Attributes:
-        ids: the tokens.
-        keep: lengths of prefixes whose states are stored.
-        messages: the conversation, if it is one.
+    States are stored after prefixes of the lengths in `keep`.
     """
 
     ids: list[int]
@@ -45,8 +42,8 @@ class PromptEncoder:
 
     Attributes:
         most_tokens: length of the longest prompt that is accepted; None for any.
-        elsewhere: calls a function with the encoder of the same model in another process, and the
-            arguments after it, for long texts. None if there is no such process.
+        elsewhere: calls a function with the encoder of the same model in another process, and
+            the arguments after it, for long texts. None if there is no such process.
     """
 
     most_tokens: int | None = None
@@ -67,10 +64,7 @@ class PromptEncoder:
     ) -> PromptTokens:
         """Returns the tokens of a conversation up to where the model's reply begins.
 
-        Args:
-            messages: its turns.
-            tools: descriptions of tools, for templates that support them.
-            namespace: the namespace of known states, see `ReplyOptions`.
+        `tools` are descriptions of tools, for templates that support them.
 
         Raises:
             RequestError: the template refuses the messages.
@@ -90,11 +84,7 @@ class PromptEncoder:
         return PromptTokens(ids, tuple(self._branches(messages, ids, known)), tuple(messages))
 
     def text_ids(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt: BOS, if the vocabulary has it, and the text.
-
-        Raises:
-            RequestError: there are none.
-        """
+        """Returns the tokens of a plain prompt: BOS, if the vocabulary has it, and the text."""
         bos = self.tokenizer.bos_id
         ids = [*([] if bos is None else [bos]), *self.encode(text)]
         if not ids:
@@ -123,11 +113,7 @@ class PromptEncoder:
         return one[: common_prefix(one, two)]
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation that ends with a finished turn.
-
-        Raises:
-            RequestError: the template refuses the messages.
-        """
+        """Returns the tokens of a conversation that ends with a finished turn."""
         if self.elsewhere and _is_long(messages):
             ids: list[int] = self.elsewhere(PromptEncoder.conversation_ids, messages)
             return ids
@@ -147,10 +133,7 @@ class PromptEncoder:
                     )
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
-        """Returns the tokens of a conversation.
-
-        If the template has no system prompt, the first message begins with it.
-        """
+        """Returns the tokens; a template without system prompts puts one into the first message."""
         _require_messages(messages)
         try:
             return self.template.render_ids(self.tokenizer, messages, reply)
@@ -161,10 +144,7 @@ class PromptEncoder:
             return self.template.render_ids(self.tokenizer, merged, reply)
 
     def _branches(self, messages: Sequence[Message], ids: list[int], known: int) -> Iterator[int]:
-        """Yields the lengths, above `known`, at which other conversations may branch off.
-
-        These are the ends of the last turns and of a system prompt.
-        """
+        """Yields the lengths, above `known`, at which other conversations may branch off."""
         last = len(self.tokenizer.encode_text(messages[-1]["content"]))
         if known and len(ids) - known < last + _TURN_TOKENS:
             return  # only the last message is new
@@ -193,7 +173,6 @@ def _is_long(messages: Sequence[Message], tools: Sequence[Any] | None = None) ->
 
 
 def _require_messages(messages: Sequence[Message]) -> None:
-    """Refuses an empty list, and values that are no messages."""
     if not messages or not all(
         isinstance(message, Mapping)
         and isinstance(message.get("role"), str)

@@ -19,16 +19,14 @@ class ReplyOptions:
     """Options of a reply.
 
     Attributes:
-        sampling: how tokens are chosen.
-        max_new_tokens: maximum number of tokens of the reply.
         stop: texts that end the reply and are not part of it.
-        logprobs: number of the most likely tokens whose log probabilities are reported beside the
-            chosen token's; None reports none.
+        logprobs: number of the most likely tokens whose log probabilities are reported beside
+            the chosen token's; None reports none.
         prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
             probabilities. The whole prompt is read then, even if its state is known.
         mask: the tokens that may be written, see `jobs.Mask`; each reply needs its own.
         draft: tokens that the reply may repeat, see `Model.draft_of`.
-        client: the client; clients take turns, and share the rows.
+        client: clients take turns, and share the rows.
         namespace: states are found only by replies of the same namespace.
 
     Raises:
@@ -78,7 +76,7 @@ def reply_options(**options: Any) -> ReplyOptions:
 class ScoredToken:
     """A token, its log probability before penalties and temperature, and the most likely ones.
 
-    The log probability of a prompt's first token is None.
+    Nothing predicts a prompt's first token: its log probability is None.
     """
 
     id: int
@@ -96,13 +94,9 @@ class TextPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReply:
-    """A complete reply.
+    """A complete reply, and why it ended.
 
     Attributes:
-        text: the text.
-        ids: its tokens.
-        reason: why it ended.
-        prompt_tokens: number of tokens before the reply.
         cached_tokens: number of prompt tokens whose state was known.
         read_seconds: time from admission to the first token.
         write_seconds: time from the first token to the end.
@@ -138,11 +132,7 @@ Deliver = Callable[[Item], None]
 
 
 class StopStrings:
-    """Ends a text at a stop string; holds back its end as long as a stop string may begin there.
-
-    Attributes:
-        match: the stop string that ended the text.
-    """
+    """Ends a text at a stop string (`match`); holds back its end while one may begin there."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -150,7 +140,6 @@ class StopStrings:
         self.match: str | None = None
 
     def add(self, piece: str) -> str:
-        """Returns the text that cannot be part of a stop string; nothing after a match."""
         if self.match is not None:
             return ""
         text = self._held + piece
@@ -228,7 +217,6 @@ class ReplyWriter:
 
 
 def scored(token: Token, count: int) -> ScoredToken:
-    """Returns a token and the `count` most likely tokens, with their log probabilities."""
     values = log_probabilities(token.logits)
     top = most_likely(np.asarray(token.logits), count) if count else ()
     best = tuple((int(i), float(values[i])) for i in top)
@@ -236,13 +224,9 @@ def scored(token: Token, count: int) -> ScoredToken:
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of a reply as they come, for code without asyncio.
-
-    Its reply is cancelled when the stream is garbage-collected.
-    """
+    """The pieces of a reply as they come; garbage collection cancels the reply."""
 
     def __init__(self, start: Callable[[Deliver], GenerationJob]) -> None:
-        """Calls `start` with a function that receives the pieces of the reply."""
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._job = start(self._items.put)
         self._end: ModelReply | RequestError | None = None
@@ -258,7 +242,6 @@ class ReplyStream(Iterator[str]):
         raise StopIteration
 
     def pieces(self) -> Iterator[TextPiece]:
-        """Yields the rest of the reply, with log probabilities if they were asked for."""
         while piece := self._next_piece():
             yield piece
 
@@ -284,5 +267,4 @@ class ReplyStream(Iterator[str]):
         return self._end
 
     def cancel(self) -> None:
-        """Ends the reply soon; its text so far is kept."""
         self._job.cancel()

@@ -41,10 +41,7 @@ class RowAssignment:
                 self._admission.put_back(job)
 
     def _next_job(self, postponed: list[GenerationJob]) -> GenerationJob | None:
-        """Takes the next job that may have a row.
-
-        If all rows are taken, its client must have two fewer than another one.
-        """
+        """Takes the next job; if all rows are taken, its client must have two fewer."""
         if not self._admission.has_queues:
             return None
         turns = count_by_client([*self._rows, *postponed])
@@ -56,7 +53,6 @@ class RowAssignment:
         return self._admission.take(turns, most)
 
     def _pause_one(self) -> None:
-        """Pauses the newest job of the client with most rows."""
         ((client, _),) = count_by_client(self._rows).most_common(1)
         job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
         job.paused = self._rows.state(job)
@@ -77,7 +73,6 @@ class RowAssignment:
         return False
 
     def _is_being_fetched(self, job: GenerationJob) -> bool:
-        """Returns whether the store's folder is reading a longer prefix than memory has."""
         if job.paused is not None or job.request.prompt_logits:
             return False
         wake, namespace = self._admission.wake, job.request.namespace

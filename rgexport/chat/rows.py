@@ -11,7 +11,7 @@ from rgexport.runtimes.session import Session
 
 
 class Rows:
-    """Jobs in the order of their batch rows.
+    """Jobs in the order of their batch rows, of which the session gets `capacity`.
 
     Jobs that decode have the first rows, so that a decoding step runs one range of rows. The jobs
     in later rows read their prompts, or wait for the mask of their next token. Only one thread may
@@ -19,7 +19,6 @@ class Rows:
     """
 
     def __init__(self, session: Session, capacity: int) -> None:
-        """Resets the session to `capacity` rows, the maximum number of jobs."""
         session.reset(capacity)
         self._session, self.capacity = session, capacity
         shapes = session.state_shapes
@@ -48,7 +47,6 @@ class Rows:
         return self._jobs[self._num_decoding :]
 
     def add(self, job: GenerationJob) -> None:
-        """Adds a job in a new last row, whose state is undefined until `set_state`."""
         self._jobs.append(job)
 
     def state(self, job: GenerationJob) -> State:
@@ -81,7 +79,7 @@ class Rows:
         self._jobs.pop()
 
     def clear(self) -> list[GenerationJob]:
-        """Frees all rows without reading their states; returns the jobs that had them."""
+        """Frees all rows without reading their states; returns their jobs."""
         jobs, self._jobs, self._num_decoding = self._jobs, [], 0
         return jobs
 

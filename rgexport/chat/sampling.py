@@ -36,7 +36,6 @@ class Sampling:
         presence_penalty: subtracted from the logits of tokens in the reply (OpenAI).
         frequency_penalty: the same, times the token's count in the reply (OpenAI).
         logit_bias: id → number that is added to its logit.
-        seed: makes the choices repeatable.
 
     Raises:
         RequestError: an option is outside its range.
@@ -78,7 +77,6 @@ class Sampling:
 
 class Sampler:
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
-        """`prompt` has the token ids that `repetition_penalty` counts beside the reply's."""
         self.options = options
         self._random = default_rng(options.seed)
         penalized = prompt if options.repetition_penalty != 1 else ()
@@ -135,10 +133,7 @@ class Sampler:
 
 
 def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens that may be sampled, and their probabilities (float64).
-
-    `options` need a temperature above 0; penalties and biases are not applied.
-    """
+    """Returns the tokens that may be sampled, not greedily, and their probabilities (float64)."""
     tokens, weights = _truncated(logits, options)
     return np.arange(len(logits)) if tokens is None else tokens, weights / weights.sum()
 
@@ -160,10 +155,7 @@ def most_likely(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _truncated(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
-    """Applies temperature, top-k, top-p and min-p.
-
-    Returns the remaining tokens (None for all) and their unnormalized probabilities.
-    """
+    """Returns the tokens that remain (None for all), and their unnormalized probabilities."""
     tokens = None
     if 0 < options.top_k < len(logits):
         tokens = most_likely(logits, options.top_k)
@@ -184,10 +176,7 @@ def _truncated(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None
 
 
 def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
-    """Returns the indices of the largest weights, as many as are needed to reach `share`.
-
-    `share` is the fraction of the sum of all weights that theirs must reach.
-    """
+    """Returns the indices of the largest weights that reach this share of the sum of all."""
     needed, count = share * weights.sum(), min(_FIRST_SORTED, len(weights))
     while True:
         largest = most_likely(weights, count)
@@ -201,8 +190,7 @@ def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
 def _top_candidates(values: np.ndarray, count: int) -> np.ndarray:
     """Returns, in ascending order, indices that include those of the `count` largest values.
 
-    They are the values that reach a threshold: the `count`-th largest of the maxima of blocks. At
-    least these `count` maxima reach it, so every smaller value is outside of the largest `count`.
+    They are the values that reach the `count`-th largest of the maxima of blocks.
     """
     blocks = len(values) // _BLOCK
     if count >= blocks:
@@ -213,10 +201,9 @@ def _top_candidates(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, point: float) -> int:
-    """Draws an index with a probability in proportion to its weight (inverse transform sampling).
+    """Draws an index in proportion to its weight, for a `point` that is uniform in [0, 1).
 
-    `point` is uniform in [0, 1). The cumulative sums of blocks give the block that it falls into,
-    those of the block's weights the index.
+    The cumulative sums of blocks give the block that it falls into, those of its weights the index.
     """
     whole = len(weights) // _BLOCK * _BLOCK
     block_sums = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum())
@@ -229,10 +216,7 @@ def _draw(weights: np.ndarray, point: float) -> int:
 
 
 def _first_above(cumulative: np.ndarray, offset: float) -> int:
-    """Returns the index of the first cumulative sum above `offset`.
-
-    Rounding may leave none above it; then the last index with a weight above 0 is returned.
-    """
+    """Returns the index of the first sum above `offset`, or of the last positive weight."""
     index = int(np.searchsorted(cumulative, offset, "right"))
     if index < len(cumulative):
         return index

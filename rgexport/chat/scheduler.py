@@ -62,12 +62,7 @@ class Counters:
 
 
 class Scheduler:
-    """Runs requests over one session, which it owns.
-
-    Attributes:
-        counters: totals.
-        store: the states.
-    """
+    """Runs requests over one session, which it owns."""
 
     def __init__(
         self,
@@ -80,13 +75,9 @@ class Scheduler:
     ) -> None:
         """Starts its thread.
 
-        Args:
-            session: the model.
-            store: the states.
-            rows: maximum number of conversations in a step; each takes the memory of one state, or
-                of two while clients share too few rows.
-            max_waiting: maximum number of requests that wait for a row.
-            lookup: whether steps may check drafts, if the engine's results stay bit-identical.
+        At most `rows` conversations share a step; each takes the memory of one state, or of two
+        while clients share too few rows. At most `max_waiting` requests wait for a row. With
+        `lookup`, steps check drafts if the engine's results stay bit-identical.
         """
         self.counters, self.store = Counters(), store
         self._session = session
@@ -121,10 +112,9 @@ class Scheduler:
         return bool(self._rows) or self._admission.has_queues
 
     def problem(self, patience: float) -> str | None:
-        """Returns why replies do not go on; None if they do. Never blocks.
+        """Returns why replies do not go on, None if they do. Never blocks.
 
-        Args:
-            patience: maximum seconds of a pass; four times the longest pass if that is more.
+        A pass may take `patience` seconds, or four times as long as the longest one before.
         """
         silence = time.monotonic() - self._passed
         if not self._thread.is_alive():
@@ -140,8 +130,8 @@ class Scheduler:
 
         Raises:
             Busy: too many wait already.
-            RequestError: there is nothing to read, an id is outside of the vocabulary, or the
-                scheduler is closed.
+            RequestError: there is nothing to read, an id is outside of the vocabulary, or it is
+                closed.
         """
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
@@ -271,7 +261,7 @@ class Scheduler:
         )
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
-        """Begins to decode, from the logits and the state after the prompt."""
+        """Begins to decode after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)
@@ -345,10 +335,7 @@ class Scheduler:
             return "error", EngineError(f"a reply cannot go on: {error!r}")
 
     def _choose(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
-        """Chooses the next token, or holds the row until its mask is ready.
-
-        Returns the ending if the reply ends.
-        """
+        """Chooses the next token, or holds the row until its mask is ready."""
         request, bias, job.held = job.request, None, None
         if job.mask is not None:
             bias = job.mask.bias(self._mask_deadline - time.perf_counter())
@@ -376,7 +363,6 @@ class Scheduler:
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Stores the state of a row, frees the row, and tells the listener."""
         if reason != "error" and job.fed > job.stored:
             lasting = job.request.lasting and reason != "cancelled"
             self._store(job, self._rows.state(job), lasting=lasting)
@@ -386,7 +372,6 @@ class Scheduler:
     def _store(
         self, job: GenerationJob, state: State, logits: np.ndarray | None = None, *, lasting: bool
     ) -> None:
-        """Stores the state after the tokens that a row has seen."""
         self.store.put(
             key_of(job.ids[: job.fed]),
             state,
@@ -404,7 +389,7 @@ class Scheduler:
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Ends a job without a row, and tells the listener."""
+        """Tells the listener the end of a job without a row."""
         self._admission.end(job)
         if job.mask is not None:
             job.mask.cancel()

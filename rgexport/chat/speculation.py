@@ -36,16 +36,13 @@ class ChunkSize:
         self._token_seconds = self._step_seconds = 0.0
 
     def record_chunk(self, tokens: int, seconds: float) -> None:
-        """Takes the time of a chunk."""
         if tokens >= _LEAST_CHUNK:
             self._token_seconds = _mean(self._token_seconds, seconds / tokens)
 
     def record_step(self, seconds: float) -> None:
-        """Takes the time of a decode step."""
         self._step_seconds = _mean(self._step_seconds, seconds)
 
     def tokens(self, *, alone: bool) -> int:
-        """Returns the maximum length of the next chunk."""
         seconds = _CHUNK_SECONDS if alone else _CHUNK_STEPS * self._step_seconds
         if not self._token_seconds:
             return self._unit * 4
@@ -55,10 +52,9 @@ class ChunkSize:
 
 
 class Speculation:
-    """The drafts of all conversations that decode."""
+    """The drafts of all conversations that decode; `most_tokens` limits a pass over all rows."""
 
     def __init__(self, most_tokens: int) -> None:
-        """Takes the maximum number of tokens of a pass, over all rows."""
         self._most = most_tokens
         self._seconds: dict[tuple[int, int], float] = {}
         """(rows, tokens of each row) → mean time of a pass."""

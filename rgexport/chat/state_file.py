@@ -61,17 +61,14 @@ class StateHeader:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state, the tokens before it, and its model.
+    """A state of batch 1, the tokens before it, and its model.
 
     Attributes:
-        identity: the model.
         key: key of the tokens that the state has seen.
-        state: a canonical state of batch 1.
-        tokens: int64 [N], which the state has seen, perhaps except the last one; None if only the
-            key is known.
-        messages: the conversation, if it is one.
+        tokens: int64 [N], which the state has seen, perhaps except the last one; None if only
+            the key is known.
         engine: the engine that computed it.
-        logits: the logits after the last token that the state has seen, [vocab], or None.
+        logits: the logits [vocab] after the last token that the state has seen.
         artifact: a hash of everything that its bits depend on; empty if that is unknown.
     """
 
@@ -101,7 +98,7 @@ def require_precision(precision: str | None) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises RequestError if something else than a state file would be lost, or cannot be there."""
+    """Raises RequestError if something else than a state file would be lost."""
     require_writable(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
         raise RequestError(f"{path} exists and is not a state file; give another name")
@@ -118,10 +115,7 @@ def is_state_file(path: Path) -> bool:
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
     """Writes a file that appears complete or not at all; returns its size.
 
-    Args:
-        path: the file; an existing one is replaced.
-        saved: its contents.
-        precision: one of `PRECISIONS`; None keeps the engine's precision.
+    The precision is one of `PRECISIONS`; None keeps the engine's.
 
     Raises:
         RequestError: it cannot be written; the cause is the error of the system.
@@ -130,7 +124,6 @@ def write_state(path: Path, saved: SavedState, *, precision: str | None = None) 
 
 
 def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
-    """Writes a file from its chunks, see `write_state`."""
     try:
         write_file(path, chunks)
     except OSError as error:
@@ -212,11 +205,7 @@ def read_state_header(path: Path) -> StateHeader:
 
 
 def require_same_model(path: Path, saved: SavedState, expected: Identity) -> None:
-    """Refuses the state of another model, window or, for a conversation, chat template.
-
-    Raises:
-        RequestError: one differs; the message names it.
-    """
+    """Raises RequestError for another model, window or, for a conversation, chat template."""
     actual = saved.identity
     if actual.weights != expected.weights:
         difference = f"the model {actual.name} with other weights"
@@ -235,7 +224,6 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
 def _read_arrays(
     path: Path, fields: StateHeader, entries: Mapping[str, Entry]
 ) -> dict[str, np.ndarray]:
-    """Returns all arrays, after comparing them with the metadata."""
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
     try:
         with path.open("rb") as file:

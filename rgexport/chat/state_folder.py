@@ -44,9 +44,10 @@ class Fetch:
     """A queued or finished read of a saved state from which a text can be continued; a future.
 
     Attributes:
-        keys: keys of the text's prefixes that have files, the best first; the first usable one is
-            read.
-        length: number of the text's tokens. A state after all of them is usable only with logits.
+        keys: keys of the text's prefixes that have files, the best first; the first usable one
+            is read.
+        length: number of the text's tokens. A state after all of them is usable only with
+            logits.
         state: the result; None until the read ends, or if no file is usable.
         callbacks: called by the folder's thread when the read ends.
     """
@@ -60,14 +61,12 @@ class Fetch:
 
     @property
     def pending(self) -> bool:
-        """Whether the read has not ended and not passed its deadline."""
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
     def wait(self) -> None:
         self._ended.wait(max(0.0, self._deadline - time.monotonic()))
 
     def end(self, state: SavedState | None) -> None:
-        """Sets the result; only the folder's thread calls it."""
         self.state = state
         self._ended.set()
         for callback in self.callbacks:
@@ -93,17 +92,11 @@ class StateFolder:
         waiting_bytes: int,
         precision: str | None = None,
     ) -> None:
-        """Opens the folder, creates it if it is missing, and starts the thread.
+        """Opens a folder in `root` for an artifact, and starts the thread.
 
-        Args:
-            root: the parent of the folders of all artifacts.
-            identity: the model that the artifact was exported from.
-            shapes: name → shape of the model's states.
-            artifact: a hash of the artifact; files with another hash are not used.
-            vocab_size: number of logits.
-            max_bytes: maximum size of the files of all artifacts in `root`.
-            waiting_bytes: maximum memory of states that wait to be written.
-            precision: dtype of states in the files, see `write_state`.
+        `artifact` is a hash: files with another one are not used. `max_bytes` limits the files of
+        all artifacts in `root`, `waiting_bytes` the memory of states that wait to be written.
+        `precision` is that of `write_state`.
 
         Raises:
             RequestError: the folder cannot be created or listed.
@@ -144,14 +137,10 @@ class StateFolder:
         return self._index.has(key) and time.monotonic() >= self._retry_at.get(key, 0.0)
 
     def has_logits(self, key: Key) -> bool | None:
-        """Returns whether a saved state has logits; None if only its file knows."""
         return self._index.has_logits(key)
 
     def save(self, key: Key, state: State, logits: np.ndarray | None) -> None:
-        """Queues a state to be written, and drops the oldest ones if the queue is too large.
-
-        Does nothing if the state is saved or queued already, unless only this one has logits.
-        """
+        """Queues a state to be written unless it is saved; a full queue loses its oldest."""
         if self.has(key) and (logits is None or self.has_logits(key)):
             return
         with self._changed:
@@ -178,7 +167,7 @@ class StateFolder:
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits until all queued states are written, at most `seconds`, and ends the thread."""
+        """Waits at most `seconds` until all queued states are written."""
         with self._changed:
             if self._closed:
                 return

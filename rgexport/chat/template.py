@@ -59,11 +59,7 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         **tokens: str,
     ) -> str:
-        """Returns the text of a conversation; `tokens` are `bos_token` and the like.
-
-        Raises:
-            RequestError: the template refuses these messages, is broken, or writes too much.
-        """
+        """Returns the text of a conversation; `tokens` are `bos_token` and the like."""
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
             template = Sandbox(messages, **functions).template(self.source)

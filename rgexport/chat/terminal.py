@@ -30,9 +30,6 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
     """Reads one message a line until the end of `lines`, and streams each reply to `output`.
 
     Replies end with a newline; the output of commands goes to stderr. Blank lines are skipped.
-
-    Raises:
-        RequestError: the template refuses a message, a command fails, or the input is not UTF-8.
     """
     with contextlib.suppress(Quit):
         for line in _messages(lines):
@@ -78,10 +75,7 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
 
 
 def _answer(conversation: Conversation, line: str) -> str | Replies:
-    """Returns the line of a command, or the pieces of a reply to a message.
-
-    `//` escapes a slash at the beginning of a message.
-    """
+    """Returns the line of a command or the pieces of a reply; `//` escapes a slash."""
     if line.startswith("/") and not line.startswith("//"):
         return run_command(conversation, line.strip())
     return conversation.send(line[1:] if line.startswith("//") else line)
@@ -105,7 +99,6 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
 
 
 def _editor() -> tuple[Callable[[str], str], str]:
-    """Returns a function that prompts for a message, and a line about its keys."""
     try:
         return _prompt_session().prompt, EDITOR
     except ModuleNotFoundError as error:

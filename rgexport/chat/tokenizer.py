@@ -33,7 +33,6 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _surface(piece: str) -> bytes:
-    """Returns the UTF-8 text of a SentencePiece piece; a byte piece is that byte."""
     byte = _BYTE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
@@ -43,15 +42,16 @@ class Tokenizer:
     """A vocabulary, with encoding and decoding.
 
     Attributes:
-        vocab_size: number of ids.
-        special: literal of every special piece (control and turn pieces, `<mask>`, `<unusedN>`) →
-            its id. `encode_text` never returns one of these ids.
-        bos_id: the id of BOS, if the vocabulary has it.
-        eos_id: the id of EOS, if the vocabulary has it.
+        special: literal of every special piece (control and turn pieces, `<mask>`, `<unusedN>`)
+            → its id. `encode_text` never returns one of these ids.
         raw_encode: the engine's encoding, which may recognize special literals.
-        surface: returns the UTF-8 text of one piece, which may be part of a character; empty for
-            control pieces.
-        unknown_id: the id of text that no piece covers: special, but `encode_text` may return it.
+        surface: returns the UTF-8 text of one piece, which may be part of a character; empty
+            for control pieces.
+        unknown_id: the id of text that no piece covers: special, but `encode_text` may return
+            it.
+
+    Raises:
+        RequestError: text could produce the ids of markup, or unknown text end a reply.
     """
 
     vocab_size: int
@@ -63,12 +63,6 @@ class Tokenizer:
     unknown_id: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a vocabulary in which text could produce the ids of markup.
-
-        Raises:
-            RequestError: a special piece has one character, so it cannot be cut; or unknown text
-                would end a reply.
-        """
         if short := [literal for literal in self.special if len(literal) < 2]:
             raise RequestError(
                 f"the vocabulary has the special piece {short[0]!r}, which any text may contain; "
@@ -128,7 +122,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode_short(self) -> Callable[[str], list[int]]:
-        """`_encode_run` with a cache, since each turn encodes the whole conversation again."""
+        """Caches `_encode_run`, since each turn encodes the whole conversation again."""
         return functools.lru_cache(_MOST_CACHED)(self._encode_run)
 
     @functools.cached_property
@@ -155,21 +149,16 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one id at a time, to the same text as `Tokenizer.decode`.
-
-    A character whose bytes are incomplete is held back.
-    """
+    """Decodes one id at a time; a character whose bytes are incomplete is held back."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._surface = tokenizer.surface
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """Returns the text that `token` completes, perhaps ""."""
         return self._utf8.decode(self._surface(token))
 
     def finish(self) -> str:
-        """Returns U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 

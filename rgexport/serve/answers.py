@@ -14,15 +14,7 @@ _REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "s
 
 @dataclass
 class OpenAIAnswer:
-    """An answer, of one or several replies.
-
-    Attributes:
-        model: the name of the model.
-        tokenizer: its tokenizer.
-        chat: whether the endpoint is `/v1/chat/completions`.
-        n: number of replies to each prompt.
-        logprobs: whether log probabilities were asked for.
-    """
+    """An answer of `/v1/chat/completions` or `/v1/completions`, with `n` replies to each prompt."""
 
     model: str
     tokenizer: Tokenizer
@@ -53,7 +45,6 @@ class OpenAIAnswer:
         }
 
     def opening(self, index: int, before: str = "") -> dict[str, Any] | None:
-        """Returns the first chunk of a reply, if it has one."""
         if self.chat:
             return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
         return self._chunk(index, {"text": before}) if before else None
@@ -68,7 +59,6 @@ class OpenAIAnswer:
         return last | {"timings": timings(reply)}
 
     def costs(self, replies: Sequence[ModelReply]) -> dict[str, Any]:
-        """Returns the chunk with only the usage."""
         return self._object("chat.completion.chunk") | {
             "choices": [],
             "usage": usage(replies, self.n),

@@ -52,11 +52,7 @@ def create_app(
 ) -> FastAPI:
     """Returns the app that serves these models.
 
-    Args:
-        models: the models by name.
-        settings: the settings.
-        text_process: a process for long texts; without one they are read in threads.
-        health: the check of the models; a new one by default.
+    Without a process for long texts they are read in threads.
     """
     server = Server(models, settings, text_process, health)
 

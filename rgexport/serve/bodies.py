@@ -29,7 +29,6 @@ class JsonRoute(APIRoute):
     """A route that lets the server's `Offload` parse and validate its argument `body`."""
 
     def get_route_handler(self) -> _Handler:
-        """Returns what answers a request: FastAPI's handler, after the body was read."""
         handle, kind = super().get_route_handler(), get_type_hints(self.endpoint).get("body")
         if kind is None:
             return handle
@@ -46,8 +45,6 @@ class JsonRoute(APIRoute):
 
 
 class _ParsedRequest(Request):
-    """A request with its body as an object, which FastAPI takes as it is."""
-
     def __init__(self, request: Request, data: bytes, parsed: object) -> None:
         super().__init__(request.scope, request.receive)
         self._data, self._parsed = data, parsed
@@ -60,11 +57,7 @@ class _ParsedRequest(Request):
 
 
 def require_json(content_type: str) -> None:
-    """Refuses other types: browsers send some of them from any page without asking the server.
-
-    Raises:
-        InvalidBody: the type is not JSON.
-    """
+    """Refuses other types: browsers send some of them from any page without asking the server."""
     message = email.message.Message()
     message["content-type"] = content_type
     subtype = message.get_content_subtype()
@@ -75,7 +68,6 @@ def require_json(content_type: str) -> None:
 
 
 def parse(kind: Any, data: bytes) -> Any:
-    """Returns the body as an object of `kind`."""
     require_simple(data)
     try:
         value = json.loads(data.decode("utf-8", "surrogatepass"))
@@ -88,11 +80,7 @@ def parse(kind: Any, data: bytes) -> Any:
 
 
 def require_simple(data: bytes) -> None:
-    """Refuses JSON that is small as text and large, or slow, as objects, before it is parsed.
-
-    Raises:
-        InvalidBody: it nests too deeply, or has too many objects or values.
-    """
+    """Refuses JSON that is small as text and large, or slow, as objects, before it is parsed."""
     text = np.frombuffer(data.replace(rb"\\", b"..").replace(rb"\"", b".."), np.uint8)
     inside, depth, objects, values = False, 0, 0, 0
     for start in range(0, len(text), _PIECE):

@@ -31,7 +31,6 @@ class Client:
         return "" if self.is_sharing else self.owner
 
     def folder(self, saved: Path) -> Path:
-        """Returns the folder of its states with names."""
         return saved if self.is_sharing else saved / self.owner
 
 

@@ -18,14 +18,7 @@ HEADER_SECONDS = 10.0
 
 @dataclass
 class Connections:
-    """All connections of a server.
-
-    Attributes:
-        most: maximum number.
-        most_per_address: maximum number from one address; 0 for no such limit.
-        header_seconds: see `HEADER_SECONDS`.
-        open: the connections, the oldest first.
-    """
+    """All connections of a server, the oldest first; no limit per address if that is 0."""
 
     most: int = 1024
     most_per_address: int = 0
@@ -33,7 +26,6 @@ class Connections:
     open: dict["Connection", None] = field(default_factory=dict)
 
     def make_space(self, address: str) -> bool:
-        """Returns whether one more is allowed; closes a silent one if necessary."""
         same_address = [c for c in self.open if c.address == address]
         most_same = self.most_per_address or self.most
         return _has_space(same_address, most_same) and _has_space([*self.open], self.most)
@@ -56,7 +48,6 @@ class Connection(H11Protocol):
     """Set by `protocol`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Takes the connection if there is room, else answers 503 to it."""
         super().connection_made(transport)
         self._header_timer: asyncio.TimerHandle | None = None
         self.address = self.client[0] if self.client else ""
@@ -73,7 +64,6 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Takes data; incomplete headers must be complete in time."""
         super().data_received(data)
         if not self.is_silent:
             self._stop_waiting()

@@ -26,8 +26,6 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of an answer that is an error, for the published schema."""
-
     error: ErrorObject
 
 
@@ -39,7 +37,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class Gone(Exception):
-    """The client has left."""
+    pass
 
 
 class NotFound(RequestError):
@@ -63,7 +61,7 @@ class InvalidBody(RequestError):
 
 
 class TooLong(RequestError):
-    """An answer took longer than it may."""
+    pass
 
 
 class DiskFailed(RequestError):
@@ -109,7 +107,7 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def invalid_body(errors: Sequence[Any]) -> InvalidBody:
-    """Returns one of pydantic's errors; a union has errors for each of its types."""
+    """Returns the error of the nearest type; pydantic has errors for each type of a union."""
     error = max(errors, key=lambda problem: len(problem["loc"]))  # the nearest type of a union
     param = ".".join(str(part) for part in error["loc"] if not _is_type(part))
     if not param:
@@ -118,7 +116,6 @@ def invalid_body(errors: Sequence[Any]) -> InvalidBody:
 
 
 def _is_type(part: str | int) -> bool:
-    """Returns whether a part of a location is the name of a union's type."""
     return part in ("str", "int") or "[" in str(part)
 
 

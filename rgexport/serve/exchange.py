@@ -45,14 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlannedReply:
-    """A reply that a request asks for.
-
-    Attributes:
-        prompt: the tokens before it.
-        options: its options.
-        before: text that is put before the reply's.
-        grammar: the grammar that its text must fit.
-    """
+    """A reply that a request asks for, with text that is put before it."""
 
     prompt: PromptTokens
     options: ReplyOptions
@@ -61,7 +54,7 @@ class PlannedReply:
 
 
 class Exchange:
-    """The replies to one request. Whatever ends it, running replies are cancelled."""
+    """The replies to one request; `finished` gets the first one. Its end cancels those that run."""
 
     def __init__(
         self,
@@ -72,7 +65,6 @@ class Exchange:
         limits: Limits,
         finished: Callable[[ModelReply], None],
     ) -> None:
-        """Takes the replies to start; `finished` gets the first reply when it has ended."""
         self._request, self._model = request, model
         self._answer, self._planned = answer, planned
         self._limits, self._finished = limits, finished
@@ -84,12 +76,7 @@ class Exchange:
         self._is_over = False
 
     async def start(self) -> None:
-        """Starts the replies; the event loop runs between some of them.
-
-        Raises:
-            Busy: too many requests wait.
-            RequestError: a prompt cannot be read, or there are more replies than may ever wait.
-        """
+        """Starts the replies; the event loop runs between some of them."""
         if len(self._planned) > (most := self._model.scheduler.most_requests):
             raise RequestError(
                 f"n: the request asks for {len(self._planned)} replies; this server takes up to "
@@ -115,12 +102,7 @@ class Exchange:
         self._arrived.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the answer when all replies have ended.
-
-        Raises:
-            Gone: the client has left.
-            RequestError: a reply failed, or it took too long.
-        """
+        """Returns the answer when all replies have ended."""
         tokens: list[list[ScoredToken]] = [[] for _ in self._planned]
         async with contextlib.aclosing(self._items(None)) as items:
             async for index, item in items:
@@ -160,7 +142,7 @@ class Exchange:
         return [self._replies[index] for index in sorted(self._replies)]
 
     def _take(self, index: int, item: Item) -> None:
-        """Takes an item of a reply, in another thread; ignores it once the answer is over."""
+        """Takes an item of a reply, in another thread."""
         if self._is_over:
             return
         with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
@@ -169,7 +151,6 @@ class Exchange:
     async def _items(
         self, silence: float | None
     ) -> AsyncGenerator[tuple[int, TextPiece | ModelReply | None], None]:
-        """Yields the items of all replies until all have ended; None after a silence."""
         leaving = asyncio.create_task(self._wait_until_gone())
         try:
             while len(self._replies) < len(self._planned):
@@ -200,7 +181,7 @@ class Exchange:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events; its replies end with it, even if it never begins."""
+    """Server-sent events; the replies end with the response, even if it never begins."""
 
     def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
         headers = headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

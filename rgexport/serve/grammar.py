@@ -64,13 +64,7 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
 
 @dataclass(frozen=True)
 class CompiledGrammar:
-    """A grammar that makes the masks of any number of replies.
-
-    Attributes:
-        start: a matcher at the start of the grammar.
-        failed: a matcher in an error state.
-        vocab_size: number of logits.
-    """
+    """Matchers at the start of a grammar, and in an error state, which all replies copy."""
 
     start: "llguidance.LLMatcher"
     failed: "llguidance.LLMatcher"
@@ -99,11 +93,6 @@ class GrammarMask:
         return np.zeros((1, -(-self._size // 32)), np.int32)
 
     def allowed(self) -> np.ndarray:
-        """Returns which tokens may come next, bool [vocab].
-
-        Raises:
-            RequestError: the grammar is beyond llguidance's limits.
-        """
         import llguidance.numpy
 
         started = time.perf_counter()
@@ -114,7 +103,6 @@ class GrammarMask:
         return bits[: self._size].view(bool)
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen."""
         if self._seconds < _SHORT_SECONDS:
             self._matcher.consume_token(token)
         else:  # only a call for two matchers releases the lock of the interpreter
@@ -128,16 +116,14 @@ class GrammarMask:
 
 
 class Grammars:
-    """The grammars of one vocabulary, with a cache of compiled ones."""
+    """The grammars of one vocabulary for `vocab_size` logits, with a cache of compiled ones."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Takes the tokenizer, and the number of a model's logits."""
         self._tokenizer, self._size = tokenizer, vocab_size
         self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
-        """Returns a grammar from the cache."""
         with self._lock:
             if source not in self._known:
                 return None
@@ -192,10 +178,9 @@ class Grammars:
 
 
 class GrammarThread:
-    """A queue of grammars and the thread that compiles them, unless their clients have left."""
+    """Compiles grammars one by one, unless their clients have left; `most` may wait `seconds`."""
 
     def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
-        """Takes the longest wait for a grammar, and the maximum number of grammars that wait."""
         self._seconds, self._most = seconds, most
         self._thread = DaemonExecutor("grammars", low_priority=True)
         self._waiting = 0
@@ -208,10 +193,7 @@ class GrammarThread:
     ) -> CompiledGrammar:
         """Returns the compiled grammar, at once if it is in the cache.
 
-        Args:
-            grammars: the grammars of the vocabulary.
-            source: the grammar.
-            client_left: returns when the client has left.
+        `client_left` returns when the client has left.
 
         Raises:
             Busy: too many grammars wait, or those before take too long.
@@ -244,12 +226,11 @@ class GrammarThread:
             leaving.cancel()
 
     def close(self) -> None:
-        """Ends the thread, but does not wait for a grammar that takes too long."""
+        """Ends the thread; waits for no slow grammar."""
         self._thread.shutdown(_CLOSING_SECONDS)
 
 
 def _guidance(source: GrammarSource) -> str:
-    """Returns a grammar in a form that llguidance reads."""
     matcher = _llguidance().LLMatcher
     if source.kind == "json":
         return str(matcher.grammar_from_json_schema(source.text))
@@ -282,7 +263,7 @@ def _llguidance() -> Any:
 
 
 class _GuidanceVocabulary:
-    """A tokenizer with the interface that `llguidance.TokenizerWrapper` expects."""
+    """The interface that `llguidance.TokenizerWrapper` expects."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}

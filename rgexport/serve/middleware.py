@@ -20,7 +20,7 @@ _OPEN = {"/health"}
 
 
 class Record:
-    """An ASGI middleware that counts answers and logs a line for each, without its text."""
+    """Counts answers and logs a line for each, without its text; an ASGI middleware."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, log: bool) -> None:
         self._app, self._metrics, self._log = app, metrics, log
@@ -48,7 +48,7 @@ class Record:
 
 
 class Guard:
-    """An ASGI middleware that checks key, size and time, and answers unexpected errors."""
+    """Checks key, size and time, and answers unexpected errors; an ASGI middleware."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
         self._app, self._key, self._body_bytes = app, api_key, body_bytes
@@ -102,7 +102,6 @@ class Guard:
         return None
 
     def _limited(self, receive: Receive) -> Receive:
-        """Wraps `receive`: a body that is too large, or takes too long, is an error."""
         end = asyncio.get_running_loop().time() + _BODY_SECONDS
         size, is_whole = 0, False
 

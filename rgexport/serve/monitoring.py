@@ -49,7 +49,6 @@ class Health:
         self._closed = threading.Event()
 
     def problems(self) -> dict[str, str]:
-        """Returns why models do not reply, by name; empty if all do."""
         problems: dict[str, str] = {}
         for name, model in self._models.items():
             replaced = _REPLACED if name in self._changed else None
@@ -64,7 +63,6 @@ class Health:
         self._closed.set()
 
     def look(self) -> None:
-        """Notes which artifacts' files are not those that were opened."""
         for name, model in self._models.items():
             try:
                 model.require_unchanged()

@@ -29,39 +29,23 @@ Result = TypeVar("Result")
 
 
 class NamedStates:
-    """A folder with the states of all clients, within a limit of bytes.
+    """A folder with the states of all clients: at most `most` of each, `max_bytes` in all.
 
-    Threads use the disk, one at a time, so that a disk that hangs delays only the requests for
-    named states, and these only for a limited time.
+    A thread uses the disk, so that a disk that hangs delays only the requests for named states, and
+    these only for a limited time. All methods raise RequestError without a folder, NotFound for a
+    missing state, and DiskFailed if the disk fails or does not answer.
     """
 
     def __init__(self, folder: Path | None, *, most: int, max_bytes: int) -> None:
-        """Takes the folder, or None if the server keeps no states.
-
-        Args:
-            folder: the folder; clients that do not share states have folders in it.
-            most: maximum number of states of a client.
-            max_bytes: maximum size of the states of all clients.
-        """
         self._folder, self._most, self._max_bytes = folder, most, max_bytes
         self._queue, self._lock = threading.Semaphore(_MOST_WAITING), threading.Lock()
 
     async def require_space(self, client: Client, name: str) -> None:
-        """Refuses a new name if there are too many, before its state is computed.
-
-        Raises:
-            RequestError: there are too many, or the server keeps no states.
-            DiskFailed: the disk fails or does not answer.
-        """
+        """Refuses a new name if there are too many, before its state is computed."""
         await self._use_disk(client, name, lambda path: self._require_space(path, 0))
 
     async def save(self, client: Client, name: str, model: Model, saved: SavedState) -> int:
-        """Writes a state; it is on the disk when this returns. Returns the size of its file.
-
-        Raises:
-            RequestError: there is no room for it, or the server keeps no states.
-            DiskFailed: the disk fails or does not answer.
-        """
+        """Writes a state, which is on the disk when this returns; returns the size of its file."""
 
         def write(path: Path) -> int:
             chunks = file_chunks(saved, model.state_precision)
@@ -72,14 +56,6 @@ class NamedStates:
         return await self._use_disk(client, name, write)
 
     async def restore(self, client: Client, name: str, model: Model) -> SavedState:
-        """Lets a model take a state.
-
-        Raises:
-            NotFound: there is none of that name.
-            RequestError: it is damaged or of another model, or the server keeps no states.
-            DiskFailed: the disk fails or does not answer.
-        """
-
         def read(path: Path) -> SavedState:
             _require_file(path)
             return model.load_state(path, namespace=client.namespace)
@@ -87,14 +63,6 @@ class NamedStates:
         return await self._use_disk(client, name, read)
 
     async def erase(self, client: Client, name: str) -> None:
-        """Removes a state.
-
-        Raises:
-            NotFound: there is none of that name.
-            RequestError: the server keeps no states.
-            DiskFailed: the disk fails or does not answer.
-        """
-
         def remove(path: Path) -> None:
             _require_file(path)
             path.unlink(missing_ok=True)

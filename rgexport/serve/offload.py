@@ -26,14 +26,12 @@ compete with the scheduler for the interpreter's lock."""
 
 
 class Offload:
-    """Runs functions beside the event loop, unless the client leaves before they begin."""
+    """Runs functions in threads or the process, unless the client leaves before they begin."""
 
     def __init__(self, text_process: TextProcess | None) -> None:
-        """Takes the process for long computations; without one, threads run them."""
         self._text_process = text_process
 
     async def parse(self, request: Request, kind: Any, data: bytes) -> Any:
-        """Returns a body as an object, see `bodies.parse`."""
         if self._text_process and len(data) > LONG:
             return await self.run("long", request, self._text_process.call, parse, kind, data)
         return await self.run(kind_of(len(data)), request, parse, kind, data)
@@ -56,11 +54,7 @@ class Offload:
     async def run(
         self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
     ) -> Any:
-        """Returns `function(*args)`, computed in a thread of this kind.
-
-        Raises:
-            Gone: the client left first.
-        """
+        """Returns `function(*args)`, computed in a thread; raises Gone if the client left."""
         call = anyio.to_thread.run_sync(
             functools.partial(function, *args), limiter=self._limiters[kind], abandon_on_cancel=True
         )
@@ -77,7 +71,6 @@ class Offload:
 
     @functools.cached_property
     def _limiters(self) -> dict[Kind, anyio.CapacityLimiter]:
-        """Limiters belong to an event loop, so they are created inside it."""
         return {kind: anyio.CapacityLimiter(threads) for kind, threads in _THREADS.items()}
 
 

@@ -17,7 +17,7 @@ _FORBIDDEN = "permission_error"
 
 
 class Origins:
-    """An ASGI middleware that refuses foreign names and pages."""
+    """Refuses foreign names and pages; an ASGI middleware."""
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], pages: Collection[str]) -> None:
         self._app, self._hosts, self._pages = app, hosts, pages
@@ -48,7 +48,6 @@ class Origins:
         return _refusal_of(repr(origins[0]))
 
     def _is_ours(self, origin: str, host: str) -> bool:
-        """Returns whether an origin is allowed, or the server's own."""
         is_same = origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
         return is_same or origin in self._pages or "*" in self._pages
 

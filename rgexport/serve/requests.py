@@ -61,8 +61,6 @@ class JsonSchema(_Body):
 
 
 class ResponseFormat(_Body):
-    """The required form of a reply."""
-
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -72,8 +70,6 @@ class StreamOptions(_Body):
 
 
 class GenerationBody(_Body):
-    """The fields that chats and completions share."""
-
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -100,15 +96,11 @@ class GenerationBody(_Body):
 
 
 class Prediction(_Body):
-    """A text that the reply may repeat."""
-
     type: Literal["content"]
     content: str | Annotated[list[TextPart], FirstError]
 
 
 class ChatRequest(GenerationBody):
-    """`/v1/chat/completions`."""
-
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
     logprobs: bool = False
@@ -118,8 +110,6 @@ class ChatRequest(GenerationBody):
 
 
 class CompletionRequest(GenerationBody):
-    """`/v1/completions`."""
-
     prompt: str | Annotated[list[str], FirstError] | Ids | Annotated[list[Ids], FirstError]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
@@ -128,29 +118,23 @@ class CompletionRequest(GenerationBody):
 
 
 class TokenizeRequest(_Body):
-    """`/tokenize`."""
-
     content: str
     model: str = ""
     add_special: bool = False
 
 
 class DetokenizeRequest(_Body):
-    """`/detokenize`."""
-
     tokens: Ids
     model: str = ""
 
 
 class TemplateRequest(_Body):
-    """`/apply-template`."""
-
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     model: str = ""
 
 
 class SlotRequest(_Body):
-    """`/slots/ID`: a name within the folder of states."""
+    """A name within the folder of states."""
 
     filename: FileName | None = None
     model: str = ""

@@ -42,10 +42,8 @@ class Listening:
     """The address of a server, and its limits.
 
     Attributes:
-        host: the address.
         port: the port; 0 for any that is free.
         grace_seconds: time of running replies when the server ends.
-        connections: limits on connections.
         stall_seconds: time without progress after which `/health` reports an error.
     """
 
@@ -116,10 +114,9 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """A server that ends running answers with an error, shortly before uvicorn cancels them."""
+    """Ends running answers with an error, shortly before uvicorn cancels them."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Waits for running answers, but no longer than their time."""
         seconds = (self.config.timeout_graceful_shutdown or 0) - _ANSWER_SECONDS
         timer = asyncio.get_running_loop().call_later(seconds, self._stop_answers)
         try:
@@ -164,8 +161,8 @@ def _listen(host: str, port: int) -> socket.socket:
 def _own_names(host: str, api_key: str | None) -> set[str]:
     """Returns the names that requests may give a server which listens at `host`.
 
-    Who has a key is no page that was led here. So others than this machine may use any name if
-    there is one.
+    Others than this machine may use any name if there is a key: who has it is no page that was led
+    to this server.
     """
     if host in _LOOPBACK:
         return {"localhost"}
@@ -185,7 +182,7 @@ def _allow_files(count: int) -> None:
 
 
 def _run(server: uvicorn.Server, opened: socket.socket) -> None:
-    """Runs; the signal that ended it is not raised again, for that is how it is meant to end."""
+    """Runs; the signal that ends it is not raised again."""
     previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind in previous:
         signal.signal(kind, signal.SIG_IGN)

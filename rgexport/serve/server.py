@@ -28,7 +28,6 @@ class ServerSettings:
         api_key: the key that clients must present; None accepts all clients.
         cors_origins: origins of web pages that may use it; `*` for all.
         allowed_hosts: names that requests may give the server, beside addresses; `*` for all.
-        limits: limits of a request.
         body_bytes: maximum size of a request.
         saved: the folder of states that clients name; None for none.
         most_saved: maximum number of states of a client in it.
@@ -52,7 +51,7 @@ class ServerSettings:
 
 
 class Server:
-    """Everything that endpoints share; they get it by `server_of`."""
+    """The models, and all else that endpoints share; they get it by `server_of`."""
 
     def __init__(
         self,
@@ -61,7 +60,6 @@ class Server:
         text_process: TextProcess | None = None,
         health: Health | None = None,
     ) -> None:
-        """Takes the models by name, and a process for long texts, which is optional."""
         self.models, self.settings = dict(models), settings
         self.metrics, self.health = Metrics(self.models), health or Health(models)
         self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
@@ -79,11 +77,7 @@ class Server:
                 model.elsewhere = partial(text_process.call, with_encoder, name)
 
     def model(self, name: str) -> tuple[str, Model]:
-        """Returns a model and its name; if there is only one, it has any name.
-
-        Raises:
-            NotFound: there are several, and none of this name.
-        """
+        """Returns a model and its name; if there is only one, it has any name."""
         if len(self.models) == 1:
             name = next(iter(self.models))
         if name not in self.models:
@@ -94,13 +88,7 @@ class Server:
     async def with_grammar(
         self, name: str, replies: list[PlannedReply], request: Request
     ) -> list[PlannedReply]:
-        """Adds the masks of a request's grammar, if it has one.
-
-        Raises:
-            Busy: too many grammars wait.
-            Gone: the client has left.
-            RequestError: the grammar cannot be used.
-        """
+        """Adds the masks of a request's grammar, if it has one."""
         if (source := replies[0].grammar) is None:
             return replies
         compiled = await self.grammar_thread.compile(

@@ -15,13 +15,7 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Slot:
-    """A conversation with its last reply, or a text.
-
-    Attributes:
-        count: number of tokens.
-        messages: the conversation, if it is one.
-        known: the tokens, if they need not be rendered.
-    """
+    """A conversation with its last reply, or a text; `known` are tokens that need no rendering."""
 
     count: int
     messages: tuple[Message, ...] | None
@@ -70,6 +64,5 @@ class ClientSlots:
             return self._slots.pop((owner, model, number), None)
 
     def of(self, owner: str) -> list[tuple[str, int, Slot]]:
-        """Returns model, number and contents of each slot of a client."""
         with self._lock:
             return [(*key[1:], slot) for key, slot in self._slots.items() if key[0] == owner]

@@ -49,7 +49,6 @@ class TextProcess:
         Raises:
             TooLong: it takes too long; the process is ended.
             EngineError: the process ended.
-            RequestError: what the function raised.
         """
         with self._turn:
             try:
@@ -116,7 +115,6 @@ def open_encoder(path: Path, identity: Identity, most_tokens: int) -> PromptEnco
 
 
 def with_encoder(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function, in the process, with the encoder of a model before its arguments."""
     return function(_encoder(name), *args)
 
 
@@ -130,7 +128,6 @@ def _encoder(name: str) -> PromptEncoder:
 
 
 def _serve(connection: Connection, openers: dict[str, Callable[[], PromptEncoder]]) -> None:
-    """Answers calls until the other side has closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this
     if hasattr(os, "nice"):
         os.nice(_NICE)
@@ -144,7 +141,6 @@ def _serve(connection: Connection, openers: dict[str, Callable[[], PromptEncoder
 
 
 def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Returns whether a call failed, and its result or its error."""
     try:
         return False, function(*args)
     except RequestError as error:

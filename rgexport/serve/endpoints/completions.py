@@ -39,14 +39,12 @@ _COMPLETION_TOKENS = 16
 
 
 async def chat(request: Request, body: ChatRequest) -> Response:
-    """Answers a chat."""
     name, model = server_of(request).model(body.model)
     answer = OpenAIAnswer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
     return await _respond(request, body, answer, plan_chat)
 
 
 async def complete(request: Request, body: CompletionRequest) -> Response:
-    """Answers a completion."""
     name, model = server_of(request).model(body.model)
     logprobs = body.logprobs is not None
     answer = OpenAIAnswer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
@@ -93,7 +91,6 @@ def _affinity(prompt: PromptTokens) -> str:
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Returns the messages in the form of a chat template."""
     return [
         {"role": _ROLES.get(message.role, message.role), "content": _content(message)}
         for message in messages
@@ -103,7 +100,6 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
 def plan_chat(
     model: Model, body: ChatRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
-    """Returns the replies of a chat."""
     model.require_chat()
     if body.tools and "tools" not in model.template.source:
         raise RequestError("tools: the chat template of this model has none; leave tools out")
@@ -128,7 +124,7 @@ def plan_chat(
 def plan_completion(
     model: Model, body: CompletionRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
-    """Returns the replies of a completion: `n` to each prompt."""
+    """Plans `n` replies to each prompt."""
     if body.suffix:
         raise RequestError("suffix: this model cannot fill a gap; leave suffix out")
     if body.best_of not in (None, body.n):
@@ -172,7 +168,6 @@ def _options(
 
 
 def _require_fitting(prompts: Sequence[PromptTokens], limits: Limits) -> int:
-    """Returns the length of the longest prompt, if it is not too long."""
     longest = max(len(prompt.ids) for prompt in prompts)
     if longest > limits.prompt_tokens:
         raise RequestError(
@@ -182,7 +177,6 @@ def _require_fitting(prompts: Sequence[PromptTokens], limits: Limits) -> int:
 
 
 def _sampling(body: GenerationBody, choice: int) -> Sampling:
-    """Returns the sampling of a choice; each choice has another seed."""
     try:
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     except ValueError:

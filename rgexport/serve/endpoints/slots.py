@@ -11,7 +11,6 @@ from rgexport.serve.slots import slot_from
 
 
 async def slots(request: Request) -> list[dict[str, Any]]:
-    """Lists the slots of the client."""
     server = server_of(request)
     return [
         {"id": number, "model": name, "n_prompt_tokens": slot.count}
@@ -25,7 +24,6 @@ async def act(
     action: Literal["save", "restore", "erase"],
     body: SlotRequest | None = None,
 ) -> dict[str, Any]:
-    """Saves, restores or erases the state of a slot."""
     server, body = server_of(request), body or SlotRequest()
     client, name = server.client(request), body.filename
     model_name, model = server.model(body.model)

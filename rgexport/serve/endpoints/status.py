@@ -12,7 +12,6 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def healthy(request: Request) -> JSONResponse:
-    """Answers whether the models reply."""
     problems = server_of(request).health.problems()
     if not problems:
         return JSONResponse({"status": "ok"})
@@ -22,19 +21,16 @@ async def healthy(request: Request) -> JSONResponse:
 
 
 async def models(request: Request) -> dict[str, Any]:
-    """Lists the models."""
     return {"object": "list", "data": [_model_card(name) for name in server_of(request).models]}
 
 
 async def model(request: Request, name: str) -> dict[str, Any]:
-    """Describes a model."""
     if name not in server_of(request).models:
         raise errors.NotFound(f"there is no model {name!r} here", "model")
     return _model_card(name)
 
 
 def metrics(request: Request) -> PlainTextResponse:
-    """Answers with Prometheus's metrics."""
     return PlainTextResponse(server_of(request).metrics.text(), media_type=_METRICS_TYPE)
 
 

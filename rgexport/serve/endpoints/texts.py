@@ -15,13 +15,11 @@ from rgexport.serve.server import server_of
 
 
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-    """Answers with the tokens of a text."""
     size = len(body.content)
     return await _answer(request, body.model, size, _tokens, body.content, body.add_special)
 
 
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-    """Answers with the text of tokens."""
     return await _answer(request, body.model, len(body.tokens), _text, body.tokens)
 
 
@@ -42,7 +40,6 @@ async def _answer(
 
 
 def _tokens(encoder: PromptEncoder, text: str, add_special: bool) -> bytes:
-    """Returns the tokens of a text; with `add_special`, as the prompt of a completion."""
     ids = encoder.text_ids(text) if add_special else encoder.encode(text)
     _require_few(encoder, ids)
     return _json({"tokens": ids})
