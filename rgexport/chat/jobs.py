@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from rgexport.chat.lookup import PromptLookup
 from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.chat.speculation import PromptLookup
 from rgexport.chat.state_folder import Fetch
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State

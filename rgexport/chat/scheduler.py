@@ -26,8 +26,7 @@ from rgexport.chat.jobs import (
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.row_assignment import RowAssignment
-from rgexport.chat.rows import Rows
+from rgexport.chat.rows import RowAssignment, Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State

@@ -9,12 +9,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport._version import __version__
 from rgexport.chat.model import Model
-from rgexport.serve import errors
+from rgexport.serve import completions, endpoints, errors
 from rgexport.serve.bodies import JsonRoute
-from rgexport.serve.endpoints import completions, slots, status, texts
-from rgexport.serve.middleware import Guard, Record
+from rgexport.serve.middleware import Guard, Origins, Record
 from rgexport.serve.monitoring import Health
-from rgexport.serve.origins import Origins
 from rgexport.serve.server import Server, ServerSettings
 from rgexport.serve.text_process import TextProcess
 
@@ -31,15 +29,15 @@ class Endpoint(NamedTuple):
 ENDPOINTS = (
     Endpoint("POST", "/v1/chat/completions", completions.chat),
     Endpoint("POST", "/v1/completions", completions.complete),
-    Endpoint("POST", "/tokenize", texts.tokenize),
-    Endpoint("POST", "/detokenize", texts.detokenize),
-    Endpoint("POST", "/apply-template", texts.apply_template),
-    Endpoint("GET", "/slots", slots.slots),
-    Endpoint("POST", "/slots/{slot}", slots.act),
-    Endpoint("GET", "/health", status.healthy),
-    Endpoint("GET", "/v1/models", status.models),
-    Endpoint("GET", "/v1/models/{name}", status.model),
-    Endpoint("GET", "/metrics", status.metrics, PlainTextResponse),
+    Endpoint("POST", "/tokenize", endpoints.tokenize),
+    Endpoint("POST", "/detokenize", endpoints.detokenize),
+    Endpoint("POST", "/apply-template", endpoints.apply_template),
+    Endpoint("GET", "/slots", endpoints.slots),
+    Endpoint("POST", "/slots/{slot}", endpoints.act),
+    Endpoint("GET", "/health", endpoints.healthy),
+    Endpoint("GET", "/v1/models", endpoints.models),
+    Endpoint("GET", "/v1/models/{name}", endpoints.model),
+    Endpoint("GET", "/metrics", endpoints.metrics, PlainTextResponse),
 )
 
 

@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rgexport.serve import named_states, run
-from rgexport.serve.clients import network_of
+from rgexport.serve.clients import ClientSlots, Slot, network_of
 from rgexport.serve.server import ServerSettings
-from rgexport.serve.slots import ClientSlots, Slot
 from rgexport.serve.text_process import TextProcess
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.serve.conftest import COMPLETE, cached, error_of, held, until

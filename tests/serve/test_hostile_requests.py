@@ -9,10 +9,9 @@ import httpx
 import pytest
 
 from rgexport.chat.template import ChatTemplate
-from rgexport.serve import bodies, middleware
+from rgexport.serve import bodies, completions, middleware
 from rgexport.serve.bodies import require_simple
 from rgexport.serve.connections import Connections
-from rgexport.serve.endpoints import completions
 from rgexport.serve.errors import InvalidBody
 from rgexport.serve.run import _own_names
 from rgexport.serve.server import ServerSettings

@@ -15,19 +15,18 @@ from rgexport.chat.sampling import Sampling
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve.answers import OpenAIAnswer
-from rgexport.serve.clients import Client
-from rgexport.serve.exchange import EventStream, Exchange, Limits, PlannedReply
-from rgexport.serve.grammar import GrammarSource, json_source
-from rgexport.serve.offload import kind_of
-from rgexport.serve.requests import (
+from rgexport.serve.bodies import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     GenerationBody,
     Prediction,
 )
+from rgexport.serve.clients import Client, slot_after
+from rgexport.serve.exchange import EventStream, Exchange, Limits, PlannedReply
+from rgexport.serve.grammar import GrammarSource, json_source
+from rgexport.serve.offload import kind_of
 from rgexport.serve.server import server_of
-from rgexport.serve.slots import slot_after
 
 AFFINITY = "X-Conversation"
 """Header for load balancers; its value is the same for all turns of a conversation."""
