@@ -5,9 +5,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 from rgexport.chat.model import Model
-from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.reply import ModelReply, ReplyOptions
-from rgexport.chat.state_file import SavedState
+from rgexport.chat.state_file import Key, SavedState, key_of
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 

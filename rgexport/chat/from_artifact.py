@@ -8,9 +8,9 @@ import numpy as np
 
 from rgexport.chat import model as models
 from rgexport.chat.model import Model
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.reply import ModelReply
 from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact

@@ -19,7 +19,6 @@ import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, GenerationJob, GenerationRequest, Token, require_ids
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import PromptEncoder, PromptTokens
 from rgexport.chat.reply import (
@@ -35,6 +34,7 @@ from rgexport.chat.reply import (
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_file import (
     SavedState,
+    key_of,
     read_state,
     require_precision,
     require_replaceable,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.chat.prefix_key import Key, in_namespace, key_of, keys_of
+from rgexport.chat.state_file import Key, in_namespace, key_of, keys_of, state_bytes
 from rgexport.chat.state_folder import Fetch, StateFolder
 from rgexport.griffin.state import State
 
@@ -30,8 +30,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        arrays = [*self.state.values(), *([] if self.logits is None else [self.logits])]
-        return sum(array.nbytes for array in arrays)
+        return state_bytes(self.state, self.logits)
 
     def can_continue(self, count: int) -> bool:
         """Returns whether a text of `count` tokens has an unseen one, or there are logits."""

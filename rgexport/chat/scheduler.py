@@ -24,10 +24,10 @@ from rgexport.chat.jobs import (
     require_ids,
 )
 from rgexport.chat.masks import MaskThreads, ReplyMask
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.rows import RowAssignment, Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
+from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 from rgexport.progress import warn

@@ -10,7 +10,7 @@ The metadata have one JSON object, `StateHeader`.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from rgexport._version import __version__
-from rgexport.chat.prefix_key import Key, key_of
 from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity
@@ -27,6 +26,9 @@ from rgexport.files.safetensors import Entry, header, read_header, read_metadata
 from rgexport.files.targets import require_writable
 from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.state import POSITION, State
+
+Key = tuple[int, str]
+"""Number of tokens, and their SHA-256 as int32, little-endian."""
 
 METADATA = "rgexport.state"
 FORMAT_VERSION = 2
@@ -89,6 +91,37 @@ class SavedState:
     def count(self) -> int:
         return self.position if self.tokens is None else len(self.tokens)
 
+    @property
+    def nbytes(self) -> int:
+        return state_bytes(self.state, self.logits)
+
+
+def state_bytes(state: State, logits: np.ndarray | None) -> int:
+    arrays = [*state.values(), *([] if logits is None else [logits])]
+    return sum(array.nbytes for array in arrays)
+
+
+def in_namespace(key: Key, namespace: str) -> Key:
+    """Returns the key in a namespace, which does not reveal the keys in other namespaces."""
+    if not namespace:
+        return key
+    return key[0], hashlib.sha256(f"{namespace}:{key[1]}".encode()).hexdigest()
+
+
+def key_of(ids: Sequence[int] | np.ndarray) -> Key:
+    (key,) = keys_of(ids, [len(ids)])
+    return key
+
+
+def keys_of(ids: Sequence[int] | np.ndarray, lengths: Iterable[int]) -> list[Key]:
+    """Returns the keys of prefixes of rising lengths, hashed in one pass."""
+    data, digest, start, keys = np.array(ids, "<i4"), hashlib.sha256(), 0, list[Key]()
+    for length in lengths:
+        digest.update(data[start:length].tobytes())
+        start = length
+        keys.append((length, digest.hexdigest()))
+    return keys
+
 
 def require_precision(precision: str | None) -> None:
     """Raises RequestError if the precision is none of `PRECISIONS`."""
@@ -137,7 +170,19 @@ def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryv
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.data)
-    text = json.dumps(to_json(_header(saved, digest.hexdigest())))
+    fields = StateHeader(
+        format_version=FORMAT_VERSION,
+        identity=saved.identity,
+        tokens=saved.count,
+        position=saved.position,
+        has_text=saved.tokens is not None,
+        messages=None if saved.messages is None else [dict(m) for m in saved.messages],
+        engine=saved.engine,
+        artifact=saved.artifact,
+        tool=f"rgexport {__version__}",
+        sha256=digest.hexdigest(),
+    )
+    text = json.dumps(to_json(fields))
     begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: text})
     return [memoryview(begin), *(array.data for array in arrays.values())]
 
@@ -230,8 +275,8 @@ def _read_arrays(
             for name, entry in entries.items():
                 dtypes = _OTHER_DTYPES.get(name, _STATE_DTYPES)
                 if entry.dtype not in dtypes:
-                    what = f"{name} is {entry.dtype} {list(entry.shape)}"
-                    raise RequestError(f"{path} is damaged: {what}")
+                    shape = list(entry.shape)
+                    raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {shape}")
                 file.seek(entry.offset)
                 data = file.read(entry.nbytes)
                 digest.update(data)
@@ -271,18 +316,3 @@ def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
     if saved.logits is not None:
         arrays[LOGITS] = np.ascontiguousarray(saved.logits, np.float32)
     return arrays
-
-
-def _header(saved: SavedState, sha256: str) -> StateHeader:
-    return StateHeader(
-        format_version=FORMAT_VERSION,
-        identity=saved.identity,
-        tokens=saved.count,
-        position=saved.position,
-        has_text=saved.tokens is not None,
-        messages=None if saved.messages is None else [dict(m) for m in saved.messages],
-        engine=saved.engine,
-        artifact=saved.artifact,
-        tool=f"rgexport {__version__}",
-        sha256=sha256,
-    )

@@ -5,6 +5,7 @@ only queue reads and writes, and a request waits at most `READ_SECONDS` for a re
 unwritten states is limited. After a failure, writing pauses for a while.
 """
 
+import math
 import os
 import re
 import threading
@@ -18,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rgexport.chat.prefix_key import Key
-from rgexport.chat.state_file import SavedState, read_state, write_state
+from rgexport.chat.state_file import Key, SavedState, read_state, write_state
 from rgexport.errors import RequestError, system_error
 from rgexport.export.identity import Identity
 from rgexport.files.atomic import remove_abandoned
@@ -32,10 +32,21 @@ _FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
 
 FileName = tuple[str, str]
 """Names of the artifact's folder and of the file in it."""
-
-
-def file_name(key: Key) -> str:
-    return f"{key[0]}-{key[1]}.state"
+BACK_OFF_SECONDS = 1.0, 60.0
+"""Pause of writing after a first failure, and its maximum: each further failure doubles it."""
+READ_SECONDS = 5.0
+"""Longest time that a request waits for a state; then the model reads its prompt instead."""
+CLOSE_SECONDS = 10.0
+_RETRY_SECONDS = 60.0
+"""Time until a file is tried again after the system could not read it."""
+_WARN_AGAIN_SECONDS = 600.0
+_SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
+"""Pause between scans for files of other processes: so many seconds, or so many times as long as a
+scan takes, whichever is longer."""
+_MIN_WAITING = 4
+"""Number of states that may wait to be written whatever their size."""
+_OVERHEAD_BYTES = 4096
+"""Estimated memory of the Python objects of a waiting state."""
 
 
 @dataclass
@@ -61,34 +72,35 @@ class FolderIndex:
 
     def lengths(self) -> set[int]:
         with self._lock:
-            return set(self._lengths)
+            return {length for length, count in self._lengths.items() if count}
+
+    def name_of(self, key: Key) -> FileName:
+        return self._name, f"{key[0]}-{key[1]}.state"
 
     def has(self, key: Key) -> bool:
         with self._lock:
-            return (self._name, file_name(key)) in self._files
+            return self.name_of(key) in self._files
 
     def has_logits(self, key: Key) -> bool | None:
         """Returns whether the state has logits; None if only its file knows."""
         with self._lock:
-            file = self._files.get((self._name, file_name(key)))
+            file = self._files.get(self.name_of(key))
             return None if file is None else file.has_logits
 
     def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
         with self._lock:
-            name = self._name, file_name(key)
-            self._discard(name)
-            self._insert(name, _File(nbytes, time.time(), has_logits))
+            self._discard(self.name_of(key))
+            self._insert(self.name_of(key), _File(nbytes, time.time(), has_logits))
 
     def touch(self, key: Key, *, has_logits: bool) -> None:
         with self._lock:
-            name = self._name, file_name(key)
-            if file := self._files.get(name):
+            if file := self._files.get(self.name_of(key)):
                 file.used, file.has_logits = time.time(), has_logits
-                self._files.move_to_end(name)
+                self._files.move_to_end(self.name_of(key))
 
     def discard(self, key: Key) -> None:
         with self._lock:
-            self._discard((self._name, file_name(key)))
+            self._discard(self.name_of(key))
 
     def scan(self) -> None:
         """Compares the index with the disk; removes incomplete files of killed processes."""
@@ -134,23 +146,16 @@ class FolderIndex:
 
     def _insert(self, name: FileName, file: _File) -> None:
         self._files[name] = file
-        self._nbytes += file.nbytes
-        if name[0] == self._name:
-            self._lengths[_length(name[1])] += 1
+        self._count(name, file, 1)
 
     def _discard(self, name: FileName) -> None:
-        if (file := self._files.pop(name, None)) is None:
-            return
-        self._nbytes -= file.nbytes
+        if file := self._files.pop(name, None):
+            self._count(name, file, -1)
+
+    def _count(self, name: FileName, file: _File, change: int) -> None:
+        self._nbytes += change * file.nbytes
         if name[0] == self._name:
-            length = _length(name[1])
-            self._lengths[length] -= 1
-            if not self._lengths[length]:
-                del self._lengths[length]
-
-
-def _length(name: str) -> int:
-    return int(name.partition("-")[0])
+            self._lengths[int(name[1].partition("-")[0])] += change
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -160,23 +165,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
-
-
-BACK_OFF_SECONDS = 1.0, 60.0
-"""Pause of writing after a first failure, and its maximum: each further failure doubles it."""
-READ_SECONDS = 5.0
-"""Longest time that a request waits for a state; then the model reads its prompt instead."""
-CLOSE_SECONDS = 10.0
-_RETRY_SECONDS = 60.0
-"""Time until a file is tried again after the system could not read it."""
-_WARN_AGAIN_SECONDS = 600.0
-_SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
-"""Pause between scans for files of other processes: so many seconds, or so many times as long as a
-scan takes, whichever is longer."""
-_MIN_WAITING = 4
-"""Number of states that may wait to be written whatever their size."""
-_OVERHEAD_BYTES = 4096
-"""Estimated memory of the Python objects of a waiting state."""
 
 
 class Fetch:
@@ -290,10 +278,9 @@ class StateFolder:
             if queued:
                 self._pop_waiting(key)
             self._waiting[key] = saved
-            self._waiting_bytes += _nbytes(saved)
-            while (
-                len(self._waiting) > _MIN_WAITING and self._waiting_bytes > self._max_waiting_bytes
-            ):
+            self._waiting_bytes += saved.nbytes + _OVERHEAD_BYTES
+            most = self._max_waiting_bytes
+            while len(self._waiting) > _MIN_WAITING and self._waiting_bytes > most:
                 self._pop_waiting(next(iter(self._waiting)))
             self._changed.notify()
 
@@ -346,8 +333,7 @@ class StateFolder:
         state = None
         for key in fetch.keys:
             state = self._load(key)
-            is_shorter = key[0] < fetch.length
-            if state and (is_shorter or state.logits is not None):
+            if state and (key[0] < fetch.length or state.logits is not None):
                 break
         with self._changed:
             del self._fetches[fetch.keys[0]]
@@ -355,36 +341,33 @@ class StateFolder:
 
     def _load(self, key: Key) -> SavedState | None:
         """Reads a state; returns None if its file is missing, damaged or of another artifact."""
-        path = self._folder / file_name(key)
         try:
-            try:
-                os.utime(path)  # marks the file as recently used
-            except FileNotFoundError:
-                raise
-            except OSError:
-                pass  # the disk is read-only
-            saved = read_state(path, self._shapes)
-        except FileNotFoundError:
-            self._index.discard(key)
-            return None
+            with suppress(OSError):  # the disk may be read-only
+                os.utime(self._path(key))  # marks the file as recently used
+            saved = read_state(self._path(key), self._shapes)
         except Exception as error:  # no file may end the thread
-            is_transient = system_error(error) is not None
-            self._retry_in(key, _RETRY_SECONDS if is_transient else float("inf"))
+            system = system_error(error)
+            if isinstance(system, FileNotFoundError):
+                self._index.discard(key)
+                return None
+            self._retry_at[key] = time.monotonic() + (_RETRY_SECONDS if system else math.inf)
             self._warn("a saved state is not used", error)
             return None
         logits = saved.logits
-        has_vocab_size = logits is None or logits.shape == (self._vocab_size,)
-        if not has_vocab_size or (saved.key, saved.artifact) != (key, self._artifact):
-            self._retry_in(key, float("inf"))
+        has_other_size = logits is not None and logits.shape != (self._vocab_size,)
+        if has_other_size or (saved.key, saved.artifact) != (key, self._artifact):
+            self._retry_at[key] = math.inf
             return None
         self._index.touch(key, has_logits=logits is not None)
         return saved
 
+    def _path(self, key: Key) -> Path:
+        return self._folder / self._index.name_of(key)[1]
+
     def _write(self, key: Key, saved: SavedState) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / file_name(key)
-            nbytes = write_state(path, saved, precision=self._precision)
+            nbytes = write_state(self._path(key), saved, precision=self._precision)
             self._index.add(key, nbytes, has_logits=saved.logits is not None)
             self._retry_at.pop(key, None)
             self._index.trim(self._max_bytes)
@@ -403,11 +386,7 @@ class StateFolder:
             self._warn("states of other processes are not seen at the moment", error)
         now = time.monotonic()
         self._scan_at = now + max(_SCAN_SECONDS, _SCAN_FACTOR * (now - began))
-
-    def _retry_in(self, key: Key, seconds: float) -> None:
-        now = time.monotonic()
-        self._retry_at = {k: at for k, at in self._retry_at.items() if at > now}
-        self._retry_at[key] = now + seconds
+        self._retry_at = {key: at for key, at in self._retry_at.items() if at > now}
 
     def _warn(self, what: str, error: Exception) -> None:
         """Warns of a kind of failure, at most once in `_WARN_AGAIN_SECONDS`."""
@@ -419,10 +398,5 @@ class StateFolder:
 
     def _pop_waiting(self, key: Key) -> SavedState:
         saved = self._waiting.pop(key)
-        self._waiting_bytes -= _nbytes(saved)
+        self._waiting_bytes -= saved.nbytes + _OVERHEAD_BYTES
         return saved
-
-
-def _nbytes(saved: SavedState) -> int:
-    arrays = [*saved.state.values(), *([] if saved.logits is None else [saved.logits])]
-    return sum(array.nbytes for array in arrays) + _OVERHEAD_BYTES

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     SavedState,
+    key_of,
     read_state,
     read_state_header,
     require_same_model,
