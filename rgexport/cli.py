@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from rgexport import progress
-from rgexport.commands import compress, exports, measure, publish, serve, state, text
+from rgexport.commands import exports, measure, publish, serve, text
 from rgexport.commands.options import VERBOSE, help_if_alone
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
@@ -125,9 +125,9 @@ def rgexport(context: click.Context) -> None:
 
 for command in (
     *(exports.onnx, exports.coreml, exports.gguf, exports.random),
-    *(text.generate, text.chat, serve.serve, state.state),
+    *(text.generate, text.chat, serve.serve, text.state),
     *(measure.inspect, measure.reference, measure.validate, measure.evaluate, measure.bench),
-    *(compress.calibrate, compress.quantize),
+    *(exports.calibrate, exports.quantize),
     *(publish.push, publish.web, publish.llama_cpp),
 ):
     rgexport.add_command(command)

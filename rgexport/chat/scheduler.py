@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.chat.admission import Admission
 from rgexport.chat.jobs import (
     End,
     Ending,
@@ -25,7 +24,7 @@ from rgexport.chat.jobs import (
 )
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.rows import RowAssignment, Rows
+from rgexport.chat.rows import Admission, RowAssignment, Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError

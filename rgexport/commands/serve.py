@@ -89,10 +89,10 @@ class ServeArguments:
 def serve(arguments: ServeArguments) -> None:
     """Serves artifacts over HTTP, with OpenAI's interface."""
     from rgexport.export.request import bytes_of
+    from rgexport.serve.app import Listening, open_models, openers
+    from rgexport.serve.app import serve as run
     from rgexport.serve.connections import Connections
     from rgexport.serve.exchange import Limits
-    from rgexport.serve.run import Listening, open_models, openers
-    from rgexport.serve.run import serve as run
     from rgexport.serve.server import ServerSettings
     from rgexport.serve.text_process import TextProcess
 

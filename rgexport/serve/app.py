@@ -1,20 +1,37 @@
-"""The HTTP interface: OpenAI's, with llama-server's additions."""
+"""The HTTP interface, OpenAI's with llama-server's additions, and the server that runs it."""
 
+import asyncio
+import contextlib
+import functools
+import gc
+import signal
+import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport._version import __version__
+from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
-from rgexport.serve import completions, endpoints, errors
+from rgexport.chat.prompts import PromptEncoder
+from rgexport.errors import RequestError
+from rgexport.progress import note
+from rgexport.serve import endpoints, errors
 from rgexport.serve.bodies import JsonRoute
+from rgexport.serve.connections import Connections, protocol
+from rgexport.serve.host_names import ANY, authority_of
 from rgexport.serve.middleware import Guard, Origins, Record
-from rgexport.serve.monitoring import Health
+from rgexport.serve.monitoring import STALL_SECONDS, Health
 from rgexport.serve.server import Server, ServerSettings
-from rgexport.serve.text_process import TextProcess
+from rgexport.serve.text_process import TextProcess, open_encoder
 
 
 class Endpoint(NamedTuple):
@@ -27,8 +44,8 @@ class Endpoint(NamedTuple):
 
 
 ENDPOINTS = (
-    Endpoint("POST", "/v1/chat/completions", completions.chat),
-    Endpoint("POST", "/v1/completions", completions.complete),
+    Endpoint("POST", "/v1/chat/completions", endpoints.chat),
+    Endpoint("POST", "/v1/completions", endpoints.complete),
     Endpoint("POST", "/tokenize", endpoints.tokenize),
     Endpoint("POST", "/detokenize", endpoints.detokenize),
     Endpoint("POST", "/apply-template", endpoints.apply_template),
@@ -94,7 +111,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[completions.AFFINITY],
+            expose_headers=[endpoints.AFFINITY],
         )
     app.add_middleware(Origins, hosts=settings.allowed_hosts, pages=settings.cors_origins)
     app.add_middleware(Record, metrics=server.metrics, log=settings.log)
@@ -102,3 +119,172 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[*settings.trusted_proxies])
+
+
+_SWITCH_SECONDS = 0.001
+"""Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
+_ANSWER_SECONDS = 1.0
+"""Time for sending errors, before connections are closed."""
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_OTHER_FILES = 256
+"""Open files of a server beside its connections."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """The address of a server, and its limits.
+
+    Attributes:
+        port: the port; 0 for any that is free.
+        grace_seconds: time of running replies when the server ends.
+        stall_seconds: time without progress after which `/health` reports an error.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    grace_seconds: int = 30
+    connections: Connections = field(default_factory=Connections)
+    stall_seconds: float = STALL_SECONDS
+
+
+def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
+    """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
+    resolved = [path.resolve() for path in artifacts]
+    for path, real_path in zip(artifacts, resolved, strict=True):
+        if resolved.count(real_path) > 1:
+            raise RequestError(f"{path} is given twice")
+    models: dict[str, Model] = {}
+    try:
+        for path in artifacts:
+            model = open_model(path, chat=False, **options)
+            names = model.name, path.name, str(path)
+            models[next(name for name in names if name not in models)] = model
+    except RequestError:
+        for model in models.values():
+            model.close()
+        raise
+    return models
+
+
+def openers(
+    models: Mapping[str, Model], artifacts: list[Path], most_tokens: int
+) -> dict[str, functools.partial[PromptEncoder]]:
+    """Returns functions that open the tokenizers of `models`, in another process."""
+    return {
+        name: functools.partial(open_encoder, path.resolve(), model.identity, most_tokens)
+        for (name, model), path in zip(models.items(), artifacts, strict=True)
+    }
+
+
+def serve(
+    models: dict[str, Model],
+    settings: ServerSettings,
+    text_process: TextProcess,
+    listening: Listening,
+) -> None:
+    """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
+    opened = _listen(listening.host, listening.port)
+    address = authority_of(listening.host, opened.getsockname()[1])
+    note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
+    if settings.api_key is None and listening.host not in _LOOPBACK:
+        note("Warning: whoever reaches this address can use it; --api-key keeps others out")
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # existing objects stay; scanning them delayed some first tokens by 30 ms
+    health = Health(models, stall_seconds=listening.stall_seconds)
+    hosts = {*settings.allowed_hosts, *_own_names(listening.host, settings.api_key)}
+    app = create_app(
+        models, replace(settings, allowed_hosts=(*hosts,)), text_process=text_process, health=health
+    )
+    health.start()
+    try:
+        _run(_Server(_config(app, listening)), opened)
+    finally:
+        health.close()
+        text_process.close()
+        with ThreadPoolExecutor() as pool:  # at once: each may wait for a disk
+            list(pool.map(Model.close, models.values()))
+
+
+class _Server(uvicorn.Server):
+    """Ends running answers with an error, shortly before uvicorn cancels them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        seconds = (self.config.timeout_graceful_shutdown or 0) - _ANSWER_SECONDS
+        timer = asyncio.get_running_loop().call_later(seconds, self._stop_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _stop_answers(self) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        server: Server = app.state.server
+        for exchange in list(server.exchanges):
+            exchange.stop()
+
+
+def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
+    _allow_files(listening.connections.most + _OTHER_FILES)
+    return uvicorn.Config(
+        app,
+        http=protocol(listening.connections),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
+        timeout_graceful_shutdown=max(1, listening.grace_seconds),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=_family(host), reuse_port=False)
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen on {authority_of(host, port)}: {error.strerror}; "
+            "choose another --host or --port"
+        ) from None
+
+
+def _own_names(host: str, api_key: str | None) -> set[str]:
+    """Returns the names that requests may give a server which listens at `host`.
+
+    Others than this machine may use any name if there is a key: who has it is no page that was led
+    to this server.
+    """
+    if host in _LOOPBACK:
+        return {"localhost"}
+    machine = socket.gethostname().lower()
+    return {ANY} if api_key else {"localhost", host.lower(), machine, f"{machine}.local"}
+
+
+def _allow_files(count: int) -> None:
+    """Lets the process open so many files, where its limit is lower and may be raised."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < count:
+            most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _run(server: uvicorn.Server, opened: socket.socket) -> None:
+    """Runs; the signal that ends it is not raised again."""
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in previous:
+        signal.signal(kind, signal.SIG_IGN)
+    try:
+        server.run(sockets=[opened])
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -9,12 +9,11 @@ from weakref import WeakSet
 from starlette.requests import Request
 
 from rgexport.chat.model import Model
-from rgexport.serve.clients import Client, ClientSlots, client_of
+from rgexport.serve.clients import Client, ClientSlots, NamedStates, client_of
 from rgexport.serve.errors import NotFound
 from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
 from rgexport.serve.grammar import Grammars, GrammarThread
 from rgexport.serve.monitoring import Health, Metrics
-from rgexport.serve.named_states import NamedStates
 from rgexport.serve.offload import Offload
 from rgexport.serve.text_process import TextProcess, with_encoder
 

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from rgexport.chat.template import ChatTemplate
-from rgexport.serve import bodies, completions, middleware
+from rgexport.serve import bodies, endpoints, middleware
+from rgexport.serve.app import _own_names
 from rgexport.serve.bodies import require_simple
 from rgexport.serve.connections import Connections
 from rgexport.serve.errors import InvalidBody
-from rgexport.serve.run import _own_names
 from rgexport.serve.server import ServerSettings
 from tests.serve.conftest import CHAT, COMPLETE, error_of, until
 
@@ -161,7 +161,7 @@ def test_as_many_levels_as_are_allowed_are_no_failure(serve):
 
 @pytest.mark.parametrize("error", [RecursionError("deep"), KeyError("secret"), MemoryError()])
 def test_an_unexpected_error_is_an_error_object(error, server, monkeypatch, capsys):
-    monkeypatch.setattr(completions, "messages_of", Mock(side_effect=error))
+    monkeypatch.setattr(endpoints, "messages_of", Mock(side_effect=error))
     answer = server.post(*ASK_CHAT)
     assert error_of(answer, 500) == "the server failed; its log says why"
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}

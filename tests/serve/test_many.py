@@ -14,10 +14,9 @@ import pytest
 from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
 from rgexport.errors import RequestError
-from rgexport.serve.app import create_app
+from rgexport.serve.app import Listening, _config, _Server, create_app
 from rgexport.serve.exchange import Limits
 from rgexport.serve.monitoring import Health
-from rgexport.serve.run import Listening, _config, _Server
 from rgexport.serve.server import ServerSettings
 from tests.chat.conftest import IDENTITY
 from tests.serve.conftest import CHAT, COMPLETE, delay, error_of, held, messages_of, running, until
