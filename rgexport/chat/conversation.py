@@ -1,7 +1,7 @@
 """A chat conversation: its turns can be undone, retried, edited, saved and loaded."""
 
-import dataclasses
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 from rgexport.chat.model import Model
@@ -61,11 +61,7 @@ class Conversation:
             if key_of(ids[: key[0]]) != key:
                 raise RequestError(f"this is not the text that {path} was made from; give that one")
         self._document, self._unread = document, None
-        reading = self.model.read(ids)
-        try:
-            reading.result()
-        finally:
-            reading.cancel()  # an interrupted wait ends the reading
+        self.model.state(ids)
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:
@@ -101,13 +97,12 @@ class Conversation:
         Raises:
             RequestError: there is nothing to save, or the file cannot be written.
         """
-        messages = list(self.messages)
+        messages, encode = list(self.messages), self.model.conversation_ids
         if self._document:
-            messages.append(_user(self._document))
-            return self.model.save_state(path, self.model.opening_ids(messages), messages)
+            messages, encode = [*messages, _user(self._document)], self.model.opening_ids
         if not messages:
             raise RequestError("the conversation is empty: there is nothing to save")
-        return self.model.save_state(path, self.model.conversation_ids(messages), messages)
+        return self.model.save_state(path, encode(messages), messages)
 
     def load(self, path: Path) -> SavedState:
         """Replaces the conversation by a saved one, or by a document that was read.
@@ -133,7 +128,11 @@ class Conversation:
         return saved
 
     def _reply_to(self, messages: list[Message]) -> Generator[str, None, None]:
-        stream = self.model.reply_to(messages, self._next_options())
+        options, sampling = self.options, self.options.sampling
+        if self._attempts and sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + self._attempts)
+            options = replace(options, sampling=sampling)
+        stream = self.model.reply_to(messages, options)
         try:
             yield from stream
         finally:
@@ -142,13 +141,6 @@ class Conversation:
                 self.last = stream.reply()
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
                 self._document = ""
-
-    def _next_options(self) -> ReplyOptions:
-        sampling = self.options.sampling
-        if sampling.seed is None or not self._attempts:
-            return self.options
-        changed = dataclasses.replace(sampling, seed=sampling.seed + self._attempts)
-        return dataclasses.replace(self.options, sampling=changed)
 
     def _after_document(self, text: str) -> str:
         return _SEPARATOR.join(filter(None, (self._document, text)))

@@ -35,7 +35,7 @@ class DaemonExecutor:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
-        self._calls.put(lambda: resolve(future, function))
+        self._calls.put(lambda: _resolve(future, function))
         return future
 
     def shutdown(self, seconds: float) -> None:
@@ -52,7 +52,7 @@ class DaemonExecutor:
             call()
 
 
-def resolve(future: Future[T], function: Callable[[], T]) -> None:
+def _resolve(future: Future[T], function: Callable[[], T]) -> None:
     """Sets the result or the error of a call, unless the future was cancelled."""
     if not future.set_running_or_notify_cancel():
         return

@@ -32,10 +32,6 @@ class Prefix:
     def nbytes(self) -> int:
         return state_bytes(self.state, self.logits)
 
-    def can_continue(self, count: int) -> bool:
-        """Returns whether a text of `count` tokens has an unseen one, or there are logits."""
-        return self.length < count or self.logits is not None
-
 
 class PrefixStore:
     """The states of a process, within a limit of memory, found only in their namespaces."""
@@ -125,9 +121,9 @@ class PrefixStore:
         return [in_namespace(key, namespace) for key in reversed(keys)]
 
     def _continues(self, key: Key, count: int) -> bool:
-        """Returns whether memory has a state that can be continued; the lock is held."""
+        """Returns whether memory has a state with an unseen token or logits; the lock is held."""
         prefix = self._entries.get(key)
-        return prefix is not None and prefix.can_continue(count)
+        return prefix is not None and (prefix.length < count or prefix.logits is not None)
 
     def _remember(self, key: Key, prefix: Prefix) -> Prefix:
         """Stores a prefix, or leaves the stored one if only that has logits; returns which."""

@@ -119,12 +119,10 @@ class Admission:
         cancelled: list[GenerationJob] = []
         with self.changed:
             for client, queue in [*self._queues.items()]:
-                is_leaving = [job.cancelled and (paused or job.paused is None) for job in queue]
-                if not any(is_leaving):
-                    continue
-                jobs = [*zip(queue, is_leaving, strict=True)]
-                cancelled += [job for job, leaves in jobs if leaves]
-                self._set_queue(client, [job for job, leaves in jobs if not leaves])
+                leaving = {j for j in queue if j.cancelled and (paused or j.paused is None)}
+                if leaving:
+                    cancelled += [job for job in queue if job in leaving]
+                    self._set_queue(client, [job for job in queue if job not in leaving])
         return cancelled
 
     def end(self, job: GenerationJob) -> None:
@@ -144,11 +142,8 @@ class Admission:
         """Returns whether the maximum is reached; jobs that go first have one of their own."""
         first = job.request.first
         most = self._rows if first else self.most
-        if len(self._live) < most:
-            return False
-        return (
-            sum(live.request.first == first and not live.cancelled for live in self._live) >= most
-        )
+        same = [live for live in self._live if live.request.first == first and not live.cancelled]
+        return len(same) >= most
 
     def _displaced_by(self, job: GenerationJob) -> GenerationJob:
         client = max(self._queues, key=lambda client: len(self._queues[client]), default="")
@@ -317,11 +312,8 @@ class RowAssignment:
         if job.paused is not None or job.request.prompt_logits or not reading:
             return False
         known = self._store.length(job.ids, namespace)
-        for running in reading:
-            shared = common_prefix(job.ids, running.ids)
-            if any(known < stop <= shared for stop in running.stops()):
-                return True
-        return False
+        shared = {running: common_prefix(job.ids, running.ids) for running in reading}
+        return any(known < stop <= shared[r] for r in reading for stop in r.stops())
 
     def _is_being_fetched(self, job: GenerationJob) -> bool:
         if job.paused is not None or job.request.prompt_logits:

@@ -250,21 +250,18 @@ class Scheduler:
     def _next_to_read(self) -> GenerationJob | None:
         """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
-        if not reading:
-            return None
-        clients = {job.request.client for job in reading}
-        self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
-        return min(
-            reading, key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began)
-        )
+        last = self._last_read
+        self._last_read = {j.request.client: last.get(j.request.client, 0.0) for j in reading}
+        order = [(self._last_read[job.request.client], job.began) for job in reading]
+        return reading[order.index(min(order))] if reading else None
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
         """Begins to decode after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)
-            return
-        self._go_on(job, logits)
+        else:
+            self._go_on(job, logits)
 
     def _go_on(self, job: GenerationJob, logits: np.ndarray) -> None:
         """Chooses the next token of a row outside of the step, which joins the step."""

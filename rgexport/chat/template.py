@@ -61,15 +61,10 @@ class ChatTemplate:
     ) -> str:
         """Returns the text of a conversation; `tokens` are `bos_token` and the like."""
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        values = tokens | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             template = Sandbox(messages, **functions).template(self.source)
-            text: str = template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                documents=None,
-                **tokens,
-            )
+            text: str = template.render(**values, tools=tools, documents=None)
         except Exception as error:  # a template can raise any exception
             reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
             raise RequestError(f"chat template ({self.origin}): {reason}") from None

@@ -64,15 +64,14 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if short := [literal for literal in self.special if len(literal) < 2]:
-            raise RequestError(
-                f"the vocabulary has the special piece {short[0]!r}, which any text may contain; "
-                "copy the tokenizer again from the original checkpoint"
-            )
-        if self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
-            raise RequestError(
-                f"the vocabulary has the id {self.unknown_id} for unknown text and for a control "
-                "token; copy the tokenizer again from the original checkpoint"
-            )
+            wrong = f"special piece {short[0]!r}, which any text may contain"
+        elif self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
+            wrong = f"id {self.unknown_id} for unknown text and for a control token"
+        else:
+            return
+        raise RequestError(
+            f"the vocabulary has the {wrong}; copy the tokenizer again from the original checkpoint"
+        )
 
     @property
     def end_of_turn_id(self) -> int | None:
@@ -99,10 +98,10 @@ class Tokenizer:
         for index, part in enumerate(self._literals.split(rendered)):
             if index % 2:
                 ids.append(self.special[part])
-            else:
-                for run in part.split(CUT):
-                    is_short = len(run) <= _CACHED_CHARACTERS
-                    ids += (self._encode_short if is_short else self._encode_run)(run)
+                continue
+            for run in part.split(CUT):
+                is_short = len(run) <= _CACHED_CHARACTERS
+                ids += (self._encode_short if is_short else self._encode_run)(run)
         return ids
 
     def encode_text(self, text: str) -> list[int]:

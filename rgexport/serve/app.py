@@ -150,8 +150,8 @@ class Listening:
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
     resolved = [path.resolve() for path in artifacts]
-    for path, real_path in zip(artifacts, resolved, strict=True):
-        if resolved.count(real_path) > 1:
+    for path in artifacts:
+        if resolved.count(path.resolve()) > 1:
             raise RequestError(f"{path} is given twice")
     models: dict[str, Model] = {}
     try:
@@ -243,7 +243,8 @@ def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=_family(host), reuse_port=False)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, reuse_port=False)
     except OSError as error:
         raise RequestError(
             f"cannot listen on {authority_of(host, port)}: {error.strerror}; "
@@ -284,7 +285,3 @@ def _run(server: uvicorn.Server, opened: socket.socket) -> None:
     finally:
         for kind, handler in previous.items():
             signal.signal(kind, handler)
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -9,7 +9,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -18,7 +17,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from rgexport.chat.daemon_executor import resolve
+from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Busy
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import PromptTokens
@@ -155,7 +154,8 @@ class NamedStates:
 
     def __init__(self, folder: Path | None, *, most: int, max_bytes: int) -> None:
         self._folder, self._most, self._max_bytes = folder, most, max_bytes
-        self._queue, self._lock = threading.Semaphore(_MOST_WAITING), threading.Lock()
+        self._queue = threading.Semaphore(_MOST_WAITING)
+        self._thread = DaemonExecutor("named states")
 
     async def require_space(self, client: Client, name: str) -> None:
         """Refuses a new name if there are too many, before its state is computed."""
@@ -192,21 +192,15 @@ class NamedStates:
             raise RequestError("this server keeps no states: it was started without --state-folder")
         if not self._queue.acquire(blocking=False):
             raise Busy("the disk of saved states is busy; try again later")
-        path, future = client.folder(self._folder) / f"{name}{_END}", Future[Result]()
-        threading.Thread(
-            target=self._run, args=(task, path, future), name="named states", daemon=True
-        ).start()
+        path = client.folder(self._folder) / f"{name}{_END}"
+        future = self._thread.submit(partial(task, path))
+        future.add_done_callback(lambda _: self._queue.release())
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), DISK_SECONDS)
         except TimeoutError:
             raise DiskFailed("the disk of saved states does not answer; try again later") from None
         except (OSError, RequestError) as error:
             raise _for_client(error, path) from None
-
-    def _run(self, task: Callable[[Path], Result], path: Path, future: Future[Result]) -> None:
-        with self._lock:
-            resolve(future, partial(task, path))
-        self._queue.release()
 
     def _require_space(self, path: Path, nbytes: int) -> None:
         """Refuses a state beyond the limits, which do not count the state that it replaces."""

@@ -115,12 +115,10 @@ def plan_chat(
     logprobs = body.top_logprobs if body.logprobs else None
     options = _options(body, most, logprobs, client, limits)
     if body.prediction:
-        draft = model.draft_of(_content(body.prediction))
-        if len(draft) > limits.prompt_tokens:
-            raise RequestError(
-                f"prediction has {len(draft)} tokens; this server takes up to "
-                f"{limits.prompt_tokens}"
-            )
+        draft, limit = model.draft_of(_content(body.prediction)), limits.prompt_tokens
+        if len(draft) > limit:
+            message = f"prediction has {len(draft)} tokens; this server takes up to {limit}"
+            raise RequestError(message)
         options = replace(options, draft=draft)
     return _replies([prompt], body, options)
 
@@ -218,21 +216,12 @@ def _grammar_source(body: GenerationBody) -> GrammarSource | None:
     return json_source(form.json_schema.schema_ if form.json_schema else None)
 
 
-def _prompts(
-    model: Model, prompt: str | list[str] | list[int] | list[list[int]]
-) -> list[list[int]]:
-    if isinstance(prompt, str):
-        return [model.text_ids(prompt)]
-    if prompt and isinstance(prompt[0], int):
-        return [_ids(prompt)]
-    prompts = [model.text_ids(p) if isinstance(p, str) else _ids(p) for p in prompt]
-    if not prompts or len(prompts) > _MOST_PROMPTS:
+def _prompts(model: Model, prompt: Any) -> list[list[int]]:
+    is_single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    prompts = [prompt] if is_single else prompt
+    if not 1 <= len(prompts) <= _MOST_PROMPTS:
         raise RequestError(f"prompt: {len(prompts)} prompts; expected 1 to {_MOST_PROMPTS}")
-    return prompts
-
-
-def _ids(prompt: Any) -> list[int]:
-    return [int(token) for token in prompt]
+    return [model.text_ids(p) if isinstance(p, str) else p for p in prompts]
 
 
 def _content(message: ChatMessage | Prediction) -> str:

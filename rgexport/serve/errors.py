@@ -40,24 +40,19 @@ class Gone(Exception):
     pass
 
 
-class NotFound(RequestError):
-    """A missing object, which the field `param` of the request names."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
 class InvalidBody(RequestError):
     """An error in the field `param` of a request's body; None for the whole body."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, param)
         self.param = param
 
-    def __reduce__(self) -> tuple[type["InvalidBody"], tuple[str, str | None]]:
-        """Keeps the field when the error comes from another process."""
-        return InvalidBody, (str(self), self.param)
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NotFound(InvalidBody):
+    """A missing object, which the field `param` of the request names."""
 
 
 class TooLong(RequestError):
@@ -109,22 +104,19 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 def invalid_body(errors: Sequence[Any]) -> InvalidBody:
     """Returns the error of the nearest type; pydantic has errors for each type of a union."""
     error = max(errors, key=lambda problem: len(problem["loc"]))  # the nearest type of a union
-    param = ".".join(str(part) for part in error["loc"] if not _is_type(part))
+    # A location also has the names of a union's types.
+    parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
+    param = ".".join(part for part in parts if "[" not in part)
     if not param:
         return InvalidBody("the body is not a JSON object")
     return InvalidBody(f"{param}: {error['msg']}", one_line(param))
-
-
-def _is_type(part: str | int) -> bool:
-    return part in ("str", "int") or "[" in str(part)
 
 
 def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
-        status, body = as_error(invalid_body(problems))
-        return JSONResponse(body, status)
+        return await failed(request, invalid_body(problems))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:

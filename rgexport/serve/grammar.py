@@ -70,9 +70,6 @@ class CompiledGrammar:
     failed: "llguidance.LLMatcher"
     vocab_size: int
 
-    def mask(self) -> "GrammarMask":
-        return GrammarMask(self)
-
 
 class GrammarMask:
     def __init__(self, grammar: CompiledGrammar) -> None:
@@ -163,7 +160,7 @@ class Grammars:
             reason = one_line(matcher.get_error().replace("<non-verbose/>", ""))
             raise RequestError(f"the grammar cannot be used: {reason}")
         compiled = CompiledGrammar(matcher, self._failed, self._size)
-        compiled.mask().allowed()
+        GrammarMask(compiled).allowed()
         return compiled
 
     @functools.cached_property

@@ -136,7 +136,6 @@ def _origin(error: Exception) -> str:
 
 _OTHER_SITES = {"cross-site", "same-site"}
 """Values of `Sec-Fetch-Site` for pages of other origins."""
-_FORBIDDEN = "permission_error"
 
 
 class Origins:
@@ -152,7 +151,7 @@ class Origins:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await error_response(403, complaint, _FORBIDDEN)(scope, receive, send)
+            await error_response(403, complaint, "permission_error")(scope, receive, send)
 
     def _complaint(self, scope: Scope) -> str | None:
         hosts = _values(scope, b"host")
@@ -164,19 +163,17 @@ class Origins:
         if scope.get("method") == "OPTIONS":
             return None  # CORS answers it
         origins = _values(scope, b"origin")
-        if all(self._is_ours(origin, host) for origin in origins):
-            return (
-                None if origins or not _is_of_other_site(scope) else _refusal_of("another origin")
-            )
-        return _refusal_of(repr(origins[0]))
+        if not all(self._is_ours(origin, host) for origin in origins):
+            foreign = repr(origins[0])
+        elif not origins and _is_of_other_site(scope):
+            foreign = "another origin"
+        else:
+            return None
+        return f"pages of {foreign} may not use this server; --cors-origin ORIGIN allows them"
 
     def _is_ours(self, origin: str, host: str) -> bool:
         is_same = origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
         return is_same or origin in self._pages or "*" in self._pages
-
-
-def _refusal_of(origin: str) -> str:
-    return f"pages of {origin} may not use this server; --cors-origin ORIGIN allows them"
 
 
 def _is_of_other_site(scope: Scope) -> bool:

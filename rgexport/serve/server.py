@@ -12,7 +12,7 @@ from rgexport.chat.model import Model
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, client_of
 from rgexport.serve.errors import NotFound
 from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
-from rgexport.serve.grammar import Grammars, GrammarThread
+from rgexport.serve.grammar import GrammarMask, Grammars, GrammarThread
 from rgexport.serve.monitoring import Health, Metrics
 from rgexport.serve.offload import Offload
 from rgexport.serve.text_process import TextProcess, with_encoder
@@ -93,7 +93,7 @@ class Server:
             self._grammars[name], source, partial(until_gone, request)
         )
         return [
-            replace(reply, options=replace(reply.options, mask=compiled.mask()))
+            replace(reply, options=replace(reply.options, mask=GrammarMask(compiled)))
             for reply in replies
         ]
 
