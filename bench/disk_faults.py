@@ -28,10 +28,9 @@ import psutil
 import pytest
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import PromptTokens
+from rgexport.chat.prompts import ChatTemplate, PromptTokens
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
-from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.export.identity import Identity
 from rgexport.griffin.chat_template import GEMMA_TEMPLATE

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rgexport.chat.model import Model
+from rgexport.chat.prompts import Message
 from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.state_file import Key, SavedState, key_of
-from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 
 _SEPARATOR = "\n\n"
@@ -15,14 +15,7 @@ _SEPARATOR = "\n\n"
 
 
 class Conversation:
-    """Turns of a user and a model.
-
-    It holds only messages, and the model finds its states by them: after a change only what follows
-    the change is read.
-
-    Raises:
-        RequestError: the model cannot chat.
-    """
+    """Turns of a user and a model. It holds only messages: the model finds its states by them."""
 
     def __init__(self, model: Model, options: ReplyOptions) -> None:
         model.require_chat()
@@ -48,12 +41,7 @@ class Conversation:
         self._document, self._unread = "", None
 
     def read(self, text: str) -> int:
-        """Reads a document that the next message is about; returns the length in tokens.
-
-        Raises:
-            RequestError: the template refuses it, or it is not the text of a state that was
-                loaded without its text.
-        """
+        """Reads a document that the next message is about; returns the length in tokens."""
         document = self._after_document(text)
         ids = self.model.opening_ids([*self.messages, _user(document)])
         if self._unread:
@@ -65,10 +53,9 @@ class Conversation:
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text`, piece by piece.
+        """Yields the reply to `text`, piece by piece. An error undoes the turn.
 
-        Closing the iterator ends the reply; its text so far stays in the conversation. An error
-        undoes the turn.
+        Closing the iterator ends the reply; its text so far stays in the conversation.
         """
         if self._unread:
             raise RequestError(
@@ -84,7 +71,6 @@ class Conversation:
         yield from self._reply_to(self.messages[: self._last_index() + 1])
 
     def edit(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text` in place of the last message."""
         self._attempts = 0
         yield from self._reply_to([*self.messages[: self._last_index()], _user(text)])
 
@@ -92,11 +78,7 @@ class Conversation:
         self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:
-        """Writes the conversation and its state into a file.
-
-        Raises:
-            RequestError: there is nothing to save, or the file cannot be written.
-        """
+        """Writes the conversation and its state into a file."""
         messages, encode = list(self.messages), self.model.conversation_ids
         if self._document:
             messages, encode = [*messages, _user(self._document)], self.model.opening_ids
@@ -108,9 +90,6 @@ class Conversation:
         """Replaces the conversation by a saved one, or by a document that was read.
 
         A file without text starts an empty conversation, in which that text must be read next.
-
-        Raises:
-            RequestError: it is no state file, or of another model.
         """
         saved = self.model.load_state(path)
         if saved.tokens is None:

@@ -18,8 +18,8 @@ _LOW_PRIORITY = 10
 class DaemonExecutor:
     """One daemon thread, which starts with the first call.
 
-    `ThreadPoolExecutor` joins its threads when the interpreter ends, so that one native call of
-    minutes would keep the process alive.
+    An interpreter that ends joins the threads of `ThreadPoolExecutor`: one native call of minutes
+    would keep the process alive.
     """
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
@@ -53,7 +53,6 @@ class DaemonExecutor:
 
 
 def _resolve(future: Future[T], function: Callable[[], T]) -> None:
-    """Sets the result or the error of a call, unless the future was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:

@@ -24,11 +24,7 @@ _MOST_DIGITS = 20
 
 
 def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
-    """Opens an artifact as `model.open_model` does, with warnings for the user.
-
-    Raises:
-        RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
-    """
+    """Opens an artifact as `model.open_model` does, with warnings for the user."""
     artifact = _open(path, allow_foreign)
     if chat and artifact.manifest.instruction_tuned is False:
         warn(
@@ -46,8 +42,8 @@ def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
     """Returns the tokens of a plain text, after the tokens of a state file if it has them.
 
     Raises:
-        RequestError: no tokens, a state of another model, or a state with only the hash of a
-            text that `text` does not begin with.
+        RequestError: no tokens, a state of another model, or one of another text without its
+            tokens.
     """
     saved = None if state is None else model.load_state(state)
     if saved and saved.tokens is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rgexport.chat.artifact_text import ArtifactText
-from rgexport.chat.template import ChatTemplate
+from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -29,9 +29,6 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
 
     llama.cpp treats any `</s>` as a control token, whatever type the file gives it. Gemma's `</s>`
     is the HTML tag, so here the file's type counts, as in all other formats.
-
-    Raises:
-        RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
     """
     vocabulary = LlamaCppVocabulary(load_model(artifact.path, vocab_only=True))
     values = artifact.header.values
@@ -71,8 +68,6 @@ def _matching(
 
 
 class LlamaCppVocabulary:
-    """llama.cpp's vocabulary; it keeps its model alive."""
-
     def __init__(self, model: Handle) -> None:
         llama = self._llama = bindings()
         self._model = model

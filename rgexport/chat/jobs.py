@@ -29,15 +29,13 @@ class EngineError(RequestError):
 
 
 class Mask(Protocol):
-    """The tokens that a grammar allows next, for one reply.
+    """The tokens, bool [vocab], that a grammar allows next, for one reply.
 
     Other threads call it, one at a time. An error of a mask ends only its reply, and so does a mask
     that takes longer than `masks.MASK_SECONDS` for a token.
     """
 
-    def allowed(self) -> np.ndarray:
-        """Returns which tokens may come next, bool [vocab]."""
-        ...
+    def allowed(self) -> np.ndarray: ...
 
     def accept(self, token: int) -> None: ...
 
@@ -57,12 +55,10 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """The end of a reply, after `stop` for a stop id or a listener that returned False.
+    """The end of a reply; `stop` is a stop id or a listener that returned False.
 
-    Attributes:
-        read_seconds: time from admission to the first token.
-        write_seconds: time from the first token to the end.
-        state: the state after a prompt that was only read.
+    The seconds are those from admission to the first token, and from there to the end. The state is
+    that after a prompt that was only read.
     """
 
     reason: Reason
@@ -91,16 +87,11 @@ class GenerationRequest:
     """A prompt to read, and a reply to write.
 
     Attributes:
-        draft: tokens that the reply may repeat.
         max_new_tokens: maximum length of the reply; 0 only reads, and stores the state.
-        stop_ids: tokens that end the reply and are not part of it.
         keep: lengths of prefixes of the prompt whose states are stored, beside the whole
             prompt's.
-        mask: the tokens that may be written; no other request uses it.
         prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them,
-            chunk by chunk, in the scheduler's thread. The whole prompt is read then.
-        client: clients take turns, and share the rows.
-        namespace: states are found only by requests of the same namespace.
+            in the scheduler's thread. The whole prompt is read then.
         first: whether it goes before other requests of its client.
         lasting: whether the states after the prompt and the reply are also stored in the
             folder.
@@ -122,7 +113,6 @@ class GenerationRequest:
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises RequestError, naming the first bad id, if an id is outside of the vocabulary."""
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise RequestError(

@@ -44,7 +44,6 @@ class MaskThreads:
         return future
 
     def close(self) -> None:
-        """Ends the threads; waits for no slow mask."""
         for thread in (self._quick, self._slow):
             thread.shutdown(_CLOSING_SECONDS)
 
@@ -59,16 +58,12 @@ class ReplyMask:
 
     @property
     def is_ready(self) -> bool:
-        """True also if there is an error instead of the next mask."""
         return self._bias.done() or self._is_overdue()
 
     def bias(self, seconds: float) -> np.ndarray | None:
         """Returns the mask as a summand of logits [vocab], 0 or -inf; None if it is not ready.
 
-        Waits `seconds` for a quick mask.
-
-        Raises:
-            RequestError: the mask failed, or takes too long.
+        Waits `seconds` for a quick mask, and raises RequestError if it failed or takes too long.
         """
         if seconds > 0 and not self._slow and not self._bias.done():
             with contextlib.suppress(TimeoutError):

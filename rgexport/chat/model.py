@@ -20,7 +20,7 @@ import numpy as np
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, GenerationJob, GenerationRequest, Token, require_ids
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.prompts import PromptEncoder, PromptTokens
+from rgexport.chat.prompts import ChatTemplate, Message, PromptEncoder, PromptTokens
 from rgexport.chat.reply import (
     Deliver,
     Item,
@@ -42,7 +42,6 @@ from rgexport.chat.state_file import (
     write_state,
 )
 from rgexport.chat.state_folder import StateFolder
-from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -84,9 +83,6 @@ class Model(PromptEncoder):
         States take at most `cache_bytes` of memory, and `folder_bytes` in `state_folder`, which
         serves the next start too. `state_precision` is fp32 or fp16 in files, None for the
         engine's. `artifact` is a hash of the artifact.
-
-        Raises:
-            RequestError: the folder cannot be made, or memory is too small for the rows.
         """
         require_precision(state_precision)
         if rows < 1:
@@ -126,16 +122,12 @@ class Model(PromptEncoder):
         self.template.check_turns(self.tokenizer)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> ModelReply:
-        """Returns the reply to a conversation; `options` as for `stream`."""
         return self.stream(messages, **options).reply()
 
     def stream(self, messages: Sequence[Message], **options: Any) -> ReplyStream:
         """Returns the reply to a conversation, piece by piece.
 
         The options are fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
-
-        Raises:
-            RequestError: the template refuses the messages, or an option is outside its range.
         """
         return self.reply_to(messages, reply_options(**options))
 
@@ -144,7 +136,6 @@ class Model(PromptEncoder):
         return ReplyStream(partial(self.start, prompt, options))
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
-        """Returns the continuation of a text, piece by piece; `options` as for `stream`."""
         return self.continue_ids(self.text_ids(text), reply_options(**options))
 
     def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
@@ -186,12 +177,7 @@ class Model(PromptEncoder):
             job.cancel()
 
     def start(self, prompt: PromptTokens, options: ReplyOptions, deliver: Deliver) -> GenerationJob:
-        """Starts a reply. Other threads pass its pieces and its end to `deliver`.
-
-        Raises:
-            Busy: too many requests wait.
-            RequestError: the prompt is empty or has ids that the model does not have.
-        """
+        """Starts a reply. Other threads pass its pieces and its end to `deliver`."""
 
         def deliver_end(end: ModelReply | RequestError) -> None:
             if isinstance(end, ModelReply) and end.reason != "cancelled" and prompt.messages:
@@ -247,7 +233,6 @@ class Model(PromptEncoder):
             reading.cancel()  # an interrupted wait ends the reading
 
     async def astate(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """Returns what `state` returns, without blocking the event loop."""
         reading = self.read(ids, client=client, namespace=namespace)
         return _copy_state(await asyncio.wrap_future(reading))
 
@@ -265,9 +250,6 @@ class Model(PromptEncoder):
 
         The state has not seen the last token: see `chat.state_file`. Without the text, the file has
         only its hash, and is used when the same text is read again.
-
-        Raises:
-            RequestError: the file cannot be written, or exists and is no state file.
         """
         path = Path(path)
         require_replaceable(path)
@@ -285,7 +267,6 @@ class Model(PromptEncoder):
         *,
         with_text: bool = True,
     ) -> SavedState:
-        """Returns the contents of a state file of these tokens, see `save_state`."""
         seen = int(state[POSITION][0])
         return SavedState(
             self.identity,
@@ -298,11 +279,7 @@ class Model(PromptEncoder):
         )
 
     def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
-        """Loads a state file: prompts of the namespace that begin with its tokens go on from it.
-
-        Raises:
-            RequestError: it is damaged, or of another model, window or chat template.
-        """
+        """Loads a state file: prompts of the namespace that begin with its tokens go on from it."""
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
@@ -325,8 +302,7 @@ class Model(PromptEncoder):
     ) -> None:
         """Reads the end of the turn as the template renders it, for the next turn to go on from.
 
-        The tokens may differ from the reply's: the template may trim it, and a model can spell a
-        word in pieces that the tokenizer would not choose.
+        The template may trim the reply, or its words have other pieces than the tokenizer's.
         """
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]

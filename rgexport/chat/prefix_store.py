@@ -83,7 +83,6 @@ class PrefixStore:
     def longest(
         self, ids: Sequence[int], namespace: str = "", fetch: Fetch | None = None
     ) -> Prefix | None:
-        """Returns the longest prefix in memory, or of `fetch`, that can be continued."""
         if fetch and (saved := fetch.state):
             self._remember(saved.key, Prefix(saved.position, saved.state, saved.logits))
         for key in self._keys(ids, namespace):

@@ -16,21 +16,18 @@ from rgexport.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyOptions:
-    """Options of a reply.
+    """Options of a reply; `GenerationRequest` has more about some.
 
     Attributes:
         stop: texts that end the reply and are not part of it.
         logprobs: number of the most likely tokens whose log probabilities are reported beside
             the chosen token's; None reports none.
         prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
-            probabilities. The whole prompt is read then, even if its state is known.
-        mask: the tokens that may be written, see `jobs.Mask`; each reply needs its own.
+            probabilities. The whole prompt is read then.
+        mask: the tokens that may be written; each reply needs its own mask.
         draft: tokens that the reply may repeat, see `Model.draft_of`.
         client: clients take turns, and share the rows.
         namespace: states are found only by replies of the same namespace.
-
-    Raises:
-        RequestError: a value is outside its range.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -51,11 +48,7 @@ class ReplyOptions:
 
 
 def reply_options(**options: Any) -> ReplyOptions:
-    """Returns options of a reply and of its sampling, by name.
-
-    Raises:
-        RequestError: a name is unknown, or a value is outside its range.
-    """
+    """Returns options of a reply and of its sampling, by name."""
     reply_names = {field.name for field in fields(ReplyOptions)} - {"sampling"}
     values = {name: options.pop(name) for name in reply_names & options.keys()}
     if isinstance(values.get("draft"), str):
@@ -94,13 +87,7 @@ class TextPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReply:
-    """A complete reply, and why it ended.
-
-    Attributes:
-        cached_tokens: number of prompt tokens whose state was known.
-        read_seconds: time from admission to the first token.
-        write_seconds: time from the first token to the end.
-    """
+    """A complete reply, and why it ended; see `End` for the seconds."""
 
     text: str
     ids: tuple[int, ...]
@@ -157,7 +144,6 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -188,7 +174,6 @@ class ReplyWriter:
         return self._stop.match is None
 
     def prompt(self, ids: Sequence[int], logits: np.ndarray) -> None:
-        """Takes the next tokens of the prompt, and the logits [T, vocab] that predict them."""
         for token, row in zip(ids, logits, strict=True):
             self._undelivered.append(scored(Token(token, row), self._logprobs or 0))
 
@@ -256,11 +241,7 @@ class ReplyStream(Iterator[str]):
         return None
 
     def reply(self) -> ModelReply:
-        """Waits for the end; returns the whole reply.
-
-        Raises:
-            RequestError: the engine failed; raised again by each call.
-        """
+        """Waits for the end; returns the whole reply. Each call raises an error of the engine."""
         for _ in self.pieces():
             pass
         assert isinstance(self._end, ModelReply)

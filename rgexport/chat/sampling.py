@@ -88,11 +88,7 @@ class Sampler:
         self._largest_biased = max(bias, default=0)
 
     def __call__(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
-        """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each.
-
-        Raises:
-            RequestError: the logits are NaN or infinite, or the mask allows no token.
-        """
+        """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each."""
         token = self._choose(self._adjusted(logits, mask))
         self._reply[token] += 1
         return token

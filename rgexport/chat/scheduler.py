@@ -128,8 +128,6 @@ class Scheduler:
 
         Raises:
             Busy: too many wait already.
-            RequestError: there is nothing to read, an id is outside of the vocabulary, or it is
-                closed.
         """
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")

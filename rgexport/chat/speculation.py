@@ -28,6 +28,22 @@ _LONGEST = max(_PRIOR)
 """Longer matches are not more reliable."""
 _PRIOR_WEIGHT, _RATE_DECAY = 2.0, 0.95
 """Observations that the prior counts for; weight of an observation relative to the next one."""
+_PRIOR_SLOPE = 0.3
+"""Time that each further token adds to a pass, in steps of one token, before it is measured."""
+_LEAST_GAIN = 1.02
+"""A pass with drafts must promise so many times the tokens per second of a plain step."""
+_DECAY = 0.8
+"""Weight of earlier times in a mean."""
+_FRESH_PASSES = 100
+"""Passes after which a time is outdated: the machine's load may have changed."""
+_SLOPE_DECAY = 0.99
+"""Factor by which the slope approaches `_PRIOR_SLOPE` at each plain step, so that drafts are tried
+again after a slow pass."""
+_LEAST_CHUNK, _MOST_CHUNK = 16, 512
+_TILE = 64
+"""Chunks are multiples of this if possible: engines are slower at fewer tokens."""
+_CHUNK_SECONDS, _CHUNK_STEPS = 2.5, 1.5
+"""Longest time of a chunk: alone, and in decode steps if other conversations decode."""
 
 
 @dataclass(frozen=True)
@@ -101,24 +117,6 @@ class PromptLookup:
 def _key(ids: Sequence[int], end: int) -> int:
     """Returns the last `_GRAM` tokens before `end` as one number: quick, and small in memory."""
     return ids[end - 2] << 32 | ids[end - 1]
-
-
-_PRIOR_SLOPE = 0.3
-"""Time that each further token adds to a pass, in steps of one token, before it is measured."""
-_LEAST_GAIN = 1.02
-"""A pass with drafts must promise so many times the tokens per second of a plain step."""
-_DECAY = 0.8
-"""Weight of earlier times in a mean."""
-_FRESH_PASSES = 100
-"""Passes after which a time is outdated: the machine's load may have changed."""
-_SLOPE_DECAY = 0.99
-"""Factor by which the slope approaches `_PRIOR_SLOPE` at each plain step, so that drafts are tried
-again after a slow pass."""
-_LEAST_CHUNK, _MOST_CHUNK = 16, 512
-_TILE = 64
-"""Chunks are multiples of this if possible: engines are slower at fewer tokens."""
-_CHUNK_SECONDS, _CHUNK_STEPS = 2.5, 1.5
-"""Longest time of a chunk: alone, and in decode steps if other conversations decode."""
 
 
 class ChunkSize:

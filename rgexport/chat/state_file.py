@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rgexport._version import __version__
-from rgexport.chat.template import Message
+from rgexport.chat.prompts import Message
 from rgexport.errors import RequestError
 from rgexport.export.identity import Identity
 from rgexport.files.atomic import write_file
@@ -148,10 +148,8 @@ def is_state_file(path: Path) -> bool:
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
     """Writes a file that appears complete or not at all; returns its size.
 
-    The precision is one of `PRECISIONS`; None keeps the engine's.
-
-    Raises:
-        RequestError: it cannot be written; the cause is the error of the system.
+    The precision is one of `PRECISIONS`; None keeps the engine's. The cause of a RequestError is
+    the error of the system.
     """
     return write_chunks(path, file_chunks(saved, precision))
 
@@ -226,11 +224,7 @@ def require_intact(path: Path) -> None:
 
 
 def read_state_header(path: Path) -> StateHeader:
-    """Returns the metadata of a file.
-
-    Raises:
-        RequestError: it is no state file, or one of a later version.
-    """
+    """Returns the metadata of a file, if it is a state file of this version."""
     text = read_metadata(path).get(METADATA)
     if text is None:
         raise RequestError(f"{path} is no state file; expected one that rgexport saved")

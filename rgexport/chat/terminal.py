@@ -22,6 +22,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Replies = Generator[str, None, None]
+_SETTINGS: dict[str, Callable[[str], int | float]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "max_new_tokens": int,
+}
+_SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
+"""Name of a command in other programs → its name."""
+PROMPT = "> "
+GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
+EDITOR = "Enter sends, Alt-Enter begins a new line."
+NO_EDITOR = (
+    "Each line is a message. Messages of several lines, their history and completion: "
+    "pip install 'rgexport[chat]'."
+)
 
 
 class Quit(Exception):
@@ -130,19 +150,6 @@ def _set(conversation: Conversation, argument: str) -> str:
     return f"{name} is {value}."
 
 
-_SETTINGS: dict[str, Callable[[str], int | float]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "max_new_tokens": int,
-}
-_SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
-"""Name of a command in other programs → its name."""
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "shows this"),
     "system": Command(_system, "sets the system prompt; without TEXT, removes it", "TEXT"),
@@ -157,15 +164,6 @@ COMMANDS: dict[str, Command] = {
     "stats": Command(_stats, "shows speed, memory and state"),
     "quit": Command(_quit, "ends the chat, as Ctrl-D does"),
 }
-
-
-PROMPT = "> "
-GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
-EDITOR = "Enter sends, Alt-Enter begins a new line."
-NO_EDITOR = (
-    "Each line is a message. Messages of several lines, their history and completion: "
-    "pip install 'rgexport[chat]'."
-)
 
 
 def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None:

@@ -162,11 +162,7 @@ class StreamDecoder:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Returns the tokenizer of a folder: tokenizer.model, else tokenizer.json.
-
-    Raises:
-        RequestError: there is neither, or it cannot be read.
-    """
+    """Returns the tokenizer of a folder: tokenizer.model, else tokenizer.json."""
     for name, read in _READERS.items():
         if (folder / name).is_file():
             with _guarded(folder / name):

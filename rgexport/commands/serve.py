@@ -89,7 +89,7 @@ class ServeArguments:
 def serve(arguments: ServeArguments) -> None:
     """Serves artifacts over HTTP, with OpenAI's interface."""
     from rgexport.export.request import bytes_of
-    from rgexport.serve.app import Listening, open_models, openers
+    from rgexport.serve.app import open_models, openers
     from rgexport.serve.app import serve as run
     from rgexport.serve.connections import Connections
     from rgexport.serve.exchange import Limits
@@ -111,6 +111,11 @@ def serve(arguments: ServeArguments) -> None:
         log=not arguments.quiet,
         share_prefixes=arguments.share_prefixes,
         trusted_proxies=_proxies(arguments.trusted_proxy),
+        host=arguments.host,
+        port=arguments.port,
+        connections=Connections(arguments.max_connections, arguments.max_connections_per_address),
+        grace_seconds=arguments.grace,
+        stall_seconds=arguments.stall_seconds,
     )
     artifacts = list(arguments.artifacts)
     models = open_models(
@@ -126,11 +131,7 @@ def serve(arguments: ServeArguments) -> None:
         state_precision=arguments.precision.state_precision,
     )
     text_process = TextProcess(openers(models, artifacts, settings.limits.prompt_tokens))
-    connections = Connections(arguments.max_connections, arguments.max_connections_per_address)
-    listening = Listening(
-        arguments.host, arguments.port, arguments.grace, connections, arguments.stall_seconds
-    )
-    run(models, settings, text_process, listening)
+    run(models, settings, text_process)
 
 
 def _saved_folder(state_folder: Path | None) -> Path | None:

@@ -36,7 +36,6 @@ class DraftArguments(LookupArguments):
     draft_text: Path | None = option("A text that replies may repeat: they come sooner.")
 
     def text(self) -> str:
-        """Returns the text that replies may repeat, "" for none."""
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport._version import __version__
@@ -26,50 +26,42 @@ from rgexport.errors import RequestError
 from rgexport.progress import note
 from rgexport.serve import endpoints, errors
 from rgexport.serve.bodies import JsonRoute
-from rgexport.serve.connections import Connections, protocol
+from rgexport.serve.connections import protocol
 from rgexport.serve.host_names import ANY, authority_of
 from rgexport.serve.middleware import Guard, Origins, Record
-from rgexport.serve.monitoring import STALL_SECONDS, Health
 from rgexport.serve.server import Server, ServerSettings
 from rgexport.serve.text_process import TextProcess, open_encoder
 
-
-class Endpoint(NamedTuple):
-    """A route; the function's argument `body` is the parsed body of a request."""
-
-    method: str
-    path: str
-    function: Callable[..., Any]
-    response_class: type[Response] = JSONResponse
-
-
-ENDPOINTS = (
-    Endpoint("POST", "/v1/chat/completions", endpoints.chat),
-    Endpoint("POST", "/v1/completions", endpoints.complete),
-    Endpoint("POST", "/tokenize", endpoints.tokenize),
-    Endpoint("POST", "/detokenize", endpoints.detokenize),
-    Endpoint("POST", "/apply-template", endpoints.apply_template),
-    Endpoint("GET", "/slots", endpoints.slots),
-    Endpoint("POST", "/slots/{slot}", endpoints.act),
-    Endpoint("GET", "/health", endpoints.healthy),
-    Endpoint("GET", "/v1/models", endpoints.models),
-    Endpoint("GET", "/v1/models/{name}", endpoints.model),
-    Endpoint("GET", "/metrics", endpoints.metrics, PlainTextResponse),
+ENDPOINTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("POST", "/v1/chat/completions", endpoints.chat),
+    ("POST", "/v1/completions", endpoints.complete),
+    ("POST", "/tokenize", endpoints.tokenize),
+    ("POST", "/detokenize", endpoints.detokenize),
+    ("POST", "/apply-template", endpoints.apply_template),
+    ("GET", "/slots", endpoints.slots),
+    ("POST", "/slots/{slot}", endpoints.act),
+    ("GET", "/health", endpoints.healthy),
+    ("GET", "/v1/models", endpoints.models),
+    ("GET", "/v1/models/{name}", endpoints.model),
+    ("GET", "/metrics", endpoints.metrics),
 )
+"""Method, path and function, whose argument `body` is the parsed body of a request."""
+_SWITCH_SECONDS = 0.001
+"""Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
+_ANSWER_SECONDS = 1.0
+"""Time for sending errors, before connections are closed."""
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_OTHER_FILES = 256
+"""Open files of a server beside its connections."""
 
 
 def create_app(
     models: Mapping[str, Model],
     settings: ServerSettings,
-    *,
     text_process: TextProcess | None = None,
-    health: Health | None = None,
 ) -> FastAPI:
-    """Returns the app that serves these models.
-
-    Without a process for long texts they are read in threads.
-    """
-    server = Server(models, settings, text_process, health)
+    """Returns the app; long texts are read in `text_process`, without one in threads."""
+    server = Server(models, settings, text_process)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,13 +79,10 @@ def create_app(
     app.state.server = server
     app.router.route_class = JsonRoute
     errors.install(app)
-    for endpoint in ENDPOINTS:
+    for method, path, function in ENDPOINTS:
+        kind = PlainTextResponse if function is endpoints.metrics else JSONResponse
         app.add_api_route(
-            endpoint.path,
-            endpoint.function,
-            methods=[endpoint.method],
-            response_model=None,
-            response_class=endpoint.response_class,
+            path, function, methods=[method], response_model=None, response_class=kind
         )
     _add_middlewares(app, server)
     return app
@@ -121,32 +110,6 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[*settings.trusted_proxies])
 
 
-_SWITCH_SECONDS = 0.001
-"""Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
-_ANSWER_SECONDS = 1.0
-"""Time for sending errors, before connections are closed."""
-_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-_OTHER_FILES = 256
-"""Open files of a server beside its connections."""
-
-
-@dataclass(frozen=True)
-class Listening:
-    """The address of a server, and its limits.
-
-    Attributes:
-        port: the port; 0 for any that is free.
-        grace_seconds: time of running replies when the server ends.
-        stall_seconds: time without progress after which `/health` reports an error.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    grace_seconds: int = 30
-    connections: Connections = field(default_factory=Connections)
-    stall_seconds: float = STALL_SECONDS
-
-
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
     resolved = [path.resolve() for path in artifacts]
@@ -169,38 +132,30 @@ def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
 def openers(
     models: Mapping[str, Model], artifacts: list[Path], most_tokens: int
 ) -> dict[str, functools.partial[PromptEncoder]]:
-    """Returns functions that open the tokenizers of `models`, in another process."""
     return {
         name: functools.partial(open_encoder, path.resolve(), model.identity, most_tokens)
         for (name, model), path in zip(models.items(), artifacts, strict=True)
     }
 
 
-def serve(
-    models: dict[str, Model],
-    settings: ServerSettings,
-    text_process: TextProcess,
-    listening: Listening,
-) -> None:
+def serve(models: dict[str, Model], settings: ServerSettings, text_process: TextProcess) -> None:
     """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
-    opened = _listen(listening.host, listening.port)
-    address = authority_of(listening.host, opened.getsockname()[1])
+    opened = _listen(settings.host, settings.port)
+    address = authority_of(settings.host, opened.getsockname()[1])
     note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
-    if settings.api_key is None and listening.host not in _LOOPBACK:
+    if settings.api_key is None and settings.host not in _LOOPBACK:
         note("Warning: whoever reaches this address can use it; --api-key keeps others out")
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # existing objects stay; scanning them delayed some first tokens by 30 ms
-    health = Health(models, stall_seconds=listening.stall_seconds)
-    hosts = {*settings.allowed_hosts, *_own_names(listening.host, settings.api_key)}
-    app = create_app(
-        models, replace(settings, allowed_hosts=(*hosts,)), text_process=text_process, health=health
-    )
-    health.start()
+    hosts = {*settings.allowed_hosts, *_own_names(settings.host, settings.api_key)}
+    app = create_app(models, replace(settings, allowed_hosts=(*hosts,)), text_process)
+    server: Server = app.state.server
+    server.health.start()
     try:
-        _run(_Server(_config(app, listening)), opened)
+        _run(_Server(_config(app, settings)), opened)
     finally:
-        health.close()
+        server.health.close()
         text_process.close()
         with ThreadPoolExecutor() as pool:  # at once: each may wait for a disk
             list(pool.map(Model.close, models.values()))
@@ -225,17 +180,17 @@ class _Server(uvicorn.Server):
             exchange.stop()
 
 
-def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
-    _allow_files(listening.connections.most + _OTHER_FILES)
+def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    _allow_files(settings.connections.most + _OTHER_FILES)
     return uvicorn.Config(
         app,
-        http=protocol(listening.connections),
+        http=protocol(settings.connections),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
-        timeout_graceful_shutdown=max(1, listening.grace_seconds),
+        timeout_graceful_shutdown=max(1, settings.grace_seconds),
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )
@@ -255,8 +210,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _own_names(host: str, api_key: str | None) -> set[str]:
     """Returns the names that requests may give a server which listens at `host`.
 
-    Others than this machine may use any name if there is a key: who has it is no page that was led
-    to this server.
+    Who has a key is no page that was led to this server: then others may use any name.
     """
     if host in _LOOPBACK:
         return {"localhost"}
@@ -265,7 +219,6 @@ def _own_names(host: str, api_key: str | None) -> set[str]:
 
 
 def _allow_files(count: int) -> None:
-    """Lets the process open so many files, where its limit is lower and may be raised."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -34,6 +34,14 @@ Ids = Annotated[list[Id], FirstError]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, StringConstraints(max_length=1000)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+MOST_DEPTH, MOST_OBJECTS, MOST_VALUES = 128, 200_000, 1 << 21
+"""Nested lists and objects, all of them, and their values, which a body may have."""
+_PIECE = 1 << 16
+"""Bytes that are checked at once."""
+_QUOTE, _OPENING, _CLOSING, _COMMA = 1, 2, 3, 4
+_KINDS = np.zeros(256, np.uint8)
+"""The kind of each byte that is part of JSON's structure; 0 for others."""
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -157,17 +165,8 @@ class SlotRequest(_Body):
     model: str = ""
 
 
-MOST_DEPTH, MOST_OBJECTS, MOST_VALUES = 128, 200_000, 1 << 21
-"""Nested lists and objects, all of them, and their values, which a body may have."""
-_PIECE = 1 << 16
-"""Bytes that are checked at once."""
-_QUOTE, _OPENING, _CLOSING, _COMMA = 1, 2, 3, 4
-_KINDS = np.zeros(256, np.uint8)
-"""The kind of each byte that is part of JSON's structure; 0 for others."""
 for _kind, _bytes in {_QUOTE: b'"', _OPENING: b"[{", _CLOSING: b"]}", _COMMA: b","}.items():
     _KINDS[list(_bytes)] = _kind
-
-_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRoute(APIRoute):

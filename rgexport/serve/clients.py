@@ -20,10 +20,9 @@ from starlette.requests import Request
 from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Busy
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import PromptTokens
+from rgexport.chat.prompts import Message, PromptTokens
 from rgexport.chat.reply import ModelReply
 from rgexport.chat.state_file import SavedState, file_chunks, require_replaceable, write_chunks
-from rgexport.chat.template import Message
 from rgexport.errors import RequestError, system_error
 from rgexport.files.atomic import remove_abandoned, sync_folder
 from rgexport.serve.errors import DiskFailed, NotFound
@@ -31,6 +30,13 @@ from rgexport.units import amount
 
 _NETWORK_BITS = 64
 """Prefix of an IPv6 address that one client has: it may choose the rest."""
+_MOST_SLOTS = 1024
+DISK_SECONDS = 30.0
+"""Longest time that a client waits for the disk."""
+_MOST_WAITING = 8
+"""Maximum number of requests that wait for the disk."""
+_END = ".state"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,6 @@ def network_of(address: str) -> str:
     return str(ip_network((int(parsed), _NETWORK_BITS), strict=False))
 
 
-_MOST_SLOTS = 1024
-
-
 @dataclass(frozen=True)
 class Slot:
     """A conversation with its last reply, or a text; `known` are tokens that need no rendering."""
@@ -100,7 +103,6 @@ def slot_after(prompt: PromptTokens, reply: ModelReply) -> Slot:
 
 
 def slot_from(saved: SavedState) -> Slot | None:
-    """Returns the slot of a saved state, None if the file has no text."""
     if saved.tokens is None:
         return None
     messages = None if saved.messages is None else (*saved.messages,)
@@ -135,21 +137,11 @@ class ClientSlots:
             return [(*key[1:], slot) for key, slot in self._slots.items() if key[0] == owner]
 
 
-DISK_SECONDS = 30.0
-"""Longest time that a client waits for the disk."""
-_MOST_WAITING = 8
-"""Maximum number of requests that wait for the disk."""
-_END = ".state"
-
-Result = TypeVar("Result")
-
-
 class NamedStates:
     """A folder with the states of all clients: at most `most` of each, `max_bytes` in all.
 
-    A thread uses the disk, so that a disk that hangs delays only the requests for named states, and
-    these only for a limited time. All methods raise RequestError without a folder, NotFound for a
-    missing state, and DiskFailed if the disk fails or does not answer.
+    A thread uses the disk, so that one that hangs delays only the requests for named states, and
+    these only for a limited time. A state that is saved is on the disk.
     """
 
     def __init__(self, folder: Path | None, *, most: int, max_bytes: int) -> None:
@@ -162,8 +154,6 @@ class NamedStates:
         await self._use_disk(client, name, lambda path: self._require_space(path, 0))
 
     async def save(self, client: Client, name: str, model: Model, saved: SavedState) -> int:
-        """Writes a state, which is on the disk when this returns; returns the size of its file."""
-
         def write(path: Path) -> int:
             chunks = file_chunks(saved, model.state_precision)
             self._require_space(path, sum(chunk.nbytes for chunk in chunks))

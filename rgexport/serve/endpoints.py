@@ -10,10 +10,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import PromptEncoder, PromptTokens
+from rgexport.chat.prompts import Message, PromptEncoder, PromptTokens
 from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.sampling import Sampling
-from rgexport.chat.template import Message
 from rgexport.errors import RequestError
 from rgexport.serve import errors
 from rgexport.serve.bodies import (
@@ -40,6 +39,7 @@ _MOST_PROMPTS = 64
 _MOST_SCORED_TOKENS = 1 << 16
 _COMPLETION_TOKENS = 16
 """OpenAI's default length of a completion."""
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def chat(request: Request, body: ChatRequest) -> Response:
@@ -126,7 +126,6 @@ def plan_chat(
 def plan_completion(
     model: Model, body: CompletionRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
-    """Plans `n` replies to each prompt."""
     if body.suffix:
         raise RequestError("suffix: this model cannot fill a gap; leave suffix out")
     if body.best_of not in (None, body.n):
@@ -197,7 +196,6 @@ def _sampling(body: GenerationBody, choice: int) -> Sampling:
 
 
 def _grammar_source(body: GenerationBody) -> GrammarSource | None:
-    """Returns the grammar of the only field that has one."""
     form = body.response_format
     if form is not None and form.type == "text":
         form = None
@@ -228,9 +226,6 @@ def _content(message: ChatMessage | Prediction) -> str:
     if isinstance(message.content, str):
         return message.content
     return "\n".join(part.text for part in message.content)
-
-
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def healthy(request: Request) -> JSONResponse:
@@ -270,7 +265,6 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 
 
 async def apply_template(request: Request, body: TemplateRequest) -> Response:
-    """Answers with the prompt of a chat, as a text and as tokens."""
     size, messages = len(await request.body()), messages_of(body.messages)
     return await _answer(request, body.model, size, _rendered, messages)
 

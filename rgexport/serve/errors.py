@@ -64,8 +64,6 @@ class DiskFailed(RequestError):
 
 
 class ServerEnds(RequestError):
-    """The server ends before the answer is complete."""
-
     def __init__(self) -> None:
         super().__init__("the server ends; send the request again later")
 

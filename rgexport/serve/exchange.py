@@ -24,6 +24,9 @@ from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
 from rgexport.serve.grammar import GrammarSource
 
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
+_STARTED_AT_ONCE = 8
+"""Replies that start before the event loop runs again: each takes about 0.05 ms."""
+_DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
@@ -154,11 +157,6 @@ def timings(reply: ModelReply) -> dict[str, Any]:
     }
 
 
-_STARTED_AT_ONCE = 8
-"""Replies that start before the event loop runs again: each takes about 0.05 ms."""
-_DONE = b"data: [DONE]\n\n"
-
-
 @dataclass(frozen=True)
 class Limits:
     """Limits of a request.
@@ -209,7 +207,6 @@ class Exchange:
         self._is_over = False
 
     async def start(self) -> None:
-        """Starts the replies; the event loop runs between some of them."""
         if len(self._planned) > (most := self._model.scheduler.most_requests):
             raise RequestError(
                 f"n: the request asks for {len(self._planned)} replies; this server takes up to "
@@ -275,7 +272,6 @@ class Exchange:
         return [self._replies[index] for index in sorted(self._replies)]
 
     def _take(self, index: int, item: Item) -> None:
-        """Takes an item of a reply, in another thread."""
         if self._is_over:
             return
         with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile

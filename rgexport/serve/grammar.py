@@ -131,7 +131,6 @@ class Grammars:
         return compiled
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """Returns a compiled grammar; compiling takes up to seconds."""
         if known := self.known(source):
             return known
         compiled: CompiledGrammar | RequestError
@@ -190,12 +189,9 @@ class GrammarThread:
     ) -> CompiledGrammar:
         """Returns the compiled grammar, at once if it is in the cache.
 
-        `client_left` returns when the client has left.
-
         Raises:
             Busy: too many grammars wait, or those before take too long.
             Gone: the client has left.
-            RequestError: the grammar cannot be used, or takes too long.
         """
         if compiled := grammars.known(source):
             return compiled
@@ -223,7 +219,6 @@ class GrammarThread:
             leaving.cancel()
 
     def close(self) -> None:
-        """Ends the thread; waits for no slow grammar."""
         self._thread.shutdown(_CLOSING_SECONDS)
 
 
@@ -260,8 +255,6 @@ def _llguidance() -> Any:
 
 
 class _GuidanceVocabulary:
-    """The interface that `llguidance.TokenizerWrapper` expects."""
-
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}
         stop = tokenizer.end_of_turn_id

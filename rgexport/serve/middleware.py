@@ -23,6 +23,8 @@ _BODY_SECONDS = 60.0
 """Time in which a whole request must arrive."""
 _OPEN = {"/health"}
 """Paths that need no key."""
+_OTHER_SITES = {"cross-site", "same-site"}
+"""Values of `Sec-Fetch-Site` for pages of other origins."""
 
 
 class Record:
@@ -129,13 +131,9 @@ class Guard:
 
 
 def _origin(error: Exception) -> str:
-    """Returns the error's type and where it was raised; its message may hold a user's text."""
+    """Returns the error's type and origin; its message may hold a user's text."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {last.filename}:{last.lineno}"
-
-
-_OTHER_SITES = {"cross-site", "same-site"}
-"""Values of `Sec-Fetch-Site` for pages of other origins."""
 
 
 class Origins:

@@ -36,10 +36,7 @@ _GAUGES: dict[str, tuple[str, Callable[[Model], float]]] = {
 
 
 class Health:
-    """The check of the models. It answers from memory, also while threads or disks hang.
-
-    After `start`, a thread compares the artifacts' files with those that were opened.
-    """
+    """The check of the models, from memory, and of their files, by a thread after `start`."""
 
     def __init__(
         self, models: Mapping[str, Model], *, stall_seconds: float = STALL_SECONDS

@@ -10,29 +10,20 @@ from starlette.requests import Request
 
 from rgexport.chat.model import Model
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, client_of
+from rgexport.serve.connections import Connections
 from rgexport.serve.errors import NotFound
 from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
 from rgexport.serve.grammar import GrammarMask, Grammars, GrammarThread
-from rgexport.serve.monitoring import Health, Metrics
+from rgexport.serve.monitoring import STALL_SECONDS, Health, Metrics
 from rgexport.serve.offload import Offload
 from rgexport.serve.text_process import TextProcess, with_encoder
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Settings of a server.
+    """Settings of a server, as the options of `rgexport serve` describe them.
 
-    Attributes:
-        api_key: the key that clients must present; None accepts all clients.
-        cors_origins: origins of web pages that may use it; `*` for all.
-        allowed_hosts: names that requests may give the server, beside addresses; `*` for all.
-        body_bytes: maximum size of a request.
-        saved: the folder of states that clients name; None for none.
-        most_saved: maximum number of states of a client in it.
-        saved_bytes: maximum size of the states of all clients.
-        log: whether each request is logged.
-        share_prefixes: whether all clients use the same states, named ones included.
-        trusted_proxies: addresses whose X-Forwarded-For header names the client.
+    `*` stands for all origins or hosts. `saved` is the folder of states that clients name.
     """
 
     api_key: str | None = None
@@ -46,6 +37,11 @@ class ServerSettings:
     log: bool = True
     share_prefixes: bool = False
     trusted_proxies: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8080
+    connections: Connections = field(default_factory=Connections)
+    grace_seconds: int = 30
+    stall_seconds: float = STALL_SECONDS
 
 
 class Server:
@@ -56,10 +52,10 @@ class Server:
         models: Mapping[str, Model],
         settings: ServerSettings,
         text_process: TextProcess | None = None,
-        health: Health | None = None,
     ) -> None:
         self.models, self.settings = dict(models), settings
-        self.metrics, self.health = Metrics(self.models), health or Health(models)
+        self.metrics = Metrics(self.models)
+        self.health = Health(models, stall_seconds=settings.stall_seconds)
         self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
         self.saved = NamedStates(
             settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
@@ -86,7 +82,6 @@ class Server:
     async def with_grammar(
         self, name: str, replies: list[PlannedReply], request: Request
     ) -> list[PlannedReply]:
-        """Adds the masks of a request's grammar, if it has one."""
         if (source := replies[0].grammar) is None:
             return replies
         compiled = await self.grammar_thread.compile(

@@ -48,7 +48,6 @@ class TextProcess:
 
         Raises:
             TooLong: it takes too long; the process is ended.
-            EngineError: the process ended.
         """
         with self._turn:
             try:
@@ -100,11 +99,7 @@ class TextProcess:
 
 
 def open_encoder(path: Path, identity: Identity, most_tokens: int) -> PromptEncoder:
-    """Opens the encoder of an artifact, without its weights.
-
-    Raises:
-        EngineError: it is another artifact than `identity`.
-    """
+    """Opens the encoder of an artifact, if it is `identity`, without its weights."""
     artifact = open_artifact(path)
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     if identity_of(artifact.manifest, template.source) != identity:

@@ -82,7 +82,7 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(serve, monkeyp
         assert [complete(server, IDS, each) for each in (ANN, BOB)] == [0, 5], "both are 127.0.0.1"
     runs = []
     monkeypatch.setattr(app, "_run", lambda server, model: (runs.append(server), model.close()))
-    app.serve({}, ServerSettings(), TextProcess({}), app.Listening(port=0, grace_seconds=0))
+    app.serve({}, ServerSettings(port=0, grace_seconds=0), TextProcess({}))
     assert runs[0].config.proxy_headers is False
 
 

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from rgexport.chat.template import ChatTemplate
+from rgexport.chat.prompts import ChatTemplate
 from rgexport.serve import bodies, endpoints, middleware
 from rgexport.serve.app import _own_names
 from rgexport.serve.bodies import require_simple

@@ -15,8 +15,7 @@ import pytest
 from rgexport.chat import prompts as prompts_module
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.jobs import EngineError
-from rgexport.chat.prompts import PromptEncoder
-from rgexport.chat.template import load_template
+from rgexport.chat.prompts import PromptEncoder, load_template
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.identity import identity_of
