@@ -20,7 +20,6 @@ from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 
 _MOST_DIGITS = 20
-"""Maximum number of digits of a token id that an error shows."""
 
 
 def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:

@@ -1,7 +1,6 @@
 """The vocabulary and the chat template in a GGUF file's metadata, as llama.cpp reads them."""
 
 import ctypes
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,6 @@ _BOS_KEY, _EOS_KEY = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id
 """llama.cpp takes Llama's ids where a file has none; here there is no such token then."""
 
 UNKNOWN_SURFACE = " ⁇ ".encode()
-"""What SentencePiece writes for the unknown token."""
 
 
 def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
@@ -39,9 +37,7 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
             "checkpoint's folder and export it again, or pass token ids (--ids)"
         )
     special = vocabulary.special()
-    overruled = {
-        piece: token for piece, token in special.items() if types[token] in (NORMAL, USER_DEFINED)
-    }
+    overruled = {p: token for p, token in special.items() if types[token] in (NORMAL, USER_DEFINED)}
     return Tokenizer(
         vocab_size=vocabulary.size,
         special={piece: token for piece, token in special.items() if piece not in overruled},
@@ -60,9 +56,8 @@ def _matching(
     pattern = re.compile(f"({'|'.join(map(re.escape, pieces)) or '(?!)'})")
 
     def matched(text: str) -> list[int]:
-        runs = enumerate(pattern.split(text))
-        ids = [[pieces[run]] if i % 2 else encode(run) for i, run in runs if run]
-        return list(itertools.chain.from_iterable(ids))
+        runs = [(i % 2, run) for i, run in enumerate(pattern.split(text)) if run]
+        return [t for is_piece, r in runs for t in ([pieces[r]] if is_piece else encode(r))]
 
     return matched
 
@@ -111,9 +106,8 @@ class LlamaCppVocabulary:
 
     def _piece(self, token: int, capacity: int = 64) -> bytes:
         buffer: Any = ctypes.create_string_buffer(capacity)
-        length: int = self._llama.llama_token_to_piece(
-            self._pointer, token, buffer, capacity, 0, True
-        )
+        convert = self._llama.llama_token_to_piece
+        length: int = convert(self._pointer, token, buffer, capacity, 0, True)
         return buffer.raw[:length] if length >= 0 else self._piece(token, -length)
 
 

@@ -42,7 +42,6 @@ class Mask(Protocol):
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 Ending = tuple[Reason, RequestError | None]
-"""Reason for the end of a reply, and the error if the reason is an error."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,25 @@
-"""Masks of replies, computed in other threads while the model takes its step."""
+"""Masks of replies, computed in daemon threads while the model takes its step."""
 
 import contextlib
+import os
+import queue
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
-from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Mask
 from rgexport.errors import RequestError
 
+T = TypeVar("T")
+
+_LOW_PRIORITY = 10
+"""Nice value of a thread for slow calls (on Linux each thread has its own)."""
 MASK_SECONDS = 1.0
 """Longest time for the mask of one token; most take less than a thousandth of it."""
 _QUICK_SECONDS = 0.01
@@ -20,6 +28,54 @@ _QUEUE_SECONDS = 30.0
 """Longest time that a mask waits for masks of other replies."""
 _CLOSING_SECONDS = 0.2
 _BIAS = np.array([-np.inf, 0.0], np.float32)
+
+
+class DaemonExecutor:
+    """One daemon thread, which starts with the first call.
+
+    An interpreter that ends joins the threads of `ThreadPoolExecutor`: one native call of minutes
+    would keep the process alive.
+    """
+
+    def __init__(self, name: str, *, low_priority: bool = False) -> None:
+        self._name, self._low_priority = name, low_priority
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Returns the future result; cancelling it skips a call that has not begun."""
+        future: Future[T] = Future()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+        self._calls.put(lambda: _resolve(future, function))
+        return future
+
+    def shutdown(self, seconds: float) -> None:
+        """Ends the thread after the submitted calls; waits for it at most `seconds`."""
+        self._calls.put(None)
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        if self._low_priority and sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+def _resolve(future: Future[T], function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 class MaskThreads:

@@ -78,11 +78,10 @@ class Model(PromptEncoder):
     ) -> None:
         """Takes ownership of an engine; `load` opens one.
 
-        `rows` conversations share a step, and `max_waiting` requests wait for their turn. With
-        `lookup`, drafts are checked where a text repeats itself, which changes only the speed.
-        States take at most `cache_bytes` of memory, and `folder_bytes` in `state_folder`, which
-        serves the next start too. `state_precision` is fp32 or fp16 in files, None for the
-        engine's. `artifact` is a hash of the artifact.
+        `rows` conversations share a step. With `lookup`, drafts are checked where a text repeats
+        itself, which changes only the speed. `state_folder` keeps states for the next start.
+        `state_precision` is fp32 or fp16, of files; None for the engine's. `artifact` is a hash of
+        the artifact.
         """
         require_precision(state_precision)
         if rows < 1:
@@ -142,7 +141,6 @@ class Model(PromptEncoder):
         return ReplyStream(partial(self.start, PromptTokens(ids), options))
 
     def draft_of(self, text: str) -> list[int]:
-        """Returns the tokens of a text that replies may repeat; none if drafts are not used."""
         return self.encode(text) if self._uses_drafts else []
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
@@ -314,7 +312,6 @@ class Model(PromptEncoder):
     def _forget(
         self, prompt: list[int], reply: Sequence[int], settled: list[int], namespace: str
     ) -> None:
-        """Frees the state after the generated tokens, since the rendered turn replaces it."""
         for count in (len(reply), len(reply) - 1):
             ids = [*prompt, *reply[:count]]
             if count > 0 and ids != settled:
@@ -348,8 +345,8 @@ def load(
 ) -> Model:
     """Opens an artifact of any format, a path or `hf:owner/name`; `options` are those of `Model`.
 
-    `threads` is the number of processors, all by default. With `allow_foreign`, a graph may have
-    ops that rgexport does not write; it can take any time and memory.
+    With `allow_foreign`, a graph may have ops that rgexport does not write; it can take any time
+    and memory.
 
     Raises:
         RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.

@@ -22,9 +22,7 @@ class Admission:
     """Jobs from submission to end; those without a row wait in their client's queue.
 
     A cancelled job no longer counts, although the scheduler notices it only after a step or chunk.
-
-    Attributes:
-        most: maximum number of jobs, not counting those that go first.
+    Jobs that go first do not count in `most`.
     """
 
     def __init__(self, rows: int, max_waiting: int) -> None:
@@ -62,7 +60,6 @@ class Admission:
 
         Raises:
             Busy: the queues are full, and this client has as many jobs as any other.
-            RequestError: the scheduler is closed.
         """
         with self.changed:
             if self._closed:
@@ -81,7 +78,6 @@ class Admission:
             return not self._closed
 
     def wait(self, seconds: float, until: Callable[[], bool]) -> None:
-        """Waits at most `seconds`, or until a call in another thread makes `until` true."""
         with self.changed:
             self.changed.wait_for(lambda: self._closed or until(), seconds)
 

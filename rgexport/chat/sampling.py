@@ -85,7 +85,6 @@ class Sampler:
         bias = options.logit_bias
         self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
         self._biases = np.fromiter(bias.values(), np.float32, len(bias))
-        self._largest_biased = max(bias, default=0)
 
     def __call__(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
         """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each."""
@@ -119,12 +118,8 @@ class Sampler:
         factor = np.float32(options.repetition_penalty)
         logits[repeated] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
-        if self._largest_biased >= len(logits):  # drops ids outside of the vocabulary, once
-            in_vocabulary = self._biased < len(logits)
-            self._biased = self._biased[in_vocabulary]
-            self._biases = self._biases[in_vocabulary]
-            self._largest_biased = 0
-        logits[self._biased] += self._biases
+        in_vocabulary = self._biased < len(logits)
+        logits[self._biased[in_vocabulary]] += self._biases[in_vocabulary]
         return logits
 
 

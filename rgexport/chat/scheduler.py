@@ -124,11 +124,7 @@ class Scheduler:
         return None
 
     def submit(self, request: GenerationRequest) -> GenerationJob:
-        """Queues a request.
-
-        Raises:
-            Busy: too many wait already.
-        """
+        """Queues a request; raises Busy if too many wait."""
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
         for ids in (request.ids, request.draft):
@@ -254,7 +250,6 @@ class Scheduler:
         return reading[order.index(min(order))] if reading else None
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
-        """Begins to decode after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)

@@ -69,8 +69,6 @@ class SavedState:
         key: key of the tokens that the state has seen.
         tokens: int64 [N], which the state has seen, perhaps except the last one; None if only
             the key is known.
-        engine: the engine that computed it.
-        logits: the logits [vocab] after the last token that the state has seen.
         artifact: a hash of everything that its bits depend on; empty if that is unknown.
     """
 

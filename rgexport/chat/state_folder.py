@@ -31,7 +31,6 @@ _FOLDER = re.compile(r"[0-9a-f]{16}-\d+(-[0-9a-f]{16})?")
 _FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
 
 FileName = tuple[str, str]
-"""Names of the artifact's folder and of the file in it."""
 BACK_OFF_SECONDS = 1.0, 60.0
 """Pause of writing after a first failure, and its maximum: each further failure doubles it."""
 READ_SECONDS = 5.0
@@ -168,15 +167,10 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 class Fetch:
-    """A queued or finished read of a saved state from which a text can be continued; a future.
+    """A queued or finished read of a saved state from which `length` tokens can be continued.
 
-    Attributes:
-        keys: keys of the text's prefixes that have files, the best first; the first usable one
-            is read.
-        length: number of the text's tokens. A state after all of them is usable only with
-            logits.
-        state: the result; None until the read ends, or if no file is usable.
-        callbacks: called by the folder's thread when the read ends.
+    It reads the first usable one of `keys`, whose prefixes have files, the best first. A state
+    after all tokens is usable only with logits. The folder's thread calls `callbacks` at the end.
     """
 
     def __init__(self, keys: Sequence[Key], length: int) -> None:
@@ -219,14 +213,10 @@ class StateFolder:
         waiting_bytes: int,
         precision: str | None = None,
     ) -> None:
-        """Opens a folder in `root` for an artifact, and starts the thread.
+        """Opens the folder of an artifact (a hash) in `root`, and starts the thread.
 
-        `artifact` is a hash: files with another one are not used. `max_bytes` limits the files of
-        all artifacts in `root`, `waiting_bytes` the memory of states that wait to be written.
-        `precision` is that of `write_state`.
-
-        Raises:
-            RequestError: the folder cannot be created or listed.
+        `max_bytes` limits the files of all artifacts in `root`, `waiting_bytes` the memory of
+        states that wait to be written.
         """
         name = f"{identity.weights[:16]}-{identity.window}-{artifact[:16]}"
         self._folder, self._index = root / name, FolderIndex(root, name)

@@ -35,9 +35,7 @@ _SCANNED = 1024
 SECONDS = 5.0
 """Processor time of a rendering, in case that steps are unexpectedly slow."""
 MAX_BITS = 1 << 12
-"""Size of a whole number."""
 MAX_INDENT = 16
-"""Spaces of `tojson(indent=...)`."""
 _STEP, _ITEM = 16, 64
 """Bytes charged for an operation, and for an item of a list."""
 

@@ -34,7 +34,6 @@ _SETTINGS: dict[str, Callable[[str], int | float]] = {
     "max_new_tokens": int,
 }
 _SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
-"""Name of a command in other programs → its name."""
 PROMPT = "> "
 GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
 EDITOR = "Enter sends, Alt-Enter begins a new line."
@@ -59,12 +58,6 @@ class Command:
 
 
 def run_command(conversation: Conversation, line: str) -> str | Replies:
-    """Runs a line that begins with a slash.
-
-    Raises:
-        Quit: the chat ends.
-        RequestError: there is no such command, or it fails.
-    """
     name, _, argument = line[1:].partition(" ")
     command = COMMANDS.get(_SYNONYMS.get(name, name))
     if command is None:

@@ -45,13 +45,10 @@ class Tokenizer:
         special: literal of every special piece (control and turn pieces, `<mask>`, `<unusedN>`)
             → its id. `encode_text` never returns one of these ids.
         raw_encode: the engine's encoding, which may recognize special literals.
-        surface: returns the UTF-8 text of one piece, which may be part of a character; empty
-            for control pieces.
+        surface: returns the UTF-8 text of one piece, perhaps a part of a character; empty for
+            control pieces.
         unknown_id: the id of text that no piece covers: special, but `encode_text` may return
             it.
-
-    Raises:
-        RequestError: text could produce the ids of markup, or unknown text end a reply.
     """
 
     vocab_size: int

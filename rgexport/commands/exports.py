@@ -9,16 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rgexport import progress
-from rgexport.choices import (
-    CoreMLPrecision,
-    FloatPrecision,
-    FormatName,
-    OnnxPrecision,
-    Profile,
-    RecurrentState,
-    SyntheticSize,
-)
+from rgexport import choices, progress
 from rgexport.commands.options import (
     CheckpointArguments,
     ClusterArguments,
@@ -37,14 +28,14 @@ class OnnxArguments:
     checkpoint: CheckpointArguments = group()
     int4: bool = option("Same as --precision int4.")
     int8: bool = option("Same as --precision int8.")
-    profile: Profile = option(
+    profile: choices.Profile = option(
         "What runs it: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
         default="cpu",
     )
-    precision: OnnxPrecision | None = option(
+    precision: choices.OnnxPrecision | None = option(
         "Precision of the weights. [default: int4; wasm: int8]"
     )
-    compute: FloatPrecision | None = option(
+    compute: choices.FloatPrecision | None = option(
         "Type of the activations. [default: fp32, or fp16 with fp16 weights]"
     )
     exact: bool = option("Never round activations to int8; slower.")
@@ -89,8 +80,8 @@ class CoreMLArguments:
     checkpoint: CheckpointArguments = group()
     int4: bool = option("Same as --precision int4.")
     int8: bool = option("Same as --precision int8.")
-    precision: CoreMLPrecision | None = option("Precision of the weights. [default: int4]")
-    compute: FloatPrecision | None = option(
+    precision: choices.CoreMLPrecision | None = option("Precision of the weights. [default: int4]")
+    compute: choices.FloatPrecision | None = option(
         "Type of linear layers and attention. [default: fp16, or fp32 with fp32 weights]"
     )
     block_size: int | None = option("16, 32, 64 or 128. [default: 32; int8: one scale per row]")
@@ -102,7 +93,7 @@ class CoreMLArguments:
     )
     prefill_length: int = option("Tokens per call of prefill.", default=128)
     all_logits: bool = option("Prefill returns the logits of every token.")
-    recurrent_state: RecurrentState = option(
+    recurrent_state: choices.RecurrentState = option(
         "io: a float32 input and output; hilo: two float16 states.", default="io"
     )
     split: str | None = option(
@@ -153,7 +144,7 @@ class GgufArguments:
         "A type, named as llama-quantize names it, such as q4_0. [default: q4_k_m]",
         metavar="TYPE",
     )
-    precision: OnnxPrecision | None = option("Instead of --type.")
+    precision: choices.OnnxPrecision | None = option("Instead of --type.")
     pure: bool = option("No mix: that type for the embedding too.")
     tensor_types: tuple[str, ...] = option(
         "Another type for tensors that match, such as attn_v=q8_0. Can be repeated.",
@@ -219,9 +210,7 @@ def _export(
     options = make_options(plan=plan, algorithm=algorithm)
     target = given.output or default_target(checkpoint.name, options)
     check = None if given.no_check else partial(self_check, checkpoint)
-    write: Callable[..., Path] = partial(
-        export, checkpoint, options, target, force=force, check=check
-    )
+    write = partial(export, checkpoint, options, target, force=force, check=check)
     if algorithm == "gptq" or calibration:
         from rgexport.compress.calibrate import known_statistics
 
@@ -249,7 +238,7 @@ def _print_artifact(target: Path) -> int:
 
 @dataclass(frozen=True)
 class RandomArguments:
-    size: SyntheticSize = option("The shape to imitate.", required=True, metavar="2b|9b")
+    size: choices.SyntheticSize = option("The shape to imitate.", required=True, metavar="2b|9b")
     seed: int = option(default=0)
     output: Path = option("The folder to make.", "-o", required=True)
     force: bool = option("Replace an existing output.")
@@ -315,7 +304,7 @@ class QuantizeArguments:
         "The lowest KL in an artifact of at most this size, such as 1.5GB.", metavar="SIZE"
     )
     bits: float | None = option("The lowest KL at this many bits per weight.")
-    format: FormatName = option("The format of the export.", default="onnx")
+    format: choices.FormatName = option("The format of the export.", default="onnx")
     text: Path | None = option("Measure on this text. [default: what the calibration held out]")
     tokens: int = option("At most this many tokens of the text.", default=16384)
     cluster: ClusterArguments = group()

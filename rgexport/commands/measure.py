@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rgexport.choices import (
-    GradeName,
-    ReferenceImplementation,
-    SizeName,
-    SuiteName,
-    TableFormat,
-)
+from rgexport import choices
 from rgexport.commands.options import (
     CheckpointArguments,
     ClusterArguments,
@@ -28,7 +22,9 @@ from rgexport.printing import print_result
 @dataclass(frozen=True)
 class InspectArguments:
     path: str | None = argument(metavar="MODEL-or-ARTIFACT")
-    size: SizeName | None = option("Instead: a released model (may download it), or the demo.")
+    size: choices.SizeName | None = option(
+        "Instead: a released model (may download it), or the demo."
+    )
     json: bool = option("Print JSON.")
     verify: bool = option("Read every byte: values, or hashes.")
 
@@ -50,7 +46,7 @@ def inspect(arguments: InspectArguments) -> int:
 class ReferenceArguments:
     checkpoint: CheckpointArguments = group()
     device: str = option(default="auto", metavar="auto|cuda|cpu")
-    impl: ReferenceImplementation = option(
+    impl: choices.ReferenceImplementation = option(
         "What computes the reference: rgexport, or DeepMind's package.", default="rgexport"
     )
     low_memory: bool = option("Hold one layer's weights at a time, even if all fit.")
@@ -100,7 +96,7 @@ class ValidateArguments:
     reproduce: bool = option("Encode the original's weights again; every level must agree.")
     calibration: Path | None = option("With --reproduce: what the weights were encoded with.")
     allow_ambiguous: bool = option("Exit code 0 also if the verdict is AMBIGUOUS.")
-    min_quality: GradeName | None = option(
+    min_quality: choices.GradeName | None = option(
         "Exit code 1 also if the quality is lower: lossless, excellent, good or fair.",
         metavar="GRADE",
     )
@@ -146,7 +142,7 @@ def validate(arguments: ValidateArguments) -> int:
 @dataclass(frozen=True)
 class EvaluateArguments:
     models: tuple[str, ...] = argument(metavar="MODEL...", required=True)
-    suites: tuple[SuiteName, ...] = option(
+    suites: tuple[choices.SuiteName, ...] = option(
         "text, memory, noise, window, length or tasks. [default: the first three]",
         "--suite",
         metavar="NAME",
@@ -220,7 +216,7 @@ class BenchArguments:
     threads: int | None = option(
         "[default and maximum: one per usable processor]", "-t", least=1, most=256
     )
-    form: TableFormat = option("", "-o", "--output", default="table")
+    form: choices.TableFormat = option("", "-o", "--output", default="table")
     engine: NativeArguments = group()
 
 

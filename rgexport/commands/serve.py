@@ -91,8 +91,8 @@ def serve(arguments: ServeArguments) -> None:
     from rgexport.export.request import bytes_of
     from rgexport.serve.app import open_models, openers
     from rgexport.serve.app import serve as run
-    from rgexport.serve.connections import Connections
     from rgexport.serve.exchange import Limits
+    from rgexport.serve.guards import Connections
     from rgexport.serve.server import ServerSettings
     from rgexport.serve.text_process import TextProcess
 

@@ -26,9 +26,8 @@ from rgexport.errors import RequestError
 from rgexport.progress import note
 from rgexport.serve import endpoints, errors
 from rgexport.serve.bodies import JsonRoute
-from rgexport.serve.connections import protocol
+from rgexport.serve.guards import Guard, Origins, Record, protocol
 from rgexport.serve.host_names import ANY, authority_of
-from rgexport.serve.middleware import Guard, Origins, Record
 from rgexport.serve.server import Server, ServerSettings
 from rgexport.serve.text_process import TextProcess, open_encoder
 

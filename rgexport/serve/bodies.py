@@ -37,7 +37,6 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 MOST_DEPTH, MOST_OBJECTS, MOST_VALUES = 128, 200_000, 1 << 21
 """Nested lists and objects, all of them, and their values, which a body may have."""
 _PIECE = 1 << 16
-"""Bytes that are checked at once."""
 _QUOTE, _OPENING, _CLOSING, _COMMA = 1, 2, 3, 4
 _KINDS = np.zeros(256, np.uint8)
 """The kind of each byte that is part of JSON's structure; 0 for others."""

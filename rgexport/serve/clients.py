@@ -4,7 +4,6 @@ The slots of llama-server are the last conversations of each client, by number.
 """
 
 import asyncio
-import hashlib
 import os
 import threading
 from collections import Counter
@@ -15,10 +14,8 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import TypeVar
 
-from starlette.requests import Request
-
-from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Busy
+from rgexport.chat.masks import DaemonExecutor
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import Message, PromptTokens
 from rgexport.chat.reply import ModelReply
@@ -32,23 +29,14 @@ _NETWORK_BITS = 64
 """Prefix of an IPv6 address that one client has: it may choose the rest."""
 _MOST_SLOTS = 1024
 DISK_SECONDS = 30.0
-"""Longest time that a client waits for the disk."""
 _MOST_WAITING = 8
-"""Maximum number of requests that wait for the disk."""
 _END = ".state"
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Client:
-    """The sender of a request, identified by address and key.
-
-    Attributes:
-        name: clients of different names take turns.
-        owner: a hash of the key, or of the address if there is no key; owns slots and named
-            states.
-        is_sharing: whether all clients use the same states.
-    """
+    """The sender of a request; `name` is its network, `owner` a hash of its key or address."""
 
     name: str
     owner: str
@@ -57,17 +45,6 @@ class Client:
     @property
     def namespace(self) -> str:
         return "" if self.is_sharing else self.owner
-
-    def folder(self, saved: Path) -> Path:
-        return saved if self.is_sharing else saved / self.owner
-
-
-def client_of(request: Request, api_key: str | None, *, is_sharing: bool) -> Client:
-    """Returns the client of a request that has presented the key, if there is one."""
-    address = request.client.host if request.client else ""
-    identity = f"address\n{address}" if api_key is None else f"key\n{api_key}"
-    owner = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    return Client(network_of(address), owner, is_sharing)
 
 
 def network_of(address: str) -> str:
@@ -144,7 +121,7 @@ class NamedStates:
     these only for a limited time. A state that is saved is on the disk.
     """
 
-    def __init__(self, folder: Path | None, *, most: int, max_bytes: int) -> None:
+    def __init__(self, folder: Path | None, most: int, max_bytes: int) -> None:
         self._folder, self._most, self._max_bytes = folder, most, max_bytes
         self._queue = threading.Semaphore(_MOST_WAITING)
         self._thread = DaemonExecutor("named states")
@@ -182,7 +159,8 @@ class NamedStates:
             raise RequestError("this server keeps no states: it was started without --state-folder")
         if not self._queue.acquire(blocking=False):
             raise Busy("the disk of saved states is busy; try again later")
-        path = client.folder(self._folder) / f"{name}{_END}"
+        folder = self._folder if client.is_sharing else self._folder / client.owner
+        path = folder / f"{name}{_END}"
         future = self._thread.submit(partial(task, path))
         future.add_done_callback(lambda _: self._queue.release())
         try:

@@ -14,18 +14,7 @@ from rgexport.chat.prompts import Message, PromptEncoder, PromptTokens
 from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError
-from rgexport.serve import errors
-from rgexport.serve.bodies import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationBody,
-    Prediction,
-    SlotRequest,
-    TemplateRequest,
-    TokenizeRequest,
-)
+from rgexport.serve import bodies, errors
 from rgexport.serve.clients import Client, slot_after, slot_from
 from rgexport.serve.exchange import EventStream, Exchange, Limits, OpenAIAnswer, PlannedReply
 from rgexport.serve.grammar import GrammarSource, json_source
@@ -42,13 +31,13 @@ _COMPLETION_TOKENS = 16
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def chat(request: Request, body: ChatRequest) -> Response:
+async def chat(request: Request, body: bodies.ChatRequest) -> Response:
     name, model = server_of(request).model(body.model)
     answer = OpenAIAnswer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
     return await _respond(request, body, answer, plan_chat)
 
 
-async def complete(request: Request, body: CompletionRequest) -> Response:
+async def complete(request: Request, body: bodies.CompletionRequest) -> Response:
     name, model = server_of(request).model(body.model)
     logprobs = body.logprobs is not None
     answer = OpenAIAnswer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
@@ -57,7 +46,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
 
 async def _respond(
     request: Request,
-    body: GenerationBody,
+    body: bodies.GenerationBody,
     answer: OpenAIAnswer,
     plan: Callable[..., list[PlannedReply]],
 ) -> Response:
@@ -94,7 +83,7 @@ def _affinity(prompt: PromptTokens) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
+def messages_of(messages: Sequence[bodies.ChatMessage]) -> list[Message]:
     return [
         {"role": _ROLES.get(message.role, message.role), "content": _content(message)}
         for message in messages
@@ -102,7 +91,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
 
 
 def plan_chat(
-    model: Model, body: ChatRequest, client: Client, limits: Limits
+    model: Model, body: bodies.ChatRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
     model.require_chat()
     if body.tools and "tools" not in model.template.source:
@@ -124,7 +113,7 @@ def plan_chat(
 
 
 def plan_completion(
-    model: Model, body: CompletionRequest, client: Client, limits: Limits
+    model: Model, body: bodies.CompletionRequest, client: Client, limits: Limits
 ) -> list[PlannedReply]:
     if body.suffix:
         raise RequestError("suffix: this model cannot fill a gap; leave suffix out")
@@ -148,7 +137,7 @@ def plan_completion(
 
 
 def _replies(
-    prompts: Sequence[PromptTokens], body: GenerationBody, options: ReplyOptions
+    prompts: Sequence[PromptTokens], body: bodies.GenerationBody, options: ReplyOptions
 ) -> list[PlannedReply]:
     """Returns `n` replies to each prompt, each with its own seed."""
     grammar = _grammar_source(body)
@@ -157,7 +146,11 @@ def _replies(
 
 
 def _options(
-    body: GenerationBody, most: int | None, logprobs: int | None, client: Client, limits: Limits
+    body: bodies.GenerationBody,
+    most: int | None,
+    logprobs: int | None,
+    client: Client,
+    limits: Limits,
 ) -> ReplyOptions:
     return ReplyOptions(
         max_new_tokens=min(most or limits.new_tokens, limits.new_tokens),
@@ -177,7 +170,7 @@ def _require_fitting(prompts: Sequence[PromptTokens], limits: Limits) -> int:
     return longest
 
 
-def _sampling(body: GenerationBody, choice: int) -> Sampling:
+def _sampling(body: bodies.GenerationBody, choice: int) -> Sampling:
     try:
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     except ValueError:
@@ -195,7 +188,7 @@ def _sampling(body: GenerationBody, choice: int) -> Sampling:
     )
 
 
-def _grammar_source(body: GenerationBody) -> GrammarSource | None:
+def _grammar_source(body: bodies.GenerationBody) -> GrammarSource | None:
     form = body.response_format
     if form is not None and form.type == "text":
         form = None
@@ -222,7 +215,7 @@ def _prompts(model: Model, prompt: Any) -> list[list[int]]:
     return [model.text_ids(p) if isinstance(p, str) else p for p in prompts]
 
 
-def _content(message: ChatMessage | Prediction) -> str:
+def _content(message: bodies.ChatMessage | bodies.Prediction) -> str:
     if isinstance(message.content, str):
         return message.content
     return "\n".join(part.text for part in message.content)
@@ -255,16 +248,16 @@ def _model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "rgexport"}
 
 
-async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+async def tokenize(request: Request, body: bodies.TokenizeRequest) -> Response:
     size = len(body.content)
     return await _answer(request, body.model, size, _tokens, body.content, body.add_special)
 
 
-async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+async def detokenize(request: Request, body: bodies.DetokenizeRequest) -> Response:
     return await _answer(request, body.model, len(body.tokens), _text, body.tokens)
 
 
-async def apply_template(request: Request, body: TemplateRequest) -> Response:
+async def apply_template(request: Request, body: bodies.TemplateRequest) -> Response:
     size, messages = len(await request.body()), messages_of(body.messages)
     return await _answer(request, body.model, size, _rendered, messages)
 
@@ -321,9 +314,9 @@ async def act(
     request: Request,
     slot: int,
     action: Literal["save", "restore", "erase"],
-    body: SlotRequest | None = None,
+    body: bodies.SlotRequest | None = None,
 ) -> dict[str, Any]:
-    server, body = server_of(request), body or SlotRequest()
+    server, body = server_of(request), body or bodies.SlotRequest()
     client, name = server.client(request), body.filename
     model_name, model = server.model(body.model)
     key = client.owner, model_name, slot

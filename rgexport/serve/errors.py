@@ -33,7 +33,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many."},
     "5XX": {"model": ErrorBody, "description": "The server or its engine failed."},
 }
-"""Answers that every route may give."""
 
 
 class Gone(Exception):
@@ -83,10 +82,10 @@ def error_object(message: str, kind: str, param: str | None = None) -> dict[str,
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
 
 
-def error_response(
-    status: int, message: str, kind: str = INVALID, param: str | None = None
-) -> JSONResponse:
-    return JSONResponse(error_object(message, kind, param), status)
+def error_response(status: int, message: str, kind: str = INVALID, **headers: str) -> JSONResponse:
+    """Returns an error; names of headers have underscores for hyphens."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse(error_object(message, kind), status, headers=named)
 
 
 def as_error(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -76,10 +76,8 @@ class OpenAIAnswer:
         return last | {"timings": timings(reply)}
 
     def costs(self, replies: Sequence[ModelReply]) -> dict[str, Any]:
-        return self._object("chat.completion.chunk") | {
-            "choices": [],
-            "usage": usage(replies, self.n),
-        }
+        costs = {"choices": [], "usage": usage(replies, self.n)}
+        return self._object("chat.completion.chunk") | costs
 
     def _chunk(self, index: int, text: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "logprobs": None, **text, "finish_reason": reason}
@@ -97,26 +95,19 @@ class OpenAIAnswer:
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        return self._chat_logprobs(tokens) if self.chat else self._completion_logprobs(tokens)
-
-    def _chat_logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-        content = [
-            self._named(token.id, token.logprob)
-            | {"top_logprobs": [self._named(i, logprob) for i, logprob in token.top]}
-            for token in tokens
-        ]
-        return {"content": content}
-
-    def _completion_logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        if self.chat:
+            tops = [[self._named(*pair) for pair in token.top] for token in tokens]
+            pairs = zip(tokens, tops, strict=True)
+            content = [self._named(t.id, t.logprob) | {"top_logprobs": top} for t, top in pairs]
+            return {"content": content}
         # Nothing predicts a prompt's first token; OpenAI answers null for it.
-        tops = [
-            None if token.logprob is None else {self._text(i): logprob for i, logprob in token.top}
-            for token in tokens
-        ]
         return {
             "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": tops,
+            "top_logprobs": [
+                None if token.logprob is None else {self._text(i): p for i, p in token.top}
+                for token in tokens
+            ],
         }
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
@@ -132,7 +123,7 @@ class OpenAIAnswer:
 
 
 def usage(replies: Sequence[ModelReply], n: int = 1) -> dict[str, Any]:
-    """Returns OpenAI's usage of `n` replies to each prompt: a prompt counts once, not `n` times."""
+    """Returns OpenAI's usage of `n` replies to each prompt, which counts once, not `n` times."""
     by_prompt = [replies[start : start + n] for start in range(0, len(replies), n)]
     prompt = sum(group[0].prompt_tokens for group in by_prompt)
     cached = sum(min(reply.cached_tokens for reply in group) for group in by_prompt)
@@ -159,14 +150,7 @@ def timings(reply: ModelReply) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request.
-
-    Attributes:
-        new_tokens: maximum, and default maximum, number of tokens of a reply.
-        prompt_tokens: maximum number of tokens of a prompt.
-        seconds: maximum duration of an answer.
-        ping_seconds: maximum silence of a stream.
-    """
+    """Limits of a request; `ping_seconds` is the longest silence of a stream."""
 
     new_tokens: int = 4096
     prompt_tokens: int = 1 << 20

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Busy
+from rgexport.chat.masks import DaemonExecutor
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import NotInstalled, RequestError, one_line
 from rgexport.serve.errors import Gone
@@ -35,7 +35,6 @@ two, and the states of a grammar take up to 250 MB."""
 _MOST_SCHEMA_CHARACTERS = 150_000
 """OpenAI allows 120,000 in the names and values of a schema."""
 _MOST_KNOWN = 16
-"""Number of compiled grammars in the cache."""
 _SHORT_SECONDS = 0.001
 """After a slower mask, tokens are consumed without the interpreter's lock."""
 COMPILE_SECONDS, MOST_COMPILING = 10.0, 64
@@ -62,28 +61,23 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
     return GrammarSource("json", text)
 
 
-@dataclass(frozen=True)
-class CompiledGrammar:
-    """Matchers at the start of a grammar, and in an error state, which all replies copy."""
-
-    start: "llguidance.LLMatcher"
-    failed: "llguidance.LLMatcher"
-    vocab_size: int
-
-
 class GrammarMask:
-    def __init__(self, grammar: CompiledGrammar) -> None:
-        self._grammar, self._size = grammar, grammar.vocab_size
+    """Copies matchers at the start of a grammar, and in an error state; `size` is the logits'."""
+
+    def __init__(
+        self, start: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", size: int
+    ) -> None:
+        self._start, self._error, self._size = start, failed, size
         self._seconds = 0.0
 
     # The copies are made by the thread that computes masks, when it is the reply's turn.
     @functools.cached_property
     def _matcher(self) -> "llguidance.LLMatcher":
-        return self._grammar.start.deep_copy()
+        return self._start.deep_copy()
 
     @functools.cached_property
     def _failed(self) -> "llguidance.LLMatcher":
-        return self._grammar.failed.deep_copy()
+        return self._error.deep_copy()
 
     @functools.cached_property
     def _bits(self) -> np.ndarray:
@@ -110,6 +104,10 @@ class GrammarMask:
         if self._matcher.is_error():
             reason = self._matcher.get_error().partition("\n")[0]
             raise RequestError(f"the grammar cannot go on: {reason}")
+
+
+CompiledGrammar = Callable[[], GrammarMask]
+"""Makes the mask of a reply."""
 
 
 class Grammars:
@@ -158,8 +156,8 @@ class Grammars:
         if matcher.is_error():
             reason = one_line(matcher.get_error().replace("<non-verbose/>", ""))
             raise RequestError(f"the grammar cannot be used: {reason}")
-        compiled = CompiledGrammar(matcher, self._failed, self._size)
-        GrammarMask(compiled).allowed()
+        compiled = partial(GrammarMask, matcher, self._failed, self._size)
+        compiled().allowed()
         return compiled
 
     @functools.cached_property

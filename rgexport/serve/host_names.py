@@ -5,7 +5,6 @@ import re
 from collections.abc import Collection
 
 ANY = "*"
-"""Allows every name."""
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/?#@,]+)(:\d{1,5})?", re.IGNORECASE)
 
 

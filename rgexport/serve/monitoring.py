@@ -14,7 +14,6 @@ from rgexport.progress import warn
 STALL_SECONDS = 60.0
 """Longest time of a step, unless earlier steps took long."""
 _LOOK_SECONDS = 2.0
-"""Interval of the checks of the files."""
 _REPLACED = "the files of the artifact changed; restart the server to open the new ones"
 _COUNTERS = {
     "requests": "Requests that were begun.",
@@ -38,9 +37,7 @@ _GAUGES: dict[str, tuple[str, Callable[[Model], float]]] = {
 class Health:
     """The check of the models, from memory, and of their files, by a thread after `start`."""
 
-    def __init__(
-        self, models: Mapping[str, Model], *, stall_seconds: float = STALL_SECONDS
-    ) -> None:
+    def __init__(self, models: Mapping[str, Model], stall_seconds: float = STALL_SECONDS) -> None:
         self._models, self._patience = models, stall_seconds
         self._changed: set[str] = set()
         self._closed = threading.Event()
@@ -96,15 +93,10 @@ class Metrics:
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_ModelCollector(models))
-        self._answers = Counter(
-            "rgexport_http_answers",
-            "Answers by path and status.",
-            ["path", "status"],
-            registry=registry,
-        )
-        self._seconds = Histogram(
-            "rgexport_http_seconds", "Time of an answer.", ["path"], registry=registry
-        )
+        paths, about = ["path", "status"], "Answers by path and status."
+        self._answers = Counter("rgexport_http_answers", about, paths, registry=registry)
+        about = "Time of an answer."
+        self._seconds = Histogram("rgexport_http_seconds", about, ["path"], registry=registry)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Counts an answer; `path` is a route, not the client's path."""

@@ -1,5 +1,6 @@
 """The state of a server: settings, models, grammars, slots and saved states."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,11 +10,11 @@ from weakref import WeakSet
 from starlette.requests import Request
 
 from rgexport.chat.model import Model
-from rgexport.serve.clients import Client, ClientSlots, NamedStates, client_of
-from rgexport.serve.connections import Connections
+from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
 from rgexport.serve.errors import NotFound
 from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
-from rgexport.serve.grammar import GrammarMask, Grammars, GrammarThread
+from rgexport.serve.grammar import Grammars, GrammarThread
+from rgexport.serve.guards import Connections
 from rgexport.serve.monitoring import STALL_SECONDS, Health, Metrics
 from rgexport.serve.offload import Offload
 from rgexport.serve.text_process import TextProcess, with_encoder
@@ -57,9 +58,7 @@ class Server:
         self.metrics = Metrics(self.models)
         self.health = Health(models, stall_seconds=settings.stall_seconds)
         self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
-        self.saved = NamedStates(
-            settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
-        )
+        self.saved = NamedStates(settings.saved, settings.most_saved, settings.saved_bytes)
         self.offload = Offload(text_process)
         self.grammar_thread = GrammarThread()
         self._grammars = {
@@ -87,14 +86,15 @@ class Server:
         compiled = await self.grammar_thread.compile(
             self._grammars[name], source, partial(until_gone, request)
         )
-        return [
-            replace(reply, options=replace(reply.options, mask=GrammarMask(compiled)))
-            for reply in replies
-        ]
+        options = [replace(reply.options, mask=compiled()) for reply in replies]
+        return [replace(r, options=o) for r, o in zip(replies, options, strict=True)]
 
     def client(self, request: Request) -> Client:
-        settings = self.settings
-        return client_of(request, settings.api_key, is_sharing=settings.share_prefixes)
+        """Returns the client of a request that has presented the key, if there is one."""
+        key, address = self.settings.api_key, request.client.host if request.client else ""
+        identity = f"address\n{address}" if key is None else f"key\n{key}"
+        owner = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return Client(network_of(address), owner, self.settings.share_prefixes)
 
 
 def server_of(request: Request) -> Server:

@@ -25,12 +25,9 @@ from rgexport.progress import warn
 from rgexport.serve.errors import TooLong
 
 _CALL_SECONDS = 120.0
-"""Longest time of a call."""
 _NICE = 10
-"""Nice value of the process."""
 
 Openers = Mapping[str, Callable[[], PromptEncoder]]
-"""Name of a model → function that opens its tokenizer and template."""
 
 
 class TextProcess:

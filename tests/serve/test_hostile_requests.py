@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from rgexport.chat.prompts import ChatTemplate
-from rgexport.serve import bodies, endpoints, middleware
+from rgexport.serve import bodies, endpoints, guards
 from rgexport.serve.app import _own_names
 from rgexport.serve.bodies import require_simple
-from rgexport.serve.connections import Connections
 from rgexport.serve.errors import InvalidBody
+from rgexport.serve.guards import Connections
 from rgexport.serve.server import ServerSettings
 from tests.serve.conftest import CHAT, COMPLETE, error_of, until
 
@@ -207,7 +207,7 @@ def test_what_comes_slowly_or_not_at_all(hasty, monkeypatch):
         time.sleep(2 * QUICK)
         connection.sendall(b'{"content": "x"}')
         assert b"200 OK" in connection.recv(1000)
-    monkeypatch.setattr(middleware, "_BODY_SECONDS", QUICK)
+    monkeypatch.setattr(guards, "_BODY_SECONDS", QUICK)
     with hasty.connect(HEAD + b"Content-Length: 100000\r\n\r\n") as connection:
         answer = drip(connection, b" ")
         assert b" 408 " in answer and b"application/json" in answer

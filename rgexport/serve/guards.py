@@ -1,4 +1,7 @@
-"""Middlewares around every request: metrics and log; API key, size and time limits; origins.
+"""Limits on connections, and middlewares around every request.
+
+uvicorn has neither a time limit for headers nor a limit of connections per address. Without them,
+clients that connect and say nothing keep the server's sockets for ever.
 
 A browser sends the requests of any page to this machine, and only hides the answer from the page.
 So requests of pages that are not allowed are refused before anything runs.
@@ -6,25 +9,118 @@ So requests of pages that are not allowed are refused before anything runs.
 
 import asyncio
 import hmac
+import json
 import time
 import traceback
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rgexport.progress import note, warn
-from rgexport.serve.errors import INVALID, SERVER, ServerEnds, error_response
+from rgexport.serve.errors import BUSY, SERVER, ServerEnds, error_object, error_response
 from rgexport.serve.host_names import is_allowed
 from rgexport.serve.monitoring import Metrics
 
+HEADER_SECONDS = 10.0
+"""Time in which a connection must send the headers of a request, once it is open or has begun."""
 _BODY_SECONDS = 60.0
 """Time in which a whole request must arrive."""
 _OPEN = {"/health"}
-"""Paths that need no key."""
 _OTHER_SITES = {"cross-site", "same-site"}
 """Values of `Sec-Fetch-Site` for pages of other origins."""
+
+
+@dataclass
+class Connections:
+    """All connections of a server, the oldest first; 0 is no limit per address."""
+
+    most: int = 1024
+    most_per_address: int = 0
+    header_seconds: float = HEADER_SECONDS
+    open: dict["Connection", None] = field(default_factory=dict)
+
+    def make_space(self, address: str) -> bool:
+        same_address = [c for c in self.open if c.address == address]
+        most_same = self.most_per_address or self.most
+        return _has_space(same_address, most_same) and _has_space([*self.open], self.most)
+
+
+def _has_space(connections: list["Connection"], most: int) -> bool:
+    """Returns whether one more is allowed; closes the oldest silent one if necessary."""
+    if len(connections) >= most:
+        silent = next((c for c in connections if c.is_silent), None)
+        if silent is None:
+            return False
+        silent.drop()
+    return True
+
+
+class Connection(H11Protocol):
+    """A uvicorn connection that is counted, and must send a request in time."""
+
+    connections_of_server: Connections
+    """Set by `protocol`."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self.address = self.client[0] if self.client else ""
+        if not self.connections_of_server.make_space(self.address):
+            transport.write(_full())
+            transport.close()
+            return
+        self.connections_of_server.open[self] = None
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        self.connections_of_server.open.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.is_silent:
+            self._stop_waiting()
+        elif self._header_timer is None:
+            self._await_headers()
+
+    @property
+    def is_silent(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def drop(self) -> None:
+        self._stop_waiting()
+        self.connections_of_server.open.pop(self, None)
+        self.transport.abort()
+
+    def _await_headers(self) -> None:
+        seconds = self.connections_of_server.header_seconds
+        self._header_timer = self.loop.call_later(seconds, self.drop)
+
+    def _stop_waiting(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+
+def protocol(connections: Connections) -> type[Connection]:
+    return type("CountedConnection", (Connection,), {"connections_of_server": connections})
+
+
+def _full() -> bytes:
+    body = json.dumps(error_object("there are too many connections; try again later", BUSY))
+    lines = (
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Retry-After: 1",
+        "Connection: close",
+    )
+    return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
 
 
 class Record:
@@ -84,7 +180,9 @@ class Guard:
         except Exception as error:
             if has_started:
                 raise
-            warn(f"{scope['method']} {scope['path']}: {_origin(error)}")
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            origin = f"{type(error).__name__} at {last.filename}:{last.lineno}"
+            warn(f"{scope['method']} {scope['path']}: {origin}")  # messages may hold users' texts
             failure = error_response(500, "the server failed; its log says why", SERVER)
             await failure(scope, receive, send)
 
@@ -93,20 +191,16 @@ class Guard:
         if b"content-length" in headers and b"transfer-encoding" in headers:
             # A proxy in front may believe the other one, and see another request in the rest.
             message = "Content-Length and Transfer-Encoding exclude each other; send one of them"
-            response = error_response(400, message)
-            response.headers["Connection"] = "close"
-            return response
+            return error_response(400, message, Connection="close")
         if self._key is not None and scope["path"] not in _OPEN:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             is_right = hmac.compare_digest(key.strip(), self._key.encode())
             if scheme.lower() != b"bearer" or not is_right:
-                message = "the API key is missing or wrong"
-                response = error_response(401, message, "authentication_error")
-                response.headers["WWW-Authenticate"] = "Bearer"
-                return response
+                message, kind = "the API key is missing or wrong", "authentication_error"
+                return error_response(401, message, kind, WWW_Authenticate="Bearer")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._body_bytes:
-            return error_response(413, self._too_large, INVALID)
+            return error_response(413, self._too_large)
         return None
 
     def _limited(self, receive: Receive) -> Receive:
@@ -130,12 +224,6 @@ class Guard:
         return limited
 
 
-def _origin(error: Exception) -> str:
-    """Returns the error's type and origin; its message may hold a user's text."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {last.filename}:{last.lineno}"
-
-
 class Origins:
     """Refuses foreign names and pages; an ASGI middleware."""
 
@@ -143,11 +231,9 @@ class Origins:
         self._app, self._hosts, self._pages = app, hosts, pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        complaint = self._complaint(scope) if scope["type"] in ("http", "websocket") else None
+        complaint = self._complaint(scope) if scope["type"] == "http" else None
         if complaint is None:
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
         else:
             await error_response(403, complaint, "permission_error")(scope, receive, send)
 
