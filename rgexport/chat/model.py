@@ -222,9 +222,9 @@ class Model(PromptEncoder):
         done.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
         return done
 
-    def state(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
+    def state(self, ids: Sequence[int]) -> State:
         """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens."""
-        reading = self.read(ids, client=client, namespace=namespace)
+        reading = self.read(ids)
         try:
             return _copy_state(reading.result())
         finally:
@@ -241,8 +241,6 @@ class Model(PromptEncoder):
         messages: Sequence[Message] | None = None,
         *,
         with_text: bool = True,
-        client: str = "",
-        namespace: str = "",
     ) -> SavedState:
         """Writes a state file of these tokens, which are read if their state is not known.
 
@@ -252,7 +250,7 @@ class Model(PromptEncoder):
         path = Path(path)
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        state = self.state(ids[:-1] or ids, client=client, namespace=namespace)
+        state = self.state(ids[:-1] or ids)
         saved = self.saved_state(ids, state, messages, with_text=with_text)
         write_state(path, saved, precision=self.state_precision)
         return saved

@@ -251,7 +251,7 @@ class Rows:
         self._session.set_rows(range(row, row + 1), state)
 
 
-def count_by_client(jobs: Iterable[GenerationJob]) -> Counter[str]:
+def _count_by_client(jobs: Iterable[GenerationJob]) -> Counter[str]:
     return Counter(job.request.client for job in jobs)
 
 
@@ -286,16 +286,16 @@ class RowAssignment:
         """Takes the next job; if all rows are taken, its client must have two fewer."""
         if not self._admission.has_queues:
             return None
-        turns = count_by_client([*self._rows, *postponed])
+        turns = _count_by_client([*self._rows, *postponed])
         if not self._rows.is_full:
             return self._admission.take(turns)
-        most = max(count_by_client(self._rows).values()) - 2
+        most = max(_count_by_client(self._rows).values()) - 2
         if most < 0 or self._admission.paused >= self._rows.capacity:
             return None
         return self._admission.take(turns, most)
 
     def _pause_one(self) -> None:
-        ((client, _),) = count_by_client(self._rows).most_common(1)
+        ((client, _),) = _count_by_client(self._rows).most_common(1)
         job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
         job.paused = self._rows.state(job)
         self._rows.remove(job)
@@ -308,8 +308,11 @@ class RowAssignment:
         if job.paused is not None or job.request.prompt_logits or not reading:
             return False
         known = self._store.length(job.ids, namespace)
-        shared = {running: common_prefix(job.ids, running.ids) for running in reading}
-        return any(known < stop <= shared[r] for r in reading for stop in r.stops())
+        for running in reading:
+            shared = common_prefix(job.ids, running.ids)
+            if any(known < stop <= shared for stop in running.stops()):
+                return True
+        return False
 
     def _is_being_fetched(self, job: GenerationJob) -> bool:
         if job.paused is not None or job.request.prompt_logits:

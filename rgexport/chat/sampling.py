@@ -69,11 +69,6 @@ class Sampling:
             if token < 0 or math.isnan(bias):
                 raise RequestError(f"logit_bias of {token} is {bias}; expected ids and numbers")
 
-    @property
-    def changes_logits(self) -> bool:
-        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
-        return any(penalties) or bool(self.logit_bias)
-
 
 class Sampler:
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
@@ -108,9 +103,11 @@ class Sampler:
         """Returns the logits after mask, penalties and biases; never changes its arguments."""
         if mask is not None:
             logits = logits + mask
-        if not self.options.changes_logits:
+        options = self.options
+        penalties = options.presence_penalty, options.frequency_penalty
+        if not any(penalties) and options.repetition_penalty == 1 and not options.logit_bias:
             return logits
-        logits, options = logits.copy(), self.options
+        logits = logits.copy()
         reply = np.fromiter(self._reply.keys(), np.int64, len(self._reply))
         counts = np.fromiter(self._reply.values(), np.float32, len(self._reply))
         repeated = np.union1d(self._prompt, reply)

@@ -78,7 +78,7 @@ class Scheduler:
         `lookup`, steps check drafts if the engine's results stay bit-identical.
         """
         self.counters, self.store = Counters(), store
-        self._session = session
+        self._session, self.most_requests = session, rows + max_waiting
         self._rows, self._admission = Rows(session, rows), Admission(rows, max_waiting)
         self._assignment = RowAssignment(self._admission, self._rows, store)
         self._last_read: dict[str, float] = {}
@@ -92,10 +92,6 @@ class Scheduler:
         self._passed, self._longest_pass, self._failures = time.monotonic(), 0.0, 0
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
-
-    @property
-    def most_requests(self) -> int:
-        return self._admission.most
 
     @property
     def running(self) -> int:

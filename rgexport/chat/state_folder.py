@@ -184,9 +184,6 @@ class Fetch:
     def pending(self) -> bool:
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
-    def wait(self) -> None:
-        self._ended.wait(max(0.0, self._deadline - time.monotonic()))
-
     def end(self, state: SavedState | None) -> None:
         self.state = state
         self._ended.set()

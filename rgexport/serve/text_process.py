@@ -27,13 +27,11 @@ from rgexport.serve.errors import TooLong
 _CALL_SECONDS = 120.0
 _NICE = 10
 
-Openers = Mapping[str, Callable[[], PromptEncoder]]
-
 
 class TextProcess:
     """The process: it starts at the first call, and runs one call at a time."""
 
-    def __init__(self, openers: Openers) -> None:
+    def __init__(self, openers: Mapping[str, Callable[[], PromptEncoder]]) -> None:
         self._openers = dict(openers)
         self._turn = threading.Lock()
         self._process: SpawnProcess | None = None

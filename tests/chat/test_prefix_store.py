@@ -87,7 +87,7 @@ def longest(store, ids):
     """The longest prefix, after the folder has been read."""
     fetch = store.fetch(ids, lambda: None)
     if fetch:
-        fetch.wait()
+        until(lambda: not fetch.pending)
     return store.longest(ids, fetch=fetch)
 
 
