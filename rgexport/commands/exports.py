@@ -141,8 +141,7 @@ class GgufArguments:
     int4: bool = option("The best mix of 4 bits: --type q4_k_m.")
     int8: bool = option("Same as --type q8_0.")
     type: str | None = option(
-        "A type, named as llama-quantize names it, such as q4_0. [default: q4_k_m]",
-        metavar="TYPE",
+        "A type, named as llama-quantize names it, such as q4_0. [default: q4_k_m]", metavar="TYPE"
     )
     precision: choices.OnnxPrecision | None = option("Instead of --type.")
     pure: bool = option("No mix: that type for the embedding too.")

@@ -155,13 +155,10 @@ class EvaluateArguments:
     texts: tuple[Path, ...] = option("File or folder. [default: built in]", "--text")
     limit: int | None = option("Maximum number of tokens of a document in text.", least=2)
     context: int = option(
-        "Tokens of a chunk, for the perplexity that llama-perplexity reports.",
-        least=4,
-        default=512,
+        "Tokens of a chunk, for the perplexity that llama-perplexity reports.", least=4, default=512
     )
     stride: int | None = option(
-        "Also read texts in overlapping chunks of --context; tokens from one to the next.",
-        least=1,
+        "Also read texts in overlapping chunks of --context; tokens from one to the next.", least=1
     )
     trials: int = option("Episodes of each task of memory.", least=2, default=32)
     farthest: int | None = option(

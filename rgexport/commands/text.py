@@ -53,9 +53,7 @@ class SamplingArguments(ThreadsArguments):
         "Sample from the most likely tokens that sum to p.", default=1.0, show_default=False
     )
     min_p: float = option(
-        "Drop tokens less likely than p times the most likely one.",
-        default=0.0,
-        show_default=False,
+        "Drop tokens less likely than p times the most likely one.", default=0.0, show_default=False
     )
     repetition_penalty: float = option(
         "Above 1: tokens repeat less.", default=1.0, show_default=False

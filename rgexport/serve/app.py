@@ -55,9 +55,7 @@ _OTHER_FILES = 256
 
 
 def create_app(
-    models: Mapping[str, Model],
-    settings: ServerSettings,
-    text_process: TextProcess | None = None,
+    models: Mapping[str, Model], settings: ServerSettings, text_process: TextProcess | None = None
 ) -> FastAPI:
     """Returns the app; long texts are read in `text_process`, without one in threads."""
     server = Server(models, settings, text_process)
