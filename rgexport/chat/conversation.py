@@ -53,10 +53,7 @@ class Conversation:
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text`, piece by piece. An error undoes the turn.
-
-        Closing the iterator ends the reply; its text so far stays in the conversation.
-        """
+        """Yields the reply to `text`; closing the iterator ends it, an error undoes the turn."""
         if self._unread:
             raise RequestError(
                 f"{self._unread[0]} stores a hash of its text, not the text; first read the text "
@@ -87,10 +84,7 @@ class Conversation:
         return self.model.save_state(path, encode(messages), messages)
 
     def load(self, path: Path) -> SavedState:
-        """Replaces the conversation by a saved one, or by a document that was read.
-
-        A file without text starts an empty conversation, in which that text must be read next.
-        """
+        """Replaces the conversation by a saved one, or by a document that was read."""
         saved = self.model.load_state(path)
         if saved.tokens is None:
             self.clear()

@@ -38,12 +38,7 @@ def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options
 
 
 def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
-    """Returns the tokens of a plain text, after the tokens of a state file if it has them.
-
-    Raises:
-        RequestError: no tokens, a state of another model, or one of another text without its
-            tokens.
-    """
+    """Returns the tokens of a plain text, after the tokens of a state file if it has them."""
     saved = None if state is None else model.load_state(state)
     if saved and saved.tokens is not None:
         return [*saved.tokens.tolist(), *model.tokenizer.encode_text(text)]

@@ -56,8 +56,7 @@ class Token:
 class End:
     """The end of a reply; `stop` is a stop id or a listener that returned False.
 
-    The seconds are those from admission to the first token, and from there to the end. The state is
-    that after a prompt that was only read.
+    The first token ends `read_seconds`. The state is that after a prompt that was only read.
     """
 
     reason: Reason
@@ -69,10 +68,7 @@ class End:
 
 
 class Listener(Protocol):
-    """Receives a reply in the scheduler's thread, so it must not block.
-
-    The end of a reply that never had a row may come from the thread of another request.
-    """
+    """Receives a reply in the scheduler's thread, so it must not block."""
 
     def token(self, token: Token) -> bool:
         """Takes the next token; returns whether the reply goes on."""
@@ -82,31 +78,38 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """A prompt to read, and a reply to write.
+class GenerationOptions:
+    """Options of a reply.
+
+    The reply may repeat `draft`. No other reply uses `mask`, the tokens that may be written.
+    Clients take turns, and share the rows. States are found only in their namespace.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 256
+    draft: Sequence[int] = ()
+    mask: Mask | None = None
+    client: str = ""
+    namespace: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(GenerationOptions):
+    """A prompt to read, and a reply to write; without new tokens, only the state is stored.
 
     Attributes:
-        max_new_tokens: maximum length of the reply; 0 only reads, and stores the state.
-        keep: lengths of prefixes of the prompt whose states are stored, beside the whole
-            prompt's.
-        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them,
-            in the scheduler's thread. The whole prompt is read then.
+        keep: lengths of prefixes of the prompt whose states are stored, beside the whole prompt's.
+        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them, in
+            the scheduler's thread. The whole prompt is read then.
         first: whether it goes before other requests of its client.
-        lasting: whether the states after the prompt and the reply are also stored in the
-            folder.
+        lasting: whether the states after the prompt and the reply are also stored in the folder.
     """
 
     ids: Sequence[int]
     listener: Listener
-    sampling: Sampling = field(default_factory=Sampling)
-    draft: Sequence[int] = ()
-    max_new_tokens: int = 256
     stop_ids: Collection[int] = ()
     keep: Collection[int] = ()
-    mask: Mask | None = None
     prompt_logits: Callable[[Sequence[int], np.ndarray], None] | None = None
-    client: str = ""
-    namespace: str = ""
     first: bool = False
     lasting: bool = True
 

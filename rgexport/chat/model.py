@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,14 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.jobs import End, GenerationJob, GenerationRequest, Token, require_ids
+from rgexport.chat.jobs import (
+    End,
+    GenerationJob,
+    GenerationOptions,
+    GenerationRequest,
+    Token,
+    require_ids,
+)
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import ChatTemplate, Message, PromptEncoder, PromptTokens
 from rgexport.chat.reply import (
@@ -185,22 +192,16 @@ class Model(PromptEncoder):
             deliver(end)
 
         writer = ReplyWriter(self.tokenizer, prompt.ids, options, deliver, deliver_end)
-        return self.scheduler.submit(
-            GenerationRequest(
-                ids=prompt.ids,
-                listener=writer,
-                sampling=options.sampling,
-                draft=options.draft,
-                max_new_tokens=options.max_new_tokens,
-                stop_ids=self.tokenizer.stop_ids,
-                keep=prompt.keep,
-                mask=options.mask,
-                prompt_logits=writer.prompt if options.prompt_logprobs else None,
-                client=options.client,
-                namespace=options.namespace,
-                lasting=prompt.messages is None,
-            )
+        request = GenerationRequest(
+            ids=prompt.ids,
+            listener=writer,
+            stop_ids=self.tokenizer.stop_ids,
+            keep=prompt.keep,
+            prompt_logits=writer.prompt if options.prompt_logprobs else None,
+            lasting=prompt.messages is None,
+            **{option.name: getattr(options, option.name) for option in fields(GenerationOptions)},
         )
+        return self.scheduler.submit(request)
 
     def read(
         self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
@@ -343,11 +344,8 @@ def load(
 ) -> Model:
     """Opens an artifact of any format, a path or `hf:owner/name`; `options` are those of `Model`.
 
-    With `allow_foreign`, a graph may have ops that rgexport does not write; it can take any time
-    and memory.
-
-    Raises:
-        RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.
+    With `allow_foreign`, a graph may have ops that rgexport does not write, and take any time and
+    memory.
     """
     return open_model(open_artifact(path, allow_foreign=allow_foreign), threads=threads, **options)
 

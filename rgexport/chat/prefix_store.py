@@ -66,10 +66,7 @@ class PrefixStore:
     def fetch(
         self, ids: Sequence[int], callback: Callable[[], None], namespace: str = ""
     ) -> Fetch | None:
-        """Lets the folder read a longer prefix than memory has; returns None if it has none.
-
-        Its thread calls `callback` when the read ends.
-        """
+        """Lets the folder read a longer prefix than memory has, and call `callback` at the end."""
         if self._folder is None:
             return None
         keys = self._keys(ids, namespace, self._folder.lengths())

@@ -1,7 +1,4 @@
-"""Chat templates, and the prompts that they make of conversations.
-
-A prompt also has the lengths of the prefixes that states are stored for.
-"""
+"""Chat templates, and the prompts that they make of conversations."""
 
 import contextlib
 import datetime
@@ -50,8 +47,7 @@ class ChatTemplate:
     ) -> list[int]:
         """Returns the ids of a conversation, with one BOS first if the vocabulary has it.
 
-        Special literals of the template become their ids; inside a message they are text. The rest
-        is encoded as one string, across the borders of messages.
+        Special literals of the template become their ids; inside a message they are text.
         """
         neutral = [{key: tokenizer.cut(text) for key, text in m.items()} for m in messages]
         rendered = self.render(
@@ -119,10 +115,7 @@ def _strftime_now(form: str) -> str:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The tokens before a reply, of a conversation if there are messages.
-
-    States are stored after prefixes of the lengths in `keep`.
-    """
+    """The tokens before a reply, and lengths (`keep`) of prefixes whose states are stored."""
 
     ids: list[int]
     keep: tuple[int, ...] = ()
@@ -130,12 +123,10 @@ class PromptTokens:
 
 
 class PromptEncoder:
-    """Makes the prompts of one model.
+    """Makes the prompts of one model, of at most `most_tokens`.
 
-    Attributes:
-        most_tokens: length of the longest prompt that is accepted; None for any.
-        elsewhere: calls a function with the encoder of the same model in another process, and
-            the arguments after it, for long texts. None if there is no such process.
+    For long texts, `elsewhere` calls a function with the encoder of the same model in another
+    process, and the arguments after it.
     """
 
     most_tokens: int | None = None

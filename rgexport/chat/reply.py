@@ -3,42 +3,32 @@
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from rgexport.chat.jobs import End, GenerationJob, Mask, Reason, Token
+from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, Reason, Token
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplyOptions:
-    """Options of a reply; `GenerationRequest` has more about some.
+class ReplyOptions(GenerationOptions):
+    """Options of a reply as a text, which ends before any of `stop`.
 
     Attributes:
-        stop: texts that end the reply and are not part of it.
-        logprobs: number of the most likely tokens whose log probabilities are reported beside
-            the chosen token's; None reports none.
+        logprobs: number of the most likely tokens whose log probabilities are reported beside the
+            chosen token's; None reports none.
         prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
             probabilities. The whole prompt is read then.
-        mask: the tokens that may be written; each reply needs its own mask.
-        draft: tokens that the reply may repeat, see `Model.draft_of`.
-        client: clients take turns, and share the rows.
-        namespace: states are found only by replies of the same namespace.
     """
 
-    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 1024
     stop: Sequence[str] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    mask: Mask | None = None
-    draft: Sequence[int] = ()
-    client: str = ""
-    namespace: str = ""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -53,13 +53,10 @@ class Admission:
             return sum(job.paused is not None for queue in self._queues.values() for job in queue)
 
     def add(self, job: GenerationJob) -> GenerationJob | None:
-        """Queues a job; returns the job that it displaces, if any.
+        """Queues a job; returns the job that it displaces, if any, or raises Busy.
 
         If the queues are full, the client with the longest one loses its newest job to one with
         less.
-
-        Raises:
-            Busy: the queues are full, and this client has as many jobs as any other.
         """
         with self.changed:
             if self._closed:

@@ -26,19 +26,10 @@ _FIRST_SORTED = 64
 class Sampling:
     """Options of sampling; the defaults choose the most likely token.
 
-    Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_k: number of the most likely tokens to choose from; 0 allows all.
-        top_p: share of probability that the most likely tokens must reach; 1 allows all.
-        min_p: smallest probability that is allowed, relative to the largest one.
-        repetition_penalty: divides positive logits of tokens in the prompt and the reply, and
-            multiplies negative ones (Hugging Face's `repetition_penalty`).
-        presence_penalty: subtracted from the logits of tokens in the reply (OpenAI).
-        frequency_penalty: the same, times the token's count in the reply (OpenAI).
-        logit_bias: id → number that is added to its logit.
-
-    Raises:
-        RequestError: an option is outside its range.
+    A temperature of 0 is greedy. 0 of `top_k` and 1 of `top_p` allow all tokens; `min_p` is
+    relative to the largest probability. `repetition_penalty` is Hugging Face's and counts the
+    prompt too, the other penalties are OpenAI's. `logit_bias` has numbers that are added to the
+    logits of ids.
     """
 
     temperature: float = 0.0

@@ -73,9 +73,8 @@ class Scheduler:
     ) -> None:
         """Starts its thread.
 
-        At most `rows` conversations share a step; each takes the memory of one state, or of two
-        while clients share too few rows. At most `max_waiting` requests wait for a row. With
-        `lookup`, steps check drafts if the engine's results stay bit-identical.
+        Each of `rows` takes the memory of one state, or of two while clients share too few rows.
+        With `lookup`, steps check drafts if the engine's results stay bit-identical.
         """
         self.counters, self.store = Counters(), store
         self._session, self.most_requests = session, rows + max_waiting

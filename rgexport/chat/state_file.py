@@ -146,8 +146,7 @@ def is_state_file(path: Path) -> bool:
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
     """Writes a file that appears complete or not at all; returns its size.
 
-    The precision is one of `PRECISIONS`; None keeps the engine's. The cause of a RequestError is
-    the error of the system.
+    The precision is one of `PRECISIONS`; None keeps the engine's.
     """
     return write_chunks(path, file_chunks(saved, precision))
 
@@ -184,11 +183,7 @@ def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryv
 
 
 def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
-    """Reads a file; `shapes` has the model's states by name, without a batch axis.
-
-    Raises:
-        RequestError: it is no state file, is damaged, or is of a model with other states.
-    """
+    """Reads a file of a model with states of these shapes, which have no batch axis."""
     fields, entries = read_state_header(path), read_header(path)
     if dict(shapes) != {n: entry.shape for n, entry in entries.items() if n not in _OTHER_DTYPES}:
         raise RequestError(

@@ -99,13 +99,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def compared(self, value: Any) -> Any:
-        self._charge_reading(value)
-        return value
-
-    def _charge_reading(self, value: Any) -> None:
-        """Charges half a step for each item, and text by its length."""
+        """Charges the reading of a value: half a step for each item, and text by its length."""
         size = self._size(value)
         self.charge(scanned=size if isinstance(value, str) else size * _SCANNED // (2 * _ITEM))
+        return value
 
     def written(self, value: Any) -> Any:
         """Refuses text with a memory address."""
@@ -156,7 +153,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if name == "replace" and kwargs:
                 raise TemplateError("it names an argument of replace")
             if name not in _INSTANT:
-                self._charge_reading(subject)
+                self.compared(subject)
             self._charge_expansion(name, subject, *rest, *kwargs.values())
             return self.made(call(*args, **kwargs))
 

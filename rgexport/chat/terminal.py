@@ -1,15 +1,15 @@
 """Chats in a terminal and over a pipe, with slash commands."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.from_artifact import summary
+from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError, printable
 from rgexport.files.paths import read_text
 from rgexport.printing import print_reply, printable_reply
@@ -22,17 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Replies = Generator[str, None, None]
-_SETTINGS: dict[str, Callable[[str], int | float]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "max_new_tokens": int,
-}
+_SETTINGS = [f.name for f in fields(Sampling) if f.name != "logit_bias"] + ["max_new_tokens"]
+_WHOLE = "top_k", "seed", "max_new_tokens"
 _SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
 PROMPT = "> "
 GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
@@ -132,7 +123,7 @@ def _set(conversation: Conversation, argument: str) -> str:
     if name not in _SETTINGS:
         raise RequestError(f"there is no setting {name!r}; expected one of {', '.join(_SETTINGS)}")
     try:
-        number: Any = _SETTINGS[name](value)
+        number: Any = int(value) if name in _WHOLE else float(value)
     except ValueError:
         raise RequestError(f"{name} is {value!r}; expected a number") from None
     if name == "max_new_tokens":
@@ -183,8 +174,8 @@ def one_message(
         print_reply("" if as_json else piece, output)
     if as_json:
         assert conversation.last
-        fields = json.dumps(dataclasses.asdict(conversation.last), ensure_ascii=False)
-        print_reply(fields, output)
+        text = json.dumps(asdict(conversation.last), ensure_ascii=False)
+        print_reply(text, output)
     print_reply("\n", output)
 
 

@@ -41,14 +41,10 @@ def _surface(piece: str) -> bytes:
 class Tokenizer:
     """A vocabulary, with encoding and decoding.
 
-    Attributes:
-        special: literal of every special piece (control and turn pieces, `<mask>`, `<unusedN>`)
-            → its id. `encode_text` never returns one of these ids.
-        raw_encode: the engine's encoding, which may recognize special literals.
-        surface: returns the UTF-8 text of one piece, perhaps a part of a character; empty for
-            control pieces.
-        unknown_id: the id of text that no piece covers: special, but `encode_text` may return
-            it.
+    `special` has the literal of every special piece (control and turn pieces, `<mask>`,
+    `<unusedN>`): `encode_text` never returns one of their ids, except `unknown_id`, of text that no
+    piece covers. `raw_encode` is the engine's, which may recognize literals. `surface` returns the
+    UTF-8 text of one piece, perhaps a part of a character; empty for control pieces.
     """
 
     vocab_size: int

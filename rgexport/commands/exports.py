@@ -191,9 +191,8 @@ def _export(
 ) -> int:
     """Runs the steps that the three export commands share; returns the exit code.
 
-    `make_options` takes `plan` and `algorithm`, and returns the format's options. `check_target`
-    raises RequestError if the target exists and may not be replaced. `default_target` returns the
-    artifact's path from the model's name and the options.
+    `check_target` raises RequestError if the target exists and may not be replaced.
+    `default_target` returns the artifact's path from the model's name and the options.
     """
     from rgexport.export.request import algorithm_word
     from rgexport.quantize.plan import load_plan

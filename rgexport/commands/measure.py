@@ -116,18 +116,8 @@ def validate(arguments: ValidateArguments) -> int:
     from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.run import validate_artifacts
 
-    request = ValidationRequest(
-        model=arguments.model,
-        adapter=arguments.adapter,
-        text=arguments.text,
-        max_tokens=arguments.max_tokens,
-        bisect=arguments.bisect,
-        bench=arguments.bench,
-        reproduce=arguments.reproduce,
-        calibration=arguments.calibration,
-        min_quality=arguments.min_quality,
-        allow_foreign=arguments.engine.allow_foreign,
-    )
+    values = shared(arguments, ValidationRequest) | shared(arguments.engine, ValidationRequest)
+    request = ValidationRequest(**values | {"reference": None, "limits": {}})
     return validate_artifacts(
         arguments.artifacts,
         request,

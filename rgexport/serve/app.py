@@ -205,10 +205,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _own_names(host: str, api_key: str | None) -> set[str]:
-    """Returns the names that requests may give a server which listens at `host`.
-
-    Who has a key is no page that was led to this server: then others may use any name.
-    """
+    """Returns the names that requests may give a server; with a key, others may use any."""
     if host in _LOOPBACK:
         return {"localhost"}
     machine = socket.gethostname().lower()

@@ -18,8 +18,7 @@ from rgexport.serve import bodies, errors
 from rgexport.serve.clients import Client, slot_after, slot_from
 from rgexport.serve.exchange import EventStream, Exchange, Limits, OpenAIAnswer, PlannedReply
 from rgexport.serve.grammar import GrammarSource, json_source
-from rgexport.serve.offload import kind_of
-from rgexport.serve.server import server_of
+from rgexport.serve.server import kind_of, server_of
 
 AFFINITY = "X-Conversation"
 """Header for load balancers; its value is the same for all turns of a conversation."""

@@ -185,12 +185,7 @@ class GrammarThread:
         source: GrammarSource,
         client_left: Callable[[], Coroutine[Any, Any, None]],
     ) -> CompiledGrammar:
-        """Returns the compiled grammar, at once if it is in the cache.
-
-        Raises:
-            Busy: too many grammars wait, or those before take too long.
-            Gone: the client has left.
-        """
+        """Returns the compiled grammar; raises Busy, or Gone if the client left."""
         if compiled := grammars.known(source):
             return compiled
         if self._waiting >= self._most:

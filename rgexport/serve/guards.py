@@ -1,7 +1,7 @@
 """Limits on connections, and middlewares around every request.
 
-uvicorn has neither a time limit for headers nor a limit of connections per address. Without them,
-clients that connect and say nothing keep the server's sockets for ever.
+uvicorn has neither a time limit for headers nor a limit of connections per address: clients that
+say nothing would keep the server's sockets for ever.
 
 A browser sends the requests of any page to this machine, and only hides the answer from the page.
 So requests of pages that are not allowed are refused before anything runs.

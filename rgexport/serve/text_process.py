@@ -39,11 +39,7 @@ class TextProcess:
         self._closed = False
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns `function(*args)`, computed in the process; all of it must be picklable.
-
-        Raises:
-            TooLong: it takes too long; the process is ended.
-        """
+        """Returns `function(*args)`, all picklable; raises TooLong, and ends a slow process."""
         with self._turn:
             try:
                 is_error, result = self._exchange(function, args)
