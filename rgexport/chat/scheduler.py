@@ -239,10 +239,11 @@ class Scheduler:
     def _next_to_read(self) -> GenerationJob | None:
         """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
-        last = self._last_read
-        self._last_read = {j.request.client: last.get(j.request.client, 0.0) for j in reading}
-        order = [(self._last_read[job.request.client], job.began) for job in reading]
-        return reading[order.index(min(order))] if reading else None
+        if not reading:
+            return None
+        clients, before = {job.request.client for job in reading}, self._last_read
+        self._last_read = last = {client: before.get(client, 0.0) for client in clients}
+        return min(reading, key=lambda job: (last[job.request.client], job.began))
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
         job.replied = time.perf_counter()
