@@ -55,7 +55,6 @@ def _prepare_streams() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command and returns its exit code."""
     progress.expect_stages(0)
     try:
         code = rgexport.main(arguments, "rgexport", standalone_mode=False)

@@ -75,7 +75,6 @@ class Conversation:
         self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:
-        """Writes the conversation and its state into a file."""
         messages, encode = list(self.messages), self.model.conversation_ids
         if self._document:
             messages, encode = [*messages, _user(self._document)], self.model.opening_ids

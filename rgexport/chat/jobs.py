@@ -156,7 +156,6 @@ class GenerationJob:
         self.cancelled = True
 
     def stops(self) -> list[int]:
-        """Returns the next prompt lengths at which reading pauses to store the state."""
         end = len(self.request.ids)
         is_long = end - self.cached > KEPT_EVERY
         every = range(KEPT_EVERY, end, KEPT_EVERY) if is_long else ()

@@ -12,8 +12,6 @@ _REDRAW_SECONDS = 0.08
 
 
 class MarkdownStream:
-    """A context manager that shows text piece by piece."""
-
     def __init__(self, console: Console) -> None:
         self._console, self._text, self._drawn = console, "", 0.0
         self._live = self._new_live()

@@ -276,7 +276,6 @@ class Model(PromptEncoder):
         )
 
     def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
-        """Loads a state file: prompts of the namespace that begin with its tokens go on from it."""
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)

@@ -110,7 +110,6 @@ class PrefixStore:
             self._folder.close()
 
     def _keys(self, ids: Sequence[int], namespace: str, lengths: Iterable[int] = ()) -> list[Key]:
-        """Returns the keys of prefixes of these lengths and of those in memory, longest first."""
         with self._lock:
             all_lengths = {*lengths, *(length for length, _ in self._entries)}
         keys = keys_of(ids, sorted(length for length in all_lengths if length <= len(ids)))

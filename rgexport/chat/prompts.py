@@ -81,7 +81,6 @@ class ChatTemplate:
         return text
 
     def check_turns(self, tokenizer: Tokenizer) -> None:
-        """Raises RequestError if the vocabulary lacks turn tokens that this template writes."""
         if missing := missing_turns(self.source, tokenizer.special):
             raise RequestError(
                 f"the tokenizer has no {' and no '.join(missing)}, which the chat template "
@@ -95,7 +94,6 @@ def load_template(folder: Path) -> ChatTemplate:
 
 
 def _cut_all(value: Any, tokenizer: Tokenizer) -> Any:
-    """Returns JSON with all its texts cut, see `Tokenizer.cut`."""
     if isinstance(value, str):
         return tokenizer.cut(value)
     if isinstance(value, Mapping):
@@ -180,7 +178,6 @@ class PromptEncoder:
         return self.tokenizer.encode_text(text)
 
     def opening_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation up to where its last message can go on."""
         *before, last = messages
         one, two = (
             self._render([*before, {**last, "content": last["content"] + end}], reply=False)

@@ -38,7 +38,6 @@ class ReplyOptions(GenerationOptions):
 
 
 def reply_options(**options: Any) -> ReplyOptions:
-    """Returns options of a reply and of its sampling, by name."""
     reply_names = {field.name for field in fields(ReplyOptions)} - {"sampling"}
     values = {name: options.pop(name) for name in reply_names & options.keys()}
     if isinstance(values.get("draft"), str):
@@ -99,7 +98,6 @@ class ModelReply:
 
     @property
     def write_rate(self) -> float:
-        """Tokens per second after the first one; 0 if there were none."""
         return (self.new_tokens - 1) / self.write_seconds if self.new_tokens > 1 else 0.0
 
 

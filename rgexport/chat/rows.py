@@ -69,7 +69,6 @@ class Admission:
         return displaced
 
     def wait_for_work(self, *, running: bool) -> bool:
-        """Returns True once there is work, False when the scheduler is closed."""
         with self.changed:
             self.changed.wait_for(lambda: self._closed or running or self._queues)
             return not self._closed
@@ -79,7 +78,6 @@ class Admission:
             self.changed.wait_for(lambda: self._closed or until(), seconds)
 
     def wait_for_folder(self, seconds: float) -> None:
-        """Waits at most `seconds` if the folder of states is reading for a job."""
         with self.changed:
             jobs = [job for queue in self._queues.values() for job in queue]
             if any(job.fetch is not None and job.fetch.pending for job in jobs):
@@ -119,7 +117,6 @@ class Admission:
         return cancelled
 
     def end(self, job: GenerationJob) -> None:
-        """Stops counting a job."""
         with self.changed:
             self._live.discard(job)
 
@@ -185,7 +182,6 @@ class Rows:
 
     @property
     def decoding(self) -> list[GenerationJob]:
-        """The jobs of the next decoding step; their rows begin at 0."""
         return self._jobs[: self._num_decoding]
 
     @property
@@ -253,8 +249,6 @@ def _count_by_client(jobs: Iterable[GenerationJob]) -> Counter[str]:
 
 
 class RowAssignment:
-    """Gives rows to the jobs of an `Admission`; only for the scheduler's thread."""
-
     def __init__(self, admission: Admission, rows: Rows, store: PrefixStore) -> None:
         self._admission, self._rows, self._store = admission, rows, store
 
@@ -299,7 +293,6 @@ class RowAssignment:
         self._admission.put_back(job)
 
     def _is_being_read(self, job: GenerationJob) -> bool:
-        """Returns whether another row will soon store a longer prefix than the known one."""
         namespace = job.request.namespace
         reading = [r for r in self._rows.not_decoding if r.request.namespace == namespace]
         if job.paused is not None or job.request.prompt_logits or not reading:

@@ -60,8 +60,6 @@ class Counters:
 
 
 class Scheduler:
-    """Runs requests over one session, which it owns."""
-
     def __init__(
         self,
         session: Session,
@@ -119,7 +117,6 @@ class Scheduler:
         return None
 
     def submit(self, request: GenerationRequest) -> GenerationJob:
-        """Queues a request; raises Busy if too many wait."""
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
         for ids in (request.ids, request.draft):
@@ -237,7 +234,6 @@ class Scheduler:
         return last
 
     def _next_to_read(self) -> GenerationJob | None:
-        """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
         if not reading:
             return None
@@ -319,7 +315,6 @@ class Scheduler:
             return "error", EngineError(f"a reply cannot go on: {error!r}")
 
     def _choose(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
-        """Chooses the next token, or holds the row until its mask is ready."""
         request, bias, job.held = job.request, None, None
         if job.mask is not None:
             bias = job.mask.bias(self._mask_deadline - time.perf_counter())
@@ -373,7 +368,6 @@ class Scheduler:
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Tells the listener the end of a job without a row."""
         self._admission.end(job)
         if job.mask is not None:
             job.mask.cancel()

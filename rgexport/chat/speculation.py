@@ -48,8 +48,6 @@ _CHUNK_SECONDS, _CHUNK_STEPS = 2.5, 1.5
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed next tokens, and the number of equal tokens before them."""
-
     tokens: Sequence[int] = ()
     match: int = 0
 
@@ -108,7 +106,6 @@ class PromptLookup:
             self._indexed[text] = max(self._indexed[text], stop)
 
     def _match(self, text: int, end: int) -> int:
-        """Returns how many tokens before `end` equal the last ones, up to `_LONGEST`."""
         ids, most = self._texts[text], min(_LONGEST, end, len(self._ids))
         equal = (ids[end - 1 - i] == self._ids[-1 - i] for i in range(most))
         return next((i for i, is_equal in enumerate(equal) if not is_equal), most)
@@ -193,7 +190,6 @@ class Speculation:
             self._slope = _DECAY * self._slope + (1 - _DECAY) * slope
 
     def _length(self, chances: Sequence[Sequence[float]], most: int) -> int:
-        """Returns the number of drafted tokens per row that promises most tokens per second."""
         rows = len(chances)
         step = self._fresh_seconds(rows, 1)
         if not step or not any(chances):

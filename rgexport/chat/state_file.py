@@ -122,14 +122,12 @@ def keys_of(ids: Sequence[int] | np.ndarray, lengths: Iterable[int]) -> list[Key
 
 
 def require_precision(precision: str | None) -> None:
-    """Raises RequestError if the precision is none of `PRECISIONS`."""
     if precision not in (None, *PRECISIONS):
         expected = " or ".join(PRECISIONS)
         raise RequestError(f"the precision of states is {precision!r}; expected {expected}")
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises RequestError if something else than a state file would be lost."""
     require_writable(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
         raise RequestError(f"{path} exists and is not a state file; give another name")
@@ -160,7 +158,6 @@ def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
 
 
 def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryview]:
-    """Returns the contents of a file in chunks, see `write_state`."""
     arrays = _stored(saved, precision)
     digest = hashlib.sha256()
     for array in arrays.values():
@@ -183,7 +180,6 @@ def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryv
 
 
 def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
-    """Reads a file of a model with states of these shapes, which have no batch axis."""
     fields, entries = read_state_header(path), read_header(path)
     if dict(shapes) != {n: entry.shape for n, entry in entries.items() if n not in _OTHER_DTYPES}:
         raise RequestError(
@@ -212,7 +208,6 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
 
 
 def require_intact(path: Path) -> None:
-    """Raises RequestError if a file, of any model, is damaged or no state file."""
     _read_arrays(path, read_state_header(path), read_header(path))
 
 
@@ -276,7 +271,6 @@ def _read_arrays(
 
 
 def _is_consistent(fields: StateHeader, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Returns whether the shapes of tokens, hash and logits agree with the metadata."""
     count, position = fields.tokens, fields.position
     shapes = {name: arrays[name].shape for name in _OTHER_DTYPES if name in arrays}
     if len(shapes.pop(LOGITS, (0,))) != 1:

@@ -115,7 +115,6 @@ class FolderIndex:
                     self._insert(name, _File(status.st_size, status.st_mtime))
 
     def trim(self, max_bytes: int) -> None:
-        """Removes the least recently used files until the rest fits."""
         while self._nbytes > max_bytes and self._files:
             with self._lock:
                 name, file = next(iter(self._files.items()))
@@ -158,7 +157,6 @@ class FolderIndex:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Lists a folder; a missing one is empty."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -272,7 +270,6 @@ class StateFolder:
             self._changed.notify()
 
     def fetch(self, keys: Sequence[Key], length: int, callback: Callable[[], None]) -> Fetch:
-        """Queues a `Fetch`, or joins a queued one of the same first key."""
         with self._changed:
             fetch = self._fetches.setdefault(keys[0], Fetch(keys, length))
             fetch.callbacks.append(callback)
@@ -280,7 +277,6 @@ class StateFolder:
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits at most `seconds` until all queued states are written."""
         with self._changed:
             if self._closed:
                 return
@@ -376,7 +372,6 @@ class StateFolder:
         self._retry_at = {key: at for key, at in self._retry_at.items() if at > now}
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Warns of a kind of failure, at most once in `_WARN_AGAIN_SECONDS`."""
         system = system_error(error)
         kind, now = (what, system.errno if system else type(error)), time.monotonic()
         if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:

@@ -51,8 +51,6 @@ rsplit rstrip split splitlines startswith strip title upper""".split()
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one rendering, with Hugging Face's options and extensions."""
-
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, messages: Sequence[Mapping[str, str]], **functions: Any) -> None:
@@ -105,7 +103,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def written(self, value: Any) -> Any:
-        """Refuses text with a memory address."""
         if _has_no_text(value):
             raise TemplateError(f"it writes a {type(value).__name__}")
         return self.made(value)
@@ -160,7 +157,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return charged
 
     def _charge_expansion(self, name: str, subject: Any, *rest: Any) -> None:
-        """Charges the result of a filter or method that may be much larger than its input."""
         match name:
             case "replace" if len(rest) > 1:
                 self.charge(str(subject).count(str(rest[0])) * self._size(str(rest[1])))

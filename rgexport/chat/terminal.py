@@ -40,8 +40,6 @@ class Quit(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """A command and its description; `run` returns a line, or the pieces of a reply."""
-
     run: Callable[[Conversation, str], str | Replies]
     about: str
     argument: str = ""
@@ -180,7 +178,6 @@ def one_message(
 
 
 def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
-    """Chats at a terminal: a line editor, and streamed replies in Markdown."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
@@ -258,7 +255,6 @@ def _prompt_session() -> "PromptSession[str]":
 
 
 def _history() -> Any:
-    """Returns the history, in a private file, or in memory if the file cannot be made."""
     import platformdirs
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 

@@ -75,7 +75,6 @@ class Tokenizer:
         return frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
 
     def literal(self, token: int | None) -> str:
-        """Returns the literal of a special id, "" for other ids."""
         return next((text for text, i in self.special.items() if i == token), "")
 
     def cut(self, text: str) -> str:

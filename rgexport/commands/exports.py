@@ -221,7 +221,6 @@ def _export(
 
 
 def _print_artifact(target: Path) -> int:
-    """Prints a summary of the artifact; returns exit code 1 if its self-check failed, else 0."""
     from rgexport.export.advice import check_line, closing_line
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import open_artifact

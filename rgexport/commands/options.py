@@ -88,7 +88,6 @@ def shared(arguments: object, target: type[Any]) -> dict[str, Any]:
 
 
 def help_if_alone(context: click.Context) -> None:
-    """Prints the help of a group that no command came after."""
     if context.invoked_subcommand is None:
         print_result(context.get_help())
 
@@ -135,8 +134,6 @@ def _inferred(kind: type[click.Parameter], annotation: Any) -> dict[str, Any]:
 
 
 class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on
-    """A choice that refuses other words as the core does."""
-
     def convert(
         self, value: Any, parameter: click.Parameter | None, context: click.Context | None
     ) -> Any:
@@ -192,8 +189,6 @@ class ClusterArguments:
 
 @dataclass(frozen=True)
 class ExportArguments(ClusterArguments):
-    """The options that all formats share."""
-
     plan: Path | None = option(
         "A JSON file with the storage of every tensor, as `inspect --json` prints it."
     )

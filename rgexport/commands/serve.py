@@ -167,7 +167,6 @@ def _proxies(addresses: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _api_key(key: str | None, file: Path | None) -> str | None:
-    """Returns the key of the option, the file or the environment."""
     if key is not None and file is not None:
         raise RequestError("--api-key and --api-key-file exclude each other")
     if file is not None:

@@ -86,8 +86,6 @@ class StateArguments(StatePrecisionArguments):
 
 @dataclass(frozen=True)
 class ReplyArguments:
-    """The options that `generate` and `chat` share."""
-
     draft: DraftArguments = group()
     sampling: SamplingArguments = group()
     state: StateArguments = group()

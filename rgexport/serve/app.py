@@ -108,7 +108,6 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
 
 
 def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
-    """Opens the artifacts, by name; a second one of the same name gets its folder's name."""
     resolved = [path.resolve() for path in artifacts]
     for path in artifacts:
         if resolved.count(path.resolve()) > 1:
@@ -205,7 +204,6 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _own_names(host: str, api_key: str | None) -> set[str]:
-    """Returns the names that requests may give a server; with a key, others may use any."""
     if host in _LOOPBACK:
         return {"localhost"}
     machine = socket.gethostname().lower()

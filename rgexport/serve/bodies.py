@@ -44,7 +44,6 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """Adds null to the types of each optional field, in the published schema."""
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
             types = field.pop("anyOf", None) or [_without_annotations(field)]
@@ -52,7 +51,6 @@ def _allow_null(schema: dict[str, Any]) -> None:
 
 
 def _without_annotations(field: dict[str, Any]) -> dict[str, Any]:
-    """Moves the type and its limits out of a field; leaves its title and default."""
     names = [name for name in field if name not in ("title", "default", "description")]
     return {name: field.pop(name) for name in names}
 
@@ -158,8 +156,6 @@ class TemplateRequest(_Body):
 
 
 class SlotRequest(_Body):
-    """A name within the folder of states."""
-
     filename: FileName | None = None
     model: str = ""
 

@@ -127,7 +127,6 @@ class NamedStates:
         self._thread = DaemonExecutor("named states")
 
     async def require_space(self, client: Client, name: str) -> None:
-        """Refuses a new name if there are too many, before its state is computed."""
         await self._use_disk(client, name, lambda path: self._require_space(path, 0))
 
     async def save(self, client: Client, name: str, model: Model, saved: SavedState) -> int:
@@ -189,7 +188,6 @@ class NamedStates:
             )
 
     def _files(self) -> Iterator[os.DirEntry[str]]:
-        """Yields the states of all clients; removes incomplete files of killed processes."""
         folders = [str(self._folder)]
         while folders:
             with os.scandir(folders.pop()) as entries:

@@ -138,7 +138,6 @@ def plan_completion(
 def _replies(
     prompts: Sequence[PromptTokens], body: bodies.GenerationBody, options: ReplyOptions
 ) -> list[PlannedReply]:
-    """Returns `n` replies to each prompt, each with its own seed."""
     grammar = _grammar_source(body)
     choices = [replace(options, sampling=_sampling(body, choice)) for choice in range(body.n)]
     return [PlannedReply(prompt, c, grammar=grammar) for prompt in prompts for c in choices]
@@ -264,7 +263,6 @@ async def apply_template(request: Request, body: bodies.TemplateRequest) -> Resp
 async def _answer(
     request: Request, name: str, size: int, function: Callable[..., bytes], *args: Any
 ) -> Response:
-    """Runs a function of an encoder beside the event loop; `size` is the length of the input."""
     server = server_of(request)
     name, model = server.model(name)
     content = await server.offload.with_encoder(request, name, model, size, function, *args)

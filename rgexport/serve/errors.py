@@ -51,7 +51,7 @@ class InvalidBody(RequestError):
 
 
 class NotFound(InvalidBody):
-    """A missing object, which the field `param` of the request names."""
+    pass
 
 
 class TooLong(RequestError):

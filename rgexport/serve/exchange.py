@@ -160,8 +160,6 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlannedReply:
-    """A reply that a request asks for, with text that is put before it."""
-
     prompt: PromptTokens
     options: ReplyOptions
     before: str = ""
@@ -216,7 +214,6 @@ class Exchange:
         self._arrived.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the answer when all replies have ended."""
         tokens: list[list[ScoredToken]] = [[] for _ in self._planned]
         async with contextlib.aclosing(self._items(None)) as items:
             async for index, item in items:
@@ -294,8 +291,6 @@ class Exchange:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; the replies end with the response, even if it never begins."""
-
     def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
         headers = headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         events = exchange.events(with_usage=with_usage)

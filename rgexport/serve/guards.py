@@ -60,8 +60,6 @@ def _has_space(connections: list["Connection"], most: int) -> bool:
 
 
 class Connection(H11Protocol):
-    """A uvicorn connection that is counted, and must send a request in time."""
-
     connections_of_server: Connections
     """Set by `protocol`."""
 
@@ -225,8 +223,6 @@ class Guard:
 
 
 class Origins:
-    """Refuses foreign names and pages; an ASGI middleware."""
-
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], pages: Collection[str]) -> None:
         self._app, self._hosts, self._pages = app, hosts, pages
 
@@ -261,7 +257,6 @@ class Origins:
 
 
 def _is_of_other_site(scope: Scope) -> bool:
-    """Returns whether a page of another origin sends this, other than by a link."""
     if not _OTHER_SITES.intersection(_values(scope, b"sec-fetch-site")):
         return False
     is_link = scope.get("method") == "GET" and _values(scope, b"sec-fetch-mode") == ["navigate"]

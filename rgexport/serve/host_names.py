@@ -25,7 +25,6 @@ def is_allowed(authority: str, names: Collection[str]) -> bool:
 
 
 def authority_of(host: str, port: int) -> str:
-    """Returns `host:port`, with brackets around an address of IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

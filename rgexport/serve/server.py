@@ -56,7 +56,6 @@ class Offload:
         function: Callable[..., bytes],
         *args: Any,
     ) -> Any:
-        """Returns `function(encoder of the model, *args)`; `size` is the length of its input."""
         if self._text_process and size > LONG:
             call = self._text_process.call
             return await self.run("long", request, call, with_encoder, name, function, *args)
@@ -139,7 +138,6 @@ class Server:
                 model.elsewhere = partial(text_process.call, with_encoder, name)
 
     def model(self, name: str) -> tuple[str, Model]:
-        """Returns a model and its name; if there is only one, it has any name."""
         if len(self.models) == 1:
             name = next(iter(self.models))
         if name not in self.models:
@@ -159,7 +157,6 @@ class Server:
         return [replace(r, options=o) for r, o in zip(replies, options, strict=True)]
 
     def client(self, request: Request) -> Client:
-        """Returns the client of a request that has presented the key, if there is one."""
         key, address = self.settings.api_key, request.client.host if request.client else ""
         identity = f"address\n{address}" if key is None else f"key\n{key}"
         owner = hashlib.sha256(identity.encode()).hexdigest()[:32]
