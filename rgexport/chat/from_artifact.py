@@ -8,8 +8,8 @@ import numpy as np
 
 from rgexport.chat import model as models
 from rgexport.chat.model import Model
-from rgexport.chat.reply import ModelReply
-from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.chat.reply import ModelReply, ReplyOptions
+from rgexport.chat.sampling import Sampler
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -54,13 +54,12 @@ def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
 def continue_ids(
     path: Path,
     ids: str,
-    sampling: Sampling,
-    max_new_tokens: int,
+    options: ReplyOptions,
     threads: int | None,
     *,
     allow_foreign: bool = False,
 ) -> Iterator[int]:
-    """Yields exactly `max_new_tokens` tokens after ids such as `2,651,603`."""
+    """Yields the most tokens that `options` allow after ids such as `2,651,603`."""
     numbers = ids.replace(",", " ").split()
     if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
@@ -73,9 +72,9 @@ def continue_ids(
     prompt = np.array([tokens], np.int64)
     session = open_session(artifact, threads=threads)
     _log_session(session.info)
-    sampler = Sampler(sampling, tokens)
+    sampler = Sampler(options.sampling, tokens)
     token = sampler(session.prefill(prompt)[0, -1])
-    for _ in range(max_new_tokens - 1):
+    for _ in range(options.max_new_tokens - 1):
         yield token
         token = sampler(session.step(np.array([token], np.int64))[0])
     yield token

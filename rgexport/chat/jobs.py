@@ -31,8 +31,7 @@ class EngineError(RequestError):
 class Mask(Protocol):
     """The tokens, bool [vocab], that a grammar allows next, for one reply.
 
-    Other threads call it, one at a time. An error of a mask ends only its reply, and so does a mask
-    that takes longer than `masks.MASK_SECONDS` for a token.
+    Other threads call it. Its error, or slowness (`masks.MASK_SECONDS`), ends only its reply.
     """
 
     def allowed(self) -> np.ndarray: ...

@@ -117,10 +117,7 @@ class ReplyMask:
         return self._bias.done() or self._is_overdue()
 
     def bias(self, seconds: float) -> np.ndarray | None:
-        """Returns the mask as a summand of logits [vocab], 0 or -inf; None if it is not ready.
-
-        Waits `seconds` for a quick mask, and raises RequestError if it failed or takes too long.
-        """
+        """Returns the mask as a summand of logits [vocab], 0 or -inf; None after `seconds`."""
         if seconds > 0 and not self._slow and not self._bias.done():
             with contextlib.suppress(TimeoutError):
                 self._bias.exception(seconds)

@@ -296,10 +296,7 @@ class Model(PromptEncoder):
     def _settle(
         self, prompt: PromptTokens, options: ReplyOptions, reply: ModelReply, deliver: Deliver
     ) -> None:
-        """Reads the end of the turn as the template renders it, for the next turn to go on from.
-
-        The template may trim the reply, or its words have other pieces than the tokenizer's.
-        """
+        """Reads the end of the turn, whose tokens the template may spell in another form."""
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
             ids, namespace = self.conversation_ids(messages), options.namespace

@@ -1,8 +1,4 @@
-"""A cache of states by the tokens before them, so that a prompt goes on from a known prefix.
-
-The key is a hash of the tokens, so a state is found only by exactly these tokens. Least recently
-used states are dropped first. With a folder, states survive a restart.
-"""
+"""A cache of states by the tokens before them, so that a prompt goes on from a known prefix."""
 
 import threading
 from collections import OrderedDict

@@ -56,10 +56,7 @@ def reply_options(**options: Any) -> ReplyOptions:
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token, its log probability before penalties and temperature, and the most likely ones.
-
-    Nothing predicts a prompt's first token: its log probability is None.
-    """
+    """A token, its log probability (None for a prompt's first), and the most likely ones."""
 
     id: int
     logprob: float | None

@@ -1,9 +1,8 @@
 """Sampling of the next token.
 
 The order is that of vLLM and Hugging Face: penalties and biases change logits, the temperature
-divides them, then top-k, top-p and min-p drop tokens. With a vocabulary of 256,000, sorting all
-logits is slow. The functions below sort only some of them, and choose the same tokens with the
-same probabilities.
+divides them, then top-k, top-p and min-p drop tokens. Sorting all of 256,000 logits is slow: only
+some are sorted, and the same tokens are chosen with the same probabilities.
 """
 
 import math

@@ -103,10 +103,7 @@ class Scheduler:
         return bool(self._rows) or self._admission.has_queues
 
     def problem(self, patience: float) -> str | None:
-        """Returns why replies do not go on, None if they do. Never blocks.
-
-        A pass may take `patience` seconds, or four times as long as the longest one before.
-        """
+        """Returns why replies do not go on, None if they do; a pass may take `patience` seconds."""
         silence = time.monotonic() - self._passed
         if not self._thread.is_alive():
             return "its scheduler has ended"

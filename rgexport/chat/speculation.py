@@ -1,8 +1,7 @@
-"""Drafts of the next tokens, by prompt lookup, and the sizes of passes.
+"""Drafts of the next tokens, by prompt lookup, and the sizes of passes, by their earlier times.
 
 Edits of a text, and answers about a text, repeat much of it: a draft follows an earlier occurrence
-of the last tokens, and the model checks it in one pass. How many tokens a decode step drafts, and
-how many a prefill chunk has, follows from the times of earlier passes on this machine.
+of the last tokens, and the model checks it in one pass.
 """
 
 from collections.abc import Sequence

@@ -64,16 +64,9 @@ def reference(arguments: ReferenceArguments) -> None:
     from rgexport.validate.reference.capture import capture, closing_line
 
     checkpoint = arguments.checkpoint.open()
-    captured = capture(
-        checkpoint,
-        arguments.output or Path(f"{checkpoint.name}.reference"),
-        prompts=arguments.prompts,
-        device=arguments.device,
-        impl=arguments.impl,
-        low_memory=arguments.low_memory,
-        force=arguments.force,
-    )
-    print_result(closing_line(captured))
+    target = arguments.output or Path(f"{checkpoint.name}.reference")
+    values = {n: v for n, v in vars(arguments).items() if n not in ("checkpoint", "output")}
+    print_result(closing_line(capture(checkpoint, target, **values)))
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,9 @@ def generate(arguments: GenerateArguments) -> None:
     if arguments.ids is not None:
         if state.load_state or state.save_state or reply.draft.draft_text:
             raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
+        threads, is_foreign = reply.sampling.threads, reply.engine.allow_foreign
         for token in continue_ids(
-            arguments.artifact,
-            arguments.ids,
-            options.sampling,
-            options.max_new_tokens,
-            reply.sampling.threads,
-            allow_foreign=reply.engine.allow_foreign,
+            arguments.artifact, arguments.ids, options, threads, allow_foreign=is_foreign
         ):
             print_result(f"{token} ", end="")
         print_result("")

@@ -1,7 +1,6 @@
 """Bodies of requests: OpenAI's fields, and additions of llama-server and vLLM.
 
-They are checked before they are parsed, and parsed off the event loop. Unknown fields are ignored,
-as clients expect.
+They are checked before they are parsed, off the event loop. Unknown fields are ignored.
 """
 
 import email.message

@@ -1,7 +1,4 @@
-"""Clients, which take turns, and what they own: slots, and states that they save by name.
-
-The slots of llama-server are the last conversations of each client, by number.
-"""
+"""Clients, which take turns, and what they own: slots by number, and states by name."""
 
 import asyncio
 import os

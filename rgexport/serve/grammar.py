@@ -97,7 +97,7 @@ class GrammarMask:
         if self._seconds < _SHORT_SECONDS:
             self._matcher.consume_token(token)
         else:  # only a call for two matchers releases the lock of the interpreter
-            _executor().consume_token_par([(self._matcher, token), (self._failed, token)])
+            _threads.executor.consume_token_par([(self._matcher, token), (self._failed, token)])
         self._require_no_error()
 
     def _require_no_error(self) -> None:
@@ -226,15 +226,15 @@ def _guidance(source: GrammarSource) -> str:
     return str(matcher.grammar_from_lark(any_to_lark(source.text)))
 
 
-_threads = threading.local()
+class _Threads(threading.local):
+    @functools.cached_property
+    def executor(self) -> "llguidance.LLExecutor":
+        """The executor of this thread, which has the priority of the thread."""
+        executor: llguidance.LLExecutor = _llguidance().LLExecutor(1)
+        return executor
 
 
-def _executor() -> "llguidance.LLExecutor":
-    """Returns the executor of this thread, which has the priority of the thread."""
-    if not hasattr(_threads, "executor"):
-        _threads.executor = _llguidance().LLExecutor(1)
-    executor: llguidance.LLExecutor = _threads.executor
-    return executor
+_threads = _Threads()
 
 
 def _llguidance() -> Any:

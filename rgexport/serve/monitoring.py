@@ -43,12 +43,9 @@ class Health:
         self._closed = threading.Event()
 
     def problems(self) -> dict[str, str]:
-        problems: dict[str, str] = {}
-        for name, model in self._models.items():
-            replaced = _REPLACED if name in self._changed else None
-            if problem := replaced or model.scheduler.problem(self._patience):
-                problems[name] = problem
-        return problems
+        problems = {name: m.scheduler.problem(self._patience) for name, m in self._models.items()}
+        problems |= dict.fromkeys(self._changed, _REPLACED)
+        return {name: problem for name, problem in problems.items() if problem}
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="health", daemon=True).start()

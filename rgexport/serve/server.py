@@ -1,7 +1,4 @@
-"""The state of a server: settings, models, grammars, slots and saved states.
-
-Its computations run beside the event loop: in threads, or in a process.
-"""
+"""The state of a server, and computations beside its event loop: in threads, or in a process."""
 
 import asyncio
 import hashlib

@@ -1,7 +1,6 @@
 """A process of low priority for long texts and bodies.
 
-Parsing and tokenizing megabytes takes seconds, and much of it holds the interpreter's lock, which
-the scheduler's thread needs for every step.
+Parsing megabytes takes seconds, and holds the interpreter's lock, which each step needs.
 """
 
 import functools
