@@ -11,7 +11,6 @@ from rgexport.chat.state_file import Key, SavedState, key_of
 from rgexport.errors import RequestError
 
 _SEPARATOR = "\n\n"
-"""Between a document and the question about it."""
 
 
 class Conversation:
@@ -63,7 +62,6 @@ class Conversation:
         yield from self._reply_to([*self.messages, _user(self._after_document(text))])
 
     def retry(self) -> Generator[str, None, None]:
-        """Yields another reply to the last message; a seed changes with each attempt."""
         self._attempts += 1
         yield from self._reply_to(self.messages[: self._last_index() + 1])
 

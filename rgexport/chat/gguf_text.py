@@ -96,7 +96,6 @@ class LlamaCppVocabulary:
         return ids[:count]
 
     def surface(self, token: int) -> bytes:
-        """Returns the UTF-8 text of one piece; empty for BOS, EOS and padding."""
         if not 0 <= token < self.size or token in self._silent:
             return b""
         unknown = self._llama.LLAMA_TOKEN_ATTR_UNKNOWN

@@ -78,9 +78,8 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Options of a reply.
+    """Options of a reply, which may repeat `draft`, and has a `mask` for itself.
 
-    The reply may repeat `draft`. No other reply uses `mask`, the tokens that may be written.
     Clients take turns, and share the rows. States are found only in their namespace.
     """
 

@@ -31,11 +31,7 @@ _BIAS = np.array([-np.inf, 0.0], np.float32)
 
 
 class DaemonExecutor:
-    """One daemon thread, which starts with the first call.
-
-    An interpreter that ends joins the threads of `ThreadPoolExecutor`: one native call of minutes
-    would keep the process alive.
-    """
+    """One daemon thread, which starts with the first call; unlike a pool's, no exit waits for it."""
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
         self._name, self._low_priority = name, low_priority
@@ -79,8 +75,6 @@ def _resolve(future: Future[T], function: Callable[[], T]) -> None:
 
 
 class MaskThreads:
-    """Two threads that compute masks: one for quick grammars, one for slow ones."""
-
     def __init__(
         self,
         vocab_size: int,
@@ -105,8 +99,6 @@ class MaskThreads:
 
 
 class ReplyMask:
-    """The mask of one reply: the next one is computed as soon as a token is accepted."""
-
     def __init__(self, mask: Mask, threads: MaskThreads) -> None:
         self._mask, self._threads = mask, threads
         self._slow = False

@@ -24,7 +24,6 @@ _SLICE, _SHARE = 1 << 14, 7 / 8
 """Characters that are counted at once; smallest ratio of the whole text's tokens to the sum of its
 slices' tokens."""
 _CHARACTERS = 4
-"""Typical number of characters of a token."""
 _TURN_TOKENS = 16
 """More tokens than a template writes around a message."""
 _LAST_TURNS = 4

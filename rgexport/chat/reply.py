@@ -134,8 +134,6 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class ReplyWriter:
-    """A scheduler's listener that makes the text of a reply from its tokens."""
-
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -21,8 +21,7 @@ from rgexport.runtimes.session import Session
 class Admission:
     """Jobs from submission to end; those without a row wait in their client's queue.
 
-    A cancelled job no longer counts, although the scheduler notices it only after a step or chunk.
-    Jobs that go first do not count in `most`.
+    A cancelled job, or one that goes first, does not count in `most`.
     """
 
     def __init__(self, rows: int, max_waiting: int) -> None:
@@ -106,7 +105,6 @@ class Admission:
             self._queues.setdefault(job.request.client, deque()).appendleft(job)
 
     def take_cancelled(self, *, paused: bool = True) -> list[GenerationJob]:
-        """Takes the cancelled jobs out of the queues; leaves paused ones if `paused` is False."""
         cancelled: list[GenerationJob] = []
         with self.changed:
             for client, queue in [*self._queues.items()]:
@@ -156,9 +154,8 @@ class Admission:
 class Rows:
     """Jobs in the order of their batch rows, of which the session gets `capacity`.
 
-    Jobs that decode have the first rows, so that a decoding step runs one range of rows. The jobs
-    in later rows read their prompts, or wait for the mask of their next token. Only one thread may
-    call methods; other threads may read the length.
+    Jobs that decode have the first rows, for one range of rows in a step. Only one thread may call
+    methods; other threads may read the length.
     """
 
     def __init__(self, session: Session, capacity: int) -> None:
@@ -221,7 +218,6 @@ class Rows:
         self._jobs.pop()
 
     def clear(self) -> list[GenerationJob]:
-        """Frees all rows without reading their states; returns their jobs."""
         jobs, self._jobs, self._num_decoding = self._jobs, [], 0
         return jobs
 

@@ -41,7 +41,6 @@ _LOGITS_BYTES = 32 << 20
 _FOLDER_SECONDS = 0.02
 """Longest wait of an idle scheduler for the folder of states."""
 _MASK_STEPS = 0.25
-"""Longest wait of a step for masks, in steps."""
 _POLL_SECONDS = 0.05
 """Interval of the check for cancelled replies while all rows wait for their masks."""
 
@@ -129,7 +128,6 @@ class Scheduler:
         return job
 
     def close(self) -> None:
-        """Ends all replies, waits for the current step, and closes the session."""
         self._admission.close()
         self._thread.join()
         with self._closing:
@@ -193,7 +191,6 @@ class Scheduler:
             self._reply(job, prefix.logits, prefix.state)
 
     def _read(self) -> None:
-        """Reads a chunk of one prompt, at most up to where its state is stored next."""
         job = self._next_to_read()
         if job is None:
             return

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 _GRAM = 2
 """Number of tokens that must match, at least; they are the key of the index."""
 _MOST_POSITIONS = 8
-"""Occurrences of a key that are remembered, and compared."""
 _MOST_INDEXED = 1 << 16
 """Last tokens of a longer text that are indexed."""
 _INDEXED_AT_ONCE = 512
@@ -32,7 +31,6 @@ _PRIOR_SLOPE = 0.3
 _LEAST_GAIN = 1.02
 """A pass with drafts must promise so many times the tokens per second of a plain step."""
 _DECAY = 0.8
-"""Weight of earlier times in a mean."""
 _FRESH_PASSES = 100
 """Passes after which a time is outdated: the machine's load may have changed."""
 _SLOPE_DECAY = 0.99
@@ -53,7 +51,6 @@ class Draft:
 
 class PromptLookup:
     def __init__(self, ids: Sequence[int], source: Sequence[int] = ()) -> None:
-        """Takes the text so far, a list that grows, and another text that it may repeat."""
         self._ids, self._texts = ids, (source, ids)
         self._indexed = [max(_GRAM, len(text) - _MOST_INDEXED) for text in self._texts]
         self._positions: dict[int, list[int]] = {}

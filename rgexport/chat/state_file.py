@@ -142,10 +142,7 @@ def is_state_file(path: Path) -> bool:
 
 
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
-    """Writes a file that appears complete or not at all; returns its size.
-
-    The precision is one of `PRECISIONS`; None keeps the engine's.
-    """
+    """Writes a file that appears complete or not at all; returns its size."""
     return write_chunks(path, file_chunks(saved, precision))
 
 

@@ -58,8 +58,8 @@ class _File:
 class FolderIndex:
     """The state files of all artifacts in a folder `root`, the least recently used first.
 
-    States are looked up in its subfolder `name`. Only one thread calls `scan` and `trim`, which use
-    the disk. Any thread may call the other methods, which never wait for the disk.
+    States are looked up in its subfolder `name`. Only `scan` and `trim`, of one thread, use the
+    disk.
     """
 
     def __init__(self, root: Path, name: str) -> None:
@@ -167,8 +167,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 class Fetch:
     """A queued or finished read of a saved state from which `length` tokens can be continued.
 
-    It reads the first usable one of `keys`, whose prefixes have files, the best first. A state
-    after all tokens is usable only with logits. The folder's thread calls `callbacks` at the end.
+    It reads the first usable one of `keys`, the best first, and then calls `callbacks`.
     """
 
     def __init__(self, keys: Sequence[Key], length: int) -> None:
@@ -323,7 +322,6 @@ class StateFolder:
         fetch.end(state)
 
     def _load(self, key: Key) -> SavedState | None:
-        """Reads a state; returns None if its file is missing, damaged or of another artifact."""
         try:
             with suppress(OSError):  # the disk may be read-only
                 os.utime(self._path(key))  # marks the file as recently used

@@ -44,7 +44,6 @@ _FILTERS = """abs capitalize count d default dictsort e escape first float int i
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
 title trim unique upper""".split()
 _INSTANT = {"count", "d", "default", "first", "last", "length"}
-"""Filters that do not read their input."""
 _TEXT_METHODS = """capitalize casefold count endswith find index isalnum isalpha isdigit islower
 isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rpartition
 rsplit rstrip split splitlines startswith strip title upper""".split()
@@ -111,7 +110,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(str(self.written(value)) for value in values)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Allows only methods of text with bounded results."""
         if isinstance(obj, str) and attr not in _TEXT_METHODS:
             return False
         return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)

@@ -43,8 +43,7 @@ class Tokenizer:
 
     `special` has the literal of every special piece (control and turn pieces, `<mask>`,
     `<unusedN>`): `encode_text` never returns one of their ids, except `unknown_id`, of text that no
-    piece covers. `raw_encode` is the engine's, which may recognize literals. `surface` returns the
-    UTF-8 text of one piece, perhaps a part of a character; empty for control pieces.
+    piece covers. `surface` returns the UTF-8 text of one piece, perhaps a part of a character.
     """
 
     vocab_size: int

@@ -48,7 +48,6 @@ ENDPOINTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
 _SWITCH_SECONDS = 0.001
 """Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
 _ANSWER_SECONDS = 1.0
-"""Time for sending errors, before connections are closed."""
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _OTHER_FILES = 256
 """Open files of a server beside its connections."""

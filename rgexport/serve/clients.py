@@ -84,8 +84,6 @@ def slot_from(saved: SavedState) -> Slot | None:
 
 
 class ClientSlots:
-    """The slots of all clients. Above the maximum, the client with most slots loses its oldest."""
-
     def __init__(self, most: int = _MOST_SLOTS) -> None:
         self._most, self._lock = most, threading.Lock()
         self._slots: dict[tuple[str, str, int], Slot] = {}
@@ -167,7 +165,6 @@ class NamedStates:
             raise _for_client(error, path) from None
 
     def _require_space(self, path: Path, nbytes: int) -> None:
-        """Refuses a state beyond the limits, which do not count the state that it replaces."""
         path.parent.mkdir(parents=True, exist_ok=True)
         saved = [entry for entry in self._files() if entry.path != str(path)]
         count = sum(os.path.dirname(entry.path) == str(path.parent) for entry in saved)

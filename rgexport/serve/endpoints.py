@@ -25,8 +25,7 @@ AFFINITY = "X-Conversation"
 _ROLES = {"developer": "system"}
 _MOST_PROMPTS = 64
 _MOST_SCORED_TOKENS = 1 << 16
-_COMPLETION_TOKENS = 16
-"""OpenAI's default length of a completion."""
+_COMPLETION_TOKENS = 16  # OpenAI's default
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -31,8 +31,6 @@ _DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class OpenAIAnswer:
-    """An answer of `/v1/chat/completions` or `/v1/completions`, with `n` replies to each prompt."""
-
     model: str
     tokenizer: Tokenizer
     chat: bool
@@ -210,7 +208,6 @@ class Exchange:
             job.cancel()
 
     def stop(self) -> None:
-        """Ends the answer with an error, because the server ends."""
         self._arrived.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:

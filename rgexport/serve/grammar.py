@@ -44,8 +44,6 @@ _CLOSING_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class GrammarSource:
-    """The text of a grammar; equal ones are compiled once."""
-
     kind: Literal["json", "regex", "grammar"]
     text: str
 
@@ -111,8 +109,6 @@ CompiledGrammar = Callable[[], GrammarMask]
 
 
 class Grammars:
-    """The grammars of one vocabulary for `vocab_size` logits, with a cache of compiled ones."""
-
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._size = tokenizer, vocab_size
         self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()

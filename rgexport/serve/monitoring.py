@@ -12,7 +12,6 @@ from rgexport.errors import RequestError
 from rgexport.progress import warn
 
 STALL_SECONDS = 60.0
-"""Longest time of a step, unless earlier steps took long."""
 _LOOK_SECONDS = 2.0
 _REPLACED = "the files of the artifact changed; restart the server to open the new ones"
 _COUNTERS = {
@@ -96,7 +95,6 @@ class Metrics:
         self._seconds = Histogram("rgexport_http_seconds", about, ["path"], registry=registry)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """Counts an answer; `path` is a route, not the client's path."""
         self._answers.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 

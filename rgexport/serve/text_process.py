@@ -104,7 +104,6 @@ def with_encoder(name: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 _openers: dict[str, Callable[[], PromptEncoder]] = {}
-"""Set in the process alone."""
 
 
 @functools.cache
