@@ -69,9 +69,7 @@ class End:
 class Listener(Protocol):
     """Receives a reply in the scheduler's thread, so it must not block."""
 
-    def token(self, token: Token) -> bool:
-        """Takes the next token; returns whether the reply goes on."""
-        ...
+    def token(self, token: Token) -> bool: ...
 
     def end(self, end: End) -> None: ...
 

@@ -151,7 +151,6 @@ class Model(PromptEncoder):
         return self.encode(text) if self._uses_drafts else []
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
-        """Yields the reply to a conversation, piece by piece, as `stream` does."""
         chosen = reply_options(**options)
         prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
         async with contextlib.aclosing(self.deliver(prompt, chosen)) as pieces:

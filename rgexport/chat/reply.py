@@ -89,7 +89,6 @@ class ModelReply:
 
     @property
     def read_rate(self) -> float:
-        """Prompt tokens per second, without cached ones; 0 if there were none."""
         read = self.prompt_tokens - self.cached_tokens
         return read / self.read_seconds if self.read_seconds else 0.0
 

@@ -130,8 +130,6 @@ def coreml(arguments: CoreMLArguments) -> int:
 
 @dataclass(frozen=True)
 class GgufExportArguments(ExportArguments):
-    """The options that all formats share, with a file instead of a folder as output."""
-
     output: Path | None = option("The file. [default: ./MODEL-TYPE.gguf]", "-o")
 
 

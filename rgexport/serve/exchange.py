@@ -221,7 +221,6 @@ class Exchange:
         return self._answer.whole(replies, tokens)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[bytes]:
-        """Yields the answer as server-sent events, with comments during silences."""
         opened: set[int] = set()
         try:
             async with contextlib.aclosing(self._items(self._limits.ping_seconds)) as items:
