@@ -196,24 +196,24 @@ def _export(
     from rgexport.quantize.plan import load_plan
     from rgexport.validate.self_check import self_check
 
-    given = arguments.export
-    force, calibration = given.force, given.calibration
-    if given.output:
-        check_target(given.output, force=force)  # before the model is downloaded
-    algorithm = algorithm_word(given.quality, calibration, given.plan)
+    settings = arguments.export
+    force, calibration = settings.force, settings.calibration
+    if settings.output:
+        check_target(settings.output, force=force)  # before the model is downloaded
+    algorithm = algorithm_word(settings.quality, calibration, settings.plan)
     checkpoint = arguments.checkpoint.open()
-    plan = load_plan(given.plan, checkpoint.config) if given.plan else None
+    plan = load_plan(settings.plan, checkpoint.config) if settings.plan else None
     options = make_options(plan=plan, algorithm=algorithm)
-    target = given.output or default_target(checkpoint.name, options)
-    check = None if given.no_check else partial(self_check, checkpoint)
+    target = settings.output or default_target(checkpoint.name, options)
+    check = None if settings.no_check else partial(self_check, checkpoint)
     write = partial(export, checkpoint, options, target, force=force, check=check)
     if algorithm == "gptq" or calibration:
         from rgexport.compress.calibrate import known_statistics
 
         check_target(target, force=force)  # before the calibration, which takes minutes
-        with known_statistics(checkpoint, calibration, given.cluster) as statistics:
+        with known_statistics(checkpoint, calibration, settings.cluster) as statistics:
             return _print_artifact(write(statistics=statistics))
-    if given.cluster is not None:
+    if settings.cluster is not None:
         raise RequestError("--cluster is for --quality best or --calibration; leave it out")
     return _print_artifact(write())
 

@@ -39,6 +39,8 @@ _PIECE = 1 << 16
 _QUOTE, _OPENING, _CLOSING, _COMMA = 1, 2, 3, 4
 _KINDS = np.zeros(256, np.uint8)
 """The kind of each byte that is part of JSON's structure; 0 for others."""
+for _kind, _bytes in {_QUOTE: b'"', _OPENING: b"[{", _CLOSING: b"]}", _COMMA: b","}.items():
+    _KINDS[list(_bytes)] = _kind
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -157,10 +159,6 @@ class TemplateRequest(_Body):
 class SlotRequest(_Body):
     filename: FileName | None = None
     model: str = ""
-
-
-for _kind, _bytes in {_QUOTE: b'"', _OPENING: b"[{", _CLOSING: b"]}", _COMMA: b","}.items():
-    _KINDS[list(_bytes)] = _kind
 
 
 class JsonRoute(APIRoute):

@@ -102,8 +102,8 @@ def invalid_body(errors: Sequence[Any]) -> InvalidBody:
     """Returns the error of the nearest type; pydantic has errors for each type of a union."""
     error = max(errors, key=lambda problem: len(problem["loc"]))  # the nearest type of a union
     # A location also has the names of a union's types.
-    parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
-    param = ".".join(part for part in parts if "[" not in part)
+    names = [str(part) for part in error["loc"] if part not in ("str", "int")]
+    param = ".".join(part for part in names if "[" not in part)
     if not param:
         return InvalidBody("the body is not a JSON object")
     return InvalidBody(f"{param}: {error['msg']}", one_line(param))
