@@ -28,14 +28,13 @@ import psutil
 import pytest
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import PromptTokens
+from rgexport.chat.prompts import ChatTemplate, PromptTokens
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
-from rgexport.chat.template import ChatTemplate
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.export.manifest import Identity
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
-from rgexport.serve import named_states
+from rgexport.serve import clients
 from rgexport.serve.app import create_app
 from rgexport.serve.server import ServerSettings
 from tests.faulty_disk import FAULTS, FaultyDisk
@@ -260,7 +259,7 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=500)
     parser.add_argument("--folder", type=Path)
     asked: Any = parser.parse_args()
-    named_states.DISK_SECONDS = _HANGING_SECONDS / 3
+    clients.DISK_SECONDS = _HANGING_SECONDS / 3
     with (
         tempfile.TemporaryDirectory() as temporary,
         small_disk(asked.folder or Path(temporary) / "states") as folder,

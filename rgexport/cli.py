@@ -9,8 +9,8 @@ from typing import NoReturn
 import click
 
 from rgexport import progress
-from rgexport.commands import compress, exports, llama_cpp, measure, publish, serve, state, text
-from rgexport.commands.options import help_if_alone, verbose
+from rgexport.commands import exports, measure, publish, serve, text
+from rgexport.commands.options import VERBOSE, help_if_alone
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
 
@@ -22,10 +22,7 @@ _PACKAGES = {
     "export": ("torch", "onnx", "onnx_ir"),
     "coreml": ("coremltools",),
     "gguf": ("gguf",),
-    "serve": (
-        *("anyio", "fastapi", "llguidance", "prometheus_client", "pydantic"),
-        *("starlette", "uvicorn"),
-    ),
+    "serve": "anyio fastapi llguidance prometheus_client pydantic starlette uvicorn".split(),
 }
 EXTRAS = {package: extra for extra, packages in _PACKAGES.items() for package in packages}
 """Package that the core install lacks → the extra that installs it."""
@@ -58,7 +55,6 @@ def _prepare_streams() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one command and returns its exit code."""
     progress.expect_stages(0)
     try:
         code = rgexport.main(arguments, "rgexport", standalone_mode=False)
@@ -79,12 +75,10 @@ def run(arguments: list[str]) -> int:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
-        install = f"pip install 'rgexport[{EXTRAS[package]}]'"
-        return _fail(f"this command needs {package}: {install}")
+        return _fail(f"this command needs {package}: pip install 'rgexport[{EXTRAS[package]}]'")
 
 
 def error_line(error: Exception) -> str:
-    """Returns the line for an error of a request or of the system."""
     if isinstance(error, OSError):
         return one_line(f"{error.filename or 'the system'}: {error.strerror or error}")
     return one_line(str(error))
@@ -111,16 +105,17 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
     context.exit()
 
 
-@click.group(invoke_without_command=True)
-@click.option(
-    "--version",
+_VERSION = click.Option(
+    ["--version"],
     is_flag=True,
     expose_value=False,
     is_eager=True,
     callback=_show_version,
     help="Show the version, and which native libraries were built.",
 )
-@verbose
+
+
+@click.group(invoke_without_command=True, params=[_VERSION, VERBOSE])
 @click.pass_context
 def rgexport(context: click.Context) -> None:
     """Exports RecurrentGemma to ONNX, Core ML and GGUF, and checks the result."""
@@ -129,9 +124,9 @@ def rgexport(context: click.Context) -> None:
 
 for command in (
     *(exports.onnx, exports.coreml, exports.gguf, exports.random),
-    *(text.generate, text.chat, serve.serve, state.state),
+    *(text.generate, text.chat, serve.serve, text.state),
     *(measure.inspect, measure.reference, measure.validate, measure.evaluate, measure.bench),
-    *(compress.calibrate, compress.quantize),
-    *(publish.push, publish.web, llama_cpp.llama_cpp),
+    *(exports.calibrate, exports.quantize),
+    *(publish.push, publish.web, publish.llama_cpp),
 ):
     rgexport.add_command(command)

@@ -10,7 +10,6 @@ from safetensors.numpy import load
 
 from fuzz.readers.references import mutate_hashed
 from fuzz.readers.target import Target, oracle, require
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     LOGITS,
     METADATA,
@@ -18,6 +17,7 @@ from rgexport.chat.state_file import (
     TOKENS_SHA256,
     Identity,
     SavedState,
+    key_of,
     read_state,
     write_state,
 )

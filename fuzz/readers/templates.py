@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import folders, json_mutator
 from fuzz.readers.target import Target, require
-from rgexport.chat.template import load_template
+from rgexport.chat.prompts import load_template
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "Hi <bos>"}, {"role": "assistant", "content": " Yes. "}]

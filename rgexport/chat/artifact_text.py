@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from rgexport.chat.template import ChatTemplate, load_template
+from rgexport.chat.prompts import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.export.artifact import Artifact
 from rgexport.formats import format_on
@@ -22,20 +22,10 @@ FORMAT = ArtifactText()
 
 
 def open_tokenizer(artifact: Artifact) -> Tokenizer:
-    """Returns the artifact's tokenizer.
-
-    Raises:
-        RequestError: the artifact takes token ids only, or its vocabulary cannot be read.
-    """
     return _text_format(artifact).tokenizer(artifact)
 
 
 def open_template(artifact: Artifact) -> ChatTemplate:
-    """Returns the artifact's chat template, or Gemma's if it has none.
-
-    Raises:
-        RequestError: it cannot be read.
-    """
     return _text_format(artifact).template(artifact)
 
 

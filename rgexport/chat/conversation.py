@@ -1,38 +1,22 @@
 """A chat conversation: its turns can be undone, retried, edited, saved and loaded."""
 
-import dataclasses
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 from rgexport.chat.model import Model
-from rgexport.chat.prefix_key import Key, key_of
+from rgexport.chat.prompts import Message
 from rgexport.chat.reply import ModelReply, ReplyOptions
-from rgexport.chat.state_file import SavedState
-from rgexport.chat.template import Message
+from rgexport.chat.state_file import Key, SavedState, key_of
 from rgexport.errors import RequestError
 
 _SEPARATOR = "\n\n"
-"""Between a document and the question about it."""
 
 
 class Conversation:
-    """Turns of a user and a model.
-
-    It holds only messages. The model finds its states by them, so that after a change only what
-    follows the change is read.
-
-    Attributes:
-        messages: the turns so far, perhaps after a system prompt.
-        options: the options of replies.
-        last: the last reply.
-    """
+    """Turns of a user and a model. It holds only messages: the model finds its states by them."""
 
     def __init__(self, model: Model, options: ReplyOptions) -> None:
-        """Starts an empty conversation.
-
-        Raises:
-            RequestError: the model cannot chat.
-        """
         model.require_chat()
         self.model, self.options = model, options
         self.messages: list[Message] = []
@@ -44,27 +28,19 @@ class Conversation:
 
     @property
     def system(self) -> str:
-        """The system prompt, "" if there is none."""
         first = self.messages[0] if self.messages else None
         return first["content"] if first and first["role"] == "system" else ""
 
     def set_system(self, text: str) -> None:
-        """Replaces the system prompt; "" removes it."""
         turns = [message for message in self.messages if message["role"] != "system"]
         self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
     def clear(self) -> None:
-        """Removes all turns, but not the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._document, self._unread = "", None
 
     def read(self, text: str) -> int:
-        """Reads a document that the next message is about; returns the length in tokens.
-
-        Raises:
-            RequestError: the template refuses it, or it is not the text of a state that was loaded
-                without its text.
-        """
+        """Reads a document that the next message is about; returns the length in tokens."""
         document = self._after_document(text)
         ids = self.model.opening_ids([*self.messages, _user(document)])
         if self._unread:
@@ -72,22 +48,11 @@ class Conversation:
             if key_of(ids[: key[0]]) != key:
                 raise RequestError(f"this is not the text that {path} was made from; give that one")
         self._document, self._unread = document, None
-        reading = self.model.read(ids)
-        try:
-            reading.result()
-        finally:
-            reading.cancel()  # an interrupted wait ends the reading
+        self.model.state(ids)
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text`, piece by piece.
-
-        Closing the iterator ends the reply; its text so far stays in the conversation. An error
-        undoes the turn.
-
-        Raises:
-            RequestError: the template refuses the conversation, or the engine failed.
-        """
+        """Yields the reply to `text`; closing the iterator ends it, an error undoes the turn."""
         if self._unread:
             raise RequestError(
                 f"{self._unread[0]} stores a hash of its text, not the text; first read the text "
@@ -97,41 +62,26 @@ class Conversation:
         yield from self._reply_to([*self.messages, _user(self._after_document(text))])
 
     def retry(self) -> Generator[str, None, None]:
-        """Yields another reply to the last message."""
         self._attempts += 1
         yield from self._reply_to(self.messages[: self._last_index() + 1])
 
     def edit(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text` in place of the last message."""
         self._attempts = 0
         yield from self._reply_to([*self.messages[: self._last_index()], _user(text)])
 
     def undo(self) -> None:
-        """Removes the last message and its reply."""
         self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:
-        """Writes the conversation and its state into a file.
-
-        Raises:
-            RequestError: there is nothing to save, or the file cannot be written.
-        """
-        messages = list(self.messages)
+        messages, encode = list(self.messages), self.model.conversation_ids
         if self._document:
-            messages.append(_user(self._document))
-            return self.model.save_state(path, self.model.opening_ids(messages), messages)
+            messages, encode = [*messages, _user(self._document)], self.model.opening_ids
         if not messages:
             raise RequestError("the conversation is empty: there is nothing to save")
-        return self.model.save_state(path, self.model.conversation_ids(messages), messages)
+        return self.model.save_state(path, encode(messages), messages)
 
     def load(self, path: Path) -> SavedState:
-        """Replaces the conversation by a saved one, or by a document that was read.
-
-        A file without text starts an empty conversation, in which that text must be read next.
-
-        Raises:
-            RequestError: it is no state file, or of another model.
-        """
+        """Replaces the conversation by a saved one, or by a document that was read."""
         saved = self.model.load_state(path)
         if saved.tokens is None:
             self.clear()
@@ -148,7 +98,11 @@ class Conversation:
         return saved
 
     def _reply_to(self, messages: list[Message]) -> Generator[str, None, None]:
-        stream = self.model.reply_to(messages, self._next_options())
+        options, sampling = self.options, self.options.sampling
+        if self._attempts and sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + self._attempts)
+            options = replace(options, sampling=sampling)
+        stream = self.model.reply_to(messages, options)
         try:
             yield from stream
         finally:
@@ -158,19 +112,10 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
                 self._document = ""
 
-    def _next_options(self) -> ReplyOptions:
-        """Returns the options; a seed changes with each attempt."""
-        sampling = self.options.sampling
-        if sampling.seed is None or not self._attempts:
-            return self.options
-        changed = dataclasses.replace(sampling, seed=sampling.seed + self._attempts)
-        return dataclasses.replace(self.options, sampling=changed)
-
     def _after_document(self, text: str) -> str:
         return _SEPARATOR.join(filter(None, (self._document, text)))
 
     def _last_index(self) -> int:
-        """Returns the index of the last message of the user."""
         indices = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not indices:
             raise RequestError("there is no message yet")

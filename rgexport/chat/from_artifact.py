@@ -8,9 +8,9 @@ import numpy as np
 
 from rgexport.chat import model as models
 from rgexport.chat.model import Model
-from rgexport.chat.prefix_key import key_of
-from rgexport.chat.reply import ModelReply
-from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.chat.reply import ModelReply, ReplyOptions
+from rgexport.chat.sampling import Sampler
+from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.opening import open_artifact
@@ -20,17 +20,10 @@ from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 
 _MOST_DIGITS = 20
-"""Maximum number of digits of a token id that an error shows."""
 
 
 def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
-    """Opens an artifact; `options` as for `model.open_model`.
-
-    Warns if the self-check of its export failed, or if it shall `chat` and was not tuned for that.
-
-    Raises:
-        RequestError: no sound artifact, or a tokenizer that is missing or has no turn tokens.
-    """
+    """Opens an artifact as `model.open_model` does, with warnings for the user."""
     artifact = _open(path, allow_foreign)
     if chat and artifact.manifest.instruction_tuned is False:
         warn(
@@ -45,12 +38,7 @@ def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options
 
 
 def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
-    """Returns the tokens of a plain text, after the tokens of a state file if it has them.
-
-    Raises:
-        RequestError: no tokens, a state of another model, or a state with only the hash of a text
-            that `text` does not begin with.
-    """
+    """Returns the tokens of a plain text, after the tokens of a state file if it has them."""
     saved = None if state is None else model.load_state(state)
     if saved and saved.tokens is not None:
         return [*saved.tokens.tolist(), *model.tokenizer.encode_text(text)]
@@ -66,17 +54,12 @@ def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
 def continue_ids(
     path: Path,
     ids: str,
-    sampling: Sampling,
-    max_new_tokens: int,
+    options: ReplyOptions,
     threads: int | None,
     *,
     allow_foreign: bool = False,
 ) -> Iterator[int]:
-    """Yields exactly `max_new_tokens` tokens after ids such as `2,651,603`.
-
-    Raises:
-        RequestError: no sound artifact, or no ids.
-    """
+    """Yields the most tokens that `options` allow after ids such as `2,651,603`."""
     numbers = ids.replace(",", " ").split()
     if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
@@ -89,16 +72,15 @@ def continue_ids(
     prompt = np.array([tokens], np.int64)
     session = open_session(artifact, threads=threads)
     _log_session(session.info)
-    sampler = Sampler(sampling, tokens)
+    sampler = Sampler(options.sampling, tokens)
     token = sampler(session.prefill(prompt)[0, -1])
-    for _ in range(max_new_tokens - 1):
+    for _ in range(options.max_new_tokens - 1):
         yield token
         token = sampler(session.step(np.array([token], np.int64))[0])
     yield token
 
 
 def summary(reply: ModelReply) -> str:
-    """Returns the speed of a reply, in one line."""
     read = reply.prompt_tokens - reply.cached_tokens
     known = f" ({reply.cached_tokens} more were known)" if reply.cached_tokens else ""
     cut = "; cut at --max-new-tokens" if reply.reason == "length" else ""

@@ -1,13 +1,12 @@
 """The vocabulary and the chat template in a GGUF file's metadata, as llama.cpp reads them."""
 
 import ctypes
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
 
 from rgexport.chat.artifact_text import ArtifactText
-from rgexport.chat.template import ChatTemplate
+from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -21,7 +20,6 @@ _BOS_KEY, _EOS_KEY = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id
 """llama.cpp takes Llama's ids where a file has none; here there is no such token then."""
 
 UNKNOWN_SURFACE = " ⁇ ".encode()
-"""What SentencePiece writes for the unknown token."""
 
 
 def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
@@ -29,9 +27,6 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
 
     llama.cpp treats any `</s>` as a control token, whatever type the file gives it. Gemma's `</s>`
     is the HTML tag, so here the file's type counts, as in all other formats.
-
-    Raises:
-        RequestError: llama.cpp cannot load the file, or there is no vocabulary in it.
     """
     vocabulary = LlamaCppVocabulary(load_model(artifact.path, vocab_only=True))
     values = artifact.header.values
@@ -42,9 +37,7 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
             "checkpoint's folder and export it again, or pass token ids (--ids)"
         )
     special = vocabulary.special()
-    overruled = {
-        piece: token for piece, token in special.items() if types[token] in (NORMAL, USER_DEFINED)
-    }
+    overruled = {p: token for p, token in special.items() if types[token] in (NORMAL, USER_DEFINED)}
     return Tokenizer(
         vocab_size=vocabulary.size,
         special={piece: token for piece, token in special.items() if piece not in overruled},
@@ -59,20 +52,17 @@ def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
 def _matching(
     pieces: dict[str, int], encode: Callable[[str], list[int]]
 ) -> Callable[[str], list[int]]:
-    """`encode`, but `pieces` match anywhere in a text, as user-defined ones do."""
+    """Returns `encode`, but `pieces` match anywhere in a text, as user-defined ones do."""
     pattern = re.compile(f"({'|'.join(map(re.escape, pieces)) or '(?!)'})")
 
     def matched(text: str) -> list[int]:
-        runs = enumerate(pattern.split(text))
-        ids = [[pieces[run]] if i % 2 else encode(run) for i, run in runs if run]
-        return list(itertools.chain.from_iterable(ids))
+        runs = [(i % 2, run) for i, run in enumerate(pattern.split(text)) if run]
+        return [t for is_piece, r in runs for t in ([pieces[r]] if is_piece else encode(r))]
 
     return matched
 
 
 class LlamaCppVocabulary:
-    """llama.cpp's vocabulary; it keeps its model alive."""
-
     def __init__(self, model: Handle) -> None:
         llama = self._llama = bindings()
         self._model = model
@@ -84,12 +74,10 @@ class LlamaCppVocabulary:
 
     @property
     def understands_text(self) -> bool:
-        """Whether the file had a vocabulary, not only its size."""
         kind: int = self._llama.llama_vocab_type(self._pointer)
         return bool(kind != self._llama.LLAMA_VOCAB_TYPE_NONE)
 
     def special(self) -> dict[str, int]:
-        """Literal → id of the control tokens and the unknown token."""
         kinds = self._llama.LLAMA_TOKEN_ATTR_CONTROL | self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
         return {
             self._llama.llama_vocab_get_text(self._pointer, token).decode(): token
@@ -98,7 +86,7 @@ class LlamaCppVocabulary:
         }
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Ids of a text; literals of control tokens match only with `parse_special`."""
+        """Encodes a text; literals of control tokens match only with `parse_special`."""
         data = text.encode()
         capacity = len(data) + 1  # a token has at least a byte; llama.cpp may prepend a space
         ids = (ctypes.c_int32 * capacity)()
@@ -108,7 +96,6 @@ class LlamaCppVocabulary:
         return ids[:count]
 
     def surface(self, token: int) -> bytes:
-        """The UTF-8 text of one piece; empty for BOS, EOS and padding."""
         if not 0 <= token < self.size or token in self._silent:
             return b""
         unknown = self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -118,9 +105,8 @@ class LlamaCppVocabulary:
 
     def _piece(self, token: int, capacity: int = 64) -> bytes:
         buffer: Any = ctypes.create_string_buffer(capacity)
-        length: int = self._llama.llama_token_to_piece(
-            self._pointer, token, buffer, capacity, 0, True
-        )
+        convert = self._llama.llama_token_to_piece
+        length: int = convert(self._pointer, token, buffer, capacity, 0, True)
         return buffer.raw[:length] if length >= 0 else self._piece(token, -length)
 
 
@@ -129,14 +115,11 @@ def _known(token: int) -> int | None:
 
 
 class GgufText(ArtifactText):
-    """For GGUF files."""
-
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
         assert isinstance(artifact, GgufArtifact)
         return load_vocabulary(artifact)
 
     def template(self, artifact: Artifact) -> ChatTemplate:
-        """The chat template in the file's metadata, or Gemma's where it has none."""
         assert isinstance(artifact, GgufArtifact)
         source = artifact.header.values.get(TEMPLATE_KEY)
         if not source or not isinstance(source, str):

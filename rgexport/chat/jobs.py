@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from rgexport.chat.lookup import PromptLookup
 from rgexport.chat.sampling import Sampler, Sampling
+from rgexport.chat.speculation import PromptLookup
 from rgexport.chat.state_folder import Fetch
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
@@ -21,32 +21,26 @@ KEPT_EVERY = 512
 
 
 class Busy(RequestError):
-    """Too many requests are waiting."""
+    pass
 
 
 class EngineError(RequestError):
-    """The engine failed; its running computations are lost."""
+    pass
 
 
 class Mask(Protocol):
-    """The tokens that a grammar allows next, for one reply.
+    """The tokens, bool [vocab], that a grammar allows next, for one reply.
 
-    Other threads call it, one at a time, while the model takes its step. An error of a mask ends
-    only its reply, and so does a mask that takes longer than `masks.MASK_SECONDS` for a token.
+    Other threads call it. Its error, or slowness (`masks.MASK_SECONDS`), ends only its reply.
     """
 
-    def allowed(self) -> np.ndarray:
-        """Returns which tokens may come next, bool [vocab]."""
-        ...
+    def allowed(self) -> np.ndarray: ...
 
-    def accept(self, token: int) -> None:
-        """Takes the token that was chosen; not called for the last one of a reply."""
-        ...
+    def accept(self, token: int) -> None: ...
 
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 Ending = tuple[Reason, RequestError | None]
-"""Reason for the end of a reply, and the error if the reason is an error."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +53,9 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """The end of a reply.
+    """The end of a reply; `stop` is a stop id or a listener that returned False.
 
-    Attributes:
-        reason: `stop` for a stop id or a listener that returned False.
-        cached_tokens: prompt tokens whose state was known.
-        read_seconds: time from admission to the first token.
-        write_seconds: time from the first token to the end.
-        error: the error, for the reason `error`.
-        state: the state after a prompt that was only read.
+    The first token ends `read_seconds`. The state is that after a prompt that was only read.
     """
 
     reason: Reason
@@ -79,58 +67,50 @@ class End:
 
 
 class Listener(Protocol):
-    """Receives a reply in the scheduler's thread, so it must not block.
+    """Receives a reply in the scheduler's thread, so it must not block."""
 
-    The end of a reply that never had a row may come from the thread of another request.
-    """
+    def token(self, token: Token) -> bool: ...
 
-    def token(self, token: Token) -> bool:
-        """Takes the next token; returns whether the reply goes on."""
-        ...
-
-    def end(self, end: End) -> None:
-        """Takes the end; called once."""
-        ...
+    def end(self, end: End) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """A prompt to read, and a reply to write.
+class GenerationOptions:
+    """Options of a reply, which may repeat `draft`, and has a `mask` for itself.
+
+    Clients take turns, and share the rows. States are found only in their namespace.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 256
+    draft: Sequence[int] = ()
+    mask: Mask | None = None
+    client: str = ""
+    namespace: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(GenerationOptions):
+    """A prompt to read, and a reply to write; without new tokens, only the state is stored.
 
     Attributes:
-        ids: the prompt, at least one token.
-        listener: receives the reply.
-        sampling: how tokens are chosen.
-        draft: tokens that the reply may repeat.
-        max_new_tokens: maximum length of the reply; 0 only reads, and stores the state.
-        stop_ids: tokens that end the reply and are not part of it.
         keep: lengths of prefixes of the prompt whose states are stored, beside the whole prompt's.
-        mask: the tokens that may be written; no other request uses it.
-        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them,
-            chunk by chunk, in the scheduler's thread. The whole prompt is read then.
-        client: the client; clients take turns, and share the rows.
-        namespace: states are found only by requests of the same namespace.
+        prompt_logits: takes tokens of the prompt and the logits [T, vocab] that predict them, in
+            the scheduler's thread. The whole prompt is read then.
         first: whether it goes before other requests of its client.
         lasting: whether the states after the prompt and the reply are also stored in the folder.
     """
 
     ids: Sequence[int]
     listener: Listener
-    sampling: Sampling = field(default_factory=Sampling)
-    draft: Sequence[int] = ()
-    max_new_tokens: int = 256
     stop_ids: Collection[int] = ()
     keep: Collection[int] = ()
-    mask: Mask | None = None
     prompt_logits: Callable[[Sequence[int], np.ndarray], None] | None = None
-    client: str = ""
-    namespace: str = ""
     first: bool = False
     lasting: bool = True
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raises RequestError, naming the first bad id, if an id is outside of the vocabulary."""
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise RequestError(
@@ -145,14 +125,9 @@ class GenerationJob:
     Attributes:
         ids: prompt and reply so far.
         fed: number of `ids` that the row's state has seen.
-        written: number of tokens of the reply.
-        cached: number of prompt tokens whose state was known.
         stored: number of `ids` after which the state was last stored.
-        fetch: what the folder of states reads for it.
         foreign: whether its state follows from one that another artifact has computed.
         paused: the state of its row, while another client has that row.
-        began: when it first got a row.
-        replied: when its reply began.
         held: logits whose mask is not ready; the row takes no step until it is.
     """
 
@@ -169,18 +144,14 @@ class GenerationJob:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """The sampler; creating it is slow, and cancelled requests never need it."""
+        """Created late: it is slow, and cancelled requests never need it."""
         return Sampler(self.request.sampling, self.request.ids)
 
     def cancel(self) -> None:
-        """Ends it after the current step or chunk.
-
-        Only sets a flag, so that a finalizer may call it in any thread, whatever locks are held.
-        """
+        """Ends it after the current step or chunk; safe in a finalizer, whatever locks are held."""
         self.cancelled = True
 
     def stops(self) -> list[int]:
-        """Returns the next prompt lengths at which reading pauses to store the state."""
         end = len(self.request.ids)
         is_long = end - self.cached > KEPT_EVERY
         every = range(KEPT_EVERY, end, KEPT_EVERY) if is_long else ()

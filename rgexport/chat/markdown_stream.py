@@ -12,8 +12,6 @@ _REDRAW_SECONDS = 0.08
 
 
 class MarkdownStream:
-    """A context manager that shows text piece by piece."""
-
     def __init__(self, console: Console) -> None:
         self._console, self._text, self._drawn = console, "", 0.0
         self._live = self._new_live()
@@ -37,7 +35,6 @@ class MarkdownStream:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Prints the last block."""
         self._live.stop()
         if self._text.strip():
             self._console.print(Markdown(self._text))

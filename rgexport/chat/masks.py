@@ -1,17 +1,25 @@
-"""Masks of replies, computed in other threads while the model takes its step."""
+"""Masks of replies, computed in daemon threads while the model takes its step."""
 
 import contextlib
+import os
+import queue
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
-from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Mask
 from rgexport.errors import RequestError
 
+T = TypeVar("T")
+
+_LOW_PRIORITY = 10
+"""Nice value of a thread for slow calls (on Linux each thread has its own)."""
 MASK_SECONDS = 1.0
 """Longest time for the mask of one token; most take less than a thousandth of it."""
 _QUICK_SECONDS = 0.01
@@ -22,9 +30,51 @@ _CLOSING_SECONDS = 0.2
 _BIAS = np.array([-np.inf, 0.0], np.float32)
 
 
-class MaskThreads:
-    """Two threads that compute masks: one for quick grammars, one for slow ones."""
+class DaemonExecutor:
+    """One daemon thread: unlike those of a pool, it does not delay the process's end."""
 
+    def __init__(self, name: str, *, low_priority: bool = False) -> None:
+        self._name, self._low_priority = name, low_priority
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Returns the future result; cancelling it skips a call that has not begun."""
+        future: Future[T] = Future()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+        self._calls.put(lambda: _resolve(future, function))
+        return future
+
+    def shutdown(self, seconds: float) -> None:
+        """Ends the thread after the submitted calls; waits for it at most `seconds`."""
+        self._calls.put(None)
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        if self._low_priority and sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
+        while (call := self._calls.get()) is not None:
+            call()
+
+
+def _resolve(future: Future[T], function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+class MaskThreads:
     def __init__(
         self,
         vocab_size: int,
@@ -33,14 +83,6 @@ class MaskThreads:
         seconds: float = MASK_SECONDS,
         quick_seconds: float = _QUICK_SECONDS,
     ) -> None:
-        """Starts no thread before the first mask.
-
-        Args:
-            vocab_size: length of a mask.
-            ready: called by the threads when a mask is ready.
-            seconds: longest time for the mask of one token.
-            quick_seconds: longest time of a mask in the first thread.
-        """
         self.vocab_size, self.seconds, self.quick_seconds = vocab_size, seconds, quick_seconds
         self._ready = ready
         self._quick = DaemonExecutor("masks")
@@ -52,34 +94,22 @@ class MaskThreads:
         return future
 
     def close(self) -> None:
-        """Ends the threads, but does not wait for a mask that takes too long."""
         for thread in (self._quick, self._slow):
             thread.shutdown(_CLOSING_SECONDS)
 
 
 class ReplyMask:
-    """The mask of one reply: the next one is computed as soon as a token is accepted."""
-
     def __init__(self, mask: Mask, threads: MaskThreads) -> None:
-        """Starts to compute the mask of the first token."""
         self._mask, self._threads = mask, threads
         self._slow = False
         self._start(None)
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask, or an error instead of it, is ready."""
         return self._bias.done() or self._is_overdue()
 
     def bias(self, seconds: float) -> np.ndarray | None:
-        """Returns the mask as a summand of logits [vocab], 0 or -inf; None if it is not ready.
-
-        Args:
-            seconds: how long to wait for a quick mask.
-
-        Raises:
-            RequestError: the mask failed, or takes too long.
-        """
+        """Returns the mask as a summand of logits [vocab], 0 or -inf; None after `seconds`."""
         if seconds > 0 and not self._slow and not self._bias.done():
             with contextlib.suppress(TimeoutError):
                 self._bias.exception(seconds)
@@ -90,7 +120,6 @@ class ReplyMask:
         return None
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen, and starts to compute the mask of the next one."""
         self._start(token)
 
     def cancel(self) -> None:
@@ -101,7 +130,6 @@ class ReplyMask:
         self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def _compute(self, token: int | None) -> np.ndarray:
-        """Computes the mask after `token`, in another thread."""
         self._began = time.perf_counter()
         try:
             if token is not None:

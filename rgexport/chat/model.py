@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,10 +18,16 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.jobs import End, GenerationJob, GenerationRequest, Token, require_ids
-from rgexport.chat.prefix_key import key_of
+from rgexport.chat.jobs import (
+    End,
+    GenerationJob,
+    GenerationOptions,
+    GenerationRequest,
+    Token,
+    require_ids,
+)
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.prompts import PromptEncoder, PromptTokens
+from rgexport.chat.prompts import ChatTemplate, Message, PromptEncoder, PromptTokens
 from rgexport.chat.reply import (
     Deliver,
     Item,
@@ -35,6 +41,7 @@ from rgexport.chat.reply import (
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_file import (
     SavedState,
+    key_of,
     read_state,
     require_precision,
     require_replaceable,
@@ -42,7 +49,6 @@ from rgexport.chat.state_file import (
     write_state,
 )
 from rgexport.chat.state_folder import StateFolder
-from rgexport.chat.template import ChatTemplate, Message
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
@@ -59,10 +65,7 @@ _UNWRITTEN_SHARE = 4
 
 
 class Model(PromptEncoder):
-    """An artifact in its engine, with the states of earlier prompts.
-
-    Several conversations may run at once, in any threads.
-    """
+    """An artifact in its engine, with the states of earlier prompts; any threads may use it."""
 
     def __init__(
         self,
@@ -82,23 +85,10 @@ class Model(PromptEncoder):
     ) -> None:
         """Takes ownership of an engine; `load` opens one.
 
-        Args:
-            session: the engine.
-            tokenizer: its vocabulary.
-            template: the format of conversations.
-            identity: the model that its states belong to.
-            artifact: a hash of the artifact.
-            rows: maximum number of conversations in a step.
-            max_waiting: maximum number of requests that wait for their turn.
-            lookup: whether drafts are checked where a text repeats itself. It changes the speed of
-                a reply, not its text.
-            cache_bytes: memory for states.
-            state_folder: the folder that stores states for the next start.
-            folder_bytes: maximum size of that folder.
-            state_precision: fp32 or fp16, in files; None for the engine's precision.
-
-        Raises:
-            RequestError: the folder cannot be made, or memory is too small for the rows.
+        `rows` conversations share a step. With `lookup`, drafts are checked where a text repeats
+        itself, which changes only the speed. `state_folder` keeps states for the next start.
+        `state_precision` is fp32 or fp16, of files; None for the engine's. `artifact` is a hash of
+        the artifact.
         """
         require_precision(state_precision)
         if rows < 1:
@@ -138,39 +128,29 @@ class Model(PromptEncoder):
         self.template.check_turns(self.tokenizer)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> ModelReply:
-        """Returns the reply to a conversation; `options` as for `stream`."""
         return self.stream(messages, **options).reply()
 
     def stream(self, messages: Sequence[Message], **options: Any) -> ReplyStream:
         """Returns the reply to a conversation, piece by piece.
 
-        Args:
-            messages: `role` and `content` of each turn, the last one a user's.
-            options: fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
-
-        Raises:
-            RequestError: the template refuses the messages, or an option is outside its range.
+        The options are fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
         """
         return self.reply_to(messages, reply_options(**options))
 
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
-        """Returns the reply to a conversation, piece by piece, as `stream` does."""
         prompt = self.conversation_prompt(messages, namespace=options.namespace)
         return ReplyStream(partial(self.start, prompt, options))
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
-        """Returns the continuation of a text, piece by piece; `options` as for `stream`."""
         return self.continue_ids(self.text_ids(text), reply_options(**options))
 
     def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
         return ReplyStream(partial(self.start, PromptTokens(ids), options))
 
     def draft_of(self, text: str) -> list[int]:
-        """Returns the tokens of a text that replies may repeat; none if drafts are not used."""
         return self.encode(text) if self._uses_drafts else []
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
-        """Yields the reply to a conversation, piece by piece, as `stream` does."""
         chosen = reply_options(**options)
         prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
         async with contextlib.aclosing(self.deliver(prompt, chosen)) as pieces:
@@ -181,11 +161,7 @@ class Model(PromptEncoder):
     async def deliver(
         self, prompt: PromptTokens, options: ReplyOptions
     ) -> AsyncGenerator[TextPiece | ModelReply, None]:
-        """Yields the pieces of a reply, then the reply; closing it cancels the rest.
-
-        Raises:
-            RequestError: the request cannot be run, or the engine failed.
-        """
+        """Yields the pieces of a reply, then the reply; closing it cancels the rest."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
         def take(item: Item) -> None:
@@ -205,12 +181,7 @@ class Model(PromptEncoder):
             job.cancel()
 
     def start(self, prompt: PromptTokens, options: ReplyOptions, deliver: Deliver) -> GenerationJob:
-        """Starts a reply. Other threads pass its pieces and its end to `deliver`.
-
-        Raises:
-            Busy: too many requests wait.
-            RequestError: the prompt is empty or has ids that the model does not have.
-        """
+        """Starts a reply. Other threads pass its pieces and its end to `deliver`."""
 
         def deliver_end(end: ModelReply | RequestError) -> None:
             if isinstance(end, ModelReply) and end.reason != "cancelled" and prompt.messages:
@@ -220,22 +191,16 @@ class Model(PromptEncoder):
             deliver(end)
 
         writer = ReplyWriter(self.tokenizer, prompt.ids, options, deliver, deliver_end)
-        return self.scheduler.submit(
-            GenerationRequest(
-                ids=prompt.ids,
-                listener=writer,
-                sampling=options.sampling,
-                draft=options.draft,
-                max_new_tokens=options.max_new_tokens,
-                stop_ids=self.tokenizer.stop_ids,
-                keep=prompt.keep,
-                mask=options.mask,
-                prompt_logits=writer.prompt if options.prompt_logprobs else None,
-                client=options.client,
-                namespace=options.namespace,
-                lasting=prompt.messages is None,
-            )
+        request = GenerationRequest(
+            ids=prompt.ids,
+            listener=writer,
+            stop_ids=self.tokenizer.stop_ids,
+            keep=prompt.keep,
+            prompt_logits=writer.prompt if options.prompt_logprobs else None,
+            lasting=prompt.messages is None,
+            **{option.name: getattr(options, option.name) for option in fields(GenerationOptions)},
         )
+        return self.scheduler.submit(request)
 
     def read(
         self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
@@ -257,20 +222,15 @@ class Model(PromptEncoder):
         done.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
         return done
 
-    def state(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens.
-
-        Raises:
-            RequestError: there are no tokens, or the model was closed.
-        """
-        reading = self.read(ids, client=client, namespace=namespace)
+    def state(self, ids: Sequence[int]) -> State:
+        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens."""
+        reading = self.read(ids)
         try:
             return _copy_state(reading.result())
         finally:
             reading.cancel()  # an interrupted wait ends the reading
 
     async def astate(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
-        """Returns what `state` returns, without blocking the event loop."""
         reading = self.read(ids, client=client, namespace=namespace)
         return _copy_state(await asyncio.wrap_future(reading))
 
@@ -281,22 +241,16 @@ class Model(PromptEncoder):
         messages: Sequence[Message] | None = None,
         *,
         with_text: bool = True,
-        client: str = "",
-        namespace: str = "",
     ) -> SavedState:
         """Writes a state file of these tokens, which are read if their state is not known.
 
         The state has not seen the last token: see `chat.state_file`. Without the text, the file has
         only its hash, and is used when the same text is read again.
-
-        Raises:
-            RequestError: the file cannot be written, exists and is no state file, or the model was
-                closed.
         """
         path = Path(path)
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        state = self.state(ids[:-1] or ids, client=client, namespace=namespace)
+        state = self.state(ids[:-1] or ids)
         saved = self.saved_state(ids, state, messages, with_text=with_text)
         write_state(path, saved, precision=self.state_precision)
         return saved
@@ -309,7 +263,6 @@ class Model(PromptEncoder):
         *,
         with_text: bool = True,
     ) -> SavedState:
-        """Returns the contents of a state file of these tokens, see `save_state`."""
         seen = int(state[POSITION][0])
         return SavedState(
             self.identity,
@@ -322,11 +275,6 @@ class Model(PromptEncoder):
         )
 
     def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
-        """Loads a state file: prompts of the namespace that begin with its tokens go on from it.
-
-        Raises:
-            RequestError: it is damaged, or of another model, window or chat template.
-        """
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
@@ -347,12 +295,7 @@ class Model(PromptEncoder):
     def _settle(
         self, prompt: PromptTokens, options: ReplyOptions, reply: ModelReply, deliver: Deliver
     ) -> None:
-        """Reads the end of the turn, so that the next turn goes on from its state.
-
-        The reply's tokens may differ from the encoding of its text: the template may trim it, and a
-        model can spell a word in pieces that the tokenizer would not choose. Then the reply is read
-        again, as the template renders it.
-        """
+        """Reads the end of the turn, whose tokens the template may spell in another form."""
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
             ids, namespace = self.conversation_ids(messages), options.namespace
@@ -363,10 +306,6 @@ class Model(PromptEncoder):
     def _forget(
         self, prompt: list[int], reply: Sequence[int], settled: list[int], namespace: str
     ) -> None:
-        """Frees the state after the generated tokens, since the rendered turn replaces it.
-
-        The model has seen the last token only if a stop token followed.
-        """
         for count in (len(reply), len(reply) - 1):
             ids = [*prompt, *reply[:count]]
             if count > 0 and ids != settled:
@@ -375,8 +314,6 @@ class Model(PromptEncoder):
 
 @dataclass(frozen=True)
 class _ReadingListener:
-    """The listener of a prompt that is only read."""
-
     done: Future[End]
 
     def token(self, token: Token) -> bool:
@@ -400,17 +337,10 @@ def _copy_state(end: End) -> State:
 def load(
     path: str | Path, *, threads: int | None = None, allow_foreign: bool = False, **options: Any
 ) -> Model:
-    """Opens an artifact.
+    """Opens an artifact of any format, a path or `hf:owner/name`; `options` are those of `Model`.
 
-    Args:
-        path: an artifact of any format, or `hf:owner/name`.
-        threads: number of processors that the engine uses; all by default.
-        allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
-            can take any time and memory.
-        options: arguments of `Model`.
-
-    Raises:
-        RequestError: it is no sound artifact, has no tokenizer, or its engine cannot open it.
+    With `allow_foreign`, a graph may have ops that rgexport does not write, and take any time and
+    memory.
     """
     return open_model(open_artifact(path, allow_foreign=allow_foreign), threads=threads, **options)
 

@@ -1,8 +1,4 @@
-"""A cache of states by the tokens before them, so that a prompt goes on from a known prefix.
-
-The key is a hash of the tokens, so a state is found only by exactly these tokens. Least recently
-used states are dropped first. With a folder, states survive a restart.
-"""
+"""A cache of states by the tokens before them, so that a prompt goes on from a known prefix."""
 
 import threading
 from collections import OrderedDict
@@ -11,20 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.chat.prefix_key import Key, in_namespace, key_of, keys_of
+from rgexport.chat.state_file import Key, in_namespace, key_of, keys_of, state_bytes
 from rgexport.chat.state_folder import Fetch, StateFolder
 from rgexport.griffin.state import State
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A state of batch 1 that has seen `length` tokens.
+    """A state of batch 1 that has seen `length` tokens, and the logits [vocab] after the last one.
 
-    Attributes:
-        length: number of tokens.
-        state: the state.
-        logits: the logits after the last token [vocab], or None.
-        foreign: whether another artifact has computed it, or a state that it follows from.
+    It is `foreign` if another artifact has computed it, or a state that it follows from.
     """
 
     length: int
@@ -34,25 +26,11 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        arrays = [*self.state.values(), *([] if self.logits is None else [self.logits])]
-        return sum(array.nbytes for array in arrays)
-
-    def can_continue(self, count: int) -> bool:
-        """Returns whether a text of `count` tokens can go on from it.
-
-        It needs a token that the state has not seen, or the logits.
-        """
-        return self.length < count or self.logits is not None
+        return state_bytes(self.state, self.logits)
 
 
 class PrefixStore:
-    """The states of a process, within a limit of memory.
-
-    A state is found only in its namespace; "" is the namespace of a single user.
-
-    Attributes:
-        nbytes: memory in use.
-    """
+    """The states of a process, within a limit of memory, found only in their namespaces."""
 
     def __init__(self, max_bytes: int, folder: StateFolder | None = None) -> None:
         self._max_bytes, self._folder = max_bytes, folder
@@ -77,7 +55,6 @@ class PrefixStore:
             self._folder.save(key, prefix.state, prefix.logits)
 
     def forget(self, ids: Sequence[int], namespace: str = "") -> None:
-        """Frees the memory of the state after `ids`."""
         with self._lock:
             if before := self._entries.pop(in_namespace(key_of(ids), namespace), None):
                 self.nbytes -= before.nbytes
@@ -85,13 +62,7 @@ class PrefixStore:
     def fetch(
         self, ids: Sequence[int], callback: Callable[[], None], namespace: str = ""
     ) -> Fetch | None:
-        """Lets the folder read a longer prefix than memory has; returns None if it has none.
-
-        Args:
-            ids: the tokens of a text.
-            callback: called by the folder's thread when the read ends.
-            namespace: the namespace of the prefix.
-        """
+        """Lets the folder read a longer prefix than memory has, and call `callback` at the end."""
         if self._folder is None:
             return None
         keys = self._keys(ids, namespace, self._folder.lengths())
@@ -105,7 +76,6 @@ class PrefixStore:
     def longest(
         self, ids: Sequence[int], namespace: str = "", fetch: Fetch | None = None
     ) -> Prefix | None:
-        """Returns the longest prefix in memory, or of `fetch`, that can be continued."""
         if fetch and (saved := fetch.state):
             self._remember(saved.key, Prefix(saved.position, saved.state, saved.logits))
         for key in self._keys(ids, namespace):
@@ -136,16 +106,15 @@ class PrefixStore:
             self._folder.close()
 
     def _keys(self, ids: Sequence[int], namespace: str, lengths: Iterable[int] = ()) -> list[Key]:
-        """Returns the keys of prefixes of these lengths and of those in memory, longest first."""
         with self._lock:
             all_lengths = {*lengths, *(length for length, _ in self._entries)}
         keys = keys_of(ids, sorted(length for length in all_lengths if length <= len(ids)))
         return [in_namespace(key, namespace) for key in reversed(keys)]
 
     def _continues(self, key: Key, count: int) -> bool:
-        """Returns whether memory has a state that can be continued; the lock is held."""
+        """Returns whether memory has a state with an unseen token or logits; the lock is held."""
         prefix = self._entries.get(key)
-        return prefix is not None and prefix.can_continue(count)
+        return prefix is not None and (prefix.length < count or prefix.logits is not None)
 
     def _remember(self, key: Key, prefix: Prefix) -> Prefix:
         """Stores a prefix, or leaves the stored one if only that has logits; returns which."""

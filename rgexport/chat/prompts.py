@@ -1,24 +1,29 @@
-"""Encodes texts and conversations as prompts, and finds the prefixes to store states for."""
+"""Chat templates, and the prompts that they make of conversations."""
 
 import contextlib
+import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import jinja2
 import numpy as np
 
-from rgexport.chat.template import ChatTemplate, Message
-from rgexport.chat.tokenizer import Tokenizer
+from rgexport.chat.template_sandbox import Sandbox
+from rgexport.chat.tokenizer import CUT, Tokenizer
 from rgexport.errors import RequestError
+from rgexport.griffin.control_tokens import chat_template, missing_turns
 
+Message = Mapping[str, str]
+"""`role` ("user" or "assistant") and `content`, as Hugging Face's templates expect them."""
 _LONG_TEXT, _LONG_CONVERSATION = 1 << 14, 1 << 18
 """Characters of a message, and of all messages, from which another process makes the prompt."""
 _SLICE, _SHARE = 1 << 14, 7 / 8
 """Characters that are counted at once; smallest ratio of the whole text's tokens to the sum of its
 slices' tokens."""
 _CHARACTERS = 4
-"""Typical number of characters of a token."""
 _TURN_TOKENS = 16
 """More tokens than a template writes around a message."""
 _LAST_TURNS = 4
@@ -26,14 +31,88 @@ _LAST_TURNS = 4
 
 
 @dataclass(frozen=True)
-class PromptTokens:
-    """The tokens before a reply.
+class ChatTemplate:
+    """A Jinja chat template; `origin` names it in errors."""
 
-    Attributes:
-        ids: the tokens.
-        keep: lengths of prefixes whose states are stored.
-        messages: the conversation, if it is one.
-    """
+    source: str
+    origin: str
+
+    def render_ids(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+    ) -> list[int]:
+        """Returns the ids of a conversation, with one BOS first if the vocabulary has it.
+
+        Special literals of the template become their ids; inside a message they are text.
+        """
+        neutral = [{key: tokenizer.cut(text) for key, text in m.items()} for m in messages]
+        rendered = self.render(
+            neutral,
+            add_generation_prompt,
+            tools=None if tools is None else _cut_all(tools, tokenizer),
+            bos_token=tokenizer.literal(tokenizer.bos_id),
+            eos_token=tokenizer.literal(tokenizer.eos_id),
+        )
+        ids = tokenizer.encode_markup(rendered)
+        if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+            ids.insert(0, tokenizer.bos_id)
+        return ids
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        **tokens: str,
+    ) -> str:
+        """Returns the text of a conversation; `tokens` are `bos_token` and the like."""
+        functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        values = tokens | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            template = Sandbox(messages, **functions).template(self.source)
+            text: str = template.render(**values, tools=tools, documents=None)
+        except Exception as error:  # a template can raise any exception
+            reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
+            raise RequestError(f"chat template ({self.origin}): {reason}") from None
+        return text
+
+    def check_turns(self, tokenizer: Tokenizer) -> None:
+        if missing := missing_turns(self.source, tokenizer.special):
+            raise RequestError(
+                f"the tokenizer has no {' and no '.join(missing)}, which the chat template "
+                f"({self.origin}) needs; this model cannot chat: use `rgexport generate`"
+            )
+
+
+def load_template(folder: Path) -> ChatTemplate:
+    """Returns the template of chat_template.jinja or tokenizer_config.json, or Gemma's."""
+    return ChatTemplate(*chat_template(folder))
+
+
+def _cut_all(value: Any, tokenizer: Tokenizer) -> Any:
+    if isinstance(value, str):
+        return tokenizer.cut(value)
+    if isinstance(value, Mapping):
+        return {tokenizer.cut(str(k)): _cut_all(v, tokenizer) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cut_all(item, tokenizer) for item in value]
+    return value
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The tokens before a reply, and lengths (`keep`) of prefixes whose states are stored."""
 
     ids: list[int]
     keep: tuple[int, ...] = ()
@@ -41,12 +120,10 @@ class PromptTokens:
 
 
 class PromptEncoder:
-    """Makes the prompts of one model.
+    """Makes the prompts of one model, of at most `most_tokens`.
 
-    Attributes:
-        most_tokens: length of the longest prompt that is accepted; None for any.
-        elsewhere: calls a function with the encoder of the same model in another process, and the
-            arguments after it, for long texts. None if there is no such process.
+    For long texts, `elsewhere` calls a function with the encoder of the same model in another
+    process, and the arguments after it.
     """
 
     most_tokens: int | None = None
@@ -67,13 +144,7 @@ class PromptEncoder:
     ) -> PromptTokens:
         """Returns the tokens of a conversation up to where the model's reply begins.
 
-        Args:
-            messages: its turns.
-            tools: descriptions of tools, for templates that support them.
-            namespace: the namespace of known states, see `ReplyOptions`.
-
-        Raises:
-            RequestError: the template refuses the messages.
+        `tools` are descriptions of tools, for templates that support them.
         """
         if self.elsewhere and _is_long(messages, tools):
             prompt: PromptTokens = self.elsewhere(
@@ -90,11 +161,7 @@ class PromptEncoder:
         return PromptTokens(ids, tuple(self._branches(messages, ids, known)), tuple(messages))
 
     def text_ids(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt: BOS, if the vocabulary has it, and the text.
-
-        Raises:
-            RequestError: there are none.
-        """
+        """Returns the tokens of a plain prompt: BOS, if the vocabulary has it, and the text."""
         bos = self.tokenizer.bos_id
         ids = [*([] if bos is None else [bos]), *self.encode(text)]
         if not ids:
@@ -102,11 +169,7 @@ class PromptEncoder:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text alone.
-
-        Raises:
-            RequestError: there are many more than `most_tokens`.
-        """
+        """Returns the tokens of a text alone, if they are not many more than `most_tokens`."""
         if self.elsewhere and len(text) > _LONG_TEXT:
             ids: list[int] = self.elsewhere(PromptEncoder.encode, text)
             return ids
@@ -114,7 +177,6 @@ class PromptEncoder:
         return self.tokenizer.encode_text(text)
 
     def opening_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation up to where its last message can go on."""
         *before, last = messages
         one, two = (
             self._render([*before, {**last, "content": last["content"] + end}], reply=False)
@@ -123,18 +185,12 @@ class PromptEncoder:
         return one[: common_prefix(one, two)]
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation that ends with a finished turn.
-
-        Raises:
-            RequestError: the template refuses the messages.
-        """
         if self.elsewhere and _is_long(messages):
             ids: list[int] = self.elsewhere(PromptEncoder.conversation_ids, messages)
             return ids
         return self._render(messages, reply=False)
 
     def _require_few_tokens(self, texts: Sequence[str]) -> None:
-        """Refuses texts of more than `most_tokens`, without encoding them to their end."""
         most, count = self.most_tokens, 0
         if most is None or sum(map(len, texts)) <= _CHARACTERS * most:
             return
@@ -147,10 +203,7 @@ class PromptEncoder:
                     )
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
-        """Returns the tokens of a conversation.
-
-        If the template has no system prompt, the first message begins with it.
-        """
+        """Returns the tokens; a template without system prompts puts one into the first message."""
         _require_messages(messages)
         try:
             return self.template.render_ids(self.tokenizer, messages, reply)
@@ -161,10 +214,7 @@ class PromptEncoder:
             return self.template.render_ids(self.tokenizer, merged, reply)
 
     def _branches(self, messages: Sequence[Message], ids: list[int], known: int) -> Iterator[int]:
-        """Yields the lengths, above `known`, at which other conversations may branch off.
-
-        These are the ends of the last turns and of a system prompt.
-        """
+        """Yields the lengths, above `known`, at which other conversations may branch off."""
         last = len(self.tokenizer.encode_text(messages[-1]["content"]))
         if known and len(ids) - known < last + _TURN_TOKENS:
             return  # only the last message is new
@@ -193,7 +243,6 @@ def _is_long(messages: Sequence[Message], tools: Sequence[Any] | None = None) ->
 
 
 def _require_messages(messages: Sequence[Message]) -> None:
-    """Refuses an empty list, and values that are no messages."""
     if not messages or not all(
         isinstance(message, Mapping)
         and isinstance(message.get("role"), str)
@@ -206,7 +255,6 @@ def _require_messages(messages: Sequence[Message]) -> None:
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:
-    """Merges a system prompt into the user's first message; returns None if it cannot."""
     if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
         return None
     text = f"{messages[0]['content']}\n\n{messages[1]['content']}"

@@ -3,47 +3,32 @@
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from rgexport.chat.jobs import End, GenerationJob, Mask, Reason, Token
+from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, Reason, Token
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplyOptions:
-    """Options of a reply.
+class ReplyOptions(GenerationOptions):
+    """Options of a reply as a text, which ends before any of `stop`.
 
     Attributes:
-        sampling: how tokens are chosen.
-        max_new_tokens: maximum number of tokens of the reply.
-        stop: texts that end the reply and are not part of it.
         logprobs: number of the most likely tokens whose log probabilities are reported beside the
             chosen token's; None reports none.
         prompt_logprobs: whether the first piece also has the prompt's tokens, with their log
-            probabilities. The whole prompt is read then, even if its state is known.
-        mask: the tokens that may be written, see `jobs.Mask`; each reply needs its own.
-        draft: tokens that the reply may repeat, see `Model.draft_of`.
-        client: the client; clients take turns, and share the rows.
-        namespace: states are found only by replies of the same namespace.
-
-    Raises:
-        RequestError: a value is outside its range.
+            probabilities. The whole prompt is read then.
     """
 
-    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 1024
     stop: Sequence[str] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    mask: Mask | None = None
-    draft: Sequence[int] = ()
-    client: str = ""
-    namespace: str = ""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -53,11 +38,6 @@ class ReplyOptions:
 
 
 def reply_options(**options: Any) -> ReplyOptions:
-    """Returns options of a reply and of its sampling, by name.
-
-    Raises:
-        RequestError: a name is unknown, or a value is outside its range.
-    """
     reply_names = {field.name for field in fields(ReplyOptions)} - {"sampling"}
     values = {name: options.pop(name) for name in reply_names & options.keys()}
     if isinstance(values.get("draft"), str):
@@ -76,10 +56,7 @@ def reply_options(**options: Any) -> ReplyOptions:
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token, its log probability before penalties and temperature, and the most likely ones.
-
-    The log probability of a prompt's first token is None.
-    """
+    """A token, its log probability (None for a prompt's first), and the most likely ones."""
 
     id: int
     logprob: float | None
@@ -96,17 +73,7 @@ class TextPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReply:
-    """A complete reply.
-
-    Attributes:
-        text: the text.
-        ids: its tokens.
-        reason: why it ended.
-        prompt_tokens: number of tokens before the reply.
-        cached_tokens: number of prompt tokens whose state was known.
-        read_seconds: time from admission to the first token.
-        write_seconds: time from the first token to the end.
-    """
+    """A complete reply, and why it ended; see `End` for the seconds."""
 
     text: str
     ids: tuple[int, ...]
@@ -122,13 +89,11 @@ class ModelReply:
 
     @property
     def read_rate(self) -> float:
-        """Prompt tokens per second, without cached ones; 0 if there were none."""
         read = self.prompt_tokens - self.cached_tokens
         return read / self.read_seconds if self.read_seconds else 0.0
 
     @property
     def write_rate(self) -> float:
-        """Tokens per second after the first one; 0 if there were none."""
         return (self.new_tokens - 1) / self.write_seconds if self.new_tokens > 1 else 0.0
 
 
@@ -138,11 +103,7 @@ Deliver = Callable[[Item], None]
 
 
 class StopStrings:
-    """Ends a text at a stop string; holds back its end as long as a stop string may begin there.
-
-    Attributes:
-        match: the stop string that ended the text.
-    """
+    """Ends a text at a stop string (`match`); holds back its end while one may begin there."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -150,7 +111,6 @@ class StopStrings:
         self.match: str | None = None
 
     def add(self, piece: str) -> str:
-        """Returns the text that cannot be part of a stop string; nothing after a match."""
         if self.match is not None:
             return ""
         text = self._held + piece
@@ -168,14 +128,11 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class ReplyWriter:
-    """A scheduler's listener that makes the text of a reply from its tokens."""
-
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -199,7 +156,6 @@ class ReplyWriter:
         return self._stop.match is None
 
     def prompt(self, ids: Sequence[int], logits: np.ndarray) -> None:
-        """Takes the next tokens of the prompt, and the logits [T, vocab] that predict them."""
         for token, row in zip(ids, logits, strict=True):
             self._undelivered.append(scored(Token(token, row), self._logprobs or 0))
 
@@ -228,7 +184,6 @@ class ReplyWriter:
 
 
 def scored(token: Token, count: int) -> ScoredToken:
-    """Returns a token and the `count` most likely tokens, with their log probabilities."""
     values = log_probabilities(token.logits)
     top = most_likely(np.asarray(token.logits), count) if count else ()
     best = tuple((int(i), float(values[i])) for i in top)
@@ -236,13 +191,9 @@ def scored(token: Token, count: int) -> ScoredToken:
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of a reply as they come, for code without asyncio.
-
-    Its reply is cancelled when the stream is garbage-collected.
-    """
+    """The pieces of a reply as they come; garbage collection cancels the reply."""
 
     def __init__(self, start: Callable[[Deliver], GenerationJob]) -> None:
-        """Calls `start` with a function that receives the pieces of the reply."""
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._job = start(self._items.put)
         self._end: ModelReply | RequestError | None = None
@@ -258,7 +209,6 @@ class ReplyStream(Iterator[str]):
         raise StopIteration
 
     def pieces(self) -> Iterator[TextPiece]:
-        """Yields the rest of the reply, with log probabilities if they were asked for."""
         while piece := self._next_piece():
             yield piece
 
@@ -273,16 +223,11 @@ class ReplyStream(Iterator[str]):
         return None
 
     def reply(self) -> ModelReply:
-        """Waits for the end; returns the whole reply.
-
-        Raises:
-            RequestError: the engine failed; raised again by each call.
-        """
+        """Waits for the end; returns the whole reply. Each call raises an error of the engine."""
         for _ in self.pieces():
             pass
         assert isinstance(self._end, ModelReply)
         return self._end
 
     def cancel(self) -> None:
-        """Ends the reply soon; its text so far is kept."""
         self._job.cancel()

@@ -1,25 +1,164 @@
-"""The batch rows of a session, and the job in each row."""
+"""Admission of requests, the batch rows of a session, and which job gets a row.
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+Clients share the rows: a row goes to the client with the fewest; if all rows are taken, from a
+client that has two more, whose job is paused. That is cheap, since a state has a fixed size.
+"""
+
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from rgexport.chat.jobs import GenerationJob
+from rgexport.chat.jobs import Busy, GenerationJob
+from rgexport.chat.prefix_store import PrefixStore
+from rgexport.chat.prompts import common_prefix
+from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import Session
 
 
-class Rows:
-    """Jobs in the order of their batch rows.
+class Admission:
+    """Jobs from submission to end; those without a row wait in their client's queue.
 
-    Jobs that decode have the first rows, so that a decoding step runs one range of rows. The jobs
-    in later rows read their prompts, or wait for the mask of their next token. Only one thread may
-    call methods; other threads may read the length.
+    A cancelled job, or one that goes first, does not count in `most`.
+    """
+
+    def __init__(self, rows: int, max_waiting: int) -> None:
+        self._rows, self._max_waiting = rows, max_waiting
+        self.most = rows + max_waiting
+        self.changed, self._closed = threading.Condition(), False
+        self._live: set[GenerationJob] = set()
+        self._queues: OrderedDict[str, deque[GenerationJob]] = OrderedDict()
+
+    @property
+    def waiting(self) -> int:
+        with self.changed:
+            return sum(not job.cancelled for queue in self._queues.values() for job in queue)
+
+    @property
+    def has_queues(self) -> bool:
+        """Whether a job waits, cancelled ones included; takes no lock."""
+        return bool(self._queues)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the maximum is reached, cancelled jobs included; takes no lock."""
+        return len(self._live) >= self.most
+
+    @property
+    def paused(self) -> int:
+        with self.changed:
+            return sum(job.paused is not None for queue in self._queues.values() for job in queue)
+
+    def add(self, job: GenerationJob) -> GenerationJob | None:
+        """Queues a job; returns the job that it displaces, if any, or raises Busy.
+
+        If the queues are full, the client with the longest one loses its newest job to one with
+        less.
+        """
+        with self.changed:
+            if self._closed:
+                raise RequestError("the model is closed")
+            displaced = self._displaced_by(job) if self._is_full_for(job) else None
+            queue = self._queues.setdefault(job.request.client, deque())
+            (queue.appendleft if job.request.first else queue.append)(job)
+            self._live.add(job)
+            self.changed.notify()
+        return displaced
+
+    def wait_for_work(self, *, running: bool) -> bool:
+        with self.changed:
+            self.changed.wait_for(lambda: self._closed or running or self._queues)
+            return not self._closed
+
+    def wait(self, seconds: float, until: Callable[[], bool]) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self._closed or until(), seconds)
+
+    def wait_for_folder(self, seconds: float) -> None:
+        with self.changed:
+            jobs = [job for queue in self._queues.values() for job in queue]
+            if any(job.fetch is not None and job.fetch.pending for job in jobs):
+                self.changed.wait(seconds)
+
+    def wake(self) -> None:
+        with self.changed:
+            self.changed.notify()
+
+    def take(self, running: Mapping[str, int], most: int | None = None) -> GenerationJob | None:
+        """Takes the next job of the client with the fewest rows, if not above `most`."""
+        with self.changed:
+            if not self._queues:
+                return None
+            client = min(self._queues, key=lambda client: running.get(client, 0))
+            if most is not None and running.get(client, 0) > most:
+                return None
+            queue = self._queues.pop(client)
+            job = queue.popleft()
+            if queue:
+                self._queues[client] = queue
+            return job
+
+    def put_back(self, job: GenerationJob) -> None:
+        with self.changed:
+            self._queues.setdefault(job.request.client, deque()).appendleft(job)
+
+    def take_cancelled(self, *, paused: bool = True) -> list[GenerationJob]:
+        cancelled: list[GenerationJob] = []
+        with self.changed:
+            for client, queue in [*self._queues.items()]:
+                leaving = {j for j in queue if j.cancelled and (paused or j.paused is None)}
+                if leaving:
+                    cancelled += [job for job in queue if job in leaving]
+                    self._set_queue(client, [job for job in queue if job not in leaving])
+        return cancelled
+
+    def end(self, job: GenerationJob) -> None:
+        with self.changed:
+            self._live.discard(job)
+
+    def close(self) -> None:
+        with self.changed:
+            self._closed = True
+            self.changed.notify()
+
+    def busy(self) -> Busy:
+        return Busy(f"{self._max_waiting} requests wait already; try again later")
+
+    def _is_full_for(self, job: GenerationJob) -> bool:
+        """Returns whether the maximum is reached; jobs that go first have one of their own."""
+        first = job.request.first
+        most = self._rows if first else self.most
+        same = [live for live in self._live if live.request.first == first and not live.cancelled]
+        return len(same) >= most
+
+    def _displaced_by(self, job: GenerationJob) -> GenerationJob:
+        client = max(self._queues, key=lambda client: len(self._queues[client]), default="")
+        longest = self._queues.get(client, deque())
+        own_length = len(self._queues.get(job.request.client, ()))
+        newest = longest[-1] if len(longest) > own_length + 1 else None
+        if job.request.first or newest is None or newest.request.first or newest.began:
+            raise self.busy()
+        self._set_queue(client, [queued for queued in longest if queued is not newest])
+        self._live.discard(newest)
+        return newest
+
+    def _set_queue(self, client: str, jobs: list[GenerationJob]) -> None:
+        if jobs:
+            self._queues[client] = deque(jobs)
+        else:
+            del self._queues[client]
+
+
+class Rows:
+    """Jobs in the order of their batch rows, of which the session gets `capacity`.
+
+    Jobs that decode have the first rows, for one range of rows in a step. Only one thread may call
+    methods; other threads may read the length.
     """
 
     def __init__(self, session: Session, capacity: int) -> None:
-        """Resets the session to `capacity` rows, the maximum number of jobs."""
         session.reset(capacity)
         self._session, self.capacity = session, capacity
         shapes = session.state_shapes
@@ -40,7 +179,6 @@ class Rows:
 
     @property
     def decoding(self) -> list[GenerationJob]:
-        """The jobs of the next decoding step; their rows begin at 0."""
         return self._jobs[: self._num_decoding]
 
     @property
@@ -48,7 +186,6 @@ class Rows:
         return self._jobs[self._num_decoding :]
 
     def add(self, job: GenerationJob) -> None:
-        """Adds a job in a new last row, whose state is undefined until `set_state`."""
         self._jobs.append(job)
 
     def state(self, job: GenerationJob) -> State:
@@ -81,7 +218,6 @@ class Rows:
         self._jobs.pop()
 
     def clear(self) -> list[GenerationJob]:
-        """Frees all rows without reading their states; returns the jobs that had them."""
         jobs, self._jobs, self._num_decoding = self._jobs, [], 0
         return jobs
 
@@ -104,5 +240,69 @@ class Rows:
         self._session.set_rows(range(row, row + 1), state)
 
 
-def count_by_client(jobs: Iterable[GenerationJob]) -> Counter[str]:
+def _count_by_client(jobs: Iterable[GenerationJob]) -> Counter[str]:
     return Counter(job.request.client for job in jobs)
+
+
+class RowAssignment:
+    def __init__(self, admission: Admission, rows: Rows, store: PrefixStore) -> None:
+        self._admission, self._rows, self._store = admission, rows, store
+
+    def assign(self, begin: Callable[[GenerationJob], None]) -> None:
+        """Calls `begin` with each job that gets a row.
+
+        Jobs wait for a prefix that another row or the folder of states is reading.
+        """
+        postponed: list[GenerationJob] = []  # includes the current job, lest an error lose it
+        try:
+            for _ in range(self._rows.capacity):
+                job = self._next_job(postponed)
+                if job is None:
+                    return
+                postponed.append(job)
+                if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
+                    continue
+                if self._rows.is_full:
+                    self._pause_one()
+                begin(postponed.pop())
+        finally:
+            for job in reversed(postponed):
+                self._admission.put_back(job)
+
+    def _next_job(self, postponed: list[GenerationJob]) -> GenerationJob | None:
+        """Takes the next job; if all rows are taken, its client must have two fewer."""
+        if not self._admission.has_queues:
+            return None
+        turns = _count_by_client([*self._rows, *postponed])
+        if not self._rows.is_full:
+            return self._admission.take(turns)
+        most = max(_count_by_client(self._rows).values()) - 2
+        if most < 0 or self._admission.paused >= self._rows.capacity:
+            return None
+        return self._admission.take(turns, most)
+
+    def _pause_one(self) -> None:
+        ((client, _),) = _count_by_client(self._rows).most_common(1)
+        job = max((j for j in self._rows if j.request.client == client), key=lambda j: j.began)
+        job.paused = self._rows.state(job)
+        self._rows.remove(job)
+        self._admission.put_back(job)
+
+    def _is_being_read(self, job: GenerationJob) -> bool:
+        namespace = job.request.namespace
+        reading = [r for r in self._rows.not_decoding if r.request.namespace == namespace]
+        if job.paused is not None or job.request.prompt_logits or not reading:
+            return False
+        known = self._store.length(job.ids, namespace)
+        for running in reading:
+            shared = common_prefix(job.ids, running.ids)
+            if any(known < stop <= shared for stop in running.stops()):
+                return True
+        return False
+
+    def _is_being_fetched(self, job: GenerationJob) -> bool:
+        if job.paused is not None or job.request.prompt_logits:
+            return False
+        wake, namespace = self._admission.wake, job.request.namespace
+        job.fetch = job.fetch or self._store.fetch(job.ids, wake, namespace)
+        return job.fetch is not None and job.fetch.pending

@@ -1,9 +1,8 @@
 """Sampling of the next token.
 
 The order is that of vLLM and Hugging Face: penalties and biases change logits, the temperature
-divides them, then top-k, top-p and min-p drop tokens. With a vocabulary of 256,000, sorting all
-logits is slow. The functions below sort only some of them, and choose the same tokens with the
-same probabilities.
+divides them, then top-k, top-p and min-p drop tokens. Sorting all of 256,000 logits is slow: only
+some are sorted, and the same tokens are chosen with the same probabilities.
 """
 
 import math
@@ -26,20 +25,10 @@ _FIRST_SORTED = 64
 class Sampling:
     """Options of sampling; the defaults choose the most likely token.
 
-    Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_k: number of the most likely tokens to choose from; 0 allows all.
-        top_p: share of probability that the most likely tokens must reach; 1 allows all.
-        min_p: smallest probability that is allowed, relative to the largest one.
-        repetition_penalty: divides positive logits of tokens in the prompt and the reply, and
-            multiplies negative ones (Hugging Face's `repetition_penalty`).
-        presence_penalty: subtracted from the logits of tokens in the reply (OpenAI).
-        frequency_penalty: the same, times the token's count in the reply (OpenAI).
-        logit_bias: id → number that is added to its logit.
-        seed: makes the choices repeatable.
-
-    Raises:
-        RequestError: an option is outside its range.
+    A temperature of 0 is greedy. 0 of `top_k` and 1 of `top_p` allow all tokens; `min_p` is
+    relative to the largest probability. `repetition_penalty` is Hugging Face's and counts the
+    prompt too, the other penalties are OpenAI's. `logit_bias` has numbers that are added to the
+    logits of ids.
     """
 
     temperature: float = 0.0
@@ -70,15 +59,9 @@ class Sampling:
             if token < 0 or math.isnan(bias):
                 raise RequestError(f"logit_bias of {token} is {bias}; expected ids and numbers")
 
-    @property
-    def changes_logits(self) -> bool:
-        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
-        return any(penalties) or bool(self.logit_bias)
-
 
 class Sampler:
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
-        """`prompt` has the token ids that `repetition_penalty` counts beside the reply's."""
         self.options = options
         self._random = default_rng(options.seed)
         penalized = prompt if options.repetition_penalty != 1 else ()
@@ -87,14 +70,9 @@ class Sampler:
         bias = options.logit_bias
         self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
         self._biases = np.fromiter(bias.values(), np.float32, len(bias))
-        self._largest_biased = max(bias, default=0)
 
     def __call__(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
-        """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each.
-
-        Raises:
-            RequestError: the logits are NaN or infinite, or the mask allows no token.
-        """
+        """Returns the next token for logits [vocab]; `mask` [vocab] adds 0 or -inf to each."""
         token = self._choose(self._adjusted(logits, mask))
         self._reply[token] += 1
         return token
@@ -115,9 +93,11 @@ class Sampler:
         """Returns the logits after mask, penalties and biases; never changes its arguments."""
         if mask is not None:
             logits = logits + mask
-        if not self.options.changes_logits:
+        options = self.options
+        penalties = options.presence_penalty, options.frequency_penalty
+        if not any(penalties) and options.repetition_penalty == 1 and not options.logit_bias:
             return logits
-        logits, options = logits.copy(), self.options
+        logits = logits.copy()
         reply = np.fromiter(self._reply.keys(), np.int64, len(self._reply))
         counts = np.fromiter(self._reply.values(), np.float32, len(self._reply))
         repeated = np.union1d(self._prompt, reply)
@@ -125,20 +105,13 @@ class Sampler:
         factor = np.float32(options.repetition_penalty)
         logits[repeated] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
-        if self._largest_biased >= len(logits):  # drops ids outside of the vocabulary, once
-            in_vocabulary = self._biased < len(logits)
-            self._biased = self._biased[in_vocabulary]
-            self._biases = self._biases[in_vocabulary]
-            self._largest_biased = 0
-        logits[self._biased] += self._biases
+        in_vocabulary = self._biased < len(logits)
+        logits[self._biased[in_vocabulary]] += self._biases[in_vocabulary]
         return logits
 
 
 def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens that may be sampled, and their probabilities (float64).
-
-    `options` need a temperature above 0; penalties and biases are not applied.
-    """
+    """Returns the tokens that may be sampled, not greedily, and their probabilities (float64)."""
     tokens, weights = _truncated(logits, options)
     return np.arange(len(logits)) if tokens is None else tokens, weights / weights.sum()
 
@@ -160,10 +133,7 @@ def most_likely(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _truncated(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
-    """Applies temperature, top-k, top-p and min-p.
-
-    Returns the remaining tokens (None for all) and their unnormalized probabilities.
-    """
+    """Returns the tokens that remain (None for all), and their unnormalized probabilities."""
     tokens = None
     if 0 < options.top_k < len(logits):
         tokens = most_likely(logits, options.top_k)
@@ -184,10 +154,7 @@ def _truncated(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None
 
 
 def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
-    """Returns the indices of the largest weights, as many as are needed to reach `share`.
-
-    `share` is the fraction of the sum of all weights that theirs must reach.
-    """
+    """Returns the indices of the largest weights that reach this share of the sum of all."""
     needed, count = share * weights.sum(), min(_FIRST_SORTED, len(weights))
     while True:
         largest = most_likely(weights, count)
@@ -201,8 +168,7 @@ def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
 def _top_candidates(values: np.ndarray, count: int) -> np.ndarray:
     """Returns, in ascending order, indices that include those of the `count` largest values.
 
-    They are the values that reach a threshold: the `count`-th largest of the maxima of blocks. At
-    least these `count` maxima reach it, so every smaller value is outside of the largest `count`.
+    They are the values that reach the `count`-th largest of the maxima of blocks.
     """
     blocks = len(values) // _BLOCK
     if count >= blocks:
@@ -213,10 +179,9 @@ def _top_candidates(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, point: float) -> int:
-    """Draws an index with a probability in proportion to its weight (inverse transform sampling).
+    """Draws an index in proportion to its weight, for a `point` that is uniform in [0, 1).
 
-    `point` is uniform in [0, 1). The cumulative sums of blocks give the block that it falls into,
-    those of the block's weights the index.
+    The cumulative sums of blocks give the block that it falls into, those of its weights the index.
     """
     whole = len(weights) // _BLOCK * _BLOCK
     block_sums = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum())
@@ -229,10 +194,7 @@ def _draw(weights: np.ndarray, point: float) -> int:
 
 
 def _first_above(cumulative: np.ndarray, offset: float) -> int:
-    """Returns the index of the first cumulative sum above `offset`.
-
-    Rounding may leave none above it; then the last index with a weight above 0 is returned.
-    """
+    """Returns the index of the first sum above `offset`, or of the last positive weight."""
     index = int(np.searchsorted(cumulative, offset, "right"))
     if index < len(cumulative):
         return index

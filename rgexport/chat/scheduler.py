@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.chat.admission import Admission
 from rgexport.chat.jobs import (
     End,
     Ending,
@@ -24,11 +23,10 @@ from rgexport.chat.jobs import (
     require_ids,
 )
 from rgexport.chat.masks import MaskThreads, ReplyMask
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.row_assignment import RowAssignment
-from rgexport.chat.rows import Rows
+from rgexport.chat.rows import Admission, RowAssignment, Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
+from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 from rgexport.progress import warn
@@ -43,7 +41,6 @@ _LOGITS_BYTES = 32 << 20
 _FOLDER_SECONDS = 0.02
 """Longest wait of an idle scheduler for the folder of states."""
 _MASK_STEPS = 0.25
-"""Longest wait of a step for masks, in steps."""
 _POLL_SECONDS = 0.05
 """Interval of the check for cancelled replies while all rows wait for their masks."""
 
@@ -62,13 +59,6 @@ class Counters:
 
 
 class Scheduler:
-    """Runs requests over one session, which it owns.
-
-    Attributes:
-        counters: totals.
-        store: the states.
-    """
-
     def __init__(
         self,
         session: Session,
@@ -80,16 +70,11 @@ class Scheduler:
     ) -> None:
         """Starts its thread.
 
-        Args:
-            session: the model.
-            store: the states.
-            rows: maximum number of conversations in a step; each takes the memory of one state, or
-                of two while clients share too few rows.
-            max_waiting: maximum number of requests that wait for a row.
-            lookup: whether steps may check drafts, if the engine's results stay bit-identical.
+        Each of `rows` takes the memory of one state, or of two while clients share too few rows.
+        With `lookup`, steps check drafts if the engine's results stay bit-identical.
         """
         self.counters, self.store = Counters(), store
-        self._session = session
+        self._session, self.most_requests = session, rows + max_waiting
         self._rows, self._admission = Rows(session, rows), Admission(rows, max_waiting)
         self._assignment = RowAssignment(self._admission, self._rows, store)
         self._last_read: dict[str, float] = {}
@@ -105,10 +90,6 @@ class Scheduler:
         self._thread.start()
 
     @property
-    def most_requests(self) -> int:
-        return self._admission.most
-
-    @property
     def running(self) -> int:
         return len(self._rows)
 
@@ -121,11 +102,7 @@ class Scheduler:
         return bool(self._rows) or self._admission.has_queues
 
     def problem(self, patience: float) -> str | None:
-        """Returns why replies do not go on; None if they do. Never blocks.
-
-        Args:
-            patience: maximum seconds of a pass; four times the longest pass if that is more.
-        """
+        """Returns why replies do not go on, None if they do; a pass may take `patience` seconds."""
         silence = time.monotonic() - self._passed
         if not self._thread.is_alive():
             return "its scheduler has ended"
@@ -136,13 +113,6 @@ class Scheduler:
         return None
 
     def submit(self, request: GenerationRequest) -> GenerationJob:
-        """Queues a request.
-
-        Raises:
-            Busy: too many wait already.
-            RequestError: there is nothing to read, an id is outside of the vocabulary, or the
-                scheduler is closed.
-        """
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
         for ids in (request.ids, request.draft):
@@ -158,7 +128,6 @@ class Scheduler:
         return job
 
     def close(self) -> None:
-        """Ends all replies, waits for the current step, and closes the session."""
         self._admission.close()
         self._thread.join()
         with self._closing:
@@ -222,7 +191,6 @@ class Scheduler:
             self._reply(job, prefix.logits, prefix.state)
 
     def _read(self) -> None:
-        """Reads a chunk of one prompt, at most up to where its state is stored next."""
         job = self._next_to_read()
         if job is None:
             return
@@ -260,23 +228,19 @@ class Scheduler:
         return last
 
     def _next_to_read(self) -> GenerationJob | None:
-        """Returns the oldest prompt of the client that was read least recently."""
         reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
         if not reading:
             return None
-        clients = {job.request.client for job in reading}
-        self._last_read = {c: self._last_read[c] for c in clients & self._last_read.keys()}
-        return min(
-            reading, key=lambda job: (self._last_read.get(job.request.client, 0.0), job.began)
-        )
+        clients, before = {job.request.client for job in reading}, self._last_read
+        self._last_read = last = {client: before.get(client, 0.0) for client in clients}
+        return min(reading, key=lambda job: (last[job.request.client], job.began))
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
-        """Begins to decode, from the logits and the state after the prompt."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             self._leave(job, "length", state=state)
-            return
-        self._go_on(job, logits)
+        else:
+            self._go_on(job, logits)
 
     def _go_on(self, job: GenerationJob, logits: np.ndarray) -> None:
         """Chooses the next token of a row outside of the step, which joins the step."""
@@ -345,10 +309,6 @@ class Scheduler:
             return "error", EngineError(f"a reply cannot go on: {error!r}")
 
     def _choose(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
-        """Chooses the next token, or holds the row until its mask is ready.
-
-        Returns the ending if the reply ends.
-        """
         request, bias, job.held = job.request, None, None
         if job.mask is not None:
             bias = job.mask.bias(self._mask_deadline - time.perf_counter())
@@ -376,7 +336,6 @@ class Scheduler:
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Stores the state of a row, frees the row, and tells the listener."""
         if reason != "error" and job.fed > job.stored:
             lasting = job.request.lasting and reason != "cancelled"
             self._store(job, self._rows.state(job), lasting=lasting)
@@ -386,7 +345,6 @@ class Scheduler:
     def _store(
         self, job: GenerationJob, state: State, logits: np.ndarray | None = None, *, lasting: bool
     ) -> None:
-        """Stores the state after the tokens that a row has seen."""
         self.store.put(
             key_of(job.ids[: job.fed]),
             state,
@@ -404,7 +362,6 @@ class Scheduler:
         error: RequestError | None = None,
         state: State | None = None,
     ) -> None:
-        """Ends a job without a row, and tells the listener."""
         self._admission.end(job)
         if job.mask is not None:
             job.mask.cancel()

@@ -1,20 +1,36 @@
-"""Sizes of passes: tokens of a prefill chunk, and drafted tokens of a decode step.
+"""Drafts of the next tokens, by prompt lookup, and the sizes of passes, by their earlier times.
 
-Both follow from the times of earlier passes on this machine.
+Edits of a text, and answers about a text, repeat much of it: a draft follows an earlier occurrence
+of the last tokens, and the model checks it in one pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rgexport.chat.jobs import GenerationJob
-from rgexport.chat.lookup import Draft
 from rgexport.runtimes.session import Session
 
+if TYPE_CHECKING:
+    from rgexport.chat.jobs import GenerationJob
+
+_GRAM = 2
+"""Number of tokens that must match, at least; they are the key of the index."""
+_MOST_POSITIONS = 8
+_MOST_INDEXED = 1 << 16
+"""Last tokens of a longer text that are indexed."""
+_INDEXED_AT_ONCE = 512
+"""Tokens that one step indexes: indexing must not delay the first token of a reply."""
+_PRIOR = {2: 0.15, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.75, 8: 0.8}
+"""Length of the match → prior probability that the next token matches, too."""
+_LONGEST = max(_PRIOR)
+"""Longer matches are not more reliable."""
+_PRIOR_WEIGHT, _RATE_DECAY = 2.0, 0.95
+"""Observations that the prior counts for; weight of an observation relative to the next one."""
 _PRIOR_SLOPE = 0.3
 """Time that each further token adds to a pass, in steps of one token, before it is measured."""
 _LEAST_GAIN = 1.02
 """A pass with drafts must promise so many times the tokens per second of a plain step."""
 _DECAY = 0.8
-"""Weight of earlier times in a mean."""
 _FRESH_PASSES = 100
 """Passes after which a time is outdated: the machine's load may have changed."""
 _SLOPE_DECAY = 0.99
@@ -27,6 +43,75 @@ _CHUNK_SECONDS, _CHUNK_STEPS = 2.5, 1.5
 """Longest time of a chunk: alone, and in decode steps if other conversations decode."""
 
 
+@dataclass(frozen=True)
+class Draft:
+    tokens: Sequence[int] = ()
+    match: int = 0
+
+
+class PromptLookup:
+    def __init__(self, ids: Sequence[int], source: Sequence[int] = ()) -> None:
+        self._ids, self._texts = ids, (source, ids)
+        self._indexed = [max(_GRAM, len(text) - _MOST_INDEXED) for text in self._texts]
+        self._positions: dict[int, list[int]] = {}
+        """Key → its last occurrences, as 2 × end + text: numbers take less memory than pairs."""
+        self._accepted = {match: _PRIOR_WEIGHT * chance for match, chance in _PRIOR.items()}
+        self._tried = dict.fromkeys(_PRIOR, _PRIOR_WEIGHT)
+
+    def draft(self, most: int) -> Draft:
+        """Returns at most `most` tokens, from the last occurrence with the longest match."""
+        self._index()
+        if len(self._ids) < _GRAM:
+            return Draft()
+        text, end, match = 0, 0, 0
+        for position in reversed(self._positions.get(_key(self._ids, len(self._ids)), [])):
+            length = self._match(position % 2, position // 2)
+            if length > match:
+                text, end, match = position % 2, position // 2, length
+        if not match:
+            return Draft()
+        ids = self._texts[text]
+        if ids is not self._ids:
+            return Draft(ids[end : end + most], match)
+        # A text that repeats itself is expected to go on repeating: the draft wraps around.
+        period = len(ids) - end
+        return Draft([ids[end + i % period] for i in range(most)], match)
+
+    def chances(self, draft: Draft) -> list[float]:
+        """Returns for each token its probability to be accepted if those before it are."""
+        matches = (min(draft.match + i, _LONGEST) for i in range(len(draft.tokens)))
+        return [self._accepted[match] / self._tried[match] for match in matches]
+
+    def learn(self, draft: Draft, tokens: Sequence[int]) -> None:
+        """Updates the rates with the tokens that followed, whether the draft was tried or not."""
+        for i, (drafted, token) in enumerate(zip(draft.tokens, tokens, strict=False)):
+            match = min(draft.match + i, _LONGEST)
+            self._accepted[match] = _RATE_DECAY * self._accepted[match] + (drafted == token)
+            self._tried[match] = _RATE_DECAY * self._tried[match] + 1
+            if drafted != token:
+                return
+
+    def _index(self) -> None:
+        for text, ids in enumerate(self._texts):
+            stop = min(len(ids), self._indexed[text] + _INDEXED_AT_ONCE)
+            for end in range(self._indexed[text], stop):
+                positions = self._positions.setdefault(_key(ids, end), [])
+                positions.append(2 * end + text)
+                if len(positions) > _MOST_POSITIONS:
+                    del positions[0]
+            self._indexed[text] = max(self._indexed[text], stop)
+
+    def _match(self, text: int, end: int) -> int:
+        ids, most = self._texts[text], min(_LONGEST, end, len(self._ids))
+        equal = (ids[end - 1 - i] == self._ids[-1 - i] for i in range(most))
+        return next((i for i, is_equal in enumerate(equal) if not is_equal), most)
+
+
+def _key(ids: Sequence[int], end: int) -> int:
+    """Returns the last `_GRAM` tokens before `end` as one number: quick, and small in memory."""
+    return ids[end - 2] << 32 | ids[end - 1]
+
+
 class ChunkSize:
     """The number of tokens of a prefill chunk, so that no conversation that decodes waits long."""
 
@@ -36,16 +121,13 @@ class ChunkSize:
         self._token_seconds = self._step_seconds = 0.0
 
     def record_chunk(self, tokens: int, seconds: float) -> None:
-        """Takes the time of a chunk."""
         if tokens >= _LEAST_CHUNK:
             self._token_seconds = _mean(self._token_seconds, seconds / tokens)
 
     def record_step(self, seconds: float) -> None:
-        """Takes the time of a decode step."""
         self._step_seconds = _mean(self._step_seconds, seconds)
 
     def tokens(self, *, alone: bool) -> int:
-        """Returns the maximum length of the next chunk."""
         seconds = _CHUNK_SECONDS if alone else _CHUNK_STEPS * self._step_seconds
         if not self._token_seconds:
             return self._unit * 4
@@ -55,10 +137,9 @@ class ChunkSize:
 
 
 class Speculation:
-    """The drafts of all conversations that decode."""
+    """The drafts of all conversations that decode; `most_tokens` limits a pass over all rows."""
 
     def __init__(self, most_tokens: int) -> None:
-        """Takes the maximum number of tokens of a pass, over all rows."""
         self._most = most_tokens
         self._seconds: dict[tuple[int, int], float] = {}
         """(rows, tokens of each row) → mean time of a pass."""
@@ -69,7 +150,7 @@ class Speculation:
         self._drafts: list[tuple[GenerationJob, Draft, int]] = []
         """Each job, its draft, and the length of its text before the pass."""
 
-    def tokens(self, jobs: Sequence[GenerationJob]) -> list[list[int]]:
+    def tokens(self, jobs: Sequence["GenerationJob"]) -> list[list[int]]:
         """Returns the input of each row: its last token, and equally many drafted ones, or none."""
         most = self._most // len(jobs) - 1
         self._drafts = []
@@ -105,7 +186,6 @@ class Speculation:
             self._slope = _DECAY * self._slope + (1 - _DECAY) * slope
 
     def _length(self, chances: Sequence[Sequence[float]], most: int) -> int:
-        """Returns the number of drafted tokens per row that promises most tokens per second."""
         rows = len(chances)
         step = self._fresh_seconds(rows, 1)
         if not step or not any(chances):

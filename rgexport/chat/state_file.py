@@ -10,7 +10,7 @@ The metadata have one JSON object, `StateHeader`.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from rgexport._version import __version__
-from rgexport.chat.prefix_key import Key, key_of
-from rgexport.chat.template import Message
+from rgexport.chat.prompts import Message
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Identity
 from rgexport.files.atomic import write_file
@@ -27,6 +26,9 @@ from rgexport.files.safetensors import Entry, header, read_header, read_metadata
 from rgexport.files.targets import require_writable
 from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.state import POSITION, State
+
+Key = tuple[int, str]
+"""Number of tokens, and their SHA-256 as int32, little-endian."""
 
 METADATA = "rgexport.state"
 FORMAT_VERSION = 2
@@ -61,17 +63,12 @@ class StateHeader:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state, the tokens before it, and its model.
+    """A state of batch 1, the tokens before it, and its model.
 
     Attributes:
-        identity: the model.
         key: key of the tokens that the state has seen.
-        state: a canonical state of batch 1.
-        tokens: int64 [N], which the state has seen, perhaps except the last one; None if only the
-            key is known.
-        messages: the conversation, if it is one.
-        engine: the engine that computed it.
-        logits: the logits after the last token that the state has seen, [vocab], or None.
+        tokens: int64 [N], which the state has seen, perhaps except the last one; None if only
+            the key is known.
         artifact: a hash of everything that its bits depend on; empty if that is unknown.
     """
 
@@ -92,16 +89,45 @@ class SavedState:
     def count(self) -> int:
         return self.position if self.tokens is None else len(self.tokens)
 
+    @property
+    def nbytes(self) -> int:
+        return state_bytes(self.state, self.logits)
+
+
+def state_bytes(state: State, logits: np.ndarray | None) -> int:
+    arrays = [*state.values(), *([] if logits is None else [logits])]
+    return sum(array.nbytes for array in arrays)
+
+
+def in_namespace(key: Key, namespace: str) -> Key:
+    """Returns the key in a namespace, which does not reveal the keys in other namespaces."""
+    if not namespace:
+        return key
+    return key[0], hashlib.sha256(f"{namespace}:{key[1]}".encode()).hexdigest()
+
+
+def key_of(ids: Sequence[int] | np.ndarray) -> Key:
+    (key,) = keys_of(ids, [len(ids)])
+    return key
+
+
+def keys_of(ids: Sequence[int] | np.ndarray, lengths: Iterable[int]) -> list[Key]:
+    """Returns the keys of prefixes of rising lengths, hashed in one pass."""
+    data, digest, start, keys = np.array(ids, "<i4"), hashlib.sha256(), 0, list[Key]()
+    for length in lengths:
+        digest.update(data[start:length].tobytes())
+        start = length
+        keys.append((length, digest.hexdigest()))
+    return keys
+
 
 def require_precision(precision: str | None) -> None:
-    """Raises RequestError if the precision is none of `PRECISIONS`."""
     if precision not in (None, *PRECISIONS):
         expected = " or ".join(PRECISIONS)
         raise RequestError(f"the precision of states is {precision!r}; expected {expected}")
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises RequestError if something else than a state file would be lost, or cannot be there."""
     require_writable(path)
     if os.path.lexists(path) and not (path.is_file() and is_state_file(path)):
         raise RequestError(f"{path} exists and is not a state file; give another name")
@@ -116,21 +142,11 @@ def is_state_file(path: Path) -> bool:
 
 
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
-    """Writes a file that appears complete or not at all; returns its size.
-
-    Args:
-        path: the file; an existing one is replaced.
-        saved: its contents.
-        precision: one of `PRECISIONS`; None keeps the engine's precision.
-
-    Raises:
-        RequestError: it cannot be written; the cause is the error of the system.
-    """
+    """Writes a file that appears complete or not at all; returns its size."""
     return write_chunks(path, file_chunks(saved, precision))
 
 
 def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
-    """Writes a file from its chunks, see `write_state`."""
     try:
         write_file(path, chunks)
     except OSError as error:
@@ -139,22 +155,28 @@ def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
 
 
 def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryview]:
-    """Returns the contents of a file in chunks, see `write_state`."""
     arrays = _stored(saved, precision)
     digest = hashlib.sha256()
     for array in arrays.values():
         digest.update(array.data)
-    text = json.dumps(to_json(_header(saved, digest.hexdigest())))
+    fields = StateHeader(
+        format_version=FORMAT_VERSION,
+        identity=saved.identity,
+        tokens=saved.count,
+        position=saved.position,
+        has_text=saved.tokens is not None,
+        messages=None if saved.messages is None else [dict(m) for m in saved.messages],
+        engine=saved.engine,
+        artifact=saved.artifact,
+        tool=f"rgexport {__version__}",
+        sha256=digest.hexdigest(),
+    )
+    text = json.dumps(to_json(fields))
     begin = header({n: (a.dtype, a.shape) for n, a in arrays.items()}, {METADATA: text})
     return [memoryview(begin), *(array.data for array in arrays.values())]
 
 
 def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
-    """Reads a file; `shapes` has the model's states by name, without a batch axis.
-
-    Raises:
-        RequestError: it is no state file, is damaged, or is of a model with other states.
-    """
     fields, entries = read_state_header(path), read_header(path)
     if dict(shapes) != {n: entry.shape for n, entry in entries.items() if n not in _OTHER_DTYPES}:
         raise RequestError(
@@ -183,16 +205,11 @@ def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
 
 
 def require_intact(path: Path) -> None:
-    """Raises RequestError if a file, of any model, is damaged or no state file."""
     _read_arrays(path, read_state_header(path), read_header(path))
 
 
 def read_state_header(path: Path) -> StateHeader:
-    """Returns the metadata of a file.
-
-    Raises:
-        RequestError: it is no state file, or one of a later version.
-    """
+    """Returns the metadata of a file, if it is a state file of this version."""
     text = read_metadata(path).get(METADATA)
     if text is None:
         raise RequestError(f"{path} is no state file; expected one that rgexport saved")
@@ -212,11 +229,7 @@ def read_state_header(path: Path) -> StateHeader:
 
 
 def require_same_model(path: Path, saved: SavedState, expected: Identity) -> None:
-    """Refuses the state of another model, window or, for a conversation, chat template.
-
-    Raises:
-        RequestError: one differs; the message names it.
-    """
+    """Raises RequestError for another model, window or, for a conversation, chat template."""
     actual = saved.identity
     if actual.weights != expected.weights:
         difference = f"the model {actual.name} with other weights"
@@ -235,15 +248,14 @@ def require_same_model(path: Path, saved: SavedState, expected: Identity) -> Non
 def _read_arrays(
     path: Path, fields: StateHeader, entries: Mapping[str, Entry]
 ) -> dict[str, np.ndarray]:
-    """Returns all arrays, after comparing them with the metadata."""
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
     try:
         with path.open("rb") as file:
             for name, entry in entries.items():
                 dtypes = _OTHER_DTYPES.get(name, _STATE_DTYPES)
                 if entry.dtype not in dtypes:
-                    what = f"{name} is {entry.dtype} {list(entry.shape)}"
-                    raise RequestError(f"{path} is damaged: {what}")
+                    shape = list(entry.shape)
+                    raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {shape}")
                 file.seek(entry.offset)
                 data = file.read(entry.nbytes)
                 digest.update(data)
@@ -256,7 +268,6 @@ def _read_arrays(
 
 
 def _is_consistent(fields: StateHeader, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Returns whether the shapes of tokens, hash and logits agree with the metadata."""
     count, position = fields.tokens, fields.position
     shapes = {name: arrays[name].shape for name in _OTHER_DTYPES if name in arrays}
     if len(shapes.pop(LOGITS, (0,))) != 1:
@@ -283,18 +294,3 @@ def _stored(saved: SavedState, precision: str | None) -> dict[str, np.ndarray]:
     if saved.logits is not None:
         arrays[LOGITS] = np.ascontiguousarray(saved.logits, np.float32)
     return arrays
-
-
-def _header(saved: SavedState, sha256: str) -> StateHeader:
-    return StateHeader(
-        format_version=FORMAT_VERSION,
-        identity=saved.identity,
-        tokens=saved.count,
-        position=saved.position,
-        has_text=saved.tokens is not None,
-        messages=None if saved.messages is None else [dict(m) for m in saved.messages],
-        engine=saved.engine,
-        artifact=saved.artifact,
-        tool=f"rgexport {__version__}",
-        sha256=sha256,
-    )

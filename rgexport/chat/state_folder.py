@@ -5,24 +5,32 @@ only queue reads and writes, and a request waits at most `READ_SECONDS` for a re
 unwritten states is limited. After a failure, writing pauses for a while.
 """
 
+import math
 import os
+import re
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from rgexport.chat.folder_index import FolderIndex, file_name
-from rgexport.chat.prefix_key import Key
-from rgexport.chat.state_file import SavedState, read_state, write_state
+from rgexport.chat.state_file import Key, SavedState, read_state, write_state
 from rgexport.errors import RequestError, system_error
 from rgexport.export.manifest import Identity
+from rgexport.files.atomic import remove_abandoned
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 
+_FOLDER = re.compile(r"[0-9a-f]{16}-\d+(-[0-9a-f]{16})?")
+"""Name of the folder of an artifact; earlier versions had one for each model and window."""
+_FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
+
+FileName = tuple[str, str]
 BACK_OFF_SECONDS = 1.0, 60.0
 """Pause of writing after a first failure, and its maximum: each further failure doubles it."""
 READ_SECONDS = 5.0
@@ -40,15 +48,126 @@ _OVERHEAD_BYTES = 4096
 """Estimated memory of the Python objects of a waiting state."""
 
 
-class Fetch:
-    """A queued or finished read of a saved state from which a text can be continued; a future.
+@dataclass
+class _File:
+    nbytes: int
+    used: float
+    has_logits: bool | None = None
 
-    Attributes:
-        keys: keys of the text's prefixes that have files, the best first; the first usable one is
-            read.
-        length: number of the text's tokens. A state after all of them is usable only with logits.
-        state: the result; None until the read ends, or if no file is usable.
-        callbacks: called by the folder's thread when the read ends.
+
+class FolderIndex:
+    """The state files of all artifacts in a folder `root`, the least recently used first.
+
+    States are looked up in its subfolder `name`. Only `scan` and `trim`, of one thread, use the
+    disk.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self._root, self._name = root, name
+        self._files: OrderedDict[FileName, _File] = OrderedDict()
+        self._lengths = Counter[int]()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def lengths(self) -> set[int]:
+        with self._lock:
+            return {length for length, count in self._lengths.items() if count}
+
+    def name_of(self, key: Key) -> FileName:
+        return self._name, f"{key[0]}-{key[1]}.state"
+
+    def has(self, key: Key) -> bool:
+        with self._lock:
+            return self.name_of(key) in self._files
+
+    def has_logits(self, key: Key) -> bool | None:
+        """Returns whether the state has logits; None if only its file knows."""
+        with self._lock:
+            file = self._files.get(self.name_of(key))
+            return None if file is None else file.has_logits
+
+    def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
+        with self._lock:
+            self._discard(self.name_of(key))
+            self._insert(self.name_of(key), _File(nbytes, time.time(), has_logits))
+
+    def touch(self, key: Key, *, has_logits: bool) -> None:
+        with self._lock:
+            if file := self._files.get(self.name_of(key)):
+                file.used, file.has_logits = time.time(), has_logits
+                self._files.move_to_end(self.name_of(key))
+
+    def discard(self, key: Key) -> None:
+        with self._lock:
+            self._discard(self.name_of(key))
+
+    def scan(self) -> None:
+        """Compares the index with the disk; removes incomplete files of killed processes."""
+        names = set(self._names_on_disk())
+        with self._lock:
+            for name in self._files.keys() - names:
+                self._discard(name)
+            unknown = names - self._files.keys()
+        sizes = [(name, status) for name in unknown if (status := self._status(name))]
+        with self._lock:
+            for name, status in sorted(sizes, key=lambda pair: pair[1].st_mtime):
+                if name not in self._files:
+                    self._insert(name, _File(status.st_size, status.st_mtime))
+
+    def trim(self, max_bytes: int) -> None:
+        while self._nbytes > max_bytes and self._files:
+            with self._lock:
+                name, file = next(iter(self._files.items()))
+                self._discard(name)
+            status = self._status(name)
+            if status and status.st_mtime > file.used + 1:  # another process has used it
+                with self._lock:
+                    self._insert(name, _File(status.st_size, status.st_mtime, file.has_logits))
+                continue
+            with suppress(OSError):
+                self._root.joinpath(*name).unlink()
+
+    def _names_on_disk(self) -> Iterator[FileName]:
+        for folder in _entries(self._root):
+            if not (_FOLDER.fullmatch(folder.name) and folder.is_dir()):
+                continue
+            for entry in _entries(Path(folder.path)):
+                if _FILE.fullmatch(entry.name):
+                    yield folder.name, entry.name
+                else:
+                    remove_abandoned(entry)
+
+    def _status(self, name: FileName) -> os.stat_result | None:
+        with suppress(OSError):
+            return self._root.joinpath(*name).stat()
+        return None
+
+    def _insert(self, name: FileName, file: _File) -> None:
+        self._files[name] = file
+        self._count(name, file, 1)
+
+    def _discard(self, name: FileName) -> None:
+        if file := self._files.pop(name, None):
+            self._count(name, file, -1)
+
+    def _count(self, name: FileName, file: _File, change: int) -> None:
+        self._nbytes += change * file.nbytes
+        if name[0] == self._name:
+            self._lengths[int(name[1].partition("-")[0])] += change
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+class Fetch:
+    """A queued or finished read of a saved state from which `length` tokens can be continued.
+
+    It reads the first usable one of `keys`, the best first, and then calls `callbacks`.
     """
 
     def __init__(self, keys: Sequence[Key], length: int) -> None:
@@ -60,14 +179,9 @@ class Fetch:
 
     @property
     def pending(self) -> bool:
-        """Whether the read has not ended and not passed its deadline."""
         return not self._ended.is_set() and time.monotonic() < self._deadline
 
-    def wait(self) -> None:
-        self._ended.wait(max(0.0, self._deadline - time.monotonic()))
-
     def end(self, state: SavedState | None) -> None:
-        """Sets the result; only the folder's thread calls it."""
         self.state = state
         self._ended.set()
         for callback in self.callbacks:
@@ -93,20 +207,10 @@ class StateFolder:
         waiting_bytes: int,
         precision: str | None = None,
     ) -> None:
-        """Opens the folder, creates it if it is missing, and starts the thread.
+        """Opens the folder of an artifact (a hash) in `root`, and starts the thread.
 
-        Args:
-            root: the parent of the folders of all artifacts.
-            identity: the model that the artifact was exported from.
-            shapes: name → shape of the model's states.
-            artifact: a hash of the artifact; files with another hash are not used.
-            vocab_size: number of logits.
-            max_bytes: maximum size of the files of all artifacts in `root`.
-            waiting_bytes: maximum memory of states that wait to be written.
-            precision: dtype of states in the files, see `write_state`.
-
-        Raises:
-            RequestError: the folder cannot be created or listed.
+        `max_bytes` limits the files of all artifacts in `root`, `waiting_bytes` the memory of
+        states that wait to be written.
         """
         name = f"{identity.weights[:16]}-{identity.window}-{artifact[:16]}"
         self._folder, self._index = root / name, FolderIndex(root, name)
@@ -144,14 +248,10 @@ class StateFolder:
         return self._index.has(key) and time.monotonic() >= self._retry_at.get(key, 0.0)
 
     def has_logits(self, key: Key) -> bool | None:
-        """Returns whether a saved state has logits; None if only its file knows."""
         return self._index.has_logits(key)
 
     def save(self, key: Key, state: State, logits: np.ndarray | None) -> None:
-        """Queues a state to be written, and drops the oldest ones if the queue is too large.
-
-        Does nothing if the state is saved or queued already, unless only this one has logits.
-        """
+        """Queues a state to be written unless it is saved; a full queue loses its oldest."""
         if self.has(key) and (logits is None or self.has_logits(key)):
             return
         with self._changed:
@@ -162,15 +262,13 @@ class StateFolder:
             if queued:
                 self._pop_waiting(key)
             self._waiting[key] = saved
-            self._waiting_bytes += _nbytes(saved)
-            while (
-                len(self._waiting) > _MIN_WAITING and self._waiting_bytes > self._max_waiting_bytes
-            ):
+            self._waiting_bytes += saved.nbytes + _OVERHEAD_BYTES
+            most = self._max_waiting_bytes
+            while len(self._waiting) > _MIN_WAITING and self._waiting_bytes > most:
                 self._pop_waiting(next(iter(self._waiting)))
             self._changed.notify()
 
     def fetch(self, keys: Sequence[Key], length: int, callback: Callable[[], None]) -> Fetch:
-        """Queues a `Fetch`, or joins a queued one of the same first key."""
         with self._changed:
             fetch = self._fetches.setdefault(keys[0], Fetch(keys, length))
             fetch.callbacks.append(callback)
@@ -178,7 +276,6 @@ class StateFolder:
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits until all queued states are written, at most `seconds`, and ends the thread."""
         with self._changed:
             if self._closed:
                 return
@@ -218,45 +315,40 @@ class StateFolder:
         state = None
         for key in fetch.keys:
             state = self._load(key)
-            is_shorter = key[0] < fetch.length
-            if state and (is_shorter or state.logits is not None):
+            if state and (key[0] < fetch.length or state.logits is not None):
                 break
         with self._changed:
             del self._fetches[fetch.keys[0]]
         fetch.end(state)
 
     def _load(self, key: Key) -> SavedState | None:
-        """Reads a state; returns None if its file is missing, damaged or of another artifact."""
-        path = self._folder / file_name(key)
         try:
-            try:
-                os.utime(path)  # marks the file as recently used
-            except FileNotFoundError:
-                raise
-            except OSError:
-                pass  # the disk is read-only
-            saved = read_state(path, self._shapes)
-        except FileNotFoundError:
-            self._index.discard(key)
-            return None
+            with suppress(OSError):  # the disk may be read-only
+                os.utime(self._path(key))  # marks the file as recently used
+            saved = read_state(self._path(key), self._shapes)
         except Exception as error:  # no file may end the thread
-            is_transient = system_error(error) is not None
-            self._retry_in(key, _RETRY_SECONDS if is_transient else float("inf"))
+            system = system_error(error)
+            if isinstance(system, FileNotFoundError):
+                self._index.discard(key)
+                return None
+            self._retry_at[key] = time.monotonic() + (_RETRY_SECONDS if system else math.inf)
             self._warn("a saved state is not used", error)
             return None
         logits = saved.logits
-        has_vocab_size = logits is None or logits.shape == (self._vocab_size,)
-        if not has_vocab_size or (saved.key, saved.artifact) != (key, self._artifact):
-            self._retry_in(key, float("inf"))
+        has_other_size = logits is not None and logits.shape != (self._vocab_size,)
+        if has_other_size or (saved.key, saved.artifact) != (key, self._artifact):
+            self._retry_at[key] = math.inf
             return None
         self._index.touch(key, has_logits=logits is not None)
         return saved
 
+    def _path(self, key: Key) -> Path:
+        return self._folder / self._index.name_of(key)[1]
+
     def _write(self, key: Key, saved: SavedState) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / file_name(key)
-            nbytes = write_state(path, saved, precision=self._precision)
+            nbytes = write_state(self._path(key), saved, precision=self._precision)
             self._index.add(key, nbytes, has_logits=saved.logits is not None)
             self._retry_at.pop(key, None)
             self._index.trim(self._max_bytes)
@@ -275,14 +367,9 @@ class StateFolder:
             self._warn("states of other processes are not seen at the moment", error)
         now = time.monotonic()
         self._scan_at = now + max(_SCAN_SECONDS, _SCAN_FACTOR * (now - began))
-
-    def _retry_in(self, key: Key, seconds: float) -> None:
-        now = time.monotonic()
-        self._retry_at = {k: at for k, at in self._retry_at.items() if at > now}
-        self._retry_at[key] = now + seconds
+        self._retry_at = {key: at for key, at in self._retry_at.items() if at > now}
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Warns of a kind of failure, at most once in `_WARN_AGAIN_SECONDS`."""
         system = system_error(error)
         kind, now = (what, system.errno if system else type(error)), time.monotonic()
         if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:
@@ -291,10 +378,5 @@ class StateFolder:
 
     def _pop_waiting(self, key: Key) -> SavedState:
         saved = self._waiting.pop(key)
-        self._waiting_bytes -= _nbytes(saved)
+        self._waiting_bytes -= saved.nbytes + _OVERHEAD_BYTES
         return saved
-
-
-def _nbytes(saved: SavedState) -> int:
-    arrays = [*saved.state.values(), *([] if saved.logits is None else [saved.logits])]
-    return sum(array.nbytes for array in arrays) + _OVERHEAD_BYTES

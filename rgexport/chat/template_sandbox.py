@@ -35,9 +35,7 @@ _SCANNED = 1024
 SECONDS = 5.0
 """Processor time of a rendering, in case that steps are unexpectedly slow."""
 MAX_BITS = 1 << 12
-"""Size of a whole number."""
 MAX_INDENT = 16
-"""Spaces of `tojson(indent=...)`."""
 _STEP, _ITEM = 16, 64
 """Bytes charged for an operation, and for an item of a list."""
 
@@ -46,15 +44,12 @@ _FILTERS = """abs capitalize count d default dictsort e escape first float int i
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
 title trim unique upper""".split()
 _INSTANT = {"count", "d", "default", "first", "last", "length"}
-"""Filters that do not read their input."""
 _TEXT_METHODS = """capitalize casefold count endswith find index isalnum isalpha isdigit islower
 isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rpartition
 rsplit rstrip split splitlines startswith strip title upper""".split()
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one rendering, with Hugging Face's options and extensions."""
-
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, messages: Sequence[Mapping[str, str]], **functions: Any) -> None:
@@ -74,22 +69,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._began, self._computed = time.monotonic(), time.thread_time()
 
     def template(self, source: str) -> Any:
-        """Compiles a template."""
         return self.template_class.from_code(self, _code(source), self.make_globals(None))
 
     def handle_exception(self, source: str | None = None) -> NoReturn:
-        """Raises the error that is being handled.
-
-        Jinja would first look up the line of each call in a table of all lines.
-        """
+        """Raises the current error; Jinja would first look up the line of each call."""
         raise
 
     def charge(self, size: int = 0, scanned: int = 0) -> None:
-        """Takes a step, `size` bytes, and steps for `scanned` bytes of text from the budget.
-
-        Raises:
-            TemplateError: the budget or the time is used up.
-        """
+        """Takes a step, `size` bytes, and steps for `scanned` bytes of text from the budget."""
         self._budget -= _STEP + size
         self._steps -= 1 + scanned // _SCANNED
         if self._budget < 0:
@@ -104,33 +91,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError(f"it runs longer than {SECONDS:g} s")
 
     def made(self, value: Any) -> Any:
-        """Charges a value, and returns it."""
         size = self._size(value)
         self.charge(size, size)
         return value
 
     def compared(self, value: Any) -> Any:
-        """Charges the reading of a value, and returns it."""
-        self._charge_reading(value)
-        return value
-
-    def _charge_reading(self, value: Any) -> None:
-        """Charges half a step for each item, and text by its length."""
+        """Charges the reading of a value: half a step for each item, and text by its length."""
         size = self._size(value)
         self.charge(scanned=size if isinstance(value, str) else size * _SCANNED // (2 * _ITEM))
+        return value
 
     def written(self, value: Any) -> Any:
-        """Charges a value that becomes text, and returns it; refuses text with a memory address."""
         if _has_no_text(value):
             raise TemplateError(f"it writes a {type(value).__name__}")
         return self.made(value)
 
     def concatenated(self, *values: Any) -> str:
-        """Returns `a ~ b`."""
         return "".join(str(self.written(value)) for value in values)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Allows only methods of text with bounded results."""
         if isinstance(obj, str) and attr not in _TEXT_METHODS:
             return False
         return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)
@@ -146,7 +125,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.made(self.binop_table[operator](left, right))
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Charges what a function or method returns."""
         owner = getattr(obj, "__self__", None)
         if owner is self:  # one of the calls that `_Charging` has inserted
             return obj(*args)
@@ -159,7 +137,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.made(super().call(context, obj, *args, **kwargs))
 
     def _charged(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a filter that charges its result."""
         first = int(hasattr(call, "jinja_pass_arg"))  # then the context comes before the input
 
         @functools.wraps(call)
@@ -171,14 +148,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if name == "replace" and kwargs:
                 raise TemplateError("it names an argument of replace")
             if name not in _INSTANT:
-                self._charge_reading(subject)
+                self.compared(subject)
             self._charge_expansion(name, subject, *rest, *kwargs.values())
             return self.made(call(*args, **kwargs))
 
         return charged
 
     def _charge_expansion(self, name: str, subject: Any, *rest: Any) -> None:
-        """Charges the result of a filter or method that may be much larger than its input."""
         match name:
             case "replace" if len(rest) > 1:
                 self.charge(str(subject).count(str(rest[0])) * self._size(str(rest[1])))
@@ -198,7 +174,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         separators: None = None,
         sort_keys: bool = False,
     ) -> str:
-        """Runs Hugging Face's filter `tojson`, with a bounded indent and default separators."""
+        """Replaces Hugging Face's filter `tojson`, with a bounded indent and default separators."""
         if separators is not None or not (indent is None or 0 <= indent <= MAX_INDENT):
             raise TemplateError(f"tojson takes an indent of 0 to {MAX_INDENT}, and no separators")
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
@@ -209,7 +185,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(chunks)
 
     def _size(self, value: Any) -> int:
-        """Returns the size of a value's text; a value that it holds twice counts twice."""
         kind = type(value)
         if kind in (str, bool):  # nearly all are
             return sys.getsizeof(value)
@@ -243,10 +218,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Charging(NodeTransformer):
-    """Inserts calls of the sandbox's methods into a template's tree."""
+    """Inserts calls of the sandbox's methods into a template's tree.
+
+    Rounds of loops are charged with the constant text in them, and literals, which may hold one
+    value many times; slices, which are copies; and both sides of comparisons.
+    """
 
     def visit_For(self, node: Any) -> Any:
-        """Charges each round of a loop, and the constant text in it."""
         self.generic_visit(node)
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         charge = _call("charge", [nodes.Const(text)], node.lineno)
@@ -256,19 +234,16 @@ class _Charging(NodeTransformer):
     visit_Macro = visit_CallBlock = visit_For
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """Charges the parts of `a ~ b`."""
         self.generic_visit(node)
         return _call("concatenated", node.nodes, node.lineno)
 
     def visit_List(self, node: Any) -> nodes.Node:
-        """Charges a literal, which may hold one value many times."""
         self.generic_visit(node)
         return _call("made", [node], node.lineno)
 
     visit_Dict = visit_List
 
     def visit_Compare(self, node: Any) -> nodes.Node:
-        """Charges both sides: long texts take long to compare."""
         self.generic_visit(node)
         for side in (node, *node.ops):
             side.expr = _call("compared", [side.expr], node.lineno)
@@ -276,11 +251,9 @@ class _Charging(NodeTransformer):
         return compared
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        """Charges a tuple that is no target of an assignment."""
         return self.visit_List(node) if node.ctx == "load" else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """Charges a slice, which is a copy."""
         if isinstance(node.arg, nodes.Slice):
             return self.visit_List(node)
         visited: nodes.Node = self.generic_visit(node)
@@ -294,7 +267,6 @@ def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
 
 
 def _listed(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Returns the values, with generators turned into lists."""
     return tuple(list(v) if isinstance(v, _GENERATORS) else v for v in values)
 
 
@@ -304,7 +276,6 @@ def _unstable(*_: Any, **__: Any) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _code(source: str) -> CodeType:
-    """Compiles a template; the cache serves the next turns."""
     if len(source) > MAX_SOURCE:
         raise TemplateError(f"it has {len(source)} characters; expected at most {MAX_SOURCE}")
     sandbox = Sandbox([])

@@ -1,22 +1,30 @@
-"""Chats in a terminal, and over a pipe."""
+"""Chats in a terminal and over a pipe, with slash commands."""
 
 import contextlib
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rgexport.chat.commands import COMMANDS, Quit, Replies, run_command
 from rgexport.chat.conversation import Conversation
+from rgexport.chat.from_artifact import summary
+from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError, printable
+from rgexport.files.paths import read_text
 from rgexport.printing import print_reply, printable_reply
 from rgexport.progress import note
+from rgexport.runtimes.machine import peak_rss_bytes
+from rgexport.units import amount
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
+Replies = Generator[str, None, None]
+_SETTINGS = [f.name for f in fields(Sampling) if f.name != "logit_bias"] + ["max_new_tokens"]
+_WHOLE = "top_k", "seed", "max_new_tokens"
+_SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
 PROMPT = "> "
 GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
 EDITOR = "Enter sends, Alt-Enter begins a new line."
@@ -26,13 +34,124 @@ NO_EDITOR = (
 )
 
 
+class Quit(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[Conversation, str], str | Replies]
+    about: str
+    argument: str = ""
+    required: bool = False
+
+
+def run_command(conversation: Conversation, line: str) -> str | Replies:
+    name, _, argument = line[1:].partition(" ")
+    command = COMMANDS.get(_SYNONYMS.get(name, name))
+    if command is None:
+        raise RequestError(f"there is no command /{name}; /help lists them")
+    if command.required and not argument.strip():
+        raise RequestError(f"/{name} needs {command.argument}")
+    return command.run(conversation, argument.strip())
+
+
+def _help(conversation: Conversation, argument: str) -> str:
+    usages = {f"/{name} {c.argument}".rstrip(): c.about for name, c in COMMANDS.items()}
+    width = max(map(len, usages))
+    return "\n".join(f"{usage:<{width}}  {about}" for usage, about in usages.items())
+
+
+def _quit(conversation: Conversation, argument: str) -> str:
+    raise Quit
+
+
+def _clear(conversation: Conversation, argument: str) -> str:
+    conversation.clear()
+    return "A new conversation."
+
+
+def _system(conversation: Conversation, argument: str) -> str:
+    conversation.set_system(argument)
+    return "The system prompt is set." if argument else "There is no system prompt now."
+
+
+def _undo(conversation: Conversation, argument: str) -> str:
+    conversation.undo()
+    return "The last message and its reply are gone."
+
+
+def _save(conversation: Conversation, argument: str) -> str:
+    path = Path(argument).expanduser()
+    saved = conversation.save(path)
+    return f"{path} has {saved.count} tokens in {amount(path.stat().st_size)}."
+
+
+def _load(conversation: Conversation, argument: str) -> str:
+    saved = conversation.load(Path(argument).expanduser())
+    if saved.tokens is None:
+        return f"{saved.count} tokens are known, but not their text: /read it next."
+    return f"{saved.count} tokens are known, {len(conversation.messages)} messages."
+
+
+def _read(conversation: Conversation, argument: str) -> str:
+    path = Path(argument).expanduser()
+    count = conversation.read(read_text(path))
+    return f"{path.name} is read, the conversation has {count} tokens. Ask about it."
+
+
+def _stats(conversation: Conversation, argument: str) -> str:
+    model, last = conversation.model, conversation.last
+    lines = [
+        f"{model.name} in {model.info.title}, {model.info.threads} threads",
+        f"state: {amount(model.info.state_bytes)} a conversation, "
+        f"{amount(model.scheduler.store.nbytes)} of earlier ones kept",
+        f"memory: {amount(peak_rss_bytes() or 0)} at most so far",
+    ]
+    return "\n".join([*lines, *([f"last reply: {summary(last)}"] if last else [])])
+
+
+def _set(conversation: Conversation, argument: str) -> str:
+    options = conversation.options
+    values = vars(options.sampling) | vars(options)
+    if not argument:
+        return "\n".join(f"{name} {values[name]}" for name in _SETTINGS)
+    name, _, value = argument.partition(" ")
+    name = name.replace("-", "_")
+    if name not in _SETTINGS:
+        raise RequestError(f"there is no setting {name!r}; expected one of {', '.join(_SETTINGS)}")
+    try:
+        number: Any = int(value) if name in _WHOLE else float(value)
+    except ValueError:
+        raise RequestError(f"{name} is {value!r}; expected a number") from None
+    if name == "max_new_tokens":
+        conversation.options = replace(options, max_new_tokens=number)
+    else:
+        sampling = replace(options.sampling, **{name: number})
+        conversation.options = replace(options, sampling=sampling)
+    return f"{name} is {value}."
+
+
+COMMANDS: dict[str, Command] = {
+    "help": Command(_help, "shows this"),
+    "system": Command(_system, "sets the system prompt; without TEXT, removes it", "TEXT"),
+    "undo": Command(_undo, "takes the last message and its reply back"),
+    "retry": Command(lambda conversation, _: conversation.retry(), "asks for another reply"),
+    "edit": Command(Conversation.edit, "says TEXT instead of the last message", "TEXT", True),
+    "read": Command(_read, "reads a text that the next message is about", "FILE", True),
+    "save": Command(_save, "saves the conversation and its state", "FILE", True),
+    "load": Command(_load, "goes on with a saved one", "FILE", True),
+    "clear": Command(_clear, "begins a new conversation"),
+    "set": Command(_set, "changes a setting; alone, it lists them", "NAME VALUE"),
+    "stats": Command(_stats, "shows speed, memory and state"),
+    "quit": Command(_quit, "ends the chat, as Ctrl-D does"),
+}
+
+
 def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None:
     """Reads one message a line until the end of `lines`, and streams each reply to `output`.
 
     Replies end with a newline; the output of commands goes to stderr. Blank lines are skipped.
-
-    Raises:
-        RequestError: the template refuses a message, a command fails, or the input is not UTF-8.
     """
     with contextlib.suppress(Quit):
         for line in _messages(lines):
@@ -53,13 +172,12 @@ def one_message(
         print_reply("" if as_json else piece, output)
     if as_json:
         assert conversation.last
-        fields = json.dumps(dataclasses.asdict(conversation.last), ensure_ascii=False)
-        print_reply(fields, output)
+        text = json.dumps(asdict(conversation.last), ensure_ascii=False)
+        print_reply(text, output)
     print_reply("\n", output)
 
 
 def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
-    """Chats at a terminal: a line editor, and streamed replies in Markdown."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
@@ -78,10 +196,7 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
 
 
 def _answer(conversation: Conversation, line: str) -> str | Replies:
-    """Returns the line of a command, or the pieces of a reply to a message.
-
-    `//` escapes a slash at the beginning of a message.
-    """
+    """Returns the line of a command or the pieces of a reply; `//` escapes a slash."""
     if line.startswith("/") and not line.startswith("//"):
         return run_command(conversation, line.strip())
     return conversation.send(line[1:] if line.startswith("//") else line)
@@ -105,7 +220,6 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
 
 
 def _editor() -> tuple[Callable[[str], str], str]:
-    """Returns a function that prompts for a message, and a line about its keys."""
     try:
         return _prompt_session().prompt, EDITOR
     except ModuleNotFoundError as error:
@@ -141,7 +255,6 @@ def _prompt_session() -> "PromptSession[str]":
 
 
 def _history() -> Any:
-    """Returns the history, in a private file, or in memory if the file cannot be made."""
     import platformdirs
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 

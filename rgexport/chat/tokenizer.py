@@ -32,7 +32,6 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _surface(piece: str) -> bytes:
-    """Returns the UTF-8 text of a SentencePiece piece; a byte piece is that byte."""
     byte = _BYTE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
@@ -41,16 +40,9 @@ def _surface(piece: str) -> bytes:
 class Tokenizer:
     """A vocabulary, with encoding and decoding.
 
-    Attributes:
-        vocab_size: number of ids.
-        special: literal of every special piece (control and turn pieces, `<mask>`, `<unusedN>`) →
-            its id. `encode_text` never returns one of these ids.
-        bos_id: the id of BOS, if the vocabulary has it.
-        eos_id: the id of EOS, if the vocabulary has it.
-        raw_encode: the engine's encoding, which may recognize special literals.
-        surface: returns the UTF-8 text of one piece, which may be part of a character; empty for
-            control pieces.
-        unknown_id: the id of text that no piece covers: special, but `encode_text` may return it.
+    `special` has the literal of every special piece (control and turn pieces, `<mask>`,
+    `<unusedN>`): `encode_text` never returns one of their ids, except `unknown_id`, of text that no
+    piece covers. `surface` returns the UTF-8 text of one piece, perhaps a part of a character.
     """
 
     vocab_size: int
@@ -62,22 +54,15 @@ class Tokenizer:
     unknown_id: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a vocabulary in which text could produce the ids of markup.
-
-        Raises:
-            RequestError: a special piece has one character, so it cannot be cut; or unknown text
-                would end a reply.
-        """
         if short := [literal for literal in self.special if len(literal) < 2]:
-            raise RequestError(
-                f"the vocabulary has the special piece {short[0]!r}, which any text may contain; "
-                "copy the tokenizer again from the original checkpoint"
-            )
-        if self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
-            raise RequestError(
-                f"the vocabulary has the id {self.unknown_id} for unknown text and for a control "
-                "token; copy the tokenizer again from the original checkpoint"
-            )
+            wrong = f"special piece {short[0]!r}, which any text may contain"
+        elif self.unknown_id is not None and self.unknown_id in {self.bos_id, *self.stop_ids}:
+            wrong = f"id {self.unknown_id} for unknown text and for a control token"
+        else:
+            return
+        raise RequestError(
+            f"the vocabulary has the {wrong}; copy the tokenizer again from the original checkpoint"
+        )
 
     @property
     def end_of_turn_id(self) -> int | None:
@@ -88,7 +73,6 @@ class Tokenizer:
         return frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
 
     def literal(self, token: int | None) -> str:
-        """Returns the literal of a special id, "" for other ids."""
         return next((text for text, i in self.special.items() if i == token), "")
 
     def cut(self, text: str) -> str:
@@ -104,10 +88,10 @@ class Tokenizer:
         for index, part in enumerate(self._literals.split(rendered)):
             if index % 2:
                 ids.append(self.special[part])
-            else:
-                for run in part.split(CUT):
-                    is_short = len(run) <= _CACHED_CHARACTERS
-                    ids += (self._encode_short if is_short else self._encode_run)(run)
+                continue
+            for run in part.split(CUT):
+                is_short = len(run) <= _CACHED_CHARACTERS
+                ids += (self._encode_short if is_short else self._encode_run)(run)
         return ids
 
     def encode_text(self, text: str) -> list[int]:
@@ -127,7 +111,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode_short(self) -> Callable[[str], list[int]]:
-        """`_encode_run` with a cache, since each turn encodes the whole conversation again."""
+        """Caches `_encode_run`, since each turn encodes the whole conversation again."""
         return functools.lru_cache(_MOST_CACHED)(self._encode_run)
 
     @functools.cached_property
@@ -154,30 +138,21 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one id at a time, to the same text as `Tokenizer.decode`.
-
-    A character whose bytes are incomplete is held back.
-    """
+    """Decodes one id at a time; a character whose bytes are incomplete is held back."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._surface = tokenizer.surface
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """Returns the text that `token` completes, perhaps ""."""
         return self._utf8.decode(self._surface(token))
 
     def finish(self) -> str:
-        """Returns U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Returns the tokenizer of a folder: tokenizer.model, else tokenizer.json.
-
-    Raises:
-        RequestError: there is neither, or it cannot be read.
-    """
+    """Returns the tokenizer of a folder: tokenizer.model, else tokenizer.json."""
     for name, read in _READERS.items():
         if (folder / name).is_file():
             with _guarded(folder / name):

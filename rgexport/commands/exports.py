@@ -1,4 +1,4 @@
-"""The commands `onnx`, `coreml` and `gguf`, which export a checkpoint, and `random`.
+"""Commands that export a checkpoint or make a synthetic one, and that prepare a quantization.
 
 Modules that a command needs are imported when it runs, so that `rgexport --help` is fast.
 """
@@ -7,60 +7,53 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from rgexport import progress
-from rgexport.choices import (
-    CoreMLPrecision,
-    FloatPrecision,
-    OnnxPrecision,
-    Profile,
-    RecurrentState,
-    SyntheticSize,
+from rgexport import choices, progress
+from rgexport.commands.options import (
+    CheckpointArguments,
+    ClusterArguments,
+    ExportArguments,
+    command,
+    group,
+    option,
+    shared,
 )
-from rgexport.commands.options import CheckpointArguments, ExportArguments, command, group, option
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
-
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
 class OnnxArguments:
-    checkpoint: CheckpointArguments = group(CheckpointArguments)
-    int4: bool = option("--int4", help="Same as --precision int4.")
-    int8: bool = option("--int8", help="Same as --precision int8.")
-    profile: Profile = option(
-        "--profile",
+    checkpoint: CheckpointArguments = group()
+    int4: bool = option("Same as --precision int4.")
+    int8: bool = option("Same as --precision int8.")
+    profile: choices.Profile = option(
+        "What runs it: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
         default="cpu",
-        help="What runs it: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
     )
-    precision: OnnxPrecision | None = option(
-        "--precision", help="Precision of the weights. [default: int4; wasm: int8]"
+    precision: choices.OnnxPrecision | None = option(
+        "Precision of the weights. [default: int4; wasm: int8]"
     )
-    compute: FloatPrecision | None = option(
-        "--compute", help="Type of the activations. [default: fp32, or fp16 with fp16 weights]"
+    compute: choices.FloatPrecision | None = option(
+        "Type of the activations. [default: fp32, or fp16 with fp16 weights]"
     )
-    exact: bool = option("--exact", help="Never round activations to int8; slower.")
+    exact: bool = option("Never round activations to int8; slower.")
     genai_native: bool = option(
-        "--genai-native",
-        help="Copy the native kernels, so that onnxruntime-genai runs them on machines like this "
-        "one.",
+        "Copy the native kernels, so that onnxruntime-genai runs them on machines like this one."
     )
     block_size: int | None = option(
-        "--block-size",
-        help="16, 32, 64 or 128. [default: 32 for int4, 128 for int8; browsers: 128]",
+        "16, 32, 64 or 128. [default: 32 for int4, 128 for int8; browsers: 128]"
     )
     symmetric: bool | None = option(
-        "--symmetric/--asymmetric", help="[default: symmetric; int4 in browsers: asymmetric]"
+        "[default: symmetric; int4 in browsers: asymmetric]", "--symmetric/--asymmetric"
     )
     embedding_precision: str | None = option(
-        "--embedding-precision",
-        metavar="WORD",
-        help="Precision of the embedding (also the output head). [default: int8 for int4, or as "
+        "Precision of the embedding (also the output head). [default: int8 for int4, or as "
         "--precision; webgpu: as --precision]",
+        metavar="WORD",
     )
-    export: ExportArguments = group(ExportArguments)
+    export: ExportArguments = group()
 
 
 @command(OnnxArguments)
@@ -76,58 +69,38 @@ def onnx(arguments: OnnxArguments) -> int:
     def target(name: str, options: OnnxOptions) -> Path:
         return default_target(name, options.precision_word, "onnx", options.profile)
 
-    make_options = partial(
-        OnnxOptions,
-        profile=arguments.profile,
-        precision=precision_word(arguments.precision, arguments.int4, arguments.int8, "onnx"),
-        compute=arguments.compute,
-        block_size=arguments.block_size,
-        symmetric=arguments.symmetric,
-        embedding_precision=arguments.embedding_precision,
-        exact=arguments.exact,
-        genai_native=arguments.genai_native,
-    )
+    precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "onnx")
+    values = shared(arguments, OnnxOptions) | {"precision": precision}
     check = partial(check_target, replaceable=is_artifact)
-    return _export(arguments.checkpoint, arguments.export, make_options, export_onnx, check, target)
+    return _export(arguments, partial(OnnxOptions, **values), export_onnx, check, target)
 
 
 @dataclass(frozen=True)
 class CoreMLArguments:
-    checkpoint: CheckpointArguments = group(CheckpointArguments)
-    int4: bool = option("--int4", help="Same as --precision int4.")
-    int8: bool = option("--int8", help="Same as --precision int8.")
-    precision: CoreMLPrecision | None = option(
-        "--precision", help="Precision of the weights. [default: int4]"
+    checkpoint: CheckpointArguments = group()
+    int4: bool = option("Same as --precision int4.")
+    int8: bool = option("Same as --precision int8.")
+    precision: choices.CoreMLPrecision | None = option("Precision of the weights. [default: int4]")
+    compute: choices.FloatPrecision | None = option(
+        "Type of linear layers and attention. [default: fp16, or fp32 with fp32 weights]"
     )
-    compute: FloatPrecision | None = option(
-        "--compute",
-        help="Type of linear layers and attention. [default: fp16, or fp32 with fp32 weights]",
-    )
-    block_size: int | None = option(
-        "--block-size", help="16, 32, 64 or 128. [default: 32; int8: one scale per row]"
-    )
-    symmetric: bool | None = option("--symmetric/--asymmetric", help="[default: symmetric]")
+    block_size: int | None = option("16, 32, 64 or 128. [default: 32; int8: one scale per row]")
+    symmetric: bool | None = option("[default: symmetric]", "--symmetric/--asymmetric")
     embedding_precision: str | None = option(
-        "--embedding-precision",
-        metavar="WORD",
-        help="Precision of the embedding (also the output head). [default: int8 for 4 bits, or as "
+        "Precision of the embedding (also the output head). [default: int8 for 4 bits, or as "
         "--precision]",
+        metavar="WORD",
     )
-    prefill_length: int = option(
-        "--prefill-length", default=128, help="Tokens per call of prefill."
-    )
-    all_logits: bool = option("--all-logits", help="Prefill returns the logits of every token.")
-    recurrent_state: RecurrentState = option(
-        "--recurrent-state",
-        default="io",
-        help="io: a float32 input and output; hilo: two float16 states.",
+    prefill_length: int = option("Tokens per call of prefill.", default=128)
+    all_logits: bool = option("Prefill returns the logits of every token.")
+    recurrent_state: choices.RecurrentState = option(
+        "io: a float32 input and output; hilo: two float16 states.", default="io"
     )
     split: str | None = option(
-        "--split",
+        "Several packages, each with at most SIZE of weights, such as 1GB; iPhones need it.",
         metavar="SIZE",
-        help="Several packages, each with at most SIZE of weights, such as 1GB; iPhones need it.",
     )
-    export: ExportArguments = group(ExportArguments)
+    export: ExportArguments = group()
 
 
 @command(CoreMLArguments)
@@ -146,56 +119,41 @@ def coreml(arguments: CoreMLArguments) -> int:
     def target(name: str, options: CoreMLOptions) -> Path:
         return default_target(name, options.precision_word, "coreml")
 
-    split = arguments.split
-    make_options = partial(
-        CoreMLOptions,
-        precision=precision_word(arguments.precision, arguments.int4, arguments.int8, "coreml"),
-        compute=arguments.compute,
-        block_size=arguments.block_size,
-        symmetric=arguments.symmetric,
-        embedding_precision=arguments.embedding_precision,
-        prefill_length=arguments.prefill_length,
-        all_logits=arguments.all_logits,
-        recurrent_state=arguments.recurrent_state,
-        split=None if split is None else int(bytes_of("--split", split)),
-    )
+    precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "coreml")
+    values = shared(arguments, CoreMLOptions) | {"precision": precision}
+    if arguments.split is not None:
+        values["split"] = int(bytes_of("--split", arguments.split))
     check = partial(check_target, replaceable=is_artifact)
-    return _export(
-        arguments.checkpoint, arguments.export, make_options, export_coreml, check, target
-    )
+    return _export(arguments, partial(CoreMLOptions, **values), export_coreml, check, target)
 
 
 @dataclass(frozen=True)
 class GgufExportArguments(ExportArguments):
-    """The options that all formats share, with a file instead of a folder as output."""
-
-    output: Path | None = option("-o", "--output", help="The file. [default: ./MODEL-TYPE.gguf]")
+    output: Path | None = option("The file. [default: ./MODEL-TYPE.gguf]", "-o")
 
 
 @dataclass(frozen=True)
 class GgufArguments:
-    checkpoint: CheckpointArguments = group(CheckpointArguments)
-    int4: bool = option("--int4", help="The best mix of 4 bits: --type q4_k_m.")
-    int8: bool = option("--int8", help="Same as --type q8_0.")
+    checkpoint: CheckpointArguments = group()
+    int4: bool = option("The best mix of 4 bits: --type q4_k_m.")
+    int8: bool = option("Same as --type q8_0.")
     type: str | None = option(
-        "--type",
-        metavar="TYPE",
-        help="A type, named as llama-quantize names it, such as q4_0. [default: q4_k_m]",
+        "A type, named as llama-quantize names it, such as q4_0. [default: q4_k_m]", metavar="TYPE"
     )
-    precision: OnnxPrecision | None = option("--precision", help="Instead of --type.")
-    pure: bool = option("--pure", help="No mix: that type for the embedding too.")
+    precision: choices.OnnxPrecision | None = option("Instead of --type.")
+    pure: bool = option("No mix: that type for the embedding too.")
     tensor_types: tuple[str, ...] = option(
+        "Another type for tensors that match, such as attn_v=q8_0. Can be repeated.",
         "--tensor-type",
         metavar="REGEX=TYPE",
-        help="Another type for tensors that match, such as attn_v=q8_0. Can be repeated.",
     )
     embedding: str | None = option(
+        "Type of the embedding (also the output head). [default: the mix's type for it]",
         "--embedding-precision",
         metavar="TYPE",
-        help="Type of the embedding (also the output head). [default: the mix's type for it]",
     )
-    imatrix: Path | None = option("--imatrix", help="An importance matrix, made by llama-imatrix.")
-    export: GgufExportArguments = group(GgufExportArguments)
+    imatrix: Path | None = option("An importance matrix, made by llama-imatrix.")
+    export: GgufExportArguments = group()
 
 
 @command(GgufArguments)
@@ -216,65 +174,50 @@ def gguf(arguments: GgufArguments) -> int:
         return default_target(name, options.file_type.name)
 
     precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "gguf")
-    make_options = partial(
-        GgufOptions,
-        type=type_word(arguments.type, precision),
-        pure=arguments.pure,
-        tensor_types=arguments.tensor_types,
-        embedding=arguments.embedding,
-        imatrix=arguments.imatrix,
-    )
+    values = shared(arguments, GgufOptions) | {"type": type_word(arguments.type, precision)}
     check = partial(check_file_target, replaceable=is_gguf)
-    return _export(arguments.checkpoint, arguments.export, make_options, export_gguf, check, target)
+    return _export(arguments, partial(GgufOptions, **values), export_gguf, check, target)
 
 
 def _export(
-    source: CheckpointArguments,
-    arguments: ExportArguments,
-    make_options: Callable[..., Options],
+    arguments: OnnxArguments | CoreMLArguments | GgufArguments,
+    make_options: Callable[..., Any],
     export: Callable[..., Path],
     check_target: Callable[..., None],
-    default_target: Callable[[str, Options], Path],
+    default_target: Callable[[str, Any], Path],
 ) -> int:
     """Runs the steps that the three export commands share; returns the exit code.
 
-    Args:
-        source: the options that choose the checkpoint.
-        arguments: the options that all formats share.
-        make_options: returns the format's options; takes `plan` and `algorithm`.
-        export: writes the artifact and returns its path.
-        check_target: raises RequestError if the target exists and may not be replaced.
-        default_target: returns the artifact's path, from the model's name and the format's options.
+    `check_target` raises RequestError if the target exists and may not be replaced.
+    `default_target` returns the artifact's path from the model's name and the options.
     """
     from rgexport.export.request import algorithm_word
     from rgexport.quantize.plan import load_plan
     from rgexport.validate.self_check import self_check
 
-    force, calibration = arguments.force, arguments.calibration
-    if arguments.output:
-        check_target(arguments.output, force=force)  # before the model is downloaded
-    algorithm = algorithm_word(arguments.quality, calibration, arguments.plan)
-    checkpoint = source.open()
-    plan = load_plan(arguments.plan, checkpoint.config) if arguments.plan else None
+    settings = arguments.export
+    force, calibration = settings.force, settings.calibration
+    if settings.output:
+        check_target(settings.output, force=force)  # before the model is downloaded
+    algorithm = algorithm_word(settings.quality, calibration, settings.plan)
+    checkpoint = arguments.checkpoint.open()
+    plan = load_plan(settings.plan, checkpoint.config) if settings.plan else None
     options = make_options(plan=plan, algorithm=algorithm)
-    target = arguments.output or default_target(checkpoint.name, options)
-    check = None if arguments.no_check else partial(self_check, checkpoint)
-    write: Callable[..., Path] = partial(
-        export, checkpoint, options, target, force=force, check=check
-    )
+    target = settings.output or default_target(checkpoint.name, options)
+    check = None if settings.no_check else partial(self_check, checkpoint)
+    write = partial(export, checkpoint, options, target, force=force, check=check)
     if algorithm == "gptq" or calibration:
         from rgexport.compress.calibrate import known_statistics
 
         check_target(target, force=force)  # before the calibration, which takes minutes
-        with known_statistics(checkpoint, calibration, arguments.cluster) as statistics:
+        with known_statistics(checkpoint, calibration, settings.cluster) as statistics:
             return _print_artifact(write(statistics=statistics))
-    if arguments.cluster is not None:
+    if settings.cluster is not None:
         raise RequestError("--cluster is for --quality best or --calibration; leave it out")
     return _print_artifact(write())
 
 
 def _print_artifact(target: Path) -> int:
-    """Prints a summary of the artifact; returns exit code 1 if its self-check failed, else 0."""
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import check_line, closing_line, open_artifact
 
@@ -288,12 +231,10 @@ def _print_artifact(target: Path) -> int:
 
 @dataclass(frozen=True)
 class RandomArguments:
-    size: SyntheticSize = option(
-        "--size", required=True, metavar="2b|9b", help="The shape to imitate."
-    )
-    seed: int = option("--seed", default=0)
-    output: Path = option("-o", "--output", required=True, help="The folder to make.")
-    force: bool = option("--force", help="Replace an existing output.")
+    size: choices.SyntheticSize = option("The shape to imitate.", required=True, metavar="2b|9b")
+    seed: int = option(default=0)
+    output: Path = option("The folder to make.", "-o", required=True)
+    force: bool = option("Replace an existing output.")
 
 
 @command(RandomArguments)
@@ -305,3 +246,79 @@ def random(arguments: RandomArguments) -> None:
     output = arguments.output
     write_random(arguments.size, output, seed=arguments.seed, force=arguments.force)
     print_result(f"{output} is complete. Export it: rgexport onnx -m {as_argument(output)} --int4")
+
+
+@dataclass(frozen=True)
+class CalibrateArguments:
+    checkpoint: CheckpointArguments = group()
+    text: Path | None = option("A file with text. [default: a built-in one]")
+    tokens: int | None = option(
+        "Tokens of the statistics. [default: 8192; 16384 for a width of at most 1024]"
+    )
+    held_out: int | None = option(
+        "Further tokens, to measure plans on. [default: a quarter of --tokens; as many for a "
+        "width of at most 1024]"
+    )
+    sampled: int | None = option(
+        "How many of --tokens the model writes itself. [default: five sixths; none with --text]"
+    )
+    gradient_tokens: int = option("How many of --tokens also have gradients.", default=1024)
+    seed: int = option(default=0)
+    device: str = option(default="auto", metavar="auto|cuda|cpu")
+    cluster: ClusterArguments = group()
+    output: Path | None = option("The file. [default: ./MODEL.calibration]", "-o")
+    force: bool = option("Replace an earlier one.")
+
+
+@command(CalibrateArguments)
+def calibrate(arguments: CalibrateArguments) -> None:
+    """Collects statistics of a model on a text, so that it loses less when it is quantized.
+
+    One layer's weights are in memory at a time. After an interruption, the same command goes on.
+    """
+    from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
+    from rgexport.compress.calibrate import calibrate as run
+    from rgexport.runtimes.cluster import connected
+
+    options = CalibrationOptions(**shared(arguments, CalibrationOptions))
+    checkpoint = arguments.checkpoint.open()
+    target = arguments.output or Path(f"{checkpoint.name}{SUFFIX}")
+    with connected(arguments.cluster.cluster) as workers:
+        calibration = run(checkpoint, options, target, force=arguments.force, workers=workers)
+    print_result(closing_line(checkpoint, calibration))
+
+
+@dataclass(frozen=True)
+class QuantizeArguments:
+    checkpoint: CheckpointArguments = group()
+    calibration: Path = option("The file of `rgexport calibrate`.", required=True)
+    target_kl: float | None = option("The smallest size with at most this KL per token.")
+    target_size: str | None = option(
+        "The lowest KL in an artifact of at most this size, such as 1.5GB.", metavar="SIZE"
+    )
+    bits: float | None = option("The lowest KL at this many bits per weight.")
+    format: choices.FormatName = option("The format of the export.", default="onnx")
+    text: Path | None = option("Measure on this text. [default: what the calibration held out]")
+    tokens: int = option("At most this many tokens of the text.", default=16384)
+    cluster: ClusterArguments = group()
+    output: Path | None = option("The file. [default: ./MODEL-FORMAT.plan.json]", "-o")
+    force: bool = option("Replace an earlier one.")
+
+
+@command(QuantizeArguments)
+def quantize(arguments: QuantizeArguments) -> None:
+    """Finds the best layout of every tensor for a KL, a size, or a number of bits.
+
+    The cost of each layout is predicted from a calibration; the plan is measured. Exports take it
+    with --plan.
+    """
+    from rgexport.compress.quantize import PlanOptions, closing_line, make_plan
+    from rgexport.runtimes.cluster import connected
+
+    options = PlanOptions(**shared(arguments, PlanOptions))
+    checkpoint = arguments.checkpoint.open()
+    target = arguments.output or Path(f"{checkpoint.name}-{options.format}.plan.json")
+    with connected(arguments.cluster.cluster) as workers:
+        report = make_plan(checkpoint, options, target, force=arguments.force, workers=workers)
+    print_result(report.as_text(), end="")
+    print_result(closing_line(checkpoint, options, target))

@@ -4,13 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from rgexport.choices import (
-    GradeName,
-    ReferenceImplementation,
-    SizeName,
-    SuiteName,
-    TableFormat,
-)
+from rgexport import choices
 from rgexport.commands.options import (
     CheckpointArguments,
     ClusterArguments,
@@ -21,20 +15,21 @@ from rgexport.commands.options import (
     command,
     group,
     option,
+    shared,
 )
 from rgexport.printing import print_result
 
-_SUITES = get_args(SuiteName)
+_SUITES = get_args(choices.SuiteName)
 
 
 @dataclass(frozen=True)
 class InspectArguments:
     path: str | None = argument(metavar="MODEL-or-ARTIFACT")
-    size: SizeName | None = option(
-        "--size", help="Instead: a released model (may download it), or the demo."
+    size: choices.SizeName | None = option(
+        "Instead: a released model (may download it), or the demo."
     )
-    json: bool = option("--json", help="Print JSON.")
-    verify: bool = option("--verify", help="Read every byte: values, or hashes.")
+    json: bool = option("Print JSON.")
+    verify: bool = option("Read every byte: values, or hashes.")
 
 
 @command(InspectArguments)
@@ -52,21 +47,15 @@ def inspect(arguments: InspectArguments) -> int:
 
 @dataclass(frozen=True)
 class ReferenceArguments:
-    checkpoint: CheckpointArguments = group(CheckpointArguments)
-    device: str = option("--device", default="auto", metavar="auto|cuda|cpu")
-    impl: ReferenceImplementation = option(
-        "--impl",
-        default="rgexport",
-        help="What computes the reference: rgexport, or DeepMind's package.",
+    checkpoint: CheckpointArguments = group()
+    device: str = option(default="auto", metavar="auto|cuda|cpu")
+    impl: choices.ReferenceImplementation = option(
+        "What computes the reference: rgexport, or DeepMind's package.", default="rgexport"
     )
-    low_memory: bool = option(
-        "--low-memory", help="Hold one layer's weights at a time, even if all fit."
-    )
-    prompts: Path | None = option(
-        "--prompts", help="Lines of text, or a JSON list. [default: built in]"
-    )
-    output: Path | None = option("-o", "--output", help="The file. [default: ./MODEL.reference]")
-    force: bool = option("--force", help="Replace an earlier one.")
+    low_memory: bool = option("Hold one layer's weights at a time, even if all fit.")
+    prompts: Path | None = option("Lines of text, or a JSON list. [default: built in]")
+    output: Path | None = option("The file. [default: ./MODEL.reference]", "-o")
+    force: bool = option("Replace an earlier one.")
 
 
 @command(ReferenceArguments)
@@ -78,60 +67,38 @@ def reference(arguments: ReferenceArguments) -> None:
     from rgexport.validate.reference.capture import capture, closing_line
 
     checkpoint = arguments.checkpoint.open()
-    captured = capture(
-        checkpoint,
-        arguments.output or Path(f"{checkpoint.name}.reference"),
-        prompts=arguments.prompts,
-        device=arguments.device,
-        impl=arguments.impl,
-        low_memory=arguments.low_memory,
-        force=arguments.force,
-    )
-    print_result(closing_line(captured))
+    target = arguments.output or Path(f"{checkpoint.name}.reference")
+    values = {n: v for n, v in vars(arguments).items() if n not in ("checkpoint", "output")}
+    print_result(closing_line(capture(checkpoint, target, **values)))
 
 
 @dataclass(frozen=True)
 class ValidateArguments:
     artifacts: tuple[Path, ...] = argument(metavar="ARTIFACT...", required=True)
-    reference: Path | None = option(
-        "--reference", help="A file of `rgexport reference`, used instead of the original."
-    )
+    reference: Path | None = option("A file of `rgexport reference`, used instead of the original.")
     model: str | None = option(
-        "-m",
-        "--model",
-        help="The original, to measure the cost. [default: the demo, or the hub cache's copy]",
+        "The original, to measure the cost. [default: the demo, or the hub cache's copy]", "-m"
     )
-    adapter: Path | None = option(
-        "--adapter", help="The folder of a LoRA adapter (PEFT) to merge into the model."
-    )
-    text: Path | None = option("--text", help="Compare on this text. [default: built in]")
-    max_tokens: int | None = option(
-        "--tokens", least=2, help="How many of its tokens, such as 32768."
-    )
+    adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
+    text: Path | None = option("Compare on this text. [default: built in]")
+    max_tokens: int | None = option("How many of its tokens, such as 32768.", "--tokens", least=2)
     limits: tuple[str, ...] = option(
+        "Another limit for a check, such as original.kl=0.05. Can be repeated.",
         "--limit",
         metavar="NAME=VALUE",
-        help="Another limit for a check, such as original.kl=0.05. Can be repeated.",
     )
-    bisect: bool = option("--bisect", help="Also rank the layers by cost, and name suspects.")
-    bench: bool = option("--bench", help="Also measure tokens per second.")
-    reproduce: bool = option(
-        "--reproduce", help="Encode the original's weights again; every level must agree."
-    )
-    calibration: Path | None = option(
-        "--calibration", help="With --reproduce: what the weights were encoded with."
-    )
-    allow_ambiguous: bool = option(
-        "--allow-ambiguous", help="Exit code 0 also if the verdict is AMBIGUOUS."
-    )
-    min_quality: GradeName | None = option(
-        "--min-quality",
+    bisect: bool = option("Also rank the layers by cost, and name suspects.")
+    bench: bool = option("Also measure tokens per second.")
+    reproduce: bool = option("Encode the original's weights again; every level must agree.")
+    calibration: Path | None = option("With --reproduce: what the weights were encoded with.")
+    allow_ambiguous: bool = option("Exit code 0 also if the verdict is AMBIGUOUS.")
+    min_quality: choices.GradeName | None = option(
+        "Exit code 1 also if the quality is lower: lossless, excellent, good or fair.",
         metavar="GRADE",
-        help="Exit code 1 also if the quality is lower: lossless, excellent, good or fair.",
     )
-    json_file: Path | None = option("--json", help="Also write the result to this file.")
-    html_file: Path | None = option("--html", help="Also write an HTML report.")
-    engine: NativeArguments = group(NativeArguments)
+    json_file: Path | None = option("Also write the result to this file.", "--json")
+    html_file: Path | None = option("Also write an HTML report.", "--html")
+    engine: NativeArguments = group()
 
 
 @command(ValidateArguments)
@@ -144,18 +111,8 @@ def validate(arguments: ValidateArguments) -> int:
     """
     from rgexport.validate.run import ValidationRequest, validate_artifacts
 
-    request = ValidationRequest(
-        model=arguments.model,
-        adapter=arguments.adapter,
-        text=arguments.text,
-        max_tokens=arguments.max_tokens,
-        bisect=arguments.bisect,
-        bench=arguments.bench,
-        reproduce=arguments.reproduce,
-        calibration=arguments.calibration,
-        min_quality=arguments.min_quality,
-        allow_foreign=arguments.engine.allow_foreign,
-    )
+    values = shared(arguments, ValidationRequest) | shared(arguments.engine, ValidationRequest)
+    request = ValidationRequest(**values | {"reference": None, "limits": {}})
     return validate_artifacts(
         arguments.artifacts,
         request,
@@ -170,51 +127,37 @@ def validate(arguments: ValidateArguments) -> int:
 @dataclass(frozen=True)
 class EvaluateArguments:
     models: tuple[str, ...] = argument(metavar="MODEL...", required=True)
-    suites: tuple[SuiteName, ...] = option(
+    suites: tuple[choices.SuiteName, ...] = option(
+        f"{', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
         "--suite",
         metavar="NAME",
-        help=f"{', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
     )
     output: Path = option(
+        "Folder of the results; an interrupted evaluation goes on from there.",
         "-o",
-        "--output",
         default=Path("evaluation"),
-        help="Folder of the results; an interrupted evaluation goes on from there.",
     )
-    texts: tuple[Path, ...] = option("--text", help="File or folder. [default: built in]")
-    limit: int | None = option(
-        "--limit", least=2, help="Maximum number of tokens of a document in text."
-    )
+    texts: tuple[Path, ...] = option("File or folder. [default: built in]", "--text")
+    limit: int | None = option("Maximum number of tokens of a document in text.", least=2)
     context: int = option(
-        "--context",
-        least=4,
-        default=512,
-        help="Tokens of a chunk, for the perplexity that llama-perplexity reports.",
+        "Tokens of a chunk, for the perplexity that llama-perplexity reports.", least=4, default=512
     )
     stride: int | None = option(
-        "--stride",
-        least=1,
-        help="Also read texts in overlapping chunks of --context; tokens from one to the next.",
+        "Also read texts in overlapping chunks of --context; tokens from one to the next.", least=1
     )
-    trials: int = option("--trials", least=2, default=32, help="Episodes of each task of memory.")
+    trials: int = option("Episodes of each task of memory.", least=2, default=32)
     farthest: int | None = option(
-        "--farthest",
-        least=32,
-        help="Maximum number of tokens to remember over. [default: 4 windows]",
+        "Maximum number of tokens to remember over. [default: 4 windows]", least=32
     )
-    seed: int = option(
-        "--seed", least=0, default=0, help="Seed of the random choices in memory, noise and tasks."
-    )
-    length: int = option("--length", least=2, default=1 << 15, help="Tokens of length.")
-    state: Path | None = option("--state", help="State file that length goes on from.")
-    tasks: tuple[str, ...] = option("--task", metavar="NAME", help="Task of lm_eval for tasks.")
-    task_files: Path | None = option("--task-files", help="Folder of task files of lm_eval.")
-    examples: int | None = option(
-        "--examples", least=1, help="Maximum number of examples of a task."
-    )
-    threads: ThreadsArguments = group(ThreadsArguments)
-    cluster: ClusterArguments = group(ClusterArguments)
-    engine: ForeignArguments = group(ForeignArguments)
+    seed: int = option("Seed of the random choices in memory, noise and tasks.", least=0, default=0)
+    length: int = option("Tokens of length.", least=2, default=1 << 15)
+    state: Path | None = option("State file that length goes on from.")
+    tasks: tuple[str, ...] = option("Task of lm_eval for tasks.", "--task", metavar="NAME")
+    task_files: Path | None = option("Folder of task files of lm_eval.")
+    examples: int | None = option("Maximum number of examples of a task.", least=1)
+    threads: ThreadsArguments = group()
+    cluster: ClusterArguments = group()
+    engine: ForeignArguments = group()
 
 
 @command(EvaluateArguments)
@@ -233,21 +176,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
 
     output = arguments.output
     names = requested_suites(arguments.suites, arguments.tasks)
-    request = EvaluationRequest(
-        folder=output,
-        texts=arguments.texts,
-        limit=arguments.limit,
-        context=arguments.context,
-        stride=arguments.stride,
-        trials=arguments.trials,
-        farthest=arguments.farthest,
-        length=arguments.length,
-        state=arguments.state,
-        tasks=arguments.tasks,
-        task_files=arguments.task_files,
-        examples=arguments.examples,
-        seed=arguments.seed,
-    )
+    request = EvaluationRequest(folder=output, **shared(arguments, EvaluationRequest))
     models = open_models(arguments.models, allow_foreign=arguments.engine.allow_foreign)
     with connected(arguments.cluster.cluster) as workers:
         results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
@@ -258,20 +187,18 @@ def evaluate(arguments: EvaluateArguments) -> None:
 @dataclass(frozen=True)
 class BenchArguments:
     artifact: Path = argument()
-    n_prompt: str = option("-p", "--n-prompt", default="512", help="Lengths of prompts.")
-    n_gen: str = option("-n", "--n-gen", default="128", help="Numbers of tokens to generate.")
-    n_depth: str = option(
-        "-d", "--n-depth", default="0", help="Tokens processed before the measurement."
-    )
-    repetitions: int = option("-r", "--repetitions", least=1, default=5)
+    n_prompt: str = option("Lengths of prompts.", "-p", default="512")
+    n_gen: str = option("Numbers of tokens to generate.", "-n", default="128")
+    n_depth: str = option("Tokens processed before the measurement.", "-d", default="0")
+    repetitions: int = option("", "-r", least=1, default=5)
     synthetic: bool = option(
-        "--synthetic", help="Fill the state with random values instead: quick, same cost per token."
+        "Fill the state with random values instead: quick, same cost per token."
     )
     threads: int | None = option(
-        "-t", "--threads", least=1, most=256, help="[default and maximum: one per usable processor]"
+        "[default and maximum: one per usable processor]", "-t", least=1, most=256
     )
-    form: TableFormat = option("-o", "--output", default="table")
-    engine: NativeArguments = group(NativeArguments)
+    form: choices.TableFormat = option("", "-o", "--output", default="table")
+    engine: NativeArguments = group()
 
 
 @command(BenchArguments)

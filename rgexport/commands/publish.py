@@ -1,9 +1,11 @@
-"""Commands that bring artifacts to others: to the Hugging Face hub, or as a web page."""
+"""Commands that bring models to other programs: a hub, a web page, and a llama.cpp for them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from rgexport.commands.options import argument, command, option, port_option
+import click
+
+from rgexport.commands.options import argument, command, help_if_alone, option, port_option
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
 
@@ -12,8 +14,8 @@ from rgexport.printing import print_result
 class PushArguments:
     artifact: Path = argument()
     repo: str = argument(metavar="OWNER/NAME")
-    public: bool = option("--public", help="Make a new repository visible to everybody.")
-    force: bool = option("--force", help="Add the artifact to a repository with other contents.")
+    public: bool = option("Make a new repository visible to everybody.")
+    force: bool = option("Add the artifact to a repository with other contents.")
 
 
 @command(PushArguments)
@@ -38,13 +40,11 @@ def push(arguments: PushArguments) -> None:
 @dataclass(frozen=True)
 class WebArguments:
     artifacts: tuple[Path, ...] = argument(metavar="ARTIFACT...", required=True)
-    output: Path | None = option(
-        "-o", "--output", help="The folder to write; any web host can serve it."
-    )
-    force: bool = option("--force", help="Replace an existing site.")
-    serve: bool = option("--serve", help="Serve it on this machine; -o is not needed then.")
+    output: Path | None = option("The folder to write; any web host can serve it.", "-o")
+    force: bool = option("Replace an existing site.")
+    serve: bool = option("Serve it on this machine; -o is not needed then.")
     port: int = port_option(8000)
-    browse: bool = option("--open", help="With --serve: open a browser.")
+    browse: bool = option("With --serve: open a browser.", "--open")
 
 
 @command(WebArguments)
@@ -72,3 +72,47 @@ def web(arguments: WebArguments) -> None:
         print_result(f"{output} is complete. Put it on any web host, under https.")
     if arguments.serve:
         serve_site(site, arguments.port, browse=arguments.browse)
+
+
+@click.group("llama-cpp", invoke_without_command=True)
+@click.pass_context
+def llama_cpp(context: click.Context) -> None:
+    """Makes a llama.cpp that runs RecurrentGemma."""
+    help_if_alone(context)
+
+
+@dataclass(frozen=True)
+class PatchArguments:
+    checkout: Path = argument(metavar="DIR")
+
+
+@command(PatchArguments, parent=llama_cpp)
+def patch(arguments: PatchArguments) -> None:
+    """Adds RecurrentGemma to a llama.cpp checkout."""
+    from rgexport.kernels.llama_cpp.port import patch_checkout
+
+    changed = patch_checkout(arguments.checkout)
+    for path in changed:
+        print_result(f"{arguments.checkout / path}")
+    state = "is patched" if changed else "is patched already"
+    print_result(f"{arguments.checkout} {state}. Build it as usual: it runs RecurrentGemma.")
+
+
+@dataclass(frozen=True)
+class BuildArguments:
+    output: Path = option("The folder.", "-o", default=Path("llama-cpp"))
+    no_install: bool = option("Only build the wheel.")
+    tools: bool = option("Build llama-quantize, llama-server and others too.")
+
+
+@command(BuildArguments, parent=llama_cpp)
+def build(arguments: BuildArguments) -> None:
+    """Builds llama-cpp-python with RecurrentGemma, and installs it.
+
+    It needs a C++ compiler and takes some minutes. The environment variable CMAKE_ARGS chooses
+    what llama.cpp runs on, such as -DGGML_CUDA=on.
+    """
+    from rgexport.kernels.llama_cpp.build import build as build_wheel
+
+    install = not arguments.no_install
+    print_result(build_wheel(arguments.output, tools=arguments.tools, install=install))

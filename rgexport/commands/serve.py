@@ -24,119 +24,75 @@ _KEY = "RGEXPORT_API_KEY"
 @dataclass(frozen=True)
 class ServeArguments:
     artifacts: tuple[Path, ...] = argument(required=True)
-    host: str = option("--host", default="127.0.0.1", help="The address to listen on.")
+    host: str = option("The address to listen on.", default="127.0.0.1")
     port: int = port_option(8080)
     parallel: int = option(
-        "--parallel",
+        "Conversations that are computed together; each takes the memory of one or two states.",
         least=1,
         most=256,
         default=8,
-        help="Conversations that are computed together; each takes the memory of one or two "
-        "states.",
     )
     max_waiting: int = option(
-        "--max-waiting",
-        least=0,
-        default=256,
-        help="Maximum number of requests that wait for their turn.",
+        "Maximum number of requests that wait for their turn.", least=0, default=256
     )
-    max_new_tokens: int = option(
-        "--max-new-tokens", least=1, default=4096, help="Maximum number of tokens of a reply."
-    )
+    max_new_tokens: int = option("Maximum number of tokens of a reply.", least=1, default=4096)
     max_prompt_tokens: int = option(
-        "--max-prompt-tokens",
-        least=1,
-        default=1 << 20,
-        help="Maximum number of tokens of a prompt.",
+        "Maximum number of tokens of a prompt.", least=1, default=1 << 20
     )
-    max_seconds: float = option(
-        "--max-seconds", least=0.0, default=3600.0, help="Maximum duration of an answer."
-    )
+    max_seconds: float = option("Maximum duration of an answer.", least=0.0, default=3600.0)
     cache_size: str = option(
-        "--cache-size",
-        default="1GB",
-        metavar="SIZE",
-        help="Memory for states of earlier conversations.",
+        "Memory for states of earlier conversations.", default="1GB", metavar="SIZE"
     )
-    state_folder: Path | None = option(
-        "--state-folder", help="Keep states in this folder, also for the next start."
-    )
+    state_folder: Path | None = option("Keep states in this folder, also for the next start.")
     state_folder_size: str = option(
-        "--state-folder-size",
-        default="10GB",
-        metavar="SIZE",
-        help="Maximum size of the states in the folder.",
+        "Maximum size of the states in the folder.", default="10GB", metavar="SIZE"
     )
     max_saved_states: int = option(
-        "--max-saved-states",
-        least=0,
-        default=100,
-        help="Maximum number of states that a client may save there by name.",
+        "Maximum number of states that a client may save there by name.", least=0, default=100
     )
     saved_states_size: str = option(
-        "--saved-states-size",
-        default="10GB",
-        metavar="SIZE",
-        help="Maximum size of the states that clients save.",
+        "Maximum size of the states that clients save.", default="10GB", metavar="SIZE"
     )
-    precision: StatePrecisionArguments = group(StatePrecisionArguments)
-    api_key: str | None = option(
-        "--api-key", help=f"The key that clients must present; or set the variable {_KEY}."
-    )
-    api_key_file: Path | None = option("--api-key-file", help="A file with that key.")
-    cors_origin: tuple[str, ...] = option(
-        "--cors-origin", help="A web page's origin that may use it; * for all."
-    )
+    precision: StatePrecisionArguments = group()
+    api_key: str | None = option(f"The key that clients must present; or set the variable {_KEY}.")
+    api_key_file: Path | None = option("A file with that key.")
+    cors_origin: tuple[str, ...] = option("A web page's origin that may use it; * for all.")
     allowed_host: tuple[str, ...] = option(
-        "--allowed-host",
-        metavar="NAME",
-        help="Another name that requests may give the server; * for all.",
+        "Another name that requests may give the server; * for all.", metavar="NAME"
     )
-    max_connections: int = option(
-        "--max-connections", least=1, default=1024, help="Maximum number of connections."
-    )
+    max_connections: int = option("Maximum number of connections.", least=1, default=1024)
     max_connections_per_address: int = option(
-        "--max-connections-per-address",
+        "Maximum number of connections from one address; 0 behind a proxy, where all have one "
+        "address.",
         least=0,
         default=512,
-        help="Maximum number of connections from one address; 0 behind a proxy, where all have "
-        "one address.",
     )
     stall_seconds: float = option(
-        "--stall-seconds",
-        least=0.0,
-        default=60.0,
-        help="Seconds without progress after which /health says 503.",
+        "Seconds without progress after which /health says 503.", least=0.0, default=60.0
     )
     grace: int = option(
-        "--grace",
-        least=0,
-        default=30,
-        help="Seconds that running replies have when the server ends.",
+        "Seconds that running replies have when the server ends.", least=0, default=30
     )
     share_prefixes: bool = option(
-        "--share-prefixes",
-        help="Let prompts go on from the prompts of other clients; all clients share saved states.",
+        "Let prompts go on from the prompts of other clients; all clients share saved states."
     )
     trusted_proxy: tuple[str, ...] = option(
-        "--trusted-proxy",
-        metavar="ADDRESS",
-        help="A proxy's address or network; its X-Forwarded-For names the client.",
+        "A proxy's address or network; its X-Forwarded-For names the client.", metavar="ADDRESS"
     )
-    lookup: LookupArguments = group(LookupArguments)
-    threads: ThreadsArguments = group(ThreadsArguments)
-    quiet: bool = option("--quiet", help="No line per request.")
-    engine: NativeArguments = group(NativeArguments)
+    lookup: LookupArguments = group()
+    threads: ThreadsArguments = group()
+    quiet: bool = option("No line per request.")
+    engine: NativeArguments = group()
 
 
 @command(ServeArguments)
 def serve(arguments: ServeArguments) -> None:
     """Serves artifacts over HTTP, with OpenAI's interface."""
     from rgexport.export.request import bytes_of
-    from rgexport.serve.connections import Connections
+    from rgexport.serve.app import open_models, openers
+    from rgexport.serve.app import serve as run
     from rgexport.serve.exchange import Limits
-    from rgexport.serve.run import Listening, open_models, openers
-    from rgexport.serve.run import serve as run
+    from rgexport.serve.guards import Connections
     from rgexport.serve.server import ServerSettings
     from rgexport.serve.text_process import TextProcess
 
@@ -155,6 +111,11 @@ def serve(arguments: ServeArguments) -> None:
         log=not arguments.quiet,
         share_prefixes=arguments.share_prefixes,
         trusted_proxies=_proxies(arguments.trusted_proxy),
+        host=arguments.host,
+        port=arguments.port,
+        connections=Connections(arguments.max_connections, arguments.max_connections_per_address),
+        grace_seconds=arguments.grace,
+        stall_seconds=arguments.stall_seconds,
     )
     artifacts = list(arguments.artifacts)
     models = open_models(
@@ -170,29 +131,22 @@ def serve(arguments: ServeArguments) -> None:
         state_precision=arguments.precision.state_precision,
     )
     text_process = TextProcess(openers(models, artifacts, settings.limits.prompt_tokens))
-    connections = Connections(arguments.max_connections, arguments.max_connections_per_address)
-    listening = Listening(
-        arguments.host, arguments.port, arguments.grace, connections, arguments.stall_seconds
-    )
-    run(models, settings, text_process, listening)
+    run(models, settings, text_process)
 
 
 def _saved_folder(state_folder: Path | None) -> Path | None:
-    """Makes the folder of states that clients save by name."""
     if state_folder is None:
         return None
     saved = state_folder / "saved"
     try:
         saved.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(
-            f"--state-folder: cannot make the folder {saved}: {error.strerror}"
-        ) from None
+        message = f"--state-folder: cannot make the folder {saved}: {error.strerror}"
+        raise RequestError(message) from None
     return saved
 
 
 def _host_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names in lower case."""
     from rgexport.serve.host_names import ANY, host_name
 
     for name in names:
@@ -202,7 +156,6 @@ def _host_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _proxies(addresses: tuple[str, ...]) -> tuple[str, ...]:
-    """Raises RequestError for a text that is no address and no network."""
     for address in addresses:
         try:
             ip_network(address)
@@ -214,7 +167,6 @@ def _proxies(addresses: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _api_key(key: str | None, file: Path | None) -> str | None:
-    """Returns the key of the option, the file or the environment."""
     if key is not None and file is not None:
         raise RequestError("--api-key and --api-key-file exclude each other")
     if file is not None:

@@ -1,10 +1,13 @@
-"""Commands that write text with an artifact."""
+"""Commands that write text with an artifact, and those on state files."""
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from rgexport import progress
 from rgexport.commands.options import (
@@ -15,7 +18,9 @@ from rgexport.commands.options import (
     argument,
     command,
     group,
+    help_if_alone,
     option,
+    shared,
 )
 from rgexport.errors import RequestError
 from rgexport.printing import print_reply, print_result
@@ -28,70 +33,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftArguments(LookupArguments):
-    """Sources of drafts."""
-
-    draft_text: Path | None = option(
-        "--draft-text", help="A text that replies may repeat: they come sooner."
-    )
+    draft_text: Path | None = option("A text that replies may repeat: they come sooner.")
 
     def text(self) -> str:
-        """Returns the text that replies may repeat, "" for none."""
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            raise RequestError(
-                "--draft-text changes nothing with --no-lookup; leave out one of them"
-            )
+            message = "--draft-text changes nothing with --no-lookup; leave out one of them"
+            raise RequestError(message)
         return read_text(self.draft_text) if self.draft_text else ""
 
 
 @dataclass(frozen=True)
 class SamplingArguments(ThreadsArguments):
-    """How a reply is written."""
-
-    max_new_tokens: int = option(
-        "-n", "--max-new-tokens", least=1, default=256, help="Maximum number of tokens of a reply."
-    )
-    temperature: float = option("--temperature", default=0.0, help="0: greedy.")
-    top_k: int = option(
-        "--top-k", default=0, show_default=False, help="Sample from the k most likely tokens."
-    )
+    max_new_tokens: int = option("Maximum number of tokens of a reply.", "-n", least=1, default=256)
+    temperature: float = option("0: greedy.", default=0.0)
+    top_k: int = option("Sample from the k most likely tokens.", default=0, show_default=False)
     top_p: float = option(
-        "--top-p",
-        default=1.0,
-        show_default=False,
-        help="Sample from the most likely tokens that sum to p.",
+        "Sample from the most likely tokens that sum to p.", default=1.0, show_default=False
     )
     min_p: float = option(
-        "--min-p",
-        default=0.0,
-        show_default=False,
-        help="Drop tokens less likely than p times the most likely one.",
+        "Drop tokens less likely than p times the most likely one.", default=0.0, show_default=False
     )
     repetition_penalty: float = option(
-        "--repetition-penalty", default=1.0, show_default=False, help="Above 1: tokens repeat less."
+        "Above 1: tokens repeat less.", default=1.0, show_default=False
     )
     presence_penalty: float = option(
-        "--presence-penalty",
-        default=0.0,
-        show_default=False,
-        help="Above 0: tokens of the reply occur less.",
+        "Above 0: tokens of the reply occur less.", default=0.0, show_default=False
     )
     frequency_penalty: float = option(
-        "--frequency-penalty",
-        default=0.0,
-        show_default=False,
-        help="The same, in proportion to how often they occurred.",
+        "The same, in proportion to how often they occurred.", default=0.0, show_default=False
     )
-    seed: int | None = option("--seed", help="Makes sampling repeatable.")
+    seed: int | None = option("Makes sampling repeatable.")
 
     def sampling(self) -> "Sampling":
-        """Returns the options of sampling."""
         from rgexport.chat.sampling import Sampling
 
-        names = {field.name for field in dataclasses.fields(Sampling)}
-        values = {name: value for name, value in vars(self).items() if name in names}
-        sampling = Sampling(**values)
+        sampling = Sampling(**shared(self, Sampling))
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
             raise RequestError(
                 "top_k, top_p and min_p change nothing at temperature 0, which takes the most "
@@ -102,35 +80,28 @@ class SamplingArguments(ThreadsArguments):
 
 @dataclass(frozen=True)
 class StateArguments(StatePrecisionArguments):
-    """The state files of a reply."""
-
-    load_state: Path | None = option("--load-state", help="Go on from a state file.")
-    save_state: Path | None = option("--save-state", help="Write a state file at the end.")
+    load_state: Path | None = option("Go on from a state file.")
+    save_state: Path | None = option("Write a state file at the end.")
 
 
 @dataclass(frozen=True)
 class ReplyArguments:
-    """The options that `generate` and `chat` share."""
-
-    draft: DraftArguments = group(DraftArguments)
-    sampling: SamplingArguments = group(SamplingArguments)
-    state: StateArguments = group(StateArguments)
-    engine: NativeArguments = group(NativeArguments)
+    draft: DraftArguments = group()
+    sampling: SamplingArguments = group()
+    state: StateArguments = group()
+    engine: NativeArguments = group()
 
     def options(self, stop: tuple[str, ...]) -> "ReplyOptions":
-        """Returns the options of replies."""
         from rgexport.chat.reply import ReplyOptions
         from rgexport.chat.state_file import require_replaceable
 
         sampling = self.sampling.sampling()
         if self.state.save_state:
             require_replaceable(self.state.save_state)  # before the reply, and again after it
-        return ReplyOptions(
-            sampling=sampling, max_new_tokens=self.sampling.max_new_tokens, stop=stop
-        )
+        most = self.sampling.max_new_tokens
+        return ReplyOptions(sampling=sampling, max_new_tokens=most, stop=stop)
 
     def open_model(self, artifact: Path, *, chat: bool) -> "Model":
-        """Opens an artifact; see `from_artifact.open_model`."""
         from rgexport.chat.from_artifact import open_model
 
         return open_model(
@@ -146,15 +117,11 @@ class ReplyArguments:
 @dataclass(frozen=True)
 class GenerateArguments:
     artifact: Path = argument()
-    prompt: str | None = option("-p", "--prompt", help="The text to continue.")
-    prompt_file: Path | None = option(
-        "--prompt-file", help="The text to continue, from a file; - is the standard input."
-    )
-    ids: str | None = option(
-        "--ids", help="Instead of a text: token ids, such as 2,651,603; prints ids."
-    )
-    stop: tuple[str, ...] = option("--stop", help="A text that ends the continuation; repeatable.")
-    reply: ReplyArguments = group(ReplyArguments)
+    prompt: str | None = option("The text to continue.", "-p")
+    prompt_file: Path | None = option("The text to continue, from a file; - is the standard input.")
+    ids: str | None = option("Instead of a text: token ids, such as 2,651,603; prints ids.")
+    stop: tuple[str, ...] = option("A text that ends the continuation; repeatable.")
+    reply: ReplyArguments = group()
 
 
 @command(GenerateArguments)
@@ -168,13 +135,9 @@ def generate(arguments: GenerateArguments) -> None:
     if arguments.ids is not None:
         if state.load_state or state.save_state or reply.draft.draft_text:
             raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
+        threads, is_foreign = reply.sampling.threads, reply.engine.allow_foreign
         for token in continue_ids(
-            arguments.artifact,
-            arguments.ids,
-            options.sampling,
-            options.max_new_tokens,
-            reply.sampling.threads,
-            allow_foreign=reply.engine.allow_foreign,
+            arguments.artifact, arguments.ids, options, threads, allow_foreign=is_foreign
         ):
             print_result(f"{token} ", end="")
         print_result("")
@@ -196,17 +159,12 @@ def generate(arguments: GenerateArguments) -> None:
 
 
 def _prompt(arguments: GenerateArguments) -> str | None:
-    """Returns the text of --prompt or --prompt-file."""
     from rgexport.files.paths import read_text
 
-    values = {
-        "--prompt": arguments.prompt,
-        "--prompt-file": arguments.prompt_file,
-        "--ids": arguments.ids,
-    }
+    file = arguments.prompt_file
+    values = {"--prompt": arguments.prompt, "--prompt-file": file, "--ids": arguments.ids}
     if len(names := [name for name, value in values.items() if value is not None]) > 1:
         raise RequestError(f"generate takes one of {' and '.join(names)}; both were given")
-    file = arguments.prompt_file
     if file is None:
         return arguments.prompt
     if str(file) != "-":
@@ -220,12 +178,12 @@ def _prompt(arguments: GenerateArguments) -> str | None:
 @dataclass(frozen=True)
 class ChatArguments:
     artifact: Path = argument()
-    prompt: str | None = option("-p", "--prompt", help="Say this, print the reply, and end.")
-    system: str = option("--system", default="", show_default=False, help="The system prompt.")
-    document: Path | None = option("--read", help="A text that the first message is about.")
-    as_json: bool = option("--json", help="With -p: the reply and its figures as JSON.")
-    stop: tuple[str, ...] = option("--stop", help="A text that ends a reply; repeatable.")
-    reply: ReplyArguments = group(ReplyArguments)
+    prompt: str | None = option("Say this, print the reply, and end.", "-p")
+    system: str = option("The system prompt.", default="", show_default=False)
+    document: Path | None = option("A text that the first message is about.", "--read")
+    as_json: bool = option("With -p: the reply and its figures as JSON.", "--json")
+    stop: tuple[str, ...] = option("A text that ends a reply; repeatable.")
+    reply: ReplyArguments = group()
 
 
 @command(ChatArguments)
@@ -266,3 +224,126 @@ def chat(arguments: ChatArguments) -> None:
             pipe_chat(conversation, sys.stdin, sys.stdout)
         if state.save_state:
             conversation.save(state.save_state)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def state(context: click.Context) -> None:
+    """Saves the state of a model after a text, to go on with later, or elsewhere."""
+    help_if_alone(context)
+
+
+@dataclass(frozen=True)
+class SaveArguments:
+    artifact: Path = argument()
+    text: Path = option("The text to read.", "--read", required=True)
+    plain: bool = option("A text for `generate`, not a document for `chat`.")
+    no_text: bool = option(
+        "Store only a hash of the text; whoever goes on must supply the text again."
+    )
+    precision: StatePrecisionArguments = group()
+    output: Path = option("The state file.", "-o", required=True)
+    threads: ThreadsArguments = group()
+    force: bool = option("Replace an earlier one.")
+    engine: NativeArguments = group()
+
+
+@command(SaveArguments, parent=state)
+def save(arguments: SaveArguments) -> None:
+    """Reads a text once, and saves the state."""
+    from rgexport.chat.from_artifact import open_model
+    from rgexport.chat.state_file import is_state_file
+    from rgexport.files.paths import read_text
+    from rgexport.files.targets import check_file_target
+    from rgexport.units import amount
+
+    output, plain = arguments.output, arguments.plain
+    check_file_target(output, force=arguments.force, replaceable=is_state_file)
+    text = read_text(arguments.text)
+    if not text.strip():
+        raise RequestError(f"{arguments.text} is empty; there is nothing to read")
+    with open_model(
+        arguments.artifact,
+        chat=not plain,
+        allow_foreign=arguments.engine.allow_foreign,
+        threads=arguments.threads.threads,
+        state_precision=arguments.precision.state_precision,
+    ) as model:
+        messages = None if plain else [{"role": "user", "content": text}]
+        ids = model.text_ids(text) if messages is None else model.opening_ids(messages)
+        saved = model.save_state(output, ids, messages, with_text=not arguments.no_text)
+    size = amount(output.stat().st_size)
+    step = _next_step(arguments.artifact, output, plain=plain, has_text=not arguments.no_text)
+    print_result(f"{output} has {saved.count} tokens in {size}. {step}")
+
+
+@dataclass(frozen=True)
+class LoadArguments:
+    artifact: Path = argument()
+    file: Path = argument()
+
+
+@command(LoadArguments, parent=state)
+def load(arguments: LoadArguments) -> None:
+    """Checks that ARTIFACT can go on with a state file."""
+    from rgexport.chat.artifact_text import open_template
+    from rgexport.chat.state_file import read_state, require_same_model
+    from rgexport.export.manifest import identity_of
+    from rgexport.export.opening import open_artifact
+    from rgexport.griffin.state import state_specs
+
+    artifact, file = open_artifact(arguments.artifact), arguments.file
+    shapes = {spec.name: spec.shape for spec in state_specs(artifact.manifest.config)}
+    saved = read_state(file, shapes)
+    require_same_model(file, saved, identity_of(artifact.manifest, open_template(artifact).source))
+    has_text = saved.tokens is not None
+    step = _next_step(arguments.artifact, file, plain=saved.messages is None, has_text=has_text)
+    print_result(f"{file} fits: {saved.count} tokens. {step}")
+
+
+@dataclass(frozen=True)
+class InfoArguments:
+    file: Path = argument()
+    as_json: bool = option("As one JSON object.", "--json")
+
+
+@command(InfoArguments, parent=state)
+def info(arguments: InfoArguments) -> None:
+    """Shows which model and text a state file belongs to, and checks that it is whole."""
+    from rgexport.chat.state_file import read_state_header, require_intact
+    from rgexport.files.typed_json import to_json
+
+    fields: dict[str, Any] = to_json(read_state_header(arguments.file))
+    require_intact(arguments.file)
+    if arguments.as_json:
+        print_result(json.dumps(fields, ensure_ascii=False))
+        return
+    identity = fields["identity"]
+    for name, value in {
+        "model": f"{identity['name']} (window {identity['window']})",
+        "text": f"{_text_kind(fields)}, {fields['tokens']} tokens",
+        "made by": ", ".join(filter(None, (fields["engine"], fields["tool"]))),
+    }.items():
+        print_result(f"{name:<9} {value}")
+
+
+def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> str:
+    if not has_text:
+        return (
+            "Go on with the text that it was made from: "
+            f"rgexport chat {artifact} --load-state {file} --read TEXT, or, if it was saved with "
+            f"--plain, rgexport generate {artifact} --load-state {file} --prompt-file TEXT"
+        )
+    verb = f"generate {artifact} -p TEXT" if plain else f"chat {artifact}"
+    return f"Go on: rgexport {verb} --load-state {file}"
+
+
+def _text_kind(fields: dict[str, Any]) -> str:
+    messages = fields["messages"]
+    if not fields["has_text"]:
+        return "not stored, only its hash"
+    if messages is None:
+        return "a plain text"
+    if len(messages) % 2 and messages[-1]["role"] == "user":
+        return "a text to be asked about"
+    return f"a conversation of {len(messages)} messages"

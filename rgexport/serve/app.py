@@ -1,64 +1,63 @@
-"""The HTTP interface: OpenAI's, with llama-server's additions."""
+"""The HTTP interface, OpenAI's with llama-server's additions, and the server that runs it."""
 
+import asyncio
+import contextlib
+import functools
+import gc
+import signal
+import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, Response
+import uvicorn
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from rgexport._version import __version__
+from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
-from rgexport.serve import errors
+from rgexport.chat.prompts import PromptEncoder
+from rgexport.errors import RequestError
+from rgexport.progress import note
+from rgexport.serve import endpoints, errors
 from rgexport.serve.bodies import JsonRoute
-from rgexport.serve.endpoints import completions, slots, status, texts
-from rgexport.serve.middleware import Guard, Record
-from rgexport.serve.monitoring import Health
-from rgexport.serve.origins import Origins
+from rgexport.serve.guards import Guard, Origins, Record, protocol
+from rgexport.serve.host_names import ANY, authority_of
 from rgexport.serve.server import Server, ServerSettings
-from rgexport.serve.text_process import TextProcess
+from rgexport.serve.text_process import TextProcess, open_encoder
 
-
-class Endpoint(NamedTuple):
-    """A route; the function's argument `body` is the parsed body of a request."""
-
-    method: str
-    path: str
-    function: Callable[..., Any]
-    response_class: type[Response] = JSONResponse
-
-
-ENDPOINTS = (
-    Endpoint("POST", "/v1/chat/completions", completions.chat),
-    Endpoint("POST", "/v1/completions", completions.complete),
-    Endpoint("POST", "/tokenize", texts.tokenize),
-    Endpoint("POST", "/detokenize", texts.detokenize),
-    Endpoint("POST", "/apply-template", texts.apply_template),
-    Endpoint("GET", "/slots", slots.slots),
-    Endpoint("POST", "/slots/{slot}", slots.act),
-    Endpoint("GET", "/health", status.healthy),
-    Endpoint("GET", "/v1/models", status.models),
-    Endpoint("GET", "/v1/models/{name}", status.model),
-    Endpoint("GET", "/metrics", status.metrics, PlainTextResponse),
+ENDPOINTS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("POST", "/v1/chat/completions", endpoints.chat),
+    ("POST", "/v1/completions", endpoints.complete),
+    ("POST", "/tokenize", endpoints.tokenize),
+    ("POST", "/detokenize", endpoints.detokenize),
+    ("POST", "/apply-template", endpoints.apply_template),
+    ("GET", "/slots", endpoints.slots),
+    ("POST", "/slots/{slot}", endpoints.act),
+    ("GET", "/health", endpoints.healthy),
+    ("GET", "/v1/models", endpoints.models),
+    ("GET", "/v1/models/{name}", endpoints.model),
+    ("GET", "/metrics", endpoints.metrics),
 )
+"""Method, path and function, whose argument `body` is the parsed body of a request."""
+_SWITCH_SECONDS = 0.001
+"""Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
+_ANSWER_SECONDS = 1.0
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+_OTHER_FILES = 256
+"""Open files of a server beside its connections."""
 
 
 def create_app(
-    models: Mapping[str, Model],
-    settings: ServerSettings,
-    *,
-    text_process: TextProcess | None = None,
-    health: Health | None = None,
+    models: Mapping[str, Model], settings: ServerSettings, text_process: TextProcess | None = None
 ) -> FastAPI:
-    """Returns the app that serves these models.
-
-    Args:
-        models: the models by name.
-        settings: the settings.
-        text_process: a process for long texts; without one they are read in threads.
-        health: the check of the models; a new one by default.
-    """
-    server = Server(models, settings, text_process, health)
+    """Returns the app; long texts are read in `text_process`, without one in threads."""
+    server = Server(models, settings, text_process)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,13 +75,10 @@ def create_app(
     app.state.server = server
     app.router.route_class = JsonRoute
     errors.install(app)
-    for endpoint in ENDPOINTS:
+    for method, path, function in ENDPOINTS:
+        kind = PlainTextResponse if function is endpoints.metrics else JSONResponse
         app.add_api_route(
-            endpoint.path,
-            endpoint.function,
-            methods=[endpoint.method],
-            response_model=None,
-            response_class=endpoint.response_class,
+            path, function, methods=[method], response_model=None, response_class=kind
         )
     _add_middlewares(app, server)
     return app
@@ -100,7 +96,7 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[completions.AFFINITY],
+            expose_headers=[endpoints.AFFINITY],
         )
     app.add_middleware(Origins, hosts=settings.allowed_hosts, pages=settings.cors_origins)
     app.add_middleware(Record, metrics=server.metrics, log=settings.log)
@@ -108,3 +104,128 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[*settings.trusted_proxies])
+
+
+def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
+    resolved = [path.resolve() for path in artifacts]
+    for path in artifacts:
+        if resolved.count(path.resolve()) > 1:
+            raise RequestError(f"{path} is given twice")
+    models: dict[str, Model] = {}
+    try:
+        for path in artifacts:
+            model = open_model(path, chat=False, **options)
+            names = model.name, path.name, str(path)
+            models[next(name for name in names if name not in models)] = model
+    except RequestError:
+        for model in models.values():
+            model.close()
+        raise
+    return models
+
+
+def openers(
+    models: Mapping[str, Model], artifacts: list[Path], most_tokens: int
+) -> dict[str, functools.partial[PromptEncoder]]:
+    return {
+        name: functools.partial(open_encoder, path.resolve(), model.identity, most_tokens)
+        for (name, model), path in zip(models.items(), artifacts, strict=True)
+    }
+
+
+def serve(models: dict[str, Model], settings: ServerSettings, text_process: TextProcess) -> None:
+    """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
+    opened = _listen(settings.host, settings.port)
+    address = authority_of(settings.host, opened.getsockname()[1])
+    note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
+    if settings.api_key is None and settings.host not in _LOOPBACK:
+        note("Warning: whoever reaches this address can use it; --api-key keeps others out")
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # existing objects stay; scanning them delayed some first tokens by 30 ms
+    hosts = {*settings.allowed_hosts, *_own_names(settings.host, settings.api_key)}
+    app = create_app(models, replace(settings, allowed_hosts=(*hosts,)), text_process)
+    server: Server = app.state.server
+    server.health.start()
+    try:
+        _run(_Server(_config(app, settings)), opened)
+    finally:
+        server.health.close()
+        text_process.close()
+        with ThreadPoolExecutor() as pool:  # at once: each may wait for a disk
+            list(pool.map(Model.close, models.values()))
+
+
+class _Server(uvicorn.Server):
+    """Ends running answers with an error, shortly before uvicorn cancels them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        seconds = (self.config.timeout_graceful_shutdown or 0) - _ANSWER_SECONDS
+        timer = asyncio.get_running_loop().call_later(seconds, self._stop_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _stop_answers(self) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        server: Server = app.state.server
+        for exchange in list(server.exchanges):
+            exchange.stop()
+
+
+def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    _allow_files(settings.connections.most + _OTHER_FILES)
+    return uvicorn.Config(
+        app,
+        http=protocol(settings.connections),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
+        timeout_graceful_shutdown=max(1, settings.grace_seconds),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, reuse_port=False)
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen on {authority_of(host, port)}: {error.strerror}; "
+            "choose another --host or --port"
+        ) from None
+
+
+def _own_names(host: str, api_key: str | None) -> set[str]:
+    if host in _LOOPBACK:
+        return {"localhost"}
+    machine = socket.gethostname().lower()
+    return {ANY} if api_key else {"localhost", host.lower(), machine, f"{machine}.local"}
+
+
+def _allow_files(count: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < count:
+            most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _run(server: uvicorn.Server, opened: socket.socket) -> None:
+    """Runs; the signal that ends it is not raised again."""
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in previous:
+        signal.signal(kind, signal.SIG_IGN)
+    try:
+        server.run(sockets=[opened])
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)

@@ -1,35 +1,170 @@
-"""Bodies of requests: checked before they are parsed, and parsed off the event loop."""
+"""Bodies of requests: OpenAI's fields, and additions of llama-server and vLLM.
+
+They are checked before they are parsed, off the event loop. Unknown fields are ignored.
+"""
 
 import email.message
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from rgexport.serve.errors import InvalidBody, invalid_body
 
+MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS, MOST_BIASES = 16, 20, 16, 1024
+_INT64 = 2**63 - 1
+
+FirstError = Field(fail_fast=True)
+"""Ends the check of a list at its first error, instead of a million errors."""
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], FirstError]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, StringConstraints(max_length=1000)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 MOST_DEPTH, MOST_OBJECTS, MOST_VALUES = 128, 200_000, 1 << 21
 """Nested lists and objects, all of them, and their values, which a body may have."""
 _PIECE = 1 << 16
-"""Bytes that are checked at once."""
 _QUOTE, _OPENING, _CLOSING, _COMMA = 1, 2, 3, 4
 _KINDS = np.zeros(256, np.uint8)
 """The kind of each byte that is part of JSON's structure; 0 for others."""
 for _kind, _bytes in {_QUOTE: b'"', _OPENING: b"[{", _CLOSING: b"]}", _COMMA: b","}.items():
     _KINDS[list(_bytes)] = _kind
-
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            types = field.pop("anyOf", None) or [_without_annotations(field)]
+            field["anyOf"] = types if {"type": "null"} in types else [*types, {"type": "null"}]
+
+
+def _without_annotations(field: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in field if name not in ("title", "default", "description")]
+    return {name: field.pop(name) for name in names}
+
+
+class _Body(BaseModel):
+    """An object that a client sends; a field that is null counts as left out."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_allow_null)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], FirstError]
+
+
+class JsonSchema(_Body):
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=_INT64)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    stop: (
+        StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None
+    ) = None
+    response_format: ResponseFormat | None = None
+    grammar: Annotated[str, StringConstraints(max_length=100_000)] | None = None
+    regex: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    id_slot: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class Prediction(_Body):
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], FirstError]
+
+
+class ChatRequest(GenerationBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
+    tools: Annotated[list[dict[str, Any]], FirstError] | None = None
+    prediction: Prediction | None = None
+
+
+class CompletionRequest(GenerationBody):
+    prompt: str | Annotated[list[str], FirstError] | Ids | Annotated[list[Ids], FirstError]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class TokenizeRequest(_Body):
+    content: str
+    model: str = ""
+    add_special: bool = False
+
+
+class DetokenizeRequest(_Body):
+    tokens: Ids
+    model: str = ""
+
+
+class TemplateRequest(_Body):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    model: str = ""
+
+
+class SlotRequest(_Body):
+    filename: FileName | None = None
+    model: str = ""
 
 
 class JsonRoute(APIRoute):
     """A route that lets the server's `Offload` parse and validate its argument `body`."""
 
     def get_route_handler(self) -> _Handler:
-        """Returns what answers a request: FastAPI's handler, after the body was read."""
         handle, kind = super().get_route_handler(), get_type_hints(self.endpoint).get("body")
         if kind is None:
             return handle
@@ -46,8 +181,6 @@ class JsonRoute(APIRoute):
 
 
 class _ParsedRequest(Request):
-    """A request with its body as an object, which FastAPI takes as it is."""
-
     def __init__(self, request: Request, data: bytes, parsed: object) -> None:
         super().__init__(request.scope, request.receive)
         self._data, self._parsed = data, parsed
@@ -60,11 +193,7 @@ class _ParsedRequest(Request):
 
 
 def require_json(content_type: str) -> None:
-    """Refuses other types: browsers send some of them from any page without asking the server.
-
-    Raises:
-        InvalidBody: the type is not JSON.
-    """
+    """Refuses other types: browsers send some of them from any page without asking the server."""
     message = email.message.Message()
     message["content-type"] = content_type
     subtype = message.get_content_subtype()
@@ -75,7 +204,6 @@ def require_json(content_type: str) -> None:
 
 
 def parse(kind: Any, data: bytes) -> Any:
-    """Returns the body as an object of `kind`."""
     require_simple(data)
     try:
         value = json.loads(data.decode("utf-8", "surrogatepass"))
@@ -88,11 +216,7 @@ def parse(kind: Any, data: bytes) -> Any:
 
 
 def require_simple(data: bytes) -> None:
-    """Refuses JSON that is small as text and large, or slow, as objects, before it is parsed.
-
-    Raises:
-        InvalidBody: it nests too deeply, or has too many objects or values.
-    """
+    """Refuses JSON that is small as text and large, or slow, as objects, before it is parsed."""
     text = np.frombuffer(data.replace(rb"\\", b"..").replace(rb"\"", b".."), np.uint8)
     inside, depth, objects, values = False, 0, 0, 0
     for start in range(0, len(text), _PIECE):

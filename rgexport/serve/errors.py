@@ -26,8 +26,6 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of an answer that is an error, for the published schema."""
-
     error: ErrorObject
 
 
@@ -35,35 +33,29 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or there are too many."},
     "5XX": {"model": ErrorBody, "description": "The server or its engine failed."},
 }
-"""Answers that every route may give."""
 
 
 class Gone(Exception):
-    """The client has left."""
-
-
-class NotFound(RequestError):
-    """A missing object, which the field `param` of the request names."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
+    pass
 
 
 class InvalidBody(RequestError):
     """An error in the field `param` of a request's body; None for the whole body."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, param)
         self.param = param
 
-    def __reduce__(self) -> tuple[type["InvalidBody"], tuple[str, str | None]]:
-        """Keeps the field when the error comes from another process."""
-        return InvalidBody, (str(self), self.param)
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NotFound(InvalidBody):
+    pass
 
 
 class TooLong(RequestError):
-    """An answer took longer than it may."""
+    pass
 
 
 class DiskFailed(RequestError):
@@ -71,8 +63,6 @@ class DiskFailed(RequestError):
 
 
 class ServerEnds(RequestError):
-    """The server ends before the answer is complete."""
-
     def __init__(self) -> None:
         super().__init__("the server ends; send the request again later")
 
@@ -92,10 +82,10 @@ def error_object(message: str, kind: str, param: str | None = None) -> dict[str,
     return {"error": {"message": one_line(message), "type": kind, "param": param, "code": None}}
 
 
-def error_response(
-    status: int, message: str, kind: str = INVALID, param: str | None = None
-) -> JSONResponse:
-    return JSONResponse(error_object(message, kind, param), status)
+def error_response(status: int, message: str, kind: str = INVALID, **headers: str) -> JSONResponse:
+    """Returns an error; names of headers have underscores for hyphens."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse(error_object(message, kind), status, headers=named)
 
 
 def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -109,25 +99,21 @@ def as_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def invalid_body(errors: Sequence[Any]) -> InvalidBody:
-    """Returns one of pydantic's errors; a union has errors for each of its types."""
+    """Returns the error of the nearest type; pydantic has errors for each type of a union."""
     error = max(errors, key=lambda problem: len(problem["loc"]))  # the nearest type of a union
-    param = ".".join(str(part) for part in error["loc"] if not _is_type(part))
+    # A location also has the names of a union's types.
+    names = [str(part) for part in error["loc"] if part not in ("str", "int")]
+    param = ".".join(part for part in names if "[" not in part)
     if not param:
         return InvalidBody("the body is not a JSON object")
     return InvalidBody(f"{param}: {error['msg']}", one_line(param))
-
-
-def _is_type(part: str | int) -> bool:
-    """Returns whether a part of a location is the name of a union's type."""
-    return part in ("str", "int") or "[" in str(part)
 
 
 def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
-        status, body = as_error(invalid_body(problems))
-        return JSONResponse(body, status)
+        return await failed(request, invalid_body(problems))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:

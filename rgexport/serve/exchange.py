@@ -1,10 +1,12 @@
-"""A running request: its replies, whole or as server-sent events."""
+"""A running request: its replies as OpenAI's answers, whole or as server-sent events."""
 
 import asyncio
 import contextlib
 import json
+import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,26 +18,137 @@ from rgexport.chat.jobs import GenerationJob
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import PromptTokens
 from rgexport.chat.reply import Item, ModelReply, ReplyOptions, ScoredToken, TextPiece
+from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.serve.answers import OpenAIAnswer
 from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
 from rgexport.serve.grammar import GrammarSource
 
+_REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 _STARTED_AT_ONCE = 8
 """Replies that start before the event loop runs again: each takes about 0.05 ms."""
 _DONE = b"data: [DONE]\n\n"
 
 
+@dataclass
+class OpenAIAnswer:
+    model: str
+    tokenizer: Tokenizer
+    chat: bool
+    logprobs: bool
+    n: int = 1
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(
+        self, replies: Sequence[ModelReply], tokens: Sequence[Sequence[ScoredToken]]
+    ) -> dict[str, Any]:
+        choices = []
+        for index, (reply, scored) in enumerate(zip(replies, tokens, strict=True)):
+            message = {"message": {"role": "assistant", "content": reply.text}}
+            choices.append(
+                {
+                    "index": index,
+                    **(message if self.chat else {"text": reply.text}),
+                    "logprobs": self._logprobs(scored),
+                    "finish_reason": _REASONS[reply.reason],
+                }
+            )
+        return self._object("chat.completion") | {
+            "choices": choices,
+            "usage": usage(replies, self.n),
+            "timings": timings(replies[0]),
+        }
+
+    def opening(self, index: int, before: str = "") -> dict[str, Any] | None:
+        if self.chat:
+            return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+        return self._chunk(index, {"text": before}) if before else None
+
+    def piece(self, index: int, piece: TextPiece) -> dict[str, Any]:
+        text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
+        return self._chunk(index, text | {"logprobs": self._logprobs(piece.tokens)})
+
+    def closing(self, index: int, reply: ModelReply) -> dict[str, Any]:
+        empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        last = self._chunk(index, empty, _REASONS[reply.reason])
+        return last | {"timings": timings(reply)}
+
+    def costs(self, replies: Sequence[ModelReply]) -> dict[str, Any]:
+        costs = {"choices": [], "usage": usage(replies, self.n)}
+        return self._object("chat.completion.chunk") | costs
+
+    def _chunk(self, index: int, text: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, **text, "finish_reason": reason}
+        return self._object("chat.completion.chunk") | {"choices": [choice]}
+
+    def _object(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind if self.chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        if self.chat:
+            tops = [[self._named(*pair) for pair in token.top] for token in tokens]
+            pairs = zip(tokens, tops, strict=True)
+            content = [self._named(t.id, t.logprob) | {"top_logprobs": top} for t, top in pairs]
+            return {"content": content}
+        # Nothing predicts a prompt's first token; OpenAI answers null for it.
+        return {
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else {self._text(i): p for i, p in token.top}
+                for token in tokens
+            ],
+        }
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "id": token,
+            "token": self._text(token),
+            "logprob": logprob,
+            "bytes": list(self.tokenizer.surface(token)),
+        }
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.surface(token).decode("utf-8", "replace")
+
+
+def usage(replies: Sequence[ModelReply], n: int = 1) -> dict[str, Any]:
+    """Returns OpenAI's usage of `n` replies to each prompt, which counts once, not `n` times."""
+    by_prompt = [replies[start : start + n] for start in range(0, len(replies), n)]
+    prompt = sum(group[0].prompt_tokens for group in by_prompt)
+    cached = sum(min(reply.cached_tokens for reply in group) for group in by_prompt)
+    new = sum(reply.new_tokens for reply in replies)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def timings(reply: ModelReply) -> dict[str, Any]:
+    return {
+        "cache_n": reply.cached_tokens,
+        "prompt_n": reply.prompt_tokens - reply.cached_tokens,
+        "prompt_ms": 1e3 * reply.read_seconds,
+        "prompt_per_second": reply.read_rate,
+        "predicted_n": reply.new_tokens,
+        "predicted_ms": 1e3 * reply.write_seconds,
+        "predicted_per_second": reply.write_rate,
+    }
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request.
-
-    Attributes:
-        new_tokens: maximum, and default maximum, number of tokens of a reply.
-        prompt_tokens: maximum number of tokens of a prompt.
-        seconds: maximum duration of an answer.
-        ping_seconds: maximum silence of a stream.
-    """
+    """Limits of a request; `ping_seconds` is the longest silence of a stream."""
 
     new_tokens: int = 4096
     prompt_tokens: int = 1 << 20
@@ -45,15 +158,6 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlannedReply:
-    """A reply that a request asks for.
-
-    Attributes:
-        prompt: the tokens before it.
-        options: its options.
-        before: text that is put before the reply's.
-        grammar: the grammar that its text must fit.
-    """
-
     prompt: PromptTokens
     options: ReplyOptions
     before: str = ""
@@ -61,7 +165,7 @@ class PlannedReply:
 
 
 class Exchange:
-    """The replies to one request. Whatever ends it, running replies are cancelled."""
+    """The replies to one request; `finished` gets the first one. Its end cancels those that run."""
 
     def __init__(
         self,
@@ -72,7 +176,6 @@ class Exchange:
         limits: Limits,
         finished: Callable[[ModelReply], None],
     ) -> None:
-        """Takes the replies to start; `finished` gets the first reply when it has ended."""
         self._request, self._model = request, model
         self._answer, self._planned = answer, planned
         self._limits, self._finished = limits, finished
@@ -84,12 +187,6 @@ class Exchange:
         self._is_over = False
 
     async def start(self) -> None:
-        """Starts the replies; the event loop runs between some of them.
-
-        Raises:
-            Busy: too many requests wait.
-            RequestError: a prompt cannot be read, or there are more replies than may ever wait.
-        """
         if len(self._planned) > (most := self._model.scheduler.most_requests):
             raise RequestError(
                 f"n: the request asks for {len(self._planned)} replies; this server takes up to "
@@ -111,16 +208,9 @@ class Exchange:
             job.cancel()
 
     def stop(self) -> None:
-        """Ends the answer with an error, because the server ends."""
         self._arrived.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the answer when all replies have ended.
-
-        Raises:
-            Gone: the client has left.
-            RequestError: a reply failed, or it took too long.
-        """
         tokens: list[list[ScoredToken]] = [[] for _ in self._planned]
         async with contextlib.aclosing(self._items(None)) as items:
             async for index, item in items:
@@ -131,7 +221,6 @@ class Exchange:
         return self._answer.whole(replies, tokens)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[bytes]:
-        """Yields the answer as server-sent events, with comments during silences."""
         opened: set[int] = set()
         try:
             async with contextlib.aclosing(self._items(self._limits.ping_seconds)) as items:
@@ -160,7 +249,6 @@ class Exchange:
         return [self._replies[index] for index in sorted(self._replies)]
 
     def _take(self, index: int, item: Item) -> None:
-        """Takes an item of a reply, in another thread; ignores it once the answer is over."""
         if self._is_over:
             return
         with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
@@ -169,7 +257,6 @@ class Exchange:
     async def _items(
         self, silence: float | None
     ) -> AsyncGenerator[tuple[int, TextPiece | ModelReply | None], None]:
-        """Yields the items of all replies until all have ended; None after a silence."""
         leaving = asyncio.create_task(self._wait_until_gone())
         try:
             while len(self._replies) < len(self._planned):
@@ -200,8 +287,6 @@ class Exchange:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events; its replies end with it, even if it never begins."""
-
     def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
         headers = headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         events = exchange.events(with_usage=with_usage)

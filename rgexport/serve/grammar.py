@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rgexport.chat.daemon_executor import DaemonExecutor
 from rgexport.chat.jobs import Busy
+from rgexport.chat.masks import DaemonExecutor
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import NotInstalled, RequestError, one_line
 from rgexport.serve.errors import Gone
@@ -35,7 +35,6 @@ two, and the states of a grammar take up to 250 MB."""
 _MOST_SCHEMA_CHARACTERS = 150_000
 """OpenAI allows 120,000 in the names and values of a schema."""
 _MOST_KNOWN = 16
-"""Number of compiled grammars in the cache."""
 _SHORT_SECONDS = 0.001
 """After a slower mask, tokens are consumed without the interpreter's lock."""
 COMPILE_SECONDS, MOST_COMPILING = 10.0, 64
@@ -45,8 +44,6 @@ _CLOSING_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class GrammarSource:
-    """The text of a grammar; equal ones are compiled once."""
-
     kind: Literal["json", "regex", "grammar"]
     text: str
 
@@ -62,48 +59,29 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
     return GrammarSource("json", text)
 
 
-@dataclass(frozen=True)
-class CompiledGrammar:
-    """A grammar that makes the masks of any number of replies.
-
-    Attributes:
-        start: a matcher at the start of the grammar.
-        failed: a matcher in an error state.
-        vocab_size: number of logits.
-    """
-
-    start: "llguidance.LLMatcher"
-    failed: "llguidance.LLMatcher"
-    vocab_size: int
-
-    def mask(self) -> "GrammarMask":
-        return GrammarMask(self)
-
-
 class GrammarMask:
-    def __init__(self, grammar: CompiledGrammar) -> None:
-        self._grammar, self._size = grammar, grammar.vocab_size
+    """Copies matchers at the start of a grammar, and in an error state; `size` is the logits'."""
+
+    def __init__(
+        self, start: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", size: int
+    ) -> None:
+        self._start, self._error, self._size = start, failed, size
         self._seconds = 0.0
 
     # The copies are made by the thread that computes masks, when it is the reply's turn.
     @functools.cached_property
     def _matcher(self) -> "llguidance.LLMatcher":
-        return self._grammar.start.deep_copy()
+        return self._start.deep_copy()
 
     @functools.cached_property
     def _failed(self) -> "llguidance.LLMatcher":
-        return self._grammar.failed.deep_copy()
+        return self._error.deep_copy()
 
     @functools.cached_property
     def _bits(self) -> np.ndarray:
         return np.zeros((1, -(-self._size // 32)), np.int32)
 
     def allowed(self) -> np.ndarray:
-        """Returns which tokens may come next, bool [vocab].
-
-        Raises:
-            RequestError: the grammar is beyond llguidance's limits.
-        """
         import llguidance.numpy
 
         started = time.perf_counter()
@@ -114,11 +92,10 @@ class GrammarMask:
         return bits[: self._size].view(bool)
 
     def accept(self, token: int) -> None:
-        """Takes the token that was chosen."""
         if self._seconds < _SHORT_SECONDS:
             self._matcher.consume_token(token)
         else:  # only a call for two matchers releases the lock of the interpreter
-            _executor().consume_token_par([(self._matcher, token), (self._failed, token)])
+            _threads.executor.consume_token_par([(self._matcher, token), (self._failed, token)])
         self._require_no_error()
 
     def _require_no_error(self) -> None:
@@ -127,17 +104,17 @@ class GrammarMask:
             raise RequestError(f"the grammar cannot go on: {reason}")
 
 
-class Grammars:
-    """The grammars of one vocabulary, with a cache of compiled ones."""
+CompiledGrammar = Callable[[], GrammarMask]
+"""Makes the mask of a reply."""
 
+
+class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Takes the tokenizer, and the number of a model's logits."""
         self._tokenizer, self._size = tokenizer, vocab_size
         self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
-        """Returns a grammar from the cache."""
         with self._lock:
             if source not in self._known:
                 return None
@@ -148,7 +125,6 @@ class Grammars:
         return compiled
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """Returns a compiled grammar; compiling takes up to seconds."""
         if known := self.known(source):
             return known
         compiled: CompiledGrammar | RequestError
@@ -176,8 +152,8 @@ class Grammars:
         if matcher.is_error():
             reason = one_line(matcher.get_error().replace("<non-verbose/>", ""))
             raise RequestError(f"the grammar cannot be used: {reason}")
-        compiled = CompiledGrammar(matcher, self._failed, self._size)
-        compiled.mask().allowed()
+        compiled = partial(GrammarMask, matcher, self._failed, self._size)
+        compiled().allowed()
         return compiled
 
     @functools.cached_property
@@ -192,10 +168,9 @@ class Grammars:
 
 
 class GrammarThread:
-    """A queue of grammars and the thread that compiles them, unless their clients have left."""
+    """Compiles grammars one by one, unless their clients have left; `most` may wait `seconds`."""
 
     def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
-        """Takes the longest wait for a grammar, and the maximum number of grammars that wait."""
         self._seconds, self._most = seconds, most
         self._thread = DaemonExecutor("grammars", low_priority=True)
         self._waiting = 0
@@ -206,18 +181,7 @@ class GrammarThread:
         source: GrammarSource,
         client_left: Callable[[], Coroutine[Any, Any, None]],
     ) -> CompiledGrammar:
-        """Returns the compiled grammar, at once if it is in the cache.
-
-        Args:
-            grammars: the grammars of the vocabulary.
-            source: the grammar.
-            client_left: returns when the client has left.
-
-        Raises:
-            Busy: too many grammars wait, or those before take too long.
-            Gone: the client has left.
-            RequestError: the grammar cannot be used, or takes too long.
-        """
+        """Returns the compiled grammar; raises Busy, or Gone if the client left."""
         if compiled := grammars.known(source):
             return compiled
         if self._waiting >= self._most:
@@ -244,12 +208,10 @@ class GrammarThread:
             leaving.cancel()
 
     def close(self) -> None:
-        """Ends the thread, but does not wait for a grammar that takes too long."""
         self._thread.shutdown(_CLOSING_SECONDS)
 
 
 def _guidance(source: GrammarSource) -> str:
-    """Returns a grammar in a form that llguidance reads."""
     matcher = _llguidance().LLMatcher
     if source.kind == "json":
         return str(matcher.grammar_from_json_schema(source.text))
@@ -260,15 +222,15 @@ def _guidance(source: GrammarSource) -> str:
     return str(matcher.grammar_from_lark(any_to_lark(source.text)))
 
 
-_threads = threading.local()
+class _Threads(threading.local):
+    @functools.cached_property
+    def executor(self) -> "llguidance.LLExecutor":
+        """The executor of this thread, which has the priority of the thread."""
+        executor: llguidance.LLExecutor = _llguidance().LLExecutor(1)
+        return executor
 
 
-def _executor() -> "llguidance.LLExecutor":
-    """Returns the executor of this thread, which has the priority of the thread."""
-    if not hasattr(_threads, "executor"):
-        _threads.executor = _llguidance().LLExecutor(1)
-    executor: llguidance.LLExecutor = _threads.executor
-    return executor
+_threads = _Threads()
 
 
 def _llguidance() -> Any:
@@ -282,8 +244,6 @@ def _llguidance() -> Any:
 
 
 class _GuidanceVocabulary:
-    """A tokenizer with the interface that `llguidance.TokenizerWrapper` expects."""
-
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}
         stop = tokenizer.end_of_turn_id

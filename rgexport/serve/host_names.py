@@ -5,15 +5,11 @@ import re
 from collections.abc import Collection
 
 ANY = "*"
-"""Allows every name."""
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/?#@,]+)(:\d{1,5})?", re.IGNORECASE)
 
 
 def host_name(authority: str) -> str | None:
-    """Returns the name or address of `host:port` in lower case, without brackets.
-
-    None if there is no such name.
-    """
+    """Returns the name or address of `host:port` in lower case without brackets, if valid."""
     match = _AUTHORITY.fullmatch(authority)
     return match[1].strip("[]").removesuffix(".").lower() if match else None
 
@@ -29,7 +25,6 @@ def is_allowed(authority: str, names: Collection[str]) -> bool:
 
 
 def authority_of(host: str, port: int) -> str:
-    """Returns `host:port` as it stands in an address, with brackets around one of IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

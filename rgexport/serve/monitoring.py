@@ -12,9 +12,7 @@ from rgexport.errors import RequestError
 from rgexport.progress import warn
 
 STALL_SECONDS = 60.0
-"""Longest time of a step, unless earlier steps took long."""
 _LOOK_SECONDS = 2.0
-"""Interval of the checks of the files."""
 _REPLACED = "the files of the artifact changed; restart the server to open the new ones"
 _COUNTERS = {
     "requests": "Requests that were begun.",
@@ -36,26 +34,17 @@ _GAUGES: dict[str, tuple[str, Callable[[Model], float]]] = {
 
 
 class Health:
-    """The check of the models. It answers from memory, also while threads or disks hang.
+    """The check of the models, from memory, and of their files, by a thread after `start`."""
 
-    After `start`, a thread compares the artifacts' files with those that were opened.
-    """
-
-    def __init__(
-        self, models: Mapping[str, Model], *, stall_seconds: float = STALL_SECONDS
-    ) -> None:
+    def __init__(self, models: Mapping[str, Model], stall_seconds: float = STALL_SECONDS) -> None:
         self._models, self._patience = models, stall_seconds
         self._changed: set[str] = set()
         self._closed = threading.Event()
 
     def problems(self) -> dict[str, str]:
-        """Returns why models do not reply, by name; empty if all do."""
-        problems: dict[str, str] = {}
-        for name, model in self._models.items():
-            replaced = _REPLACED if name in self._changed else None
-            if problem := replaced or model.scheduler.problem(self._patience):
-                problems[name] = problem
-        return problems
+        problems = {name: m.scheduler.problem(self._patience) for name, m in self._models.items()}
+        problems |= dict.fromkeys(self._changed, _REPLACED)
+        return {name: problem for name, problem in problems.items() if problem}
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="health", daemon=True).start()
@@ -64,7 +53,6 @@ class Health:
         self._closed.set()
 
     def look(self) -> None:
-        """Notes which artifacts' files are not those that were opened."""
         for name, model in self._models.items():
             try:
                 model.require_unchanged()
@@ -101,18 +89,12 @@ class Metrics:
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_ModelCollector(models))
-        self._answers = Counter(
-            "rgexport_http_answers",
-            "Answers by path and status.",
-            ["path", "status"],
-            registry=registry,
-        )
-        self._seconds = Histogram(
-            "rgexport_http_seconds", "Time of an answer.", ["path"], registry=registry
-        )
+        paths, about = ["path", "status"], "Answers by path and status."
+        self._answers = Counter("rgexport_http_answers", about, paths, registry=registry)
+        about = "Time of an answer."
+        self._seconds = Histogram("rgexport_http_seconds", about, ["path"], registry=registry)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """Counts an answer; `path` is a route, not the client's path."""
         self._answers.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 

@@ -1,41 +1,95 @@
-"""The state of a server: settings, models, grammars, slots and saved states."""
+"""The state of a server, and computations beside its event loop: in threads, or in a process."""
 
-from collections.abc import Mapping
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, Literal
 from weakref import WeakSet
 
+import anyio
+import anyio.to_thread
 from starlette.requests import Request
 
 from rgexport.chat.model import Model
-from rgexport.serve.clients import Client, client_of
-from rgexport.serve.errors import NotFound
+from rgexport.serve.bodies import parse
+from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
+from rgexport.serve.errors import Gone, NotFound
 from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
 from rgexport.serve.grammar import Grammars, GrammarThread
-from rgexport.serve.monitoring import Health, Metrics
-from rgexport.serve.named_states import NamedStates
-from rgexport.serve.offload import Offload
-from rgexport.serve.slots import ClientSlots
+from rgexport.serve.guards import Connections
+from rgexport.serve.monitoring import STALL_SECONDS, Health, Metrics
 from rgexport.serve.text_process import TextProcess, with_encoder
+
+LONG = 1 << 16
+"""Smallest body, in bytes, that the process for long texts parses."""
+_SHORT = 1 << 14
+"""Largest body with a short computation: it has no text that `chat.prompts` counts as long."""
+Kind = Literal["short", "long"]
+_THREADS: dict[Kind, int] = {"short": 3, "long": 2}
+"""Threads of each kind, so that long computations do not delay short ones. They are few, since they
+compete with the scheduler for the interpreter's lock."""
+
+
+class Offload:
+    """Runs functions in threads or the process, unless the client leaves before they begin."""
+
+    def __init__(self, text_process: TextProcess | None) -> None:
+        self._text_process = text_process
+
+    async def parse(self, request: Request, kind: Any, data: bytes) -> Any:
+        if self._text_process and len(data) > LONG:
+            return await self.run("long", request, self._text_process.call, parse, kind, data)
+        return await self.run(kind_of(len(data)), request, parse, kind, data)
+
+    async def with_encoder(
+        self,
+        request: Request,
+        name: str,
+        model: Model,
+        size: int,
+        function: Callable[..., bytes],
+        *args: Any,
+    ) -> Any:
+        if self._text_process and size > LONG:
+            call = self._text_process.call
+            return await self.run("long", request, call, with_encoder, name, function, *args)
+        return await self.run(kind_of(size), request, function, model, *args)
+
+    async def run(
+        self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Returns `function(*args)`, computed in a thread; raises Gone if the client left."""
+        call = anyio.to_thread.run_sync(
+            partial(function, *args), limiter=self._limiters[kind], abandon_on_cancel=True
+        )
+        job = asyncio.ensure_future(call)
+        leaving = asyncio.ensure_future(until_gone(request))
+        try:
+            await asyncio.wait((job, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not job.done():
+                raise Gone
+            return job.result()
+        finally:
+            leaving.cancel()
+            job.cancel()
+
+    @cached_property
+    def _limiters(self) -> dict[Kind, anyio.CapacityLimiter]:
+        return {kind: anyio.CapacityLimiter(threads) for kind, threads in _THREADS.items()}
+
+
+def kind_of(size: int) -> Kind:
+    return "long" if size > _SHORT else "short"
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Settings of a server.
+    """Settings of a server, as the options of `rgexport serve` describe them.
 
-    Attributes:
-        api_key: the key that clients must present; None accepts all clients.
-        cors_origins: origins of web pages that may use it; `*` for all.
-        allowed_hosts: names that requests may give the server, beside addresses; `*` for all.
-        limits: limits of a request.
-        body_bytes: maximum size of a request.
-        saved: the folder of states that clients name; None for none.
-        most_saved: maximum number of states of a client in it.
-        saved_bytes: maximum size of the states of all clients.
-        log: whether each request is logged.
-        share_prefixes: whether all clients use the same states, named ones included.
-        trusted_proxies: addresses whose X-Forwarded-For header names the client.
+    `*` stands for all origins or hosts. `saved` is the folder of states that clients name.
     """
 
     api_key: str | None = None
@@ -49,25 +103,27 @@ class ServerSettings:
     log: bool = True
     share_prefixes: bool = False
     trusted_proxies: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8080
+    connections: Connections = field(default_factory=Connections)
+    grace_seconds: int = 30
+    stall_seconds: float = STALL_SECONDS
 
 
 class Server:
-    """Everything that endpoints share; they get it by `server_of`."""
+    """The models, and all else that endpoints share; they get it by `server_of`."""
 
     def __init__(
         self,
         models: Mapping[str, Model],
         settings: ServerSettings,
         text_process: TextProcess | None = None,
-        health: Health | None = None,
     ) -> None:
-        """Takes the models by name, and a process for long texts, which is optional."""
         self.models, self.settings = dict(models), settings
-        self.metrics, self.health = Metrics(self.models), health or Health(models)
+        self.metrics = Metrics(self.models)
+        self.health = Health(models, stall_seconds=settings.stall_seconds)
         self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
-        self.saved = NamedStates(
-            settings.saved, most=settings.most_saved, max_bytes=settings.saved_bytes
-        )
+        self.saved = NamedStates(settings.saved, settings.most_saved, settings.saved_bytes)
         self.offload = Offload(text_process)
         self.grammar_thread = GrammarThread()
         self._grammars = {
@@ -79,11 +135,6 @@ class Server:
                 model.elsewhere = partial(text_process.call, with_encoder, name)
 
     def model(self, name: str) -> tuple[str, Model]:
-        """Returns a model and its name; if there is only one, it has any name.
-
-        Raises:
-            NotFound: there are several, and none of this name.
-        """
         if len(self.models) == 1:
             name = next(iter(self.models))
         if name not in self.models:
@@ -94,26 +145,19 @@ class Server:
     async def with_grammar(
         self, name: str, replies: list[PlannedReply], request: Request
     ) -> list[PlannedReply]:
-        """Adds the masks of a request's grammar, if it has one.
-
-        Raises:
-            Busy: too many grammars wait.
-            Gone: the client has left.
-            RequestError: the grammar cannot be used.
-        """
         if (source := replies[0].grammar) is None:
             return replies
         compiled = await self.grammar_thread.compile(
             self._grammars[name], source, partial(until_gone, request)
         )
-        return [
-            replace(reply, options=replace(reply.options, mask=compiled.mask()))
-            for reply in replies
-        ]
+        options = [replace(reply.options, mask=compiled()) for reply in replies]
+        return [replace(r, options=o) for r, o in zip(replies, options, strict=True)]
 
     def client(self, request: Request) -> Client:
-        settings = self.settings
-        return client_of(request, settings.api_key, is_sharing=settings.share_prefixes)
+        key, address = self.settings.api_key, request.client.host if request.client else ""
+        identity = f"address\n{address}" if key is None else f"key\n{key}"
+        owner = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return Client(network_of(address), owner, self.settings.share_prefixes)
 
 
 def server_of(request: Request) -> Server:

@@ -1,7 +1,6 @@
 """A process of low priority for long texts and bodies.
 
-Parsing and tokenizing megabytes takes seconds, and much of it holds the interpreter's lock, which
-the scheduler's thread needs for every step.
+Parsing megabytes takes seconds, and holds the interpreter's lock, which each step needs.
 """
 
 import functools
@@ -25,18 +24,13 @@ from rgexport.progress import warn
 from rgexport.serve.errors import TooLong
 
 _CALL_SECONDS = 120.0
-"""Longest time of a call."""
 _NICE = 10
-"""Nice value of the process."""
-
-Openers = Mapping[str, Callable[[], PromptEncoder]]
-"""Name of a model → function that opens its tokenizer and template."""
 
 
 class TextProcess:
     """The process: it starts at the first call, and runs one call at a time."""
 
-    def __init__(self, openers: Openers) -> None:
+    def __init__(self, openers: Mapping[str, Callable[[], PromptEncoder]]) -> None:
         self._openers = dict(openers)
         self._turn = threading.Lock()
         self._process: SpawnProcess | None = None
@@ -44,13 +38,7 @@ class TextProcess:
         self._closed = False
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns `function(*args)`, computed in the process; all of it must be picklable.
-
-        Raises:
-            TooLong: it takes too long; the process is ended.
-            EngineError: the process ended.
-            RequestError: what the function raised.
-        """
+        """Returns `function(*args)`, all picklable; raises TooLong, and ends a slow process."""
         with self._turn:
             try:
                 is_error, result = self._exchange(function, args)
@@ -101,11 +89,7 @@ class TextProcess:
 
 
 def open_encoder(path: Path, identity: Identity, most_tokens: int) -> PromptEncoder:
-    """Opens the encoder of an artifact, without its weights.
-
-    Raises:
-        EngineError: it is another artifact than `identity`.
-    """
+    """Opens the encoder of an artifact, if it is `identity`, without its weights."""
     artifact = open_artifact(path)
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     if identity_of(artifact.manifest, template.source) != identity:
@@ -116,12 +100,10 @@ def open_encoder(path: Path, identity: Identity, most_tokens: int) -> PromptEnco
 
 
 def with_encoder(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function, in the process, with the encoder of a model before its arguments."""
     return function(_encoder(name), *args)
 
 
 _openers: dict[str, Callable[[], PromptEncoder]] = {}
-"""Set in the process alone."""
 
 
 @functools.cache
@@ -130,7 +112,6 @@ def _encoder(name: str) -> PromptEncoder:
 
 
 def _serve(connection: Connection, openers: dict[str, Callable[[], PromptEncoder]]) -> None:
-    """Answers calls until the other side has closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this
     if hasattr(os, "nice"):
         os.nice(_NICE)
@@ -144,7 +125,6 @@ def _serve(connection: Connection, openers: dict[str, Callable[[], PromptEncoder
 
 
 def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Returns whether a call failed, and its result or its error."""
     try:
         return False, function(*args)
     except RequestError as error:

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from rgexport.chat import scheduler as scheduler_module
 from rgexport.chat.jobs import GenerationRequest
-from rgexport.chat.lookup import Draft, PromptLookup
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Counters, Scheduler
-from rgexport.chat.speculation import Speculation
+from rgexport.chat.speculation import Draft, PromptLookup, Speculation
 from rgexport.errors import RequestError
 from tests.chat.test_scheduler import VOCAB, Heard, alone, ask, held_up
 from tests.toy_session import ToySession

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.chat import state_folder
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.state_file import read_state_header
+from rgexport.chat.state_file import key_of, read_state_header
 from rgexport.chat.state_folder import StateFolder
 from rgexport.griffin.state import POSITION
 from tests.chat.conftest import IDENTITY, until
@@ -88,7 +87,7 @@ def longest(store, ids):
     """The longest prefix, after the folder has been read."""
     fetch = store.fetch(ids, lambda: None)
     if fetch:
-        fetch.wait()
+        until(lambda: not fetch.pending)
     return store.longest(ids, fetch=fetch)
 
 

@@ -10,11 +10,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.chat.prefix_key import key_of
 from rgexport.chat.state_file import (
     METADATA,
     SavedState,
     is_state_file,
+    key_of,
     read_state,
     read_state_header,
     require_same_model,

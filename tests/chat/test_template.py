@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat import template_sandbox
-from rgexport.chat.template import ChatTemplate, load_template
+from rgexport.chat.prompts import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE

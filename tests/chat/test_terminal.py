@@ -7,10 +7,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from rgexport.chat.commands import COMMANDS
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.reply import ReplyOptions
-from rgexport.chat.terminal import pipe_chat, terminal_chat
+from rgexport.chat.terminal import COMMANDS, pipe_chat, terminal_chat
 from rgexport.errors import RequestError
 from tests.toy_session import ToySession
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.gguf_text import LlamaCppVocabulary
+from rgexport.chat.prompts import load_template
 from rgexport.chat.sample_text import built_in_text
-from rgexport.chat.template import load_template
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.gguf.exporter import export_gguf

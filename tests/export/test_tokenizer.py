@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.template import load_template
+from rgexport.chat.prompts import load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml

@@ -13,7 +13,7 @@ import uvicorn
 
 from rgexport.chat.model import Model
 from rgexport.serve.app import create_app
-from rgexport.serve.connections import Connections, protocol
+from rgexport.serve.guards import Connections, protocol
 from rgexport.serve.server import ServerSettings
 from tests.chat.conftest import (
     IDENTITY,

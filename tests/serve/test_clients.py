@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rgexport.serve import named_states, run
-from rgexport.serve.clients import network_of
+from rgexport.serve import app, clients
+from rgexport.serve.clients import ClientSlots, Slot, network_of
 from rgexport.serve.server import ServerSettings
-from rgexport.serve.slots import ClientSlots, Slot
 from rgexport.serve.text_process import TextProcess
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.serve.conftest import COMPLETE, cached, error_of, held, until
@@ -82,8 +81,8 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(serve, monkeyp
     with serve() as server:
         assert [complete(server, IDS, each) for each in (ANN, BOB)] == [0, 5], "both are 127.0.0.1"
     runs = []
-    monkeypatch.setattr(run, "_run", lambda server, model: (runs.append(server), model.close()))
-    run.serve({}, ServerSettings(), TextProcess({}), run.Listening(port=0, grace_seconds=0))
+    monkeypatch.setattr(app, "_run", lambda server, model: (runs.append(server), model.close()))
+    app.serve({}, ServerSettings(port=0, grace_seconds=0), TextProcess({}))
     assert runs[0].config.proxy_headers is False
 
 
@@ -150,7 +149,7 @@ def test_a_state_is_acknowledged_when_it_is_on_the_disk(fault, serve, tmp_path, 
 
 
 def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(named_states, "DISK_SECONDS", 0.3)
+    monkeypatch.setattr(clients, "DISK_SECONDS", 0.3)
     disk = FaultyDisk(tmp_path / "saved", monkeypatch)
     settings = ServerSettings(saved=disk.folder, share_prefixes=True, log=False)
     with serve(settings) as server, ThreadPoolExecutor(12) as pool:
@@ -161,7 +160,7 @@ def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch)
         answers = [save.result() for save in saves]
         assert {answer.status_code for answer in answers} <= {429, 503}
         assert "does not answer" in "".join(answer.text for answer in answers)
-        monkeypatch.setattr(named_states, "DISK_SECONDS", 60)
+        monkeypatch.setattr(clients, "DISK_SECONDS", 60)
         disk.end()
         until(lambda: act(server, "save", "a").status_code != 429)
         assert act(server, "restore", "a").status_code == 200

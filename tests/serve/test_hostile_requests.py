@@ -8,13 +8,12 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from rgexport.chat.template import ChatTemplate
-from rgexport.serve import bodies, middleware
+from rgexport.chat.prompts import ChatTemplate
+from rgexport.serve import bodies, endpoints, guards
+from rgexport.serve.app import _own_names
 from rgexport.serve.bodies import require_simple
-from rgexport.serve.connections import Connections
-from rgexport.serve.endpoints import completions
 from rgexport.serve.errors import InvalidBody
-from rgexport.serve.run import _own_names
+from rgexport.serve.guards import Connections
 from rgexport.serve.server import ServerSettings
 from tests.serve.conftest import CHAT, COMPLETE, error_of, until
 
@@ -162,7 +161,7 @@ def test_as_many_levels_as_are_allowed_are_no_failure(serve):
 
 @pytest.mark.parametrize("error", [RecursionError("deep"), KeyError("secret"), MemoryError()])
 def test_an_unexpected_error_is_an_error_object(error, server, monkeypatch, capsys):
-    monkeypatch.setattr(completions, "messages_of", Mock(side_effect=error))
+    monkeypatch.setattr(endpoints, "messages_of", Mock(side_effect=error))
     answer = server.post(*ASK_CHAT)
     assert error_of(answer, 500) == "the server failed; its log says why"
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
@@ -208,7 +207,7 @@ def test_what_comes_slowly_or_not_at_all(hasty, monkeypatch):
         time.sleep(2 * QUICK)
         connection.sendall(b'{"content": "x"}')
         assert b"200 OK" in connection.recv(1000)
-    monkeypatch.setattr(middleware, "_BODY_SECONDS", QUICK)
+    monkeypatch.setattr(guards, "_BODY_SECONDS", QUICK)
     with hasty.connect(HEAD + b"Content-Length: 100000\r\n\r\n") as connection:
         answer = drip(connection, b" ")
         assert b" 408 " in answer and b"application/json" in answer

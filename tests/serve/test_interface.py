@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat.sampling import log_probabilities
-from rgexport.serve.endpoints.completions import AFFINITY
-from rgexport.serve.requests import ChatRequest, CompletionRequest
+from rgexport.serve.bodies import ChatRequest, CompletionRequest
+from rgexport.serve.endpoints import AFFINITY
 from rgexport.serve.server import ServerSettings
 from tests.serve.conftest import CHAT, COMPLETE, JSON, cached, error_of, messages_of, said
 from tests.toy_session import ToySession

@@ -14,10 +14,9 @@ import pytest
 from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
 from rgexport.errors import RequestError
-from rgexport.serve.app import create_app
+from rgexport.serve.app import _config, _Server, create_app
 from rgexport.serve.exchange import Limits
 from rgexport.serve.monitoring import Health
-from rgexport.serve.run import Listening, _config, _Server
 from rgexport.serve.server import ServerSettings
 from tests.chat.conftest import IDENTITY
 from tests.serve.conftest import CHAT, COMPLETE, delay, error_of, held, messages_of, running, until
@@ -105,8 +104,8 @@ def test_an_answer_past_the_servers_end_is_an_error(grace_seconds, gemma, templa
     session = ToySession(gemma.vocab_size)
     delay(session, 0.05)
     model = Model(session, gemma, template, IDENTITY, rows=4)
-    app = create_app({model.name: model}, ServerSettings(log=False))
-    server = _Server(_config(app, Listening(port=0, grace_seconds=grace_seconds)))
+    settings = ServerSettings(log=False, port=0, grace_seconds=grace_seconds)
+    server = _Server(_config(create_app({model.name: model}, settings), settings))
     with running(server) as url, ThreadPoolExecutor(2) as pool:
         asked = [
             pool.submit(httpx.post, url + CHAT, json=body("hello", stream=is_stream), timeout=60)

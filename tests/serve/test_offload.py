@@ -15,14 +15,13 @@ import pytest
 from rgexport.chat import prompts as prompts_module
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.jobs import EngineError
-from rgexport.chat.prompts import PromptEncoder
-from rgexport.chat.template import load_template
+from rgexport.chat.prompts import PromptEncoder, load_template
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.manifest import identity_of
 from rgexport.export.opening import open_artifact
 from rgexport.serve import grammar as grammar_module
-from rgexport.serve import offload
+from rgexport.serve import server as server_module
 from rgexport.serve import text_process as text_process_module
 from rgexport.serve.errors import InvalidBody, TooLong
 from rgexport.serve.exchange import Limits
@@ -110,7 +109,7 @@ def test_another_artifact_is_refused(demo_artifact):
 
 def test_work_for_a_client_that_left_is_skipped(serve, monkeypatch):
     """Two threads read long bodies; what waits for them when its client leaves is not read."""
-    begun, go, read, parse = threading.Semaphore(0), threading.Event(), [], offload.parse
+    begun, go, read, parse = threading.Semaphore(0), threading.Event(), [], server_module.parse
 
     def slow(kind, data):
         read.append(data)
@@ -118,12 +117,12 @@ def test_work_for_a_client_that_left_is_skipped(serve, monkeypatch):
         go.wait(60)
         return parse(kind, data)
 
-    monkeypatch.setattr(offload, "parse", slow)
+    monkeypatch.setattr(server_module, "parse", slow)
     with serve() as server, ExitStack() as clients:
         for text in "ab":
-            clients.enter_context(server.send("/tokenize", {"content": text * offload.LONG}))
+            clients.enter_context(server.send("/tokenize", {"content": text * server_module.LONG}))
             assert begun.acquire(timeout=60)
-        gone = [server.send("/tokenize", {"content": "c" * offload.LONG}) for _ in range(5)]
+        gone = [server.send("/tokenize", {"content": "c" * server_module.LONG}) for _ in range(5)]
         assert server.get("/health").status_code == 200
         for each in gone:
             each.close()

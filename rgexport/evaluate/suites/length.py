@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat import state_file as files
-from rgexport.chat.prefix_key import key_of
+from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.evaluate.display import Models, Value, curves, difference_cell, differences_of
 from rgexport.evaluate.figures import mean, mean_difference

@@ -1,1 +1,0 @@
-"""Functions that answer requests; the table `app.ENDPOINTS` has their paths."""
