@@ -21,8 +21,10 @@ FOLDERS_OF_FULL = {"web_page", "npm", "kernels/llama_cpp", "runtimes/llama_cpp",
 """Folders whose tests are all marked `full`."""
 MODULE_OF_FULL = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.(full|nightly)\b", re.MULTILINE)
 
-# On a busy machine every way of making inputs is slow.
-settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
+# On a busy machine everything is slow: making inputs, and the tests themselves.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 

@@ -31,7 +31,14 @@ Chains = Sequence[tuple[EvaluatedModel, Sequence[Chain]]]
 
 
 def requested_suites(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:
-    """Returns these suites, by default `BY_DEFAULT`; task names add the suite `tasks`."""
+    """Returns these suites, by default `BY_DEFAULT`; task names add the suite `tasks`.
+
+    Raises:
+        RequestError: there is no such suite, or no task for the suite `tasks`.
+    """
+    for name in names:
+        if name not in SUITES:
+            raise RequestError(f"the suite is {name!r}; expected one of {', '.join(SUITES)}")
     if "tasks" in names and not task_names:
         raise RequestError(
             "--suite tasks needs --task NAME: a task of lm_eval, or one of --task-files"

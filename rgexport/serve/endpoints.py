@@ -30,12 +30,14 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def chat(request: Request, body: bodies.ChatRequest) -> Response:
+    """Continues a conversation, as OpenAI's endpoint does."""
     name, model = server_of(request).model(body.model)
     answer = OpenAIAnswer(name, model.tokenizer, chat=True, logprobs=body.logprobs, n=body.n)
     return await _respond(request, body, answer, plan_chat)
 
 
 async def complete(request: Request, body: bodies.CompletionRequest) -> Response:
+    """Continues a prompt, or several, as OpenAI's endpoint does."""
     name, model = server_of(request).model(body.model)
     logprobs = body.logprobs is not None
     answer = OpenAIAnswer(name, model.tokenizer, chat=False, logprobs=logprobs, n=body.n)
@@ -219,6 +221,7 @@ def _content(message: bodies.ChatMessage | bodies.Prediction) -> str:
 
 
 async def healthy(request: Request) -> JSONResponse:
+    """Says whether every model still answers."""
     problems = server_of(request).health.problems()
     if not problems:
         return JSONResponse({"status": "ok"})
@@ -228,16 +231,19 @@ async def healthy(request: Request) -> JSONResponse:
 
 
 async def models(request: Request) -> dict[str, Any]:
+    """Lists the models."""
     return {"object": "list", "data": [_model_card(name) for name in server_of(request).models]}
 
 
 async def model(request: Request, name: str) -> dict[str, Any]:
+    """Describes a model."""
     if name not in server_of(request).models:
         raise errors.NotFound(f"there is no model {name!r} here", "model")
     return _model_card(name)
 
 
 def metrics(request: Request) -> PlainTextResponse:
+    """Counts requests, tokens and seconds, in the format of Prometheus."""
     return PlainTextResponse(server_of(request).metrics.text(), media_type=_METRICS_TYPE)
 
 
@@ -246,15 +252,18 @@ def _model_card(name: str) -> dict[str, Any]:
 
 
 async def tokenize(request: Request, body: bodies.TokenizeRequest) -> Response:
+    """Returns the tokens of a text."""
     size = len(body.content)
     return await _answer(request, body.model, size, _tokens, body.content, body.add_special)
 
 
 async def detokenize(request: Request, body: bodies.DetokenizeRequest) -> Response:
+    """Returns the text of tokens."""
     return await _answer(request, body.model, len(body.tokens), _text, body.tokens)
 
 
 async def apply_template(request: Request, body: bodies.TemplateRequest) -> Response:
+    """Returns the prompt that a conversation becomes."""
     size, messages = len(await request.body()), messages_of(body.messages)
     return await _answer(request, body.model, size, _rendered, messages)
 
@@ -299,6 +308,7 @@ def _json(body: dict[str, Any]) -> bytes:
 
 
 async def slots(request: Request) -> list[dict[str, Any]]:
+    """Lists the slots of the client."""
     server = server_of(request)
     return [
         {"id": number, "model": name, "n_prompt_tokens": slot.count}
@@ -312,6 +322,7 @@ async def act(
     action: Literal["save", "restore", "erase"],
     body: bodies.SlotRequest | None = None,
 ) -> dict[str, Any]:
+    """Saves, restores or erases the state of a slot."""
     server, body = server_of(request), body or bodies.SlotRequest()
     client, name = server.client(request), body.filename
     model_name, model = server.model(body.model)

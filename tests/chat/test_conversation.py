@@ -98,7 +98,7 @@ def test_a_reply_that_is_closed_keeps_what_was_said(conversation, session):
     assert_settled(conversation)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_conversation(make_model, gemma, data):
     session = ToySession(gemma.vocab_size)

@@ -183,7 +183,7 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 5), asked=st.lists(REQUEST, min_size=1, max_size=6))
 @pytest.mark.usefixtures("eager")
 def test_drafts_change_no_reply(rows: int, asked: list[dict[str, Any]]) -> None:

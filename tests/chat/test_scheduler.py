@@ -84,7 +84,7 @@ def held_up(scheduler, ids, count=2, **more):
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=90)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 4),
     asked=st.lists(st.tuples(PROMPTS, st.integers(1, 9), st.booleans()), min_size=1, max_size=9),

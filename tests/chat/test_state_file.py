@@ -87,7 +87,7 @@ def test_what_cannot_be_written_or_read_is_one_line(tmp_path: Path) -> None:
         read_state(path, SHAPES)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(place=st.floats(0, 1), bit=st.integers(0, 7))
 def test_an_altered_file_is_refused(place, bit, tmp_path_factory):
     """Whatever bit of it, the metadata included: but for spaces and words that nothing uses."""

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.chat import template_sandbox
@@ -23,7 +23,6 @@ def turns(contents: list[str], role: str = "user") -> list[dict[str, str]]:
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
-@settings(deadline=None)
 @given(contents=st.lists(TEXTS, min_size=1, max_size=4), prompt=st.booleans())
 def test_only_the_template_opens_turns(tokenizer, template, contents, prompt):
     ids = template.render_ids(tokenizer, turns(contents), prompt)

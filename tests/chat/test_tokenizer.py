@@ -43,7 +43,6 @@ def converted(json_folder):
     return load_tokenizer(json_folder)
 
 
-@settings(deadline=None)
 @given(text=plain)
 def test_text_encodes_as_sentencepiece_does(gemma, converted, engine, text):
     """Also by the tokenizer.json made from it."""
@@ -54,7 +53,6 @@ def test_text_encodes_as_sentencepiece_does(gemma, converted, engine, text):
     assert gemma.decode(ids) == engine.DecodeIds(ids)
 
 
-@settings(deadline=None)
 @given(text=hostile)
 def test_no_text_becomes_a_special_piece(tokenizer, text):
     """Its stream is the text, too, and holds back what is not yet a character."""
@@ -76,7 +74,6 @@ def test_a_literal_that_a_normalizer_makes_is_spelled_out():
     assert tokenizer.decode(tokenizer.encode_text("＜end_of_turn>")) == "<end_of_turn>"
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_a_stream_is_the_whole_and_never_broken(tokenizer, data):
     size = tokenizer.vocab_size
@@ -128,7 +125,7 @@ def test_llama_cpp_cuts_text_as_sentencepiece_does(folder, gguf):
     engine = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocabulary = LlamaCppVocabulary(load_model(gguf.path, vocab_only=True))
 
-    @settings(deadline=None, max_examples=2000)
+    @settings(max_examples=2000)
     @given(text=plain | hostile)
     def check(text):
         assume(not any(piece in text for piece in CONTROL))  # llama.cpp matches these, too
@@ -138,7 +135,6 @@ def test_llama_cpp_cuts_text_as_sentencepiece_does(folder, gguf):
 
 
 @needs_llama_cpp
-@settings(deadline=None)
 @given(text=plain | hostile)
 def test_it_is_the_same_tokenizer(tokenizer, ours, text):
     """Every part of it: a conversation may change engines. Markup that is typed stays text."""

@@ -39,7 +39,7 @@ class Watched(ToySession):
         return super()._take(rows, tokens, num_logits)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(TEXTS, IDS, st.integers(0, 12)), min_size=1, max_size=12))
 def test_likelihoods_are_those_of_each_text_alone(drawn):
     """Scores the last tokens of each text; the very last one is arbitrary."""
@@ -75,7 +75,7 @@ def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
     assert watched.widest <= 2 and likelihoods.read == 8
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(TEXTS, min_size=1, max_size=20), st.lists(st.integers(0, 6), min_size=20))
 def test_replies_are_those_to_each_text_alone(contexts, most):
     settings = [{"max_gen_toks": n, "until": "e"} for n in most[: len(contexts)]]

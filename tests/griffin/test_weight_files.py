@@ -182,7 +182,7 @@ Header = dict[str, object]
 SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SHAPES, st.sampled_from(["float32", "float16"]), st.integers(1, 64))
 def test_reads_what_the_reference_implementation_writes(tmp_path_factory, shapes, dtype, limit):
     path = tmp_path_factory.mktemp("reference") / "model.safetensors"

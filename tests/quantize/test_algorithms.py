@@ -95,7 +95,6 @@ def matrices(draw):
     return weights, Palette(group=group, lut=draw(st.sampled_from(["float16", "float32"])))
 
 
-@settings(deadline=None)
 @given(matrices())
 def test_every_weight_is_the_nearest_value_of_its_group(case):
     weights, scheme = case
@@ -139,7 +138,7 @@ def least_squared_error(x, count):
     return float(best[-1])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(VALUES, st.integers(1, 17))
 def test_few_values_are_clustered_optimally(x, count):
     levels = centers(x, count)
@@ -194,7 +193,7 @@ def losses(rows, quantized, h):
     return np.einsum("nk,kl,nl->n", rows - quantized, h.astype(np.float64), rows - quantized)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(LAYOUTS), st.integers(1, 9), st.integers(16, 150), st.integers(0, 99))
 def test_never_worse_than_rounding_to_nearest(scheme, count, k, seed):
     rows, known = weights(count, k, seed), statistics(k, seed)

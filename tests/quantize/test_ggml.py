@@ -91,7 +91,7 @@ def test_threads_and_dtypes_change_nothing(kind, library, monkeypatch):
     np.testing.assert_array_equal(quantize_rows(strided, kind), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     hnp.arrays(
         np.float32,
@@ -197,7 +197,7 @@ def test_loss_is_at_most_that_of_published_gptq(cuts, library):
         assert ours.sum() < 0.8 * losses(known, dequantized(plain, kind) - rows).sum(), kind
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     *(st.sampled_from([*LAYOUTS]), st.integers(0, 4), st.integers(1, 2)),
     *(st.floats(0, 3), st.integers(0, 2**32)),

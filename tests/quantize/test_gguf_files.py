@@ -148,7 +148,7 @@ def sums(values, count=COUNT):
     return {f"{NAME}.in_sum2": values, f"{NAME}.counts": count}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1000, width=32)),
     st.integers(-1, 1000),

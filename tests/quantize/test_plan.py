@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
@@ -197,7 +197,6 @@ ITEMS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size
 
 
 @given(ITEMS, st.floats(0, 1), st.integers(2, 12))
-@settings(deadline=None)
 def test_an_allocation_is_the_best_of_all_choices(items, share, count):
     front = solve(items)
     choices = [

@@ -267,7 +267,7 @@ PATHS = st.sampled_from([CHAT, COMPLETE, "/tokenize", "/detokenize", "/apply-tem
 CHANGES = st.dictionaries(st.sampled_from(FIELDS), ANY, max_size=3)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(path=PATHS, sent=CHANGES | st.binary(max_size=200))
 def test_no_body_is_a_500(path, sent, server):
     if isinstance(sent, dict):

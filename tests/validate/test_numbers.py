@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
@@ -172,7 +172,6 @@ def test_choices_flips_and_near_ties():
         assert (agreement.flips, agreement.near_ties) == (2, near_ties)
 
 
-@settings(deadline=None)
 @given(length=st.integers(1, 60), cuts=st.lists(st.integers(0, 60), max_size=5))
 def test_the_worst_positions_do_not_depend_on_the_blocks(length, cuts):
     rng = np.random.default_rng(length)

@@ -78,7 +78,7 @@ def encoded(rows: np.ndarray, stored: StoredTensor, name: str = NAME) -> Parts:
     return encode(no_statistics, name, rows, np.arange(len(rows)), stored)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(matrices, st.one_of(affines, palettes))
 def test_decoding_is_core_mls(rows: np.ndarray, asked: Affine | Palette) -> None:
     scheme = asked.fitted(rows.shape)

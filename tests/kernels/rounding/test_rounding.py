@@ -101,7 +101,7 @@ def test_feedback_is_gptq(count, k):
     np.testing.assert_allclose(lost, losses(weights, near, grid, h), rtol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.integers(1, 150), st.sampled_from([1, 5, 16, 32]), st.integers(0, 9))
 def test_refining_only_lowers_the_loss(count, k, group, seed):
     weights, h = rows_of(count, k, seed), positive(k, seed)

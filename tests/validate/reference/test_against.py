@@ -92,7 +92,7 @@ def test_it_equals_a_comparison_of_exact_logits(clean, checkpoint, some, kind):
     assert found.likelihood.delta == pytest.approx(delta, abs=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(0, 99))
 def test_positions_are_spread_over_all_prompts(lengths, most):
     with pytest.MonkeyPatch.context() as patch:

@@ -59,7 +59,7 @@ schemes = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     scheme=schemes,
     groups=st.integers(1, 9),
@@ -196,7 +196,7 @@ WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns",
 
 
 @needs_llama_cpp
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(["f16", "bf16", *LAYOUTS]),
     weights=st.sampled_from(WEIGHTS),
@@ -274,7 +274,7 @@ def judged(w: np.ndarray, stored: np.ndarray, layout: Affine | Palette, key: str
     return complaints(w, stored, replace(layout, algorithm=key), weighted=key == "importance")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     key=st.sampled_from(CHOSEN),
     layout=st.sampled_from([*LAYOUTS, Affine(4, 16, symmetric=True)]),
