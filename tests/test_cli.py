@@ -43,6 +43,14 @@ def test_help_and_version(capsys):
         assert "Usage: rgexport" in capsys.readouterr().out
 
 
+def test_the_package_is_the_command():
+    shown = subprocess.run(
+        [sys.executable, "-m", "rgexport", "inspect", "nowhere"], capture_output=True, text=True
+    )
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("error: ")
+
+
 def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_hugging_face(CONFIG, random_weights(CONFIG), Path("mine"))

@@ -2,8 +2,8 @@
 
 @dataclass(frozen=True)
 class GreetArguments:
-name: str = argument()
-times: int = option("How often.", default=1)  # --times
+    name: str = argument()
+    times: int = option("How often.", default=1)  # --times
 
 @command(GreetArguments)
 def greet(arguments: GreetArguments) -> None: ...

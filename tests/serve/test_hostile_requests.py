@@ -92,7 +92,7 @@ def test_what_pages_may_do(server):
 
 @pytest.mark.usefixtures("unasked")
 def test_a_body_must_be_json(server):
-    for path, body in ROUTES[:5]:
+    for path, body in ROUTES[:-1]:
         for kind in ("", "text/plain", "text/json", "multipart/json"):
             headers = {"Content-Type": kind} if kind else {}
             answer = httpx.post(server.url + path, content=body, headers=headers, timeout=60)
@@ -144,7 +144,7 @@ def test_structure_is_counted_as_json_has_it(piece, body, depth, objects, values
 @pytest.mark.parametrize("value", [b"[" * 500 + b"]" * 500, b"[0" + 2_200_000 * b",0" + b"]"])
 def test_structures_beyond_the_limits_are_refused_unparsed(value, server, monkeypatch):
     monkeypatch.setattr(bodies, "json", None)  # parsing would be an error 500
-    for path, body in ROUTES[:5]:
+    for path, body in ROUTES[:-1]:
         complaint = error_of(server.post(path, body[:-1] + b', "unknown": ' + value + b"}"))
         assert "more than" in complaint
 
