@@ -31,7 +31,10 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class RowTensor:
-    """A lazily read tensor; `read(start, stop)` returns rows of its first axis as a new array."""
+    """A lazily read tensor; `read(start, stop)` returns rows of its first axis as a new array.
+
+    The array has the shape `[stop - start, *shape[1:]]` and `dtype`, and belongs to the caller.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -51,6 +54,7 @@ class RowTensor:
             yield start, self.read(start, stop)
 
     def whole(self) -> np.ndarray:
+        """Reads the whole tensor; for the small ones: biases, norms, gates."""
         return self.read(0, self.shape[0])
 
 
@@ -85,7 +89,10 @@ DeepMindTensors = dict[str, DeepMindTensor | str]
 def slab_bounds(
     rows: int, row_bytes: int, limit: int = SLAB_BYTES, together: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Yields `(start, stop)` row ranges of at most `limit` bytes, but at least `together` rows."""
+    """Yields `(start, stop)` row ranges of at most `limit` bytes, but at least `together` rows.
+
+    Ranges are multiples of `together` rows long, except at the end.
+    """
     step = max(1, limit // max(1, row_bytes) // together) * together
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
@@ -110,6 +117,7 @@ def entry_columns(entry: Entry) -> RowTensor:
 
 
 def file_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> RowTensor:
+    """Returns a row-major tensor that begins at byte `offset` of a file."""
     row = math.prod(shape[1:]) * dtype.itemsize
 
     def read(start: int, stop: int) -> np.ndarray:

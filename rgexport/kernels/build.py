@@ -33,7 +33,12 @@ class BuildFailed(Exception):
 
 
 def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles a library with CMake's `options`, copies it into `target`, returns its path."""
+    """Compiles a library with CMake's `options`, copies it into `target`, returns its path.
+
+    `project` is the folder of the sources, such as one of `PROJECTS`. A `build_folder` is kept, to
+    make the next build faster. Raises BuildFailed: CMake, Ninja and Make, or a C++17 compiler is
+    missing, one of them fails, or the library is in use.
+    """
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
             return build(project, target, Path(scratch), *options)
@@ -115,7 +120,10 @@ def why_missing(project: Path) -> str:
 
 
 def load_library(path: Path, signatures: Mapping[str, Signature]) -> ctypes.CDLL | str:
-    """Loads a library and declares its functions `rgexport_…`; returns a reason if it fails."""
+    """Loads a library and declares its functions; returns a reason if it cannot be used.
+
+    `signatures` are by the function's name after `rgexport_`.
+    """
     if not path.is_file():
         return why_missing(path.parent)
     try:

@@ -31,6 +31,7 @@ _UINT32 = np.dtype("<u4")
 
 
 def packed_width(count: int, bits: int) -> int:
+    """Returns the bytes of a row of `count` integers of 2, 3, 4 or 8 bits."""
     return -(-count * bits // 8)
 
 
@@ -48,7 +49,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Inverts `pack`, except that rows end in the zeros that padded them."""
+    """Unpacks bytes [..., n] (uint8), lowest bits first, also the zeros that pad rows."""
     if bits == 8:
         return packed
     rows, width = packed.shape
@@ -174,7 +175,8 @@ class Affine(Uniform):
         The largest weights of a block may be clipped, so that all others are nearer to a level.
         Fractions of the scale of the extremes are tried, with both signs or three zero points; then
         the scale is fitted to the levels. No block is worse than by rounding to nearest. Statistics
-        weigh the errors of columns by their importance.
+        weigh the errors of columns by their importance. Raises RequestError for a weight that is
+        too large for float16 scales.
         """
         weights = self._in_blocks(rows)
         scales, zeros = self._extreme_scales(weights)
@@ -254,7 +256,11 @@ class Affine(Uniform):
         return replace(self, scale=dtype)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Divides each block's range, from zero to the extreme if symmetric, by its steps."""
+        """Divides each block's range by the number of steps in it.
+
+        Symmetric: 2^(bits - 1) from zero to the value of largest magnitude; asymmetric: 2^bits - 1
+        from min(w, 0) to max(w, 0).
+        """
         _, _, exact = self._ranges(w)
         grid = step = self._spread(exact, w)
         limit = step * np.float32(2 ** (self.bits - 1) - 1) if self.symmetric else None

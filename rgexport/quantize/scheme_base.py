@@ -50,11 +50,15 @@ class Scheme(ABC):
 
     @abstractmethod
     def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
-        """Returns label, scheme and row numbers (ascending, None for all) of each row group."""
+        """Returns label, scheme and row numbers (ascending, None for all) of each row group.
+
+        Raises RequestError where the groups do not fit a tensor of so many rows.
+        """
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self: ...
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Reads a `to_dict`; RequestError for an unknown field or value."""
 
     def to_dict(self) -> dict[str, Any]:
         return dict(to_json(self))
@@ -109,6 +113,7 @@ class Scheme(ABC):
         return self
 
     def with_dtype(self, dtype: FloatDtype) -> "Scheme":
+        """Returns the scheme with scales or tables in `dtype`."""
         return self
 
     @abstractmethod
@@ -130,7 +135,8 @@ class Uniform(Scheme):
 
     @property
     @abstractmethod
-    def bits_per_weight(self) -> float: ...
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight, with scales and zero points of blocks."""
 
     @abstractmethod
     def part_shapes(self, shape: Shape) -> PartShapes: ...
@@ -168,7 +174,10 @@ class Uniform(Scheme):
         return False
 
     def rounding_rule(self, weighted: bool) -> str:
-        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights."""
+        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights.
+
+        `weighted` says whether importances of the inputs were used.
+        """
         return self.algorithm
 
     @property
@@ -187,7 +196,10 @@ class Uniform(Scheme):
         return replace(self, algorithm=algorithm)  # type: ignore[type-var]
 
     def step_sizes(self, w: np.ndarray, measure: Measure = "weight") -> StepSizes:
-        """Returns the units of the errors of `w`, whole groups of `rows_together`, by `measure`."""
+        """Returns the units of the errors of the original weights `w` [rows, columns].
+
+        Rows are whole groups of `rows_together`. `measure` says which errors are bounded.
+        """
         if measure in ("block", "row"):
             return self._span_steps(w, measure)
         return self.weight_steps(w)
@@ -200,10 +212,11 @@ class Uniform(Scheme):
     def encode(
         self, name: str, rows: np.ndarray, statistics: Known = None, ids: np.ndarray | None = None
     ) -> Parts:
-        """Returns the parts of rows [n, K], with levels chosen by the scheme's algorithm.
+        """Returns the parts of rows [n, K], any float dtype, with levels chosen by the algorithm.
 
-        `ids` are the numbers of the rows, where statistics have kinds of rows. Raises RequestError
-        for a weight that the scheme cannot hold, and missing statistics.
+        `name` is the tensor, for messages; `statistics` are about its inputs; `ids` are the numbers
+        of the rows, where statistics have kinds of rows. Raises RequestError for a weight that the
+        scheme cannot hold, and missing statistics.
         """
         if isinstance(statistics, RemoteStatistics):
             if self.is_quantized:
