@@ -90,7 +90,7 @@ class CalibrationFolder:
 
 
 class StatisticsFile:
-    """The calibration file, a safetensors file whose arrays may be written in any order."""
+    """The calibration file, a safetensors file; its arrays may be written in any order."""
 
     def __init__(self, folder: CalibrationFolder, provenance: Provenance, arrays: Arrays):
         """Creates the file at its full size; keeps one of that size, from an earlier run."""

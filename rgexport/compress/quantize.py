@@ -41,9 +41,11 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of `rgexport quantize`, with exactly one target; a size is such as `1.5GB`.
+    """The options of `rgexport quantize`, with exactly one target.
 
-    Without `text`, a plan is measured on the calibration's held-out text, or else on its text.
+    `target_kl` is in nats per token, `target_size` of the artifact such as `1.5GB`, `bits` per
+    weight of the matrices and the head. Without `text`, the plan is measured on the calibration's
+    held-out text, or else on its text, on at most `tokens` tokens.
     """
 
     calibration: Path
@@ -181,7 +183,11 @@ def make_plan(
     force: bool = False,
     workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize."""
+    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize.
+
+    Raises RequestError for an unsound checkpoint, statistics of another model, an unreadable text,
+    a target out of reach, or a file that may not be replaced.
+    """
     if target.suffix == ".html":
         raise RequestError(
             f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "

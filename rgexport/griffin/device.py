@@ -4,10 +4,7 @@ from rgexport.errors import NotInstalled, RequestError
 
 
 def torch_device(device: str = "auto") -> str:
-    """Returns a device that torch can use; `auto` is CUDA if there is one.
-
-    Raises NotInstalled without torch, RequestError where torch has no such device.
-    """
+    """Returns a device that torch can use; `auto` is CUDA if there is one."""
     try:
         import torch
     except ImportError:

@@ -37,10 +37,7 @@ SLAB_BYTES = 8 << 20
 
 
 def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """Returns the weight files of a folder, and its index's map from tensor to file.
-
-    Raises RequestError if there are none, or the index is wrong or names missing files.
-    """
+    """Returns the weight files of a folder, and its index's map from tensor to file."""
     if (folder / SINGLE).exists():
         return (folder / SINGLE,), None
     if not (folder / INDEX).exists():

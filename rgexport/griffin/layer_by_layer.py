@@ -38,10 +38,7 @@ class _Piece:
 
 
 class LayerByLayer(ABC):
-    """A model in float32 with one layer in memory: all tokens go through it before the next.
-
-    So a 9B runs in the memory of one of its layers, and each weight is read once per text.
-    """
+    """A model in float32 with one layer in memory: all tokens go through it before the next."""
 
     def __init__(self, config: GriffinConfig, weights: WeightSource, *, keep: bool = False):
         """With `keep`, all weights stay in memory in float32 once they are read."""

@@ -335,10 +335,7 @@ class Variants(NumpyReference):
         self.parts = ("embed_tokens", *layers, "final_norm")
 
     def run_all(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns the final norm's output [1 + parts, T, width] float32 of tokens [T].
-
-        The first row is the model's; the variants follow in the order of `parts`.
-        """
+        """Returns the final norm's output [1 + parts, T, width] of tokens, first the model's."""
         text = tokens[None]
         hidden = np.concatenate([self.embed(text), self._replacement.embed(text)])
         for index in range(self.config.num_layers):

@@ -89,10 +89,7 @@ DeepMindTensors = dict[str, DeepMindTensor | str]
 def slab_bounds(
     rows: int, row_bytes: int, limit: int = SLAB_BYTES, together: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Yields `(start, stop)` row ranges of at most `limit` bytes, but at least `together` rows.
-
-    Ranges are multiples of `together` rows long, except at the end.
-    """
+    """Yields `(start, stop)` row ranges of at most `limit` bytes, but at least `together` rows."""
     step = max(1, limit // max(1, row_bytes) // together) * together
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
@@ -117,7 +114,6 @@ def entry_columns(entry: Entry) -> RowTensor:
 
 
 def file_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> RowTensor:
-    """Returns a row-major tensor that begins at byte `offset` of a file."""
     row = math.prod(shape[1:]) * dtype.itemsize
 
     def read(start: int, stop: int) -> np.ndarray:

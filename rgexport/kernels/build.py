@@ -120,10 +120,7 @@ def why_missing(project: Path) -> str:
 
 
 def load_library(path: Path, signatures: Mapping[str, Signature]) -> ctypes.CDLL | str:
-    """Loads a library and declares its functions; returns a reason if it cannot be used.
-
-    `signatures` are by the function's name after `rgexport_`.
-    """
+    """Loads a library and declares its functions `rgexport_…`; returns a reason if it fails."""
     if not path.is_file():
         return why_missing(path.parent)
     try:

@@ -31,7 +31,6 @@ _UINT32 = np.dtype("<u4")
 
 
 def packed_width(count: int, bits: int) -> int:
-    """Returns the bytes of a row of `count` integers of 2, 3, 4 or 8 bits."""
     return -(-count * bits // 8)
 
 
@@ -256,11 +255,7 @@ class Affine(Uniform):
         return replace(self, scale=dtype)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        """Divides each block's range by the number of steps in it.
-
-        Symmetric: 2^(bits - 1) from zero to the value of largest magnitude; asymmetric: 2^bits - 1
-        from min(w, 0) to max(w, 0).
-        """
+        """Divides each block's range, from zero to the extreme if symmetric, by its steps."""
         _, _, exact = self._ranges(w)
         grid = step = self._spread(exact, w)
         limit = step * np.float32(2 ** (self.bits - 1) - 1) if self.symmetric else None

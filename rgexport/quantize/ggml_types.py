@@ -144,10 +144,7 @@ class TypeRequest:
 
 
 def parse_override(text: str) -> tuple[str, str]:
-    """Returns the regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`.
-
-    Raises RequestError for another form, a wrong regular expression, or an unknown type.
-    """
+    """Returns the regex, in lower case as llama-quantize reads it, and the type of `REGEX=TYPE`."""
     pattern, separator, kind = text.partition("=")
     if not pattern or not separator or not kind:
         raise RequestError(f"--tensor-type is {text!r}; expected REGEX=TYPE, as in attn_v=q8_0")

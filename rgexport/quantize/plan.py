@@ -106,7 +106,6 @@ def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[st
 
 
 def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
-    """Returns the plan with float32 for all bfloat16 tensors except `names`."""
     return {
         name: FLOAT32 if scheme == BFLOAT16 and name not in names else scheme
         for name, scheme in plan.items()

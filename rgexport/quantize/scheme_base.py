@@ -113,7 +113,6 @@ class Scheme(ABC):
         return self
 
     def with_dtype(self, dtype: FloatDtype) -> "Scheme":
-        """Returns the scheme with scales or tables in `dtype`."""
         return self
 
     @abstractmethod
@@ -174,9 +173,7 @@ class Uniform(Scheme):
         return False
 
     def rounding_rule(self, weighted: bool) -> str:
-        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights.
-
-        `weighted` says whether importances of the inputs were used.
+        """Returns a key of `validate.weights.expectations.EXPECTATIONS`; `weighted` by importances.
         """
         return self.algorithm
 
