@@ -312,7 +312,7 @@ class Model(PromptEncoder):
     def _settle(
         self, prompt: PromptTokens, options: ReplyOptions, reply: ModelReply, deliver: Deliver
     ) -> None:
-        """Reads the end of the turn, whose tokens the template may spell in another form."""
+        """Reads the end of the turn: the template may write other tokens for it than the reply."""
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
             ids, namespace = self.conversation_ids(messages), options.namespace

@@ -38,7 +38,7 @@ class CalibrationFolder:
 
     @classmethod
     def open(cls, path: Path, request: Mapping[str, Any], *, force: bool) -> "CalibrationFolder":
-        """Creates the folder, or opens that of an equal request; `force` replaces another one."""
+        """Creates the folder, or opens one with an equal request; `force` replaces another one."""
         file = path / _REQUEST
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not file.is_file():

@@ -53,8 +53,7 @@ def parse(path: PurePath | str) -> HubName:
 def fetch_artifact(path: Path | str) -> Path:
     """Returns the local copy below `HF_HOME`; a complete one without asking the network.
 
-    Downloads only what the manifest lists. Raises RequestError: no such artifact, no permission,
-    network or disk space.
+    Raises RequestError: no such artifact, no permission, network or disk space.
     """
     name = parse(path)
     return _complete(name) or _download(name)

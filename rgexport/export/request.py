@@ -67,8 +67,8 @@ class FolderOptions(ABC):
     """The options that exports to folders share; None stands for a default.
 
     `block_size` and `symmetric` are for the linears, and an embedding (also the head) of the same
-    precision. `compute` is the type of the activations. `plan` replaces all but `compute`.
-    `algorithm` chooses the levels; None leaves it to the plan, or to clip search.
+    precision. `compute` is the type of the activations. `plan` replaces the fields above it, except
+    `compute`. `algorithm` chooses the levels; None leaves it to the plan, or to clip search.
     """
 
     precision: str | None = None

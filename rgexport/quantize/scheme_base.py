@@ -173,8 +173,7 @@ class Uniform(Scheme):
         return False
 
     def rounding_rule(self, weighted: bool) -> str:
-        """Returns a key of `validate.weights.expectations.EXPECTATIONS`; `weighted` by importances.
-        """
+        """Returns a key of `weights.expectations.EXPECTATIONS`; `weighted` by importances."""
         return self.algorithm
 
     @property

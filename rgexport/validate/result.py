@@ -101,8 +101,7 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens per second from an empty state, medians; a prompt has 128 tokens, or a chunk's number.
-    """
+    """Tokens per second from an empty state, medians; a prompt has 128 tokens, or one chunk."""
 
     decode: float
     prefill: float

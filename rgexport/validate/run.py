@@ -155,7 +155,7 @@ def validate_artifacts(
 def validate_artifact(
     path: Path, request: ValidationRequest, passes: SharedPasses | None = None
 ) -> Result:
-    """Compares an artifact with its dequantized reference and, where there is one, its original.
+    """Compares an artifact with its dequantized reference, and with its original if that is known.
 
     The references run first, one layer at a time. Then the artifact's session opens, and when it
     is closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.

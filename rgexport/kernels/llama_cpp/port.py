@@ -84,11 +84,7 @@ def apply_hunks(hunks: Sequence[Hunk], text: str) -> str | None:
 
 
 def patch_checkout(folder: Path) -> list[str]:
-    """Adds the port to a llama.cpp checkout, all or nothing; returns the changed paths in it.
-
-    Raises RequestError for another folder, or a file that differs from the one the port was made
-    for.
-    """
+    """Adds the port to a llama.cpp checkout, all or nothing; returns the changed paths in it."""
     if not (folder / _CHECKOUT_MARK).is_file():
         inside = folder / "vendor" / "llama.cpp"
         hint = f"; pass {inside}" if (inside / _CHECKOUT_MARK).is_file() else ""

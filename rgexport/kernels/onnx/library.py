@@ -28,9 +28,9 @@ LIBRARY = library_path(FOLDER)
 class Kernels:
     """The kernels of this machine, or the `reason` why there are none.
 
-    `ops` of the domain `ai.rgexport` have a kernel. `instruction_set` is in use, "" without
-    kernels; `instruction_sets` are supported by this processor, from the least to the best. Steps
-    of up to `exact_tokens` tokens give the bits that each token gives alone.
+    `ops` of the domain `ai.rgexport` have a kernel. `instruction_sets` are supported by this
+    processor, from the least to the best. Up to `exact_tokens` tokens of a step give the bits of
+    each alone.
     """
 
     instruction_set: str = ""
