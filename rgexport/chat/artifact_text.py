@@ -22,10 +22,12 @@ FORMAT = ArtifactText()
 
 
 def open_tokenizer(artifact: Artifact) -> Tokenizer:
+    """Returns the artifact's tokenizer; RequestError if it takes token ids only."""
     return _text_format(artifact).tokenizer(artifact)
 
 
 def open_template(artifact: Artifact) -> ChatTemplate:
+    """Returns the artifact's chat template, or Gemma's if it has none."""
     return _text_format(artifact).template(artifact)
 
 

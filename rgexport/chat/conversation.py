@@ -14,7 +14,10 @@ _SEPARATOR = "\n\n"
 
 
 class Conversation:
-    """Turns of a user and a model. It holds only messages: the model finds its states by them."""
+    """Turns of a user and a model. It holds only messages: the model finds its states by them.
+
+    `messages` are the turns so far, perhaps after a system prompt; `last` is the last reply.
+    """
 
     def __init__(self, model: Model, options: ReplyOptions) -> None:
         model.require_chat()
@@ -32,15 +35,20 @@ class Conversation:
         return first["content"] if first and first["role"] == "system" else ""
 
     def set_system(self, text: str) -> None:
+        """Replaces the system prompt; "" removes it."""
         turns = [message for message in self.messages if message["role"] != "system"]
         self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
     def clear(self) -> None:
+        """Removes all turns, but not the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._document, self._unread = "", None
 
     def read(self, text: str) -> int:
-        """Reads a document that the next message is about; returns the length in tokens."""
+        """Reads a document that the next message is about; returns the length in tokens.
+
+        Raises RequestError if the template refuses it, or it is another text than a loaded state's.
+        """
         document = self._after_document(text)
         ids = self.model.opening_ids([*self.messages, _user(document)])
         if self._unread:
@@ -52,7 +60,10 @@ class Conversation:
         return len(ids)
 
     def send(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text`; closing the iterator ends it, an error undoes the turn."""
+        """Yields the reply to `text`; closing the iterator ends it, an error undoes the turn.
+
+        Raises RequestError if the template refuses the conversation, or the engine failed.
+        """
         if self._unread:
             raise RequestError(
                 f"{self._unread[0]} stores a hash of its text, not the text; first read the text "
@@ -73,6 +84,7 @@ class Conversation:
         self.messages = self.messages[: self._last_index()]
 
     def save(self, path: Path) -> SavedState:
+        """Writes the conversation and its state into a file; RequestError if it is empty."""
         messages, encode = list(self.messages), self.model.conversation_ids
         if self._document:
             messages, encode = [*messages, _user(self._document)], self.model.opening_ids
@@ -81,7 +93,11 @@ class Conversation:
         return self.model.save_state(path, encode(messages), messages)
 
     def load(self, path: Path) -> SavedState:
-        """Replaces the conversation by a saved one, or by a document that was read."""
+        """Replaces the conversation by a saved one, or by a document that was read.
+
+        A file without text starts an empty conversation, in which that text must be read next.
+        Raises RequestError for another kind of file, or another model.
+        """
         saved = self.model.load_state(path)
         if saved.tokens is None:
             self.clear()

@@ -55,7 +55,8 @@ class Token:
 class End:
     """The end of a reply; `stop` is a stop id or a listener that returned False.
 
-    The first token ends `read_seconds`. The state is that after a prompt that was only read.
+    `cached_tokens` of the prompt had a known state. `read_seconds` last from admission to the first
+    token, `write_seconds` from there to the end. `state` is after a prompt that was only read.
     """
 
     reason: Reason
@@ -76,9 +77,10 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Options of a reply, which may repeat `draft`, and has a `mask` for itself.
+    """Options of a reply, which may repeat tokens (`draft`), and has a `mask` for itself.
 
-    Clients take turns, and share the rows. States are found only in their namespace.
+    `max_new_tokens` is the most tokens of a reply. Clients take turns, and share the rows. States
+    are found only in their namespace.
     """
 
     sampling: Sampling = field(default_factory=Sampling)

@@ -31,7 +31,7 @@ _BIAS = np.array([-np.inf, 0.0], np.float32)
 
 
 class DaemonExecutor:
-    """One daemon thread: unlike those of a pool, it does not delay the process's end."""
+    """One daemon thread. It does not delay the end of the process, as a pool's threads do."""
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
         self._name, self._low_priority = name, low_priority

@@ -128,12 +128,15 @@ class Model(PromptEncoder):
         self.template.check_turns(self.tokenizer)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> ModelReply:
+        """Returns the reply to a conversation; options and errors are as in `stream`."""
         return self.stream(messages, **options).reply()
 
     def stream(self, messages: Sequence[Message], **options: Any) -> ReplyStream:
         """Returns the reply to a conversation, piece by piece.
 
-        The options are fields of `Sampling` and `ReplyOptions`, such as `temperature` and `stop`.
+        Messages have `role` and `content`; the last one is a user's. The options are fields of
+        `Sampling` and `ReplyOptions`, such as `temperature` and `stop`. Raises RequestError if the
+        template refuses the messages, or an option is outside its range.
         """
         return self.reply_to(messages, reply_options(**options))
 
@@ -142,15 +145,18 @@ class Model(PromptEncoder):
         return ReplyStream(partial(self.start, prompt, options))
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
+        """Returns the continuation of a text, piece by piece; options are as in `stream`."""
         return self.continue_ids(self.text_ids(text), reply_options(**options))
 
     def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
         return ReplyStream(partial(self.start, PromptTokens(ids), options))
 
     def draft_of(self, text: str) -> list[int]:
+        """Returns the tokens of a text that replies may repeat; none if drafts are not used."""
         return self.encode(text) if self._uses_drafts else []
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
+        """Yields the pieces of a reply as `stream` does, for asyncio."""
         chosen = reply_options(**options)
         prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
         async with contextlib.aclosing(self.deliver(prompt, chosen)) as pieces:
@@ -181,7 +187,10 @@ class Model(PromptEncoder):
             job.cancel()
 
     def start(self, prompt: PromptTokens, options: ReplyOptions, deliver: Deliver) -> GenerationJob:
-        """Starts a reply. Other threads pass its pieces and its end to `deliver`."""
+        """Starts a reply. Other threads pass its pieces and its end to `deliver`.
+
+        Raises Busy if too many requests wait, RequestError for an empty prompt and unknown ids.
+        """
 
         def deliver_end(end: ModelReply | RequestError) -> None:
             if isinstance(end, ModelReply) and end.reason != "cancelled" and prompt.messages:
@@ -223,7 +232,10 @@ class Model(PromptEncoder):
         return done
 
     def state(self, ids: Sequence[int]) -> State:
-        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens."""
+        """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens.
+
+        Raises RequestError if there are none, or the model was closed.
+        """
         reading = self.read(ids)
         try:
             return _copy_state(reading.result())
@@ -245,7 +257,8 @@ class Model(PromptEncoder):
         """Writes a state file of these tokens, which are read if their state is not known.
 
         The state has not seen the last token: see `chat.state_file`. Without the text, the file has
-        only its hash, and is used when the same text is read again.
+        only its hash, and is used when the same text is read again. Raises RequestError if the file
+        cannot be written, or exists and is no state file.
         """
         path = Path(path)
         require_replaceable(path)
@@ -275,6 +288,10 @@ class Model(PromptEncoder):
         )
 
     def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
+        """Loads a state file: prompts of the namespace that begin with its tokens go on from it.
+
+        Raises RequestError for damage, and another model, window or chat template.
+        """
         path = Path(path)
         saved = read_state(path, self._shapes)
         require_same_model(path, saved, self.identity)
@@ -295,7 +312,7 @@ class Model(PromptEncoder):
     def _settle(
         self, prompt: PromptTokens, options: ReplyOptions, reply: ModelReply, deliver: Deliver
     ) -> None:
-        """Reads the end of the turn, whose tokens the template may spell in another form."""
+        """Reads the end of the turn: the template may write other tokens for it than the reply."""
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
             ids, namespace = self.conversation_ids(messages), options.namespace
@@ -337,10 +354,17 @@ def _copy_state(end: End) -> State:
 def load(
     path: str | Path, *, threads: int | None = None, allow_foreign: bool = False, **options: Any
 ) -> Model:
-    """Opens an artifact of any format, a path or `hf:owner/name`; `options` are those of `Model`.
+    """Opens an artifact with its tokenizer and chat template.
 
-    With `allow_foreign`, a graph may have ops that rgexport does not write, and take any time and
-    memory.
+    Args:
+        path: an artifact of any format, or `hf:owner/name`.
+        threads: number of processors that the engine uses; all by default.
+        allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
+            can take any time and memory.
+        options: arguments of `Model`.
+
+    Raises:
+        RequestError: no sound artifact, no tokenizer, or an engine that cannot open it.
     """
     return open_model(open_artifact(path, allow_foreign=allow_foreign), threads=threads, **options)
 

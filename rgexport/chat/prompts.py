@@ -46,7 +46,8 @@ class ChatTemplate:
     ) -> list[int]:
         """Returns the ids of a conversation, with one BOS first if the vocabulary has it.
 
-        Special literals of the template become their ids; inside a message they are text.
+        Special literals of the template become their ids; inside a message they are text. Raises
+        RequestError if the template refuses these messages or is broken.
         """
         neutral = [{key: tokenizer.cut(text) for key, text in m.items()} for m in messages]
         rendered = self.render(
@@ -112,7 +113,7 @@ def _strftime_now(form: str) -> str:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The tokens before a reply, and lengths (`keep`) of prefixes whose states are stored."""
+    """Tokens before a reply; states of prefixes of the lengths `keep` are stored."""
 
     ids: list[int]
     keep: tuple[int, ...] = ()
@@ -185,6 +186,7 @@ class PromptEncoder:
         return one[: common_prefix(one, two)]
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the tokens of a conversation that ends with a finished turn."""
         if self.elsewhere and _is_long(messages):
             ids: list[int] = self.elsewhere(PromptEncoder.conversation_ids, messages)
             return ids

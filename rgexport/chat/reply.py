@@ -38,6 +38,7 @@ class ReplyOptions(GenerationOptions):
 
 
 def reply_options(**options: Any) -> ReplyOptions:
+    """Returns options by name; RequestError for an unknown name, or a value out of range."""
     reply_names = {field.name for field in fields(ReplyOptions)} - {"sampling"}
     values = {name: options.pop(name) for name in reply_names & options.keys()}
     if isinstance(values.get("draft"), str):
@@ -73,7 +74,11 @@ class TextPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReply:
-    """A complete reply, and why it ended; see `End` for the seconds."""
+    """A complete reply, and why it ended.
+
+    `cached_tokens` of `prompt_tokens` had a known state. `read_seconds` last from admission to the
+    first token, `write_seconds` from there to the end.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -89,11 +94,13 @@ class ModelReply:
 
     @property
     def read_rate(self) -> float:
+        """Prompt tokens per second, without cached ones; 0 if there were none."""
         read = self.prompt_tokens - self.cached_tokens
         return read / self.read_seconds if self.read_seconds else 0.0
 
     @property
     def write_rate(self) -> float:
+        """Tokens per second after the first one; 0 if there were none."""
         return (self.new_tokens - 1) / self.write_seconds if self.new_tokens > 1 else 0.0
 
 
@@ -209,6 +216,7 @@ class ReplyStream(Iterator[str]):
         raise StopIteration
 
     def pieces(self) -> Iterator[TextPiece]:
+        """Yields the rest of the reply, with log probabilities if they were asked for."""
         while piece := self._next_piece():
             yield piece
 
@@ -230,4 +238,5 @@ class ReplyStream(Iterator[str]):
         return self._end
 
     def cancel(self) -> None:
+        """Ends the reply soon; its text so far is kept."""
         self._job.cancel()

@@ -152,7 +152,7 @@ class Admission:
 
 
 class Rows:
-    """Jobs in the order of their batch rows, of which the session gets `capacity`.
+    """Jobs in the order of their batch rows; the session gets `capacity` rows.
 
     Jobs that decode have the first rows, for one range of rows in a step. Only one thread may call
     methods; other threads may read the length.

@@ -166,7 +166,7 @@ def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
 
 
 def _top_candidates(values: np.ndarray, count: int) -> np.ndarray:
-    """Returns, in ascending order, indices that include those of the `count` largest values.
+    """Returns ascending indices, among which are the indices of the `count` largest values.
 
     They are the values that reach the `count`-th largest of the maxima of blocks.
     """

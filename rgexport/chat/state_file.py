@@ -142,7 +142,10 @@ def is_state_file(path: Path) -> bool:
 
 
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
-    """Writes a file that appears complete or not at all; returns its size."""
+    """Writes a file that appears complete or not at all; returns its size.
+
+    `precision` is one of `PRECISIONS`, None for the engine's. Raises RequestError if it cannot.
+    """
     return write_chunks(path, file_chunks(saved, precision))
 
 
@@ -177,6 +180,7 @@ def file_chunks(saved: SavedState, precision: str | None = None) -> list[memoryv
 
 
 def read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> SavedState:
+    """Reads a file of a model with these `shapes`, without batch; RequestError for another one."""
     fields, entries = read_state_header(path), read_header(path)
     if dict(shapes) != {n: entry.shape for n, entry in entries.items() if n not in _OTHER_DTYPES}:
         raise RequestError(

@@ -73,6 +73,7 @@ class Tokenizer:
         return frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
 
     def literal(self, token: int | None) -> str:
+        """Returns the literal of a special id, "" for other ids."""
         return next((text for text, i in self.special.items() if i == token), "")
 
     def cut(self, text: str) -> str:
@@ -138,7 +139,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one id at a time; a character whose bytes are incomplete is held back."""
+    """A decoder of one id at a time; it holds back a character until its bytes are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._surface = tokenizer.surface
@@ -148,11 +149,12 @@ class StreamDecoder:
         return self._utf8.decode(self._surface(token))
 
     def finish(self) -> str:
+        """Returns U+FFFD if the last character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Returns the tokenizer of a folder: tokenizer.model, else tokenizer.json."""
+    """Returns a folder's tokenizer.model, else tokenizer.json; RequestError without one."""
     for name, read in _READERS.items():
         if (folder / name).is_file():
             with _guarded(folder / name):

@@ -148,10 +148,12 @@ def calibrate(
 ) -> Path:
     """Writes the statistics of a model into the file `target`, which appears when it is complete.
 
-    An interrupted run leaves `TARGET.partial`, and the same request continues it.
+    An interrupted run leaves `TARGET.partial`, and the same request continues it. `workers` run the
+    layers.
 
     Raises:
-        RequestError: an unsound checkpoint, an unreadable text, a target or another work there.
+        RequestError: an unsound checkpoint, an unreadable text, a target that exists, or unfinished
+            work of another request there.
     """
     check_file_target(target, force=force, replaceable=is_calibration)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None

@@ -38,7 +38,7 @@ class CalibrationFolder:
 
     @classmethod
     def open(cls, path: Path, request: Mapping[str, Any], *, force: bool) -> "CalibrationFolder":
-        """Creates the folder, or opens that of an equal request; `force` replaces another one."""
+        """Creates the folder, or opens one with an equal request; `force` replaces another one."""
         file = path / _REQUEST
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not file.is_file():
@@ -90,7 +90,7 @@ class CalibrationFolder:
 
 
 class StatisticsFile:
-    """The calibration file, a safetensors file whose arrays may be written in any order."""
+    """The calibration file, a safetensors file; its arrays may be written in any order."""
 
     def __init__(self, folder: CalibrationFolder, provenance: Provenance, arrays: Arrays):
         """Creates the file at its full size; keeps one of that size, from an earlier run."""

@@ -41,9 +41,11 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of `rgexport quantize`, with exactly one target; a size is such as `1.5GB`.
+    """The options of `rgexport quantize`, with exactly one target.
 
-    Without `text`, a plan is measured on the calibration's held-out text, or else on its text.
+    `target_kl` is in nats per token, `target_size` of the artifact such as `1.5GB`, `bits` per
+    weight of the matrices and the head. Without `text`, the plan is measured on the calibration's
+    held-out text, or else on its text, on at most `tokens` tokens.
     """
 
     calibration: Path
@@ -78,7 +80,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan with its figures, and the names of the model and of the text it was measured on."""
+    """A plan with its figures; `model` and `text` are names of the model and the measured text."""
 
     result: PlanResult
     options: PlanOptions
@@ -121,17 +123,18 @@ class PlanReport:
         )
 
     def _front(self) -> Table:
-        rows = [(f"{p.bits:.3f}", amount(p.size), number(p.kl)) for p in self.result.front]
+        points = self.result.front
+        rows = [(f"{point.bits:.3f}", amount(point.size), number(point.kl)) for point in points]
         header = "bits per weight", "size", "KL, predicted"
         return Table(f"Plans for {self.options.format}:", header, rows, header)
 
     def _layouts(self) -> Table:
-        """Tells for each kind of matrix how many have which layout, most frequent first."""
+        """Tells for each kind of matrix its layouts and their numbers, most frequent first."""
         kinds: dict[str, Counter[str]] = defaultdict(Counter)
         for name, scheme in self.result.plan.items():
             if input_site(name) is not None:
-                inner = "head" if name == EMBEDDING else name.split(".", 2)[2]
-                kinds[inner.removesuffix(".weight")][scheme.label] += 1
+                in_layer = "head" if name == EMBEDDING else name.split(".", 2)[2]
+                kinds[in_layer.removesuffix(".weight")][scheme.label] += 1
         rows = [
             (kind, ", ".join(f"{count} × {label}" for label, count in counts.most_common()))
             for kind, counts in kinds.items()
@@ -181,7 +184,11 @@ def make_plan(
     force: bool = False,
     workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize."""
+    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize.
+
+    Raises RequestError for an unsound checkpoint, statistics of another model, an unreadable text,
+    a target out of reach, or a file that may not be replaced.
+    """
     if target.suffix == ".html":
         raise RequestError(
             f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "
@@ -190,13 +197,13 @@ def make_plan(
     check_file_target(target, force=force, replaceable=is_plan)
     check_file_target(page_of(target), force=force, replaceable=lambda page: True)
     calibration = open_calibration(options.calibration)
-    text, sequences = _text(checkpoint, calibration, options)
+    text_name, sequences = _text(checkpoint, calibration, options)
     hashes = require_sound(checkpoint).values()
     calibration.require_for(record.sha256 for record in hashes)
     statistics = SpreadStatistics(workers, calibration, checkpoint.config) if workers else None
     planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
     result = planner.find(options.target, sequences)
-    report = PlanReport(result, options, checkpoint.name, text)
+    report = PlanReport(result, options, checkpoint.name, text_name)
     with replace_file(target, force=force, replaceable=is_plan) as unfinished:
         unfinished.write_text(report.as_json(), "utf-8")
     write_text(report.page(), page_of(target))
@@ -204,7 +211,7 @@ def make_plan(
 
 
 def page_of(target: Path) -> Path:
-    """Returns the path of a plan's page, where the plan may be called `plan-4.25`."""
+    """Returns the path of a plan's page; `with_suffix` would cut a name such as `plan-4.25`."""
     return target.with_name(f"{target.name}.html")
 
 

@@ -197,7 +197,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class ChainJob:
-    """A chain, and what another process needs to measure it; `run` is that of a command."""
+    """A chain, and everything that another process needs to measure it; a command has one `run`."""
 
     run: str
     argument: str

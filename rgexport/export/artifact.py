@@ -25,7 +25,10 @@ from rgexport.quantize.scheme import Parts
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model; with `allow_foreign`, engines may run ops that rgexport does not write."""
+    """An exported model: a folder with its manifest, or one GGUF file.
+
+    With `allow_foreign`, engines may run a graph with ops that rgexport does not write.
+    """
 
     path: Path
     manifest: Manifest
@@ -35,7 +38,7 @@ class Artifact:
         return self.path / name
 
     def tensor(self, name: str) -> RowTensor:
-        """Returns a weight as float32 in its canonical shape, to be read in slabs."""
+        """Returns a weight dequantized to float32, in its canonical shape, to be read in slabs."""
         stored = self.manifest.tensors.get(name)
         if stored is None:
             raise RequestError(f"{self.path} has no tensor {name!r}")

@@ -27,7 +27,11 @@ _TUNED = {True: "instruction-tuned", False: "base model", None: "base or tuned: 
 
 
 def describe(path: str | None, *, size: str | None = None, verify: bool = False) -> Description:
-    """Describes a model, artifact or package; `verify` reads every byte."""
+    """Describes an artifact, Core ML package or checkpoint, or the checkpoint of a `size`.
+
+    `verify` reads every byte. Raises RequestError where nothing usable is there, or an artifact is
+    damaged; faults of a checkpoint's tensors, or of a package, are listed under `problems`.
+    """
     if path is not None and size is None:
         if means_artifact(Path(path)):
             return _describe_artifact(open_artifact(Path(path), verify=verify), verify)

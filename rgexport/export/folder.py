@@ -37,7 +37,13 @@ def export_folder(
     force: bool,
     check: SelfCheck | None,
 ) -> Path:
-    """Makes the folder `target`, which appears when it is complete and was checked."""
+    """Makes the folder `target`, which appears when it is complete and was checked.
+
+    `write_model` writes all but the tokenizer, with weights of `data_bytes`; the manifest records
+    the versions of `tools`, packages. `check` runs the artifact; its record goes into card and
+    manifest. Raises RequestError for an unsound checkpoint (all problems at once), a target that
+    exists (unless `force` may replace it) or cannot be written, and too little disk.
+    """
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")

@@ -51,13 +51,20 @@ def parse(path: PurePath | str) -> HubName:
 
 
 def fetch_artifact(path: Path | str) -> Path:
-    """Returns the local copy below `HF_HOME`; a complete one without asking the network."""
+    """Returns the local copy below `HF_HOME`; a complete one without asking the network.
+
+    Raises RequestError: no such artifact, no permission, network or disk space.
+    """
     name = parse(path)
     return _complete(name) or _download(name)
 
 
 def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
-    """Uploads in one commit, and removes an earlier artifact's files; returns the address."""
+    """Uploads in one commit, and removes an earlier artifact's files; returns the address.
+
+    `repo` is `owner/name`, made if it does not exist, and then visible to all if `public`; with
+    `force` it may have other files. Raises RequestError: no such name, no permission or network.
+    """
     name = parse(repo)
     if name.file or name.revision:
         raise RequestError(f"{repo} is no repository; expected owner/name")

@@ -23,7 +23,13 @@ from rgexport.quantize.scheme import Scheme, Uniform
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRecord:
-    """The outcome of a self-check (`unverified` if it failed), and its measurements if any."""
+    """The outcome of a self-check (`unverified` if it failed), and its measurements if any.
+
+    `reason` says why it was skipped, or the fault. The artifact took `tokens`; at `positions`
+    logits were compared: `kl` is the mean KL(original ‖ artifact) in nats, `relative_max` is max
+    |Δlogit| / max |logit| against the dequantized reference. `engine` has the runtime's name and
+    version.
+    """
 
     status: Literal["verified", "unverified", "skipped"]
     reason: str = ""

@@ -28,7 +28,7 @@ MAX_STATE_BYTES = 1 << 30  # the largest state of a conversation in float32: twe
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks a manifest; RequestError names the file and the place of a fault."""
+    """Reads and checks a folder's manifest; RequestError names the file and place of a fault."""
     path = folder / MANIFEST
     if not folder.exists():
         raise RequestError(f"there is no {folder}")
@@ -36,8 +36,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise RequestError(f"{folder} is not an rgexport artifact: it has no {MANIFEST}")
     fields = read_json(path)
     version, kind = fields.get("format_version"), fields.get("kind")
-    form = folder_format(kind) if isinstance(kind, str) else None
-    if form is None or type(version) is not int:
+    artifact_format = folder_format(kind) if isinstance(kind, str) else None
+    if artifact_format is None or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
     if version != FORMAT_VERSION:
         raise RequestError(
@@ -45,8 +45,8 @@ def read_manifest(folder: Path) -> Manifest:
             + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
         )
     try:
-        manifest = from_json(form.manifest, fields)
-        _check(manifest, form)
+        manifest = from_json(artifact_format.manifest, fields)
+        _check(manifest, artifact_format)
     except (Mismatch, RequestError) as error:
         raise RequestError(f"{path} is damaged: {error}") from None
     return manifest
@@ -56,28 +56,28 @@ def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def _check(manifest: Manifest, form: FolderFormat) -> None:
+def _check(manifest: Manifest, artifact_format: FolderFormat) -> None:
     for name, record in manifest.files.items():
         is_safe = stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
         _require(is_safe, f"files: {name!r} leads out of the artifact")
         is_sound = record.size >= 0 and len(record.sha256) == 64
         _require(is_sound, f"files.{name}: not a hash and size")
-    precisions = *form.precisions, *form.planned_precisions
+    precisions = *artifact_format.precisions, *artifact_format.planned_precisions
     for field, names in (("precision", precisions), ("compute", ACTIVATIONS)):
         name = getattr(manifest, field)
         _require(name in names, f"{field} is {name!r}; expected {' or '.join(names)}")
     check_config(manifest.config)
-    expected = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
+    expected_shapes = {name: spec.shape for name, spec in model_tensors(manifest.config).items()}
     shapes = {name: tensor.shape for name, tensor in manifest.tensors.items()}
-    for name in expected.keys() | shapes.keys():
-        actual, right = shapes.get(name), expected.get(name)
-        complaint = f"tensors.{shown_key(name)} has shape {actual}; expected {right}"
-        _require(actual == right, complaint)
+    for name in expected_shapes.keys() | shapes.keys():
+        shape, expected = shapes.get(name), expected_shapes.get(name)
+        complaint = f"tensors.{shown_key(name)} has shape {shape}; expected {expected}"
+        _require(shape == expected, complaint)
         is_planned = manifest.plan.get(name) == manifest.tensors[name].scheme
         _require(is_planned, f"tensors.{name} is not stored as the plan says")
-        _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], form)
-    form.check_manifest(manifest)
-    states, io = form.interface(manifest)
+        _check_parts(f"tensors.{name}.parts", manifest, manifest.tensors[name], artifact_format)
+    artifact_format.check_manifest(manifest)
+    states, io = artifact_format.interface(manifest)
     _check_records("states", manifest.states, states)
     _check_records("io.inputs", manifest.io.inputs, io.inputs)
     _check_records("io.outputs", manifest.io.outputs, io.outputs)
@@ -92,47 +92,49 @@ def check_config(config: GriffinConfig) -> None:
             least = 0 if name in ("soft_cap", "rms_eps") else 1e-30
             _require(least <= value <= MAX_NUMBER, f"config.{name} is {value}")
     _require(config.block_types, "config.block_types is empty; expected one for each layer")
-    state = sum(4 * math.prod(spec.shape) for spec in state_specs(config))
+    state_bytes = sum(4 * math.prod(spec.shape) for spec in state_specs(config))
     _require(
-        state <= MAX_STATE_BYTES,
+        state_bytes <= MAX_STATE_BYTES,
         f"config.window is {config.window}: the state of a conversation would take "
-        f"{amount(state)}; expected at most {amount(MAX_STATE_BYTES)}",
+        f"{amount(state_bytes)}; expected at most {amount(MAX_STATE_BYTES)}",
     )
-    heads, width, rotated = config.lru_heads, config.lru_width, config.rope_dims
+    lru_heads, lru_width, rope_dims = config.lru_heads, config.lru_width, config.rope_dims
     _require(
-        "recurrent" not in config.block_types or width % heads == 0,
-        f"config.lru_heads is {heads}; expected a divisor of lru_width, {width}",
+        "recurrent" not in config.block_types or lru_width % lru_heads == 0,
+        f"config.lru_heads is {lru_heads}; expected a divisor of lru_width, {lru_width}",
     )
     _require(
-        "attention" not in config.block_types or rotated <= config.head_dim,
-        f"config.rope_dims is {rotated}; expected at most head_dim, {config.head_dim}",
+        "attention" not in config.block_types or rope_dims <= config.head_dim,
+        f"config.rope_dims is {rope_dims}; expected at most head_dim, {config.head_dim}",
     )
 
 
 def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) -> None:
-    counts = f"{field} has {len(records)} entries; expected {len(expected)}"
-    _require(len(records) == len(expected), counts)
-    for index, (record, right) in enumerate(zip(records, expected, strict=True)):
-        for name, value in vars(right).items():
+    complaint = f"{field} has {len(records)} entries; expected {len(expected)}"
+    _require(len(records) == len(expected), complaint)
+    for index, (record, expected_record) in enumerate(zip(records, expected, strict=True)):
+        for name, value in vars(expected_record).items():
             actual = getattr(record, name)
             complaint = f"{field}[{index}].{name} is {reprlib.repr(actual)}; expected {value!r}"
             _require(actual == value, complaint)
 
 
-def _check_parts(label: str, manifest: Manifest, stored: StoredTensor, form: FolderFormat) -> None:
+def _check_parts(
+    label: str, manifest: Manifest, stored: StoredTensor, artifact_format: FolderFormat
+) -> None:
     _require(not isinstance(stored.scheme, Ggml), f"{label}: only GGUF files have ggml types")
-    quantized = stored.scheme.is_quantized
-    _require(len(stored.shape) == 2 or not quantized, f"{label}: only matrices are quantized")
+    is_quantized = stored.scheme.is_quantized
+    _require(len(stored.shape) == 2 or not is_quantized, f"{label}: only matrices are quantized")
     try:
-        expected = dict(form.part_shapes(stored.shape, stored.scheme))
+        expected = dict(artifact_format.part_shapes(stored.shape, stored.scheme))
     except RequestError as error:
         raise Mismatch(f"{label}: {error}") from None
-    stated = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
-    _require(stated == expected, f"{label} are {stated}; expected {expected}")
+    actual = {name: (part.dtype, part.shape) for name, part in stored.parts.items()}
+    _require(actual == expected, f"{label} are {actual}; expected {expected}")
     for name, part in stored.parts.items():
         record = manifest.files.get(part.file)
-        inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
-        _require(inside, f"{label}.{name} lies outside of {part.file!r}")
+        is_inside = record is not None and 0 <= part.offset <= record.size - part.nbytes
+        _require(is_inside, f"{label}.{name} lies outside of {part.file!r}")
 
 
 def _require(condition: object, complaint: str) -> None:

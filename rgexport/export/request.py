@@ -64,7 +64,12 @@ def algorithm_word(
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions(ABC):
-    """The options that exports to folders share; `plan` replaces all but `compute`."""
+    """The options that exports to folders share; None stands for a default.
+
+    `block_size` and `symmetric` are for the linears, and an embedding (also the head) of the same
+    precision. `compute` is the type of the activations. `plan` replaces the fields above it, except
+    `compute`. `algorithm` chooses the levels; None leaves it to the plan, or to clip search.
+    """
 
     precision: str | None = None
     compute: str | None = None

@@ -40,6 +40,7 @@ def replacing(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
     Any exception removes it and leaves `target` unchanged. A killed process leaves a hidden
     `.NAME.partial-…`, see `remove_partials`. With `durable`, a file is on the disk at the end.
+    Raises TargetInUse, or OSError where the disk is full or the folder read-only.
     """
     new = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:

@@ -56,6 +56,7 @@ def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
 
 
 def read_text(path: Path) -> str:
+    """Returns a UTF-8 text; RequestError if it is unreadable, too large or another encoding."""
     try:
         return read_regular(path, MAX_TEXT_BYTES).decode()
     except OSError as error:

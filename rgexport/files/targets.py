@@ -74,7 +74,11 @@ def _replaced(target: Path, check: Callable[[], None]) -> Iterator[Path]:
 
 
 def check_target(target: Path, *, force: bool, replaceable: Replaceable) -> None:
-    """Refuses a target that `replace_folder` would refuse, before any work is done."""
+    """Refuses a target that `replace_folder` would refuse, before any work is done.
+
+    Raises RequestError for a file, a folder that may not be replaced, is a mount point or holds the
+    current one, and a missing parent.
+    """
     if os.path.lexists(require_writable(target)):
         if not target.is_dir():
             raise RequestError(f"{target} exists and is a file; pass another -o")

@@ -35,9 +35,12 @@ _HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
 class Checkpoint:
     """A checkpoint; only its headers are in memory.
 
-    `path` is the folder, or DeepMind's `.pt` file or orbax folder. `weights` are those that fit the
-    model, by canonical name; `head` is `lm_head.weight` where it was saved too. `problems` are
-    those of the headers, each as `kind: details`. `instruction_tuned` is None if unknown.
+    `path` is the folder, or DeepMind's `.pt` file or orbax folder. `weights` are the tensors that
+    fit the model, by canonical name, in their stored dtype; `head` is `lm_head.weight` where it was
+    saved too, and must equal the embedding. `problems` are faults of the headers, each as
+    `kind: details`. `weight_files` are by name, in an orbax folder by the path inside it.
+    `instruction_tuned` is None if unknown. `adapter` is the folder of a LoRA adapter that is merged
+    into `weights`.
     """
 
     name: str
@@ -64,11 +67,17 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens a checkpoint and reads its configuration and its tensors' headers.
 
-    `model` is a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
-    orbax folder), a `.pt` file, or a hub id, which may be downloaded; or `size` is one of
-    `SIZE_WORDS`. `window` may be smaller than that of the files, `soft_cap` is for files that do
-    not state it (0 means none), `adapter` is a folder to merge. Problems of single tensors raise no
-    RequestError.
+    Args:
+        model: a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
+            orbax folder), a `.pt` file, or a hub id, which may be downloaded.
+        size: instead of `model`, one of `SIZE_WORDS`.
+        window: the attention window in tokens, at most the one that the files state.
+        soft_cap: the cap of the logits, for files that do not state it; 0 means none.
+        adapter: the folder of a LoRA adapter to merge.
+
+    Raises:
+        RequestError: nothing usable is there; problems of single tensors go to
+            `Checkpoint.problems`.
     """
     _check_request(model, size, window, soft_cap)
     try:
@@ -129,7 +138,7 @@ def means_checkpoint(path: Path) -> bool:
 
 
 def demo_folder() -> Path:
-    """Returns the bundled demo model, in the installed package or in the repository."""
+    """Returns the bundled demo model; raises RequestError if this install has none."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "demo_model", package.parent / "demo" / "model"):
         if (folder / huggingface.CONFIG).is_file():

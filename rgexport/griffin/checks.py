@@ -45,6 +45,7 @@ def require_sound(checkpoint: Checkpoint) -> FileHashes:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
+    """Checks that values are finite and the head equals the embedding; hashes the files."""
     files, weights, head = checkpoint.weight_files, checkpoint.weights, checkpoint.head
     try:
         total = sum(path.stat().st_size for path in files.values())

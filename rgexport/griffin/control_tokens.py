@@ -109,6 +109,7 @@ def json_tokens(
 
 
 def read_control_tokens(folder: Path) -> ControlTokens:
+    """Reads a folder's tokenizer.model or tokenizer.json; RequestError if it cannot be read."""
     import sentencepiece  # slow to load
 
     try:

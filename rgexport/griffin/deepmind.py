@@ -178,6 +178,7 @@ def read_orbax(folder: Path) -> DeepMindTensors:
 
     Each parameter is a zarr array, in a folder of its own or in one OCDBT database for all, and in
     one compressed chunk, so it is read whole: the largest one of a 2B takes 1.3 GB of memory.
+    Raises NotInstalled without tensorstore, RequestError for a folder that cannot be read.
     """
     try:
         import tensorstore

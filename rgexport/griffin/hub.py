@@ -16,7 +16,10 @@ ALLOWED = (SINGLE, "model-*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES)
 
 
 def fetch_model(hub_id: str) -> Path:
-    """Returns the folder of a hub id from the cache, or by download; adds a missing tokenizer."""
+    """Returns the folder of a hub id from the cache, or by download; adds a missing tokenizer.
+
+    Raises RequestError: no such model, no permission, network or disk space, or no safetensors.
+    """
     folder = cached_model(hub_id)
     if folder is None:
         return _download(hub_id)

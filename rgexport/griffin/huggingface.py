@@ -298,7 +298,11 @@ def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | N
 
 
 def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
-    """Returns the fields of `config.json`; RequestError where the format cannot say it."""
+    """Returns the fields of `config.json`.
+
+    Raises RequestError where the format cannot say it: another number of RG-LRU blocks than of
+    heads, or an embedding scale other than 1 and sqrt(width).
+    """
     if config.lru_heads != config.num_heads:
         raise RequestError(
             f"config.json has one number of heads; found {config.num_heads} for attention and "

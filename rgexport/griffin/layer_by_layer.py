@@ -74,7 +74,7 @@ class LayerByLayer(ABC):
         """Returns soft-capped logits [B, t, n] of some rows [n, width] of the embedding."""
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Array, State]:
-        """Returns the final norm's output [B, T, width] of tokens [B, T], and the state after."""
+        """Takes tokens [B, T]; returns the final norm's output [B, T, width] float32, and state."""
         state = zero_state(self.config, len(tokens)) if state is None else state
         hidden, states = self.run_each([(tokens, state)])[0]
         return hidden, states[-1]
@@ -89,8 +89,9 @@ class LayerByLayer(ABC):
         """Runs texts (tokens [B, T] and the canonical state before them); weights are read once.
 
         A text goes through a layer in pieces, so that the memory for activations does not grow with
-        its length. Returns for each text the final norm's output, and the states after its `stops`
-        (ascending numbers of tokens below T) and the end.
+        its length. Returns for each text the final norm's output [B, T, width], and the states
+        after its `stops` (ascending numbers of tokens below T) and the end. `watch` gets the
+        residual stream after each layer.
         """
         cuts = stops or [()] * len(texts)
         pieces = [_pieces(t.shape[1], cut) for (t, _), cut in zip(texts, cuts, strict=True)]

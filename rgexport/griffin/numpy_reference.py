@@ -26,6 +26,7 @@ _GELU = np.float32(math.sqrt(2 / math.pi))
 
 
 def embedding(ids: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
+    """Returns rows of the table, float32, times the scale."""
     return table[ids] * np.float32(scale)
 
 
@@ -35,6 +36,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """Computes `x · weightᵀ + bias`; the head's weight is the embedding's table."""
     y = _product(x.reshape(-1, x.shape[-1]), weight)
     if bias is not None:
         y += bias
@@ -62,6 +64,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
+    """Computes GELU in its tanh form, in the dtype of `x`."""
     y = x * x
     y *= np.float32(0.044715)
     y += 1
@@ -85,6 +88,7 @@ def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def causal_conv1d(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, state: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Convolves x [B, T, R] with weight [R, 1, C], after state [B, C - 1, R]; in float32."""
     window = np.concatenate([state, x], 1)
     y = np.broadcast_to(bias, x.shape).copy()
     for tap in range(weight.shape[-1]):
@@ -122,6 +126,7 @@ def rg_lru_scan(
 def rope(
     x: np.ndarray, position_ids: np.ndarray, head_dim: int, dims: int, theta: float
 ) -> np.ndarray:
+    """Rotates the first `dims` of every head's `head_dim` dims, halves paired, in [B, T, H · D]."""
     half = dims // 2
     exponents = np.arange(half, dtype=np.float32) * 2 / np.float32(dims)
     frequencies = 1 / np.float32(theta) ** exponents
@@ -143,6 +148,7 @@ def local_attention(
     past_v: np.ndarray,
     position_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attends to itself and the window; see `ops.local_attention`. Returns output, keys, values."""
     (batch, length), (window, head_dim) = q.shape[:2], past_k.shape[1:]
     keys, values = np.concatenate([past_k, k], 1), np.concatenate([past_v, v], 1)
     # Slot j holds position p0 + j - window; those below 0 are the zeros before the first token.

@@ -25,7 +25,10 @@ _CHUNK = {"cpu": 16, "cuda": 256}
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32."""
+    """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
+
+    On CUDA it is one Triton kernel, if Triton is available. It has gradients.
+    """
     differentiable = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return _Scan.apply(a, b, h0) if differentiable else _scan(a, b, h0)
 
@@ -211,7 +214,10 @@ def rope_frequencies(dims: int, theta: float) -> Tensor:
 def rope(
     x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str
 ) -> Tensor:
-    """Rotates the first `dims` of every head's `head_dim` dims, halves paired, in [B, T, H · D]."""
+    """Rotates the first `dims` of every head's `head_dim` dims, halves paired.
+
+    x [B, T, H · D], position_ids [B, T] → the same shape and dtype as `x`.
+    """
     angles = position_ids[..., None, None] * rope_frequencies(dims, theta).to(x.device)
     cos, sin = angles.cos(), angles.sin()
     heads = x.float().unflatten(-1, (-1, head_dim))

@@ -50,5 +50,6 @@ def state_specs(config: GriffinConfig, activation: str = "float32") -> list[Stat
 
 
 def zero_state(config: GriffinConfig, batch: int, activation: str = "float32") -> State:
+    """Returns the state before the first token; `activation` is a numpy dtype name."""
     state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in state_specs(config, activation)}
     return state | {POSITION: np.zeros(batch, np.int64)}

@@ -47,7 +47,12 @@ def write_random(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
 ) -> None:
-    """Writes a random checkpoint of a word in `SIZES` or a configuration, as a stream of slabs."""
+    """Writes a random checkpoint in Hugging Face's layout, as a stream of slabs.
+
+    `model` is a word in `SIZES` or a configuration, `dtype` float32, float16 or bfloat16; a file
+    has at most `shard_bytes`. `force` replaces an older random checkpoint. Raises RequestError for
+    an unknown word, a target that exists, or too little space.
+    """
     if isinstance(model, str) and model not in SIZES:
         raise RequestError(f"the size is {model!r}; expected one of {', '.join(SIZES)}")
     config, size = (SIZES[model].config, model) if isinstance(model, str) else (model, "")

@@ -31,7 +31,10 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class RowTensor:
-    """A lazily read tensor; `read(start, stop)` returns rows of its first axis as a new array."""
+    """A lazily read tensor; `read(start, stop)` returns rows of its first axis as a new array.
+
+    The array has the shape `[stop - start, *shape[1:]]` and `dtype`, and belongs to the caller.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -51,6 +54,7 @@ class RowTensor:
             yield start, self.read(start, stop)
 
     def whole(self) -> np.ndarray:
+        """Reads the whole tensor; for the small ones: biases, norms, gates."""
         return self.read(0, self.shape[0])
 
 

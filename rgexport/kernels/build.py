@@ -33,7 +33,12 @@ class BuildFailed(Exception):
 
 
 def build(project: Path, target: Path, build_folder: Path | None = None, *options: str) -> Path:
-    """Compiles a library with CMake's `options`, copies it into `target`, returns its path."""
+    """Compiles a library with CMake's `options`, copies it into `target`, returns its path.
+
+    `project` is the folder of the sources, such as one of `PROJECTS`. A `build_folder` is kept, to
+    make the next build faster. Raises BuildFailed: CMake, Ninja and Make, or a C++17 compiler is
+    missing, one of them fails, or the library is in use.
+    """
     if build_folder is None:
         with TemporaryDirectory(prefix="rgexport-") as scratch:
             return build(project, target, Path(scratch), *options)

@@ -48,7 +48,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Inverts `pack`, except that rows end in the zeros that padded them."""
+    """Unpacks bytes [..., n] (uint8), lowest bits first, also the zeros that pad rows."""
     if bits == 8:
         return packed
     rows, width = packed.shape
@@ -174,7 +174,8 @@ class Affine(Uniform):
         The largest weights of a block may be clipped, so that all others are nearer to a level.
         Fractions of the scale of the extremes are tried, with both signs or three zero points; then
         the scale is fitted to the levels. No block is worse than by rounding to nearest. Statistics
-        weigh the errors of columns by their importance.
+        weigh the errors of columns by their importance. Raises RequestError for a weight that is
+        too large for float16 scales.
         """
         weights = self._in_blocks(rows)
         scales, zeros = self._extreme_scales(weights)

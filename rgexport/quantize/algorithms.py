@@ -54,7 +54,12 @@ def refill_blocks(
     top: int,
     half: bool,
 ) -> None:
-    """Replaces the levels uint8 [n, K] of one diagonal block of H, and their scales [n, blocks]."""
+    """Chooses the levels again for the columns of one diagonal block of H, and fits their scales.
+
+    Rows are [n, K]. Changes `levels`, uint8 [n, K], from a search, and `scales`, float32 [n,
+    blocks], stored as float16 if `half`; `zeros` are zero points [n, blocks], `top` is the largest
+    level, and `block` weights share a scale.
+    """
     columns = slice(hessian.start, hessian.stop)
     weights, nearest = rows[:, columns], levels[:, columns]
     if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
@@ -73,7 +78,10 @@ def refill_blocks(
 def choose_levels(
     rows: np.ndarray, grid: Grid, hessians: tuple[Hessian, ...], nearest: np.ndarray
 ) -> np.ndarray:
-    """Returns levels uint8 [n, K] on a table for each row, or a scale for each column."""
+    """Returns the levels, uint8 [n, K], of rows on a fixed grid; `nearest` are by rounding.
+
+    The grid has a table for each row, or a scale and an offset for each column.
+    """
     levels = nearest.copy()
     for hessian in hessians:
         columns = slice(hessian.start, hessian.stop)
@@ -93,11 +101,11 @@ def _chosen(
     zeros: np.ndarray | None = None,
     half: bool = False,
 ) -> np.ndarray:
-    """Levels uint8 [n, k] of the columns of one Hessian; with `zeros`, scales are fitted."""
+    """Returns levels uint8 [n, k] for the columns of one Hessian; with `zeros`, fits scales too."""
     weights = np.ascontiguousarray(rows, np.float32)
-    levels, lost = library.feedback(weights, grid, hessian.factors)
+    levels, losses = library.feedback(weights, grid, hessian.factors)
     nearest = np.ascontiguousarray(nearest)
-    worse = lost > library.loss(weights, grid, hessian.factors, nearest)
+    worse = losses > library.loss(weights, grid, hessian.factors, nearest)
     levels[worse] = nearest[worse]
     rounds = 1 if len(hessian.matrix) > _WIDE else 2
     library.refine(weights, grid, hessian.matrix, levels, rounds=rounds, zeros=zeros, half=half)
@@ -113,7 +121,10 @@ _ROUNDS = 20
 
 
 def centers(values: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` numbers, float64 ascending, near to `values` [n]; exact if those are few."""
+    """Returns `count` numbers, float64 ascending, with small squared distances from `values` [n].
+
+    Up to `count` different values are returned as they are, the last one repeated.
+    """
     ordered = np.sort(values).astype(np.float64)
     changes = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
     if len(changes) < count:
@@ -126,21 +137,21 @@ def centers(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _possible_cuts(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
-    """Indices where a cut may be, ascending, with 0 and n; `changes` is where values change."""
-    last = len(ordered)
+    """Returns indices where a cut may be, with 0 and n; `changes` are where values change."""
+    count = len(ordered)
     if len(changes) > _QUANTILES + _EVEN + 2 * _ENDS:
         shares = (1 - np.cos(np.linspace(0, np.pi, _QUANTILES + 1)[1:-1])) / 2
-        quantiles = ordered[(last * shares).astype(np.intp)]
+        quantiles = ordered[(count * shares).astype(np.intp)]
         even = np.linspace(ordered[0], ordered[-1], _EVEN + 1)[1:-1]
         inner = np.searchsorted(ordered, np.concatenate([quantiles, even]))
         changes = np.concatenate([changes[:_ENDS], inner, changes[-_ENDS:]])
-    return np.unique(np.concatenate([[0], changes, [last]]))
+    return np.unique(np.concatenate([[0], changes, [count]]))
 
 
 def _best_cuts(
     ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
-    """`count + 1` of the indices, with 0 and n, for the least squared error."""
+    """Chooses `count + 1` of the indices, 0 and n among them, with the least squared error."""
     errors = _interval_errors(ordered, sums, indices)
     least, choices = errors[:, 0], []
     for _ in range(count - 1):
@@ -154,7 +165,7 @@ def _best_cuts(
 
 
 def _interval_errors(ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """At [j, i], the squared error of values i to j around their mean; infinite for j < i."""
+    """Returns at [j, i] the squared error of values i to j around their mean; inf for j < i."""
     squares = np.add.reduceat(ordered * ordered, indices[:-1])
     squares = np.concatenate([[0.0], np.cumsum(squares)])
     n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))
@@ -163,7 +174,7 @@ def _interval_errors(ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray)
 
 
 def _lloyd(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """Means between cuts, after rounds of moving each cut midway between its two means."""
+    """Returns the means between cuts, after some rounds that move cuts midway between means."""
     means = _means(ordered, sums, cuts)
     for _ in range(_ROUNDS):
         inner = np.searchsorted(ordered, (means[1:] + means[:-1]) / 2)
@@ -175,7 +186,7 @@ def _lloyd(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarra
 
 
 def _means(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """The mean between each two cuts; for an empty interval, the value that follows."""
+    """Returns the mean between each two cuts; for an empty interval, the value that follows."""
     counts = np.diff(cuts)
     next_values = ordered[np.minimum(cuts[:-1], len(ordered) - 1)]
     return np.where(counts > 0, np.diff(sums[cuts]) / np.maximum(counts, 1), next_values)

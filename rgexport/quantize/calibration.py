@@ -150,7 +150,10 @@ _DTYPES = {"I32": _INT, "F32": _FLOAT}
 
 @dataclass(frozen=True)
 class Calibration:
-    """An open calibration file, which raises RequestError where it is damaged."""
+    """An open calibration file, which raises RequestError where it is damaged.
+
+    Vectors over the vocabulary are float32 [vocab].
+    """
 
     path: Path
     provenance: Provenance
@@ -169,7 +172,10 @@ class Calibration:
             )
 
     def hessian(self, tensor: str) -> list[np.ndarray] | None:
-        """Returns the diagonal blocks [k, k] of Σ x xᵀ / N, of a linear's or the head's inputs."""
+        """Returns Σ x xᵀ / N of a linear's or the head's inputs: float32 blocks [k, k].
+
+        The diagonal blocks cover the columns in their order. None if the tensor has none.
+        """
         return [unpack(*triangle) for triangle in self._triangles(tensor)] or None
 
     def importance(self, tensor: str) -> np.ndarray | None:
@@ -180,8 +186,9 @@ class Calibration:
     def output_sensitivity(self, tensor: str) -> np.ndarray | None:
         """Returns the mean g² of each output of a linear, float32 [rows], or None.
 
-        For the embedding it is `row_fisher`, its expected value for each logit before the soft cap.
-        ½ of its mean times tr(ΔW H ΔWᵀ) predicts the KL.
+        g is the gradient of a token's summed negative log-likelihood. For the embedding it is
+        `row_fisher`, its expected value for each logit before the soft cap. ½ of its mean times
+        tr(ΔW H ΔWᵀ) predicts the KL.
         """
         if tensor == EMBEDDING:
             return self.row_fisher
@@ -276,7 +283,10 @@ class Calibration:
 
 
 def open_calibration(path: Path) -> Calibration:
-    """Opens a calibration file; checks its header and everything but the Hessians."""
+    """Opens a calibration file; checks its header and everything but the Hessians.
+
+    Raises RequestError for a missing file, another kind or version, and damage.
+    """
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise RequestError(f"cannot read the calibration {path}: {what}")

@@ -34,8 +34,10 @@ _FLOATS: dict[str, type] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dty
 def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
     """Stores rows [n, columns] as llama-quantize does, byte for byte, uint8 [n, row_bytes].
 
-    It runs on all cores, can be called from any thread, and releases the GIL. `importance` is
-    float32 [columns]; types of 8 bits and more ignore it.
+    It runs on all cores, can be called from any thread, and releases the GIL. `kind` is a key of
+    `TYPES`. `importance`, float32 [columns], weighs errors; types of 8 bits and more ignore it.
+    Raises RequestError if the library is missing or has other types, or a weight is too large for
+    the type.
     """
     if kind in _FLOATS:
         with np.errstate(over="ignore"):
@@ -46,23 +48,25 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
     count, columns = rows.shape
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importances {importance.shape} for rows of {columns} weights")
-    weighs = None if importance is None else np.ascontiguousarray(importance, np.float32)
-    number, out = TYPES[kind].value, np.empty((count, TYPES[kind].row_bytes(columns)), np.uint8)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+    importance_pointer = None if importance is None else importance.ctypes.data
+    type_number = TYPES[kind].value
+    out = np.empty((count, TYPES[kind].row_bytes(columns)), np.uint8)
     library = load_library()
 
     def quantize(bounds: tuple[int, int]) -> bool:
         """Fills some rows of `out`; returns whether all their scales are finite."""
         weights = np.ascontiguousarray(rows[slice(*bounds)], np.float32)
-        chunk, columns_at = out[slice(*bounds)], None if weighs is None else weighs.ctypes.data
-        library.ggml_quantize_chunk(
-            number, weights.ctypes.data, chunk.ctypes.data, 0, *weights.shape, columns_at
-        )
-        is_valid: bool = library.ggml_validate_row_data(number, chunk.ctypes.data, chunk.nbytes)
+        chunk = out[slice(*bounds)]
+        pointers = weights.ctypes.data, chunk.ctypes.data
+        library.ggml_quantize_chunk(type_number, *pointers, 0, *weights.shape, importance_pointer)
+        is_valid: bool = library.ggml_validate_row_data(type_number, pointers[1], chunk.nbytes)
         return is_valid
 
     with ThreadPoolExecutor(usable_processors()) as pool:
-        sound = [*pool.map(quantize, slab_bounds(count, 4 * columns, CHUNK_BYTES))]
-    if not all(sound):
+        are_valid = [*pool.map(quantize, slab_bounds(count, 4 * columns, CHUNK_BYTES))]
+    if not all(are_valid):
         raise _out_of_range(rows, kind)
     return out
 
@@ -73,7 +77,7 @@ def _out_of_range(rows: np.ndarray, kind: str) -> RequestError:
 
 
 def load_library() -> ctypes.CDLL:
-    """Loads and checks the library, which any thread may call."""
+    """Loads and checks the library, which any thread may call; RequestError if it does not fit."""
     return _load(find_library())
 
 

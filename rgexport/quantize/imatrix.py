@@ -35,6 +35,7 @@ class Imatrix:
     chunks: int
 
     def importance(self, name: str, columns: int) -> np.ndarray | None:
+        """Returns float32 [columns] or None; RequestError for another number of columns."""
         entry = self.entries.get(name)
         if entry is None or len(entry) == columns:
             return entry
@@ -44,6 +45,7 @@ class Imatrix:
         )
 
     def require_any_of(self, names: Iterable[str]) -> None:
+        """Raises RequestError for a matrix of another model, which has none of the tensors."""
         if self.entries.keys().isdisjoint(names):
             raise RequestError(
                 f"{self.path} has no tensor of this model (its first is {min(self.entries)}); "

@@ -54,7 +54,10 @@ def choose_scheme(
     symmetric: bool | None = None,
     precisions: Mapping[str, Scheme] = PRECISIONS,
 ) -> Scheme:
-    """Returns the scheme of a precision, with a user's block size and symmetry."""
+    """Returns the scheme of a precision, with a user's block size and symmetry.
+
+    Raises RequestError for an unknown precision, or a block size outside of `BLOCKS`.
+    """
     if block is not None and block not in BLOCKS:
         raise RequestError(
             f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
@@ -88,6 +91,7 @@ def choose_schemes(
 
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
+    """Returns a plan: `embedding` for the table, `linear` for linears, else float32."""
     by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
     return {n: by_role.get(spec.role, FLOAT32) for n, spec in model_tensors(config).items()}
 
@@ -146,7 +150,11 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
 
 
 def load_plan(path: Path, config: GriffinConfig) -> Plan:
-    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it."""
+    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
+
+    Raises RequestError for other JSON, a missing or unknown tensor, another scheme for one that
+    must be float32, and row groups that do not fit.
+    """
     try:
         entries = parse_json(read_regular(path))
     except (OSError, ValueError) as error:

@@ -50,11 +50,15 @@ class Scheme(ABC):
 
     @abstractmethod
     def row_groups(self, rows: int) -> "list[tuple[str, Uniform, np.ndarray | None]]":
-        """Returns label, scheme and row numbers (ascending, None for all) of each row group."""
+        """Returns label, scheme and row numbers (ascending, None for all) of each row group.
+
+        Raises RequestError where the groups do not fit a tensor of so many rows.
+        """
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self: ...
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Reads a `to_dict`; RequestError for an unknown field or value."""
 
     def to_dict(self) -> dict[str, Any]:
         return dict(to_json(self))
@@ -130,7 +134,8 @@ class Uniform(Scheme):
 
     @property
     @abstractmethod
-    def bits_per_weight(self) -> float: ...
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight, with scales and zero points of blocks."""
 
     @abstractmethod
     def part_shapes(self, shape: Shape) -> PartShapes: ...
@@ -168,7 +173,7 @@ class Uniform(Scheme):
         return False
 
     def rounding_rule(self, weighted: bool) -> str:
-        """Returns the key of `validate.weights.expectations.EXPECTATIONS` for sound weights."""
+        """Returns a key of `weights.expectations.EXPECTATIONS`; `weighted` by importances."""
         return self.algorithm
 
     @property
@@ -187,7 +192,10 @@ class Uniform(Scheme):
         return replace(self, algorithm=algorithm)  # type: ignore[type-var]
 
     def step_sizes(self, w: np.ndarray, measure: Measure = "weight") -> StepSizes:
-        """Returns the units of the errors of `w`, whole groups of `rows_together`, by `measure`."""
+        """Returns the units of the errors of the original weights `w` [rows, columns].
+
+        Rows are whole groups of `rows_together`. `measure` says which errors are bounded.
+        """
         if measure in ("block", "row"):
             return self._span_steps(w, measure)
         return self.weight_steps(w)
@@ -200,10 +208,11 @@ class Uniform(Scheme):
     def encode(
         self, name: str, rows: np.ndarray, statistics: Known = None, ids: np.ndarray | None = None
     ) -> Parts:
-        """Returns the parts of rows [n, K], with levels chosen by the scheme's algorithm.
+        """Returns the parts of rows [n, K], any float dtype, with levels chosen by the algorithm.
 
-        `ids` are the numbers of the rows, where statistics have kinds of rows. Raises RequestError
-        for a weight that the scheme cannot hold, and missing statistics.
+        `name` is the tensor, for messages; `statistics` are about its inputs; `ids` are the numbers
+        of the rows, where statistics have kinds of rows. Raises RequestError for a weight that the
+        scheme cannot hold, and missing statistics.
         """
         if isinstance(statistics, RemoteStatistics):
             if self.is_quantized:

@@ -58,7 +58,12 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a matrix's inputs: `importance` [columns], and H's diagonal blocks or none."""
+    """Statistics of a matrix's inputs.
+
+    `importance`, float32 [columns], weighs each column's squared error, such as by the mean square
+    of its inputs. `hessians` are H's diagonal blocks, which together have all columns, or none.
+    `kinds` has statistics for each kind of rows, where rows weigh errors differently.
+    """
 
     importance: np.ndarray
     hessians: tuple[Hessian, ...] = ()
@@ -151,6 +156,7 @@ def statistics_of(
 
     Correlations over few tokens are unreliable: H is shrunk towards its diagonal by k / (k +
     tokens). `identity` is added to the diagonal, in units of its mean, for uses beside this one.
+    Raises RequestError for a value that is not finite.
     """
     if not all(np.isfinite(block).all() for block in blocks):
         raise RequestError(

@@ -111,7 +111,10 @@ def engine_of(kind: str) -> Engine:
 
 
 def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool = False) -> Session:
-    """Opens a session in the engine of the artifact's format; a lean one takes the least memory."""
+    """Opens a session in the engine of the artifact's format; a lean one takes the least memory.
+
+    Raises RequestError if the engine is missing or cannot open the model.
+    """
     engine = engine_of(artifact.manifest.kind)
     return (engine.lean_session if lean else engine.session)(artifact, threads=threads)
 

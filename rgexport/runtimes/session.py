@@ -141,7 +141,11 @@ class Session(ABC):
 
     @abstractmethod
     def reset(self, batch: int = 1) -> None:
-        """Clears the state, and sets the number of conversations; refuses if a file has changed."""
+        """Clears the state, and sets the number of conversations.
+
+        Raises RequestError if a file of the artifact has changed, or the engine cannot hold so
+        many.
+        """
 
     @abstractmethod
     def get_rows(self, rows: range) -> State:
@@ -172,15 +176,19 @@ class Session(ABC):
         del self._before
 
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Takes tokens [R, T] of some rows; returns the last logits, [R, num_logits, vocab]."""
+        """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
+
+        Returns the last logits, [R, num_logits, vocab]. Raises RequestError for another shape, or
+        an id outside of the vocabulary.
+        """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         return self._take(rows, tokens, max(1, min(num_logits, tokens.shape[1])))
 
     def verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows on trial; `accept` must be the next call.
 
-        Returns all logits [R, T, vocab]: those of single steps to the last bit, up to
-        `info.exact_tokens`.
+        Returns all logits [R, T, vocab]: the bits of single steps, up to `info.exact_tokens`.
+        Raises as `take` does.
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         logits = self._verify(rows, tokens)
@@ -188,7 +196,10 @@ class Session(ABC):
         return logits
 
     def accept(self, counts: Sequence[int]) -> None:
-        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them."""
+        """Keeps so many of the first tokens of each row of the last `verify`: 0 to all of them.
+
+        Raises ValueError if there are not so many, or `verify` was not the call before.
+        """
         if self._tried is None:
             raise ValueError("no tokens are on trial: call verify first")
         rows, tokens = self._tried
@@ -198,7 +209,10 @@ class Session(ABC):
         self._accept(rows, tokens, counts)
 
     def set_rows(self, rows: range, state: State) -> None:
-        """Lets rows continue from a canonical state by any engine; refuses other models'."""
+        """Lets rows continue from a canonical state of as many, by any engine.
+
+        Raises RequestError for another model's names or shapes; dtypes are converted.
+        """
         self._require_fitting(state)
         self._set_rows(rows, state)
 
@@ -207,7 +221,7 @@ class Session(ABC):
         return self.take(self._all, tokens, num_logits)
 
     def prefill_at_once(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
-        """Prefills in one run, as other programs do, if the engine can."""
+        """Prefills in one run, as other programs do, if the engine can; memory grows with T."""
         return self.prefill(tokens, num_logits)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:

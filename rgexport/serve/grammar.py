@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import llguidance
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
-"""Otherwise a model may write blanks for ever."""
+"""JSON has no blanks: a model might write them for ever."""
 _LIMITS = {
     "max_grammar_size": 20_000,
     "max_items_in_row": 1000,
@@ -60,7 +60,10 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
 
 
 class GrammarMask:
-    """Copies matchers at the start of a grammar, and in an error state; `size` is the logits'."""
+    """The mask of one reply; it copies matchers at the `start` of a grammar, and in an error state.
+
+    The second one only fills a call that takes two matchers. `size` is the number of logits.
+    """
 
     def __init__(
         self, start: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", size: int
@@ -109,12 +112,15 @@ CompiledGrammar = Callable[[], GrammarMask]
 
 
 class Grammars:
+    """The compiled grammars of one vocabulary, of `vocab_size` logits; any thread may use them."""
+
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._size = tokenizer, vocab_size
         self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
+        """Returns a cached grammar, None if it is new; raises RequestError again if it failed."""
         with self._lock:
             if source not in self._known:
                 return None
@@ -153,7 +159,7 @@ class Grammars:
             reason = one_line(matcher.get_error().replace("<non-verbose/>", ""))
             raise RequestError(f"the grammar cannot be used: {reason}")
         compiled = partial(GrammarMask, matcher, self._failed, self._size)
-        compiled().allowed()
+        compiled().allowed()  # a grammar beyond the limits fails at its first mask
         return compiled
 
     @functools.cached_property
@@ -168,7 +174,7 @@ class Grammars:
 
 
 class GrammarThread:
-    """Compiles grammars one by one, unless their clients have left; `most` may wait `seconds`."""
+    """One thread that compiles grammars in turn; at most `most` wait, each for `seconds`."""
 
     def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
         self._seconds, self._most = seconds, most
@@ -181,7 +187,11 @@ class GrammarThread:
         source: GrammarSource,
         client_left: Callable[[], Coroutine[Any, Any, None]],
     ) -> CompiledGrammar:
-        """Returns the compiled grammar; raises Busy, or Gone if the client left."""
+        """Returns the compiled grammar; `client_left` returns once the client has left.
+
+        Raises Busy if too many grammars wait or take long, Gone if the client left, RequestError
+        for a grammar that cannot be used.
+        """
         if compiled := grammars.known(source):
             return compiled
         if self._waiting >= self._most:
@@ -189,9 +199,9 @@ class GrammarThread:
         self._waiting += 1
         call = self._thread.submit(partial(grammars.compile, source))
         result, leaving = asyncio.wrap_future(call), asyncio.create_task(client_left())
-        either: set[asyncio.Future[Any]] = {result, leaving}
+        events: set[asyncio.Future[Any]] = {result, leaving}
         try:
-            await asyncio.wait(either, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(events, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
             if result.done():
                 return result.result()
             if leaving.done():
@@ -244,6 +254,8 @@ def _llguidance() -> Any:
 
 
 class _GuidanceVocabulary:
+    """A vocabulary with the names that llguidance's `TokenizerWrapper` reads."""
+
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}
         stop = tokenizer.end_of_turn_id

@@ -89,7 +89,9 @@ def kind_of(size: int) -> Kind:
 class ServerSettings:
     """Settings of a server, as the options of `rgexport serve` describe them.
 
-    `*` stands for all origins or hosts. `saved` is the folder of states that clients name.
+    `*` stands for all origins or hosts. `saved` is the folder of states that clients name: at most
+    `most_saved` states of a client, `saved_bytes` of all. With `share_prefixes`, all clients use
+    the same states. `trusted_proxies` are addresses, believed about X-Forwarded-For.
     """
 
     api_key: str | None = None

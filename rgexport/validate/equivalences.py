@@ -39,7 +39,7 @@ SAME = {
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """Errors between two ways of taking tokens; `states` are those of each text, if known."""
+    """Errors between two ways of taking tokens; `states` are after each text, if known."""
 
     tokens: int
     logits: metrics.LogitError

@@ -207,8 +207,9 @@ def measure(
     """Teacher-forces `session` with tokens [T] and compares it with the references' passes.
 
     Logits exist for one block at a time. Where a chunk has a fixed length, or gives one row of
-    logits, the text is taken in steps, and `equivalences` compares a chunk with them. `noise` makes
-    a near tie, see `metrics.agreement`; `longest` is the most tokens of a call.
+    logits, the text is taken in steps, and `equivalences` compares a chunk with them. `text_bytes`
+    is the text's length in UTF-8; `noise` makes a near tie, see `metrics.agreement`; `spell` writes
+    the text of the worst positions; `longest` is the most tokens of a call.
     """
     sides = [ComparisonRecorder(reference, tokens, spell) for reference in references]
     stops = checkpoints(len(tokens))

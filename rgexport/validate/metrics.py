@@ -38,7 +38,7 @@ _BLOCK_VALUES = 1 << 16
 def compare_logits(
     reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray
 ) -> np.ndarray:
-    """Returns `ROWS` [n] of logits [n, vocab]; `next_tokens` [n] are -1 at the text's end."""
+    """Returns `ROWS` [n] of logits [n, vocab], any floats; `next_tokens` [n] are -1 at the end."""
     rows = np.empty(len(reference), ROWS)
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -252,7 +252,7 @@ class Drift:
 
 
 def state_errors(reference: State, candidate: State) -> list[StateError]:
-    """Compares all tensors except the position, and those of another window's shape."""
+    """Compares all tensors except the position; tensors of another shape are left out."""
     errors = []
     for name, array in reference.items():
         if name == POSITION or array.shape != candidate[name].shape:

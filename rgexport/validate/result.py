@@ -101,7 +101,7 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens per second from an empty state, medians; a prompt fills a chunk of fixed length."""
+    """Tokens per second from an empty state, medians; a prompt has 128 tokens, or one chunk."""
 
     decode: float
     prefill: float

@@ -57,9 +57,12 @@ from rgexport.validate.weights.weight_limits import reproduce
 class ValidationRequest:
     """The options of `rgexport validate` for one artifact.
 
-    `bisect` measures each layer's cost and names suspects; `reproduce` encodes the original's
-    weights again, with the `calibration` of the export; `allow_foreign` lets a graph run that has
-    ops which rgexport does not write.
+    `model` is the original, a folder or hub id (see `find_original`), with an `adapter` merged into
+    it. `text` is a UTF-8 file to compare on (see `choose_text`), up to `max_tokens`. `limits`
+    replace our own, by names in `checks.NAMES`. `bisect` measures each layer's cost and names
+    suspects; `bench` measures the speed; `reproduce` encodes the original's weights again, with the
+    `calibration` of the export. `min_quality` is the lowest grade that passes. `allow_foreign` lets
+    a graph run that has ops which rgexport does not write.
     """
 
     model: str | None = None
@@ -152,7 +155,7 @@ def validate_artifacts(
 def validate_artifact(
     path: Path, request: ValidationRequest, passes: SharedPasses | None = None
 ) -> Result:
-    """Compares an artifact with its dequantized reference and, where there is one, its original.
+    """Compares an artifact with its dequantized reference, and with its original if that is known.
 
     The references run first, one layer at a time. Then the artifact's session opens, and when it
     is closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.

@@ -59,7 +59,7 @@ def sha256_of(requests: Sequence[LmRequest]) -> str:
 
 
 def answer(tokenizer: Tokenizer, session: Session, requests: Sequence[LmRequest]) -> Result:
-    """Returns the answers in the order of requests, the tokens read, and those of all texts."""
+    """Returns the answers in the order of requests, and the tokens: read ones, and all."""
     generated = [request for request in requests if request.kind == _GENERATION]
     judged = [request for request in requests if request.kind != _GENERATION]
     scored = [_scored_text(tokenizer, request) for request in judged]

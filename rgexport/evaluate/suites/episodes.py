@@ -22,18 +22,17 @@ head house service friend father power hour game line end member law car city na
 body back parent face others level office door health person art war history party result change
 morning reason girl guy moment air teacher force
 """.split()
-_LEAST = 16
-"""Nouns of one token that are needed; otherwise ids of the vocabulary stand for words."""
-_FEWEST = _LEAST + 14 + 6
-"""Ids of a vocabulary: symbols, digits, marks, and some for the filler."""
+_SYMBOLS, _DIGITS, _MARKS = 16, 10, 4
+"""Ids that episodes need, at least so many symbols."""
+_MIN_IDS = _SYMBOLS + _DIGITS + _MARKS + 6  # some for the filler
 
 
 @dataclass(frozen=True)
 class EpisodeVocabulary:
     """The ids that episodes consist of; `symbols` are keys, values, and the list of `copying`.
 
-    `between` follows a key or a question, `end` an answer; `passkey` and `copy` begin the facts of
-    these tasks, and ask for them. `filler` [N] is the text in between, repeated as needed.
+    A key or a question ends with `between`, an answer with `end`; `passkey` and `copy` begin the
+    facts of these tasks, and ask for them. `filler` [N] is the text in between, repeated as needed.
     """
 
     symbols: list[int]
@@ -56,23 +55,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Episode:
-    """Facts, and questions about them; the right answer stands before the next question."""
+    """Facts and questions; each right answer is fed to the model before the next question."""
 
     facts: list[int]
     questions: list[Question]
 
 
 def vocabulary_of(tokenizer: Tokenizer | None, vocab_size: int) -> EpisodeVocabulary:
-    """Returns words of the tokenizer.
+    """Returns words of the tokenizer; RequestError for a vocabulary that is too small.
 
-    Without one, or with too few nouns of one token, ids spread over the vocabulary stand for
-    words, and the filler is drawn from the others.
+    Without a tokenizer, or with too few nouns of one token, ids spread over the vocabulary stand
+    for words, and the filler is drawn from the others.
     """
     if tokenizer is not None:
         encode = tokenizer.encode_text
         nouns = [encode(f" {noun}") for noun in _NOUNS]
         symbols = [ids[0] for ids in nouns if len(ids) == 1]
-        if len(symbols) >= _LEAST:
+        if len(symbols) >= _SYMBOLS:
             digits = [encode(str(digit))[-1] for digit in range(10)]
             passkey, copy = encode("\nThe pass key is "), encode("\nThe list is")
             used = {*symbols, *digits, *encode(":")}
@@ -80,17 +79,17 @@ def vocabulary_of(tokenizer: Tokenizer | None, vocab_size: int) -> EpisodeVocabu
             return EpisodeVocabulary(
                 symbols, digits, encode(":"), encode("\n"), passkey, copy, filler
             )
-    if vocab_size < _FEWEST:
+    if vocab_size < _MIN_IDS:
         raise RequestError(
-            f"a vocabulary of {vocab_size} is too small for the suite memory; expected {_FEWEST}"
+            f"a vocabulary of {vocab_size} is too small for the suite memory; expected {_MIN_IDS}"
         )
-    first = min(3, vocab_size - _FEWEST)  # the first ids are usually control tokens
-    chosen = np.linspace(first, vocab_size - 1, _LEAST + 14).astype(int)
+    first = min(3, vocab_size - _MIN_IDS)  # the first ids are usually control tokens
+    chosen = np.linspace(first, vocab_size - 1, _SYMBOLS + _DIGITS + _MARKS).astype(int)
     random = np.random.default_rng(0)
     ids = random.permutation(chosen).tolist()
     others = np.setdiff1d(np.arange(first, vocab_size), chosen)
-    between, end, passkey, copy = ([token] for token in ids[_LEAST + 10 :])
-    symbols, digits = ids[:_LEAST], ids[_LEAST : _LEAST + 10]
+    between, end, passkey, copy = ([token] for token in ids[_SYMBOLS + _DIGITS :])
+    symbols, digits = ids[:_SYMBOLS], ids[_SYMBOLS : _SYMBOLS + _DIGITS]
     filler = random.choice(others, 1 << 14)
     return EpisodeVocabulary(symbols, digits, between, end, passkey, copy, filler)
 
@@ -102,22 +101,22 @@ def _line(vocabulary: EpisodeVocabulary, key: int, value: int) -> list[int]:
 def _pairs(
     vocabulary: EpisodeVocabulary, random: np.random.Generator, num_pairs: int, num_questions: int
 ) -> Episode:
-    """Tells keys with values and asks for some values; answered ones are no candidates any more."""
+    """Tells keys with values, and asks for some; an earlier answer is no candidate again."""
     chosen = random.permutation(vocabulary.symbols)[: 2 * num_pairs].tolist()
     keys, values = chosen[:num_pairs], chosen[num_pairs:]
     facts = [i for pair in zip(keys, values, strict=True) for i in _line(vocabulary, *pair)]
     order = random.permutation(num_pairs)[:num_questions].tolist()
     questions = []
     for number, index in enumerate(order):
-        lead = vocabulary.end if number else []
+        answer_end = vocabulary.end if number else []
         candidates = sorted({*values} - {values[i] for i in order[:number]})
-        prompt = [*lead, keys[index], *vocabulary.between]
+        prompt = [*answer_end, keys[index], *vocabulary.between]
         questions.append(Question(prompt, values[index], candidates))
     return Episode(facts, questions)
 
 
 def _induction(vocabulary: EpisodeVocabulary, random: np.random.Generator) -> Episode:
-    """Tells one pair; no other candidate was told, so nothing shows what belongs together."""
+    """Tells one pair; the other candidates are not told, so the answer takes no key."""
     key, *values = random.permutation(vocabulary.symbols)[:9].tolist()
     question = Question([key, *vocabulary.between], values[0], sorted(values))
     return Episode(_line(vocabulary, key, values[0]), [question])

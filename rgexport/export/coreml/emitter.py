@@ -25,7 +25,7 @@ from rgexport.export.storage import with_groups
 from rgexport.quantize.scheme import Affine, Palette
 
 _CAST_NAMES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
-DTYPES = {name: getattr(types, word) for name, word in _CAST_NAMES.items()} | {
+DTYPES = {name: getattr(types, cast) for name, cast in _CAST_NAMES.items()} | {
     name: getattr(types, name) for name in ("int8", "uint8", "int4", "uint4")
 }
 _NUMPY = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype}

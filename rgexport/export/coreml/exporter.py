@@ -44,7 +44,12 @@ _DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 @dataclass(frozen=True, kw_only=True)
 class CoreMLOptions(FolderOptions):
-    """Stores scales, tables and biases in the dtype of `compute`; `split` is in bytes."""
+    """The options of a Core ML export; scales, tables and biases have the dtype of `compute`.
+
+    The `prefill` function takes `prefill_length` tokens and returns the logits of the last one, or
+    `all_logits`. `recurrent_state` is `io` for a float32 input and output, `hilo` for a pair of
+    float16 states. `split` is the most bytes of weights that a package may have.
+    """
 
     prefill_length: int = 128
     all_logits: bool = False
@@ -110,7 +115,10 @@ def export_coreml(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports to a folder, as `export_folder` does, in memory that no model's size changes."""
+    """Exports to the folder `target`, as `export_folder` does, and returns it.
+
+    Memory, `check`, `statistics` and errors are as in `export_onnx`.
+    """
     # coremltools takes seconds to load; its warnings about versions of torch are silenced.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     from rgexport.export.coreml.model import add_metadata, build_model

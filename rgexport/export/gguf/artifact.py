@@ -90,7 +90,8 @@ class GgufArtifact(Artifact):
 def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
     """Opens a file of `rgexport gguf`, or one that another tool quantized from it.
 
-    The data are hashed if the file has changed since the last opening, and with `verify`.
+    The data are hashed if the file has changed since the last opening, and with `verify`. Raises
+    RequestError for another kind of file or model, a part of a split file, and damage.
     """
     if not path.exists():
         raise RequestError(f"there is no {path}")

@@ -142,7 +142,12 @@ def export_gguf(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports to the file `target`, in memory that no model's size changes."""
+    """Exports to the file `target`, which appears when it is complete, and returns it.
+
+    Memory, `check` and `statistics` are as in `export_onnx`. Raises RequestError: an unsound
+    checkpoint, a target that exists or cannot be written, too little disk, an option that does not
+    fit, or no ggml to quantize with.
+    """
     check_file_target(target, force=force, replaceable=is_gguf)
     storage = options.choose(checkpoint.config)
     if any(TYPES[kind].is_quantized for kind in storage.types.values()):

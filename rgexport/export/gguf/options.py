@@ -50,7 +50,13 @@ class GgufStorage:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """How weights are stored; each of `tensor_types` is `REGEX=TYPE`, for names in the file."""
+    """The options of a GGUF export; None stands for a default.
+
+    `type` is a file type of llama-quantize, such as `q4_k_m`; with `pure` all tensors have it. Each
+    of `tensor_types` is `REGEX=TYPE`, for names in the file. `embedding` is the type of the
+    embedding and the head, `imatrix` a file of llama-imatrix. `plan` replaces all of these.
+    `algorithm` chooses the levels of the types that it can fill; llama-quantize's own the rest.
+    """
 
     type: str | None = None
     pure: bool = False

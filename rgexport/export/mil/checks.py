@@ -43,7 +43,7 @@ Location = tuple[Path, int]
 def check_package(
     package: Package, uses: Mapping[str, Mapping[str, StoredTensor]]
 ) -> Iterator[str]:
-    """Yields complaints; `uses` has for each function the weights that it must use."""
+    """Yields complaints; `uses` has for each function the manifest's weights that it must use."""
     folder = package.path.parent
     for function in package.functions.values():
         tensors = uses.get(function.name, {})
@@ -58,7 +58,10 @@ def check_package(
 
 
 def check_without_manifest(package: Package) -> Iterator[str]:
-    """Yields complaints; all weights have their hashes, and a segment's functions share them."""
+    """Yields complaints about weights with another hash than in the metadata, and about states.
+
+    The functions of a segment must use the same weights.
+    """
     by_segment: dict[str, dict[str, FileValue]] = {}
     for function in package.functions.values():
         segment = function.name.rpartition("_")[0]
@@ -71,7 +74,7 @@ def check_without_manifest(package: Package) -> Iterator[str]:
 
 
 def part_name(tensor: str, label: str) -> str:
-    """Returns `OPERATION.PART`, without dots in the operation's name; a row group has its own."""
+    """Returns `OPERATION.PART`; the operation's name has `_` for dots, and a row group's number."""
     weight, _, part = f"{tensor}.{label}".rpartition(".")
     return f"{weight.replace('.', '_')}.{part}"
 
@@ -83,34 +86,37 @@ def short_digests(blobs: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_states(function: Function) -> Iterator[str]:
-    """Complains of states that are not written once from their old value; a long chunk need not."""
-    ids = function.inputs.get(_TOKENS)
-    chunk = ids.shape[-1] if ids and ids.shape else 1
+    """Complains of states that are not written once, or not computed from their old value.
+
+    A call of as many tokens as a state has slots may replace all of it.
+    """
+    positions = function.inputs.get(_TOKENS)
+    num_tokens = positions.shape[-1] if positions and positions.shape else 1
     bits = {name: 1 << index for index, name in enumerate(function.states)}
     sources: dict[str, int] = {}  # value → a bit for each state that it was computed from
     written: set[str] = set()
     for operation in function.walk():
         operands = [v.name for v in chain(*operation.inputs.values()) if isinstance(v, Name)]
-        states = 0
+        source_bits = 0
         for name in operands:
-            states |= sources.get(name, 0)
-        bound = operation.inputs.get("input", ())
-        state = bound[0].name if len(bound) == 1 and isinstance(bound[0], Name) else ""
+            source_bits |= sources.get(name, 0)
+        handles = operation.inputs.get("input", ())
+        state = handles[0].name if len(handles) == 1 and isinstance(handles[0], Name) else ""
         if operation.type == "read_state" and state in function.states:
-            states |= bits[state]
+            source_bits |= bits[state]
         elif operation.type == "write_state" and state in function.states:
             write = f"{function.name}: {operation.type} {operation.label}"
             shape = function.states[state].shape
             slots = shape[-2] if len(shape) > 1 else 1
             if state in written:
                 yield f"{write}: the state {state} is written a second time"
-            elif not states & bits[state] and slots > chunk:
+            elif not source_bits & bits[state] and slots > num_tokens:
                 yield (
                     f"{write}: the new value of the state {state} does not depend on its old "
                     "value, so the past would be lost"
                 )
             written.add(state)
-        sources.update((name, states) for name, _ in operation.outputs)
+        sources.update((name, source_bits) for name, _ in operation.outputs)
     for state in function.states.keys() - written:
         yield f"{function.name}: state {state} is never written"
 
@@ -196,12 +202,13 @@ OPERATIONS = frozenset(
 )
 _SYSTEMS = {6: "iOS 15", 7: "iOS 16", 8: "iOS 17", 9: "iOS 18", 10: "iOS 26"}
 _GROUPS = "inputs", "outputs", "states"
-_SHOWN, _LISTED = 60, 20
+_MAX_CHARACTERS, _MAX_PROBLEMS = 60, 20
+"""Limits of a text of the metadata, and of the listed problems."""
 _NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 
 
 def describe_package(path: Path) -> dict[str, Any]:
-    """Describes a package as JSON; one of ours is hashed, and `problems` lists what is wrong."""
+    """Describes a package as JSON; checks our own ones with all hashes, and lists `problems`."""
     package = open_package(path)
     metadata = package.description.metadata
     ours = CONFIG in metadata.userDefined
@@ -258,19 +265,19 @@ def _function(function: Function, package: Package) -> dict[str, Any]:
     return {**groups, "operations": dict(counts.most_common())}
 
 
-def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
-    version = d["specification_version"]
+def package_text(description: dict[str, Any]) -> Iterator[str | Table]:
+    version, default = description["specification_version"], description["default_function"]
     system = _SYSTEMS.get(version)
     facts = (
-        f"{d['name']}: Core ML package",
+        f"{description['name']}: Core ML package",
         f"specification {version}" + (f" ({system} or later)" if system else ""),
-        f"functions {', '.join(d['functions'])} (by default {d['default_function']})",
-        amount(d["size"]),
+        f"functions {', '.join(description['functions'])} (by default {default})",
+        amount(description["size"]),
     )
-    yield ", ".join(facts) + f"\n{d['path']}\n"
-    texts = {name: " ".join(value.split()) for name, value in d["metadata"].items()}
+    yield ", ".join(facts) + f"\n{description['path']}\n"
+    texts = {name: " ".join(value.split()) for name, value in description["metadata"].items()}
     metadata = (
-        (name, text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+        (name, text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}...")
         for name, text in texts.items()
         if text
     )
@@ -278,13 +285,13 @@ def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
     header = ("function", "", "name", "dtype", "shape")
     values = (
         (name, group.removesuffix("s"), *row)
-        for name, function in d["functions"].items()
+        for name, function in description["functions"].items()
         for group in _GROUPS
         for row in _grouped_rows(function[group])
     )
     yield Table("Inputs, outputs and states", header, values)
-    names = tuple(d["functions"])
-    counts = [function["operations"] for function in d["functions"].values()]
+    names = tuple(description["functions"])
+    counts = [function["operations"] for function in description["functions"].values()]
     operations = (
         (kind, *(f"{count.get(kind, 0):,}" for count in counts))
         for kind in sorted({kind for count in counts for kind in count})
@@ -292,23 +299,24 @@ def package_text(d: dict[str, Any]) -> Iterator[str | Table]:
     yield Table("Operations", ("type", *names), operations, names)
     numbers = ("blobs", "items", "size")
     weights = (
-        (w["dtype"], f"{w['blobs']:,}", f"{w['items']:,}", amount(w["bytes"])) for w in d["weights"]
+        (w["dtype"], f"{w['blobs']:,}", f"{w['items']:,}", amount(w["bytes"]))
+        for w in description["weights"]
     )
     yield Table("Weights", ("dtype", *numbers), weights, numbers)
-    files = ((name, amount(record["size"])) for name, record in d["files"].items())
+    files = ((name, amount(record["size"])) for name, record in description["files"].items())
     yield Table("Files", ("name", "size"), files, ("size",))
-    yield _closing(d)
+    yield _closing(description)
 
 
-def _closing(d: dict[str, Any]) -> str:
-    if problems := d["problems"]:
-        lines = [f"Problem: {problem}" for problem in problems[:_LISTED]]
-        if len(problems) > _LISTED:
-            lines.append(f"and {len(problems) - _LISTED} more problems")
+def _closing(description: dict[str, Any]) -> str:
+    if problems := description["problems"]:
+        lines = [f"Problem: {problem}" for problem in problems[:_MAX_PROBLEMS]]
+        if len(problems) > _MAX_PROBLEMS:
+            lines.append(f"and {len(problems) - _MAX_PROBLEMS} more problems")
         return "\n".join(lines)
-    if d["made_by_rgexport"]:
+    if description["made_by_rgexport"]:
         return "No problems."
-    unknown = ", ".join(d["unchecked"])
+    unknown = ", ".join(description["unchecked"])
     return "Not made by rgexport: it can be read and has all weights; nothing else was checked." + (
         f" rgexport cannot run these operations: {unknown}." if unknown else ""
     )

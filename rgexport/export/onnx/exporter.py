@@ -86,7 +86,12 @@ def export_onnx(
     check: SelfCheck | None = None,
     statistics: StatisticsOf = no_statistics,
 ) -> Path:
-    """Exports to a folder, as `export_folder` does, in memory that no model's size changes."""
+    """Exports to the folder `target`, as `export_folder` does, and returns it.
+
+    Weights are encoded in slabs of a few MB, so that memory does not grow with the model; `check`
+    runs the complete artifact, which takes more. `statistics` are for algorithms that need them.
+    Raises RequestError as `export_folder` does, and for options that do not fit the model.
+    """
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
     plan = options.resolve_plan(checkpoint.config, gates)
     activation = ACTIVATIONS[options.compute_word]

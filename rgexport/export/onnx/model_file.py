@@ -213,7 +213,7 @@ class NativeOps:
 
 
 def native_ops(model: Path | bytes) -> NativeOps:
-    """Compares the ops of a model file, or a serialized model, with those of our library."""
+    """Compares the ops of a model file, or a serialized model, with the ops of our library."""
     file = read_model(model if isinstance(model, bytes) else read_graph(model))
     counts = Counter(node.op for node in file.nodes if node.domain == DOMAIN)
     ops = dict(sorted(counts.items()))

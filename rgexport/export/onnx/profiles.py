@@ -116,6 +116,12 @@ PROFILES: dict[str, LoweringProfile] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxOptions(FolderOptions):
+    """The options of an ONNX export.
+
+    `profile` is the runtime that the graph is made for, and has a default `precision`. `exact`
+    keeps activations out of int8. `genai_native` copies our kernels for onnxruntime-genai.
+    """
+
     profile: str = "cpu"
     exact: bool = False
     genai_native: bool = False
@@ -138,7 +144,11 @@ class OnnxOptions(FolderOptions):
         return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig, gates: Collection[str] = ()) -> Plan:
-        """Makes the plan for a model; `gates` are those that the checkpoint has in bfloat16."""
+        """Makes the plan for a model: blocks that fit its rows, unless a plan sets them.
+
+        `gates` are the matrices that the checkpoint has in bfloat16; they stay so if others are
+        quantized. Raises RequestError for an unknown word or block size.
+        """
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
             chosen = choose_schemes(self.precisions, self._scheme, self.block_size, self.symmetric)

@@ -71,7 +71,11 @@ _ERROR_LENGTH = 200
 
 
 def build(folder: Path, *, tools: bool = False, install: bool = True) -> str:
-    """Builds the patched wheel in `folder`, and installs it; `CMAKE_ARGS` adds options."""
+    """Builds the patched wheel in `folder`, and installs it; `CMAKE_ARGS` adds options.
+
+    Returns the products and the next command, as text for the user. Raises RequestError if a step
+    failed, there is no pip, or another build runs in `folder`.
+    """
     if find_spec("pip") is None:
         raise RequestError("this needs pip, which is not in this environment: python -m ensurepip")
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,9 +26,11 @@ LIBRARY = library_path(FOLDER)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of this machine, or the reason why there are none.
+    """The kernels of this machine, or the `reason` why there are none.
 
-    `instruction_sets` are those that this processor supports, from the least to the best.
+    `ops` of the domain `ai.rgexport` have a kernel. `instruction_sets` are supported by this
+    processor, from the least to the best. Up to `exact_tokens` tokens of a step give the bits of
+    each alone.
     """
 
     instruction_set: str = ""
@@ -56,11 +58,15 @@ def without_kernels() -> Iterator[None]:
 
 
 def library() -> Path | None:
-    """Returns the library for ONNX Runtime, if it works here and is not turned off."""
+    """Returns the library for ONNX Runtime, if it works here and is not turned off.
+
+    Raises RequestError where RGEXPORT_CPU names no instruction set of this architecture.
+    """
     return LIBRARY if isinstance(_usable(), ctypes.CDLL) else None
 
 
 def kernels() -> Kernels:
+    """Returns the kernels, or why there are none; raises as `library` does."""
     loaded = _usable()
     if isinstance(loaded, str):
         return Kernels(reason=loaded)

@@ -258,7 +258,7 @@ class StateConverter:
 
 
 class CoreMLSession(Session):
-    """A package, whose functions take one sequence: the rows of a batch are run in turn."""
+    """A package. Its functions take one sequence, so the rows of a batch are run in turn."""
 
     def __init__(
         self, artifact: Artifact, *, threads: int | None = None, runner: Runner | None = None

@@ -27,7 +27,11 @@ SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """One prompt; the artifact chooses the first `greedy_common` tokens of the continuation."""
+    """One prompt; `kl` (nats) and `top1` are means over the `positions` with logits in the file.
+
+    The artifact chooses the first `greedy_common` of `greedy_tokens` of the reference's
+    continuation.
+    """
 
     name: str
     tokens: int

@@ -58,7 +58,10 @@ _LAST_CODE = 2**16 - 1
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt; there are logits at `positions`, and states after `checkpoints` tokens."""
+    """One prompt: logits are known at token `positions`, states after `checkpoints` tokens.
+
+    Both ascend. `bytes` is the text's length in UTF-8, None for token ids.
+    """
 
     name: str
     tokens: int
@@ -124,14 +127,14 @@ class ReferenceFile:
         state: State = {}
         for spec in state_specs(self.header.config):
             stored = self.arrays[f"states.{prompt}.{spec.name}"].whole()
-            whole = np.zeros(spec.shape, np.float32)
-            whole[len(whole) - len(stored) :] = stored
-            state[spec.name] = whole[None]
+            padded = np.zeros(spec.shape, np.float32)
+            padded[len(padded) - len(stored) :] = stored
+            state[spec.name] = padded[None]
         state[POSITION] = np.array([self.header.prompts[prompt].tokens], np.int64)
         return state
 
     def checkpoints(self, prompt: int) -> dict[int, State]:
-        """Count of tokens → the recurrent states after them, of batch 1."""
+        """Returns number of tokens → the recurrent states after them, of batch 1."""
         states: dict[int, State] = {n: {} for n in self.header.prompts[prompt].checkpoints}
         for spec in checkpoint_specs(self.header.config) if states else ():
             arrays = self.arrays[f"checkpoints.{prompt}.{spec.name}"].whole()
@@ -182,6 +185,7 @@ def array_layouts(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, .
 
 
 def checkpoint_specs(config: GriffinConfig) -> list[StateSpec]:
+    """Returns the states of a checkpoint inside a prompt: all but keys and values."""
     return [spec for spec in state_specs(config) if not _is_cache(spec)]
 
 
@@ -197,16 +201,17 @@ def _is_cache(spec: StateSpec) -> bool:
 
 
 def encode_logits(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds logits [n, vocab] float32 to uint16; returns each row's smallest one and step too."""
-    low = logits.min(1)
-    step = (logits.max(1) - low) / np.float32(_LAST_CODE)
-    codes = np.rint((logits - low[:, None]) / np.where(step, step, 1)[:, None])
-    return np.clip(codes, 0, _LAST_CODE).astype(np.uint16), np.stack([low, step], 1)
+    """Rounds logits [n, vocab] float32 to uint16; returns scales [n, 2], too: least logit, step."""
+    least = logits.min(1)
+    step = (logits.max(1) - least) / np.float32(_LAST_CODE)
+    codes = np.rint((logits - least[:, None]) / np.where(step, step, 1)[:, None])
+    return np.clip(codes, 0, _LAST_CODE).astype(np.uint16), np.stack([least, step], 1)
 
 
 def decode_logits(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    low, step = scales.astype(np.float64).T[:, :, None]
-    logits: np.ndarray = low + step * codes
+    """Returns logits [n, vocab] float64 from the two results of `encode_logits`."""
+    least, step = scales.astype(np.float64).T[:, :, None]
+    logits: np.ndarray = least + step * codes
     return logits
 
 
@@ -240,8 +245,8 @@ def write_reference(
 def read_reference(path: Path) -> ReferenceFile:
     """Opens a file and checks all of it; raises RequestError for another one, or damage."""
     if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise RequestError(f"cannot read the reference {path}: {what}")
+        reason = "it is a folder" if path.is_dir() else "there is no such file"
+        raise RequestError(f"cannot read the reference {path}: {reason}")
     text = read_metadata(path).get(METADATA)
     if text is None:
         raise RequestError(
@@ -267,20 +272,20 @@ def _parse_header(path: Path, text: str) -> Header:
         )
     header = from_json(Header, fields)
     check_config(header.config)
-    states = sum(4 * math.prod(spec.shape) for spec in state_specs(header.config))
-    if states > MAX_STATE_BYTES:
-        raise Mismatch(f"config: a state would take {states} bytes")
+    state_bytes = sum(4 * math.prod(spec.shape) for spec in state_specs(header.config))
+    if state_bytes > MAX_STATE_BYTES:
+        raise Mismatch(f"config: a state would take {state_bytes} bytes")
     if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
         raise Mismatch("prompts: there is none, or one without tokens")
     for prompt in header.prompts:
-        if not prompt.positions or not _is_inside(prompt.positions, 0, prompt.tokens):
+        if not prompt.positions or not _ascends_inside(prompt.positions, 0, prompt.tokens):
             raise Mismatch("positions of logits lie outside of their prompt, or do not ascend")
-        if not _is_inside(prompt.checkpoints, 1, prompt.tokens):
+        if not _ascends_inside(prompt.checkpoints, 1, prompt.tokens):
             raise Mismatch("checkpoints lie outside of their prompt, or do not ascend")
     return header
 
 
-def _is_inside(values: Sequence[int], start: int, stop: int) -> bool:
+def _ascends_inside(values: Sequence[int], start: int, stop: int) -> bool:
     edges = start - 1, *values, stop
     return all(a < b for a, b in pairwise(edges))
 

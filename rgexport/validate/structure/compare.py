@@ -27,7 +27,8 @@ MOST_LAYERS = 256
 class StructureReport:
     """Whether an artifact's graph is the one that the exporter writes for its config and plan.
 
-    `differs` is a fault; with `other version`, the artifact does not claim to be of this version.
+    `differs` is a fault; with `other version`, the artifact names another writer than this version.
+    `reason` tells the writer, the first difference, or why nothing was compared.
     """
 
     status: Literal["as written", "differs", "other version", "not checked"]
@@ -42,26 +43,26 @@ NOT_COMPARED = StructureReport("not checked", "nobody asked for it")
 
 
 def compare_structure(artifact: Artifact, reference: ReferenceFile | None) -> StructureReport:
-    """Compares a structure with a new one or, without the extra, with a file's fingerprint."""
+    """Lowers the graph again and compares the artifact's; without torch, compares a fingerprint."""
     expected, layers = expected_of(artifact.manifest.kind), artifact.manifest.config.num_layers
     recipe = expected.recipe(artifact.manifest)
     if recipe is None:
-        return StructureReport("not checked", "it is known for no artifact of this format")
+        return StructureReport("not checked", "graphs of this format are not compared")
     if layers > MOST_LAYERS:
         return StructureReport("not checked", f"{layers:,} layers; expected at most {MOST_LAYERS}")
     try:
         difference = _difference_from_lowered(expected, artifact, recipe)
         writer = version_text({"rgexport": __version__})
     except ImportError as error:
-        install = f"{error.name} is missing (pip install 'rgexport[{expected.extra}]')"
+        missing = f"{error.name} is missing (pip install 'rgexport[{expected.extra}]')"
         if reference is None:
-            return StructureReport("not checked", f"{install}, and no reference file was given")
-        known = [one for one in reference.header.structures if one.recipe == recipe.key]
-        if not known:
-            lack = "the reference file has no fingerprint for this config and plan"
-            return StructureReport("not checked", f"{install}, and {lack}")
-        same = fingerprint(recipe.key, expected.read(artifact)).matches(known[-1])
-        difference = None if same else "its fingerprint is not the reference file's"
+            return StructureReport("not checked", f"{missing}, and no reference file was given")
+        recorded = [f for f in reference.header.structures if f.recipe == recipe.key]
+        if not recorded:
+            reason = "the reference file has no fingerprint for this config and plan"
+            return StructureReport("not checked", f"{missing}, and {reason}")
+        is_same = fingerprint(recipe.key, expected.read(artifact)).matches(recorded[-1])
+        difference = None if is_same else "its fingerprint is not the reference file's"
         writer = version_text(reference.header.environment)
     if difference is None:
         return StructureReport("as written", f"as {writer} writes it")
@@ -81,8 +82,8 @@ def _difference_from_lowered(expected: Expected, artifact: Artifact, recipe: Rec
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the manifest may have options that no export checks
-        what = str(error) or type(error).__name__
-        return one_line(f"this version writes no graph for its config and plan: {what}")
+        reason = str(error) or type(error).__name__
+        return one_line(f"this version writes no graph for its config and plan: {reason}")
     return first_difference(expected.read(artifact), lowered)
 
 
@@ -91,11 +92,11 @@ def can_record() -> bool:
 
 
 def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:
-    """The fingerprints of all formats and named precisions; 12 s and 0.4 GB for a 2B."""
+    """Returns the fingerprints of all formats and named precisions; 12 s and 0.4 GB for a 2B."""
     fingerprints: dict[str, Fingerprint] = {}
     for kind in FORMATS:
         try:
-            fingerprints |= {one.recipe: one for one in _record(expected_of(kind), checkpoint)}
+            fingerprints |= {f.recipe: f for f in _record(expected_of(kind), checkpoint)}
         except ImportError as error:
             note(f"the file gets no fingerprints of {kind} graphs: {error.name} is missing")
     return tuple(fingerprints.values())

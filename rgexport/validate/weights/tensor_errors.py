@@ -258,7 +258,7 @@ def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) ->
 
 
 def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
-    """Σ ‖E p‖² over mixtures p, [m, K], where `moved` is E p, and where E is that of rounding."""
+    """Sums ‖E p‖² over mixtures p [m, K]: of the stored errors (`moved` is E p) and of rounding."""
     squares = np.square(mixtures, dtype=np.float64).sum(0)
     expected = float(steps.rounding(mixtures.shape[1], squares).sum())
     return {"output": float(np.square(moved).sum()), "expected_output": expected}
