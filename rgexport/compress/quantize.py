@@ -25,6 +25,7 @@ from rgexport.files.typed_json import parse_json
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.layout import EMBEDDING, input_site
+from rgexport.griffin.tokenizer_files import has_tokenizer
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis
 from rgexport.reporting.numbers import number, plus_minus
@@ -233,10 +234,10 @@ def _text(
         if calibration.held_out:
             name = "text that the calibration held out"
         return name, first_tokens(calibration.held_out or calibration.sequences, options.tokens)
-    tokenizer = load_tokenizer(folder_of(checkpoint))
-    if tokenizer is None:
+    if not has_tokenizer(folder_of(checkpoint)):
         raise RequestError(
             f"{checkpoint.name} has no tokenizer to read {options.text} with; leave --text out to "
             "measure on the calibration's text"
         )
+    tokenizer = load_tokenizer(folder_of(checkpoint))
     return str(options.text), read_text(options.text, tokenizer, options.tokens)

@@ -59,7 +59,7 @@ def is_artifact(folder: Path) -> bool:
 def _check(manifest: Manifest, artifact_format: FolderFormat) -> None:
     for name, record in manifest.files.items():
         is_safe = stays_inside(name) and name != MANIFEST and str(PurePosixPath(name)) == name
-        _require(is_safe, f"files: {name!r} leads out of the artifact")
+        _require(is_safe, f"files: {name!r} is no plain path within the artifact")
         is_sound = record.size >= 0 and len(record.sha256) == 64
         _require(is_sound, f"files.{name}: not a hash and size")
     precisions = *artifact_format.precisions, *artifact_format.planned_precisions

@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "extra": (lambda f: f["tensors"].update(x=f["tensors"][LINEAR]), "tensors.x has shape"),
     "outside": (lambda f: part(f).update(offset=10**9), "lies outside of 'model.onnx.data'"),
     "rows": (lambda f: part(f).update(shape=[3, 1]), r"parts are .*\(3, 1\).*expected"),
-    "escape": (rename_file("../secret"), "leads out of the artifact"),
+    "escape": (rename_file("../secret"), "is no plain path within the artifact"),
     "check": (lambda f: f["check"].update(status="fine"), "check.status is 'fine'; expected"),
     "hash": (lambda f: f["files"]["model.onnx"].update(sha256=""), "not a hash and size"),
 }

@@ -24,7 +24,6 @@ have no keys and values: those of a whole window are 33 MB in a 2B.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +49,6 @@ from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
 
 FORMAT_VERSION = 3
 METADATA = "rgexport_reference"
-MAX_STATE_BYTES = 1 << 30
-"""States of one prompt: thirty times those of a 2B."""
 
 _LAST_CODE = 2**16 - 1
 
@@ -272,9 +269,6 @@ def _parse_header(path: Path, text: str) -> Header:
         )
     header = from_json(Header, fields)
     check_config(header.config)
-    state_bytes = sum(4 * math.prod(spec.shape) for spec in state_specs(header.config))
-    if state_bytes > MAX_STATE_BYTES:
-        raise Mismatch(f"config: a state would take {state_bytes} bytes")
     if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
         raise Mismatch("prompts: there is none, or one without tokens")
     for prompt in header.prompts:
