@@ -7,10 +7,11 @@ import traceback
 from typing import NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
 from rgexport import progress
 from rgexport.commands import exports, measure, publish, serve, text
-from rgexport.commands.options import VERBOSE, help_if_alone
+from rgexport.commands.options import QUIET, VERBOSE, help_if_alone
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
 
@@ -55,6 +56,7 @@ def _prepare_streams() -> None:
 
 
 def run(arguments: list[str]) -> int:
+    progress.verbose = progress.quiet = False
     progress.expect_stages(0)
     try:
         code = rgexport.main(arguments, "rgexport", standalone_mode=False)
@@ -62,8 +64,8 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except SystemExit:  # click raises it when the reader of our output has left
-        return PIPE_CLOSED
+    except SystemExit as end:  # with code 1 when the reader of our output has left
+        return PIPE_CLOSED if end.code else 0
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "rgexport"
         return _fail(f"{error.format_message()} (see {command} --help)")
@@ -85,7 +87,7 @@ def error_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
-    progress.note(f"Error: {one_line(message)}")
+    progress.print_error(f"Error: {one_line(message)}")
     progress.detail(traceback.format_exc())
     return 2
 
@@ -115,18 +117,79 @@ _VERSION = click.Option(
 )
 
 
-@click.group(invoke_without_command=True, params=[_VERSION, VERBOSE])
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Export": (exports.onnx, exports.coreml, exports.gguf, publish.llama_cpp, exports.random),
+    "Run": (text.chat, text.generate, serve.serve, text.state, publish.web),
+    "Check": (
+        *(measure.validate, measure.evaluate, measure.bench),
+        *(measure.inspect, measure.reference),
+    ),
+    "Tune": (exports.calibrate, exports.quantize),
+    "Share": (publish.push,),
+}
+"""Title in `rgexport --help` → its commands."""
+_EPILOG = """\b
+Examples:
+  rgexport onnx --size demo --int4
+  rgexport chat demo-int4-onnx
+
+Documentation: docs/index.md in the repository"""
+
+
+class _Sections(click.Group):
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        others = self.commands.keys() - {c.name for group in SECTIONS.values() for c in group}
+        titled = {**SECTIONS, "Help": tuple(self.commands[name] for name in sorted(others))}
+        for title, commands in titled.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(c.name), c.get_short_help_str(200)) for c in commands])
+
+
+@click.group(
+    cls=_Sections,
+    invoke_without_command=True,
+    params=[_VERSION, VERBOSE, QUIET],
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+)
 @click.pass_context
 def rgexport(context: click.Context) -> None:
     """Exports RecurrentGemma to ONNX, Core ML and GGUF, and checks the result."""
     help_if_alone(context)
 
 
-for command in (
-    *(exports.onnx, exports.coreml, exports.gguf, exports.random),
-    *(text.generate, text.chat, serve.serve, text.state),
-    *(measure.inspect, measure.reference, measure.validate, measure.evaluate, measure.bench),
-    *(exports.calibrate, exports.quantize),
-    *(publish.push, publish.web, publish.llama_cpp),
-):
-    rgexport.add_command(command)
+@rgexport.command("help")
+@click.argument("names", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def show_help(context: click.Context, names: tuple[str, ...]) -> None:
+    """Shows what a command does, and its options."""
+    shown: click.Command = rgexport
+    context = context.find_root()
+    for name in names:
+        inner = shown.get_command(context, name) if isinstance(shown, click.Group) else None
+        if inner is None:
+            raise click.UsageError(f"No such command {name!r}.", context)
+        shown = inner
+        context = click.Context(inner, info_name=name, parent=context)
+    print_result(shown.get_help(context))
+
+
+_COMPLETION = """Prints the script that completes commands and options in a shell.
+
+\b
+bash: eval "$(rgexport completion bash)"    in ~/.bashrc
+zsh:  eval "$(rgexport completion zsh)"     in ~/.zshrc
+fish: rgexport completion fish | source     in ~/.config/fish/config.fish"""
+
+
+@rgexport.command(help=_COMPLETION)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    complete = get_completion_class(shell)
+    assert complete, "click completes these shells"
+    print_result(complete(rgexport, {}, "rgexport", "_RGEXPORT_COMPLETE").source())
+
+
+for section in SECTIONS.values():
+    for command in section:
+        rgexport.add_command(command)

@@ -26,10 +26,18 @@ _BAR = range(8, 31)
 Advance = Callable[[int], None]
 
 verbose = False
+quiet = False
+"""Whether stderr shows warnings and errors alone."""
 _no_warnings = False
 
 
 def note(text: str) -> None:
+    if not quiet:
+        print_error(text)
+
+
+def print_error(text: str) -> None:
+    """Prints to stderr, with `--quiet` too."""
     print(printable(text, allowed="\n\t"), file=sys.stderr, flush=True)
 
 
@@ -40,7 +48,7 @@ def detail(text: str) -> None:
 
 def warn(text: str) -> None:
     if not _no_warnings:
-        note(f"Warning: {text}")
+        print_error(f"Warning: {text}")
 
 
 @contextmanager
@@ -149,7 +157,8 @@ def columns() -> int | None:
 
 
 def _can_rewrite_lines() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    can_rewrite = os.environ.get("TERM") not in ("dumb", "unknown")
+    return sys.stderr.isatty() and can_rewrite and not quiet
 
 
 @contextmanager

@@ -48,7 +48,38 @@ def test_the_package_is_the_command():
         [sys.executable, "-m", "rgexport", "inspect", "nowhere"], capture_output=True, text=True
     )
     assert shown.returncode == 2
-    assert shown.stderr.startswith("error: ")
+    assert shown.stderr.startswith("Error: ")
+
+
+def test_help_of_commands(capsys):
+    assert run(["help", "state", "save"]) == run(["state", "save", "-h"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Usage: rgexport state save [OPTIONS] ARTIFACT") == 2
+    assert run(["help", "nothing"]) == 2
+    assert "No such command 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell, monkeypatch, capsys):
+    assert run(["completion", shell]) == 0
+    assert f"_RGEXPORT_COMPLETE={shell}_complete" in capsys.readouterr().out
+    monkeypatch.setenv("_RGEXPORT_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", "rgexport ser")
+    monkeypatch.setenv("COMP_CWORD", "ser" if shell == "fish" else "1")
+    assert run([]) == 0
+    assert "serve" in capsys.readouterr().out
+
+
+def test_quiet_shows_results_and_errors(demo_artifact, tmp_path, capsys):
+    assert run(["inspect", str(demo_artifact), "-q"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out and not shown.err
+    assert run(["inspect", str(tmp_path / "nowhere"), "-q"]) == 2
+    assert capsys.readouterr().err.startswith("Error: ")
+    assert (
+        run(["onnx", "--size", "demo", "--quality", "fast", "-o", str(tmp_path / "a"), "-q"]) == 0
+    )
+    assert not capsys.readouterr().err
 
 
 def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, capsys):

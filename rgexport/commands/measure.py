@@ -195,7 +195,10 @@ class BenchArguments:
         "Fill the state with random values instead: quick, same cost per token."
     )
     threads: int | None = option(
-        "[default and maximum: one per usable processor]", "-t", least=1, most=256
+        "Number of threads. [default and maximum: one per usable processor]",
+        "-t",
+        least=1,
+        most=256,
     )
     form: choices.TableFormat = option("", "-o", "--output", default="table")
     engine: NativeArguments = group()

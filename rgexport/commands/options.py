@@ -65,13 +65,13 @@ def group() -> Any:
 def command(
     arguments: type[Arguments], *, parent: click.Group | None = None
 ) -> Callable[[Callable[[Arguments], int | None]], click.Command]:
-    """Makes a function a command with `--verbose` and the parameters that `arguments` declares."""
+    """Makes a function a command with `-v`, `-q` and the parameters that `arguments` declares."""
 
     def decorate(run: Callable[[Arguments], int | None]) -> click.Command:
         click_command = click.Command(
             run.__name__,
             callback=lambda **values: run(_filled(arguments, values)),
-            params=[*_parameters(arguments), VERBOSE],
+            params=[*_parameters(arguments), VERBOSE, QUIET],
             help=inspect.getdoc(run),
         )
         if parent is not None:
@@ -96,12 +96,23 @@ def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool
     progress.verbose = progress.verbose or value
 
 
+def _set_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    progress.quiet = progress.quiet or value
+
+
 VERBOSE = click.Option(
     ["-v", "--verbose"],
     is_flag=True,
     expose_value=False,
     callback=_set_verbose,
-    help="More detail.",
+    help="Show more detail.",
+)
+QUIET = click.Option(
+    ["-q", "--quiet"],
+    is_flag=True,
+    expose_value=False,
+    callback=_set_quiet,
+    help="Show results, warnings and errors alone.",
 )
 
 
@@ -221,7 +232,10 @@ class NativeArguments(ForeignArguments):
 @dataclass(frozen=True)
 class ThreadsArguments:
     threads: int | None = option(
-        "[default and maximum: one per usable processor]", least=1, most=256
+        "Number of threads. [default and maximum: one per usable processor]",
+        "-t",
+        least=1,
+        most=256,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
 
+from rgexport import progress
 from rgexport.commands.options import (
     LookupArguments,
     NativeArguments,
@@ -81,7 +82,6 @@ class ServeArguments:
     )
     lookup: LookupArguments = group()
     threads: ThreadsArguments = group()
-    quiet: bool = option("No line per request.")
     engine: NativeArguments = group()
 
 
@@ -108,7 +108,7 @@ def serve(arguments: ServeArguments) -> None:
         ),
         most_saved=arguments.max_saved_states,
         saved_bytes=int(bytes_of("--saved-states-size", arguments.saved_states_size)),
-        log=not arguments.quiet,
+        log=not progress.quiet,
         share_prefixes=arguments.share_prefixes,
         trusted_proxies=_proxies(arguments.trusted_proxy),
         host=arguments.host,

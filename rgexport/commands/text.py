@@ -47,7 +47,11 @@ class DraftArguments(LookupArguments):
 @dataclass(frozen=True)
 class SamplingArguments(ThreadsArguments):
     max_new_tokens: int = option("Maximum number of tokens of a reply.", "-n", least=1, default=256)
-    temperature: float = option("0: greedy.", default=0.0)
+    temperature: float = option(
+        "Randomness of sampling; 0 takes the most likely token.",
+        *("--temperature", "--temp"),
+        default=0.0,
+    )
     top_k: int = option("Sample from the k most likely tokens.", default=0, show_default=False)
     top_p: float = option(
         "Sample from the most likely tokens that sum to p.", default=1.0, show_default=False

@@ -23,7 +23,7 @@ from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import PromptEncoder
 from rgexport.errors import RequestError
-from rgexport.progress import note
+from rgexport.progress import print_error, warn
 from rgexport.serve import endpoints, errors
 from rgexport.serve.bodies import JsonRoute
 from rgexport.serve.guards import Guard, Origins, Record, protocol
@@ -137,9 +137,9 @@ def serve(models: dict[str, Model], settings: ServerSettings, text_process: Text
     """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
     opened = _listen(settings.host, settings.port)
     address = authority_of(settings.host, opened.getsockname()[1])
-    note(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
+    print_error(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
     if settings.api_key is None and settings.host not in _LOOPBACK:
-        note("Warning: whoever reaches this address can use it; --api-key keeps others out")
+        warn("whoever reaches this address can use it; --api-key keeps others out")
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # existing objects stay; scanning them delayed some first tokens by 30 ms

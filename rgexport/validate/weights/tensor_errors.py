@@ -24,7 +24,12 @@ from rgexport.progress import Advance, task
 from rgexport.quantize.scheme import Scheme, Uniform
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.weights.expectations import expectation, expectation_key
+from rgexport.validate.weights.expectations import (
+    OUTPUT_SHRINKS,
+    Expectation,
+    expectation,
+    expectation_key,
+)
 from rgexport.validate.weights.sketch import (
     SLAB_BYTES,
     Mixtures,
@@ -102,7 +107,8 @@ class WeightError(TensorError):
     - `noise`: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
     - `shift`: Σ(Ŵ−W) in units of Σ step: about 0.
     - `output_noise`: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
-      text; null where they are not known, or the weights are no linear's.
+      text, without the shrinkage of outputs that least squared errors bring; null where the inputs
+      are not known, or the weights are no linear's.
     - `searched`: whether levels were chosen for the least squared error; `chosen`: how.
     """
 
@@ -155,7 +161,8 @@ def weight_errors(
         }
         mixtures = (inputs or {}).get(input_site(name) or "")
         if mixtures is not None:
-            sums |= _output_sums(products(error, mixtures), steps, mixtures)
+            outputs = products(w, mixtures)
+            sums |= _output_sums(products(error, mixtures), outputs, steps, mixtures)
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> WeightError:
@@ -211,7 +218,8 @@ def sketch_errors(
         }
         if (site := _known_site(name, scheme)) is not None:
             mixtures = inputs(site)
-            sums |= _output_sums(products(rows, mixtures) - outputs, steps, mixtures)
+            moved = products(rows, mixtures) - outputs
+            sums |= _output_sums(moved, outputs, steps, mixtures)
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> SketchError:
@@ -242,7 +250,7 @@ def _known_site(name: str, scheme: Scheme) -> str | None:
 
 def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) -> dict[str, Any]:
     scheme = group.stored.uniform
-    output = _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
+    expected = expectation(scheme, weighted)
     return {
         "name": name,
         "scheme": group.label,
@@ -251,17 +259,34 @@ def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) ->
         "projection": 1 + _ratio(sums["along"], sums["square"]),
         "noise": _ratio(sums["error"], sums["expected"]),
         "shift": _ratio(sums["moved"], sums["steps"]),
-        "output_noise": output,
-        "weighted": expectation(scheme, weighted).weighted,
+        "output_noise": _output_noise(sums, expected),
+        "weighted": expected.weighted,
         "chosen": expectation_key(scheme, weighted),
     }
 
 
-def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
-    """Sums ‖E p‖² over mixtures p [m, K]: of the stored errors (`moved` is E p) and of rounding."""
+def _output_sums(
+    moved: np.ndarray, outputs: np.ndarray, steps: StepSizes, mixtures: np.ndarray
+) -> Sums:
+    """Sums over mixtures p [m, K]: of stored errors `moved` E p, of `outputs` W p, of rounding."""
     squares = np.square(mixtures, dtype=np.float64).sum(0)
-    expected = float(steps.rounding(mixtures.shape[1], squares).sum())
-    return {"output": float(np.square(moved).sum()), "expected_output": expected}
+    return {
+        "output": float(np.square(moved).sum()),
+        "output_along": float((moved * outputs).sum()),
+        "output_square": float(np.square(outputs, dtype=np.float64).sum()),
+        "expected_output": float(steps.rounding(mixtures.shape[1], squares).sum()),
+    }
+
+
+def _output_noise(sums: Sums, expected: Expectation) -> float | None:
+    """Returns ‖(Ŵ−W)X‖² in units of what rounding makes, without the expected shrinkage."""
+    if "output" not in sums:
+        return None
+    most = OUTPUT_SHRINKS * expected.shrinks[1] * _ratio(sums["error"], sums["square"])
+    change = _ratio(sums["output_along"], sums["output_square"])
+    shrinkage = min(max(-change, 0.0), 0.0 if expected.weighted else most)
+    along = 2 * shrinkage * sums["output_along"] + shrinkage**2 * sums["output_square"]
+    return _ratio(sums["output"] + along, sums["expected_output"])
 
 
 def _compare(

@@ -34,6 +34,7 @@ from tests.validate.weights.stored import (
     error_of,
     inputs,
     known,
+    mixtures,
     passes,
     store,
 )
@@ -294,6 +295,19 @@ def test_an_algorithm_of_a_later_version_is_one_line():
     w, scheme = draw("normal", (16, 32)), replace(LAYOUTS[0], algorithm="later")
     with pytest.raises(RequestError, match="'later', which this version cannot judge"):
         complaints(w, w, scheme, weighted=False)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("outlier", [2, 3.5, 8])
+def test_outliers_that_meet_the_largest_inputs_may_be_clipped(bits, outlier, monkeypatch):
+    """By the search for the least squared error, which knows no inputs."""
+    w = draw("normal", (192, 256)).copy()
+    w[:, ::64] *= np.float32(outlier)
+    scheme = Affine(bits, 128, symmetric=True, algorithm="search")
+    large = mixtures(256)
+    large[:, ::64] *= 100
+    monkeypatch.setattr("tests.validate.weights.stored.mixtures", lambda columns: large)
+    assert complaints(w, store(w, scheme), scheme, weighted=False) == []
 
 
 FAULTS = {
