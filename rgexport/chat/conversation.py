@@ -17,6 +17,7 @@ class Conversation:
     """Turns of a user and a model. It holds only messages: the model finds its states by them.
 
     `messages` are the turns so far, perhaps after a system prompt; `last` is the last reply.
+    A terminal shows Markdown in styles if it is `styled`.
     """
 
     def __init__(self, model: Model, options: ReplyOptions) -> None:
@@ -24,6 +25,7 @@ class Conversation:
         self.model, self.options = model, options
         self.messages: list[Message] = []
         self.last: ModelReply | None = None
+        self.styled = True
         self._attempts = 0
         self._document = ""
         self._unread: tuple[Path, Key] | None = None

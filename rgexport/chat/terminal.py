@@ -91,7 +91,20 @@ def _load(conversation: Conversation, argument: str) -> str:
     saved = conversation.load(Path(argument).expanduser())
     if saved.tokens is None:
         return f"{saved.count} tokens are known, but not their text: /read it next."
-    return f"{saved.count} tokens are known, {len(conversation.messages)} messages."
+    known = f"{saved.count} tokens are known, {len(conversation.messages)} messages."
+    last = [message["content"] for message in conversation.messages[-2:]]
+    return "\n".join([known, *([f"{PROMPT}{last[0]}", last[1]] if len(last) == 2 else [])])
+
+
+def _raw(conversation: Conversation, argument: str) -> str:
+    conversation.styled = not conversation.styled
+    return "Markdown has styles." if conversation.styled else "Replies are shown as they are."
+
+
+def _retry(conversation: Conversation, argument: str) -> str | Replies:
+    if conversation.messages and not conversation.options.sampling.temperature:
+        return "At temperature 0 the reply is the same; change that: /set temperature 0.7"
+    return conversation.retry()
 
 
 def _read(conversation: Conversation, argument: str) -> str:
@@ -115,7 +128,8 @@ def _set(conversation: Conversation, argument: str) -> str:
     options = conversation.options
     values = vars(options.sampling) | vars(options)
     if not argument:
-        return "\n".join(f"{name} {values[name]}" for name in _SETTINGS)
+        shown = {name: "random" if values[name] is None else values[name] for name in _SETTINGS}
+        return "\n".join(f"{name} {value}" for name, value in shown.items())
     name, _, value = argument.partition(" ")
     name = name.replace("-", "_")
     if name not in _SETTINGS:
@@ -136,13 +150,14 @@ COMMANDS: dict[str, Command] = {
     "help": Command(_help, "shows this"),
     "system": Command(_system, "sets the system prompt; without TEXT, removes it", "TEXT"),
     "undo": Command(_undo, "takes the last message and its reply back"),
-    "retry": Command(lambda conversation, _: conversation.retry(), "asks for another reply"),
+    "retry": Command(_retry, "asks for another reply"),
     "edit": Command(Conversation.edit, "says TEXT instead of the last message", "TEXT", True),
     "read": Command(_read, "reads a text that the next message is about", "FILE", True),
     "save": Command(_save, "saves the conversation and its state", "FILE", True),
     "load": Command(_load, "goes on with a saved one", "FILE", True),
     "clear": Command(_clear, "begins a new conversation"),
     "set": Command(_set, "changes a setting; alone, it lists them", "NAME VALUE"),
+    "raw": Command(_raw, "shows replies without styles, or with them again"),
     "stats": Command(_stats, "shows speed, memory and state"),
     "quit": Command(_quit, "ends the chat, as Ctrl-D does"),
 }
@@ -182,7 +197,7 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
 
     console = console or Console(highlight=False)
     read_message, usage = _editor()
-    console.print(f"{usage} {GREETING}", style="dim", markup=False)
+    console.print(f"{_banner(conversation)}\n{usage} {GREETING}", style="dim", markup=False)
     with contextlib.suppress(Quit, EOFError):
         while True:
             try:
@@ -195,6 +210,15 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
                 console.print(printable(str(error)), style="red", markup=False)
 
 
+def _banner(conversation: Conversation) -> str:
+    model, temperature = conversation.model, conversation.options.sampling.temperature
+    window = model.identity.window
+    return (
+        f"{model.name} in {model.info.title}; temperature {temperature:g}; texts of any length, "
+        + (f"attention to the last {window:,} tokens." if window else "no attention.")
+    )
+
+
 def _answer(conversation: Conversation, line: str) -> str | Replies:
     """Returns the line of a command or the pieces of a reply; `//` escapes a slash."""
     if line.startswith("/") and not line.startswith("//"):
@@ -203,18 +227,21 @@ def _answer(conversation: Conversation, line: str) -> str | Replies:
 
 
 def _show(conversation: Conversation, line: str, console: "Console") -> None:
-    from rgexport.chat.markdown_stream import MarkdownStream
+    from rgexport.chat.styled_reply import StyledReply
 
     answer = _answer(conversation, line)
     if isinstance(answer, str):
         console.print(printable_reply(answer), style="dim", markup=False)
         return
-    with MarkdownStream(console) as stream, contextlib.closing(answer) as reply:
+    shown = StyledReply(console, styled=conversation.styled)
+    with contextlib.closing(answer) as reply:
         try:
             for piece in reply:
-                stream.add(printable_reply(piece))
+                shown.add(printable_reply(piece))
         except KeyboardInterrupt:
-            stream.add(" [stopped]")
+            shown.add(" [stopped]")
+        finally:
+            shown.close()
     if conversation.last and conversation.last.reason == "length":
         console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 
@@ -249,7 +276,7 @@ def _prompt_session() -> "PromptSession[str]":
         key_bindings=keys,
         completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
         complete_while_typing=False,
-        prompt_continuation=". ",
+        prompt_continuation="  ",
         history=_history(),
     )
 

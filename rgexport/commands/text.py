@@ -186,6 +186,7 @@ class ChatArguments:
     system: str = option("The system prompt.", default="", show_default=False)
     document: Path | None = option("A text that the first message is about.", "--read")
     as_json: bool = option("With -p: the reply and its figures as JSON.", "--json")
+    plain: bool = option("In a terminal: show replies as they are, without styles.")
     stop: tuple[str, ...] = option("A text that ends a reply; repeatable.")
     reply: ReplyArguments = group()
 
@@ -214,6 +215,7 @@ def chat(arguments: ChatArguments) -> None:
     with reply.open_model(arguments.artifact, chat=True) as model:
         options = dataclasses.replace(options, draft=model.draft_of(draft))
         conversation = Conversation(model, options)
+        conversation.styled = not arguments.plain
         if state.load_state:
             conversation.load(state.load_state)
         elif arguments.system:

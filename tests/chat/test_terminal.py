@@ -5,10 +5,14 @@ import io
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
 from rgexport.chat.conversation import Conversation
 from rgexport.chat.reply import ReplyOptions
+from rgexport.chat.styled_reply import StyledReply
 from rgexport.chat.terminal import COMMANDS, pipe_chat, terminal_chat
 from rgexport.errors import RequestError
 from tests.toy_session import ToySession
@@ -36,7 +40,9 @@ def chat(conversation, *lines):
 
 def test_a_pipe_gives_the_replies_alone(conversation):
     output = io.StringIO()
-    pipe_chat(conversation, io.StringIO("\n  \nhi\n/set top_k 0\n/retry\n/edit there"), output)
+    pipe_chat(
+        conversation, io.StringIO("\n  \nhi\n/set temperature 0.5\n/retry\n/edit there"), output
+    )
     *_, second, third = output.getvalue().splitlines()
     assert said(conversation) == ["there", third]
     assert output.getvalue() == f"hello\n{second}\n{third}\n"
@@ -91,3 +97,75 @@ def test_a_terminal_without_prompt_toolkit(conversation, monkeypatch):
     text = screen.file.getvalue()
     assert "pip install 'rgexport[chat]'" in text and "Alt-Enter" not in text
     assert "hello" in text and "there is no command /nothing" in text
+
+
+MARKDOWN = st.lists(
+    st.sampled_from(
+        [
+            *("# ", "## A heading", "**", "**bold** ", "*", "2*3*4", "<tag>", "`", "`code`"),
+            "```",
+            *("```python\n", "\n", "\n\n", "- ", "1. ", "| a | b |", "[link](https://a.example)"),
+            *(
+                "word ",
+                "  ",
+                "\t",
+                "漢字",
+                "é",
+                "🐢",
+                "[red]",
+                "[/]",
+                "&amp;",
+                "a_b_c",
+                "---",
+                "> ",
+            ),
+            *("\\*", "averyveryveryveryveryveryveryveryveryverylongword "),
+        ]
+    ),
+    max_size=60,
+).map("".join)
+
+
+def on_screen(text, width, *, styled=True, step=3, **attributes):
+    console = Console(file=io.StringIO(), width=width, highlight=False, **attributes)
+    reply = StyledReply(console, styled=styled)
+    for start in range(0, len(text), step):
+        reply.add(text[start : start + step])
+    reply.close()
+    return console.file.getvalue()
+
+
+@settings(max_examples=200)
+@given(text=MARKDOWN, step=st.integers(1, 9))
+def test_a_terminal_shows_what_the_model_wrote(text, step):
+    """Styles change no character; a line breaks at white space or wide characters alone."""
+    lines = [line.rstrip() for line in text.expandtabs(1).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    plain = Text.from_ansi(on_screen(text, 10_000, step=step, force_terminal=True)).plain
+    for shown in (plain, on_screen(text, 10_000, step=step)):
+        kept = [line.rstrip() for line in shown.replace("\t", " ").rstrip().split("\n")]
+        assert [" ".join(line.split()) for line in kept if line] == [
+            " ".join(line.split()) for line in lines if line
+        ]
+    for width in (40, 80, 120):
+        narrow = on_screen(text, width, step=step)
+        assert "".join(narrow.split()) == "".join(text.split())
+        assert {*narrow.split()} <= {*text.split()} or any(ord(c) > 0x1100 for c in text)
+    assert on_screen(text, 40, styled=False, step=step).rstrip("\n") == text.rstrip("\n")
+
+
+def test_styles_and_lines():
+    text = "# Title here\na **bold text** and `some code` 2*3*4\n```\nx = [1]\n```\nend"
+    shown = on_screen(text, 80, force_terminal=True, color_system="standard")
+    assert "\x1b[1mTitle\x1b[0m" in shown and "\x1b[1mtext\x1b[0m" in shown
+    assert "\x1b[36mcode\x1b[0m" in shown and " 2*3*4\n" in shown
+    assert "\x1b[36mx\x1b[0m" in shown and shown.endswith("end\n")
+    assert on_screen("alpha beta gamma", 11) == "alpha beta \ngamma\n"
+
+
+def test_commands_say_what_they_do(conversation):
+    said_by = chat(conversation, "hi", "/retry", "/raw", "/raw", "/set")
+    assert "At temperature 0 the reply is the same" in said_by[1]
+    assert said_by[2:4] == ["Replies are shown as they are.", "Markdown has styles."]
+    assert "seed random" in said_by
