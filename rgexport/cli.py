@@ -11,7 +11,7 @@ from click.shell_completion import get_completion_class
 
 from rgexport import progress
 from rgexport.commands import exports, measure, publish, serve, text
-from rgexport.commands.options import QUIET, VERBOSE, help_if_alone
+from rgexport.commands.options import CONTEXT, QUIET, VERBOSE, help_if_alone
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
 
@@ -149,7 +149,7 @@ class _Sections(click.Group):
     cls=_Sections,
     invoke_without_command=True,
     params=[_VERSION, VERBOSE, QUIET],
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
     epilog=_EPILOG,
 )
 @click.pass_context
@@ -158,7 +158,7 @@ def rgexport(context: click.Context) -> None:
     help_if_alone(context)
 
 
-@rgexport.command("help")
+@rgexport.command("help", context_settings=CONTEXT)
 @click.argument("names", nargs=-1, metavar="[COMMAND]...")
 @click.pass_context
 def show_help(context: click.Context, names: tuple[str, ...]) -> None:
@@ -182,7 +182,7 @@ zsh:  eval "$(rgexport completion zsh)"     in ~/.zshrc
 fish: rgexport completion fish | source     in ~/.config/fish/config.fish"""
 
 
-@rgexport.command(help=_COMPLETION)
+@rgexport.command(help=_COMPLETION, context_settings=CONTEXT)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     complete = get_completion_class(shell)

@@ -60,7 +60,7 @@ def test_broken_checkpoint(case, command, tmp_path, monkeypatch, capsys):
 QUANTIZE = "quantize --size demo --calibration nothing"
 BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "no model": ("onnx --int4", "a model is needed"),
-    "model and size": ("onnx -m model --size demo --int4", "-m"),
+    "model and size": ("onnx -m model --size demo --int4", "both a model and a size"),
     "missing model": ("onnx -m nowhere", "there is no folder nowhere"),
     "file as model": ("onnx -m model/config.json", "config.json"),
     "unknown size": ("onnx --size 3b", "'3b'; expected one of demo, 2b"),
@@ -128,7 +128,12 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "option without value": ("onnx -m", "requires an argument"),
     "word as number": ("onnx -m model --block-size many", "'many'"),
     "no artifact": ("generate model -p x", "a checkpoint; .* rgexport onnx -m model --int4"),
-    "missing artifact": ("chat nowhere", "there is no nowhere"),
+    "missing artifact": ("chat nowhere", "there is no nowhere; expected .* or a hub id such as"),
+    "which artifact": ("chat", "one artifact is needed, 0 were given: a folder or file"),
+    "two artifacts": ("generate model -m model -p x", "one artifact is needed, 2 were given"),
+    "artifacts of a server": ("serve", "an artifact is needed: a folder or file"),
+    "chat with the demo": ("chat demo", "not an artifact; export it first: rgexport onnx demo"),
+    "two models": ("onnx model -m model", "MODEL was given twice"),
     "chat with a .pt": ("chat model.pt", "a checkpoint; .* rgexport onnx -m model.pt --int4"),
     "validate a folder": ("validate folder", "folder is not an rgexport artifact: it has no"),
     "inspect nothing": ("inspect nowhere", "nowhere"),

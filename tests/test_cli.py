@@ -54,7 +54,7 @@ def test_the_package_is_the_command():
 def test_help_of_commands(capsys):
     assert run(["help", "state", "save"]) == run(["state", "save", "-h"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("Usage: rgexport state save [OPTIONS] ARTIFACT") == 2
+    assert shown.count("Usage: rgexport state save [OPTIONS] [ARTIFACT]") == 2
     assert run(["help", "nothing"]) == 2
     assert "No such command 'nothing'" in capsys.readouterr().err
 
@@ -88,7 +88,8 @@ def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, caps
     assert run(["onnx", "-m", "mine", "--int4"]) == 0
     exported = capsys.readouterr()
     checked, closing = exported.out.splitlines()
-    assert checked.startswith("Checked on 32 tokens in ") and checked.endswith("verified.")
+    assert checked.startswith("Checked on 32 tokens in ")
+    assert ": verified. Quality by that KL: " in checked
     assert closing.startswith("mine-int4-onnx is complete")
     assert "rgexport generate mine-int4-onnx --ids 2" in exported.out
     assert "Warning: mine has no tokenizer" in exported.err

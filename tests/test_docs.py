@@ -8,6 +8,7 @@ import click
 import pytest
 
 from rgexport.cli import rgexport as command_line
+from rgexport.commands.options import CONTEXT
 from tests.command_line import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -58,11 +59,11 @@ def test_there_are_examples_of_every_command():
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_examples_are_commands(line):
     words = shlex.split(line, comments=True)[1:]
-    command, context = command_line, click.Context(command_line)
+    command, context = command_line, click.Context(command_line, **CONTEXT)
     while isinstance(command, click.Group):
         command = command.get_command(context, words.pop(0))
         assert command is not None, f"not a command: {line}"
-        context = click.Context(command)
+        context = click.Context(command, **CONTEXT)
     values, _, _ = command.make_parser(context).parse_args(args=words)
     for option in command.params:
         if isinstance(option.type, click.Choice) and isinstance(values.get(option.name), str):

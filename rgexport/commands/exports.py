@@ -220,12 +220,21 @@ def _export(
 def _print_artifact(target: Path) -> int:
     from rgexport.export.describe import as_text, describe
     from rgexport.export.opening import check_line, closing_line, open_artifact
+    from rgexport.validate.checks import grade_of_kl
 
     artifact = open_artifact(target)
     if progress.verbose:
         progress.detail(as_text(describe(str(target))))
-    for line in filter(None, (check_line(artifact), closing_line(artifact))):
-        print_result(line)
+    if line := check_line(artifact):
+        kl = artifact.manifest.check.kl
+        grade = grade_of_kl(kl) if kl is not None else None
+        print_result(f"{line} Quality by that KL: {grade}." if grade else line)
+        if grade == "poor":
+            progress.warn(
+                "expect weaker answers: more bits, or --quality best, lose less; `rgexport "
+                "validate` measures it on more text"
+            )
+    print_result(closing_line(artifact))
     return 1 if artifact.manifest.check.status == "unverified" else 0
 
 

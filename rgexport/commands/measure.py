@@ -6,6 +6,7 @@ from typing import get_args
 
 from rgexport import choices
 from rgexport.commands.options import (
+    ArtifactArguments,
     CheckpointArguments,
     ClusterArguments,
     ForeignArguments,
@@ -185,8 +186,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
 
 
 @dataclass(frozen=True)
-class BenchArguments:
-    artifact: Path = argument()
+class BenchArguments(ArtifactArguments):
     n_prompt: str = option("Lengths of prompts.", "-p", default="512")
     n_gen: str = option("Numbers of tokens to generate.", "-n", default="128")
     n_depth: str = option("Tokens processed before the measurement.", "-d", default="0")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rgexport.griffin.checkpoint import Checkpoint
 
 Arguments = TypeVar("Arguments")
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+"""Settings of every command and group."""
 _PARAMETER = "parameter"
 _PATH = click.Path(path_type=Path)
 
@@ -73,6 +75,7 @@ def command(
             callback=lambda **values: run(_filled(arguments, values)),
             params=[*_parameters(arguments), VERBOSE, QUIET],
             help=inspect.getdoc(run),
+            context_settings=CONTEXT,
         )
         if parent is not None:
             parent.add_command(click_command)
@@ -175,8 +178,11 @@ def _turn_kernels_off(context: click.Context, parameter: click.Parameter, value:
 
 @dataclass(frozen=True)
 class CheckpointArguments:
-    model: str | None = option("A folder, a DeepMind .pt file, or a hub id.", "-m")
-    size: SizeName | None = option("Instead of -m: a released model, or the demo model.")
+    named: str | None = argument(metavar="[MODEL]")
+    model: str | None = option(
+        "Another way to give MODEL: a folder, a DeepMind .pt file, a hub id, demo, 2b, 9b, …", "-m"
+    )
+    size: SizeName | None = option("Instead of MODEL: a released model, or the demo model.")
     window: int | None = option(
         "A smaller window; or the window of a DeepMind file. [default: 2048]"
     )
@@ -186,8 +192,42 @@ class CheckpointArguments:
     def open(self) -> "Checkpoint":
         from rgexport.griffin.checkpoint import open_checkpoint
 
-        options = {name: value for name, value in vars(self).items() if name != "model"}
-        return open_checkpoint(self.model, **options)
+        if self.named is not None and self.model is not None:
+            raise RequestError("MODEL was given twice, as an argument and by -m; leave one out")
+        options = {n: value for n, value in vars(self).items() if n not in ("named", "model")}
+        return open_checkpoint(self.named if self.model is None else self.model, **options)
+
+
+@dataclass(frozen=True)
+class ArtifactArguments:
+    named: Path | None = argument(metavar="[ARTIFACT]")
+    model: Path | None = option("Another way to give ARTIFACT.", "-m", metavar="ARTIFACT")
+
+    @property
+    def artifact(self) -> Path:
+        """Raises RequestError unless one artifact is named."""
+        paths = [path for path in (self.named, self.model) if path is not None]
+        if len(paths) != 1:
+            raise RequestError(
+                f"one artifact is needed, {len(paths)} were given: a folder or file of an export, "
+                "or a hub id such as owner/name, as an argument or by -m"
+            )
+        return paths[0]
+
+
+@dataclass(frozen=True)
+class ArtifactsArguments:
+    named: tuple[Path, ...] = argument(metavar="[ARTIFACT]...")
+    model: tuple[Path, ...] = option("Another way to give an ARTIFACT.", "-m", metavar="ARTIFACT")
+
+    @property
+    def artifacts(self) -> list[Path]:
+        """Raises RequestError if no artifact is named."""
+        if paths := [*self.named, *self.model]:
+            return paths
+        raise RequestError(
+            "an artifact is needed: a folder or file of an export, or a hub id such as owner/name"
+        )
 
 
 @dataclass(frozen=True)

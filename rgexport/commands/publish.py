@@ -5,7 +5,15 @@ from pathlib import Path
 
 import click
 
-from rgexport.commands.options import argument, command, help_if_alone, option, port_option
+from rgexport.commands.options import (
+    CONTEXT,
+    ArtifactsArguments,
+    argument,
+    command,
+    help_if_alone,
+    option,
+    port_option,
+)
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
 
@@ -38,8 +46,7 @@ def push(arguments: PushArguments) -> None:
 
 
 @dataclass(frozen=True)
-class WebArguments:
-    artifacts: tuple[Path, ...] = argument(metavar="ARTIFACT...", required=True)
+class WebArguments(ArtifactsArguments):
     output: Path | None = option("The folder to write; any web host can serve it.", "-o")
     force: bool = option("Replace an existing site.")
     serve: bool = option("Serve it on this machine; -o is not needed then.")
@@ -74,7 +81,7 @@ def web(arguments: WebArguments) -> None:
         serve_site(site, arguments.port, browse=arguments.browse)
 
 
-@click.group("llama-cpp", invoke_without_command=True)
+@click.group("llama-cpp", invoke_without_command=True, context_settings=CONTEXT)
 @click.pass_context
 def llama_cpp(context: click.Context) -> None:
     """Makes a llama.cpp that runs RecurrentGemma."""

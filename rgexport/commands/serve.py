@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rgexport import progress
 from rgexport.commands.options import (
+    ArtifactsArguments,
     LookupArguments,
     NativeArguments,
     StatePrecisionArguments,
     ThreadsArguments,
-    argument,
     command,
     group,
     option,
@@ -23,8 +23,7 @@ _KEY = "RGEXPORT_API_KEY"
 
 
 @dataclass(frozen=True)
-class ServeArguments:
-    artifacts: tuple[Path, ...] = argument(required=True)
+class ServeArguments(ArtifactsArguments):
     host: str = option("The address to listen on.", default="127.0.0.1")
     port: int = port_option(8080)
     parallel: int = option(
@@ -117,7 +116,7 @@ def serve(arguments: ServeArguments) -> None:
         grace_seconds=arguments.grace,
         stall_seconds=arguments.stall_seconds,
     )
-    artifacts = list(arguments.artifacts)
+    artifacts = arguments.artifacts
     models = open_models(
         artifacts,
         threads=arguments.threads.threads,

@@ -11,6 +11,8 @@ import click
 
 from rgexport import progress
 from rgexport.commands.options import (
+    CONTEXT,
+    ArtifactArguments,
     LookupArguments,
     NativeArguments,
     StatePrecisionArguments,
@@ -119,8 +121,7 @@ class ReplyArguments:
 
 
 @dataclass(frozen=True)
-class GenerateArguments:
-    artifact: Path = argument()
+class GenerateArguments(ArtifactArguments):
     prompt: str | None = option("The text to continue.", "-p")
     prompt_file: Path | None = option("The text to continue, from a file; - is the standard input.")
     ids: str | None = option("Instead of a text: token ids, such as 2,651,603; prints ids.")
@@ -180,8 +181,7 @@ def _prompt(arguments: GenerateArguments) -> str | None:
 
 
 @dataclass(frozen=True)
-class ChatArguments:
-    artifact: Path = argument()
+class ChatArguments(ArtifactArguments):
     prompt: str | None = option("Say this, print the reply, and end.", "-p")
     system: str = option("The system prompt.", default="", show_default=False)
     document: Path | None = option("A text that the first message is about.", "--read")
@@ -232,7 +232,7 @@ def chat(arguments: ChatArguments) -> None:
             conversation.save(state.save_state)
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, context_settings=CONTEXT)
 @click.pass_context
 def state(context: click.Context) -> None:
     """Saves the state of a model after a text, to go on with later, or elsewhere."""
@@ -240,8 +240,7 @@ def state(context: click.Context) -> None:
 
 
 @dataclass(frozen=True)
-class SaveArguments:
-    artifact: Path = argument()
+class SaveArguments(ArtifactArguments):
     text: Path = option("The text to read.", "--read", required=True)
     plain: bool = option("A text for `generate`, not a document for `chat`.")
     no_text: bool = option(

@@ -16,7 +16,7 @@ from rgexport.export.hub import is_hub_name
 from rgexport.export.manifest import Identity, identity_of, identity_of_files
 from rgexport.export.opening import means_artifact, open_artifact
 from rgexport.files.hashing import FileRecord, hash_file
-from rgexport.griffin.checkpoint import Checkpoint, means_checkpoint, open_checkpoint
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import SIZE_WORDS, GriffinConfig
 from rgexport.griffin.state import state_specs
@@ -156,9 +156,8 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
         )
     import rgexport.evaluate.reference_session  # noqa: F401  # fails at once without torch
 
-    by_size = argument in SIZE_WORDS and not means_checkpoint(Path(argument))
-    checkpoint = open_checkpoint(None if by_size else argument, size=argument if by_size else None)
-    is_path = not by_size and Path(argument).exists()
+    checkpoint = open_checkpoint(argument)
+    is_path = argument not in SIZE_WORDS and Path(argument).exists()
     return EvaluatedCheckpoint(
         argument=str(Path(argument).absolute()) if is_path else argument,
         label=checkpoint.name,

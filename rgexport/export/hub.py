@@ -37,6 +37,11 @@ def is_hub_name(path: PurePath | str) -> bool:
     return str(path).startswith(PREFIX)
 
 
+def is_hub_id(path: PurePath) -> bool:
+    """Returns whether a path looks like `owner/name`, perhaps with a file or revision."""
+    return _NAME.fullmatch(path.as_posix()) is not None and ".." not in path.parts
+
+
 def parse(path: PurePath | str) -> HubName:
     """Parses `hf:owner/name[/FILE.gguf][@REVISION]`; raises RequestError for another text."""
     text = path.as_posix() if isinstance(path, PurePath) else path  # without Windows' backslashes

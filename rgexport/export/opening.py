@@ -9,10 +9,11 @@ from subprocess import list2cmdline
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.format import FileFormat, FolderFormat, all_formats, folder_format, format_of
-from rgexport.export.hub import fetch_artifact, is_hub_name
+from rgexport.export.hub import PREFIX, fetch_artifact, is_hub_id, is_hub_name
 from rgexport.export.manifest import MANIFEST, NOT_ASKED_FOR
 from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.griffin.checkpoint import means_checkpoint
+from rgexport.griffin.config import SIZE_WORDS
 from rgexport.progress import note
 from rgexport.units import amount
 
@@ -28,7 +29,7 @@ def open_artifact(
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing or altered.
     """
-    path = fetch_artifact(path) if is_hub_name(path) else Path(path)
+    path = _local_path(path)
     if form := _file_format(path):
         return form.open(path, verify=verify)
     folders = (form for form in all_formats() if isinstance(form, FolderFormat))
@@ -50,6 +51,28 @@ def open_artifact(
     if notes := artifact.notes():
         note(f"Note: {folder} has changed since it was exported: {'; '.join(notes)}.")
     return replace(artifact, allow_foreign=allow_foreign)
+
+
+def _local_path(path: Path | str) -> Path:
+    """Returns the path of an artifact; downloads that of a hub id, unless there is such a path."""
+    if is_hub_name(path):
+        return fetch_artifact(path)
+    path = Path(path)
+    if str(path) in SIZE_WORDS and not (is_artifact(path) or means_checkpoint(path)):
+        raise RequestError(
+            f"{path} is a checkpoint, not an artifact; export it first: rgexport onnx {path}"
+        )
+    if path.exists():
+        return path
+    if is_hub_id(path):
+        try:
+            return fetch_artifact(f"{PREFIX}{path.as_posix()}")
+        except RequestError as error:  # a mistyped folder looks like a hub id
+            raise RequestError(f"there is no {path}, and on the hub: {error}") from None
+    raise RequestError(
+        f"there is no {path}; expected a folder or file that an export made, or a hub id such as "
+        "owner/name"
+    )
 
 
 def means_artifact(path: Path) -> bool:
@@ -77,7 +100,9 @@ def closing_line(artifact: Artifact) -> str:
     runs_on = format_of(manifest.kind).runs_on
     engine = f"It runs {runs_on}. " if runs_on else ""
     tuned = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}.get(manifest.name)
-    if not manifest.has_tokenizer:
+    if manifest.profile != "cpu":
+        step = f"Make a page of it: rgexport web {path} -o site"
+    elif not manifest.has_tokenizer:
         step = f"It has no tokenizer; try: rgexport generate {path} --ids 2"
     elif manifest.instruction_tuned:
         step = f"Chat with it: rgexport chat {path}"

@@ -68,8 +68,9 @@ def open_checkpoint(
     """Opens a checkpoint and reads its configuration and its tensors' headers.
 
     Args:
-        model: a folder (Hugging Face's layout, DeepMind's `.pt` with `tokenizer.model`, or its
-            orbax folder), a `.pt` file, or a hub id, which may be downloaded.
+        model: one of `SIZE_WORDS`, a folder (Hugging Face's layout, DeepMind's `.pt` with
+            `tokenizer.model`, or its orbax folder), a `.pt` file, or a hub id, which may be
+            downloaded.
         size: instead of `model`, one of `SIZE_WORDS`.
         window: the attention window in tokens, at most the one that the files state.
         soft_cap: the cap of the logits, for files that do not state it; 0 means none.
@@ -80,6 +81,8 @@ def open_checkpoint(
             `Checkpoint.problems`.
     """
     _check_request(model, size, window, soft_cap)
+    if model is not None and str(model) in SIZE_WORDS and not means_checkpoint(Path(model)):
+        model, size = None, str(model)
     try:
         if model is not None:
             name, path = _find_model(model)
@@ -103,10 +106,11 @@ def _check_request(
 ) -> None:
     if model is None and size is None:
         raise RequestError(
-            f"a model is needed: give a folder or hub id with -m, or --size {'|'.join(SIZE_WORDS)}"
+            "a model is needed: give a folder, a DeepMind .pt file, a hub id such as "
+            f"google/recurrentgemma-2b, or one of {', '.join(SIZE_WORDS)}"
         )
     if model is not None and size is not None:
-        raise RequestError("both a model (-m) and a size (--size) were given; expected one of them")
+        raise RequestError("both a model and a size (--size) were given; expected one of them")
     if size is not None and size not in SIZE_WORDS:
         raise RequestError(f"--size is {size!r}; expected one of {', '.join(SIZE_WORDS)}")
     if window is not None and window < 1:
@@ -161,15 +165,15 @@ def _find_model(model: str | Path) -> tuple[str, Path]:
             if match := _HUB_CACHE.fullmatch(part):
                 name = match["name"]
         return os.fsencode(name).decode("utf-8", "replace"), path
-    hub_id = model.as_posix() if isinstance(model, Path) else model  # without Windows' backslashes
+    hub_id = Path(model).as_posix().removeprefix("hf:")  # without Windows' backslashes
     if _HUB_ID.fullmatch(hub_id):
         try:
             return _find_hub(hub_id)
         except RequestError as error:  # a mistyped folder looks like a hub id
             raise RequestError(f"{error} (there is no folder {model})") from None
     raise RequestError(
-        f"there is no folder {model}; expected a model folder, a DeepMind .pt file, or a hub id "
-        "such as google/recurrentgemma-2b"
+        f"there is no folder {model}; expected a model folder, a DeepMind .pt file, a hub id such "
+        f"as google/recurrentgemma-2b, or one of {', '.join(SIZE_WORDS)}"
     )
 
 

@@ -180,6 +180,11 @@ def grade_quality(against: Against, kl: KL, agreement: Agreement, positions: int
     )
 
 
+def grade_of_kl(kl: float) -> GradeName:
+    """Returns the grade of a mean KL in nats, whatever the agreement is."""
+    return GRADES[_index(kl=kl)].name
+
+
 def _index(*, kl: float = 0.0, top1: float = 1.0) -> int:
     """The index of the best grade that allows both numbers; of the last one for NaN."""
     allowed = (i for i, grade in enumerate(GRADES) if kl <= grade.kl and top1 >= grade.top1)
