@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 from rgexport import __version__, cli
@@ -41,6 +42,21 @@ def test_help_and_version(capsys):
         assert f"\n  {command} " in shown
         assert run([command, "--help"]) == 0
         assert "Usage: rgexport" in capsys.readouterr().out
+
+
+def options_of(command):
+    for inner in getattr(command, "commands", {}).values():
+        yield from options_of(inner)
+    yield from ((command.name, p) for p in command.params if isinstance(p, click.Option))
+
+
+def test_every_option_has_a_help_text():
+    """A verb or a noun comes first, no question word or preposition."""
+    for name, option in options_of(command_line):
+        first, *others = option.help.partition("[")[0].split()
+        assert len(others) >= 2 and first[0].isupper(), (name, option.opts)
+        assert first not in {"What", "How", "Which", "With", "Above", "Of", "As"}, option.help
+        assert option.metavar != "WORD", (name, option.opts)
 
 
 def test_the_package_is_the_command():

@@ -29,7 +29,7 @@ class OnnxArguments:
     int4: bool = option("Same as --precision int4.")
     int8: bool = option("Same as --precision int8.")
     profile: choices.Profile = option(
-        "What runs it: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
+        "Runtime: ONNX Runtime, or onnxruntime-web on a processor or a graphics card.",
         default="cpu",
     )
     precision: choices.OnnxPrecision | None = option(
@@ -43,15 +43,18 @@ class OnnxArguments:
         "Copy the native kernels, so that onnxruntime-genai runs them on machines like this one."
     )
     block_size: int | None = option(
-        "16, 32, 64 or 128. [default: 32 for int4, 128 for int8; browsers: 128]"
+        "Weights that share a scale: 16, 32, 64 or 128. [default: 32 for int4, 128 for "
+        "int8; browsers: 128]"
     )
     symmetric: bool | None = option(
-        "[default: symmetric; int4 in browsers: asymmetric]", "--symmetric/--asymmetric"
+        "Levels around zero, or with a zero point. [default: symmetric; int4 in browsers: "
+        "asymmetric]",
+        "--symmetric/--asymmetric",
     )
     embedding_precision: str | None = option(
         "Precision of the embedding (also the output head). [default: int8 for int4, or as "
         "--precision; webgpu: as --precision]",
-        metavar="WORD",
+        metavar="PRECISION",
     )
     export: ExportArguments = group()
 
@@ -84,20 +87,25 @@ class CoreMLArguments:
     compute: choices.FloatPrecision | None = option(
         "Type of linear layers and attention. [default: fp16, or fp32 with fp32 weights]"
     )
-    block_size: int | None = option("16, 32, 64 or 128. [default: 32; int8: one scale per row]")
-    symmetric: bool | None = option("[default: symmetric]", "--symmetric/--asymmetric")
+    block_size: int | None = option(
+        "Weights that share a scale: 16, 32, 64 or 128. [default: 32; int8: one scale per row]"
+    )
+    symmetric: bool | None = option(
+        "Levels around zero, or with a zero point. [default: symmetric]", "--symmetric/--asymmetric"
+    )
     embedding_precision: str | None = option(
         "Precision of the embedding (also the output head). [default: int8 for 4 bits, or as "
         "--precision]",
-        metavar="WORD",
+        metavar="PRECISION",
     )
     prefill_length: int = option("Tokens per call of prefill.", default=128)
     all_logits: bool = option("Prefill returns the logits of every token.")
     recurrent_state: choices.RecurrentState = option(
-        "io: a float32 input and output; hilo: two float16 states.", default="io"
+        "Form of the recurrent state: a float32 input and output, or two float16 states.",
+        default="io",
     )
     split: str | None = option(
-        "Several packages, each with at most SIZE of weights, such as 1GB; iPhones need it.",
+        "Write several packages, each with at most SIZE of weights, such as 1GB; iPhones need it.",
         metavar="SIZE",
     )
     export: ExportArguments = group()
@@ -129,7 +137,7 @@ def coreml(arguments: CoreMLArguments) -> int:
 
 @dataclass(frozen=True)
 class GgufExportArguments(ExportArguments):
-    output: Path | None = option("The file. [default: ./MODEL-TYPE.gguf]", "-o")
+    output: Path | None = option("The file to write. [default: ./MODEL-TYPE.gguf]", "-o")
 
 
 @dataclass(frozen=True)
@@ -140,8 +148,8 @@ class GgufArguments:
     type: str | None = option(
         "A type, named as llama-quantize names it, such as q4_0. [default: q4_k_m]", metavar="TYPE"
     )
-    precision: choices.OnnxPrecision | None = option("Instead of --type.")
-    pure: bool = option("No mix: that type for the embedding too.")
+    precision: choices.OnnxPrecision | None = option("Precision of the weights, instead of --type.")
+    pure: bool = option("Use that type for all tensors, the embedding too, not a mix.")
     tensor_types: tuple[str, ...] = option(
         "Another type for tensors that match, such as attn_v=q8_0. Can be repeated.",
         "--tensor-type",
@@ -241,7 +249,7 @@ def _print_artifact(target: Path) -> int:
 @dataclass(frozen=True)
 class RandomArguments:
     size: choices.SyntheticSize = option("The shape to imitate.", required=True, metavar="2b|9b")
-    seed: int = option(default=0)
+    seed: int = option("Seed of the random weights.", default=0)
     output: Path = option("The folder to make.", "-o", required=True)
     force: bool = option("Replace an existing output.")
 
@@ -265,18 +273,18 @@ class CalibrateArguments:
         "Tokens of the statistics. [default: 8192; 16384 for a width of at most 1024]"
     )
     held_out: int | None = option(
-        "Further tokens, to measure plans on. [default: a quarter of --tokens; as many for a "
-        "width of at most 1024]"
+        "Further tokens, on which plans are measured. [default: a quarter of --tokens; as many "
+        "for a width of at most 1024]"
     )
     sampled: int | None = option(
-        "How many of --tokens the model writes itself. [default: five sixths; none with --text]"
+        "Number of --tokens that the model writes itself. [default: five sixths; none with --text]"
     )
-    gradient_tokens: int = option("How many of --tokens also have gradients.", default=1024)
-    seed: int = option(default=0)
-    device: str = option(default="auto", metavar="auto|cuda|cpu")
+    gradient_tokens: int = option("Number of --tokens that also have gradients.", default=1024)
+    seed: int = option("Seed of the text that the model writes.", default=0)
+    device: str = option("Device that computes.", default="auto", metavar="auto|cuda|cpu")
     cluster: ClusterArguments = group()
-    output: Path | None = option("The file. [default: ./MODEL.calibration]", "-o")
-    force: bool = option("Replace an earlier one.")
+    output: Path | None = option("The file to write. [default: ./MODEL.calibration]", "-o")
+    force: bool = option("Replace an existing file.")
 
 
 @command(CalibrateArguments)
@@ -310,8 +318,8 @@ class QuantizeArguments:
     text: Path | None = option("Measure on this text. [default: what the calibration held out]")
     tokens: int = option("At most this many tokens of the text.", default=16384)
     cluster: ClusterArguments = group()
-    output: Path | None = option("The file. [default: ./MODEL-FORMAT.plan.json]", "-o")
-    force: bool = option("Replace an earlier one.")
+    output: Path | None = option("The file to write. [default: ./MODEL-FORMAT.plan.json]", "-o")
+    force: bool = option("Replace an existing file.")
 
 
 @command(QuantizeArguments)

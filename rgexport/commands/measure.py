@@ -27,9 +27,9 @@ _SUITES = get_args(choices.SuiteName)
 class InspectArguments:
     path: str | None = argument(metavar="MODEL-or-ARTIFACT")
     size: choices.SizeName | None = option(
-        "Instead: a released model (may download it), or the demo."
+        "Released model (may download it) or the demo, instead of an argument."
     )
-    json: bool = option("Print JSON.")
+    json: bool = option("Print the description as JSON.")
     verify: bool = option("Read every byte: values, or hashes.")
 
 
@@ -49,14 +49,15 @@ def inspect(arguments: InspectArguments) -> int:
 @dataclass(frozen=True)
 class ReferenceArguments:
     checkpoint: CheckpointArguments = group()
-    device: str = option(default="auto", metavar="auto|cuda|cpu")
+    device: str = option("Device that computes.", default="auto", metavar="auto|cuda|cpu")
     impl: choices.ReferenceImplementation = option(
-        "What computes the reference: rgexport, or DeepMind's package.", default="rgexport"
+        "Implementation that computes the reference: rgexport's, or DeepMind's package.",
+        default="rgexport",
     )
     low_memory: bool = option("Hold one layer's weights at a time, even if all fit.")
     prompts: Path | None = option("Lines of text, or a JSON list. [default: built in]")
-    output: Path | None = option("The file. [default: ./MODEL.reference]", "-o")
-    force: bool = option("Replace an earlier one.")
+    output: Path | None = option("The file to write. [default: ./MODEL.reference]", "-o")
+    force: bool = option("Replace an existing file.")
 
 
 @command(ReferenceArguments)
@@ -82,7 +83,9 @@ class ValidateArguments:
     )
     adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
     text: Path | None = option("Compare on this text. [default: built in]")
-    max_tokens: int | None = option("How many of its tokens, such as 32768.", "--tokens", least=2)
+    max_tokens: int | None = option(
+        "Number of tokens to compare, such as 32768.", "--tokens", least=2
+    )
     limits: tuple[str, ...] = option(
         "Another limit for a check, such as original.kl=0.05. Can be repeated.",
         "--limit",
@@ -91,10 +94,12 @@ class ValidateArguments:
     bisect: bool = option("Also rank the layers by cost, and name suspects.")
     bench: bool = option("Also measure tokens per second.")
     reproduce: bool = option("Encode the original's weights again; every level must agree.")
-    calibration: Path | None = option("With --reproduce: what the weights were encoded with.")
-    allow_ambiguous: bool = option("Exit code 0 also if the verdict is AMBIGUOUS.")
+    calibration: Path | None = option(
+        "Calibration that the weights were encoded with, for --reproduce."
+    )
+    allow_ambiguous: bool = option("Exit with code 0 also if the verdict is AMBIGUOUS.")
     min_quality: choices.GradeName | None = option(
-        "Exit code 1 also if the quality is lower: lossless, excellent, good or fair.",
+        "Exit with code 1 also if the quality is lower: lossless, excellent, good or fair.",
         metavar="GRADE",
     )
     json_file: Path | None = option("Also write the result to this file.", "--json")
@@ -129,7 +134,7 @@ def validate(arguments: ValidateArguments) -> int:
 class EvaluateArguments:
     models: tuple[str, ...] = argument(metavar="MODEL...", required=True)
     suites: tuple[choices.SuiteName, ...] = option(
-        f"{', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
+        f"Suite to run: {', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
         "--suite",
         metavar="NAME",
     )
@@ -138,22 +143,25 @@ class EvaluateArguments:
         "-o",
         default=Path("evaluation"),
     )
-    texts: tuple[Path, ...] = option("File or folder. [default: built in]", "--text")
-    limit: int | None = option("Maximum number of tokens of a document in text.", least=2)
+    texts: tuple[Path, ...] = option("File or folder with the texts. [default: built in]", "--text")
+    limit: int | None = option("Maximum number of tokens of a document in the suite text.", least=2)
     context: int = option(
         "Tokens of a chunk, for the perplexity that llama-perplexity reports.", least=4, default=512
     )
     stride: int | None = option(
-        "Also read texts in overlapping chunks of --context; tokens from one to the next.", least=1
+        "Tokens between the beginnings of overlapping chunks. [default: chunks do not overlap]",
+        least=1,
     )
-    trials: int = option("Episodes of each task of memory.", least=2, default=32)
+    trials: int = option("Episodes of each task of the suite memory.", least=2, default=32)
     farthest: int | None = option(
         "Maximum number of tokens to remember over. [default: 4 windows]", least=32
     )
     seed: int = option("Seed of the random choices in memory, noise and tasks.", least=0, default=0)
-    length: int = option("Tokens of length.", least=2, default=1 << 15)
-    state: Path | None = option("State file that length goes on from.")
-    tasks: tuple[str, ...] = option("Task of lm_eval for tasks.", "--task", metavar="NAME")
+    length: int = option("Number of tokens that the suite length reads.", least=2, default=1 << 15)
+    state: Path | None = option("State file from which the suite length continues.")
+    tasks: tuple[str, ...] = option(
+        "Task of lm_eval, for the suite tasks. Can be repeated.", "--task", metavar="NAME"
+    )
     task_files: Path | None = option("Folder of task files of lm_eval.")
     examples: int | None = option("Maximum number of examples of a task.", least=1)
     threads: ThreadsArguments = group()
@@ -190,7 +198,7 @@ class BenchArguments(ArtifactArguments):
     n_prompt: str = option("Lengths of prompts.", "-p", default="512")
     n_gen: str = option("Numbers of tokens to generate.", "-n", default="128")
     n_depth: str = option("Tokens processed before the measurement.", "-d", default="0")
-    repetitions: int = option("", "-r", least=1, default=5)
+    repetitions: int = option("Number of repetitions.", "-r", least=1, default=5)
     synthetic: bool = option(
         "Fill the state with random values instead: quick, same cost per token."
     )
@@ -200,7 +208,9 @@ class BenchArguments(ArtifactArguments):
         least=1,
         most=256,
     )
-    form: choices.TableFormat = option("", "-o", "--output", default="table")
+    form: choices.TableFormat = option("Format of the table.", "--format", default="table")
+    json: bool = option("Print the figures as JSON, as with --format json.")
+    output: Path | None = option("The file to write. [default: the terminal]", "-o")
     engine: NativeArguments = group()
 
 
@@ -210,8 +220,13 @@ def bench(arguments: BenchArguments) -> None:
 
     -p, -n and -d take lists such as 128,512; a length of 0 is left out.
     """
+    from rgexport.files.atomic import write_file
     from rgexport.runtimes.bench.measure import WRITERS, BenchRequest, bench_artifact
 
+    form: str = arguments.form
+    output = arguments.output
+    if str(output) in WRITERS:  # version 0.1 had `-o md`
+        form, output = str(output), None
     request = BenchRequest.parse(
         arguments.n_prompt,
         arguments.n_gen,
@@ -225,4 +240,8 @@ def bench(arguments: BenchArguments) -> None:
         threads=arguments.threads,
         allow_foreign=arguments.engine.allow_foreign,
     )
-    print_result(WRITERS[arguments.form](rows), end="")
+    text = WRITERS["json" if arguments.json else form](rows)
+    if output is None:
+        print_result(text, end="")
+    else:
+        write_file(output, [text.encode()])

@@ -184,9 +184,10 @@ class CheckpointArguments:
     )
     size: SizeName | None = option("Instead of MODEL: a released model, or the demo model.")
     window: int | None = option(
-        "A smaller window; or the window of a DeepMind file. [default: 2048]"
+        "Attention window in tokens, at most the model's. [default: the model's; DeepMind's "
+        "files: 2048]"
     )
-    soft_cap: float | None = option("The cap of the logits of a DeepMind file. [default: 30]")
+    soft_cap: float | None = option("Soft cap of the logits, for DeepMind's files. [default: 30]")
     adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
 
     def open(self) -> "Checkpoint":
@@ -244,10 +245,10 @@ class ExportArguments(ClusterArguments):
         "A JSON file with the storage of every tensor, as `inspect --json` prints it."
     )
     quality: Quality | None = option(
-        "How levels are chosen: rounding to nearest, clip search, or GPTQ by a calibration."
+        "Choice of the levels: rounding to nearest, clip search, or GPTQ by a calibration."
     )
     calibration: Path | None = option("A file of `rgexport calibrate`, for --quality best.")
-    output: Path | None = option("The folder. [default: ./MODEL-PRECISION-FORMAT]", "-o")
+    output: Path | None = option("The folder to write. [default: ./MODEL-PRECISION-FORMAT]", "-o")
     force: bool = option("Replace an existing output.")
     no_check: bool = option("Skip the self-check of the artifact.")
 

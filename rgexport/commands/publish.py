@@ -51,7 +51,7 @@ class WebArguments(ArtifactsArguments):
     force: bool = option("Replace an existing site.")
     serve: bool = option("Serve it on this machine; -o is not needed then.")
     port: int = port_option(8000)
-    browse: bool = option("With --serve: open a browser.", "--open")
+    browse: bool = option("Open a browser; with --serve.", "--open")
 
 
 @command(WebArguments)
@@ -107,8 +107,8 @@ def patch(arguments: PatchArguments) -> None:
 
 @dataclass(frozen=True)
 class BuildArguments:
-    output: Path = option("The folder.", "-o", default=Path("llama-cpp"))
-    no_install: bool = option("Only build the wheel.")
+    output: Path = option("The folder to build in.", "-o", default=Path("llama-cpp"))
+    no_install: bool = option("Build the wheel, but do not install it.")
     tools: bool = option("Build llama-quantize, llama-server and others too.")
 
 

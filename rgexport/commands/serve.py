@@ -55,7 +55,7 @@ class ServeArguments(ArtifactsArguments):
     )
     precision: StatePrecisionArguments = group()
     api_key: str | None = option(f"The key that clients must present; or set the variable {_KEY}.")
-    api_key_file: Path | None = option("A file with that key.")
+    api_key_file: Path | None = option("A file that holds that key.")
     cors_origin: tuple[str, ...] = option("A web page's origin that may use it; * for all.")
     allowed_host: tuple[str, ...] = option(
         "Another name that requests may give the server; * for all.", metavar="NAME"
@@ -71,7 +71,7 @@ class ServeArguments(ArtifactsArguments):
         "Seconds without progress after which /health says 503.", least=0.0, default=60.0
     )
     grace: int = option(
-        "Seconds that running replies have when the server ends.", least=0, default=30
+        "Seconds to finish running replies after Ctrl-C or SIGTERM.", least=0, default=30
     )
     share_prefixes: bool = option(
         "Let prompts go on from the prompts of other clients; all clients share saved states."

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftArguments(LookupArguments):
-    draft_text: Path | None = option("A text that replies may repeat: they come sooner.")
+    draft_text: Path | None = option(
+        "A file that replies quote from; where they do, they come sooner."
+    )
 
     def text(self) -> str:
         from rgexport.files.paths import read_text
@@ -62,15 +64,17 @@ class SamplingArguments(ThreadsArguments):
         "Drop tokens less likely than p times the most likely one.", default=0.0, show_default=False
     )
     repetition_penalty: float = option(
-        "Above 1: tokens repeat less.", default=1.0, show_default=False
+        "Makes tokens repeat less, if above 1.", default=1.0, show_default=False
     )
     presence_penalty: float = option(
-        "Above 0: tokens of the reply occur less.", default=0.0, show_default=False
+        "Makes tokens of the reply occur less, if above 0.", default=0.0, show_default=False
     )
     frequency_penalty: float = option(
-        "The same, in proportion to how often they occurred.", default=0.0, show_default=False
+        "Makes frequent tokens of the reply occur less, if above 0.",
+        default=0.0,
+        show_default=False,
     )
-    seed: int | None = option("Makes sampling repeatable.")
+    seed: int | None = option("Seed of the sampling, which makes replies repeatable.")
 
     def sampling(self) -> "Sampling":
         from rgexport.chat.sampling import Sampling
@@ -86,7 +90,7 @@ class SamplingArguments(ThreadsArguments):
 
 @dataclass(frozen=True)
 class StateArguments(StatePrecisionArguments):
-    load_state: Path | None = option("Go on from a state file.")
+    load_state: Path | None = option("Continue from a state file.")
     save_state: Path | None = option("Write a state file at the end.")
 
 
@@ -124,8 +128,8 @@ class ReplyArguments:
 class GenerateArguments(ArtifactArguments):
     prompt: str | None = option("The text to continue.", "-p")
     prompt_file: Path | None = option("The text to continue, from a file; - is the standard input.")
-    ids: str | None = option("Instead of a text: token ids, such as 2,651,603; prints ids.")
-    stop: tuple[str, ...] = option("A text that ends the continuation; repeatable.")
+    ids: str | None = option("Token ids to continue, such as 2,651,603; prints ids.")
+    stop: tuple[str, ...] = option("A text that ends the continuation. Can be repeated.")
     reply: ReplyArguments = group()
 
 
@@ -182,12 +186,12 @@ def _prompt(arguments: GenerateArguments) -> str | None:
 
 @dataclass(frozen=True)
 class ChatArguments(ArtifactArguments):
-    prompt: str | None = option("Say this, print the reply, and end.", "-p")
+    prompt: str | None = option("Send this message, print the reply, and end.", "-p")
     system: str = option("The system prompt.", default="", show_default=False)
-    document: Path | None = option("A text that the first message is about.", "--read")
-    as_json: bool = option("With -p: the reply and its figures as JSON.", "--json")
-    plain: bool = option("In a terminal: show replies as they are, without styles.")
-    stop: tuple[str, ...] = option("A text that ends a reply; repeatable.")
+    document: Path | None = option("A file whose text the first message is about.", "--read")
+    as_json: bool = option("Print the reply and its figures as JSON; with -p.", "--json")
+    plain: bool = option("Show replies as they are, without styles, in a terminal.")
+    stop: tuple[str, ...] = option("A text that ends a reply. Can be repeated.")
     reply: ReplyArguments = group()
 
 
@@ -249,7 +253,7 @@ class SaveArguments(ArtifactArguments):
     precision: StatePrecisionArguments = group()
     output: Path = option("The state file.", "-o", required=True)
     threads: ThreadsArguments = group()
-    force: bool = option("Replace an earlier one.")
+    force: bool = option("Replace an existing file.")
     engine: NativeArguments = group()
 
 
@@ -309,7 +313,7 @@ def load(arguments: LoadArguments) -> None:
 @dataclass(frozen=True)
 class InfoArguments:
     file: Path = argument()
-    as_json: bool = option("As one JSON object.", "--json")
+    as_json: bool = option("Print one JSON object.", "--json")
 
 
 @command(InfoArguments, parent=state)
