@@ -22,8 +22,7 @@ Shape = tuple[int, ...]
 
 _SMALLEST_GROUP = 256
 """Rows of the embedding in the smallest groups; the largest group has half of all rows."""
-_UNPACKING_BYTES = 6_300
-"""Bytes of the graph nodes that unpack 3-bit integers of one matrix or row group to 4 bits."""
+_UNPACKING_BYTES = 6_300  # of graph nodes that unpack 3-bit integers of a matrix or row group
 
 
 @dataclass(frozen=True)

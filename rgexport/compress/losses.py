@@ -27,10 +27,8 @@ from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
-_SAMPLE = 256
-"""Rows of a matrix, or of a row group, that are quantized in every layout."""
-_SLAB_BYTES = 32 << 20
-"""Most bytes of a slab of the embedding, and of its logits, in float32."""
+_SAMPLE = 256  # rows of a matrix, or of a row group, that are quantized in every layout
+_SLAB_BYTES = 32 << 20  # most bytes of a slab of the embedding, and of its logits, in float32
 
 
 class PredictedLosses:

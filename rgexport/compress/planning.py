@@ -18,12 +18,9 @@ from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.units import amount
 
-_ATTEMPTS = 4
-"""Most plans that are measured until one reaches the target KL."""
-_NEAR = 0.03
-"""Tolerated relative difference from the target KL."""
-_POINTS = 12
-"""Points of the front in reports."""
+_ATTEMPTS = 4  # most plans that are measured until one reaches the target KL
+_NEAR = 0.03  # tolerated relative difference from the target KL
+_POINTS = 12  # points of the front in reports
 
 Kind = Literal["kl", "size", "bits"]
 FLAGS: dict[Kind, str] = {"kl": "--target-kl", "size": "--target-size", "bits": "--bits"}

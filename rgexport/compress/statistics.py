@@ -25,14 +25,10 @@ from rgexport.griffin.step import Layer, LayerState, Linear
 from rgexport.progress import Advance, task
 from rgexport.quantize import calibration as stored
 
-_FORWARD, _BACKWARD = 2048, 1024
-"""Tokens that go through a layer at once, which bounds the memory of its activations."""
-_PANEL = 512
-"""Rows of a triangle that are computed together: fewer waste less, but run slower."""
-_LOGIT_BYTES = 512 << 20
-"""Most bytes of logits in memory; the head is read once for as many tokens."""
-_SLAB = 4096
-"""Rows of the vocabulary per computed slab of probabilities."""
+_FORWARD, _BACKWARD = 2048, 1024  # tokens that go through a layer at once; bounds its activations
+_PANEL = 512  # rows of a triangle that are computed together: fewer waste less, but run slower
+_LOGIT_BYTES = 512 << 20  # most bytes of logits in memory; the head is read once for as many tokens
+_SLAB = 4096  # rows of the vocabulary per computed slab of probabilities
 
 
 class Gram:

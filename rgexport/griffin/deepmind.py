@@ -159,8 +159,7 @@ def _block_types(path: Path, stored: DeepMindTensors) -> tuple[BlockType, ...]:
 
 _METADATA, _DATABASE, _ARRAY = "_METADATA", "manifest.ocdbt", "/.zarray"
 _NESTED = "default"  # the item that has the parameters, in an orbax checkpoint of several items
-_KERNEL, _WEIGHT = ".kernel", ".weight"
-"""The names of a matrix [in, out] in flax, and of its transpose in torch."""
+_KERNEL, _WEIGHT = ".kernel", ".weight"  # a matrix [in, out] in flax, its transpose in torch
 
 
 def orbax_folder(path: Path) -> Path | None:

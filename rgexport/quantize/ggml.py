@@ -192,8 +192,7 @@ _STORAGE_CLASSES = {
 }
 """int4 for all other types, which have four to six bits."""
 _HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
-_LEAST_SCALE = np.float32(1 / 32)
-"""In units of a group's largest scale: half the distance of scales that have 4 bits (q2_k)."""
+_LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 4-bit scales (q2_k)
 
 
 @dataclass(frozen=True)

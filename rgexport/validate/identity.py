@@ -131,8 +131,7 @@ _HARD_TEXTS = (
 _CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
 NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
 """The items of `meaning` where there is no tokenizer."""
-_MOST_SHOWN = 200
-"""Most characters of a JSON file that is shown whole; longer ones are shown as a hash."""
+_MOST_SHOWN = 200  # characters of a JSON file that is shown whole; others are shown as a hash
 
 
 @dataclass(frozen=True, kw_only=True)

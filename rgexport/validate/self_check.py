@@ -27,8 +27,7 @@ from rgexport.validate.text import first_tokens
 from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
-_REST_BYTES = 384 << 20
-"""Memory for temporaries, a few rows of logits, and libraries that are loaded for the check."""
+_REST_BYTES = 384 << 20  # memory for temporaries, a few rows of logits, and libraries
 _MAX_FAILURES = 3
 _DESCRIPTIONS = {
     "dequantized.logits": (

@@ -116,8 +116,7 @@ def _read_utf8(file: Path) -> str:
         raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
 
 
-_NO_LIMIT = 1 << 24
-"""Token limit that no prompt reaches."""
+_NO_LIMIT = 1 << 24  # token limit that no prompt reaches
 
 TEXTS = {
     "prose": (

@@ -20,8 +20,7 @@ from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.session import Session
 
-_LEAN_UBATCH = 64
-"""Most tokens of one call, for which llama.cpp reserves scratch memory."""
+_LEAN_UBATCH = 64  # most tokens of one call, for which llama.cpp reserves scratch memory
 
 
 class LlamaCppEngine(Engine):

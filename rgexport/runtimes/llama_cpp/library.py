@@ -17,8 +17,7 @@ from rgexport.runtimes.huge_pages import BackgroundAdvice, huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = f"unknown model architecture: '{ARCHITECTURE}'"
-_ERROR, _CONTINUED = 4, 5
-"""Levels of `enum ggml_log_level` (ggml.h)."""
+_ERROR, _CONTINUED = 4, 5  # levels of `enum ggml_log_level` (ggml.h)
 
 
 @functools.cache

@@ -30,10 +30,8 @@ from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles, chec
 PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
-_SILENT = 4
-"""Severity of the log: errors are raised, and log lines show names from the file unescaped."""
-_WEBGPU = 1, 25
-"""The first ONNX Runtime with all ops of that profile on a CPU; pyproject allows older ones."""
+_SILENT = 4  # severity of the log: errors are raised, and lines show names unescaped
+_WEBGPU = 1, 25  # the first ONNX Runtime with all ops of that profile on a CPU
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option of ONNX Runtime: the folder of the weights of a graph that is loaded from memory."""
 

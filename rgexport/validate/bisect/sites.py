@@ -24,8 +24,7 @@ from rgexport.validate.equivalences import zeros_of
 from rgexport.validate.reference_pass import watched_layers
 
 Arguments = tuple[Any, ...]
-_Key = tuple[str, str, str | None]
-"""A site, its op, and the state that is compared, if it is not the op's value."""
+_Key = tuple[str, str, str | None]  # a site, its op, and the state, if it is not the op's value
 _STATES = dict(causal_conv1d=["conv1d"], rg_lru_scan=["rg_lru"], local_attention=["key", "value"])
 """Op → the states of its layer that it returns after its value."""
 

@@ -31,15 +31,7 @@ from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity import text_identity
 from rgexport.validate.metrics import checkpoints
-from rgexport.validate.reference.reference_file import (
-    Header,
-    PromptRecord,
-    checkpoint_specs,
-    encode_logits,
-    is_reference,
-    stored_shape,
-    write_reference,
-)
+from rgexport.validate.reference import reference_file
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.structure.compare import can_record, record_structures
 from rgexport.validate.text import Text, choose_prompts
@@ -138,7 +130,7 @@ def capture(
         RequestError: no torch, device or package, an unsound checkpoint, or one that the package
             cannot run, prompts that cannot be read, or a target that exists or cannot be written.
     """
-    check_file_target(target, force=force, replaceable=is_reference)
+    check_file_target(target, force=force, replaceable=reference_file.is_reference)
     make_model = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     config = checkpoint.config
@@ -154,7 +146,7 @@ def capture(
     arrays |= _sketch_arrays(config, checkpoint.weights, longest.tokens)
     hashes = hash_new_files(checkpoint.weight_files.values())
     files = {n: FileRecord(hashes[p], p.stat().st_size) for n, p in checkpoint.weight_files.items()}
-    header = Header(
+    header = reference_file.Header(
         model=checkpoint.name,
         config=model.config,
         files=files,
@@ -164,7 +156,7 @@ def capture(
         structures=structures,
         identity=text_identity(checkpoint),
     )
-    write_reference(target, header, arrays, force=force)
+    reference_file.write_reference(target, header, arrays, force=force)
     return target
 
 
@@ -175,7 +167,7 @@ def closing_line(target: Path) -> str:
 
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
-) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
+) -> tuple[tuple[reference_file.PromptRecord, ...], dict[str, np.ndarray]]:
     """Runs the model over the prompts and, with a tokenizer, continues them."""
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
@@ -199,7 +191,9 @@ def _record(
         arrays |= {f"greedy.{index}": np.array(ids, np.int64)} if ids else {}
         arrays |= _state_arrays(model.config, index, lengths[index], after)
     records = (
-        PromptRecord(text.name, len(text.tokens), text.bytes, tuple(at), len(ids), tuple(inside))
+        reference_file.PromptRecord(
+            text.name, len(text.tokens), text.bytes, tuple(at), len(ids), tuple(inside)
+        )
         for text, at, ids, inside in zip(texts, positions, greedy, stops, strict=True)
     )
     return tuple(records), arrays
@@ -228,7 +222,9 @@ def _record_logits(
         for states, chosen in zip(hidden, positions, strict=True):
             blocks = []
             for start, stop in slab_bounds(len(chosen), row_bytes, BLOCK_BYTES):
-                blocks.append(encode_logits(model.logits(states[:, chosen[start:stop]])[0]))
+                blocks.append(
+                    reference_file.encode_logits(model.logits(states[:, chosen[start:stop]])[0])
+                )
                 advance(stop - start)
             codes, scales = zip(*blocks, strict=True)
             yield np.concatenate(codes), np.concatenate(scales)
@@ -240,9 +236,9 @@ def _state_arrays(
     *inside, end = states
     arrays = {}
     for spec in state_specs(config):
-        rows = stored_shape(spec, tokens)[0]
+        rows = reference_file.stored_shape(spec, tokens)[0]
         arrays[f"states.{index}.{spec.name}"] = end[spec.name][0, spec.shape[0] - rows :]
-    for name in [spec.name for spec in checkpoint_specs(config)] if inside else ():
+    for name in [spec.name for spec in reference_file.checkpoint_specs(config)] if inside else ():
         arrays[f"checkpoints.{index}.{name}"] = np.concatenate([state[name] for state in inside])
     return arrays
 

@@ -20,8 +20,7 @@ from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 WORST = 5
 """Rows of tables that show only the worst."""
 DRIFT = "Recurrent states inside the longest prompt"
-_EXACT = 0.05
-"""Noise below this is the sketch's own rounding."""
+_EXACT = 0.05  # noise below this is the sketch's own rounding
 
 Compared = Comparison | AgainstFile
 

@@ -41,8 +41,7 @@ from rgexport.validate.weights.sketch import (
 _THREADS = 2
 _PIECE = 1 << 14
 _MAXIMA = "max_steps", "worst_row", "most_expected"
-_KEPT = 2.0**-22
-"""Relative error of a number in a sketch: float32, and four times as much for sums."""
+_KEPT = 2.0**-22  # relative error of a number in a sketch: float32, and four times as much for sums
 
 T = TypeVar("T")
 Sums = dict[str, float]

@@ -11,19 +11,8 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.errors import RequestError
+from rgexport.export.mil import program as mil
 from rgexport.export.mil.package import Package
-from rgexport.export.mil.program import (
-    BITS,
-    UNKNOWN,
-    Constant,
-    FileValue,
-    Function,
-    Name,
-    Operation,
-    TensorType,
-    Value,
-    numpy_type,
-)
 from rgexport.runtimes.coreml.interpreter.operations import ARITHMETIC, OPS, OperationInputs
 from rgexport.runtimes.coreml.interpreter.weights import (
     FileWeight,
@@ -38,8 +27,7 @@ SMALL_BYTES = 64 << 10
 """Constants in files up to this size are read when the program is opened."""
 
 _FLOATS = ("float16", "float32")
-_UNCONVERTED = {"float32", "bool"}
-"""Dtypes that arithmetic takes and gives as they are; float16 is computed in float32."""
+_UNCONVERTED = {"float32", "bool"}  # dtypes that arithmetic takes and gives as they are
 
 FeatureStates = dict[str, np.ndarray]
 """The state of one sequence: name → array of the declared type."""
@@ -79,7 +67,7 @@ class Interpreter:
                 raise RequestError(
                     f"{self._where}: input {name} is {inputs[name].shape}; expected {type}"
                 )
-            array = np.ascontiguousarray(inputs[name], numpy_type(type.dtype))
+            array = np.ascontiguousarray(inputs[name], mil.numpy_type(type.dtype))
             values[self._slots[name]] = array
         for name in self._function.states:
             values[self._slots[name]] = states[name]
@@ -115,7 +103,7 @@ class InterpreterRunner:
         self._states = package.functions[package.default_function].states
 
     def make_state(self) -> FeatureStates:
-        return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
+        return {n: np.zeros(t.shape, mil.numpy_type(t.dtype)) for n, t in self._states.items()}
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: FeatureStates | None
@@ -138,25 +126,25 @@ class _Step(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     dead: tuple[int, ...]
-    operation: Operation
+    operation: mil.Operation
 
 
 class _Translator:
     """Makes steps of operations, and slots of inputs, states, constants and results."""
 
-    def __init__(self, package: Package, function: Function, cache: WeightCache):
+    def __init__(self, package: Package, function: mil.Function, cache: WeightCache):
         self.values: list[Any] = []
         """The value of each slot when a run starts; None before it is computed."""
         self.names: dict[str, int] = {}
         """The slot of each value that has a name."""
-        self._types: list[TensorType] = []
+        self._types: list[mil.TensorType] = []
         self._wide: dict[int, int] = {}
         self._steps: list[_Step] = []
         self._package, self._states, self._cache = package, function.states, cache
         for name, type in (function.inputs | function.states).items():
             self._define(name, type)
 
-    def add(self, operation: Operation) -> None:
+    def add(self, operation: mil.Operation) -> None:
         if operation.blocks:
             raise Unsupported("it has blocks of its own")
         if operation.type == "write_state":
@@ -188,29 +176,29 @@ class _Translator:
             done.append(step._replace(dead=tuple(dead)))
         return done[::-1]
 
-    def _new(self, type: TensorType, value: Any) -> int:
+    def _new(self, type: mil.TensorType, value: Any) -> int:
         self.values.append(value)
         self._types.append(type)
         return len(self.values) - 1
 
-    def _define(self, name: str, type: TensorType, value: Any = None) -> int:
+    def _define(self, name: str, type: mil.TensorType, value: Any = None) -> int:
         if name in self.names:
             raise Unsupported(f"{name} is computed twice")
         self.names[name] = self._new(type, value)
         return self.names[name]
 
-    def _operand(self, value: Value) -> int:
-        if not isinstance(value, Name):
+    def _operand(self, value: mil.Value) -> int:
+        if not isinstance(value, mil.Name):
             return self._new(value.type, self._load(value))
         if value.name not in self.names:
             raise Unsupported(f"nothing computes {value.name} before it")
         return self.names[value.name]
 
-    def _load(self, value: Constant) -> np.ndarray | FileWeight:
+    def _load(self, value: mil.Constant) -> np.ndarray | FileWeight:
         """Returns a constant as an array, or a large one of floats as a weight to be read later."""
         kind = value.type
         is_large = kind.dtype in _FLOATS and kind.shape and kind.nbytes > SMALL_BYTES
-        if isinstance(value, FileValue) and is_large:
+        if isinstance(value, mil.FileValue) and is_large:
             return file_weight(self._package, value, self._cache)
         return whole_constant(self._package, value)
 
@@ -220,10 +208,10 @@ class _Translator:
         if type.dtype != "float16" or not isinstance(value, np.ndarray):
             return slot
         if slot not in self._wide:
-            self._wide[slot] = self._new(TensorType("float32", type.shape), _widen(value))
+            self._wide[slot] = self._new(mil.TensorType("float32", type.shape), _widen(value))
         return self._wide[slot]
 
-    def _write_state(self, operation: Operation) -> None:
+    def _write_state(self, operation: mil.Operation) -> None:
         """Puts another array in the state's place: the old one is not changed."""
         state, data = self._state(operation), operation.inputs.get("data", ())
         if len(data) != 1:
@@ -232,7 +220,7 @@ class _Translator:
         function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
         self._add_step(operation, function, [slot], state)
 
-    def _compute(self, operation: Operation, name: str, type: TensorType) -> None:
+    def _compute(self, operation: mil.Operation, name: str, type: mil.TensorType) -> None:
         if operation.type not in OPS:
             raise Unsupported("it is no operation that this interpreter knows")
         operands = {n: tuple(map(self._operand, v)) for n, v in operation.inputs.items()}
@@ -254,32 +242,32 @@ class _Translator:
         function = _converted(call.function, converters, result)
         self._add_step(operation, function, slots, self._define(name, type))
 
-    def _rounding(self, type: TensorType, slots: Sequence[int]) -> np.dtype | None:
+    def _rounding(self, type: mil.TensorType, slots: Sequence[int]) -> np.dtype | None:
         """Returns the dtype that a result of arithmetic is cast to; None if it has that already."""
         dtypes = {self._types[slot].dtype for slot in slots}
         if type.dtype not in {"bool", *dtypes}:
             raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
-        return None if {type.dtype, *dtypes} <= _UNCONVERTED else numpy_type(type.dtype)
+        return None if {type.dtype, *dtypes} <= _UNCONVERTED else mil.numpy_type(type.dtype)
 
     def _converter(self, slot: int, arithmetic: bool) -> Converter:
         if isinstance(self.values[slot], FileWeight):
             return FileWeight.wide if arithmetic else FileWeight.whole
         return _widen if arithmetic and self._types[slot].dtype == "float16" else None
 
-    def _state(self, operation: Operation) -> int:
+    def _state(self, operation: mil.Operation) -> int:
         values = operation.inputs.get("input", ())
-        name = values[0].name if len(values) == 1 and isinstance(values[0], Name) else ""
+        name = values[0].name if len(values) == 1 and isinstance(values[0], mil.Name) else ""
         if name not in self._states:
             raise Unsupported(f"{name or 'its input'} is no state of the function")
         return self.names[name]
 
     def _add_step(
-        self, operation: Operation, function: Call, arguments: Sequence[int], result: int
+        self, operation: mil.Operation, function: Call, arguments: Sequence[int], result: int
     ) -> None:
         type = self._types[result]
-        if type.dtype not in BITS or UNKNOWN in type.shape:
+        if type.dtype not in mil.BITS or mil.UNKNOWN in type.shape:
             raise Unsupported(f"it gives {type}; expected numbers, as many as are known before")
-        dtype = numpy_type(type.dtype)
+        dtype = mil.numpy_type(type.dtype)
         step = _Step(function, tuple(arguments), result, type.shape, dtype, (), operation)
         self._steps.append(step)
 
