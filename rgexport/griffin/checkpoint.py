@@ -19,8 +19,6 @@ from rgexport.griffin.config import (
     AskedFor,
     GriffinConfig,
 )
-from rgexport.griffin.deepmind import orbax_folder
-from rgexport.griffin.huggingface import read_config
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.tensor import DTYPES, FoundTensor, RowTensor, WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
@@ -134,7 +132,7 @@ def means_checkpoint(path: Path) -> bool:
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
     named = any((path / name).exists() for name in names) or any(path.glob("*.pt"))
-    return named or orbax_folder(path) is not None
+    return named or deepmind.orbax_folder(path) is not None
 
 
 def demo_folder() -> Path:
@@ -183,7 +181,7 @@ def _deepmind_path(path: Path) -> Path | None:
         return path
     if any((path / name).exists() for name in (huggingface.SINGLE, huggingface.INDEX)):
         return None
-    if orbax := orbax_folder(path):
+    if orbax := deepmind.orbax_folder(path):
         return orbax
     files = sorted(path.glob("*.pt"))
     if len(files) > 1:
@@ -199,7 +197,7 @@ def _open_hugging_face(
 ) -> Checkpoint:
     if not (folder / huggingface.CONFIG).is_file():
         raise RequestError(f"{folder} has no config.json; expected a RecurrentGemma model folder")
-    config = read_config(folder / huggingface.CONFIG, window, soft_cap)
+    config = huggingface.read_config(folder / huggingface.CONFIG, window, soft_cap)
     tensors, index_problems, files = huggingface.read_tensors(folder)
     head = tensors.pop(huggingface.HEAD, None)
     weights, problems = _match_tensors(config, tensors)

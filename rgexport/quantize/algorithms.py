@@ -152,7 +152,12 @@ def _best_cuts(
     ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
     """Chooses `count + 1` of the indices, 0 and n among them, with the least squared error."""
-    errors = _interval_errors(ordered, sums, indices)
+    squares = np.add.reduceat(ordered * ordered, indices[:-1])
+    squares = np.concatenate([[0.0], np.cumsum(squares)])
+    n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))
+    errors = second - first * first / np.maximum(n, 1)
+    # At [j, i]: the squared error of values i to j around their mean; inf for j < i.
+    errors = np.where(n < 0, np.inf, np.maximum(errors, 0))
     least, choices = errors[:, 0], []
     for _ in range(count - 1):
         totals = errors + least
@@ -162,15 +167,6 @@ def _best_cuts(
     for choice in reversed(choices):
         chosen.append(int(choice[chosen[-1]]))
     return indices[[0, *reversed(chosen)]]
-
-
-def _interval_errors(ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns at [j, i] the squared error of values i to j around their mean; inf for j < i."""
-    squares = np.add.reduceat(ordered * ordered, indices[:-1])
-    squares = np.concatenate([[0.0], np.cumsum(squares)])
-    n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))
-    errors = second - first * first / np.maximum(n, 1)
-    return np.where(n < 0, np.inf, np.maximum(errors, 0))
 
 
 def _lloyd(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:

@@ -52,22 +52,17 @@ def available_bytes() -> int | None:
     system = _fields(_MEMINFO).get("MemAvailable:")
     if system is None:
         return None
-    limits = [1024 * system, _left_in_container()]
-    return min(limit for limit in limits if limit is not None)
+    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None:  # in no container
+        return 1024 * system
+    cached = _fields(_CGROUP / "memory.stat").get("inactive_file", 0)
+    return min(1024 * system, max(0, limit - used + cached))
 
 
 def release_freed_memory() -> None:
     """Returns freed memory to the system, which glibc would keep for later use."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, or none
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _left_in_container() -> int | None:
-    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    if limit is None or used is None:
-        return None
-    cached = _fields(_CGROUP / "memory.stat").get("inactive_file", 0)
-    return max(0, limit - used + cached)
 
 
 def _number(file: Path) -> int | None:

@@ -17,8 +17,7 @@ from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate.bisect.sites import SiteReport
-from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.bisect.sites import SiteReport, Suspect
 from rgexport.validate.checks import (
     MOST_COST,
     STANDARD_ERRORS,

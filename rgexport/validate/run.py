@@ -23,8 +23,7 @@ from rgexport.runtimes.machine import available_bytes, environment, release_free
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 from rgexport.validate import continuations
-from rgexport.validate.bisect.sites import SiteReport, compare_sites
-from rgexport.validate.bisect.suspects import find_suspects
+from rgexport.validate.bisect.sites import SiteReport, compare_sites, find_suspects
 from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, tolerance, with_limits
 from rgexport.validate.continuations import Continuation, ContinuedPrompt
 from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost

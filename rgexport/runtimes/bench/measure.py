@@ -175,7 +175,11 @@ class BenchMeasurement:
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[BenchRow]:
-        self._warm_up()
+        until = time.perf_counter() + WARM_UP_SECONDS
+        while time.perf_counter() < until:
+            if self.session.position[0] >= PIECE:
+                self.session.reset()
+            self.session.step(self._random(1)[0])
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
             cells = self._cells(Path(folder))
             self._measure(cells)
@@ -224,6 +228,7 @@ class BenchMeasurement:
         info, test, rates = self.session.info, cell.test, cell.rates
         per_token = info.weight_bytes * test.weight_reads(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
+        files = [self.artifact] if self.artifact.is_file() else self.artifact.rglob("*")
         return BenchRow(
             test=test.name,
             depth=cell.depth,
@@ -239,7 +244,7 @@ class BenchMeasurement:
             rss_bytes=round(median(cell.memory)) if cell.memory else None,
             peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
-            artifact_bytes=_size(self.artifact),
+            artifact_bytes=sum(file.stat().st_size for file in files if file.is_file()),
             artifact=self.artifact.resolve().name,
             engine=info.engine,
             engine_version=info.engine_version,
@@ -247,13 +252,6 @@ class BenchMeasurement:
             threads=info.threads,
             cpu=cpu(),
         )
-
-    def _warm_up(self) -> None:
-        until = time.perf_counter() + WARM_UP_SECONDS
-        while time.perf_counter() < until:
-            if self.session.position[0] >= PIECE:
-                self.session.reset()
-            self.session.step(self._random(1)[0])
 
     def _steps(self, tokens: np.ndarray, speeds: list[float]) -> float:
         """Returns the steps' seconds; adds read speeds measured in between to `speeds`."""
@@ -299,11 +297,6 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
         for name, array in like.items()
     }
     return random | {POSITION: np.full_like(like[POSITION], depth)}
-
-
-def _size(artifact: Path) -> int:
-    files = [artifact] if artifact.is_file() else artifact.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 COLUMNS: dict[str, Callable[[BenchRow], str]] = {

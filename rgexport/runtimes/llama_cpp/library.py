@@ -118,7 +118,12 @@ def load_model(
     llama = bindings()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
-    parameters.kv_overrides = _overrides(metadata or {})
+    if metadata:
+        overrides = (llama.llama_model_kv_override * (len(metadata) + 1))()
+        for entry, (key, value) in zip(overrides, metadata.items(), strict=False):
+            entry.tag, entry.key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+            entry.value.val_i64 = value
+        parameters.kv_overrides = overrides
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
     advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
     with logged(), advised as advice:
@@ -137,14 +142,3 @@ def load_model(
             f"({reason}); {REMEDY}"
         )
     raise RequestError(f"llama.cpp cannot load {path}: {reason}")
-
-
-def _overrides(metadata: Mapping[str, int]) -> Any:
-    llama = bindings()
-    if not metadata:
-        return None
-    array = (llama.llama_model_kv_override * (len(metadata) + 1))()
-    for entry, (key, value) in zip(array, metadata.items(), strict=False):
-        entry.tag, entry.key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
-        entry.value.val_i64 = value
-    return array

@@ -302,20 +302,15 @@ class OrtSession(Session):
         for record in self._manifest.states:
             state = self._states[record.name][rows.start : rows.stop]
             run.bind(state, record.input, record.output)
-        self._share_outputs(run, ids.shape)
-        return run
-
-    def _share_outputs(self, run: BoundRun, shape: tuple[int, ...]) -> None:
-        """Binds outputs that only verification reads to one array of each kind for all layers.
-
-        ONNX Runtime would keep them all. A layer overwrites what the next has read already.
-        """
+        # Outputs that only verification reads share an array for all layers, as ONNX Runtime would
+        # keep them all. A layer overwrites what the next has read already.
         arrays: dict[str, np.ndarray] = {}
-        for state, site in self._sites.items():
-            kind, width = state.rpartition(".")[2], self._states[state].shape[-1]
+        for name, site in self._sites.items():
+            kind, width = name.rpartition(".")[2], self._states[name].shape[-1]
             if kind not in arrays:
-                arrays[kind] = np.empty((*shape, width), np.float32)
+                arrays[kind] = np.empty((*ids.shape, width), np.float32)
             run.bind(arrays[kind], None, site)
+        return run
 
 
 def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
@@ -340,7 +335,12 @@ def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
 ) -> tuple[ort.InferenceSession, NativeOps, MappedWeights | None, Callable[[], None]]:
     """Returns the session, its kernels, its mapped weights, and a function that stops advice."""
-    _require_version(artifact)
+    version = ort.__version__
+    if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
+        raise RequestError(
+            f"{artifact.path} is made for webgpu, and on a processor needs ONNX Runtime "
+            f"{'.'.join(map(str, _WEBGPU))} or later; this is {version}: update onnxruntime"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
@@ -367,15 +367,6 @@ def _open(
         weights.make_resident()
         stack.callback(weights.close)
     return session, ops, weights, stack.close
-
-
-def _require_version(artifact: Artifact) -> None:
-    version = ort.__version__
-    if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
-        raise RequestError(
-            f"{artifact.path} is made for webgpu, and on a processor needs ONNX Runtime "
-            f"{'.'.join(map(str, _WEBGPU))} or later; this is {version}: update onnxruntime"
-        )
 
 
 def _register(options: ort.SessionOptions, native: NativeOps) -> NativeOps:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -70,15 +71,6 @@ class AgainstFile:
     prompts: list[PromptResult]
 
 
-@dataclass(frozen=True)
-class _Forced:
-    result: PromptResult
-    rows: np.ndarray
-    non_finite: int
-    states: list[StateError]
-    drift: list[Drift]
-
-
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
     """Raises RequestError for a file of a model of another shape."""
     theirs, ours = reference.header.config, manifest.config
@@ -103,7 +95,8 @@ def compare_with_file(
             forced.append(_force(session, reference, index, prompt, span))
             positions += [span.start + position for position in prompt.positions]
             advance(prompt.tokens)
-    rows = np.concatenate([one.rows for one in forced])
+    prompts, rows_of_each, non_finite, states, drift = zip(*forced, strict=True)
+    rows = np.concatenate(rows_of_each)
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
     complete = len(rows) == header.tokens and None not in sizes
@@ -116,21 +109,22 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=sum(one.non_finite for one in forced),
+        non_finite_positions=sum(non_finite),
         logits=replace(logits, worst_position=positions[logits.worst_position]),
         kl=replace(kl, worst_position=positions[kl.worst_position]),
         agreement=metrics.agreement(rows, tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
-        states=_worst_states(error for one in forced for error in one.states),
-        drift=[drift for one in forced for drift in one.drift],
+        states=_worst_states(chain.from_iterable(states)),
+        drift=[*chain.from_iterable(drift)],
         weights=sketch_errors(reference, artifact.weights, manifest.tensors, manifest.weighted),
-        prompts=[one.result for one in forced],
+        prompts=[*prompts],
     )
 
 
 def _force(
     session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> _Forced:
+) -> tuple[PromptResult, np.ndarray, int, list[StateError], list[Drift]]:
+    """Returns the result, its rows, positions that are not finite, states after it, and inside."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
     compared, drift, non_finite, logits = [], [], 0, np.empty((1, 0))
@@ -156,7 +150,7 @@ def _force(
         greedy_tokens=prompt.greedy_tokens,
         greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
     )
-    return _Forced(result, rows, non_finite, states, drift)
+    return result, rows, non_finite, states, drift
 
 
 def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:

@@ -9,7 +9,7 @@ from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
 from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.page import page_environment, visible, write_text
 from rgexport.units import amount
-from rgexport.validate.bisect.suspects import site_evidence
+from rgexport.validate.bisect.sites import site_evidence
 from rgexport.validate.checks import GRADES, verdict
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report import sentences, tables

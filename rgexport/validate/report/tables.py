@@ -6,8 +6,7 @@ from dataclasses import replace
 from rgexport.reporting.numbers import number, percent, plus_minus, rate
 from rgexport.reporting.tables import BarTable, Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.sites import SiteError, SiteReport
-from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.bisect.sites import SiteError, SiteReport, Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison

@@ -235,19 +235,16 @@ class _Translator:
         slots = [slot for name in call.operands for slot in operands[name]]
         arithmetic, result = operation.type in ARITHMETIC, None
         if arithmetic:
-            result = self._rounding(type, slots)
+            dtypes = {self._types[slot].dtype for slot in slots}
+            if type.dtype not in {"bool", *dtypes}:
+                raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
+            if not {type.dtype, *dtypes} <= _UNCONVERTED:
+                result = mil.numpy_type(type.dtype)
             slots = [self._widened(slot) for slot in slots]
         lazy = {slot for name in call.lazy for slot in operands[name]}
         converters = [None if s in lazy else self._converter(s, arithmetic) for s in slots]
         function = _converted(call.function, converters, result)
         self._add_step(operation, function, slots, self._define(name, type))
-
-    def _rounding(self, type: mil.TensorType, slots: Sequence[int]) -> np.dtype | None:
-        """Returns the dtype that a result of arithmetic is cast to; None if it has that already."""
-        dtypes = {self._types[slot].dtype for slot in slots}
-        if type.dtype not in {"bool", *dtypes}:
-            raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
-        return None if {type.dtype, *dtypes} <= _UNCONVERTED else mil.numpy_type(type.dtype)
 
     def _converter(self, slot: int, arithmetic: bool) -> Converter:
         if isinstance(self.values[slot], FileWeight):
