@@ -23,11 +23,11 @@ from rgexport.files.targets import check_file_target, continue_file, require_fre
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.device import torch_device
 from rgexport.progress import expect_stages, group, note
 from rgexport.quantize import calibration as stored
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected
+from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount
 
 SUFFIX = ".calibration"

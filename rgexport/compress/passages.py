@@ -150,7 +150,6 @@ def _continue(
 
 @contextmanager
 def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Session]:
-    """Exports the model, with a window of at most a sequence, and opens it."""
     from rgexport.export.onnx.exporter import export_onnx
     from rgexport.export.onnx.profiles import OnnxOptions
     from rgexport.export.opening import open_artifact

@@ -63,7 +63,6 @@ class Planner:
         layouts: FormatLayouts,
         statistics: StatisticsOf | None = None,
     ):
-        """Quantizes some rows of every matrix in every layout."""
         self._checkpoint, self._layouts = checkpoint, layouts
         self._statistics = statistics or Calibrated(calibration, checkpoint.config)
         config, weights = checkpoint.config, checkpoint.weights

@@ -122,7 +122,6 @@ def run_layer(
 
 
 def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
-    """Returns positions and a fresh state for sequences; the window is at most as long."""
     shape = x.shape[:2]
     short = replace(config, window=min(config.window, shape[1]))
     first, second = (
@@ -192,7 +191,6 @@ class _Logits:
         return (part - self._log_sum).exp_(), slope
 
     def add_to(self, sums: np.ndarray) -> None:
-        """Adds these tokens to the sums of probabilities and of Fisher information [2, vocab]."""
         for start in range(0, self._values.shape[1], _SLAB):
             p, slope = self._slab(start, _SLAB)
             slab = sums[:, start : start + p.shape[1]]
@@ -212,7 +210,6 @@ class _Logits:
         return labels
 
     def gradient(self, labels: Tensor) -> Tensor:
-        """Returns the gradient of -log p(label) at the head's input for the first tokens."""
         count = len(labels)
         total = torch.zeros(0)
         for start, rows in self._model.head_slabs():

@@ -230,7 +230,6 @@ def read_config(
 
 
 def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
-    """Returns head dimension, rotated dimensions and base of RoPE, checked if a layer uses them."""
     theta = _rope(fields, "rope_theta", 10_000.0)
     rotary = _rope(fields, "partial_rotary_factor", 0.5)
     width, heads = fields.hidden_size, fields.num_attention_heads
@@ -255,7 +254,6 @@ def _rope(fields: _Fields, name: str, default: float) -> float:
 
 
 def _check_kind(fields: _Fields) -> None:
-    """Refuses other models, and variants that RecurrentGemma's own code cannot run either."""
     known = any(name in _ARCHITECTURES for name in fields.architectures)
     if fields.architectures and not known:
         raise Mismatch(

@@ -60,7 +60,6 @@ def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 @cache
 def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Returns the Triton kernel if it runs on this machine: Triton needs a C compiler."""
     try:
         from rgexport.griffin.triton_scan import scan
 

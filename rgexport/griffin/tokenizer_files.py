@@ -143,7 +143,6 @@ def _complaints(fields: Any) -> Iterator[str]:
 
 
 def _wrong_steps(field: str, value: Any, types: list[str]) -> Iterator[str]:
-    """Checks all steps of a component, and their common growth of a text."""
     steps: list[dict[str, Any]] = []
     waiting = [value] if value is not None else []
     while waiting and len(steps) <= _MOST_STEPS:

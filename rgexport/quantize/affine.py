@@ -100,14 +100,6 @@ class Affine(Uniform):
         return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
 
     @property
-    def precision(self) -> str:
-        return f"int{self.bits}"
-
-    @property
-    def level_bits(self) -> int:
-        return self.bits
-
-    @property
     def _top(self) -> int:
         return int(2**self.bits - 1)
 
@@ -190,7 +182,6 @@ class Affine(Uniform):
         return levels[..., : weights.shape[2]], scales, zeros
 
     def _in_blocks(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [n, K] as float32 [n, blocks, block], with zeros at the end of the last block."""
         count, columns = rows.shape
         blocks, block = self.num_blocks(columns), self.block_size(columns)
         padded = np.zeros((count, blocks * block), np.float32)
@@ -228,16 +219,12 @@ class Affine(Uniform):
         columns = shape[1]
         if self.bits == 4 and columns % 2:
             return replace(self, bits=8).fitted(shape)
-        return replace(self, block=self._fitted_block(columns))
-
-    def _fitted_block(self, columns: int) -> int | None:
-        """The largest divisor of a row up to the block (None: all), an even number for 4 bits."""
-        if self.bits == 4 and not self.symmetric:
+        if self.bits == 4 and not self.symmetric:  # an even number of blocks
             half = columns // 2
             block = largest_divisor(half, self.block or half)
-            return block if block >= SMALLEST_BLOCK else half
+            return replace(self, block=block if block >= SMALLEST_BLOCK else half)
         block = largest_divisor(columns, self.block or columns)
-        return block if SMALLEST_BLOCK <= block < columns else None
+        return replace(self, block=block if SMALLEST_BLOCK <= block < columns else None)
 
     def least_padded(self, columns: int) -> "Affine":
         """Chooses the block size: small blocks cost scales, large ones padding."""

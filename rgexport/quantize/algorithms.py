@@ -151,7 +151,6 @@ def _possible_cuts(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
 def _best_cuts(
     ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
-    """Chooses `count + 1` of the indices, 0 and n among them, with the least squared error."""
     squares = np.add.reduceat(ordered * ordered, indices[:-1])
     squares = np.concatenate([[0.0], np.cumsum(squares)])
     n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))

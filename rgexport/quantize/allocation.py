@@ -99,7 +99,6 @@ def solve(items: Sequence[Sequence[Option]]) -> Front:
 
 
 def _undominated(options: Sequence[Option]) -> list[int]:
-    """The options that no other one beats in both bytes and loss, by ascending bytes."""
     order = sorted(range(len(options)), key=lambda i: (options[i].bytes, options[i].loss))
     best = order[:1]
     for index in order[1:]:

@@ -102,7 +102,6 @@ class _Plane:
 
 
 def _half(blocks: Blocks, start: int) -> np.ndarray:
-    """A float16 of each block, as float32 [blocks, 1]."""
     return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
 
 
@@ -136,7 +135,6 @@ def _q45_k(blocks: Blocks) -> Scales:
 
 
 def _q6_k(blocks: Blocks) -> Scales:
-    """16 groups, with a scale of 8 bits each."""
     return _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8), None
 
 

@@ -83,13 +83,14 @@ class RowKinds:
     statistics: tuple[Statistics, ...]
 
 
-class RemoteStatistics(ABC):
-    """Statistics in another process, which therefore runs the encoders that need them."""
+@dataclass(frozen=True)
+class RemoteStatistics:
+    """Statistics in another process, which therefore runs the encoders that need them.
 
-    @abstractmethod
-    def encode(
-        self, name: str, rows: np.ndarray, scheme: "Uniform", ids: np.ndarray | None
-    ) -> "Parts": ...
+    `encode` has the arguments of `Uniform.encode`, and the scheme instead of the statistics.
+    """
+
+    encode: Callable[[str, np.ndarray, "Uniform", np.ndarray | None], "Parts"]
 
 
 Known = Statistics | RemoteStatistics | None

@@ -1,4 +1,4 @@
-"""Facts about this process and its machine: memory, processor, software; and freed memory."""
+"""Facts about this process and its machine: memory, processor, software, torch's device."""
 
 import ctypes
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgexport._version import __version__
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.parallelism import usable_processors
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ def _number(file: Path) -> int | None:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """Returns the numbers in lines such as `name 12 kB`; none if there is no such file."""
     try:
         pairs = (line.split()[:2] for line in file.read_text("utf-8").splitlines())
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
@@ -109,3 +109,21 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def torch_device(device: str = "auto") -> str:
+    """Returns a device that torch can use; `auto` is CUDA if there is one."""
+    try:
+        import torch
+    except ImportError:
+        raise NotInstalled(
+            "this needs torch for the reference model: pip install 'rgexport[export]'"
+        ) from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
+    return device

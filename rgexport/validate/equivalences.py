@@ -159,7 +159,6 @@ def _compare_end(
 
 
 def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> ChunkResult:
-    """Takes tokens [T] from a state, or after a reset."""
     if before is None:
         session.reset()
     else:

@@ -273,7 +273,6 @@ def file_text(path: Path) -> str | None:
 
 
 def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
-    """Both files' content; where settings differ, only the fields that do."""
     pair = file_text(path), file_text(expected)
     if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
         return pair

@@ -231,7 +231,14 @@ def all_checks(
     result: Result, manifest: Manifest, counted: bool, limits: Mapping[str, float]
 ) -> Iterator[Check]:
     """Yields all checks; `limits` are those that the user set."""
-    yield from _dequantized_checks(result.dequantized, result.tolerance, result.text.tokens)
+    side, limit, length = result.dequantized, result.tolerance, result.text.tokens
+    yield from logit_checks(side.logits, limit.at(length))
+    states = []
+    for at in (*side.drift, Drift(position=length, states=side.states)):
+        value, most = worst(at.states), limit.at(at.position).states
+        reason = f"after {at.position} tokens; {limit.reason}"
+        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
+    yield max(states, key=lambda check: check.excess)
     reason = "the session counts every token"
     yield Check(name="position", value=float(not counted), limit=0, reason=reason)
     yield from _equivalence_checks(result)
@@ -261,19 +268,7 @@ def all_checks(
     yield from identity_checks(result.identity)
 
 
-def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
-    yield from logit_checks(comparison.logits, limit.at(length))
-    drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
-    states = []
-    for at in drift:
-        value, most = worst(at.states), limit.at(at.position).states
-        reason = f"after {at.position} tokens; {limit.reason}"
-        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
-    yield max(states, key=lambda check: check.excess)
-
-
 def _equivalence_checks(result: Result) -> Iterator[Check]:
-    """Checks each way of taking the tokens, as far as the artifact is off from its reference."""
     side = result.dequantized
     states = worst([*side.states, *(error for at in side.drift for error in at.states)])
     limit = consistency(result.tolerance, result.text.tokens, side.logits.relative_max, states)
@@ -287,7 +282,6 @@ def _equivalence_checks(result: Result) -> Iterator[Check]:
 
 
 def _rounding_checks(result: Result) -> Iterator[Check]:
-    """Checks the KL to the original or to a reference file, divided by random rounding's KL."""
     if (cost := result.cost) is None:
         return
     ratios = {} if cost.ratio is None else {"original": cost.ratio}

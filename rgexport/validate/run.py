@@ -329,7 +329,6 @@ def _use_session(
 
 
 def _continued_prompts(opened: OpenedArtifact) -> list[ContinuedPrompt] | None:
-    """Prompts that the reference file or a small original continued; None where neither did."""
     if opened.tokenizer is None:
         return None
     if opened.request.reference is not None:

@@ -92,7 +92,6 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
 
 
 def _memory_shortage(artifact: Artifact) -> str | None:
-    """Returns a sentence if free memory is too small; raises NotInstalled without the engine."""
     engine, config = engine_of(artifact.manifest.kind), artifact.manifest.config
     engine.require()
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))

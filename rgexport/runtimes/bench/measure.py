@@ -134,11 +134,7 @@ class BenchRow:
 
 
 def bench_artifact(
-    path: Path,
-    request: BenchRequest,
-    *,
-    threads: int | None = None,
-    allow_foreign: bool = False,
+    path: Path, request: BenchRequest, *, threads: int | None = None, allow_foreign: bool = False
 ) -> list[BenchRow]:
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
@@ -181,23 +177,17 @@ class BenchMeasurement:
                 self.session.reset()
             self.session.step(self._random(1)[0])
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
-            cells = self._cells(Path(folder))
+            self.session.reset()
+            state, cells = self.session.get_state(), []
+            for depth in sorted(set(self.request.depths)):
+                state = self._state_at(depth, state)
+                file = Path(folder, f"{depth}.npz")  # not in memory, to save it
+                np.savez(file, **state)  # type: ignore[arg-type]  # none is named `allow_pickle`
+                cells += [_Cell(test, depth, file) for test in self.request.tests]
             self._measure(cells)
         lowest: dict[BenchTest, _Cell] = {}
         for cell in cells:
             yield self._row(cell, lowest.setdefault(cell.test, cell))
-
-    def _cells(self, folder: Path) -> list[_Cell]:
-        """Returns the cells, the lowest depth first; states are in files, to save memory."""
-        self.session.reset()
-        state = self.session.get_state()
-        cells = []
-        for depth in sorted(set(self.request.depths)):
-            state = self._state_at(depth, state)
-            file = folder / f"{depth}.npz"
-            np.savez(file, **state)  # type: ignore[arg-type]  # no state is named `allow_pickle`
-            cells += [_Cell(test, depth, file) for test in self.request.tests]
-        return cells
 
     def _measure(self, cells: list[_Cell]) -> None:
         rounds = self.request.repetitions
@@ -336,7 +326,6 @@ def as_markdown(rows: Sequence[BenchRow]) -> str:
 
 
 def _header_and_cells(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns header and cells; depths are compared only if there are several."""
     several = len({row.depth for row in rows}) > 1
     names = tuple(name for name in COLUMNS if several or name != "time")
     return names, [tuple(COLUMNS[name](row) for name in names) for row in rows]

@@ -78,8 +78,6 @@ def _load(tools: Any, path: Path, function: str) -> Any:
 
 
 class _Stage(NamedTuple):
-    """A segment of the model, and the package that has it, perhaps beside another segment."""
-
     package: str
     segment: Segment
     inputs: list[str]
@@ -240,7 +238,6 @@ class StateConverter:
             self._store(row, record.output, lo.astype(np.float16))
 
     def _store(self, row: SequenceState, name: str, matrix: np.ndarray) -> None:
-        """Fills a float16 state [1, 1, n, padded width] with [n, width]."""
         stored = np.zeros_like(self.runner.read_state(row.in_runner, name))
         stored[0, 0, :, : matrix.shape[1]] = matrix
         self.runner.write_state(row.in_runner, name, stored)

@@ -145,24 +145,20 @@ class _Watch:
         """Returns whether a site needs the tensor (`ask`), otherwise whether to continue."""
         try:
             if ask:
-                self._sites = self._sites_of(tensor)
+                functions = _functions()
+                name = functions["ggml_get_name"](tensor).decode()
+                awaited = self._awaited.pop(functions["ggml_op_desc"](tensor).decode(), None)
+                self._sites = [] if awaited is None else [awaited]
+                if name in self._named and name not in self._seen:
+                    self._seen.add(name)
+                    self._awaited = dict(self._after[name])
+                    self._sites += self._named[name]
                 return bool(self._sites)
             self._values |= dict.fromkeys(self._sites, read_floats(tensor))
             return True
         except BaseException as error:  # C cannot pass it on
             self._failure = self._failure or error
             return False
-
-    def _sites_of(self, tensor: int) -> list[str]:
-        functions = _functions()
-        name = functions["ggml_get_name"](tensor).decode()
-        awaited = self._awaited.pop(functions["ggml_op_desc"](tensor).decode(), None)
-        sites = [] if awaited is None else [awaited]
-        if name in self._named and name not in self._seen:
-            self._seen.add(name)
-            self._awaited = dict(self._after[name])
-            sites += self._named[name]
-        return sites
 
 
 def read_floats(tensor: int) -> np.ndarray:

@@ -119,7 +119,6 @@ class LlamaContext:
     def _batch(
         self, sequences: range, tokens: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> Any:
-        """Makes a batch, sequence after sequence, that keeps its arrays alive."""
         batch, count = tokens.shape
         addresses = self._sequence_ids.ctypes.data + 4 * np.array(sequences, np.uintp)
         last = np.arange(count) >= count - num_logits

@@ -289,8 +289,7 @@ class OrtSession(Session):
 
     def _next(self, rows: range, ids: np.ndarray) -> np.ndarray:
         seen = self._position[rows.start : rows.stop, None]
-        positions: np.ndarray = seen + np.arange(ids.shape[1])
-        return positions
+        return np.asarray(seen + np.arange(ids.shape[1]))
 
     def _bind(
         self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int
@@ -334,7 +333,6 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
 ) -> tuple[ort.InferenceSession, NativeOps, MappedWeights | None, Callable[[], None]]:
-    """Returns the session, its kernels, its mapped weights, and a function that stops advice."""
     version = ort.__version__
     if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
         raise RequestError(

@@ -88,7 +88,6 @@ def compare_with_file(
 ) -> AgainstFile:
     """Teacher-forces an artifact's session with all prompts, and compares its weights."""
     manifest, header = artifact.manifest, reference.header
-    check_fits(reference, manifest)
     forced, positions = [], []
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
@@ -163,7 +162,6 @@ def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) ->
 
 
 def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
-    """Returns each state's error on the prompt where it is worst; NaN is worst of all."""
     worst_of: dict[str, StateError] = {}
     for error in errors:
         earlier = worst_of.setdefault(error.name, error)

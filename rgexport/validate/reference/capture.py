@@ -20,13 +20,12 @@ from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.device import torch_device
 from rgexport.griffin.layout import float32_bytes, linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.progress import detail, expect_stages, note, task
-from rgexport.runtimes.machine import available_bytes, environment
+from rgexport.runtimes.machine import available_bytes, environment, torch_device
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity import text_identity
@@ -102,8 +101,7 @@ def _free_bytes(device: str) -> int | None:
         return available_bytes()
     import torch
 
-    free: int = torch.cuda.mem_get_info(torch.device(device))[0]
-    return free
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
 LOGITS_BYTES = 17_280_000
@@ -168,7 +166,6 @@ def closing_line(target: Path) -> str:
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
 ) -> tuple[tuple[reference_file.PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts and, with a tokenizer, continues them."""
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
     stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
@@ -216,7 +213,6 @@ def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]
 def _record_logits(
     model: ReferenceModel, hidden: Sequence[Any], positions: Sequence[Sequence[int]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encodes each prompt's logits at its positions, from its hidden states [1, T, width]."""
     row_bytes = 4 * model.config.vocab_size
     with task("Recording logits", sum(map(len, positions)), "positions") as advance:
         for states, chosen in zip(hidden, positions, strict=True):

@@ -119,7 +119,6 @@ def _cost(c: tables.Compared | None) -> str:
 
 
 def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
-    """Yields label, value, explanation, and the CSS class of the compared model."""
     yield "size", amount(r.artifact.bytes), sentences.bits_text(r), ""
     if cost := tables.cost_of(r):
         error = f"± {cost.kl.standard_error:.1g} nats per token, to the original"
@@ -145,7 +144,6 @@ def _reference_file(file: AgainstFile) -> dict[str, Any]:
 
 
 def _kl_chart(r: Result) -> Chart:
-    """Charts KL along the text; the original is drawn below the other."""
     sides = [(kind, sentences.LABELS[kind], side) for kind, side in reversed(tables.sides_of(r))]
     series = [Series(k, label, [(b.start, b.kl_mean) for b in s.blocks]) for k, label, s in sides]
     spans = {b.start: f"{b.start:,}–{b.stop - 1:,}" for b in r.dequantized.blocks}

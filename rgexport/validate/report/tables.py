@@ -113,7 +113,6 @@ def logits_table(r: Result) -> Table:
 def _rows(
     table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
 ) -> Iterator[Row]:
-    """A name and a cell for each side, without rows of empty cells only."""
     compared = list(sides)
     rows = ((name, *map(show, compared)) for name, show in table.items())
     return (row for row in rows if any(row[1:]))
@@ -191,7 +190,6 @@ def sketch_table(file: AgainstFile) -> Table:
 def _tensor_table(
     title: str, last: str, unchanged: str, judged: Sequence[tuple[TensorError, bool, float, float]]
 ) -> Table:
-    """The worst tensors of each scheme; `judged` has whether each is exact, and its rank."""
     rows: list[Row] = []
     for scheme in dict.fromkeys(e.scheme for e, *_ in judged):
         group = [one for one in judged if one[0].scheme == scheme]

@@ -75,7 +75,6 @@ class _Reader:
     def _fields(
         self, message: Any, container: str, label: str, content: list[Value]
     ) -> Iterator[Element]:
-        """Appends the fields to `content`; yields the elements in them."""
         rules = self._rules
         rules.simplify(message)
         for field, value in message.ListFields():

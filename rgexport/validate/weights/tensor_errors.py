@@ -190,7 +190,6 @@ def sketch_errors(
     inputs = functools.cache(reference.inputs)
 
     def original(name: str) -> RowTensor:
-        """The sketch of each row, and the row's products with the mixtures of its inputs."""
         known, stored = reference.sketch(name), tensors[name]
         if _known_site(name, stored.scheme) is not None:
             known = np.hstack([known, reference.outputs(name)])
@@ -296,8 +295,6 @@ def _compare(
     measure: Callable[[str, Uniform, np.ndarray, np.ndarray], Sums],
     summarize: Callable[[str, StoredGroup, Sums], T],
 ) -> list[T]:
-    """Adds what `measure` returns for slabs of each row group, and summarizes the sums."""
-
     def compare_tensor(name: str, advance: Advance) -> list[T]:
         stored = tensors[name]
         totals: list[tuple[StoredGroup, Sums]] = [(group, {}) for group in groups_of(stored)]

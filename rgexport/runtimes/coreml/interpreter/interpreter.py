@@ -118,8 +118,6 @@ class InterpreterRunner:
 
 
 class _Step(NamedTuple):
-    """A call: slots of its arguments and its result, and slots that no later step reads."""
-
     function: Call
     arguments: tuple[int, ...]
     result: int
@@ -130,8 +128,6 @@ class _Step(NamedTuple):
 
 
 class _Translator:
-    """Makes steps of operations, and slots of inputs, states, constants and results."""
-
     def __init__(self, package: Package, function: mil.Function, cache: WeightCache):
         self.values: list[Any] = []
         """The value of each slot when a run starts; None before it is computed."""
@@ -166,7 +162,6 @@ class _Translator:
             self._compute(operation, name, type)
 
     def finished(self, outputs: Sequence[str]) -> list[_Step]:
-        """Returns the steps; constants, states and outputs outlive all of them."""
         alive = {slot for slot, value in enumerate(self.values) if value is not None}
         alive.update(self.names[name] for name in (*self._states, *outputs))
         done = []
