@@ -144,16 +144,13 @@ def _block_types(path: Path, stored: DeepMindTensors) -> tuple[BlockType, ...]:
             kinds.setdefault(int(match[1]), set()).update({match[3]} - {None})
     types: list[BlockType] = []
     for index in range(len(kinds)):
-        match sorted(kinds.get(index, ())):
-            case ["recurrent"]:
-                types.append("recurrent")
-            case ["attention"]:
-                types.append("attention")
-            case blocks:
-                names = " and ".join(blocks) or "no temporal block"
-                raise RequestError(
-                    f"{path}: blocks.{index} has {names}; expected recurrent or attention"
-                )
+        blocks = sorted(kinds.get(index, ()))
+        if len(blocks) != 1:
+            names = " and ".join(blocks) or "no temporal block"
+            raise RequestError(
+                f"{path}: blocks.{index} has {names}; expected recurrent or attention"
+            )
+        types.append("recurrent" if blocks == ["recurrent"] else "attention")
     return tuple(types)
 
 

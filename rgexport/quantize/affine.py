@@ -21,7 +21,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
-from rgexport.quantize.algorithms import refill_blocks
+from rgexport.quantize.algorithms import refined
 from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
@@ -148,7 +148,20 @@ class Affine(Uniform):
         levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
         block, half = self.block_size(rows.shape[1]), self.scale == "float16"
         for hessian in statistics.hessians:
-            refill_blocks(rows, levels, scales, zeros, hessian, block, self._top, half)
+            columns = slice(hessian.start, hessian.stop)
+            weights, closest = rows[:, columns], levels[:, columns]
+            if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
+                # A block is in two Hessians: its scale stays, and counts for each column.
+                spanned = np.arange(hessian.start, hessian.stop) // block
+                scale, zero = (np.ascontiguousarray(x[:, spanned]) for x in (scales, zeros))
+                grid = library.Grid(1, self._top, scale, -scale * zero)
+                levels[:, columns] = refined(weights, grid, hessian, closest)
+                continue
+            blocks = slice(hessian.start // block, -(-hessian.stop // block))
+            scale, zero = scales[:, blocks].copy(), zeros[:, blocks].copy()
+            grid = library.Grid(block, self._top, scale, -scale * zero)
+            levels[:, columns] = refined(weights, grid, hessian, closest, zero, half)
+            scales[:, blocks] = scale
         return self._pack(levels.reshape(nearest.shape), scales, zeros)
 
     encoders: ClassVar = {

@@ -44,37 +44,6 @@ ALGORITHMS: dict[str, Algorithm] = {
 _WIDE = 1024  # columns from which levels are refined once: a second time gains a few percent
 
 
-def refill_blocks(
-    rows: np.ndarray,
-    levels: np.ndarray,
-    scales: np.ndarray,
-    zeros: np.ndarray,
-    hessian: Hessian,
-    block: int,
-    top: int,
-    half: bool,
-) -> None:
-    """Chooses the levels again for the columns of one diagonal block of H, and fits their scales.
-
-    Rows are [n, K]. Changes `levels`, uint8 [n, K], from a search, and `scales`, float32 [n,
-    blocks], stored as float16 if `half`; `zeros` are zero points [n, blocks], `top` is the largest
-    level, and `block` weights share a scale.
-    """
-    columns = slice(hessian.start, hessian.stop)
-    weights, nearest = rows[:, columns], levels[:, columns]
-    if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
-        # A quantization block is in two Hessians: its scale stays, and counts for each column.
-        blocks = np.arange(hessian.start, hessian.stop) // block
-        scale, zero = (np.ascontiguousarray(x[:, blocks]) for x in (scales, zeros))
-        levels[:, columns] = _chosen(weights, Grid(1, top, scale, -scale * zero), hessian, nearest)
-        return
-    spanned = slice(hessian.start // block, -(-hessian.stop // block))
-    scale, zero = scales[:, spanned].copy(), zeros[:, spanned].copy()
-    grid = Grid(block, top, scale, -scale * zero)
-    levels[:, columns] = _chosen(weights, grid, hessian, nearest, zero, half)
-    scales[:, spanned] = scale
-
-
 def choose_levels(
     rows: np.ndarray, grid: Grid, hessians: tuple[Hessian, ...], nearest: np.ndarray
 ) -> np.ndarray:
@@ -89,11 +58,11 @@ def choose_levels(
         if grid.scale is not None and grid.offset is not None:
             scale, offset = (np.ascontiguousarray(x[:, columns]) for x in (grid.scale, grid.offset))
             column_grid = Grid(1, grid.top, scale, offset)
-        levels[:, columns] = _chosen(rows[:, columns], column_grid, hessian, nearest[:, columns])
+        levels[:, columns] = refined(rows[:, columns], column_grid, hessian, nearest[:, columns])
     return levels
 
 
-def _chosen(
+def refined(
     rows: np.ndarray,
     grid: Grid,
     hessian: Hessian,

@@ -41,7 +41,6 @@ from rgexport.validate.metrics import Drift, worst
 from rgexport.validate.reference.against import AgainstFile, file_checks
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
-from rgexport.validate.text import Text
 from rgexport.validate.weights.tensor_errors import WeightError
 from rgexport.validate.weights.weight_limits import Reproduced, reproduced_checks, weight_checks
 
@@ -220,11 +219,6 @@ def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
         return SourceInfo(name, found=False)
     path, differences = str(original.checkpoint.path), original.config_differences
     return SourceInfo(name, True, path, original.same_files, differences)
-
-
-def describe_text(text: Text, window: int) -> TextInfo:
-    count = len(text.tokens)
-    return TextInfo(text.name, count, count / window, text.bytes, text.truncated)
 
 
 def all_checks(

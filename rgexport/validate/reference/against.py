@@ -14,7 +14,6 @@ from rgexport.progress import task
 from rgexport.runtimes.session import Session, blocks, whole_chunks
 from rgexport.validate import metrics
 from rgexport.validate.checks import Check, cost_checks, tolerance
-from rgexport.validate.metrics import Drift, StateError, state_errors, worst
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
 from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
@@ -50,7 +49,7 @@ class AgainstFile:
 
     Logits are compared at the `positions` that the file has, of `tokens` in all, which
     `worst_position` counts through. `states` are those after the prompts, each of the prompt where
-    it is worst; `drift` has the recurrent ones inside the longest prompt.
+    it is metrics.worst; `drift` has the recurrent ones inside the longest prompt.
     """
 
     path: str
@@ -65,8 +64,8 @@ class AgainstFile:
     kl: metrics.KL
     agreement: metrics.Agreement
     likelihood: metrics.Likelihood | None
-    states: list[StateError]
-    drift: list[Drift]
+    states: list[metrics.StateError]
+    drift: list[metrics.Drift]
     weights: list[SketchError]
     prompts: list[PromptResult]
 
@@ -122,7 +121,7 @@ def compare_with_file(
 
 def _force(
     session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> tuple[PromptResult, np.ndarray, int, list[StateError], list[Drift]]:
+) -> tuple[PromptResult, np.ndarray, int, list[metrics.StateError], list[metrics.Drift]]:
     """Returns the result, its rows, positions that are not finite, states after it, and inside."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
@@ -135,17 +134,17 @@ def _force(
         at, expected = positions[first:last], reference.logits(index, first, last)
         compared.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
-            errors = state_errors(inside[stop], session.get_state())
-            drift.append(Drift(position=stop, states=errors))
+            errors = metrics.state_errors(inside[stop], session.get_state())
+            drift.append(metrics.Drift(position=stop, states=errors))
     rows = np.concatenate(compared)
-    states = state_errors(reference.state(index), session.get_state())
+    states = metrics.state_errors(reference.state(index), session.get_state())
     result = PromptResult(
         name=prompt.name,
         tokens=prompt.tokens,
         positions=len(positions),
         kl=float(rows["kl"].mean()),
         top1=float(rows["top1"].mean()),
-        worst_state=worst(states),
+        worst_state=metrics.worst(states),
         greedy_tokens=prompt.greedy_tokens,
         greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
     )
@@ -161,8 +160,8 @@ def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) ->
     return len(expected)
 
 
-def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
-    worst_of: dict[str, StateError] = {}
+def _worst_states(errors: Iterable[metrics.StateError]) -> list[metrics.StateError]:
+    worst_of: dict[str, metrics.StateError] = {}
     for error in errors:
         earlier = worst_of.setdefault(error.name, error)
         if math.isnan(error.relative_max) or error.relative_max > earlier.relative_max:

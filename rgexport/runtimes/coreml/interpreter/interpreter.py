@@ -72,24 +72,21 @@ class Interpreter:
         for name in self._function.states:
             values[self._slots[name]] = states[name]
         with np.errstate(all="ignore"):
-            self._run(values)
+            for function, arguments, result, shape, dtype, dead, operation in self._steps:
+                try:
+                    value = function(*[values[slot] for slot in arguments])
+                    if value.dtype != dtype or value.shape != shape:
+                        raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
+                except (ValueError, IndexError, TypeError) as error:
+                    raise RequestError(
+                        f"{self._where}: {operation.type} {operation.label} failed: {error}"
+                    ) from None
+                values[result] = value
+                for slot in dead:
+                    values[slot] = None
         for name in self._function.states:
             states[name] = values[self._slots[name]]
         return {name: values[self._slots[name]] for name in self._results}
-
-    def _run(self, values: list[Any]) -> None:
-        for function, arguments, result, shape, dtype, dead, operation in self._steps:
-            try:
-                value = function(*[values[slot] for slot in arguments])
-                if value.dtype != dtype or value.shape != shape:
-                    raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
-            except (ValueError, IndexError, TypeError) as error:
-                raise RequestError(
-                    f"{self._where}: {operation.type} {operation.label} failed: {error}"
-                ) from None
-            values[result] = value
-            for slot in dead:
-                values[slot] = None
 
 
 class InterpreterRunner:
