@@ -113,7 +113,12 @@ class Planner:
         elif target.kind == "bits":
             choice = self._front.within(target.value * self._weights / 8)
         else:
-            choice = self._of_size(target.value)
+            budget = target.value  # with the bytes beside the matrices, which depend on the plan
+            while choice := self._front.within(budget):
+                excess = self._point(choice).size - target.value
+                if excess <= 0:
+                    break
+                budget = choice.bytes - excess
         if choice is not None:
             return choice
         smallest, largest = map(self._point, self._front.points(2))
@@ -125,16 +130,6 @@ class Planner:
         raise RequestError(
             f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
         )
-
-    def _of_size(self, size: float) -> Choice | None:
-        """Returns the best plan for so many bytes; those beside the matrices depend on the plan."""
-        budget = size
-        while choice := self._front.within(budget):
-            excess = self._point(choice).size - size
-            if excess <= 0:
-                break
-            budget = choice.bytes - excess
-        return choice
 
     def _plan(self, choice: Choice) -> Plan:
         layouts = [schemes[pick] for schemes, pick in zip(self._schemes, choice.picks, strict=True)]

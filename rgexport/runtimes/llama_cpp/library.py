@@ -60,19 +60,16 @@ class _Log:
 
     def _receive(self, level: int, text: bytes, _: Any) -> None:
         try:
-            self._take(level, text.decode("utf-8", "replace"))
+            self._level = self._level if level == _CONTINUED else level
+            *lines, self._line = (self._line + text.decode("utf-8", "replace")).split("\n")
+            for line in filter(None, map(str.strip, lines)):
+                progress.detail(f"llama.cpp: {line}")
+                if self._level == _ERROR:
+                    self.errors.append(line)
         except KeyboardInterrupt:  # C cannot pass it on: `logged` raises it afterwards
             self.interrupted = True
         except Exception:
             self._line = ""
-
-    def _take(self, level: int, text: str) -> None:
-        self._level = self._level if level == _CONTINUED else level
-        *lines, self._line = (self._line + text).split("\n")
-        for line in filter(None, map(str.strip, lines)):
-            progress.detail(f"llama.cpp: {line}")
-            if self._level == _ERROR:
-                self.errors.append(line)
 
 
 _log = _Log()

@@ -225,7 +225,12 @@ class OrtSession(Session):
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
         if tokens.shape[1] == 1:
-            return self._step(rows, tokens)
+            if rows not in self._steps:
+                ids, positions = np.zeros((2, *tokens.shape), np.int64)
+                self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
+            ids, positions, run = self._steps[rows]
+            ids[:], positions[:] = tokens, self._next(rows, tokens)
+            return self._logits(rows, run, 1, 1)
         first = tokens.shape[1] - num_logits
         logits = []
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
@@ -267,14 +272,6 @@ class OrtSession(Session):
             if name in self._rings:
                 array = _rolled(array, position).reshape(-1, *self._rings[name])
             buffer[span] = array
-
-    def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        if rows not in self._steps:
-            ids, positions = np.zeros((2, *tokens.shape), np.int64)
-            self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
-        ids, positions, run = self._steps[rows]
-        ids[:], positions[:] = tokens, self._next(rows, tokens)
-        return self._logits(rows, run, 1, 1)
 
     def _run(self, rows: range, ids: np.ndarray, num_logits: int) -> np.ndarray:
         run = self._bind(rows, ids, self._next(rows, ids), num_logits)

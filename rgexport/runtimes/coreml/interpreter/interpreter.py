@@ -141,7 +141,13 @@ class _Translator:
         if operation.blocks:
             raise Unsupported("it has blocks of its own")
         if operation.type == "write_state":
-            self._write_state(operation)
+            # Another array takes the state's place: the old one is not changed.
+            state, data = self._state(operation), operation.inputs.get("data", ())
+            if len(data) != 1:
+                raise Unsupported("it has no data")
+            slot = self._operand(data[0])
+            function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
+            self._add_step(operation, function, [slot], state)
             return
         if len(operation.outputs) != 1:
             raise Unsupported(f"it has {len(operation.outputs)} outputs; expected 1")
@@ -202,15 +208,6 @@ class _Translator:
         if slot not in self._wide:
             self._wide[slot] = self._new(mil.TensorType("float32", type.shape), _widen(value))
         return self._wide[slot]
-
-    def _write_state(self, operation: mil.Operation) -> None:
-        """Puts another array in the state's place: the old one is not changed."""
-        state, data = self._state(operation), operation.inputs.get("data", ())
-        if len(data) != 1:
-            raise Unsupported("it has no data")
-        slot = self._operand(data[0])
-        function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
-        self._add_step(operation, function, [slot], state)
 
     def _compute(self, operation: mil.Operation, name: str, type: mil.TensorType) -> None:
         if operation.type not in OPS:
