@@ -87,6 +87,7 @@ def compare_with_file(
 ) -> AgainstFile:
     """Teacher-forces an artifact's session with all prompts, and compares its weights."""
     manifest, header = artifact.manifest, reference.header
+    check_fits(reference, manifest)
     forced, positions = [], []
     with task("Comparing with the reference file", header.tokens, "tokens") as advance:
         for index, prompt, span in reference.spans():
