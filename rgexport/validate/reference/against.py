@@ -49,7 +49,7 @@ class AgainstFile:
 
     Logits are compared at the `positions` that the file has, of `tokens` in all, which
     `worst_position` counts through. `states` are those after the prompts, each of the prompt where
-    it is metrics.worst; `drift` has the recurrent ones inside the longest prompt.
+    it is worst; `drift` has the recurrent ones inside the longest prompt.
     """
 
     path: str
