@@ -23,26 +23,20 @@ from rgexport.files.targets import check_file_target, continue_file, require_fre
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.device import torch_device
 from rgexport.progress import expect_stages, group, note
 from rgexport.quantize import calibration as stored
-from rgexport.quantize.calibration import (
-    is_calibration,
-    open_calibration,
-)
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected
+from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount
 
 SUFFIX = ".calibration"
 BUILT_IN = Path(__file__).with_name("text.txt")
 """A text of many kinds, as sampled text has little of what the model rarely writes."""
-_BUILT_IN_PART = 6
-"""One token in so many is from the built-in text."""
+_BUILT_IN_PART = 6  # one token in so many is from the built-in text
 _SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 4}
 """Width of a small model; is small → tokens of the statistics, and tokens per held-out token."""
-_MOST_TOKENS = 1 << 28
-"""Their ids alone take 2 GB."""
+_MOST_TOKENS = 1 << 28  # their ids alone take 2 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +149,7 @@ def calibrate(
         RequestError: an unsound checkpoint, an unreadable text, a target that exists, or unfinished
             work of another request there.
     """
-    check_file_target(target, force=force, replaceable=is_calibration)
+    check_file_target(target, force=force, replaceable=stored.is_calibration)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     readable = tokenizer is not None and tokenizer.vocab_size <= checkpoint.config.vocab_size
     options = options.for_model(checkpoint.config, readable=readable)
@@ -174,7 +168,7 @@ def calibrate(
         "--gradient-tokens": options.gradient_tokens,
         "--seed": options.seed,
     }
-    with continue_file(target, force=force, replaceable=is_calibration) as folder:
+    with continue_file(target, force=force, replaceable=stored.is_calibration) as folder:
         unfinished = CalibrationFolder.open(folder, request, force=force)
         built_in = [] if options.text else read
         text = _text(unfinished, checkpoint, tokenizer, options, read if options.text else [])
@@ -292,7 +286,7 @@ def known_statistics(
             else:
                 with group("Calibration"):
                     calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
-        calibration = open_calibration(file)
+        calibration = stored.open_calibration(file)
         calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
         if workers is None:
             yield Calibrated(calibration, checkpoint.config)

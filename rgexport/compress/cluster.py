@@ -50,18 +50,13 @@ class SpreadStatistics(LastInputs):
         path, text = calibration.path.resolve(), calibration.provenance.tokens_sha256
         self._source = uuid4().hex, path, text, config
 
-    def _read(self, name: str) -> "_OnCluster":
-        return _OnCluster(self._cluster, self._cluster.start(_read, *self._source, name))
+    def _read(self, name: str) -> RemoteStatistics:
+        cluster, statistics = self._cluster, self._cluster.start(_read, *self._source, name)
 
+        def encode(name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
+            return dict(cluster.result(cluster.start(scheme.encode, name, rows, statistics, ids)))
 
-class _OnCluster(RemoteStatistics):
-    def __init__(self, cluster: Cluster, statistics: Any):
-        self._cluster, self._statistics = cluster, statistics
-
-    def encode(self, name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
-        job = self._cluster.start(scheme.encode, name, rows, self._statistics, ids)
-        arrays: Parts = self._cluster.result(job)
-        return arrays
+        return RemoteStatistics(encode)
 
 
 # The jobs. A worker caches for one run of a command, because files may change between them: `run`

@@ -16,14 +16,10 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.quantize.row_groups import group_rows
-from rgexport.quantize.scheme import FLOAT32, Plan, Scheme, Uniform, candidates
+from rgexport.quantize.scheme import FLOAT32, Plan, Uniform, candidates
 
-Shape = tuple[int, ...]
-
-_SMALLEST_GROUP = 256
-"""Rows of the embedding in the smallest groups; the largest group has half of all rows."""
-_UNPACKING_BYTES = 6_300
-"""Bytes of the graph nodes that unpack 3-bit integers of one matrix or row group to 4 bits."""
+_SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
+_UNPACKING_BYTES = 6_300  # of graph nodes that unpack 3-bit integers of a matrix or row group
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class FormatLayouts:
     form: Format
     schemes: tuple[Uniform, ...] = tuple(candidates())
 
-    def layout_bytes(self, shape: Shape) -> dict[Uniform, int]:
+    def layout_bytes(self, shape: tuple[int, ...]) -> dict[Uniform, int]:
         """Returns layout → stored bytes of a matrix; only float32 if no scheme fits its shape."""
         fitting = [self.form.candidate(scheme, shape) for scheme in self.schemes]
         layouts = [layout for layout in fitting if layout is not None] or [FLOAT32]
@@ -50,18 +46,14 @@ class FormatLayouts:
         shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
         weights = OffsetAllocator("", self.form.alignment, header=self.form.part_header)
         weights.allocate(plan, shapes, self.form.part_shapes)
-        graph = sum(_graph_bytes(scheme, shapes[name][0]) for name, scheme in plan.items())
+        three_bit = [u for scheme in plan.values() for u in scheme.uniform if u.level_bits == 3]
+        graph = _UNPACKING_BYTES * len(three_bit)
+        graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
         return weights.size + graph + self.form.overhead_bytes(checkpoint)
 
 
 def layouts_of(kind: str) -> FormatLayouts:
     return FormatLayouts(format_of(kind))
-
-
-def _graph_bytes(scheme: Scheme, rows: int) -> int:
-    """Estimates the bytes of nodes that unpack 3-bit integers, and of indices of row groups."""
-    three_bit = sum(layout.level_bits == 3 for layout in scheme.uniform)
-    return three_bit * _UNPACKING_BYTES + scheme.index_bytes(rows)
 
 
 @dataclass(frozen=True)

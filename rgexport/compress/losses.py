@@ -27,10 +27,8 @@ from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 
-_SAMPLE = 256
-"""Rows of a matrix, or of a row group, that are quantized in every layout."""
-_SLAB_BYTES = 32 << 20
-"""Most bytes of a slab of the embedding, and of its logits, in float32."""
+_SAMPLE = 256  # rows of a matrix, or of a row group, that are quantized in every layout
+_SLAB_BYTES = 32 << 20  # most bytes of a slab of the embedding, and of its logits, in float32
 
 
 class PredictedLosses:
@@ -57,7 +55,11 @@ class PredictedLosses:
         self, tensor: str, item: PlanItem, layouts: Sequence[Uniform], sample: int
     ) -> list[float]:
         known, is_head = self._calibration, tensor == EMBEDDING
-        rows = _evenly(item.shape[0], sample, max(layout.rows_together for layout in layouts))
+        together = max(layout.rows_together for layout in layouts)
+        runs = item.shape[0] // together
+        chosen = min(runs, max(1, sample // together))
+        firsts = (np.arange(chosen) * runs // chosen) * together
+        rows = (firsts[:, None] + np.arange(together)).ravel()
         ids = rows if item.rows is None else np.sort(item.rows[rows])
         weights = np.concatenate([self._weights[tensor].read(i, i + 1) for i in ids.tolist()])
         weights = weights.astype(np.float32)
@@ -103,13 +105,6 @@ def _through(errors: np.ndarray, hessians: Sequence[np.ndarray]) -> np.ndarray:
         total += np.einsum("nk,nk->n", part @ block, part, dtype=np.float64)
         start += len(block)
     return total
-
-
-def _evenly(rows: int, sample: int, together: int) -> np.ndarray:
-    runs = rows // together
-    chosen = min(runs, max(1, sample // together))
-    firsts = (np.arange(chosen) * runs // chosen) * together
-    return (firsts[:, None] + np.arange(together)).ravel()
 
 
 @dataclass(frozen=True)

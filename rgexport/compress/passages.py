@@ -26,12 +26,9 @@ from rgexport.runtimes.session import Session
 
 LENGTH = 512
 """Tokens of a sequence: enough context to show the effect of int4, and many sequences per text."""
-_LONGEST_TOKEN = 32
-"""Most characters of a token; a file is read up to so many per token."""
-_BATCH = 16
-"""Sequences that are sampled together; each weight is read once for all."""
-_LARGEST_IN_FLOAT32 = 2 << 30
-"""Most bytes of float32 weights; a larger model is sampled in int4."""
+_LONGEST_TOKEN = 32  # most characters of a token; a file is read up to so many per token
+_BATCH = 16  # sequences that are sampled together; each weight is read once for all
+_LARGEST_IN_FLOAT32 = 2 << 30  # most bytes of float32 weights; a larger model is sampled in int4
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,6 @@ def _continue(
 
 @contextmanager
 def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Session]:
-    """Exports the model, with a window of at most a sequence, and opens it."""
     from rgexport.export.onnx.exporter import export_onnx
     from rgexport.export.onnx.profiles import OnnxOptions
     from rgexport.export.opening import open_artifact

@@ -18,12 +18,9 @@ from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
 from rgexport.quantize.statistics import Calibrated, StatisticsOf
 from rgexport.units import amount
 
-_ATTEMPTS = 4
-"""Most plans that are measured until one reaches the target KL."""
-_NEAR = 0.03
-"""Tolerated relative difference from the target KL."""
-_POINTS = 12
-"""Points of the front in reports."""
+_ATTEMPTS = 4  # most plans that are measured until one reaches the target KL
+_NEAR = 0.03  # tolerated relative difference from the target KL
+_POINTS = 12  # points of the front in reports
 
 Kind = Literal["kl", "size", "bits"]
 FLAGS: dict[Kind, str] = {"kl": "--target-kl", "size": "--target-size", "bits": "--bits"}
@@ -66,7 +63,6 @@ class Planner:
         layouts: FormatLayouts,
         statistics: StatisticsOf | None = None,
     ):
-        """Quantizes some rows of every matrix in every layout."""
         self._checkpoint, self._layouts = checkpoint, layouts
         self._statistics = statistics or Calibrated(calibration, checkpoint.config)
         config, weights = checkpoint.config, checkpoint.weights
@@ -117,7 +113,12 @@ class Planner:
         elif target.kind == "bits":
             choice = self._front.within(target.value * self._weights / 8)
         else:
-            choice = self._of_size(target.value)
+            budget = target.value  # with the bytes beside the matrices, which depend on the plan
+            while choice := self._front.within(budget):
+                excess = self._point(choice).size - target.value
+                if excess <= 0:
+                    break
+                budget = choice.bytes - excess
         if choice is not None:
             return choice
         smallest, largest = map(self._point, self._front.points(2))
@@ -129,16 +130,6 @@ class Planner:
         raise RequestError(
             f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
         )
-
-    def _of_size(self, size: float) -> Choice | None:
-        """Returns the best plan for so many bytes; those beside the matrices depend on the plan."""
-        budget = size
-        while choice := self._front.within(budget):
-            excess = self._point(choice).size - size
-            if excess <= 0:
-                break
-            budget = choice.bytes - excess
-        return choice
 
     def _plan(self, choice: Choice) -> Plan:
         layouts = [schemes[pick] for schemes, pick in zip(self._schemes, choice.picks, strict=True)]

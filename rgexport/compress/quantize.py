@@ -130,7 +130,6 @@ class PlanReport:
         return Table(f"Plans for {self.options.format}:", header, rows, header)
 
     def _layouts(self) -> Table:
-        """Tells for each kind of matrix its layouts and their numbers, most frequent first."""
         kinds: dict[str, Counter[str]] = defaultdict(Counter)
         for name, scheme in self.result.plan.items():
             if input_site(name) is not None:
@@ -143,20 +142,10 @@ class PlanReport:
         return Table("The chosen plan:", ("matrices", "layouts"), rows)
 
     def page(self) -> str:
-        return render_page(
-            "compress",
-            "plan.html.j2",
-            report=self,
-            front=self._front(),
-            layouts=self._layouts(),
-            chart=self._chart(),
-        )
-
-    def _chart(self) -> Chart:
         front, chosen = self.result.front, self.result.chosen
         line = Series("twin", "predicted", [(point.bits, point.kl) for point in front])
         dot = Series("original", "measured", [(chosen.bits, self.result.measured.kl)], dots=True)
-        return Chart(
+        chart = Chart(
             title="What bits cost",
             summary=(
                 f"The best plans have from {front[0].bits:.3g} to {front[-1].bits:.3g} bits per "
@@ -168,6 +157,8 @@ class PlanReport:
             column="bits",
             show_x="{:.3f}".format,
         )
+        tables = {"front": self._front(), "layouts": self._layouts()}
+        return render_page("compress", "plan.html.j2", report=self, chart=chart, **tables)
 
 
 def is_plan(path: Path) -> bool:
@@ -228,7 +219,6 @@ def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> 
 def _text(
     checkpoint: Checkpoint, calibration: Calibration, options: PlanOptions
 ) -> tuple[str, Sequence[np.ndarray]]:
-    """Returns the name and the sequences of the text to measure on."""
     if options.text is None:
         name = "the calibration's own text, on which a plan is better than elsewhere"
         if calibration.held_out:

@@ -25,14 +25,10 @@ from rgexport.griffin.step import Layer, LayerState, Linear
 from rgexport.progress import Advance, task
 from rgexport.quantize import calibration as stored
 
-_FORWARD, _BACKWARD = 2048, 1024
-"""Tokens that go through a layer at once, which bounds the memory of its activations."""
-_PANEL = 512
-"""Rows of a triangle that are computed together: fewer waste less, but run slower."""
-_LOGIT_BYTES = 512 << 20
-"""Most bytes of logits in memory; the head is read once for as many tokens."""
-_SLAB = 4096
-"""Rows of the vocabulary per computed slab of probabilities."""
+_FORWARD, _BACKWARD = 2048, 1024  # tokens that go through a layer at once; bounds its activations
+_PANEL = 512  # rows of a triangle that are computed together: fewer waste less, but run slower
+_LOGIT_BYTES = 512 << 20  # most bytes of logits in memory; the head is read once for as many tokens
+_SLAB = 4096  # rows of the vocabulary per computed slab of probabilities
 
 
 class Gram:
@@ -126,7 +122,6 @@ def run_layer(
 
 
 def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
-    """Returns positions and a fresh state for sequences; the window is at most as long."""
     shape = x.shape[:2]
     short = replace(config, window=min(config.window, shape[1]))
     first, second = (
@@ -196,7 +191,6 @@ class _Logits:
         return (part - self._log_sum).exp_(), slope
 
     def add_to(self, sums: np.ndarray) -> None:
-        """Adds these tokens to the sums of probabilities and of Fisher information [2, vocab]."""
         for start in range(0, self._values.shape[1], _SLAB):
             p, slope = self._slab(start, _SLAB)
             slab = sums[:, start : start + p.shape[1]]
@@ -216,7 +210,6 @@ class _Logits:
         return labels
 
     def gradient(self, labels: Tensor) -> Tensor:
-        """Returns the gradient of -log p(label) at the head's input for the first tokens."""
         count = len(labels)
         total = torch.zeros(0)
         for start, rows in self._model.head_slabs():

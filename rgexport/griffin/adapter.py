@@ -132,7 +132,6 @@ def _read_config(folder: Path) -> _LoraConfig:
 
 
 def _pairs(path: Path, entries: Mapping[str, Entry], config: _LoraConfig) -> dict[str, _LoraPair]:
-    """Returns canonical name of a weight → its two matrices."""
     sides: dict[str, dict[str, Entry]] = {}
     embeddings: set[str] = set()
     for key, entry in entries.items():

@@ -19,8 +19,6 @@ from rgexport.griffin.config import (
     AskedFor,
     GriffinConfig,
 )
-from rgexport.griffin.deepmind import orbax_folder
-from rgexport.griffin.huggingface import read_config
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.tensor import DTYPES, FoundTensor, RowTensor, WeightSource
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files, has_tokenizer
@@ -138,7 +136,7 @@ def means_checkpoint(path: Path) -> bool:
         return path.is_file() and path.suffix in (".pt", ".safetensors")
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
     named = any((path / name).exists() for name in names) or any(path.glob("*.pt"))
-    return named or orbax_folder(path) is not None
+    return named or deepmind.orbax_folder(path) is not None
 
 
 def demo_folder() -> Path:
@@ -178,7 +176,6 @@ def _find_model(model: str | Path) -> tuple[str, Path]:
 
 
 def _deepmind_path(path: Path) -> Path | None:
-    """Returns the `.pt` file or orbax folder at `path`; None for Hugging Face's layout."""
     if path.is_file():
         if path.suffix != ".pt":
             raise RequestError(
@@ -187,7 +184,7 @@ def _deepmind_path(path: Path) -> Path | None:
         return path
     if any((path / name).exists() for name in (huggingface.SINGLE, huggingface.INDEX)):
         return None
-    if orbax := orbax_folder(path):
+    if orbax := deepmind.orbax_folder(path):
         return orbax
     files = sorted(path.glob("*.pt"))
     if len(files) > 1:
@@ -203,33 +200,23 @@ def _open_hugging_face(
 ) -> Checkpoint:
     if not (folder / huggingface.CONFIG).is_file():
         raise RequestError(f"{folder} has no config.json; expected a RecurrentGemma model folder")
-    config = read_config(folder / huggingface.CONFIG, window, soft_cap)
-    tensors, index_problems, files = huggingface.read_tensors(folder)
+    config = huggingface.read_config(folder / huggingface.CONFIG, window, soft_cap)
+    tensors, problems, files = huggingface.read_tensors(folder)
     head = tensors.pop(huggingface.HEAD, None)
-    weights, problems = _match_tensors(config, tensors)
-    problems = [*index_problems, *problems]
+    weight_files = {file.name: file for file in files}
+    opened = _match_tensors(name, folder, "hugging-face", config, tensors, weight_files, folder)
+    problems += opened.problems
     if not isinstance(head, RowTensor) or head.shape != (config.vocab_size, config.width):
         if head is not None:
-            problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
+            problems += (f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}",)
         head = None
-    return Checkpoint(
-        name=name,
-        path=folder,
-        layout="hugging-face",
-        config=config,
-        weights=weights,
-        head=head,
-        problems=tuple(problems),
-        weight_files={file.name: file for file in files},
-        tokenizer_files=find_tokenizer_files(folder),
-        instruction_tuned=_instruction_tuned(name, folder),
-    )
+    return replace(opened, head=head, problems=problems)
 
 
 def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | None) -> Checkpoint:
     stored = deepmind.read_tensors(path)
     config = deepmind.infer_config(path, stored, window, soft_cap)
-    weights, problems = _match_tensors(config, deepmind.canonical(stored))
+    tensors = deepmind.canonical(stored)
     if path.is_file():
         weight_files = {path.name: path}
     else:
@@ -237,10 +224,42 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
         weight_files = {file.relative_to(path).as_posix(): file for file in files}
     # The tokenizer lies beside a `.pt` file, and in an orbax folder or beside it.
     folder = path if path.is_dir() and has_tokenizer(path) else path.parent
+    return _match_tensors(name, path, "deepmind", config, tensors, weight_files, folder)
+
+
+def _match_tensors(
+    name: str,
+    path: Path,
+    layout: Layout,
+    config: GriffinConfig,
+    tensors: Mapping[str, FoundTensor],
+    weight_files: dict[str, Path],
+    folder: Path,
+) -> Checkpoint:
+    """Splits tensors (by canonical names) into those that fit the model, and problems.
+
+    The tokenizer is in `folder`.
+    """
+    expected = model_tensors(config)
+    weights: dict[str, RowTensor] = {}
+    problems = []
+    for key, spec in expected.items():
+        tensor = tensors.get(key)
+        if tensor is None:
+            problems.append(f"missing: {key}")
+        elif isinstance(tensor, str):
+            problems.append(f"wrong dtype: {key} is {tensor} (expected {', '.join(DTYPES)})")
+        elif tensor.shape != spec.shape:
+            problems.append(
+                f"wrong shape: {key} is {list(tensor.shape)} (expected {list(spec.shape)})"
+            )
+        else:
+            weights[key] = tensor
+    problems += [f"unexpected: {key}" for key in tensors if key not in expected]
     return Checkpoint(
         name=name,
         path=path,
-        layout="deepmind",
+        layout=layout,
         config=config,
         weights=weights,
         head=None,
@@ -249,29 +268,6 @@ def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | 
         tokenizer_files=find_tokenizer_files(folder),
         instruction_tuned=_instruction_tuned(name, folder),
     )
-
-
-def _match_tensors(
-    config: GriffinConfig, tensors: Mapping[str, FoundTensor]
-) -> tuple[dict[str, RowTensor], list[str]]:
-    """Splits tensors (by canonical names) into those that fit the model, and problems."""
-    expected = model_tensors(config)
-    weights: dict[str, RowTensor] = {}
-    problems = []
-    for name, spec in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            problems.append(f"missing: {name}")
-        elif isinstance(tensor, str):
-            problems.append(f"wrong dtype: {name} is {tensor} (expected {', '.join(DTYPES)})")
-        elif tensor.shape != spec.shape:
-            problems.append(
-                f"wrong shape: {name} is {list(tensor.shape)} (expected {list(spec.shape)})"
-            )
-        else:
-            weights[name] = tensor
-    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
-    return weights, problems
 
 
 def summarize(problems: Iterable[str], limit: int = 8) -> str:
@@ -288,7 +284,6 @@ def summarize(problems: Iterable[str], limit: int = 8) -> str:
 
 
 def _instruction_tuned(name: str, folder: Path) -> bool | None:
-    """Decides by the name of a released model, otherwise by whether there is a chat template."""
     size = name.removeprefix("recurrentgemma-")
     if size.endswith("-it"):
         return True

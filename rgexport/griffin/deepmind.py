@@ -144,23 +144,19 @@ def _block_types(path: Path, stored: DeepMindTensors) -> tuple[BlockType, ...]:
             kinds.setdefault(int(match[1]), set()).update({match[3]} - {None})
     types: list[BlockType] = []
     for index in range(len(kinds)):
-        match sorted(kinds.get(index, ())):
-            case ["recurrent"]:
-                types.append("recurrent")
-            case ["attention"]:
-                types.append("attention")
-            case blocks:
-                names = " and ".join(blocks) or "no temporal block"
-                raise RequestError(
-                    f"{path}: blocks.{index} has {names}; expected recurrent or attention"
-                )
+        blocks = sorted(kinds.get(index, ()))
+        if len(blocks) != 1:
+            names = " and ".join(blocks) or "no temporal block"
+            raise RequestError(
+                f"{path}: blocks.{index} has {names}; expected recurrent or attention"
+            )
+        types.append("recurrent" if blocks == ["recurrent"] else "attention")
     return tuple(types)
 
 
 _METADATA, _DATABASE, _ARRAY = "_METADATA", "manifest.ocdbt", "/.zarray"
 _NESTED = "default"  # the item that has the parameters, in an orbax checkpoint of several items
-_KERNEL, _WEIGHT = ".kernel", ".weight"
-"""The names of a matrix [in, out] in flax, and of its transpose in torch."""
+_KERNEL, _WEIGHT = ".kernel", ".weight"  # a matrix [in, out] in flax, its transpose in torch
 
 
 def orbax_folder(path: Path) -> Path | None:

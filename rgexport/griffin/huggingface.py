@@ -230,7 +230,6 @@ def read_config(
 
 
 def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
-    """Returns head dimension, rotated dimensions and base of RoPE, checked if a layer uses them."""
     theta = _rope(fields, "rope_theta", 10_000.0)
     rotary = _rope(fields, "partial_rotary_factor", 0.5)
     width, heads = fields.hidden_size, fields.num_attention_heads
@@ -255,7 +254,6 @@ def _rope(fields: _Fields, name: str, default: float) -> float:
 
 
 def _check_kind(fields: _Fields) -> None:
-    """Refuses other models, and variants that RecurrentGemma's own code cannot run either."""
     known = any(name in _ARCHITECTURES for name in fields.architectures)
     if fields.architectures and not known:
         raise Mismatch(
@@ -311,8 +309,11 @@ def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
     scaled = config.embedding_scale == sqrt_embedding_scale(config.width)
     if not scaled and config.embedding_scale != 1.0:
         raise RequestError(f"config.json cannot state the embedding scale {config.embedding_scale}")
+    types = config.block_types
+    periods = range(1, len(types) + 1)
+    period = next((n for n in periods if all(types[i % n] == t for i, t in enumerate(types))), 0)
     return {
-        dialect: list(block_pattern(config.block_types)),
+        dialect: list(types[:period]),
         "architectures": ["RecurrentGemmaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -338,10 +339,3 @@ def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
-
-
-def block_pattern(types: tuple[BlockType, ...]) -> tuple[BlockType, ...]:
-    for period in range(1, len(types)):
-        if all(kind == types[i % period] for i, kind in enumerate(types)):
-            return types[:period]
-    return types

@@ -30,8 +30,6 @@ and the states after it."""
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens from `start` up to `stop`; `keeps_state`: the state after them is returned."""
-
     start: int
     stop: int
     keeps_state: bool

@@ -263,7 +263,10 @@ class _Layer:
         mix = self._recurrent if self._kind == "recurrent" else self._attention
         mixed, state = mix(self._norm("temporal_pre_norm", x), positions, state)
         x = self._op("temporal_residual", add, x, mixed)
-        mixed = self._mlp(self._norm("channel_pre_norm", x))
+        y = self._norm("channel_pre_norm", x)
+        gate = self._op("mlp_block.gelu", gelu, self._linear("mlp_block.gate_proj", y))
+        y = self._op("mlp_block.mul", mul, gate, self._linear("mlp_block.up_proj", y))
+        mixed = self._linear("mlp_block.down_proj", y)
         return self._op("channel_residual", add, x, mixed), state
 
     def _recurrent(
@@ -298,11 +301,6 @@ class _Layer:
             "temporal_block.attention", local_attention, q, k, v, *state, positions
         )
         return self._linear("temporal_block.o_proj", attended), (key, value)
-
-    def _mlp(self, x: np.ndarray) -> np.ndarray:
-        gate = self._op("mlp_block.gelu", gelu, self._linear("mlp_block.gate_proj", x))
-        up = self._linear("mlp_block.up_proj", x)
-        return self._linear("mlp_block.down_proj", self._op("mlp_block.mul", mul, gate, up))
 
     def _norm(self, site: str, x: np.ndarray) -> np.ndarray:
         weights = self._weights_of(site, ".weight")
@@ -350,7 +348,6 @@ class Variants(NumpyReference):
         return logits
 
     def _run_layer(self, layer: RunLayer, index: int, hidden: np.ndarray) -> np.ndarray:
-        """Takes the residual stream [B, T, width] through a layer, from an empty state."""
         batch, length = hidden.shape[:2]
         # There are no keys before the first token: a window as long as the text is enough.
         window = min(self.config.window, length)

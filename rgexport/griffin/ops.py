@@ -20,8 +20,7 @@ from torch import Tensor
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.progress import detail
 
-_CHUNK = {"cpu": 16, "cuda": 256}
-"""Tokens in one parallel scan; on a CPU, longer chunks cost more than they gain."""
+_CHUNK = {"cpu": 16, "cuda": 256}  # tokens of a parallel scan; on a CPU, longer ones cost more
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
@@ -61,7 +60,6 @@ def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 @cache
 def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Returns the Triton kernel if it runs on this machine: Triton needs a C compiler."""
     try:
         from rgexport.griffin.triton_scan import scan
 

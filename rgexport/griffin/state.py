@@ -49,7 +49,7 @@ def state_specs(config: GriffinConfig, activation: str = "float32") -> list[Stat
     return [spec for i in layers for spec in layer_states(config, i, activation)]
 
 
-def zero_state(config: GriffinConfig, batch: int, activation: str = "float32") -> State:
-    """Returns the state before the first token; `activation` is a numpy dtype name."""
-    state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in state_specs(config, activation)}
+def zero_state(config: GriffinConfig, batch: int) -> State:
+    """Returns the state before the first token, in float32."""
+    state = {s.name: np.zeros((batch, *s.shape), s.dtype) for s in state_specs(config)}
     return state | {POSITION: np.zeros(batch, np.int64)}

@@ -5,6 +5,8 @@ reference (`griffin.reference`). Parameter names are canonical tensor names (`gr
 Mathematics: arXiv 2402.19427; numerics: DeepMind's `recurrentgemma.torch` in float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -121,18 +123,13 @@ class MlpBlock(nn.Module):
         return self.down_proj(ops.mul(gate, self.up_proj(x), f"{self.site}.mul"))
 
 
-_TEMPORAL: dict[str, type[RecurrentBlock] | type[AttentionBlock]] = {
-    "recurrent": RecurrentBlock,
-    "attention": AttentionBlock,
-}
-
-
 class Layer(nn.Module):
     def __init__(self, config: GriffinConfig, index: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         site = f"layers.{index}"
         self.temporal_pre_norm = RMSNorm(f"{site}.temporal_pre_norm", config)
-        block = _TEMPORAL[config.block_types[index]]
+        is_recurrent = config.block_types[index] == "recurrent"
+        block: Callable[..., nn.Module] = RecurrentBlock if is_recurrent else AttentionBlock
         self.temporal_block = block(f"{site}.temporal_block", config, dtype)
         self.channel_pre_norm = RMSNorm(f"{site}.channel_pre_norm", config)
         self.mlp_block = MlpBlock(f"{site}.mlp_block", config, dtype)

@@ -43,30 +43,26 @@ def write_random(
     target: Path,
     *,
     seed: int = 0,
-    dtype: str = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
 ) -> None:
     """Writes a random checkpoint in Hugging Face's layout, as a stream of slabs.
 
-    `model` is a word in `SIZES` or a configuration, `dtype` float32, float16 or bfloat16; a file
-    has at most `shard_bytes`. `force` replaces an older random checkpoint. Raises RequestError for
-    an unknown word, a target that exists, or too little space.
+    `model` is a word in `SIZES` or a configuration, the dtype bfloat16; a file has at most
+    `shard_bytes`. `force` replaces an older random checkpoint. Raises RequestError for an unknown
+    word, a target that exists, or too little space.
     """
     if isinstance(model, str) and model not in SIZES:
         raise RequestError(f"the size is {model!r}; expected one of {', '.join(SIZES)}")
     config, size = (SIZES[model].config, model) if isinstance(model, str) else (model, "")
-    if dtype not in DTYPES:
-        raise RequestError(f"the dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     count = sum(math.prod(spec.shape) for spec in model_tensors(config).values())
-    require_free_disk(target, count * DTYPES[dtype].itemsize)
+    require_free_disk(target, count * DTYPES["bfloat16"].itemsize)
     dialect: Dialect = "block_types" if size.startswith("9b") else "_block_types"
-    fields = to_hugging_face(config, dialect) | {"torch_dtype": dtype, MARK: {"seed": seed}}
+    fields = to_hugging_face(config, dialect) | {"torch_dtype": "bfloat16", MARK: {"seed": seed}}
     with replace_folder(target, force=force, replaceable=_is_random) as folder:
         (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
         _write_tokenizer(folder, config.vocab_size, chat=size.endswith("-it"))
-        weights = random_weights(config, seed=seed, dtype=dtype)
-        write_weights(folder, weights, shard_bytes=shard_bytes)
+        write_weights(folder, random_weights(config, seed=seed), shard_bytes=shard_bytes)
 
 
 def _is_random(folder: Path) -> bool:
@@ -77,7 +73,6 @@ def _is_random(folder: Path) -> bool:
 
 
 def _write_tokenizer(folder: Path, vocab_size: int, *, chat: bool) -> None:
-    """Writes the demo's tokenizer, if it is there, with pieces to which no merge leads."""
     try:
         demo = demo_folder()
     except RequestError:

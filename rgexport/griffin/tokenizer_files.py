@@ -72,8 +72,7 @@ def normalization(model: Any) -> str | None:
 
 
 _MOST_STEPS = 16  # steps of a normalizer, a pre-tokenizer or a decoder: Gemma's have one to three
-_MOST_TEXT, _MOST_TOKEN = 64, 1024
-"""Characters that a step may look for or insert, and those of an added token."""
+_MOST_TEXT, _MOST_TOKEN = 64, 1024  # characters that a step looks for or inserts, of an added token
 _MOST_ADDED = 1 << 16  # added tokens; Gemma 3 has 6,415
 _MOST_GROWTH = 16  # how many times as long a text may become; spaces become three bytes each
 _SIMPLE = re.compile(r"(\\[sSdDwW]|[^\\\[\](){}|*+?^$.])([+*]|\{\d{1,2},?\d{0,2}\})?")
@@ -144,7 +143,6 @@ def _complaints(fields: Any) -> Iterator[str]:
 
 
 def _wrong_steps(field: str, value: Any, types: list[str]) -> Iterator[str]:
-    """Checks all steps of a component, and their common growth of a text."""
     steps: list[dict[str, Any]] = []
     waiting = [value] if value is not None else []
     while waiting and len(steps) <= _MOST_STEPS:

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS, _CHANNELS = 64, 32
-"""The size of a tile. With 2,560 channels, 80 tiles of a sequence are computed in parallel."""
+_TOKENS, _CHANNELS = 64, 32  # the size of a tile; with 2,560 channels, 80 are computed in parallel
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.kernels.rounding import library
-from rgexport.quantize.algorithms import refill_blocks
+from rgexport.quantize.algorithms import refined
 from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
@@ -100,14 +100,6 @@ class Affine(Uniform):
         return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
 
     @property
-    def precision(self) -> str:
-        return f"int{self.bits}"
-
-    @property
-    def level_bits(self) -> int:
-        return self.bits
-
-    @property
     def _top(self) -> int:
         return int(2**self.bits - 1)
 
@@ -156,7 +148,20 @@ class Affine(Uniform):
         levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
         block, half = self.block_size(rows.shape[1]), self.scale == "float16"
         for hessian in statistics.hessians:
-            refill_blocks(rows, levels, scales, zeros, hessian, block, self._top, half)
+            columns = slice(hessian.start, hessian.stop)
+            weights, closest = rows[:, columns], levels[:, columns]
+            if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
+                # A block is in two Hessians: its scale stays, and counts for each column.
+                spanned = np.arange(hessian.start, hessian.stop) // block
+                scale, zero = (np.ascontiguousarray(x[:, spanned]) for x in (scales, zeros))
+                grid = library.Grid(1, self._top, scale, -scale * zero)
+                levels[:, columns] = refined(weights, grid, hessian, closest)
+                continue
+            blocks = slice(hessian.start // block, -(-hessian.stop // block))
+            scale, zero = scales[:, blocks].copy(), zeros[:, blocks].copy()
+            grid = library.Grid(block, self._top, scale, -scale * zero)
+            levels[:, columns] = refined(weights, grid, hessian, closest, zero, half)
+            scales[:, blocks] = scale
         return self._pack(levels.reshape(nearest.shape), scales, zeros)
 
     encoders: ClassVar = {
@@ -190,7 +195,6 @@ class Affine(Uniform):
         return levels[..., : weights.shape[2]], scales, zeros
 
     def _in_blocks(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [n, K] as float32 [n, blocks, block], with zeros at the end of the last block."""
         count, columns = rows.shape
         blocks, block = self.num_blocks(columns), self.block_size(columns)
         padded = np.zeros((count, blocks * block), np.float32)
@@ -228,16 +232,12 @@ class Affine(Uniform):
         columns = shape[1]
         if self.bits == 4 and columns % 2:
             return replace(self, bits=8).fitted(shape)
-        return replace(self, block=self._fitted_block(columns))
-
-    def _fitted_block(self, columns: int) -> int | None:
-        """The largest divisor of a row up to the block (None: all), an even number for 4 bits."""
-        if self.bits == 4 and not self.symmetric:
+        if self.bits == 4 and not self.symmetric:  # an even number of blocks
             half = columns // 2
             block = largest_divisor(half, self.block or half)
-            return block if block >= SMALLEST_BLOCK else half
+            return replace(self, block=block if block >= SMALLEST_BLOCK else half)
         block = largest_divisor(columns, self.block or columns)
-        return block if SMALLEST_BLOCK <= block < columns else None
+        return replace(self, block=block if SMALLEST_BLOCK <= block < columns else None)
 
     def least_padded(self, columns: int) -> "Affine":
         """Chooses the block size: small blocks cost scales, large ones padding."""

@@ -44,37 +44,6 @@ ALGORITHMS: dict[str, Algorithm] = {
 _WIDE = 1024  # columns from which levels are refined once: a second time gains a few percent
 
 
-def refill_blocks(
-    rows: np.ndarray,
-    levels: np.ndarray,
-    scales: np.ndarray,
-    zeros: np.ndarray,
-    hessian: Hessian,
-    block: int,
-    top: int,
-    half: bool,
-) -> None:
-    """Chooses the levels again for the columns of one diagonal block of H, and fits their scales.
-
-    Rows are [n, K]. Changes `levels`, uint8 [n, K], from a search, and `scales`, float32 [n,
-    blocks], stored as float16 if `half`; `zeros` are zero points [n, blocks], `top` is the largest
-    level, and `block` weights share a scale.
-    """
-    columns = slice(hessian.start, hessian.stop)
-    weights, nearest = rows[:, columns], levels[:, columns]
-    if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
-        # A quantization block is in two Hessians: its scale stays, and counts for each column.
-        blocks = np.arange(hessian.start, hessian.stop) // block
-        scale, zero = (np.ascontiguousarray(x[:, blocks]) for x in (scales, zeros))
-        levels[:, columns] = _chosen(weights, Grid(1, top, scale, -scale * zero), hessian, nearest)
-        return
-    spanned = slice(hessian.start // block, -(-hessian.stop // block))
-    scale, zero = scales[:, spanned].copy(), zeros[:, spanned].copy()
-    grid = Grid(block, top, scale, -scale * zero)
-    levels[:, columns] = _chosen(weights, grid, hessian, nearest, zero, half)
-    scales[:, spanned] = scale
-
-
 def choose_levels(
     rows: np.ndarray, grid: Grid, hessians: tuple[Hessian, ...], nearest: np.ndarray
 ) -> np.ndarray:
@@ -89,11 +58,11 @@ def choose_levels(
         if grid.scale is not None and grid.offset is not None:
             scale, offset = (np.ascontiguousarray(x[:, columns]) for x in (grid.scale, grid.offset))
             column_grid = Grid(1, grid.top, scale, offset)
-        levels[:, columns] = _chosen(rows[:, columns], column_grid, hessian, nearest[:, columns])
+        levels[:, columns] = refined(rows[:, columns], column_grid, hessian, nearest[:, columns])
     return levels
 
 
-def _chosen(
+def refined(
     rows: np.ndarray,
     grid: Grid,
     hessian: Hessian,
@@ -151,8 +120,12 @@ def _possible_cuts(ordered: np.ndarray, changes: np.ndarray) -> np.ndarray:
 def _best_cuts(
     ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray, count: int
 ) -> np.ndarray:
-    """Chooses `count + 1` of the indices, 0 and n among them, with the least squared error."""
-    errors = _interval_errors(ordered, sums, indices)
+    squares = np.add.reduceat(ordered * ordered, indices[:-1])
+    squares = np.concatenate([[0.0], np.cumsum(squares)])
+    n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))
+    errors = second - first * first / np.maximum(n, 1)
+    # At [j, i]: the squared error of values i to j around their mean; inf for j < i.
+    errors = np.where(n < 0, np.inf, np.maximum(errors, 0))
     least, choices = errors[:, 0], []
     for _ in range(count - 1):
         totals = errors + least
@@ -162,15 +135,6 @@ def _best_cuts(
     for choice in reversed(choices):
         chosen.append(int(choice[chosen[-1]]))
     return indices[[0, *reversed(chosen)]]
-
-
-def _interval_errors(ordered: np.ndarray, sums: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns at [j, i] the squared error of values i to j around their mean; inf for j < i."""
-    squares = np.add.reduceat(ordered * ordered, indices[:-1])
-    squares = np.concatenate([[0.0], np.cumsum(squares)])
-    n, first, second = (x[:, None] - x for x in (indices, sums[indices], squares))
-    errors = second - first * first / np.maximum(n, 1)
-    return np.where(n < 0, np.inf, np.maximum(errors, 0))
 
 
 def _lloyd(ordered: np.ndarray, sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:

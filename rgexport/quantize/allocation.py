@@ -88,25 +88,17 @@ def solve(items: Sequence[Sequence[Option]]) -> Front:
     count = sum(max(sizes.values()) for sizes in extras) + 1
     losses, picks = np.zeros(count), np.zeros((len(items), count), np.uint8)
     for options, sizes, chosen in zip(items, extras, picks, strict=True):
-        losses = _add_item(losses, options, sizes, chosen)
+        best = np.full(count, np.inf)
+        for index, size in sizes.items():
+            sums = losses[: count - size] + options[index].loss
+            better = sums < best[size:]
+            best[size:][better] = sums[better]
+            chosen[size:][better] = index
+        losses = best
     return Front(tuple(map(tuple, items)), unit, sum(least), losses, picks, extras)
 
 
-def _add_item(
-    losses: np.ndarray, options: Sequence[Option], extras: dict[int, int], chosen: np.ndarray
-) -> np.ndarray:
-    """The least losses with one more item; fills `chosen`."""
-    best = np.full(len(losses), np.inf)
-    for index, size in extras.items():
-        sums = losses[: len(losses) - size] + options[index].loss
-        better = sums < best[size:]
-        best[size:][better] = sums[better]
-        chosen[size:][better] = index
-    return best
-
-
 def _undominated(options: Sequence[Option]) -> list[int]:
-    """The options that no other one beats in both bytes and loss, by ascending bytes."""
     order = sorted(range(len(options)), key=lambda i: (options[i].bytes, options[i].loss))
     best = order[:1]
     for index in order[1:]:

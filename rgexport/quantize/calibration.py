@@ -119,12 +119,6 @@ def triangle_size(width: int) -> int:
     return width * (width + 1) // 2
 
 
-def triangle_width(size: int) -> int | None:
-    """Returns the width of a matrix from the size of its lower triangle, or None."""
-    width = (math.isqrt(8 * size + 1) - 1) // 2
-    return width if width > 0 and triangle_size(width) == size else None
-
-
 def pack(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(matrix[np.tri(len(matrix), dtype=bool)])
 
@@ -252,8 +246,8 @@ class Calibration:
         triangles: list[tuple[np.ndarray, int]] = []
         while site and (name := hessian_name(site, len(triangles))) in self._entries:
             packed = self._vector(name, negative=True)
-            width = triangle_width(len(packed))
-            if width is None or diagonal(packed, width).min() < 0:
+            width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+            if triangle_size(width) != len(packed) or diagonal(packed, width).min() < 0:
                 raise self._damaged(f"{name} is no triangle of a Hessian")
             triangles.append((packed, width))
         return triangles

@@ -102,7 +102,6 @@ class _Plane:
 
 
 def _half(blocks: Blocks, start: int) -> np.ndarray:
-    """A float16 of each block, as float32 [blocks, 1]."""
     return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
 
 
@@ -136,7 +135,6 @@ def _q45_k(blocks: Blocks) -> Scales:
 
 
 def _q6_k(blocks: Blocks) -> Scales:
-    """16 groups, with a scale of 8 bits each."""
     return _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8), None
 
 
@@ -192,8 +190,7 @@ _STORAGE_CLASSES = {
 }
 """int4 for all other types, which have four to six bits."""
 _HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
-_LEAST_SCALE = np.float32(1 / 32)
-"""In units of a group's largest scale: half the distance of scales that have 4 bits (q2_k)."""
+_LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 4-bit scales (q2_k)
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,11 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
     library = load_library()
 
     def quantize(bounds: tuple[int, int]) -> bool:
-        """Fills some rows of `out`; returns whether all their scales are finite."""
         weights = np.ascontiguousarray(rows[slice(*bounds)], np.float32)
         chunk = out[slice(*bounds)]
         pointers = weights.ctypes.data, chunk.ctypes.data
         library.ggml_quantize_chunk(type_number, *pointers, 0, *weights.shape, importance_pointer)
-        is_valid: bool = library.ggml_validate_row_data(type_number, pointers[1], chunk.nbytes)
-        return is_valid
+        return bool(library.ggml_validate_row_data(type_number, pointers[1], chunk.nbytes))
 
     with ThreadPoolExecutor(usable_processors()) as pool:
         are_valid = [*pool.map(quantize, slab_bounds(count, 4 * columns, CHUNK_BYTES))]

@@ -206,7 +206,6 @@ def require_importances(
 
 
 def _requested_type(name: str, request: TypeRequest) -> str | None:
-    """The type that the request names for a tensor; None if the mix decides."""
     if name == EMBEDDING and request.token_embedding_type is not None:
         return request.token_embedding_type
     overrides = (kind for pattern, kind in request.overrides if re.search(pattern, name))
@@ -221,8 +220,6 @@ def _site(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Occurrence:
-    """The position of a tensor among the tensors of its site; the mix depends on it."""
-
     index: int
     count: int
     gqa: int

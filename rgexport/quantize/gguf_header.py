@@ -185,7 +185,6 @@ def _read_numbers(cursor: Cursor, kind: int, count: int) -> np.ndarray:
 
 
 def _read_tensors(cursor: Cursor, count: int, values: dict[str, Any]) -> dict[str, GgufTensor]:
-    """The tensors, which must follow each other without gaps up to the end of the file."""
     infos = [_read_info(cursor) for _ in range(count)]
     alignment = values.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):

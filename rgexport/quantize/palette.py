@@ -46,14 +46,6 @@ class Palette(Uniform):
         return float(self.bits)
 
     @property
-    def precision(self) -> str:
-        return f"pal{self.bits}"
-
-    @property
-    def level_bits(self) -> int:
-        return self.bits
-
-    @property
     def rows_together(self) -> int:
         return self.group
 

@@ -17,20 +17,8 @@ from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 from rgexport.kernels.rounding import library
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import warn
-from rgexport.quantize.scheme import (
-    BFLOAT16,
-    BLOCKS,
-    FLOAT32,
-    INT8_ROWS,
-    Affine,
-    Float,
-    Ggml,
-    Palette,
-    Plan,
-    Scheme,
-    coarsest,
-    scheme_from_dict,
-)
+from rgexport.quantize import scheme as schemes
+from rgexport.quantize.scheme import BFLOAT16, FLOAT32, INT8_ROWS, Affine, Float, Plan, Scheme
 from rgexport.quantize.statistics import StatisticsOf
 
 PRECISIONS: dict[str, Scheme] = {
@@ -42,7 +30,7 @@ PRECISIONS: dict[str, Scheme] = {
 """Precision → scheme of the linears and the embedding, before a user's block and symmetry."""
 WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetric=False)}
 """The same for browsers: scales are float32, so small blocks would cost another half bit."""
-COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": Palette()}
+COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": schemes.Palette()}
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
 _ROWS = 192  # rows that a thread encodes at once, or a few more where a table is shared
@@ -58,9 +46,9 @@ def choose_scheme(
 
     Raises RequestError for an unknown precision, or a block size outside of `BLOCKS`.
     """
-    if block is not None and block not in BLOCKS:
+    if block is not None and block not in schemes.BLOCKS:
         raise RequestError(
-            f"--block-size is {block}; expected one of {', '.join(map(str, BLOCKS))}"
+            f"--block-size is {block}; expected one of {', '.join(map(str, schemes.BLOCKS))}"
         )
     if precision not in precisions:
         raise RequestError(
@@ -122,7 +110,7 @@ def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    return coarsest(plan.values()).precision
+    return schemes.coarsest(plan.values()).precision
 
 
 def has_blocks(scheme: Scheme) -> bool:
@@ -174,7 +162,7 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
 
 def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, TensorSpec]) -> Scheme:
     try:
-        scheme = scheme_from_dict(fields)
+        scheme = schemes.scheme_from_dict(fields)
         scheme.require_known_algorithm()
         if tensors[name].role in QUANTIZABLE:
             scheme.group_sizes(tensors[name].shape[0])
@@ -186,7 +174,7 @@ def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, Tenso
     rule = ""
     if role in QUANTIZABLE and scheme == BFLOAT16:
         rule = "only the matrices of gates may be bfloat16"
-    elif role not in QUANTIZABLE and scheme not in (FLOAT32, Ggml("f32"), *shorter):
+    elif role not in QUANTIZABLE and scheme not in (FLOAT32, schemes.Ggml("f32"), *shorter):
         allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
         rule = f"a {role} is never quantized; expected {allowed}"
     if rule:

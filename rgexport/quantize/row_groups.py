@@ -161,7 +161,6 @@ def group_rows(schemes: Mapping[Any, np.ndarray]) -> Scheme:
 
 @functools.lru_cache(maxsize=4)
 def _members(scheme: Mixed, rows: int) -> tuple[np.ndarray, ...]:
-    """The rows of each group, ascending, int32."""
     named = [rows_of(bounds) for bounds in scheme._bounds]
     rest = np.ones(rows, bool)
     rest[np.concatenate(named)] = False

@@ -82,28 +82,9 @@ BFLOAT16 = Float("bfloat16")
 """Lossless for the matrices of gates that a checkpoint has in bfloat16."""
 
 
-__all__ = [
-    "BFLOAT16",
-    "BLOCKS",
-    "FLOAT32",
-    "INT8_ROWS",
-    "SCHEMES",
-    "Affine",
-    "Float",
-    "FloatDtype",
-    "Ggml",
-    "Mixed",
-    "Palette",
-    "PartShapes",
-    "Parts",
-    "Plan",
-    "RowGroup",
-    "Scheme",
-    "Uniform",
-    "candidates",
-    "coarsest",
-    "scheme_from_dict",
-]
+__all__ = ["BFLOAT16", "BLOCKS", "FLOAT32", "INT8_ROWS", "SCHEMES", "Affine", "Float", "FloatDtype"]
+__all__ += ["Ggml", "Mixed", "Palette", "PartShapes", "Parts", "Plan", "RowGroup", "Scheme"]
+__all__ += ["Uniform", "candidates", "coarsest", "scheme_from_dict"]
 
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""

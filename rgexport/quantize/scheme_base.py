@@ -155,12 +155,12 @@ class Uniform(Scheme):
     @property
     def level_bits(self) -> int | None:
         """Bits of a level or index; None for floats and ggml's types."""
-        return None
+        return getattr(self, "bits", None)
 
     @property
     def precision(self) -> str:
         """The word of `--precision` or `--type` for such weights."""
-        return self.label
+        return self.label.partition("/")[0]
 
     @property
     def storage_class(self) -> str:
@@ -196,9 +196,7 @@ class Uniform(Scheme):
 
         Rows are whole groups of `rows_together`. `measure` says which errors are bounded.
         """
-        if measure in ("block", "row"):
-            return self._span_steps(w, measure)
-        return self.weight_steps(w)
+        return self._span_steps(w, measure) if measure in ("block", "row") else self.weight_steps(w)
 
     def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:
         levels = self.weight_steps(w).levels

@@ -83,13 +83,14 @@ class RowKinds:
     statistics: tuple[Statistics, ...]
 
 
-class RemoteStatistics(ABC):
-    """Statistics in another process, which therefore runs the encoders that need them."""
+@dataclass(frozen=True)
+class RemoteStatistics:
+    """Statistics in another process, which therefore runs the encoders that need them.
 
-    @abstractmethod
-    def encode(
-        self, name: str, rows: np.ndarray, scheme: "Uniform", ids: np.ndarray | None
-    ) -> "Parts": ...
+    `encode` has the arguments of `Uniform.encode`, and the scheme instead of the statistics.
+    """
+
+    encode: Callable[[str, np.ndarray, "Uniform", np.ndarray | None], "Parts"]
 
 
 Known = Statistics | RemoteStatistics | None
@@ -137,16 +138,13 @@ class Calibrated(LastInputs):
             return statistics_of(blocks, tokens)
         kinds = tuple(statistics_of(blocks, tokens, identity=lookup) for lookup in _LOOKUPS)
         diagonal = np.concatenate([np.diagonal(block) for block in blocks])
-        return replace(kinds[0], kinds=RowKinds(self._kind_of_rows(diagonal), kinds))
-
-    def _kind_of_rows(self, diagonal: np.ndarray) -> np.ndarray:
-        """The power of ten of the cost of an embedding row's lookups, relative to its logits."""
         known = self._calibration
+        # The power of ten of the cost of a row's lookups, relative to its logits.
         lookup = known.token_share * known.lookup_sensitivity.mean() * self._scale**2
-        logits = known.row_fisher * diagonal.mean()
         with np.errstate(divide="ignore", invalid="ignore"):
-            tens = np.log10(lookup / logits)
-        return np.rint(np.nan_to_num(tens).clip(0, len(_LOOKUPS) - 1)).astype(np.uint8)
+            tens = np.log10(lookup / (known.row_fisher * diagonal.mean()))
+        kind = np.rint(np.nan_to_num(tens).clip(0, len(_LOOKUPS) - 1)).astype(np.uint8)
+        return replace(kinds[0], kinds=RowKinds(kind, kinds))
 
 
 def statistics_of(

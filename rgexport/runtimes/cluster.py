@@ -69,7 +69,15 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
         return
     client = _client(address)
     try:
-        _require_same(client, address)
+        ours = _installed()
+        try:
+            installed = client.run(_installed)
+        except ModuleNotFoundError:
+            installed = {"a worker": "no rgexport"}
+        for worker, theirs in installed.items():
+            if theirs != ours:
+                differs = f"{worker} of the cluster {address} has {theirs}, and here is {ours}"
+                raise RequestError(f"{differs}; install the same for both")
         with more_jobs(_JOBS_PER_THREAD * sum(client.nthreads().values())):
             yield Cluster(client, address)
     finally:
@@ -105,18 +113,6 @@ def _client(address: str) -> Any:
             f"the Dask scheduler at {address} has no workers; start some: dask worker {address}"
         ) from None
     return client
-
-
-def _require_same(client: Any, address: str) -> None:
-    ours = _installed()
-    try:
-        installed = client.run(_installed)
-    except ModuleNotFoundError:
-        installed = {"a worker": "no rgexport"}
-    for worker, theirs in installed.items():
-        if theirs != ours:
-            differs = f"{worker} of the cluster {address} has {theirs}, and here is {ours}"
-            raise RequestError(f"{differs}; install the same for both")
 
 
 def _installed() -> str:

@@ -23,10 +23,8 @@ Area = tuple[int, int]
 
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _HUGE_PAGE = 2 << 20
-_LEAST = 8 << 20
-"""Bytes of the smallest mapping that is advised; smaller ones gain less than a call costs."""
-_PIECE = 16 << 20
-"""Bytes of one call: others that map memory, and `stop`, wait for it."""
+_LEAST = 8 << 20  # bytes of the smallest mapping that is advised; smaller ones gain too little
+_PIECE = 16 << 20  # bytes of one call: others that map memory, and `stop`, wait for it
 _CACHE_LINE = 64
 _MAPS = Path("/proc/self/maps")
 

@@ -1,4 +1,4 @@
-"""Facts about this process and its machine: memory, processor, software; and freed memory."""
+"""Facts about this process and its machine: memory, processor, software, torch's device."""
 
 import ctypes
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgexport._version import __version__
+from rgexport.errors import NotInstalled, RequestError
 from rgexport.parallelism import usable_processors
 
 if TYPE_CHECKING:
@@ -52,22 +53,17 @@ def available_bytes() -> int | None:
     system = _fields(_MEMINFO).get("MemAvailable:")
     if system is None:
         return None
-    limits = [1024 * system, _left_in_container()]
-    return min(limit for limit in limits if limit is not None)
+    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None:  # in no container
+        return 1024 * system
+    cached = _fields(_CGROUP / "memory.stat").get("inactive_file", 0)
+    return min(1024 * system, max(0, limit - used + cached))
 
 
 def release_freed_memory() -> None:
     """Returns freed memory to the system, which glibc would keep for later use."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, or none
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _left_in_container() -> int | None:
-    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    if limit is None or used is None:
-        return None
-    cached = _fields(_CGROUP / "memory.stat").get("inactive_file", 0)
-    return max(0, limit - used + cached)
 
 
 def _number(file: Path) -> int | None:
@@ -78,7 +74,6 @@ def _number(file: Path) -> int | None:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """Returns the numbers in lines such as `name 12 kB`; none if there is no such file."""
     try:
         pairs = (line.split()[:2] for line in file.read_text("utf-8").splitlines())
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
@@ -114,3 +109,21 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def torch_device(device: str = "auto") -> str:
+    """Returns a device that torch can use; `auto` is CUDA if there is one."""
+    try:
+        import torch
+    except ImportError:
+        raise NotInstalled(
+            "this needs torch for the reference model: pip install 'rgexport[export]'"
+        ) from None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RequestError(f"torch cannot use the device {device!r}: {reason}") from None
+    return device

@@ -213,7 +213,7 @@ class Session(ABC):
 
         Raises RequestError for another model's names or shapes; dtypes are converted.
         """
-        self._require_fitting(state)
+        require_fitting(state, self.state_shapes)
         self._set_rows(rows, state)
 
     def prefill(self, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
@@ -233,13 +233,10 @@ class Session(ABC):
 
     def set_state(self, state: State) -> None:
         """Continues from a canonical state, of any batch size; raises as `set_rows` does."""
-        self._require_fitting(state)
+        require_fitting(state, self.state_shapes)
         if len(state[POSITION]) != len(self._all):
             self.reset(len(state[POSITION]))
         self._set_rows(self._all, state)
-
-    def _require_fitting(self, state: State) -> None:
-        require_fitting(state, self.state_shapes)
 
     @property
     def _all(self) -> range:

@@ -25,8 +25,7 @@ ROUNDED_TOKENS, POSITIONS = 256, 64
 _SEED = 20240411
 LAYER_TOKENS = 48
 """Most tokens: each of a 2B's 29 variants takes them."""
-_LOGITS_BYTES = 256 << 20
-"""Logits of all variants that exist at a time."""
+_LOGITS_BYTES = 256 << 20  # logits of all variants that exist at a time
 
 
 @dataclass(frozen=True, kw_only=True)

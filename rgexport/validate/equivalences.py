@@ -21,8 +21,7 @@ from rgexport.validate.reference_pass import Pass
 
 STEPS = 8
 """The last tokens that are taken again; and a chunk more where its length is fixed."""
-_RAGGED = 3, 1, 2
-"""Lengths of chunks, over and over."""
+_RAGGED = 3, 1, 2  # lengths of chunks, over and over
 
 SAME = {
     "steps": "single tokens give what a chunk gives",
@@ -160,7 +159,6 @@ def _compare_end(
 
 
 def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> ChunkResult:
-    """Takes tokens [T] from a state, or after a reset."""
     if before is None:
         session.reset()
     else:

@@ -131,8 +131,7 @@ _HARD_TEXTS = (
 _CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
 NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))
 """The items of `meaning` where there is no tokenizer."""
-_MOST_SHOWN = 200
-"""Most characters of a JSON file that is shown whole; longer ones are shown as a hash."""
+_MOST_SHOWN = 200  # characters of a JSON file that is shown whole; others are shown as a hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +273,6 @@ def file_text(path: Path) -> str | None:
 
 
 def _file_pair(path: Path, expected: Path) -> tuple[str | None, str | None]:
-    """Both files' content; where settings differ, only the fields that do."""
     pair = file_text(path), file_text(expected)
     if pair[0] == pair[1] or path.suffix != ".json" or None in pair:
         return pair

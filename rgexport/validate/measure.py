@@ -23,7 +23,6 @@ from rgexport.validate.equivalences import (
     compare_with_itself,
     repeated_tokens,
 )
-from rgexport.validate.metrics import Drift, StateError, checkpoints, recent, state_errors
 from rgexport.validate.reference_pass import Pass
 
 BLOCKS = 128
@@ -141,8 +140,8 @@ class Comparison:
     kl: metrics.KL
     agreement: metrics.Agreement
     likelihood: metrics.Likelihood | None
-    states: list[StateError]
-    drift: list[Drift]
+    states: list[metrics.StateError]
+    drift: list[metrics.Drift]
     blocks: list[PositionBlock]
     worst: list[WorstPosition]
 
@@ -165,7 +164,7 @@ class ComparisonRecorder:
         self._following = np.append(tokens[1:], -1)
         self._worst = WorstPositions(tokens, spell)
         self._rows: list[np.ndarray] = []
-        self._drift: list[Drift] = []
+        self._drift: list[metrics.Drift] = []
 
     def add(self, start: int, logits: np.ndarray) -> None:
         """Takes the artifact's logits [n, vocab] of the positions from `start` on."""
@@ -175,8 +174,8 @@ class ComparisonRecorder:
         self._worst.add(start, self._rows[-1]["kl"], expected, logits)
 
     def add_state(self, position: int, state: State) -> None:
-        errors = state_errors(self._reference.drift[position], state)
-        self._drift.append(Drift(position=position, states=errors))
+        errors = metrics.state_errors(self._reference.drift[position], state)
+        self._drift.append(metrics.Drift(position=position, states=errors))
 
     def comparison(
         self, state: State, text_bytes: int | None = None, noise: float = 0.0
@@ -187,7 +186,7 @@ class ComparisonRecorder:
             kl=metrics.kl_summary(rows),
             agreement=metrics.agreement(rows, noise),
             likelihood=metrics.likelihood(rows, text_bytes),
-            states=state_errors(self._reference.state, state),
+            states=metrics.state_errors(self._reference.state, state),
             drift=self._drift,
             blocks=position_blocks(rows),
             worst=self._worst.worst,
@@ -212,7 +211,7 @@ def measure(
     the text of the worst positions; `longest` is the most tokens of a call.
     """
     sides = [ComparisonRecorder(reference, tokens, spell) for reference in references]
-    stops = checkpoints(len(tokens))
+    stops = metrics.checkpoints(len(tokens))
     again = max(0, len(tokens) - repeated_tokens(session.info))
     long = again if session.info.whole_chunks else max(0, len(tokens) - longest)
     edges = {again, long, len(tokens)} | whole_chunks(session, stops)
@@ -228,7 +227,7 @@ def measure(
             for side in sides:
                 side.add(start, logits)
             if sides and stop in stops:
-                state = recent(session.get_state())
+                state = metrics.recent(session.get_state())
                 for side in sides:
                     side.add_state(stop, state)
             advance(stop - start)

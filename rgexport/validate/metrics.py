@@ -31,8 +31,7 @@ ROWS = np.dtype(
 )
 """One row per position."""
 
-_BLOCK_VALUES = 1 << 16
-"""Logits per float64 block, whose temporaries of half a megabyte stay in cache."""
+_BLOCK_VALUES = 1 << 16  # logits per float64 block, whose temporaries stay in cache
 
 
 def compare_logits(

@@ -1,18 +1,19 @@
 """A reference's teacher-forced pass over a text, kept as hidden states; logits come on demand."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer_by_layer import LayerByLayer
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, zero_state
@@ -21,25 +22,10 @@ from rgexport.progress import task
 from rgexport.validate.metrics import checkpoints, recent
 from rgexport.validate.weights.sketch import MixtureRecorder, Mixtures
 
+if TYPE_CHECKING:
+    from rgexport.validate.reference.deepmind_model import DeepMindModel
 
-class ReferenceModel(Protocol):
-    """The methods of `griffin.layer_by_layer.LayerByLayer` that DeepMind's model has, too."""
-
-    config: GriffinConfig
-
-    def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Any, State]: ...
-
-    def run_each(
-        self,
-        texts: Sequence[tuple[np.ndarray, State]],
-        *,
-        stops: Sequence[Sequence[int]] = (),
-        watch: Callable[[int, int, Any], None] | None = None,
-    ) -> list[tuple[Any, list[State]]]: ...
-
-    def describe(self) -> dict[str, str]: ...
-
-    def logits(self, hidden: Any) -> np.ndarray: ...
+ReferenceModel: TypeAlias = "LayerByLayer | DeepMindModel"
 
 
 @dataclass(frozen=True)

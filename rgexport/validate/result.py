@@ -17,8 +17,7 @@ from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
-from rgexport.validate.bisect.sites import SiteReport
-from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.bisect.sites import SiteReport, Suspect
 from rgexport.validate.checks import (
     MOST_COST,
     STANDARD_ERRORS,
@@ -42,7 +41,6 @@ from rgexport.validate.metrics import Drift, worst
 from rgexport.validate.reference.against import AgainstFile, file_checks
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
-from rgexport.validate.text import Text
 from rgexport.validate.weights.tensor_errors import WeightError
 from rgexport.validate.weights.weight_limits import Reproduced, reproduced_checks, weight_checks
 
@@ -223,16 +221,18 @@ def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
     return SourceInfo(name, True, path, original.same_files, differences)
 
 
-def describe_text(text: Text, window: int) -> TextInfo:
-    count = len(text.tokens)
-    return TextInfo(text.name, count, count / window, text.bytes, text.truncated)
-
-
 def all_checks(
     result: Result, manifest: Manifest, counted: bool, limits: Mapping[str, float]
 ) -> Iterator[Check]:
     """Yields all checks; `limits` are those that the user set."""
-    yield from _dequantized_checks(result.dequantized, result.tolerance, result.text.tokens)
+    side, limit, length = result.dequantized, result.tolerance, result.text.tokens
+    yield from logit_checks(side.logits, limit.at(length))
+    states = []
+    for at in (*side.drift, Drift(position=length, states=side.states)):
+        value, most = worst(at.states), limit.at(at.position).states
+        reason = f"after {at.position} tokens; {limit.reason}"
+        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
+    yield max(states, key=lambda check: check.excess)
     reason = "the session counts every token"
     yield Check(name="position", value=float(not counted), limit=0, reason=reason)
     yield from _equivalence_checks(result)
@@ -262,19 +262,7 @@ def all_checks(
     yield from identity_checks(result.identity)
 
 
-def _dequantized_checks(comparison: Comparison, limit: Tolerance, length: int) -> Iterator[Check]:
-    yield from logit_checks(comparison.logits, limit.at(length))
-    drift = [*comparison.drift, Drift(position=length, states=comparison.states)]
-    states = []
-    for at in drift:
-        value, most = worst(at.states), limit.at(at.position).states
-        reason = f"after {at.position} tokens; {limit.reason}"
-        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
-    yield max(states, key=lambda check: check.excess)
-
-
 def _equivalence_checks(result: Result) -> Iterator[Check]:
-    """Checks each way of taking the tokens, as far as the artifact is off from its reference."""
     side = result.dequantized
     states = worst([*side.states, *(error for at in side.drift for error in at.states)])
     limit = consistency(result.tolerance, result.text.tokens, side.logits.relative_max, states)
@@ -288,7 +276,6 @@ def _equivalence_checks(result: Result) -> Iterator[Check]:
 
 
 def _rounding_checks(result: Result) -> Iterator[Check]:
-    """Checks the KL to the original or to a reference file, divided by random rounding's KL."""
     if (cost := result.cost) is None:
         return
     ratios = {} if cost.ratio is None else {"original": cost.ratio}

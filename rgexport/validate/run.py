@@ -23,10 +23,8 @@ from rgexport.runtimes.machine import available_bytes, environment, release_free
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 from rgexport.validate import continuations
-from rgexport.validate.bisect.sites import SiteReport, compare_sites
-from rgexport.validate.bisect.suspects import find_suspects
+from rgexport.validate.bisect.sites import SiteReport, compare_sites, find_suspects
 from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, tolerance, with_limits
-from rgexport.validate.continuations import Continuation, ContinuedPrompt
 from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
 from rgexport.validate.identity import IdentityItem
@@ -39,10 +37,10 @@ from rgexport.validate.report.terminal import render, render_several
 from rgexport.validate.result import (
     Result,
     Speed,
+    TextInfo,
     all_checks,
     describe_artifact,
     describe_source,
-    describe_text,
     require_writable,
     write_json,
 )
@@ -265,7 +263,8 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
     equivalences = measured.equivalences
     if opened.has_native and (same := _portable(opened, measured, dequantized)):
         equivalences |= {"portable": same}
-    tokens, cost, weights, reproduced, layers = opened.text.tokens, None, None, None, None
+    text, count = opened.text, len(opened.text.tokens)
+    tokens, cost, weights, reproduced, layers = text.tokens, None, None, None, None
     if original is not None or request.reference is not None:
         cost = rounding_cost(artifact, dequantized, original, tokens)
     if opened.original is not None and original is not None:
@@ -279,7 +278,7 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
     result = Result(
         artifact=describe_artifact(opened.path, manifest),
         source=describe_source(manifest.source.name, opened.original),
-        text=describe_text(opened.text, manifest.config.window),
+        text=TextInfo(text.name, count, count / manifest.config.window, text.bytes, text.truncated),
         engine=info,
         dequantized=measured.comparisons[0],
         original=None if original is None else measured.comparisons[1],
@@ -306,7 +305,7 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
 
 def _use_session(
     opened: OpenedArtifact, dequantized: Pass, original: Pass | None
-) -> tuple[SessionInfo, Measurement, AgainstFile | None, list[Continuation] | None]:
+) -> tuple[SessionInfo, Measurement, AgainstFile | None, list[continuations.Continuation] | None]:
     prompts = _continued_prompts(opened)
     spell = token_text(opened.tokenizer) if opened.tokenizer else None
     against_file = answers = None
@@ -329,8 +328,7 @@ def _use_session(
     return session.info, measured, against_file, answers
 
 
-def _continued_prompts(opened: OpenedArtifact) -> list[ContinuedPrompt] | None:
-    """Prompts that the reference file or a small original continued; None where neither did."""
+def _continued_prompts(opened: OpenedArtifact) -> list[continuations.ContinuedPrompt] | None:
     if opened.tokenizer is None:
         return None
     if opened.request.reference is not None:

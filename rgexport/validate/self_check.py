@@ -16,7 +16,6 @@ from rgexport.griffin.layout import layer_tensors
 from rgexport.progress import task
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, release_freed_memory
-from rgexport.runtimes.session import Session
 from rgexport.units import amount
 from rgexport.validate import metrics
 from rgexport.validate.checks import logit_checks, original_rms, tolerance
@@ -27,8 +26,7 @@ from rgexport.validate.text import first_tokens
 from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
-_REST_BYTES = 384 << 20
-"""Memory for temporaries, a few rows of logits, and libraries that are loaded for the check."""
+_REST_BYTES = 384 << 20  # memory for temporaries, a few rows of logits, and libraries
 _MAX_FAILURES = 3
 _DESCRIPTIONS = {
     "dequantized.logits": (
@@ -94,7 +92,6 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
 
 
 def _memory_shortage(artifact: Artifact) -> str | None:
-    """Returns a sentence if free memory is too small; raises NotInstalled without the engine."""
     engine, config = engine_of(artifact.manifest.kind), artifact.manifest.config
     engine.require()
     layers = (layer_tensors(config, index).values() for index in range(config.num_layers))
@@ -111,11 +108,18 @@ def _memory_shortage(artifact: Artifact) -> str | None:
 def _run_engine(
     artifact: Artifact, tokens: np.ndarray, schedule: Schedule
 ) -> tuple[np.ndarray, str]:
+    """Prefills and decodes; returns the scheduled logits [n, vocab], and the engine's title."""
     release_freed_memory()
     session = open_session(artifact, lean=True)
     engine = session.info.title
     try:
-        return _teacher_force(session, tokens, schedule), engine
+        with task("Self-check", len(tokens), "tokens") as advance:
+            logits = [session.prefill(tokens[None, : schedule.chunk], schedule.rows)[0]]
+            advance(schedule.chunk)
+            for token in tokens[schedule.chunk :]:
+                logits.append(session.step(token[None]))
+                advance(1)
+        return np.concatenate(logits), engine
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # ONNX Runtime raises a dozen types without a common base
@@ -123,17 +127,6 @@ def _run_engine(
         raise RequestError(f"{engine} cannot run it: {reason}") from None
     finally:
         session.close()
-
-
-def _teacher_force(session: Session, tokens: np.ndarray, schedule: Schedule) -> np.ndarray:
-    """Prefills the first tokens, decodes the rest; returns the scheduled logits [n, vocab]."""
-    with task("Self-check", len(tokens), "tokens") as advance:
-        logits = [session.prefill(tokens[None, : schedule.chunk], schedule.rows)[0]]
-        advance(schedule.chunk)
-        for token in tokens[schedule.chunk :]:
-            logits.append(session.step(token[None]))
-            advance(1)
-    return np.concatenate(logits)
 
 
 def _failures(

@@ -116,8 +116,7 @@ def _read_utf8(file: Path) -> str:
         raise RequestError(f"cannot read {file} as UTF-8 text: {error}") from None
 
 
-_NO_LIMIT = 1 << 24
-"""Token limit that no prompt reaches."""
+_NO_LIMIT = 1 << 24  # token limit that no prompt reaches
 
 TEXTS = {
     "prose": (
@@ -208,6 +207,9 @@ def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
         name = f"{file.name} {number}"
         if isinstance(item, dict) and isinstance(item.get("name"), str):
             name, item = item["name"], item.get("text", item.get("ids"))
+        are_ids = isinstance(item, list) and all(
+            type(token) is int and 0 <= token < 1 << 31 for token in item
+        )
         if isinstance(item, str):
             if tokenizer is None:
                 raise RequestError(
@@ -215,17 +217,13 @@ def _from_file(file: Path, tokenizer: Tokenizer | None) -> Iterator[Text]:
                     "or leave --prompts out"
                 )
             yield _plain(tokenizer, name, item)
-        elif isinstance(item, list) and item and all(map(_is_id, item)):
+        elif are_ids and item:
             yield Text(name, np.array(item, np.int64), None)
         else:
             raise RequestError(
                 f'{file}: prompt {number} is neither a text, a list of ids, nor {{"name": …, '
                 '"text" or "ids": …}'
             )
-
-
-def _is_id(token: Any) -> bool:
-    return type(token) is int and 0 <= token < 1 << 31
 
 
 def _read_items(file: Path) -> list[Any]:

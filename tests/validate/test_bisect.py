@@ -13,8 +13,14 @@ from rgexport.quantize.scheme import Affine, Float
 from rgexport.runtimes.engine import Observation
 from rgexport.validate import metrics
 from rgexport.validate.bisect import sites as per_op
-from rgexport.validate.bisect.sites import ObservedCall, SiteError, layer_of, site_report
-from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
+from rgexport.validate.bisect.sites import (
+    CONFIG_SITES,
+    ObservedCall,
+    SiteError,
+    find_suspects,
+    layer_of,
+    site_report,
+)
 from rgexport.validate.checks import Check
 from rgexport.validate.costs import LAYER_TOKENS, layer_costs
 from tests.models import make_config, random_weights, weight_source

@@ -134,11 +134,7 @@ class BenchRow:
 
 
 def bench_artifact(
-    path: Path,
-    request: BenchRequest,
-    *,
-    threads: int | None = None,
-    allow_foreign: bool = False,
+    path: Path, request: BenchRequest, *, threads: int | None = None, allow_foreign: bool = False
 ) -> list[BenchRow]:
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
@@ -175,25 +171,23 @@ class BenchMeasurement:
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[BenchRow]:
-        self._warm_up()
+        until = time.perf_counter() + WARM_UP_SECONDS
+        while time.perf_counter() < until:
+            if self.session.position[0] >= PIECE:
+                self.session.reset()
+            self.session.step(self._random(1)[0])
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
-            cells = self._cells(Path(folder))
+            self.session.reset()
+            state, cells = self.session.get_state(), []
+            for depth in sorted(set(self.request.depths)):
+                state = self._state_at(depth, state)
+                file = Path(folder, f"{depth}.npz")  # not in memory, to save it
+                np.savez(file, **state)  # type: ignore[arg-type]  # none is named `allow_pickle`
+                cells += [_Cell(test, depth, file) for test in self.request.tests]
             self._measure(cells)
         lowest: dict[BenchTest, _Cell] = {}
         for cell in cells:
             yield self._row(cell, lowest.setdefault(cell.test, cell))
-
-    def _cells(self, folder: Path) -> list[_Cell]:
-        """Returns the cells, the lowest depth first; states are in files, to save memory."""
-        self.session.reset()
-        state = self.session.get_state()
-        cells = []
-        for depth in sorted(set(self.request.depths)):
-            state = self._state_at(depth, state)
-            file = folder / f"{depth}.npz"
-            np.savez(file, **state)  # type: ignore[arg-type]  # no state is named `allow_pickle`
-            cells += [_Cell(test, depth, file) for test in self.request.tests]
-        return cells
 
     def _measure(self, cells: list[_Cell]) -> None:
         rounds = self.request.repetitions
@@ -224,6 +218,7 @@ class BenchMeasurement:
         info, test, rates = self.session.info, cell.test, cell.rates
         per_token = info.weight_bytes * test.weight_reads(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
+        files = [self.artifact] if self.artifact.is_file() else self.artifact.rglob("*")
         return BenchRow(
             test=test.name,
             depth=cell.depth,
@@ -239,7 +234,7 @@ class BenchMeasurement:
             rss_bytes=round(median(cell.memory)) if cell.memory else None,
             peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
-            artifact_bytes=_size(self.artifact),
+            artifact_bytes=sum(file.stat().st_size for file in files if file.is_file()),
             artifact=self.artifact.resolve().name,
             engine=info.engine,
             engine_version=info.engine_version,
@@ -247,13 +242,6 @@ class BenchMeasurement:
             threads=info.threads,
             cpu=cpu(),
         )
-
-    def _warm_up(self) -> None:
-        until = time.perf_counter() + WARM_UP_SECONDS
-        while time.perf_counter() < until:
-            if self.session.position[0] >= PIECE:
-                self.session.reset()
-            self.session.step(self._random(1)[0])
 
     def _steps(self, tokens: np.ndarray, speeds: list[float]) -> float:
         """Returns the steps' seconds; adds read speeds measured in between to `speeds`."""
@@ -301,11 +289,6 @@ def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> 
     return random | {POSITION: np.full_like(like[POSITION], depth)}
 
 
-def _size(artifact: Path) -> int:
-    files = [artifact] if artifact.is_file() else artifact.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
 COLUMNS: dict[str, Callable[[BenchRow], str]] = {
     "test": lambda row: row.test,
     "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
@@ -343,7 +326,6 @@ def as_markdown(rows: Sequence[BenchRow]) -> str:
 
 
 def _header_and_cells(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns header and cells; depths are compared only if there are several."""
     several = len({row.depth for row in rows}) > 1
     names = tuple(name for name in COLUMNS if several or name != "time")
     return names, [tuple(COLUMNS[name](row) for name in names) for row in rows]

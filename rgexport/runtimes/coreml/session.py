@@ -17,17 +17,7 @@ import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import (
-    HIDDEN,
-    HIDDEN_OUTPUT,
-    LO_SCALE,
-    RECURRENT,
-    RECURRENT_OUTPUT,
-    CoreMLManifest,
-    io_record,
-    recurrent_layers,
-    stored_states,
-)
+from rgexport.export.coreml import manifest as interface
 from rgexport.export.coreml.package import DECODE, PREFILL, Segment, in_order
 from rgexport.export.manifest import ACTIVATIONS, StateRecord
 from rgexport.export.mil.package import open_package
@@ -36,9 +26,8 @@ from rgexport.parallelism import usable_threads
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
-_LO_SCALE = np.float32(LO_SCALE)
-_LAYER_AXIS = -2
-"""Axis along which packages share the RG-LRU states hi and lo, [1, 1, layers, width]."""
+_LO_SCALE = np.float32(interface.LO_SCALE)
+_LAYER_AXIS = -2  # axis along which packages share the RG-LRU states [1, 1, layers, width]
 
 
 class FrameworkRunner:
@@ -89,8 +78,6 @@ def _load(tools: Any, path: Path, function: str) -> Any:
 
 
 class _Stage(NamedTuple):
-    """A segment of the model, and the package that has it, perhaps beside another segment."""
-
     package: str
     segment: Segment
     inputs: list[str]
@@ -100,7 +87,7 @@ class _Stage(NamedTuple):
 class Pipeline:
     """Runs several packages in turn; each segment takes the hidden state of the segment before."""
 
-    def __init__(self, manifest: CoreMLManifest, runners: "Mapping[str, Runner]"):
+    def __init__(self, manifest: interface.CoreMLManifest, runners: "Mapping[str, Runner]"):
         self._runners, first = runners, next(iter(runners.values()))
         self.engine: str = first.engine
         self.version: str = first.version
@@ -109,15 +96,15 @@ class Pipeline:
             _Stage(
                 plan.name,
                 segment,
-                [value.name for value in io_record(config, form, segment).inputs],
-                len(recurrent_layers(config, segment)),
+                [value.name for value in interface.io_record(config, form, segment).inputs],
+                len(interface.recurrent_layers(config, segment)),
             )
             for plan, segment in in_order(manifest.packages)
         ]
         self._state_packages: dict[str, list[str]] = {}
         """State → the packages that have it or some layers of it, in the order of layers."""
         for stage in self._stages:
-            for name in stored_states(config, form, stage.segment):
+            for name in interface.stored_states(config, form, stage.segment):
                 self._state_packages.setdefault(name, []).append(stage.package)
 
     def make_state(self) -> Any:
@@ -130,22 +117,22 @@ class Pipeline:
         values, outputs = dict(inputs), dict[str, np.ndarray]()
         first_layer, new_recurrent = 0, list[np.ndarray]()
         for stage in self._stages:
-            if RECURRENT in inputs:
+            if interface.RECURRENT in inputs:
                 end_layer = first_layer + stage.recurrent_layers
-                values[RECURRENT] = inputs[RECURRENT][first_layer:end_layer]
+                values[interface.RECURRENT] = inputs[interface.RECURRENT][first_layer:end_layer]
                 first_layer = end_layer
             stage_outputs = self._runners[stage.package].predict(
                 stage.segment.function(function),
                 {name: values[name] for name in stage.inputs},
                 state.get(stage.package),
             )
-            if RECURRENT_OUTPUT in stage_outputs:
-                new_recurrent.append(stage_outputs[RECURRENT_OUTPUT])
-            if HIDDEN_OUTPUT in stage_outputs:
-                values[HIDDEN] = stage_outputs[HIDDEN_OUTPUT]
+            if interface.RECURRENT_OUTPUT in stage_outputs:
+                new_recurrent.append(stage_outputs[interface.RECURRENT_OUTPUT])
+            if interface.HIDDEN_OUTPUT in stage_outputs:
+                values[interface.HIDDEN] = stage_outputs[interface.HIDDEN_OUTPUT]
             outputs |= stage_outputs
         if new_recurrent:
-            outputs[RECURRENT_OUTPUT] = np.concatenate(new_recurrent)
+            outputs[interface.RECURRENT_OUTPUT] = np.concatenate(new_recurrent)
         return outputs
 
     def read_state(self, state: Any, name: str) -> np.ndarray:
@@ -166,7 +153,7 @@ Runner = FrameworkRunner | InterpreterRunner | Pipeline
 """Loaded packages; `predict` updates their state in place, which is None where there is none."""
 
 
-def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
+def open_runner(folder: Path, manifest: interface.CoreMLManifest) -> Runner:
     runners: dict[str, Runner] = {}
     for plan in manifest.packages:
         path = folder / plan.name
@@ -177,7 +164,7 @@ def open_runner(folder: Path, manifest: CoreMLManifest) -> Runner:
     return combine(manifest, runners)
 
 
-def combine(manifest: CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
+def combine(manifest: interface.CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
     return Pipeline(manifest, runners) if len(runners) > 1 else next(iter(runners.values()))
 
 
@@ -196,7 +183,7 @@ class StateConverter:
     The RG-LRU states of all layers are the rows of one matrix, in the order of the manifest.
     """
 
-    def __init__(self, manifest: CoreMLManifest, runner: Runner):
+    def __init__(self, manifest: interface.CoreMLManifest, runner: Runner):
         self.runner = runner
         specs = state_specs(manifest.config, ACTIVATIONS[manifest.compute])
         self.shapes = {spec.name: spec.shape for spec in specs}
@@ -251,7 +238,6 @@ class StateConverter:
             self._store(row, record.output, lo.astype(np.float16))
 
     def _store(self, row: SequenceState, name: str, matrix: np.ndarray) -> None:
-        """Fills a float16 state [1, 1, n, padded width] with [n, width]."""
         stored = np.zeros_like(self.runner.read_state(row.in_runner, name))
         stored[0, 0, :, : matrix.shape[1]] = matrix
         self.runner.write_state(row.in_runner, name, stored)
@@ -264,7 +250,7 @@ class CoreMLSession(Session):
         self, artifact: Artifact, *, threads: int | None = None, runner: Runner | None = None
     ):
         """Opens the package; `runner` executes it instead of this machine's own runner."""
-        assert isinstance(artifact.manifest, CoreMLManifest)
+        assert isinstance(artifact.manifest, interface.CoreMLManifest)
         self._manifest, self._threads = artifact.manifest, usable_threads(threads)
         self._opened_files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
         self._runner = runner or open_runner(artifact.path, artifact.manifest)

@@ -3,7 +3,6 @@
 import ctypes
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,8 +19,7 @@ from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession
 from rgexport.runtimes.session import Session
 
-_LEAN_UBATCH = 64
-"""Most tokens of one call, for which llama.cpp reserves scratch memory."""
+_LEAN_UBATCH = 64  # most tokens of one call, for which llama.cpp reserves scratch memory
 
 
 class LlamaCppEngine(Engine):
@@ -59,32 +57,25 @@ _GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
 _ATTENTION = "temporal_block.attention"
 
 
-@dataclass(frozen=True)
-class Tap:
-    """The first tensor of a name in the graph, or the first result of `then` after it."""
-
-    name: str
-    then: str = ""
-
-
 _ONCE = {
-    "embed_tokens": Tap("embd"),
-    "final_norm": Tap("result_norm"),
-    "lm_head": Tap("result_norm", "MUL_MAT"),
-    "logits": Tap("result_output"),
+    "embed_tokens": ("embd", ""),
+    "final_norm": ("result_norm", ""),
+    "lm_head": ("result_norm", "MUL_MAT"),
+    "logits": ("result_output", ""),
 }
 
 
-def taps(config: GriffinConfig) -> dict[str, Tap]:
+def taps(config: GriffinConfig) -> dict[str, tuple[str, str]]:
+    """Returns site → its tensor, the first of a name in the graph, or an operation after that."""
     in_layer = {site: op.graph for site, op in all_ops().items() if op.graph}
-    tapped = {}
+    tapped: dict[str, tuple[str, str]] = {}
     for site in sites(config):
         name = site.split(".", 2)[-1]
         if site in _ONCE:
             tapped[site] = _ONCE[site]
         elif site.startswith("layers.") and name in in_layer:
             tensor, _, then = in_layer[name].partition("/")
-            tapped[site] = Tap(f"{tensor}-{site.split('.')[1]}", then)
+            tapped[site] = f"{tensor}-{site.split('.')[1]}", then
     return tapped
 
 
@@ -118,14 +109,14 @@ class LlamaCppObserver:
 class _Watch:
     """llama.cpp's callback: is asked about every tensor in turn, and then gets those it needs."""
 
-    def __init__(self, tapped: Mapping[str, Tap]):
+    def __init__(self, tapped: Mapping[str, tuple[str, str]]):
         self._named: dict[str, list[str]] = defaultdict(list)
         self._after: dict[str, dict[str, str]] = defaultdict(dict)
-        for site, tap in tapped.items():
-            if tap.then:
-                self._after[tap.name][tap.then] = site
+        for site, (name, then) in tapped.items():
+            if then:
+                self._after[name][then] = site
             else:
-                self._named[tap.name].append(site)
+                self._named[name].append(site)
         self.begin()
 
     def begin(self) -> None:
@@ -146,24 +137,20 @@ class _Watch:
         """Returns whether a site needs the tensor (`ask`), otherwise whether to continue."""
         try:
             if ask:
-                self._sites = self._sites_of(tensor)
+                functions = _functions()
+                name = functions["ggml_get_name"](tensor).decode()
+                awaited = self._awaited.pop(functions["ggml_op_desc"](tensor).decode(), None)
+                self._sites = [] if awaited is None else [awaited]
+                if name in self._named and name not in self._seen:
+                    self._seen.add(name)
+                    self._awaited = dict(self._after[name])
+                    self._sites += self._named[name]
                 return bool(self._sites)
             self._values |= dict.fromkeys(self._sites, read_floats(tensor))
             return True
         except BaseException as error:  # C cannot pass it on
             self._failure = self._failure or error
             return False
-
-    def _sites_of(self, tensor: int) -> list[str]:
-        functions = _functions()
-        name = functions["ggml_get_name"](tensor).decode()
-        awaited = self._awaited.pop(functions["ggml_op_desc"](tensor).decode(), None)
-        sites = [] if awaited is None else [awaited]
-        if name in self._named and name not in self._seen:
-            self._seen.add(name)
-            self._awaited = dict(self._after[name])
-            sites += self._named[name]
-        return sites
 
 
 def read_floats(tensor: int) -> np.ndarray:

@@ -17,8 +17,7 @@ from rgexport.runtimes.huge_pages import BackgroundAdvice, huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = f"unknown model architecture: '{ARCHITECTURE}'"
-_ERROR, _CONTINUED = 4, 5
-"""Levels of `enum ggml_log_level` (ggml.h)."""
+_ERROR, _CONTINUED = 4, 5  # levels of `enum ggml_log_level` (ggml.h)
 
 
 @functools.cache
@@ -61,19 +60,16 @@ class _Log:
 
     def _receive(self, level: int, text: bytes, _: Any) -> None:
         try:
-            self._take(level, text.decode("utf-8", "replace"))
+            self._level = self._level if level == _CONTINUED else level
+            *lines, self._line = (self._line + text.decode("utf-8", "replace")).split("\n")
+            for line in filter(None, map(str.strip, lines)):
+                progress.detail(f"llama.cpp: {line}")
+                if self._level == _ERROR:
+                    self.errors.append(line)
         except KeyboardInterrupt:  # C cannot pass it on: `logged` raises it afterwards
             self.interrupted = True
         except Exception:
             self._line = ""
-
-    def _take(self, level: int, text: str) -> None:
-        self._level = self._level if level == _CONTINUED else level
-        *lines, self._line = (self._line + text).split("\n")
-        for line in filter(None, map(str.strip, lines)):
-            progress.detail(f"llama.cpp: {line}")
-            if self._level == _ERROR:
-                self.errors.append(line)
 
 
 _log = _Log()
@@ -119,7 +115,12 @@ def load_model(
     llama = bindings()
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = vocab_only
-    parameters.kv_overrides = _overrides(metadata or {})
+    if metadata:
+        overrides = (llama.llama_model_kv_override * (len(metadata) + 1))()
+        for entry, (key, value) in zip(overrides, metadata.items(), strict=False):
+            entry.tag, entry.key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+            entry.value.val_i64 = value
+        parameters.kv_overrides = overrides
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
     advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
     with logged(), advised as advice:
@@ -138,14 +139,3 @@ def load_model(
             f"({reason}); {REMEDY}"
         )
     raise RequestError(f"llama.cpp cannot load {path}: {reason}")
-
-
-def _overrides(metadata: Mapping[str, int]) -> Any:
-    llama = bindings()
-    if not metadata:
-        return None
-    array = (llama.llama_model_kv_override * (len(metadata) + 1))()
-    for entry, (key, value) in zip(array, metadata.items(), strict=False):
-        entry.tag, entry.key = llama.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
-        entry.value.val_i64 = value
-    return array

@@ -14,14 +14,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.parallelism import usable_threads
-from rgexport.runtimes.llama_cpp.library import (
-    Handle,
-    bindings,
-    complaint,
-    load_model,
-    logged,
-    version,
-)
+from rgexport.runtimes.llama_cpp import library
 from rgexport.runtimes.llama_cpp.state import TYPES, StateLayout, pack, unpack
 from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles
 
@@ -32,10 +25,8 @@ UBATCH = 512
 LAST_POSITION = 2**31 - 1
 """llama.cpp counts positions in 32 bits."""
 
-_WINDOW = f"{ARCHITECTURE}.attention.sliding_window"
-"""The key of the window, the token itself included."""
-_ALL_F32, _FLOATS = 0, (0, 1, 32)
-"""`LLAMA_FTYPE_ALL_F32`; that, `MOSTLY_F16` and `MOSTLY_BF16` (llama.h)."""
+_WINDOW = f"{ARCHITECTURE}.attention.sliding_window"  # the window's key, the token itself included
+_ALL_F32, _FLOATS = 0, (0, 1, 32)  # `LLAMA_FTYPE_ALL_F32`; with `MOSTLY_F16` and `MOSTLY_BF16`
 
 
 class LlamaContext:
@@ -46,7 +37,7 @@ class LlamaContext:
 
     def __init__(
         self,
-        model: Handle,
+        model: library.Handle,
         vocab_size: int,
         batch: int,
         parameters: Any,
@@ -54,13 +45,13 @@ class LlamaContext:
         flags: int = 0,
         keep: Any = None,
     ) -> None:
-        self._llama = bindings()
+        self._llama = library.bindings()
         require_batch(batch)
-        with logged():
+        with library.logged():
             pointer = self._llama.llama_init_from_model(model.pointer, parameters)
-            self._handle = Handle(pointer, self._llama.llama_free, keep=(model, keep))
+            self._handle = library.Handle(pointer, self._llama.llama_free, keep=(model, keep))
         if not pointer:
-            raise RequestError(f"llama.cpp cannot run this model: {complaint()}")
+            raise RequestError(f"llama.cpp cannot run this model: {library.complaint()}")
         self.pointer = pointer
         self.memory = self._llama.llama_get_memory(pointer)
         self._vocab_size, self._flags, self.batch = vocab_size, flags, batch
@@ -85,11 +76,11 @@ class LlamaContext:
 
         Returns the last `num_logits` ≤ `rows` logits, [S, num_logits, vocab].
         """
-        with logged():
+        with library.logged():
             batch = self._batch(sequences, tokens, positions, num_logits)
             status = self._llama.llama_decode(self.pointer, batch)
         if status != 0:
-            raise RequestError(f"llama.cpp stopped with status {status}: {complaint()}")
+            raise RequestError(f"llama.cpp stopped with status {status}: {library.complaint()}")
         shape = len(tokens), num_logits, self._vocab_size
         if not num_logits:
             return np.empty(shape, np.float32)
@@ -109,26 +100,25 @@ class LlamaContext:
         """Returns the state of a sequence that has seen a token, in llama.cpp's form, uint8 [N]."""
         data = np.empty(self.saved_bytes(sequence), np.uint8)
         if not self._transfer(self._llama.llama_state_seq_get_data_ext, data, sequence):
-            raise RequestError(f"llama.cpp cannot save its state: {complaint()}")
+            raise RequestError(f"llama.cpp cannot save its state: {library.complaint()}")
         return data
 
     def restore(self, sequence: int, data: np.ndarray) -> None:
         if not self._transfer(self._llama.llama_state_seq_set_data_ext, data, sequence):
-            raise RequestError(f"llama.cpp cannot restore the state: {complaint()}")
+            raise RequestError(f"llama.cpp cannot restore the state: {library.complaint()}")
 
     def close(self) -> None:
         self._handle.close()
 
     def _transfer(self, function: Any, data: np.ndarray, sequence: int) -> bool:
         address = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        with logged():
+        with library.logged():
             size = function(self.pointer, address, data.size, sequence, self._flags)
         return bool(size == data.size > 0)
 
     def _batch(
         self, sequences: range, tokens: np.ndarray, positions: np.ndarray, num_logits: int
     ) -> Any:
-        """Makes a batch, sequence after sequence, that keeps its arrays alive."""
         batch, count = tokens.shape
         addresses = self._sequence_ids.ctypes.data + 4 * np.array(sequences, np.uintp)
         last = np.arange(count) >= count - num_logits
@@ -152,9 +142,9 @@ class LlamaSession(Session):
     _position: np.ndarray
 
     def __init__(self, path: Path, threads: int | None, **options: Any) -> None:
-        self._llama = bindings()
+        self._llama = library.bindings()
         self._threads = usable_threads(threads)
-        self._model = load_model(path, **options)
+        self._model = library.load_model(path, **options)
         vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
         self.vocab_size = int(self._llama.llama_vocab_n_tokens(vocabulary))
         self._context: LlamaContext | None = None
@@ -163,7 +153,7 @@ class LlamaSession(Session):
     def info(self) -> SessionInfo:
         return SessionInfo(
             engine="llama.cpp",
-            engine_version=version(),
+            engine_version=library.version(),
             threads=self._threads,
             activation_dtype="float32",
             weight_bytes=self._llama.llama_model_size(self._model.pointer),
@@ -324,13 +314,13 @@ class LlamaCppSession(LlamaSession):
 
 
 def require_batch(batch: int) -> None:
-    most = bindings().llama_max_parallel_sequences()
+    most = library.bindings().llama_max_parallel_sequences()
     if not 1 <= batch <= most:
         raise RequestError(f"{batch} conversations at once; llama.cpp takes 1 to {most}")
 
 
 def common_parameters(vocab_size: int, batch: int, threads: int, ubatch: int) -> Any:
-    parameters = bindings().llama_context_default_params()
+    parameters = library.bindings().llama_context_default_params()
     tokens = max(ubatch, batch)
     rows = min(tokens, LOGITS_BYTES // (4 * vocab_size))
     parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = tokens, ubatch, batch

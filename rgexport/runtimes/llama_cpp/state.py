@@ -35,8 +35,7 @@ MAGIC = 0xAF143CD8
 TYPES = {"float32": 0, "float16": 1}
 """dtype → `enum ggml_type` (ggml.h)."""
 
-_CELLS_AT = 12
-"""Where the streams' numbers of cells begin."""
+_CELLS_AT = 12  # where the streams' numbers of cells begin
 _CELL = [("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")]
 _NOT_FIXED = {"position", "sequence", "data"}
 _HEADERS: dict[str, Callable[[np.ndarray], int]] = {

@@ -1,7 +1,6 @@
 """The engine of ONNX artifacts; its observers run a copy of the graph with more outputs."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,29 +73,23 @@ class OrtObserver:
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None, native: bool = True):
-        all_sites = sites(artifact.manifest.config)
-        graph, self._names = observed_graph(artifact.file(MODEL_FILE), all_sites)
-        self._session = OrtSession(artifact, threads=threads, graph=graph, native=native)
+        model = parse_model(read_graph(artifact.file(MODEL_FILE)))
+        _show_gelu(model)
+        graph = model.graph
+        computed = {name for node in graph.node for name in node.output}
+        outputs = {value.name for value in graph.output}
+        self._names = [s for s in sites(artifact.manifest.config) if s.encode() in computed]
+        for name in self._names:
+            if name.encode() not in outputs:
+                graph.output.add(name=name.encode())
+        graph_file = model.SerializeToString()
+        self._session = OrtSession(artifact, threads=threads, graph=graph_file, native=native)
         self.lengths = LENGTHS if native else _PORTABLE_LENGTHS
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
         self._session.set_state(state)
         values = self._session.watch(tokens[None], self._names)
         return observation_of(values, self._session.get_state())
-
-
-def observed_graph(path: Path, requested: Sequence[str]) -> tuple[bytes, list[str]]:
-    """Returns a model without weights that has sites as outputs, and those sites."""
-    model = parse_model(read_graph(path))
-    graph = model.graph
-    _show_gelu(model)
-    computed = {name for node in graph.node for name in node.output}
-    outputs = {value.name for value in graph.output}
-    names = [site for site in requested if site.encode() in computed]
-    for name in names:
-        if name.encode() not in outputs:
-            graph.output.add(name=name.encode())
-    return model.SerializeToString(), names
 
 
 def _show_gelu(model: Any) -> None:

@@ -63,20 +63,16 @@ class MappedWeights:
         dtype, path = _DTYPES.get(tensor.data_type), self._folder / tensor.file
         if dtype is None or path.parent != self._folder or not path.is_file():
             return None
-        file = self._map(path)
+        if path.name not in self._files:
+            with open(path, "rb") as opened:
+                self._files[path.name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            advise_kernel(*_addresses(self._files[path.name]), _HUGEPAGE)
+        file = self._files[path.name]
         count = math.prod(tensor.shape)
         end = tensor.offset + count * np.dtype(dtype).itemsize
         if count == 0 or not 0 <= tensor.offset < end <= len(file):
             return None
         return np.frombuffer(file, dtype, count, tensor.offset).reshape(tensor.shape)
-
-    def _map(self, path: Path) -> mmap.mmap:
-        if path.name not in self._files:
-            with open(path, "rb") as file:
-                self._files[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            start, end = _addresses(self._files[path.name])
-            advise_kernel(start, end, _HUGEPAGE)
-        return self._files[path.name]
 
 
 def _addresses(file: mmap.mmap) -> Area:

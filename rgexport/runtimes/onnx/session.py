@@ -30,10 +30,8 @@ from rgexport.runtimes.session import Session, SessionInfo, UnchangedFiles, chec
 PREFILL_CHUNK = 512
 """Tokens per run of a long prompt: enough to keep the cores busy, little scratch memory."""
 
-_SILENT = 4
-"""Severity of the log: errors are raised, and log lines show names from the file unescaped."""
-_WEBGPU = 1, 25
-"""The first ONNX Runtime with all ops of that profile on a CPU; pyproject allows older ones."""
+_SILENT = 4  # severity of the log: errors are raised, and lines show names unescaped
+_WEBGPU = 1, 25  # the first ONNX Runtime with all ops of that profile on a CPU
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option of ONNX Runtime: the folder of the weights of a graph that is loaded from memory."""
 
@@ -227,7 +225,12 @@ class OrtSession(Session):
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
         if tokens.shape[1] == 1:
-            return self._step(rows, tokens)
+            if rows not in self._steps:
+                ids, positions = np.zeros((2, *tokens.shape), np.int64)
+                self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
+            ids, positions, run = self._steps[rows]
+            ids[:], positions[:] = tokens, self._next(rows, tokens)
+            return self._logits(rows, run, 1, 1)
         first = tokens.shape[1] - num_logits
         logits = []
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
@@ -270,14 +273,6 @@ class OrtSession(Session):
                 array = _rolled(array, position).reshape(-1, *self._rings[name])
             buffer[span] = array
 
-    def _step(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        if rows not in self._steps:
-            ids, positions = np.zeros((2, *tokens.shape), np.int64)
-            self._steps[rows] = ids, positions, self._bind(rows, ids, positions, 1)
-        ids, positions, run = self._steps[rows]
-        ids[:], positions[:] = tokens, self._next(rows, tokens)
-        return self._logits(rows, run, 1, 1)
-
     def _run(self, rows: range, ids: np.ndarray, num_logits: int) -> np.ndarray:
         run = self._bind(rows, ids, self._next(rows, ids), num_logits)
         return self._logits(rows, run, ids.shape[1], num_logits)
@@ -291,8 +286,7 @@ class OrtSession(Session):
 
     def _next(self, rows: range, ids: np.ndarray) -> np.ndarray:
         seen = self._position[rows.start : rows.stop, None]
-        positions: np.ndarray = seen + np.arange(ids.shape[1])
-        return positions
+        return np.asarray(seen + np.arange(ids.shape[1]))
 
     def _bind(
         self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int
@@ -304,20 +298,15 @@ class OrtSession(Session):
         for record in self._manifest.states:
             state = self._states[record.name][rows.start : rows.stop]
             run.bind(state, record.input, record.output)
-        self._share_outputs(run, ids.shape)
-        return run
-
-    def _share_outputs(self, run: BoundRun, shape: tuple[int, ...]) -> None:
-        """Binds outputs that only verification reads to one array of each kind for all layers.
-
-        ONNX Runtime would keep them all. A layer overwrites what the next has read already.
-        """
+        # Outputs that only verification reads share an array for all layers, as ONNX Runtime would
+        # keep them all. A layer overwrites what the next has read already.
         arrays: dict[str, np.ndarray] = {}
-        for state, site in self._sites.items():
-            kind, width = state.rpartition(".")[2], self._states[state].shape[-1]
+        for name, site in self._sites.items():
+            kind, width = name.rpartition(".")[2], self._states[name].shape[-1]
             if kind not in arrays:
-                arrays[kind] = np.empty((*shape, width), np.float32)
+                arrays[kind] = np.empty((*ids.shape, width), np.float32)
             run.bind(arrays[kind], None, site)
+        return run
 
 
 def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
@@ -341,8 +330,12 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
 ) -> tuple[ort.InferenceSession, NativeOps, MappedWeights | None, Callable[[], None]]:
-    """Returns the session, its kernels, its mapped weights, and a function that stops advice."""
-    _require_version(artifact)
+    version = ort.__version__
+    if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
+        raise RequestError(
+            f"{artifact.path} is made for webgpu, and on a processor needs ONNX Runtime "
+            f"{'.'.join(map(str, _WEBGPU))} or later; this is {version}: update onnxruntime"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
@@ -369,15 +362,6 @@ def _open(
         weights.make_resident()
         stack.callback(weights.close)
     return session, ops, weights, stack.close
-
-
-def _require_version(artifact: Artifact) -> None:
-    version = ort.__version__
-    if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
-        raise RequestError(
-            f"{artifact.path} is made for webgpu, and on a processor needs ONNX Runtime "
-            f"{'.'.join(map(str, _WEBGPU))} or later; this is {version}: update onnxruntime"
-        )
 
 
 def _register(options: ort.SessionOptions, native: NativeOps) -> NativeOps:

@@ -104,7 +104,6 @@ class GgufExpected(Expected):
 
 
 def _vocabulary(values: dict[str, Any]) -> Vocabulary | None:
-    """The vocabulary as the file has it; scores are NaN where they are missing."""
     tokens, scores, types = (values.get(name) for name in _COLUMNS)
     if tokens is None or types is None:
         return None

@@ -13,8 +13,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.validate.formats.expected import Expected, Recipe, traced
 from rgexport.validate.structure.elements import Element, Rules, elements, stored_elements
 
-_FLOAT32 = 1
-"""Its number in onnx.proto."""
+_FLOAT32 = 1  # its number in onnx.proto
 
 
 class OnnxExpected(Expected):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from rgexport.progress import task
 from rgexport.runtimes.session import Session, blocks, whole_chunks
 from rgexport.validate import metrics
 from rgexport.validate.checks import Check, cost_checks, tolerance
-from rgexport.validate.metrics import Drift, StateError, state_errors, worst
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
 from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
@@ -64,19 +64,10 @@ class AgainstFile:
     kl: metrics.KL
     agreement: metrics.Agreement
     likelihood: metrics.Likelihood | None
-    states: list[StateError]
-    drift: list[Drift]
+    states: list[metrics.StateError]
+    drift: list[metrics.Drift]
     weights: list[SketchError]
     prompts: list[PromptResult]
-
-
-@dataclass(frozen=True)
-class _Forced:
-    result: PromptResult
-    rows: np.ndarray
-    non_finite: int
-    states: list[StateError]
-    drift: list[Drift]
 
 
 def check_fits(reference: ReferenceFile, manifest: Manifest) -> None:
@@ -103,7 +94,8 @@ def compare_with_file(
             forced.append(_force(session, reference, index, prompt, span))
             positions += [span.start + position for position in prompt.positions]
             advance(prompt.tokens)
-    rows = np.concatenate([one.rows for one in forced])
+    prompts, rows_of_each, non_finite, states, drift = zip(*forced, strict=True)
+    rows = np.concatenate(rows_of_each)
     logits, kl = metrics.logit_error(rows), metrics.kl_summary(rows)
     sizes = [prompt.bytes for prompt in header.prompts]
     complete = len(rows) == header.tokens and None not in sizes
@@ -116,21 +108,22 @@ def compare_with_file(
         config_differences=config_differences(manifest.config, header.config),
         tokens=header.tokens,
         positions=len(rows),
-        non_finite_positions=sum(one.non_finite for one in forced),
+        non_finite_positions=sum(non_finite),
         logits=replace(logits, worst_position=positions[logits.worst_position]),
         kl=replace(kl, worst_position=positions[kl.worst_position]),
         agreement=metrics.agreement(rows, tolerance(manifest).rms),
         likelihood=metrics.likelihood(rows, sum(filter(None, sizes)) if complete else None),
-        states=_worst_states(error for one in forced for error in one.states),
-        drift=[drift for one in forced for drift in one.drift],
+        states=_worst_states(chain.from_iterable(states)),
+        drift=[*chain.from_iterable(drift)],
         weights=sketch_errors(reference, artifact.weights, manifest.tensors, manifest.weighted),
-        prompts=[one.result for one in forced],
+        prompts=[*prompts],
     )
 
 
 def _force(
     session: Session, reference: ReferenceFile, index: int, prompt: PromptRecord, span: slice
-) -> _Forced:
+) -> tuple[PromptResult, np.ndarray, int, list[metrics.StateError], list[metrics.Drift]]:
+    """Returns the result, its rows, positions that are not finite, states after it, and inside."""
     tokens, inside = reference.tokens[span], reference.checkpoints(index)
     following, positions = np.append(tokens[1:], -1), np.array(prompt.positions)
     compared, drift, non_finite, logits = [], [], 0, np.empty((1, 0))
@@ -142,21 +135,21 @@ def _force(
         at, expected = positions[first:last], reference.logits(index, first, last)
         compared.append(metrics.compare_logits(expected, logits[at - start], following[at]))
         if stop in inside:
-            errors = state_errors(inside[stop], session.get_state())
-            drift.append(Drift(position=stop, states=errors))
+            errors = metrics.state_errors(inside[stop], session.get_state())
+            drift.append(metrics.Drift(position=stop, states=errors))
     rows = np.concatenate(compared)
-    states = state_errors(reference.state(index), session.get_state())
+    states = metrics.state_errors(reference.state(index), session.get_state())
     result = PromptResult(
         name=prompt.name,
         tokens=prompt.tokens,
         positions=len(positions),
         kl=float(rows["kl"].mean()),
         top1=float(rows["top1"].mean()),
-        worst_state=worst(states),
+        worst_state=metrics.worst(states),
         greedy_tokens=prompt.greedy_tokens,
         greedy_common=_count_common(session, logits[-1], reference.greedy(index)),
     )
-    return _Forced(result, rows, non_finite, states, drift)
+    return result, rows, non_finite, states, drift
 
 
 def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) -> int:
@@ -168,9 +161,8 @@ def _count_common(session: Session, logits: np.ndarray, expected: np.ndarray) ->
     return len(expected)
 
 
-def _worst_states(errors: Iterable[StateError]) -> list[StateError]:
-    """Returns each state's error on the prompt where it is worst; NaN is worst of all."""
-    worst_of: dict[str, StateError] = {}
+def _worst_states(errors: Iterable[metrics.StateError]) -> list[metrics.StateError]:
+    worst_of: dict[str, metrics.StateError] = {}
     for error in errors:
         earlier = worst_of.setdefault(error.name, error)
         if math.isnan(error.relative_max) or error.relative_max > earlier.relative_max:

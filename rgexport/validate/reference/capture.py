@@ -20,26 +20,17 @@ from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.device import torch_device
 from rgexport.griffin.layout import float32_bytes, linear_inputs, model_tensors
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.progress import detail, expect_stages, note, task
-from rgexport.runtimes.machine import available_bytes, environment
+from rgexport.runtimes.machine import available_bytes, environment, torch_device
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
 from rgexport.validate.identity import text_identity
 from rgexport.validate.metrics import checkpoints
-from rgexport.validate.reference.reference_file import (
-    Header,
-    PromptRecord,
-    checkpoint_specs,
-    encode_logits,
-    is_reference,
-    stored_shape,
-    write_reference,
-)
+from rgexport.validate.reference import reference_file
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.structure.compare import can_record, record_structures
 from rgexport.validate.text import Text, choose_prompts
@@ -110,8 +101,7 @@ def _free_bytes(device: str) -> int | None:
         return available_bytes()
     import torch
 
-    free: int = torch.cuda.mem_get_info(torch.device(device))[0]
-    return free
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
 LOGITS_BYTES = 17_280_000
@@ -138,7 +128,7 @@ def capture(
         RequestError: no torch, device or package, an unsound checkpoint, or one that the package
             cannot run, prompts that cannot be read, or a target that exists or cannot be written.
     """
-    check_file_target(target, force=force, replaceable=is_reference)
+    check_file_target(target, force=force, replaceable=reference_file.is_reference)
     make_model = choose_implementation(impl, device, low_memory)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None
     config = checkpoint.config
@@ -154,7 +144,7 @@ def capture(
     arrays |= _sketch_arrays(config, checkpoint.weights, longest.tokens)
     hashes = hash_new_files(checkpoint.weight_files.values())
     files = {n: FileRecord(hashes[p], p.stat().st_size) for n, p in checkpoint.weight_files.items()}
-    header = Header(
+    header = reference_file.Header(
         model=checkpoint.name,
         config=model.config,
         files=files,
@@ -164,7 +154,7 @@ def capture(
         structures=structures,
         identity=text_identity(checkpoint),
     )
-    write_reference(target, header, arrays, force=force)
+    reference_file.write_reference(target, header, arrays, force=force)
     return target
 
 
@@ -175,8 +165,7 @@ def closing_line(target: Path) -> str:
 
 def _record(
     model: ReferenceModel, texts: Sequence[Text], tokenizer: Tokenizer | None
-) -> tuple[tuple[PromptRecord, ...], dict[str, np.ndarray]]:
-    """Runs the model over the prompts and, with a tokenizer, continues them."""
+) -> tuple[tuple[reference_file.PromptRecord, ...], dict[str, np.ndarray]]:
     lengths = [len(text.tokens) for text in texts]
     longest = int(np.argmax(lengths))
     stops = [checkpoints(n) if i == longest else [] for i, n in enumerate(lengths)]
@@ -199,7 +188,9 @@ def _record(
         arrays |= {f"greedy.{index}": np.array(ids, np.int64)} if ids else {}
         arrays |= _state_arrays(model.config, index, lengths[index], after)
     records = (
-        PromptRecord(text.name, len(text.tokens), text.bytes, tuple(at), len(ids), tuple(inside))
+        reference_file.PromptRecord(
+            text.name, len(text.tokens), text.bytes, tuple(at), len(ids), tuple(inside)
+        )
         for text, at, ids, inside in zip(texts, positions, greedy, stops, strict=True)
     )
     return tuple(records), arrays
@@ -222,13 +213,14 @@ def choose_positions(lengths: Sequence[int], vocab_size: int) -> list[list[int]]
 def _record_logits(
     model: ReferenceModel, hidden: Sequence[Any], positions: Sequence[Sequence[int]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encodes each prompt's logits at its positions, from its hidden states [1, T, width]."""
     row_bytes = 4 * model.config.vocab_size
     with task("Recording logits", sum(map(len, positions)), "positions") as advance:
         for states, chosen in zip(hidden, positions, strict=True):
             blocks = []
             for start, stop in slab_bounds(len(chosen), row_bytes, BLOCK_BYTES):
-                blocks.append(encode_logits(model.logits(states[:, chosen[start:stop]])[0]))
+                blocks.append(
+                    reference_file.encode_logits(model.logits(states[:, chosen[start:stop]])[0])
+                )
                 advance(stop - start)
             codes, scales = zip(*blocks, strict=True)
             yield np.concatenate(codes), np.concatenate(scales)
@@ -240,9 +232,9 @@ def _state_arrays(
     *inside, end = states
     arrays = {}
     for spec in state_specs(config):
-        rows = stored_shape(spec, tokens)[0]
+        rows = reference_file.stored_shape(spec, tokens)[0]
         arrays[f"states.{index}.{spec.name}"] = end[spec.name][0, spec.shape[0] - rows :]
-    for name in [spec.name for spec in checkpoint_specs(config)] if inside else ():
+    for name in [spec.name for spec in reference_file.checkpoint_specs(config)] if inside else ():
         arrays[f"checkpoints.{index}.{name}"] = np.concatenate([state[name] for state in inside])
     return arrays
 

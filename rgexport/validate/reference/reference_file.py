@@ -188,9 +188,7 @@ def checkpoint_specs(config: GriffinConfig) -> list[StateSpec]:
 
 def stored_shape(spec: StateSpec, tokens: int) -> tuple[int, ...]:
     """Returns a state's shape in the file: a cache has no more keys than there were tokens."""
-    if _is_cache(spec):
-        return min(tokens, spec.shape[0]), *spec.shape[1:]
-    return spec.shape
+    return (min(tokens, spec.shape[0]), *spec.shape[1:]) if _is_cache(spec) else spec.shape
 
 
 def _is_cache(spec: StateSpec) -> bool:
@@ -208,8 +206,7 @@ def encode_logits(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decode_logits(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Returns logits [n, vocab] float64 from the two results of `encode_logits`."""
     least, step = scales.astype(np.float64).T[:, :, None]
-    logits: np.ndarray = least + step * codes
-    return logits
+    return np.asarray(least + step * codes)
 
 
 def is_reference(path: Path) -> bool:
@@ -301,7 +298,6 @@ def _open_arrays(path: Path, header: Header) -> dict[str, RowTensor]:
 
 
 def _check_values(arrays: Mapping[str, RowTensor], vocab_size: int) -> None:
-    """Refuses ids that the model lacks, and numbers that are not finite or negative squares."""
     for name, array in arrays.items():
         if name.startswith("logits."):  # every code is a logit
             continue

@@ -9,18 +9,11 @@ from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
 from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.page import page_environment, visible, write_text
 from rgexport.units import amount
-from rgexport.validate.bisect.suspects import site_evidence
+from rgexport.validate.bisect.sites import site_evidence
 from rgexport.validate.checks import GRADES, verdict
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report import sentences, tables
-from rgexport.validate.report.sentences import (
-    LABELS,
-    MOST_NAMED,
-    ON_THE_TEXT,
-    check_text,
-    mean_kl,
-    value_text,
-)
+from rgexport.validate.report.sentences import ON_THE_TEXT, check_text, value_text
 from rgexport.validate.result import Result
 
 _VERDICTS = {
@@ -91,8 +84,8 @@ def _view(anchor: str, r: Result) -> dict[str, Any]:
         "verdict": _VERDICTS[sentences.verdict_text(r)].format(count),
         "quality": quality,
         "cost": _cost(tables.cost_of(r)),
-        "named": failures[:MOST_NAMED],
-        "unnamed": len(failures[MOST_NAMED:]),
+        "named": failures[: sentences.MOST_NAMED],
+        "unnamed": len(failures[sentences.MOST_NAMED :]),
         "first_beyond": None if sites is None else sites.first,
         "tiles": list(_tiles(r)),
         "speed": sentences.speed_text(r),
@@ -110,7 +103,7 @@ def _view(anchor: str, r: Result) -> dict[str, Any]:
         "file": None if r.reference is None else _reference_file(r.reference),
         "weights": None if r.weights is None else tables.weight_table(r.weights),
         "worst": (r.original or r.dequantized).worst,
-        "worst_against": LABELS["twin" if r.original is None else "original"],
+        "worst_against": sentences.LABELS["twin" if r.original is None else "original"],
     }
     always = {"compared", "checks", "files"}
     sections = [(key, name) for key, name in _SECTIONS.items() if key in always or variables[key]]
@@ -122,11 +115,10 @@ def _cost(c: tables.Compared | None) -> str:
         return "What compression cost was not measured: the original was not given (-m)."
     by = ", by the reference file" if isinstance(c, AgainstFile) else ""
     same = f"the most likely token is the same at {percent(c.agreement.top1)} of the positions"
-    return f"Compression cost {mean_kl(c.kl)} nats of KL per token{by}; {same}."
+    return f"Compression cost {sentences.mean_kl(c.kl)} nats of KL per token{by}; {same}."
 
 
 def _tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
-    """Yields label, value, explanation, and the CSS class of the compared model."""
     yield "size", amount(r.artifact.bytes), sentences.bits_text(r), ""
     if cost := tables.cost_of(r):
         error = f"± {cost.kl.standard_error:.1g} nats per token, to the original"
@@ -152,8 +144,7 @@ def _reference_file(file: AgainstFile) -> dict[str, Any]:
 
 
 def _kl_chart(r: Result) -> Chart:
-    """Charts KL along the text; the original is drawn below the other."""
-    sides = [(kind, LABELS[kind], side) for kind, side in reversed(tables.sides_of(r))]
+    sides = [(kind, sentences.LABELS[kind], side) for kind, side in reversed(tables.sides_of(r))]
     series = [Series(k, label, [(b.start, b.kl_mean) for b in s.blocks]) for k, label, s in sides]
     spans = {b.start: f"{b.start:,}–{b.stop - 1:,}" for b in r.dequantized.blocks}
     spans |= {b.start: f"{b.start:,}" for b in r.dequantized.blocks if b.stop - b.start == 1}

@@ -24,8 +24,7 @@ LABELS = {"twin": "dequantized reference", "original": "original"}
 """Field of `Result` → its name for people."""
 ON_THE_TEXT = "PASS on the text that was run"
 """The verdict if all checks passed, but the graph was not compared with the exporter's."""
-_SEPARATE = "identity", "structure"
-"""Kinds of checks that `proof_sentences` does not count with the others."""
+_SEPARATE = "identity", "structure"  # kinds of checks that `proof_sentences` does not count
 _COSTS = "original.rms original.kl cost reference.rms reference.kl reference.finite".split()
 _PARTS = dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights") | dict.fromkeys(_COSTS, "cost")
 """Kind of a check → its part of the proof; `arithmetic` for all other kinds."""

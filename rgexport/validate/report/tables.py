@@ -6,8 +6,7 @@ from dataclasses import replace
 from rgexport.reporting.numbers import number, percent, plus_minus, rate
 from rgexport.reporting.tables import BarTable, Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.sites import SiteError, SiteReport
-from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.bisect.sites import SiteError, SiteReport, Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
@@ -20,8 +19,7 @@ from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 WORST = 5
 """Rows of tables that show only the worst."""
 DRIFT = "Recurrent states inside the longest prompt"
-_EXACT = 0.05
-"""Noise below this is the sketch's own rounding."""
+_EXACT = 0.05  # noise below this is the sketch's own rounding
 
 Compared = Comparison | AgainstFile
 
@@ -115,7 +113,6 @@ def logits_table(r: Result) -> Table:
 def _rows(
     table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
 ) -> Iterator[Row]:
-    """A name and a cell for each side, without rows of empty cells only."""
     compared = list(sides)
     rows = ((name, *map(show, compared)) for name, show in table.items())
     return (row for row in rows if any(row[1:]))
@@ -193,7 +190,6 @@ def sketch_table(file: AgainstFile) -> Table:
 def _tensor_table(
     title: str, last: str, unchanged: str, judged: Sequence[tuple[TensorError, bool, float, float]]
 ) -> Table:
-    """The worst tensors of each scheme; `judged` has whether each is exact, and its rank."""
     rows: list[Row] = []
     for scheme in dict.fromkeys(e.scheme for e, *_ in judged):
         group = [one for one in judged if one[0].scheme == scheme]

@@ -47,7 +47,6 @@ def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
 
 
 def _summary(r: Result, page: Path | None) -> Blocks:
-    """Yields what fits a screen, and the tables of `--bisect`."""
     yield from _head(r)
     if r.reference is not None:
         yield from _warnings(r.reference)
@@ -76,7 +75,6 @@ def _everything(r: Result, page: Path | None) -> Blocks:
 
 
 def _head(r: Result) -> Iterator[str]:
-    """Yields the verdict, the failures, and lines on the compared models and the text."""
     a, engine, text = r.artifact, r.engine, r.text
     yield f"{sentences.verdict_text(r)}  {a.path}: {sentences.counted_checks(r)}"
     if (q := r.quality) is not None:
@@ -97,7 +95,6 @@ def _head(r: Result) -> Iterator[str]:
 
 
 def _answers(continuations: Sequence[Continuation]) -> Iterator[str]:
-    """Yields both models' texts after a prompt; the first token that differs is in brackets."""
     for text in continuations:
         prompt = _one_line(text.prompt)
         end = prompt if len(prompt) <= 60 else f"…{prompt[-60:]}"

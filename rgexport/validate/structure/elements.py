@@ -18,8 +18,7 @@ from rgexport.export.manifest import StoredTensor
 
 TOLERANCE = 1e-6
 """Relative difference of equal floats: the last bits of RoPE's depend on the machine."""
-_MOST_TEXT = 80
-"""Characters of a value that are kept, before a hash of it."""
+_MOST_TEXT = 80  # characters of a value that are kept, before a hash of it
 
 Value = str | float
 Content = tuple[Value, ...]
@@ -76,7 +75,6 @@ class _Reader:
     def _fields(
         self, message: Any, container: str, label: str, content: list[Value]
     ) -> Iterator[Element]:
-        """Appends the fields to `content`; yields the elements in them."""
         rules = self._rules
         rules.simplify(message)
         for field, value in message.ListFields():

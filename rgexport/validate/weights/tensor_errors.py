@@ -41,8 +41,7 @@ from rgexport.validate.weights.sketch import (
 _THREADS = 2
 _PIECE = 1 << 14
 _MAXIMA = "max_steps", "worst_row", "most_expected"
-_KEPT = 2.0**-22
-"""Relative error of a number in a sketch: float32, and four times as much for sums."""
+_KEPT = 2.0**-22  # relative error of a number in a sketch: float32, and four times as much for sums
 
 T = TypeVar("T")
 Sums = dict[str, float]
@@ -191,7 +190,6 @@ def sketch_errors(
     inputs = functools.cache(reference.inputs)
 
     def original(name: str) -> RowTensor:
-        """The sketch of each row, and the row's products with the mixtures of its inputs."""
         known, stored = reference.sketch(name), tensors[name]
         if _known_site(name, stored.scheme) is not None:
             known = np.hstack([known, reference.outputs(name)])
@@ -297,8 +295,6 @@ def _compare(
     measure: Callable[[str, Uniform, np.ndarray, np.ndarray], Sums],
     summarize: Callable[[str, StoredGroup, Sums], T],
 ) -> list[T]:
-    """Adds what `measure` returns for slabs of each row group, and summarizes the sums."""
-
     def compare_tensor(name: str, advance: Advance) -> list[T]:
         stored = tensors[name]
         totals: list[tuple[StoredGroup, Sums]] = [(group, {}) for group in groups_of(stored)]

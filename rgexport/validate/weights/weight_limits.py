@@ -23,14 +23,8 @@ from rgexport.progress import Advance
 from rgexport.quantize.plan import quantized
 from rgexport.quantize.statistics import StatisticsOf
 from rgexport.validate.checks import Check
+from rgexport.validate.weights import tensor_errors
 from rgexport.validate.weights.expectations import EXPECTATIONS, HALF_STEPS
-from rgexport.validate.weights.tensor_errors import (
-    SketchError,
-    TensorError,
-    WeightError,
-    of_each_tensor,
-    paired_slabs,
-)
 
 SHIFT = 0.4
 """Limit of the shift: rounding has no direction, except in weights of a few values.
@@ -52,17 +46,17 @@ Limited = tuple[str, float, float]
 """Quantity, its value and limit."""
 
 
-def weight_checks(errors: Sequence[WeightError]) -> Iterator[Check]:
+def weight_checks(errors: Sequence[tensor_errors.WeightError]) -> Iterator[Check]:
     """Checks the weight table: of each kind, the tensor nearest to its limit, and all beyond it."""
     return _worst_checks("weights", [(error, list(_weight_limits(error))) for error in errors])
 
 
-def sketch_checks(errors: Sequence[SketchError]) -> Iterator[Check]:
+def sketch_checks(errors: Sequence[tensor_errors.SketchError]) -> Iterator[Check]:
     return _worst_checks("reference", [(error, list(_sketch_limits(error))) for error in errors])
 
 
 def _worst_checks(
-    table: str, tensors: Sequence[tuple[TensorError, list[Limited]]]
+    table: str, tensors: Sequence[tuple[tensor_errors.TensorError, list[Limited]]]
 ) -> Iterator[Check]:
     kinds: dict[str, list[Check]] = defaultdict(list)
     for error, limits in tensors:
@@ -77,7 +71,7 @@ def _worst_checks(
         yield from (check for check in checks[1:] if not check.passed)
 
 
-def _weight_limits(error: WeightError) -> Iterator[Limited]:
+def _weight_limits(error: tensor_errors.WeightError) -> Iterator[Limited]:
     expected = EXPECTATIONS[error.chosen]
     yield "max_steps", error.max_steps, expected.max_steps
     yield "noise", error.noise, HALF_STEPS if expected.bounded else expected.noise
@@ -86,7 +80,7 @@ def _weight_limits(error: WeightError) -> Iterator[Limited]:
     yield from _shared_limits(error, error.values, square, expected.shrinks, deviation, clipping)
 
 
-def _sketch_limits(error: SketchError) -> Iterator[Limited]:
+def _sketch_limits(error: tensor_errors.SketchError) -> Iterator[Limited]:
     expected = EXPECTATIONS[error.chosen]
     values, known = error.rows * error.columns, error.evenness * (error.directions or 0)
     limit = expected.noise if error.quantized else HALF_STEPS
@@ -109,7 +103,7 @@ def _sketch_limits(error: SketchError) -> Iterator[Limited]:
 
 
 def _shared_limits(
-    error: TensorError,
+    error: tensor_errors.TensorError,
     values: int,
     square: float,
     shrinks: tuple[float, float],
@@ -144,8 +138,7 @@ def _most(products: float, share: float, chance: float = CHANCE) -> float:
 
 _SAME = 2.0**-9
 """Levels of 8 bits differ by 2⁻⁸ at least; Core ML rounds their products with scales to float16."""
-_SLAB_BYTES = 4 << 20
-"""Float32 bytes of a slab: statistics are read once for many rows."""
+_SLAB_BYTES = 4 << 20  # float32 bytes of a slab: statistics are read once for many rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +161,9 @@ def reproduce(
 
     def compare(name: str, advance: Advance) -> Reproduced:
         stored, different = tensors[name], 0
-        pairs = paired_slabs(encoded[name], artifact.weights[name], stored, _SLAB_BYTES)
+        pairs = tensor_errors.paired_slabs(
+            encoded[name], artifact.weights[name], stored, _SLAB_BYTES
+        )
         for _, expected, rows in pairs:
             same = np.abs(rows - expected) <= _SAME * np.abs(expected)  # false for NaN
             different += int((~same).sum())
@@ -176,7 +171,7 @@ def reproduce(
         values = math.prod(stored.shape)
         return Reproduced(name=name, scheme=stored.scheme.label, values=values, different=different)
 
-    return of_each_tensor("Encoding the weights again", tensors, compare)
+    return tensor_errors.of_each_tensor("Encoding the weights again", tensors, compare)
 
 
 def reproduced_checks(tensors: list[Reproduced]) -> Iterator[Check]:

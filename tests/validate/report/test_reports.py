@@ -22,7 +22,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.reporting import chart
 from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
 from rgexport.reporting.page import breakable, visible
-from rgexport.validate.bisect.suspects import Suspect
+from rgexport.validate.bisect.sites import Suspect
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.metrics import worst
 from rgexport.validate.reference.capture import capture

@@ -11,19 +11,8 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.errors import RequestError
+from rgexport.export.mil import program as mil
 from rgexport.export.mil.package import Package
-from rgexport.export.mil.program import (
-    BITS,
-    UNKNOWN,
-    Constant,
-    FileValue,
-    Function,
-    Name,
-    Operation,
-    TensorType,
-    Value,
-    numpy_type,
-)
 from rgexport.runtimes.coreml.interpreter.operations import ARITHMETIC, OPS, OperationInputs
 from rgexport.runtimes.coreml.interpreter.weights import (
     FileWeight,
@@ -38,8 +27,7 @@ SMALL_BYTES = 64 << 10
 """Constants in files up to this size are read when the program is opened."""
 
 _FLOATS = ("float16", "float32")
-_UNCONVERTED = {"float32", "bool"}
-"""Dtypes that arithmetic takes and gives as they are; float16 is computed in float32."""
+_UNCONVERTED = {"float32", "bool"}  # dtypes that arithmetic takes and gives as they are
 
 FeatureStates = dict[str, np.ndarray]
 """The state of one sequence: name → array of the declared type."""
@@ -79,29 +67,26 @@ class Interpreter:
                 raise RequestError(
                     f"{self._where}: input {name} is {inputs[name].shape}; expected {type}"
                 )
-            array = np.ascontiguousarray(inputs[name], numpy_type(type.dtype))
+            array = np.ascontiguousarray(inputs[name], mil.numpy_type(type.dtype))
             values[self._slots[name]] = array
         for name in self._function.states:
             values[self._slots[name]] = states[name]
         with np.errstate(all="ignore"):
-            self._run(values)
+            for function, arguments, result, shape, dtype, dead, operation in self._steps:
+                try:
+                    value = function(*[values[slot] for slot in arguments])
+                    if value.dtype != dtype or value.shape != shape:
+                        raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
+                except (ValueError, IndexError, TypeError) as error:
+                    raise RequestError(
+                        f"{self._where}: {operation.type} {operation.label} failed: {error}"
+                    ) from None
+                values[result] = value
+                for slot in dead:
+                    values[slot] = None
         for name in self._function.states:
             states[name] = values[self._slots[name]]
         return {name: values[self._slots[name]] for name in self._results}
-
-    def _run(self, values: list[Any]) -> None:
-        for function, arguments, result, shape, dtype, dead, operation in self._steps:
-            try:
-                value = function(*[values[slot] for slot in arguments])
-                if value.dtype != dtype or value.shape != shape:
-                    raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
-            except (ValueError, IndexError, TypeError) as error:
-                raise RequestError(
-                    f"{self._where}: {operation.type} {operation.label} failed: {error}"
-                ) from None
-            values[result] = value
-            for slot in dead:
-                values[slot] = None
 
 
 class InterpreterRunner:
@@ -115,7 +100,7 @@ class InterpreterRunner:
         self._states = package.functions[package.default_function].states
 
     def make_state(self) -> FeatureStates:
-        return {n: np.zeros(t.shape, numpy_type(t.dtype)) for n, t in self._states.items()}
+        return {n: np.zeros(t.shape, mil.numpy_type(t.dtype)) for n, t in self._states.items()}
 
     def predict(
         self, function: str, inputs: Mapping[str, np.ndarray], state: FeatureStates | None
@@ -130,37 +115,39 @@ class InterpreterRunner:
 
 
 class _Step(NamedTuple):
-    """A call: slots of its arguments and its result, and slots that no later step reads."""
-
     function: Call
     arguments: tuple[int, ...]
     result: int
     shape: tuple[int, ...]
     dtype: np.dtype
     dead: tuple[int, ...]
-    operation: Operation
+    operation: mil.Operation
 
 
 class _Translator:
-    """Makes steps of operations, and slots of inputs, states, constants and results."""
-
-    def __init__(self, package: Package, function: Function, cache: WeightCache):
+    def __init__(self, package: Package, function: mil.Function, cache: WeightCache):
         self.values: list[Any] = []
         """The value of each slot when a run starts; None before it is computed."""
         self.names: dict[str, int] = {}
         """The slot of each value that has a name."""
-        self._types: list[TensorType] = []
+        self._types: list[mil.TensorType] = []
         self._wide: dict[int, int] = {}
         self._steps: list[_Step] = []
         self._package, self._states, self._cache = package, function.states, cache
         for name, type in (function.inputs | function.states).items():
             self._define(name, type)
 
-    def add(self, operation: Operation) -> None:
+    def add(self, operation: mil.Operation) -> None:
         if operation.blocks:
             raise Unsupported("it has blocks of its own")
         if operation.type == "write_state":
-            self._write_state(operation)
+            # Another array takes the state's place: the old one is not changed.
+            state, data = self._state(operation), operation.inputs.get("data", ())
+            if len(data) != 1:
+                raise Unsupported("it has no data")
+            slot = self._operand(data[0])
+            function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
+            self._add_step(operation, function, [slot], state)
             return
         if len(operation.outputs) != 1:
             raise Unsupported(f"it has {len(operation.outputs)} outputs; expected 1")
@@ -178,7 +165,6 @@ class _Translator:
             self._compute(operation, name, type)
 
     def finished(self, outputs: Sequence[str]) -> list[_Step]:
-        """Returns the steps; constants, states and outputs outlive all of them."""
         alive = {slot for slot, value in enumerate(self.values) if value is not None}
         alive.update(self.names[name] for name in (*self._states, *outputs))
         done = []
@@ -188,29 +174,29 @@ class _Translator:
             done.append(step._replace(dead=tuple(dead)))
         return done[::-1]
 
-    def _new(self, type: TensorType, value: Any) -> int:
+    def _new(self, type: mil.TensorType, value: Any) -> int:
         self.values.append(value)
         self._types.append(type)
         return len(self.values) - 1
 
-    def _define(self, name: str, type: TensorType, value: Any = None) -> int:
+    def _define(self, name: str, type: mil.TensorType, value: Any = None) -> int:
         if name in self.names:
             raise Unsupported(f"{name} is computed twice")
         self.names[name] = self._new(type, value)
         return self.names[name]
 
-    def _operand(self, value: Value) -> int:
-        if not isinstance(value, Name):
+    def _operand(self, value: mil.Value) -> int:
+        if not isinstance(value, mil.Name):
             return self._new(value.type, self._load(value))
         if value.name not in self.names:
             raise Unsupported(f"nothing computes {value.name} before it")
         return self.names[value.name]
 
-    def _load(self, value: Constant) -> np.ndarray | FileWeight:
+    def _load(self, value: mil.Constant) -> np.ndarray | FileWeight:
         """Returns a constant as an array, or a large one of floats as a weight to be read later."""
         kind = value.type
         is_large = kind.dtype in _FLOATS and kind.shape and kind.nbytes > SMALL_BYTES
-        if isinstance(value, FileValue) and is_large:
+        if isinstance(value, mil.FileValue) and is_large:
             return file_weight(self._package, value, self._cache)
         return whole_constant(self._package, value)
 
@@ -220,19 +206,10 @@ class _Translator:
         if type.dtype != "float16" or not isinstance(value, np.ndarray):
             return slot
         if slot not in self._wide:
-            self._wide[slot] = self._new(TensorType("float32", type.shape), _widen(value))
+            self._wide[slot] = self._new(mil.TensorType("float32", type.shape), _widen(value))
         return self._wide[slot]
 
-    def _write_state(self, operation: Operation) -> None:
-        """Puts another array in the state's place: the old one is not changed."""
-        state, data = self._state(operation), operation.inputs.get("data", ())
-        if len(data) != 1:
-            raise Unsupported("it has no data")
-        slot = self._operand(data[0])
-        function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
-        self._add_step(operation, function, [slot], state)
-
-    def _compute(self, operation: Operation, name: str, type: TensorType) -> None:
+    def _compute(self, operation: mil.Operation, name: str, type: mil.TensorType) -> None:
         if operation.type not in OPS:
             raise Unsupported("it is no operation that this interpreter knows")
         operands = {n: tuple(map(self._operand, v)) for n, v in operation.inputs.items()}
@@ -247,39 +224,36 @@ class _Translator:
         slots = [slot for name in call.operands for slot in operands[name]]
         arithmetic, result = operation.type in ARITHMETIC, None
         if arithmetic:
-            result = self._rounding(type, slots)
+            dtypes = {self._types[slot].dtype for slot in slots}
+            if type.dtype not in {"bool", *dtypes}:
+                raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
+            if not {type.dtype, *dtypes} <= _UNCONVERTED:
+                result = mil.numpy_type(type.dtype)
             slots = [self._widened(slot) for slot in slots]
         lazy = {slot for name in call.lazy for slot in operands[name]}
         converters = [None if s in lazy else self._converter(s, arithmetic) for s in slots]
         function = _converted(call.function, converters, result)
         self._add_step(operation, function, slots, self._define(name, type))
 
-    def _rounding(self, type: TensorType, slots: Sequence[int]) -> np.dtype | None:
-        """Returns the dtype that a result of arithmetic is cast to; None if it has that already."""
-        dtypes = {self._types[slot].dtype for slot in slots}
-        if type.dtype not in {"bool", *dtypes}:
-            raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
-        return None if {type.dtype, *dtypes} <= _UNCONVERTED else numpy_type(type.dtype)
-
     def _converter(self, slot: int, arithmetic: bool) -> Converter:
         if isinstance(self.values[slot], FileWeight):
             return FileWeight.wide if arithmetic else FileWeight.whole
         return _widen if arithmetic and self._types[slot].dtype == "float16" else None
 
-    def _state(self, operation: Operation) -> int:
+    def _state(self, operation: mil.Operation) -> int:
         values = operation.inputs.get("input", ())
-        name = values[0].name if len(values) == 1 and isinstance(values[0], Name) else ""
+        name = values[0].name if len(values) == 1 and isinstance(values[0], mil.Name) else ""
         if name not in self._states:
             raise Unsupported(f"{name or 'its input'} is no state of the function")
         return self.names[name]
 
     def _add_step(
-        self, operation: Operation, function: Call, arguments: Sequence[int], result: int
+        self, operation: mil.Operation, function: Call, arguments: Sequence[int], result: int
     ) -> None:
         type = self._types[result]
-        if type.dtype not in BITS or UNKNOWN in type.shape:
+        if type.dtype not in mil.BITS or mil.UNKNOWN in type.shape:
             raise Unsupported(f"it gives {type}; expected numbers, as many as are known before")
-        dtype = numpy_type(type.dtype)
+        dtype = mil.numpy_type(type.dtype)
         step = _Step(function, tuple(arguments), result, type.shape, dtype, (), operation)
         self._steps.append(step)
 

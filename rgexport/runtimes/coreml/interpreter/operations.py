@@ -137,20 +137,18 @@ def _reduction(function: Callable[..., Any]) -> MakeCall:
 def _linear(inputs: OperationInputs) -> OperationCall:
     def function(x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
-        product = _by_slabs(rows, weight) if isinstance(weight, FileWeight) else rows @ weight.T
+        if isinstance(weight, FileWeight):
+            product = np.empty((len(rows), weight.type.shape[0]), np.float32)
+            for start, stop, slab in weight.slabs():
+                np.matmul(rows, slab.T, out=product[:, start:stop])
+        else:
+            product = rows @ weight.T
         if bias is not None:
             product += bias
         return product.reshape(*x.shape[:-1], -1)
 
     bias = ("bias",) if "bias" in inputs.names else ()
     return inputs.call(function, "x", "weight", *bias, lazy=("weight",))
-
-
-def _by_slabs(x: np.ndarray, weight: FileWeight) -> np.ndarray:
-    out = np.empty((len(x), weight.type.shape[0]), np.float32)
-    for start, stop, rows in weight.slabs():
-        np.matmul(x, rows.T, out=out[:, start:stop])
-    return out
 
 
 def _matmul(inputs: OperationInputs) -> OperationCall:

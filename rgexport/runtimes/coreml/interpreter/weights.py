@@ -6,17 +6,8 @@ from functools import partial
 
 import numpy as np
 
+from rgexport.export.mil import program as mil
 from rgexport.export.mil.package import Package
-from rgexport.export.mil.program import (
-    BITS,
-    Constant,
-    FileValue,
-    Immediate,
-    Operation,
-    TensorType,
-    numpy_type,
-    unpack,
-)
 from rgexport.griffin.tensor import slab_bounds
 
 SLAB_BYTES = 16 << 20
@@ -63,7 +54,7 @@ class FileWeight:
     the cached slabs of equal `key`s.
     """
 
-    type: TensorType
+    type: mil.TensorType
     key: Hashable
     read: Read
     cache: WeightCache
@@ -77,10 +68,10 @@ class FileWeight:
         flat = [self.read(index, index + 1) for index in indices.reshape(-1).tolist()]
         shape = (*indices.shape, *self.type.shape[1:])
         rows = np.concatenate(flat) if flat else np.zeros(0, _F32)
-        return rows.reshape(shape).astype(numpy_type(self.type.dtype), copy=False)
+        return rows.reshape(shape).astype(mil.numpy_type(self.type.dtype), copy=False)
 
     def whole(self) -> np.ndarray:
-        return self.wide().astype(numpy_type(self.type.dtype), copy=False)
+        return self.wide().astype(mil.numpy_type(self.type.dtype), copy=False)
 
     def wide(self) -> np.ndarray:
         slabs = [slab for _, _, slab in self.slabs()]
@@ -97,51 +88,51 @@ class FileWeight:
         return int(np.prod(self.type.shape[1:], dtype=np.int64)) * _F32.itemsize
 
 
-def elements(package: Package, value: Constant) -> Read:
-    if isinstance(value, Immediate):
+def elements(package: Package, value: mil.Constant) -> Read:
+    if isinstance(value, mil.Immediate):
         flat = value.array.reshape(-1)
         return lambda start, stop: flat[start:stop]
     blob, dtype = package.blob(value), value.type.dtype
-    bits = BITS[dtype]
+    bits = mil.BITS[dtype]
 
     def read(start: int, stop: int) -> np.ndarray:
         first = start // 8 * 8 if bits < 8 else start  # eight elements fill whole bytes
         packed = blob.read(first * bits // 8, -(-stop * bits // 8))
-        return unpack(packed, dtype, stop - first)[start - first :]
+        return mil.unpack(packed, dtype, stop - first)[start - first :]
 
     return read
 
 
-def whole_constant(package: Package, value: Constant) -> np.ndarray:
-    if isinstance(value, Immediate):
+def whole_constant(package: Package, value: mil.Constant) -> np.ndarray:
+    if isinstance(value, mil.Immediate):
         return value.array
     return elements(package, value)(0, value.type.size).reshape(value.type.shape)
 
 
-def file_weight(package: Package, value: FileValue, cache: WeightCache) -> FileWeight:
+def file_weight(package: Package, value: mil.FileValue, cache: WeightCache) -> FileWeight:
     read = rows_of(package, value)
     return FileWeight(value.type, key_of(value), lambda *rows: read(*rows).astype(_F32), cache)
 
 
-def rows_of(package: Package, value: Constant) -> Read:
+def rows_of(package: Package, value: mil.Constant) -> Read:
     read, shape = elements(package, value), value.type.shape
     width = int(np.prod(shape[1:], dtype=np.int64))
     return lambda start, stop: read(start * width, stop * width).reshape(stop - start, *shape[1:])
 
 
-def key_of(value: Constant) -> Hashable:
-    if isinstance(value, FileValue):
+def key_of(value: mil.Constant) -> Hashable:
+    if isinstance(value, mil.FileValue):
         return value.file, value.offset, value.type
     return value.type, value.array.tobytes()
 
 
-def compressed_weight(package: Package, operation: Operation, cache: WeightCache) -> FileWeight:
+def compressed_weight(package: Package, operation: mil.Operation, cache: WeightCache) -> FileWeight:
     """Returns the output of a `constexpr_` operation; raises Unsupported for unknown forms."""
     if operation.type not in COMPRESSIONS:
         raise Unsupported("it is no operation that this interpreter knows")
-    constants: dict[str, Constant] = {}
+    constants: dict[str, mil.Constant] = {}
     for name, values in operation.inputs.items():
-        if len(values) != 1 or not isinstance(values[0], Immediate | FileValue):
+        if len(values) != 1 or not isinstance(values[0], mil.Immediate | mil.FileValue):
             raise Unsupported(f"its input {name} is not given by value")
         constants[name] = values[0]
     ((_, type),) = operation.outputs
@@ -174,10 +165,10 @@ def rounded_to_half(array: np.ndarray) -> np.ndarray:
     return result
 
 
-_Constants = Mapping[str, Constant]
+_Constants = Mapping[str, mil.Constant]
 
 
-def _require_exactly(constants: _Constants, *names: str) -> list[Constant]:
+def _require_exactly(constants: _Constants, *names: str) -> list[mil.Constant]:
     if missing := [name for name in names if name not in constants]:
         raise Unsupported(f"it has no input {missing[0]}")
     if unknown := constants.keys() - {*names}:
@@ -185,7 +176,7 @@ def _require_exactly(constants: _Constants, *names: str) -> list[Constant]:
     return [constants[name] for name in names]
 
 
-def _shift_scale(package: Package, type: TensorType, constants: _Constants) -> Read:
+def _shift_scale(package: Package, type: mil.TensorType, constants: _Constants) -> Read:
     """Reads `scale * (data - offset)`, with scales and offsets per block of a row, or one scale."""
     names = "data", "scale", *({"offset"} & constants.keys())
     data, scale, *offsets = _require_exactly(constants, *names)
@@ -209,10 +200,10 @@ def _shift_scale(package: Package, type: TensorType, constants: _Constants) -> R
     return rows
 
 
-def _lookup(package: Package, type: TensorType, constants: _Constants) -> Read:
+def _lookup(package: Package, type: mil.TensorType, constants: _Constants) -> Read:
     """Reads `lut[group][index]`: a table of single values for each group of rows."""
     indices, lut = _require_exactly(constants, "indices", "lut")
-    (count, *_), levels = lut.type.shape or (0,), 1 << BITS[indices.type.dtype]
+    (count, *_), levels = lut.type.shape or (0,), 1 << mil.BITS[indices.type.dtype]
     shape, tables = indices.type.shape, (count, 1, levels, 1)
     fits = shape == type.shape and len(shape) == 2 and lut.type.shape == tables
     if not fits or _remainder(shape[0], count):
@@ -226,7 +217,7 @@ def _remainder(size: int, count: int) -> int:
     return size % count if count else size or 1
 
 
-COMPRESSIONS: dict[str, Callable[[Package, TensorType, _Constants], Read]] = {
+COMPRESSIONS: dict[str, Callable[[Package, mil.TensorType, _Constants], Read]] = {
     "constexpr_blockwise_shift_scale": _shift_scale,
     "constexpr_lut_to_dense": _lookup,
 }
