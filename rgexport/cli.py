@@ -163,15 +163,15 @@ def rgexport(context: click.Context) -> None:
 @click.pass_context
 def show_help(context: click.Context, names: tuple[str, ...]) -> None:
     """Shows what a command does, and its options."""
-    shown: click.Command = rgexport
+    command: click.Command = rgexport
     context = context.find_root()
     for name in names:
-        inner = shown.get_command(context, name) if isinstance(shown, click.Group) else None
+        inner = command.get_command(context, name) if isinstance(command, click.Group) else None
         if inner is None:
             raise click.UsageError(f"No such command {name!r}.", context)
-        shown = inner
+        command = inner
         context = click.Context(inner, info_name=name, parent=context)
-    print_result(shown.get_help(context))
+    print_result(command.get_help(context))
 
 
 _COMPLETION = """Prints the script that completes commands and options in a shell.
@@ -190,6 +190,6 @@ def completion(shell: str) -> None:
     print_result(complete(rgexport, {}, "rgexport", "_RGEXPORT_COMPLETE").source())
 
 
-for section in SECTIONS.values():
-    for command in section:
-        rgexport.add_command(command)
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        rgexport.add_command(_command)

@@ -21,7 +21,7 @@ class StyledReply:
 
     def __init__(self, console: Console, *, styled: bool = True) -> None:
         self._console, self._styled = console, styled
-        self._word = ""
+        self._rest = ""
         self._column = 0
         self._begins_line, self._is_heading, self._is_fenced = True, False, False
         self._inline = ""
@@ -32,39 +32,39 @@ class StyledReply:
             self._console.file.flush()
             self._column = not piece.endswith("\n")
             return
-        *complete, self._word = _words(self._word + piece)
-        for word in complete:
-            self._print(word)
+        *complete, self._rest = _words(self._rest + piece)
+        for item in complete:
+            self._print(item)
 
     def close(self) -> None:
         """Prints the last word, and ends the line."""
-        self._print(self._word)
-        self._word = ""
+        self._print(self._rest)
+        self._rest = ""
         if self._column:
             self._print("\n")
 
-    def _print(self, word: str) -> None:
-        if word == "\n":
+    def _print(self, item: str) -> None:
+        if item == "\n":
             self._end_line()
-        elif word.isspace() or not word:
-            self._put(word, "")
-        elif self._is_fenced or (word.startswith(_FENCE) and self._begins_line):
-            if word.startswith(_FENCE) and self._begins_line:
+        elif item.isspace() or not item:
+            self._put(item, "")
+        elif self._is_fenced or (item.startswith(_FENCE) and self._begins_line):
+            if item.startswith(_FENCE) and self._begins_line:
                 self._is_fenced = not self._is_fenced
             self._begins_line = False
-            self._put(word, _CODE)  # the terminal alone breaks lines of code
+            self._put(item, _CODE)  # the terminal alone breaks lines of code
         else:
-            self._is_heading |= self._begins_line and _HEADING.fullmatch(word) is not None
+            self._is_heading |= self._begins_line and _HEADING.fullmatch(item) is not None
             self._begins_line = False
-            if self._column and self._column + cell_len(word) > self._console.width:
+            if self._column and self._column + cell_len(item) > self._console.width:
                 self._put("\n", "")
                 self._column = 0
-            for text, style in self._spans(word):
+            for text, style in self._spans(item):
                 self._put(text, style)
 
-    def _spans(self, word: str) -> Iterator[tuple[str, str]]:
+    def _spans(self, item: str) -> Iterator[tuple[str, str]]:
         """Yields the texts of a word with their styles; a mark has the style of what it marks."""
-        for text in filter(None, _MARKS.split(word)):
+        for text in filter(None, _MARKS.split(item)):
             kind = _BOLD if text == "**" else _CODE if text.startswith("`") else ""
             before = self._inline
             if kind and before in ("", kind):

@@ -128,8 +128,8 @@ def _set(conversation: Conversation, argument: str) -> str:
     options = conversation.options
     values = vars(options.sampling) | vars(options)
     if not argument:
-        shown = {name: "random" if values[name] is None else values[name] for name in _SETTINGS}
-        return "\n".join(f"{name} {value}" for name, value in shown.items())
+        settings = {n: "random" if values[n] is None else values[n] for n in _SETTINGS}
+        return "\n".join(f"{name} {value}" for name, value in settings.items())
     name, _, value = argument.partition(" ")
     name = name.replace("-", "_")
     if name not in _SETTINGS:
@@ -233,15 +233,15 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
     if isinstance(answer, str):
         console.print(printable_reply(answer), style="dim", markup=False)
         return
-    shown = StyledReply(console, styled=conversation.styled)
+    styled = StyledReply(console, styled=conversation.styled)
     with contextlib.closing(answer) as reply:
         try:
             for piece in reply:
-                shown.add(printable_reply(piece))
+                styled.add(printable_reply(piece))
         except KeyboardInterrupt:
-            shown.add(" [stopped]")
+            styled.add(" [stopped]")
         finally:
-            shown.close()
+            styled.close()
     if conversation.last and conversation.last.reason == "length":
         console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 

@@ -234,8 +234,9 @@ def _print_artifact(target: Path) -> int:
     if progress.verbose:
         progress.detail(as_text(describe(str(target))))
     if line := check_line(artifact):
-        kl = artifact.manifest.check.kl
-        grade = grade_of_kl(kl) if kl is not None else None
+        check = artifact.manifest.check
+        is_graded = check.status == "verified" and check.kl is not None
+        grade = grade_of_kl(check.kl or 0.0) if is_graded else None
         print_result(f"{line} Quality by that KL: {grade}." if grade else line)
         if grade == "poor":
             progress.warn(

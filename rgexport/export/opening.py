@@ -54,7 +54,7 @@ def open_artifact(
 
 
 def _local_path(path: Path | str) -> Path:
-    """Returns the path of an artifact; downloads that of a hub id, unless there is such a path."""
+    """Returns the path of an artifact; downloads it where no file, but a hub id, has this name."""
     if is_hub_name(path):
         return fetch_artifact(path)
     path = Path(path)

@@ -221,7 +221,7 @@ def _content(message: bodies.ChatMessage | bodies.Prediction) -> str:
 
 
 async def healthy(request: Request) -> JSONResponse:
-    """Says whether every model still answers."""
+    """Reports whether every model still answers."""
     problems = server_of(request).health.problems()
     if not problems:
         return JSONResponse({"status": "ok"})

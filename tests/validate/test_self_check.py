@@ -53,8 +53,9 @@ def test_clean_artifacts_are_verified(kind, options, model, capsys):
     assert code == 0 and found.status == "verified" and not found.reason
     assert 0 <= found.kl < 1 and found.relative_max < 0.1
     line, _ = capsys.readouterr().out.splitlines()
-    assert line == found.sentence and line.startswith("Checked on ") and line.endswith("verified.")
-    assert run(["inspect", "out"]) == 0 and line in capsys.readouterr().out
+    assert line.startswith("Checked on ") and found.sentence.endswith(": verified.")
+    assert line.startswith(f"{found.sentence} Quality by that KL: ")
+    assert run(["inspect", "out"]) == 0 and found.sentence in capsys.readouterr().out
     assert run(["inspect", "out", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["check"] == dataclasses.asdict(found)
     if kind != "gguf":

@@ -285,7 +285,7 @@ def judged(w: np.ndarray, stored: np.ndarray, layout: Affine | Palette, key: str
 )
 def test_sound_weights_pass(key, layout, kind, columns, seed):
     # An outlier whose input has almost no importance may be clipped by many steps.
-    assume((key, kind) != ("importance", "heavy"))
+    assume(kind != "heavy" or key not in ("importance", "gptq"))
     w = draw(kind, (48, columns), seed=seed)
     assert ALGORITHMS.keys() <= EXPECTATIONS.keys()
     assert judged(w, chosen(w, layout, key), layout, key) == []
