@@ -43,9 +43,10 @@ def test_a_pipe_gives_the_replies_alone(conversation):
     pipe_chat(
         conversation, io.StringIO("\n  \nhi\n/set temperature 0.5\n/retry\n/edit there"), output
     )
-    *_, second, third = output.getvalue().splitlines()
-    assert said(conversation) == ["there", third]
-    assert output.getvalue() == f"hello\n{second}\n{third}\n"
+    message, last_reply = said(conversation)
+    assert message == "there"
+    assert output.getvalue().startswith("hello\n")
+    assert output.getvalue().endswith(f"\n{last_reply}\n")
 
 
 def test_commands(conversation, tmp_path, monkeypatch):

@@ -123,6 +123,7 @@ EXPECTATIONS: dict[str, Expectation] = {
         why="rounded to nearest, steps chosen for the least error by importances",
         noise=WEIGHTED_NOISE,
         row_noise=WEIGHTED_NOISE,
+        projection=0.01,
         weighted=True,
     ),
 }
