@@ -16,6 +16,7 @@ from rgexport.commands.options import (
 )
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
+from rgexport.units import amount
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class PushArguments:
     repo: str = argument(metavar="OWNER/NAME")
     public: bool = option("Make a new repository visible to everybody.")
     force: bool = option("Add the artifact to a repository with other contents.")
+    dry_run: bool = option("List the files and their sizes; upload nothing.")
 
 
 @command(PushArguments)
@@ -33,11 +35,19 @@ def push(arguments: PushArguments) -> None:
     Log in first, by `hf auth login`. The repository is private unless --public is given. An upload
     that was interrupted goes on when the command is given again.
     """
-    from rgexport.export.hub import PREFIX, push_artifact
+    from rgexport.export.hub import PREFIX, planned_upload, push_artifact
     from rgexport.export.opening import open_artifact
 
     artifact = open_artifact(arguments.artifact, verify=True)
     repo = arguments.repo
+    if arguments.dry_run:
+        sizes = planned_upload(artifact, repo)
+        for file_name, size in sizes.items():
+            print_result(f"{amount(size):>10}  {file_name}")
+        kind = "public" if arguments.public else "private"
+        total = amount(sum(sizes.values()))
+        print_result(f"{total} would go to {repo}, which is made {kind} if it is new.")
+        return
     page = push_artifact(artifact, repo, public=arguments.public, force=arguments.force)
     verb = "chat" if artifact.manifest.instruction_tuned else "generate"
     file = f"/{arguments.artifact.name}" if artifact.path.is_file() else ""

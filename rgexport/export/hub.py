@@ -70,12 +70,36 @@ def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -
     `repo` is `owner/name`, made if it does not exist, and then visible to all if `public`; with
     `force` it may have other files. Raises RequestError: no such name, no permission or network.
     """
-    name = parse(repo)
-    if name.file or name.revision:
-        raise RequestError(f"{repo} is no repository; expected owner/name")
+    name = _repository(repo)
     _warn_of_terms(artifact)
     with _explained(name.id, "upload", "try again: it goes on"):
         return _push(artifact, name.id, public=public, force=force)
+
+
+def planned_upload(artifact: Artifact, repo: str) -> dict[str, int]:
+    """Returns the sizes in bytes of the files that `push_artifact` uploads; asks no network."""
+    _repository(repo)
+    return {name: _size(content) for name, content in _files_of(artifact).items()}
+
+
+def _repository(repo: str) -> HubName:
+    name = parse(repo)
+    if name.file or name.revision:
+        raise RequestError(f"{repo} is no repository; expected owner/name")
+    return name
+
+
+def _files_of(artifact: Artifact) -> dict[str, Path | bytes]:
+    """Returns name in the repository → the local file, or its contents."""
+    if artifact.path.is_file():
+        text = card(artifact.manifest, artifact.origin())
+        return {artifact.path.name: artifact.path, CARD: text.encode()}
+    paths = {name: artifact.file(name) for name in (*artifact.manifest.files, MANIFEST)}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 @contextmanager
@@ -101,19 +125,14 @@ def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
             earlier = read_manifest(Path(hf_hub_download(repo, MANIFEST)).parent)
     if not force:
         _require_own(artifact, repo, existing, earlier)
-    if artifact.path.is_file():
-        text = card(artifact.manifest, artifact.origin())
-        files: dict[str, Path | bytes] = {artifact.path.name: artifact.path, CARD: text.encode()}
-    else:
-        paths = {name: artifact.file(name) for name in (*artifact.manifest.files, MANIFEST)}
-        files = {name: path for name, path in paths.items() if path.is_file()}
+    files = _files_of(artifact)
     if CARD in existing and _keeps_card(artifact, repo, earlier):
         note(f"The card of {repo} stays as it is")
         del files[CARD]
     stale = set[str]()
     if earlier and not artifact.path.is_file():
         stale = earlier.files.keys() & existing - files.keys() - {CARD}
-    total = sum(len(x) if isinstance(x, bytes) else x.stat().st_size for x in files.values())
+    total = sum(map(_size, files.values()))
     note(f"Uploading {amount(total)} to {page.url}")
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale)]

@@ -34,10 +34,19 @@ def test_an_artifact_goes_there_and_back(run, hub, artifact):
 
     said = run("generate", artifact, *ASK).stdout
     assert run("generate", "hf:me/demo", *ASK).stdout == said
+    assert run("generate", "-m", "me/demo", *ASK).stdout == said
     requests = len(hub.asked)
     facts = json.loads(run("inspect", "hf:me/demo", "--json").stdout)
     assert facts["kind"] == "onnx" and facts["name"] == "demo"
     assert len(hub.asked) == requests, "a complete copy needs no network"
+
+
+def test_a_dry_run_lists_what_would_go_there(run, hub, artifact):
+    *listed, total = run("push", artifact, "me/demo", "--dry-run").stdout.splitlines()
+    assert not hub.repositories and not hub.asked
+    assert {line.split()[-1] for line in listed} == {path.name for path in artifact.iterdir()}
+    assert "would go to me/demo, which is made private if it is new." in total
+    assert "no repository" in run("push", artifact, "me/demo@main", "--dry-run", code=2).stderr
 
 
 def test_an_interrupted_upload_or_download_goes_on(run, hub, artifact):
