@@ -106,6 +106,11 @@ class Affine(Uniform):
     def block_size(self, columns: int) -> int:
         return self.block or columns
 
+    def rounding_rule(self, weighted: bool) -> str:
+        """A search over more weights, or with fewer levels, clips larger outliers among them."""
+        is_coarse = self.block is None or self.block > 32 or self.bits < 4
+        return "search, coarse" if self.algorithm == "search" and is_coarse else self.algorithm
+
     def num_blocks(self, columns: int) -> int:
         return -(-columns // self.block_size(columns))
 

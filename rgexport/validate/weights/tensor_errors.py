@@ -7,9 +7,9 @@ so they show a wrong scale, even where the noise of four bits would hide it in a
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -21,12 +21,13 @@ from rgexport.export.storage import StoredGroup, groups_of
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
 from rgexport.progress import Advance, task
+from rgexport.quantize.plan import quantized
 from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.statistics import no_statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights.expectations import (
-    OUTPUT_SHRINKS,
-    Expectation,
+    OUTPUT_NOISE,
     expectation,
     expectation_key,
 )
@@ -106,8 +107,9 @@ class WeightError(TensorError):
     - `noise`: ‖W−Ŵ‖² in units of Σ step²/12, which rounding to nearest makes: about 1.
     - `shift`: Σ(Ŵ−W) in units of Σ step: about 0.
     - `output_noise`: ‖(Ŵ−W)X‖² in units of what rounding to nearest makes with the inputs X of a
-      text, without the shrinkage of outputs that least squared errors bring; null where the inputs
-      are not known, or the weights are no linear's.
+      text; null where they are not known, or the weights are no linear's.
+    - `encoder_noise`: the output noise of the original's weights, encoded again; null where it is
+      not needed.
     - `searched`: whether levels were chosen for the least squared error; `chosen`: how.
     """
 
@@ -116,6 +118,7 @@ class WeightError(TensorError):
     max_steps: float
     searched: bool = False
     grouped: bool = False
+    encoder_noise: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +163,7 @@ def weight_errors(
         }
         mixtures = (inputs or {}).get(input_site(name) or "")
         if mixtures is not None:
-            outputs = products(w, mixtures)
-            sums |= _output_sums(products(error, mixtures), outputs, steps, mixtures)
+            sums |= _output_sums(products(error, mixtures), steps, mixtures)
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> WeightError:
@@ -176,8 +178,26 @@ def weight_errors(
             grouped=expected.measure != "weight",
         )
 
-    label = "Comparing weights"
-    return _compare(label, original.__getitem__, dequantized, tensors, measure, summarize)
+    def compare(label: str, weights: WeightSource, names: Iterable[str]) -> list[WeightError]:
+        chosen = {name: tensors[name] for name in names}
+        return _compare(label, original.__getitem__, weights, chosen, measure, summarize)
+
+    errors = compare("Comparing weights", dequantized, tensors)
+    weighed = {error.name for error in errors if error.weighted}  # their encoders need statistics
+    clipped = {error.name for error in errors if _may_be_clipped(error)} - weighed
+    plan = {name: tensors[name].scheme for name in clipped}
+    if not plan:
+        return errors
+    encoded = quantized({name: original[name] for name in plan}, plan, no_statistics)
+    again = compare("Encoding the weights again", encoded, plan)
+    known = {(error.name, error.scheme): error.output_noise for error in again}
+    return [replace(e, encoder_noise=known.get((e.name, e.scheme))) for e in errors]
+
+
+def _may_be_clipped(error: WeightError) -> bool:
+    """Whether the search, which knows no inputs, may have made so much noise of the outputs."""
+    noise, searched = error.output_noise, error.chosen.startswith("search")
+    return searched and noise is not None and not noise <= OUTPUT_NOISE
 
 
 def sketch_errors(
@@ -216,8 +236,7 @@ def sketch_errors(
         }
         if (site := _known_site(name, scheme)) is not None:
             mixtures = inputs(site)
-            moved = products(rows, mixtures) - outputs
-            sums |= _output_sums(moved, outputs, steps, mixtures)
+            sums |= _output_sums(products(rows, mixtures) - outputs, steps, mixtures)
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> SketchError:
@@ -248,7 +267,7 @@ def _known_site(name: str, scheme: Scheme) -> str | None:
 
 def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) -> dict[str, Any]:
     scheme = group.stored.uniform
-    expected = expectation(scheme, weighted)
+    output = _ratio(sums["output"], sums["expected_output"]) if "output" in sums else None
     return {
         "name": name,
         "scheme": group.label,
@@ -257,34 +276,19 @@ def _shared_fields(name: str, group: StoredGroup, weighted: bool, sums: Sums) ->
         "projection": 1 + _ratio(sums["along"], sums["square"]),
         "noise": _ratio(sums["error"], sums["expected"]),
         "shift": _ratio(sums["moved"], sums["steps"]),
-        "output_noise": _output_noise(sums, expected),
-        "weighted": expected.weighted,
+        "output_noise": output,
+        "weighted": expectation(scheme, weighted).weighted,
         "chosen": expectation_key(scheme, weighted),
     }
 
 
-def _output_sums(
-    moved: np.ndarray, outputs: np.ndarray, steps: StepSizes, mixtures: np.ndarray
-) -> Sums:
-    """Sums over mixtures p [m, K]: of stored errors `moved` E p, of `outputs` W p, of rounding."""
+def _output_sums(moved: np.ndarray, steps: StepSizes, mixtures: np.ndarray) -> Sums:
+    """Sums ‖E p‖² over mixtures p [m, K]: of the stored errors (`moved` is E p) and of rounding."""
     squares = np.square(mixtures, dtype=np.float64).sum(0)
     return {
         "output": float(np.square(moved).sum()),
-        "output_along": float((moved * outputs).sum()),
-        "output_square": float(np.square(outputs, dtype=np.float64).sum()),
         "expected_output": float(steps.rounding(mixtures.shape[1], squares).sum()),
     }
-
-
-def _output_noise(sums: Sums, expected: Expectation) -> float | None:
-    """Returns ‖(Ŵ−W)X‖² in units of what rounding makes, without the expected shrinkage."""
-    if "output" not in sums:
-        return None
-    most = OUTPUT_SHRINKS * expected.shrinks[1] * _ratio(sums["error"], sums["square"])
-    change = _ratio(sums["output_along"], sums["output_square"])
-    shrinkage = min(max(-change, 0.0), 0.0 if expected.weighted else most)
-    along = 2 * shrinkage * sums["output_along"] + shrinkage**2 * sums["output_square"]
-    return _ratio(sums["output"] + along, sums["expected_output"])
 
 
 def _compare(

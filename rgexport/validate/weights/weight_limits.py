@@ -78,6 +78,7 @@ def _weight_limits(error: tensor_errors.WeightError) -> Iterator[Limited]:
     clipping = 0.0 if expected.searched else error.clipping
     square, deviation = error.relative_error**2, error.relative_error / error.values**0.5
     yield from _shared_limits(error, error.values, square, expected.shrinks, deviation, clipping)
+    yield from _output_limit(error, expected.output_noise * max(1.0, error.encoder_noise or 0.0))
 
 
 def _sketch_limits(error: tensor_errors.SketchError) -> Iterator[Limited]:
@@ -100,6 +101,7 @@ def _sketch_limits(error: tensor_errors.SketchError) -> Iterator[Limited]:
         deviation += square * (2 / known) ** 0.5 / 2
     shrinks = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
     yield from _shared_limits(error, values, square, shrinks, deviation)
+    yield from _output_limit(error, expected.sketch_output_noise or expected.output_noise)
 
 
 def _shared_limits(
@@ -110,7 +112,7 @@ def _shared_limits(
     deviation: float,
     clipping: float = 0.0,
 ) -> Iterator[Limited]:
-    """Limits the shift, the distance of the projection from the middle of its range, the output.
+    """Limits the shift, and the distance of the projection from the middle of its range.
 
     With ρ² = ‖W−Ŵ‖²/‖W‖², the `square`, the least squared error changes the projection by -ρ²,
     unbiased rounding by 0; `shrinks` is in units of ρ².
@@ -121,10 +123,12 @@ def _shared_limits(
     change = error.projection - 1 - clipping + square * (least + most) / 2
     tolerance = expected.projection + square * (most - least) / 2
     yield "projection", abs(change), tolerance + 5 * deviation
+
+
+def _output_limit(error: tensor_errors.TensorError, most: float) -> Iterator[Limited]:
     if error.output_noise is not None and error.quantized:
         # Mixtures of inputs that are alike count as two.
-        limit = expected.output_noise * _most(2 * error.rows, 0.5 / error.rows)
-        yield "output", error.output_noise, limit
+        yield "output", error.output_noise, most * _most(2 * error.rows, 0.5 / error.rows)
 
 
 def _most(products: float, share: float, chance: float = CHANCE) -> float:

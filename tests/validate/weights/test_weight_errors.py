@@ -297,17 +297,34 @@ def test_an_algorithm_of_a_later_version_is_one_line():
         complaints(w, w, scheme, weighted=False)
 
 
+@pytest.fixture
+def loud(monkeypatch):
+    """The columns that meet inputs a hundred times as large."""
+    columns, large = slice(None, None, 64), mixtures(256)
+    large[:, columns] *= 100
+    monkeypatch.setattr("tests.validate.weights.stored.mixtures", lambda columns: large)
+    return columns
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("outlier", [2, 3.5, 8])
-def test_outliers_that_meet_the_largest_inputs_may_be_clipped(bits, outlier, monkeypatch):
-    """By the search for the least squared error, which knows no inputs."""
+def test_outliers_that_meet_the_largest_inputs_may_be_clipped(bits, outlier, loud):
+    """By the search for the least squared error, which knows no inputs; more so if it is coarse."""
     w = draw("normal", (192, 256)).copy()
-    w[:, ::64] *= np.float32(outlier)
-    scheme = Affine(bits, 128, symmetric=True, algorithm="search")
-    large = mixtures(256)
-    large[:, ::64] *= 100
-    monkeypatch.setattr("tests.validate.weights.stored.mixtures", lambda columns: large)
-    assert complaints(w, store(w, scheme), scheme, weighted=False) == []
+    w[:, loud] *= np.float32(outlier)
+    for block in (32, 128):
+        scheme = Affine(bits, block, symmetric=True, algorithm="search")
+        kinds = complaints(w, store(w, scheme), scheme, weighted=False)
+        assert kinds == [] or ((bits, block) != (4, 32) and kinds == ["reference.output"])
+
+
+def test_columns_of_the_largest_inputs_are_not_made_smaller(loud):
+    """A fifth of four columns hides in the noise of four bits, but not in the outputs."""
+    w, scheme = draw("normal", (192, 256)), Affine(4, 32, symmetric=True, algorithm="search")
+    stored = store(w, scheme).copy()
+    stored[:, loud] *= np.float32(0.8)
+    kinds = complaints(w, stored, scheme, weighted=False)
+    assert {"weights.output", "reference.output"} <= {*kinds}
 
 
 FAULTS = {
