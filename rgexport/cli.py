@@ -93,7 +93,7 @@ def _fail(message: str) -> int:
 
 
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if not value:
+    if not value or context.resilient_parsing:
         return
     from rgexport._version import __version__
     from rgexport.kernels.onnx.library import kernels

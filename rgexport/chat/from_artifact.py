@@ -22,7 +22,9 @@ from rgexport.units import amount
 _MOST_DIGITS = 20
 
 
-def open_model(path: Path, *, chat: bool, allow_foreign: bool = False, **options: Any) -> Model:
+def open_model(
+    path: Path | str, *, chat: bool, allow_foreign: bool = False, **options: Any
+) -> Model:
     """Opens an artifact as `model.open_model` does, with warnings for the user."""
     artifact = _open(path, allow_foreign)
     if chat and artifact.manifest.instruction_tuned is False:
@@ -52,7 +54,7 @@ def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
 
 
 def continue_ids(
-    path: Path,
+    path: Path | str,
     ids: str,
     options: ReplyOptions,
     threads: int | None,
@@ -90,7 +92,7 @@ def summary(reply: ModelReply) -> str:
     )
 
 
-def _open(path: Path, allow_foreign: bool) -> Artifact:
+def _open(path: Path | str, allow_foreign: bool) -> Artifact:
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     if (check := artifact.manifest.check).status == "unverified":
         warn(f"what {path} says may be wrong. {check.sentence}")

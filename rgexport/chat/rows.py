@@ -130,8 +130,11 @@ class Admission:
         """Returns whether the maximum is reached; jobs that go first have one of their own."""
         first = job.request.first
         most = self._rows if first else self.most
-        same = [live for live in self._live if live.request.first == first and not live.cancelled]
-        return len(same) >= most
+        if len(self._live) < most:
+            return False
+        return (
+            sum(live.request.first == first and not live.cancelled for live in self._live) >= most
+        )
 
     def _displaced_by(self, job: GenerationJob) -> GenerationJob:
         client = max(self._queues, key=lambda client: len(self._queues[client]), default="")

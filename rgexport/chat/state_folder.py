@@ -71,7 +71,7 @@ class FolderIndex:
 
     def lengths(self) -> set[int]:
         with self._lock:
-            return {length for length, count in self._lengths.items() if count}
+            return set(self._lengths)
 
     def name_of(self, key: Key) -> FileName:
         return self._name, f"{key[0]}-{key[1]}.state"
@@ -153,7 +153,10 @@ class FolderIndex:
     def _count(self, name: FileName, file: _File, change: int) -> None:
         self._nbytes += change * file.nbytes
         if name[0] == self._name:
-            self._lengths[int(name[1].partition("-")[0])] += change
+            length = int(name[1].partition("-")[0])
+            self._lengths[length] += change
+            if not self._lengths[length]:
+                del self._lengths[length]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -13,7 +13,7 @@ from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError, printable
 from rgexport.files.paths import read_text
 from rgexport.printing import print_reply, printable_reply
-from rgexport.progress import note
+from rgexport.progress import print_error
 from rgexport.runtimes.machine import peak_rss_bytes
 from rgexport.units import amount
 
@@ -101,9 +101,9 @@ def _raw(conversation: Conversation, argument: str) -> str:
     return "Markdown has styles." if conversation.styled else "Replies are shown as they are."
 
 
-def _retry(conversation: Conversation, argument: str) -> str | Replies:
+def _retry(conversation: Conversation, argument: str) -> Replies:
     if conversation.messages and not conversation.options.sampling.temperature:
-        return "At temperature 0 the reply is the same; change that: /set temperature 0.7"
+        print_error("At temperature 0 the reply is the same, but for cuts: /set temperature 0.7")
     return conversation.retry()
 
 
@@ -172,7 +172,7 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
         for line in _messages(lines):
             answer = _answer(conversation, line)
             if isinstance(answer, str):
-                note(answer)
+                print_error(answer)
                 continue
             for piece in answer:
                 print_reply(piece, output)
@@ -197,7 +197,8 @@ def terminal_chat(conversation: Conversation, console: "Console | None" = None) 
 
     console = console or Console(highlight=False)
     read_message, usage = _editor()
-    console.print(f"{_banner(conversation)}\n{usage} {GREETING}", style="dim", markup=False)
+    banner = printable(_banner(conversation))
+    console.print(f"{banner}\n{usage} {GREETING}", style="dim", markup=False)
     with contextlib.suppress(Quit, EOFError):
         while True:
             try:

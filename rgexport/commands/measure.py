@@ -6,6 +6,7 @@ from typing import get_args
 
 from rgexport import choices
 from rgexport.commands.options import (
+    PATH_OR_ID,
     ArtifactArguments,
     CheckpointArguments,
     ClusterArguments,
@@ -25,7 +26,7 @@ _SUITES = get_args(choices.SuiteName)
 
 @dataclass(frozen=True)
 class InspectArguments:
-    path: str | None = argument(metavar="MODEL-or-ARTIFACT")
+    path: str | None = argument(metavar="MODEL-or-ARTIFACT", type=PATH_OR_ID)
     size: choices.SizeName | None = option(
         "Released model (may download it) or the demo, instead of an argument."
     )
@@ -79,7 +80,10 @@ class ValidateArguments:
     artifacts: tuple[Path, ...] = argument(metavar="ARTIFACT...", required=True)
     reference: Path | None = option("A file of `rgexport reference`, used instead of the original.")
     model: str | None = option(
-        "The original, to measure the cost. [default: the demo, or the hub cache's copy]", "-m"
+        "The original, to measure the cost. [default: the demo, or the hub cache's copy]",
+        "-m",
+        type=PATH_OR_ID,
+        metavar="MODEL",
     )
     adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
     text: Path | None = option("Compare on this text. [default: built in]")
@@ -132,7 +136,7 @@ def validate(arguments: ValidateArguments) -> int:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    models: tuple[str, ...] = argument(metavar="MODEL...", required=True)
+    models: tuple[str, ...] = argument(metavar="MODEL...", required=True, type=PATH_OR_ID)
     suites: tuple[choices.SuiteName, ...] = option(
         f"Suite to run: {', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
         "--suite",
@@ -202,15 +206,11 @@ class BenchArguments(ArtifactArguments):
     synthetic: bool = option(
         "Fill the state with random values instead: quick, same cost per token."
     )
-    threads: int | None = option(
-        "Number of threads. [default and maximum: one per usable processor]",
-        "-t",
-        least=1,
-        most=256,
-    )
+    threads: ThreadsArguments = group()
     form: choices.TableFormat = option("Format of the table.", "--format", default="table")
     json: bool = option("Print the figures as JSON, as with --format json.")
-    output: Path | None = option("The file to write. [default: the terminal]", "-o")
+    output: str | None = option("The file to write. [default: the terminal]", "-o", type=PATH_OR_ID)
+    force: bool = option("Replace an existing file.")
     engine: NativeArguments = group()
 
 
@@ -221,12 +221,15 @@ def bench(arguments: BenchArguments) -> None:
     -p, -n and -d take lists such as 128,512; a length of 0 is left out.
     """
     from rgexport.files.atomic import write_file
+    from rgexport.files.targets import check_file_target
     from rgexport.runtimes.bench.measure import WRITERS, BenchRequest, bench_artifact
 
-    form: str = arguments.form
-    output = arguments.output
-    if str(output) in WRITERS:  # version 0.1 had `-o md`
-        form, output = str(output), None
+    form: str = "json" if arguments.json else arguments.form
+    output = arguments.output and Path(arguments.output)
+    if arguments.output in WRITERS:  # an earlier spelling
+        form, output = arguments.output, None
+    if output:
+        check_file_target(output, force=arguments.force, replaceable=lambda path: True)
     request = BenchRequest.parse(
         arguments.n_prompt,
         arguments.n_gen,
@@ -237,11 +240,11 @@ def bench(arguments: BenchArguments) -> None:
     rows = bench_artifact(
         arguments.artifact,
         request,
-        threads=arguments.threads,
+        threads=arguments.threads.threads,
         allow_foreign=arguments.engine.allow_foreign,
     )
-    text = WRITERS["json" if arguments.json else form](rows)
-    if output is None:
-        print_result(text, end="")
-    else:
+    text = WRITERS[form](rows)
+    if output:
         write_file(output, [text.encode()])
+    else:
+        print_result(text, end="")

@@ -31,6 +31,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 """Settings of every command and group."""
 _PARAMETER = "parameter"
 _PATH = click.Path(path_type=Path)
+PATH_OR_ID = click.Path()
+"""A path, which shells complete, or a hub id: a text, as a `Path` would lose a leading `./`."""
 
 
 def option(
@@ -170,7 +172,7 @@ def _filled(arguments: Any, values: dict[str, Any]) -> Any:
 
 
 def _turn_kernels_off(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
+    if value and not context.resilient_parsing:
         from rgexport.kernels.onnx.library import without_kernels
 
         context.with_resource(without_kernels())
@@ -178,9 +180,12 @@ def _turn_kernels_off(context: click.Context, parameter: click.Parameter, value:
 
 @dataclass(frozen=True)
 class CheckpointArguments:
-    named: str | None = argument(metavar="[MODEL]")
+    named: str | None = argument(metavar="[MODEL]", type=PATH_OR_ID)
     model: str | None = option(
-        "Another way to give MODEL: a folder, a DeepMind .pt file, a hub id, demo, 2b, 9b, …", "-m"
+        "Another way to give MODEL: a folder, a DeepMind .pt file, a hub id, demo, 2b, 9b, …",
+        "-m",
+        type=PATH_OR_ID,
+        metavar="MODEL",
     )
     size: SizeName | None = option("Instead of MODEL: a released model, or the demo model.")
     window: int | None = option(
@@ -201,11 +206,13 @@ class CheckpointArguments:
 
 @dataclass(frozen=True)
 class ArtifactArguments:
-    named: Path | None = argument(metavar="[ARTIFACT]")
-    model: Path | None = option("Another way to give ARTIFACT.", "-m", metavar="ARTIFACT")
+    named: str | None = argument(metavar="[ARTIFACT]", type=PATH_OR_ID)
+    model: str | None = option(
+        "Another way to give ARTIFACT.", "-m", type=PATH_OR_ID, metavar="ARTIFACT"
+    )
 
     @property
-    def artifact(self) -> Path:
+    def artifact(self) -> str:
         """Raises RequestError unless one artifact is named."""
         paths = [path for path in (self.named, self.model) if path is not None]
         if len(paths) != 1:
@@ -218,11 +225,13 @@ class ArtifactArguments:
 
 @dataclass(frozen=True)
 class ArtifactsArguments:
-    named: tuple[Path, ...] = argument(metavar="[ARTIFACT]...")
-    model: tuple[Path, ...] = option("Another way to give an ARTIFACT.", "-m", metavar="ARTIFACT")
+    named: tuple[str, ...] = argument(metavar="[ARTIFACT]...", type=PATH_OR_ID)
+    model: tuple[str, ...] = option(
+        "Another way to give an ARTIFACT.", "-m", type=PATH_OR_ID, metavar="ARTIFACT"
+    )
 
     @property
-    def artifacts(self) -> list[Path]:
+    def artifacts(self) -> list[str]:
         """Raises RequestError if no artifact is named."""
         if paths := [*self.named, *self.model]:
             return paths

@@ -87,6 +87,7 @@ class ServeArguments(ArtifactsArguments):
 @command(ServeArguments)
 def serve(arguments: ServeArguments) -> None:
     """Serves artifacts over HTTP, with OpenAI's interface."""
+    from rgexport.export.opening import local_path
     from rgexport.export.request import bytes_of
     from rgexport.serve.app import open_models, openers
     from rgexport.serve.app import serve as run
@@ -116,7 +117,7 @@ def serve(arguments: ServeArguments) -> None:
         grace_seconds=arguments.grace,
         stall_seconds=arguments.stall_seconds,
     )
-    artifacts = arguments.artifacts
+    artifacts = [local_path(artifact) for artifact in arguments.artifacts]
     models = open_models(
         artifacts,
         threads=arguments.threads.threads,

@@ -111,7 +111,7 @@ class ReplyArguments:
         most = self.sampling.max_new_tokens
         return ReplyOptions(sampling=sampling, max_new_tokens=most, stop=stop)
 
-    def open_model(self, artifact: Path, *, chat: bool) -> "Model":
+    def open_model(self, artifact: str, *, chat: bool) -> "Model":
         from rgexport.chat.from_artifact import open_model
 
         return open_model(
@@ -336,7 +336,7 @@ def info(arguments: InfoArguments) -> None:
         print_result(f"{name:<9} {value}")
 
 
-def _next_step(artifact: Path, file: Path, *, plain: bool, has_text: bool) -> str:
+def _next_step(artifact: Path | str, file: Path, *, plain: bool, has_text: bool) -> str:
     if not has_text:
         return (
             "Go on with the text that it was made from: "

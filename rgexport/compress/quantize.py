@@ -22,6 +22,7 @@ from rgexport.export.request import bytes_of
 from rgexport.files.paths import read_regular
 from rgexport.files.targets import check_file_target, replace_file
 from rgexport.files.typed_json import parse_json
+from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.layout import EMBEDDING, input_site
@@ -60,6 +61,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise RequestError(f"--tokens is {self.tokens}; expected at least 1")
+        if self.format not in FORMATS:
+            raise RequestError(f"--format is {self.format!r}; expected one of {', '.join(FORMATS)}")
         target = self.target
         if not 0 < target.value < float("inf"):
             raise RequestError(

@@ -36,10 +36,10 @@ def nats(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return values
 
 
-def require_finite(values: np.ndarray) -> None:
+def require_finite(values: np.ndarray, name: str = "logits") -> None:
     if not np.isfinite(values).all():
         raise RequestError(
-            "the model's logits are NaN or infinite; check the artifact with `rgexport validate`"
+            f"the model's {name} are NaN or infinite; check the artifact with `rgexport validate`"
         )
 
 

@@ -37,9 +37,10 @@ def is_hub_name(path: PurePath | str) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def is_hub_id(path: PurePath) -> bool:
-    """Returns whether a path looks like `owner/name`, perhaps with a file or revision."""
-    return _NAME.fullmatch(path.as_posix()) is not None and ".." not in path.parts
+def is_hub_id(path: PurePath | str) -> bool:
+    """Returns whether a text looks like `owner/name`, perhaps with a file or revision."""
+    text = path.as_posix() if isinstance(path, PurePath) else path
+    return _NAME.fullmatch(text) is not None and ".." not in text and not text.startswith(".")
 
 
 def parse(path: PurePath | str) -> HubName:

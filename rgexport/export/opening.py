@@ -21,7 +21,7 @@ from rgexport.units import amount
 def open_artifact(
     path: Path | str, *, verify: bool = False, allow_foreign: bool = False
 ) -> Artifact:
-    """Opens an artifact, a file or package in its folder, or `hf:owner/name`; checks its files.
+    """Opens an artifact, a file or package in its folder, or a hub id; checks its files.
 
     Hashes are checked where a file was not seen before in this state, and of all with `verify`.
     With `allow_foreign`, engines may run ops that rgexport does not write.
@@ -29,7 +29,7 @@ def open_artifact(
     Raises:
         RequestError: no artifact, a damaged manifest, or a file that is missing or altered.
     """
-    path = _local_path(path)
+    path = local_path(path)
     if form := _file_format(path):
         return form.open(path, verify=verify)
     folders = (form for form in all_formats() if isinstance(form, FolderFormat))
@@ -53,18 +53,18 @@ def open_artifact(
     return replace(artifact, allow_foreign=allow_foreign)
 
 
-def _local_path(path: Path | str) -> Path:
+def local_path(path: Path | str) -> Path:
     """Returns the path of an artifact; downloads it where no file, but a hub id, has this name."""
     if is_hub_name(path):
         return fetch_artifact(path)
-    path = Path(path)
-    if str(path) in SIZE_WORDS and not (is_artifact(path) or means_checkpoint(path)):
+    looks_like_hub_id, path = is_hub_id(path), Path(path)
+    if str(path) in SIZE_WORDS and not (means_artifact(path) or means_checkpoint(path)):
         raise RequestError(
             f"{path} is a checkpoint, not an artifact; export it first: rgexport onnx {path}"
         )
-    if path.exists():
+    if path.exists() or is_artifact(path.parent):
         return path
-    if is_hub_id(path):
+    if looks_like_hub_id and not path.parent.is_dir():
         try:
             return fetch_artifact(f"{PREFIX}{path.as_posix()}")
         except RequestError as error:  # a mistyped folder looks like a hub id
@@ -100,10 +100,10 @@ def closing_line(artifact: Artifact) -> str:
     runs_on = format_of(manifest.kind).runs_on
     engine = f"It runs {runs_on}. " if runs_on else ""
     tuned = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}.get(manifest.name)
-    if manifest.profile != "cpu":
-        step = f"Make a page of it: rgexport web {path} -o site"
-    elif not manifest.has_tokenizer:
+    if not manifest.has_tokenizer:
         step = f"It has no tokenizer; try: rgexport generate {path} --ids 2"
+    elif manifest.profile != "cpu":
+        step = f"Make a page of it: rgexport web {path} -o site"
     elif manifest.instruction_tuned:
         step = f"Chat with it: rgexport chat {path}"
     else:

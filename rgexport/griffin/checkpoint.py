@@ -163,7 +163,8 @@ def _find_model(model: str | Path) -> tuple[str, Path]:
             if match := _HUB_CACHE.fullmatch(part):
                 name = match["name"]
         return os.fsencode(name).decode("utf-8", "replace"), path
-    hub_id = Path(model).as_posix().removeprefix("hf:")  # without Windows' backslashes
+    text = model.as_posix() if isinstance(model, Path) else model  # without Windows' backslashes
+    hub_id = text.removeprefix("hf:")
     if _HUB_ID.fullmatch(hub_id):
         try:
             return _find_hub(hub_id)

@@ -9,6 +9,7 @@ the opcodes that such files need build plain data, with functions of ours in pla
 sizes.)
 """
 
+import itertools
 import math
 import pickletools
 import zipfile
@@ -244,6 +245,8 @@ class _Reader:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(target, dict) or type(key) not in (str, int):
                 raise ValueError(f"it has a name of type {type(key).__name__}")
+            if isinstance(key, int) and not -(2**31) <= key < 2**31:  # others may share a hash
+                raise ValueError(f"it has the name {key:.3g}")
             target[key] = value
 
     def skip_attributes(self) -> None:
@@ -291,7 +294,7 @@ def _tensors(path: Path, content: Any) -> DeepMindTensors:
             f"{path} holds {type(content).__name__}; expected a dictionary of tensors"
         )
     tensors: DeepMindTensors = {}
-    for name, value in _leaves(content, "", 0):
+    for name, value in _leaves(content, "", 0, itertools.count(1)):
         if name in tensors or len(tensors) == MAX_NAMES:
             problem = "twice" if name in tensors else f"and {MAX_NAMES} more"
             raise ValueError(f"it has the entry {name} {problem}")
@@ -300,12 +303,14 @@ def _tensors(path: Path, content: Any) -> DeepMindTensors:
     return tensors
 
 
-def _leaves(content: dict[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
-    if depth > MAX_DEPTH:
-        raise ValueError("its dictionaries are nested too deeply")
+def _leaves(
+    content: dict[Any, Any], prefix: str, depth: int, count: "itertools.count[int]"
+) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_DEPTH or next(count) > MAX_NAMES:
+        raise ValueError("its dictionaries are nested too deeply, or too many")
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.", depth + 1)
+            yield from _leaves(value, f"{prefix}{key}.", depth + 1, count)
         else:
             yield f"{prefix}{key}", value
 

@@ -156,7 +156,7 @@ class NamedStates:
         folder = self._folder if client.is_sharing else self._folder / client.owner
         path = folder / f"{name}{_END}"
         future = self._thread.submit(partial(task, path))
-        future.add_done_callback(lambda _: self._queue.release())
+        self._thread.submit(self._queue.release)  # when the thread has passed it, cancelled or not
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), DISK_SECONDS)
         except TimeoutError:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.progress import note
+from rgexport.progress import print_error
 from rgexport.serve.host_names import is_allowed
 from rgexport.web_page.site import Site, read_content
 
@@ -34,7 +34,7 @@ def serve_site(site: Site, port: int, *, browse: bool) -> None:
     """Serves until Ctrl-C; `browse` opens a browser."""
     with local_server(site, port) as server:
         address = f"http://{HOST}:{server.server_port}/"
-        note(f"The page is at {address} (Ctrl-C ends)")
+        print_error(f"The page is at {address} (Ctrl-C ends)")
         if browse:
             webbrowser.open(address)
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 
 import pytest
@@ -140,19 +141,16 @@ def on_screen(text, width, *, styled=True, step=3, **attributes):
 @given(text=MARKDOWN, step=st.integers(1, 9))
 def test_a_terminal_shows_what_the_model_wrote(text, step):
     """Styles change no character; a line breaks at white space or wide characters alone."""
-    lines = [line.rstrip() for line in text.expandtabs(1).split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
+    lines = [line.rstrip() for line in text.split("\n")]
     plain = Text.from_ansi(on_screen(text, 10_000, step=step, force_terminal=True)).plain
     for shown in (plain, on_screen(text, 10_000, step=step)):
-        kept = [line.rstrip() for line in shown.replace("\t", " ").rstrip().split("\n")]
-        assert [" ".join(line.split()) for line in kept if line] == [
-            " ".join(line.split()) for line in lines if line
-        ]
+        kept = [line.rstrip() for line in shown.split("\n")]
+        assert "\n".join(kept).rstrip("\n") == "\n".join(lines).rstrip("\n")
     for width in (40, 80, 120):
         narrow = on_screen(text, width, step=step)
         assert "".join(narrow.split()) == "".join(text.split())
         assert {*narrow.split()} <= {*text.split()} or any(ord(c) > 0x1100 for c in text)
+        assert "\n\n" in text or "\n\n" not in re.sub(r"[^\S\n]", "", narrow)
     assert on_screen(text, 40, styled=False, step=step).rstrip("\n") == text.rstrip("\n")
 
 
@@ -162,11 +160,16 @@ def test_styles_and_lines():
     assert "\x1b[1mTitle\x1b[0m" in shown and "\x1b[1mtext\x1b[0m" in shown
     assert "\x1b[36mcode\x1b[0m" in shown and " 2*3*4\n" in shown
     assert "\x1b[36mx\x1b[0m" in shown and shown.endswith("end\n")
-    assert on_screen("alpha beta gamma", 11) == "alpha beta \ngamma\n"
+    assert on_screen("alpha beta gamma", 11) == "alpha beta\ngamma\n"
+    assert on_screen("alpha beta  gamma", 10) == "alpha beta\ngamma\n", "no blank line"
+    assert on_screen("a\n\tcc a.c\nab\tc", 80) == "a\n\tcc a.c\nab\tc\n"
+    inline = on_screen("```python``` is code\nand more", 80, force_terminal=True)
+    assert inline.endswith("and more\n")
+    assert on_screen("=" * 100_000, 80).strip() == "=" * 100_000
 
 
 def test_commands_say_what_they_do(conversation):
     said_by = chat(conversation, "hi", "/retry", "/raw", "/raw", "/set")
     assert "At temperature 0 the reply is the same" in said_by[1]
-    assert said_by[2:4] == ["Replies are shown as they are.", "Markdown has styles."]
+    assert said_by[3:5] == ["Replies are shown as they are.", "Markdown has styles."]
     assert "seed random" in said_by

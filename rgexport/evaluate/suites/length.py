@@ -23,7 +23,7 @@ from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.evaluate.display import Models, Value, curves, difference_cell, differences_of
 from rgexport.evaluate.figures import mean, mean_difference
-from rgexport.evaluate.losses import block_sums, further_losses, joined
+from rgexport.evaluate.losses import block_sums, further_losses, joined, require_finite
 from rgexport.evaluate.models import EvaluatedModel
 from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
 from rgexport.evaluate.suites.memory import doublings
@@ -127,10 +127,12 @@ def _at_mark(
     """Records the recurrent states and the time of a step, and writes a state file."""
     state, ids = session.get_state(), _ids(model, request)
     recurrent = {name: a[0] for name, a in state.items() if name.endswith(_STATE)}
+    norms = {name: float(np.linalg.norm(array)) for name, array in recurrent.items()}
+    require_finite(np.array([*norms.values()]), "states")
     result = {
         "step_seconds": float(np.median(step_seconds(session, ids[position : position + _STEPS]))),
         "rss_bytes": rss_bytes(),
-        "norms": {name: float(np.linalg.norm(array)) for name, array in recurrent.items()},
+        "norms": norms,
         "states": {
             name: b64encode(np.asarray(array, "<f4").tobytes()).decode()
             for name, array in recurrent.items()

@@ -33,7 +33,7 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.control_tokens import chosen_template
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
-from rgexport.progress import Advance, expect_stages, group, task, warn
+from rgexport.progress import Advance, expect_stages, group, note, task, warn
 from rgexport.quantize.ggml_library import load_library
 from rgexport.quantize.ggml_types import TYPES
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
@@ -150,6 +150,7 @@ def export_gguf(
     """
     check_file_target(target, force=force, replaceable=is_gguf)
     storage = options.choose(checkpoint.config)
+    _announce(storage)
     if any(TYPES[kind].is_quantized for kind in storage.types.values()):
         load_library()  # fails before any work is done
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
@@ -176,6 +177,21 @@ def export_gguf(
             integrity.write_check(unfinished, record)
     remember_hashes({target: digest}, start=start)
     return target
+
+
+def _announce(storage: GgufStorage) -> None:
+    """Notes the tensors that get another type because their rows are no whole number of blocks."""
+    default = storage.file_type.default
+    unfit = [
+        tensor.name
+        for tensor in storage.tensors
+        if tensor.quantizable and not TYPES[default].fits(tensor.shape[-1])
+    ]
+    if unfit:
+        note(
+            f"{len(unfit)} tensors have rows that {default} does not fit, such as {unfit[0]}; "
+            f"they are stored in another type, as llama-quantize does ({storage.types[unfit[0]]})"
+        )
 
 
 def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:

@@ -86,7 +86,7 @@ class GgufOptions:
     @property
     def file_type(self) -> FileType:
         if self.plan is None:
-            return find_file_type(self.type or "q4_k_m")
+            return find_file_type(self.type or DEFAULT_TYPE)
         kinds = Counter(scheme.ggml_type for scheme in self.plan.values())
         fewer = Counter({k: count for k, count in kinds.items() if k not in ("f32", None)})
         most = str((fewer or Counter(["f32"])).most_common(1)[0][0])

@@ -134,7 +134,11 @@ class BenchRow:
 
 
 def bench_artifact(
-    path: Path, request: BenchRequest, *, threads: int | None = None, allow_foreign: bool = False
+    path: Path | str,
+    request: BenchRequest,
+    *,
+    threads: int | None = None,
+    allow_foreign: bool = False,
 ) -> list[BenchRow]:
     artifact = open_artifact(path, allow_foreign=allow_foreign)
     began = time.perf_counter()
