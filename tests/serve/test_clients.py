@@ -160,6 +160,7 @@ def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch)
         answers = [save.result() for save in saves]
         assert {answer.status_code for answer in answers} <= {429, 503}
         assert "does not answer" in "".join(answer.text for answer in answers)
+        assert act(server, "save", "later").status_code == 429, "the queue is still full"
         monkeypatch.setattr(clients, "DISK_SECONDS", 60)
         disk.end()
         until(lambda: act(server, "save", "a").status_code != 429)
