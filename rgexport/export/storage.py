@@ -7,19 +7,20 @@ row groups has a matrix for each; the group's number begins its parts' names: `0
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
+from rgexport.export.program import Node
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme, Uniform
+from rgexport.quantize.scheme import Mixed, Parts, PartShapes, Plan, Scheme, Uniform
 
 Shape = tuple[int, ...]
 _Values = Callable[[np.ndarray], np.ndarray]
@@ -93,6 +94,26 @@ def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def group_name(tensor: str, index: int) -> str:
     return f"{tensor}.{index}"
+
+
+def lower_by_groups(
+    g: Any, node: Node, lower: Callable[..., Any], grouped: Mapping[str, Callable[..., Any]]
+) -> Any:
+    """Lowers a node; one with a weight in row groups by its function in `grouped`.
+
+    `g` is the format's emitter. The function gets the groups as weights, and the place of each row
+    among their rows, or None for the same order.
+    """
+    combine = grouped.get(node.op)
+    weight = node.inputs[1] if combine else None
+    scheme = g.stored(weight).scheme if weight else None
+    if combine is None or weight is None or not isinstance(scheme, Mixed):
+        return lower(g, node)
+    groups = [
+        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
+        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
+    ]
+    return [combine(g, node, lower, groups, scheme.positions(weight.size(0)))]
 
 
 def part_shapes_by_group(

@@ -122,8 +122,8 @@ def layer_costs(
     for start in range(0, hidden.shape[1], step):
         first, *variants = model.all_logits(hidden[:, start : start + step])
         unknown = np.full(len(first), -1)
-        for rows, logits in zip(blocks, variants, strict=True):
-            rows.append(metrics.compare_logits(first, logits, unknown))
+        for block, logits in zip(blocks, variants, strict=True):
+            block.append(metrics.compare_logits(first, logits, unknown))
     costs = []
     for part, block in zip(model.parts, blocks, strict=True):
         rows = np.concatenate(block)

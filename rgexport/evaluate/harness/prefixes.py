@@ -153,4 +153,4 @@ class Likelihoods(PrefixReader):
             self.likeliest[scored] &= bool((rows.argmax(-1) == targets).all())
 
     def on_end(self, indices: Sequence[int]) -> None:
-        pass  # all targets are scored already
+        return  # all targets are scored already

@@ -10,24 +10,10 @@ from coremltools.converters.mil.mil import Var
 from rgexport.export.coreml.emitter import CoreMLEmitter
 from rgexport.export.coreml.manifest import feature_name
 from rgexport.export.program import Node, Value
-from rgexport.export.storage import group_name
+from rgexport.export.storage import lower_by_groups
 from rgexport.griffin.ops import rope_frequencies
-from rgexport.quantize.scheme import Mixed
 
 Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]
-
-
-def by_groups(g: CoreMLEmitter, node: Node, lower: Lowering) -> Sequence[Var | None]:
-    combine = _OPS.get(node.op)
-    weight = node.inputs[1] if combine else None
-    scheme = g.stored(weight).scheme if weight else None
-    if combine is None or weight is None or not isinstance(scheme, Mixed):
-        return lower(g, node)
-    groups = [
-        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
-        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
-    ]
-    return [combine(g, node, lower, groups, scheme.positions(weight.size(0)))]
 
 
 def _grouped_linear(
@@ -64,7 +50,7 @@ def _grouped_embedding(
     return result
 
 
-_OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}
+GROUPED = {"embedding": _grouped_embedding, "linear": _grouped_linear}
 
 _NO_EPSILON = np.float32(1e-30)
 """MIL's `rsqrt` adds an epsilon, 1e-12 by default; its argument has the model's epsilon already."""
@@ -288,7 +274,7 @@ LOWERINGS: dict[str, Lowering] = {
 
 def lower(emitter: CoreMLEmitter, node: Node) -> None:
     with emitter.site(feature_name(node.site)):
-        results = by_groups(emitter, node, LOWERINGS[node.op])
+        results = lower_by_groups(emitter, node, LOWERINGS[node.op], GROUPED)
     for declared, value in zip(node.outputs, results, strict=True):
         if value is not None:
             emitter.declare(declared, value)

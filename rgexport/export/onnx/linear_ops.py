@@ -5,37 +5,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, pairwise
 
+import numpy as np
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import OnnxEmitter
 from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, QUANT_LINEAR_SIZES, QUANT_LINEARS
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
-from rgexport.export.storage import group_name
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.scheme import Affine, Mixed
+from rgexport.quantize.scheme import Affine
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
 
 
-def by_groups(g: OnnxEmitter, node: Node, lower: Lowering) -> Sequence[ir.Value]:
-    combine = _OPS.get(node.op)
-    weight = node.inputs[1] if combine else None
-    scheme = g.stored(weight).scheme if weight else None
-    if combine is None or weight is None or not isinstance(scheme, Mixed):
-        return lower(g, node)
-    groups = [
-        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
-        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
-    ]
-    return [combine(g, node, lower, groups, scheme)]
-
-
 def _grouped_linear(
-    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> ir.Value:
-    x, weight, bias = node.inputs
-    assert weight is not None
+    x, _, bias = node.inputs
     (out,) = node.outputs
     products: list[ir.Value] = []
     for group in groups:
@@ -43,18 +29,18 @@ def _grouped_linear(
         product = replace(node, inputs=(x, group, None), outputs=(replace(out, shape=shape),))
         products += lower(g, product)
     y, last = g.op("Concat", *products, axis=-1), len(out.shape) - 1
-    if (positions := scheme.positions(weight.size(0))) is not None:
+    if positions is not None:
         y = g.op("Gather", y, g.constant(positions, "int32"), axis=last)
     y = g.typed(y, out.dtype)
     return y if bias is None else g.op("Add", y, g.cast(g.value(bias), out.dtype))
 
 
 def _grouped_embedding(
-    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], scheme: Mixed
+    g: OnnxEmitter, node: Node, lower: Lowering, groups: list[Value], positions: np.ndarray | None
 ) -> ir.Value:
     ids, table = node.inputs
     assert ids is not None and table is not None
-    position, positions = g.value(ids), scheme.positions(table.size(0))
+    position = g.value(ids)
     if positions is None:
         position = g.cast(position, "int32")
     else:
@@ -78,7 +64,7 @@ def _grouped_embedding(
     return g.typed(result, node.outputs[0].dtype)
 
 
-_OPS = {"embedding": _grouped_embedding, "linear": _grouped_linear}
+GROUPED = {"embedding": _grouped_embedding, "linear": _grouped_linear}
 
 
 def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:

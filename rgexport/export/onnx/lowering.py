@@ -8,8 +8,9 @@ import onnx_ir as ir
 from rgexport.export.onnx import linear_ops
 from rgexport.export.onnx.emitter import END, Body, GraphBuilder, OnnxEmitter
 from rgexport.export.onnx.functions import RG_LRU_SCAN, UNGATED_SCAN
-from rgexport.export.onnx.linear_ops import by_groups
+from rgexport.export.onnx.linear_ops import GROUPED
 from rgexport.export.program import Node
+from rgexport.export.storage import lower_by_groups
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.ops import rope_frequencies
 
@@ -256,6 +257,6 @@ LOWERINGS: dict[str, Lowering] = {
 
 def lower(emitter: OnnxEmitter, node: Node, lowerings: Mapping[str, Lowering]) -> None:
     with emitter.site(node.site):
-        results = by_groups(emitter, node, lowerings[node.op])
+        results = lower_by_groups(emitter, node, lowerings[node.op], GROUPED)
     for declared, value in zip(node.outputs, results, strict=True):
         emitter.declare(declared, value)
