@@ -2,17 +2,25 @@
 
 What cannot be built is left out, each part for itself, with a warning and a file in its place that
 says why. A wheel with any library is for this platform; one without is for all.
+
+Compiling takes minutes: the kernels have a variant for each instruction set. So a library is kept
+in the user's cache folder, and later installations of the same sources take it from there.
 """
 
+import hashlib
+import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from platformdirs import user_cache_dir
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rgexport.kernels import build as native
@@ -24,6 +32,9 @@ WITHOUT = {
 }
 """Project → what an installation without its library does."""
 CMAKE, NINJA = "cmake>=3.18,<5", "ninja>=1.10,<2"
+SKIP = "RGEXPORT_NO_BUILD"
+"""Variable that, if set, leaves the native libraries out."""
+_SETTINGS = "CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_GENERATOR", "CMAKE_TOOLCHAIN_FILE", "ARCHFLAGS"
 
 
 class BuiltParts(BuildHookInterface):
@@ -56,8 +67,13 @@ class BuiltParts(BuildHookInterface):
         folder.mkdir(exist_ok=True)
         (project / native.NOT_BUILT).unlink(missing_ok=True)
         objects = Path(self.root) / "build" / "native" / project.name if editable else None
+        kept = _kept(project)
         try:
-            return native.build(project, folder, objects)
+            if os.environ.get(SKIP):
+                raise native.BuildFailed(f"{SKIP} was set")
+            if kept.is_file():
+                return native.copy(kept, folder)
+            library = native.build(project, folder, objects)
         except native.BuildFailed as failed:
             self.app.display_warning(
                 f"rgexport lacks the library of {project.name}: {WITHOUT[project.name]}; "
@@ -66,6 +82,9 @@ class BuiltParts(BuildHookInterface):
             reason = folder / native.NOT_BUILT
             reason.write_text(f"{failed}\n", "utf-8")
             return reason
+        with suppress(OSError):  # the next installation compiles again
+            native.copy(library, kept.parent)
+        return library
 
     def _add_page(self, build_data: dict[str, Any]) -> None:
         """Builds the page, unless that was done already, as in a source distribution."""
@@ -81,6 +100,22 @@ class BuiltParts(BuildHookInterface):
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Removes the scratch folder."""
         shutil.rmtree(self._scratch)
+
+
+def _kept(project: Path) -> Path:
+    """Returns the path in the user's cache of the library that these sources and compiler make."""
+    digest = hashlib.sha256(_platform().encode())
+    for name in _SETTINGS:
+        digest.update(f"{name}={os.environ.get(name)}\n".encode())
+    compiler = native.find_program(os.environ.get("CXX") or "c++")
+    if compiler:
+        digest.update(subprocess.run([compiler, "--version"], capture_output=True).stdout)
+    for folder in native.PROJECTS:  # they share headers
+        for path in (folder / "CMakeLists.txt", *sorted((folder / "src").rglob("*.*"))):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    cache = Path(os.environ.get("RGEXPORT_CACHE") or user_cache_dir("rgexport"))
+    name = native.library_path(project).name
+    return cache / "native" / digest.hexdigest()[:16] / name
 
 
 def _platform() -> str:

@@ -11,6 +11,7 @@ from click.shell_completion import get_completion_class
 
 from rgexport import progress
 from rgexport.commands import exports, measure, publish, serve, text
+from rgexport.commands.defaults import read_defaults, source_of
 from rgexport.commands.options import CONTEXT, QUIET, VERBOSE, help_if_alone
 from rgexport.errors import RequestError, one_line
 from rgexport.printing import print_result
@@ -59,7 +60,8 @@ def run(arguments: list[str]) -> int:
     progress.verbose = progress.quiet = False
     progress.expect_stages(0)
     try:
-        code = rgexport.main(arguments, "rgexport", standalone_mode=False)
+        defaults = read_defaults(rgexport)
+        code = rgexport.main(arguments, "rgexport", standalone_mode=False, default_map=defaults)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
@@ -68,7 +70,9 @@ def run(arguments: list[str]) -> int:
         return PIPE_CLOSED if end.code else 0
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "rgexport"
-        return _fail(f"{error.format_message()} (see {command} --help)")
+        parameter = error.param if isinstance(error, click.BadParameter) else None
+        source = source_of(error.ctx, parameter) if error.ctx and parameter else ""
+        return _fail(f"{error.format_message()}{source} (see {command} --help)")
     except (click.ClickException, RequestError, OSError) as error:
         return _fail(error_line(error))
     except MemoryError as error:

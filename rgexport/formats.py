@@ -2,6 +2,7 @@
 
 A format is one object in each layer, `FORMAT` of the module named below: `export` knows how it is
 stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances.
+`exporter`, which needs torch, has `EXPORTER`.
 """
 
 from importlib import import_module
@@ -10,18 +11,21 @@ from typing import Any
 FORMATS: dict[str, dict[str, Any]] = {
     "onnx": {
         "export": "rgexport.export.onnx.format",
+        "exporter": "rgexport.export.onnx.exporter",
         "runtimes": "rgexport.runtimes.onnx.engine",
         "chat": "rgexport.chat.artifact_text",
         "validate": "rgexport.validate.formats.onnx",
     },
     "coreml": {
         "export": "rgexport.export.coreml.format",
+        "exporter": "rgexport.export.coreml.exporter",
         "runtimes": "rgexport.runtimes.coreml.engine",
         "chat": "rgexport.chat.artifact_text",
         "validate": "rgexport.validate.formats.coreml",
     },
     "gguf": {
         "export": "rgexport.export.gguf.format",
+        "exporter": "rgexport.export.gguf.exporter",
         "runtimes": "rgexport.runtimes.llama_cpp.engine",
         "chat": "rgexport.chat.gguf_text",
         "validate": "rgexport.validate.formats.gguf",

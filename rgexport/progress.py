@@ -24,15 +24,18 @@ LATER_LINES = 1.25
 _BAR = range(8, 31)
 
 Advance = Callable[[int], None]
+Listener = Callable[[str, int, int], None]
+"""Gets a task's label, and how many of how many units are done."""
 
 verbose = False
 quiet = False
 """Whether stderr shows warnings and errors alone."""
 _no_warnings = False
+_listener: Listener | None = None
 
 
 def note(text: str) -> None:
-    if not quiet:
+    if not quiet and _listener is None:
         print_error(text)
 
 
@@ -60,6 +63,17 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         _no_warnings = before
+
+
+@contextmanager
+def heard_by(listener: Listener | None) -> Iterator[None]:
+    """Calls `listener` instead of printing progress and remarks; does nothing without one."""
+    global _listener
+    before, _listener = _listener, listener or _listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 @dataclass
@@ -132,7 +146,9 @@ def task(label: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
         if _open[0].number is None:
             _open[0].number = next(_numbers, "")
         current.number = _open[0].number
-        with (_bar if _can_rewrite_lines() else _lines)(current) as advance:
+        listener = _listener
+        show = _bar if _can_rewrite_lines() else _lines
+        with show(current) if listener is None else _calls(current, listener) as advance:
             yield advance
 
 
@@ -159,6 +175,17 @@ def columns() -> int | None:
 def _can_rewrite_lines() -> bool:
     can_rewrite = os.environ.get("TERM") not in ("dumb", "unknown")
     return sys.stderr.isatty() and can_rewrite and not quiet
+
+
+@contextmanager
+def _calls(current: TaskProgress, listener: Listener) -> Iterator[Advance]:
+    def advance(step: int) -> None:
+        with _lock:
+            current.done += step
+            listener(current.label, current.done, current.total)
+
+    listener(current.label, 0, current.total)
+    yield advance
 
 
 @contextmanager

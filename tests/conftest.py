@@ -82,9 +82,10 @@ def _folder(path: Path) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the hashes of verified files out of the user's cache."""
+    """Keeps the hashes of verified files out of the user's cache, and reads no user's defaults."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RGEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RGEXPORT_CONFIG", "")
         yield
 
 

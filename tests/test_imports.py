@@ -31,7 +31,7 @@ LAYERS = (
         "formats",
     ),
     *("files", "npm", "griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve"),
-    *("web_page", "validate", "evaluate", "compress", "commands", "cli", "__main__"),
+    *("web_page", "validate", "evaluate", "compress", "api", "commands", "cli", "__main__"),
 )
 """Every package and module of rgexport; each imports only from itself and those before it."""
 SIBLINGS = {"validate", "evaluate", "compress"}

@@ -192,11 +192,13 @@ def one_message(
     print_reply("\n", output)
 
 
-def terminal_chat(conversation: Conversation, console: "Console | None" = None) -> None:
+def terminal_chat(
+    conversation: Conversation, console: "Console | None" = None, *, keeps_history: bool = True
+) -> None:
     from rich.console import Console
 
     console = console or Console(highlight=False)
-    read_message, usage = _editor()
+    read_message, usage = _editor(keeps_history)
     banner = printable(_banner(conversation))
     console.print(f"{banner}\n{usage} {GREETING}", style="dim", markup=False)
     with contextlib.suppress(Quit, EOFError):
@@ -247,18 +249,19 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
         console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 
 
-def _editor() -> tuple[Callable[[str], str], str]:
+def _editor(keeps_history: bool) -> tuple[Callable[[str], str], str]:
     try:
-        return _prompt_session().prompt, EDITOR
+        return _prompt_session(keeps_history).prompt, EDITOR
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "prompt_toolkit":
             raise
         return input, NO_EDITOR
 
 
-def _prompt_session() -> "PromptSession[str]":
+def _prompt_session(keeps_history: bool) -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 
@@ -278,7 +281,7 @@ def _prompt_session() -> "PromptSession[str]":
         completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
         complete_while_typing=False,
         prompt_continuation="  ",
-        history=_history(),
+        history=_history() if keeps_history else InMemoryHistory(),
     )
 
 

@@ -3,13 +3,13 @@
 Modules that a command needs are imported when it runs, so that `rgexport --help` is fast.
 """
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rgexport import choices, progress
+from rgexport.choices import FormatName
 from rgexport.commands.options import (
     CheckpointArguments,
     ClusterArguments,
@@ -19,8 +19,10 @@ from rgexport.commands.options import (
     option,
     shared,
 )
-from rgexport.errors import RequestError
 from rgexport.printing import print_result
+
+if TYPE_CHECKING:
+    from rgexport.export.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,7 @@ class OnnxArguments:
 @command(OnnxArguments)
 def onnx(arguments: OnnxArguments) -> int:
     """Exports a checkpoint to ONNX."""
-    from rgexport.export.manifest_reader import is_artifact
-    from rgexport.export.onnx.exporter import export_onnx
-    from rgexport.export.onnx.profiles import OnnxOptions
-    from rgexport.export.opening import default_target
-    from rgexport.export.request import precision_word
-    from rgexport.files.targets import check_target
-
-    def target(name: str, options: OnnxOptions) -> Path:
-        return default_target(name, options.precision_word, "onnx", options.profile)
-
-    precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "onnx")
-    values = shared(arguments, OnnxOptions) | {"precision": precision}
-    check = partial(check_target, replaceable=is_artifact)
-    return _export(arguments, partial(OnnxOptions, **values), export_onnx, check, target)
+    return _export(arguments, "onnx")
 
 
 @dataclass(frozen=True)
@@ -118,21 +107,7 @@ def coreml(arguments: CoreMLArguments) -> int:
     The package has two functions, decode for one token and prefill for many, that share weights
     and states.
     """
-    from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-    from rgexport.export.manifest_reader import is_artifact
-    from rgexport.export.opening import default_target
-    from rgexport.export.request import bytes_of, precision_word
-    from rgexport.files.targets import check_target
-
-    def target(name: str, options: CoreMLOptions) -> Path:
-        return default_target(name, options.precision_word, "coreml")
-
-    precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "coreml")
-    values = shared(arguments, CoreMLOptions) | {"precision": precision}
-    if arguments.split is not None:
-        values["split"] = int(bytes_of("--split", arguments.split))
-    check = partial(check_target, replaceable=is_artifact)
-    return _export(arguments, partial(CoreMLOptions, **values), export_coreml, check, target)
+    return _export(arguments, "coreml")
 
 
 @dataclass(frozen=True)
@@ -155,9 +130,8 @@ class GgufArguments:
         "--tensor-type",
         metavar="REGEX=TYPE",
     )
-    embedding: str | None = option(
+    embedding_precision: str | None = option(
         "Type of the embedding (also the output head). [default: the mix's type for it]",
-        "--embedding-precision",
         metavar="TYPE",
     )
     imatrix: Path | None = option("An importance matrix, made by llama-imatrix.")
@@ -172,79 +146,65 @@ def gguf(arguments: GgufArguments) -> int:
     q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s. The file runs in the llama.cpp that `rgexport llama-cpp
     build` makes.
     """
-    from rgexport.export.gguf.exporter import default_target, export_gguf
-    from rgexport.export.gguf.options import GgufOptions, type_word
+    return _export(arguments, "gguf")
+
+
+def _export(arguments: OnnxArguments | CoreMLArguments | GgufArguments, kind: FormatName) -> int:
+    from rgexport.api import export_checkpoint
     from rgexport.export.request import precision_word
-    from rgexport.files.targets import check_file_target
-    from rgexport.quantize.gguf_header import is_gguf
 
-    def target(name: str, options: GgufOptions) -> Path:
-        return default_target(name, options.file_type.name)
-
-    precision = precision_word(arguments.precision, arguments.int4, arguments.int8, "gguf")
-    values = shared(arguments, GgufOptions) | {"type": type_word(arguments.type, precision)}
-    check = partial(check_file_target, replaceable=is_gguf)
-    return _export(arguments, partial(GgufOptions, **values), export_gguf, check, target)
-
-
-def _export(
-    arguments: OnnxArguments | CoreMLArguments | GgufArguments,
-    make_options: Callable[..., Any],
-    export: Callable[..., Path],
-    check_target: Callable[..., None],
-    default_target: Callable[[str, Any], Path],
-) -> int:
-    """Runs the steps that the three export commands share; returns the exit code.
-
-    `check_target` raises RequestError if the target exists and may not be replaced.
-    `default_target` returns the artifact's path from the model's name and the options.
-    """
-    from rgexport.export.request import algorithm_word
-    from rgexport.quantize.plan import load_plan
-    from rgexport.validate.self_check import self_check
-
-    settings = arguments.export
-    force, calibration = settings.force, settings.calibration
-    if settings.output:
-        check_target(settings.output, force=force)  # before the model is downloaded
-    algorithm = algorithm_word(settings.quality, calibration, settings.plan)
-    checkpoint = arguments.checkpoint.open()
-    plan = load_plan(settings.plan, checkpoint.config) if settings.plan else None
-    options = make_options(plan=plan, algorithm=algorithm)
-    target = settings.output or default_target(checkpoint.name, options)
-    check = None if settings.no_check else partial(self_check, checkpoint)
-    write = partial(export, checkpoint, options, target, force=force, check=check)
-    if algorithm == "gptq" or calibration:
-        from rgexport.compress.calibrate import known_statistics
-
-        check_target(target, force=force)  # before the calibration, which takes minutes
-        with known_statistics(checkpoint, calibration, settings.cluster) as statistics:
-            return _print_artifact(write(statistics=statistics))
-    if settings.cluster is not None:
-        raise RequestError("--cluster is for --quality best or --calibration; leave it out")
-    return _print_artifact(write())
+    flags = "checkpoint", "export", "int4", "int8"
+    options = {name: value for name, value in vars(arguments).items() if name not in flags}
+    precision = precision_word(arguments.precision, arguments.int4, arguments.int8, kind)
+    settings = {**vars(arguments.export)}
+    has_check, as_json = not settings.pop("no_check"), settings.pop("json")
+    artifact = export_checkpoint(
+        arguments.checkpoint.open,
+        kind,
+        options | {"precision": precision},
+        check=has_check,
+        **settings,
+    )
+    (_print_json if as_json else _print_artifact)(artifact, _grade(artifact))
+    return 1 if artifact.manifest.check.status == "unverified" else 0
 
 
-def _print_artifact(target: Path) -> int:
-    from rgexport.export.describe import as_text, describe
-    from rgexport.export.opening import check_line, closing_line, open_artifact
+def _grade(artifact: "Artifact") -> str | None:
     from rgexport.validate.checks import grade_of_kl
 
-    artifact = open_artifact(target)
+    check = artifact.manifest.check
+    is_graded = check.status == "verified" and check.kl is not None
+    grade = grade_of_kl(check.kl or 0.0) if is_graded else None
+    if grade == "poor":
+        progress.warn(
+            "expect weaker answers: more bits, or --quality best, lose less; `rgexport validate` "
+            "measures it on more text"
+        )
+    return grade
+
+
+def _print_artifact(artifact: "Artifact", grade: str | None) -> None:
+    from rgexport.export.describe import as_text, describe
+    from rgexport.export.opening import check_line, closing_line
+
     if progress.verbose:
-        progress.detail(as_text(describe(str(target))))
+        progress.detail(as_text(describe(str(artifact.path))))
     if line := check_line(artifact):
-        check = artifact.manifest.check
-        is_graded = check.status == "verified" and check.kl is not None
-        grade = grade_of_kl(check.kl or 0.0) if is_graded else None
         print_result(f"{line} Quality by that KL: {grade}." if grade else line)
-        if grade == "poor":
-            progress.warn(
-                "expect weaker answers: more bits, or --quality best, lose less; `rgexport "
-                "validate` measures it on more text"
-            )
     print_result(closing_line(artifact))
-    return 1 if artifact.manifest.check.status == "unverified" else 0
+
+
+def _print_json(artifact: "Artifact", grade: str | None) -> None:
+    manifest = artifact.manifest
+    facts = {
+        "path": str(artifact.path),
+        "format": manifest.kind,
+        "precision": manifest.precision,
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "check": vars(manifest.check),
+        "quality": grade,
+    }
+    print_result(json.dumps(facts))
 
 
 @dataclass(frozen=True)

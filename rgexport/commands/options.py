@@ -20,6 +20,7 @@ import click
 
 from rgexport import progress
 from rgexport.choices import FloatPrecision, Quality, SizeName
+from rgexport.commands.defaults import source_of
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
 
@@ -156,7 +157,8 @@ class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 o
         if value not in self.choices:
             name = parameter.opts[-1] if parameter else "the option"
             expected = ", ".join(map(str, self.choices))
-            raise RequestError(f"{name} is {value!r}; expected one of {expected}")
+            source = source_of(context, parameter) if context and parameter else ""
+            raise RequestError(f"{name} is {value!r}; expected one of {expected}{source}")
         return value
 
 
@@ -260,6 +262,7 @@ class ExportArguments(ClusterArguments):
     output: Path | None = option("The folder to write. [default: ./MODEL-PRECISION-FORMAT]", "-o")
     force: bool = option("Replace an existing output.")
     no_check: bool = option("Skip the self-check of the artifact.")
+    json: bool = option("Print the artifact's path, size and self-check as JSON.")
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ class GenerateArguments(ArtifactArguments):
     prompt: str | None = option("The text to continue.", "-p")
     prompt_file: Path | None = option("The text to continue, from a file; - is the standard input.")
     ids: str | None = option("Token ids to continue, such as 2,651,603; prints ids.")
+    as_json: bool = option("Print the continuation and its figures as JSON.", "--json")
     stop: tuple[str, ...] = option("A text that ends the continuation. Can be repeated.")
     reply: ReplyArguments = group()
 
@@ -145,9 +146,13 @@ def generate(arguments: GenerateArguments) -> None:
         if state.load_state or state.save_state or reply.draft.draft_text:
             raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
         threads, is_foreign = reply.sampling.threads, reply.engine.allow_foreign
-        for token in continue_ids(
+        tokens = continue_ids(
             arguments.artifact, arguments.ids, options, threads, allow_foreign=is_foreign
-        ):
+        )
+        if arguments.as_json:
+            print_result(json.dumps({"ids": [*tokens]}))
+            return
+        for token in tokens:
             print_result(f"{token} ", end="")
         print_result("")
         return
@@ -160,7 +165,9 @@ def generate(arguments: GenerateArguments) -> None:
         ids = continued_ids(model, prompt or "", state.load_state)
         stream = model.continue_ids(ids, dataclasses.replace(options, draft=model.draft_of(draft)))
         for piece in stream:
-            print_reply(piece)
+            print_reply("" if arguments.as_json else piece)
+        if arguments.as_json:
+            print_reply(json.dumps(dataclasses.asdict(stream.reply()), ensure_ascii=False))
         print_result("")
         progress.note(summary(stream.reply()))
         if state.save_state:
@@ -191,6 +198,7 @@ class ChatArguments(ArtifactArguments):
     document: Path | None = option("A file whose text the first message is about.", "--read")
     as_json: bool = option("Print the reply and its figures as JSON; with -p.", "--json")
     plain: bool = option("Show replies as they are, without styles, in a terminal.")
+    no_history: bool = option("Keep no file of the messages that you type.")
     stop: tuple[str, ...] = option("A text that ends a reply. Can be repeated.")
     reply: ReplyArguments = group()
 
@@ -229,7 +237,7 @@ def chat(arguments: ChatArguments) -> None:
         if prompt is not None:
             one_message(conversation, prompt, sys.stdout, as_json=arguments.as_json)
         elif sys.stdin.isatty() and sys.stdout.isatty():
-            terminal_chat(conversation)
+            terminal_chat(conversation, keeps_history=not arguments.no_history)
         else:
             pipe_chat(conversation, sys.stdin, sys.stdout)
         if state.save_state:

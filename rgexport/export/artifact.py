@@ -21,9 +21,10 @@ from rgexport.files.hashing import (
 )
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize.scheme import Parts
+from rgexport.units import amount
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """An exported model: a folder with its manifest, or one GGUF file.
 
@@ -33,6 +34,14 @@ class Artifact:
     path: Path
     manifest: Manifest
     allow_foreign: bool = field(default=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        size = amount(sum(record.size for record in manifest.files.values()))
+        return (
+            f"<{type(self).__name__} {self.path}: {manifest.precision}, {size}, "
+            f"{manifest.check.status}>"
+        )
 
     def file(self, name: str) -> Path:
         return self.path / name

@@ -55,11 +55,16 @@ def build(project: Path, target: Path, build_folder: Path | None = None, *option
     libraries = [p for p in build_folder.rglob("librgexport_*") if p.suffix in _SUFFIXES]
     if len(libraries) != 1:
         raise BuildFailed(f"expected one library in {build_folder}, found {len(libraries)}")
-    target.mkdir(parents=True, exist_ok=True)
-    library = target / libraries[0].name
+    return copy(libraries[0], target)
+
+
+def copy(built: Path, folder: Path) -> Path:
+    """Copies a library into a folder, and returns its path; BuildFailed if that one is in use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / built.name
     try:
         with replacing(library) as partial:
-            shutil.copyfile(libraries[0], partial)
+            shutil.copyfile(built, partial)
             partial.chmod(0o755)
     except TargetInUse as error:
         raise BuildFailed(f"{library} is in use: {error.strerror}") from None

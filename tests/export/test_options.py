@@ -7,7 +7,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions
-from rgexport.export.gguf.options import GgufOptions, type_word
+from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.config import CONFIG_2B
 from rgexport.griffin.layout import EMBEDDING, model_tensors
@@ -132,7 +132,8 @@ def test_gguf(options: dict[str, Any], embedding: str, linear: str) -> None:
     types = GgufOptions(**options).choose(GGUF).types
     assert (types[TABLE], types[DOWN]) == (embedding, linear)
     assert types["blk.0.ssm_a"] == types["blk.0.rg_lru_a_gate.weight"] == "f32"
-    words = {word: type_word(None, word) for word in ("int4", "int8", "fp16", "fp32")}
+    precisions = "int4", "int8", "fp16", "fp32"
+    words = {word: GgufOptions(precision=word).file_type.name for word in precisions}
     assert words == {"int4": "q4_k_m", "int8": "q8_0", "fp16": "f16", "fp32": "f32"}
 
 
@@ -159,7 +160,7 @@ def test_gguf_options_that_contradict_each_other_or_change_nothing() -> None:
     with pytest.raises(RequestError, match=words):
         GgufOptions(type="q8_0", **idle)
     GgufOptions(type="q8_0", tensor_types=("ffn_down=q4_k",), **idle)
-    GgufOptions(type="f16", embedding="q4_k", **idle)
+    GgufOptions(type="f16", embedding_precision="q4_k", **idle)
 
 
 BESIDE = {"precision": "int8", "block_size": 64, "symmetric": False, "embedding_precision": "int8"}

@@ -21,7 +21,7 @@ _MAX_COMPLAINTS = 4
 Types = dict[str, TensorType]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CoreMLArtifact(Artifact):
     manifest: CoreMLManifest
 

@@ -18,13 +18,17 @@ from rgexport.export.coreml.manifest import (
 )
 from rgexport.export.coreml.package import packages, split_by_size, whole, write_package
 from rgexport.export.coreml.storage import MOST_PADDING, CoreMLStorage
+from rgexport.export.exporter import Exporter
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import Manifest, SelfCheck
+from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.mil.checks import check_package
 from rgexport.export.mil.package import open_package
-from rgexport.export.request import FolderOptions, require_word
+from rgexport.export.opening import default_target
+from rgexport.export.request import FolderOptions, bytes_of, require_word
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
+from rgexport.files.targets import check_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
@@ -48,21 +52,29 @@ class CoreMLOptions(FolderOptions):
 
     The `prefill` function takes `prefill_length` tokens and returns the logits of the last one, or
     `all_logits`. `recurrent_state` is `io` for a float32 input and output, `hilo` for a pair of
-    float16 states. `split` is the most bytes of weights that a package may have.
+    float16 states. `split` is the most bytes of weights that a package may have, or a text such as
+    `1GB`.
     """
 
     prefill_length: int = 128
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
-    split: int | None = None
+    split: int | str | None = None
 
     def __post_init__(self) -> None:
         self.require_consistent()
         require_word("--recurrent-state", self.recurrent_state, get_args(RecurrentState))
         if self.prefill_length < 2:
             raise RequestError(f"--prefill-length is {self.prefill_length}; expected 2 or more")
+        _ = self.split_bytes  # refuses a text that is no size
         for scheme in () if self.plan else self._schemes():
             self._require_computable("weights are to be stored", scheme)
+
+    @property
+    def split_bytes(self) -> int | None:
+        if isinstance(self.split, str):
+            return int(bytes_of("--split", self.split))
+        return self.split
 
     @property
     def defaults(self) -> tuple[str, Mapping[str, str]]:
@@ -127,13 +139,13 @@ def export_coreml(
     plan = options.resolve_plan(config)
     shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
     split: tuple[int, ...] = ()
-    if options.split is not None:
+    if options.split_bytes is not None:
         tensors = CoreMLStorage(plan, shapes, packages(config.num_layers, ())).tensors
         sizes = {
             name: sum(part.nbytes + MOST_PADDING for part in stored.parts.values())
             for name, stored in tensors.items()
         }
-        split = split_by_size(config.num_layers, sizes, options.split)
+        split = split_by_size(config.num_layers, sizes, options.split_bytes)
     plans = packages(config.num_layers, split)
     storage = CoreMLStorage(plan, shapes, plans)
 
@@ -167,3 +179,11 @@ def export_coreml(
 
     size = sum(storage.sizes.values())
     return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)
+
+
+EXPORTER = Exporter(
+    make_options=CoreMLOptions,
+    export=export_coreml,
+    default_target=lambda model, options: default_target(model, options.precision_word, "coreml"),
+    check_target=partial(check_target, replaceable=is_artifact),
+)

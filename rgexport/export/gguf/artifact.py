@@ -48,7 +48,7 @@ class GgufManifest(Manifest):
         return self.imatrix or bool(_used_algorithms(self.plan) - {_OWN})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GgufArtifact(Artifact):
     header: GgufHeader
     tensors: dict[str, FileTensor]

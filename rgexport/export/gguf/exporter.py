@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
+from rgexport.export.exporter import Exporter
 from rgexport.export.folder import common_fields
 from rgexport.export.gguf import integrity
 from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
@@ -127,10 +128,6 @@ def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Ite
 _HEADER_BYTES = 32 << 20  # upper bound of the header: a vocabulary of 256k takes 7 MB
 Job = Callable[[], tuple[bytes, int]]
 """Encodes a slab; returns its bytes, and the number of bytes of weights that were read."""
-
-
-def default_target(model: str, file_type: str) -> Path:
-    return Path(f"{model}-{file_type.upper()}.gguf")
 
 
 def export_gguf(
@@ -274,3 +271,11 @@ def _encode(
     stored = scheme.encode(tensor.canonical, values, statistics, ids)["data"].tobytes()
     last = stop == source.shape[0]
     return stored + bytes(-_tensor_bytes(tensor, scheme.type) % ALIGNMENT * last), rows.nbytes
+
+
+EXPORTER = Exporter(
+    make_options=GgufOptions,
+    export=export_gguf,
+    default_target=lambda model, options: Path(f"{model}-{options.file_type.name.upper()}.gguf"),
+    check_target=partial(check_file_target, replaceable=is_gguf),
+)

@@ -9,7 +9,12 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.gguf.naming import FileTensor, file_tensors
-from rgexport.export.request import refuse_beside_plan, refuse_idle, require_levels
+from rgexport.export.request import (
+    refuse_beside_plan,
+    refuse_idle,
+    require_levels,
+    require_word,
+)
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.ggml_types import (
@@ -52,28 +57,31 @@ class GgufStorage:
 class GgufOptions:
     """The options of a GGUF export; None stands for a default.
 
-    `type` is a file type of llama-quantize, such as `q4_k_m`; with `pure` all tensors have it. Each
-    of `tensor_types` is `REGEX=TYPE`, for names in the file. `embedding` is the type of the
-    embedding and the head, `imatrix` a file of llama-imatrix. `plan` replaces all of these.
+    `type` is a file type of llama-quantize, such as `q4_k_m`, and `precision` another name of one,
+    such as `int4`; with `pure` all tensors have it. Each of `tensor_types` is `REGEX=TYPE`, for
+    names in the file. `embedding_precision` is the type of the embedding and the head, `imatrix` a
+    file of llama-imatrix. `plan` replaces all of these.
     `algorithm` chooses the levels of the types that it can fill; llama-quantize's own the rest.
     """
 
     type: str | None = None
+    precision: str | None = None
     pure: bool = False
     tensor_types: tuple[str, ...] = ()
-    embedding: str | None = None
+    embedding_precision: str | None = None
     imatrix: Path | None = None
     plan: Plan | None = None
     algorithm: str | None = None
 
     def __post_init__(self) -> None:
-        refuse_beside_plan(self, ("type", "pure", "tensor_types", "embedding", "imatrix"))
+        by_plan = "type", "precision", "pure", "tensor_types", "embedding_precision", "imatrix"
+        refuse_beside_plan(self, by_plan)
         self._request()
         if self.imatrix and self._takes_statistics:
             raise RequestError(
                 "--imatrix and --calibration both say which columns count; leave out one of them"
             )
-        if self.embedding is not None or self.tensor_types:
+        if self.embedding_precision is not None or self.tensor_types:
             return
         require_levels([self.file_type.name], self.algorithm)
         if self.file_type.name in _ONE_WAY:
@@ -86,7 +94,7 @@ class GgufOptions:
     @property
     def file_type(self) -> FileType:
         if self.plan is None:
-            return find_file_type(self.type or DEFAULT_TYPE)
+            return find_file_type(_type_word(self.type, self.precision) or DEFAULT_TYPE)
         kinds = Counter(scheme.ggml_type for scheme in self.plan.values())
         fewer = Counter({k: count for k, count in kinds.items() if k not in ("f32", None)})
         most = str((fewer or Counter(["f32"])).most_common(1)[0][0])
@@ -122,7 +130,7 @@ class GgufOptions:
         return {name: scheme.with_algorithm(algorithm) for name, scheme in schemes.items()}
 
     def _request(self) -> TypeRequest:
-        embedding = self.embedding and self.embedding.lower()
+        embedding = self.embedding_precision and self.embedding_precision.lower()
         if embedding:
             embedding = find_type(_EMBEDDING_TYPES.get(embedding, embedding)).name
         return TypeRequest(
@@ -133,7 +141,9 @@ class GgufOptions:
         )
 
 
-def type_word(kind: str | None, precision: str | None) -> str | None:
+def _type_word(kind: str | None, precision: str | None) -> str | None:
+    if precision:
+        require_word("--precision", precision, PRECISION_TYPES)
     if kind and precision:
         raise RequestError(f"--type {kind} and {precision} contradict each other; give one of them")
     return kind or (PRECISION_TYPES[precision] if precision else None)

@@ -10,8 +10,10 @@ import onnx_ir as ir
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import files_of
+from rgexport.export.exporter import Exporter
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
+from rgexport.export.manifest_reader import is_artifact
 from rgexport.export.onnx.format import (
     FORMAT,
     graph_interface,
@@ -22,9 +24,11 @@ from rgexport.export.onnx.format import (
 from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
 from rgexport.export.onnx.profiles import PROFILES, FileLimit, OnnxOptions
+from rgexport.export.opening import default_target
 from rgexport.export.storage import OffsetAllocator, aligned, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.export.trace import trace
+from rgexport.files.targets import check_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import WeightSource
@@ -125,3 +129,13 @@ def export_onnx(
 
     size = sum(storage.sizes.values())
     return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)
+
+
+EXPORTER = Exporter(
+    make_options=OnnxOptions,
+    export=export_onnx,
+    default_target=lambda model, options: default_target(
+        model, options.precision_word, "onnx", options.profile
+    ),
+    check_target=partial(check_target, replaceable=is_artifact),
+)
