@@ -34,26 +34,21 @@ class DaemonExecutor:
     """One daemon thread. It does not delay the end of the process, as a pool's threads do."""
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
-        self._name, self._low_priority = name, low_priority
+        self._low_priority = low_priority
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Returns the future result; cancelling it skips a call that has not begun."""
         future: Future[T] = Future()
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
         self._calls.put(lambda: _resolve(future, function))
         return future
 
     def shutdown(self, seconds: float) -> None:
         """Ends the thread after the submitted calls; waits for it at most `seconds`."""
         self._calls.put(None)
-        if self._thread is not None:
-            self._thread.join(seconds)
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         if self._low_priority and sys.platform == "linux":

@@ -84,29 +84,27 @@ def slot_from(saved: SavedState) -> Slot | None:
 
 
 class ClientSlots:
+    """The slots of all clients; used by the event loop alone."""
+
     def __init__(self, most: int = _MOST_SLOTS) -> None:
-        self._most, self._lock = most, threading.Lock()
+        self._most = most
         self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def get(self, owner: str, model: str, number: int) -> Slot | None:
-        with self._lock:
-            return self._slots.get((owner, model, number))
+        return self._slots.get((owner, model, number))
 
     def put(self, owner: str, model: str, number: int, slot: Slot) -> None:
-        with self._lock:
-            self._slots.pop((owner, model, number), None)
-            self._slots[owner, model, number] = slot
-            while len(self._slots) > self._most:
-                ((most, _),) = Counter(key[0] for key in self._slots).most_common(1)
-                self._slots.pop(next(key for key in self._slots if key[0] == most))
+        self._slots.pop((owner, model, number), None)
+        self._slots[owner, model, number] = slot
+        while len(self._slots) > self._most:
+            ((most, _),) = Counter(key[0] for key in self._slots).most_common(1)
+            self._slots.pop(next(key for key in self._slots if key[0] == most))
 
     def pop(self, owner: str, model: str, number: int) -> Slot | None:
-        with self._lock:
-            return self._slots.pop((owner, model, number), None)
+        return self._slots.pop((owner, model, number), None)
 
     def of(self, owner: str) -> list[tuple[str, int, Slot]]:
-        with self._lock:
-            return [(*key[1:], slot) for key, slot in self._slots.items() if key[0] == owner]
+        return [(*key[1:], slot) for key, slot in self._slots.items() if key[0] == owner]
 
 
 class NamedStates:

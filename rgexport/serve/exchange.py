@@ -21,7 +21,6 @@ from rgexport.chat.reply import Item, ModelReply, ReplyOptions, ScoredToken, Tex
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
-from rgexport.serve.grammar import GrammarSource
 
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 _STARTED_AT_ONCE = 8
@@ -161,7 +160,6 @@ class PlannedReply:
     prompt: PromptTokens
     options: ReplyOptions
     before: str = ""
-    grammar: GrammarSource | None = None
 
 
 class Exchange:

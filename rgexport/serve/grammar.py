@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,7 +117,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._size = tokenizer, vocab_size
-        self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
+        self._known: OrderedDict[GrammarSource, Future[CompiledGrammar]] = OrderedDict()
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
@@ -126,27 +127,23 @@ class Grammars:
                 return None
             self._known.move_to_end(source)
             compiled = self._known[source]
-        if isinstance(compiled, RequestError):
-            raise RequestError(str(compiled))
-        return compiled
+        return compiled.result()
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         if known := self.known(source):
             return known
-        compiled: CompiledGrammar | RequestError
+        compiled = Future[CompiledGrammar]()
         try:
-            compiled = self._compiled(source)
+            compiled.set_result(self._compiled(source))
         except NotInstalled:
             raise
         except RequestError as error:
-            compiled = error
+            compiled.set_exception(error)
         with self._lock:
             self._known[source] = compiled
             while len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
-        if isinstance(compiled, RequestError):
-            raise compiled
-        return compiled
+        return compiled.result()
 
     def _compiled(self, source: GrammarSource) -> CompiledGrammar:
         guide, vocabulary = _llguidance(), self._vocabulary

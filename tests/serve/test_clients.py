@@ -8,7 +8,6 @@ import pytest
 from rgexport.serve import app, clients
 from rgexport.serve.clients import ClientSlots, Slot, network_of
 from rgexport.serve.server import ServerSettings
-from rgexport.serve.text_process import TextProcess
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.serve.conftest import COMPLETE, cached, error_of, held, until
 
@@ -82,7 +81,7 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(serve, monkeyp
         assert [complete(server, IDS, each) for each in (ANN, BOB)] == [0, 5], "both are 127.0.0.1"
     runs = []
     monkeypatch.setattr(app, "_run", lambda server, model: (runs.append(server), model.close()))
-    app.serve({}, ServerSettings(port=0, grace_seconds=0), TextProcess({}))
+    app.serve({}, [], ServerSettings(port=0, grace_seconds=0))
     assert runs[0].config.proxy_headers is False
 
 
