@@ -43,12 +43,9 @@ class LlamaCppVocabulary:
         self.size: int = llama.llama_vocab_n_tokens(self._pointer)
         self.bos_id = _known(llama.llama_vocab_bos(self._pointer))
         self.eos_id = _known(llama.llama_vocab_eos(self._pointer))
+        kind = llama.llama_vocab_type(self._pointer)
+        self.understands_text: bool = kind != llama.LLAMA_VOCAB_TYPE_NONE
         self._silent = {self.bos_id, self.eos_id, _known(llama.llama_vocab_pad(self._pointer))}
-
-    @property
-    def understands_text(self) -> bool:
-        kind: int = self._llama.llama_vocab_type(self._pointer)
-        return bool(kind != self._llama.LLAMA_VOCAB_TYPE_NONE)
 
     def special(self) -> dict[str, int]:
         kinds = self._llama.LLAMA_TOKEN_ATTR_CONTROL | self._llama.LLAMA_TOKEN_ATTR_UNKNOWN

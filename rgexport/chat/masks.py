@@ -97,7 +97,7 @@ class ReplyMask:
     def __init__(self, mask: Mask, threads: MaskThreads) -> None:
         self._mask, self._threads = mask, threads
         self._slow = False
-        self._start(None)
+        self.accept(None)
 
     @property
     def is_ready(self) -> bool:
@@ -114,15 +114,13 @@ class ReplyMask:
             raise self._overdue()
         return None
 
-    def accept(self, token: int) -> None:
-        self._start(token)
+    def accept(self, token: int | None) -> None:
+        """Begins to compute the mask after a token; None for the mask of the first one."""
+        self._queued, self._began = time.perf_counter(), 0.0
+        self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def cancel(self) -> None:
         self._bias.cancel()
-
-    def _start(self, token: int | None) -> None:
-        self._queued, self._began = time.perf_counter(), 0.0
-        self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def _compute(self, token: int | None) -> np.ndarray:
         self._began = time.perf_counter()

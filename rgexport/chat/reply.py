@@ -210,24 +210,18 @@ class ReplyStream(Iterator[str]):
         return isinstance(self._end, RequestError)
 
     def __next__(self) -> str:
-        if piece := self._next_piece():
-            return piece.text
-        raise StopIteration
+        return next(self.pieces()).text
 
     def pieces(self) -> Iterator[TextPiece]:
         """Yields the rest of the reply, with log probabilities if they were asked for."""
-        while piece := self._next_piece():
-            yield piece
-
-    def _next_piece(self) -> TextPiece | None:
-        if self._end is None:
+        while self._end is None:
             item = self._items.get()
             if isinstance(item, TextPiece):
-                return item
-            self._end = item
+                yield item
+            else:
+                self._end = item
         if isinstance(self._end, RequestError):
             raise self._end
-        return None
 
     def reply(self) -> ModelReply:
         """Waits for the end; returns the whole reply. Each call raises an error of the engine."""

@@ -43,13 +43,9 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 def _allow_null(schema: dict[str, Any]) -> None:
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
-            types = field.pop("anyOf", None) or [_without_annotations(field)]
+            rules = field.keys() - {"title", "default", "description"}
+            types = field.pop("anyOf", None) or [{rule: field.pop(rule) for rule in sorted(rules)}]
             field["anyOf"] = types if {"type": "null"} in types else [*types, {"type": "null"}]
-
-
-def _without_annotations(field: dict[str, Any]) -> dict[str, Any]:
-    names = [name for name in field if name not in ("title", "default", "description")]
-    return {name: field.pop(name) for name in names}
 
 
 class _Body(BaseModel):

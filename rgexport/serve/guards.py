@@ -154,7 +154,6 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
         self._app, self._key, self._body_bytes = app, api_key, body_bytes
-        self._too_large = f"the request is larger than {body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -196,9 +195,6 @@ class Guard:
             if scheme.lower() != b"bearer" or not is_right:
                 message, kind = "the API key is missing or wrong", "authentication_error"
                 return error_response(401, message, kind, WWW_Authenticate="Bearer")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._body_bytes:
-            return error_response(413, self._too_large)
         return None
 
     def _limited(self, receive: Receive) -> Receive:
@@ -216,7 +212,7 @@ class Guard:
             is_whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._body_bytes:
-                raise HTTPException(413, self._too_large)
+                raise HTTPException(413, f"the request is larger than {self._body_bytes} bytes")
             return message
 
         return limited

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
-import anyio
-import anyio.to_thread
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from starlette.requests import Request
 
 from rgexport.chat.model import Model
@@ -110,10 +110,8 @@ class Server:
         self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
     ) -> Any:
         """Returns `function(*args)`, computed in a thread; raises Gone if the client left."""
-        call = anyio.to_thread.run_sync(
-            partial(function, *args), limiter=self._limiters[kind], abandon_on_cancel=True
-        )
-        job = asyncio.ensure_future(call)
+        limiter, call = self._limiters[kind], partial(function, *args)
+        job = asyncio.ensure_future(run_sync(call, limiter=limiter, abandon_on_cancel=True))
         leaving = asyncio.ensure_future(until_gone(request))
         try:
             await asyncio.wait((job, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -125,8 +123,9 @@ class Server:
             job.cancel()
 
     @cached_property
-    def _limiters(self) -> dict[Kind, anyio.CapacityLimiter]:
-        return {kind: anyio.CapacityLimiter(threads) for kind, threads in _THREADS.items()}
+    def _limiters(self) -> dict[Kind, CapacityLimiter]:
+        """Limiters, which are made in the event loop."""
+        return {kind: CapacityLimiter(threads) for kind, threads in _THREADS.items()}
 
     async def compiled_grammar(
         self, name: str, source: GrammarSource, request: Request
