@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -250,26 +250,22 @@ class Model(PromptEncoder):
         path = Path(path)
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        state = self.state(ids[:-1] or ids)
-        saved = self.saved_state(ids, state, messages, with_text=with_text)
+        saved = self.saved_state(ids, self.state(ids[:-1] or ids), messages)
+        if not with_text:
+            saved = replace(saved, tokens=None, messages=None)
         write_state(path, saved, precision=self.state_precision)
         return saved
 
     def saved_state(
-        self,
-        ids: Sequence[int],
-        state: State,
-        messages: Sequence[Message] | None = None,
-        *,
-        with_text: bool = True,
+        self, ids: Sequence[int], state: State, messages: Sequence[Message] | None
     ) -> SavedState:
         seen = int(state[POSITION][0])
         return SavedState(
             self.identity,
             key_of(ids[:seen]),
             state,
-            np.array(ids, np.int64) if with_text else None,
-            messages if with_text else None,
+            np.array(ids, np.int64),
+            messages,
             f"{self.info.engine} {self.info.engine_version}",
             artifact=self._numeric_identity,
         )

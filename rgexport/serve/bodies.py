@@ -37,7 +37,6 @@ MOST_DEPTH, MOST_OBJECTS, MOST_VALUES = 128, 200_000, 1 << 21
 """Nested lists and objects, all of them, and their values, which a body may have."""
 _NO_SIGNS = bytes(byte for byte in range(256) if byte not in b'[]{},"')
 """Bytes that are no part of JSON's structure."""
-_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -156,7 +155,7 @@ class SlotRequest(_Body):
 class JsonRoute(APIRoute):
     """A route that lets the server parse and validate its argument `body`."""
 
-    def get_route_handler(self) -> _Handler:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle, kind = super().get_route_handler(), get_type_hints(self.endpoint).get("body")
         if kind is None:
             return handle

@@ -55,12 +55,12 @@ async def _respond(
     kind, source = kind_of(len(await request.body())), _grammar_source(body)
     replies: list[PlannedReply] = await server.run(kind, request, plan, model, body, client, limits)
     if source is not None:
-        mask = await server.compiled_grammar(name, source, request)
-        replies = [replace(r, options=replace(r.options, mask=mask())) for r in replies]
+        make_mask = await server.grammar_thread.compile(server.grammars[name], source, request)
+        replies = [replace(r, options=replace(r.options, mask=make_mask())) for r in replies]
 
     def finished(reply: ModelReply) -> None:
         slot = slot_after(replies[0].prompt, reply)
-        server.slots.put(client.owner, name, body.id_slot, slot)
+        server.slots.put((client.owner, name, body.id_slot), slot)
 
     exchange = Exchange(request, model, answer, replies, limits, finished)
     server.exchanges.add(exchange)
@@ -301,9 +301,11 @@ def _json(body: dict[str, Any]) -> bytes:
 async def slots(request: Request) -> list[dict[str, Any]]:
     """Lists the slots of the client."""
     server = server_of(request)
+    client = server.client(request)
     return [
         {"id": number, "model": name, "n_prompt_tokens": slot.count}
-        for name, number, slot in server.slots.of(server.client(request).owner)
+        for (owner, name, number), slot in server.slots.items()
+        if owner == client.owner
     ]
 
 
@@ -319,7 +321,7 @@ async def act(
     model_name, model = server.model(body.model)
     key = client.owner, model_name, slot
     if action == "erase" and name is None:
-        erased = server.slots.pop(*key)
+        erased = server.slots.pop(key, None)
         return {"id_slot": slot, "n_erased": erased.count if erased else 0}
     if name is None:
         raise RequestError("filename: it is missing; give a name for the state")
@@ -330,10 +332,10 @@ async def act(
     if action == "restore":
         saved = await server.saved.restore(client, name, model)
         if restored := slot_from(saved):
-            server.slots.put(*key, restored)
+            server.slots.put(key, restored)
         return answer | {"n_restored": saved.position}
     await server.saved.require_space(client, name)
-    if (seen := server.slots.get(*key)) is None:
+    if (seen := server.slots.get(key)) is None:
         raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
     ids = await server.run("long", request, seen.ids, model)
     state = await model.astate(ids[:-1] or ids, client=client.name, namespace=client.namespace)

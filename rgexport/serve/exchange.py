@@ -303,5 +303,18 @@ async def until_gone(request: Request) -> None:
         pass
 
 
+async def until_done(
+    future: asyncio.Future[Any], request: Request, seconds: float | None = None
+) -> None:
+    """Waits for a future, at most for `seconds`; raises Gone if the client leaves before."""
+    leaving = asyncio.ensure_future(until_gone(request))
+    try:
+        await asyncio.wait((future, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done() and not future.done():
+            raise Gone
+    finally:
+        leaving.cancel()
+
+
 def _event(body: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode("utf-8", "replace")

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,13 @@ from typing import Any, Literal
 import llguidance.numpy
 import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
+from starlette.requests import Request
 
 from rgexport.chat.jobs import Busy
 from rgexport.chat.masks import DaemonExecutor
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError, one_line
-from rgexport.serve.errors import Gone
+from rgexport.serve.exchange import until_done
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """JSON has no blanks: a model might write them for ever."""
@@ -174,12 +175,9 @@ class GrammarThread:
         self._waiting = 0
 
     async def compile(
-        self,
-        grammars: Grammars,
-        source: GrammarSource,
-        client_left: Callable[[], Coroutine[Any, Any, None]],
+        self, grammars: Grammars, source: GrammarSource, request: Request
     ) -> CompiledGrammar:
-        """Returns the compiled grammar; `client_left` returns once the client has left.
+        """Returns the compiled grammar.
 
         Raises Busy if too many grammars wait or take long, Gone if the client left, RequestError
         for a grammar that cannot be used.
@@ -190,14 +188,11 @@ class GrammarThread:
             raise Busy(f"{self._waiting} grammars wait to be compiled; try again later")
         self._waiting += 1
         call = self._thread.submit(partial(grammars.compile, source))
-        result, leaving = asyncio.wrap_future(call), asyncio.create_task(client_left())
-        events: set[asyncio.Future[Any]] = {result, leaving}
+        result = asyncio.wrap_future(call)
         try:
-            await asyncio.wait(events, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            await until_done(result, request, self._seconds)
             if result.done():
                 return result.result()
-            if leaving.done():
-                raise Gone
             if call.cancel():
                 raise Busy(f"other grammars took {self._seconds:g} s to compile; try again later")
             raise RequestError(
@@ -207,7 +202,6 @@ class GrammarThread:
         finally:
             self._waiting -= 1
             result.cancel()  # skips a call that has not begun
-            leaving.cancel()
 
     def close(self) -> None:
         self._thread.shutdown(_CLOSING_SECONDS)

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from rgexport.chat.model import Model
 from rgexport.serve.bodies import parse
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
-from rgexport.serve.errors import Gone, NotFound
-from rgexport.serve.exchange import Exchange, Limits, until_gone
-from rgexport.serve.grammar import CompiledGrammar, Grammars, GrammarSource, GrammarThread
+from rgexport.serve.errors import NotFound
+from rgexport.serve.exchange import Exchange, Limits, until_done
+from rgexport.serve.grammar import Grammars, GrammarThread
 from rgexport.serve.guards import Connections
 from rgexport.serve.monitoring import STALL_SECONDS, Health, Metrics
 from rgexport.serve.text_process import TextProcess, with_encoder
@@ -79,7 +79,7 @@ class Server:
         self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
         self.saved = NamedStates(settings.saved, settings.most_saved, settings.saved_bytes)
         self.grammar_thread, self._text_process = GrammarThread(), text_process
-        self._grammars = {
+        self.grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in models.items()
         }
         for name, model in models.items():
@@ -112,26 +112,16 @@ class Server:
         """Returns `function(*args)`, computed in a thread; raises Gone if the client left."""
         limiter, call = self._limiters[kind], partial(function, *args)
         job = asyncio.ensure_future(run_sync(call, limiter=limiter, abandon_on_cancel=True))
-        leaving = asyncio.ensure_future(until_gone(request))
         try:
-            await asyncio.wait((job, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not job.done():
-                raise Gone
+            await until_done(job, request)
             return job.result()
         finally:
-            leaving.cancel()
             job.cancel()
 
     @cached_property
     def _limiters(self) -> dict[Kind, CapacityLimiter]:
         """Limiters, which are made in the event loop."""
         return {kind: CapacityLimiter(threads) for kind, threads in _THREADS.items()}
-
-    async def compiled_grammar(
-        self, name: str, source: GrammarSource, request: Request
-    ) -> CompiledGrammar:
-        left = partial(until_gone, request)
-        return await self.grammar_thread.compile(self._grammars[name], source, left)
 
 
 def server_of(request: Request) -> Server:

@@ -169,6 +169,5 @@ def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch)
 def test_a_client_cannot_push_out_the_slots_of_others():
     slots = ClientSlots(3)
     for owner, number in (("ann", 0), ("bob", 0), ("bob", 1), ("bob", 2), ("bob", 3)):
-        slots.put(owner, "toy", number, Slot(number, None))
-    assert [number for _, number, _ in slots.of("ann")] == [0]
-    assert [number for _, number, _ in slots.of("bob")] == [2, 3]
+        slots.put((owner, "toy", number), Slot(number, None))
+    assert [*slots] == [("ann", "toy", 0), ("bob", "toy", 2), ("bob", "toy", 3)]
