@@ -101,7 +101,7 @@ class ReplyMask:
 
     @property
     def is_ready(self) -> bool:
-        return self._bias.done() or self._is_overdue()
+        return self._bias.done() or self._overdue() is not None
 
     def bias(self, seconds: float) -> np.ndarray | None:
         """Returns the mask as a summand of logits [vocab], 0 or -inf; None after `seconds`."""
@@ -110,8 +110,8 @@ class ReplyMask:
                 self._bias.exception(seconds)
         if self._bias.done():
             return self._bias.result()
-        if self._is_overdue():
-            raise self._overdue()
+        if overdue := self._overdue():
+            raise overdue
         return None
 
     def accept(self, token: int | None) -> None:
@@ -140,24 +140,22 @@ class ReplyMask:
         if not allowed.any():
             raise RequestError("the mask allows no token")
         bias: np.ndarray = _BIAS.take(allowed.view(np.uint8))
+        if overdue := self._overdue():
+            raise overdue
         seconds = time.perf_counter() - self._began
-        if seconds > self._threads.seconds:
-            raise self._overdue()
         self._slow = self._slow or seconds > self._threads.quick_seconds
         return bias
 
-    def _is_overdue(self) -> bool:
+    def _overdue(self) -> RequestError | None:
+        """Returns the error of a mask that takes too long, or waits too long for other replies'."""
         now = time.perf_counter()
-        if self._began:
-            return now - self._began > self._threads.seconds
-        return now - self._queued > _QUEUE_SECONDS
-
-    def _overdue(self) -> RequestError:
-        if self._began:
+        if self._began and now - self._began > self._threads.seconds:
             return RequestError(
                 f"the grammar takes longer than {self._threads.seconds:g} s for one token; "
                 "use a simpler grammar or schema"
             )
-        return RequestError(
-            f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
-        )
+        if not self._began and now - self._queued > _QUEUE_SECONDS:
+            return RequestError(
+                f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
+            )
+        return None

@@ -78,7 +78,8 @@ class FolderIndex:
         return None if file is None else file.has_logits
 
     def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
-        self._set_files({**self._files, self.name_of(key): _File(nbytes, time.time(), has_logits)})
+        self._files[self.name_of(key)] = _File(nbytes, time.time(), has_logits)
+        self.lengths |= {key[0]}
 
     def touch(self, key: Key, *, has_logits: bool) -> None:
         if file := self._files.get(self.name_of(key)):

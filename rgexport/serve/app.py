@@ -175,6 +175,8 @@ def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         proxy_headers=False,  # the app decides, see `Settings.trusted_proxies`
         timeout_graceful_shutdown=max(1, settings.grace_seconds),
         timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+        lifespan="off",
     )
 
 

@@ -255,7 +255,8 @@ class Exchange:
     async def _items(
         self, silence: float | None
     ) -> AsyncGenerator[tuple[int, TextPiece | ModelReply | None], None]:
-        leaving = asyncio.create_task(self._wait_until_gone())
+        leaving = asyncio.create_task(until_gone(self._request))
+        leaving.add_done_callback(lambda _: self._arrived.put_nowait((0, Gone())))
         try:
             while len(self._replies) < len(self._planned):
                 rest = self._end - self._loop.time()
@@ -278,10 +279,6 @@ class Exchange:
         finally:
             leaving.cancel()
             self.cancel()
-
-    async def _wait_until_gone(self) -> None:
-        await until_gone(self._request)
-        self._arrived.put_nowait((0, Gone()))
 
 
 class EventStream(StreamingResponse):

@@ -125,6 +125,8 @@ class Grammars:
                 return None
             self._known.move_to_end(source)
             compiled = self._known[source]
+        if error := compiled.exception():
+            raise RequestError(str(error))  # a new one, since an error keeps all frames it was in
         return compiled.result()
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
