@@ -55,7 +55,7 @@ class _File:
 
 
 class FolderIndex:
-    """The state files of all artifacts in a folder `root`, of which `name` has this artifact's.
+    """The state files of all artifacts in a folder `root`; its subfolder `name` is this artifact's.
 
     One thread changes it and uses the disk; any thread may look states up.
     """
@@ -86,8 +86,9 @@ class FolderIndex:
             file.used, file.has_logits = time.time(), has_logits
 
     def discard(self, key: Key) -> None:
-        name = self.name_of(key)
-        self._set_files({other: file for other, file in self._files.items() if other != name})
+        files = dict(self._files)
+        files.pop(self.name_of(key), None)
+        self._set_files(files)
 
     def scan(self) -> None:
         """Reads the names on the disk; removes incomplete files of killed processes."""
@@ -105,15 +106,15 @@ class FolderIndex:
         if self._nbytes() <= max_bytes:
             return
         self.scan()  # other processes may have used files meanwhile
-        kept, nbytes = dict(self._files), self._nbytes()
-        for name, file in sorted(kept.items(), key=lambda item: item[1].used):
+        files, nbytes = dict(self._files), self._nbytes()
+        for name, file in sorted(files.items(), key=lambda item: item[1].used):
             if nbytes <= max_bytes:
                 break
             nbytes -= file.nbytes
-            del kept[name]
+            del files[name]
             with suppress(OSError):
                 self._root.joinpath(*name).unlink()
-        self._set_files(kept)
+        self._set_files(files)
 
     def _nbytes(self) -> int:
         return sum(file.nbytes for file in self._files.values())
