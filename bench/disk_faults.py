@@ -28,7 +28,7 @@ import psutil
 import pytest
 
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import ChatTemplate, PromptTokens
+from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
 from rgexport.chat.tokenizer import load_tokenizer
@@ -116,8 +116,7 @@ class Client:
     async def _complete(self, number: int) -> str:
         ids = self.model.text_ids(f"{number % 997} bottles of beer on the wall, {number % 13}")
         options = ReplyOptions(max_new_tokens=1 + number % 2, client=str(number % 5))
-        async for _ in self.model.deliver(PromptTokens(ids), options):
-            pass
+        await asyncio.to_thread(self.model.continue_ids(ids, options).reply)
         return "done"
 
     async def _chat(self, number: int) -> str:

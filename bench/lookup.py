@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
-from rgexport.chat.jobs import End, GenerationRequest, Mask, Token
+from rgexport.chat.jobs import End, GenerationRequest, Mask
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler
@@ -116,9 +116,9 @@ class Heard:
         self.end_: End | None = None
         self._ended = threading.Event()
 
-    def token(self, token: Token) -> bool:
+    def token(self, token: int, logits: np.ndarray) -> bool:
         """Takes a token."""
-        self.tokens.append(token.id)
+        self.tokens.append(token)
         return True
 
     def end(self, end: End) -> None:

@@ -22,33 +22,6 @@ _BOS_KEY, _EOS_KEY = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id
 UNKNOWN_SURFACE = " ⁇ ".encode()
 
 
-def load_vocabulary(artifact: GgufArtifact) -> Tokenizer:
-    """Loads a GGUF file's vocabulary, without the weights.
-
-    llama.cpp treats any `</s>` as a control token, whatever type the file gives it. Gemma's `</s>`
-    is the HTML tag, so here the file's type counts, as in all other formats.
-    """
-    vocabulary = LlamaCppVocabulary(load_model(artifact.path, vocab_only=True))
-    values = artifact.header.values
-    types = values.get(TYPES_KEY)
-    if types is None or not vocabulary.understands_text:
-        raise RequestError(
-            f"{artifact.path} has no vocabulary, which text needs; put tokenizer.model into the "
-            "checkpoint's folder and export it again, or pass token ids (--ids)"
-        )
-    special = vocabulary.special()
-    overruled = {p: token for p, token in special.items() if types[token] in (NORMAL, USER_DEFINED)}
-    return Tokenizer(
-        vocab_size=vocabulary.size,
-        special={piece: token for piece, token in special.items() if piece not in overruled},
-        bos_id=vocabulary.bos_id if _BOS_KEY in values else None,
-        eos_id=vocabulary.eos_id if _EOS_KEY in values else None,
-        raw_encode=_matching(overruled, vocabulary.encode),
-        surface=vocabulary.surface,
-        unknown_id=next((token for token, kind in enumerate(types) if kind == UNKNOWN), None),
-    )
-
-
 def _matching(
     pieces: dict[str, int], encode: Callable[[str], list[int]]
 ) -> Callable[[str], list[int]]:
@@ -70,12 +43,9 @@ class LlamaCppVocabulary:
         self.size: int = llama.llama_vocab_n_tokens(self._pointer)
         self.bos_id = _known(llama.llama_vocab_bos(self._pointer))
         self.eos_id = _known(llama.llama_vocab_eos(self._pointer))
+        kind = llama.llama_vocab_type(self._pointer)
+        self.understands_text: bool = kind != llama.LLAMA_VOCAB_TYPE_NONE
         self._silent = {self.bos_id, self.eos_id, _known(llama.llama_vocab_pad(self._pointer))}
-
-    @property
-    def understands_text(self) -> bool:
-        kind: int = self._llama.llama_vocab_type(self._pointer)
-        return bool(kind != self._llama.LLAMA_VOCAB_TYPE_NONE)
 
     def special(self) -> dict[str, int]:
         kinds = self._llama.LLAMA_TOKEN_ATTR_CONTROL | self._llama.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -116,8 +86,31 @@ def _known(token: int) -> int | None:
 
 class GgufText(ArtifactText):
     def tokenizer(self, artifact: Artifact) -> Tokenizer:
+        """Loads a GGUF file's vocabulary, without the weights.
+
+        llama.cpp treats any `</s>` as a control token, whatever type the file gives it. Gemma's
+        `</s>` is the HTML tag, so here the file's type counts, as in all other formats.
+        """
         assert isinstance(artifact, GgufArtifact)
-        return load_vocabulary(artifact)
+        vocabulary = LlamaCppVocabulary(load_model(artifact.path, vocab_only=True))
+        values = artifact.header.values
+        types = values.get(TYPES_KEY)
+        if types is None or not vocabulary.understands_text:
+            raise RequestError(
+                f"{artifact.path} has no vocabulary, which text needs; put tokenizer.model into "
+                "the checkpoint's folder and export it again, or pass token ids (--ids)"
+            )
+        special = vocabulary.special()
+        overruled = {p: t for p, t in special.items() if types[t] in (NORMAL, USER_DEFINED)}
+        return Tokenizer(
+            vocab_size=vocabulary.size,
+            special={piece: token for piece, token in special.items() if piece not in overruled},
+            bos_id=vocabulary.bos_id if _BOS_KEY in values else None,
+            eos_id=vocabulary.eos_id if _EOS_KEY in values else None,
+            raw_encode=_matching(overruled, vocabulary.encode),
+            surface=vocabulary.surface,
+            unknown_id=next((token for token, kind in enumerate(types) if kind == UNKNOWN), None),
+        )
 
     def template(self, artifact: Artifact) -> ChatTemplate:
         assert isinstance(artifact, GgufArtifact)

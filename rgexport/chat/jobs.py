@@ -44,14 +44,6 @@ Ending = tuple[Reason, RequestError | None]
 
 
 @dataclass(frozen=True)
-class Token:
-    """A token of a reply, and the logits [vocab] that it was chosen by, before penalties."""
-
-    id: int
-    logits: np.ndarray
-
-
-@dataclass(frozen=True)
 class End:
     """The end of a reply; `stop` is a stop id or a listener that returned False.
 
@@ -68,9 +60,12 @@ class End:
 
 
 class Listener(Protocol):
-    """Receives a reply in the scheduler's thread, so it must not block."""
+    """Receives a reply in the scheduler's thread, so it must not block.
 
-    def token(self, token: Token) -> bool: ...
+    A token comes with the logits [vocab] that it was chosen by, before penalties.
+    """
+
+    def token(self, token: int, logits: np.ndarray) -> bool: ...
 
     def end(self, end: End) -> None: ...
 
@@ -131,6 +126,7 @@ class GenerationJob:
         foreign: whether its state follows from one that another artifact has computed.
         paused: the state of its row, while another client has that row.
         held: logits whose mask is not ready; the row takes no step until it is.
+        state: after the prompt, if that was only to be read.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
@@ -140,6 +136,7 @@ class GenerationJob:
         self.began = self.replied = 0.0
         self.fetch: Fetch | None = None
         self.paused: State | None = None
+        self.state: State | None = None
         self.mask: ReplyMask | None = None
         self.held: np.ndarray | None = None
         self.lookup = PromptLookup(self.ids, request.draft)

@@ -34,26 +34,21 @@ class DaemonExecutor:
     """One daemon thread. It does not delay the end of the process, as a pool's threads do."""
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
-        self._name, self._low_priority = name, low_priority
+        self._low_priority = low_priority
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Returns the future result; cancelling it skips a call that has not begun."""
         future: Future[T] = Future()
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
         self._calls.put(lambda: _resolve(future, function))
         return future
 
     def shutdown(self, seconds: float) -> None:
         """Ends the thread after the submitted calls; waits for it at most `seconds`."""
         self._calls.put(None)
-        if self._thread is not None:
-            self._thread.join(seconds)
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         if self._low_priority and sys.platform == "linux":
@@ -102,11 +97,11 @@ class ReplyMask:
     def __init__(self, mask: Mask, threads: MaskThreads) -> None:
         self._mask, self._threads = mask, threads
         self._slow = False
-        self._start(None)
+        self.accept(None)
 
     @property
     def is_ready(self) -> bool:
-        return self._bias.done() or self._is_overdue()
+        return self._bias.done() or self._overdue() is not None
 
     def bias(self, seconds: float) -> np.ndarray | None:
         """Returns the mask as a summand of logits [vocab], 0 or -inf; None after `seconds`."""
@@ -115,19 +110,17 @@ class ReplyMask:
                 self._bias.exception(seconds)
         if self._bias.done():
             return self._bias.result()
-        if self._is_overdue():
-            raise self._overdue()
+        if overdue := self._overdue():
+            raise overdue
         return None
 
-    def accept(self, token: int) -> None:
-        self._start(token)
+    def accept(self, token: int | None) -> None:
+        """Begins to compute the mask after a token; None for the mask of the first one."""
+        self._queued, self._began = time.perf_counter(), 0.0
+        self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def cancel(self) -> None:
         self._bias.cancel()
-
-    def _start(self, token: int | None) -> None:
-        self._queued, self._began = time.perf_counter(), 0.0
-        self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def _compute(self, token: int | None) -> np.ndarray:
         self._began = time.perf_counter()
@@ -147,24 +140,22 @@ class ReplyMask:
         if not allowed.any():
             raise RequestError("the mask allows no token")
         bias: np.ndarray = _BIAS.take(allowed.view(np.uint8))
+        if overdue := self._overdue():
+            raise overdue
         seconds = time.perf_counter() - self._began
-        if seconds > self._threads.seconds:
-            raise self._overdue()
         self._slow = self._slow or seconds > self._threads.quick_seconds
         return bias
 
-    def _is_overdue(self) -> bool:
+    def _overdue(self) -> RequestError | None:
+        """Returns the error of a mask that takes too long, or waits too long for other replies'."""
         now = time.perf_counter()
-        if self._began:
-            return now - self._began > self._threads.seconds
-        return now - self._queued > _QUEUE_SECONDS
-
-    def _overdue(self) -> RequestError:
-        if self._began:
+        if self._began and now - self._began > self._threads.seconds:
             return RequestError(
                 f"the grammar takes longer than {self._threads.seconds:g} s for one token; "
                 "use a simpler grammar or schema"
             )
-        return RequestError(
-            f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
-        )
+        if not self._began and now - self._queued > _QUEUE_SECONDS:
+            return RequestError(
+                f"the grammar waited longer than {_QUEUE_SECONDS:g} s for others; try again later"
+            )
+        return None

@@ -8,9 +8,9 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,6 @@ from rgexport.chat.jobs import (
     GenerationJob,
     GenerationOptions,
     GenerationRequest,
-    Token,
     require_ids,
 )
 from rgexport.chat.prefix_store import PrefixStore
@@ -156,33 +155,21 @@ class Model(PromptEncoder):
         return self.encode(text) if self._uses_drafts else []
 
     async def astream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
-        """Yields the pieces of a reply as `stream` does, for asyncio."""
+        """Yields the pieces of a reply as `stream` does, for asyncio; closing it ends the reply."""
         chosen = reply_options(**options)
         prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
-        async with contextlib.aclosing(self.deliver(prompt, chosen)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, TextPiece):
-                    yield piece.text
-
-    async def deliver(
-        self, prompt: PromptTokens, options: ReplyOptions
-    ) -> AsyncGenerator[TextPiece | ModelReply, None]:
-        """Yields the pieces of a reply, then the reply; closing it cancels the rest."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
         def take(item: Item) -> None:
             with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
-        job = self.start(prompt, options, take)
+        job = self.start(prompt, chosen, take)
         try:
-            while True:
-                item = await arrived.get()
-                if isinstance(item, RequestError):
-                    raise item
-                yield item
-                if isinstance(item, ModelReply):
-                    return
+            while isinstance(item := await arrived.get(), TextPiece):
+                yield item.text
+            if isinstance(item, RequestError):
+                raise item
         finally:
             job.cancel()
 
@@ -192,14 +179,14 @@ class Model(PromptEncoder):
         Raises Busy if too many requests wait, RequestError for an empty prompt and unknown ids.
         """
 
-        def deliver_end(end: ModelReply | RequestError) -> None:
-            if isinstance(end, ModelReply) and end.reason != "cancelled" and prompt.messages:
+        def deliver_settled(item: Item) -> None:
+            if isinstance(item, ModelReply) and item.reason != "cancelled" and prompt.messages:
                 with contextlib.suppress(RuntimeError):  # it is shut down while replies end
-                    self._settling.submit(self._settle, prompt, options, end, deliver)
+                    self._settling.submit(self._settle, prompt, options, item, deliver)
                     return
-            deliver(end)
+            deliver(item)
 
-        writer = ReplyWriter(self.tokenizer, prompt.ids, options, deliver, deliver_end)
+        writer = ReplyWriter(self.tokenizer, prompt.ids, options, deliver_settled)
         request = GenerationRequest(
             ids=prompt.ids,
             listener=writer,
@@ -263,26 +250,22 @@ class Model(PromptEncoder):
         path = Path(path)
         require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        state = self.state(ids[:-1] or ids)
-        saved = self.saved_state(ids, state, messages, with_text=with_text)
+        saved = self.saved_state(ids, self.state(ids[:-1] or ids), messages)
+        if not with_text:
+            saved = replace(saved, tokens=None, messages=None)
         write_state(path, saved, precision=self.state_precision)
         return saved
 
     def saved_state(
-        self,
-        ids: Sequence[int],
-        state: State,
-        messages: Sequence[Message] | None = None,
-        *,
-        with_text: bool = True,
+        self, ids: Sequence[int], state: State, messages: Sequence[Message] | None
     ) -> SavedState:
         seen = int(state[POSITION][0])
         return SavedState(
             self.identity,
             key_of(ids[:seen]),
             state,
-            np.array(ids, np.int64) if with_text else None,
-            messages if with_text else None,
+            np.array(ids, np.int64),
+            messages,
             f"{self.info.engine} {self.info.engine_version}",
             artifact=self._numeric_identity,
         )
@@ -333,7 +316,7 @@ class Model(PromptEncoder):
 class _ReadingListener:
     done: Future[End]
 
-    def token(self, token: Token) -> bool:
+    def token(self, token: int, logits: np.ndarray) -> bool:
         return False
 
     def end(self, end: End) -> None:

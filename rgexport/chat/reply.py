@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, Reason, Token
+from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, Reason
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
@@ -146,32 +146,31 @@ class ReplyWriter:
         prompt: Sequence[int],
         options: ReplyOptions,
         deliver: Deliver,
-        deliver_end: Callable[[ModelReply | RequestError], None],
     ) -> None:
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(options.stop)
         self._prompt_tokens, self._logprobs = len(prompt), options.logprobs
-        self._deliver, self._deliver_end = deliver, deliver_end
+        self._deliver = deliver
         self._texts: list[str] = []
         self._undelivered = [ScoredToken(prompt[0], None, ())] if options.prompt_logprobs else []
         self._ids: list[int] = []
 
-    def token(self, token: Token) -> bool:
-        self._ids.append(token.id)
+    def token(self, token: int, logits: np.ndarray) -> bool:
+        self._ids.append(token)
         if self._logprobs is not None:
-            self._undelivered.append(scored(token, self._logprobs))
-        self._add(self._stop.add(self._decoder.add(token.id)))
+            self._undelivered.append(_scored(token, logits, self._logprobs))
+        self._add(self._stop.add(self._decoder.add(token)))
         return self._stop.match is None
 
     def prompt(self, ids: Sequence[int], logits: np.ndarray) -> None:
         for token, row in zip(ids, logits, strict=True):
-            self._undelivered.append(scored(Token(token, row), self._logprobs or 0))
+            self._undelivered.append(_scored(token, row, self._logprobs or 0))
 
     def end(self, end: End) -> None:
         self._add(self._stop.add(self._decoder.finish()) + self._stop.finish(), last=True)
         if end.error is not None:
-            self._deliver_end(end.error)
+            self._deliver(end.error)
             return
-        self._deliver_end(
+        self._deliver(
             ModelReply(
                 text="".join(self._texts),
                 ids=tuple(self._ids),
@@ -190,11 +189,11 @@ class ReplyWriter:
             self._undelivered = []
 
 
-def scored(token: Token, count: int) -> ScoredToken:
-    values = log_probabilities(token.logits)
-    top = most_likely(np.asarray(token.logits), count) if count else ()
+def _scored(token: int, logits: np.ndarray, count: int) -> ScoredToken:
+    values = log_probabilities(logits)
+    top = most_likely(logits, count) if count else ()
     best = tuple((int(i), float(values[i])) for i in top)
-    return ScoredToken(token.id, float(values[token.id]), best)
+    return ScoredToken(token, float(values[token]), best)
 
 
 class ReplyStream(Iterator[str]):
@@ -211,24 +210,18 @@ class ReplyStream(Iterator[str]):
         return isinstance(self._end, RequestError)
 
     def __next__(self) -> str:
-        if piece := self._next_piece():
-            return piece.text
-        raise StopIteration
+        return next(self.pieces()).text
 
     def pieces(self) -> Iterator[TextPiece]:
         """Yields the rest of the reply, with log probabilities if they were asked for."""
-        while piece := self._next_piece():
-            yield piece
-
-    def _next_piece(self) -> TextPiece | None:
-        if self._end is None:
+        while self._end is None:
             item = self._items.get()
             if isinstance(item, TextPiece):
-                return item
-            self._end = item
+                yield item
+            else:
+                self._end = item
         if isinstance(self._end, RequestError):
             raise self._end
-        return None
 
     def reply(self) -> ModelReply:
         """Waits for the end; returns the whole reply. Each call raises an error of the engine."""

@@ -108,10 +108,9 @@ class Admission:
         cancelled: list[GenerationJob] = []
         with self.changed:
             for client, queue in [*self._queues.items()]:
-                leaving = {j for j in queue if j.cancelled and (paused or j.paused is None)}
-                if leaving:
-                    cancelled += [job for job in queue if job in leaving]
-                    self._set_queue(client, [job for job in queue if job not in leaving])
+                leaving = [j for j in queue if j.cancelled and (paused or j.paused is None)]
+                cancelled += leaving
+                self._set_queue(client, [job for job in queue if job not in leaving])
         return cancelled
 
     def end(self, job: GenerationJob) -> None:
@@ -252,10 +251,7 @@ class RowAssignment:
         self._admission, self._rows, self._store = admission, rows, store
 
     def assign(self, begin: Callable[[GenerationJob], None]) -> None:
-        """Calls `begin` with each job that gets a row.
-
-        Jobs wait for a prefix that another row or the folder of states is reading.
-        """
+        """Calls `begin` with each job that gets a row."""
         postponed: list[GenerationJob] = []  # includes the current job, lest an error lose it
         try:
             for _ in range(self._rows.capacity):
@@ -263,7 +259,7 @@ class RowAssignment:
                 if job is None:
                     return
                 postponed.append(job)
-                if job.cancelled or self._is_being_read(job) or self._is_being_fetched(job):
+                if job.cancelled or self._waits_for_a_prefix(job):
                     continue
                 if self._rows.is_full:
                     self._pause_one()
@@ -291,21 +287,16 @@ class RowAssignment:
         self._rows.remove(job)
         self._admission.put_back(job)
 
-    def _is_being_read(self, job: GenerationJob) -> bool:
+    def _waits_for_a_prefix(self, job: GenerationJob) -> bool:
+        """Returns whether another row or the folder of states is reading a prefix of the prompt."""
+        if job.paused is not None or job.request.prompt_logits:
+            return False
         namespace = job.request.namespace
         reading = [r for r in self._rows.not_decoding if r.request.namespace == namespace]
-        if job.paused is not None or job.request.prompt_logits or not reading:
-            return False
-        known = self._store.length(job.ids, namespace)
+        known = self._store.length(job.ids, namespace) if reading else 0
         for running in reading:
             shared = common_prefix(job.ids, running.ids)
             if any(known < stop <= shared for stop in running.stops()):
                 return True
-        return False
-
-    def _is_being_fetched(self, job: GenerationJob) -> bool:
-        if job.paused is not None or job.request.prompt_logits:
-            return False
-        wake, namespace = self._admission.wake, job.request.namespace
-        job.fetch = job.fetch or self._store.fetch(job.ids, wake, namespace)
+        job.fetch = job.fetch or self._store.fetch(job.ids, self._admission.wake, namespace)
         return job.fetch is not None and job.fetch.pending

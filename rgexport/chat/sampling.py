@@ -110,12 +110,6 @@ class Sampler:
         return logits
 
 
-def distribution(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens that may be sampled, not greedily, and their probabilities (float64)."""
-    tokens, weights = _truncated(logits, options)
-    return np.arange(len(logits)) if tokens is None else tokens, weights / weights.sum()
-
-
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Returns the log-softmax (natural, float64) of logits [..., vocab]."""
     shifted = logits.astype(np.float64)

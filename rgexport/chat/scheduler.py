@@ -19,7 +19,6 @@ from rgexport.chat.jobs import (
     GenerationJob,
     GenerationRequest,
     Reason,
-    Token,
     require_ids,
 )
 from rgexport.chat.masks import MaskThreads, ReplyMask
@@ -238,7 +237,8 @@ class Scheduler:
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
-            self._leave(job, "length", state=state)
+            job.state = state
+            self._leave(job, "length")
         else:
             self._go_on(job, logits)
 
@@ -321,7 +321,7 @@ class Scheduler:
         job.ids.append(token)
         job.written += 1
         self.counters.new_tokens += 1
-        if not request.listener.token(Token(token, logits)):
+        if not request.listener.token(token, logits):
             return "stop", None
         if job.written >= request.max_new_tokens:
             return "length", None
@@ -329,18 +329,12 @@ class Scheduler:
             job.mask.accept(token)
         return None
 
-    def _leave(
-        self,
-        job: GenerationJob,
-        reason: Reason,
-        error: RequestError | None = None,
-        state: State | None = None,
-    ) -> None:
+    def _leave(self, job: GenerationJob, reason: Reason, error: RequestError | None = None) -> None:
         if reason != "error" and job.fed > job.stored:
             lasting = job.request.lasting and reason != "cancelled"
             self._store(job, self._rows.state(job), lasting=lasting)
         self._rows.remove(job)
-        self._end(job, reason, error, state)
+        self._end(job, reason, error)
 
     def _store(
         self, job: GenerationJob, state: State, logits: np.ndarray | None = None, *, lasting: bool
@@ -355,20 +349,14 @@ class Scheduler:
         )
         job.stored = job.fed
 
-    def _end(
-        self,
-        job: GenerationJob,
-        reason: Reason,
-        error: RequestError | None = None,
-        state: State | None = None,
-    ) -> None:
+    def _end(self, job: GenerationJob, reason: Reason, error: RequestError | None = None) -> None:
         self._admission.end(job)
         if job.mask is not None:
             job.mask.cancel()
         now = time.perf_counter()
         replied = job.replied or now
         read_seconds = replied - (job.began or replied)
-        end = End(reason, job.cached, read_seconds, now - replied, error, state)
+        end = End(reason, job.cached, read_seconds, now - replied, error, job.state)
         try:
             job.request.listener.end(end)
         except Exception as failure:

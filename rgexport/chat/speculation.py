@@ -141,10 +141,8 @@ class Speculation:
 
     def __init__(self, most_tokens: int) -> None:
         self._most = most_tokens
-        self._seconds: dict[tuple[int, int], float] = {}
-        """(rows, tokens of each row) → mean time of a pass."""
-        self._measured: dict[tuple[int, int], int] = {}
-        """(rows, tokens of each row) → number of the last such pass."""
+        self._measured: dict[tuple[int, int], tuple[float, int]] = {}
+        """(rows, tokens of each row) → mean time of such a pass, and the number of the last one."""
         self._passes = 0
         self._slope = _PRIOR_SLOPE
         self._drafts: list[tuple[GenerationJob, Draft, int]] = []
@@ -174,11 +172,11 @@ class Speculation:
             job.lookup.learn(draft, job.ids[before:])
         self._drafts = []
         self._passes += 1
-        is_first = (rows, tokens) not in self._measured
-        self._measured[rows, tokens] = self._passes
-        if is_first:  # it allocated its arrays, so its time is not typical
+        if (rows, tokens) not in self._measured:  # it allocated its arrays: its time is not typical
+            self._measured[rows, tokens] = 0.0, self._passes
             return
-        self._seconds[rows, tokens] = _mean(self._seconds.get((rows, tokens), 0.0), seconds)
+        mean = _mean(self._measured[rows, tokens][0], seconds)
+        self._measured[rows, tokens] = mean, self._passes
         if tokens == 1:
             self._slope = _PRIOR_SLOPE + _SLOPE_DECAY * (self._slope - _PRIOR_SLOPE)
         elif plain := self._fresh_seconds(rows, 1):
@@ -204,10 +202,10 @@ class Speculation:
     def _time(self, rows: int, tokens: int, step: float) -> float:
         return self._fresh_seconds(rows, tokens) or step * (1 + self._slope * (tokens - 1))
 
-    def _fresh_seconds(self, rows: int, tokens: int) -> float | None:
-        """Returns the time of such a pass, or None if it was not measured recently."""
-        age = self._passes - self._measured.get((rows, tokens), -_FRESH_PASSES)
-        return self._seconds.get((rows, tokens)) if age < _FRESH_PASSES else None
+    def _fresh_seconds(self, rows: int, tokens: int) -> float:
+        """Returns the time of such a pass, or 0 if it was not measured recently."""
+        seconds, last = self._measured.get((rows, tokens), (0.0, 0))
+        return seconds if self._passes - last < _FRESH_PASSES else 0.0
 
 
 def _mean(before: float, latest: float) -> float:

@@ -89,10 +89,6 @@ class SavedState:
     def count(self) -> int:
         return self.position if self.tokens is None else len(self.tokens)
 
-    @property
-    def nbytes(self) -> int:
-        return state_bytes(self.state, self.logits)
-
 
 def state_bytes(state: State, logits: np.ndarray | None) -> int:
     arrays = [*state.values(), *([] if logits is None else [logits])]

@@ -10,8 +10,9 @@ import os
 import re
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rgexport.chat.state_file import Key, SavedState, read_state, write_state
+from rgexport.chat.state_file import Key, SavedState, read_state, state_bytes, write_state
 from rgexport.errors import RequestError, system_error
 from rgexport.export.manifest import Identity
 from rgexport.files.atomic import remove_abandoned
@@ -44,8 +45,6 @@ _SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
 scan takes, whichever is longer."""
 _MIN_WAITING = 4
 """Number of states that may wait to be written whatever their size."""
-_OVERHEAD_BYTES = 4096
-"""Estimated memory of the Python objects of a waiting state."""
 
 
 @dataclass
@@ -56,110 +55,87 @@ class _File:
 
 
 class FolderIndex:
-    """The state files of all artifacts in a folder `root`, the least recently used first.
+    """The state files of all artifacts in a folder `root`; its subfolder `name` is this artifact's.
 
-    States are looked up in its subfolder `name`. Only `scan` and `trim`, of one thread, use the
-    disk.
+    One thread changes it and uses the disk; any thread may look states up.
     """
 
     def __init__(self, root: Path, name: str) -> None:
         self._root, self._name = root, name
-        self._files: OrderedDict[FileName, _File] = OrderedDict()
-        self._lengths = Counter[int]()
-        self._nbytes = 0
-        self._lock = threading.Lock()
-
-    def lengths(self) -> set[int]:
-        with self._lock:
-            return set(self._lengths)
+        self._files: dict[FileName, _File] = {}
+        self.lengths: frozenset[int] = frozenset()
+        """Numbers of tokens before the states of this artifact."""
 
     def name_of(self, key: Key) -> FileName:
         return self._name, f"{key[0]}-{key[1]}.state"
 
     def has(self, key: Key) -> bool:
-        with self._lock:
-            return self.name_of(key) in self._files
+        return self.name_of(key) in self._files
 
     def has_logits(self, key: Key) -> bool | None:
         """Returns whether the state has logits; None if only its file knows."""
-        with self._lock:
-            file = self._files.get(self.name_of(key))
-            return None if file is None else file.has_logits
+        file = self._files.get(self.name_of(key))
+        return None if file is None else file.has_logits
 
     def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
-        with self._lock:
-            self._discard(self.name_of(key))
-            self._insert(self.name_of(key), _File(nbytes, time.time(), has_logits))
+        self._files[self.name_of(key)] = _File(nbytes, time.time(), has_logits)
+        self.lengths |= {key[0]}
 
     def touch(self, key: Key, *, has_logits: bool) -> None:
-        with self._lock:
-            if file := self._files.get(self.name_of(key)):
-                file.used, file.has_logits = time.time(), has_logits
-                self._files.move_to_end(self.name_of(key))
+        if file := self._files.get(self.name_of(key)):
+            file.used, file.has_logits = time.time(), has_logits
 
     def discard(self, key: Key) -> None:
-        with self._lock:
-            self._discard(self.name_of(key))
+        files = dict(self._files)
+        files.pop(self.name_of(key), None)
+        self._set_files(files)
 
     def scan(self) -> None:
-        """Compares the index with the disk; removes incomplete files of killed processes."""
-        names = set(self._names_on_disk())
-        with self._lock:
-            for name in self._files.keys() - names:
-                self._discard(name)
-            unknown = names - self._files.keys()
-        sizes = [(name, status) for name in unknown if (status := self._status(name))]
-        with self._lock:
-            for name, status in sorted(sizes, key=lambda pair: pair[1].st_mtime):
-                if name not in self._files:
-                    self._insert(name, _File(status.st_size, status.st_mtime))
+        """Reads the names on the disk; removes incomplete files of killed processes."""
+        files = dict[FileName, _File]()
+        for name, entry in self._entries():
+            with suppress(OSError):  # another process has removed it meanwhile
+                status = entry.stat()
+                file = self._files.get(name) or _File(0, 0.0)
+                used = max(status.st_mtime, file.used)
+                files[name] = _File(status.st_size, used, file.has_logits)
+        self._set_files(files)
 
     def trim(self, max_bytes: int) -> None:
-        while self._nbytes > max_bytes and self._files:
-            with self._lock:
-                name, file = next(iter(self._files.items()))
-                self._discard(name)
-            status = self._status(name)
-            if status and status.st_mtime > file.used + 1:  # another process has used it
-                with self._lock:
-                    self._insert(name, _File(status.st_size, status.st_mtime, file.has_logits))
-                continue
+        """Removes the least recently used files, if there are more than `max_bytes` in all."""
+        if self._nbytes() <= max_bytes:
+            return
+        self.scan()  # other processes may have used files meanwhile
+        files, nbytes = dict(self._files), self._nbytes()
+        for name, file in sorted(files.items(), key=lambda item: item[1].used):
+            if nbytes <= max_bytes:
+                break
+            nbytes -= file.nbytes
+            del files[name]
             with suppress(OSError):
                 self._root.joinpath(*name).unlink()
+        self._set_files(files)
 
-    def _names_on_disk(self) -> Iterator[FileName]:
-        for folder in _entries(self._root):
+    def _nbytes(self) -> int:
+        return sum(file.nbytes for file in self._files.values())
+
+    def _set_files(self, files: dict[FileName, _File]) -> None:
+        self._files = files
+        lengths = (name.partition("-")[0] for folder, name in files if folder == self._name)
+        self.lengths = frozenset(map(int, lengths))
+
+    def _entries(self) -> Iterator[tuple[FileName, os.DirEntry[str]]]:
+        for folder in _listed(self._root):
             if not (_FOLDER.fullmatch(folder.name) and folder.is_dir()):
                 continue
-            for entry in _entries(Path(folder.path)):
+            for entry in _listed(Path(folder.path)):
                 if _FILE.fullmatch(entry.name):
-                    yield folder.name, entry.name
+                    yield (folder.name, entry.name), entry
                 else:
                     remove_abandoned(entry)
 
-    def _status(self, name: FileName) -> os.stat_result | None:
-        with suppress(OSError):
-            return self._root.joinpath(*name).stat()
-        return None
 
-    def _insert(self, name: FileName, file: _File) -> None:
-        self._files[name] = file
-        self._count(name, file, 1)
-
-    def _discard(self, name: FileName) -> None:
-        if file := self._files.pop(name, None):
-            self._count(name, file, -1)
-
-    def _count(self, name: FileName, file: _File, change: int) -> None:
-        self._nbytes += change * file.nbytes
-        if name[0] == self._name:
-            length = int(name[1].partition("-")[0])
-            self._lengths[length] += change
-            if not self._lengths[length]:
-                del self._lengths[length]
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -170,25 +146,21 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 class Fetch:
     """A queued or finished read of a saved state from which `length` tokens can be continued.
 
-    It reads the first usable one of `keys`, the best first, and then calls `callbacks`.
+    It reads the first usable one of `keys`, the best first.
     """
 
     def __init__(self, keys: Sequence[Key], length: int) -> None:
         self.keys, self.length = keys, length
-        self.state: SavedState | None = None
-        self.callbacks: list[Callable[[], None]] = []
+        self.found = Future[SavedState | None]()
         self._deadline = time.monotonic() + READ_SECONDS
-        self._ended = threading.Event()
 
     @property
     def pending(self) -> bool:
-        return not self._ended.is_set() and time.monotonic() < self._deadline
+        return not self.found.done() and time.monotonic() < self._deadline
 
-    def end(self, state: SavedState | None) -> None:
-        self.state = state
-        self._ended.set()
-        for callback in self.callbacks:
-            callback()
+    @property
+    def state(self) -> SavedState | None:
+        return self.found.result() if self.found.done() else None
 
 
 class StateFolder:
@@ -227,7 +199,6 @@ class StateFolder:
             raise RequestError(f"cannot use {self._folder}: {error.strerror}") from None
         self._waiting: OrderedDict[Key, SavedState] = OrderedDict()
         """States to write, the oldest first."""
-        self._waiting_bytes = 0
         self._fetches: OrderedDict[Key, Fetch] = OrderedDict()
         """First key of a fetch → the fetch, the oldest first."""
         self._retry_at: dict[Key, float] = {}
@@ -241,11 +212,11 @@ class StateFolder:
         self._thread = threading.Thread(target=self._run, name="state folder", daemon=True)
         self._thread.start()
 
-    def lengths(self) -> set[int]:
+    def lengths(self) -> frozenset[int]:
         """Returns the lengths, in tokens, of the saved states; none while the disk hangs."""
         started = self._busy_since
         hangs = started is not None and time.monotonic() - started > READ_SECONDS
-        return set() if hangs else self._index.lengths()
+        return frozenset() if hangs else self._index.lengths
 
     def has(self, key: Key) -> bool:
         return self._index.has(key) and time.monotonic() >= self._retry_at.get(key, 0.0)
@@ -257,25 +228,23 @@ class StateFolder:
         """Queues a state to be written unless it is saved; a full queue loses its oldest."""
         if self.has(key) and (logits is None or self.has_logits(key)):
             return
+        saved = SavedState(self._identity, key, state, logits=logits, artifact=self._artifact)
+        most = max(_MIN_WAITING, self._max_waiting_bytes // state_bytes(state, logits))
         with self._changed:
             queued = self._waiting.get(key)
             if self._closed or (queued and queued.logits is not None and logits is None):
                 return
-            saved = SavedState(self._identity, key, state, logits=logits, artifact=self._artifact)
-            if queued:
-                self._pop_waiting(key)
             self._waiting[key] = saved
-            self._waiting_bytes += saved.nbytes + _OVERHEAD_BYTES
-            most = self._max_waiting_bytes
-            while len(self._waiting) > _MIN_WAITING and self._waiting_bytes > most:
-                self._pop_waiting(next(iter(self._waiting)))
+            while len(self._waiting) > most:
+                self._waiting.popitem(last=False)
             self._changed.notify()
 
     def fetch(self, keys: Sequence[Key], length: int, callback: Callable[[], None]) -> Fetch:
+        """Queues a read unless it is queued; `callback` is called at its end."""
         with self._changed:
             fetch = self._fetches.setdefault(keys[0], Fetch(keys, length))
-            fetch.callbacks.append(callback)
             self._changed.notify()
+        fetch.found.add_done_callback(lambda _: callback())
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
@@ -305,8 +274,7 @@ class StateFolder:
                 if self._fetches:
                     return partial(self._read, next(iter(self._fetches.values())))
                 if self._waiting and (self._closed or now >= self._write_at):
-                    key = next(iter(self._waiting))
-                    return partial(self._write, key, self._pop_waiting(key))
+                    return partial(self._write, *self._waiting.popitem(last=False))
                 if self._closed:
                     return None
                 if now >= self._scan_at:
@@ -322,7 +290,7 @@ class StateFolder:
                 break
         with self._changed:
             del self._fetches[fetch.keys[0]]
-        fetch.end(state)
+        fetch.found.set_result(state)
 
     def _load(self, key: Key) -> SavedState | None:
         try:
@@ -378,8 +346,3 @@ class StateFolder:
         if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:
             self._warned[kind] = now
             warn(f"{what}: {error}")
-
-    def _pop_waiting(self, key: Key) -> SavedState:
-        saved = self._waiting.pop(key)
-        self._waiting_bytes -= saved.nbytes + _OVERHEAD_BYTES
-        return saved

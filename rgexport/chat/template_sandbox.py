@@ -243,21 +243,18 @@ class _Charging(NodeTransformer):
 
     visit_Dict = visit_List
 
-    def visit_Compare(self, node: Any) -> nodes.Node:
+    def visit_Compare(self, node: Any) -> Any:
         self.generic_visit(node)
         for side in (node, *node.ops):
             side.expr = _call("compared", [side.expr], node.lineno)
-        compared: nodes.Node = node
-        return compared
+        return node
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         return self.visit_List(node) if node.ctx == "load" else node
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        if isinstance(node.arg, nodes.Slice):
-            return self.visit_List(node)
-        visited: nodes.Node = self.generic_visit(node)
-        return visited
+    def visit_Getitem(self, node: nodes.Getitem) -> Any:
+        is_slice = isinstance(node.arg, nodes.Slice)
+        return self.visit_List(node) if is_slice else self.generic_visit(node)
 
 
 def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:

@@ -236,15 +236,9 @@ def _tokenizer(
     encode: Callable[[str], list[int]],
     surface: Callable[[int], bytes],
 ) -> Tokenizer:
-    return Tokenizer(
-        size,
-        tokens.special,
-        None if tokens.bos is None else tokens.bos.id,
-        None if tokens.eos is None else tokens.eos.id,
-        encode,
-        surface,
-        None if tokens.unk is None else tokens.unk.id,
-    )
+    controls = tokens.bos, tokens.eos, tokens.unk
+    bos, eos, unk = (None if control is None else control.id for control in controls)
+    return Tokenizer(size, tokens.special, bos, eos, encode, surface, unk)
 
 
 _READERS: dict[str, Callable[[Path], Tokenizer]] = {

@@ -89,12 +89,11 @@ def serve(arguments: ServeArguments) -> None:
     """Serves artifacts over HTTP, with OpenAI's interface."""
     from rgexport.export.opening import local_path
     from rgexport.export.request import bytes_of
-    from rgexport.serve.app import open_models, openers
+    from rgexport.serve.app import open_models
     from rgexport.serve.app import serve as run
     from rgexport.serve.exchange import Limits
     from rgexport.serve.guards import Connections
     from rgexport.serve.server import ServerSettings
-    from rgexport.serve.text_process import TextProcess
 
     settings = ServerSettings(
         api_key=_api_key(arguments.api_key, arguments.api_key_file),
@@ -130,8 +129,7 @@ def serve(arguments: ServeArguments) -> None:
         folder_bytes=int(bytes_of("--state-folder-size", arguments.state_folder_size)),
         state_precision=arguments.precision.state_precision,
     )
-    text_process = TextProcess(openers(models, artifacts, settings.limits.prompt_tokens))
-    run(models, settings, text_process)
+    run(models, [path.resolve() for path in artifacts], settings)
 
 
 def _saved_folder(state_folder: Path | None) -> Path | None:

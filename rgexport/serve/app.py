@@ -2,26 +2,26 @@
 
 import asyncio
 import contextlib
-import functools
 import gc
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from rgexport._version import __version__
 from rgexport.chat.from_artifact import open_model
 from rgexport.chat.model import Model
-from rgexport.chat.prompts import PromptEncoder
 from rgexport.errors import RequestError
 from rgexport.progress import print_error, warn
 from rgexport.serve import endpoints, errors
@@ -59,18 +59,12 @@ def create_app(
     """Returns the app; long texts are read in `text_process`, without one in threads."""
     server = Server(models, settings, text_process)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        server.grammar_thread.close()
-
     app = FastAPI(
         title="rgexport",
         version=__version__,
         docs_url=None,
         redoc_url=None,
         responses=errors.RESPONSES,
-        lifespan=lifespan,
     )
     app.state.server = server
     app.router.route_class = JsonRoute
@@ -89,8 +83,6 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
     settings = server.settings
     app.add_middleware(Guard, api_key=settings.api_key, body_bytes=settings.body_bytes)
     if settings.cors_origins:
-        from starlette.middleware.cors import CORSMiddleware
-
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
@@ -101,8 +93,6 @@ def _add_middlewares(app: FastAPI, server: Server) -> None:
     app.add_middleware(Origins, hosts=settings.allowed_hosts, pages=settings.cors_origins)
     app.add_middleware(Record, metrics=server.metrics, log=settings.log)
     if settings.trusted_proxies:
-        from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
-
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[*settings.trusted_proxies])
 
 
@@ -124,17 +114,14 @@ def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     return models
 
 
-def openers(
-    models: Mapping[str, Model], artifacts: list[Path], most_tokens: int
-) -> dict[str, functools.partial[PromptEncoder]]:
-    return {
-        name: functools.partial(open_encoder, path.resolve(), model.identity, most_tokens)
-        for (name, model), path in zip(models.items(), artifacts, strict=True)
-    }
-
-
-def serve(models: dict[str, Model], settings: ServerSettings, text_process: TextProcess) -> None:
+def serve(models: dict[str, Model], artifacts: list[Path], settings: ServerSettings) -> None:
     """Serves until SIGINT or SIGTERM; then running replies end, and states are on the disk."""
+    text_process = TextProcess(
+        {
+            name: partial(open_encoder, path, model.identity, settings.limits.prompt_tokens)
+            for (name, model), path in zip(models.items(), artifacts, strict=True)
+        }
+    )
     opened = _listen(settings.host, settings.port)
     address = authority_of(settings.host, opened.getsockname()[1])
     print_error(f"{', '.join(models)} at http://{address}/v1 (Ctrl-C ends)")
@@ -151,6 +138,7 @@ def serve(models: dict[str, Model], settings: ServerSettings, text_process: Text
         _run(_Server(_config(app, settings)), opened)
     finally:
         server.health.close()
+        server.grammar_thread.close()
         text_process.close()
         with ThreadPoolExecutor() as pool:  # at once: each may wait for a disk
             list(pool.map(Model.close, models.values()))
@@ -188,6 +176,7 @@ def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=max(1, settings.grace_seconds),
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
+        lifespan="off",
     )
 
 

@@ -83,30 +83,22 @@ def slot_from(saved: SavedState) -> Slot | None:
     return Slot(saved.count, messages, (*saved.tokens.tolist(),))
 
 
-class ClientSlots:
+SlotKey = tuple[str, str, int]
+"""Owner and model of a slot, and its number."""
+
+
+class ClientSlots(dict[SlotKey, Slot]):
+    """The last slots of all clients, at most `most`: the client with the most loses its oldest."""
+
     def __init__(self, most: int = _MOST_SLOTS) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._slots: dict[tuple[str, str, int], Slot] = {}
+        self._most = most
 
-    def get(self, owner: str, model: str, number: int) -> Slot | None:
-        with self._lock:
-            return self._slots.get((owner, model, number))
-
-    def put(self, owner: str, model: str, number: int, slot: Slot) -> None:
-        with self._lock:
-            self._slots.pop((owner, model, number), None)
-            self._slots[owner, model, number] = slot
-            while len(self._slots) > self._most:
-                ((most, _),) = Counter(key[0] for key in self._slots).most_common(1)
-                self._slots.pop(next(key for key in self._slots if key[0] == most))
-
-    def pop(self, owner: str, model: str, number: int) -> Slot | None:
-        with self._lock:
-            return self._slots.pop((owner, model, number), None)
-
-    def of(self, owner: str) -> list[tuple[str, int, Slot]]:
-        with self._lock:
-            return [(*key[1:], slot) for key, slot in self._slots.items() if key[0] == owner]
+    def put(self, key: SlotKey, slot: Slot) -> None:
+        self.pop(key, None)
+        self[key] = slot
+        while len(self) > self._most:
+            ((most, _),) = Counter(owner for owner, _, _ in self).most_common(1)
+            del self[next(key for key in self if key[0] == most)]
 
 
 class NamedStates:

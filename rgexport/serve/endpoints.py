@@ -18,7 +18,7 @@ from rgexport.serve import bodies, errors
 from rgexport.serve.clients import Client, slot_after, slot_from
 from rgexport.serve.exchange import EventStream, Exchange, Limits, OpenAIAnswer, PlannedReply
 from rgexport.serve.grammar import GrammarSource, json_source
-from rgexport.serve.server import kind_of, server_of
+from rgexport.serve.server import LONG, kind_of, server_of
 
 AFFINITY = "X-Conversation"
 """Header for load balancers; its value is the same for all turns of a conversation."""
@@ -52,15 +52,15 @@ async def _respond(
 ) -> Response:
     server, name = server_of(request), answer.model
     client, model, limits = server.client(request), server.models[name], server.settings.limits
-    kind = kind_of(len(await request.body()))
-    replies: list[PlannedReply] = await server.offload.run(
-        kind, request, plan, model, body, client, limits
-    )
-    replies = await server.with_grammar(name, replies, request)
+    kind, source = kind_of(len(await request.body())), _grammar_source(body)
+    replies: list[PlannedReply] = await server.run(kind, request, plan, model, body, client, limits)
+    if source is not None:
+        make_mask = await server.grammar_thread.compile(server.grammars[name], source, request)
+        replies = [replace(r, options=replace(r.options, mask=make_mask())) for r in replies]
 
     def finished(reply: ModelReply) -> None:
         slot = slot_after(replies[0].prompt, reply)
-        server.slots.put(client.owner, name, body.id_slot, slot)
+        server.slots.put((client.owner, name, body.id_slot), slot)
 
     exchange = Exchange(request, model, answer, replies, limits, finished)
     server.exchanges.add(exchange)
@@ -99,15 +99,13 @@ def plan_chat(
     prompt = model.conversation_prompt(
         messages_of(body.messages), tools=body.tools or None, namespace=client.namespace
     )
-    _require_fitting([prompt], limits)
+    _require_few("the prompt", len(prompt.ids), limits.prompt_tokens)
     most = body.max_completion_tokens or body.max_tokens
     logprobs = body.top_logprobs if body.logprobs else None
     options = _options(body, most, logprobs, client, limits)
     if body.prediction:
-        draft, limit = model.draft_of(_content(body.prediction)), limits.prompt_tokens
-        if len(draft) > limit:
-            message = f"prediction has {len(draft)} tokens; this server takes up to {limit}"
-            raise RequestError(message)
+        draft = model.draft_of(_content(body.prediction))
+        _require_few("prediction", len(draft), limits.prompt_tokens)
         options = replace(options, draft=draft)
     return _replies([prompt], body, options)
 
@@ -120,7 +118,8 @@ def plan_completion(
     if body.best_of not in (None, body.n):
         raise RequestError("best_of: there is none; leave it out, or set it to n")
     prompts = [PromptTokens(ids) for ids in _prompts(model, body.prompt)]
-    longest = _require_fitting(prompts, limits)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    _require_few("the prompt", longest, limits.prompt_tokens)
     most = body.max_tokens or _COMPLETION_TOKENS
     options = _options(body, most, body.logprobs, client, limits)
     if body.echo and body.logprobs is not None:
@@ -139,9 +138,8 @@ def plan_completion(
 def _replies(
     prompts: Sequence[PromptTokens], body: bodies.GenerationBody, options: ReplyOptions
 ) -> list[PlannedReply]:
-    grammar = _grammar_source(body)
     choices = [replace(options, sampling=_sampling(body, choice)) for choice in range(body.n)]
-    return [PlannedReply(prompt, c, grammar=grammar) for prompt in prompts for c in choices]
+    return [PlannedReply(prompt, choice) for prompt in prompts for choice in choices]
 
 
 def _options(
@@ -160,13 +158,9 @@ def _options(
     )
 
 
-def _require_fitting(prompts: Sequence[PromptTokens], limits: Limits) -> int:
-    longest = max(len(prompt.ids) for prompt in prompts)
-    if longest > limits.prompt_tokens:
-        raise RequestError(
-            f"the prompt has {longest} tokens; this server takes up to {limits.prompt_tokens}"
-        )
-    return longest
+def _require_few(what: str, count: int, most: int | None) -> None:
+    if most is not None and count > most:
+        raise RequestError(f"{what} has {count} tokens; this server takes up to {most}")
 
 
 def _sampling(body: bodies.GenerationBody, choice: int) -> Sampling:
@@ -272,35 +266,32 @@ async def _answer(
     request: Request, name: str, size: int, function: Callable[..., bytes], *args: Any
 ) -> Response:
     server = server_of(request)
-    name, model = server.model(name)
-    content = await server.offload.with_encoder(request, name, model, size, function, *args)
+    _, model = server.model(name)
+    if model.elsewhere and size > LONG:
+        content = await server.run("long", request, model.elsewhere, function, *args)
+    else:
+        content = await server.run(kind_of(size), request, function, model, *args)
     return Response(content, media_type="application/json")
 
 
 def _tokens(encoder: PromptEncoder, text: str, add_special: bool) -> bytes:
     ids = encoder.text_ids(text) if add_special else encoder.encode(text)
-    _require_few(encoder, ids)
+    _require_few("the text", len(ids), encoder.most_tokens)
     return _json({"tokens": ids})
 
 
 def _text(encoder: PromptEncoder, ids: list[int]) -> bytes:
-    _require_few(encoder, ids)
+    _require_few("the text", len(ids), encoder.most_tokens)
     return _json({"content": encoder.tokenizer.decode(ids)})
 
 
 def _rendered(encoder: PromptEncoder, messages: list[Message]) -> bytes:
     ids = encoder.conversation_prompt(messages).ids
-    _require_few(encoder, ids)
+    _require_few("the text", len(ids), encoder.most_tokens)
     special = {token: literal for literal, token in encoder.tokenizer.special.items()}
     pieces = [special.get(i) or encoder.tokenizer.surface(i) for i in ids]
     data = b"".join(p.encode() if isinstance(p, str) else p for p in pieces)
     return _json({"prompt": data.decode("utf-8", "replace"), "tokens": ids})
-
-
-def _require_few(encoder: PromptEncoder, ids: list[int]) -> None:
-    most = encoder.most_tokens
-    if most is not None and len(ids) > most:
-        raise RequestError(f"there are {len(ids)} tokens; this server takes up to {most}")
 
 
 def _json(body: dict[str, Any]) -> bytes:
@@ -310,9 +301,11 @@ def _json(body: dict[str, Any]) -> bytes:
 async def slots(request: Request) -> list[dict[str, Any]]:
     """Lists the slots of the client."""
     server = server_of(request)
+    client = server.client(request)
     return [
         {"id": number, "model": name, "n_prompt_tokens": slot.count}
-        for name, number, slot in server.slots.of(server.client(request).owner)
+        for (owner, name, number), slot in server.slots.items()
+        if owner == client.owner
     ]
 
 
@@ -328,7 +321,7 @@ async def act(
     model_name, model = server.model(body.model)
     key = client.owner, model_name, slot
     if action == "erase" and name is None:
-        erased = server.slots.pop(*key)
+        erased = server.slots.pop(key, None)
         return {"id_slot": slot, "n_erased": erased.count if erased else 0}
     if name is None:
         raise RequestError("filename: it is missing; give a name for the state")
@@ -339,12 +332,12 @@ async def act(
     if action == "restore":
         saved = await server.saved.restore(client, name, model)
         if restored := slot_from(saved):
-            server.slots.put(*key, restored)
+            server.slots.put(key, restored)
         return answer | {"n_restored": saved.position}
     await server.saved.require_space(client, name)
-    if (seen := server.slots.get(*key)) is None:
+    if (seen := server.slots.get(key)) is None:
         raise RequestError(f"slot {slot} has seen nothing yet; nothing is saved")
-    ids = await server.offload.run("long", request, seen.ids, model)
+    ids = await server.run("long", request, seen.ids, model)
     state = await model.astate(ids[:-1] or ids, client=client.name, namespace=client.namespace)
     saved = model.saved_state(ids, state, seen.messages)
     written = await server.saved.save(client, name, model, saved)

@@ -21,7 +21,6 @@ from rgexport.chat.reply import Item, ModelReply, ReplyOptions, ScoredToken, Tex
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
 from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
-from rgexport.serve.grammar import GrammarSource
 
 _REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 _STARTED_AT_ONCE = 8
@@ -161,7 +160,6 @@ class PlannedReply:
     prompt: PromptTokens
     options: ReplyOptions
     before: str = ""
-    grammar: GrammarSource | None = None
 
 
 class Exchange:
@@ -257,7 +255,8 @@ class Exchange:
     async def _items(
         self, silence: float | None
     ) -> AsyncGenerator[tuple[int, TextPiece | ModelReply | None], None]:
-        leaving = asyncio.create_task(self._wait_until_gone())
+        leaving = asyncio.create_task(until_gone(self._request))
+        leaving.add_done_callback(lambda _: self._arrived.put_nowait((0, Gone())))
         try:
             while len(self._replies) < len(self._planned):
                 rest = self._end - self._loop.time()
@@ -281,10 +280,6 @@ class Exchange:
             leaving.cancel()
             self.cancel()
 
-    async def _wait_until_gone(self) -> None:
-        await until_gone(self._request)
-        self._arrived.put_nowait((0, Gone()))
-
 
 class EventStream(StreamingResponse):
     def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
@@ -303,6 +298,19 @@ class EventStream(StreamingResponse):
 async def until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def until_done(
+    future: asyncio.Future[Any], request: Request, seconds: float | None = None
+) -> None:
+    """Waits for a future, at most for `seconds`; raises Gone if the client leaves before."""
+    leaving = asyncio.ensure_future(until_gone(request))
+    try:
+        await asyncio.wait((future, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done() and not future.done():
+            raise Gone
+    finally:
+        leaving.cancel()
 
 
 def _event(body: dict[str, Any]) -> bytes:

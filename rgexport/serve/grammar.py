@@ -6,25 +6,26 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import llguidance.numpy
 import numpy as np
+from llguidance.gbnf_to_lark import any_to_lark
+from starlette.requests import Request
 
 from rgexport.chat.jobs import Busy
 from rgexport.chat.masks import DaemonExecutor
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.errors import NotInstalled, RequestError, one_line
-from rgexport.serve.errors import Gone
-
-if TYPE_CHECKING:
-    import llguidance
+from rgexport.errors import RequestError, one_line
+from rgexport.serve.exchange import until_done
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """JSON has no blanks: a model might write them for ever."""
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "max_grammar_size": 20_000,
     "max_items_in_row": 1000,
     "max_lexer_states": 50_000,
@@ -66,18 +67,18 @@ class GrammarMask:
     """
 
     def __init__(
-        self, start: "llguidance.LLMatcher", failed: "llguidance.LLMatcher", size: int
+        self, start: llguidance.LLMatcher, failed: llguidance.LLMatcher, size: int
     ) -> None:
         self._start, self._error, self._size = start, failed, size
         self._seconds = 0.0
 
     # The copies are made by the thread that computes masks, when it is the reply's turn.
     @functools.cached_property
-    def _matcher(self) -> "llguidance.LLMatcher":
+    def _matcher(self) -> llguidance.LLMatcher:
         return self._start.deep_copy()
 
     @functools.cached_property
-    def _failed(self) -> "llguidance.LLMatcher":
+    def _failed(self) -> llguidance.LLMatcher:
         return self._error.deep_copy()
 
     @functools.cached_property
@@ -85,8 +86,6 @@ class GrammarMask:
         return np.zeros((1, -(-self._size // 32)), np.int32)
 
     def allowed(self) -> np.ndarray:
-        import llguidance.numpy
-
         started = time.perf_counter()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
         self._seconds = time.perf_counter() - started
@@ -116,7 +115,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._size = tokenizer, vocab_size
-        self._known: OrderedDict[GrammarSource, CompiledGrammar | RequestError] = OrderedDict()
+        self._known: OrderedDict[GrammarSource, Future[CompiledGrammar]] = OrderedDict()
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
@@ -126,33 +125,29 @@ class Grammars:
                 return None
             self._known.move_to_end(source)
             compiled = self._known[source]
-        if isinstance(compiled, RequestError):
-            raise RequestError(str(compiled))
-        return compiled
+        if error := compiled.exception():
+            raise RequestError(str(error))  # a new one, since an error keeps all frames it was in
+        return compiled.result()
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         if known := self.known(source):
             return known
-        compiled: CompiledGrammar | RequestError
+        compiled = Future[CompiledGrammar]()
         try:
-            compiled = self._compiled(source)
-        except NotInstalled:
-            raise
+            compiled.set_result(self._compiled(source))
         except RequestError as error:
-            compiled = error
+            compiled.set_exception(error)
         with self._lock:
             self._known[source] = compiled
             while len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
-        if isinstance(compiled, RequestError):
-            raise compiled
-        return compiled
+        return compiled.result()
 
     def _compiled(self, source: GrammarSource) -> CompiledGrammar:
-        guide, vocabulary = _llguidance(), self._vocabulary
+        vocabulary = self._vocabulary
         try:
-            limits = guide.LLParserLimits(**_LIMITS)
-            matcher = guide.LLMatcher(vocabulary, _guidance(source), log_level=0, limits=limits)
+            limits, grammar = llguidance.LLParserLimits(**_LIMITS), _guidance(source)
+            matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         except Exception as error:  # it raises ValueError, TypeError and its own
             raise RequestError(f"the grammar cannot be used: {one_line(str(error))}") from None
         if matcher.is_error():
@@ -163,14 +158,14 @@ class Grammars:
         return compiled
 
     @functools.cached_property
-    def _vocabulary(self) -> Any:
+    def _vocabulary(self) -> llguidance.LLTokenizer:
         """Llguidance's vocabulary; seconds for 256,000 tokens, once."""
-        guide, tokenizer = _llguidance(), self._tokenizer
-        return guide.LLTokenizer(guide.TokenizerWrapper(_GuidanceVocabulary(tokenizer, self._size)))
+        vocabulary = _GuidanceVocabulary(self._tokenizer, self._size)
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
 
     @functools.cached_property
-    def _failed(self) -> Any:
-        return _llguidance().LLMatcher(self._vocabulary, "no grammar", log_level=0)
+    def _failed(self) -> llguidance.LLMatcher:
+        return llguidance.LLMatcher(self._vocabulary, "no grammar", log_level=0)
 
 
 class GrammarThread:
@@ -182,12 +177,9 @@ class GrammarThread:
         self._waiting = 0
 
     async def compile(
-        self,
-        grammars: Grammars,
-        source: GrammarSource,
-        client_left: Callable[[], Coroutine[Any, Any, None]],
+        self, grammars: Grammars, source: GrammarSource, request: Request
     ) -> CompiledGrammar:
-        """Returns the compiled grammar; `client_left` returns once the client has left.
+        """Returns the compiled grammar.
 
         Raises Busy if too many grammars wait or take long, Gone if the client left, RequestError
         for a grammar that cannot be used.
@@ -198,14 +190,11 @@ class GrammarThread:
             raise Busy(f"{self._waiting} grammars wait to be compiled; try again later")
         self._waiting += 1
         call = self._thread.submit(partial(grammars.compile, source))
-        result, leaving = asyncio.wrap_future(call), asyncio.create_task(client_left())
-        events: set[asyncio.Future[Any]] = {result, leaving}
+        result = asyncio.wrap_future(call)
         try:
-            await asyncio.wait(events, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            await until_done(result, request, self._seconds)
             if result.done():
                 return result.result()
-            if leaving.done():
-                raise Gone
             if call.cancel():
                 raise Busy(f"other grammars took {self._seconds:g} s to compile; try again later")
             raise RequestError(
@@ -215,42 +204,28 @@ class GrammarThread:
         finally:
             self._waiting -= 1
             result.cancel()  # skips a call that has not begun
-            leaving.cancel()
 
     def close(self) -> None:
         self._thread.shutdown(_CLOSING_SECONDS)
 
 
 def _guidance(source: GrammarSource) -> str:
-    matcher = _llguidance().LLMatcher
+    matcher = llguidance.LLMatcher
     if source.kind == "json":
         return str(matcher.grammar_from_json_schema(source.text))
     if source.kind == "regex":
         return str(matcher.grammar_from_regex(source.text))
-    from llguidance.gbnf_to_lark import any_to_lark
-
     return str(matcher.grammar_from_lark(any_to_lark(source.text)))
 
 
 class _Threads(threading.local):
     @functools.cached_property
-    def executor(self) -> "llguidance.LLExecutor":
+    def executor(self) -> llguidance.LLExecutor:
         """The executor of this thread, which has the priority of the thread."""
-        executor: llguidance.LLExecutor = _llguidance().LLExecutor(1)
-        return executor
+        return llguidance.LLExecutor(1)
 
 
 _threads = _Threads()
-
-
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ModuleNotFoundError:
-        raise NotInstalled(
-            "grammars and JSON schemas need llguidance: pip install 'rgexport[serve]'"
-        ) from None
-    return llguidance
 
 
 class _GuidanceVocabulary:

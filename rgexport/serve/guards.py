@@ -9,7 +9,6 @@ So requests of pages that are not allowed are refused before anything runs.
 
 import asyncio
 import hmac
-import json
 import time
 import traceback
 from collections.abc import Collection
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rgexport.progress import note, warn
-from rgexport.serve.errors import BUSY, SERVER, ServerEnds, error_object, error_response
+from rgexport.serve.errors import BUSY, SERVER, ServerEnds, error_response
 from rgexport.serve.host_names import is_allowed
 from rgexport.serve.monitoring import Metrics
 
@@ -110,15 +109,10 @@ def protocol(connections: Connections) -> type[Connection]:
 
 
 def _full() -> bytes:
-    body = json.dumps(error_object("there are too many connections; try again later", BUSY))
-    lines = (
-        "HTTP/1.1 503 Service Unavailable",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "Retry-After: 1",
-        "Connection: close",
-    )
-    return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()
+    message = "there are too many connections; try again later"
+    response = error_response(503, message, BUSY, Retry_After="1", Connection="close")
+    headers = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+    return b"HTTP/1.1 503 Service Unavailable\r\n%s\r\n%s" % (headers, response.body)
 
 
 class Record:
@@ -128,9 +122,6 @@ class Record:
         self._app, self._metrics, self._log = app, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         started, status = time.perf_counter(), 0
 
         async def send_noted(message: Message) -> None:
@@ -157,9 +148,6 @@ class Guard:
         self._too_large = f"the request is larger than {body_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         if refusal := self._refusal(scope):
             await refusal(scope, receive, send)
             return
@@ -227,8 +215,7 @@ class Origins:
         self._app, self._hosts, self._pages = app, hosts, pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        complaint = self._complaint(scope) if scope["type"] == "http" else None
-        if complaint is None:
+        if (complaint := self._complaint(scope)) is None:
             await self._app(scope, receive, send)
         else:
             await error_response(403, complaint, "permission_error")(scope, receive, send)

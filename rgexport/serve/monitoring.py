@@ -68,9 +68,14 @@ class Health:
             self.look()
 
 
-class _ModelCollector(Collector):
+class Metrics(Collector):
     def __init__(self, models: Mapping[str, Model]) -> None:
-        self._models = models
+        self._models, self._registry = models, CollectorRegistry()
+        self._registry.register(self)
+        paths, about = ["path", "status"], "Answers by path and status."
+        self._answers = Counter("rgexport_http_answers", about, paths, registry=self._registry)
+        about = "Time of an answer."
+        self._seconds = Histogram("rgexport_http_seconds", about, ["path"], registry=self._registry)
 
     def collect(self) -> Iterator[Metric]:
         for name, about in _COUNTERS.items():
@@ -83,16 +88,6 @@ class _ModelCollector(Collector):
             for model_name, model in self._models.items():
                 gauge.add_metric([model_name], value(model))
             yield gauge
-
-
-class Metrics:
-    def __init__(self, models: Mapping[str, Model]) -> None:
-        self._registry = registry = CollectorRegistry()
-        registry.register(_ModelCollector(models))
-        paths, about = ["path", "status"], "Answers by path and status."
-        self._answers = Counter("rgexport_http_answers", about, paths, registry=registry)
-        about = "Time of an answer."
-        self._seconds = Histogram("rgexport_http_seconds", about, ["path"], registry=registry)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         self._answers.labels(path, str(status)).inc()

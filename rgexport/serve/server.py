@@ -3,21 +3,21 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
-import anyio
-import anyio.to_thread
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from starlette.requests import Request
 
 from rgexport.chat.model import Model
 from rgexport.serve.bodies import parse
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
-from rgexport.serve.errors import Gone, NotFound
-from rgexport.serve.exchange import Exchange, Limits, PlannedReply, until_gone
+from rgexport.serve.errors import NotFound
+from rgexport.serve.exchange import Exchange, Limits, until_done
 from rgexport.serve.grammar import Grammars, GrammarThread
 from rgexport.serve.guards import Connections
 from rgexport.serve.monitoring import STALL_SECONDS, Health, Metrics
@@ -31,54 +31,6 @@ Kind = Literal["short", "long"]
 _THREADS: dict[Kind, int] = {"short": 3, "long": 2}
 """Threads of each kind, so that long computations do not delay short ones. They are few, since they
 compete with the scheduler for the interpreter's lock."""
-
-
-class Offload:
-    """Runs functions in threads or the process, unless the client leaves before they begin."""
-
-    def __init__(self, text_process: TextProcess | None) -> None:
-        self._text_process = text_process
-
-    async def parse(self, request: Request, kind: Any, data: bytes) -> Any:
-        if self._text_process and len(data) > LONG:
-            return await self.run("long", request, self._text_process.call, parse, kind, data)
-        return await self.run(kind_of(len(data)), request, parse, kind, data)
-
-    async def with_encoder(
-        self,
-        request: Request,
-        name: str,
-        model: Model,
-        size: int,
-        function: Callable[..., bytes],
-        *args: Any,
-    ) -> Any:
-        if self._text_process and size > LONG:
-            call = self._text_process.call
-            return await self.run("long", request, call, with_encoder, name, function, *args)
-        return await self.run(kind_of(size), request, function, model, *args)
-
-    async def run(
-        self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
-    ) -> Any:
-        """Returns `function(*args)`, computed in a thread; raises Gone if the client left."""
-        call = anyio.to_thread.run_sync(
-            partial(function, *args), limiter=self._limiters[kind], abandon_on_cancel=True
-        )
-        job = asyncio.ensure_future(call)
-        leaving = asyncio.ensure_future(until_gone(request))
-        try:
-            await asyncio.wait((job, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not job.done():
-                raise Gone
-            return job.result()
-        finally:
-            leaving.cancel()
-            job.cancel()
-
-    @cached_property
-    def _limiters(self) -> dict[Kind, anyio.CapacityLimiter]:
-        return {kind: anyio.CapacityLimiter(threads) for kind, threads in _THREADS.items()}
 
 
 def kind_of(size: int) -> Kind:
@@ -126,9 +78,8 @@ class Server:
         self.health = Health(models, stall_seconds=settings.stall_seconds)
         self.slots, self.exchanges = ClientSlots(), WeakSet[Exchange]()
         self.saved = NamedStates(settings.saved, settings.most_saved, settings.saved_bytes)
-        self.offload = Offload(text_process)
-        self.grammar_thread = GrammarThread()
-        self._grammars = {
+        self.grammar_thread, self._text_process = GrammarThread(), text_process
+        self.grammars = {
             name: Grammars(model.tokenizer, model.vocab_size) for name, model in models.items()
         }
         for name, model in models.items():
@@ -144,22 +95,33 @@ class Server:
             raise NotFound(f"there is no model {name!r} here; expected one of {expected}", "model")
         return name, self.models[name]
 
-    async def with_grammar(
-        self, name: str, replies: list[PlannedReply], request: Request
-    ) -> list[PlannedReply]:
-        if (source := replies[0].grammar) is None:
-            return replies
-        compiled = await self.grammar_thread.compile(
-            self._grammars[name], source, partial(until_gone, request)
-        )
-        options = [replace(reply.options, mask=compiled()) for reply in replies]
-        return [replace(r, options=o) for r, o in zip(replies, options, strict=True)]
-
     def client(self, request: Request) -> Client:
         key, address = self.settings.api_key, request.client.host if request.client else ""
         identity = f"address\n{address}" if key is None else f"key\n{key}"
         owner = hashlib.sha256(identity.encode()).hexdigest()[:32]
         return Client(network_of(address), owner, self.settings.share_prefixes)
+
+    async def parse(self, request: Request, kind: Any, data: bytes) -> Any:
+        if self._text_process and len(data) > LONG:
+            return await self.run("long", request, self._text_process.call, parse, kind, data)
+        return await self.run(kind_of(len(data)), request, parse, kind, data)
+
+    async def run(
+        self, kind: Kind, request: Request, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Returns `function(*args)`, computed in a thread; raises Gone if the client left."""
+        limiter, call = self._limiters[kind], partial(function, *args)
+        job = asyncio.ensure_future(run_sync(call, limiter=limiter, abandon_on_cancel=True))
+        try:
+            await until_done(job, request)
+            return job.result()
+        finally:
+            job.cancel()
+
+    @cached_property
+    def _limiters(self) -> dict[Kind, CapacityLimiter]:
+        """Limiters, which are made in the event loop."""
+        return {kind: CapacityLimiter(threads) for kind, threads in _THREADS.items()}
 
 
 def server_of(request: Request) -> Server:

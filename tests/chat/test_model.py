@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from rgexport.chat.jobs import KEPT_EVERY
-from rgexport.chat.reply import ReplyOptions
 from rgexport.errors import RequestError
 from tests.chat.conftest import until
 from tests.toy_session import MEMORY, ToySession
@@ -115,8 +114,7 @@ def test_a_stream_that_nobody_refers_to_ends(how, model):
 
 def test_an_error_of_the_engine_reaches_each_face(model, session):
     async def listen():
-        prompt = model.conversation_prompt(HELLO)
-        return [item async for item in model.deliver(prompt, ReplyOptions())]
+        return [piece async for piece in model.astream(HELLO)]
 
     session.failure, session.failing_step = RuntimeError("no memory"), 3
     stream = model.stream(HELLO, max_new_tokens=9)

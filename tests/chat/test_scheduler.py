@@ -28,8 +28,8 @@ class Heard:
         self.end_ = None
         self._most, self._then, self._ended = most, then, threading.Event()
 
-    def token(self, token):
-        self.tokens.append(token.id)
+    def token(self, token, logits):
+        self.tokens.append(token)
         if self._then:
             self._then()
         return self._most is None or len(self.tokens) < self._most

@@ -84,6 +84,7 @@ def served(tokenizer, template, settings, connections=None, **options):
         port=0,
         log_config=None,
         proxy_headers=False,
+        lifespan="off",
     )
     try:
         with running(uvicorn.Server(config)) as url:

@@ -8,7 +8,6 @@ import pytest
 from rgexport.serve import app, clients
 from rgexport.serve.clients import ClientSlots, Slot, network_of
 from rgexport.serve.server import ServerSettings
-from rgexport.serve.text_process import TextProcess
 from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.serve.conftest import COMPLETE, cached, error_of, held, until
 
@@ -82,7 +81,7 @@ def test_who_says_to_be_another_client_is_believed_only_by_option(serve, monkeyp
         assert [complete(server, IDS, each) for each in (ANN, BOB)] == [0, 5], "both are 127.0.0.1"
     runs = []
     monkeypatch.setattr(app, "_run", lambda server, model: (runs.append(server), model.close()))
-    app.serve({}, ServerSettings(port=0, grace_seconds=0), TextProcess({}))
+    app.serve({}, [], ServerSettings(port=0, grace_seconds=0))
     assert runs[0].config.proxy_headers is False
 
 
@@ -170,6 +169,5 @@ def test_a_hanging_disk_holds_up_only_who_needs_it(serve, tmp_path, monkeypatch)
 def test_a_client_cannot_push_out_the_slots_of_others():
     slots = ClientSlots(3)
     for owner, number in (("ann", 0), ("bob", 0), ("bob", 1), ("bob", 2), ("bob", 3)):
-        slots.put(owner, "toy", number, Slot(number, None))
-    assert [number for _, number, _ in slots.of("ann")] == [0]
-    assert [number for _, number, _ in slots.of("bob")] == [2, 3]
+        slots.put((owner, "toy", number), Slot(number, None))
+    assert [*slots] == [("ann", "toy", 0), ("bob", "toy", 2), ("bob", "toy", 3)]
