@@ -34,6 +34,7 @@ def open_model(
             f"try rgexport generate {path} -p TEXT"
         )
     model = models.open_model(artifact, **options)
+    model.shows_reading = True
     _log_session(model.info)
     if chat:
         model.require_chat()

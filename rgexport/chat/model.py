@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from rgexport.chat.jobs import (
 )
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import ChatTemplate, Message, PromptEncoder, PromptTokens
+from rgexport.chat.reading import show_reading
 from rgexport.chat.reply import (
     Deliver,
     Item,
@@ -97,6 +98,8 @@ class Model(PromptEncoder):
         self.vocab_size = session.vocab_size
         self.require_unchanged = session.require_unchanged
         self.state_precision = state_precision
+        self.shows_reading = False
+        """Whether progress is shown while this thread waits for a long prompt to be read."""
         self._numeric_identity = _numeric_identity(artifact, session.info, state_precision)
         folder = None
         if state_folder is not None:
@@ -141,14 +144,15 @@ class Model(PromptEncoder):
 
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
         prompt = self.conversation_prompt(messages, namespace=options.namespace)
-        return ReplyStream(partial(self.start, prompt, options))
+        return ReplyStream(partial(self.start, prompt, options), shows_reading=self.shows_reading)
 
     def complete(self, text: str, **options: Any) -> ReplyStream:
         """Returns the continuation of a text, piece by piece; options are as in `stream`."""
         return self.continue_ids(self.text_ids(text), reply_options(**options))
 
     def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
-        return ReplyStream(partial(self.start, PromptTokens(ids), options))
+        start = partial(self.start, PromptTokens(ids), options)
+        return ReplyStream(start, shows_reading=self.shows_reading)
 
     def draft_of(self, text: str) -> list[int]:
         """Returns the tokens of a text that replies may repeat; none if drafts are not used."""
@@ -205,6 +209,11 @@ class Model(PromptEncoder):
 
         Cancelling the future ends the reading. The options are those of `GenerationRequest`.
         """
+        return self._start_reading(ids, client=client, namespace=namespace, first=first)[0]
+
+    def _start_reading(
+        self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
+    ) -> tuple[Future[End], GenerationJob]:
         done = Future[End]()
         request = GenerationRequest(
             ids=ids,
@@ -216,15 +225,17 @@ class Model(PromptEncoder):
         )
         job = self.scheduler.submit(request)
         done.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
-        return done
+        return done, job
 
     def state(self, ids: Sequence[int]) -> State:
         """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens.
 
         Raises RequestError if there are none, or the model was closed.
         """
-        reading = self.read(ids)
+        reading, job = self._start_reading(ids)
         try:
+            if self.shows_reading:
+                show_reading(job, lambda seconds: bool(wait([reading], seconds).done))
             return _copy_state(reading.result())
         finally:
             reading.cancel()  # an interrupted wait ends the reading

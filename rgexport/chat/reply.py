@@ -1,6 +1,7 @@
 """Replies as text: options, pieces, stop strings, and the stream of a reply."""
 
 import queue
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, Reason
+from rgexport.chat.reading import show_reading
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
@@ -199,9 +201,12 @@ def _scored(token: int, logits: np.ndarray, count: int) -> ScoredToken:
 class ReplyStream(Iterator[str]):
     """The pieces of a reply as they come; garbage collection cancels the reply."""
 
-    def __init__(self, start: Callable[[Deliver], GenerationJob]) -> None:
+    def __init__(
+        self, start: Callable[[Deliver], GenerationJob], *, shows_reading: bool = False
+    ) -> None:
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._job = start(self._items.put)
+        self._shows_reading = shows_reading
         self._end: ModelReply | RequestError | None = None
         weakref.finalize(self, self._job.cancel).atexit = False
 
@@ -214,6 +219,9 @@ class ReplyStream(Iterator[str]):
 
     def pieces(self) -> Iterator[TextPiece]:
         """Yields the rest of the reply, with log probabilities if they were asked for."""
+        if self._shows_reading:
+            self._shows_reading = False
+            show_reading(self._job, self._has_item)
         while self._end is None:
             item = self._items.get()
             if isinstance(item, TextPiece):
@@ -222,6 +230,12 @@ class ReplyStream(Iterator[str]):
                 self._end = item
         if isinstance(self._end, RequestError):
             raise self._end
+
+    def _has_item(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self._items.empty() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return not self._items.empty()
 
     def reply(self) -> ModelReply:
         """Waits for the end; returns the whole reply. Each call raises an error of the engine."""

@@ -8,6 +8,7 @@ between steps. The states of prompts go into a prefix store, so that no prompt i
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,8 @@ class Scheduler:
         With `lookup`, steps check drafts if the engine's results stay bit-identical.
         """
         self.counters, self.store = Counters(), store
+        self.on_reading: Callable[[GenerationJob], None] = lambda job: None
+        """Called in the scheduler's thread when a chunk of a prompt was read."""
         self._session, self.most_requests = session, rows + max_waiting
         self._rows, self._admission = Rows(session, rows), Admission(rows, max_waiting)
         self._assignment = RowAssignment(self._admission, self._rows, store)
@@ -206,6 +209,7 @@ class Scheduler:
         self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
         job.fed = stop
+        self.on_reading(job)
         self._last_read[job.request.client] = time.perf_counter()
         if stop < end:
             return

@@ -14,6 +14,7 @@ from anyio.to_thread import run_sync
 from starlette.requests import Request
 
 from rgexport.chat.model import Model
+from rgexport.chat.reading import ReadingLog
 from rgexport.serve.bodies import parse
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
 from rgexport.serve.errors import NotFound
@@ -84,6 +85,8 @@ class Server:
         }
         for name, model in models.items():
             model.most_tokens = settings.limits.prompt_tokens
+            if settings.log:
+                model.scheduler.on_reading = ReadingLog()
             if text_process:
                 model.elsewhere = partial(text_process.call, with_encoder, name)
 
