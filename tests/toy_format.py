@@ -93,8 +93,8 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
     tensors = allocator.allocate(plan, shapes, ToyFormat().part_shapes)
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
-        (folder / DATA).write_bytes(bytes(allocator.size))
-        fill(folder, tensors, checkpoint.weights, lambda n, rows, _, s: s.uniform.encode(n, rows))
+        sizes, weights = {DATA: allocator.size}, checkpoint.weights
+        fill(folder, sizes, tensors, weights, lambda n, rows, _, s: s.uniform.encode(n, rows))
         return Manifest(
             kind=KIND,
             precision="fp32",

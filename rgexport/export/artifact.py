@@ -1,6 +1,6 @@
 """An opened artifact: its files checked, its weights dequantized."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,11 +63,8 @@ class Artifact:
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self.manifest.tensors[name]
-        groups = groups_of(stored)
-        if len(groups) == 1:
-            return self._group_rows(name, stored, start, stop)
         rows = np.empty((stop - start, *stored.shape[1:]), np.float32)
-        for group in groups:
+        for group in groups_of(stored):
             first, last = group.run(start, stop)
             if first < last:
                 chosen = group.chosen(start, stop)
@@ -139,6 +136,16 @@ class Artifact:
         for path, digest in (hash_files if anew else hash_new_files)(records).items():
             if digest != records[path].sha256:
                 yield f"{path.relative_to(self.path)} was altered (its hash differs)"
+
+
+def differences(
+    kind: str, actual: Mapping[str, object], expected: Mapping[str, object]
+) -> Iterator[str]:
+    """Yields how named values of a program differ from the expected ones; `kind` is said first."""
+    for name in sorted(actual.keys() | expected.keys()):
+        value, right = actual.get(name, "missing"), expected.get(name, "not there")
+        if value != right:
+            yield f"{kind} {name} is {value}; expected {right}"
 
 
 def files_of(folder: Path) -> set[str]:

@@ -5,60 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 
-from rgexport.export.format import format_of
-from rgexport.export.manifest import CheckRecord, Manifest
+from rgexport.export.format import format_of, render
+from rgexport.export.manifest import Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.units import amount
-
-_TEMPLATE = """\
-# {name}: {precision} for {engine}
-
-`{name}`{tuned}, exported by rgexport {version}. Weights are stored as {precision}, activations
-are computed as {compute}. Always computed in float32: norms, the RG-LRU with its gates and its
-state, and the {float32}.
-
-| tensors | stored as | weights | size | bits per weight |
-|---|---|---|---|---|
-{rows}
-
-{levels} Matrices and head take {bits:.2f} bits per weight, scales included.
-
-## Run it
-
-{run}
-
-`rgexport.json` lists inputs, outputs and states, with the plan of every tensor and the hash of
-every file; `rgexport inspect` prints it, `rgexport validate` compares the model with the reference.
-
-| | |
-|---|---|
-| parameters | {parameters:,} |
-| layers | {recurrent} recurrent, {attention} attention |
-| width, MLP width, RG-LRU width | {width}, {mlp_width}, {lru_width} |
-| attention | {num_heads} heads of {head_dim}, window {window} |
-| vocabulary | {vocab_size:,} |
-
-## Checked
-
-{checked}
-
-## Source and licence
-
-Made from `{source}` ({source_layout} layout{asked_for}). An artifact is a derivative of its
-checkpoint: the checkpoint's own terms apply to it. Google's RecurrentGemma is under the
-Gemma Terms of Use, {terms}.
-"""
-
-_CHECKED = """\
-At the end of the export, on {tokens} tokens in {engine}, against float32 references:
-
-| | |
-|---|---|
-| KL to the original, over {positions} tokens | {nats} |
-| largest difference from the reference with these weights | {share} of the largest logit |
-| verdict | {verdict} |"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +88,7 @@ def _header(manifest: Manifest, origin: Origin) -> str:
     data = ModelCardData(
         license=origin.licence,
         base_model=origin.hub_id,
-        library_name=format_of(manifest.kind).library,
+        library_name=manifest.kind,
         pipeline_tag="text-generation",
         tags=["rgexport", "recurrent_gemma", "griffin", manifest.kind, manifest.precision],
         model_name=f"{manifest.name}, {manifest.precision}",
@@ -148,40 +100,18 @@ def _header(manifest: Manifest, origin: Origin) -> str:
 
 
 def card(manifest: Manifest, origin: Origin) -> str:
-    config = manifest.config
-    kinds = Counter(config.block_types)
-    tuned = bool(manifest.instruction_tuned)
-    verb = "chat ." if tuned else 'generate . -p "The meaning of life is"'
-    text = format_of(manifest.kind).card(manifest, verb)
-    return _header(manifest, origin) + _TEMPLATE.format(
-        **config.to_dict(),
-        name=manifest.name,
-        tuned=" (instruction-tuned)" if tuned else "",
-        version=manifest.created_with["rgexport"],
-        precision=manifest.precision,
-        compute=manifest.compute,
-        rows="\n".join(
-            f"| {role} | {scheme} | {' | '.join(numbers)} |"
-            for role, scheme, _, *numbers in (share.cells for share in shares(manifest))
-        ),
+    verb = "chat ." if manifest.instruction_tuned else 'generate . -p "The meaning of life is"'
+    specs = model_tensors(manifest.config).values()
+    text = render(
+        "card.md.j2",
+        manifest=manifest,
+        config=manifest.config,
+        check=manifest.check,
+        text=format_of(manifest.kind).card(manifest, verb),
+        rows=[share.cells for share in shares(manifest)],
         levels=levels_sentence(algorithms(manifest)),
-        bits=matrix_bits(manifest),
-        engine=text.engine,
-        float32=text.float32,
-        run=text.run,
-        parameters=sum(prod(spec.shape) for spec in model_tensors(config).values()),
-        recurrent=kinds["recurrent"],
-        attention=kinds["attention"],
-        checked=_checked(manifest.check),
-        source=manifest.source.name,
-        source_layout=manifest.source.layout,
-        asked_for=f", changed by {flags}" if (flags := manifest.asked_for.flags) else "",
+        matrix_bits=matrix_bits(manifest),
+        parameters=sum(prod(spec.shape) for spec in specs),
         terms=GEMMA_TERMS,
     )
-
-
-def _checked(check: CheckRecord) -> str:
-    if not check.positions:
-        return check.sentence
-    verdict = ", since ".join(filter(None, (check.status, check.reason)))
-    return _CHECKED.format(**vars(check), nats=check.nats, share=check.share, verdict=verdict)
+    return f"{_header(manifest, origin)}{text}\n"

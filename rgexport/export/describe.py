@@ -36,7 +36,7 @@ def describe(path: str | None, *, size: str | None = None, verify: bool = False)
         if means_artifact(Path(path)):
             return _describe_artifact(open_artifact(Path(path), verify=verify), verify)
         for form in all_formats():
-            if description := form.describe_foreign(Path(path), verify=verify):
+            if description := form.describe_foreign(Path(path)):
                 return description
     if path is None and size is None:
         raise RequestError("nothing to inspect; give a model, an artifact or --size")

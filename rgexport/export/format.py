@@ -25,12 +25,17 @@ class CardText:
     run: str  # instructions to run it, as Markdown
 
 
-def installation(extra: str = "") -> str:
-    package = f"'.[{extra}]'" if extra else "."
-    return (
-        f"rgexport is not on PyPI yet: `pip install {package}` in a clone of its repository\n"
-        "installs it (`docs/getting-started.md` there). Then"
+def render(template: str, **facts: Any) -> str:
+    """Fills facts into a text of `templates/`: Markdown, or functions as ONNX's text."""
+    import jinja2
+
+    environment = jinja2.Environment(  # noqa: S701 - no HTML
+        loader=jinja2.PackageLoader("rgexport.export"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
+    return environment.get_template(template).render(facts)
 
 
 class Format(ABC):
@@ -38,7 +43,6 @@ class Format(ABC):
     planned_precisions: Collection[str] = ()  # words for artifacts that were made by a plan
     runs_on: str = ""
     """The end of the sentence `It runs …`, printed after an export; empty for none."""
-    library: str | None = None
     hash_name: str = "sha256"  # the field of `inspect --json` that has the hash of a file
     alignment: int = 1
     part_header: int = 0
@@ -48,7 +52,7 @@ class Format(ABC):
     foreign_kind: str | None = None
     """The kind in descriptions of models of this format that rgexport did not export."""
 
-    def describe_foreign(self, path: Path, *, verify: bool) -> dict[str, Any] | None:
+    def describe_foreign(self, path: Path) -> dict[str, Any] | None:
         """Describes a model that rgexport did not export; None if it is not of this format."""
         return None
 
@@ -59,9 +63,13 @@ class Format(ABC):
     def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
         """Returns the parts of a stored tensor; RequestError if the format lacks the scheme."""
 
-    @abstractmethod
     def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
         """Returns a scheme of a plan as it is stored for a matrix; None if it does not fit."""
+        try:
+            self.part_shapes(shape, scheme)
+        except RequestError:
+            return None
+        return scheme
 
     @abstractmethod
     def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
@@ -86,19 +94,10 @@ class FolderFormat(Format):
     """A format with a folder as its artifact, described by an `rgexport.json`."""
 
     manifest: type[Manifest] = Manifest
+    artifact: type[Artifact] = Artifact
     graph_bytes: int = 0  # estimated bytes of the graph and the manifest for each layer
     entries: Collection[str] = ()
     """Files or folders of an artifact that a user may name instead of its folder."""
-
-    def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        return Artifact(folder, manifest)
-
-    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        try:
-            self.part_shapes(shape, scheme)
-        except RequestError:
-            return None
-        return scheme
 
     def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
         from rgexport.export.tokenizer import bytes_to_add

@@ -18,7 +18,7 @@ from rgexport.files.hashing import FileRecord
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.scheme import FloatDtype, Scheme, Uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ CARD = "README.md"  # the model card; users may edit it
 COLUMNS = "columns"
 """Name of the part with the data of a matrix that is stored transposed, [in, out]."""
 FORMAT_VERSION = 1
-ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}  # compute word → activation dtype
+ACTIVATIONS: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
+"""Word of `--compute` → dtype of the activations."""
 
 
 @dataclass(frozen=True)

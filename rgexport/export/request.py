@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rgexport.choices import Quality
 from rgexport.errors import RequestError
@@ -78,6 +78,7 @@ class FolderOptions(ABC):
     embedding_precision: str | None = None
     plan: Plan | None = None
     algorithm: str | None = None
+    default_compute: ClassVar[str]
 
     @property
     @abstractmethod
@@ -85,9 +86,10 @@ class FolderOptions(ABC):
         """The default precision; precision of the linears → the embedding's, if it differs."""
 
     @property
-    @abstractmethod
     def compute_word(self) -> str:
-        """`compute`, or its default."""
+        """Returns `compute`, or its default: the type of float weights, or the format's."""
+        precision = self.precision_word
+        return self.compute or (precision if precision in ACTIVATIONS else self.default_compute)
 
     @property
     def precision_word(self) -> str:

@@ -77,17 +77,17 @@ def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
     return tuple(
         StoredGroup("", stored, label)
         if rows is None
-        else StoredGroup(f"{i}.", _group(stored, i, len(rows)), label, rows)
-        for i, (label, _, rows) in enumerate(stored.scheme.row_groups(stored.shape[0]))
+        else StoredGroup(f"{i}.", _group_tensor(stored, f"{i}.", uniform, len(rows)), label, rows)
+        for i, (label, uniform, rows) in enumerate(stored.scheme.row_groups(stored.shape[0]))
     )
 
 
 def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     groups = {
-        group_name(name, i): _group(stored, i, size)
+        group_name(name, i): group.stored
         for name, stored in tensors.items()
-        if len(stored.scheme.uniform) > 1
-        for i, size in enumerate(stored.scheme.group_sizes(stored.shape[0]))
+        for i, group in enumerate(groups_of(stored))
+        if group.rows is not None
     }
     return {**tensors, **groups}
 
@@ -130,14 +130,10 @@ def part_shapes_by_group(
     }
 
 
-def _group(stored: StoredTensor, index: int, size: int) -> StoredTensor:
-    prefix = f"{index}."
-    parts = {
-        label.removeprefix(prefix): part
-        for label, part in stored.parts.items()
-        if label.startswith(prefix)
-    }
-    return StoredTensor((size, *stored.shape[1:]), stored.scheme.uniform[index], parts)
+def _group_tensor(stored: StoredTensor, prefix: str, scheme: Uniform, size: int) -> StoredTensor:
+    labels = [label for label in stored.parts if label.startswith(prefix)]
+    parts = {label.removeprefix(prefix): stored.parts[label] for label in labels}
+    return StoredTensor((size, *stored.shape[1:]), scheme, parts)
 
 
 SLAB_BYTES = 1 << 20
@@ -179,12 +175,18 @@ class OffsetAllocator:
 
 def fill(
     folder: Path,
+    sizes: Mapping[str, int],
     tensors: Mapping[str, StoredTensor],
     weights: WeightSource,
     encode: Encode,
     written: Callable[[str, Parts], None] = lambda name, slab: None,
 ) -> None:
-    """Writes weights into files of the right size; `written` gets each slab's name and parts."""
+    """Writes files of the given sizes with weights; `written` gets each slab's name and parts."""
+    for file_name, file_size in sizes.items():
+        path = folder / file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(file_size)
 
     def slabs() -> Iterator[Callable[[], tuple[str, Parts, int]]]:
         for name, stored in tensors.items():

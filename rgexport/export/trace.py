@@ -38,67 +38,60 @@ def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
             dynamic_shapes=(axes, axes, None, [per_layer] * config.num_layers),
             strict=False,
         )
-    return _Reader(exported).program(config, activation)
+    return _program(exported, config, activation)
 
 
-class _Reader:
-    def __init__(self, exported: ExportedProgram):
-        self._exported = exported
-        self._values: dict[torch.fx.Node, Value] = {}
+Values = dict[torch.fx.Node, Value]
 
-    def program(self, config: GriffinConfig, activation: str) -> StepProgram:
-        graph, signature = self._exported.graph, self._exported.graph_signature
-        placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-        inputs: list[Value] = []
-        weights: dict[str, Value] = {}
-        for spec in signature.input_specs:
-            node = placeholders[spec.arg.name]
-            value = self._declare(node, spec.target or spec.arg.name)
-            if spec.kind == InputKind.USER_INPUT:
-                inputs.append(value)
-            else:
-                weights[value.name] = value
-        nodes = tuple(self._nodes(graph))
-        (results,) = next(n for n in graph.nodes if n.op == "output").args
-        logits, *updated = [self._values[node] for node in results]
-        names = [spec.name for spec in state_specs(config, activation)]
-        states = dict(zip(names, zip(inputs[3:], updated, strict=True), strict=True))
-        return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
 
-    def _nodes(self, graph: torch.fx.Graph) -> "list[Node]":
-        nodes = []
-        for node in graph.nodes:
-            namespace = getattr(node.target, "namespace", None)
-            if node.op != "call_function" or namespace != "griffin":
-                continue
-            names = (argument.name for argument in node.target._schema.arguments)
-            arguments = dict(zip(names, node.args, strict=True))
-            site = arguments.pop("site")
-            inputs, attributes = [], {}
-            for name, argument in arguments.items():
-                if argument is None or isinstance(argument, torch.fx.Node):
-                    inputs.append(None if argument is None else self._values[argument])
-                else:
-                    attributes[name] = argument
-            outputs = self._declare_outputs(node, site)
-            op = node.target._schema.name.removeprefix("griffin::")
-            nodes.append(Node(op, site, tuple(inputs), attributes, outputs))
-        return nodes
+def _program(exported: ExportedProgram, config: GriffinConfig, activation: str) -> StepProgram:
+    graph, values = exported.graph, Values()
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    inputs: list[Value] = []
+    weights: dict[str, Value] = {}
+    for spec in exported.graph_signature.input_specs:
+        node = placeholders[spec.arg.name]
+        value = values[node] = _value(node, spec.target or spec.arg.name)
+        if spec.kind == InputKind.USER_INPUT:
+            inputs.append(value)
+        else:
+            weights[value.name] = value
+    nodes = tuple(_node(n, values) for n in graph.nodes if _is_griffin(n))
+    (results,) = next(n for n in graph.nodes if n.op == "output").args
+    logits, *updated = [values[node] for node in results]
+    names = [spec.name for spec in state_specs(config, activation)]
+    states = dict(zip(names, zip(inputs[3:], updated, strict=True), strict=True))
+    return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
 
-    def _declare_outputs(self, node: torch.fx.Node, site: str) -> tuple[Value, ...]:
-        if not isinstance(node.meta["val"], tuple):
-            return (self._declare(node, site),)
-        items: dict[Any, torch.fx.Node] = {user.args[1]: user for user in node.users}
-        return tuple(
-            self._declare(items[i], site if i == 0 else f"{site}.{i}") for i in sorted(items)
-        )
 
-    def _declare(self, node: torch.fx.Node, name: str) -> Value:
-        fake: Any = node.meta["val"]
-        shape = tuple(map(_dim, fake.shape))
-        value = Value(name, shape, str(fake.dtype).removeprefix("torch."))
-        self._values[node] = value
-        return value
+def _is_griffin(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", None) == "griffin"
+
+
+def _node(node: Any, values: Values) -> Node:
+    """Reads a call of a Griffin op, and adds its results to `values`."""
+    names = (argument.name for argument in node.target._schema.arguments)
+    arguments = dict(zip(names, node.args, strict=True))
+    site = arguments.pop("site")
+    inputs, attributes = [], {}
+    for name, argument in arguments.items():
+        if argument is None or isinstance(argument, torch.fx.Node):
+            inputs.append(None if argument is None else values[argument])
+        else:
+            attributes[name] = argument
+    is_single = not isinstance(node.meta["val"], tuple)
+    results = {0: node} if is_single else {user.args[1]: user for user in node.users}
+    outputs = []
+    for index, result in sorted(results.items()):
+        values[result] = _value(result, f"{site}.{index}" if index else site)
+        outputs.append(values[result])
+    op = node.target._schema.name.removeprefix("griffin::")
+    return Node(op, site, tuple(inputs), attributes, tuple(outputs))
+
+
+def _value(node: torch.fx.Node, name: str) -> Value:
+    fake: Any = node.meta["val"]
+    return Value(name, tuple(map(_dim, fake.shape)), str(fake.dtype).removeprefix("torch."))
 
 
 def _dim(size: Any) -> Dim:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import ml_dtypes
 
+from rgexport.files.typed_json import NotNegative, Positive
+from rgexport.files.typed_json import Size as Count
+
 BlockType = Literal["recurrent", "attention"]
 
 RG_LRU_C = -8.0
@@ -23,22 +26,22 @@ class GriffinConfig:
     `lru_heads` the number of diagonal blocks of the RG-LRU gates.
     """
 
-    vocab_size: int
-    width: int
-    mlp_width: int
-    lru_width: int
-    lru_heads: int
-    num_heads: int
-    head_dim: int
+    vocab_size: Count
+    width: Count
+    mlp_width: Count
+    lru_width: Count
+    lru_heads: Count
+    num_heads: Count
+    head_dim: Count
     block_types: tuple[BlockType, ...]
-    window: int = 2048
-    conv_width: int = 4
-    rope_dims: int = 128
-    rope_theta: float = 10_000.0
-    rms_eps: float = 1e-6
-    soft_cap: float = 30.0
+    window: Count = 2048
+    conv_width: Count = 4
+    rope_dims: Count = 128
+    rope_theta: Positive = 10_000.0
+    rms_eps: NotNegative = 1e-6
+    soft_cap: NotNegative = 30.0
     """Logits are `soft_cap * tanh(logits / soft_cap)`; 0 means no cap."""
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
 
     @property
     def num_layers(self) -> int:

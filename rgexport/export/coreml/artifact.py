@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
+from rgexport.export.artifact import Artifact, differences
 from rgexport.export.coreml.manifest import CoreMLManifest, io_record, stored_states
 from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan
 from rgexport.export.coreml.storage import decode
@@ -65,9 +65,9 @@ class CoreMLArtifact(Artifact):
                 types = {name: type for op in function.operations for name, type in op.outputs}
                 outputs = {name: types[name] for name in function.outputs if name in types}
                 inputs, name = function.inputs, function.name
-                yield from _differences(name, "input", inputs, _types(io.inputs, count))
-                yield from _differences(name, "output", outputs, _types(io.outputs, count))
-                yield from _differences(name, "state", function.states, states)
+                yield from differences(f"{name}: input", inputs, _types(io.inputs, count))
+                yield from differences(f"{name}: output", outputs, _types(io.outputs, count))
+                yield from differences(f"{name}: state", function.states, states)
 
     def _wrong_hashes(self, anew: bool) -> Iterator[str]:
         for complaint in super()._wrong_hashes(anew):
@@ -87,11 +87,3 @@ def _types(values: tuple[ValueRecord, ...], tokens: int) -> Types:
         shape = tuple(tokens if size == "tokens" else int(size) for size in value.shape)
         types[value.name] = TensorType(value.dtype, shape)
     return types
-
-
-def _differences(function: str, kind: str, actual: Types, expected: Types) -> Iterator[str]:
-    for name in sorted(actual.keys() | expected.keys()):
-        actual_type, right = actual.get(name), expected.get(name)
-        if actual_type != right:
-            difference = f"is {actual_type or 'missing'}; the manifest has {right or 'none'}"
-            yield f"{function}: {kind} {name} {difference}"

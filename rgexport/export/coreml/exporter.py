@@ -20,10 +20,8 @@ from rgexport.export.coreml.package import packages, split_by_size, whole, write
 from rgexport.export.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.export.exporter import Exporter
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import Manifest, SelfCheck
+from rgexport.export.manifest import ACTIVATIONS, Manifest, SelfCheck
 from rgexport.export.manifest_reader import is_artifact
-from rgexport.export.mil.checks import check_package
-from rgexport.export.mil.package import open_package
 from rgexport.export.opening import default_target
 from rgexport.export.request import FolderOptions, bytes_of, require_word
 from rgexport.export.tokenizer import ControlIds
@@ -40,10 +38,8 @@ from rgexport.quantize.plan import (
     make_plan,
     with_algorithm,
 )
-from rgexport.quantize.scheme import Float, FloatDtype, Plan, Scheme
+from rgexport.quantize.scheme import Float, Plan, Scheme
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
-
-_DTYPES: dict[str, FloatDtype] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +56,7 @@ class CoreMLOptions(FolderOptions):
     all_logits: bool = False
     recurrent_state: RecurrentState = "io"
     split: int | str | None = None
+    default_compute = "fp16"
 
     def __post_init__(self) -> None:
         self.require_consistent()
@@ -81,10 +78,6 @@ class CoreMLOptions(FolderOptions):
         return "int4", {"int4": "int8", "pal4": "int8"}
 
     @property
-    def compute_word(self) -> str:
-        return self.compute or ("fp32" if self.precision_word == "fp32" else "fp16")
-
-    @property
     def form(self) -> Form:
         return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
 
@@ -92,7 +85,7 @@ class CoreMLOptions(FolderOptions):
         """Makes the plan: schemes fitted to the shapes, a user's too, in the dtype of `compute`."""
         plan = self.plan or make_plan(config, *self._schemes())
         plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
-        dtype, tensors = _DTYPES[self.compute_word], model_tensors(config)
+        dtype, tensors = ACTIVATIONS[self.compute_word], model_tensors(config)
         resolved: dict[str, Scheme] = {}
         for name, scheme in plan.items():
             if tensors[name].role in QUANTIZABLE:
@@ -156,13 +149,6 @@ def export_coreml(
         for package, model in zip(plans, models, strict=True):
             add_metadata(model, checkpoint, options, package, blobs)
             write_package(folder, model, package.name)
-            # Read back by code that the writer does not share.
-            saved = open_package(folder / package.name)
-            if wrong := list(check_package(saved, package.uses(storage.tensors))):
-                raise RequestError(
-                    f"the package would be wrong, {len(wrong)} complaints: {'; '.join(wrong[:3])}; "
-                    "this is a fault of rgexport, please report it"
-                )
         return CoreMLManifest(
             precision=options.precision_word,
             compute=options.compute_word,

@@ -94,23 +94,9 @@ class Segment:
     def hidden(self, program: StepProgram) -> tuple[Value | None, Value | None]:
         """Returns the values that come from the segment before and go to the one after it."""
         nodes = self.nodes(program)
-        sites = {node.site for node in nodes}
-        outputs, inputs = _values(nodes)
-        outer = [node for node in program.nodes if node.site not in sites]
-        outer_outputs, outer_inputs = _values(outer)
-        before, after = _only(inputs & outer_outputs), _only(outputs & outer_inputs)
-        assert (before is None, after is None) == (self.begins, self.ends)
+        before = None if self.begins else nodes[0].tensors[0]
+        after = None if self.ends else nodes[-1].outputs[0]
         return before, after
-
-
-def _values(nodes: Sequence[Node]) -> tuple[set[Value], set[Value]]:
-    outputs = {value for node in nodes for value in node.outputs}
-    return outputs, {value for node in nodes for value in node.tensors}
-
-
-def _only(values: set[Value]) -> Value | None:
-    assert len(values) <= 1, "a cut has one value"
-    return next(iter(values), None)
 
 
 @dataclass(frozen=True)
@@ -125,9 +111,10 @@ class PackagePlan:
     @property
     def functions(self) -> list[str]:
         """Names of its functions; the first is the default."""
-        return [s.function(name) for s in self.segments for name in (DECODE, PREFILL)]
+        return list(self.uses({}))
 
     def uses(self, items: Mapping[str, _Item]) -> dict[str, dict[str, _Item]]:
+        """Returns the items, named like tensors, of each function."""
         return {
             segment.function(name): segment.tensors(items)
             for segment in self.segments

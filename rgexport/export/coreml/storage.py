@@ -69,25 +69,22 @@ class CoreMLStorage:
     def write(
         self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
     ) -> dict[str, str]:
-        """Fills the files in `folder`; returns the SHA-256 of every blob, by `TENSOR.PART`."""
-        for name, size in self.sizes.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            blobs = [blob for blob in self._blobs() if blob[1].file == name]
-            with open(path, "wb") as file:
-                file.truncate(size)
-                file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
-                for _, part, dtype in blobs:
-                    file.seek(part.offset - BLOB_HEADER_BYTES)
-                    header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
-                    file.write(_BLOB_HEADER.pack(*header))
+        """Writes the files in `folder`; returns the SHA-256 of every blob, by `TENSOR.PART`."""
         digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
 
         def hash_slab(name: str, slab: Parts) -> None:
             for label, rows in slab.items():
                 digests[f"{name}.{label}"].update(rows.data)
 
-        fill(folder, self.tensors, weights, partial(encode, statistics), hash_slab)
+        fill(folder, self.sizes, self.tensors, weights, partial(encode, statistics), hash_slab)
+        for name in self.sizes:
+            blobs = [blob for blob in self._blobs() if blob[1].file == name]
+            with open(folder / name, "r+b") as file:
+                file.write(_FILE_HEADER.pack(len(blobs), _VERSION))
+                for _, part, dtype in blobs:
+                    file.seek(part.offset - BLOB_HEADER_BYTES)
+                    header = _SENTINEL, _BLOB_TYPES[dtype], part.nbytes, part.offset, 0
+                    file.write(_BLOB_HEADER.pack(*header))
         return {blob: digest.hexdigest() for blob, digest in digests.items()}
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:

@@ -1,6 +1,5 @@
 """Exports a checkpoint to a GGUF file: metadata and header with gguf-py, then tensors by slabs."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from gguf import GGUFValueType as Kind
 from rgexport.export.exporter import Exporter
 from rgexport.export.folder import common_fields
 from rgexport.export.gguf import integrity
-from rgexport.export.gguf.artifact import ALGORITHMS_KEY, algorithms_text
+from rgexport.export.gguf.artifact import algorithms_value
 from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
 from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, architecture
 from rgexport.export.gguf.options import GgufOptions, GgufStorage
@@ -41,36 +40,27 @@ from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
 from rgexport.quantize.scheme import Ggml
 from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_statistics
 
-_KINDS = {int: Kind.UINT32, float: Kind.FLOAT32, list: Kind.INT32}
+Metadata = dict[str, Any]
+"""Key → value, of a type that has a kind here; a list has values of one type."""
+_KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING}
+_ITEM_KINDS = _KINDS | {int: Kind.INT32}
 
 
-@dataclasses.dataclass(frozen=True)
-class KeyValue:
-    key: str
-    value: Any
-    kind: Kind
-
-
-def metadata(
-    checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None
-) -> list[KeyValue]:
+def metadata(checkpoint: Checkpoint, hashes: FileHashes, vocabulary: Vocabulary | None) -> Metadata:
     template = None
     if vocabulary is not None:
         special = vocabulary.control.special
         template = chosen_template(folder_of(checkpoint), special, checkpoint.name)
     embedded = EmbeddedManifest(**common_fields(checkpoint, hashes, ("gguf", "numpy")))
-    return [
-        *_general(checkpoint),
-        *(
-            KeyValue(key, value, _KINDS[type(value)])
-            for key, value in architecture(checkpoint.config).items()
-        ),
-        *tokenizer_values(vocabulary, template),
-        KeyValue(MANIFEST_KEY, json.dumps(to_json(embedded)), Kind.STRING),
-    ]
+    return {
+        **_general(checkpoint),
+        **architecture(checkpoint.config),
+        **tokenizer_values(vocabulary, template),
+        MANIFEST_KEY: json.dumps(to_json(embedded)),
+    }
 
 
-def _general(checkpoint: Checkpoint) -> Iterator[KeyValue]:
+def _general(checkpoint: Checkpoint) -> Metadata:
     count = sum(math.prod(spec.shape) for spec in model_tensors(checkpoint.config).values())
     origin = origin_of(checkpoint)
     page = origin.hub_id and f"https://huggingface.co/{origin.hub_id}"
@@ -88,21 +78,13 @@ def _general(checkpoint: Checkpoint) -> Iterator[KeyValue]:
         "source.url": page,
         "source.huggingface.repository": origin.hub_id,
     }
-    for key, text in texts.items():
-        if text:
-            yield KeyValue(f"general.{key}", text, Kind.STRING)
-    yield KeyValue("general.tags", ["text-generation", "griffin"], Kind.STRING)
+    values = {f"general.{key}": text for key, text in texts.items() if text}
+    return {**values, "general.tags": ["text-generation", "griffin"]}
 
 
-def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Iterator[KeyValue]:
+def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Metadata:
     if vocabulary is None:
-        yield KeyValue("tokenizer.ggml.model", "no_vocab", Kind.STRING)
-        return
-    yield KeyValue("tokenizer.ggml.model", "llama", Kind.STRING)
-    yield KeyValue("tokenizer.ggml.pre", "default", Kind.STRING)
-    yield KeyValue("tokenizer.ggml.tokens", vocabulary.tokens, Kind.STRING)
-    yield KeyValue("tokenizer.ggml.scores", vocabulary.scores.tolist(), Kind.FLOAT32)
-    yield KeyValue("tokenizer.ggml.token_type", vocabulary.types.tolist(), Kind.INT32)
+        return {"tokenizer.ggml.model": "no_vocab"}
     control = vocabulary.control
     tokens = {
         "bos": control.bos,
@@ -111,18 +93,19 @@ def tokenizer_values(vocabulary: Vocabulary | None, template: str | None) -> Ite
         "padding": control.pad,
         "eot": control.end_of_turn,
     }
-    for name, token in tokens.items():
-        if token is not None:
-            yield KeyValue(f"tokenizer.ggml.{name}_token_id", token.id, Kind.UINT32)
-    flags = {
+    values = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": vocabulary.tokens,
+        "scores": vocabulary.scores.tolist(),
+        "token_type": vocabulary.types.tolist(),
+        **{f"{name}_token_id": token.id for name, token in tokens.items() if token is not None},
         "add_bos_token": control.bos is not None,
         "add_eos_token": False,
         "add_space_prefix": vocabulary.add_space_prefix,
     }
-    for name, flag in flags.items():
-        yield KeyValue(f"tokenizer.ggml.{name}", flag, Kind.BOOL)
-    if template:
-        yield KeyValue("tokenizer.chat_template", template, Kind.STRING)
+    named = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return named | ({"tokenizer.chat_template": template} if template else {})
 
 
 _HEADER_BYTES = 32 << 20  # upper bound of the header: a vocabulary of 256k takes 7 MB
@@ -159,7 +142,7 @@ def export_gguf(
     expect_stages(2 if check is None else 3)
     hashes = require_sound(checkpoint)
 
-    values = [*metadata(checkpoint, hashes, vocabulary), *_values_of_types(storage)]
+    values = metadata(checkpoint, hashes, vocabulary) | _values_of_types(storage)
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
     with replace_file(target, force=force, replaceable=is_gguf) as unfinished:
         _write_header(unfinished, values, storage)
@@ -191,16 +174,15 @@ def _announce(storage: GgufStorage) -> None:
         )
 
 
-def _values_of_types(storage: GgufStorage) -> Iterator[KeyValue]:
+def _values_of_types(storage: GgufStorage) -> Metadata:
     types = ((tensor.name, storage.types[tensor.name]) for tensor in storage.tensors)
-    for key, text in integrity.placeholders(types).items():
-        yield KeyValue(key, text, Kind.STRING)
-    if text := algorithms_text(storage.schemes):
-        yield KeyValue(ALGORITHMS_KEY, text, Kind.STRING)
-    yield KeyValue("general.quantization_version", 2, Kind.UINT32)  # ggml.h's `GGML_QNT_VERSION`
-    yield KeyValue(integrity.FILE_TYPE, storage.file_type.value, Kind.UINT32)
-    for key, value in (storage.imatrix.metadata() if storage.imatrix else {}).items():
-        yield KeyValue(key, value, Kind.STRING if isinstance(value, str) else Kind.UINT32)
+    return {
+        **integrity.placeholders(types),
+        **algorithms_value(storage.schemes),
+        "general.quantization_version": 2,  # ggml.h's `GGML_QNT_VERSION`
+        integrity.FILE_TYPE: storage.file_type.value,
+        **(storage.imatrix.metadata() if storage.imatrix else {}),
+    }
 
 
 def _tensor_bytes(tensor: FileTensor, kind: str) -> int:
@@ -221,11 +203,13 @@ def _append_data(path: Path, jobs: Iterable[Job], advance: Advance) -> str:
     return digest.hexdigest()
 
 
-def _write_header(path: Path, values: Iterable[KeyValue], storage: GgufStorage) -> None:
+def _write_header(path: Path, values: Metadata, storage: GgufStorage) -> None:
     writer = GGUFWriter(path, ARCHITECTURE)
-    for value in values:
-        kinds = (Kind.ARRAY, value.kind) if isinstance(value.value, list) else (value.kind, None)
-        writer.add_key_value(value.key, value.value, *kinds)
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_key_value(key, value, Kind.ARRAY, _ITEM_KINDS[type(value[0])])
+        else:
+            writer.add_key_value(key, value, _KINDS[type(value)])
     for tensor in storage.tensors:
         kind = storage.types[tensor.name]
         writer.add_tensor_info(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FileFormat, installation
+from rgexport.export.format import CardText, FileFormat, render
 from rgexport.export.manifest import Manifest
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.ggml_types import TYPES
@@ -16,17 +16,6 @@ from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
 if TYPE_CHECKING:
     from rgexport.griffin.checkpoint import Checkpoint
 
-_RUN = """\
-{install}, beside the file:
-
-    rgexport llama-cpp build
-    rgexport {verb}
-
-`rgexport llama-cpp build --tools` also builds llama.cpp's own programs, such as `llama-server`,
-which take the file as well (`docs/gguf.md` in rgexport's repository). Stock llama.cpp, ollama and
-LM Studio do not know the architecture yet."""
-
-
 _TENSOR_BYTES = 96
 
 
@@ -36,7 +25,6 @@ class GgufFormat(FileFormat):
         "in the llama.cpp that `rgexport llama-cpp build` makes (stock llama.cpp, ollama and LM "
         "Studio do not know RecurrentGemma yet)"
     )
-    library = "gguf"
     alignment = 32
     has_row_groups = False
     hash_name = "data_sha256"  # no file can hold its own hash
@@ -69,8 +57,7 @@ class GgufFormat(FileFormat):
         return tensors + sum(len(token.encode()) + 16 for token in tokens)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        run = _RUN.format(install=installation(), verb=verb.replace(" .", " FILE.gguf", 1))
-        return CardText("llama.cpp", "softmax", run)
+        return CardText("llama.cpp", "softmax", render("gguf.md.j2", verb=verb))
 
 
 FORMAT = GgufFormat()

@@ -23,7 +23,6 @@ from rgexport.quantize.gguf_header import GgufHeader, read_header
 MANIFEST_KEY = "rgexport.manifest"
 FILE_TYPE = "general.file_type"
 DATA, METADATA, TYPES = (f"rgexport.{part}_sha256" for part in ("data", "metadata", "tensor_types"))
-HASHES = DATA, METADATA, TYPES
 CHECK = "rgexport.check"
 CHECK_WIDTH = 1024  # bytes of the check's text, padded with spaces
 _NOT_HASHED = {DATA, METADATA, TYPES, CHECK, FILE_TYPE, "general.quantization_version"}

@@ -48,6 +48,8 @@ class Vocabulary:
 
 
 _Piece = tuple[str, float, int]
+_Contents = tuple[list[_Piece], ControlTokens, bool]
+"""Pieces, control tokens, and whether a space is put in front of a text."""
 
 
 def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None:
@@ -58,7 +60,7 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
         return None
     path = paths[name]
     try:
-        return _make(path, vocab_size, *_READERS[name](path))
+        return _make(path, vocab_size, _READERS[name](path))
     except RequestError:
         raise
     except Exception as error:  # of protobuf, JSON, and tokenizers
@@ -69,13 +71,8 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
         ) from None
 
 
-def _make(
-    path: Path,
-    vocab_size: int,
-    pieces: list[_Piece],
-    control: ControlTokens,
-    add_space_prefix: bool,
-) -> Vocabulary:
+def _make(path: Path, vocab_size: int, contents: _Contents) -> Vocabulary:
+    pieces, control, add_space_prefix = contents
     if len(pieces) > vocab_size:
         raise RequestError(
             f"{path} has {len(pieces)} tokens but the embedding {vocab_size} rows; "
@@ -110,10 +107,6 @@ def _stored(pieces: list[_Piece]) -> Iterator[_Piece]:
             yield text, 0.0, NORMAL
         else:
             yield text.replace("▁", " "), score, USER_DEFINED
-
-
-_Contents = tuple[list[_Piece], ControlTokens, bool]
-"""Pieces, control tokens, and whether a space is put in front of a text."""
 
 
 def _read_sentencepiece(path: Path) -> _Contents:

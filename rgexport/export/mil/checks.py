@@ -18,7 +18,7 @@ from rgexport.export.mil.package import (
 )
 from rgexport.export.mil.program import FileValue, Function, Name
 from rgexport.files.hashing import hash_file
-from rgexport.files.typed_json import parse_json
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.layout import site_of
 from rgexport.reporting.tables import Row, Table
 from rgexport.units import amount
@@ -169,15 +169,11 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
 
 
 def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator[str]:
-    text = package.description.metadata.userDefined.get(DIGESTS)
+    text = package.description.metadata.userDefined.get(DIGESTS, "null")
     try:
-        if text is None:
-            raise ValueError(f"there is no {DIGESTS}")
-        expected = parse_json(text)
-        if not isinstance(expected, dict) or not all(isinstance(d, str) for d in expected.values()):
-            raise ValueError(f"{DIGESTS} holds no hashes")
-    except ValueError as error:
-        yield f"its metadata are damaged: {error}"
+        expected = from_json(dict[str, str], parse_json(text))
+    except Mismatch as error:
+        yield f"its metadata are damaged: {DIGESTS}: {error}"
         return
 
     def digest(value: FileValue) -> str:

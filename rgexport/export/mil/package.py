@@ -35,10 +35,10 @@ _MANIFEST, _DATA = "Manifest.json", "Data"
 _MODEL_PATH = "@model_path/"  # a program's name for the folder of its model file
 _SENTINEL, _VERSION = 0xDEADBEEF, 2
 _FILE, _BLOB = struct.Struct("<4xI"), struct.Struct("<IIQQ")
-_BLOB_TYPES: dict[int, str] = {
-    **{1: "float16", 2: "float32", 3: "uint8", 4: "int8", 5: "bfloat16", 6: "int16", 7: "uint16"},
-    **{8: "int4", 9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32"},
-    **{15: "uint32", 16: "float8e4m3fn", 17: "float8e5m2"},
+_BLOB_TYPES = {
+    **{"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "bfloat16": 5, "int16": 6, "uint16": 7},
+    **{"int4": 8, "uint1": 9, "uint2": 10, "uint4": 11, "uint3": 12, "uint6": 13, "int32": 14},
+    **{"uint32": 15, "float8e4m3fn": 16, "float8e5m2": 17},
 }
 
 
@@ -67,13 +67,8 @@ class BlobFile:
             size = path.stat().st_size
         except OSError as error:
             raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-        if len(head) < HEADER_BYTES:
-            raise RequestError(f"{path} is truncated: it has {size} bytes, less than its header")
-        (version,) = _FILE.unpack_from(head)
-        if version != _VERSION:
-            raise RequestError(
-                f"{path} is damaged: a weight file of version {version}; expected {_VERSION}"
-            )
+        if len(head) < HEADER_BYTES or _FILE.unpack_from(head) != (_VERSION,):
+            raise RequestError(f"{path} is damaged, or no file of weights of version {_VERSION}")
         return cls(path, size)
 
     def blob(self, offset: int, type: TensorType) -> Blob:
@@ -85,15 +80,11 @@ class BlobFile:
             )
         header = np.empty((1, HEADER_BYTES), np.uint8)
         read_lines(self.path, offset, 0, header)
-        sentinel, number, nbytes, start = _BLOB.unpack_from(header.tobytes())
-        if sentinel != _SENTINEL:
-            raise RequestError(f"{self.path} is damaged: there is no weight at offset {offset}")
-        dtype = _BLOB_TYPES.get(number, f"type {number}")
-        if (dtype, nbytes, start) != (type.dtype, type.nbytes, data_offset):
+        expected = _SENTINEL, _BLOB_TYPES.get(type.dtype), type.nbytes, data_offset
+        if _BLOB.unpack_from(header.tobytes()) != expected:
             raise RequestError(
-                f"{self.path} is damaged: its header at {offset} describes {nbytes} bytes of "
-                f"{dtype} at {start}; the program needs {type.nbytes} of {type.dtype} at "
-                f"{data_offset}"
+                f"{self.path} is damaged: there is no header at {offset} of {type.nbytes} bytes of "
+                f"{type.dtype}, which the program needs"
             )
         return Blob(self.path, type, data_offset)
 

@@ -81,9 +81,11 @@ class GraphBuilder:
         array = np.asarray(value, dtype)
         key = ("constant", dtype, array.shape, array.tobytes())
         if key not in self._made:
-            name = f"constant/{len(self.initializers)}"
-            self._made[key] = [self.initializer(ir.tensor(array, name=name))]
+            self._made[key] = [self._new_constant(array)]
         return self._made[key][0]
+
+    def _new_constant(self, array: np.ndarray) -> ir.Value:
+        return self.initializer(ir.tensor(array, name=f"constant/{len(self.initializers)}"))
 
     def slice(self, x: ir.Value, start: int | ir.Value, stop: int, axis: int) -> ir.Value:
         first = self.constant([start]) if isinstance(start, int) else start
@@ -110,13 +112,10 @@ Body = Callable[..., Sequence[ir.Value]]
 
 
 class OnnxEmitter(GraphBuilder):
-    def __init__(
-        self, stored: dict[str, StoredTensor], accuracy_level: int, *, native: bool = False
-    ):
-        """`accuracy_level` of `MatMulNBits`: 1 means float32 activations, 4 int8."""
+    def __init__(self, stored: dict[str, StoredTensor], *, native: bool, rounded: bool):
+        """`native`: our ops are functions; `rounded`: products round activations to int8."""
         super().__init__()
-        self.accuracy_level = accuracy_level
-        self.native = native
+        self.native, self.rounded = native, rounded
         self.functions: dict[str, ir.Function] = {}
         self.values: dict[str, ir.Value] = {}
         self._stored = with_groups(stored)
@@ -124,7 +123,7 @@ class OnnxEmitter(GraphBuilder):
     def value(self, declared: Value) -> ir.Value:
         if declared.name not in self.values:
             part = self.stored(declared).parts["data"]
-            self.values[declared.name] = self.initializer(initializer(part, declared.name))
+            self.values[declared.name] = self.external(part, declared.name)
         return self.values[declared.name]
 
     def inputs(self, node: Node) -> list[ir.Value]:
@@ -139,18 +138,21 @@ class OnnxEmitter(GraphBuilder):
     def stored(self, weight: Value) -> StoredTensor:
         return self._stored[weight.name]
 
-    def part(
-        self, weight: Value, part: str, shape: tuple[int, ...] | None = None
-    ) -> ir.Value | None:
-        """Returns a part of a quantized weight, perhaps reshaped; None if it has no such part."""
-        parts = self.stored(weight).parts
-        if part not in parts:
-            return None
+    def part(self, weight: Value, part: str, shape: tuple[int, ...] | None = None) -> ir.Value:
+        """Returns a part of a quantized weight, perhaps reshaped."""
+        stored = self.stored(weight).parts[part]
         view = "" if shape is None else f".{'x'.join(map(str, shape))}"
         name = f"{weight.name}.{part}{view}"
         if name not in self.values:
-            self.values[name] = self.initializer(initializer(parts[part], name, shape))
+            self.values[name] = self.external(stored, name, shape)
         return self.values[name]
+
+    def external(
+        self, part: StoredPart, name: str, shape: tuple[int, ...] | None = None
+    ) -> ir.Value:
+        dtype, dims = DTYPES[part.dtype], ir.Shape(shape or part.shape)
+        stored = part.file, part.offset, part.nbytes
+        return self.initializer(ir.ExternalTensor(*stored, dtype, shape=dims, name=name))
 
     def call(
         self, function: ir.Function, *inputs: ir.Value | None, **attributes: Attribute
@@ -173,16 +175,12 @@ class OnnxEmitter(GraphBuilder):
 
 
 class _FunctionBuilder(GraphBuilder):
-    def constant(self, value: object, dtype: str = "int64") -> ir.Value:
-        array = np.asarray(value, dtype)
-        key = ("constant", dtype, array.shape, array.tobytes())
-        if key not in self._made:
-            name = self._unique("Constant")
-            node = ir.node("Constant", (), {"value": ir.tensor(array, name=name)}, name=name)
-            node.outputs[0].name = name
-            self.nodes.append(node)
-            self._made[key] = list(node.outputs)
-        return self._made[key][0]
+    def _new_constant(self, array: np.ndarray) -> ir.Value:
+        name = self._unique("Constant")
+        node = ir.node("Constant", (), {"value": ir.tensor(array, name=name)}, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
 
 
 def function_of(
@@ -196,10 +194,3 @@ def function_of(
     types = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
     declared = [ir.Attr(key, types[type(value)], None) for key, value in attributes.items()]
     return ir.Function(DOMAIN, name, graph=graph, attributes=declared)
-
-
-def initializer(
-    part: StoredPart, name: str, shape: tuple[int, ...] | None = None
-) -> ir.ExternalTensor:
-    dtype, dims = DTYPES[part.dtype], ir.Shape(shape or part.shape)
-    return ir.ExternalTensor(part.file, part.offset, part.nbytes, dtype, shape=dims, name=name)

@@ -14,13 +14,7 @@ from rgexport.export.exporter import Exporter
 from rgexport.export.folder import export_folder
 from rgexport.export.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
 from rgexport.export.manifest_reader import is_artifact
-from rgexport.export.onnx.format import (
-    FORMAT,
-    graph_interface,
-    part_shapes,
-    require_kernels,
-    with_interface,
-)
+from rgexport.export.onnx.format import FORMAT, graph_interface, require_kernels, with_interface
 from rgexport.export.onnx.model import add_description, build_model
 from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
 from rgexport.export.onnx.profiles import PROFILES, FileLimit, OnnxOptions
@@ -31,7 +25,6 @@ from rgexport.export.trace import trace
 from rgexport.files.targets import check_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
-from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.plan import bfloat16_gates
 from rgexport.quantize.scheme import Parts, Plan
 from rgexport.quantize.statistics import StatisticsOf, no_statistics
@@ -39,36 +32,31 @@ from rgexport.quantize.statistics import StatisticsOf, no_statistics
 _ALIGNMENT = 4096  # of every part: runtimes map the file, and a mapping starts at a page
 
 
-class OnnxStorage:
-    def __init__(
-        self, plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None = None
-    ):
-        """Lays out one file, or more if there is a `limit`; RequestError for a too large tensor."""
-        self.tensors: dict[str, StoredTensor] = {}
-        self.sizes: dict[str, int] = {}
-        allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
-        for name, scheme in plan.items():
-            before = allocator.size
-            stored = allocator.allocate({name: scheme}, shapes, part_shapes)
-            if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
-                allocator = OffsetAllocator(f"{DATA_FILE}.{len(self.sizes)}", _ALIGNMENT)
-                stored = allocator.allocate({name: scheme}, shapes, part_shapes)
-            if limit and allocator.size > limit.largest:
-                raise RequestError(
-                    f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
-                    f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
-                    "such as with --embedding-precision int8"
-                )
-            self.tensors |= stored
-            self.sizes[allocator.file] = aligned(allocator.size, _ALIGNMENT)
+def lay_out(
+    plan: Plan, shapes: dict[str, tuple[int, ...]], limit: FileLimit | None
+) -> tuple[dict[str, StoredTensor], dict[str, int]]:
+    """Returns the tensors and the sizes of their files: one, or more if there is a `limit`.
 
-    def write(
-        self, folder: Path, weights: WeightSource, statistics: StatisticsOf = no_statistics
-    ) -> None:
-        for name, size in self.sizes.items():
-            with open(folder / name, "wb") as file:
-                file.truncate(size)
-        fill(folder, self.tensors, weights, partial(_encode, statistics))
+    Raises RequestError for a tensor that is too large.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    sizes: dict[str, int] = {}
+    allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
+    for name, scheme in plan.items():
+        before = allocator.size
+        stored = allocator.allocate({name: scheme}, shapes, FORMAT.part_shapes)
+        if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
+            allocator = OffsetAllocator(f"{DATA_FILE}.{len(sizes)}", _ALIGNMENT)
+            stored = allocator.allocate({name: scheme}, shapes, FORMAT.part_shapes)
+        if limit and allocator.size > limit.largest:
+            raise RequestError(
+                f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
+                f"{limit.largest:,} of a file that a browser loads; store it in fewer bits, "
+                "such as with --embedding-precision int8"
+            )
+        tensors |= stored
+        sizes[allocator.file] = aligned(allocator.size, _ALIGNMENT)
+    return tensors, sizes
 
 
 def _encode(
@@ -102,22 +90,22 @@ def export_onnx(
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]
     kernels = require_kernels() if options.genai_native else None  # before minutes of work
-    storage = OnnxStorage(plan, shapes, profile.files)
+    tensors, sizes = lay_out(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
         program = with_interface(trace(checkpoint.config, activation))
         states, io = graph_interface(checkpoint.config, activation)
-        model = build_model(program, storage.tensors, profile, exact=options.exact)
+        model = build_model(program, tensors, profile, exact=options.exact)
         add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
         ir.save(model, folder / MODEL_FILE)
-        storage.write(folder, checkpoint.weights, statistics)
+        fill(folder, sizes, tensors, checkpoint.weights, partial(_encode, statistics))
         manifest = Manifest(
             precision=options.precision_word,
             compute=options.compute_word,
             exact=profile.is_exact(plan, options.exact),
             profile=profile.name,
             plan=plan,
-            tensors=storage.tensors,
+            tensors=tensors,
             states=states,
             io=io,
             **common,
@@ -127,7 +115,7 @@ def export_onnx(
         FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
         return manifest
 
-    size = sum(storage.sizes.values())
+    size = sum(sizes.values())
     return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)
 
 

@@ -9,18 +9,17 @@ refuse them. A fixed axis of keys and values makes a cache that is updated in pl
 import json
 import reprlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, replace
-from itertools import zip_longest
-from operator import attrgetter
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rgexport import npm
 from rgexport._version import __version__
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.format import CardText, FolderFormat, installation
+from rgexport.export.artifact import Artifact, differences
+from rgexport.export.format import CardText, FolderFormat, render
 from rgexport.export.manifest import (
     ACTIVATIONS,
     COLUMNS,
@@ -204,8 +203,12 @@ class OnnxArtifact(Artifact):
 
     def _wrong_graph(self) -> Iterator[str]:
         graph, io = read_model(read_graph(self.file(MODEL_FILE))), self.manifest.io
-        yield from _differences("input", graph.inputs, io.inputs)
-        yield from _differences("output", graph.outputs, io.outputs)
+        for kind, values, expected in (
+            ("input", graph.inputs, io.inputs),
+            ("output", graph.outputs, io.outputs),
+        ):
+            complaints = differences(f"{MODEL_FILE}: {kind}", _types(values), _types(expected))
+            yield from islice(complaints, 1)
 
     def facts(self) -> dict[str, Any]:
         ops = native_ops(self.file(MODEL_FILE))
@@ -216,25 +219,8 @@ class OnnxArtifact(Artifact):
         }
 
 
-def _differences(
-    kind: str, values: Sequence[ValueRecord], expected: Sequence[ValueRecord]
-) -> Iterator[str]:
-    by_name = attrgetter("name")
-    for value, right in zip_longest(sorted(values, key=by_name), sorted(expected, key=by_name)):
-        if value != right:
-            yield f"{MODEL_FILE}: {kind} {_describe(value)}; expected {_describe(right)}"
-            return
-
-
-def _describe(value: ValueRecord | None) -> str:
-    return f"{value.name} {value.dtype} {reprlib.repr(value.shape)}" if value else "none"
-
-
-def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-    """Returns the parts of a tensor; INT8_ROWS by columns, as `MatMulInteger` needs it."""
-    if scheme != INT8_ROWS and not is_storable(scheme):
-        raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
-    return part_shapes_by_group(shape, scheme, _group_part_shapes)
+def _types(values: Iterable[ValueRecord]) -> dict[str, str]:
+    return {value.name: f"{value.dtype} {reprlib.repr(value.shape)}" for value in values}
 
 
 def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
@@ -254,44 +240,8 @@ def is_storable(scheme: Scheme) -> bool:
     )
 
 
-_DESKTOP = """\
-{install}, in this folder:
-
-    rgexport {verb}
-
-{runtimes}
-
-`model.onnx` runs in any ONNX Runtime, without custom ops. Its inputs are `input_ids` and
-`position_ids` [batch, tokens] and the states of {layers} layers; its outputs are `logits` and the
-new states."""
-_BROWSER = """\
-In a browser, with onnxruntime-web 1.30 or later, without custom ops:
-
-    import * as ort from "onnxruntime-web/{profile}";
-    const session = await ort.InferenceSession.create("model.onnx", {{
-      executionProviders: ["{profile}"],
-      externalData: [{data}],
-    }});
-
-Its inputs are `input_ids` and `position_ids` [batch, tokens] and the states of {layers} layers, all
-zeros at first; its outputs are `logits` and the new states. On a desktop,
-{install}, in this folder:
-
-    rgexport {verb}
-
-{runtimes}"""
-_RUNTIMES = """\
-Two more runtimes take the folder as it is; `docs/genai.md` and `docs/transformers-js.md` in
-rgexport's repository have examples:
-
-| runtime | how |
-|---|---|
-| onnxruntime-genai 0.14 or later | `onnxruntime_genai.Model(FOLDER)`, by `genai_config.json` |
-| transformers.js 4.2 or later, on the device `{device}` | `recurrent_gemma.mjs` |"""
-
-
 class OnnxFormat(FolderFormat):
-    library = "onnx"
+    artifact = OnnxArtifact
     entries = (MODEL_FILE,)
     precisions = PRECISIONS
     planned_precisions = ("int3",)
@@ -299,11 +249,11 @@ class OnnxFormat(FolderFormat):
     graph_bytes = 24_000
     keeps_bfloat16_gates = True
 
-    def artifact(self, folder: Path, manifest: Manifest) -> Artifact:
-        return OnnxArtifact(folder, manifest)
-
     def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
-        return part_shapes(shape, scheme)
+        """Returns the parts of a tensor; INT8_ROWS by columns, as `MatMulInteger` needs it."""
+        if scheme != INT8_ROWS and not is_storable(scheme):
+            raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
+        return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)
@@ -316,13 +266,9 @@ class OnnxFormat(FolderFormat):
         write_web_files(folder, manifest, ids)
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
-        engine, run = "ONNX Runtime", _DESKTOP
-        if manifest.profile != "cpu":
-            engine, run = f"onnxruntime-web ({manifest.profile})", _BROWSER
-        files = ", ".join(f'"{name}"' for name in weight_files(manifest))
-        facts = {"layers": manifest.config.num_layers, "profile": manifest.profile, "data": files}
-        runtimes = _RUNTIMES.format(device=manifest.profile)
-        text = run.format(verb=verb, install=installation(), runtimes=runtimes, **facts)
+        files, profile = weight_files(manifest), manifest.profile
+        text = render("onnx.md.j2", manifest=manifest, verb=verb, data_files=files)
+        engine = "ONNX Runtime" if profile == "cpu" else f"onnxruntime-web ({profile})"
         return CardText(engine, "softmax", text)
 
 

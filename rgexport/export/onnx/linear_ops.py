@@ -9,13 +9,14 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, QUANT_LINEAR_SIZES, QUANT_LINEARS
+from rgexport.export.onnx.functions import QUANT_LINEAR_SIZES, QUANT_LINEARS
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.quantize.scheme import Affine
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
+EXACT = 1  # accuracy level of `MatMulNBits` with float32 activations
 
 
 def _grouped_linear(
@@ -173,13 +174,12 @@ def _float_linear(
 def _quantized_linear(
     g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
 ) -> ir.Value:
-    if g.native and g.accuracy_level == QUANT_LINEAR_LEVEL:
+    if g.rounded:
         return _quant_linear(g, x, [weight], [bias])[0]
     sizes = block_attributes(g, weight) | {"N": weight.size(0)}
     data, scales, zero_points = _parts(g, weight)
     inputs = [g.cast(x, "float32"), data, float32(g, scales), zero_points, None, float32(g, bias)]
-    level = g.accuracy_level
-    y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
+    y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=EXACT, **sizes)
     return g.typed(y, "float32")
 
 
@@ -228,9 +228,12 @@ def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
     data = g.part(weight, "data", (rows, blocks, block * scheme.bits // 8))
     if scheme.bits == 3:
-        assert data is not None
         data = _widened(g, data, (rows, blocks, block // 2))
-    return data, g.part(weight, "scales"), g.part(weight, "zero_points")
+    return data, g.part(weight, "scales"), zero_points(g, weight, scheme)
+
+
+def zero_points(g: OnnxEmitter, weight: Value, scheme: Affine) -> ir.Value | None:
+    return None if scheme.symmetric else g.part(weight, "zero_points")
 
 
 def _affine(g: OnnxEmitter, weight: Value) -> Affine:

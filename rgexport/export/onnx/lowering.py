@@ -141,13 +141,7 @@ def attention(g: GraphBuilder, node: Node, *inputs: ir.Value) -> Sequence[ir.Val
 def ring_attention(
     g: GraphBuilder,
     node: Node,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    past_k: ir.Value,
-    past_v: ir.Value,
-    positions: ir.Value,
-    *,
+    *inputs: ir.Value,
     mask: Callable[[GraphBuilder, ir.Value, int], ir.Value],
     slots: Callable[[GraphBuilder, ir.Value, ir.Value, int], ir.Value],
 ) -> Sequence[ir.Value]:
@@ -155,6 +149,7 @@ def ring_attention(
 
     All heads of a token are rows of one matrix, since they share the keys.
     """
+    q, k, v, past_k, past_v, positions = inputs
     dtype = node.outputs[0].dtype
     window, head_dim = (node.tensors[3].size(axis) for axis in (2, 3))
     heads = node.tensors[0].size(2) // head_dim

@@ -11,7 +11,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import ACTIVATIONS, StoredTensor
 from rgexport.export.onnx.emitter import DTYPES, OPSET, OnnxEmitter
 from rgexport.export.onnx.format import feature_names, graph_interface, with_interface
-from rgexport.export.onnx.functions import QUANT_LINEAR_LEVEL, fused
+from rgexport.export.onnx.functions import fused
 from rgexport.export.onnx.lowering import lower
 from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
@@ -21,16 +21,15 @@ from rgexport.export.trace import trace
 from rgexport.griffin.config import GriffinConfig
 
 _IR_VERSION = 10
-_EXACT = 1  # `MatMulNBits`'s accuracy level for float32 activations
 
 
 def build_model(
     program: StepProgram, tensors: dict[str, StoredTensor], profile: LoweringProfile, *, exact: bool
 ) -> ir.Model:
-    level = _EXACT if exact else profile.accuracy_level
-    emitter = OnnxEmitter(tensors, level, native=profile.functions)
+    rounded = profile.functions and not exact
+    emitter = OnnxEmitter(tensors, native=profile.functions, rounded=rounded)
     if profile.functions:
-        program = fused(program, tensors, rounded=level == QUANT_LINEAR_LEVEL)
+        program = fused(program, tensors, rounded=rounded)
     graph = _build_graph(program, emitter, profile)
     model = ir.Model(
         graph,
@@ -41,7 +40,6 @@ def build_model(
     )
     if not profile.functions:
         _inline(model)
-    profile.require_allowed(model)
     for before, after in zip(graph.inputs[2:], graph.outputs[1:], strict=True):
         _require_reads_before_write(before, after)
     return model

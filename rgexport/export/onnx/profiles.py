@@ -3,13 +3,10 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-import onnx_ir as ir
-
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
 from rgexport.export.onnx.format import is_storable
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
-from rgexport.export.onnx.trust import OPERATORS, Ops
 from rgexport.export.onnx.web_ops import WASM, WEBGPU
 from rgexport.export.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
@@ -52,33 +49,18 @@ class LoweringProfile:
     """Precision of the linears → that of the embedding, where it is another."""
     rows: Mapping[str, Scheme] = field(default_factory=dict)
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
-    accuracy_level: int = 1
-    """Of `MatMulNBits`: 4 lets it round activations to int8, unless `--exact` is given."""
     bits: frozenset[int] = frozenset({4, 8})
     scale: FloatDtype = "float32"
     even_zero_points: bool = False
     """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False
-    """Whether our ops stay functions, which native kernels can replace; gates may be bfloat16."""
+    """Whether our ops stay functions, which native kernels can replace. Gates may be bfloat16 then,
+    and products round activations to int8 unless `--exact` is given."""
     files: FileLimit | None = None  # how large the files of weights may be; None for no limit
-
-    @property
-    def ops(self) -> Ops:
-        return OPERATORS[self.name]
 
     def is_exact(self, plan: Plan, exact: bool) -> bool:
         """Whether activations are never rounded to int8: with `--exact`, or by the plan."""
-        return exact or (self.accuracy_level == 1 and INT8_ROWS not in plan.values())
-
-    def require_allowed(self, model: ir.Model) -> None:
-        """Asserts that a model has only ops of the profile: another one is a bug of ours."""
-        scopes: list[tuple[str, ir.Function | ir.Graph]]
-        scopes = [(f"{function.name}: ", function) for function in model.functions.values()]
-        for prefix, scope in (*scopes, ("", model.graph)):
-            for node in ir.traversal.RecursiveGraphIterator(scope):
-                allowed = node.op_type in self.ops.get(node.domain, ())
-                op = f"{node.domain or 'ai.onnx'}::{node.op_type}"
-                assert allowed, f"{prefix}{node.name}: {op} is no op of the profile {self.name}"
+        return exact or not (self.functions or INT8_ROWS in plan.values())
 
 
 PROFILES: dict[str, LoweringProfile] = {
@@ -88,7 +70,6 @@ PROFILES: dict[str, LoweringProfile] = {
             name="cpu",
             precision="int4",
             embeddings=FINE_HEAD,
-            accuracy_level=4,
             bits=frozenset({3, 4, 8}),
             scale="float16",
             functions=True,
@@ -125,6 +106,7 @@ class OnnxOptions(FolderOptions):
     profile: str = "cpu"
     exact: bool = False
     genai_native: bool = False
+    default_compute = "fp32"
 
     def __post_init__(self) -> None:
         require_word("--profile", self.profile, PROFILES)
@@ -138,10 +120,6 @@ class OnnxOptions(FolderOptions):
     @property
     def defaults(self) -> tuple[str, Mapping[str, str]]:
         return self._profile.precision, self._profile.embeddings
-
-    @property
-    def compute_word(self) -> str:
-        return self.compute or ("fp16" if self.precision_word == "fp16" else "fp32")
 
     def resolve_plan(self, config: GriffinConfig, gates: Collection[str] = ()) -> Plan:
         """Makes the plan for a model: blocks that fit its rows, unless a plan sets them.

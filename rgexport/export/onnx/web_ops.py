@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx import linear_ops
-from rgexport.export.onnx.emitter import END, GraphBuilder, OnnxEmitter, initializer
+from rgexport.export.onnx.emitter import END, GraphBuilder, OnnxEmitter
 from rgexport.export.onnx.lowering import ring_attention
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
@@ -54,7 +54,7 @@ def _by_digits(g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None
     sums = g.op("MatMulInteger", digits, g.part(weight, COLUMNS), zero, zero)
     first, second = g.ops("Split", g.cast(sums, "float32"), outputs=2, axis=0, num_outputs=2)
     both = g.op("Add", first, g.op("Mul", second, g.constant(1 / _FINER, "float32")))
-    y = g.op("Mul", g.op("Mul", both, scale), _scales(g, weight))
+    y = g.op("Mul", g.op("Mul", both, scale), g.part(weight, "scales", (weight.size(0),)))
     return g.typed(y if bias is None else g.op("Add", y, bias), "float32")
 
 
@@ -65,8 +65,8 @@ def _in_pieces(
     rows, columns = weight.size(0), weight.size(1)
     sizes = linear_ops.block_attributes(g, weight)
     blob = (scheme.num_blocks(columns), sizes["block_size"] * scheme.bits // 8)
-    level = g.accuracy_level
-    product = partial(g.op, "MatMulNBits", domain=MICROSOFT, accuracy_level=level, **sizes)
+    exact = linear_ops.EXACT
+    product = partial(g.op, "MatMulNBits", domain=MICROSOFT, accuracy_level=exact, **sizes)
     pieces = []
     for start in range(0, rows, count := max(1, PIECE // columns)):
         n = min(count, rows - start)
@@ -87,7 +87,7 @@ def _rows_of(
     if part is None:
         return None
     piece = replace(part, offset=part.offset + start * part.row_bytes, shape=shape)
-    return g.initializer(initializer(piece, f"{weight.name}.{label}.from.{start}"))
+    return g.external(piece, f"{weight.name}.{label}.from.{start}")
 
 
 def wasm_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
@@ -96,7 +96,7 @@ def wasm_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         return linear_ops.embedding(g, node)
     columns = g.op("Gather", g.part(table, COLUMNS), g.value(ids), axis=1)
     levels = g.cast(g.op("Transpose", columns, perm=[1, 2, 0]), "float32")
-    scales = g.op("Gather", _scales(g, table), g.value(ids))
+    scales = g.op("Gather", g.part(table, "scales", (table.size(0),)), g.value(ids))
     centred = g.op("Sub", levels, g.constant(_ZERO_POINT, "float32"))
     rows = g.op("Mul", centred, g.op("Unsqueeze", scales, g.constant([2])))
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
@@ -112,12 +112,6 @@ def _digits(g: OnnxEmitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     rest = g.op("Mul", g.op("Sub", levels, first), g.constant(_FINER, "float32"))
     both = g.op("Concat", first, g.op("Round", rest), axis=0)
     return g.cast(g.op("Add", both, g.constant(_ZERO_POINT, "float32")), "uint8"), scale
-
-
-def _scales(g: OnnxEmitter, weight: Value) -> ir.Value:
-    scales = g.part(weight, "scales", (weight.size(0),))
-    assert scales is not None
-    return scales
 
 
 WASM = {"embedding": wasm_embedding, "linear": wasm_linear}
@@ -136,7 +130,7 @@ def webgpu_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
         g.part(table, "data"),
         g.value(ids),
         linear_ops.float32(g, g.part(table, "scales")),
-        g.part(table, "zero_points"),
+        linear_ops.zero_points(g, table, scheme),
         domain=MICROSOFT,
         bits=scheme.bits,
         block_size=scheme.block_size(columns),

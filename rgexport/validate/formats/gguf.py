@@ -77,8 +77,7 @@ class GgufExpected(Expected):
 
         assert isinstance(artifact, GgufArtifact)
         values = artifact.header.values
-        pairs = tokenizer_values(_vocabulary(values), values.get("tokenizer.chat_template"))
-        expected = {pair.key: pair.value for pair in pairs}
+        expected = tokenizer_values(_vocabulary(values), values.get("tokenizer.chat_template"))
         ours = {k: _plain(value) for k, value in values.items() if k.startswith("tokenizer.")}
         keys = [key for key in (*expected, *(ours.keys() - expected.keys())) if key not in _COLUMNS]
         wrong = [key for key in keys if ours.get(key) != expected.get(key)]

@@ -44,7 +44,7 @@ class OnnxExpected(Expected):
     def lower(self, recipe: Recipe) -> Iterator[Element]:
         import onnx_ir as ir
 
-        from rgexport.export.onnx.exporter import OnnxStorage
+        from rgexport.export.onnx.exporter import lay_out
         from rgexport.export.onnx.format import with_interface
         from rgexport.export.onnx.model import build_model
         from rgexport.export.onnx.profiles import PROFILES
@@ -52,7 +52,7 @@ class OnnxExpected(Expected):
         config, options = recipe.config, recipe.options
         profile = PROFILES[options["profile"]]
         shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
-        tensors = OnnxStorage(recipe.plan, shapes, profile.files).tensors
+        tensors, _ = lay_out(recipe.plan, shapes, profile.files)
         program = with_interface(traced(config, ACTIVATIONS[options["compute"]]))
         model = build_model(program, tensors, profile, exact=options["exact"])
         yield from stored_elements(tensors)

@@ -10,7 +10,6 @@ import pytest
 from rgexport._version import __version__
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.coreml import exporter
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.export.coreml.package import model_file, weight_file
 from rgexport.export.manifest import MANIFEST
@@ -163,10 +162,3 @@ def test_broken_manifest(case, copied):
     with pytest.raises(RequestError, match=complaint) as caught:
         open_artifact(copied)  # a session goes by the manifest, which has no hash of its own
     assert MANIFEST in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_package_that_would_be_wrong_is_not_made(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "check_package", lambda *_: ["decode: a is not b"])
-    with pytest.raises(RequestError, match=r"1 complaint.*decode: a is not b.*fault of rgexport"):
-        export_coreml(open_checkpoint(model), CoreMLOptions(), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["recurrentgemma-2b-it"]

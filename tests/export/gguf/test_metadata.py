@@ -99,7 +99,7 @@ ORIGINS = {
 def told(checkpoint):
     size = checkpoint.config.vocab_size
     vocabulary = read_vocabulary(checkpoint.tokenizer_files, size)
-    return {value.key: value.value for value in metadata(checkpoint, {}, vocabulary)}
+    return metadata(checkpoint, {}, vocabulary)
 
 
 @pytest.mark.parametrize("folder", ORIGINS)

@@ -47,7 +47,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "state of one function alone": Damage(
         edit(edits.forget_state),
-        "prefill: state layers_1_key is missing; the manifest has",
+        "prefill: state layers_1_key is missing; expected",
         bare="",
     ),
     "no prefill": Damage(
@@ -80,7 +80,7 @@ DAMAGES: dict[str, Damage] = {
         edit(lambda model: model.description.metadata.userDefined.pop("rgexport.weights")),
         "model.mlmodel has .* bytes instead of",
         adapted="",
-        bare="metadata are damaged: there is no rgexport.weights",
+        bare="metadata are damaged: rgexport.weights",
     ),
 }
 

@@ -208,18 +208,12 @@ def overwrite(path, start, value, size):
 
 
 @pytest.mark.parametrize(
-    ("start", "size", "value", "expected"),
-    [
-        (64, 4, 0xDEADBEEE, "there is no weight at offset 64"),
-        (68, 4, 1, "128 bytes of float16 at 128; the program needs 128 of float32"),
-        (68, 4, 77, "of type 77"),
-        (72, 8, 64, "describes 64 bytes"),
-        (80, 8, 1 << 63, f"at {1 << 63}; the program needs"),
-    ],
+    ("start", "size", "value"),
+    [(64, 4, 0xDEADBEEE), (68, 4, 1), (68, 4, 77), (72, 8, 64), (80, 8, 1 << 63)],
 )
-def test_weight_headers_that_do_not_fit(copied, start, size, value, expected):
+def test_weight_headers_that_do_not_fit(copied, start, size, value):
     overwrite(copied / WEIGHTS, start, value, size)
-    assert expected in refused(copied)
+    assert "there is no header at 64 of 128 bytes of float32" in refused(copied)
 
 
 def test_overlapping_weights(copied):

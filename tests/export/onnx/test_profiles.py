@@ -14,6 +14,7 @@ from rgexport.export.describe import as_text, describe
 from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.profiles import PROFILES, FileLimit
+from rgexport.export.onnx.trust import OPERATORS
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.runtimes.onnx.session import OrtSession
@@ -48,7 +49,7 @@ def test_files_are_valid_and_have_no_other_ops(profile, name, precision, exact, 
     capfd.readouterr()
     onnxruntime.InferenceSession(path)
     assert capfd.readouterr() == ("", "")
-    allowed, model = PROFILES[profile].ops, load_graph(artifact)
+    allowed, model = OPERATORS[profile], load_graph(artifact)
     graphs = [model.graph, *model.functions]
     ops = {op for graph in graphs for op in _walk(graph.node)}
     assert all(name in allowed[domain] for domain, name in ops)
