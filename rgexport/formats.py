@@ -7,30 +7,21 @@ stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its t
 from importlib import import_module
 from typing import Any
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "onnx": {
-        "export": "rgexport.export.onnx.format",
-        "runtimes": "rgexport.runtimes.onnx.engine",
-        "chat": "rgexport.chat.artifact_text",
-        "validate": "rgexport.validate.formats.onnx",
-    },
-    "coreml": {
-        "export": "rgexport.export.coreml.format",
-        "runtimes": "rgexport.runtimes.coreml.engine",
-        "chat": "rgexport.chat.artifact_text",
-        "validate": "rgexport.validate.formats.coreml",
-    },
-    "gguf": {
-        "export": "rgexport.export.gguf.format",
-        "runtimes": "rgexport.runtimes.llama_cpp.engine",
-        "chat": "rgexport.chat.gguf_text",
-        "validate": "rgexport.validate.formats.gguf",
-    },
+_LAYERS = "export", "runtimes", "chat", "validate"
+_MODULES = {
+    "onnx": ("onnx.format", "onnx.engine", "artifact_text", "formats.onnx"),
+    "coreml": ("coreml.format", "coreml.engine", "artifact_text", "formats.coreml"),
+    "gguf": ("gguf.format", "llama_cpp.engine", "gguf_text", "formats.gguf"),
 }
-"""Kind of an artifact → layer → module, or the object itself."""
+"""Kind of an artifact → module in each layer's package."""
+
+FORMATS: dict[str, dict[str, Any]] = {
+    kind: dict(zip(_LAYERS, modules, strict=True)) for kind, modules in _MODULES.items()
+}
+"""Kind of an artifact → layer → module in its package, or the object itself."""
 
 
 def format_on(layer: str, kind: str) -> Any:
     """Returns the object of a kind of artifact in a layer; imports its module when first needed."""
     entry = FORMATS[kind][layer]
-    return import_module(entry).FORMAT if isinstance(entry, str) else entry
+    return import_module(f"rgexport.{layer}.{entry}").FORMAT if isinstance(entry, str) else entry
