@@ -10,7 +10,7 @@ from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.llama_cpp.session import (
     LlamaContext,
-    LlamaSession,
+    LlamaCppSession,
     common_parameters,
     require_batch,
 )
@@ -26,7 +26,7 @@ _NO_ROPE = -1
 """`LLAMA_ROPE_TYPE_NONE` (llama.h)."""
 
 
-class AnyModelSession(LlamaSession):
+class AnyModelSession(LlamaCppSession):
     """A .gguf file of any architecture, with llama.cpp's own settings.
 
     Its state is in llama.cpp's own form, and only sessions of the same file take it. A transformer
@@ -54,7 +54,7 @@ class AnyModelSession(LlamaSession):
             RequestError: llama.cpp is missing, cannot load the file, or the model does not tell
                 the next token.
         """
-        super().__init__(path, threads)
+        self._load(path, threads)
         self._path, self._first_capacity, self._parameters = path, capacity, parameters
         self._max_positions = self._learned_positions()
         self._has_grown = False

@@ -18,7 +18,7 @@ from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
 from rgexport.quantize.scheme import Float, PartShapes, Scheme
-from rgexport.runtimes.engine import Engine
+from rgexport.runtimes.engine import Engine, SessionOptions
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate.formats.expected import Expected
 from rgexport.validate.self_check import self_check
@@ -73,7 +73,7 @@ class ToySession(Session):
 
 
 class ToyEngine(Engine):
-    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
+    def session(self, artifact: Artifact, options: SessionOptions) -> Session:
         return ToySession(artifact)
 
 

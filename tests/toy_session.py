@@ -1,5 +1,6 @@
 """A toy engine behind the Session interface."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -49,6 +50,17 @@ class ToySession(Session):
     def _set_rows(self, rows: range, state: State) -> None:
         self._hidden[rows.start : rows.stop] = state[MEMORY]
         self.position[rows.start : rows.stop] = state[POSITION]
+
+    def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
+        self._before = self.get_rows(rows)
+        return self._take(rows, tokens, tokens.shape[1])
+
+    def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
+        for index, count in enumerate(counts):
+            row = range(rows[index], rows[index] + 1)
+            self._set_rows(row, {n: array[index : index + 1] for n, array in self._before.items()})
+            if count:
+                self._take(row, tokens[index : index + 1, :count], 1)
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
         self.calls.append((len(rows), tokens.shape[1]))

@@ -20,7 +20,7 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import SIZE_WORDS, GriffinConfig
 from rgexport.griffin.state import state_specs
-from rgexport.runtimes.engine import engine_of, open_narrow_session, open_session
+from rgexport.runtimes.engine import engine_of, open_session, require_narrowing
 from rgexport.runtimes.session import Session
 
 
@@ -103,12 +103,11 @@ class EvaluatedArtifact(EvaluatedModel):
 
     def require_narrowing(self) -> None:
         super().require_narrowing()
-        engine_of(self.artifact.manifest.kind).narrowing(self.artifact)
+        require_narrowing(self.artifact)
 
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
-        if window in (None, self.config.window):
-            return open_session(self.artifact, threads=threads)
-        return open_narrow_session(self.artifact, window, threads=threads)
+        narrow = None if window == self.config.window else window
+        return open_session(self.artifact, threads=threads, window=narrow)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -108,12 +108,11 @@ def require_writable(target: Path) -> Path:
     real = Path(os.path.realpath(target))
     if WINDOWS and (objection := windows_objection(target.name)):
         raise RequestError(f"cannot write {target}: the name {objection}; pass another -o")
-    if Path.cwd().is_relative_to(real):
+    if Path.cwd().is_relative_to(real) or os.path.ismount(real):
         raise RequestError(
-            f"cannot write {target}: it is the current folder or holds it; pass another -o"
+            f"cannot write {target}: it is a mount point, or holds the current folder; pass "
+            "another -o"
         )
-    if os.path.ismount(real):
-        raise RequestError(f"cannot write {target}: it is a mount point; pass a folder in it")
     if not real.parent.is_dir():
         raise RequestError(
             f"cannot write {target}: there is no folder {real.parent}; make it first"

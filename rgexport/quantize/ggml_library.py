@@ -121,8 +121,14 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p),
     ),
     "ggml_validate_row_data": (ctypes.c_bool, (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)),
+    "ggml_get_name": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "ggml_op_desc": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "ggml_nelements": (ctypes.c_int64, (ctypes.c_void_p,)),
+    "ggml_nbytes": (ctypes.c_size_t, (ctypes.c_void_p,)),
+    "ggml_is_contiguous": (ctypes.c_bool, (ctypes.c_void_p,)),
+    "ggml_backend_tensor_get": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)),
 }
-"""Name → result and arguments, as ggml.h declares them."""
+"""Name → result and arguments, as ggml.h declares them, and ggml-backend.h the last."""
 
 
 def _require_known(library: ctypes.CDLL, path: Path, kind: GgmlType) -> None:

@@ -128,7 +128,7 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
         uniform = (one for scheme in plan.values() for one in scheme.uniform)
         if keep or not any("search" in one.encoders for one in uniform):
             return plan
-        algorithm = "search" if library.is_there() else "rtn"
+        algorithm = "rtn" if library.unusable() else "search"
         if algorithm == "rtn":
             warn(
                 "weights are rounded to nearest, as the library that chooses better levels is "

@@ -90,20 +90,14 @@ def _client(address: str) -> Any:
         from distributed.comm import get_address_host_port
     except ImportError:
         raise NotInstalled("--cluster needs Dask: pip install 'rgexport[cluster]'") from None
-    try:
-        get_address_host_port(address, strict=True)
-    except ValueError:
-        raise RequestError(
-            f"--cluster is {address!r}; expected the address of a Dask scheduler, such as "
-            "tcp://host:8786"
-        ) from None
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors are raised, too
     try:
+        get_address_host_port(address, strict=True)  # for a wrong one, `Client` prints later, too
         client = Client(address, timeout=_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError) as error:
+    except (OSError, ValueError) as error:
         raise RequestError(
-            f"--cluster is {address!r}, where no Dask scheduler answers ({error}); start one: dask "
-            "scheduler"
+            f"--cluster is {address!r}, where no Dask scheduler answers ({error}); start one with "
+            "`dask scheduler`, and give its address, such as tcp://host:8786"
         ) from None
     try:
         client.wait_for_workers(1, timeout=_SECONDS)
@@ -116,5 +110,5 @@ def _client(address: str) -> Any:
 
 
 def _installed() -> str:
-    built = "" if library.is_there() else " without its library (python -m rgexport.kernels.build)"
-    return f"rgexport {__version__}{built}"
+    lacks = " without its library (python -m rgexport.kernels.build)" if library.unusable() else ""
+    return f"rgexport {__version__}{lacks}"

@@ -1,22 +1,18 @@
 """Engines open sessions and observers: one engine for the artifacts of each format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.formats import format_on
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
-
-OpenNarrow = Callable[[int, int | None], Session]
-"""Opens a session with so many tokens of window, and so many threads."""
 
 LENGTHS = (32, 1)
 """`Observer.lengths` of an engine that takes any number of tokens in one call."""
@@ -58,7 +54,27 @@ def observation_of(results: dict[str, np.ndarray], state: State) -> Observation:
     return Observation(values=values, gates={}, dtypes=dtypes, state=state)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """Options of a session or an observer; an engine ignores those that it does not have.
+
+    Attributes:
+        threads: the most threads; None for one a processor.
+        lean: whether the session takes the least memory.
+        native: whether our kernels may run; without them, it computes what other programs compute.
+        window: tokens that attention sees before its own, where the engine `can_narrow`.
+    """
+
+    threads: int | None = None
+    lean: bool = False
+    native: bool = True
+    window: int | None = None
+
+
 class Engine(ABC):
+    can_narrow = False
+    """Whether sessions can have a smaller window than their artifact."""
+
     def require(self) -> None:
         """Raises NotInstalled if the engine does not come with every install, and is missing."""
         return
@@ -68,30 +84,13 @@ class Engine(ABC):
         return
 
     @abstractmethod
-    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session: ...
-
-    def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        return self.session(artifact, threads=threads)
-
-    def narrowing(self, artifact: Artifact) -> OpenNarrow:
-        """Returns a function that opens sessions with a smaller window."""
-        raise RequestError(
-            f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
-            "or a checkpoint: export it again with --window"
-        )
+    def session(self, artifact: Artifact, options: SessionOptions) -> Session: ...
 
     def has_native(self, artifact: Artifact) -> bool:
         """Returns whether our kernels replace functions of the artifact on this machine."""
         return False
 
-    def portable_session(self, artifact: Artifact) -> Session:
-        """Opens a session without our kernels, which computes what other programs compute."""
-        return self.session(artifact)
-
-    def portable_observer(self, artifact: Artifact) -> Observer:
-        return self.observer(artifact)
-
-    def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
+    def observer(self, artifact: Artifact, options: SessionOptions) -> Observer:
         """Opens an observer; by default, an engine shows no intermediate values."""
         raise RequestError(
             f"the engine of {artifact.manifest.kind} artifacts does not show its values"
@@ -99,37 +98,40 @@ class Engine(ABC):
 
     def memory_bytes(self, manifest: Manifest) -> int:
         """Estimates a lean session's memory: all weights, and the embedding again, as the head."""
-        return sum(self._tensor_bytes(manifest))
+        names = (*manifest.tensors, EMBEDDING)
+        return sum(self._held_bytes(manifest.tensors[name]) for name in names)
 
-    def _tensor_bytes(self, manifest: Manifest) -> Iterator[int]:
-        for name in (*manifest.tensors, EMBEDDING):
-            yield sum(part.nbytes for part in manifest.tensors[name].parts.values())
+    def _held_bytes(self, tensor: StoredTensor) -> int:
+        return sum(part.nbytes for part in tensor.parts.values())
 
 
 def engine_of(kind: str) -> Engine:
     return cast(Engine, format_on("runtimes", kind))
 
 
-def open_session(artifact: Artifact, *, threads: int | None = None, lean: bool = False) -> Session:
-    """Opens a session in the engine of the artifact's format; a lean one takes the least memory.
-
-    Raises RequestError if the engine is missing or cannot open the model.
-    """
-    engine = engine_of(artifact.manifest.kind)
-    return (engine.lean_session if lean else engine.session)(artifact, threads=threads)
-
-
-def open_narrow_session(artifact: Artifact, window: int, *, threads: int | None = None) -> Session:
-    """Opens a session in which attention sees only `window` tokens before its own."""
-    open_narrow = engine_of(artifact.manifest.kind).narrowing(artifact)
-    widest = artifact.manifest.config.window
-    if not 0 <= window <= widest:
+def require_narrowing(artifact: Artifact) -> None:
+    if not engine_of(artifact.manifest.kind).can_narrow:
         raise RequestError(
-            f"the window is {window}; expected 0 to {widest}, that of {artifact.path}"
+            f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
+            "or a checkpoint: export it again with --window"
         )
-    return open_narrow(window, threads)
 
 
-def open_observer(artifact: Artifact, *, threads: int | None = None) -> Observer:
+def open_session(artifact: Artifact, **options: Any) -> Session:
+    """Opens a session in the engine of the artifact's format, with options of `SessionOptions`.
+
+    Raises RequestError if the engine is missing or cannot open the model, or for a wrong window.
+    """
+    chosen, widest = SessionOptions(**options), artifact.manifest.config.window
+    if chosen.window is not None:
+        require_narrowing(artifact)
+        if not 0 <= chosen.window <= widest:
+            raise RequestError(
+                f"the window is {chosen.window}; expected 0 to {widest}, that of {artifact.path}"
+            )
+    return engine_of(artifact.manifest.kind).session(artifact, chosen)
+
+
+def open_observer(artifact: Artifact, **options: Any) -> Observer:
     """Opens an observer in the engine of the artifact's format; it loads the model again."""
-    return engine_of(artifact.manifest.kind).observer(artifact, threads=threads)
+    return engine_of(artifact.manifest.kind).observer(artifact, SessionOptions(**options))

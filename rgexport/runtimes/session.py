@@ -162,18 +162,10 @@ class Session(ABC):
     def _set_rows(self, rows: range, state: State) -> None: ...
 
     def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        self._before = self.get_rows(rows)
-        return self._take(rows, tokens, tokens.shape[1])
+        raise NotImplementedError
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
-        for index, count in enumerate(counts):
-            if count == tokens.shape[1]:
-                continue
-            row = range(rows[index], rows[index] + 1)
-            self._set_rows(row, {n: array[index : index + 1] for n, array in self._before.items()})
-            if count:
-                self._take(row, tokens[index : index + 1, :count], 1)
-        del self._before
+        raise NotImplementedError
 
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows, in chunks of the session's choice.
@@ -187,8 +179,8 @@ class Session(ABC):
     def verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
         """Takes tokens [R, T], T ≥ 1, of some rows on trial; `accept` must be the next call.
 
-        Returns all logits [R, T, vocab]: the bits of single steps, up to `info.exact_tokens`.
-        Raises as `take` does.
+        Returns all logits [R, T, vocab], the bits of single steps. R · T is at most
+        `info.exact_tokens`, which must be above 1. Raises as `take` does.
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         logits = self._verify(rows, tokens)

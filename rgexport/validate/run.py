@@ -358,7 +358,7 @@ def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) ->
         )
         return None
     with task("Without native kernels", 1, "text") as advance:
-        session = engine.portable_session(opened.artifact)
+        session = open_session(opened.artifact, native=False)
         same = compare_portable(session, opened.text.tokens, reference, measured.ending)
         session.close()
         advance(1)

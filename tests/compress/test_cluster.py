@@ -83,7 +83,7 @@ def test_a_wrong_address_is_one_line(monkeypatch):
     monkeypatch.setattr("rgexport.runtimes.cluster._SECONDS", 1)
     for address, message in (
         ("tcp://127.0.0.1:9", r"where no Dask scheduler answers \(.*dask scheduler"),
-        ("localhost:8786", r"expected the address of a Dask scheduler, such as tcp"),
+        ("localhost:8786", r"give its address, such as tcp"),
     ):
         with pytest.raises(RequestError, match=message), connected(address):
             pass

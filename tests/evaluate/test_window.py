@@ -10,7 +10,7 @@ from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate.models import open_model
 from rgexport.evaluate.suites import window
-from rgexport.runtimes.engine import open_narrow_session, open_session
+from rgexport.runtimes.engine import open_session
 from tests.artifacts import export_random, export_random_coreml, export_random_gguf, require_ggml
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.evaluate.small_model import small_model
@@ -60,7 +60,7 @@ def test_logits_are_deepminds_with_that_window(engine, deepminds, tmp_path):
         artifact, _ = export_random(CONFIG, tmp_path, profile=engine)
     for narrow, expected in deepminds.items():
         is_reference = engine == "reference"
-        session = subject.session(narrow) if is_reference else open_narrow_session(artifact, narrow)
+        session = subject.session(narrow) if is_reference else open_session(artifact, window=narrow)
         limit = 2e-4 if engine == "gguf" else 1e-4
         assert np.abs(logits(session) - expected).max() < limit
 
@@ -70,7 +70,7 @@ def test_an_int4_graph_is_what_an_export_with_that_window_would_be(tmp_path):
         export_random(dataclasses.replace(CONFIG, window=size), tmp_path / str(size), "int4")[0]
         for size in (24, 6)
     )
-    sessions = open_narrow_session(full, 6), open_session(narrow)
+    sessions = open_session(full, window=6), open_session(narrow)
     assert len({session.info.state_bytes for session in sessions}) == 1
     np.testing.assert_array_equal(*map(logits, sessions))
 
@@ -79,10 +79,10 @@ def test_what_has_no_other_window_is_told_of(tmp_path, capsys):
     artifact, _ = export_random(CONFIG, tmp_path)
     for wrong in (-1, 25):
         with pytest.raises(RequestError, match=f"the window is {wrong}; expected 0 to 24"):
-            open_narrow_session(artifact, wrong)
+            open_session(artifact, window=wrong)
     package, _ = export_random_coreml(CONFIG, tmp_path)
     with pytest.raises(RequestError, match=r"cannot be changed; expected an ONNX.*--window"):
-        open_narrow_session(package, 6)
+        open_session(package, window=6)
     config = make_config("rr", width=64, heads=4, vocab_size=8192)
     model = small_model(tmp_path / "bare", config)[0].rename(tmp_path / "rr")
     small = small_model(tmp_path / "small")[0]

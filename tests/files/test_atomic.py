@@ -127,11 +127,11 @@ def test_the_current_folder_and_a_mount_point_are_refused(tmp_path, monkeypatch)
     (inside / "link").symlink_to(tmp_path / "out")
     monkeypatch.chdir(inside)
     for target in (".", "../..", "link", "/"):
-        with pytest.raises(RequestError, match="it is the current folder or holds it"):
+        with pytest.raises(RequestError, match="or holds the current folder"):
             write(Path(target), force=True)
     assert entries(tmp_path) == ["out"] and entries(inside) == ["link"]
     monkeypatch.setattr(os.path, "ismount", lambda path: path == inside / "disk")
-    with pytest.raises(RequestError, match="disk: it is a mount point; pass a folder in it"):
+    with pytest.raises(RequestError, match="disk: it is a mount point"):
         write(inside / "disk", force=True)
 
 

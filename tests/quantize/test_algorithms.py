@@ -288,7 +288,7 @@ def test_the_default_is_search_where_its_library_is(monkeypatch, capsys):
         "kmeans",
     ]
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("rgexport.kernels.rounding.library.is_there", lambda: False)
+    monkeypatch.setattr("rgexport.kernels.rounding.library.unusable", lambda: "lost")
     assert [x.algorithm for x in with_algorithm(plan, None, keep=False).values()] == [
         "rtn",
         "cast",

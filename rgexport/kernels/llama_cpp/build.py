@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import venv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -101,8 +101,9 @@ class _Build:
         scripts = self.environment / ("Scripts" if os.name == "nt" else "bin")
         path = os.pathsep.join([str(scripts), os.environ.get("PATH", os.defpath)])
         # llama.cpp asks git for its commit, and would get that of a repository around `folder`.
-        variables = os.environ | {"PATH": path, "GIT_CEILING_DIRECTORIES": str(folder)}
-        self.commands = _Commands(folder / "build.log", variables)
+        self.variables = os.environ | {"PATH": path, "GIT_CEILING_DIRECTORIES": str(folder)}
+        self.log = folder / "build.log"
+        self.log.write_text("", "utf-8")
 
     def run(self, *, tools: bool, install: bool) -> str:
         self._make_environment()
@@ -120,7 +121,7 @@ class _Build:
         return wheel.name
 
     def _pip(self, *arguments: str) -> None:
-        self.commands.run([sys.executable, "-m", "pip", *arguments], "pip")
+        self._command([sys.executable, "-m", "pip", *arguments], "pip")
 
     def _pip_inside(self, *arguments: str) -> None:
         """Runs this environment's pip, with the user's settings, on the build's environment."""
@@ -141,11 +142,11 @@ class _Build:
         user_options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         folders = ["-G", "Ninja", "-S", str(self.tree / LLAMA_CPP), "-B", str(self.objects)]
         # `--fresh` drops the options of an earlier build, and keeps compiled objects.
-        self.commands.run(["cmake", "--fresh", *folders, *options, *user_options], "cmake")
+        self._command(["cmake", "--fresh", *folders, *options, *user_options], "cmake")
 
     def _compile(self, label: str, targets: Sequence[str]) -> None:
         command = ["cmake", "--build", str(self.objects), "--target", *targets]
-        self.commands.run(command, "the compiler", label)
+        self._command(command, "the compiler", label)
 
     def _make_wheel(self) -> Path:
         libraries = self.tree / "llama_cpp" / "lib"
@@ -169,7 +170,7 @@ class _Build:
         self._pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         self._pip("install", "-q", str(wheel))
         program = [sys.executable, "-P", "-c", "import llama_cpp"]
-        self.commands.run(program, "loading the new library")
+        self._command(program, "loading the new library")
 
     def _gather_tools(self) -> None:
         target, ending = self.folder / _TOOLS_FOLDER, ".exe" if os.name == "nt" else ""
@@ -182,26 +183,20 @@ class _Build:
             for path in [*programs, *self._built("*")]:
                 shutil.copy2(path, partial)
 
-
-class _Commands:
-    def __init__(self, log: Path, variables: Mapping[str, str]) -> None:
-        self._log, self._variables = log, dict(variables)
-        log.write_text("", "utf-8")
-
-    def run(self, command: Sequence[str], who: str, label: str | None = None) -> None:
+    def _command(self, command: Sequence[str], who: str, label: str | None = None) -> None:
         """Runs a command; an error names `who` failed, and ninja's progress is titled `label`."""
-        program = shutil.which(command[0], path=self._variables.get("PATH"))
+        program = shutil.which(command[0], path=self.variables.get("PATH"))
         if program is None:
             raise RequestError(f"{command[0]} is not installed; install it and run this again")
         line = shlex.join([program, *command[1:]])
         progress.detail(f"$ {line}")
         with ExitStack() as stack:
-            log = stack.enter_context(self._log.open("a", 1, encoding="utf-8", errors="replace"))
+            log = stack.enter_context(self.log.open("a", 1, encoding="utf-8", errors="replace"))
             print("$", line, file=log)
             start = log.tell()
             process = subprocess.Popen(
                 [program, *command[1:]],
-                env=self._variables,
+                env=self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -219,12 +214,10 @@ class _Commands:
                     advance(int(step[1]) - done)
                     done = int(step[1])
         if process.returncode:
-            output = self._log.read_bytes()[start:].decode("utf-8", "replace")
+            output = self.log.read_bytes()[start:].decode("utf-8", "replace")
             match = _ERROR.search(output)
             error = f": {' '.join(match[0].split())}" if match else ""
-            raise RequestError(
-                f"{who} failed{error[:_ERROR_LENGTH]} (its output is in {self._log})"
-            )
+            raise RequestError(f"{who} failed{error[:_ERROR_LENGTH]} (its output is in {self.log})")
 
 
 def fetch(folder: Path, pip: Callable[..., None]) -> Path:

@@ -86,9 +86,7 @@ def apply_hunks(hunks: Sequence[Hunk], text: str) -> str | None:
 def patch_checkout(folder: Path) -> list[str]:
     """Adds the port to a llama.cpp checkout, all or nothing; returns the changed paths in it."""
     if not (folder / _CHECKOUT_MARK).is_file():
-        inside = folder / "vendor" / "llama.cpp"
-        hint = f"; pass {inside}" if (inside / _CHECKOUT_MARK).is_file() else ""
-        raise RequestError(f"{folder} is no llama.cpp: it has no {_CHECKOUT_MARK}{hint}")
+        raise RequestError(f"{folder} is no llama.cpp: it has no {_CHECKOUT_MARK}")
     before = {path: _read(folder / path) for path in (*registration(), MODEL_FILE)}
     patched = {
         path: _patched(folder / path, before[path], hunks) for path, hunks in registration().items()

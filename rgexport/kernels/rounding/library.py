@@ -43,10 +43,6 @@ class Factors:
     d: np.ndarray
 
 
-def is_there() -> bool:
-    return not unusable()
-
-
 def unusable() -> str:
     """Returns why the library cannot be used, or "" if it can."""
     loaded = _load()

@@ -77,6 +77,16 @@ def _load(tools: Any, path: Path, function: str) -> Any:
         raise RequestError(f"Core ML cannot load {function} of {path}: {reason}") from None
 
 
+Runner = FrameworkRunner | InterpreterRunner
+"""One loaded package; `predict` updates its state in place, which is None where there is none."""
+
+
+def _open_runner(path: Path, functions: Iterable[str]) -> Runner:
+    if sys.platform == "darwin":
+        return FrameworkRunner(path, functions)
+    return InterpreterRunner(open_package(path))
+
+
 class _Stage(NamedTuple):
     package: str
     segment: Segment
@@ -85,12 +95,10 @@ class _Stage(NamedTuple):
 
 
 class Pipeline:
-    """Runs several packages in turn; each segment takes the hidden state of the segment before."""
+    """Runs all packages in turn; each segment takes the hidden state of the segment before."""
 
-    def __init__(self, manifest: interface.CoreMLManifest, runners: "Mapping[str, Runner]"):
-        self._runners, first = runners, next(iter(runners.values()))
-        self.engine: str = first.engine
-        self.version: str = first.version
+    def __init__(self, manifest: interface.CoreMLManifest, runners: Mapping[str, Runner]):
+        self._runners = runners
         config, form = manifest.config, manifest.form
         self._stages = [
             _Stage(
@@ -149,25 +157,6 @@ class Pipeline:
         return [self._runners[p].read_state(state[p], name) for p in packages]
 
 
-Runner = FrameworkRunner | InterpreterRunner | Pipeline
-"""Loaded packages; `predict` updates their state in place, which is None where there is none."""
-
-
-def open_runner(folder: Path, manifest: interface.CoreMLManifest) -> Runner:
-    runners: dict[str, Runner] = {}
-    for plan in manifest.packages:
-        path = folder / plan.name
-        if sys.platform == "darwin":
-            runners[plan.name] = FrameworkRunner(path, plan.functions)
-        else:
-            runners[plan.name] = InterpreterRunner(open_package(path))
-    return combine(manifest, runners)
-
-
-def combine(manifest: interface.CoreMLManifest, runners: Mapping[str, Runner]) -> Runner:
-    return Pipeline(manifest, runners) if len(runners) > 1 else next(iter(runners.values()))
-
-
 @dataclass
 class SequenceState:
     """The state of a sequence: in the runner, and as inputs and outputs of each call."""
@@ -183,8 +172,8 @@ class StateConverter:
     The RG-LRU states of all layers are the rows of one matrix, in the order of the manifest.
     """
 
-    def __init__(self, manifest: interface.CoreMLManifest, runner: Runner):
-        self.runner = runner
+    def __init__(self, manifest: interface.CoreMLManifest, pipeline: Pipeline):
+        self._pipeline = pipeline
         specs = state_specs(manifest.config, ACTIVATIONS[manifest.compute])
         self.shapes = {spec.name: spec.shape for spec in specs}
         self._empty = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
@@ -200,7 +189,7 @@ class StateConverter:
     def zeros(self) -> SequenceState:
         matrix = np.array([self._empty[record.name] for record in self._vectors], np.float32)
         carried = {name: matrix.copy() for name in self.carried_names}
-        return SequenceState(self.runner.make_state(), carried)
+        return SequenceState(self._pipeline.make_state(), carried)
 
     def canonical(self, row: SequenceState) -> State:
         state = {name: array.copy() for name, array in self._empty.items()}
@@ -221,10 +210,10 @@ class StateConverter:
         """Returns the matrix of a state, or the one that has it as a row, with padding."""
         if record.layout == "row":
             return row.carried[record.input]
-        hi = self.runner.read_state(row.in_runner, record.input)[0, 0]
+        hi = self._pipeline.read_state(row.in_runner, record.input)[0, 0]
         if record.layout == "canonical":
             return hi
-        lo = self.runner.read_state(row.in_runner, record.output)[0, 0]
+        lo = self._pipeline.read_state(row.in_runner, record.output)[0, 0]
         return np.asarray(hi.astype(np.float32) + lo.astype(np.float32) / _LO_SCALE)
 
     def _write(self, row: SequenceState, record: StateRecord, matrix: np.ndarray) -> None:
@@ -238,33 +227,41 @@ class StateConverter:
             self._store(row, record.output, lo.astype(np.float16))
 
     def _store(self, row: SequenceState, name: str, matrix: np.ndarray) -> None:
-        stored = np.zeros_like(self.runner.read_state(row.in_runner, name))
+        stored = np.zeros_like(self._pipeline.read_state(row.in_runner, name))
         stored[0, 0, :, : matrix.shape[1]] = matrix
-        self.runner.write_state(row.in_runner, name, stored)
+        self._pipeline.write_state(row.in_runner, name, stored)
 
 
 class CoreMLSession(Session):
     """A package. Its functions take one sequence, so the rows of a batch are run in turn."""
 
     def __init__(
-        self, artifact: Artifact, *, threads: int | None = None, runner: Runner | None = None
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        runners: Mapping[str, Runner] | None = None,
     ):
-        """Opens the package; `runner` executes it instead of this machine's own runner."""
+        """Opens the packages; `runners` execute them instead of this machine's own."""
         assert isinstance(artifact.manifest, interface.CoreMLManifest)
         self._manifest, self._threads = artifact.manifest, usable_threads(threads)
         self._opened_files = [UnchangedFiles(artifact, p.name) for p in artifact.manifest.packages]
-        self._runner = runner or open_runner(artifact.path, artifact.manifest)
+        self._runners = runners or {
+            plan.name: _open_runner(artifact.file(plan.name), plan.functions)
+            for plan in artifact.manifest.packages
+        }
+        self._pipeline = Pipeline(artifact.manifest, self._runners)
         self._chunk = artifact.manifest.coreml.prefill_length
         self.vocab_size = artifact.manifest.config.vocab_size
-        self._states = StateConverter(artifact.manifest, self._runner)
+        self._states = StateConverter(artifact.manifest, self._pipeline)
         self.reset()
 
     @property
     def info(self) -> SessionInfo:
-        tensors = self._manifest.tensors.values()
+        tensors, runner = self._manifest.tensors.values(), next(iter(self._runners.values()))
         return SessionInfo(
-            engine=self._runner.engine,
-            engine_version=self._runner.version,
+            engine=runner.engine,
+            engine_version=runner.version,
             threads=self._threads,
             activation_dtype=ACTIVATIONS[self._manifest.compute],
             weight_bytes=sum(p.nbytes for t in tensors for p in t.parts.values()),
@@ -291,8 +288,12 @@ class CoreMLSession(Session):
         state = {name: np.stack([row[name] for row in states]) for name in self._states.shapes}
         return state | {POSITION: self.position[rows.start : rows.stop]}
 
+    def watch(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Takes tokens [T] of the first row, a chunk or one, in one call; returns all outputs."""
+        return self._run(self._rows[0], ids)
+
     def close(self) -> None:
-        del self._rows, self._states, self._runner
+        del self._rows, self._states, self._pipeline, self._runners
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
         first = tokens.shape[1] - num_logits
@@ -315,17 +316,18 @@ class CoreMLSession(Session):
             prefills = self._manifest.coreml.all_logits or start + self._chunk <= first + 1
             chunk = self._chunk if prefills and start + self._chunk <= len(ids) else 1
             stop = start + chunk
-            result = self._run(row, PREFILL if chunk > 1 else DECODE, ids[start:stop])
+            result = self._run(row, ids[start:stop])["logits"][0]
             count = stop - max(first, start)
             if count > 0:
                 logits[stop - first - count : stop - first] = result[-count:]
             start = stop
         return logits
 
-    def _run(self, row: SequenceState, function: str, ids: np.ndarray) -> np.ndarray:
+    def _run(self, row: SequenceState, ids: np.ndarray) -> dict[str, np.ndarray]:
+        function = PREFILL if len(ids) > 1 else DECODE
         positions = np.arange(row.position, row.position + len(ids), dtype=np.int32)
         inputs = {"input_ids": ids[None].astype(np.int32), "position_ids": positions[None]}
-        outputs = self._runner.predict(function, inputs | row.carried, row.in_runner)
+        outputs = self._pipeline.predict(function, inputs | row.carried, row.in_runner)
         row.carried = {name: outputs[after] for name, after in self._states.carried_names.items()}
         row.position += len(ids)
-        return outputs["logits"][0]
+        return outputs

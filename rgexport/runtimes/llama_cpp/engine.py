@@ -1,9 +1,7 @@
 """The engine of GGUF files; to its observers, llama.cpp passes each tensor in a callback."""
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,49 +11,39 @@ from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import all_ops, sites
 from rgexport.griffin.state import State
+from rgexport.kernels.llama_cpp.port import BUILD_COMMAND
 from rgexport.quantize.ggml_library import load_library
-from rgexport.runtimes.engine import LENGTHS, Engine, Observation, Observer, OpenNarrow
+from rgexport.runtimes.engine import LENGTHS, Engine, Observation, Observer, SessionOptions
 from rgexport.runtimes.llama_cpp.library import bindings
-from rgexport.runtimes.llama_cpp.session import LlamaCppSession
+from rgexport.runtimes.llama_cpp.session import UBATCH, LlamaCppSession
 from rgexport.runtimes.session import Session
 
 _LEAN_UBATCH = 64  # most tokens of one call, for which llama.cpp reserves scratch memory
 
 
 class LlamaCppEngine(Engine):
+    can_narrow = True
+
     def require(self) -> None:
         bindings()
 
-    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        return LlamaCppSession(artifact, threads=threads)
+    def session(self, artifact: Artifact, options: SessionOptions) -> Session:
+        return LlamaCppSession(
+            artifact,
+            threads=options.threads,
+            window=options.window,
+            ubatch=_LEAN_UBATCH if options.lean else UBATCH,
+            mmap=not options.lean,  # with mmap, memory holds repacked weights twice
+        )
 
-    def lean_session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        """Opens a session without `mmap`, with which memory would hold repacked weights twice."""
-        return LlamaCppSession(artifact, threads=threads, mmap=False, ubatch=_LEAN_UBATCH)
-
-    def narrowing(self, artifact: Artifact) -> OpenNarrow:
-        return lambda window, threads: LlamaCppSession(artifact, threads=threads, window=window)
-
-    def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        return LlamaCppObserver(artifact, threads=threads)
+    def observer(self, artifact: Artifact, options: SessionOptions) -> Observer:
+        return LlamaCppObserver(artifact, options.threads)
 
 
 FORMAT = LlamaCppEngine()
 
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
-_FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "ggml_get_name": (ctypes.c_char_p, (_POINTER,)),
-    "ggml_op_desc": (ctypes.c_char_p, (_POINTER,)),
-    "ggml_nelements": (ctypes.c_int64, (_POINTER,)),
-    "ggml_nbytes": (_SIZE, (_POINTER,)),
-    "ggml_is_contiguous": (ctypes.c_bool, (_POINTER,)),
-    "ggml_backend_tensor_get": (None, (_POINTER, _POINTER, _SIZE, _SIZE)),
-}
-"""Function of ggml.h or ggml-backend.h → result and arguments. A tensor pointer is an integer."""
-
 _GATES = ("rg_lru.input_gate", "rg_lru.recurrent_gate")
 _ATTENTION = "temporal_block.attention"
-
 
 _ONCE = {
     "embed_tokens": ("embd", ""),
@@ -88,14 +76,13 @@ class LlamaCppObserver:
 
     lengths = LENGTHS
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None):
+    def __init__(self, artifact: Artifact, threads: int | None):
         self._watch = _Watch(taps(artifact.manifest.config))
         callback = bindings().ggml_backend_sched_eval_callback(self._watch)
         self._session = LlamaCppSession(artifact, threads=threads, watch=callback)
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
         self._session.set_state(state)
-        self._watch.begin()
         self._session.prefill(tokens[None], len(tokens))
         values = {s: array.reshape(len(tokens), -1) for s, array in self._watch.take().items()}
         gates = {site: values.pop(site) for site in list(values) if site.endswith(_GATES)}
@@ -137,9 +124,9 @@ class _Watch:
         """Returns whether a site needs the tensor (`ask`), otherwise whether to continue."""
         try:
             if ask:
-                functions = _functions()
-                name = functions["ggml_get_name"](tensor).decode()
-                awaited = self._awaited.pop(functions["ggml_op_desc"](tensor).decode(), None)
+                ggml = load_library()
+                name = ggml.ggml_get_name(tensor).decode()
+                awaited = self._awaited.pop(ggml.ggml_op_desc(tensor).decode(), None)
                 self._sites = [] if awaited is None else [awaited]
                 if name in self._named and name not in self._seen:
                     self._seen.add(name)
@@ -155,23 +142,14 @@ class _Watch:
 
 def read_floats(tensor: int) -> np.ndarray:
     """Copies a tensor's elements, float32 [n] with the innermost axis last, from any device."""
-    functions = _functions()
-    count, size = functions["ggml_nelements"](tensor), functions["ggml_nbytes"](tensor)
-    if not functions["ggml_is_contiguous"](tensor) or size != 4 * count:
+    ggml = load_library()
+    count, size = ggml.ggml_nelements(tensor), ggml.ggml_nbytes(tensor)
+    if not ggml.ggml_is_contiguous(tensor) or size != 4 * count:
         raise RequestError(
-            f"llama.cpp's {functions['ggml_get_name'](tensor).decode()} has {count} elements in "
-            f"{size} bytes; expected float32 without gaps: install the llama.cpp that `rgexport "
-            "llama-cpp build` makes"
+            f"llama.cpp's {ggml.ggml_get_name(tensor).decode()} has {count} elements in {size} "
+            "bytes; expected float32 without gaps: install the llama.cpp that "
+            f"`{BUILD_COMMAND}` makes"
         )
     values = np.empty(count, np.float32)
-    functions["ggml_backend_tensor_get"](tensor, values.ctypes.data, 0, size)
+    ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, size)
     return values
-
-
-@cache
-def _functions() -> dict[str, Any]:
-    library = load_library()
-    functions = {name: getattr(library, name) for name in _FUNCTIONS}
-    for name, (result, arguments) in _FUNCTIONS.items():
-        functions[name].restype, functions[name].argtypes = result, arguments
-    return functions

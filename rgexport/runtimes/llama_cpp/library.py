@@ -13,7 +13,7 @@ from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.kernels.llama_cpp import port
-from rgexport.runtimes.huge_pages import BackgroundAdvice, huge_pages
+from rgexport.runtimes.huge_pages import huge_pages
 
 REMEDY = f"`{port.BUILD_COMMAND}` installs the one that runs RecurrentGemma"
 _UNKNOWN_ARCHITECTURE = f"unknown model architecture: '{ARCHITECTURE}'"
@@ -122,8 +122,7 @@ def load_model(
             entry.value.val_i64 = value
         parameters.kv_overrides = overrides
     parameters.load_mode = llama.LLAMA_LOAD_MODE_AUTO if mmap else llama.LLAMA_LOAD_MODE_NONE
-    advised = contextlib.nullcontext(BackgroundAdvice()) if vocab_only else huge_pages()
-    with logged(), advised as advice:
+    with logged(), huge_pages() as advice:
 
         def free(pointer: Any) -> None:
             advice.stop()

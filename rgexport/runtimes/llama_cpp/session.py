@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ class LlamaContext:
         keep: Any = None,
     ) -> None:
         self._llama = library.bindings()
-        require_batch(batch)
         with library.logged():
             pointer = self._llama.llama_init_from_model(model.pointer, parameters)
             self._handle = library.Handle(pointer, self._llama.llama_free, keep=(model, keep))
@@ -137,64 +135,7 @@ class LlamaContext:
         return structure
 
 
-class LlamaSession(Session):
-    _ubatch = UBATCH
-    _position: np.ndarray
-
-    def __init__(self, path: Path, threads: int | None, **options: Any) -> None:
-        self._llama = library.bindings()
-        self._threads = usable_threads(threads)
-        self._model = library.load_model(path, **options)
-        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
-        self.vocab_size = int(self._llama.llama_vocab_n_tokens(vocabulary))
-        self._context: LlamaContext | None = None
-
-    @property
-    def info(self) -> SessionInfo:
-        return SessionInfo(
-            engine="llama.cpp",
-            engine_version=library.version(),
-            threads=self._threads,
-            activation_dtype="float32",
-            weight_bytes=self._llama.llama_model_size(self._model.pointer),
-            state_bytes=self._state_bytes,
-            prefill_chunk=self._ubatch,
-        )
-
-    @property
-    @abstractmethod
-    def _state_bytes(self) -> int: ...
-
-    @property
-    def position(self) -> np.ndarray:
-        return self._position.copy()
-
-    def close(self) -> None:
-        self._close_context()
-        self._model.close()
-
-    @property
-    def _open(self) -> LlamaContext:
-        if self._context is None:
-            raise ValueError("the session is closed")
-        return self._context
-
-    def _close_context(self) -> None:
-        if self._context is not None:
-            self._context.close()
-        self._context = None
-
-    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        calls = self._open.calls(tokens.shape[1], num_logits)
-        logits = [self._decode(rows, tokens[:, part], count) for part, count in calls]
-        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
-
-    @abstractmethod
-    def _decode(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        """Makes one call of llama.cpp, after making space in its context if needed."""
-
-
-class LlamaCppSession(LlamaSession):
+class LlamaCppSession(Session):
     """A .gguf file in the llama.cpp of the installed llama-cpp-python.
 
     Keys and values are float32 if all weights are, otherwise float16, whose rounding (1e-4 of the
@@ -206,6 +147,8 @@ class LlamaCppSession(LlamaSession):
     such layers, but every token takes a cell of it, so only this cache can become full. A saved
     state does not include it: writing one frees all of its cells.
     """
+
+    _ubatch = UBATCH
 
     def __init__(
         self,
@@ -226,7 +169,7 @@ class LlamaCppSession(LlamaSession):
             metadata = {_WINDOW: window + 1}
             # The state keeps one key where the window is 0: no later token sees it.
             self._config = dataclasses.replace(self._config, window=max(1, window))
-        super().__init__(artifact.path, threads, mmap=mmap, metadata=metadata)
+        self._load(artifact.path, threads, mmap=mmap, metadata=metadata)
         if self.vocab_size != self._config.vocab_size:
             raise RequestError(
                 f"{artifact.path} is damaged: its vocabulary has {self.vocab_size} tokens, its "
@@ -237,9 +180,33 @@ class LlamaCppSession(LlamaSession):
         self._cache_type = "float32" if stored == _ALL_F32 else "float16"
         self.reset()
 
+    def _load(self, path: Path, threads: int | None, **options: Any) -> None:
+        self._llama = library.bindings()
+        self._threads = usable_threads(threads)
+        self._model = library.load_model(path, **options)
+        vocabulary = self._llama.llama_model_get_vocab(self._model.pointer)
+        self.vocab_size = int(self._llama.llama_vocab_n_tokens(vocabulary))
+        self._context: LlamaContext | None = None
+
+    @property
+    def info(self) -> SessionInfo:
+        return SessionInfo(
+            engine="llama.cpp",
+            engine_version=library.version(),
+            threads=self._threads,
+            activation_dtype="float32",
+            weight_bytes=self._llama.llama_model_size(self._model.pointer),
+            state_bytes=self._state_bytes,
+            prefill_chunk=self._ubatch,
+        )
+
     @property
     def _state_bytes(self) -> int:
         return int(sum(np.prod(s.shape) * np.dtype(s.dtype).itemsize for s in self._specs))
+
+    @property
+    def position(self) -> np.ndarray:
+        return self._position.copy()
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -254,6 +221,21 @@ class LlamaCppSession(LlamaSession):
         self._open.clear()
         self._position = np.zeros(batch, np.int64)
         self._used_cells = np.zeros(batch, np.int64)
+
+    def close(self) -> None:
+        self._close_context()
+        self._model.close()
+
+    @property
+    def _open(self) -> LlamaContext:
+        if self._context is None:
+            raise ValueError("the session is closed")
+        return self._context
+
+    def _close_context(self) -> None:
+        if self._context is not None:
+            self._context.close()
+        self._context = None
 
     def _new_context(self, batch: int) -> LlamaContext:
         parameters = common_parameters(self.vocab_size, batch, self._threads, self._ubatch)
@@ -290,10 +272,16 @@ class LlamaCppSession(LlamaSession):
             for spec in state_specs(self._config, self._cache_type)
         ]
 
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        calls = self._open.calls(tokens.shape[1], num_logits)
+        logits = [self._decode(rows, tokens[:, part], count) for part, count in calls]
+        return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
+
     def _decode(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        """Makes one call of llama.cpp, after freeing cells of its context if needed."""
         span, count = slice(rows.start, rows.stop), tokens.shape[1]
         if self._used_cells[span].max() + count > self._open.capacity:
-            self.get_rows(rows)  # writes the states again, which frees cells
+            self.get_rows(rows)  # writes the states again
         logits = self._open.decode(rows, tokens, self._position[span], num_logits)
         self._position[span] += count
         self._used_cells[span] += count

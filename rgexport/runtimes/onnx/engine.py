@@ -1,15 +1,14 @@
 """The engine of ONNX artifacts; its observers run a copy of the graph with more outputs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
+from rgexport.export.manifest import StoredTensor
 from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
 from rgexport.export.onnx.trust import require_trusted
-from rgexport.griffin.layout import EMBEDDING, sites
+from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.quantize.scheme import Float
 from rgexport.runtimes.engine import (
@@ -17,7 +16,7 @@ from rgexport.runtimes.engine import (
     Engine,
     Observation,
     Observer,
-    OpenNarrow,
+    SessionOptions,
     observation_of,
 )
 from rgexport.runtimes.onnx.session import OrtSession
@@ -27,39 +26,28 @@ _PORTABLE_LENGTHS = (7, 1)
 
 
 class OnnxEngine(Engine):
+    can_narrow = True
+
     def require_trusted(self, artifact: Artifact) -> None:
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 
-    def session(self, artifact: Artifact, *, threads: int | None = None) -> Session:
-        return OrtSession(artifact, threads=threads)
+    def session(self, artifact: Artifact, options: SessionOptions) -> Session:
+        graph = None
+        if options.window is not None:
+            from rgexport.export.onnx.model import narrowed
 
-    def narrowing(self, artifact: Artifact) -> OpenNarrow:
-        from rgexport.export.onnx.model import narrowed
-
-        def open_narrow(window: int, threads: int | None) -> Session:
-            narrow, graph = narrowed(artifact, window)
-            return OrtSession(narrow, threads=threads, graph=graph)
-
-        return open_narrow
+            artifact, graph = narrowed(artifact, options.window)
+        return OrtSession(artifact, threads=options.threads, graph=graph, native=options.native)
 
     def has_native(self, artifact: Artifact) -> bool:
         return native_ops(artifact.file(MODEL_FILE)).library is not None
 
-    def portable_session(self, artifact: Artifact) -> Session:
-        return OrtSession(artifact, native=False)
+    def observer(self, artifact: Artifact, options: SessionOptions) -> Observer:
+        return OrtObserver(artifact, options)
 
-    def portable_observer(self, artifact: Artifact) -> Observer:
-        return OrtObserver(artifact, native=False)
-
-    def observer(self, artifact: Artifact, *, threads: int | None = None) -> Observer:
-        return OrtObserver(artifact, threads=threads)
-
-    def _tensor_bytes(self, manifest: Manifest) -> Iterator[int]:
+    def _held_bytes(self, tensor: StoredTensor) -> int:
         """Counts float16 weights twice: on a CPU they are converted to float32."""
-        names = (*manifest.tensors, EMBEDDING)
-        for name, size in zip(names, super()._tensor_bytes(manifest), strict=True):
-            scheme = manifest.tensors[name].scheme
-            yield 2 * size if scheme == Float("float16") else size
+        return super()._held_bytes(tensor) * (2 if tensor.scheme == Float("float16") else 1)
 
 
 FORMAT = OnnxEngine()
@@ -72,7 +60,7 @@ class OrtObserver:
     Runtime omits the rounding between two fused ops.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None, native: bool = True):
+    def __init__(self, artifact: Artifact, options: SessionOptions):
         model = parse_model(read_graph(artifact.file(MODEL_FILE)))
         _show_gelu(model)
         graph = model.graph
@@ -82,9 +70,13 @@ class OrtObserver:
         for name in self._names:
             if name.encode() not in outputs:
                 graph.output.add(name=name.encode())
-        graph_file = model.SerializeToString()
-        self._session = OrtSession(artifact, threads=threads, graph=graph_file, native=native)
-        self.lengths = LENGTHS if native else _PORTABLE_LENGTHS
+        self._session = OrtSession(
+            artifact,
+            threads=options.threads,
+            graph=model.SerializeToString(),
+            native=options.native,
+        )
+        self.lengths = LENGTHS if options.native else _PORTABLE_LENGTHS
 
     def observe(self, tokens: np.ndarray, state: State) -> Observation:
         self._session.set_state(state)

@@ -242,8 +242,6 @@ class OrtSession(Session):
         return np.concatenate(logits, axis=1) if len(logits) > 1 else logits[0]
 
     def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
-        if not self._is_exact(tokens):
-            return super()._verify(rows, tokens)
         key = rows, tokens.shape[1]
         if key not in self._trials:
             ids, positions = np.zeros((2, *tokens.shape), np.int64)
@@ -255,13 +253,8 @@ class OrtSession(Session):
         return logits
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
-        if not self._is_exact(tokens):
-            return super()._accept(rows, tokens, counts)
         self._trials[rows, tokens.shape[1]].accept(counts)
         self._position[rows.start : rows.stop] += np.array(counts)
-
-    def _is_exact(self, tokens: np.ndarray) -> bool:
-        return 1 < self._exact >= tokens.size
 
     def _set_rows(self, rows: range, state: State) -> None:
         self.require_unchanged()

@@ -237,10 +237,9 @@ def compare_sites(
     """
     recurrent = {name: array for name, array in state.items() if name.endswith(".rg_lru")}
     starts = with_large_state(state), zeros_of(state) | recurrent
-    engine = engine_of(artifact.manifest.kind)
     calls = _observe(lambda: open_observer(artifact), starts, tokens)
-    if engine.has_native(artifact):
-        portable = _observe(lambda: engine.portable_observer(artifact), starts, tokens)
+    if engine_of(artifact.manifest.kind).has_native(artifact):
+        portable = _observe(lambda: open_observer(artifact, native=False), starts, tokens)
         calls += [replace(call, portable=True) for call in portable]
     with watched_layers("Per-op check", artifact.weights) as weights:
         model = NumpyReference(config, weights)

@@ -106,6 +106,12 @@ def test_a_trial_is_single_steps(name, precision, tmp_path):
                 for state, array in session.get_state().items():
                     assert np.array_equal(after[state][row], array[0]), (state, kept)
             session.reset(rows)
+    session.verify(range(1), tokens)
+    with pytest.raises(ValueError, match="cannot be kept"):
+        session.accept([4])
+    session.accept([2])
+    with pytest.raises(ValueError, match="call verify first"):
+        session.accept([2])
 
 
 @pytest.mark.parametrize(("name", "precision"), [("regular", "fp32"), ("irregular", "int4")])

@@ -1,10 +1,11 @@
 """Executes the functions of a package in numpy, as calls on numbered slots.
 
-Float16 values are computed in float32 and rounded after every operation; products are accumulated
-in float32.
+Inside a run, float16 values are in float32 arrays: operations compute in float32, and round their
+results to float16. Products are accumulated in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +27,11 @@ from rgexport.runtimes.coreml.interpreter.weights import (
 SMALL_BYTES = 64 << 10
 """Constants in files up to this size are read when the program is opened."""
 
+_F32 = np.dtype(np.float32)
 _FLOATS = ("float16", "float32")
-_UNCONVERTED = {"float32", "bool"}  # dtypes that arithmetic takes and gives as they are
 
 FeatureStates = dict[str, np.ndarray]
 """The state of one sequence: name → array of the declared type."""
-Converter = Callable[[Any], Any] | None
-Call = Callable[..., Any]
 
 
 class Interpreter:
@@ -55,6 +54,7 @@ class Interpreter:
             raise RequestError(f"{self._where}: nothing computes the output {missing[0]}")
         extra = (name for name in extra_results if name in self._slots)
         self._results = tuple(dict.fromkeys((*self._function.outputs, *extra)))
+        self._types = {name: translator.types[slot] for name, slot in self._slots.items()}
         self._steps = translator.finished(self._results)
 
     def __call__(
@@ -68,31 +68,38 @@ class Interpreter:
                     f"{self._where}: input {name} is {inputs[name].shape}; expected {type}"
                 )
             array = np.ascontiguousarray(inputs[name], mil.numpy_type(type.dtype))
-            values[self._slots[name]] = array
+            values[self._slots[name]] = _widened(array)
         for name in self._function.states:
-            values[self._slots[name]] = states[name]
+            values[self._slots[name]] = _widened(states[name])
         with np.errstate(all="ignore"):
-            for function, arguments, result, shape, dtype, dead, operation in self._steps:
-                try:
-                    value = function(*[values[slot] for slot in arguments])
-                    if value.dtype != dtype or value.shape != shape:
-                        raise ValueError(f"it gave {value.dtype} {value.shape}; declared {shape}")
-                except (ValueError, IndexError, TypeError) as error:
-                    raise RequestError(
-                        f"{self._where}: {operation.type} {operation.label} failed: {error}"
-                    ) from None
-                values[result] = value
-                for slot in dead:
+            for step in self._steps:
+                values[step.result] = self._run(step, values)
+                for slot in step.dead:
                     values[slot] = None
         for name in self._function.states:
-            states[name] = values[self._slots[name]]
-        return {name: values[self._slots[name]] for name in self._results}
+            states[name] = self._narrowed(name, values)
+        return {name: self._narrowed(name, values) for name in self._results}
+
+    def _run(self, step: "_Step", values: list[Any]) -> Any:
+        try:
+            value = step.function(*[values[slot] for slot in step.arguments])
+            if value.dtype != step.dtype or value.shape != step.shape:
+                raise ValueError(f"it gave {value.dtype} {value.shape}; declared {step.shape}")
+        except (ValueError, IndexError, TypeError) as error:
+            operation = f"{step.operation.type} {step.operation.label}"
+            raise RequestError(f"{self._where}: {operation} failed: {error}") from None
+        return value
+
+    def _narrowed(self, name: str, values: list[Any]) -> np.ndarray:
+        """Returns a value in its declared dtype."""
+        value: np.ndarray = values[self._slots[name]]
+        return value.astype(mil.numpy_type(self._types[name].dtype), copy=False)
 
 
 class InterpreterRunner:
     engine, version = "MIL interpreter", __version__
 
-    def __init__(self, package: Package, *, extra_results: Sequence[str] = ()):
+    def __init__(self, package: Package, extra_results: Sequence[str] = ()):
         cache = WeightCache()
         self._functions = {
             name: Interpreter(package, name, cache, extra_results) for name in package.functions
@@ -115,7 +122,7 @@ class InterpreterRunner:
 
 
 class _Step(NamedTuple):
-    function: Call
+    function: Callable[..., Any]
     arguments: tuple[int, ...]
     result: int
     shape: tuple[int, ...]
@@ -130,8 +137,8 @@ class _Translator:
         """The value of each slot when a run starts; None before it is computed."""
         self.names: dict[str, int] = {}
         """The slot of each value that has a name."""
-        self._types: list[mil.TensorType] = []
-        self._wide: dict[int, int] = {}
+        self.types: list[mil.TensorType] = []
+        """The declared type of each slot."""
         self._steps: list[_Step] = []
         self._package, self._states, self._cache = package, function.states, cache
         for name, type in (function.inputs | function.states).items():
@@ -145,9 +152,10 @@ class _Translator:
             state, data = self._state(operation), operation.inputs.get("data", ())
             if len(data) != 1:
                 raise Unsupported("it has no data")
-            slot = self._operand(data[0])
-            function = _converted(_same, [self._converter(slot, arithmetic=False)], None)
-            self._add_step(operation, function, [slot], state)
+            slot = self._whole(operation, self._operand(data[0]))
+            if self.types[slot].dtype != self.types[state].dtype:
+                raise Unsupported(f"it writes {self.types[slot]} into {self.types[state]}")
+            self._add_step(operation, _same, [slot], state)
             return
         if len(operation.outputs) != 1:
             raise Unsupported(f"it has {len(operation.outputs)} outputs; expected 1")
@@ -176,7 +184,7 @@ class _Translator:
 
     def _new(self, type: mil.TensorType, value: Any) -> int:
         self.values.append(value)
-        self._types.append(type)
+        self.types.append(type)
         return len(self.values) - 1
 
     def _define(self, name: str, type: mil.TensorType, value: Any = None) -> int:
@@ -198,16 +206,15 @@ class _Translator:
         is_large = kind.dtype in _FLOATS and kind.shape and kind.nbytes > SMALL_BYTES
         if isinstance(value, mil.FileValue) and is_large:
             return file_weight(self._package, value, self._cache)
-        return whole_constant(self._package, value)
+        return _widened(whole_constant(self._package, value))
 
-    def _widened(self, slot: int) -> int:
-        """Returns the slot of the same values in float32, where `slot` has a float16 constant."""
-        value, type = self.values[slot], self._types[slot]
-        if type.dtype != "float16" or not isinstance(value, np.ndarray):
+    def _whole(self, operation: mil.Operation, slot: int) -> int:
+        """Returns a slot with an array: of a weight in a file, one that another step reads."""
+        if not isinstance(self.values[slot], FileWeight):
             return slot
-        if slot not in self._wide:
-            self._wide[slot] = self._new(mil.TensorType("float32", type.shape), _widen(value))
-        return self._wide[slot]
+        array = self._new(self.types[slot], None)
+        self._add_step(operation, FileWeight.whole, [slot], array)
+        return array
 
     def _compute(self, operation: mil.Operation, name: str, type: mil.TensorType) -> None:
         if operation.type not in OPS:
@@ -217,28 +224,21 @@ class _Translator:
         inputs = OperationInputs(
             {n: value for n, value in singles.items() if isinstance(value, np.ndarray)},
             {n for n, slots in operands.items() if slots},
+            type,
         )
         call = OPS[operation.type](inputs)
         if unknown := operands.keys() - inputs.names_read:
             raise Unsupported(f"it has the input {min(unknown)}, which is not known here")
         slots = [slot for name in call.operands for slot in operands[name]]
-        arithmetic, result = operation.type in ARITHMETIC, None
-        if arithmetic:
-            dtypes = {self._types[slot].dtype for slot in slots}
-            if type.dtype not in {"bool", *dtypes}:
-                raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
-            if not {type.dtype, *dtypes} <= _UNCONVERTED:
-                result = mil.numpy_type(type.dtype)
-            slots = [self._widened(slot) for slot in slots]
+        dtypes = {self.types[slot].dtype for slot in slots}
+        if operation.type != "cast" and type.dtype not in {"bool", *dtypes}:
+            raise Unsupported(f"it gives {type.dtype} of {', '.join(sorted(dtypes))}")
         lazy = {slot for name in call.lazy for slot in operands[name]}
-        converters = [None if s in lazy else self._converter(s, arithmetic) for s in slots]
-        function = _converted(call.function, converters, result)
+        slots = [slot if slot in lazy else self._whole(operation, slot) for slot in slots]
+        function = call.function
+        if operation.type in ARITHMETIC and type.dtype in ("float16", "int32"):
+            function = partial(_rounded, function, mil.numpy_type(type.dtype))
         self._add_step(operation, function, slots, self._define(name, type))
-
-    def _converter(self, slot: int, arithmetic: bool) -> Converter:
-        if isinstance(self.values[slot], FileWeight):
-            return FileWeight.wide if arithmetic else FileWeight.whole
-        return _widen if arithmetic and self._types[slot].dtype == "float16" else None
 
     def _state(self, operation: mil.Operation) -> int:
         values = operation.inputs.get("input", ())
@@ -248,34 +248,27 @@ class _Translator:
         return self.names[name]
 
     def _add_step(
-        self, operation: mil.Operation, function: Call, arguments: Sequence[int], result: int
+        self,
+        operation: mil.Operation,
+        function: Callable[..., Any],
+        arguments: Sequence[int],
+        result: int,
     ) -> None:
-        type = self._types[result]
+        type = self.types[result]
         if type.dtype not in mil.BITS or mil.UNKNOWN in type.shape:
             raise Unsupported(f"it gives {type}; expected numbers, as many as are known before")
-        dtype = mil.numpy_type(type.dtype)
+        dtype = _F32 if type.dtype == "float16" else mil.numpy_type(type.dtype)
         step = _Step(function, tuple(arguments), result, type.shape, dtype, (), operation)
         self._steps.append(step)
 
 
-def _converted(function: Call, converters: Sequence[Converter], result: np.dtype | None) -> Call:
-    if result is None and not any(converters):
-        return function
-    changes = [(index, change) for index, change in enumerate(converters) if change]
-
-    def call(*arguments: Any) -> Any:
-        converted = list(arguments)
-        for index, change in changes:
-            converted[index] = change(converted[index])
-        value = function(*converted)
-        return value if result is None else np.asarray(value).astype(result, copy=False)
-
-    return call
+def _rounded(function: Callable[..., Any], dtype: np.dtype, *arguments: Any) -> np.ndarray:
+    return _widened(np.asarray(function(*arguments)).astype(dtype, copy=False))
 
 
-def _same(array: Any) -> Any:
+def _same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _widen(array: Any) -> Any:
-    return array.astype(np.float32)
+def _widened(array: np.ndarray) -> np.ndarray:
+    return array.astype(_F32) if array.dtype == np.float16 else array

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.export.mil import program as mil
 from rgexport.runtimes.coreml.interpreter.weights import FileWeight, Unsupported
 
-_CASTS = {"fp16": np.float16, "fp32": np.float32}
+_CASTS = {"fp16": "float16", "fp32": "float32"}
 _ONE = np.float32(1)
 
 
@@ -36,6 +37,7 @@ class OperationInputs:
 
     constants: Mapping[str, np.ndarray]
     names: Set[str]
+    result: mil.TensorType
     names_read: set[str] = field(default_factory=set)
 
     def call(
@@ -107,9 +109,9 @@ def _gelu(inputs: OperationInputs) -> OperationCall:
 
 def _cast(inputs: OperationInputs) -> OperationCall:
     name = inputs.item("dtype")
-    if name not in _CASTS:
-        raise Unsupported(f"it casts to {name}; expected one of {', '.join(_CASTS)}")
-    return inputs.call(lambda x: x.astype(_CASTS[name]), "x")
+    if _CASTS.get(name) != inputs.result.dtype:
+        raise Unsupported(f"it casts to {name} and gives {inputs.result.dtype}")
+    return inputs.call(lambda x: x.astype(np.float32), "x")
 
 
 def _softmax(inputs: OperationInputs) -> OperationCall:
@@ -225,10 +227,10 @@ ARITHMETIC: dict[str, MakeCall] = {
     "reduce_mean": _reduction(np.mean),
     "linear": _linear,
     "matmul": _matmul,
-}
-"""Operations on float16 widened to float32, whose results are rounded to their declared dtype."""
-OPS: dict[str, MakeCall] = ARITHMETIC | {
     "cast": _cast,
+}
+"""Operations whose results are rounded to their declared dtype."""
+OPS: dict[str, MakeCall] = ARITHMETIC | {
     "reshape": _reshape,
     "transpose": _transpose,
     "concat": _concat,

@@ -67,13 +67,9 @@ class FileWeight:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         flat = [self.read(index, index + 1) for index in indices.reshape(-1).tolist()]
         shape = (*indices.shape, *self.type.shape[1:])
-        rows = np.concatenate(flat) if flat else np.zeros(0, _F32)
-        return rows.reshape(shape).astype(mil.numpy_type(self.type.dtype), copy=False)
+        return (np.concatenate(flat) if flat else np.zeros(0, _F32)).reshape(shape)
 
     def whole(self) -> np.ndarray:
-        return self.wide().astype(mil.numpy_type(self.type.dtype), copy=False)
-
-    def wide(self) -> np.ndarray:
         slabs = [slab for _, _, slab in self.slabs()]
         return slabs[0] if len(slabs) == 1 else np.concatenate(slabs)
 
