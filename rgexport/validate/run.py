@@ -33,7 +33,7 @@ from rgexport.validate.reference.against import AgainstFile, check_fits, compare
 from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
-from rgexport.validate.report.terminal import render, render_several
+from rgexport.validate.report.terminal import render
 from rgexport.validate.result import (
     Result,
     Speed,
@@ -143,9 +143,7 @@ def validate_artifacts(
     if html_file is not None:
         write_html(results, html_file)
     # Last: a reader may leave after a few lines, as `head` does.
-    several = len(results) > 1
-    text = render_several(results, html_file) if several else render(results[0], html_file)
-    print_result(text, end="")
+    print_result(render(results, html_file), end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 

@@ -19,14 +19,11 @@ _OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 Blocks = Iterator[str | Table]
 
 
-def render(result: Result, page: Path | None = None) -> str:
+def render(results: Sequence[Result], page: Path | None = None) -> str:
     """Returns the report; `page` is the path of its HTML page, if it was written."""
-    return render_blocks((_everything if progress.verbose else _summary)(result, page))
-
-
-def render_several(results: Sequence[Result], page: Path | None = None) -> str:
-    """Returns all artifacts in one table, followed by the failures."""
-    return render_blocks(_overview(results, page))
+    if len(results) > 1:
+        return render_blocks(_overview(results, page))
+    return render_blocks((_everything if progress.verbose else _summary)(results[0], page))
 
 
 def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
@@ -48,8 +45,6 @@ def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
 
 def _summary(r: Result, page: Path | None) -> Blocks:
     yield from _head(r)
-    if r.reference is not None:
-        yield from _warnings(r.reference)
     yield tables.summary_table(r)
     yield from _answers(sorted(r.continuations or [], key=lambda text: text.common)[:1])
     if r.layers is not None or r.suspects:
@@ -64,7 +59,7 @@ def _everything(r: Result, page: Path | None) -> Blocks:
     yield tables.logits_table(r)
     yield tables.itself_table(r)
     yield tables.state_table(r.dequantized.states)
-    yield tables.drift_table(*tables.drift_of(r))
+    yield tables.drift_table(r)
     yield from tables.bisect_tables(r.sites, r.layers, r.suspects or ())
     if r.reference is not None:
         yield from _reference_file(r.reference)
@@ -91,6 +86,8 @@ def _head(r: Result) -> Iterator[str]:
     yield f"{engine.title}, {engine.threads} threads{speed}; {tokens}"
     if progress.verbose or not r.source.same_files:
         yield f"original: {sentences.source_text(r)}"
+    if r.reference is not None and not r.reference.same_files:
+        yield "the reference file is of other weight files than the artifact was made from"
     yield from (f"{name}: {sentence}" for name, sentence in sentences.proof_sentences(r).items())
 
 
@@ -119,18 +116,12 @@ def _failures(r: Result) -> Iterator[str]:
 def _reference_file(file: AgainstFile) -> Blocks:
     computed = ", ".join(f"{key} {value}" for key, value in file.computed.items())
     yield f"reference file: {file.path}, {file.model} ({computed})"
-    yield from _warnings(file)
     yield ""
     yield tables.file_table(file)
     yield tables.without_bars("Prompts", tables.prompt_bars(file))
     if file.drift:
-        yield tables.drift_table(tables.DRIFT, {"worst": file.drift})
+        yield tables.file_drift_table(file)
     yield tables.sketch_table(file)
-
-
-def _warnings(file: AgainstFile) -> Iterator[str]:
-    if not file.same_files:
-        yield "the reference file is of other weight files than the artifact was made from"
 
 
 def _next_step(results: Sequence[Result], page: Path | None) -> str:
