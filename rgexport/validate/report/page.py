@@ -1,7 +1,7 @@
 """The outcome of `validate` as one HTML page, and its charts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
@@ -24,8 +24,8 @@ def render_page(results: Sequence[Result]) -> str:
     environment = page_environment("validate.report")
     filters = amount, number, percent, piece, site_evidence
     environment.filters |= {f.__name__: f for f in filters}
-    environment.globals |= {"sentences": sentences, "tables": tables, "grades": GRADES}
-    environment.globals |= {"tiles": tiles, "kl_chart": kl_chart}
+    shared = {"sentences": sentences, "tables": tables, "kl_chart": kl_chart, "grades": GRADES}
+    environment.globals |= shared
     return environment.get_template("page.html.j2").render(
         results=results,
         verdict=verdict(check for result in results for check in result.checks),
@@ -35,24 +35,6 @@ def render_page(results: Sequence[Result]) -> str:
 def piece(text: str) -> str:
     """Returns the text of a token on one line, with visible spaces."""
     return visible(text).replace("\n", "").replace(" ", "␣").replace("\t", "") or "∅"
-
-
-def tiles(r: Result) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the main numbers: label, value, explanation, and the side that gives the colour."""
-    yield "size", amount(r.artifact.bytes), sentences.bits_text(r), ""
-    if cost := tables.cost_of(r):
-        original = "original" if r.original else "original in the reference file"
-        error = f"± {cost.kl.standard_error:.1g} nats per token, to the {original}"
-        yield "KL", number(cost.kl.mean), error, "original"
-        same = "positions with the original's most likely token"
-        yield "top-1 agreement", percent(cost.agreement.top1), same, "original"
-        if likelihood := cost.likelihood:
-            before, after = likelihood.perplexity, likelihood.perplexity_candidate
-            change = f"{100 * (after / before - 1):+.2g} %"
-            yield "perplexity", change, f"from {before:.4g} to {after:.4g}", "original"
-    limit = r.tolerance.at(r.text.tokens).rms
-    against = f"to the dequantized reference, limit {number(limit)}"
-    yield "RMS logit error", number(r.dequantized.logits.relative_rms), against, "twin"
 
 
 def kl_chart(r: Result) -> Chart:

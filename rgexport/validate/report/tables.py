@@ -10,7 +10,7 @@ from rgexport.validate.bisect.sites import SiteError, SiteReport, Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
-from rgexport.validate.metrics import Drift, Likelihood, StateError, worst
+from rgexport.validate.metrics import Drift, Likelihood, worst
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import Result
@@ -35,10 +35,6 @@ def cost_of(r: Result) -> Compared | None:
 
 def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
     return Table(title, (*names, *numbers), list(rows), numbers)
-
-
-def without_bars(title: str, bars: BarTable) -> Table:
-    return Table(title, bars.header, bars.rows, bars.numbers)
 
 
 def _first(
@@ -113,14 +109,6 @@ def _measured_table(
     return _table(title, (first,), tuple(sides), (row for row in rows if any(row[1:])))
 
 
-def state_table(errors: Sequence[StateError]) -> Table:
-    rows = [
-        (e.name, number(e.relative_max), number(e.relative_norm))
-        for e in sorted(errors, key=lambda e: -e.relative_max)
-    ]
-    return _table("States", ("state",), ("max |Δ| / max", "norm"), _first(rows))
-
-
 def drift_table(r: Result) -> Table:
     """The worst state on the way and at the end."""
     end = r.text.tokens
@@ -162,17 +150,7 @@ def prompt_bars(file: AgainstFile) -> BarTable:
         greedy = f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else ""
         measured = number(p.kl), percent(p.top1), number(p.worst_state), greedy
         rows.append((p.name, f"{p.tokens:,}", f"{p.positions:,}", *measured))
-    shares = shares_of_largest([p.kl for p in file.prompts])
-    return BarTable(("prompt", *numbers), numbers, "mean KL", rows, shares)
-
-
-def identity_table(r: Result) -> Table:
-    """Compares configuration, tokenizer and other files; differences come first."""
-    rows = []
-    for item in sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared")):
-        expected = "" if item.outcome == "not compared" else f" {item.expected or 'none'}"
-        rows.append((item.name, item.outcome, item.artifact or "none", item.reason + expected))
-    return Table("Identity", ("item", "outcome", "artifact", "compared with"), rows)
+    return _kl_bars("Prompts", "prompt", numbers, rows, [p.kl for p in file.prompts])
 
 
 def weight_table(errors: Sequence[WeightError]) -> Table:
@@ -186,12 +164,12 @@ def sketch_table(file: AgainstFile) -> Table:
 
 
 def _tensor_table(title: str, last: str, errors: Sequence[tuple[TensorError, float]]) -> Table:
-    """The noisiest tensors of each scheme, with the value of the `last` column."""
+    """The worst tensors of each scheme, with the value of the `last` column."""
     rows: list[Row] = []
     for scheme in dict.fromkeys(e.scheme for e, _ in errors):
         group = [one for one in errors if one[0].scheme == scheme]
         changed = [one for one in group if not one[0].noise < _EXACT]
-        ranked = sorted(changed, key=lambda one: -one[0].noise)
+        ranked = sorted(changed, key=lambda one: -one[0].relative_error)
         rows += _first([(e.name, scheme, *_figures(e), number(value)) for e, value in ranked])
         if count := len(group) - len(changed):
             rows.append((f"{count} tensors, stored unchanged", scheme, "0", "1", "0", "0"))
@@ -203,20 +181,12 @@ def _figures(e: TensorError) -> Row:
     return number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
 
 
-def bisect_tables(
-    report: SiteReport | None, costs: Sequence[LayerCost] | None, suspects: Sequence[Suspect]
-) -> Iterator[Table]:
-    """Yields suspects, ops and the most expensive layers; none for an empty list."""
-    if suspects:
-        yield suspect_table(suspects)
-    if report is not None:
-        unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
-        counts = f"({len(report.beyond)} of {len(report.errors)} beyond the limit{unseen})"
-        title = f"Per-op check: each op from the artifact's own inputs {counts}"
-        yield without_bars(title, op_bars(report))
-    if costs:
-        title = "Layers: KL to the original if only this one were stored so"
-        table = without_bars(title, cost_bars(costs))
+def bisect_tables(r: Result) -> Iterator[Table]:
+    """Yields suspects and the most expensive layers; none for an empty list."""
+    if r.suspects:
+        yield suspect_table(r.suspects)
+    if r.layers:
+        table = cost_bars(r.layers)
         yield replace(table, rows=list(_first([*table.rows], 2 * WORST, "cheaper ones")))
 
 
@@ -237,9 +207,16 @@ def op_bars(report: SiteReport) -> BarTable:
         (kind, number(e.excess), e.state or e.site, e.call, number(e.rms), number(e.median))
         for kind, e in ranked
     ]
-    header = ("op", "÷ limit", "where it is worst", "call", "rms", "median")
-    numbers = (header[1], *header[4:])
-    return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
+    unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
+    counts = f"({len(report.beyond)} of {len(report.errors)} beyond the limit{unseen})"
+    return BarTable(
+        title=f"Per-op check: each op from the artifact's own inputs {counts}",
+        header=("op", "÷ limit", "where it is worst", "call", "rms", "median"),
+        rows=rows,
+        numbers=("÷ limit", "rms", "median"),
+        bar="share of the limit",
+        shares=[e.excess for _, e in ranked],
+    )
 
 
 def cost_bars(costs: Sequence[LayerCost]) -> BarTable:
@@ -250,14 +227,18 @@ def cost_bars(costs: Sequence[LayerCost]) -> BarTable:
         (c.part, plus_minus(c.kl, c.standard_error), percent(c.kl / total), percent(c.top1))
         for c in ranked
     ]
-    numbers, shares = ("KL, nats", "share", "top-1"), shares_of_largest([c.kl for c in ranked])
-    return BarTable(("part", *numbers), numbers, "KL", rows, shares)
+    title = "Layers: KL to the original if only this one were stored so"
+    return _kl_bars(title, "part", ("KL, nats", "share", "top-1"), rows, [c.kl for c in ranked])
 
 
-def shares_of_largest(values: Sequence[float]) -> list[float]:
-    """Shares of the largest value; 0 for NaN."""
-    largest = max((value for value in values if value == value), default=0) or 1
-    return [value / largest if value == value else 0.0 for value in values]
+def _kl_bars(
+    title: str, first: str, numbers: Row, rows: Sequence[Row], kl: Sequence[float]
+) -> BarTable:
+    """Bars as long as shares of the largest KL; none for NaN."""
+    largest = max((value for value in kl if value == value), default=0) or 1
+    shares = [value / largest if value == value else 0.0 for value in kl]
+    header = first, *numbers
+    return BarTable(title=title, header=header, rows=rows, numbers=numbers, bar="KL", shares=shares)
 
 
 def overview(results: Sequence[Result]) -> Table:

@@ -19,14 +19,14 @@ _OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 Blocks = Iterator[str | Table]
 
 
-def render(results: Sequence[Result], page: Path | None = None) -> str:
-    """Returns the report; `page` is the path of its HTML page, if it was written."""
+def render(results: Sequence[Result]) -> str:
+    """Returns the report of one artifact or several."""
     if len(results) > 1:
-        return render_blocks(_overview(results, page))
-    return render_blocks((_everything if progress.verbose else _summary)(results[0], page))
+        return render_blocks(_overview(results))
+    return render_blocks((_everything if progress.verbose else _summary)(results[0]))
 
 
-def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
+def _overview(results: Sequence[Result]) -> Blocks:
     yield f"{sentences.verdict_text(*results)}  {sentences.counted_verdicts(results)}\n"
     yield tables.overview(results)
     for result in results:
@@ -40,33 +40,33 @@ def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
             yield from _failures(result)
             for suspect in (result.suspects or [])[:3]:
                 yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
-    yield _environment(results[0]) if progress.verbose else _next_step(results, page)
+    yield _next_step(results)
 
 
-def _summary(r: Result, page: Path | None) -> Blocks:
+def _summary(r: Result) -> Blocks:
     yield from _head(r)
     yield tables.summary_table(r)
     yield from _answers(sorted(r.continuations or [], key=lambda text: text.common)[:1])
-    if r.layers is not None or r.suspects:
+    if r.layers or r.suspects:
         yield ""
-        yield from tables.bisect_tables(None, r.layers, r.suspects or ())
-    yield _next_step([r], page)
+        yield from tables.bisect_tables(r)
+    yield _next_step([r])
 
 
-def _everything(r: Result, page: Path | None) -> Blocks:
+def _everything(r: Result) -> Blocks:
     yield from _head(r)
     yield ""
     yield tables.logits_table(r)
     yield tables.itself_table(r)
-    yield tables.state_table(r.dequantized.states)
     yield tables.drift_table(r)
-    yield from tables.bisect_tables(r.sites, r.layers, r.suspects or ())
+    if r.sites is not None:
+        yield tables.op_bars(r.sites)
+    yield from tables.bisect_tables(r)
     if r.reference is not None:
         yield from _reference_file(r.reference)
     yield from _answers(r.continuations or [])
     if r.weights is not None:
         yield tables.weight_table(r.weights)
-    yield _environment(r)
 
 
 def _head(r: Result) -> Iterator[str]:
@@ -118,22 +118,15 @@ def _reference_file(file: AgainstFile) -> Blocks:
     yield f"reference file: {file.path}, {file.model} ({computed})"
     yield ""
     yield tables.file_table(file)
-    yield tables.without_bars("Prompts", tables.prompt_bars(file))
+    yield tables.prompt_bars(file)
     if file.drift:
         yield tables.file_drift_table(file)
     yield tables.sketch_table(file)
 
 
-def _next_step(results: Sequence[Result], page: Path | None) -> str:
+def _next_step(results: Sequence[Result]) -> str:
     failed = next((r for r in results if r.verdict != "PASS"), None)
     if failed is not None and failed.suspects is None:
         artifact = as_argument(Path(failed.artifact.path))
         return f"To find where it goes wrong: rgexport validate {artifact} --bisect"
-    if page is not None:
-        return f"All numbers as a page: {page}"
     return "All numbers: -v, or --html FILE for a page."
-
-
-def _environment(r: Result) -> str:
-    env = r.environment
-    return f"{env['cpu']}, {env['cores']} cores, {env['system']}; Python {env['python']}"
