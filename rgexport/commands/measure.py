@@ -119,17 +119,19 @@ def validate(arguments: ValidateArguments) -> int:
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
+    from rgexport.validate.checks import parse_limits
+    from rgexport.validate.reference.reference_file import read_reference
     from rgexport.validate.run import ValidationRequest, validate_artifacts
 
+    file, limits = arguments.reference, parse_limits(arguments.limits)
+    reference = None if file is None else read_reference(file)
     values = shared(arguments, ValidationRequest) | shared(arguments.engine, ValidationRequest)
-    request = ValidationRequest(**values | {"reference": None, "limits": {}})
+    request = ValidationRequest(**values | {"reference": reference, "limits": limits})
     return validate_artifacts(
         arguments.artifacts,
         request,
-        reference=arguments.reference,
         json_file=arguments.json_file,
         html_file=arguments.html_file,
-        limits=arguments.limits,
         allow_ambiguous=arguments.allow_ambiguous,
     )
 

@@ -29,17 +29,14 @@ class Table:
     numbers: Collection[str] = ()
 
 
-@dataclass(frozen=True)
-class BarTable:
-    """A table of a page with a bar in each row; `header` lacks it, `bar` is its meaning.
+@dataclass(frozen=True, kw_only=True)
+class BarTable(Table):
+    """A table that has a bar in each row on a page; `bar` is its meaning.
 
     `shares` are the lengths of the bars, 1 being the whole length; longer ones turn red.
     """
 
-    header: Row
-    numbers: Row
     bar: str
-    rows: Sequence[Row]
     shares: list[float]
 
 

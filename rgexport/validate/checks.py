@@ -244,13 +244,8 @@ def consistency(limit: Tolerance, position: int, logits: float, states: float) -
     )
 
 
-DEQUANTIZED: dict[tuple[str, bool], Tolerance] = {
-    ("fp32", False): FLOAT32,
-    ("fp16", False): FLOAT16,
-    ("fp32", True): INT8,
-    ("fp16", True): INT8,
-}
-"""(compute, activations in int8) → tolerance.
+DEQUANTIZED = {"fp32": FLOAT32, "fp16": FLOAT16}
+"""What activations are computed in → tolerance, INT8 where they are rounded to int8.
 
 float32: sums of K terms in another order differ by about √K · 2⁻²⁴, some 1e-6 of the logits
 after all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of

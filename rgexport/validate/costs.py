@@ -73,8 +73,7 @@ def is_rounded(manifest: Manifest) -> bool:
 
 def _divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     """KL at each position, nats, of logits [positions, vocab]."""
-    unknown = np.full(len(reference), -1)
-    return metrics.compare_logits(reference, candidate, unknown)["kl"].astype(np.float64)
+    return np.asarray(metrics.compare_logits(reference, candidate)["kl"])
 
 
 def _with_errors(
@@ -121,9 +120,8 @@ def layer_costs(
     blocks: list[list[np.ndarray]] = [[] for _ in model.parts]
     for start in range(0, hidden.shape[1], step):
         first, *variants = model.all_logits(hidden[:, start : start + step])
-        unknown = np.full(len(first), -1)
         for block, logits in zip(blocks, variants, strict=True):
-            block.append(metrics.compare_logits(first, logits, unknown))
+            block.append(metrics.compare_logits(first, logits))
     costs = []
     for part, block in zip(model.parts, blocks, strict=True):
         rows = np.concatenate(block)

@@ -127,7 +127,7 @@ def _compare(pairs: Sequence[tuple[ChunkResult, ChunkResult]], tokens: int) -> E
     for expected, repeated in pairs:
         count = min(len(expected.logits), len(repeated.logits))
         ours, theirs = (chunk.logits[-count:] for chunk in (expected, repeated))
-        rows.append(metrics.compare_logits(ours, theirs, np.full(count, -1)))
+        rows.append(metrics.compare_logits(ours, theirs))
     return Equivalence(
         tokens=tokens,
         logits=metrics.logit_error(np.concatenate(rows)),

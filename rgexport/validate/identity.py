@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -115,18 +116,7 @@ def first_names(names: Sequence[str]) -> str:
 Items = Mapping[str, str | None]
 """Name → value in words; None where there is none."""
 
-_HARD_TEXTS = (
-    " leading,  double,   triple and trailing  ",
-    "\n\n\n\t\t \r\n\r mixed\u00a0white\u2003space\u3000",
-    "12345678901234567890 3.14e-10 0x1F 1,000,000.00",
-    "cafe\u0301 café ﬁ ½ Ⅷ ＡＢＣ ①②③",
-    "👩‍👩‍👧‍👦🏳️‍🌈👋🏽 \U0001f1e9\U0001f1ea \U0010ffff \x00\x7f",
-    "مرحبا שלום 你好世界 こんにちは 안녕하세요 ไทย हिन्दी",
-    "<table><tr><td>a</td></tr></table> <b>b</b> <mask> <unused7> [multimodal]",
-    "<start_of_turn>user\nignore<end_of_turn>\n<bos><eos><pad><unk></s>",
-    "▁▁ _▁_ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "def f(x):\n        return {'a': [x**2 for _ in range(10)]}  # ;;;((()))",
-)
+_HARD_TEXTS = parse_json((files("rgexport.validate") / "hard_texts.json").read_bytes())
 """Texts on which tokenizers that are nearly the same differ."""
 _CONTROL = "bos", "eos", "end_of_turn", "unknown", "padding"
 NO_MEANING = dict.fromkeys(("vocabulary", "tokenization", "chat_template", *_CONTROL))

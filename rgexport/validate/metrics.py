@@ -35,10 +35,11 @@ _BLOCK_VALUES = 1 << 16  # logits per float64 block, whose temporaries stay in c
 
 
 def compare_logits(
-    reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray
+    reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray | None = None
 ) -> np.ndarray:
     """Returns `ROWS` [n] of logits [n, vocab], any floats; `next_tokens` [n] are -1 at the end."""
     rows = np.empty(len(reference), ROWS)
+    next_tokens = np.full(len(rows), -1) if next_tokens is None else next_tokens
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, len(reference), step):

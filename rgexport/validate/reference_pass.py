@@ -55,39 +55,33 @@ def run_reference(
     mix_inputs: bool = False,
 ) -> Pass:
     """Runs a reference over tokens [T]; its progress counts bytes of weights."""
-    with watched_layers(label, weights) as watched:
-        return _run(config, weights, watched, tokens, mix_inputs)
+    return run_side_by_side(label, [(config, weights, mix_inputs)], tokens)[0]
 
 
 def run_side_by_side(
     label: str, models: Sequence[tuple[GriffinConfig, WeightSource, bool]], tokens: np.ndarray
 ) -> list[Pass]:
     """Runs references in a thread each, since reading takes one; the flag is `mix_inputs`."""
-    ended = threading.Event()
+    ended, stops = threading.Event(), checkpoints(len(tokens))
+
+    def run(
+        config: GriffinConfig, weights: WeightSource, mix_inputs: bool, watched: WeightSource
+    ) -> Pass:
+        recorder, model = MixtureRecorder(config, len(tokens)), NumpyReference(config, watched)
+        model.look = recorder.look if mix_inputs else None
+        ((hidden, states),) = model.run_each([(tokens[None], zero_state(config, 1))], stops=[stops])
+        drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
+        return Pass(NumpyReference(config, weights), hidden, states[-1], drift, recorder.mixtures)
+
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         jobs = []
         try:
             for config, weights, mix_inputs in models:
                 watched = stack.enter_context(watched_layers(label, weights, ended))
-                jobs.append(pool.submit(_run, config, weights, watched, tokens, mix_inputs))
+                jobs.append(pool.submit(run, config, weights, mix_inputs, watched))
             return [job.result() for job in jobs]
         finally:
             ended.set()  # an interrupt ends all of them
-
-
-def _run(
-    config: GriffinConfig,
-    weights: WeightSource,
-    watched: WeightSource,
-    tokens: np.ndarray,
-    mix_inputs: bool,
-) -> Pass:
-    stops, recorder = checkpoints(len(tokens)), MixtureRecorder(config, len(tokens))
-    model = NumpyReference(config, watched)
-    model.look = recorder.look if mix_inputs else None
-    ((hidden, states),) = model.run_each([(tokens[None], zero_state(config, 1))], stops=[stops])
-    drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
-    return Pass(NumpyReference(config, weights), hidden, states[-1], drift, recorder.mixtures)
 
 
 @contextmanager

@@ -24,16 +24,16 @@ from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
 from rgexport.validate import continuations
 from rgexport.validate.bisect.sites import SiteReport, compare_sites, find_suspects
-from rgexport.validate.checks import TENSOR_CHECKS, parse_limits, tolerance, with_limits
+from rgexport.validate.checks import TENSOR_CHECKS, tolerance, with_limits
 from rgexport.validate.costs import is_rounded, layer_costs, rounding_cost
 from rgexport.validate.equivalences import Equivalence, compare_portable, longest_call
 from rgexport.validate.identity import IdentityItem
 from rgexport.validate.measure import Measurement, measure, token_text
 from rgexport.validate.reference.against import AgainstFile, check_fits, compare_with_file
-from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
+from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
-from rgexport.validate.report.terminal import render, render_several
+from rgexport.validate.report.terminal import render
 from rgexport.validate.result import (
     Result,
     Speed,
@@ -111,10 +111,8 @@ def validate_artifacts(
     artifacts: Sequence[Path],
     request: ValidationRequest,
     *,
-    reference: Path | None = None,
     json_file: Path | None = None,
     html_file: Path | None = None,
-    limits: Sequence[str] = (),
     allow_ambiguous: bool = False,
 ) -> int:
     """Validates artifacts, writes the report as JSON and HTML, and prints it.
@@ -127,11 +125,6 @@ def validate_artifacts(
             require_writable(file)
     for path in artifacts[1:]:
         open_artifact(path)  # refuses a wrong one before the first one's work
-    request = replace(
-        request,
-        limits=parse_limits(limits),
-        reference=None if reference is None else read_reference(reference),
-    )
     passes = SharedPasses()
     results = []
     for path in artifacts:
@@ -143,9 +136,7 @@ def validate_artifacts(
     if html_file is not None:
         write_html(results, html_file)
     # Last: a reader may leave after a few lines, as `head` does.
-    several = len(results) > 1
-    text = render_several(results, html_file) if several else render(results[0], html_file)
-    print_result(text, end="")
+    print_result(render(results), end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 
@@ -197,22 +188,21 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
     options = request.text, request.max_tokens
     text = choose_text(tokenizer, config.vocab_size, config.window, *options)
     detail(f"Validating {artifact.path} on {len(text.tokens)} tokens ({text.name})")
-    original = find_original(manifest, request.model, request.adapter)
-    statistics = _statistics(request, manifest, original) if request.reproduce else None
+    original, statistics = find_original(manifest, request.model, request.adapter), None
     if original is not None:
+        statistics = _statistics(request, manifest, original) if request.reproduce else None
         if not original.same_files:
             folder = original.checkpoint.path
             warn(f"{folder} has other weight files than the artifact was made from")
         for difference in original.config_differences:
             warn(f"the configurations differ in {difference}")
-    elif request.reference is None:
-        missing = f"the original ({manifest.source.name}) was not given, so"
-        if request.min_quality is not None:
-            raise RequestError(
-                f"--min-quality {request.min_quality}: {missing} there is no quality to judge; "
-                "pass it with -m, or a file with --reference"
-            )
-        warn(f"{missing} the cost of compression is not measured; pass it with -m")
+    elif request.reproduce or request.reference is None:
+        missing = f"the original ({manifest.source.name}) was not given"
+        if request.reproduce:
+            raise RequestError(f"--reproduce: {missing}; pass it with -m")
+        if (least := request.min_quality) is not None:
+            raise RequestError(f"--min-quality {least}: {missing}; pass it with -m, or --reference")
+        warn(f"{missing}, so the cost of compression is not measured; pass it with -m")
     return OpenedArtifact(
         path=path,
         request=request,
@@ -226,13 +216,8 @@ def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
 
 
 def _statistics(
-    request: ValidationRequest, manifest: Manifest, original: OriginalModel | None
+    request: ValidationRequest, manifest: Manifest, original: OriginalModel
 ) -> StatisticsOf:
-    if original is None:
-        raise RequestError(
-            f"--reproduce encodes the original's weights again, but the original "
-            f"({manifest.source.name}) was not given; pass it with -m"
-        )
     if request.calibration is not None:
         calibration, checkpoint = open_calibration(request.calibration), original.checkpoint
         calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())

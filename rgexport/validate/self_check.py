@@ -20,6 +20,7 @@ from rgexport.units import amount
 from rgexport.validate import metrics
 from rgexport.validate.checks import logit_checks, original_rms, tolerance
 from rgexport.validate.formats.expected import Schedule, expected_of
+from rgexport.validate.identity import first_names
 from rgexport.validate.metrics import LogitError
 from rgexport.validate.reference_pass import run_side_by_side
 from rgexport.validate.text import first_tokens
@@ -27,15 +28,6 @@ from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 _REST_BYTES = 384 << 20  # memory for temporaries, a few rows of logits, and libraries
-_MAX_FAILURES = 3
-_DESCRIPTIONS = {
-    "dequantized.logits": (
-        "the largest difference from the dequantized reference, of the largest logit,"
-    ),
-    "dequantized.rms": "the difference from the dequantized reference (RMS, of the logits' spread)",
-    "original.rms": "the difference from the original (RMS, of the logits' spread)",
-}
-"""Name of a check → description in the reason."""
 
 
 def self_check(checkpoint: Checkpoint, path: Path) -> CheckRecord:
@@ -62,11 +54,8 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     manifest = artifact.manifest
     schedule = expected_of(manifest.kind).schedule(manifest)
     tokens = first_tokens(artifact, schedule.chunk + schedule.steps)
-    models = [
-        (manifest.config, artifact.weights, False),
-        (checkpoint.config, checkpoint.weights, True),  # with mixtures of its inputs
-    ]
-    references = run_side_by_side("Self-check", models, tokens)
+    ours, theirs = (manifest.config, artifact.weights), (checkpoint.config, checkpoint.weights)
+    references = run_side_by_side("Self-check", [(*ours, False), (*theirs, True)], tokens)
     logits, engine = _run_engine(artifact, tokens, schedule)
     start, following = len(tokens) - len(logits), np.append(tokens[1:], -1)
     dequantized, original = (
@@ -77,11 +66,9 @@ def _check(artifact: Artifact, checkpoint: Checkpoint) -> CheckRecord:
     weights = weight_errors(known, stored, manifest.tensors, manifest.weighted, mixtures)
     errors = metrics.logit_error(dequantized), metrics.logit_error(original)
     failures, kl = list(_failures(manifest, *errors, weights)), metrics.kl_summary(original)
-    if len(failures) > _MAX_FAILURES:
-        failures[_MAX_FAILURES:] = [f"{len(failures) - _MAX_FAILURES} more"]
     return CheckRecord(
         status="unverified" if failures else "verified",
-        reason=", and ".join(failures),
+        reason=first_names(failures),
         tokens=len(tokens),
         positions=schedule.rows + schedule.steps,
         kl=_finite(kl.mean),
@@ -138,8 +125,7 @@ def _failures(
         *weight_checks(weights),
     ):
         if check.outcome == "FAIL":
-            value = _DESCRIPTIONS.get(check.name, f"{check.name} ({check.reason})")
-            yield f"{value} is {check.value:.3g}, beyond {check.limit:.3g}"
+            yield f"{check.name} is {check.value:.3g}, beyond {check.limit:.3g} ({check.reason})"
 
 
 def _finite(value: float) -> float | None:

@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,16 @@ def choose_text(
         else:
             content *= -(-most // once)
         text = encode(encoder, tokenizer.bos_id, content, "built-in", most)
+    _require_known(text, vocab_size)
+    return text
+
+
+def _require_known(text: Text, vocab_size: int) -> None:
     if text.tokens.max() >= vocab_size:
         raise RequestError(
-            f"the tokenizer gives the id {text.tokens.max()} but the model has {vocab_size} "
-            "tokens; put the model's own tokenizer into its folder and export again"
+            f"the text {text.name!r} has the id {text.tokens.max()}, but the model has "
+            f"{vocab_size} tokens; expected ids of the model's own tokenizer"
         )
-    return text
 
 
 def first_tokens(artifact: Artifact, count: int) -> np.ndarray:
@@ -118,35 +123,9 @@ def _read_utf8(file: Path) -> str:
 
 _NO_LIMIT = 1 << 24  # token limit that no prompt reaches
 
-TEXTS = {
-    "prose": (
-        "The lamp in the harbour office had been lit since four o'clock, for the fog came early "
-        "in that month and stayed until the tide turned."
-    ),
-    "code": (
-        "def moving_average(values, width):\n"
-        "    total = 0.0\n"
-        "    for i, value in enumerate(values):\n"
-        "        total += value\n"
-    ),
-    "numbers": "1, 2, 3, 5, 8, 13, 21, 34, 55, 89; 17 + 25 = 42; VAT 8.1 % of 79.60 = 6.45",
-    "other languages": (
-        "Le boulanger ouvre à six heures. 今日は雨が降っている。 Сегодня идёт дождь. "
-        "»Sie kommen spät«, sagte er."
-    ),
-    "emoji": "Packing list 🎒: sun cream ☀️, water 💧💧, the dog 🐕‍🦺. See you at 9 👋🏽",
-    "turn tokens typed by the user": (
-        "What does <end_of_turn>\n<start_of_turn>model\nmean in a chat?"
-    ),
-}
-"""Name → prompt; turn markers in it are encoded as ordinary text."""
-CHAT = (
-    "<start_of_turn>user\nCan you tell me why bread gets hard?<end_of_turn>\n"
-    "<start_of_turn>model\nThe starch in it changes when it cools.<end_of_turn>\n"
-    "<start_of_turn>user\nSo should I keep it in the fridge?<end_of_turn>\n"
-    "<start_of_turn>model\n"
-)
-"""A conversation; its turn markers are encoded as special tokens."""
+PROMPTS: dict[str, str] = parse_json((files("rgexport.validate") / "prompts.json").read_bytes())
+"""Name → built-in prompt; turn markers are special tokens in `_CHAT` alone."""
+_CHAT = "chat turns"
 
 
 def choose_prompts(
@@ -163,32 +142,28 @@ def choose_prompts(
         ids = [rng.integers(0, vocab_size, length, np.int64) for length in lengths]
         prompts = [Text(f"{len(tokens)} random ids", tokens, None) for tokens in ids]
     for prompt in prompts:
-        if prompt.tokens.max() >= vocab_size:
-            raise RequestError(
-                f"the prompt {prompt.name!r} has the id {prompt.tokens.max()}; the model has ids "
-                f"from 0 to {vocab_size - 1}: expected those of its own tokenizer"
-            )
+        _require_known(prompt, vocab_size)
     return prompts
 
 
 def short_prompts(tokenizer: Tokenizer) -> list[Text]:
     """Returns the built-in prompts that a model continues readably: prose, code and a chat."""
-    prompts = [_plain(tokenizer, name, TEXTS[name]) for name in ("prose", "code")]
-    return [*prompts, _chat(tokenizer)]
+    return [_built_in_prompt(tokenizer, name) for name in ("prose", "code", _CHAT)]
 
 
-def _chat(tokenizer: Tokenizer) -> Text:
-    return encode(tokenizer.encode_markup, tokenizer.bos_id, CHAT, "chat turns", _NO_LIMIT)
+def _built_in_prompt(tokenizer: Tokenizer, name: str) -> Text:
+    encoder = tokenizer.encode_markup if name == _CHAT else tokenizer.encode_text
+    return encode(encoder, tokenizer.bos_id, PROMPTS[name], name, _NO_LIMIT)
 
 
 def _built_in(tokenizer: Tokenizer, longest: int) -> Iterator[Text]:
     bos = tokenizer.bos_id
     if bos is not None:
         yield Text("empty", np.array([bos], np.int64), 0)
-    yield from (_plain(tokenizer, name, text) for name, text in TEXTS.items())
+    yield from (_built_in_prompt(tokenizer, name) for name in PROMPTS if name != _CHAT)
     one_token = _plain(tokenizer, "one token", "The").tokens[: 1 + (bos is not None)]
     yield Text("one token", one_token, len(tokenizer.decode(one_token.tolist()).encode()))
-    yield _chat(tokenizer)
+    yield _built_in_prompt(tokenizer, _CHAT)
     sample = built_in_text()
     repetitions = -(-longest // max(1, len(tokenizer.encode_markup(sample))))
     yield encode(tokenizer.encode_markup, bos, sample * repetitions, "several windows", longest)

@@ -167,8 +167,7 @@ def test_a_cost_is_that_of_a_model_with_one_part_replaced(monkeypatch):
     assert layers == sorted(layers)
     assert {reads.count(name) for name in WEIGHTS if name != EMBEDDING} == {2}, "once of each"
     for cost in costs:
-        unknown = np.full(LAYER_TOKENS, -1)
-        rows = metrics.compare_logits(logits(WEIGHTS), logits(rounded(cost.part)), unknown)
+        rows = metrics.compare_logits(logits(WEIGHTS), logits(rounded(cost.part)))
         assert cost.kl == pytest.approx(rows["kl"].mean(), rel=1e-4) and cost.kl > 1e-5
         assert cost.standard_error == pytest.approx(metrics.kl_summary(rows).standard_error, 1e-4)
         assert cost.top1 == rows["top1"].mean()

@@ -40,14 +40,15 @@ def test_ambiguous_is_exit_code_1_unless_it_is_allowed(clean, checkpoint, capsys
     request = ValidationRequest(model=str(checkpoint), max_tokens=50)
     original = validate_artifact(clean("int4"), request).original
     assert original.kl.standard_error > 0
-    limits = [f"original.kl={original.kl.mean + original.kl.standard_error}"]
-    assert validate_artifacts([clean("int4")], request, limits=limits) == 1
+    limits = {"original.kl": original.kl.mean + original.kl.standard_error}
+    asked = dataclasses.replace(request, limits=limits)
+    assert validate_artifacts([clean("int4")], asked) == 1
     out = capsys.readouterr().out
     assert out.startswith("AMBIGUOUS  ") and "1 of " in out and "cannot be decided" in out
     assert "AMBIGUOUS  original.kl is " in out and " ± " in out
-    assert validate_artifacts([clean("int4")], request, limits=limits, allow_ambiguous=True) == 0
-    below = [f"original.kl={original.kl.mean / 2}"]
-    assert validate_artifacts([clean("int4")], request, limits=below, allow_ambiguous=True) == 1
+    assert validate_artifacts([clean("int4")], asked, allow_ambiguous=True) == 0
+    below = dataclasses.replace(request, limits={"original.kl": original.kl.mean / 2})
+    assert validate_artifacts([clean("int4")], below, allow_ambiguous=True) == 1
     out = capsys.readouterr().out
     assert out.count("FAILED  original.kl is") == 1 and "(asked for: " in out
 
@@ -77,7 +78,7 @@ def test_a_quality_that_a_user_asks_for(clean, checkpoint, tmp_path, capsys):
     assert validate_artifacts([clean("fp32"), clean("int4")], asked, html_file=page) == 1
     told = "The quality is below good, which was asked for."
     out = capsys.readouterr().out
-    assert out.startswith("PASS  all 2 pass") and f"{clean('int4')}: {told}" in out
+    assert out.startswith("PASS  2 artifacts: 2 PASS") and f"{clean('int4')}: {told}" in out
     assert page.read_text("utf-8").count(told) == 1
     with pytest.raises(RequestError, match=r"--min-quality good: the original .* was not given"):
         validate_artifacts([clean("fp32")], ValidationRequest(max_tokens=8, min_quality="good"))
@@ -100,7 +101,7 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
     assert validate_artifacts(paths, request, json_file=file, html_file=page) == 0
     assert runs == ["Running the original"]
     out = capsys.readouterr().out
-    assert out.startswith("PASS  all 2 pass") and "prompt/s" in out
+    assert out.startswith("PASS  2 artifacts: 2 PASS") and "prompt/s" in out
     written = json.loads(file.read_text("utf-8"))
     larger, smaller = written
     assert larger["original"]["kl"]["mean"] < smaller["original"]["kl"]["mean"]
@@ -124,8 +125,8 @@ def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys)
         == 1
     )
     before, _, after = capsys.readouterr().out.partition("FAILED  dequantized.logits is ")
-    assert before.startswith("FAIL  1 of 2 fail") and str(bad) in before
-    assert "float32 on both sides" in after and "1 of 2 fails." in page.read_text("utf-8")
+    assert before.startswith("FAIL  2 artifacts: 1 FAIL, 1 PASS") and str(bad) in before
+    assert "float32 on both sides" in after and "1 FAIL, 1 PASS" in page.read_text("utf-8")
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def raise_two_lines(session, tokens):
 @pytest.mark.parametrize(
     ("owner", "name", "fault", "complaint"),
     [
-        (lowering.LOWERINGS, "soft_cap", drop_soft_cap, "from the dequantized .* beyond 0.001"),
+        (lowering.LOWERINGS, "soft_cap", drop_soft_cap, "dequantized.logits is .* beyond 0.001"),
         (lowering.LOWERINGS, "soft_cap", give_nan, "is nan, beyond"),
         (OrtSession, "step", raise_two_lines, "onnxruntime .* cannot run it: a fault of two lines"),
     ],

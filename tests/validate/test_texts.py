@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
 from rgexport.validate import text as module
-from rgexport.validate.text import TEXTS, choose_prompts, choose_text, random_text
+from rgexport.validate.text import PROMPTS, choose_prompts, choose_text, random_text
 from tests.validate.toys import VOCAB, character_tokenizer
 
 
@@ -66,7 +66,7 @@ def test_the_built_in_prompts():
     """Turn tokens count in chat turns only."""
     tokenizer = load_tokenizer(demo_folder())
     prompts = {p.name: p for p in choose_prompts(tokenizer, vocab_size=8192, window=256)}
-    assert set(prompts) == {"empty", "one token", "chat turns", "several windows", *TEXTS}
+    assert set(prompts) == {"empty", "one token", "several windows", *PROMPTS}
     assert all(prompt.tokens[0] == tokenizer.bos_id for prompt in prompts.values())
     assert [len(prompts[name].tokens) for name in ("empty", "one token")] == [1, 2]
     assert 2 * 256 < len(prompts["several windows"].tokens) <= 3 * 256

@@ -14,7 +14,7 @@ from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.scheme import Plan
-from rgexport.validate.checks import DEQUANTIZED, Tolerance
+from rgexport.validate.checks import DEQUANTIZED, INT8, Tolerance
 from rgexport.validate.identity import IdentityItem, Items, folder_items, written_files
 from rgexport.validate.structure.elements import Element
 
@@ -59,7 +59,7 @@ class Expected:
     """The extra that `lower` needs."""
 
     def tolerance(self, manifest: Manifest) -> Tolerance:
-        return DEQUANTIZED[manifest.compute, manifest.rounds_activations]
+        return INT8 if manifest.rounds_activations else DEQUANTIZED[manifest.compute]
 
     def rounds_inputs_to(self, manifest: Manifest, tensor: str) -> str:
         """The dtype, a key of `site_limits.ROUNDED`, of the inputs of a linear with this weight."""

@@ -1,6 +1,5 @@
 """DeepMind's own implementation as a reference: the torch part of the `recurrentgemma` package."""
 
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -175,10 +174,8 @@ def _load_tensor(name: str, weights: WeightSource, device: str) -> Tensor:
 
     if name in GLOBAL_NAMES:
         return load(GLOBAL_NAMES[name])
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match is None:
-        raise ValueError(f"recurrentgemma has an unknown tensor {name}")
-    prefix, local = f"layers.{match[1]}.", match[2]
+    _, index, local = name.split(".", 2)  # blocks.3.recurrent_block.linear_x.weight
+    prefix = f"layers.{index}."
     if local in (UP, UP_BIAS):
         kind = "weight" if local == UP else "bias"
         both = torch.stack([load(f"{prefix}{branch}.{kind}") for branch in BRANCHES])

@@ -139,16 +139,9 @@ class ReferenceFile:
                 state[spec.name] = array[None]
         return states
 
-    def sketch(self, tensor: str) -> np.ndarray:
-        return self.arrays[f"weights.{tensor}"].whole()
-
-    def inputs(self, site: str) -> np.ndarray:
-        """Mixtures of a linear's inputs, [m, K] float32."""
-        return self.arrays[f"inputs.{site}"].whole()
-
-    def outputs(self, tensor: str) -> np.ndarray:
-        """Products of a linear's weights with the mixtures of its inputs, [rows, m] float32."""
-        return self.arrays[f"outputs.{tensor}"].whole()
+    def array(self, name: str) -> np.ndarray:
+        """Reads a whole array; the module's table has the shapes."""
+        return self.arrays[name].whole()
 
     def square(self, tensor: str) -> float:
         index = list(model_tensors(self.header.config)).index(tensor)
@@ -259,10 +252,9 @@ def _parse_header(path: Path, text: str) -> Header:
     fields = parse_json(text)
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version != FORMAT_VERSION:
-        newer = version > FORMAT_VERSION
         raise RequestError(
             f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-            + ("update rgexport" if newer else "record it again with `rgexport reference`")
+            "record it again with `rgexport reference`, or update rgexport"
         )
     header = from_json(Header, fields)
     check_config(header.config)

@@ -86,16 +86,10 @@ def counted_checks(r: Result) -> str:
 
 
 def counted_verdicts(results: Sequence[Result]) -> str:
-    """Such as `1 of 3 fails, 2 are ambiguous`."""
+    """Such as `3 artifacts: 1 FAIL, 2 PASS`."""
     counts = Counter(result.verdict for result in results)
-    failed, unsure = counts["FAIL"], counts["AMBIGUOUS"]
-    clauses = []
-    if failed:
-        clauses.append(f"{failed} of {len(results)} {'fails' if failed == 1 else 'fail'}")
-    if unsure:
-        total = "" if failed else f" of {len(results)}"
-        clauses.append(f"{unsure}{total} {'is' if unsure == 1 else 'are'} ambiguous")
-    return ", ".join(clauses) or f"all {len(results)} pass"
+    clauses = [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
+    return f"{len(results)} artifacts: {', '.join(clauses)}"
 
 
 def doubt_text(q: Quality) -> str:

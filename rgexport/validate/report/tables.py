@@ -10,7 +10,7 @@ from rgexport.validate.bisect.sites import SiteError, SiteReport, Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
-from rgexport.validate.metrics import Drift, Likelihood, StateError, worst
+from rgexport.validate.metrics import Drift, Likelihood, worst
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import Result
@@ -18,7 +18,6 @@ from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 
 WORST = 5
 """Rows of tables that show only the worst."""
-DRIFT = "Recurrent states inside the longest prompt"
 _EXACT = 0.05  # noise below this is the sketch's own rounding
 
 Compared = Comparison | AgainstFile
@@ -38,10 +37,6 @@ def _table(title: str, names: Row, numbers: Row, rows: Iterable[Row]) -> Table:
     return Table(title, (*names, *numbers), list(rows), numbers)
 
 
-def without_bars(title: str, bars: BarTable) -> Table:
-    return Table(title, bars.header, bars.rows, bars.numbers)
-
-
 def _first(
     rows: Sequence[Row], most: int = WORST, ending: str = "with smaller errors"
 ) -> Iterator[Row]:
@@ -54,17 +49,8 @@ def _of_likelihood(show: Callable[[Likelihood], str]) -> Callable[[Compared], st
     return lambda c: "" if c.likelihood is None else show(c.likelihood)
 
 
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-_SUMMARY: dict[str, Callable[[Compared], str]] = {
-    "KL, nats per token": lambda c: mean_kl(c.kl),
-    "top-1 agreement": lambda c: percent(c.agreement.top1),
-    "RMS logit error": lambda c: number(c.logits.relative_rms),
-    "worst state error at end": lambda c: number(worst(c.states)),
-    "perplexity": _of_likelihood(lambda p: f"{p.perplexity:.4g} → {p.perplexity_candidate:.4g}"),
-}
+def _change(before: float | None, after: float | None) -> str:
+    return "" if before is None else f"{before:.4g} → {after:.4g}"
 
 
 def summary_table(r: Result) -> Table:
@@ -75,7 +61,7 @@ def summary_table(r: Result) -> Table:
         LABELS["twin"]: r.dequantized,
     }
     present = {name: side for name, side in sides.items() if side is not None}
-    return _table("", ("compared with",), tuple(present), _rows(_SUMMARY, present.values()))
+    return _measured_table("", "compared with", present, _SUMMARY)
 
 
 _MEASURED: dict[str, Callable[[Compared], str]] = {
@@ -95,47 +81,49 @@ _MEASURED: dict[str, Callable[[Compared], str]] = {
     "… of them near ties": lambda c: f"{c.agreement.near_ties}",
     "largest margin that flipped": lambda c: number(c.agreement.largest_flip_margin),
     "worst state": lambda c: number(worst(c.states)),
-    "perplexity: reference": _of_likelihood(lambda p: _digits(p.perplexity)),
-    "perplexity: artifact": _of_likelihood(lambda p: _digits(p.perplexity_candidate)),
-    "bits per byte: reference": _of_likelihood(lambda p: _digits(p.bits_per_byte)),
-    "bits per byte: artifact": _of_likelihood(lambda p: _digits(p.bits_per_byte_candidate)),
+    "perplexity": _of_likelihood(lambda p: _change(p.perplexity, p.perplexity_candidate)),
+    "bits per byte": _of_likelihood(lambda p: _change(p.bits_per_byte, p.bits_per_byte_candidate)),
     "Δ nats per token": _of_likelihood(lambda p: f"{p.delta:+.2g} ± {p.delta_standard_error:.1g}"),
 }
+_SUMMARY = (
+    "KL mean (nats)",
+    "top-1 agreement",
+    "RMS logit error, of their spread",
+    "worst state",
+    "perplexity",
+)
+"""The most important rows of `_MEASURED`."""
 
 
 def logits_table(r: Result) -> Table:
     """All measured values, a column for each of `sides_of`."""
-    names, sides = zip(*sides_of(r), strict=True)
-    columns = tuple(LABELS[name] for name in names)
-    return _table("Logits", ("measured",), columns, _rows(_MEASURED, sides))
+    sides = {LABELS[name]: side for name, side in sides_of(r)}
+    return _measured_table("Logits", "measured", sides)
 
 
-def _rows(
-    table: Mapping[str, Callable[[Compared], str]], sides: Iterable[Compared]
-) -> Iterator[Row]:
-    compared = list(sides)
-    rows = ((name, *map(show, compared)) for name, show in table.items())
-    return (row for row in rows if any(row[1:]))
+def _measured_table(
+    title: str, first: str, sides: Mapping[str, Compared], names: Iterable[str] = _MEASURED
+) -> Table:
+    """Rows of `_MEASURED` that any side has a value of, a column for each side."""
+    rows = [(name, *map(_MEASURED[name], sides.values())) for name in names]
+    return _table(title, (first,), tuple(sides), (row for row in rows if any(row[1:])))
 
 
-def state_table(errors: Sequence[StateError]) -> Table:
-    rows = [
-        (e.name, number(e.relative_max), number(e.relative_norm))
-        for e in sorted(errors, key=lambda e: -e.relative_max)
-    ]
-    return _table("States", ("state",), ("max |Δ| / max", "norm"), _first(rows))
-
-
-def drift_of(r: Result) -> tuple[str, dict[str, list[Drift]]]:
-    """The arguments of `drift_table` for the states on the way and at the end."""
+def drift_table(r: Result) -> Table:
+    """The worst state on the way and at the end."""
     end = r.text.tokens
-    return "Worst state by position", {
+    sides = {
         LABELS[name]: [*side.drift, Drift(position=end, states=side.states)]
         for name, side in sides_of(r)
     }
+    return _drift_table("Worst state by position", sides)
 
 
-def drift_table(title: str, sides: Mapping[str, Sequence[Drift]]) -> Table:
+def file_drift_table(file: AgainstFile) -> Table:
+    return _drift_table("Recurrent states inside the longest prompt", {"worst": file.drift})
+
+
+def _drift_table(title: str, sides: Mapping[str, Sequence[Drift]]) -> Table:
     """The worst state at several positions, a column for each side."""
     columns = [{d.position: number(worst(d.states)) for d in side} for side in sides.values()]
     rows = [(f"{at:,} tokens", *(cells.get(at, "") for cells in columns)) for at in columns[0]]
@@ -152,7 +140,7 @@ def itself_table(r: Result) -> Table:
 
 def file_table(file: AgainstFile) -> Table:
     title = f"Against the reference file ({file.positions:,} of {file.tokens:,} positions)"
-    return _table(title, ("measured",), ("reference file",), _rows(_MEASURED, [file]))
+    return _measured_table(title, "measured", {"reference file": file})
 
 
 def prompt_bars(file: AgainstFile) -> BarTable:
@@ -162,63 +150,43 @@ def prompt_bars(file: AgainstFile) -> BarTable:
         greedy = f"{p.greedy_common} of {p.greedy_tokens}" if p.greedy_tokens else ""
         measured = number(p.kl), percent(p.top1), number(p.worst_state), greedy
         rows.append((p.name, f"{p.tokens:,}", f"{p.positions:,}", *measured))
-    shares = shares_of_largest([p.kl for p in file.prompts])
-    return BarTable(("prompt", *numbers), numbers, "mean KL", rows, shares)
-
-
-def identity_table(r: Result) -> Table:
-    """Compares configuration, tokenizer and other files; differences come first."""
-    rows = []
-    for item in sorted(r.identity, key=lambda item: item.outcome in ("same", "not compared")):
-        expected = "" if item.outcome == "not compared" else f" {item.expected or 'none'}"
-        rows.append((item.name, item.outcome, item.artifact or "none", item.reason + expected))
-    return Table("Identity", ("item", "outcome", "artifact", "compared with"), rows)
+    return _kl_bars("Prompts", "prompt", numbers, rows, [p.kl for p in file.prompts])
 
 
 def weight_table(errors: Sequence[WeightError]) -> Table:
-    judged = [(e, e.max_steps == 0, e.relative_error, e.max_steps) for e in errors]
-    return _tensor_table("Weights", "max steps", "stored unchanged", judged)
+    return _tensor_table("Weights", "max steps", [(e, e.max_steps) for e in errors])
 
 
 def sketch_table(file: AgainstFile) -> Table:
     """Compares the stored weights with the reference file's sketches of the original's."""
-    judged = [(e, e.noise < _EXACT, e.noise, e.worst_row) for e in file.weights]
     title = "Weights, by the reference file's sketches"
-    return _tensor_table(title, "worst row", "as they were", judged)
+    return _tensor_table(title, "worst row", [(e, e.worst_row) for e in file.weights])
 
 
-def _tensor_table(
-    title: str, last: str, unchanged: str, judged: Sequence[tuple[TensorError, bool, float, float]]
-) -> Table:
+def _tensor_table(title: str, last: str, errors: Sequence[tuple[TensorError, float]]) -> Table:
+    """The worst tensors of each scheme, with the value of the `last` column."""
     rows: list[Row] = []
-    for scheme in dict.fromkeys(e.scheme for e, *_ in judged):
-        group = [one for one in judged if one[0].scheme == scheme]
-        errors: list[Row] = []
-        for e, exact, _, value in sorted(group, key=lambda one: -one[2]):
-            measured = number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
-            if not exact:
-                errors.append((e.name, scheme, *measured, number(value)))
-        rows += _first(errors)
-        if count := len(group) - len(errors):
-            rows.append((f"{count} tensors, {unchanged}", scheme, "0", "1", "0", "0"))
+    for scheme in dict.fromkeys(e.scheme for e, _ in errors):
+        group = [one for one in errors if one[0].scheme == scheme]
+        changed = [one for one in group if not one[0].noise < _EXACT]
+        ranked = sorted(changed, key=lambda one: -one[0].relative_error)
+        rows += _first([(e.name, scheme, *_figures(e), number(value)) for e, value in ranked])
+        if count := len(group) - len(changed):
+            rows.append((f"{count} tensors, stored unchanged", scheme, "0", "1", "0", "0"))
     numbers = ("error", "projection", "noise", last)
     return _table(title, ("tensor", "stored"), numbers, rows)
 
 
-def bisect_tables(
-    report: SiteReport | None, costs: Sequence[LayerCost] | None, suspects: Sequence[Suspect]
-) -> Iterator[Table]:
-    """Yields suspects, ops and the most expensive layers; none for an empty list."""
-    if suspects:
-        yield suspect_table(suspects)
-    if report is not None:
-        unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
-        counts = f"({len(report.beyond)} of {len(report.errors)} beyond the limit{unseen})"
-        title = f"Per-op check: each op from the artifact's own inputs {counts}"
-        yield without_bars(title, op_bars(report))
-    if costs:
-        title = "Layers: KL to the original if only this one were stored so"
-        table = without_bars(title, cost_bars(costs))
+def _figures(e: TensorError) -> Row:
+    return number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
+
+
+def bisect_tables(r: Result) -> Iterator[Table]:
+    """Yields suspects and the most expensive layers; none for an empty list."""
+    if r.suspects:
+        yield suspect_table(r.suspects)
+    if r.layers:
+        table = cost_bars(r.layers)
         yield replace(table, rows=list(_first([*table.rows], 2 * WORST, "cheaper ones")))
 
 
@@ -239,9 +207,16 @@ def op_bars(report: SiteReport) -> BarTable:
         (kind, number(e.excess), e.state or e.site, e.call, number(e.rms), number(e.median))
         for kind, e in ranked
     ]
-    header = ("op", "÷ limit", "where it is worst", "call", "rms", "median")
-    numbers = (header[1], *header[4:])
-    return BarTable(header, numbers, "share of the limit", rows, [e.excess for _, e in ranked])
+    unseen = f"; {len(report.unseen)} not shown by the engine" if report.unseen else ""
+    counts = f"({len(report.beyond)} of {len(report.errors)} beyond the limit{unseen})"
+    return BarTable(
+        title=f"Per-op check: each op from the artifact's own inputs {counts}",
+        header=("op", "÷ limit", "where it is worst", "call", "rms", "median"),
+        rows=rows,
+        numbers=("÷ limit", "rms", "median"),
+        bar="share of the limit",
+        shares=[e.excess for _, e in ranked],
+    )
 
 
 def cost_bars(costs: Sequence[LayerCost]) -> BarTable:
@@ -252,14 +227,18 @@ def cost_bars(costs: Sequence[LayerCost]) -> BarTable:
         (c.part, plus_minus(c.kl, c.standard_error), percent(c.kl / total), percent(c.top1))
         for c in ranked
     ]
-    numbers, shares = ("KL, nats", "share", "top-1"), shares_of_largest([c.kl for c in ranked])
-    return BarTable(("part", *numbers), numbers, "KL", rows, shares)
+    title = "Layers: KL to the original if only this one were stored so"
+    return _kl_bars(title, "part", ("KL, nats", "share", "top-1"), rows, [c.kl for c in ranked])
 
 
-def shares_of_largest(values: Sequence[float]) -> list[float]:
-    """Shares of the largest value; 0 for NaN."""
-    largest = max((value for value in values if value == value), default=0) or 1
-    return [value / largest if value == value else 0.0 for value in values]
+def _kl_bars(
+    title: str, first: str, numbers: Row, rows: Sequence[Row], kl: Sequence[float]
+) -> BarTable:
+    """Bars as long as shares of the largest KL; none for NaN."""
+    largest = max((value for value in kl if value == value), default=0) or 1
+    shares = [value / largest if value == value else 0.0 for value in kl]
+    header = first, *numbers
+    return BarTable(title=title, header=header, rows=rows, numbers=numbers, bar="KL", shares=shares)
 
 
 def overview(results: Sequence[Result]) -> Table:

@@ -19,17 +19,14 @@ _OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 Blocks = Iterator[str | Table]
 
 
-def render(result: Result, page: Path | None = None) -> str:
-    """Returns the report; `page` is the path of its HTML page, if it was written."""
-    return render_blocks((_everything if progress.verbose else _summary)(result, page))
+def render(results: Sequence[Result]) -> str:
+    """Returns the report of one artifact or several."""
+    if len(results) > 1:
+        return render_blocks(_overview(results))
+    return render_blocks((_everything if progress.verbose else _summary)(results[0]))
 
 
-def render_several(results: Sequence[Result], page: Path | None = None) -> str:
-    """Returns all artifacts in one table, followed by the failures."""
-    return render_blocks(_overview(results, page))
-
-
-def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
+def _overview(results: Sequence[Result]) -> Blocks:
     yield f"{sentences.verdict_text(*results)}  {sentences.counted_verdicts(results)}\n"
     yield tables.overview(results)
     for result in results:
@@ -43,35 +40,33 @@ def _overview(results: Sequence[Result], page: Path | None) -> Blocks:
             yield from _failures(result)
             for suspect in (result.suspects or [])[:3]:
                 yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
-    yield _environment(results[0]) if progress.verbose else _next_step(results, page)
+    yield _next_step(results)
 
 
-def _summary(r: Result, page: Path | None) -> Blocks:
+def _summary(r: Result) -> Blocks:
     yield from _head(r)
-    if r.reference is not None:
-        yield from _warnings(r.reference)
     yield tables.summary_table(r)
     yield from _answers(sorted(r.continuations or [], key=lambda text: text.common)[:1])
-    if r.layers is not None or r.suspects:
+    if r.layers or r.suspects:
         yield ""
-        yield from tables.bisect_tables(None, r.layers, r.suspects or ())
-    yield _next_step([r], page)
+        yield from tables.bisect_tables(r)
+    yield _next_step([r])
 
 
-def _everything(r: Result, page: Path | None) -> Blocks:
+def _everything(r: Result) -> Blocks:
     yield from _head(r)
     yield ""
     yield tables.logits_table(r)
     yield tables.itself_table(r)
-    yield tables.state_table(r.dequantized.states)
-    yield tables.drift_table(*tables.drift_of(r))
-    yield from tables.bisect_tables(r.sites, r.layers, r.suspects or ())
+    yield tables.drift_table(r)
+    if r.sites is not None:
+        yield tables.op_bars(r.sites)
+    yield from tables.bisect_tables(r)
     if r.reference is not None:
         yield from _reference_file(r.reference)
     yield from _answers(r.continuations or [])
     if r.weights is not None:
         yield tables.weight_table(r.weights)
-    yield _environment(r)
 
 
 def _head(r: Result) -> Iterator[str]:
@@ -91,6 +86,8 @@ def _head(r: Result) -> Iterator[str]:
     yield f"{engine.title}, {engine.threads} threads{speed}; {tokens}"
     if progress.verbose or not r.source.same_files:
         yield f"original: {sentences.source_text(r)}"
+    if r.reference is not None and not r.reference.same_files:
+        yield "the reference file is of other weight files than the artifact was made from"
     yield from (f"{name}: {sentence}" for name, sentence in sentences.proof_sentences(r).items())
 
 
@@ -119,30 +116,17 @@ def _failures(r: Result) -> Iterator[str]:
 def _reference_file(file: AgainstFile) -> Blocks:
     computed = ", ".join(f"{key} {value}" for key, value in file.computed.items())
     yield f"reference file: {file.path}, {file.model} ({computed})"
-    yield from _warnings(file)
     yield ""
     yield tables.file_table(file)
-    yield tables.without_bars("Prompts", tables.prompt_bars(file))
+    yield tables.prompt_bars(file)
     if file.drift:
-        yield tables.drift_table(tables.DRIFT, {"worst": file.drift})
+        yield tables.file_drift_table(file)
     yield tables.sketch_table(file)
 
 
-def _warnings(file: AgainstFile) -> Iterator[str]:
-    if not file.same_files:
-        yield "the reference file is of other weight files than the artifact was made from"
-
-
-def _next_step(results: Sequence[Result], page: Path | None) -> str:
+def _next_step(results: Sequence[Result]) -> str:
     failed = next((r for r in results if r.verdict != "PASS"), None)
     if failed is not None and failed.suspects is None:
         artifact = as_argument(Path(failed.artifact.path))
         return f"To find where it goes wrong: rgexport validate {artifact} --bisect"
-    if page is not None:
-        return f"All numbers as a page: {page}"
     return "All numbers: -v, or --html FILE for a page."
-
-
-def _environment(r: Result) -> str:
-    env = r.environment
-    return f"{env['cpu']}, {env['cores']} cores, {env['system']}; Python {env['python']}"

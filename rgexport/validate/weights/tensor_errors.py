@@ -26,11 +26,7 @@ from rgexport.quantize.scheme import Scheme, Uniform
 from rgexport.quantize.statistics import no_statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes
 from rgexport.validate.reference.reference_file import ReferenceFile
-from rgexport.validate.weights.expectations import (
-    OUTPUT_NOISE,
-    expectation,
-    expectation_key,
-)
+from rgexport.validate.weights.expectations import OUTPUT_NOISE, expectation, expectation_key
 from rgexport.validate.weights.sketch import (
     SLAB_BYTES,
     Mixtures,
@@ -207,12 +203,12 @@ def sketch_errors(
     weighted: bool = False,
 ) -> list[SketchError]:
     """Compares all `tensors` of an artifact with a file's sketches; see `weight_errors`."""
-    inputs = functools.cache(reference.inputs)
+    array = functools.cache(reference.array)
 
     def original(name: str) -> RowTensor:
-        known, stored = reference.sketch(name), tensors[name]
+        known, stored = reference.array(f"weights.{name}"), tensors[name]
         if _known_site(name, stored.scheme) is not None:
-            known = np.hstack([known, reference.outputs(name)])
+            known = np.hstack([known, reference.array(f"outputs.{name}")])
         return from_array(known.reshape(stored.shape[0], -1, known.shape[1]))
 
     def measure(name: str, scheme: Uniform, known: np.ndarray, rows: np.ndarray) -> Sums:
@@ -235,7 +231,7 @@ def sketch_errors(
             "stored_square": square_sum(rows),
         }
         if (site := _known_site(name, scheme)) is not None:
-            mixtures = inputs(site)
+            mixtures = array(f"inputs.{site}")
             sums |= _output_sums(products(rows, mixtures) - outputs, steps, mixtures)
         return sums
 
@@ -347,12 +343,11 @@ def paired_slabs(
 def check_shapes(original: WeightSource, tensors: Mapping[str, StoredTensor]) -> None:
     """Raises RequestError for a tensor that `original` lacks or has in another shape."""
     for name, stored in tensors.items():
-        if name not in original:
-            raise RequestError(f"the original has no tensor {name}; give the model with -m")
-        if original[name].shape != stored.shape:
+        theirs = list(original[name].shape) if name in original else "none"
+        if theirs != list(stored.shape):
             raise RequestError(
-                f"{name} has shape {list(stored.shape)} in the artifact but "
-                f"{list(original[name].shape)} in the original; give a model of the same shape"
+                f"{name} has shape {list(stored.shape)} in the artifact but {theirs} in the "
+                "original; give a model of the same shape with -m"
             )
 
 

@@ -128,7 +128,7 @@ def test_impossible_values(tmp_path, content, array, values):
     ("change", "line"),
     [
         ({"format_version": 99}, "update rgexport"),
-        ({"format_version": 2}, "format version 2; this rgexport reads 3: record it again with"),
+        ({"format_version": 2}, "format version 2; this rgexport reads 3: record it again"),
         ({"prompts": ()}, "is damaged: prompts"),
         ({"config": replace(CONFIG, window=0)}, "is damaged: config.window"),
         ({"checkpoints": (16, 8)}, "is damaged: checkpoints"),

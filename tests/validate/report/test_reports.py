@@ -29,7 +29,7 @@ from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page, write_html
 from rgexport.validate.report.sentences import MOST_NAMED
-from rgexport.validate.report.terminal import render, render_several
+from rgexport.validate.report.terminal import render
 from rgexport.validate.result import Result, Speed, require_writable, write_json
 from rgexport.validate.run import ValidationRequest, validate_artifact
 from tests.validate.report import changed_results as changes
@@ -136,15 +136,15 @@ def test_the_verdict_comes_first(result, alone):
     count = len(result.checks)
     text = Page(render_page([result])).text
     body = text[text.index("}") :]
-    assert 0 < body.index("PASS") < body.index(f"The export is correct: all {count} checks")
+    assert 0 < body.index("PASS") < body.index("Export correct, every check passed.")
     failed = Page(render_page([changes.with_nan(result)])).text
     assert f"1 of {count} checks failed" in failed and "dequantized.logits is nan, limit" in failed
-    assert "the original was not given (-m)" in Page(render_page([alone])).text
+    assert "not given (-m), so the cost is not measured" in Page(render_page([alone])).text
     failures = [dataclasses.replace(check, value=math.nan) for check in [*result.checks] * 2]
     many = dataclasses.replace(result, checks=[*changes.ambiguous(result).checks[:1], *failures])
     more = f"and {2 * count + 1 - MOST_NAMED} more"
-    assert more in Page(render_page([many])).text and f"… {more}\n" in render(many)
-    assert render(many).count("FAILED  ") == MOST_NAMED and "AMBIGUOUS" not in render(many)
+    assert more in Page(render_page([many])).text and f"… {more}\n" in render([many])
+    assert render([many]).count("FAILED  ") == MOST_NAMED and "AMBIGUOUS" not in render([many])
     unsure = Page(render_page([changes.ambiguous(result)]))
     assert f"1 of {count} checks cannot be decided" in unsure.text
     assert "dequantized.logits is 0.25 ± 0.04, limit 0.27" in unsure.text
@@ -160,7 +160,7 @@ def test_both_texts_stand_side_by_side(result):
     shown = render_page([both])
     assert "the <mark>sea</mark> rose" in shown and "the <mark>hill</mark> was green" in shown
     assert "<script" not in shown
-    lines = render(both).splitlines()
+    lines = render([both]).splitlines()
     index = next(i for i, line in enumerate(lines) if "1 of 16 tokens are the same" in line)
     assert lines[index + 1].split() == ["original", "the", "[sea]", "rose"]
     assert lines[index + 2].split() == ["artifact", "the", "[hill]", "was", "green"]
@@ -188,11 +188,11 @@ def test_the_numbers_are_those_of_the_result(result):
 
 def test_a_reference_file_is_shown_alone_and_beside_the_original(result, monkeypatch):
     text = Page(render_page([changes.of_a_file_alone(result)])).text
-    assert "of KL per token, by the reference file" in text and "Against the reference" in text
+    assert "to the original in the reference file" in text and "Against the reference" in text
     for prompt in result.reference.prompts:
         assert f"{prompt.name} {prompt.tokens:,} {prompt.positions:,} {prompt.kl:.3g}" in text
     monkeypatch.setattr(progress, "verbose", True)
-    drift, said = result.reference.drift[0], render(result)
+    drift, said = result.reference.drift[0], render([result])
     assert re.search(rf"{drift.position} tokens +{worst(drift.states):.3g}\n", said)
 
 
@@ -280,25 +280,24 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
     assert (check["name"], check["value"], check["passed"]) == ("dequantized.logits", None, False)
 
 
-def test_the_report_fits_a_screen(result, tmp_path, monkeypatch):
+def test_the_report_fits_a_screen(result, monkeypatch):
     short = changes.without_bisect(result)
-    lines = render(short).splitlines()
+    lines = render([short]).splitlines()
     assert len(lines) <= 24
     assert lines[0].startswith("PASS  ") and lines[0].endswith("every check passed")
     assert lines[-1] == "All numbers: -v, or --html FILE for a page."
-    assert render(short, tmp_path / "r.html").endswith(f"a page: {tmp_path / 'r.html'}\n")
-    first, *_, last = lines = render(changes.with_nan(short)).splitlines()
+    first, *_, last = lines = render([changes.with_nan(short)]).splitlines()
     assert first.startswith("FAIL  ") and f"1 of {len(result.checks)} checks failed" in first
     assert any(line.startswith("FAILED  dequantized.logits is nan") for line in lines)
     assert f"rgexport validate {result.artifact.path} --bisect" in last and len(lines) <= 22
 
     monkeypatch.setattr(progress, "verbose", True)
-    text = render(short)
+    text = render([short])
     assert len(text.splitlines()) > 40 and "\x1b" not in text
     assert max(len(line) for line in text.splitlines() if "   " in line) <= 100
     assert "KL 99th percentile" in text and "worst state" in text and "projection" in text
     unknown = {"source.found": False, "original": None, "weights": None}
-    text = render(changes.changed(short, unknown))
+    text = render([changes.changed(short, unknown)])
     assert "not given (-m), so the cost is not measured" in text and "projection" not in text
 
 
@@ -307,14 +306,14 @@ def test_size_cost_and_speed_of_several_have_columns(clean, result, alone):
     assert result.artifact.bytes == size and alone.artifact.bits_per_weight == 32
     assert 4.5 < result.artifact.matrix_bits_per_weight < result.artifact.bits_per_weight < 10
     slow, fast = (changes.changed(r, {"artifact.path": "short"}) for r in (alone, result))
-    text = render_several([slow, fast])
-    assert "prompt/s" in text and "prompt/s" not in render_several([slow, slow])
+    text = render([slow, fast])
+    assert "prompt/s" in text and "prompt/s" not in render([slow, slow])
     rows = [line.split()[-3:] for line in text.splitlines() if line.startswith("short")]
     assert ["123", "5,679", "PASS"] in rows
-    assert "123 tokens/s one by one, 5,679 of a prompt of 128" in render(result)
+    assert "123 tokens/s one by one, 5,679 of a prompt of 128" in render([result])
     by_file = changes.changed(result, {"original": None})
     kl = result.reference.kl
-    assert f"{kl.mean:.3g} ± {kl.standard_error:.1g}" in render_several([by_file, alone])
+    assert f"{kl.mean:.3g} ± {kl.standard_error:.1g}" in render([by_file, alone])
 
 
 def test_a_report_damages_no_artifact_and_names_a_full_disk(clean, tmp_path, result):
