@@ -12,7 +12,7 @@ from typing import Any
 
 from rgexport.validate.checks import Check, Outcome, Quality
 from rgexport.validate.measure import Comparison
-from rgexport.validate.result import SCHEMA_VERSION, Result, Scope
+from rgexport.validate.result import SCHEMA_VERSION, Scope, ValidationResult
 
 _PLAIN: dict[type, dict[str, Any]] = {
     str: {"type": "string"},
@@ -23,12 +23,12 @@ _PLAIN: dict[type, dict[str, Any]] = {
 }
 _OUTCOME = {"enum": list(typing.get_args(Outcome))}
 _ADDED: dict[type, dict[str, Any]] = {
-    Result: {"schema_version": {"const": SCHEMA_VERSION}, "verdict": _OUTCOME},
+    ValidationResult: {"schema_version": {"const": SCHEMA_VERSION}, "verdict": _OUTCOME},
     Check: {"outcome": _OUTCOME, "passed": {"type": "boolean"}},
 }
-"""Keys that `Result.to_dict` adds to the fields of a class."""
+"""Keys that `ValidationResult.to_dict` adds to the fields of a class."""
 _COMPUTED: dict[type, dict[str, Any]] = {
-    Result: {"quality": Quality | None, "verdict_scope": Scope, "twin": Comparison}
+    ValidationResult: {"quality": Quality | None, "verdict_scope": Scope, "twin": Comparison}
 }
 """The same, as type hints."""
 
@@ -39,7 +39,7 @@ def result_schema() -> dict[str, Any]:
     Objects may have more fields than the schema names, since later versions add some.
     """
     definitions: dict[str, Any] = {}
-    one = _reference(Result, definitions)
+    one = _reference(ValidationResult, definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "What `rgexport validate --json` writes",

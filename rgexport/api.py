@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from rgexport.choices import FloatPrecision, FormatName, Profile, Quality, RecurrentState
+from rgexport.choices import FloatPrecision, FormatName, GradeName, Profile, Quality, RecurrentState
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
 from rgexport.export.exporter import exporter_of
@@ -18,6 +18,10 @@ from rgexport.export.request import algorithm_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by
 from rgexport.quantize.plan import load_plan
+from rgexport.validate.checks import parse_limits
+from rgexport.validate.reference.reference_file import read_reference
+from rgexport.validate.result import ValidationResult
+from rgexport.validate.run import ValidationRequest, validate_artifact
 from rgexport.validate.self_check import self_check
 
 Model = str | Path | Checkpoint
@@ -91,6 +95,63 @@ def export(
             plan=_path(plan),
             cluster=cluster,
         )
+
+
+def validate(
+    artifact: str | Path | Artifact,
+    model: str | Path | None = None,
+    *,
+    reference: str | Path | None = None,
+    adapter: str | Path | None = None,
+    text: str | Path | None = None,
+    max_tokens: int | None = None,
+    limits: Mapping[str, float] | None = None,
+    bisect: bool = False,
+    bench: bool = False,
+    reproduce: bool = False,
+    calibration: str | Path | None = None,
+    min_quality: GradeName | None = None,
+    allow_foreign: bool = False,
+    progress: Listener | None = None,
+) -> ValidationResult:
+    """Compares an artifact with the reference; the result has `verdict`, `quality` and `checks`.
+
+    Args:
+        artifact: a folder or file of an export, or a hub id.
+        model: the original, a folder, a `.pt` file or a hub id, to measure what compression cost.
+        reference: a file of `rgexport reference`, instead of `model`.
+        adapter: the folder of a LoRA adapter to merge into `model`.
+        text: a UTF-8 file to compare on; by default a built-in text.
+        max_tokens: the number of tokens to compare, at most.
+        limits: name of a check → another limit, such as `{"original.kl": 0.05}`.
+        bisect: whether layers are ranked by cost, and suspects named.
+        bench: whether tokens per second are measured.
+        reproduce: whether the original's weights are encoded again.
+        calibration: the file that the export was made with, for `reproduce`.
+        min_quality: the lowest grade at which `result.good_enough` is true.
+        allow_foreign: whether ONNX graphs with ops that rgexport does not write may run.
+        progress: called with the stage, and the number of units done and expected.
+
+    Raises:
+        RequestError: a damaged artifact, or an original, text or reference that does not fit.
+    """
+    path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
+    request = ValidationRequest(
+        model=None if model is None else str(model),
+        adapter=_path(adapter),
+        text=_path(text),
+        max_tokens=max_tokens,
+        reference=None if reference is None else read_reference(Path(reference)),
+        limits=parse_limits(f"{name}={limit}" for name, limit in (limits or {}).items()),
+        bisect=bisect,
+        bench=bench,
+        reproduce=reproduce,
+        calibration=_path(calibration),
+        min_quality=min_quality,
+        allow_foreign=allow_foreign,
+    )
+    with heard_by(progress):
+        return validate_artifact(path, request)
 
 
 def export_checkpoint(

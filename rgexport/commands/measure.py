@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import click
+
 from rgexport import choices
 from rgexport.commands.options import (
     PATH_OR_ID,
@@ -22,6 +24,7 @@ from rgexport.commands.options import (
 from rgexport.printing import print_result
 
 _SUITES = get_args(choices.SuiteName)
+_STDOUT = "-"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def reference(arguments: ReferenceArguments) -> None:
 
 @dataclass(frozen=True)
 class ValidateArguments:
-    artifacts: tuple[Path, ...] = argument(metavar="ARTIFACT...", required=True)
+    artifacts: tuple[str, ...] = argument(metavar="ARTIFACT...", type=PATH_OR_ID)
     reference: Path | None = option("A file of `rgexport reference`, used instead of the original.")
     model: str | None = option(
         "The original, to measure the cost. [default: the demo, or the hub cache's copy]",
@@ -106,7 +109,13 @@ class ValidateArguments:
         "Exit with code 1 also if the quality is lower: lossless, excellent, good or fair.",
         metavar="GRADE",
     )
-    json_file: Path | None = option("Also write the result to this file.", "--json")
+    json: str | None = option(
+        "Print the result as JSON; or write it to FILE, beside the report.",
+        is_flag=False,
+        flag_value=_STDOUT,
+        type=PATH_OR_ID,
+        metavar="[FILE]",
+    )
     html_file: Path | None = option("Also write an HTML report.", "--html")
     engine: NativeArguments = group()
 
@@ -119,21 +128,32 @@ def validate(arguments: ValidateArguments) -> int:
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
+    from rgexport.export.opening import means_artifact
     from rgexport.validate.checks import parse_limits
     from rgexport.validate.reference.reference_file import read_reference
+    from rgexport.validate.report.terminal import render
+    from rgexport.validate.result import as_json
     from rgexport.validate.run import ValidationRequest, validate_artifacts
 
+    artifacts, json_file = arguments.artifacts, arguments.json
+    if json_file not in (None, _STDOUT) and means_artifact(Path(json_file)):
+        artifacts, json_file = (json_file, *artifacts), _STDOUT  # --json ARTIFACT
+    if not artifacts:
+        raise click.UsageError("Missing argument 'ARTIFACT...'.", click.get_current_context())
     file, limits = arguments.reference, parse_limits(arguments.limits)
     reference = None if file is None else read_reference(file)
     values = shared(arguments, ValidationRequest) | shared(arguments.engine, ValidationRequest)
     request = ValidationRequest(**values | {"reference": reference, "limits": limits})
-    return validate_artifacts(
-        arguments.artifacts,
+    results = validate_artifacts(
+        [Path(artifact) for artifact in artifacts],
         request,
-        json_file=arguments.json_file,
+        json_file=None if json_file in (None, _STDOUT) else Path(json_file),
         html_file=arguments.html_file,
-        allow_ambiguous=arguments.allow_ambiguous,
     )
+    # Last: a reader may leave after a few lines, as `head` does.
+    print_result(f"{as_json(results)}\n" if json_file == _STDOUT else render(results), end="")
+    enough = {"PASS", "AMBIGUOUS"} if arguments.allow_ambiguous else {"PASS"}
+    return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 
 
 @dataclass(frozen=True)

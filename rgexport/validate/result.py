@@ -15,7 +15,6 @@ from rgexport.export.card import matrix_bits
 from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
-from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.sites import SiteReport, Suspect
 from rgexport.validate.checks import (
@@ -106,8 +105,8 @@ class Speed:
     prompt_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ValidationResult:
     """The outcome of `validate`; `to_dict` is its stable JSON.
 
     `dequantized` is the comparison with the dequantized reference (`twin` is its former name).
@@ -139,6 +138,11 @@ class Result:
     min_quality: GradeName | None = None
     structure: StructureReport = NOT_COMPARED
     identity: tuple[IdentityItem, ...] = ()
+
+    def __repr__(self) -> str:
+        quality = self.quality
+        rest = f", {quality.grade}, KL {quality.kl:.3g}" if quality else ""
+        return f"<{type(self).__name__} {self.artifact.path}: {self.verdict}{rest}>"
 
     @property
     def verdict_scope(self) -> Scope:
@@ -189,10 +193,10 @@ def require_writable(path: Path) -> None:
         raise RequestError(f"cannot write {path}: it lies in an artifact; choose another place")
 
 
-def write_json(results: Sequence[Result], path: Path) -> None:
+def as_json(results: Sequence[ValidationResult]) -> str:
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
-    write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), path)
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
@@ -222,7 +226,7 @@ def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
 
 
 def all_checks(
-    result: Result, manifest: Manifest, counted: bool, limits: Mapping[str, float]
+    result: ValidationResult, manifest: Manifest, counted: bool, limits: Mapping[str, float]
 ) -> Iterator[Check]:
     """Yields all checks; `limits` are those that the user set."""
     side, limit, length = result.dequantized, result.tolerance, result.text.tokens
@@ -262,7 +266,7 @@ def all_checks(
     yield from identity_checks(result.identity)
 
 
-def _equivalence_checks(result: Result) -> Iterator[Check]:
+def _equivalence_checks(result: ValidationResult) -> Iterator[Check]:
     side = result.dequantized
     states = worst([*side.states, *(error for at in side.drift for error in at.states)])
     limit = consistency(result.tolerance, result.text.tokens, side.logits.relative_max, states)
@@ -275,7 +279,7 @@ def _equivalence_checks(result: Result) -> Iterator[Check]:
             yield Check(name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name)
 
 
-def _rounding_checks(result: Result) -> Iterator[Check]:
+def _rounding_checks(result: ValidationResult) -> Iterator[Check]:
     if (cost := result.cost) is None:
         return
     ratios = {} if cost.ratio is None else {"original": cost.ratio}

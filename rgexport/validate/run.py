@@ -13,10 +13,10 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.layout import float32_bytes
-from rgexport.printing import print_result
 from rgexport.progress import detail, expect_stages, group, note, task, warn
 from rgexport.quantize.calibration import open_calibration
 from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
+from rgexport.reporting.page import write_text
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
@@ -33,16 +33,15 @@ from rgexport.validate.reference.against import AgainstFile, check_fits, compare
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
-from rgexport.validate.report.terminal import render
 from rgexport.validate.result import (
-    Result,
     Speed,
     TextInfo,
+    ValidationResult,
     all_checks,
+    as_json,
     describe_artifact,
     describe_source,
     require_writable,
-    write_json,
 )
 from rgexport.validate.source import OriginalModel, compare_identity, find_original
 from rgexport.validate.structure.compare import compare_structure
@@ -113,12 +112,10 @@ def validate_artifacts(
     *,
     json_file: Path | None = None,
     html_file: Path | None = None,
-    allow_ambiguous: bool = False,
-) -> int:
-    """Validates artifacts, writes the report as JSON and HTML, and prints it.
+) -> list[ValidationResult]:
+    """Validates artifacts, and writes the report as JSON and HTML.
 
-    Returns 0 if all artifacts pass, or are AMBIGUOUS where that is allowed, and have the quality
-    that was asked for; else 1. Raises what `validate_artifact` does.
+    Raises what `validate_artifact` does, and RequestError for a file that cannot be written.
     """
     for file in (json_file, html_file):
         if file is not None:
@@ -132,18 +129,15 @@ def validate_artifacts(
             note(f"{path}:")
         results.append(validate_artifact(path, request, passes))
     if json_file is not None:
-        write_json(results, json_file)
+        write_text(as_json(results), json_file)
     if html_file is not None:
         write_html(results, html_file)
-    # Last: a reader may leave after a few lines, as `head` does.
-    print_result(render(results), end="")
-    enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
-    return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
+    return results
 
 
 def validate_artifact(
     path: Path, request: ValidationRequest, passes: SharedPasses | None = None
-) -> Result:
+) -> ValidationResult:
     """Compares an artifact with its dequantized reference, and with its original if that is known.
 
     The references run first, one layer at a time. Then the artifact's session opens, and when it
@@ -242,7 +236,7 @@ def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
     return count + opened.asks_original + (request.reference is not None)
 
 
-def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -> Result:
+def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -> ValidationResult:
     request, artifact, manifest = opened.request, opened.artifact, opened.manifest
     info, measured, against_file, answers = _use_session(opened, dequantized, original)
     equivalences = measured.equivalences
@@ -260,7 +254,7 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
             reproduced = reproduce(artifact, source.weights, opened.statistics)
         if request.bisect:
             layers = layer_costs(source.config, source.weights, stored, tokens)
-    result = Result(
+    result = ValidationResult(
         artifact=describe_artifact(opened.path, manifest),
         source=describe_source(manifest.source.name, opened.original),
         text=TextInfo(text.name, count, count / manifest.config.window, text.bytes, text.truncated),

@@ -11,15 +11,15 @@ from rgexport.units import amount
 from rgexport.validate.bisect.sites import site_evidence
 from rgexport.validate.checks import GRADES, verdict
 from rgexport.validate.report import sentences, tables
-from rgexport.validate.result import Result
+from rgexport.validate.result import ValidationResult
 
 
-def write_html(results: Sequence[Result], path: Path) -> None:
+def write_html(results: Sequence[ValidationResult], path: Path) -> None:
     """Writes the page of one artifact or several; raises RequestError if it cannot."""
     write_text(render_page(results), path)
 
 
-def render_page(results: Sequence[Result]) -> str:
+def render_page(results: Sequence[ValidationResult]) -> str:
     """Returns the page: the verdict first, then a table of the artifacts if they are several."""
     environment = page_environment("validate.report")
     filters = amount, number, percent, piece, site_evidence
@@ -37,7 +37,7 @@ def piece(text: str) -> str:
     return visible(text).replace("\n", "").replace(" ", "␣").replace("\t", "") or "∅"
 
 
-def kl_chart(r: Result) -> Chart:
+def kl_chart(r: ValidationResult) -> Chart:
     sides = [(kind, sentences.LABELS[kind], side) for kind, side in reversed(tables.sides_of(r))]
     series = [Series(k, label, [(b.start, b.kl_mean) for b in s.blocks]) for k, label, s in sides]
     spans = {b.start: f"{b.start:,}–{b.stop - 1:,}" for b in r.dequantized.blocks}

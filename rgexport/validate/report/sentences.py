@@ -9,7 +9,7 @@ from rgexport.validate.checks import GRADE_NAMES, TENSOR_CHECKS, Check, Quality,
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.identity import first_names, summary
 from rgexport.validate.metrics import KL
-from rgexport.validate.result import Result
+from rgexport.validate.result import ValidationResult
 
 
 class Answer(NamedTuple):
@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
 
 LABELS = {"twin": "dequantized reference", "original": "original"}
-"""Field of `Result` → its name for people."""
+"""Field of `ValidationResult` → its name for people."""
 ON_THE_TEXT = "PASS on the text that was run"
 """The verdict if all checks passed, but the graph was not compared with the exporter's."""
 _SEPARATE = "identity", "structure"  # kinds of checks that `proof_sentences` does not count
@@ -36,20 +36,20 @@ def mean_kl(kl: KL) -> str:
     return plus_minus(kl.mean, kl.standard_error)
 
 
-def verdict_text(*results: Result) -> str:
+def verdict_text(*results: ValidationResult) -> str:
     """The worst verdict, and the limit of a PASS."""
     worst = verdict(check for result in results for check in result.checks)
     limited = worst == "PASS" and any(result.verdict_scope == "text" for result in results)
     return ON_THE_TEXT if limited else worst
 
 
-def structure_text(r: Result) -> str:
+def structure_text(r: ValidationResult) -> str:
     """Such as `as rgexport 0.1.0 writes it`."""
     status, reason = r.structure.status, r.structure.reason
     return reason if status == "as written" else f"{status}: {reason}"
 
 
-def proof_sentences(r: Result) -> dict[str, str]:
+def proof_sentences(r: ValidationResult) -> dict[str, str]:
     """Part of the proof → one sentence on its outcome."""
     groups: dict[str, list[Check]] = {"arithmetic": [], "weights": [], "cost": []}
     for check in r.checks:
@@ -74,7 +74,7 @@ def _outcome_of(checks: Sequence[Check]) -> str:
     return f"{len(checks)} checks passed, up to {share:.0%} of a limit ({nearest.name})"
 
 
-def counted_checks(r: Result) -> str:
+def counted_checks(r: ValidationResult) -> str:
     """Such as `2 of 19 checks failed`."""
     counts = Counter(check.outcome for check in r.checks)
     if counts["FAIL"]:
@@ -85,7 +85,7 @@ def counted_checks(r: Result) -> str:
     return f"{correct}every check passed"
 
 
-def counted_verdicts(results: Sequence[Result]) -> str:
+def counted_verdicts(results: Sequence[ValidationResult]) -> str:
     """Such as `3 artifacts: 1 FAIL, 2 PASS`."""
     counts = Counter(result.verdict for result in results)
     clauses = [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
@@ -99,12 +99,12 @@ def doubt_text(q: Quality) -> str:
     return f" (or {' or '.join(names)}, within the margin of error)" if names else ""
 
 
-def shortfall_text(r: Result) -> str:
+def shortfall_text(r: ValidationResult) -> str:
     """Warns that the quality is below `--min-quality`; empty if it is not."""
     return "" if r.good_enough else f"The quality is below {r.min_quality}, which was asked for."
 
 
-def bits_text(r: Result) -> str:
+def bits_text(r: ValidationResult) -> str:
     """Such as `5.39 bits per weight in matrices and head, 5.97 in all`."""
     matrices, total = r.artifact.matrix_bits_per_weight, r.artifact.bits_per_weight
     return f"{matrices:.2f} bits per weight in matrices and head, {total:.2f} in all"
@@ -119,7 +119,7 @@ def answers_of(c: Continuation) -> tuple[Answer, Answer]:
     return answer(c.reference_next, c.reference), answer(c.artifact_next, c.artifact)
 
 
-def not_passed(r: Result) -> list[Check]:
+def not_passed(r: ValidationResult) -> list[Check]:
     """The checks that failed, followed by the ambiguous ones."""
     checks = [check for check in r.checks if not check.passed]
     return sorted(checks, key=lambda check: check.outcome != "FAIL")
@@ -133,7 +133,7 @@ def value_text(check: Check) -> str:
     return plus_minus(check.value, check.margin) if check.margin else number(check.value)
 
 
-def source_text(r: Result) -> str:
+def source_text(r: ValidationResult) -> str:
     """Names the original that the artifact was compared with."""
     if not r.source.found and r.reference is not None:
         return f"{r.source.made_from}, as the reference file has it"
@@ -143,7 +143,7 @@ def source_text(r: Result) -> str:
     return f"{r.source.path}{differing}"
 
 
-def speed_text(r: Result) -> str:
+def speed_text(r: ValidationResult) -> str:
     """Tokens per second; empty if they were not measured."""
     if (speed := r.speed) is None:
         return ""

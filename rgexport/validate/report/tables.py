@@ -13,7 +13,7 @@ from rgexport.validate.measure import Comparison
 from rgexport.validate.metrics import Drift, Likelihood, worst
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import LABELS, mean_kl
-from rgexport.validate.result import Result
+from rgexport.validate.result import ValidationResult
 from rgexport.validate.weights.tensor_errors import TensorError, WeightError
 
 WORST = 5
@@ -23,12 +23,12 @@ _EXACT = 0.05  # noise below this is the sketch's own rounding
 Compared = Comparison | AgainstFile
 
 
-def sides_of(r: Result) -> list[tuple[str, Comparison]]:
+def sides_of(r: ValidationResult) -> list[tuple[str, Comparison]]:
     """The comparisons with models, and the names of their fields."""
     return [("twin", r.dequantized)] + ([] if r.original is None else [("original", r.original)])
 
 
-def cost_of(r: Result) -> Compared | None:
+def cost_of(r: ValidationResult) -> Compared | None:
     """The comparison that measures the cost: with the original, or a reference file."""
     return r.original or r.reference
 
@@ -53,7 +53,7 @@ def _change(before: float | None, after: float | None) -> str:
     return "" if before is None else f"{before:.4g} → {after:.4g}"
 
 
-def summary_table(r: Result) -> Table:
+def summary_table(r: ValidationResult) -> Table:
     """The most important numbers, a column for each comparison; the cost comes first."""
     sides = {
         LABELS["original"]: r.original,
@@ -95,7 +95,7 @@ _SUMMARY = (
 """The most important rows of `_MEASURED`."""
 
 
-def logits_table(r: Result) -> Table:
+def logits_table(r: ValidationResult) -> Table:
     """All measured values, a column for each of `sides_of`."""
     sides = {LABELS[name]: side for name, side in sides_of(r)}
     return _measured_table("Logits", "measured", sides)
@@ -109,7 +109,7 @@ def _measured_table(
     return _table(title, (first,), tuple(sides), (row for row in rows if any(row[1:])))
 
 
-def drift_table(r: Result) -> Table:
+def drift_table(r: ValidationResult) -> Table:
     """The worst state on the way and at the end."""
     end = r.text.tokens
     sides = {
@@ -130,7 +130,7 @@ def _drift_table(title: str, sides: Mapping[str, Sequence[Drift]]) -> Table:
     return _table(title, ("after",), tuple(sides), rows)
 
 
-def itself_table(r: Result) -> Table:
+def itself_table(r: ValidationResult) -> Table:
     rows = []
     for name, same in r.equivalences.items():
         state = number(worst(same.states)) if same.states else ""
@@ -181,7 +181,7 @@ def _figures(e: TensorError) -> Row:
     return number(e.relative_error), f"{e.projection:.5f}", number(e.noise)
 
 
-def bisect_tables(r: Result) -> Iterator[Table]:
+def bisect_tables(r: ValidationResult) -> Iterator[Table]:
     """Yields suspects and the most expensive layers; none for an empty list."""
     if r.suspects:
         yield suspect_table(r.suspects)
@@ -241,7 +241,7 @@ def _kl_bars(
     return BarTable(title=title, header=header, rows=rows, numbers=numbers, bar="KL", shares=shares)
 
 
-def overview(results: Sequence[Result]) -> Table:
+def overview(results: Sequence[ValidationResult]) -> Table:
     """A row for each artifact; columns of `_OPTIONAL` only if a cell is not empty."""
     names = [
         name
@@ -252,11 +252,11 @@ def overview(results: Sequence[Result]) -> Table:
     return Table("Artifacts", tuple(names), rows, names[1:-1])
 
 
-def _of_cost(show: Callable[[Compared], str]) -> Callable[[Result], str]:
+def _of_cost(show: Callable[[Compared], str]) -> Callable[[ValidationResult], str]:
     return lambda r: "" if (cost := cost_of(r)) is None else show(cost)
 
 
-_OVERVIEW: dict[str, Callable[[Result], str]] = {
+_OVERVIEW: dict[str, Callable[[ValidationResult], str]] = {
     "artifact": lambda r: r.artifact.path,
     "size": lambda r: amount(r.artifact.bytes),
     "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",

@@ -13,20 +13,20 @@ from rgexport.validate.continuations import Continuation
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report import sentences, tables
 from rgexport.validate.report.sentences import MOST_NAMED, check_text
-from rgexport.validate.result import Result
+from rgexport.validate.result import ValidationResult
 
 _OUTCOMES = {"FAIL": "FAILED", "AMBIGUOUS": "AMBIGUOUS"}
 Blocks = Iterator[str | Table]
 
 
-def render(results: Sequence[Result]) -> str:
+def render(results: Sequence[ValidationResult]) -> str:
     """Returns the report of one artifact or several."""
     if len(results) > 1:
         return render_blocks(_overview(results))
     return render_blocks((_everything if progress.verbose else _summary)(results[0]))
 
 
-def _overview(results: Sequence[Result]) -> Blocks:
+def _overview(results: Sequence[ValidationResult]) -> Blocks:
     yield f"{sentences.verdict_text(*results)}  {sentences.counted_verdicts(results)}\n"
     yield tables.overview(results)
     for result in results:
@@ -43,7 +43,7 @@ def _overview(results: Sequence[Result]) -> Blocks:
     yield _next_step(results)
 
 
-def _summary(r: Result) -> Blocks:
+def _summary(r: ValidationResult) -> Blocks:
     yield from _head(r)
     yield tables.summary_table(r)
     yield from _answers(sorted(r.continuations or [], key=lambda text: text.common)[:1])
@@ -53,7 +53,7 @@ def _summary(r: Result) -> Blocks:
     yield _next_step([r])
 
 
-def _everything(r: Result) -> Blocks:
+def _everything(r: ValidationResult) -> Blocks:
     yield from _head(r)
     yield ""
     yield tables.logits_table(r)
@@ -69,7 +69,7 @@ def _everything(r: Result) -> Blocks:
         yield tables.weight_table(r.weights)
 
 
-def _head(r: Result) -> Iterator[str]:
+def _head(r: ValidationResult) -> Iterator[str]:
     a, engine, text = r.artifact, r.engine, r.text
     yield f"{sentences.verdict_text(r)}  {a.path}: {sentences.counted_checks(r)}"
     if (q := r.quality) is not None:
@@ -105,7 +105,7 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "↵")
 
 
-def _failures(r: Result) -> Iterator[str]:
+def _failures(r: ValidationResult) -> Iterator[str]:
     checks = sentences.not_passed(r)
     for check in checks[:MOST_NAMED]:
         yield f"{_OUTCOMES[check.outcome]}  {check.name} is {check_text(check)} ({check.reason})"
@@ -124,7 +124,7 @@ def _reference_file(file: AgainstFile) -> Blocks:
     yield tables.sketch_table(file)
 
 
-def _next_step(results: Sequence[Result]) -> str:
+def _next_step(results: Sequence[ValidationResult]) -> str:
     failed = next((r for r in results if r.verdict != "PASS"), None)
     if failed is not None and failed.suspects is None:
         artifact = as_argument(Path(failed.artifact.path))

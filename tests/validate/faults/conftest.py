@@ -10,7 +10,7 @@ from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
-from rgexport.validate.result import Result
+from rgexport.validate.result import ValidationResult
 from rgexport.validate.run import ValidationRequest, validate_artifact
 from tests.artifacts import copy_cached
 from tests.built import digest_of
@@ -76,7 +76,7 @@ def judge(original):
     return lambda artifact: validate_artifact(artifact, request)
 
 
-def require_named(result: Result, site: str) -> None:
+def require_named(result: ValidationResult, site: str) -> None:
     """A fault must fail, and what is suspected first must be its site."""
     assert result.verdict == "FAIL" and result.suspects, "nothing is suspected"
     assert result.suspects[0].site == site, result.suspects

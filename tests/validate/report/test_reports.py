@@ -30,7 +30,7 @@ from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page, write_html
 from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render
-from rgexport.validate.result import Result, Speed, require_writable, write_json
+from rgexport.validate.result import ValidationResult, Speed, require_writable, write_json
 from rgexport.validate.run import ValidationRequest, validate_artifact
 from tests.validate.report import changed_results as changes
 
@@ -74,7 +74,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def result(clean, checkpoint, tmp_path_factory) -> Result:
+def result(clean, checkpoint, tmp_path_factory) -> ValidationResult:
     """With everything there can be; speed and suspects are invented."""
     target = tmp_path_factory.mktemp("report") / "r"
     reference = read_reference(capture(open_checkpoint(checkpoint), target, device="cpu"))
@@ -86,7 +86,7 @@ def result(clean, checkpoint, tmp_path_factory) -> Result:
 
 
 @pytest.fixture(scope="module")
-def alone(clean) -> Result:
+def alone(clean) -> ValidationResult:
     return validate_artifact(clean("fp32"), ValidationRequest(max_tokens=20))
 
 
@@ -268,7 +268,7 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
     whole, broken, named, _ = written
     assert not validator.is_valid(whole | {"verdict": "MAYBE"})
     definitions = result_schema()["$defs"]
-    assert whole.keys() == definitions["Result"]["properties"].keys()
+    assert whole.keys() == definitions["ValidationResult"]["properties"].keys()
     place = whole["original"]["worst"][0]
     assert place.keys() == definitions["WorstPosition"]["properties"].keys()
     assert all(definition["description"] for definition in definitions.values())
