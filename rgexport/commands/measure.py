@@ -131,8 +131,6 @@ def validate(arguments: ValidateArguments) -> int:
     from rgexport.export.opening import means_artifact
     from rgexport.validate.checks import parse_limits
     from rgexport.validate.reference.reference_file import read_reference
-    from rgexport.validate.report.terminal import render
-    from rgexport.validate.result import as_json
     from rgexport.validate.run import ValidationRequest, validate_artifacts
 
     artifacts, json_file = arguments.artifacts, arguments.json
@@ -144,16 +142,14 @@ def validate(arguments: ValidateArguments) -> int:
     reference = None if file is None else read_reference(file)
     values = shared(arguments, ValidationRequest) | shared(arguments.engine, ValidationRequest)
     request = ValidationRequest(**values | {"reference": reference, "limits": limits})
-    results = validate_artifacts(
+    return validate_artifacts(
         [Path(artifact) for artifact in artifacts],
         request,
         json_file=None if json_file in (None, _STDOUT) else Path(json_file),
         html_file=arguments.html_file,
+        prints_json=json_file == _STDOUT,
+        allow_ambiguous=arguments.allow_ambiguous,
     )
-    # Last: a reader may leave after a few lines, as `head` does.
-    print_result(f"{as_json(results)}\n" if json_file == _STDOUT else render(results), end="")
-    enough = {"PASS", "AMBIGUOUS"} if arguments.allow_ambiguous else {"PASS"}
-    return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 
 
 @dataclass(frozen=True)

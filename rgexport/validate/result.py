@@ -15,6 +15,7 @@ from rgexport.export.card import matrix_bits
 from rgexport.export.manifest import Manifest, arithmetic
 from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
+from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.bisect.sites import SiteReport, Suspect
 from rgexport.validate.checks import (
@@ -197,6 +198,10 @@ def as_json(results: Sequence[ValidationResult]) -> str:
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(results: Sequence[ValidationResult], path: Path) -> None:
+    write_text(as_json(results), path)
 
 
 def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:

@@ -13,10 +13,10 @@ from rgexport.export.manifest import Manifest
 from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.layout import float32_bytes
+from rgexport.printing import print_result
 from rgexport.progress import detail, expect_stages, group, note, task, warn
 from rgexport.quantize.calibration import open_calibration
 from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
-from rgexport.reporting.page import write_text
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
@@ -33,6 +33,7 @@ from rgexport.validate.reference.against import AgainstFile, check_fits, compare
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validate.report.page import write_html
+from rgexport.validate.report.terminal import render
 from rgexport.validate.result import (
     Speed,
     TextInfo,
@@ -42,6 +43,7 @@ from rgexport.validate.result import (
     describe_artifact,
     describe_source,
     require_writable,
+    write_json,
 )
 from rgexport.validate.source import OriginalModel, compare_identity, find_original
 from rgexport.validate.structure.compare import compare_structure
@@ -112,10 +114,13 @@ def validate_artifacts(
     *,
     json_file: Path | None = None,
     html_file: Path | None = None,
-) -> list[ValidationResult]:
-    """Validates artifacts, and writes the report as JSON and HTML.
+    prints_json: bool = False,
+    allow_ambiguous: bool = False,
+) -> int:
+    """Validates artifacts, writes the report as JSON and HTML, and prints it, as text or as JSON.
 
-    Raises what `validate_artifact` does, and RequestError for a file that cannot be written.
+    Returns 0 if all artifacts pass, or are AMBIGUOUS where that is allowed, and have the quality
+    that was asked for; else 1. Raises what `validate_artifact` does.
     """
     for file in (json_file, html_file):
         if file is not None:
@@ -129,10 +134,13 @@ def validate_artifacts(
             note(f"{path}:")
         results.append(validate_artifact(path, request, passes))
     if json_file is not None:
-        write_text(as_json(results), json_file)
+        write_json(results, json_file)
     if html_file is not None:
         write_html(results, html_file)
-    return results
+    # Last: a reader may leave after a few lines, as `head` does.
+    print_result(f"{as_json(results)}\n" if prints_json else render(results), end="")
+    enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
+    return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 
 
 def validate_artifact(

@@ -118,8 +118,8 @@ TYPES: list[tuple[dict[str, Any], str, str]] = [
     ({"type": "f16"}, "f16", "f16"),
     ({"type": "q4_0"}, "q6_k", "q4_0"),  # a mix has a better type for the embedding
     ({"type": "Q4_0", "pure": True}, "q4_0", "q4_0"),
-    ({"type": "q4_0", "pure": True, "embedding": "F16"}, "f16", "q4_0"),
-    ({"type": "q4_0", "embedding": "int4"}, "q4_k", "q4_0"),
+    ({"type": "q4_0", "pure": True, "embedding_precision": "F16"}, "f16", "q4_0"),
+    ({"type": "q4_0", "embedding_precision": "int4"}, "q4_k", "q4_0"),
     ({"type": "q4_0", "tensor_types": (r"blk\.0\.ffn_=Q8_0",)}, "q6_k", "q8_0"),
     ({"type": "q2_k_s", "algorithm": "gptq"}, "q6_k", "q2_k"),
     ({"plan": make_plan(GGUF, Ggml("q4_k"), HALF)}, "f16", "q4_k"),
@@ -164,9 +164,16 @@ def test_gguf_options_that_contradict_each_other_or_change_nothing() -> None:
 
 
 BESIDE = {"precision": "int8", "block_size": 64, "symmetric": False, "embedding_precision": "int8"}
-BESIDE_GGUF = {"type": "q4_0", "pure": True, "tensor_types": ("a=q4_0",), "embedding": "q4_0"}
+BESIDE_GGUF = {"type": "q4_0", "pure": True, "tensor_types": ("a=q4_0",)} | {
+    "embedding_precision": "q4_0"
+}
+    "type": "q4_0",
+    "pure": True,
+    "tensor_types": ("a=q4_0",),
+    "embedding_precision": "q4_0",
+}
 NOT_BESIDE = "leave out the precision, block size, symmetric, embedding precision$"
-NOT_BESIDE_GGUF = "leave out the type, pure, tensor types, embedding$"
+NOT_BESIDE_GGUF = "leave out the type, pure, tensor types, embedding precision$"
 INT2, Q4_K, Q6_K = Affine(2, 32, True), Ggml("q4_k"), Ggml("q6_k")
 
 

@@ -30,7 +30,7 @@ from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page, write_html
 from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render
-from rgexport.validate.result import ValidationResult, Speed, require_writable, write_json
+from rgexport.validate.result import Speed, ValidationResult, require_writable, write_json
 from rgexport.validate.run import ValidationRequest, validate_artifact
 from tests.validate.report import changed_results as changes
 
