@@ -27,7 +27,7 @@ from rgexport.griffin.checkpoint import demo_folder
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment
 
-PROSE, CODE = Path("rgexport/chat/sample.txt"), Path("rgexport/griffin/step.py")
+PROSE, CODE = Path("rgexport/chat/sample.txt"), Path("rgexport/griffin/ops.py")
 OWN = {
     "greedily": Sampling(),
     "at temperature 0.7": Sampling(temperature=0.7, top_p=0.9, seed=1),

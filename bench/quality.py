@@ -37,7 +37,7 @@ TEXTS = {
     "mixture": "tests/validate/unseen.txt",
     "manual": "README.md",
     "licence": "LICENSE",
-    "program": "rgexport/griffin/step.py",
+    "program": "rgexport/griffin/ops.py",
     "notes": "CHANGELOG.md",
 }
 """Kind of text → its file."""

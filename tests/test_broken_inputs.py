@@ -165,7 +165,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "sampled below": ("calibrate -m model --text text.gguf --sampled -1", "--sampled is -1"),
     "only sampled": (
         "calibrate -m model --text text.gguf --sampled 16384",
-        "leaves nothing of --tokens 16384 for --text",
+        "leaves nothing of --tokens 16384",
     ),
     "no mixture": ("calibrate -m model --tokens 8 --sampled 9", "--sampled 9 is more than .* 8"),
     "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read the text"),

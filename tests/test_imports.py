@@ -46,7 +46,7 @@ format object."""
 
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "losses statistics".split()),
-    *(f"griffin/{name}.py" for name in "gradients ops reference step triton_scan".split()),
+    *(f"griffin/{name}.py" for name in "ops reference step triton_scan".split()),
     *("validate/reference/deepmind_model.py", "evaluate/reference_session.py", "export/trace.py"),
 }
 FENCED = {

@@ -13,7 +13,7 @@ import numpy as np
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
-from rgexport.compress.cluster import SpreadStatistics, spread_layer
+from rgexport.compress.cluster import encoder_statistics, spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.errors import RequestError
 from rgexport.export.opening import as_argument
@@ -25,7 +25,7 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.progress import expect_stages, group, note
 from rgexport.quantize import calibration as stored
-from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.quantize.statistics import StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount
@@ -75,12 +75,9 @@ class CalibrationOptions:
                 raise RequestError(f"{name} is {value}; expected {limit}")
         if self.tokens is None or self.sampled is None:
             return
-        if self.sampled > self.tokens:
-            raise RequestError(f"--sampled {self.sampled} is more than --tokens {self.tokens}")
-        if self.sampled == self.tokens and self.text is not None:
-            raise RequestError(
-                f"--sampled {self.sampled} leaves nothing of --tokens {self.tokens} for --text"
-            )
+        if self.sampled > self.tokens - (self.text is not None):
+            rest = "leaves nothing of" if self.sampled == self.tokens else "is more than"
+            raise RequestError(f"--sampled {self.sampled} {rest} --tokens {self.tokens}")
 
     def for_model(self, config: GriffinConfig, *, readable: bool) -> "CalibrationOptions":
         """Returns a copy with all defaults; `readable`: the model's tokenizer can read text."""
@@ -288,7 +285,4 @@ def known_statistics(
                     calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
         calibration = stored.open_calibration(file)
         calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
-        if workers is None:
-            yield Calibrated(calibration, checkpoint.config)
-        else:
-            yield SpreadStatistics(workers, calibration, checkpoint.config)
+        yield encoder_statistics(calibration, checkpoint.config, workers)

@@ -17,7 +17,13 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.calibration import Calibration, open_calibration
 from rgexport.quantize.scheme import Parts, Uniform
-from rgexport.quantize.statistics import Calibrated, LastInputs, RemoteStatistics, Statistics
+from rgexport.quantize.statistics import (
+    Calibrated,
+    LastInputs,
+    RemoteStatistics,
+    Statistics,
+    StatisticsOf,
+)
 from rgexport.runtimes.cluster import Cluster
 
 if TYPE_CHECKING:
@@ -59,6 +65,15 @@ class SpreadStatistics(LastInputs):
         return RemoteStatistics(encode)
 
 
+def encoder_statistics(
+    calibration: Calibration, config: GriffinConfig, cluster: Cluster | None
+) -> StatisticsOf:
+    """Returns what encoders take of a calibration; the workers of a cluster quantize by it."""
+    if cluster is None:
+        return Calibrated(calibration, config)
+    return SpreadStatistics(cluster, calibration, config)
+
+
 # The jobs. A worker caches for one run of a command, because files may change between them: `run`
 # differs between commands.
 
@@ -89,15 +104,16 @@ _Model = tuple[str, Path, Path | None, GriffinConfig, str]
 def _forward(model: _Model, index: int, x: np.ndarray, threads: int) -> tuple[Any, Any]:
     import torch
 
-    from rgexport.compress.statistics import forward
+    from rgexport.compress.statistics import run_layer
 
     torch.set_num_threads(threads)
-    *_, config, device = model
-    return forward(config, _layer(model, index), index, torch.from_numpy(x).to(device))
+    reference = _reference(model, index)
+    return next(run_layer(reference, index, [torch.from_numpy(x).to(reference.device)]))
 
 
 @lru_cache(maxsize=1)
-def _layer(model: _Model, index: int) -> Any:
+def _reference(model: _Model, index: int) -> Any:
+    """Opens a model anew for each layer, so that it keeps the weights of one alone."""
     from rgexport.griffin.reference import Reference
 
     _, path, adapter, config, device = model
@@ -108,4 +124,4 @@ def _layer(model: _Model, index: int) -> Any:
             f"a worker of the cluster cannot open the model: {error}; put it where all workers see "
             "it under the same path"
         ) from None
-    return Reference(config, checkpoint.weights, device=device).layer(index)
+    return Reference(config, checkpoint.weights, device=device, keep=True)

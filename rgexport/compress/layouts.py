@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from rgexport.export.format import Format, format_of
+from rgexport.export.format import Format
 from rgexport.export.storage import OffsetAllocator
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
@@ -22,38 +22,28 @@ _SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the large
 _UNPACKING_BYTES = 6_300  # of graph nodes that unpack 3-bit integers of a matrix or row group
 
 
-@dataclass(frozen=True)
-class FormatLayouts:
-    """The layouts of one format; `schemes` are those that plans try."""
-
-    form: Format
-    schemes: tuple[Uniform, ...] = tuple(candidates())
-
-    def layout_bytes(self, shape: tuple[int, ...]) -> dict[Uniform, int]:
-        """Returns layout → stored bytes of a matrix; only float32 if no scheme fits its shape."""
-        fitting = [self.form.candidate(scheme, shape) for scheme in self.schemes]
-        layouts = [layout for layout in fitting if layout is not None] or [FLOAT32]
-        return {
-            layout: sum(
-                prod(part) * np.dtype(dtype).itemsize
-                for dtype, part in self.form.part_shapes(shape, layout).values()
-            )
-            for layout in layouts
-        }
-
-    def artifact_bytes(self, plan: Plan, checkpoint: Checkpoint) -> int:
-        """Estimates the size of an artifact, to within a few kB for each layer."""
-        shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
-        weights = OffsetAllocator("", self.form.alignment, header=self.form.part_header)
-        weights.allocate(plan, shapes, self.form.part_shapes)
-        three_bit = [u for scheme in plan.values() for u in scheme.uniform if u.level_bits == 3]
-        graph = _UNPACKING_BYTES * len(three_bit)
-        graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
-        return weights.size + graph + self.form.overhead_bytes(checkpoint)
+def layout_bytes(form: Format, shape: tuple[int, ...]) -> dict[Uniform, int]:
+    """Returns layout → stored bytes of a matrix; only float32 if no scheme fits its shape."""
+    fitting = [form.candidate(scheme, shape) for scheme in candidates()]
+    layouts = [layout for layout in fitting if layout is not None] or [FLOAT32]
+    return {
+        layout: sum(
+            prod(part) * np.dtype(dtype).itemsize
+            for dtype, part in form.part_shapes(shape, layout).values()
+        )
+        for layout in layouts
+    }
 
 
-def layouts_of(kind: str) -> FormatLayouts:
-    return FormatLayouts(format_of(kind))
+def artifact_bytes(form: Format, plan: Plan, checkpoint: Checkpoint) -> int:
+    """Estimates the size of an artifact, to within a few kB for each layer."""
+    shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
+    weights = OffsetAllocator("", form.alignment, header=form.part_header)
+    weights.allocate(plan, shapes, form.part_shapes)
+    three_bit = [u for scheme in plan.values() for u in scheme.uniform if u.level_bits == 3]
+    graph = _UNPACKING_BYTES * len(three_bit)
+    graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
+    return weights.size + graph + form.overhead_bytes(checkpoint)
 
 
 @dataclass(frozen=True)

@@ -25,39 +25,37 @@ from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.quantize.statistics import StatisticsOf
 
 _SAMPLE = 256  # rows of a matrix, or of a row group, that are quantized in every layout
 _SLAB_BYTES = 32 << 20  # most bytes of a slab of the embedding, and of its logits, in float32
 
 
 class PredictedLosses:
-    """Predicts the losses of items from a calibration, and `statistics` of it if they exist."""
+    """Predicts the losses of items from a calibration, and the encoders' `statistics` of it."""
 
     def __init__(
         self,
         config: GriffinConfig,
         weights: WeightSource,
         calibration: Calibration,
-        statistics: StatisticsOf | None = None,
+        statistics: StatisticsOf,
     ):
-        self._config, self._weights, self._calibration = config, weights, calibration
-        self._statistics = statistics or Calibrated(calibration, config)
+        self._config, self._weights = config, weights
+        self._calibration, self._statistics = calibration, statistics
 
-    def of(self, item: PlanItem, layouts: Sequence[Uniform], sample: int = _SAMPLE) -> list[float]:
+    def of(self, item: PlanItem, layouts: Sequence[Uniform]) -> list[float]:
         """Returns the loss of an item in each layout, in nats per token."""
         losses = np.zeros(len(layouts))
         for tensor in item.tensors:
-            losses += self._of_tensor(tensor, item, layouts, sample)
+            losses += self._of_tensor(tensor, item, layouts)
         return losses.tolist()
 
-    def _of_tensor(
-        self, tensor: str, item: PlanItem, layouts: Sequence[Uniform], sample: int
-    ) -> list[float]:
+    def _of_tensor(self, tensor: str, item: PlanItem, layouts: Sequence[Uniform]) -> list[float]:
         known, is_head = self._calibration, tensor == EMBEDDING
         together = max(layout.rows_together for layout in layouts)
         runs = item.shape[0] // together
-        chosen = min(runs, max(1, sample // together))
+        chosen = min(runs, max(1, _SAMPLE // together))
         firsts = (np.arange(chosen) * runs // chosen) * together
         rows = (firsts[:, None] + np.arange(together)).ravel()
         ids = rows if item.rows is None else np.sort(item.rows[rows])

@@ -6,16 +6,17 @@ from typing import Literal
 
 import numpy as np
 
-from rgexport.compress.layouts import FormatLayouts, items_of, plan_of
+from rgexport.compress.layouts import artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.compress.losses import Divergence, OriginalRun, PredictedLosses
 from rgexport.errors import RequestError
+from rgexport.export.format import Format
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
 from rgexport.quantize.allocation import Choice, Option, solve
 from rgexport.quantize.calibration import Calibration
 from rgexport.quantize.plan import bfloat16_gates, quantized
 from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
-from rgexport.quantize.statistics import Calibrated, StatisticsOf
+from rgexport.quantize.statistics import StatisticsOf
 from rgexport.units import amount
 
 _ATTEMPTS = 4  # most plans that are measured until one reaches the target KL
@@ -60,17 +61,16 @@ class Planner:
         self,
         checkpoint: Checkpoint,
         calibration: Calibration,
-        layouts: FormatLayouts,
-        statistics: StatisticsOf | None = None,
+        form: Format,
+        statistics: StatisticsOf,
     ):
-        self._checkpoint, self._layouts = checkpoint, layouts
-        self._statistics = statistics or Calibrated(calibration, checkpoint.config)
+        self._checkpoint, self._form, self._statistics = checkpoint, form, statistics
         config, weights = checkpoint.config, checkpoint.weights
-        losses = PredictedLosses(config, weights, calibration, self._statistics)
-        importance = losses.row_importance() if layouts.form.has_row_groups else None
+        losses = PredictedLosses(config, weights, calibration, statistics)
+        importance = losses.row_importance() if form.has_row_groups else None
         self._items = items_of(config, importance)
         self._weights = sum(item.weights for item in self._items)
-        gates = bfloat16_gates(config, weights) if layouts.form.keeps_bfloat16_gates else ()
+        gates = bfloat16_gates(config, weights) if form.keeps_bfloat16_gates else ()
         self._gates: Plan = dict.fromkeys(gates, BFLOAT16)
         self._scale = 1.0
         """Measured KL divided by predicted KL."""
@@ -78,7 +78,7 @@ class Planner:
         options: list[list[Option]] = []
         with task("Trying layouts", self._weights, "weights") as done:
             for item in self._items:
-                sizes = layouts.layout_bytes(item.shape)
+                sizes = layout_bytes(form, item.shape)
                 self._schemes.append(list(sizes))
                 predicted = losses.of(item, self._schemes[-1])
                 sums = (len(item.tensors) * size for size in sizes.values())
@@ -136,5 +136,5 @@ class Planner:
         return plan_of(self._checkpoint.config, self._items, layouts) | self._gates
 
     def _point(self, choice: Choice) -> PlanPoint:
-        size = self._layouts.artifact_bytes(self._plan(choice), self._checkpoint)
+        size = artifact_bytes(self._form, self._plan(choice), self._checkpoint)
         return PlanPoint(8 * choice.bytes / self._weights, size, choice.loss * self._scale)

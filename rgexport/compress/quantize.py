@@ -11,11 +11,11 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.compress.cluster import SpreadStatistics
-from rgexport.compress.layouts import layouts_of
+from rgexport.compress.cluster import encoder_statistics
 from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.planning import FLAGS, Kind, Planner, PlanResult, PlanTarget
 from rgexport.errors import RequestError
+from rgexport.export.format import format_of
 from rgexport.export.opening import as_argument
 from rgexport.export.origin import folder_of
 from rgexport.export.request import bytes_of
@@ -195,8 +195,8 @@ def make_plan(
     text_name, sequences = _text(checkpoint, calibration, options)
     hashes = require_sound(checkpoint).values()
     calibration.require_for(record.sha256 for record in hashes)
-    statistics = SpreadStatistics(workers, calibration, checkpoint.config) if workers else None
-    planner = Planner(checkpoint, calibration, layouts_of(options.format), statistics)
+    statistics = encoder_statistics(calibration, checkpoint.config, workers)
+    planner = Planner(checkpoint, calibration, format_of(options.format), statistics)
     result = planner.find(options.target, sequences)
     report = PlanReport(result, options, checkpoint.name, text_name)
     with replace_file(target, force=force, replaceable=is_plan) as unfinished:

@@ -5,23 +5,19 @@ outputs. Each step ends with a file in the calibration's folder, where a later r
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFile
 from rgexport.compress.passages import Passages
 from rgexport.errors import RequestError
-from rgexport.griffin import gradients as _differentiable  # noqa: F401  # registers backward passes
-from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer import Layer
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.reference import Reference
-from rgexport.griffin.state import layer_states
-from rgexport.griffin.step import Layer, LayerState, Linear
 from rgexport.progress import Advance, task
 from rgexport.quantize import calibration as stored
 
@@ -67,68 +63,55 @@ class Gram:
             yield packed
 
 
-@contextmanager
-def _watched_gradients(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields site of a linear → Σ g² of its outputs over backward passes in the `with` block."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(module: Any, inputs: Any, output: Tensor) -> None:
-        def add(gradient: Tensor) -> None:
-            sums[module.site] = sums.get(module.site, 0) + _square_sum(gradient)
-
-        output.register_hook(add)
-
-    with ExitStack() as hooks:
-        for module in layer.modules():
-            if isinstance(module, Linear):
-                hooks.callback(module.register_forward_hook(watch).remove)
-        yield sums
-
-
 def _square_sum(gradient: Tensor) -> Tensor:
     return gradient.flatten(0, -2).square().sum(0, dtype=torch.float64)
 
 
 RunLayer = Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, dict[str, Gram]]]]
-"""Takes the index of a layer and sequences in batches [B, T, width]; yields the results
-of `forward`, in order."""
-
-
-def forward(
-    config: GriffinConfig, layer: Layer, index: int, x: Tensor
-) -> tuple[Tensor, dict[str, Gram]]:
-    """Runs a layer on sequences [B, T, width]; returns its output, and site → sums of inputs."""
-    readers = {
-        str(input_site(name)): name
-        for name in stored.linears(config)
-        if name.startswith(f"layers.{index}.")
-    }
-    columns = stored.input_columns(config)
-    grams = {site: Gram(site, columns[site], x.device) for site in readers}
-    with torch.no_grad(), ExitStack() as hooks:
-        for site, name in readers.items():
-            module = layer.get_submodule(name.split(".", 2)[2].removesuffix(".weight"))
-            hook = module.register_forward_pre_hook(lambda _, x, gram=grams[site]: gram.add(x[0]))
-            hooks.callback(hook.remove)
-        return layer(x, *_beginning(config, index, x))[0], grams
+"""Takes the index of a layer and sequences in batches [B, T, width]; yields the layer's output, and
+site → sums of inputs, in order."""
 
 
 def run_layer(
     model: Reference, index: int, batches: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, dict[str, Gram]]]:
+    """A `RunLayer` of a model."""
     layer = model.layer(index)
     for x in batches:
-        yield forward(model.config, layer, index, x)
+        watched, grams = _with_grams(layer)
+        with torch.no_grad():
+            y, _ = watched(x, *model.beginning(index, *x.shape[:2]))
+        yield y, grams
 
 
-def _beginning(config: GriffinConfig, index: int, x: Tensor) -> tuple[Tensor, LayerState]:
-    shape = x.shape[:2]
-    short = replace(config, window=min(config.window, shape[1]))
-    first, second = (
-        torch.zeros(shape[0], *spec.shape, device=x.device)
-        for spec in layer_states(short, index, "float32")
-    )
-    return torch.arange(shape[1], device=x.device).expand(shape), (first, second)
+def _with_grams(layer: Layer) -> tuple[Layer, dict[str, Gram]]:
+    """Returns a layer that sums the inputs of its linears, by the site that they are from."""
+    grams: dict[str, Gram] = {}
+
+    def compute(site: str, op: str, *arguments: Any) -> Any:
+        source = input_site(f"{site}.weight")
+        if source is not None and source not in grams:
+            grams[source] = Gram(source, arguments[0].shape[-1], arguments[0].device)
+            grams[source].add(arguments[0])
+        return layer.compute(site, op, *arguments)
+
+    return replace(layer, compute=compute), grams
+
+
+def _with_gradients(layer: Layer) -> tuple[Layer, dict[str, Tensor]]:
+    """Returns a layer whose backward passes add to Σ g² of each linear's outputs, by its site."""
+    sums: dict[str, Tensor] = {}
+
+    def compute(site: str, op: str, *arguments: Any) -> Any:
+        def add(gradient: Tensor) -> None:
+            sums[site] = sums.get(site, 0) + _square_sum(gradient)
+
+        results = layer.compute(site, op, *arguments)
+        if op == "linear":
+            results.register_hook(add)
+        return results
+
+    return replace(layer, compute=compute), sums
 
 
 @dataclass(frozen=True)
@@ -328,12 +311,11 @@ class Collector:
 
     def _back_through(self, index: int, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the gradient [n, width] before a layer, from that after it, and Σ g² inside."""
-        layer, inputs = self.model.layer(index), self._load(f"input-{index}")
-        before = torch.empty_like(gradient)
-        with _watched_gradients(layer) as sums:
-            for tokens, shape in self.gradients.batches(_BACKWARD):
-                x = inputs[tokens].unflatten(0, shape).requires_grad_()
-                y = layer(x, *_beginning(self.model.config, index, x))[0]
-                (before_x,) = torch.autograd.grad(y, x, gradient[tokens].unflatten(0, shape))
-                before[tokens] = before_x.flatten(0, 1)
+        layer, sums = _with_gradients(self.model.layer(index))
+        before, inputs = torch.empty_like(gradient), self._load(f"input-{index}")
+        for tokens, shape in self.gradients.batches(_BACKWARD):
+            x = inputs[tokens].unflatten(0, shape).requires_grad_()
+            y = layer(x, *self.model.beginning(index, *shape))[0]
+            (before_x,) = torch.autograd.grad(y, x, gradient[tokens].unflatten(0, shape))
+            before[tokens] = before_x.flatten(0, 1)
         return before, sums

@@ -37,7 +37,6 @@ class StepProgram:
     input_ids: Value
     position_ids: Value
     num_logits: Value
-    weights: dict[str, Value]  # by canonical tensor name
     states: dict[str, tuple[Value, Value]]  # canonical name → the values that come in and go out
     nodes: tuple[Node, ...]
     logits: Value

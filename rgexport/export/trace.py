@@ -10,8 +10,9 @@ from torch.export.graph_signature import InputKind
 
 from rgexport.export.program import Dim, Node, StepProgram, Value
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer import LayerState
 from rgexport.griffin.state import layer_states, state_specs
-from rgexport.griffin.step import LayerState, StepModel
+from rgexport.griffin.step import StepModel
 
 _DYNAMIC: dict[int, str] = {2: "batch_size", 3: "tokens"}
 
@@ -48,20 +49,17 @@ def _program(exported: ExportedProgram, config: GriffinConfig, activation: str) 
     graph, values = exported.graph, Values()
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     inputs: list[Value] = []
-    weights: dict[str, Value] = {}
     for spec in exported.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
         value = values[node] = _value(node, spec.target or spec.arg.name)
         if spec.kind == InputKind.USER_INPUT:
             inputs.append(value)
-        else:
-            weights[value.name] = value
     nodes = tuple(_node(n, values) for n in graph.nodes if _is_griffin(n))
     (results,) = next(n for n in graph.nodes if n.op == "output").args
     logits, *updated = [values[node] for node in results]
     names = [spec.name for spec in state_specs(config, activation)]
     states = dict(zip(names, zip(inputs[3:], updated, strict=True), strict=True))
-    return StepProgram(inputs[0], inputs[1], inputs[2], weights, states, nodes, logits)
+    return StepProgram(inputs[0], inputs[1], inputs[2], states, nodes, logits)
 
 
 def _is_griffin(node: torch.fx.Node) -> bool:

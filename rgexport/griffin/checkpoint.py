@@ -88,14 +88,9 @@ def open_checkpoint(
             name, path = DEMO, demo_folder()
         else:
             name, path = _find_hub(SIZES[str(size)].hub_id)
-        deepmind_path = _deepmind_path(path)
-        if deepmind_path is None:
-            checkpoint = _open_hugging_face(name, path, window, soft_cap)
-        else:
-            checkpoint = _open_deepmind(name, deepmind_path, window, soft_cap)
+        checkpoint = _open(name, path, AskedFor(window=window, soft_cap=soft_cap))
     except OSError as error:
         raise RequestError(f"{model or size} cannot be read: {error.strerror or error}") from None
-    checkpoint = replace(checkpoint, asked_for=AskedFor(window=window, soft_cap=soft_cap))
     return checkpoint if adapter is None else _with_adapter(checkpoint, adapter)
 
 
@@ -196,51 +191,57 @@ def _deepmind_path(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _open_hugging_face(
-    name: str, folder: Path, window: int | None, soft_cap: float | None
-) -> Checkpoint:
-    if not (folder / huggingface.CONFIG).is_file():
-        raise RequestError(f"{folder} has no config.json; expected a RecurrentGemma model folder")
-    config = huggingface.read_config(folder / huggingface.CONFIG, window, soft_cap)
-    tensors, problems, files = huggingface.read_tensors(folder)
-    head = tensors.pop(huggingface.HEAD, None)
-    weight_files = {file.name: file for file in files}
-    opened = _match_tensors(name, folder, "hugging-face", config, tensors, weight_files, folder)
-    problems += opened.problems
-    if not isinstance(head, RowTensor) or head.shape != (config.vocab_size, config.width):
-        if head is not None:
-            problems += (f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}",)
-        head = None
-    return replace(opened, head=head, problems=problems)
-
-
-def _open_deepmind(name: str, path: Path, window: int | None, soft_cap: float | None) -> Checkpoint:
-    stored = deepmind.read_tensors(path)
-    config = deepmind.infer_config(path, stored, window, soft_cap)
-    tensors = deepmind.canonical(stored)
-    if path.is_file():
-        weight_files = {path.name: path}
+def _open(name: str, path: Path, asked_for: AskedFor) -> Checkpoint:
+    changes = asked_for.window, asked_for.soft_cap
+    layout: Layout = "hugging-face"
+    problems: list[str] = []
+    head: FoundTensor | None = None
+    if deepmind_path := _deepmind_path(path):
+        layout, path = "deepmind", deepmind_path
+        stored = deepmind.read_tensors(path)
+        config, tensors = deepmind.infer_config(path, stored, *changes), deepmind.canonical(stored)
+        weight_files = _deepmind_files(path)
+        # The tokenizer lies beside a `.pt` file, and in an orbax folder or beside it.
+        folder = path if path.is_dir() and has_tokenizer(path) else path.parent
     else:
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in TOKENIZER_FILES)
-        weight_files = {file.relative_to(path).as_posix(): file for file in files}
-    # The tokenizer lies beside a `.pt` file, and in an orbax folder or beside it.
-    folder = path if path.is_dir() and has_tokenizer(path) else path.parent
-    return _match_tensors(name, path, "deepmind", config, tensors, weight_files, folder)
+        if not (path / huggingface.CONFIG).is_file():
+            raise RequestError(f"{path} has no config.json; expected a RecurrentGemma model folder")
+        config, folder = huggingface.read_config(path / huggingface.CONFIG, *changes), path
+        tensors, index_problems, files = huggingface.read_tensors(path)
+        problems += index_problems
+        weight_files = {file.name: file for file in files}
+        head = tensors.pop(huggingface.HEAD, None)
+    weights, mismatches = _match_tensors(config, tensors)
+    problems += mismatches
+    if isinstance(head, str) or (head and head.shape != (config.vocab_size, config.width)):
+        problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
+        head = None
+    return Checkpoint(
+        name=name,
+        path=path,
+        layout=layout,
+        config=config,
+        weights=weights,
+        head=head,
+        problems=tuple(problems),
+        weight_files=weight_files,
+        tokenizer_files=find_tokenizer_files(folder),
+        instruction_tuned=_instruction_tuned(name, folder),
+        asked_for=asked_for,
+    )
+
+
+def _deepmind_files(path: Path) -> dict[str, Path]:
+    if path.is_file():
+        return {path.name: path}
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in TOKENIZER_FILES)
+    return {file.relative_to(path).as_posix(): file for file in files}
 
 
 def _match_tensors(
-    name: str,
-    path: Path,
-    layout: Layout,
-    config: GriffinConfig,
-    tensors: Mapping[str, FoundTensor],
-    weight_files: dict[str, Path],
-    folder: Path,
-) -> Checkpoint:
-    """Splits tensors (by canonical names) into those that fit the model, and problems.
-
-    The tokenizer is in `folder`.
-    """
+    config: GriffinConfig, tensors: Mapping[str, FoundTensor]
+) -> tuple[dict[str, RowTensor], list[str]]:
+    """Splits tensors, by canonical names, into those that fit the model, and problems."""
     expected = model_tensors(config)
     weights: dict[str, RowTensor] = {}
     problems = []
@@ -256,19 +257,7 @@ def _match_tensors(
             )
         else:
             weights[key] = tensor
-    problems += [f"unexpected: {key}" for key in tensors if key not in expected]
-    return Checkpoint(
-        name=name,
-        path=path,
-        layout=layout,
-        config=config,
-        weights=weights,
-        head=None,
-        problems=tuple(problems),
-        weight_files=weight_files,
-        tokenizer_files=find_tokenizer_files(folder),
-        instruction_tuned=_instruction_tuned(name, folder),
-    )
+    return weights, problems + [f"unexpected: {key}" for key in tensors if key not in expected]
 
 
 def summarize(problems: Iterable[str], limit: int = 8) -> str:

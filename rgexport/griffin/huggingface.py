@@ -298,17 +298,10 @@ def _soft_cap(path: Path, fields: _Fields, is_stated: bool, requested: float | N
 def to_hugging_face(config: GriffinConfig, dialect: Dialect) -> dict[str, Any]:
     """Returns the fields of `config.json`.
 
-    Raises RequestError where the format cannot say it: another number of RG-LRU blocks than of
-    heads, or an embedding scale other than 1 and sqrt(width).
+    It has one number of heads, and an embedding scale of 1 or sqrt(width).
     """
-    if config.lru_heads != config.num_heads:
-        raise RequestError(
-            f"config.json has one number of heads; found {config.num_heads} for attention and "
-            f"{config.lru_heads} for the RG-LRU"
-        )
     scaled = config.embedding_scale == sqrt_embedding_scale(config.width)
-    if not scaled and config.embedding_scale != 1.0:
-        raise RequestError(f"config.json cannot state the embedding scale {config.embedding_scale}")
+    assert config.lru_heads == config.num_heads and (scaled or config.embedding_scale == 1.0)
     types = config.block_types
     periods = range(1, len(types) + 1)
     period = next((n for n in periods if all(types[i % n] == t for i, t in enumerate(types))), 0)

@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layer import Array, Layer, LayerState
 from rgexport.griffin.layout import EMBEDDING, layer_tensors
 from rgexport.griffin.state import POSITION, State, layer_states, zero_state
 from rgexport.griffin.tensor import RowTensor, WeightSource
@@ -18,21 +19,9 @@ _HEAD_BYTES = 16 << 20  # bytes of the stored embedding that are read at once fo
 
 _NORM = "final_norm.weight"
 
-Array = Any
-"""A NumPy array, or the array type of a subclass."""
 Watch = Callable[[int, int, Array], None]
 """Takes the indices of a layer and of a text, and the residual stream [B, T, width] float32 after
 the layer."""
-RunLayer = Callable[[Array, Array, tuple[Array, Array]], tuple[Array, tuple[Array, Array]]]
-"""The residual stream [B, T, width], positions [B, T] and the two states of a layer → the stream
-and the states after it."""
-
-
-@dataclass(frozen=True)
-class _Piece:
-    start: int
-    stop: int
-    keeps_state: bool
 
 
 class LayerByLayer(ABC):
@@ -43,33 +32,21 @@ class LayerByLayer(ABC):
         self.config = config
         self._weights = weights
         self._keep = keep
-        self._layers: dict[int, RunLayer] = {}
+        self._layers: dict[int, Layer] = {}
         self._head: list[tuple[int, Array]] = []
 
     @abstractmethod
     def describe(self) -> dict[str, str]: ...
 
     @abstractmethod
-    def _array(self, array: np.ndarray) -> Array: ...
+    def _compute(self, site: str, op: str, *arguments: Any) -> Any:
+        """Computes an op, see `griffin.layer.Compute`."""
 
-    @abstractmethod
-    def _numpy(self, array: Array) -> np.ndarray: ...
+    def _array(self, array: np.ndarray) -> Array:
+        return array
 
-    @abstractmethod
-    def _embedding(self, ids: Array, table: Array) -> Array:
-        """Returns scaled rows of `table` [n, width] for `ids` [B, T]."""
-
-    @abstractmethod
-    def _build(self, index: int, weights: dict[str, Array]) -> RunLayer:
-        """Returns layer `index`; its weights are named without `layers.{index}.`."""
-
-    @abstractmethod
-    def _normalized(self, hidden: Array, weight: Array) -> Array:
-        """Applies the final norm to the residual stream [B, T, width]."""
-
-    @abstractmethod
-    def _head_logits(self, hidden: Array, rows: Array) -> Array:
-        """Returns soft-capped logits [B, t, n] of some rows [n, width] of the embedding."""
+    def _numpy(self, array: Array) -> np.ndarray:
+        return np.asarray(array)
 
     def run(self, tokens: np.ndarray, state: State | None = None) -> tuple[Array, State]:
         """Takes tokens [B, T]; returns the final norm's output [B, T, width] float32, and state."""
@@ -92,46 +69,48 @@ class LayerByLayer(ABC):
         residual stream after each layer.
         """
         cuts = stops or [()] * len(texts)
-        pieces = [_pieces(t.shape[1], cut) for (t, _), cut in zip(texts, cuts, strict=True)]
+        ends = [[*cut, t.shape[1]] for (t, _), cut in zip(texts, cuts, strict=True)]
         hidden = [self.embed(tokens) for tokens, _ in texts]
-        states: list[list[State]] = [[{} for p in cut if p.keeps_state] for cut in pieces]
+        states: list[list[State]] = [
+            [{POSITION: state[POSITION] + stop} for stop in cut]
+            for (_, state), cut in zip(texts, ends, strict=True)
+        ]
         for index in range(self.config.num_layers):
             layer = self.layer(index)
             for i, (_, state) in enumerate(texts):
-                self._through(layer, index, state, hidden[i], pieces[i], states[i])
+                self._through(layer, state, hidden[i], ends[i], states[i])
                 if watch is not None:
                     watch(index, i, hidden[i])
-        for (_, state), cut, after in zip(texts, pieces, states, strict=True):
-            for piece, next_state in zip((p for p in cut if p.keeps_state), after, strict=True):
-                next_state[POSITION] = state[POSITION] + piece.stop
         weight = self._load(self._weights[_NORM])
         return [(self._normalized(x, weight), s) for x, s in zip(hidden, states, strict=True)]
 
     def _through(
         self,
-        layer: RunLayer,
-        index: int,
+        layer: Layer,
         before: State,
         hidden: Array,
-        pieces: Sequence[_Piece],
-        states: list[State],
+        stops: Sequence[int],
+        states: Sequence[State],
     ) -> None:
-        names = [spec.name for spec in layer_states(self.config, index, "float32")]
+        """Runs a layer on `hidden`, in place; adds its states after each of `stops` to `states`."""
+        names = [spec.name for spec in layer_states(self.config, layer.index, "float32")]
         first, second = (self._array(before[name].astype(np.float32)) for name in names)
-        next_states = iter(states)
-        for piece in pieces:
-            positions = before[POSITION][:, None] + np.arange(piece.start, piece.stop)
-            rows = hidden[:, piece.start : piece.stop]
-            rows[:], (first, second) = layer(rows, self._array(positions), (first, second))
-            if piece.keeps_state:
-                after = zip(names, (first, second), strict=True)
-                next(next_states).update({name: self._numpy(array) for name, array in after})
+        for start, stop, state in zip([0, *stops], stops, states, strict=False):
+            for piece in range(start, stop, _PIECE):
+                end = min(piece + _PIECE, stop)
+                positions = before[POSITION][:, None] + np.arange(piece, end)
+                rows = hidden[:, piece:end]
+                rows[:], (first, second) = layer(rows, self._array(positions), (first, second))
+            after = zip(names, (first, second), strict=True)
+            state.update({name: self._numpy(array) for name, array in after})
 
     def logits(self, hidden: Array) -> np.ndarray:
         """Returns soft-capped logits [B, t, V] float32 of rows of `run`'s output [B, t, width]."""
         logits = np.empty((*hidden.shape[:2], self.config.vocab_size), np.float32)
         for start, rows in self.head_slabs():
-            logits[..., start : start + len(rows)] = self._numpy(self._head_logits(hidden, rows))
+            slab = self._compute("lm_head", "linear", hidden, rows, None)
+            slab = self._compute("logits", "soft_cap", slab, self.config.soft_cap)
+            logits[..., start : start + len(rows)] = self._numpy(slab)
         return logits
 
     def embed(self, tokens: np.ndarray) -> Array:
@@ -139,7 +118,8 @@ class LayerByLayer(ABC):
         table = self._weights[EMBEDDING]
         ids, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([table.read(i, i + 1) for i in ids.tolist()]).astype(np.float32)
-        return self._embedding(self._array(inverse.reshape(tokens.shape)), self._array(rows))
+        used = self._array(inverse.reshape(tokens.shape)), self._array(rows)
+        return self._compute("embed_tokens", "embedding", *used, self.config.embedding_scale)
 
     def head_slabs(self) -> Iterable[tuple[int, Array]]:
         """Yields the embedding in float32 in slabs, each with its first row's number."""
@@ -151,13 +131,12 @@ class LayerByLayer(ABC):
             self._head = list(rows)
         return self._head or rows
 
-    def layer(self, index: int) -> RunLayer:
+    def layer(self, index: int) -> Layer:
         if index in self._layers:
             return self._layers[index]
-        prefix = f"layers.{index}."
         names = layer_tensors(self.config, index)
-        weights = {name.removeprefix(prefix): self._load(self._weights[name]) for name in names}
-        layer = self._build(index, weights)
+        weights = {name: self._load(self._weights[name]) for name in names}
+        layer = Layer(self.config, index, weights, self._compute)
         if self._keep:
             self._layers[index] = layer
         return layer
@@ -165,16 +144,24 @@ class LayerByLayer(ABC):
     def final_norm(self, hidden: Array) -> Array:
         return self._normalized(hidden, self._load(self._weights[_NORM]))
 
+    def _normalized(self, hidden: Array, weight: Array) -> Array:
+        return self._compute("final_norm", "rms_norm", hidden, weight, self.config.rms_eps)
+
+    def beginning(self, index: int, batch: int, length: int) -> tuple[Array, LayerState]:
+        """Returns positions [B, T] from 0 on, and a layer's states before them.
+
+        There are no keys before the first token: a window as long as the text is enough.
+        """
+        short = replace(self.config, window=min(self.config.window, length))
+        first, second = (
+            self._array(np.zeros((batch, *spec.shape), np.float32))
+            for spec in layer_states(short, index, "float32")
+        )
+        positions = np.tile(np.arange(length), (batch, 1))
+        return self._array(positions), (first, second)
+
     def _load(self, weight: RowTensor) -> Array:
         array = np.empty(weight.shape, np.float32)
         for start, rows in weight.slabs():
             array[start : start + len(rows)] = rows
         return self._array(array)
-
-
-def _pieces(count: int, stops: Sequence[int]) -> list[_Piece]:
-    return [
-        _Piece(first, min(first + _PIECE, stop), first + _PIECE >= stop)
-        for start, stop in zip([0, *stops], [*stops, count], strict=True)
-        for first in range(start, stop, _PIECE)
-    ]

@@ -6,7 +6,7 @@ files, and in llama.cpp's graph. Canonical names and shapes are Hugging Face's w
 name of an op, by which the results of two engines are compared.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from operator import attrgetter
@@ -191,6 +191,11 @@ def linear_inputs(config: GriffinConfig) -> dict[str, str]:
 
 def role_of(name: str) -> Role:
     return _GLOBAL[name][1] if name in _GLOBAL else _USERS[name.split(".", 2)[2]][1]
+
+
+def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
+    weight = tensors.get(name.removesuffix("bias") + "weight")
+    return name.endswith(".bias") and weight is not None and weight.role == "linear"
 
 
 def layer_tensors(config: GriffinConfig, index: int) -> dict[str, TensorSpec]:

@@ -3,10 +3,9 @@
 The ops are those of `griffin.ops`, all in float32; arguments and shapes are the same.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,8 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from rgexport._version import __version__
 from rgexport.griffin.config import RG_LRU_C, GriffinConfig
-from rgexport.griffin.layer_by_layer import LayerByLayer, RunLayer
-from rgexport.griffin.state import layer_states
+from rgexport.griffin.layer import Layer
+from rgexport.griffin.layer_by_layer import LayerByLayer
 from rgexport.griffin.tensor import WeightSource
 from rgexport.parallelism import usable_threads
 
@@ -75,14 +74,6 @@ def gelu(x: np.ndarray) -> np.ndarray:
     y *= x
     y *= np.float32(0.5)
     return y
-
-
-def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return x + y
-
-
-def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return x * y
 
 
 def causal_conv1d(
@@ -192,11 +183,15 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return x
 
 
+_NAMED = embedding, rms_norm, linear, gelu, causal_conv1d, block_diagonal_linear, rg_lru_scan
+_OPS: dict[str, Callable[..., Any]] = {
+    **{op.__name__: op for op in (*_NAMED, rope, local_attention, soft_cap)},
+    **{"add": np.add, "mul": np.multiply},
+}
+
 Look = Callable[[str, str, tuple[Any, ...], tuple[np.ndarray, ...]], np.ndarray | None]
 """Takes a site, the name of its op (`linear`), the op's arguments and its results; returns a
 replacement for the first result, in its shape [B, T, n], or None."""
-
-_States = tuple[np.ndarray, np.ndarray]
 
 
 class NumpyReference(LayerByLayer):
@@ -216,105 +211,15 @@ class NumpyReference(LayerByLayer):
             "numpy": np.__version__,
         }
 
-    def _array(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def _numpy(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def _embedding(self, ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-        return self._op("embed_tokens", embedding, ids, table, self.config.embedding_scale)
-
-    def _build(self, index: int, weights: dict[str, np.ndarray]) -> RunLayer:
-        return _Layer(self.config, index, weights, self._op)
-
-    def _normalized(self, hidden: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return self._op("final_norm", rms_norm, hidden, weight, self.config.rms_eps)
-
-    def _head_logits(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        logits = self._op("lm_head", linear, hidden, rows, None)
-        return self._op("logits", soft_cap, logits, self.config.soft_cap)
-
-    def _op(self, site: str, op: Callable[..., Any], *arguments: Any) -> Any:
-        results = op(*arguments)
+    def _compute(self, site: str, op: str, *arguments: Any) -> Any:
+        results = _OPS[op](*arguments)
         if self.look is None:
             return results
         first, *rest = results if isinstance(results, tuple) else (results,)
-        replacement = self.look(site, op.__name__, arguments, (first, *rest))
+        replacement = self.look(site, op, arguments, (first, *rest))
         if replacement is not None:
             first = np.asarray(replacement, np.float32)
         return (first, *rest) if rest else first
-
-
-class _Layer:
-    def __init__(
-        self,
-        config: GriffinConfig,
-        index: int,
-        weights: Mapping[str, np.ndarray],
-        op: Callable[..., Any],
-    ):
-        self._config, self._kind = config, config.block_types[index]
-        self._prefix, self._weights, self._call = f"layers.{index}.", weights, op
-
-    def __call__(
-        self, x: np.ndarray, positions: np.ndarray, state: _States
-    ) -> tuple[np.ndarray, _States]:
-        mix = self._recurrent if self._kind == "recurrent" else self._attention
-        mixed, state = mix(self._norm("temporal_pre_norm", x), positions, state)
-        x = self._op("temporal_residual", add, x, mixed)
-        y = self._norm("channel_pre_norm", x)
-        gate = self._op("mlp_block.gelu", gelu, self._linear("mlp_block.gate_proj", y))
-        y = self._op("mlp_block.mul", mul, gate, self._linear("mlp_block.up_proj", y))
-        mixed = self._linear("mlp_block.down_proj", y)
-        return self._op("channel_residual", add, x, mixed), state
-
-    def _recurrent(
-        self, x: np.ndarray, positions: np.ndarray, state: _States
-    ) -> tuple[np.ndarray, _States]:
-        hidden, conv = state
-        gate = self._op("temporal_block.gelu", gelu, self._linear("temporal_block.linear_y", x))
-        u = self._linear("temporal_block.linear_x", x)
-        weights = self._weights_of("temporal_block.conv_1d", ".weight", ".bias")
-        u, conv = self._op("temporal_block.conv_1d", causal_conv1d, u, *weights, conv)
-        gates = []
-        for site in ("temporal_block.rg_lru.input_gate", "temporal_block.rg_lru.recurrent_gate"):
-            weights = self._weights_of(site, "_weight", "_bias")
-            gates.append(self._op(site, block_diagonal_linear, u, *weights))
-        site = "temporal_block.rg_lru"
-        (a_param,) = self._weights_of(site, ".recurrent_param")
-        h, hidden = self._op(site, rg_lru_scan, u, *gates, a_param, positions, hidden)
-        mixed = self._op("temporal_block.mul", mul, h, gate)
-        return self._linear("temporal_block.linear_out", mixed), (hidden, conv)
-
-    def _attention(
-        self, x: np.ndarray, positions: np.ndarray, state: _States
-    ) -> tuple[np.ndarray, _States]:
-        config = self._config
-        rotary = positions, config.head_dim, config.rope_dims, config.rope_theta
-        q = self._linear("temporal_block.q_proj", x)
-        q = self._op("temporal_block.rope_q", rope, q, *rotary)
-        k = self._linear("temporal_block.k_proj", x)
-        k = self._op("temporal_block.rope_k", rope, k, *rotary)
-        v = self._linear("temporal_block.v_proj", x)
-        attended, key, value = self._op(
-            "temporal_block.attention", local_attention, q, k, v, *state, positions
-        )
-        return self._linear("temporal_block.o_proj", attended), (key, value)
-
-    def _norm(self, site: str, x: np.ndarray) -> np.ndarray:
-        weights = self._weights_of(site, ".weight")
-        return self._op(site, rms_norm, x, *weights, self._config.rms_eps)
-
-    def _linear(self, site: str, x: np.ndarray) -> np.ndarray:
-        bias = self._weights.get(f"{site}.bias")
-        return self._op(site, linear, x, *self._weights_of(site, ".weight"), bias)
-
-    def _weights_of(self, site: str, *ends: str) -> list[np.ndarray]:
-        return [self._weights[site + end] for end in ends]
-
-    def _op(self, site: str, op: Callable[..., Any], *arguments: Any) -> Any:
-        return self._call(self._prefix + site, op, *arguments)
 
 
 class Variants(NumpyReference):
@@ -347,12 +252,6 @@ class Variants(NumpyReference):
         logits[1] = self._replacement.logits(hidden[1:2])[0]
         return logits
 
-    def _run_layer(self, layer: RunLayer, index: int, hidden: np.ndarray) -> np.ndarray:
-        batch, length = hidden.shape[:2]
-        # There are no keys before the first token: a window as long as the text is enough.
-        window = min(self.config.window, length)
-        specs = layer_states(dataclasses.replace(self.config, window=window), index, "float32")
-        first, second = (np.zeros((batch, *spec.shape), np.float32) for spec in specs)
-        positions = np.broadcast_to(np.arange(length), (batch, length))
-        after: np.ndarray = layer(hidden, positions, (first, second))[0]
+    def _run_layer(self, layer: Layer, index: int, hidden: np.ndarray) -> np.ndarray:
+        after: np.ndarray = layer(hidden, *self.beginning(index, *hidden.shape[:2]))[0]
         return after

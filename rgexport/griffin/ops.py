@@ -94,69 +94,74 @@ def _prefix_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _ATTENTION_ROWS = 512  # queries that attention takes at once, so that its scores stay small
-EAGER: dict[Any, Callable[..., Any]] = {}
-"""Op → its eager reference as a plain function, which autograd can follow."""
+_OPS: dict[str, Callable[..., Any]] = {}
+_EAGER: dict[str, Callable[..., Any]] = {}
 
 
-def _op(name: str, fake: Callable[..., Any]):  # type: ignore[no-untyped-def]  # as torch's own is
+def compute(site: str, op: str, *arguments: Any) -> Any:
+    """Computes an op, which a trace shows as one node."""
+    return _OPS[op](*arguments, site)
+
+
+def compute_eagerly(site: str, op: str, *arguments: Any) -> Any:
+    """Computes an op by its eager reference, which has gradients.
+
+    Those of an input are summed for each op first, so that sums have a fixed order.
+    """
+    inputs = (x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments)
+    return _EAGER[op](*inputs, site)
+
+
+def _op(name: str, fake: Callable[..., Any] | None = None):  # type: ignore[no-untyped-def]  # as torch's
+    """Defines an op; `fake` gives its results for a trace, where the reference cannot."""
+
     def define(body: Callable[..., Any]):  # type: ignore[no-untyped-def]
         op = torch.library.custom_op(f"griffin::{name}", body, mutates_args=())
-        op.register_fake(fake)
-        EAGER[op] = body
+        op.register_fake(fake or body)
+        _OPS[name], _EAGER[name] = op, body
         return op
 
     return define
 
 
-def _like_first(x: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _float32_like_first(x: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
-
-
-@_op("embedding", lambda ids, table, *_: table.new_empty((*ids.shape, table.shape[1])).float())
+@_op("embedding")
 def embedding(ids: Tensor, table: Tensor, scale: float, site: str) -> Tensor:
     """Returns rows of `table` [V, W] for `ids` [B, T], times `scale`, float32 [B, T, W]."""
     return F.embedding(ids, table).float() * scale
 
 
-@_op("rms_norm", _float32_like_first)
+@_op("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, site: str) -> Tensor:
     """Computes `x · rsqrt(mean(x²) + eps) · (1 + weight)` over the last axis, float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
 
 
-@_op("linear", lambda x, weight, *_: weight.new_empty((*x.shape[:-1], weight.shape[0])))
+@_op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
     """Computes `x · weightᵀ + bias` for x [B, T, K] and weight [N, K], in the weight's dtype."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-@_op("gelu", _like_first)
+@_op("gelu")
 def gelu(x: Tensor, site: str) -> Tensor:
     """Computes GELU in its tanh form, in the dtype of `x`."""
     return F.gelu(x, approximate="tanh")
 
 
-@_op("add", _float32_like_first)
+@_op("add")
 def add(x: Tensor, y: Tensor, site: str) -> Tensor:
     """Adds on the residual stream, float32."""
     return x.float() + y.float()
 
 
-@_op("mul", lambda x, y, _: torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype)))
+@_op("mul")
 def mul(x: Tensor, y: Tensor, site: str) -> Tensor:
     """Multiplies in the wider of both dtypes."""
     return x * y
 
 
-@_op(
-    "causal_conv1d",
-    lambda x, weight, bias, state, _: (_float32_like_first(x), torch.empty_like(state)),
-)
+@_op("causal_conv1d")
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, site: str
 ) -> tuple[Tensor, Tensor]:
@@ -170,11 +175,23 @@ def causal_conv1d(
     return y.transpose(1, 2).contiguous(), window[:, window.shape[1] - state.shape[1] :].clone()
 
 
-@_op("block_diagonal_linear", _float32_like_first)
+@_op("block_diagonal_linear")
 def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor, site: str) -> Tensor:
     blocks = x.float().unflatten(-1, weight.shape[:2])
     y = torch.einsum("bthi,hij->bthj", blocks, weight.float()) + bias.float()
     return y.flatten(-2)
+
+
+class _FiniteGradient(torch.autograd.Function):
+    """Returns the RG-LRU's gate, with the gradient 0 where a is 1: √(1 - a²) has none there."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor) -> Tensor:
+        return gate.view_as(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].nan_to_num(0.0, 0.0, 0.0)
 
 
 @_op("rg_lru_scan", lambda x, i, r, a, p, h, _: (torch.empty_like(x), torch.empty_like(h)))
@@ -193,7 +210,10 @@ def rg_lru_scan(
     T, R] and the next state, float32. At position 0 the state is ignored and the input is not
     normalized.
     """
-    log_a = RG_LRU_C * torch.sigmoid(recurrence_gate) * F.softplus(a_param.float())
+    gate = (
+        _FiniteGradient.apply(recurrence_gate) if recurrence_gate.requires_grad else recurrence_gate
+    )
+    log_a = RG_LRU_C * torch.sigmoid(gate) * F.softplus(a_param.float())
     first = (position_ids == 0).unsqueeze(-1)
     a = torch.where(first, 0.0, torch.exp(log_a))
     # As recurrentgemma computes it. expm1 would be more exact where a is close to 1, but would
@@ -208,7 +228,7 @@ def rope_frequencies(dims: int, theta: float) -> Tensor:
     return 1.0 / theta ** (2 * torch.arange(dims // 2) / dims)
 
 
-@_op("rope", _like_first)
+@_op("rope")
 def rope(
     x: Tensor, position_ids: Tensor, head_dim: int, dims: int, theta: float, site: str
 ) -> Tensor:
@@ -264,7 +284,7 @@ def last_tokens(x: Tensor, count: Tensor, site: str) -> Tensor:
     return x[:, max(0, x.shape[1] - int(count)) :].clone()
 
 
-@_op("soft_cap", _float32_like_first)
+@_op("soft_cap")
 def soft_cap(x: Tensor, cap: float, site: str) -> Tensor:
     """Computes `cap · tanh(x / cap)` in float32; the identity for a cap of 0."""
     x = x.to(torch.float32, copy=True)

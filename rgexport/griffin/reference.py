@@ -1,5 +1,7 @@
 """The reference in torch: the step model with real weights, one layer at a time."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,7 +10,6 @@ from rgexport._version import __version__
 from rgexport.griffin import ops
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer_by_layer import LayerByLayer
-from rgexport.griffin.step import Layer, RMSNorm
 from rgexport.griffin.tensor import WeightSource
 
 
@@ -31,38 +32,17 @@ class Reference(LayerByLayer):
     run_each = torch.inference_mode()(LayerByLayer.run_each)
     logits = torch.inference_mode()(LayerByLayer.logits)
 
-    def layer(self, index: int) -> Layer:
-        layer = super().layer(index)
-        assert isinstance(layer, Layer)
-        return layer
-
     def describe(self) -> dict[str, str]:
         return {"implementation": f"rgexport {__version__}", **describe_device(self.device)}
+
+    def _compute(self, site: str, op: str, *arguments: Any) -> Any:
+        return ops.compute_eagerly(site, op, *arguments)
 
     def _array(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
     def _numpy(self, array: Tensor) -> np.ndarray:
         return array.cpu().numpy()
-
-    def _embedding(self, ids: Tensor, table: Tensor) -> Tensor:
-        return ops.embedding(ids, table, self.config.embedding_scale, "embed_tokens")
-
-    def _build(self, index: int, weights: dict[str, Tensor]) -> Layer:
-        with torch.device("meta"):
-            layer = Layer(self.config, index)
-        layer.load_state_dict(weights, assign=True)
-        return layer
-
-    def _normalized(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        norm = RMSNorm("final_norm", self.config)
-        norm.load_state_dict({"weight": weight}, assign=True)
-        normalized: Tensor = norm(hidden)
-        return normalized
-
-    def _head_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        logits = ops.linear(hidden, rows, None, "lm_head")
-        return ops.soft_cap(logits, self.config.soft_cap, "logits")
 
 
 def turn_off_tf32(device: torch.device) -> None:
@@ -72,11 +52,10 @@ def turn_off_tf32(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
-    cuda = device.type == "cuda"
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    """Describes a device after `turn_off_tf32`."""
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": "float32",
-        "tf32": "on" if cuda and tf32 else "off",
+        "tf32": "off",
         "torch": torch.__version__,
     }

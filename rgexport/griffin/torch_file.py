@@ -153,13 +153,12 @@ def _tensor(
     storage: Any, skip: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any
 ) -> _Tensor:
     """Stands for `torch._utils._rebuild_tensor_v2`."""
-    typed = type(shape) is type(stride) is tuple and type(requires_grad) is bool
-    if not typed or not isinstance(storage, _Storage):
+    if not isinstance(storage, _Storage) or not type(shape) is type(stride) is tuple:
         raise ValueError("a tensor in it has no storage, or no shape")
-    if len(shape) > MAX_RANK or len(shape) != len(stride):
-        raise ValueError("a tensor in it has too many axes, or not as many strides")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (skip, *shape, *stride)):
-        raise ValueError("a tensor in it has a size, a stride or an offset that is none")
+    sizes = skip, *shape, *stride
+    are_sizes = all(type(size) is int and 0 <= size < 1 << 62 for size in sizes)
+    if len(shape) > MAX_RANK or len(shape) != len(stride) or not are_sizes:
+        raise ValueError("a tensor in it has axes, strides or an offset that no tensor has")
     return _Tensor(storage, skip, shape, stride)
 
 
@@ -243,10 +242,9 @@ class _Reader:
         """Adds keys and values in turn; a key of nested tuples could take for ever to hash."""
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(target, dict) or type(key) not in (str, int):
-                raise ValueError(f"it has a name of type {type(key).__name__}")
-            if isinstance(key, int) and not -(2**31) <= key < 2**31:  # others may share a hash
-                raise ValueError(f"it has the name {key:.3g}")
+            is_short = type(key) is int and -(2**31) <= key < 2**31  # others may share a hash
+            if not isinstance(target, dict) or not (type(key) is str or is_short):
+                raise ValueError(f"it has a name that is no text ({type(key).__name__})")
             target[key] = value
 
     def skip_attributes(self) -> None:

@@ -20,9 +20,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
 from rgexport.quantize.algorithms import refined
-from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
 
@@ -79,13 +80,12 @@ class Affine(Uniform):
     """
 
     bits: Literal[2, 3, 4, 8]
-    block: int | None
+    block: Size | None
     symmetric: bool
     scale: FloatDtype = "float32"
     algorithm: str = field(default="rtn", compare=False)
     kind: Literal["affine"] = "affine"
 
-    allowed: ClassVar = {"block": (None, POSITIVE), "symmetric": (False, True)}
     rounds_activations = True
 
     @property

@@ -21,7 +21,6 @@ log-likelihood, with labels drawn from the model's own distribution.
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.safetensors import Entry, read_header, read_metadata
-from rgexport.files.typed_json import parse_json
+from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors, site_of
 from rgexport.griffin.tensor import file_rows
@@ -234,10 +233,8 @@ class Calibration:
 
     def _sequences(self, tokens_name: str, lengths_name: str) -> list[np.ndarray]:
         tokens, lengths = self._read(tokens_name, "I32"), self._read(lengths_name, "I32")
-        if tokens.min(initial=0) < 0:
-            raise self._damaged(f"{tokens_name} has negative ids")
-        if lengths.min(initial=1) < 1 or lengths.sum(dtype=np.int64) != len(tokens):
-            raise self._damaged(f"the {lengths_name} of its sequences do not add up")
+        if tokens.min() < 0 or lengths.min() < 1 or lengths.sum(dtype=np.int64) != len(tokens):
+            raise self._damaged(f"{tokens_name} and {lengths_name} are no sequences of tokens")
         return np.split(tokens, np.cumsum(lengths)[:-1])
 
     def _triangles(self, tensor: str) -> list[tuple[np.ndarray, int]]:
@@ -255,10 +252,8 @@ class Calibration:
     def _vector(self, name: str, *, negative: bool = False) -> np.ndarray:
         """Values that must be finite, and not negative unless they may be."""
         values = self._read(name, "F32")
-        if not np.isfinite(values).all():
-            raise self._damaged(f"{name} has NaN or infinite values")
-        if not negative and values.min(initial=0) < 0:
-            raise self._damaged(f"{name} has negative values")
+        if not np.isfinite(values).all() or (values.min() < 0 and not negative):
+            raise self._damaged(f"{name} has NaN, infinite or negative values")
         return values
 
     def _read(self, name: str, dtype: str) -> np.ndarray:
@@ -317,19 +312,12 @@ def _provenance(path: Path) -> Provenance:
         raise RequestError(f"{path} is not a calibration; {expected}")
     try:
         fields = parse_json(text.encode())
-        fields = fields if isinstance(fields, dict) else {}
-        version = fields.get("format_version")
+        version = fields.get("format_version") if isinstance(fields, dict) else None
         if type(version) is int and version != FORMAT_VERSION:
             raise RequestError(
                 f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
                 + ("update rgexport" if version > FORMAT_VERSION else "make it again")
             )
-        kinds = {field.name: field.type for field in dataclasses.fields(Provenance)}
-        for name, kind in kinds.items():
-            if type(fields.get(name)) is not (typing.get_origin(kind) or kind):
-                raise ValueError(f"its metadata have no valid {name}")
-        if not all(isinstance(sha, str) for sha in fields["files"].values()):
-            raise ValueError("its metadata have no valid files")
-        return Provenance(**{name: fields[name] for name in kinds})
-    except ValueError as error:
-        raise RequestError(f"{path} is damaged: {error}") from None
+        return from_json(Provenance, fields)
+    except Mismatch as error:
+        raise RequestError(f"{path} is damaged: its metadata: {error}") from None

@@ -7,11 +7,11 @@ which replace those of the packed rows (in the layouts of ggml-common.h).
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
-from rgexport.kernels.rounding import library
+from rgexport.kernels.rounding.library import Grid
 from rgexport.quantize.algorithms import choose_levels
 from rgexport.quantize.ggml_library import quantize_rows
 from rgexport.quantize.ggml_types import TYPES
@@ -25,23 +25,12 @@ Scales = tuple[np.ndarray, np.ndarray | None]
 """float32 [blocks, groups]: the distance of levels, and the value of level 0 or None."""
 
 
-@dataclass(frozen=True)
-class GgmlLevels:
-    """Rows as levels: the value of a weight is `scale · level + offset` of its group.
+def read_levels(packed: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns scales, offsets and levels of rows uint8 [n, row_bytes]; `kind` is in `LAYOUTS`.
 
-    `group` columns share a `scale` (also negative, and 0 where a group has one value) and `offset`,
-    float32 [n, groups]. Levels are uint8 [n, columns], from 0 to `top`.
+    A weight is `scale · level + offset` of its group: float32 [n, groups], the scale also negative,
+    and 0 where a group has one value. Levels are uint8 [n, columns], from 0 to the layout's top.
     """
-
-    group: int
-    top: int
-    scale: np.ndarray
-    offset: np.ndarray
-    levels: np.ndarray
-
-
-def read_levels(packed: np.ndarray, kind: str) -> GgmlLevels:
-    """Returns the levels of rows uint8 [n, row_bytes] that ggml packed; `kind` is in `LAYOUTS`."""
     layout, blocks = LAYOUTS[kind], packed.reshape(-1, TYPES[kind].block_bytes)
     with np.errstate(all="ignore"):
         scale, offset = layout.scales(blocks)
@@ -50,13 +39,8 @@ def read_levels(packed: np.ndarray, kind: str) -> GgmlLevels:
     levels = sum((plane.read(blocks) for plane in layout.planes), layout.bias)
     rows, columns = len(packed), packed.shape[1] // TYPES[kind].block_bytes * TYPES[kind].block
     groups = rows, columns // layout.group
-    return GgmlLevels(
-        layout.group,
-        layout.top,
-        scale.astype(np.float32, copy=False).reshape(groups),
-        offset.astype(np.float32, copy=False).reshape(groups),
-        levels.reshape(rows, columns),
-    )
+    scale, offset = (x.astype(np.float32, copy=False).reshape(groups) for x in (scale, offset))
+    return scale, offset, levels.reshape(rows, columns)
 
 
 def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
@@ -197,11 +181,9 @@ _LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 
 class Ggml(Uniform):
     """One of ggml's tensor types (`ggml_types.TYPES`), only for GGUF files."""
 
-    type: str
+    type: Annotated[str, tuple(TYPES)]
     algorithm: str = field(default="ggml", compare=False)
     kind: Literal["ggml"] = "ggml"
-
-    allowed: ClassVar = {"type": tuple(TYPES)}
 
     @property
     def label(self) -> str:
@@ -248,11 +230,10 @@ class Ggml(Uniform):
         nearest = self._quantize(rows, statistics)
         if not self.is_quantized:
             return nearest
-        grid = read_levels(nearest["data"], self.type)
-        columns = (np.repeat(part, grid.group, axis=1) for part in (grid.scale, grid.offset))
-        levels = choose_levels(
-            rows, library.Grid(1, grid.top, *columns), statistics.hessians, grid.levels
-        )
+        layout = LAYOUTS[self.type]
+        *steps, levels = read_levels(nearest["data"], self.type)
+        grid = Grid(1, layout.top, *(np.repeat(x, layout.group, axis=1) for x in steps))
+        levels = choose_levels(rows, grid, statistics.hessians, levels)
         return {"data": replace_levels(nearest["data"], self.type, levels)}
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}

@@ -158,11 +158,9 @@ def _read_version(cursor: Cursor) -> int:
 
 def _read_name(cursor: Cursor) -> str:
     length = cursor.integer(8)
-    if length > _MAX_NAME:
-        raise cursor.damaged(f"a name in its header is {length} bytes long")
-    name = cursor.text(length)
-    if not name.isprintable():
-        raise cursor.damaged(f"its header has the name {name!r}")
+    name = cursor.text(length) if length <= _MAX_NAME else None
+    if name is None or not name.isprintable():
+        raise cursor.damaged(f"its header has the name {name!r} of {length} bytes")
     return name
 
 

@@ -20,7 +20,6 @@ MAX_BYTES = 1 << 30
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
-_KEYS = {_DATASETS, _CHUNKS, "imatrix.chunk_size"}
 _FLOAT = np.dtype("<f4")
 _METADATA_BYTES = 127  # the most that llama-quantize copies of a string into the metadata
 
@@ -88,14 +87,10 @@ def _not_one(path: Path, why: str) -> RequestError:
 
 def _from_gguf(header: GgufHeader) -> Imatrix:
     path, values = header.path, header.values
-    if missing := _KEYS - values.keys():
-        raise _not_one(path, f"it has no {min(missing)}")
-    datasets, chunks = values[_DATASETS], values[_CHUNKS]
-    if not isinstance(datasets, list) or type(chunks) is not int:
-        raise _not_one(path, f"{_DATASETS} or {_CHUNKS} has the wrong type")
+    datasets, chunks = values.get(_DATASETS), values.get(_CHUNKS)
     names = [key.removesuffix(_SUMS) for key in header.tensors if key.endswith(_SUMS)]
-    if not names:
-        raise _not_one(path, f"it has no tensor NAME{_SUMS}")
+    if not isinstance(datasets, list) or type(chunks) is not int or not names:
+        raise _not_one(path, f"expected {_DATASETS}, {_CHUNKS} and tensors NAME{_SUMS}")
     entries = {name: _mean_squares(header, name) for name in names}
     return Imatrix(path, entries, datasets[0] if datasets else None, chunks)
 

@@ -17,10 +17,11 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
 from rgexport.quantize.affine import Affine, largest_divisor, pack, packed_width, unpack
 from rgexport.quantize.algorithms import centers, choose_levels
-from rgexport.quantize.scheme_base import POSITIVE, FloatDtype, Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.statistics import Statistics
 from rgexport.quantize.steps import NEGLIGIBLE, StepSizes, float16_spacing
 
@@ -30,12 +31,10 @@ class Palette(Uniform):
     """`bits`-bit indices into a table of `2**bits` values that `group` rows share."""
 
     bits: Literal[4] = 4
-    group: int = 16
+    group: Size = 16
     lut: FloatDtype = "float16"
     algorithm: str = field(default="kmeans", compare=False)
     kind: Literal["palette"] = "palette"
-
-    allowed: ClassVar = {"group": (POSITIVE,)}
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, model_tensors
+from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, is_linear_bias, model_tensors
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 from rgexport.kernels.rounding import library
 from rgexport.parallelism import parallel_jobs
@@ -102,11 +102,6 @@ def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
 
 def _is_gate_matrix(spec: TensorSpec) -> bool:
     return spec.role == "gate" and len(spec.shape) == 3
-
-
-def is_linear_bias(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
-    weight = tensors.get(name.removesuffix("bias") + "weight")
-    return name.endswith(".bias") and weight is not None and weight.role == "linear"
 
 
 def precision_of(plan: Plan) -> str:

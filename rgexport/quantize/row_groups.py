@@ -41,21 +41,17 @@ class RowGroup:
     @classmethod
     def from_dict(cls, values: Any) -> "RowGroup":
         if not isinstance(values, dict) or values.keys() != {"rows", "scheme"}:
-            stated = (
-                ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
-            )
-            raise RequestError(f"a row group has {stated or 'no fields'}; expected rows and scheme")
+            raise RequestError(f"a row group is {reprlib.repr(values)}; expected rows and scheme")
         rows, scheme = values["rows"], values["scheme"]
-        if rows is not None:
-            if not isinstance(rows, str):
-                raise RequestError(
-                    f"a row group has rows {reprlib.repr(rows)}; expected a text or null"
-                )
-            row_bounds(rows)
-        kind = scheme.get("kind") if isinstance(scheme, dict) else None
-        if kind != Affine.kind:
+        if not isinstance(rows, str | None):
             raise RequestError(
-                f"a row group has a scheme of kind {reprlib.repr(kind)}; expected {Affine.kind}"
+                f"a row group has rows {reprlib.repr(rows)}; expected a text or null"
+            )
+        if rows is not None:
+            row_bounds(rows)
+        if not isinstance(scheme, dict) or scheme.get("kind") != Affine.kind:
+            raise RequestError(
+                f"a row group has the scheme {reprlib.repr(scheme)}; expected kind {Affine.kind}"
             )
         return cls(rows, Affine.from_dict(scheme))
 

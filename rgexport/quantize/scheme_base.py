@@ -8,12 +8,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.typed_json import to_json
+from rgexport.files.typed_json import Mismatch, from_json, to_json
 from rgexport.quantize.algorithms import ALGORITHMS
 from rgexport.quantize.statistics import Known, RemoteStatistics, RowKinds
 from rgexport.quantize.steps import Measure, StepSizes, span_steps
@@ -26,7 +26,6 @@ PartShapes = dict[str, tuple[str, Shape]]
 """Part name → dtype and shape."""
 Encoder = Callable[[Any, np.ndarray, Any], Parts]
 """Scheme, rows [n, K] of any float dtype, and `Statistics` or None → parts."""
-POSITIVE = range(1, 1 << 31)
 _ALGORITHM = re.compile("[a-z0-9_-]{1,32}")
 
 
@@ -124,8 +123,6 @@ class Uniform(Scheme):
     """A scheme that all rows of a tensor, or of a row group, share."""
 
     encoders: ClassVar[Mapping[str, Encoder]]
-    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Field → values or ranges that JSON may have, where the field's type is no literal."""
 
     @property
     @abstractmethod
@@ -251,35 +248,15 @@ class Uniform(Scheme):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        types = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
-        values = {key: value for key, value in values.items() if key != "kind"}
-        for key, value in values.items():
-            if key == "algorithm" and key in types:
-                known = isinstance(value, str) and _ALGORITHM.fullmatch(value) is not None
-                expected = "a word"
-            else:
-                options = cls.allowed.get(key) or get_args(types.get(key))
-                known = any(_matches(value, option) for option in options)
-                expected = ", ".join(map(_describe, options)) or "no such field"
-            if not known:
-                raise RequestError(f"a scheme has {key} = {value!r}; expected {expected}")
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in names:
+                raise RequestError(
+                    f"a scheme of kind {cls.kind} has {key}; expected {', '.join(names)}"
+                )
+        if not _ALGORITHM.fullmatch(str(values.get("algorithm", cls.algorithm))):
+            raise RequestError(f"a scheme has algorithm = {values['algorithm']!r}; expected a word")
         try:
-            return cls(**values)
-        except TypeError:
-            raise RequestError(
-                f"a scheme of kind {cls.kind} has {', '.join(values) or 'no fields'}; "
-                f"expected {', '.join(types)}"
-            ) from None
-
-
-def _matches(value: Any, allowed: Any) -> bool:
-    # JSON's 32.0 and 1 equal 32 and true, but must not be stored as such.
-    if isinstance(allowed, range):
-        return type(value) is int and value in allowed
-    return type(value) is type(allowed) and value == allowed
-
-
-def _describe(allowed: Any) -> str:
-    if isinstance(allowed, range):
-        return "a whole number from 1 on"
-    return "null" if allowed is None else str(allowed)
+            return from_json(cls, values)
+        except Mismatch as error:
+            raise RequestError(f"a scheme of kind {cls.kind}: {error}") from None

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
-from rgexport.compress.layouts import PlanItem, items_of, layouts_of, plan_of
+from rgexport.compress.layouts import PlanItem, artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
 from rgexport.compress.quantize import PlanOptions, is_plan, make_plan, page_of
 from rgexport.errors import RequestError
 from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.format import format_of
 from rgexport.export.gguf.exporter import GgufOptions, export_gguf
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
@@ -24,7 +24,7 @@ from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, input_site, model_te
 from rgexport.quantize.calibration import open_calibration
 from rgexport.quantize.plan import bfloat16_gates, load_plan, quantized
 from rgexport.quantize.row_groups import rows_text
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup
+from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, candidates
 from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
@@ -32,8 +32,7 @@ from tests.row_groups import decoded
 
 SOME = ("int4/128", "int4/32", "int8/32")
 """Three layouts take less than half of the time of all."""
-ONNX = layouts_of("onnx")
-FEW = replace(ONNX, schemes=tuple(one for one in ONNX.schemes if one.label in SOME))
+FEW = [scheme for scheme in candidates() if scheme.label in SOME]
 INT4, INT4_16, INT8 = (Affine(*one, symmetric=True) for one in ((4, 32), (4, 16), (8, 32)))
 
 
@@ -79,10 +78,10 @@ def test_rows_get_the_layouts_of_their_groups(layouts):
     ],
 )
 def test_an_artifact_is_as_large_as_predicted(kind, asked, export, tmp_path):
-    checkpoint, layouts = open_checkpoint(size="demo"), layouts_of(kind)
-    rows = np.random.default_rng(0).random(8192) if layouts.form.has_row_groups else None
+    checkpoint, form = open_checkpoint(size="demo"), format_of(kind)
+    rows = np.random.default_rng(0).random(8192) if form.has_row_groups else None
     items = items_of(checkpoint.config, rows)
-    options = [list(layouts.layout_bytes(item.shape)) for item in items]
+    options = [list(layout_bytes(form, item.shape)) for item in items]
     chosen = [some[i % len(some)] for i, some in enumerate(options)]
     plan, target = plan_of(checkpoint.config, items, chosen), tmp_path / "artifact"
     eyes = np.eye(256, dtype=np.float32), np.eye(768, dtype=np.float32)
@@ -93,7 +92,7 @@ def test_an_artifact_is_as_large_as_predicted(kind, asked, export, tmp_path):
     export(checkpoint, asked(plan=plan), target, statistics=statistics)
     files = [target, *target.rglob("*")] if target.is_dir() else [target]
     written = sum(path.stat().st_size for path in files if path.is_file())
-    assert layouts.artifact_bytes(plan, checkpoint) == pytest.approx(written, rel=0.005)
+    assert artifact_bytes(form, plan, checkpoint) == pytest.approx(written, rel=0.005)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,10 @@ def calibration(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planner(checkpoint, calibration):
-    return Planner(checkpoint, open_calibration(calibration), FEW)
+    known = open_calibration(calibration)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rgexport.compress.layouts.candidates", lambda: FEW)
+        return Planner(checkpoint, known, format_of("onnx"), Calibrated(known, checkpoint.config))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_bits_are_kept_and_the_prediction_is_near(planner, checkpoint, text):
     assert isinstance(planned.plan[EMBEDDING], Mixed)
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
     assert gates and {planned.plan[name] for name in gates} == {BFLOAT16}
-    assert not any(layouts_of(kind).form.keeps_bfloat16_gates for kind in ("coreml", "gguf"))
+    assert not any(format_of(kind).keeps_bfloat16_gates for kind in ("coreml", "gguf"))
     bits, losses = zip(*((point.bits, point.kl) for point in planned.front), strict=True)
     assert list(bits) == sorted(bits) and list(losses) == sorted(losses, reverse=True)
     assert (bits[0], bits[-1]) == pytest.approx((4.125, 8.5))
@@ -154,7 +156,7 @@ def test_a_quality_is_reached_and_a_size_kept(planner, text, checkpoint, tmp_pat
     assert planned.measured.tokens == sum(map(len, text))
     small = planner.find(PlanOptions(calibration=tmp_path, target_size="1.4 MB").target, text)
     assert 0.99 * 1_400_000 < small.chosen.size <= 1_400_000
-    assert FEW.artifact_bytes(small.plan, checkpoint) == small.chosen.size
+    assert artifact_bytes(format_of("onnx"), small.plan, checkpoint) == small.chosen.size
 
 
 def test_what_cannot_be_reached_is_refused(planner, text):
@@ -168,7 +170,7 @@ def test_what_cannot_be_reached_is_refused(planner, text):
 
 
 def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr("rgexport.compress.quantize.layouts_of", lambda kind: FEW)
+    monkeypatch.setattr("rgexport.compress.layouts.candidates", lambda: FEW)
     target, other = tmp_path / "demo.plan.json", tmp_path / "other.json"
     options = PlanOptions(calibration=calibration, bits=4.5, tokens=64)
     report = make_plan(checkpoint, options, target)
@@ -231,6 +233,10 @@ class Known:
         return np.linspace(0.1, 2, len(WEIGHTS[tensor]), dtype=np.float32)
 
 
+def predicted(known):
+    return PredictedLosses(CONFIG, SOURCE, known, Calibrated(known, CONFIG))
+
+
 def error(tensor, layout, known):
     ids = np.arange(len(WEIGHTS[tensor]))
     statistics = statistics_of(known.hessian(tensor), known.tokens)
@@ -250,7 +256,7 @@ def outputs(delta, blocks):
 @pytest.mark.parametrize("item", items_of(CONFIG, None)[1:], ids=lambda item: item.tensors[0])
 def test_the_loss_of_linears_is_that_of_the_formula(item):
     known = Known()
-    losses = PredictedLosses(CONFIG, SOURCE, known).of(item, LAYOUTS)
+    losses = predicted(known).of(item, LAYOUTS)
     for loss, layout in zip(losses, LAYOUTS, strict=True):
         wanted = 0.0
         for tensor in item.tensors:
@@ -262,7 +268,7 @@ def test_the_loss_of_linears_is_that_of_the_formula(item):
 def test_rows_of_the_head_cost_as_head_and_as_embedding():
     known, ids = Known(), np.array([900, 3, 512, 77])
     item = PlanItem((EMBEDDING,), (4, CONFIG.width), ids)
-    losses = PredictedLosses(CONFIG, SOURCE, known).of(item, LAYOUTS)
+    losses = predicted(known).of(item, LAYOUTS)
     for loss, layout in zip(losses, LAYOUTS, strict=True):
         delta = error(EMBEDDING, layout, known)[ids]
         head = outputs(delta, known.hessian(EMBEDDING)) @ known.row_sensitivity[ids]
@@ -272,7 +278,7 @@ def test_rows_of_the_head_cost_as_head_and_as_embedding():
 
 def test_rows_count_by_what_the_same_errors_cost():
     known = Known()
-    importance = PredictedLosses(CONFIG, SOURCE, known).row_importance()
+    importance = predicted(known).row_importance()
     delta = np.random.default_rng(1).choice([-1, 1], (4000, CONFIG.width))
     for row in (0, 1, 500):
         head = outputs(delta, known.hessian(EMBEDDING)).mean()

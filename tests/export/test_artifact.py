@@ -173,7 +173,7 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "profile": (lambda f: f.update(profile="phone"), "profile is 'phone'; expected"),
     "precision": (lambda f: f.update(precision="int5"), "precision is 'int5'; expected fp32 or"),
     "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),
-    "scheme": (lambda f: f["plan"][LINEAR].update(bits=5), "bits = 5; expected 2, 3, 4, 8"),
+    "scheme": (lambda f: f["plan"][LINEAR].update(bits=5), "bits is 5; expected 2 or 3"),
     "ggml": (store_as_ggml, "only GGUF files have ggml types"),
     "plan": (lambda f: f["plan"].pop(LINEAR), "not stored as the plan says"),
     "extra": (lambda f: f["tensors"].update(x=f["tensors"][LINEAR]), "tensors.x has shape"),

@@ -164,9 +164,7 @@ def test_gguf_options_that_contradict_each_other_or_change_nothing() -> None:
 
 
 BESIDE = {"precision": "int8", "block_size": 64, "symmetric": False, "embedding_precision": "int8"}
-BESIDE_GGUF = {"type": "q4_0", "pure": True, "tensor_types": ("a=q4_0",)} | {
-    "embedding_precision": "q4_0"
-}
+BESIDE_GGUF = {
     "type": "q4_0",
     "pure": True,
     "tensor_types": ("a=q4_0",),

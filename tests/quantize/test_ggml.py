@@ -140,9 +140,10 @@ def test_a_library_of_other_types_is_refused(library, monkeypatch):
         load_library()
 
 
-def spread(grid):
-    """The scale and offset of each weight."""
-    return (np.repeat(part, grid.group, axis=1) for part in (grid.scale, grid.offset))
+def grid_of(packed, kind):
+    """The scale, the offset and the level of each weight."""
+    *steps, levels = read_levels(packed, kind)
+    return *(np.repeat(part, LAYOUTS[kind].group, axis=1) for part in steps), levels
 
 
 def correlated(draw, columns, cuts=()):
@@ -166,9 +167,9 @@ def packed_by(word, rows, kind, statistics):
     return Ggml(kind, algorithm=word).encode("w", rows, statistics)["data"]
 
 
-def plain_gptq(rows, grid, statistics):
+def plain_gptq(rows, packed, kind, statistics):
     """Values by GPTQ as published (arXiv 2210.17323): the upper Cholesky factor U of H⁻¹."""
-    scale, offset = spread(grid)
+    (scale, offset, _), top = grid_of(packed, kind), LAYOUTS[kind].top
     w = rows.astype(np.float64)
     values = np.empty_like(w)
     for part in statistics.hessians:
@@ -177,7 +178,7 @@ def plain_gptq(rows, grid, statistics):
         for i in range(len(upper)):
             j = part.start + i
             safe = np.where(scale[:, j] == 0, 1, scale[:, j])
-            level = np.clip(np.rint((w[:, j] - offset[:, j]) / safe), 0, grid.top)
+            level = np.clip(np.rint((w[:, j] - offset[:, j]) / safe), 0, top)
             values[:, j] = scale[:, j] * level + offset[:, j]
             off = (w[:, j] - values[:, j]) / upper[i, i]
             w[:, j : part.stop] -= off[:, None] * upper[i, i:]
@@ -192,7 +193,7 @@ def test_loss_is_at_most_that_of_published_gptq(cuts, library):
     for kind in LAYOUTS:
         plain = packed_by("ggml", rows, kind, known)
         ours = losses(known, dequantized(packed_by("gptq", rows, kind, known), kind) - rows)
-        theirs = losses(known, plain_gptq(rows, read_levels(plain, kind), known) - rows)
+        theirs = losses(known, plain_gptq(rows, plain, kind, known) - rows)
         assert ours.sum() <= 1.001 * theirs.sum(), kind
         assert ours.sum() < 0.8 * losses(known, dequantized(plain, kind) - rows).sum(), kind
 
@@ -210,13 +211,12 @@ def test_no_row_is_worse_than_ggml_leaves_it(library, kind, rows, blocks, width,
     known = correlated(draw, columns, tuple(sorted({*draw.integers(1, columns, 2).tolist()})))
     plain, ours = (packed_by(word, weights, kind, known) for word in ("ggml", "gptq"))
     np.testing.assert_array_equal(plain, quantize_rows(weights, kind, known.importance))
-    grid = read_levels(plain, kind)
-    scale, offset = spread(grid)
-    error = np.abs(scale * grid.levels + offset - dequantized(plain, kind))
-    largest = np.abs(scale) * grid.top + np.abs(offset)
+    scale, offset, levels = grid_of(plain, kind)
+    error = np.abs(scale * levels + offset - dequantized(plain, kind))
+    largest = np.abs(scale) * LAYOUTS[kind].top + np.abs(offset)
     np.testing.assert_array_less(error, 1e-30 + 2e-7 * largest)
     # all but the levels is as ggml left it
-    np.testing.assert_array_equal(replace_levels(ours, kind, grid.levels), plain)
+    np.testing.assert_array_equal(replace_levels(ours, kind, levels), plain)
     before, after = (losses(known, dequantized(x, kind) - weights) for x in (plain, ours))
     np.testing.assert_array_less(after, before * (1 + 1e-4) + 1e-12)
 

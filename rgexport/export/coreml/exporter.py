@@ -29,12 +29,11 @@ from rgexport.export.trace import trace
 from rgexport.files.targets import check_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import QUANTIZABLE, model_tensors
+from rgexport.griffin.layout import QUANTIZABLE, is_linear_bias, model_tensors
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     choose_scheme,
     choose_schemes,
-    is_linear_bias,
     make_plan,
     with_algorithm,
 )
