@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rgexport.reporting.numbers import number
 
@@ -15,13 +15,25 @@ _MARGIN = 6
 _MOST_DECADES = 8
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
+MARKS = {
+    "●": "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
+    "■": "m-3 -3h6v6h-6z",
+    "▲": "m0 -4l4 7h-8z",
+    "◆": "m0 -4l4 4l-4 4l-4 -4z",
+    "▼": "m0 4l4 -7h-8z",
+    "✚": "m-1 -4h2v3h3v2h-3v3h-2v-3h-3v-2h3z",
+}
+"""A mark in the legend → its SVG path around a point."""
 Point = tuple[float, float]
 FormatNumber = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), ascending in x, and error bars (x, low, high); `kind` is a CSS class."""
+    """Points (x, y), ascending in x, and error bars (x, low, high); `kind` is a CSS class.
+
+    `mark` of `MARKS` stands at each point of a line; `shift` moves all to the right, in pixels.
+    """
 
     kind: str
     label: str
@@ -29,6 +41,8 @@ class Series:
     dots: bool = False
     names: Sequence[str] = ()
     intervals: Sequence[tuple[float, float, float]] = ()
+    mark: str = ""
+    shift: float = 0
 
 
 @dataclass(frozen=True)
@@ -81,10 +95,7 @@ class Chart:
             exponents = range(first, last + 1, 1 + max(0, last - first) // 6)
             ticks = [2**exponent for exponent in exponents]
         else:
-            span = max(1.0, high - low)
-            magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
-            steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
-            step = next(s for s in steps if span / s <= 5)
+            step = max(1, round(_steps(low, high)[0]))
             ticks = list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
         labelled = [(x, f"{x:,}") for x in ticks]
         return Axis(low, high, labelled, self.doubling, LEFT + _MARGIN, RIGHT - _MARGIN)
@@ -97,9 +108,22 @@ class Chart:
     def error_bars(self) -> list[tuple[Series, str]]:
         x, y = self.x, self.y
         return [
-            (s, " ".join(f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals))
+            (
+                s,
+                " ".join(
+                    f"M{x(at) + s.shift:g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals
+                ),
+            )
             for s in self.series
             if s.intervals
+        ]
+
+    @property
+    def marks(self) -> list[tuple[Series, str]]:
+        return [
+            (s, "".join(f"M{p[0]:g} {p[1]:g}{MARKS[s.mark]}" for p in self._pixels(s) if p))
+            for s in self.series
+            if s.mark
         ]
 
     @property
@@ -125,7 +149,10 @@ class Chart:
 
     def _pixels(self, series: Series) -> list[Point | None]:
         x_axis = self.x
-        return [(x_axis(x), self.y(y)) if math.isfinite(y) else None for x, y in series.points]
+        return [
+            (x_axis(x) + series.shift, self.y(y)) if math.isfinite(y) else None
+            for x, y in series.points
+        ]
 
 
 def _path(pixels: Sequence[Point | None]) -> str:
@@ -159,20 +186,26 @@ def logarithmic_axis(values: Sequence[float], limit: float | None = None) -> Axi
 
 
 def linear_axis(values: Sequence[float]) -> Axis:
-    """Returns an axis from 0, or from below all values, to a round number above them."""
-    finite = [value for value in values if math.isfinite(value)]
-    reach = max(map(abs, finite), default=0) or 1.0
-    unit = 10.0 ** math.floor(math.log10(reach))
-    high = next(f * unit for f in (1, 2, 3, 5, 10) if f * unit >= reach)
-    below = math.ceil(-5 * min([0, *finite]) / high)
-    ticks = [high * fifth / 5 for fifth in range(-below, 6)]
-    return Axis(ticks[0], high, [(tick, f"{tick:.3g}") for tick in ticks])
+    """Returns an axis between round numbers around all values."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    step, first, last = _steps(min(finite), max(finite))
+    digits = max(0, -math.floor(math.log10(step)))
+    ticks = [(step * n, f"{step * n:.{digits}f}") for n in range(first, max(last, first + 1) + 1)]
+    return Axis(ticks[0][0], ticks[-1][0], ticks)
 
 
 def share_axis(values: Sequence[float]) -> Axis:
-    """Returns an axis in per cent, from the tenth below the smallest share to 1."""
-    smallest = min((v for v in values if math.isfinite(v)), default=0.0)
-    low = min(0.9, math.floor(smallest * 10) / 10)
-    percents = round(low * 100)
-    step = next(s for s in (2, 5, 10, 20) if (100 - percents) / s <= 5)
-    return Axis(low, 1.0, [(p / 100, f"{p} %") for p in range(100, percents - 1, -step)])
+    """Returns an axis in per cent, from a round share below all values to 1."""
+    axis = linear_axis([0.9, 1.0, *values])
+    return replace(axis, ticks=[(share, f"{100 * share:.0f} %") for share, _ in axis.ticks])
+
+
+def _steps(low: float, high: float) -> tuple[float, int, int]:
+    """Returns a round number, and its multiples at or outside of two ends, at most five apart."""
+    span = max(high - low, 1e-6 * abs(high)) or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(span / 5))
+    for step in (factor * magnitude for factor in (1, 2, 5, 10, 20)):
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first <= 5:
+            break
+    return step, first, last

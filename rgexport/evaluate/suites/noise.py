@@ -8,23 +8,30 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluate.display import Models, by_entry, curves, difference_cell, ends
-from rgexport.evaluate.figures import mean, mean_difference
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    by_entry,
+    curves,
+    difference_cell,
+    differences_of,
+    loss_of,
+)
+from rgexport.evaluate.figures import ends, mean, mean_difference
 from rgexport.evaluate.losses import nats
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.text import document_of, documents
 from rgexport.reporting.chart import Chart
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
-NAME = "noise"
+NAME, UNIT, INDEPENDENT = "noise", "nats per token after noise", False
 CORRUPTED, CLEAN = 600, 300
 """Approximate characters of the two parts of a passage."""
 _SHARE = 0.1
@@ -34,6 +41,8 @@ _ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
 _NEIGHBOUR = {key: right for row in _ROWS for key, right in pairwise(row)}
 _MARKERS = "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "[INST]", "</s>"
 Random = np.random.Generator
+Pair = tuple[Result, Result]
+"""The results of one text after its clean and after its corrupted beginnings."""
 
 
 def _typos(text: str, random: Random) -> str:
@@ -94,7 +103,7 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 """Name → function that corrupts a text. `none` is first: the others are compared with it."""
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
     model.require_tokenizer(NAME)
     for document in documents(request.texts):
         if not (count := len(passages(document.text))):
@@ -102,7 +111,7 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
         for kind in NOISES:
             settings = {"document": document.name, "sha256": document.sha256, "noise": kind}
             tokens = count * (CORRUPTED + CLEAN) // 4
-            yield Piece(model.identity, NAME, settings | {"seed": request.seed}, tokens)
+            yield [Piece(model.identity, NAME, settings | {"seed": request.seed}, tokens)]
 
 
 def passages(text: str) -> list[tuple[str, str]]:
@@ -143,61 +152,79 @@ def measure(
 
 def summary(measured: Measured) -> Result:
     """Returns by kind of noise: the loss, its increase, and the share of top-1 flips."""
+    return {"noises": [_of_noise(kind, pairs) for kind, pairs in _by_kind(measured).items()]}
+
+
+def _by_kind(measured: Measured) -> dict[str, list[Pair]]:
     clean = {settings["sha256"]: r for settings, r in measured if settings["noise"] == "none"}
     groups = defaultdict(list)
     for settings, result in measured:
         groups[settings["noise"]].append((clean[settings["sha256"]], result))
-    return {"noises": [_of_noise(kind, pairs) for kind, pairs in groups.items()]}
+    return groups
 
 
-def _of_noise(kind: str, pairs: Sequence[tuple[Result, Result]]) -> Result:
-    noisy = [values for _, result in pairs for values in result["nats"]]
-    after, counts = list(map(sum, noisy)), list(map(len, noisy))
-    before = [sum(values) for clean, _ in pairs for values in clean["nats"]]
-    flips = [
-        sum(a != b for a, b in zip(first, second, strict=True))
-        for clean, result in pairs
-        for first, second in zip(clean["tops"], result["tops"], strict=True)
-    ]
+def _of_noise(kind: str, pairs: Sequence[Pair]) -> Result:
+    before, after = ([sum(values) for pair in pairs for values in pair[i]["nats"]] for i in (0, 1))
+    tops = [top for pair in pairs for top in zip(*(side["tops"] for side in pair), strict=True)]
+    flips = [sum(a != b for a, b in zip(*passage, strict=True)) for passage in tops]
+    counts = _counts(pairs)
     return {
         "noise": kind,
-        "nll": asdict(mean(after, counts)),
-        "more": asdict(mean_difference(before, after, counts)),
-        "flips": asdict(mean(flips, counts)),
+        "nll": mean(after, counts),
+        "more": mean_difference(before, after, counts),
+        "flips": mean(flips, counts),
         "by_distance": list(_by_distance(pairs)),
     }
 
 
-def _by_distance(pairs: Sequence[tuple[Result, Result]]) -> Iterator[Result]:
+def _counts(pairs: Sequence[Pair]) -> list[int]:
+    return [len(values) for _, noisy in pairs for values in noisy["nats"]]
+
+
+def _by_distance(pairs: Sequence[Pair]) -> Iterator[Result]:
     """Yields the increase of the loss at the first token, the next 2, the next 4, …"""
-    longest = max(len(values) for _, result in pairs for values in result["nats"])
+    passages = [p for clean, noisy in pairs for p in zip(clean["nats"], noisy["nats"], strict=True)]
+    longest = max(len(clean) for clean, _ in passages)
     for power in range((longest - 1).bit_length() + 1):
         start, stop = (1 << power) - 1, (1 << power + 1) - 1
         sums = [
             (sum(clean[start:stop]), sum(noisy[start:stop]), len(clean[start:stop]))
-            for clean_result, noisy_result in pairs
-            for clean, noisy in zip(clean_result["nats"], noisy_result["nats"], strict=True)
+            for clean, noisy in passages
             if len(clean) > start
         ]
         if sums:
-            gap = mean_difference(*zip(*sums, strict=True))
-            yield {"token": start + 1, "more": asdict(gap)}
+            yield {"token": start + 1, "more": mean_difference(*zip(*sums, strict=True))}
 
 
 def differences(first: Measured, second: Measured) -> Result:
     """Returns by kind of noise: the second model's increase of the loss minus the first's."""
-    sides = [{(s["sha256"], s["noise"]): r for s, r in side} for side in (first, second)]
-    columns: dict[str, list[list[float]]] = defaultdict(lambda: [[], [], []])
-    for (sha256, kind), before in sides[0].items():
-        after = sides[1][sha256, kind]
-        if before["ids"] != after["ids"]:
-            continue
-        for column, result, side in zip(columns[kind], (before, after), sides, strict=False):
-            clean = side[sha256, "none"]["nats"]
-            column += [sum(a) - sum(b) for a, b in zip(result["nats"], clean, strict=True)]
-        columns[kind][2] += map(len, before["nats"])
-    entries = [{"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()]
+    entries = []
+    others = _by_kind(second)
+    for kind, pairs in _by_kind(first).items():
+        alike = [
+            (before, after)
+            for before, after in zip(pairs, others[kind], strict=True)
+            if before[1]["ids"] == after[1]["ids"]
+        ]
+        if alike:
+            before, after = zip(*alike, strict=True)
+            gap = mean_difference(_increases(before), _increases(after), _counts(before))
+            entries.append({"noise": kind} | gap)
     return {"noises": entries}
+
+
+def _increases(pairs: Sequence[Pair]) -> list[float]:
+    """Returns by how much the noise increases the sum of each passage's losses."""
+    return [
+        sum(after) - sum(before)
+        for clean, noisy in pairs
+        for before, after in zip(clean["nats"], noisy["nats"], strict=True)
+    ]
+
+
+def lost(model: Result) -> list[Loss]:
+    gaps = differences_of(model, NAME, "noises")
+    return [loss_of(gap["noise"], gap) for gap in gaps if gap["noise"] != "none"]
 
 
 def tables(models: Models) -> Iterator[Table]:
@@ -222,5 +249,4 @@ def charts(models: Models) -> Iterator[Chart]:
                 ("tokens after the noise", "more nats"),
                 models,
                 [[(p["token"], ends(p["more"])) for p in e["by_distance"]] for e in entries],
-                "token",
             )
