@@ -14,7 +14,7 @@ _APART = 4
 
 
 class Loss(NamedTuple):
-    """What a model loses in one place, and half of its 95 % interval; negative for a gain."""
+    """A model's loss in one place, and half of its 95 % interval; negative for a gain."""
 
     where: str
     value: float
@@ -108,7 +108,6 @@ def curves(
         labels=labels,
         series=series,
         y=linear_axis(y_values(series)),
-        column=labels[0],
         show_y=number,
         doubling=True,
     )

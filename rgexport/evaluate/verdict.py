@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from statistics import NormalDist
+
+import numpy as np
 
 from rgexport.evaluate.display import Loss, Models
 from rgexport.evaluate.figures import Z
@@ -32,22 +34,22 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _SuiteLoss:
-    """What a model loses in a suite: in each place, and in all together (None without a unit)."""
+    """A model's loss in each place of a suite, and the mean of all (None without a unit)."""
 
     label: str
     suite: str
-    places: Sequence[Loss]
+    by_place: Sequence[Loss]
     total: Loss | None
 
     @property
     def worst(self) -> Loss:
-        return max(self.places, key=_margins)
+        return max(self.by_place, key=_margins)
 
     @property
     def certainty(self) -> float:
         """Above 1, the loss in all places or in the worst one is more than chance explains."""
         # Of many places, some seem worse by chance (Bonferroni's correction).
-        margins = NormalDist().inv_cdf(1 - 0.025 / len(self.places)) / Z
+        margins = NormalDist().inv_cdf(1 - 0.025 / len(self.by_place)) / Z
         total = _margins(self.total) if self.total else 0.0
         return max(total, _margins(self.worst) / margins)
 
@@ -58,10 +60,10 @@ def verdict(models: Models) -> Verdict:
         alone = f"{first['label']} was evaluated alone: name its original before it"
         return Verdict(f"{alone} to see what is lost.", [])
     losses = [
-        _SuiteLoss(model["label"], name, places, _total(places, name))
+        _SuiteLoss(model["label"], name, by_place, _total(by_place, name))
         for name in first["suites"]
         for model in others
-        if (places := SUITES[name].lost(model))
+        if (by_place := SUITES[name].lost(model))
     ]
     surest = sorted(losses, key=lambda loss: -max(1.0, loss.certainty))
     chosen = list(dict.fromkeys(loss.suite for loss in surest))[: _MOST_LINES - 1]
@@ -76,17 +78,18 @@ def verdict(models: Models) -> Verdict:
     return Verdict(f"Against {first['label']}: {'; '.join(conclusions)}.", reasons, is_loss)
 
 
-def _total(places: Sequence[Loss], suite: str) -> Loss | None:
+def _total(losses: Sequence[Loss], suite: str) -> Loss | None:
     """Returns the mean loss; errors that are not independent may all point the same way."""
     if not SUITES[suite].UNIT:
         return None
-    weights = [place.weight / sum(other.weight for other in places) for place in places]
-    value = sum(weight * place.value for weight, place in zip(weights, places, strict=True))
-    if any(place.margin is None for place in places):
+    weights = np.array([loss.weight for loss in losses], np.float64)
+    weights /= weights.sum()
+    value = float(weights @ [loss.value for loss in losses])
+    if any(loss.margin is None for loss in losses):
         return Loss("all", value, None)
-    margins = [weight * (p.margin or 0) for weight, p in zip(weights, places, strict=True)]
-    margin = math.hypot(*margins) if SUITES[suite].INDEPENDENT else sum(margins)
-    return Loss("all", value, margin)
+    margins = weights * [loss.margin for loss in losses]
+    margin = np.linalg.norm(margins) if SUITES[suite].INDEPENDENT else margins.sum()
+    return Loss("all", value, float(margin))
 
 
 def _margins(loss: Loss) -> float:
@@ -97,10 +100,10 @@ def _margins(loss: Loss) -> float:
 
 
 def _conclusion(label: str, losses: Sequence[_SuiteLoss], in_full: bool) -> str:
-    own = [loss for loss in losses if loss.label == label]
-    lost = [loss.suite for loss in own if loss.certainty > 1]
-    unsure = [loss.suite for loss in own if loss.certainty <= 1]
-    if not own:
+    of_model = [loss for loss in losses if loss.label == label]
+    lost = [loss.suite for loss in of_model if loss.certainty > 1]
+    unsure = [loss.suite for loss in of_model if loss.certainty <= 1]
+    if not of_model:
         return f"{label} reads other tokens and cannot be compared"
     if not lost:
         return f"{label} loses nothing for certain in {_listed(unsure)}"
@@ -127,17 +130,18 @@ def _loss_text(loss: _SuiteLoss, unit: str) -> str:
     amount = _plus_minus(loss.total._replace(value=abs(loss.total.value)))
     text = f"{loss.label} {'gains' if is_gain else 'loses'} {amount} {unit}".rstrip()
     if is_certain:
-        return f"{text}, {most}" if len(loss.places) > 1 else text
+        return f"{text}, {most}" if len(loss.by_place) > 1 else text
     return text if _margins(loss.total) < -1 else f"{text}, perhaps by chance"
 
 
 def _how_sure(losses: Sequence[_SuiteLoss]) -> str:
     """Returns what ± means, and how small a loss may have been missed."""
-    margins = {loss.suite: loss.total.margin for loss in losses if loss.total}
+    totals = [(loss.suite, loss.total.margin or 0.0) for loss in losses if loss.total]
+    margins = dict(sorted(totals, key=itemgetter(1)))  # the largest of each suite remains
     missed = [f"{m:.2g} {SUITES[name].UNIT}" for name, m in margins.items() if m]
     limits = f" A loss below {_listed(missed)} may have been missed:" if missed else ""
-    more = "longer texts (--text) and more --trials show smaller losses"
-    return f"How sure: ± holds the true value in 95 % of cases.{limits} {more}."
+    advice = "longer texts (--text) and more --trials show smaller losses"
+    return f"How sure: ± holds the true value in 95 % of cases.{limits} {advice}."
 
 
 def _plus_minus(loss: Loss) -> str:

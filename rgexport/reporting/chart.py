@@ -69,10 +69,10 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture, its summary in words, and its numbers as a table, in which x is called `column`.
+    """A picture, its summary in words, and its numbers as a table.
 
-    `labels` are those of x and y; `limit` is drawn from edge to edge; `doubling` draws a positive x
-    by its logarithm.
+    `labels` are those of x and y; the table calls x `column`, if that is another word. `level`, a
+    name and a y, is drawn from edge to edge; `doubling` draws a positive x by its logarithm.
     """
 
     title: str
@@ -80,10 +80,10 @@ class Chart:
     labels: tuple[str, str]
     series: Sequence[Series]
     y: Axis
-    column: str = "layer"
+    column: str = ""
     show_x: FormatNumber = "{:,.0f}".format
     show_y: FormatNumber = number
-    limit: Series | None = None
+    level: tuple[str, float] | None = None
     doubling: bool = False
 
     @property
@@ -101,44 +101,6 @@ class Chart:
         return Axis(low, high, labelled, self.doubling, LEFT + _MARGIN, RIGHT - _MARGIN)
 
     @property
-    def paths(self) -> list[tuple[Series, str]]:
-        return [(s, _path(self._pixels(s))) for s in self.series if not s.dots]
-
-    @property
-    def error_bars(self) -> list[tuple[Series, str]]:
-        x, y = self.x, self.y
-        return [
-            (
-                s,
-                " ".join(
-                    f"M{x(at) + s.shift:g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals
-                ),
-            )
-            for s in self.series
-            if s.intervals
-        ]
-
-    @property
-    def marks(self) -> list[tuple[Series, str]]:
-        return [
-            (s, "".join(f"M{p[0]:g} {p[1]:g}{MARKS[s.mark]}" for p in self._pixels(s) if p))
-            for s in self.series
-            if s.mark
-        ]
-
-    @property
-    def dots(self) -> list[tuple[Series, list[Point]]]:
-        return [(s, [p for p in self._pixels(s) if p]) for s in self.series if s.dots]
-
-    @property
-    def limit_path(self) -> str:
-        """The limit as an SVG path; empty without a limit, or if it ends outside the picture."""
-        if self.limit is None or not self.y.low <= self.limit.points[-1][1] <= self.y.high:
-            return ""
-        pixels = [pixel for pixel in self._pixels(self.limit) if pixel]
-        return _path([(LEFT, pixels[0][1]), *pixels, (RIGHT, pixels[-1][1])])
-
-    @property
     def rows(self) -> list[list[str]]:
         """The table: each x with the y of every series, empty where a series has no point."""
         xs = sorted({x for line in self.series for x, _ in line.points})
@@ -147,12 +109,18 @@ class Chart:
     def _cell(self, series: Series, x: float) -> str:
         return ", ".join(self.show_y(y) for at, y in series.points if at == x)
 
-    def _pixels(self, series: Series) -> list[Point | None]:
-        x_axis = self.x
+    def path(self, series: Series) -> str:
+        return _path(self.pixels(series))
+
+    def pixels(self, series: Series) -> list[Point | None]:
+        """Returns where the points lie, None for those that are not finite."""
         return [
-            (x_axis(x) + series.shift, self.y(y)) if math.isfinite(y) else None
+            (self.place(series, x), self.y(y)) if math.isfinite(y) else None
             for x, y in series.points
         ]
+
+    def place(self, series: Series, x: float) -> float:
+        return round(self.x(x) + series.shift, 1)
 
 
 def _path(pixels: Sequence[Point | None]) -> str:
@@ -173,13 +141,11 @@ def y_values(series: Sequence[Series]) -> list[float]:
     return [y for line in series for _, y in line.points]
 
 
-def logarithmic_axis(values: Sequence[float], limit: float | None = None) -> Axis:
-    """Returns whole decades around all positive values; a limit near above them is included."""
+def logarithmic_axis(values: Sequence[float]) -> Axis:
+    """Returns whole decades around all positive values."""
     positive = [v for v in values if math.isfinite(v) and v > 0] or [1e-12]
     high = math.ceil(math.log10(max(positive)) + 1e-9)
     low = max(math.floor(math.log10(min(positive)) - 1e-9), high - _MOST_DECADES)
-    if limit and 0 <= math.ceil(math.log10(limit)) - high <= 2:
-        high = max(high, math.ceil(math.log10(limit)))
     exponents = range(low, high + 1, math.ceil((high - low) / 5))
     ticks = [(10.0**e, f"10{str(e).translate(_SUPERSCRIPT)}") for e in exponents]
     return Axis(10.0**low, 10.0**high, ticks, logarithmic=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rgexport import progress
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate import run as runner
@@ -115,6 +116,7 @@ def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, mo
     artifact = tmp_path / "artifact"
     export_onnx(open_checkpoint(model), OnnxOptions(precision="fp32"), artifact)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "verbose", False)  # -v sets it for the process
     capfd.readouterr()
     asked = [word for name in ASKED for word in ("--task", name)]
     words = ["--suite", "tasks", *asked, "--task-files", str(files), "-o", "results", "-v"]

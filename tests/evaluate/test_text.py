@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from rgexport import progress
 from rgexport.chat.sample_text import built_in_text
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
@@ -160,13 +161,14 @@ def test_a_suite_is_one_module(model, tmp_path, monkeypatch):
     assert "8192" in as_text(results) and "8192" in render_page(results)
 
 
-def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
+def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys, monkeypatch):
     """Those of other shapes and vocabularies stand beside; what cannot be compared is left out."""
     small, target = small_model(tmp_path / "small")[0], tmp_path / "results"
     words = "--suite text --suite memory --limit 100 --trials 8 --farthest 64 --context 32"
     models = "demo", str(demo_artifact), str(small)
     assert run(["evaluate", *models, *words.split(), "-o", str(target)]) == 0
     verdict = capsys.readouterr().out
+    monkeypatch.setattr(progress, "verbose", False)  # -v sets it for the process
     assert len(verdict.splitlines()) == 5 and "Memory, copying" not in verdict
     assert run(["evaluate", *models, *words.split(), "-o", str(target), "-v"]) == 0
     shown = capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_the_suite(tmp_path, capsys):
     words = "--trials 8 --farthest 64 --context 4096 --limit 150 --threads 1"
     suites = {}
     for name in ("text --suite memory", "window"):
-        asked = f"-v --suite {name} {words} -o {tmp_path / name[:4]}".split()
+        asked = f"--suite {name} {words} -o {tmp_path / name[:4]}".split()
         assert run(["evaluate", str(model), *asked]) == 0
         results = json.loads((tmp_path / name[:4] / "evaluation.json").read_text())
         suites |= results["models"][0]["suites"]

@@ -49,7 +49,7 @@ class PrefixReader:
         return max(1, min(_ROWS, _STATE_BYTES // max(1, self.session.info.state_bytes)))
 
     def parts(self) -> Iterator[Part]:
-        """Reads all texts and yields their requested logits, those of a long text in several parts.
+        """Reads all texts and yields their requested logits, a long text's in several parts.
 
         A caller who changes the session's state must restore it before the next part.
         """

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
@@ -18,16 +19,16 @@ from rgexport.evaluate.display import (
     Loss,
     Models,
     by_entry,
+    curves,
     differences_of,
     is_significant,
-    lines,
     loss_of,
 )
 from rgexport.evaluate.figures import ends, mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
 from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.episodes import TASKS, Episode, vocabulary_of
-from rgexport.reporting.chart import Chart, Series, share_axis
+from rgexport.reporting.chart import Chart, share_axis
 from rgexport.reporting.numbers import percent
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
@@ -131,15 +132,15 @@ def summary(measured: Measured) -> Result:
         chances[settings["task"]] = result["chance"]
         for distance, rows in result["right"].items():
             tasks[settings["task"]][int(distance)] += [float(np.mean(row)) for row in rows]
-    curves = []
+    entries = []
     for task, by_distance in tasks.items():
         points = [
             {"distance": distance} | share(sum(shares), len(shares))
             for distance, shares in sorted(by_distance.items())
         ]
         half = _half(points, chances[task])
-        curves.append({"task": task, "chance": chances[task], "points": points, "half": half})
-    return {"tasks": curves}
+        entries.append({"task": task, "chance": chances[task], "points": points, "half": half})
+    return {"tasks": entries}
 
 
 def _half(points: Sequence[Result], chance: float) -> float | None:
@@ -192,12 +193,12 @@ def lost(model: Result) -> list[Loss]:
 
 
 def tables(models: Models) -> Iterator[Table]:
-    for curves in by_entry(models, NAME, "tasks"):
-        first, count = curves[0], len(curves[0]["points"])
+    for entries in by_entry(models, NAME, "tasks"):
+        first, count = entries[0], len(entries[0]["points"])
         # Every other distance has a column, if they are many.
         columns = range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
         rows: list[Row] = []
-        for model, curve in zip(models, curves, strict=True):
+        for model, curve in zip(models, entries, strict=True):
             differing = {
                 point["distance"]
                 for point in differences_of(model, NAME, "points")
@@ -223,16 +224,8 @@ def _half_cell(curve: Result) -> str:
 def charts(models: Models) -> Iterator[Chart]:
     for entries in by_entry(models, NAME, "tasks"):
         points = [[(p["distance"], ends(p)) for p in curve["points"]] for curve in entries]
-        series, chance = lines(models, points), entries[0]["chance"]
-        yield Chart(
-            title=entries[0]["task"],
-            summary="Share of right answers by the tokens in between; "
-            f"{percent(chance)} by chance.",
-            labels=("tokens in between", "right answers"),
-            series=series,
-            y=share_axis([low for line in series for _, low, _ in line.intervals]),
-            column="tokens in between",
-            show_y=percent,
-            limit=Series("limit", "chance", [(series[0].points[i][0], chance) for i in (0, -1)]),
-            doubling=True,
-        )
+        task, chance = entries[0]["task"], entries[0]["chance"]
+        summary = f"Share of right answers by the tokens in between; {percent(chance)} by chance."
+        chart = curves(task, summary, ("tokens in between", "right answers"), models, points)
+        axis = share_axis([low for line in chart.series for _, low, _ in line.intervals])
+        yield replace(chart, y=axis, show_y=percent, level=("chance", chance))

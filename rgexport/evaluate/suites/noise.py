@@ -9,6 +9,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from operator import ne
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -41,8 +43,6 @@ _ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
 _NEIGHBOUR = {key: right for row in _ROWS for key, right in pairwise(row)}
 _MARKERS = "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "[INST]", "</s>"
 Random = np.random.Generator
-Pair = tuple[Result, Result]
-"""The results of one text after its clean and after its corrupted beginnings."""
 
 
 def _typos(text: str, random: Random) -> str:
@@ -150,47 +150,55 @@ def measure(
     return {"nats": values, "tops": tops, "ids": hashed.hexdigest()}
 
 
-def summary(measured: Measured) -> Result:
-    """Returns by kind of noise: the loss, its increase, and the share of top-1 flips."""
-    return {"noises": [_of_noise(kind, pairs) for kind, pairs in _by_kind(measured).items()]}
+class _Passage(NamedTuple):
+    """Losses [n] and top-1 tokens [n] after the clean and after the corrupted beginning."""
+
+    ids: str
+    clean: list[float]
+    noisy: list[float]
+    clean_tops: list[int]
+    tops: list[int]
 
 
-def _by_kind(measured: Measured) -> dict[str, list[Pair]]:
+def _passages_by_noise(measured: Measured) -> dict[str, list[_Passage]]:
     clean = {settings["sha256"]: r for settings, r in measured if settings["noise"] == "none"}
-    groups = defaultdict(list)
+    groups: dict[str, list[_Passage]] = defaultdict(list)
     for settings, result in measured:
-        groups[settings["noise"]].append((clean[settings["sha256"]], result))
+        before = clean[settings["sha256"]]
+        sides = before["nats"], result["nats"], before["tops"], result["tops"]
+        groups[settings["noise"]] += [
+            _Passage(result["ids"], *values) for values in zip(*sides, strict=True)
+        ]
     return groups
 
 
-def _of_noise(kind: str, pairs: Sequence[Pair]) -> Result:
-    before, after = ([sum(values) for pair in pairs for values in pair[i]["nats"]] for i in (0, 1))
-    tops = [top for pair in pairs for top in zip(*(side["tops"] for side in pair), strict=True)]
-    flips = [sum(a != b for a, b in zip(*passage, strict=True)) for passage in tops]
-    counts = _counts(pairs)
-    return {
-        "noise": kind,
-        "nll": mean(after, counts),
-        "more": mean_difference(before, after, counts),
-        "flips": mean(flips, counts),
-        "by_distance": list(_by_distance(pairs)),
-    }
+def summary(measured: Measured) -> Result:
+    """Returns by kind of noise: the loss, its increase, and the share of top-1 flips."""
+    noises = []
+    for kind, chosen in _passages_by_noise(measured).items():
+        counts = [len(passage.noisy) for passage in chosen]
+        before, after = [sum(p.clean) for p in chosen], [sum(p.noisy) for p in chosen]
+        flips = [sum(map(ne, passage.clean_tops, passage.tops)) for passage in chosen]
+        entry = {
+            "noise": kind,
+            "nll": mean(after, counts),
+            "more": mean_difference(before, after, counts),
+            "flips": mean(flips, counts),
+            "by_distance": list(_by_distance(chosen)),
+        }
+        noises.append(entry)
+    return {"noises": noises}
 
 
-def _counts(pairs: Sequence[Pair]) -> list[int]:
-    return [len(values) for _, noisy in pairs for values in noisy["nats"]]
-
-
-def _by_distance(pairs: Sequence[Pair]) -> Iterator[Result]:
+def _by_distance(chosen: Sequence[_Passage]) -> Iterator[Result]:
     """Yields the increase of the loss at the first token, the next 2, the next 4, …"""
-    passages = [p for clean, noisy in pairs for p in zip(clean["nats"], noisy["nats"], strict=True)]
-    longest = max(len(clean) for clean, _ in passages)
+    longest = max(len(passage.noisy) for passage in chosen)
     for power in range((longest - 1).bit_length() + 1):
         start, stop = (1 << power) - 1, (1 << power + 1) - 1
         sums = [
-            (sum(clean[start:stop]), sum(noisy[start:stop]), len(clean[start:stop]))
-            for clean, noisy in passages
-            if len(clean) > start
+            (sum(p.clean[start:stop]), sum(p.noisy[start:stop]), len(p.noisy[start:stop]))
+            for p in chosen
+            if len(p.noisy) > start
         ]
         if sums:
             yield {"token": start + 1, "more": mean_difference(*zip(*sums, strict=True))}
@@ -198,28 +206,17 @@ def _by_distance(pairs: Sequence[Pair]) -> Iterator[Result]:
 
 def differences(first: Measured, second: Measured) -> Result:
     """Returns by kind of noise: the second model's increase of the loss minus the first's."""
-    entries = []
-    others = _by_kind(second)
-    for kind, pairs in _by_kind(first).items():
+    entries, others = [], _passages_by_noise(second)
+    for kind, chosen in _passages_by_noise(first).items():
         alike = [
-            (before, after)
-            for before, after in zip(pairs, others[kind], strict=True)
-            if before[1]["ids"] == after[1]["ids"]
+            (sum(a.noisy) - sum(a.clean), sum(b.noisy) - sum(b.clean), len(a.noisy))
+            for a, b in zip(chosen, others[kind], strict=True)
+            if a.ids == b.ids
         ]
         if alike:
-            before, after = zip(*alike, strict=True)
-            gap = mean_difference(_increases(before), _increases(after), _counts(before))
+            gap = mean_difference(*zip(*alike, strict=True))
             entries.append({"noise": kind} | gap)
     return {"noises": entries}
-
-
-def _increases(pairs: Sequence[Pair]) -> list[float]:
-    """Returns by how much the noise increases the sum of each passage's losses."""
-    return [
-        sum(after) - sum(before)
-        for clean, noisy in pairs
-        for before, after in zip(clean["nats"], noisy["nats"], strict=True)
-    ]
 
 
 def lost(model: Result) -> list[Loss]:

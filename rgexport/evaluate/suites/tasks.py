@@ -149,7 +149,7 @@ def differences(first: Measured, second: Measured) -> Result:
 
 
 def lost(model: Result) -> list[Loss]:
-    """Returns the losses by figures of which it is known whether a higher one is better."""
+    """Returns the losses in figures, if lm_eval says whether higher ones are better."""
     better = {
         (entry["task"], figure["metric"]): figure["higher_is_better"]
         for entry in model["suites"][NAME]["tasks"]

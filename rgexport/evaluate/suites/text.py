@@ -150,7 +150,7 @@ def _ids(model: EvaluatedModel, document: Document, limit: int | None) -> np.nda
 
 
 def _chunks(ids: np.ndarray, bos: np.ndarray, context: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields whole chunks, whose second half counts; their first token becomes a bos."""
+    """Yields whole chunks and where their second half begins; the first token becomes a bos."""
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
         chunk[: len(bos)] = bos
@@ -160,7 +160,7 @@ def _chunks(ids: np.ndarray, bos: np.ndarray, context: int) -> Iterator[tuple[np
 def _strides(
     ids: np.ndarray, bos: np.ndarray, context: int, stride: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields pieces of a bos and up to `context - 1` tokens; those after the piece before count."""
+    """Yields pieces of a bos and up to `context - 1` tokens, and where new losses begin."""
     text, counted = ids[len(bos) :], 0
     for start in range(0, len(text), stride):
         stop = min(start + context - len(bos), len(text))
