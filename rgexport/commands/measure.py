@@ -211,8 +211,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
     models = open_models(arguments.models, allow_foreign=arguments.engine.allow_foreign)
     with connected(arguments.cluster.cluster) as workers:
         results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
+    page = write_files(results, output)
     print_result(as_text(results), end="")
-    print_result(f"{write_files(results, output)} has the curves, {output / JSON} all figures.")
+    print_result(
+        f"{page} has tables and curves (-v prints the tables), {output / JSON} all figures."
+    )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""Confidence intervals of shares, means and paired differences."""
+"""Confidence intervals of shares, means and paired differences.
+
+An estimate has its `value`, the `low` and the `high` end of its 95 % interval (None if unknown),
+and the `count` of observations; a difference has its `p` instead.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -12,64 +16,46 @@ Z = NormalDist().inv_cdf((1 + _SHARE) / 2)
 """Half of a 95 % interval, in standard errors."""
 _FLIPS, _FLIPPED_AT_ONCE = 9999, 1 << 22
 
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A value, its 95 % interval (None if unknown), and the number of observations."""
-
-    value: float
-    low: float | None
-    high: float | None
-    count: int
-
-    @property
-    def ends(self) -> list[float | None]:
-        return [self.value, self.low, self.high]
+Figure = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Second minus first of the same observations, its 95 % interval, and p; None if unknown."""
-
-    value: float
-    low: float | None
-    high: float | None
-    p: float | None
+def ends(figure: Figure) -> list[float | None]:
+    """Returns a value and the two ends of its interval."""
+    return [figure["value"], figure["low"], figure["high"]]
 
 
-def share(right: float, count: int) -> Estimate:
+def share(right: float, count: int) -> Figure:
     """Returns a share with Wilson's interval (JASA 22, 1927); `right` may be a sum of shares."""
     middle = (right + Z**2 / 2) / (count + Z**2)
     spread = Z / (count + Z**2) * math.sqrt(right * (count - right) / count + Z**2 / 4)
-    return Estimate(
-        value=right / count,
-        low=max(0.0, middle - spread) if right else 0.0,
-        high=min(1.0, middle + spread) if right < count else 1.0,
-        count=count,
-    )
+    return {
+        "value": right / count,
+        "low": max(0.0, middle - spread) if right else 0.0,
+        "high": min(1.0, middle + spread) if right < count else 1.0,
+        "count": count,
+    }
 
 
-def mean(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
+def mean(sums: Sequence[float], counts: Sequence[float]) -> Figure:
     """Returns the mean per item, from sums over clusters of items that are not independent.
 
     The interval is that of a ratio of two sums (Cochran, Sampling Techniques, chapter 6); it is
     unknown for one cluster.
     """
-    value, low, high = _ratio(np.asarray(sums, np.float64), counts)
-    return Estimate(value=value, low=low, high=high, count=int(sum(counts)))
+    return _ratio(np.asarray(sums, np.float64), counts) | {"count": int(sum(counts))}
 
 
 def mean_difference(
     first: Sequence[float], second: Sequence[float], counts: Sequence[float]
-) -> Difference:
+) -> Figure:
     """Returns the `mean` of the second's sums minus the first's, cluster by cluster.
 
     p is that of a sign-flip test (Fisher's randomization test): the share of random signs of the
     differences for which their sum is as far from 0; at least 1 in 10,000.
     """
     gaps = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    value, low, high = _ratio(gaps, counts)
-    return Difference(value=value, low=low, high=high, p=None if low is None else _p(gaps))
+    ratio = _ratio(gaps, counts)
+    return ratio | {"p": None if ratio["low"] is None else _p(gaps)}
 
 
 def _p(gaps: np.ndarray) -> float:
@@ -84,16 +70,16 @@ def _p(gaps: np.ndarray) -> float:
     return (reached + 1) / (_FLIPS + 1)
 
 
-def _ratio(sums: np.ndarray, items: Sequence[float]) -> tuple[float, float | None, float | None]:
+def _ratio(sums: np.ndarray, items: Sequence[float]) -> Figure:
     """Returns the mean per item, and the ends of its 95 % interval."""
     counts = np.asarray(items, np.float64)
     clusters, value = len(sums), float(sums.sum() / counts.sum())
     if clusters < 2:
-        return value, None, None
+        return {"value": value, "low": None, "high": None}
     rest = sums - value * counts
     variance = (rest @ rest) * clusters / (clusters - 1)
     spread = _student(clusters - 1) * math.sqrt(variance) / float(counts.sum())
-    return value, value - spread, value + spread
+    return {"value": value, "low": value - spread, "high": value + spread}
 
 
 def _student(freedom: int) -> float:

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,40 +22,67 @@ from rgexport.griffin.state import state_specs
 from rgexport.runtimes.engine import engine_of, open_session, require_narrowing
 from rgexport.runtimes.session import Session
 
+Opener = tuple[str, bool]
+"""The argument of `open_model`, and whether it allows foreign ops."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluatedModel(ABC):
+class EvaluatedModel:
     """A model that suites measure; `argument` opens it from any folder."""
 
     argument: str
     label: str
     config: GriffinConfig
     size: int
-    allow_foreign: bool = False
+    source: Artifact | Checkpoint
 
     @property
-    @abstractmethod
+    def opener(self) -> Opener:
+        return self.argument, isinstance(self.source, Artifact) and self.source.allow_foreign
+
+    @cached_property
     def identity(self) -> str:
         """A hash of the model's files and its config."""
+        if isinstance(self.source, Artifact):
+            kind, records = self.source.manifest.kind, [*self.source.manifest.files.values()]
+        else:
+            files = self.source.tokenizer_files
+            kind, records = "checkpoint", [*self._weight_files.values(), *map(hash_file, files)]
+        hashes = sorted(record.sha256 for record in records)
+        facts = json.dumps([kind, self.config.to_dict(), hashes], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
-    @abstractmethod
     def state_identity(self) -> Identity:
         """The identity in its state files: artifacts of one checkpoint share it."""
+        if isinstance(self.source, Artifact):
+            return identity_of(self.source.manifest, "")
+        return identity_of_files(self.label, self._weight_files, self.config, "")
 
-    @property
-    @abstractmethod
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, or None if it takes token ids only."""
+        if isinstance(self.source, Artifact):
+            return open_tokenizer(self.source) if self.source.manifest.has_tokenizer else None
+        files = self.source.tokenizer_files
+        return load_tokenizer(files[0].parent) if files else None
 
-    @abstractmethod
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
         """Opens a session, perhaps with a smaller window; the caller closes it."""
+        if isinstance(self.source, Artifact):
+            narrow = None if window == self.config.window else window
+            return open_session(self.source, threads=threads, window=narrow)
+        from rgexport.evaluate.reference_session import ReferenceSession
+
+        config = self.config if window is None else replace(self.config, window=window)
+        return ReferenceSession(replace(self.source, config=config), threads=threads)
 
     def require_narrowing(self) -> None:
         """Refuses a model without attention, or an engine that takes the window of the file."""
         if "attention" not in self.config.block_types:
             raise RequestError(f"{self.label} has no attention, whose window could be smaller")
+        if isinstance(self.source, Artifact):
+            require_narrowing(self.source)
 
     def require_tokenizer(self, suite: str) -> None:
         if self.tokenizer is None:
@@ -78,65 +104,10 @@ class EvaluatedModel(ABC):
         bos = self.tokenizer.bos_id if self.tokenizer else None
         return [] if bos is None else [bos]
 
-    def _hash(self, kind: str, records: Iterable[FileRecord]) -> str:
-        hashes = sorted(record.sha256 for record in records)
-        facts = json.dumps([kind, self.config.to_dict(), hashes], sort_keys=True)
-        return hashlib.sha256(facts.encode()).hexdigest()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluatedArtifact(EvaluatedModel):
-    artifact: Artifact
-
-    @cached_property
-    def identity(self) -> str:
-        manifest = self.artifact.manifest
-        return self._hash(manifest.kind, manifest.files.values())
-
-    @cached_property
-    def state_identity(self) -> Identity:
-        return identity_of(self.artifact.manifest, "")
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        return open_tokenizer(self.artifact) if self.artifact.manifest.has_tokenizer else None
-
-    def require_narrowing(self) -> None:
-        super().require_narrowing()
-        require_narrowing(self.artifact)
-
-    def session(self, window: int | None = None, threads: int | None = None) -> Session:
-        narrow = None if window == self.config.window else window
-        return open_session(self.artifact, threads=threads, window=narrow)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluatedCheckpoint(EvaluatedModel):
-    checkpoint: Checkpoint
-
-    @cached_property
-    def identity(self) -> str:
-        files = self.checkpoint.tokenizer_files
-        return self._hash("checkpoint", [*self._weight_files.values(), *map(hash_file, files)])
-
-    @cached_property
-    def state_identity(self) -> Identity:
-        return identity_of_files(self.label, self._weight_files, self.config, "")
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        files = self.checkpoint.tokenizer_files
-        return load_tokenizer(files[0].parent) if files else None
-
-    def session(self, window: int | None = None, threads: int | None = None) -> Session:
-        from rgexport.evaluate.reference_session import ReferenceSession
-
-        narrow = self.config if window is None else replace(self.config, window=window)
-        return ReferenceSession(replace(self.checkpoint, config=narrow), threads=threads)
-
     @cached_property
     def _weight_files(self) -> dict[str, FileRecord]:
-        return dict(require_sound(self.checkpoint))
+        assert isinstance(self.source, Checkpoint)
+        return dict(require_sound(self.source))
 
 
 def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
@@ -145,24 +116,23 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
         artifact = open_artifact(argument, allow_foreign=allow_foreign)
         engine_of(artifact.manifest.kind).require()
         engine_of(artifact.manifest.kind).require_trusted(artifact)
-        return EvaluatedArtifact(
+        return EvaluatedModel(
             argument=argument if is_hub_name(argument) else str(artifact.path.absolute()),
             label=artifact.path.name,
             config=artifact.manifest.config,
             size=sum(record.size for record in artifact.manifest.files.values()),
-            allow_foreign=artifact.allow_foreign,
-            artifact=artifact,
+            source=artifact,
         )
     import rgexport.evaluate.reference_session  # noqa: F401  # fails at once without torch
 
     checkpoint = open_checkpoint(argument)
     is_path = argument not in SIZE_WORDS and Path(argument).exists()
-    return EvaluatedCheckpoint(
+    return EvaluatedModel(
         argument=str(Path(argument).absolute()) if is_path else argument,
         label=checkpoint.name,
         config=checkpoint.config,
         size=sum(tensor.nbytes for tensor in checkpoint.weights.values()),
-        checkpoint=checkpoint,
+        source=checkpoint,
     )
 
 

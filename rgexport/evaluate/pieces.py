@@ -6,9 +6,9 @@ that was interrupted measures only the pieces whose results are missing.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
@@ -85,23 +85,18 @@ class EvaluationRequest:
             task_files=self.task_files and self.task_files.absolute(),
         )
 
-    def to_dict(self) -> Result:
-        plain: Result = json.loads(json.dumps(asdict(self), default=str))
-        return plain
-
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a suite that is measured for one model, named by its identity.
 
-    `tokens` estimates the time. `after` is the key of the piece whose final state it begins with.
+    `tokens` estimates the time.
     """
 
     model: str
     suite: str
     settings: Settings
     tokens: int
-    after: str | None = None
 
     @property
     def key(self) -> str:
@@ -110,25 +105,7 @@ class Piece:
 
 
 Chain = Sequence[Piece]
-"""Pieces that pass their states on; one process measures them one after another."""
-
-
-def chained(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yields the pieces; each one begins with the state of the one before."""
-    after: str | None = None
-    for piece in pieces:
-        yield replace(piece, after=after)
-        after = piece.key
-
-
-def chains_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    chains: list[list[Piece]] = []
-    for piece in pieces:
-        if piece.after and chains and chains[-1][-1].key == piece.after:
-            chains[-1].append(piece)
-        else:
-            chains.append([piece])
-    return chains
+"""Pieces that one process measures one after another; each begins with the state of the last."""
 
 
 class Results:
@@ -159,8 +136,8 @@ class Results:
         data = (json.dumps(entry, indent=1, allow_nan=False) + "\n").encode()
         _write(self._pieces / f"{piece.key}.json", lambda file: file.write(data))
 
-    def state(self, key: str) -> State:
-        path = self._state_file(key)
+    def state(self, piece: Piece) -> State:
+        path = self._state_file(piece)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
@@ -169,30 +146,30 @@ class Results:
                 f"{path} is gone or damaged; remove it and run the command again"
             ) from None
 
-    def keep_state(self, key: str, state: State) -> None:
+    def keep_state(self, piece: Piece, state: State) -> None:
         # `allow_pickle` is no name of a state.
-        _write(self._state_file(key), lambda file: np.savez(file, **state))  # type: ignore[arg-type]
+        _write(self._state_file(piece), lambda file: np.savez(file, **state))  # type: ignore[arg-type]
 
-    def drop_state(self, key: str) -> None:
-        self._state_file(key).unlink(missing_ok=True)
+    def drop_state(self, piece: Piece) -> None:
+        self._state_file(piece).unlink(missing_ok=True)
 
     def lock(self, chain: Chain) -> AbstractContextManager[Any]:
         """Lets one process at a time measure a chain that passes states on: it drops old ones."""
-        if any(piece.after for piece in chain):
+        if len(chain) > 1:
             return FileLock(self._pieces / f"{chain[-1].key}.lock")
         return nullcontext()
 
-    def missing(self, chain: Chain) -> list[Piece]:
-        """Returns the pieces of a chain that lack a result, or a state that is needed."""
-        pieces: list[Piece] = []
-        for piece in reversed(chain):
-            needed = bool(pieces) and pieces[-1].after == piece.key
-            if self.get(piece) is None or (needed and not self._state_file(piece.key).is_file()):
-                pieces.append(piece)
-        return pieces[::-1]
+    def missing(self, chain: Chain) -> list[int]:
+        """Returns the indices of pieces that lack a result, or a state that the next one needs."""
+        indices: list[int] = []
+        for index, piece in reversed([*enumerate(chain)]):
+            needs_state = index + 1 in indices
+            if self.get(piece) is None or (needs_state and not self._state_file(piece).is_file()):
+                indices.append(index)
+        return indices[::-1]
 
-    def _state_file(self, key: str) -> Path:
-        return self._pieces / f"{key}.npz"
+    def _state_file(self, piece: Piece) -> Path:
+        return self._pieces / f"{piece.key}.npz"
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -3,22 +3,22 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import lru_cache
+from itertools import groupby
 from threading import RLock
+from typing import NamedTuple
 from uuid import uuid4
 
 from rgexport.errors import RequestError
-from rgexport.evaluate.models import EvaluatedModel, open_model
+from rgexport.evaluate.models import EvaluatedModel, Opener, open_model
 from rgexport.evaluate.pieces import (
     Chain,
     EvaluationRequest,
     Measured,
-    Piece,
     Result,
     Results,
     Settings,
-    chains_of,
 )
 from rgexport.evaluate.suites import BY_DEFAULT, SUITES, forget_files
 from rgexport.progress import note, task
@@ -26,19 +26,25 @@ from rgexport.runtimes.cluster import Cluster
 from rgexport.runtimes.machine import environment
 from rgexport.runtimes.session import Session
 
-Chains = Sequence[tuple[EvaluatedModel, Sequence[Chain]]]
-"""Chains to measure of each model."""
+
+class Job(NamedTuple):
+    """An unfinished chain of a model, with the indices of the missing pieces."""
+
+    model: EvaluatedModel
+    chain: Chain
+    missing: Sequence[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.chain[index].tokens for index in self.missing)
 
 
 def requested_suites(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:
     """Returns these suites, by default `BY_DEFAULT`; task names add the suite `tasks`.
 
     Raises:
-        RequestError: there is no such suite, or no task for the suite `tasks`.
+        RequestError: there is no task for the suite `tasks`.
     """
-    for name in names:
-        if name not in SUITES:
-            raise RequestError(f"the suite is {name!r}; expected one of {', '.join(SUITES)}")
     if "tasks" in names and not task_names:
         raise RequestError(
             "--suite tasks needs --task NAME: a task of lm_eval, or one of --task-files"
@@ -60,75 +66,75 @@ def evaluate(
     Results in the request's folder are reused. The cluster measures, or else this process does.
     """
     request = request.for_window(max(model.config.window for model in models))
-    pieces = [
-        [piece for name in names for piece in SUITES[name].pieces(model, request)]
+    chains = [
+        [chain for name in names for chain in SUITES[name].chains(model, request)]
         for model in models
     ]
     results = Results(request.folder)  # is not created for a wrong request
-    missing = [
-        (model, [todo for chain in chains_of(planned) if (todo := results.missing(chain))])
-        for model, planned in zip(models, pieces, strict=True)
+    jobs = [
+        Job(model, chain, missing)
+        for model, planned in zip(models, chains, strict=True)
+        for chain in planned
+        if (missing := results.missing(chain))
     ]
-    total = sum(map(len, pieces))
-    remaining = sum(len(chain) for _, chains in missing for chain in chains)
+    total = sum(len(chain) for planned in chains for chain in planned)
+    remaining = sum(len(job.missing) for job in jobs)
     if remaining < total:
         note(f"{total - remaining} of {total} pieces are done already.")
     if workers:
-        _run_on_cluster(missing, request, threads, workers)
+        _run_on_cluster(jobs, request, threads, workers)
     else:
-        _run_here(missing, request, threads, results)
-    measured = [_by_suite(names, planned, results, request) for planned in pieces]
+        _run_here(jobs, request, threads, results)
+    measured = [_by_suite(names, planned, results, request) for planned in chains]
     figures = [
         _figures(model, suites, measured[0]) for model, suites in zip(models, measured, strict=True)
     ]
-    return {"request": request.to_dict(), "environment": environment(), "models": figures}
+    return {"request": asdict(request), "environment": environment(), "models": figures}
 
 
 def _run_here(
-    missing: Chains, request: EvaluationRequest, threads: int | None, results: Results
+    jobs: Sequence[Job], request: EvaluationRequest, threads: int | None, results: Results
 ) -> None:
-    for model, chains in missing:
-        if not chains:
-            continue
+    for model, of_model in groupby(jobs, lambda job: job.model):
+        chains = [*of_model]
         with (
             closing(Worker(threads)) as worker,
             task(f"Evaluating {model.label}", _tokens(chains), "tokens") as advance,
         ):
-            for chain in chains:
-                worker.measure(model, chain, request, results, advance)
+            for job in chains:
+                worker.measure(model, job.chain, request, results, advance)
 
 
 def _run_on_cluster(
-    missing: Chains, request: EvaluationRequest, threads: int | None, workers: Cluster
+    jobs: Sequence[Job], request: EvaluationRequest, threads: int | None, workers: Cluster
 ) -> None:
     request, run = request.resolved(), uuid4().hex
-    jobs = [
-        ChainJob(run, model.argument, chain, request, threads, model.allow_foreign)
-        for model, chains in missing
-        for chain in chains
-    ]
-    with task("Evaluating on the cluster", _tokens([j.chain for j in jobs]), "tokens") as advance:
-        futures = [workers.start(run_job, job) for job in jobs]
+    with task("Evaluating on the cluster", _tokens(jobs), "tokens") as advance:
+        futures = [
+            workers.start(run_job, run, job.model.opener, job.chain, request, threads)
+            for job in jobs
+        ]
         for job, future in zip(jobs, futures, strict=True):
             workers.result(future)
-            advance(_tokens([job.chain]))
+            advance(job.tokens)
     workers.everywhere(clear_worker)
 
 
-def _tokens(chains: Sequence[Chain]) -> int:
-    return sum(piece.tokens for chain in chains for piece in chain)
+def _tokens(jobs: Sequence[Job]) -> int:
+    return sum(job.tokens for job in jobs)
 
 
 def _by_suite(
-    names: Sequence[str], pieces: Sequence[Piece], results: Results, request: EvaluationRequest
+    names: Sequence[str], chains: Sequence[Chain], results: Results, request: EvaluationRequest
 ) -> dict[str, Measured]:
     suites: dict[str, list[tuple[Settings, Result]]] = {name: [] for name in names}
-    for piece in pieces:
-        if (result := results.get(piece)) is None:
-            raise RequestError(
-                f"the result of a piece is gone from {request.folder}; run the command again"
-            )
-        suites[piece.suite].append((piece.settings, result))
+    for chain in chains:
+        for piece in chain:
+            if (result := results.get(piece)) is None:
+                raise RequestError(
+                    f"the result of a piece is gone from {request.folder}; run the command again"
+                )
+            suites[piece.suite].append((piece.settings, result))
     for name, measured in suites.items():
         if scored := getattr(SUITES[name], "scored", None):
             suites[name] = scored(measured, request)
@@ -166,20 +172,19 @@ class Worker:
         """Measures the missing pieces of a chain; `advance` gets the tokens of each piece."""
         with results.lock(chain):
             missing = results.missing(chain)
-            advance(sum(piece.tokens for piece in chain if piece not in missing))
-            states = {piece.after for piece in missing}
-            for piece in missing:
+            for index in missing:
+                piece, before = chain[index], chain[index - 1] if index else None
                 session = self._session_of(model, piece.settings.get("window"))
-                if piece.after:
-                    session.set_state(results.state(piece.after))
+                if before:
+                    session.set_state(results.state(before))
                 began = time.perf_counter()
                 result = SUITES[piece.suite].measure(model, session, piece.settings, request)
                 seconds = time.perf_counter() - began
-                if piece.key in states:
-                    results.keep_state(piece.key, session.get_state())
+                if index + 1 in missing:
+                    results.keep_state(piece, session.get_state())
                 results.put(piece, result | {"seconds": seconds, "threads": session.info.threads})
-                if piece.after:
-                    results.drop_state(piece.after)
+                if before:
+                    results.drop_state(before)
                 advance(piece.tokens)
 
     def close(self) -> None:
@@ -195,47 +200,41 @@ class Worker:
         return self._session
 
 
-@dataclass(frozen=True)
-class ChainJob:
-    """A chain, and everything that another process needs to measure it; a command has one `run`."""
-
-    run: str
-    argument: str
-    chain: Chain
-    request: EvaluationRequest
-    threads: int | None
-    allow_foreign: bool
-
-
 _lock = RLock()
 """The threads of a Dask worker take turns."""
 _workers: dict[str, Worker] = {}
-"""The last `ChainJob.run` → its worker, in a process of a cluster."""
+"""The last run → its worker, in a process of a cluster."""
 
 
-def run_job(job: ChainJob) -> None:
-    """Measures the missing pieces of a chain; a lost worker may have measured some."""
-    folder = job.request.folder
+def run_job(
+    run: str, opener: Opener, chain: Chain, request: EvaluationRequest, threads: int | None
+) -> None:
+    """Measures the missing pieces of a chain; a lost worker may have measured some.
+
+    `run` differs between commands, between which files may change.
+    """
+    folder = request.folder
     with _lock:
         if not folder.is_dir():
             raise RequestError(
                 f"a worker of the cluster does not see {folder}; put it where all workers see it "
                 "under this path, with -o"
             )
-        if job.run not in _workers:
+        if run not in _workers:
             clear_worker()
             forget_files()
-            _workers[job.run] = Worker(job.threads)
-        model = _model(job.argument, job.allow_foreign)
-        if model.identity != job.chain[0].model:
+            _workers[run] = Worker(threads)
+        model = _model(opener)
+        if model.identity != chain[0].model:
             raise RequestError(
-                f"a worker of the cluster has other files at {job.argument}; put the same there"
+                f"a worker of the cluster has other files at {opener[0]}; put the same there"
             )
-        _workers[job.run].measure(model, job.chain, job.request, Results(folder))
+        _workers[run].measure(model, chain, request, Results(folder))
 
 
 @lru_cache(maxsize=1)
-def _model(argument: str, allow_foreign: bool) -> EvaluatedModel:
+def _model(opener: Opener) -> EvaluatedModel:
+    argument, allow_foreign = opener
     try:
         return open_model(argument, allow_foreign=allow_foreign)
     except RequestError as error:

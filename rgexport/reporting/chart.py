@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rgexport.reporting.numbers import number
 
@@ -15,13 +15,25 @@ _MARGIN = 6
 _MOST_DECADES = 8
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
+MARKS = {
+    "●": "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
+    "■": "m-3 -3h6v6h-6z",
+    "▲": "m0 -4l4 7h-8z",
+    "◆": "m0 -4l4 4l-4 4l-4 -4z",
+    "▼": "m0 4l4 -7h-8z",
+    "✚": "m-1 -4h2v3h3v2h-3v3h-2v-3h-3v-2h3z",
+}
+"""A mark in the legend → its SVG path around a point."""
 Point = tuple[float, float]
 FormatNumber = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), ascending in x, and error bars (x, low, high); `kind` is a CSS class."""
+    """Points (x, y), ascending in x, and error bars (x, low, high); `kind` is a CSS class.
+
+    `mark` of `MARKS` stands at each point of a line; `shift` moves all to the right, in pixels.
+    """
 
     kind: str
     label: str
@@ -29,6 +41,8 @@ class Series:
     dots: bool = False
     names: Sequence[str] = ()
     intervals: Sequence[tuple[float, float, float]] = ()
+    mark: str = ""
+    shift: float = 0
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,10 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture, its summary in words, and its numbers as a table, in which x is called `column`.
+    """A picture, its summary in words, and its numbers as a table.
 
-    `labels` are those of x and y; `limit` is drawn from edge to edge; `doubling` draws a positive x
-    by its logarithm.
+    `labels` are those of x and y; the table calls x `column`, if that is another word. `level`, a
+    name and a y, is drawn from edge to edge; `doubling` draws a positive x by its logarithm.
     """
 
     title: str
@@ -66,10 +80,10 @@ class Chart:
     labels: tuple[str, str]
     series: Sequence[Series]
     y: Axis
-    column: str = "layer"
+    column: str = ""
     show_x: FormatNumber = "{:,.0f}".format
     show_y: FormatNumber = number
-    limit: Series | None = None
+    level: tuple[str, float] | None = None
     doubling: bool = False
 
     @property
@@ -81,38 +95,10 @@ class Chart:
             exponents = range(first, last + 1, 1 + max(0, last - first) // 6)
             ticks = [2**exponent for exponent in exponents]
         else:
-            span = max(1.0, high - low)
-            magnitude = 10 ** max(0, math.floor(math.log10(span)) - 1)
-            steps = (factor * magnitude for factor in (1, 2, 5, 10, 20, 50, 100))
-            step = next(s for s in steps if span / s <= 5)
+            step = max(1, round(_steps(low, high)[0]))
             ticks = list(range(math.ceil(low / step) * step, math.floor(high) + 1, step))
         labelled = [(x, f"{x:,}") for x in ticks]
         return Axis(low, high, labelled, self.doubling, LEFT + _MARGIN, RIGHT - _MARGIN)
-
-    @property
-    def paths(self) -> list[tuple[Series, str]]:
-        return [(s, _path(self._pixels(s))) for s in self.series if not s.dots]
-
-    @property
-    def error_bars(self) -> list[tuple[Series, str]]:
-        x, y = self.x, self.y
-        return [
-            (s, " ".join(f"M{x(at):g} {y(low):g}V{y(high):g}" for at, low, high in s.intervals))
-            for s in self.series
-            if s.intervals
-        ]
-
-    @property
-    def dots(self) -> list[tuple[Series, list[Point]]]:
-        return [(s, [p for p in self._pixels(s) if p]) for s in self.series if s.dots]
-
-    @property
-    def limit_path(self) -> str:
-        """The limit as an SVG path; empty without a limit, or if it ends outside the picture."""
-        if self.limit is None or not self.y.low <= self.limit.points[-1][1] <= self.y.high:
-            return ""
-        pixels = [pixel for pixel in self._pixels(self.limit) if pixel]
-        return _path([(LEFT, pixels[0][1]), *pixels, (RIGHT, pixels[-1][1])])
 
     @property
     def rows(self) -> list[list[str]]:
@@ -123,9 +109,18 @@ class Chart:
     def _cell(self, series: Series, x: float) -> str:
         return ", ".join(self.show_y(y) for at, y in series.points if at == x)
 
-    def _pixels(self, series: Series) -> list[Point | None]:
-        x_axis = self.x
-        return [(x_axis(x), self.y(y)) if math.isfinite(y) else None for x, y in series.points]
+    def path(self, series: Series) -> str:
+        return _path(self.pixels(series))
+
+    def pixels(self, series: Series) -> list[Point | None]:
+        """Returns where the points lie, None for those that are not finite."""
+        return [
+            (self.place(series, x), self.y(y)) if math.isfinite(y) else None
+            for x, y in series.points
+        ]
+
+    def place(self, series: Series, x: float) -> float:
+        return round(self.x(x) + series.shift, 1)
 
 
 def _path(pixels: Sequence[Point | None]) -> str:
@@ -146,33 +141,37 @@ def y_values(series: Sequence[Series]) -> list[float]:
     return [y for line in series for _, y in line.points]
 
 
-def logarithmic_axis(values: Sequence[float], limit: float | None = None) -> Axis:
-    """Returns whole decades around all positive values; a limit near above them is included."""
+def logarithmic_axis(values: Sequence[float]) -> Axis:
+    """Returns whole decades around all positive values."""
     positive = [v for v in values if math.isfinite(v) and v > 0] or [1e-12]
     high = math.ceil(math.log10(max(positive)) + 1e-9)
     low = max(math.floor(math.log10(min(positive)) - 1e-9), high - _MOST_DECADES)
-    if limit and 0 <= math.ceil(math.log10(limit)) - high <= 2:
-        high = max(high, math.ceil(math.log10(limit)))
     exponents = range(low, high + 1, math.ceil((high - low) / 5))
     ticks = [(10.0**e, f"10{str(e).translate(_SUPERSCRIPT)}") for e in exponents]
     return Axis(10.0**low, 10.0**high, ticks, logarithmic=True)
 
 
 def linear_axis(values: Sequence[float]) -> Axis:
-    """Returns an axis from 0, or from below all values, to a round number above them."""
-    finite = [value for value in values if math.isfinite(value)]
-    reach = max(map(abs, finite), default=0) or 1.0
-    unit = 10.0 ** math.floor(math.log10(reach))
-    high = next(f * unit for f in (1, 2, 3, 5, 10) if f * unit >= reach)
-    below = math.ceil(-5 * min([0, *finite]) / high)
-    ticks = [high * fifth / 5 for fifth in range(-below, 6)]
-    return Axis(ticks[0], high, [(tick, f"{tick:.3g}") for tick in ticks])
+    """Returns an axis between round numbers around all values."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    step, first, last = _steps(min(finite), max(finite))
+    digits = max(0, -math.floor(math.log10(step)))
+    ticks = [(step * n, f"{step * n:.{digits}f}") for n in range(first, max(last, first + 1) + 1)]
+    return Axis(ticks[0][0], ticks[-1][0], ticks)
 
 
 def share_axis(values: Sequence[float]) -> Axis:
-    """Returns an axis in per cent, from the tenth below the smallest share to 1."""
-    smallest = min((v for v in values if math.isfinite(v)), default=0.0)
-    low = min(0.9, math.floor(smallest * 10) / 10)
-    percents = round(low * 100)
-    step = next(s for s in (2, 5, 10, 20) if (100 - percents) / s <= 5)
-    return Axis(low, 1.0, [(p / 100, f"{p} %") for p in range(100, percents - 1, -step)])
+    """Returns an axis in per cent, from a round share below all values to 1."""
+    axis = linear_axis([0.9, 1.0, *values])
+    return replace(axis, ticks=[(share, f"{100 * share:.0f} %") for share, _ in axis.ticks])
+
+
+def _steps(low: float, high: float) -> tuple[float, int, int]:
+    """Returns a round number, and its multiples at or outside of two ends, at most five apart."""
+    span = max(high - low, 1e-6 * abs(high)) or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(span / 5))
+    for step in (factor * magnitude for factor in (1, 2, 5, 10, 20)):
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first <= 5:
+            break
+    return step, first, last

@@ -141,10 +141,9 @@ def test_the_command(models, tmp_path, capsys):
     words = ["--suite", "length", "-o", str(tmp_path / "r"), "--length"]
     asked = *words, str(LENGTH), "--text", str(text)
     assert run(["evaluate", str(folder / "model"), onnx, *asked]) == 0
-    shown = capsys.readouterr().out
-    assert "states off" in shown and "timed in turns" in shown
     page = (tmp_path / "r" / "evaluation.html").read_text()
-    assert page.count("<svg") == 3 and "Largest norm of a recurrent state" in page
+    assert page.count("<svg") == 4 and "Largest norm of a recurrent state" in page
+    assert "states off" in page and "timed in turns" in page
     request = EvaluationRequest(folder=tmp_path / "r", texts=(text,), length=LENGTH)
     state = length.state_file(open_model(onnx), 200, request)
     other.write_text("Quite another text, which is long enough. " * 9)

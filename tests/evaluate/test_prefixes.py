@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.evaluate.harness import prefixes
-from rgexport.evaluate.harness.answers import Generations, GreedyReply, LmRequest, answer
-from rgexport.evaluate.harness.prefixes import Likelihoods, ScoredText
+from rgexport.evaluate.harness.answers import GreedyReply, LmRequest, answer, write_replies
+from rgexport.evaluate.harness.prefixes import ScoredText, score
 from rgexport.evaluate.losses import nats
 from rgexport.griffin.checkpoint import demo_folder
 from tests.toy_session import ToySession
@@ -47,16 +47,15 @@ def test_likelihoods_are_those_of_each_text_alone(drawn):
         ScoredText(ids, (*ids[1:], last)[-count:] if count else ()) for ids, last, count in drawn
     ]
     session = Watched()
-    together = Likelihoods(session, scored)
-    together.run()
+    sums, likeliest, read = score(session, scored)
     for index, one in enumerate(scored):
         logits = ToySession(VOCAB).prefill(np.array([one.ids]), len(one.targets))
         logits = logits[:, -len(one.targets) :]
         expected = nats(logits, np.array([one.targets])).sum() if one.targets else 0
-        assert together.nats[index] == pytest.approx(expected, abs=1e-6)
-        likeliest = logits.argmax(-1).tolist() == [[*one.targets]] if one.targets else True
-        assert together.likeliest[index] == likeliest
-    assert together.read == session.fed <= sum(len(one.ids) for one in scored)
+        assert sums[index] == pytest.approx(expected, abs=1e-6)
+        top = logits.argmax(-1).tolist() == [[*one.targets]] if one.targets else True
+        assert likeliest[index] == top
+    assert read == session.fed <= sum(len(one.ids) for one in scored)
 
 
 @pytest.mark.parametrize("wrong", [None, 0, 2, 5])
@@ -69,10 +68,10 @@ def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
         targets.append((likeliest + 1) % VOCAB if place == wrong else likeliest)
         logits = session.step(np.array(targets[-1:]))
     watched = Watched()
-    likelihoods = Likelihoods(watched, [ScoredText((*ids, *targets[:-1]), tuple(targets))])
-    likelihoods.run()
-    assert likelihoods.likeliest.tolist() == [wrong is None]
-    assert watched.widest <= 2 and likelihoods.read == 8
+    scored = [ScoredText((*ids, *targets[:-1]), tuple(targets))]
+    _, likeliest, read = score(watched, scored)
+    assert likeliest.tolist() == [wrong is None]
+    assert watched.widest <= 2 and read == 8
 
 
 @settings(max_examples=30)
@@ -80,7 +79,7 @@ def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
 def test_replies_are_those_to_each_text_alone(contexts, most):
     settings = [{"max_gen_toks": n, "until": "e"} for n in most[: len(contexts)]]
     replies = [GreedyReply(TOKENIZER, each) for each in settings]
-    Generations(ToySession(TOKENIZER.vocab_size), contexts, replies).run()
+    write_replies(ToySession(TOKENIZER.vocab_size), contexts, replies)
     for ids, reply, each in zip(contexts, replies, settings, strict=True):
         alone, expected = ToySession(TOKENIZER.vocab_size), GreedyReply(TOKENIZER, each)
         logits = alone.prefill(np.array([ids]))[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rgexport import progress
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.evaluate import run as runner
@@ -115,9 +116,10 @@ def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, mo
     artifact = tmp_path / "artifact"
     export_onnx(open_checkpoint(model), OnnxOptions(precision="fp32"), artifact)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "verbose", False)  # -v sets it for the process
     capfd.readouterr()
     asked = [word for name in ASKED for word in ("--task", name)]
-    words = ["--suite", "tasks", *asked, "--task-files", str(files), "-o", "results"]
+    words = ["--suite", "tasks", *asked, "--task-files", str(files), "-o", "results", "-v"]
     assert run(["evaluate", str(model), str(artifact), *words]) == 0
     shown = capfd.readouterr().out
     assert re.search(r"choices +acc +4 +0\.\d{3} ± 0\.\d{3} +0\.\d{3}", shown)
@@ -140,7 +142,7 @@ def test_answers_and_figures_are_those_of_hflm(model, files, tmp_path, capfd, mo
     every = load_tasks(request.tasks, files, None, 0).requests
     for subject in (open_model(str(model)), open_model(str(artifact))):
         results = runner.Results(Path("results"))
-        for piece in tasks.pieces(subject, request):
+        for (piece,) in tasks.chains(subject, request):
             task, first, count = (piece.settings[key] for key in ("task", "first", "requests"))
             replies = results.get(piece)["answers"]
             for one, answer in zip(every[task][first : first + count], replies, strict=True):
@@ -153,7 +155,7 @@ def test_other_documents_are_other_work(model, files):
     def keys(examples: int | None) -> set[str]:
         load_tasks.cache_clear()
         request = EvaluationRequest(tasks=("texts",), task_files=files, examples=examples)
-        return {piece.key for piece in tasks.pieces(subject, request)}
+        return {piece.key for (piece,) in tasks.chains(subject, request)}
 
     before = keys(None)
     assert before == keys(3) != keys(2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from rgexport import progress
 from rgexport.chat.sample_text import built_in_text
 from rgexport.cli import run
 from rgexport.evaluate import run as runner
@@ -44,7 +45,7 @@ def prose(tmp_path):
 
 def test_losses_are_deepminds(model, deepmind, prose):
     subject, request = open_model(str(model)), EvaluationRequest(texts=(prose,), context=32)
-    pieces = list(text.pieces(subject, request))
+    pieces = [piece for (piece,) in text.chains(subject, request)]
     assert [piece.settings["context"] for piece in pieces] == [None, 32]
     session, ids = subject.session(), np.array([2, *subject.tokenizer.encode_text(PROSE)])
     whole, chunks = (text.measure(subject, session, piece.settings, request) for piece in pieces)
@@ -64,7 +65,7 @@ def test_strided_losses_are_deepminds(context, stride, model, deepmind, prose):
     """Each token once, by the piece in which the most tokens are before it, as far as pieces go."""
     subject = open_model(str(model))
     request = EvaluationRequest(texts=(prose,), context=context, stride=stride)
-    piece = next(p for p in text.pieces(subject, request) if p.settings["stride"])
+    piece = next(p for (p,) in text.chains(subject, request) if p.settings["stride"])
     result = text.measure(subject, subject.session(), piece.settings, request)
     ids, room = subject.tokenizer.encode_text(PROSE), context - 1
     expected = list(deepmind_losses(deepmind, np.array([2, *ids[:room]])))
@@ -91,7 +92,7 @@ def test_losses_and_flips_in_noise_are_deepminds(model, deepmind, tmp_path):
     session, encode = subject.session(), subject.tokenizer.encode_text
     results = [
         (piece.settings, noise.measure(subject, session, piece.settings, request))
-        for piece in noise.pieces(subject, request)
+        for (piece,) in noise.chains(subject, request)
     ]
     by_noise = {work["noise"]: result for work, result in results}
     assert by_noise.keys() == noise.NOISES.keys()
@@ -128,9 +129,12 @@ def test_domains_are_folders_and_file_names(tmp_path):
         file = tmp_path / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
-    documents = text.documents((tmp_path / "texts", file))
+    documents = text.documents((tmp_path / "texts", file, tmp_path / "texts" / "b" / "deep"))
     expected = "a/one.txt a", "b/deep/two.md b", "three.txt texts", "heat-0.25 heat-0.25"
-    assert [f"{document.name} {document.domain}" for document in documents] == [*expected]
+    assert [f"{document.name} {document.domain}" for document in documents] == [
+        *expected,
+        "two.md two",  # a folder without folders
+    ]
 
 
 def test_a_damaged_piece_is_done_again(model, prose, tmp_path):
@@ -145,7 +149,7 @@ def test_a_damaged_piece_is_done_again(model, prose, tmp_path):
 def test_a_suite_is_one_module(model, tmp_path, monkeypatch):
     """It is measured, summarized and shown by what it has itself."""
     suite = SimpleNamespace(
-        pieces=lambda model, request: [Piece(model.identity, "size", {}, 1)],
+        chains=lambda model, request: [[Piece(model.identity, "size", {}, 1)]],
         measure=lambda model, session, settings, request: {"vocab": session.vocab_size},
         summary=lambda measured: measured[0][1],
         tables=lambda models: [Table("Of", ("n",), [(str(m["suites"]["size"]),) for m in models])],
@@ -157,17 +161,23 @@ def test_a_suite_is_one_module(model, tmp_path, monkeypatch):
     assert "8192" in as_text(results) and "8192" in render_page(results)
 
 
-def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys):
+def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys, monkeypatch):
     """Those of other shapes and vocabularies stand beside; what cannot be compared is left out."""
     small, target = small_model(tmp_path / "small")[0], tmp_path / "results"
     words = "--suite text --suite memory --limit 100 --trials 8 --farthest 64 --context 32"
     models = "demo", str(demo_artifact), str(small)
     assert run(["evaluate", *models, *words.split(), "-o", str(target)]) == 0
+    verdict = capsys.readouterr().out
+    monkeypatch.setattr(progress, "verbose", False)  # -v sets it for the process
+    assert len(verdict.splitlines()) == 5 and "Memory, copying" not in verdict
+    assert run(["evaluate", *models, *words.split(), "-o", str(target), "-v"]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(verdict.partition("How sure")[0])
     assert "more nats per token than demo" in shown and str(target / "evaluation.json") in shown
-    assert "Memory, copying" in shown
+    assert "Memory, copying" in shown and "model certainly loses in memory" in shown
     page = (target / "evaluation.html").read_text()
-    assert "<svg" in page and "<script" not in page and "Loss by position" in page
+    assert "<svg" in page and "<script" not in page and "Loss by position: difference" in page
+    assert "How to read this" in page and "Memory, copying" in page
     result = json.loads((target / "evaluation.json").read_text())
     result["environment"]["cpu"] = "right \u202e left"
     assert "\u202e" not in render_page(result)

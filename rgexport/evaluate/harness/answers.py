@@ -16,7 +16,7 @@ import numpy as np
 
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.evaluate.harness.prefixes import Likelihoods, PrefixReader, ScoredText
+from rgexport.evaluate.harness.prefixes import Ids, PrefixReader, ScoredText, score
 from rgexport.evaluate.losses import require_finite
 from rgexport.evaluate.pieces import Result
 from rgexport.griffin.control_tokens import END_OF_TURN, START_OF_TURN
@@ -68,20 +68,16 @@ def answer(tokenizer: Tokenizer, session: Session, requests: Sequence[LmRequest]
         for request in generated
     ]
     replies = [GreedyReply(tokenizer, request.values[1]) for request in generated]
-    likelihoods = Likelihoods(session, scored)
-    generations = Generations(session, contexts, replies)
-    likelihoods.run()
-    generations.run()
+    nats, likeliest, read = score(session, scored)
+    read += write_replies(session, contexts, replies)
     answers: dict[LmRequest, Any] = {
         request: reply.text for request, reply in zip(generated, replies, strict=True)
     }
-    for request, nats, likeliest in zip(
-        judged, likelihoods.nats.tolist(), likelihoods.likeliest.tolist(), strict=True
-    ):
-        answers[request] = -nats if request.kind == _ROLLING else [-nats, likeliest]
+    for request, loss, is_likeliest in zip(judged, nats.tolist(), likeliest.tolist(), strict=True):
+        answers[request] = -loss if request.kind == _ROLLING else [-loss, is_likeliest]
     return {
         "answers": [answers[request] for request in requests],
-        "read": likelihoods.read + generations.read,
+        "read": read,
         "asked": sum(len(text.ids) for text in scored) + sum(map(len, contexts)),
     }
 
@@ -173,51 +169,46 @@ class GreedyReply:
         return text
 
 
-class Generations(PrefixReader):
-    """Reads texts, equal ones once, and writes a reply to each; writes a batch of them at once."""
+_Waiting = tuple[GreedyReply, np.ndarray, State]
+"""A reply to write, the logits [vocab] of its first token, and the state before it."""
 
-    def __init__(
-        self, session: Session, contexts: Sequence[tuple[int, ...]], replies: Sequence[GreedyReply]
-    ):
-        self._replies = defaultdict(list)
-        for ids, reply in zip(contexts, replies, strict=True):
-            self._replies[ids].append(reply)
-        super().__init__(session, dict.fromkeys(self._replies, 1))
-        self._last: dict[int, np.ndarray] = {}
-        self._waiting: list[tuple[GreedyReply, np.ndarray, State]] = []
 
-    def run(self) -> None:
-        super().run()
-        self._write(self._waiting)
+def write_replies(session: Session, contexts: Sequence[Ids], replies: Sequence[GreedyReply]) -> int:
+    """Reads texts, equal ones once, and writes a reply to each; writes a batch of them at once.
 
-    def on_logits(self, index: int, logits: np.ndarray) -> None:
-        self._last[index] = logits[-1]
+    Returns the number of tokens that were read.
+    """
+    by_ids = defaultdict(list)
+    for ids, reply in zip(contexts, replies, strict=True):
+        by_ids[ids].append(reply)
+    reader = PrefixReader(session, dict.fromkeys(by_ids, 1))
+    waiting: list[_Waiting] = []
+    for part in reader.parts():
+        state = session.get_rows(range(part.row, part.row + 1))
+        waiting += [(reply, part.logits[-1], state) for reply in by_ids[part.ids] if not reply.done]
+        while len(waiting) >= reader.rows:
+            batch, waiting = waiting[: reader.rows], waiting[reader.rows :]
+            reading = session.get_state()
+            _write(session, batch)
+            session.set_state(reading)
+    if waiting:
+        _write(session, waiting)
+    return reader.read
 
-    def on_end(self, indices: Sequence[int]) -> None:
-        for row, index in enumerate(indices):
-            state, logits = self.session.get_rows(range(row, row + 1)), self._last.pop(index)
-            for reply in self._replies[self.texts[index]]:
-                if not reply.done:
-                    self._waiting.append((reply, logits, state))
-        while len(self._waiting) >= self.rows:
-            batch, self._waiting = self._waiting[: self.rows], self._waiting[self.rows :]
-            self._write(batch)
 
-    def _write(self, batch: Sequence[tuple[GreedyReply, np.ndarray, State]]) -> None:
-        if not batch:
+def _write(session: Session, batch: Sequence[_Waiting]) -> None:
+    replies, rows, states = map(list, zip(*batch, strict=True))
+    logits = np.stack(rows)
+    session.set_state({n: np.concatenate([s[n] for s in states]) for n in states[0]})
+    while True:
+        require_finite(logits.max(-1))
+        for reply, token in zip(replies, logits.argmax(-1).tolist(), strict=True):
+            reply.add(token)
+        unfinished = [row for row, reply in enumerate(replies) if not reply.done]
+        if not unfinished:
             return
-        replies, rows, states = zip(*batch, strict=True)
-        logits = np.stack(rows)
-        self.session.set_state({n: np.concatenate([s[n] for s in states]) for n in states[0]})
-        while True:
-            require_finite(logits.max(-1))
-            for reply, token in zip(replies, logits.argmax(-1).tolist(), strict=True):
-                reply.add(token)
-            unfinished = [row for row, reply in enumerate(replies) if not reply.done]
-            if not unfinished:
-                return
-            if len(unfinished) < len(replies):
-                replies = [replies[row] for row in unfinished]
-                state = self.session.get_state()
-                self.session.set_state({name: array[unfinished] for name, array in state.items()})
-            logits = self.session.step(np.array([reply.ids[-1] for reply in replies]))
+        if len(unfinished) < len(replies):
+            replies = [replies[row] for row in unfinished]
+            state = session.get_state()
+            session.set_state({name: array[unfinished] for name, array in state.items()})
+        logits = session.step(np.array([reply.ids[-1] for reply in replies]))

@@ -4,11 +4,11 @@ The sorted texts form a tree: each branch continues from the state after a share
 with a single text are grouped by length into batches.
 """
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,77 +27,59 @@ _STATE_BYTES, _LOGITS_BYTES = 256 << 20, 128 << 20
 Ids = tuple[int, ...]
 
 
-class PrefixReader(ABC):
-    """Takes different texts through a session; a subclass receives the requested logits.
+class Part(NamedTuple):
+    """Logits [n, vocab] of a text's positions from `start` on; `row` is the text's in the state."""
 
-    `texts` are sorted, so that those with a common prefix are neighbours; methods identify a text
-    by its index there. `read` counts the tokens that the session took.
-    """
+    ids: Ids
+    start: int
+    logits: np.ndarray
+    row: int
+
+
+class PrefixReader:
+    """Takes different texts through a session; `read` counts the tokens that the session took."""
 
     def __init__(self, session: Session, scored: Mapping[Ids, int]):
-        """Takes ids → how many of their last positions have requested logits."""
+        """Takes ids → how many of their last positions have requested logits, at least 1."""
         self.session, self.read = session, 0
-        self.texts = sorted(scored)
-        self.first_scored = [len(ids) - scored[ids] for ids in self.texts]
+        self._first_scored = {ids: len(ids) - count for ids, count in scored.items()}
 
     @property
     def rows(self) -> int:
         return max(1, min(_ROWS, _STATE_BYTES // max(1, self.session.info.state_bytes)))
 
-    def run(self) -> None:
-        """Reads all texts; the session's state afterwards is undefined."""
+    def parts(self) -> Iterator[Part]:
+        """Reads all texts and yields their requested logits, a long text's in several parts.
+
+        A caller who changes the session's state must restore it before the next part.
+        """
         self.session.reset()
-        if self.texts:
-            self._read_from(range(len(self.texts)), 0, self.session.get_state())
+        if texts := sorted(self._first_scored):  # texts with a common prefix become neighbours
+            yield from self._read_from(texts, 0, self.session.get_state())
 
-    @abstractmethod
-    def on_logits(self, index: int, logits: np.ndarray) -> None:
-        """Receives the next requested logits [n, vocab] of a text."""
-
-    @abstractmethod
-    def on_end(self, indices: Sequence[int]) -> None:
-        """Handles the end of texts that the session's rows have just read; may change the state."""
-
-    def _read_from(self, indices: Sequence[int], start: int, state: State) -> None:
+    def _read_from(self, texts: Sequence[Ids], start: int, state: State) -> Iterator[Part]:
         """Reads the rest of texts that share their first `start` tokens and the state there."""
         by_length = defaultdict(list)
-        for branch in self._branches(indices, start):
+        for branch in _branches(texts, start):
             if len(branch) == 1:
-                by_length[len(self.texts[branch[0]])].append(branch[0])
+                by_length[len(branch[0])].append(branch[0])
                 continue
             self.session.set_state(state)
-            stop = self._common(branch)
-            self._take([branch], start, stop)
-            after = self.session.get_state()
-            if len(self.texts[branch[0]]) == stop:
-                self.on_end(branch[:1])
+            stop = _common(branch)
+            yield from self._take([branch], start, stop)
+            if len(branch[0]) == stop:
                 branch = branch[1:]
-            self._read_from(branch, stop, after)
+            yield from self._read_from(branch, stop, self.session.get_state())
         for stop, single in by_length.items():
             for first in range(0, len(single), self.rows):
                 batch = single[first : first + self.rows]
                 self.session.set_state({n: a.repeat(len(batch), 0) for n, a in state.items()})
-                self._take([[index] for index in batch], start, stop)
-                self.on_end(batch)
+                yield from self._take([[ids] for ids in batch], start, stop)
 
-    def _branches(self, indices: Sequence[int], start: int) -> Iterator[Sequence[int]]:
-        """Splits texts into groups with a long common prefix, and single texts."""
-        common = self._common(indices)
-        if len(indices) == 1 or common - start >= _SHORTEST_PREFIX:
-            yield indices
-            return
-        for _, group in groupby(indices, lambda index: self.texts[index][common : common + 1]):
-            yield from self._branches(list(group), start)
-
-    def _common(self, indices: Sequence[int]) -> int:
-        first, last = self.texts[indices[0]], self.texts[indices[-1]]
-        pairs = enumerate(zip(first, last, strict=False))
-        return next((at for at, (a, b) in pairs if a != b), min(len(first), len(last)))
-
-    def _take(self, rows: Sequence[Sequence[int]], start: int, stop: int) -> None:
+    def _take(self, rows: Sequence[Sequence[Ids]], start: int, stop: int) -> Iterator[Part]:
         """Takes tokens `start` to `stop`; each row stands for texts that share these tokens."""
-        tokens = np.array([self.texts[row[0]][start:stop] for row in rows], np.int64)
-        first = min(self.first_scored[index] for row in rows for index in row)
+        tokens = np.array([texts[0][start:stop] for texts in rows], np.int64)
+        first = min(self._first_scored[ids] for texts in rows for ids in texts)
         first = min(stop, max(start, first))
         most = max(1, _LOGITS_BYTES // (4 * self.session.vocab_size * len(rows)))
         position = start
@@ -108,11 +90,29 @@ class PrefixReader(ABC):
             logits = self.session.prefill(chunk, end - begin)
             self.read += chunk.size
             logits = logits[:, logits.shape[1] - (end - begin) :]
-            for indices, row in zip(rows, logits, strict=True):
-                for index in indices:
-                    if len(requested := row[max(0, self.first_scored[index] - begin) :]):
-                        self.on_logits(index, requested)
+            for row, texts in enumerate(rows):
+                for ids in texts:
+                    scored = max(begin, self._first_scored[ids])
+                    if scored < end:
+                        yield Part(ids, scored, logits[row, scored - begin :], row)
             position = end
+
+
+def _branches(texts: Sequence[Ids], start: int) -> Iterator[Sequence[Ids]]:
+    """Splits sorted texts into groups with a long common prefix, and single texts."""
+    common = _common(texts)
+    if len(texts) == 1 or common - start >= _SHORTEST_PREFIX:
+        yield texts
+        return
+    for _, group in groupby(texts, lambda ids: ids[common : common + 1]):
+        yield from _branches(list(group), start)
+
+
+def _common(texts: Sequence[Ids]) -> int:
+    """Returns how many tokens the first and the last of sorted texts share, and so all."""
+    first, last = texts[0], texts[-1]
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 @dataclass(frozen=True)
@@ -123,34 +123,25 @@ class ScoredText:
     targets: Ids
 
 
-class Likelihoods(PrefixReader):
-    """Reads texts and scores their targets, if any: `nats` [n], and bool `likeliest` [n]."""
+def score(session: Session, scored: Sequence[ScoredText]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Reads texts and scores their targets, if any.
 
-    def __init__(self, session: Session, scored: Sequence[ScoredText]):
-        self._targets = [np.array(text.targets, np.int64) for text in scored]
-        self._by_ids = defaultdict(list)
-        for index, text in enumerate(scored):
-            if text.targets:
-                self._by_ids[text.ids].append(index)
-        self.nats, self.likeliest = np.zeros(len(scored)), np.ones(len(scored), bool)
-        counts = {
-            ids: max(len(self._targets[index]) for index in indices)
-            for ids, indices in self._by_ids.items()
-        }
-        super().__init__(session, counts)
-        self._next = self.first_scored.copy()
-
-    def on_logits(self, index: int, logits: np.ndarray) -> None:
-        ids, start = self.texts[index], self._next[index]
-        stop = self._next[index] = start + len(logits)
-        for scored in self._by_ids[ids]:
-            first = len(ids) - len(self._targets[scored])
-            rows = logits[max(0, first - start) :]
-            if not len(rows):
-                continue
-            targets = self._targets[scored][stop - len(rows) - first : stop - first]
-            self.nats[scored] += nats(rows[None], targets[None]).sum()
-            self.likeliest[scored] &= bool((rows.argmax(-1) == targets).all())
-
-    def on_end(self, indices: Sequence[int]) -> None:
-        return  # all targets are scored already
+    Returns their nats [n], whether all are the likeliest, bool [n], and the tokens that were read.
+    """
+    by_ids = defaultdict(list)
+    for index, text in enumerate(scored):
+        if text.targets:
+            by_ids[text.ids].append(index)
+    longest = {ids: max(len(scored[i].targets) for i in same) for ids, same in by_ids.items()}
+    sums, likeliest = np.zeros(len(scored)), np.ones(len(scored), bool)
+    reader = PrefixReader(session, longest)
+    for part in reader.parts():
+        stop = part.start + len(part.logits)
+        for index in by_ids[part.ids]:
+            first = len(part.ids) - len(scored[index].targets)
+            rows = part.logits[max(0, first - part.start) :]
+            if len(rows):
+                targets = np.array(scored[index].targets[stop - len(rows) - first : stop - first])
+                sums[index] += nats(rows[None], targets[None]).sum()
+                likeliest[index] &= bool((rows.argmax(-1) == targets).all())
+    return sums, likeliest, reader.read

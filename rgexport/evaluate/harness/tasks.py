@@ -7,9 +7,9 @@ that name none; each is merged with the files that it includes, and has absolute
 import logging
 import random
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.evaluate.harness.answers import LmRequest
+from rgexport.evaluate.pieces import Result
 from rgexport.files.paths import read_text
 from rgexport.progress import note
 
@@ -35,21 +36,6 @@ _CODE = {
 """Key → the code that lm_eval or `datasets` would load and run."""
 _UNPICKLED = ("pandas",)
 """Readers of `datasets` that unpickle, which runs code."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A figure of a task or of a group of tasks, None if it is no number.
-
-    `aggregation` names the function to it from the `values` of the examples, none for a group.
-    """
-
-    task: str
-    metric: str
-    value: float | None
-    aggregation: str
-    values: Sequence[Any]
-    higher_is_better: bool | None
 
 
 class Tasks:
@@ -78,8 +64,12 @@ class Tasks:
             self.requests[name] = list(dict.fromkeys(map(_request, task.instances)))
             self.shots[name] = task.get_config("num_fewshot")
 
-    def scores(self, answers: Mapping[LmRequest, Any]) -> list[Score]:
-        """Returns lm_eval's figures from the answers to all requests."""
+    def scores(self, answers: Mapping[LmRequest, Any]) -> dict[str, list[Result]]:
+        """Returns lm_eval's figures of each task and group, from the answers to all requests.
+
+        `value` is None if it is no number. `aggregation` names the function to it from the `values`
+        of the examples; a group has none.
+        """
         with _confined("score the tasks"):
             from lm_eval.evaluator import evaluate
 
@@ -91,29 +81,33 @@ class Tasks:
                 limit=self._examples,
                 bootstrap_iters=0,
             )
-            scores = []
+            scores: dict[str, list[Result]] = defaultdict(list)
             for name, task in self._loaded["tasks"].items():
                 functions, better = task.aggregation(), results["higher_is_better"].get(name, {})
                 samples = results["samples"][name]
-                for label, metric, kind, value in _figures(results["results"][name]):
-                    values = [s[metric] for s in samples if s["filter"] == kind and metric in s]
-                    aggregation = getattr(functions.get(metric), "__name__", "mean")
-                    score = Score(name, label, value, aggregation, values, better.get(metric))
-                    scores.append(score)
+                for metric, kind, figure in _figures(results["results"][name]):
+                    figure["values"] = [
+                        sample[metric]
+                        for sample in samples
+                        if sample["filter"] == kind and metric in sample
+                    ]
+                    figure["aggregation"] = getattr(functions.get(metric), "__name__", "mean")
+                    figure["higher_is_better"] = better.get(metric)
+                    scores[name].append(figure)
         for name, entry in results.get("groups", {}).items():
-            for label, _, _, value in _figures(entry):
-                scores.append(Score(name, label, value, "", (), None))
+            scores[name] += [figure for _, _, figure in _figures(entry)]
         return scores
 
 
-def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
-    """Yields label, metric, filter and value of keys such as `acc,none`."""
+def _figures(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, Result]]:
+    """Yields metric, filter and figure of keys such as `acc,none`."""
     for key, value in entry.items():
         metric, comma, kind = key.rpartition(",")
         if comma and not metric.endswith("_stderr"):
             number = isinstance(value, int | float | np.number) and np.isfinite(value)
             label = metric if kind == "none" else f"{metric}, {kind}"
-            yield label, metric, kind, float(value) if number else None
+            figure = {"metric": label, "value": float(value) if number else None}
+            yield metric, kind, figure | {"values": [], "aggregation": "", "higher_is_better": None}
 
 
 def _request(instance: Any) -> LmRequest:
@@ -167,11 +161,13 @@ def load_tasks(
         from lm_eval.api.registry import METRIC_REGISTRY
         from lm_eval.tasks import TaskManager
 
-        complete = set[str]()
-        if folder is not None:
-            complete = _copy_tasks(folder, Path(copies), {*METRIC_REGISTRY})
+        defined, needed = set[str](), {*names}
+        for config in _copy_tasks(folder, Path(copies), {*METRIC_REGISTRY}) if folder else ():
+            defined.add(str(config.get("group", config.get("task"))))
+            if "group" in config:
+                needed |= set(map(str, config.get("task") or ()))
         # The index of lm_eval's own tasks takes seconds.
-        manager = TaskManager(include_path=[copies], include_defaults=not {*names} <= complete)
+        manager = TaskManager(include_path=[copies], include_defaults=not needed <= defined)
         for name in names:
             # lm_eval would take the path of a file, and load the code that it names.
             if name not in manager.task_index:
@@ -221,10 +217,10 @@ def _confined(purpose: str) -> Iterator[None]:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
-def _copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
+def _copy_tasks(folder: Path, target: Path, metrics: set[str]) -> list[dict[str, Any]]:
     """Writes harmless copies of a folder's `.yaml` files to `target`, where `datasets` caches, too.
 
-    Returns the names of the tasks, and of the groups that consist of them. `metrics` are lm_eval's.
+    Returns what they say. `metrics` are lm_eval's.
     """
     import yaml
 
@@ -241,20 +237,7 @@ def _copy_tasks(folder: Path, target: Path, metrics: set[str]) -> set[str]:
         (target / f"{number}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     if not configs:
         raise RequestError(f"{folder} has no tasks; expected .yaml files with `task: NAME`")
-    return _complete(configs)
-
-
-def _complete(configs: Sequence[Mapping[str, Any]]) -> set[str]:
-    names = {str(config["task"]) for config in configs if "group" not in config}
-    groups = {str(config["group"]): config.get("task") for config in configs if "group" in config}
-    for _ in groups:  # groups may be members of groups
-        names |= {
-            name
-            for name, members in groups.items()
-            if isinstance(members, list)
-            and all(isinstance(member, str) and member in names for member in members)
-        }
-    return names
+    return configs
 
 
 def _merged(file: Path, including: tuple[Path, ...]) -> dict[str, Any]:

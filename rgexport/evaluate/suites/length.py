@@ -10,8 +10,7 @@ import json
 import time
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,19 @@ import numpy as np
 from rgexport.chat import state_file as files
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
-from rgexport.evaluate.display import Models, Value, curves, difference_cell, differences_of
-from rgexport.evaluate.figures import mean, mean_difference
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    curves,
+    difference_cell,
+    differences_of,
+    loss_curves,
+    loss_of,
+)
+from rgexport.evaluate.figures import ends, mean, mean_difference
 from rgexport.evaluate.losses import block_sums, further_losses, joined, require_finite
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.memory import doublings
 from rgexport.evaluate.suites.text import LONGEST_TOKEN, documents
 from rgexport.reporting.chart import Chart
@@ -34,7 +41,7 @@ from rgexport.runtimes.machine import rss_bytes
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 
-NAME = "length"
+NAME, UNIT, INDEPENDENT = "length", "nats per token of a long text", True
 FIRST = 1 << 13
 """Tokens up to the first mark; each further mark is twice as far."""
 _PIECE = 1 << 13
@@ -46,8 +53,8 @@ _TURNS = 24
 _STATE = ".rg_lru"
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
-    """Yields a chain of pieces through the text; the last one times steps at both ends."""
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
+    """Yields one chain through the text; its last piece times steps at both ends."""
     model.require_tokenizer(NAME)
     text, end = _text(model, request), request.length
     start = text["start"]
@@ -60,7 +67,7 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
     if len(marked) > 1:
         settings = text | {"turns": [marked[0], marked[-1]]}
         chain.append(Piece(model.identity, NAME, settings, 2 * _TURNS * _STEPS))
-    yield from chained(chain)
+    yield chain
 
 
 @lru_cache(maxsize=1)
@@ -191,7 +198,7 @@ def summary(measured: Measured) -> Result:
         seconds = sum(result["prefill_seconds"] for result in results)
         point = {
             "to": mark,
-            "nll": mean(sums, counts).ends,
+            "nll": ends(mean(sums, counts)),
             "prefill_tokens_per_second": sum(counts) / seconds,
         }
         at_mark = {key: results[-1][key] for key in ("step_seconds", "rss_bytes", "norms")}
@@ -223,7 +230,7 @@ def differences(first: Measured, second: Measured) -> Result:
         sums, counts = joined(before)
         gap = mean_difference(sums, joined(after)[0], counts)
         states = _state_distance(before[-1]["states"], after[-1]["states"])
-        points.append({"to": mark, "nll": asdict(gap), "states": states})
+        points.append({"to": mark, "nll": gap, "states": states})
     return {"points": points}
 
 
@@ -248,6 +255,14 @@ def _by_mark(measured: Measured) -> dict[int, list[Result]]:
             if settings["mark"]:
                 groups[settings["to"]], waiting = waiting, []
     return groups
+
+
+def lost(model: Result) -> list[Loss]:
+    losses, start = [], model["suites"][NAME]["start"]
+    for gap in differences_of(model, NAME, "points"):
+        losses.append(loss_of(f"the tokens up to {gap['to']:,}", gap["nll"], gap["to"] - start))
+        start = gap["to"]
+    return losses
 
 
 def tables(models: Models) -> Iterator[Table]:
@@ -281,7 +296,7 @@ def tables(models: Models) -> Iterator[Table]:
         if times := figures["turns"]:
             milliseconds = [f"{1000 * seconds:.3f}" for seconds in times["step_seconds"]]
             turns.append((model["label"], *milliseconds, f"{times['ratio']:.3f}"))
-            ends = [f"ms at {position:,}" for position in times["positions"]]
+            marks = [f"ms at {position:,}" for position in times["positions"]]
     first = models[0]["label"]
     title = (
         f"Length: loss since the line above, and beside {first}; how far recurrent states are off "
@@ -292,26 +307,21 @@ def tables(models: Models) -> Iterator[Table]:
     header = ("model", "tokens", "prefill tokens/s", "ms/token", "memory")
     yield Table("Length: speed and memory", header, speeds, header[1:])
     if turns:
-        header = ("model", *ends, "ratio")
+        header = ("model", *marks, "ratio")
         yield Table("A step at both ends, timed in turns", header, turns, header[1:])
 
 
 def charts(models: Models) -> Iterator[Chart]:
     if len(models[0]["suites"][NAME]["points"]) < 2:
         return
-    values: tuple[tuple[str, str, Callable[[Result], Value]], ...] = (
-        ("Loss by length", "nats per token", lambda point: point["nll"]),
-        (
-            "Largest norm of a recurrent state",
-            "norm",
-            lambda point: (max(point["norms"].values()), None, None) if point["norms"] else (),
-        ),
-        ("Time of a step", "ms", lambda point: (1000 * point["step_seconds"], None, None)),
-    )
+    points = [model["suites"][NAME]["points"] for model in models]
     summary = "By the tokens of one text that were read before, its state carried on."
-    for title, unit, value_of in values:
-        points = [
-            [(p["to"], value_of(p)) for p in model["suites"][NAME]["points"] if value_of(p)]
-            for model in models
-        ]
-        yield curves(title, summary, ("tokens", unit), models, points)
+    losses = [[(point["to"], point["nll"]) for point in line] for line in points]
+    yield from loss_curves("Loss by length", summary, "tokens", models, losses, lost)
+    norms = [
+        [(p["to"], (max(p["norms"].values()), None, None)) for p in line if p["norms"]]
+        for line in points
+    ]
+    yield curves("Largest norm of a recurrent state", summary, ("tokens", "norm"), models, norms)
+    steps = [[(p["to"], (1000 * p["step_seconds"], None, None)) for p in line] for line in points]
+    yield curves("Time of a step", summary, ("tokens", "ms"), models, steps)

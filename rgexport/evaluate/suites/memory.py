@@ -9,23 +9,31 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluate.display import Models, by_entry, differences_of, ends, is_significant, lines
-from rgexport.evaluate.figures import mean_difference, share
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    by_entry,
+    curves,
+    differences_of,
+    is_significant,
+    loss_of,
+)
+from rgexport.evaluate.figures import ends, mean_difference, share
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings, chained
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.episodes import TASKS, Episode, vocabulary_of
-from rgexport.reporting.chart import Chart, Series, share_axis
+from rgexport.reporting.chart import Chart, share_axis
 from rgexport.reporting.numbers import percent
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
-NAME = "memory"
+NAME, UNIT, INDEPENDENT = "memory", "of 100 answers", True
 ROWS = 8
 """Episodes of a batch."""
 _NEAREST = 16
@@ -45,17 +53,17 @@ def doublings(first: int, last: int) -> list[int]:
     return [*values, last]
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
     assert request.farthest is not None
     spans = list(_spans(doublings(_NEAREST, request.farthest)))
     for task in TASKS:
         for first in range(0, request.trials, ROWS):
             rows = min(ROWS, request.trials - first)
             batch = {"task": task, "first": first, "rows": rows, "seed": request.seed}
-            yield from chained(
+            yield [
                 Piece(model.identity, NAME, batch | span, rows * (span["to"] - span["from"]))
                 for span in spans
-            )
+            ]
 
 
 def _spans(asked_at: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -124,15 +132,15 @@ def summary(measured: Measured) -> Result:
         chances[settings["task"]] = result["chance"]
         for distance, rows in result["right"].items():
             tasks[settings["task"]][int(distance)] += [float(np.mean(row)) for row in rows]
-    curves = []
+    entries = []
     for task, by_distance in tasks.items():
         points = [
-            {"distance": distance} | asdict(share(sum(shares), len(shares)))
+            {"distance": distance} | share(sum(shares), len(shares))
             for distance, shares in sorted(by_distance.items())
         ]
         half = _half(points, chances[task])
-        curves.append({"task": task, "chance": chances[task], "points": points, "half": half})
-    return {"tasks": curves}
+        entries.append({"task": task, "chance": chances[task], "points": points, "half": half})
+    return {"tasks": entries}
 
 
 def _half(points: Sequence[Result], chance: float) -> float | None:
@@ -161,20 +169,36 @@ def differences(first: Measured, second: Measured) -> Result:
             gaps[settings["task"], int(distance)] += [(sum(a), sum(b), len(a)) for a, b in pairs]
     return {
         "points": [
-            {"task": task, "distance": distance}
-            | asdict(mean_difference(*zip(*triples, strict=True)))
+            {"task": task, "distance": distance} | mean_difference(*zip(*triples, strict=True))
             for (task, distance), triples in gaps.items()
         ]
     }
 
 
+def lost(model: Result) -> list[Loss]:
+    """Returns the mean over all distances, at which the same episodes are asked, of each task."""
+    counts = {c["task"]: c["points"][0]["count"] for c in model["suites"][NAME]["tasks"]}
+    gaps = defaultdict(list)
+    for gap in differences_of(model, NAME, "points"):
+        gaps[gap["task"]].append(loss_of(gap["task"], gap))
+    losses = []
+    for task, of_task in gaps.items():
+        margin = None
+        if all(loss.margin is not None for loss in of_task):
+            # Episodes that all end alike still leave room for one in 3 / n that does not.
+            margin = float(np.mean([loss.margin for loss in of_task])) or 3 / counts[task]
+        value = -float(np.mean([loss.value for loss in of_task]))
+        losses.append(Loss(task, 100 * value, margin and 100 * margin))
+    return losses
+
+
 def tables(models: Models) -> Iterator[Table]:
-    for curves in by_entry(models, NAME, "tasks"):
-        first, count = curves[0], len(curves[0]["points"])
+    for entries in by_entry(models, NAME, "tasks"):
+        first, count = entries[0], len(entries[0]["points"])
         # Every other distance has a column, if they are many.
         columns = range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
         rows: list[Row] = []
-        for model, curve in zip(models, curves, strict=True):
+        for model, curve in zip(models, entries, strict=True):
             differing = {
                 point["distance"]
                 for point in differences_of(model, NAME, "points")
@@ -200,16 +224,8 @@ def _half_cell(curve: Result) -> str:
 def charts(models: Models) -> Iterator[Chart]:
     for entries in by_entry(models, NAME, "tasks"):
         points = [[(p["distance"], ends(p)) for p in curve["points"]] for curve in entries]
-        series, chance = lines(models, points), entries[0]["chance"]
-        yield Chart(
-            title=entries[0]["task"],
-            summary="Share of right answers by the tokens in between; "
-            f"{percent(chance)} by chance.",
-            labels=("tokens in between", "right answers"),
-            series=series,
-            y=share_axis([low for line in series for _, low, _ in line.intervals]),
-            column="tokens in between",
-            show_y=percent,
-            limit=Series("limit", "chance", [(series[0].points[i][0], chance) for i in (0, -1)]),
-            doubling=True,
-        )
+        task, chance = entries[0]["task"], entries[0]["chance"]
+        summary = f"Share of right answers by the tokens in between; {percent(chance)} by chance."
+        chart = curves(task, summary, ("tokens in between", "right answers"), models, points)
+        axis = share_axis([low for line in chart.series for _, low, _ in line.intervals])
+        yield replace(chart, y=axis, show_y=percent, level=("chance", chance))

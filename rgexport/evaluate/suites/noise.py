@@ -8,23 +8,32 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
+from operator import ne
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluate.display import Models, by_entry, curves, difference_cell, ends
-from rgexport.evaluate.figures import mean, mean_difference
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    by_entry,
+    curves,
+    difference_cell,
+    differences_of,
+    loss_of,
+)
+from rgexport.evaluate.figures import ends, mean, mean_difference
 from rgexport.evaluate.losses import nats
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites.text import document_of, documents
 from rgexport.reporting.chart import Chart
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
-NAME = "noise"
+NAME, UNIT, INDEPENDENT = "noise", "nats per token after noise", False
 CORRUPTED, CLEAN = 600, 300
 """Approximate characters of the two parts of a passage."""
 _SHARE = 0.1
@@ -94,7 +103,7 @@ NOISES: dict[str, Callable[[str, Random], str]] = {
 """Name → function that corrupts a text. `none` is first: the others are compared with it."""
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
     model.require_tokenizer(NAME)
     for document in documents(request.texts):
         if not (count := len(passages(document.text))):
@@ -102,7 +111,7 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
         for kind in NOISES:
             settings = {"document": document.name, "sha256": document.sha256, "noise": kind}
             tokens = count * (CORRUPTED + CLEAN) // 4
-            yield Piece(model.identity, NAME, settings | {"seed": request.seed}, tokens)
+            yield [Piece(model.identity, NAME, settings | {"seed": request.seed}, tokens)]
 
 
 def passages(text: str) -> list[tuple[str, str]]:
@@ -141,63 +150,78 @@ def measure(
     return {"nats": values, "tops": tops, "ids": hashed.hexdigest()}
 
 
+class _Passage(NamedTuple):
+    """Losses [n] and top-1 tokens [n] after the clean and after the corrupted beginning."""
+
+    ids: str
+    clean: list[float]
+    noisy: list[float]
+    clean_tops: list[int]
+    tops: list[int]
+
+
+def _passages_by_noise(measured: Measured) -> dict[str, list[_Passage]]:
+    clean = {settings["sha256"]: r for settings, r in measured if settings["noise"] == "none"}
+    groups: dict[str, list[_Passage]] = defaultdict(list)
+    for settings, result in measured:
+        before = clean[settings["sha256"]]
+        sides = before["nats"], result["nats"], before["tops"], result["tops"]
+        groups[settings["noise"]] += [
+            _Passage(result["ids"], *values) for values in zip(*sides, strict=True)
+        ]
+    return groups
+
+
 def summary(measured: Measured) -> Result:
     """Returns by kind of noise: the loss, its increase, and the share of top-1 flips."""
-    clean = {settings["sha256"]: r for settings, r in measured if settings["noise"] == "none"}
-    groups = defaultdict(list)
-    for settings, result in measured:
-        groups[settings["noise"]].append((clean[settings["sha256"]], result))
-    return {"noises": [_of_noise(kind, pairs) for kind, pairs in groups.items()]}
+    noises = []
+    for kind, chosen in _passages_by_noise(measured).items():
+        counts = [len(passage.noisy) for passage in chosen]
+        before, after = [sum(p.clean) for p in chosen], [sum(p.noisy) for p in chosen]
+        flips = [sum(map(ne, passage.clean_tops, passage.tops)) for passage in chosen]
+        entry = {
+            "noise": kind,
+            "nll": mean(after, counts),
+            "more": mean_difference(before, after, counts),
+            "flips": mean(flips, counts),
+            "by_distance": list(_by_distance(chosen)),
+        }
+        noises.append(entry)
+    return {"noises": noises}
 
 
-def _of_noise(kind: str, pairs: Sequence[tuple[Result, Result]]) -> Result:
-    noisy = [values for _, result in pairs for values in result["nats"]]
-    after, counts = list(map(sum, noisy)), list(map(len, noisy))
-    before = [sum(values) for clean, _ in pairs for values in clean["nats"]]
-    flips = [
-        sum(a != b for a, b in zip(first, second, strict=True))
-        for clean, result in pairs
-        for first, second in zip(clean["tops"], result["tops"], strict=True)
-    ]
-    return {
-        "noise": kind,
-        "nll": asdict(mean(after, counts)),
-        "more": asdict(mean_difference(before, after, counts)),
-        "flips": asdict(mean(flips, counts)),
-        "by_distance": list(_by_distance(pairs)),
-    }
-
-
-def _by_distance(pairs: Sequence[tuple[Result, Result]]) -> Iterator[Result]:
+def _by_distance(chosen: Sequence[_Passage]) -> Iterator[Result]:
     """Yields the increase of the loss at the first token, the next 2, the next 4, …"""
-    longest = max(len(values) for _, result in pairs for values in result["nats"])
+    longest = max(len(passage.noisy) for passage in chosen)
     for power in range((longest - 1).bit_length() + 1):
         start, stop = (1 << power) - 1, (1 << power + 1) - 1
         sums = [
-            (sum(clean[start:stop]), sum(noisy[start:stop]), len(clean[start:stop]))
-            for clean_result, noisy_result in pairs
-            for clean, noisy in zip(clean_result["nats"], noisy_result["nats"], strict=True)
-            if len(clean) > start
+            (sum(p.clean[start:stop]), sum(p.noisy[start:stop]), len(p.noisy[start:stop]))
+            for p in chosen
+            if len(p.noisy) > start
         ]
         if sums:
-            gap = mean_difference(*zip(*sums, strict=True))
-            yield {"token": start + 1, "more": asdict(gap)}
+            yield {"token": start + 1, "more": mean_difference(*zip(*sums, strict=True))}
 
 
 def differences(first: Measured, second: Measured) -> Result:
     """Returns by kind of noise: the second model's increase of the loss minus the first's."""
-    sides = [{(s["sha256"], s["noise"]): r for s, r in side} for side in (first, second)]
-    columns: dict[str, list[list[float]]] = defaultdict(lambda: [[], [], []])
-    for (sha256, kind), before in sides[0].items():
-        after = sides[1][sha256, kind]
-        if before["ids"] != after["ids"]:
-            continue
-        for column, result, side in zip(columns[kind], (before, after), sides, strict=False):
-            clean = side[sha256, "none"]["nats"]
-            column += [sum(a) - sum(b) for a, b in zip(result["nats"], clean, strict=True)]
-        columns[kind][2] += map(len, before["nats"])
-    entries = [{"noise": kind} | asdict(mean_difference(*gaps)) for kind, gaps in columns.items()]
+    entries, others = [], _passages_by_noise(second)
+    for kind, chosen in _passages_by_noise(first).items():
+        alike = [
+            (sum(a.noisy) - sum(a.clean), sum(b.noisy) - sum(b.clean), len(a.noisy))
+            for a, b in zip(chosen, others[kind], strict=True)
+            if a.ids == b.ids
+        ]
+        if alike:
+            gap = mean_difference(*zip(*alike, strict=True))
+            entries.append({"noise": kind} | gap)
     return {"noises": entries}
+
+
+def lost(model: Result) -> list[Loss]:
+    gaps = differences_of(model, NAME, "noises")
+    return [loss_of(gap["noise"], gap) for gap in gaps if gap["noise"] != "none"]
 
 
 def tables(models: Models) -> Iterator[Table]:
@@ -222,5 +246,4 @@ def charts(models: Models) -> Iterator[Chart]:
                 ("tokens after the noise", "more nats"),
                 models,
                 [[(p["token"], ends(p["more"])) for p in e["by_distance"]] for e in entries],
-                "token",
             )

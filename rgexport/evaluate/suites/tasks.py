@@ -7,21 +7,27 @@ no new measurement, and a changed document only those of the new requests.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.evaluate.display import Models, by_entry, differences_of, is_significant
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    by_entry,
+    differences_of,
+    is_significant,
+    loss_of,
+)
 from rgexport.evaluate.figures import mean, mean_difference, share
 from rgexport.evaluate.harness.answers import LmRequest, answer, sha256_of
-from rgexport.evaluate.harness.tasks import Score, Tasks, load_tasks
+from rgexport.evaluate.harness.tasks import Tasks, load_tasks
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.reporting.chart import Chart
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 
-NAME = "tasks"
+NAME, UNIT, INDEPENDENT = "tasks", "", False
 REQUESTS = 256
 """Requests of a piece."""
 _TOKEN = 4
@@ -37,14 +43,14 @@ _SUMS: dict[str, tuple[Callable[[Any], tuple[float, float]], Callable[[float], f
 A pair is a log-likelihood and its number of words or bytes."""
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
     model.require_tokenizer(NAME)
     for task, requests in _tasks(request).requests.items():
         for first in range(0, len(requests), REQUESTS):
             part = requests[first : first + REQUESTS]
             settings = {"task": task, "first": first, "requests": len(part)}
             tokens = sum(len(instance.arguments) for instance in part) // _TOKEN
-            yield Piece(model.identity, NAME, settings | {"sha256": sha256_of(part)}, tokens)
+            yield [Piece(model.identity, NAME, settings | {"sha256": sha256_of(part)}, tokens)]
 
 
 def measure(
@@ -54,9 +60,7 @@ def measure(
     assert model.tokenizer is not None
     part = _requests_of(_tasks(request), settings)
     if sha256_of(part) != settings["sha256"]:
-        raise RequestError(
-            f"the task {settings['task']} has changed while it was measured; try again"
-        )
+        raise RequestError(f"the task {settings['task']} changed while it was measured; try again")
     return answer(model.tokenizer, session, part)
 
 
@@ -77,29 +81,31 @@ def scored(measured: Measured, request: EvaluationRequest) -> list[tuple[Setting
         answers |= zip(_requests_of(tasks, settings), result["answers"], strict=True)
         for index, key in enumerate(("read", "asked")):
             tokens[settings["task"]][index] += result[key]
-    figures = defaultdict(list)
-    for score in tasks.scores(answers):
-        figures[score.task].append(_figure(score))
-    entries: list[tuple[Settings, Result]] = []
-    for name, metrics in figures.items():
-        read = {"shots": tasks.shots.get(name), "tokens": tokens.get(name)}
-        entries.append(({"task": name}, read | {"metrics": metrics}))
-    return entries
+    return [
+        (
+            {"task": name},
+            {
+                "shots": tasks.shots.get(name),
+                "tokens": tokens.get(name),
+                "metrics": [figure | _sums(figure) for figure in figures],
+            },
+        )
+        for name, figures in tasks.scores(answers).items()
+    ]
 
 
-def _figure(score: Score) -> Result:
-    """Returns a figure with the sums and weights of its examples, None if it is no mean of them."""
-    known = "metric", "value", "higher_is_better", "aggregation"
-    figure: Result = {key: getattr(score, key) for key in known} | {"sums": None, "counts": None}
-    if score.value is None or not score.values or score.aggregation not in _SUMS:
-        return figure
-    split, from_mean = _SUMS[score.aggregation]
+def _sums(figure: Result) -> Result:
+    """Returns the sums and weights of a figure's examples, None if it is no mean of them."""
+    unknown = {"sums": None, "counts": None}
+    if figure["value"] is None or not figure["values"] or figure["aggregation"] not in _SUMS:
+        return unknown
+    split, from_mean = _SUMS[figure["aggregation"]]
     try:
-        sums, counts = zip(*map(split, score.values), strict=True)
-        same = math.isclose(from_mean(sum(sums) / sum(counts)), score.value, rel_tol=1e-6)
+        sums, counts = zip(*map(split, figure["values"]), strict=True)
+        same = math.isclose(from_mean(sum(sums) / sum(counts)), figure["value"], rel_tol=1e-6)
     except (TypeError, ValueError, ArithmeticError):
-        return figure
-    return figure | {"sums": sums, "counts": counts} if same else figure
+        return unknown
+    return {"sums": sums, "counts": counts} if same else unknown
 
 
 def summary(measured: Measured) -> Result:
@@ -119,15 +125,13 @@ def _with_interval(figure: Result) -> Result:
         return entry | {"low": None, "high": None, "count": None}
     is_share = {*counts} == {1.0} and {*sums} <= {0.0, 1.0}
     estimate = share(sum(sums), len(sums)) if is_share else mean(sums, counts)
-    low, high = (_from_mean(figure, end) for end in (estimate.low, estimate.high))
-    return entry | {"low": low, "high": high, "count": len(sums)}
-
-
-def _from_mean(figure: Result, value: float | None) -> float | None:
-    try:
-        return None if value is None else _SUMS[figure["aggregation"]][1](value)
-    except OverflowError:
-        return None
+    for end in ("low", "high"):
+        try:
+            value = estimate[end]
+            entry[end] = None if value is None else _SUMS[figure["aggregation"]][1](value)
+        except OverflowError:
+            entry[end] = None
+    return entry | {"count": len(sums)}
 
 
 def differences(first: Measured, second: Measured) -> Result:
@@ -140,8 +144,23 @@ def differences(first: Measured, second: Measured) -> Result:
             if figure["sums"] is None or not same or same["counts"] != figure["counts"]:
                 continue
             gap = mean_difference(figure["sums"], same["sums"], figure["counts"])
-            metrics.append({"task": settings["task"], "metric": figure["metric"]} | asdict(gap))
+            metrics.append({"task": settings["task"], "metric": figure["metric"]} | gap)
     return {"metrics": metrics}
+
+
+def lost(model: Result) -> list[Loss]:
+    """Returns the losses in figures, if lm_eval says whether higher ones are better."""
+    better = {
+        (entry["task"], figure["metric"]): figure["higher_is_better"]
+        for entry in model["suites"][NAME]["tasks"]
+        for figure in entry["metrics"]
+    }
+    losses = []
+    for gap in differences_of(model, NAME, "metrics"):
+        if (higher := better[gap["task"], gap["metric"]]) is not None:
+            loss = loss_of(f"{gap['task']}, {gap['metric']}", gap)
+            losses.append(loss._replace(value=-loss.value if higher else loss.value))
+    return losses
 
 
 def tables(models: Models) -> Iterator[Table]:

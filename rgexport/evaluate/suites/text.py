@@ -9,7 +9,7 @@ pieces of `context` tokens overlap, and a token counts in the first piece that r
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,25 @@ import numpy as np
 
 from rgexport.chat.sample_text import built_in_text
 from rgexport.errors import RequestError
-from rgexport.evaluate.display import Models, curves, difference_cell, differences_of
-from rgexport.evaluate.figures import mean, mean_difference
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    difference_cell,
+    differences_of,
+    loss_curves,
+    loss_of,
+)
+from rgexport.evaluate.figures import ends, mean, mean_difference
 from rgexport.evaluate.losses import block_sums, joined, losses
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.files.paths import read_text, without_ending
 from rgexport.reporting.chart import Chart
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 
-NAME = "text"
+NAME, UNIT, INDEPENDENT = "text", "nats per token", True
 BLOCK = 64
 """Tokens per stored sum of losses. Losses of neighbours are correlated, so intervals are computed
 from blocks."""
@@ -55,8 +62,8 @@ class Document:
 def documents(paths: tuple[Path, ...]) -> list[Document]:
     """Returns the text files at the paths and in folders, each once; the built-in text for none.
 
-    The domain of a file is its name without an ending such as `.txt`. The domain of a file in a
-    folder is the name of the first folder below: `prose` for `texts/prose/emma.txt` in `texts`.
+    The domain of a file is its name without an ending such as `.txt`. In a folder with folders, it
+    is the name of the first one below: `prose` for `texts/prose/emma.txt` in `texts`.
     """
     if not paths:
         return [Document(_BUILT_IN, _BUILT_IN, built_in_text())]
@@ -65,15 +72,21 @@ def documents(paths: tuple[Path, ...]) -> list[Document]:
 
 def _documents_at(path: Path) -> Iterator[Document]:
     if not path.is_dir():
-        yield Document(path.name, without_ending(path.name, _ENDINGS), read_text(path))
+        yield Document(path.name, _without_ending(path), read_text(path))
         return
     files = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS and file.is_file())
     if not files:
         raise RequestError(f"{path} has no texts; expected files that end in {', '.join(_ENDINGS)}")
+    is_flat = all(file.parent == path for file in files)
     for file in files:
         names = file.relative_to(path).parts
         domain = names[0] if len(names) > 1 else path.resolve().name
+        domain = _without_ending(file) if is_flat else domain
         yield Document("/".join(names), domain, read_text(file))
+
+
+def _without_ending(file: Path) -> str:
+    return without_ending(file.name, _ENDINGS)
 
 
 def document_of(settings: Settings, request: EvaluationRequest) -> Document:
@@ -84,7 +97,7 @@ def document_of(settings: Settings, request: EvaluationRequest) -> Document:
     raise RequestError(f"the text {settings['document']} has changed, or a worker has another one")
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
     model.require_tokenizer(NAME)
     # Context and stride: both None in continuous mode, only the stride in chunks.
     modes: list[tuple[int | None, int | None]] = [(None, None), (request.context, None)]
@@ -106,7 +119,7 @@ def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]
                 "stride": stride,
             }
             passes = context / stride if context and stride else 1
-            yield Piece(model.identity, NAME, settings, int(passes * count))
+            yield [Piece(model.identity, NAME, settings, int(passes * count))]
 
 
 def measure(
@@ -115,12 +128,16 @@ def measure(
     ids = _ids(model, document_of(settings, request), settings["limit"])
     context, stride = settings["context"], settings["stride"]
     result: Result = {"ids": hashlib.sha256(ids.tobytes()).hexdigest()}
-    if context is not None and stride is None:
-        return result | block_sums(_chunk_losses(model.bos, session, ids, context), BLOCK)
     if context is None:
         values = losses(session, ids)
     else:
-        values = _strided_losses(model, session, ids, context, stride)
+        bos = np.array(model.bos, np.int64)
+        overlapping = (
+            _chunks(ids, bos, context) if stride is None else _strides(ids, bos, context, stride)
+        )
+        values = np.concatenate([losses(session, piece)[first:] for piece, first in overlapping])
+        if stride is None:
+            return result | block_sums(values, BLOCK)
     assert model.tokenizer is not None
     size = sum(len(model.tokenizer.surface(token)) for token in ids[1:].tolist())
     return result | block_sums(values, BLOCK) | {"bytes": size}
@@ -132,33 +149,26 @@ def _ids(model: EvaluatedModel, document: Document, limit: int | None) -> np.nda
     return np.array([*model.bos, *model.encode(text)], np.int64)[:limit]
 
 
-def _chunk_losses(bos: list[int], session: Session, ids: np.ndarray, context: int) -> np.ndarray:
-    """Returns the losses in the second half of each whole chunk; its first token becomes a bos."""
-    halves = []
+def _chunks(ids: np.ndarray, bos: np.ndarray, context: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields whole chunks and where their second half begins; the first token becomes a bos."""
     for start in range(0, len(ids) - context + 1, context):
         chunk = ids[start : start + context].copy()
         chunk[: len(bos)] = bos
-        halves.append(losses(session, chunk)[context // 2 :])
-    return np.concatenate(halves)
+        yield chunk, context // 2
 
 
-def _strided_losses(
-    model: EvaluatedModel, session: Session, ids: np.ndarray, context: int, stride: int
-) -> np.ndarray:
-    """Returns the loss of every token but the first.
-
-    A piece is a bos and up to `context - 1` tokens; those after the end of the piece before count.
-    """
-    bos = np.array(model.bos, np.int64)
-    text, values, counted = ids[len(bos) :], [], 0
+def _strides(
+    ids: np.ndarray, bos: np.ndarray, context: int, stride: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields pieces of a bos and up to `context - 1` tokens, and where new losses begin."""
+    text, counted = ids[len(bos) :], 0
     for start in range(0, len(text), stride):
         stop = min(start + context - len(bos), len(text))
-        piece = losses(session, np.concatenate([bos, text[start:stop]]))
-        values.append(piece[max(0, len(piece) - (stop - counted)) :])
+        piece = np.concatenate([bos, text[start:stop]])
+        yield piece, max(0, len(piece) - 1 - (stop - counted))
         counted = stop
         if stop == len(text):
-            break
-    return np.concatenate(values)
+            return
 
 
 def _mode(entry: Settings) -> tuple[Any, ...]:
@@ -185,9 +195,9 @@ def _perplexity(results: Sequence[Result]) -> Result:
     nll = mean(sums, counts)
     size = sum(result.get("bytes", 0) for result in results)
     return {
-        "tokens": nll.count,
-        "nll": nll.ends,
-        "perplexity": float(np.exp(nll.value)),
+        "tokens": nll["count"],
+        "nll": ends(nll),
+        "perplexity": float(np.exp(nll["value"])),
         "bits_per_byte": float(sum(sums) / np.log(2) / size) if size else None,
     }
 
@@ -199,7 +209,7 @@ def _by_position(results: Sequence[Result]) -> list[Result]:
         for index, block in enumerate(zip(result["sums"], result["counts"], strict=True)):
             buckets[BLOCK * (1 << (index.bit_length() - 1)) if index else 0].append(block)
     return [
-        {"from": first, "nll": mean(*zip(*blocks, strict=True)).ends}
+        {"from": first, "nll": ends(mean(*zip(*blocks, strict=True)))}
         for first, blocks in sorted(buckets.items())
     ]
 
@@ -219,9 +229,18 @@ def differences(first: Measured, second: Measured) -> Result:
     entries = []
     for mode, pairs in groups.items():
         (before, counts), (after, _) = map(joined, zip(*pairs, strict=True))
-        gap = asdict(mean_difference(before, after, counts))
+        gap = mean_difference(before, after, counts)
         entries.append(dict(zip(_MODE, mode, strict=True)) | {"nll": gap})
     return {"domains": entries}
+
+
+def lost(model: Result) -> list[Loss]:
+    tokens = {_mode(entry): entry["tokens"] for entry in model["suites"][NAME]["domains"]}
+    return [
+        loss_of(gap["domain"], gap["nll"], tokens[_mode(gap)])
+        for gap in differences_of(model, NAME, "domains")
+        if gap["context"] is None
+    ]
 
 
 def tables(models: Models) -> Iterator[Table]:
@@ -255,14 +274,10 @@ def _mode_name(entry: Result) -> str:
 
 
 def charts(models: Models) -> Iterator[Chart]:
-    yield curves(
-        "Loss by position",
-        "Mean loss of tokens from each power of two on, from the start of a document.",
-        ("tokens before", "nats per token"),
-        models,
-        # The first tokens of a document have no power of two.
-        [
-            [(max(point["from"], 32), point["nll"]) for point in m["suites"][NAME]["by_position"]]
-            for m in models
-        ],
-    )
+    # The first tokens of a document have no power of two.
+    points = [
+        [(max(point["from"], 32), point["nll"]) for point in m["suites"][NAME]["by_position"]]
+        for m in models
+    ]
+    summary = "Mean loss of tokens from each power of two on, from the start of a document."
+    yield from loss_curves("Loss by position", summary, "tokens before", models, points, lost)

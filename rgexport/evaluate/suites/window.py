@@ -10,9 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.evaluate.display import Models, curves, difference_cell
+from rgexport.evaluate.display import (
+    Loss,
+    Models,
+    difference_cell,
+    differences_of,
+    loss_curves,
+    loss_of,
+)
 from rgexport.evaluate.models import EvaluatedModel
-from rgexport.evaluate.pieces import EvaluationRequest, Measured, Piece, Result, Settings
+from rgexport.evaluate.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluate.suites import memory, text
 from rgexport.evaluate.suites.length import step_seconds
 from rgexport.reporting.chart import Chart
@@ -20,7 +27,7 @@ from rgexport.reporting.tables import Table
 from rgexport.runtimes.session import Session
 from rgexport.units import amount
 
-NAME = "window"
+NAME, UNIT, INDEPENDENT = "window", "nats per token in small windows", False
 _DIVISORS = 1, 2, 4, 8
 _INNER: dict[str, ModuleType] = {suite.NAME: suite for suite in (text, memory)}
 """The suites that are run with each window."""
@@ -32,21 +39,20 @@ def windows(full: int) -> list[int]:
     return list(dict.fromkeys([*(full // divisor for divisor in _DIVISORS), 0]))
 
 
-def pieces(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Piece]:
+def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
     """Yields for each window the texts, the tasks of `memory`, and a measurement of speed."""
     model.require_narrowing()
     model.require_tokenizer(NAME)
     for window in windows(model.config.window):
-        for suite in _INNER.values():
-            before: Piece | None = None
-            for inner in suite.pieces(model, request):
-                if inner.settings.get("context") is not None:
-                    continue
-                settings = {"window": window, "suite": suite.NAME, "work": inner.settings}
-                after = before.key if before and inner.after else None
-                before = replace(inner, suite=NAME, settings=settings, after=after)
-                yield before
-        yield Piece(model.identity, NAME, {"window": window, "suite": _SPEED}, _STEPS)
+        for name, suite in _INNER.items():
+            for chain in suite.chains(model, request):
+                if chain[0].settings.get("context") is None:
+                    settings = {"window": window, "suite": name}
+                    yield [
+                        replace(piece, suite=NAME, settings=settings | {"work": piece.settings})
+                        for piece in chain
+                    ]
+        yield [Piece(model.identity, NAME, {"window": window, "suite": _SPEED}, _STEPS)]
 
 
 def measure(
@@ -111,6 +117,15 @@ def _by_window(measured: Measured) -> dict[int, dict[str, Measured]]:
     return groups
 
 
+def lost(model: Result) -> list[Loss]:
+    """Returns the losses of texts with each window but the full one."""
+    return [
+        loss_of(f"{gap['domain']} with a window of {entry['window']:,}", gap["nll"])
+        for entry in differences_of(model, NAME, "windows")[1:]
+        for gap in entry["text"]["domains"]
+    ]
+
+
 def tables(models: Models) -> Iterator[Table]:
     rows = [
         (
@@ -132,17 +147,12 @@ def tables(models: Models) -> Iterator[Table]:
 
 
 def charts(models: Models) -> Iterator[Chart]:
-    yield curves(
-        "Loss by window",
-        "Mean loss of all texts; a window of 0 is drawn at 1.",
-        ("tokens of the window", "nats per token"),
-        models,
-        [
-            [(max(1, w["window"]), w["all_texts"]["nll"]) for w in m["suites"][NAME]["windows"]]
-            for m in models
-        ],
-        "window",
-    )
+    points = [
+        [(max(1, w["window"]), w["all_texts"]["nll"]) for w in m["suites"][NAME]["windows"]]
+        for m in models
+    ]
+    summary = "Mean loss of all texts; a window of 0 is drawn at 1."
+    yield from loss_curves("Loss by window", summary, "tokens of window", models, points, lost)
     for model in models:
         for chart in memory.charts(_as_models(model)):
             yield replace(chart, title=f"{model['label']}: {chart.title}")

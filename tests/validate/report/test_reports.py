@@ -241,7 +241,7 @@ def test_finite_values_and_ticks_lie_in_the_picture(numbers):
         line = Series("twin", "twin", list(enumerate(numbers)), dots=True)
         words = {"title": "t", "summary": "", "labels": ("x", "y"), "column": "x"}
         drawn = Chart(series=(line,), y=axis, **words)
-        ((_, dots),) = drawn.dots
+        dots = [point for point in drawn.pixels(line) if point]
         assert len(dots) == sum(map(math.isfinite, numbers))
         assert all(LEFT <= x <= RIGHT and TOP <= y <= BOTTOM for x, y in dots)
         assert all(LEFT <= drawn.x(x) <= RIGHT for x, _ in drawn.x.ticks)
