@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.quality import TEXTS
 from bench.run import command
-from rgexport.evaluate.report import PAGE
+from rgexport.evaluation.report import PAGE
 from rgexport.progress import note
 
 FOLDER = Path("out/evaluation")

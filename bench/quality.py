@@ -20,21 +20,21 @@ import numpy as np
 
 from bench.run import command, size_of
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.export.opening import open_artifact
+from rgexport.exporters.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import QUANTIZABLE, role_of
 from rgexport.griffin.reference import Reference
 from rgexport.progress import note
-from rgexport.quantize.calibration import open_calibration
+from rgexport.quantization.calibration import open_calibration
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment
-from rgexport.validate.metrics import agreement, compare_logits, kl_summary, likelihood
+from rgexport.validation.metrics import agreement, compare_logits, kl_summary, likelihood
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("out/quality")
 TEXTS = {
     "prose": "rgexport/chat/sample.txt",
-    "mixture": "tests/validate/unseen.txt",
+    "mixture": "tests/validation/unseen.txt",
     "manual": "README.md",
     "licence": "LICENSE",
     "program": "rgexport/griffin/ops.py",

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizer import BOS
 
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.evaluate.suites.episodes import TASKS, Episode, EpisodeVocabulary, vocabulary_of
+from rgexport.evaluation.suites.episodes import TASKS, Episode, EpisodeVocabulary, vocabulary_of
 
 _NEAR = 0.6
 """Share of the episodes that are asked about at once, or after a few tokens."""

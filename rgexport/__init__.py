@@ -1,13 +1,29 @@
-"""Export RecurrentGemma (Griffin) checkpoints to files that small devices run."""
+"""Export RecurrentGemma (Griffin) checkpoints to files that small devices run.
+
+artifact = rgexport.export("demo", precision="int4")
+print(rgexport.load(artifact.path).chat([{"role": "user", "content": "Hello"}]).text)
+"""
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rgexport._version import __version__
+    from rgexport.api import export
     from rgexport.chat.model import load
+    from rgexport.griffin.checkpoint import open_checkpoint
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "export", "load", "open_checkpoint"]
+
+_MODULES = {
+    "__version__": "rgexport._version",
+    "export": "rgexport.api",
+    "load": "rgexport.chat.model",
+    "open_checkpoint": "rgexport.griffin.checkpoint",
+}
+"""Name → the module that defines it, imported when the name is used: the command line starts fast.
+"""
 
 # Set before the libraries that read them are imported: ONNX Runtime's wheels from 1.29 on would
 # keep a device id and a database of events to send in the user's home.
@@ -15,13 +31,10 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is used, because the command line starts faster so."""
-    if name == "__version__":
-        from rgexport._version import __version__
-
-        return __version__
-    if name != "load":
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rgexport.chat.model import load
+    return getattr(import_module(_MODULES[name]), name)
 
-    return load
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -11,18 +11,18 @@ from typing import TypedDict, Unpack
 
 from rgexport.choices import FloatPrecision, FormatName, GradeName, Profile, Quality, RecurrentState
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.exporter import exporter_of
-from rgexport.export.opening import open_artifact
-from rgexport.export.request import algorithm_word
+from rgexport.exporters.artifact import Artifact
+from rgexport.exporters.exporter import exporter_of
+from rgexport.exporters.opening import open_artifact
+from rgexport.exporters.request import algorithm_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by
-from rgexport.quantize.plan import load_plan
-from rgexport.validate.checks import parse_limits
-from rgexport.validate.reference.reference_file import read_reference
-from rgexport.validate.result import ValidationResult
-from rgexport.validate.run import ValidationRequest, validate_artifact
-from rgexport.validate.self_check import self_check
+from rgexport.quantization.plan import load_plan
+from rgexport.validation.checks import parse_limits
+from rgexport.validation.reference.reference_file import read_reference
+from rgexport.validation.result import ValidationResult
+from rgexport.validation.run import ValidationRequest, validate_artifact
+from rgexport.validation.self_check import self_check
 
 Model = str | Path | Checkpoint
 """A folder, a `.pt` file, a hub id, a name such as `demo` or `2b`, or an opened checkpoint."""

@@ -1,8 +1,8 @@
 """The registry of formats.
 
-A format is one object in each layer, `FORMAT` of the module named below: `export` knows how it is
-stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances.
-`exporter`, which needs torch, has `EXPORTER`.
+A format is one object in each layer, `FORMAT` of the module named below: `exporters` knows how it
+is stored and opened, `runtimes` its engine, `chat` its tokenizer, `validation` its tolerances.
+`export`, which needs torch, has `EXPORTER`: how it is written.
 """
 
 from importlib import import_module
@@ -10,25 +10,25 @@ from typing import Any
 
 FORMATS: dict[str, dict[str, Any]] = {
     "onnx": {
-        "export": "rgexport.export.onnx.format",
-        "exporter": "rgexport.export.onnx.exporter",
+        "exporters": "rgexport.exporters.onnx.format",
+        "export": "rgexport.exporters.onnx.exporter",
         "runtimes": "rgexport.runtimes.onnx.engine",
         "chat": "rgexport.chat.artifact_text",
-        "validate": "rgexport.validate.formats.onnx",
+        "validation": "rgexport.validation.formats.onnx",
     },
     "coreml": {
-        "export": "rgexport.export.coreml.format",
-        "exporter": "rgexport.export.coreml.exporter",
+        "exporters": "rgexport.exporters.coreml.format",
+        "export": "rgexport.exporters.coreml.exporter",
         "runtimes": "rgexport.runtimes.coreml.engine",
         "chat": "rgexport.chat.artifact_text",
-        "validate": "rgexport.validate.formats.coreml",
+        "validation": "rgexport.validation.formats.coreml",
     },
     "gguf": {
-        "export": "rgexport.export.gguf.format",
-        "exporter": "rgexport.export.gguf.exporter",
+        "exporters": "rgexport.exporters.gguf.format",
+        "export": "rgexport.exporters.gguf.exporter",
         "runtimes": "rgexport.runtimes.llama_cpp.engine",
         "chat": "rgexport.chat.gguf_text",
-        "validate": "rgexport.validate.formats.gguf",
+        "validation": "rgexport.validation.formats.gguf",
     },
 }
 """Kind of an artifact → layer → module, or the object itself."""

@@ -199,7 +199,10 @@ def start_slow_export(folder: Path) -> subprocess.Popen[str]:
     """An export that sleeps after it has made its temporary folder."""
     # What a shell has started in the background would ignore interrupts.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    slow = f"{heed}; import time, rgexport.export.trace as t; t.trace = lambda *a: time.sleep(60)"
+    slow = (
+        f"{heed}; import time; from rgexport.exporters import trace as t; "
+        "t.trace = lambda *a: time.sleep(60)"
+    )
     program = [sys.executable, "-c", f"{slow}\n{START}", "onnx", "--size", "demo", "-o", "out"]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

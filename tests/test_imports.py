@@ -30,16 +30,26 @@ LAYERS = (
         "reporting",
         "formats",
     ),
-    *("files", "npm", "griffin", "kernels", "quantize", "export", "runtimes", "chat", "serve"),
-    *("web_page", "validate", "evaluate", "compress", "api", "commands", "cli", "__main__"),
+    *(
+        "files",
+        "npm",
+        "griffin",
+        "kernels",
+        "quantization",
+        "exporters",
+        "runtimes",
+        "chat",
+        "serve",
+    ),
+    *("web_page", "validation", "evaluation", "compress", "api", "commands", "cli", "__main__"),
 )
 """Every package and module of rgexport; each imports only from itself and those before it."""
-SIBLINGS = {"validate", "evaluate", "compress"}
+SIBLINGS = {"validation", "evaluation", "compress"}
 """None of these imports another one."""
 FORMATS_AND_ENGINES = {
-    **dict.fromkeys("export.onnx export.coreml export.gguf runtimes.coreml".split(), ()),
+    **dict.fromkeys("exporters.onnx exporters.coreml exporters.gguf runtimes.coreml".split(), ()),
     **dict.fromkeys("runtimes.onnx runtimes.llama_cpp".split(), ()),
-    "export.mil": ("export.coreml",),
+    "exporters.mil": ("exporters.coreml",),
 }
 """Package of one format or engine → those of its layer that may import it; all others ask the
 format object."""
@@ -47,11 +57,15 @@ format object."""
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "losses statistics".split()),
     *(f"griffin/{name}.py" for name in "ops reference step triton_scan".split()),
-    *("validate/reference/deepmind_model.py", "evaluate/reference_session.py", "export/trace.py"),
+    *(
+        "validation/reference/deepmind_model.py",
+        "evaluation/reference_session.py",
+        "exporters/trace.py",
+    ),
 }
 FENCED = {
     "torch": NEEDS_TORCH,
-    "gguf": {"export/gguf/exporter.py"},
+    "gguf": {"exporters/gguf/exporter.py"},
     **dict.fromkeys("onnx onnx_ir coremltools prompt_toolkit datasets".split(), frozenset()),
     **dict.fromkeys("distributed llama_cpp lm_eval tensorstore".split(), frozenset()),
 }
@@ -59,10 +73,10 @@ FENCED = {
 IMPLEMENTATIONS = {"recurrentgemma", "triton"}
 """Packages that a user installs for a reference of DeepMind's, or for a GPU."""
 
-EMITTERS = "export/onnx/", "export/coreml/"
+EMITTERS = "exporters/onnx/", "exporters/coreml/"
 """Folders whose modules load a converter; those that the core needs of them do it when called."""
 
-APART_FROM_THE_EMITTER = "export/mil/", "runtimes/coreml/interpreter/"
+APART_FROM_THE_EMITTER = "exporters/mil/", "runtimes/coreml/interpreter/"
 """These check the emitter, so they must not share its code."""
 
 
@@ -91,7 +105,7 @@ def imports_on_load(tree: ast.Module | ast.ClassDef) -> set[str]:
 
 
 def layer_of(name: str) -> str:
-    """Returns the layer of a module, such as `export` of `rgexport.export.card`."""
+    """Returns the layer of a module, such as `exporters` of `rgexport.exporters.card`."""
     return name.removeprefix("rgexport.").split(".")[0]
 
 
@@ -204,4 +218,4 @@ def test_readers_of_packages_share_nothing_with_the_emitter():
     for folder in APART_FROM_THE_EMITTER:
         modules = [module for module in MODULES if name_of(module).startswith(folder)]
         names = [name for module in modules for name in imports(TREES[module])]
-        assert names and not [n for n in names if n.startswith("rgexport.export.coreml")]
+        assert names and not [n for n in names if n.startswith("rgexport.exporters.coreml")]

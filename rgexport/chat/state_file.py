@@ -20,7 +20,7 @@ import numpy as np
 from rgexport._version import __version__
 from rgexport.chat.prompts import Message
 from rgexport.errors import RequestError
-from rgexport.export.manifest import Identity
+from rgexport.exporters.manifest import Identity
 from rgexport.files.atomic import write_file
 from rgexport.files.safetensors import Entry, header, read_header, read_metadata
 from rgexport.files.targets import require_writable

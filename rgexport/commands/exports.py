@@ -22,7 +22,7 @@ from rgexport.commands.options import (
 from rgexport.printing import print_result
 
 if TYPE_CHECKING:
-    from rgexport.export.artifact import Artifact
+    from rgexport.exporters.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def gguf(arguments: GgufArguments) -> int:
 
 def _export(arguments: OnnxArguments | CoreMLArguments | GgufArguments, kind: FormatName) -> int:
     from rgexport.api import export_checkpoint
-    from rgexport.export.request import precision_word
+    from rgexport.exporters.request import precision_word
 
     flags = "checkpoint", "export", "int4", "int8"
     options = {name: value for name, value in vars(arguments).items() if name not in flags}
@@ -170,7 +170,7 @@ def _export(arguments: OnnxArguments | CoreMLArguments | GgufArguments, kind: Fo
 
 
 def _grade(artifact: "Artifact") -> str | None:
-    from rgexport.validate.checks import grade_of_kl
+    from rgexport.validation.checks import grade_of_kl
 
     check = artifact.manifest.check
     is_graded = check.status == "verified" and check.kl is not None
@@ -184,8 +184,8 @@ def _grade(artifact: "Artifact") -> str | None:
 
 
 def _print_artifact(artifact: "Artifact", grade: str | None) -> None:
-    from rgexport.export.describe import as_text, describe
-    from rgexport.export.opening import check_line, closing_line
+    from rgexport.exporters.describe import as_text, describe
+    from rgexport.exporters.opening import check_line, closing_line
 
     if progress.verbose:
         progress.detail(as_text(describe(str(artifact.path))))
@@ -218,7 +218,7 @@ class RandomArguments:
 @command(RandomArguments)
 def random(arguments: RandomArguments) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.export.opening import as_argument
+    from rgexport.exporters.opening import as_argument
     from rgexport.griffin.synthetic import write_random
 
     output = arguments.output

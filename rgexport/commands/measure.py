@@ -43,7 +43,7 @@ def inspect(arguments: InspectArguments) -> int:
 
     The exit code is 1 where a checkpoint or a package has problems.
     """
-    from rgexport.export.describe import as_json, as_text, describe
+    from rgexport.exporters.describe import as_json, as_text, describe
 
     description = describe(arguments.path, size=arguments.size, verify=arguments.verify)
     print_result((as_json if arguments.json else as_text)(description), end="")
@@ -70,7 +70,7 @@ def reference(arguments: ReferenceArguments) -> None:
 
     With the file, `rgexport validate --reference` does not need the model.
     """
-    from rgexport.validate.reference.capture import capture, closing_line
+    from rgexport.validation.reference.capture import capture, closing_line
 
     checkpoint = arguments.checkpoint.open()
     target = arguments.output or Path(f"{checkpoint.name}.reference")
@@ -128,10 +128,10 @@ def validate(arguments: ValidateArguments) -> int:
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
-    from rgexport.export.opening import means_artifact
-    from rgexport.validate.checks import parse_limits
-    from rgexport.validate.reference.reference_file import read_reference
-    from rgexport.validate.run import ValidationRequest, validate_artifacts
+    from rgexport.exporters.opening import means_artifact
+    from rgexport.validation.checks import parse_limits
+    from rgexport.validation.reference.reference_file import read_reference
+    from rgexport.validation.run import ValidationRequest, validate_artifacts
 
     artifacts, json_file = arguments.artifacts, arguments.json
     if json_file not in (None, _STDOUT) and means_artifact(Path(json_file)):
@@ -198,11 +198,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
     MODEL is an artifact of any format, a checkpoint, or `demo`. All models are compared with the
     first one.
     """
-    from rgexport.evaluate.models import open_models
-    from rgexport.evaluate.pieces import EvaluationRequest
-    from rgexport.evaluate.report import JSON, as_text, write_files
-    from rgexport.evaluate.run import evaluate as run
-    from rgexport.evaluate.run import requested_suites
+    from rgexport.evaluation.models import open_models
+    from rgexport.evaluation.pieces import EvaluationRequest
+    from rgexport.evaluation.report import JSON, as_text, write_files
+    from rgexport.evaluation.run import evaluate as run
+    from rgexport.evaluation.run import requested_suites
     from rgexport.runtimes.cluster import connected
 
     output = arguments.output

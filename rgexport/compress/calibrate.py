@@ -16,16 +16,16 @@ from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFi
 from rgexport.compress.cluster import encoder_statistics, spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.errors import RequestError
-from rgexport.export.opening import as_argument
-from rgexport.export.origin import folder_of
+from rgexport.exporters.opening import as_argument
+from rgexport.exporters.origin import folder_of
 from rgexport.files.hashing import hash_file, hash_new_files, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.progress import expect_stages, group, note
-from rgexport.quantize import calibration as stored
-from rgexport.quantize.statistics import StatisticsOf
+from rgexport.quantization import calibration as stored
+from rgexport.quantization.statistics import StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount

@@ -15,9 +15,9 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.calibration import Calibration, open_calibration
-from rgexport.quantize.scheme import Parts, Uniform
-from rgexport.quantize.statistics import (
+from rgexport.quantization.calibration import Calibration, open_calibration
+from rgexport.quantization.scheme import Parts, Uniform
+from rgexport.quantization.statistics import (
     Calibrated,
     LastInputs,
     RemoteStatistics,

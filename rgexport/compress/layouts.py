@@ -10,13 +10,13 @@ from math import prod
 
 import numpy as np
 
-from rgexport.export.format import Format
-from rgexport.export.storage import OffsetAllocator
+from rgexport.exporters.format import Format
+from rgexport.exporters.storage import OffsetAllocator
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
-from rgexport.quantize.row_groups import group_rows
-from rgexport.quantize.scheme import FLOAT32, Plan, Uniform, candidates
+from rgexport.quantization.row_groups import group_rows
+from rgexport.quantization.scheme import FLOAT32, Plan, Uniform, candidates
 
 _SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
 _UNPACKING_BYTES = 6_300  # of graph nodes that unpack 3-bit integers of a matrix or row group

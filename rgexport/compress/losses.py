@@ -23,9 +23,9 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
-from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.statistics import StatisticsOf
+from rgexport.quantization.calibration import Calibration
+from rgexport.quantization.scheme import Uniform
+from rgexport.quantization.statistics import StatisticsOf
 
 _SAMPLE = 256  # rows of a matrix, or of a row group, that are quantized in every layout
 _SLAB_BYTES = 32 << 20  # most bytes of a slab of the embedding, and of its logits, in float32

@@ -9,14 +9,14 @@ import numpy as np
 from rgexport.compress.layouts import artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.compress.losses import Divergence, OriginalRun, PredictedLosses
 from rgexport.errors import RequestError
-from rgexport.export.format import Format
+from rgexport.exporters.format import Format
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import group, task
-from rgexport.quantize.allocation import Choice, Option, solve
-from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.plan import bfloat16_gates, quantized
-from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
-from rgexport.quantize.statistics import StatisticsOf
+from rgexport.quantization.allocation import Choice, Option, solve
+from rgexport.quantization.calibration import Calibration
+from rgexport.quantization.plan import bfloat16_gates, quantized
+from rgexport.quantization.scheme import BFLOAT16, Plan, Uniform
+from rgexport.quantization.statistics import StatisticsOf
 from rgexport.units import amount
 
 _ATTEMPTS = 4  # most plans that are measured until one reaches the target KL

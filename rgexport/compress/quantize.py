@@ -15,10 +15,10 @@ from rgexport.compress.cluster import encoder_statistics
 from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.planning import FLAGS, Kind, Planner, PlanResult, PlanTarget
 from rgexport.errors import RequestError
-from rgexport.export.format import format_of
-from rgexport.export.opening import as_argument
-from rgexport.export.origin import folder_of
-from rgexport.export.request import bytes_of
+from rgexport.exporters.format import format_of
+from rgexport.exporters.opening import as_argument
+from rgexport.exporters.origin import folder_of
+from rgexport.exporters.request import bytes_of
 from rgexport.files.paths import read_regular
 from rgexport.files.targets import check_file_target, replace_file
 from rgexport.files.typed_json import parse_json
@@ -27,7 +27,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.tokenizer_files import has_tokenizer
-from rgexport.quantize.calibration import Calibration, open_calibration
+from rgexport.quantization.calibration import Calibration, open_calibration
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis
 from rgexport.reporting.numbers import number, plus_minus
 from rgexport.reporting.page import render_page, write_text

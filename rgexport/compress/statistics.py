@@ -19,7 +19,7 @@ from rgexport.griffin.layer import Layer
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.reference import Reference
 from rgexport.progress import Advance, task
-from rgexport.quantize import calibration as stored
+from rgexport.quantization import calibration as stored
 
 _FORWARD, _BACKWARD = 2048, 1024  # tokens that go through a layer at once; bounds its activations
 _PANEL = 512  # rows of a triangle that are computed together: fewer waste less, but run slower

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -48,9 +49,10 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
     """Checks that values are finite and the head equals the embedding; hashes the files."""
     files, weights, head = checkpoint.weight_files, checkpoint.weights, checkpoint.head
     try:
-        total = sum(path.stat().st_size for path in files.values())
-        total += sum(t.nbytes for t in weights.values()) + (head.nbytes if head else 0)
-        with task("Checking the weights", total) as advance, ThreadPoolExecutor(THREADS) as pool:
+        size = sum(path.stat().st_size for path in files.values())
+        total = size + sum(t.nbytes for t in weights.values()) + (head.nbytes if head else 0)
+        with task("Checking the weights", size) as shown, ThreadPoolExecutor(THREADS) as pool:
+            advance = _scaled(shown, total, size)
             digests = pool.map(lambda path: hash_file(path, advance), files.values())
             scans = pool.map(lambda name: _find_non_finite(name, weights[name], advance), weights)
             tied = pool.submit(_compare_head, checkpoint, advance)
@@ -61,6 +63,19 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
             f"{error.filename or checkpoint.path} cannot be read: {error.strerror}"
         ) from None
     return CheckReport((*checkpoint.problems, *problems), hashes)
+
+
+def _scaled(advance: Advance, total: int, shown: int) -> Advance:
+    """Returns a function that shows `total` bytes, of which many are read twice, as `shown`."""
+    lock, done = Lock(), 0
+
+    def scaled(step: int) -> None:
+        nonlocal done
+        with lock:
+            before, done = done, done + step
+            advance(done * shown // total - before * shown // total)
+
+    return scaled
 
 
 def _find_non_finite(name: str, tensor: RowTensor, advance: Advance) -> str | None:

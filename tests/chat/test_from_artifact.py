@@ -11,7 +11,7 @@ from rgexport.chat.model import load, open_model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
-from rgexport.export.opening import open_artifact
+from rgexport.exporters.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_demo

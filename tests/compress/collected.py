@@ -5,7 +5,7 @@ from rgexport.compress.calibration_folder import CalibrationFolder
 from rgexport.files.targets import COMPLETE
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.quantize.calibration import open_calibration
+from rgexport.quantization.calibration import open_calibration
 from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 
 

@@ -16,15 +16,15 @@ from rgexport.compress.calibration_folder import CalibrationFolder
 from rgexport.compress.passages import LENGTH, Passages, read_text
 from rgexport.compress.statistics import Collector
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
+from rgexport.exporters.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
 from rgexport.griffin.layout import QUANTIZABLE, role_of
 from rgexport.griffin.reference import Reference
-from rgexport.quantize.calibration import Calibration, linears, open_calibration
+from rgexport.quantization.calibration import Calibration, linears, open_calibration
 from tests.command_line import rgexport
 from tests.compress.collected import checkpoint_of, collected
-from tests.evaluate.small_model import small_model
+from tests.evaluation.small_model import small_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 
 OPTIONS = CalibrationOptions(tokens=60, gradient_tokens=40, device="cpu")

@@ -15,17 +15,17 @@ from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
 from rgexport.compress.quantize import PlanOptions, is_plan, make_plan, page_of
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.export.format import format_of
-from rgexport.export.gguf.exporter import GgufOptions, export_gguf
-from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+from rgexport.exporters.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.exporters.format import format_of
+from rgexport.exporters.gguf.exporter import GgufOptions, export_gguf
+from rgexport.exporters.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, input_site, model_tensors
-from rgexport.quantize.calibration import open_calibration
-from rgexport.quantize.plan import bfloat16_gates, load_plan, quantized
-from rgexport.quantize.row_groups import rows_text
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, candidates
-from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
+from rgexport.quantization.calibration import open_calibration
+from rgexport.quantization.plan import bfloat16_gates, load_plan, quantized
+from rgexport.quantization.row_groups import rows_text
+from rgexport.quantization.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, candidates
+from rgexport.quantization.statistics import Calibrated, no_statistics, statistics_of
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.row_groups import decoded

@@ -11,8 +11,8 @@ from rgexport.compress.passages import Passages
 from rgexport.compress.statistics import head_statistics
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
-from rgexport.quantize import calibration
-from rgexport.quantize.calibration import linears
+from rgexport.quantization import calibration
+from rgexport.quantization.calibration import linears
 from tests.compress.collected import checkpoint_of, collected
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights, weight_source

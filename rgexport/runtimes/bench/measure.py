@@ -20,7 +20,8 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
+from rgexport.exporters.manifest import MANIFEST
+from rgexport.exporters.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
 from rgexport.reporting.tables import Table, markdown, render
@@ -223,6 +224,7 @@ class BenchMeasurement:
         per_token = info.weight_bytes * test.weight_reads(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
         files = [self.artifact] if self.artifact.is_file() else self.artifact.rglob("*")
+        sizes = (f.stat().st_size for f in files if f.is_file() and f.name != MANIFEST)
         return BenchRow(
             test=test.name,
             depth=cell.depth,
@@ -238,7 +240,7 @@ class BenchMeasurement:
             rss_bytes=round(median(cell.memory)) if cell.memory else None,
             peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
-            artifact_bytes=sum(file.stat().st_size for file in files if file.is_file()),
+            artifact_bytes=sum(sizes),
             artifact=self.artifact.resolve().name,
             engine=info.engine,
             engine_version=info.engine_version,

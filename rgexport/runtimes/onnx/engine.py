@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
-from rgexport.export.onnx.trust import require_trusted
+from rgexport.exporters.artifact import Artifact
+from rgexport.exporters.manifest import StoredTensor
+from rgexport.exporters.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
+from rgexport.exporters.onnx.trust import require_trusted
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantize.scheme import Float
+from rgexport.quantization.scheme import Float
 from rgexport.runtimes.engine import (
     LENGTHS,
     Engine,
@@ -34,7 +34,7 @@ class OnnxEngine(Engine):
     def session(self, artifact: Artifact, options: SessionOptions) -> Session:
         graph = None
         if options.window is not None:
-            from rgexport.export.onnx.model import narrowed
+            from rgexport.exporters.onnx.model import narrowed
 
             artifact, graph = narrowed(artifact, options.window)
         return OrtSession(artifact, threads=options.threads, graph=graph, native=options.native)

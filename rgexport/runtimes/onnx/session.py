@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime as ort
 
 from rgexport.errors import RequestError, one_line
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
-from rgexport.export.onnx.model_file import (
+from rgexport.exporters.artifact import Artifact
+from rgexport.exporters.manifest import ACTIVATIONS, Manifest, StateRecord
+from rgexport.exporters.onnx.model_file import (
     MODEL_FILE,
     NUM_LOGITS,
     NativeOps,
@@ -18,7 +18,7 @@ from rgexport.export.onnx.model_file import (
     prepare_model,
     read_graph,
 )
-from rgexport.export.onnx.trust import require_trusted
+from rgexport.exporters.onnx.trust import require_trusted
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.parallelism import usable_threads

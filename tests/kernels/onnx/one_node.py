@@ -11,9 +11,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
-from rgexport.export.onnx.emitter import OPSET
-from rgexport.export.onnx.functions import QUANT_LINEARS, RG_LRU_SCAN
-from rgexport.export.onnx.model_file import DOMAIN, VERSION
+from rgexport.exporters.onnx.emitter import OPSET
+from rgexport.exporters.onnx.functions import QUANT_LINEARS, RG_LRU_SCAN
+from rgexport.exporters.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
 
 Arrays = dict[str, np.ndarray]

@@ -14,7 +14,7 @@ from rgexport.errors import RequestError
 from tests.artifacts import export_random
 from tests.command_line import assert_matches, refused
 from tests.models import make_config
-from tests.validate.faults.onnx_edits import of_type, producer, spoil, with_attribute
+from tests.validation.faults.onnx_edits import of_type, producer, spoil, with_attribute
 
 Edit = Callable[[ModelProto], None]
 

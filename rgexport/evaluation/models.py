@@ -1,0 +1,145 @@
+"""The models that are evaluated: artifacts in their engines, checkpoints in the reference."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from rgexport.chat.artifact_text import open_tokenizer
+from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.errors import RequestError
+from rgexport.exporters.artifact import Artifact
+from rgexport.exporters.hub import is_hub_name
+from rgexport.exporters.manifest import Identity, identity_of, identity_of_files
+from rgexport.exporters.opening import means_artifact, open_artifact
+from rgexport.files.hashing import FileRecord, hash_file
+from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.checks import require_sound
+from rgexport.griffin.config import SIZE_WORDS, GriffinConfig
+from rgexport.griffin.state import state_specs
+from rgexport.runtimes.engine import engine_of, open_session, require_narrowing
+from rgexport.runtimes.session import Session
+
+Opener = tuple[str, bool]
+"""The argument of `open_model`, and whether it allows foreign ops."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluatedModel:
+    """A model that suites measure; `argument` opens it from any folder."""
+
+    argument: str
+    label: str
+    config: GriffinConfig
+    size: int
+    source: Artifact | Checkpoint
+
+    @property
+    def opener(self) -> Opener:
+        return self.argument, isinstance(self.source, Artifact) and self.source.allow_foreign
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the model's files and its config."""
+        if isinstance(self.source, Artifact):
+            kind, records = self.source.manifest.kind, [*self.source.manifest.files.values()]
+        else:
+            files = self.source.tokenizer_files
+            kind, records = "checkpoint", [*self._weight_files.values(), *map(hash_file, files)]
+        hashes = sorted(record.sha256 for record in records)
+        facts = json.dumps([kind, self.config.to_dict(), hashes], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    @property
+    def state_identity(self) -> Identity:
+        """The identity in its state files: artifacts of one checkpoint share it."""
+        if isinstance(self.source, Artifact):
+            return identity_of(self.source.manifest, "")
+        return identity_of_files(self.label, self._weight_files, self.config, "")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, or None if it takes token ids only."""
+        if isinstance(self.source, Artifact):
+            return open_tokenizer(self.source) if self.source.manifest.has_tokenizer else None
+        files = self.source.tokenizer_files
+        return load_tokenizer(files[0].parent) if files else None
+
+    def session(self, window: int | None = None, threads: int | None = None) -> Session:
+        """Opens a session, perhaps with a smaller window; the caller closes it."""
+        if isinstance(self.source, Artifact):
+            narrow = None if window == self.config.window else window
+            return open_session(self.source, threads=threads, window=narrow)
+        from rgexport.evaluation.reference_session import ReferenceSession
+
+        config = self.config if window is None else replace(self.config, window=window)
+        return ReferenceSession(replace(self.source, config=config), threads=threads)
+
+    def require_narrowing(self) -> None:
+        """Refuses a model without attention, or an engine that takes the window of the file."""
+        if "attention" not in self.config.block_types:
+            raise RequestError(f"{self.label} has no attention, whose window could be smaller")
+        if isinstance(self.source, Artifact):
+            require_narrowing(self.source)
+
+    def require_tokenizer(self, suite: str) -> None:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite "
+                "memory, or put a tokenizer into the checkpoint's folder and export it again"
+            )
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {spec.name: spec.shape for spec in state_specs(self.config)}
+
+    def encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.encode_text(text)
+
+    @property
+    def bos(self) -> list[int]:
+        bos = self.tokenizer.bos_id if self.tokenizer else None
+        return [] if bos is None else [bos]
+
+    @cached_property
+    def _weight_files(self) -> dict[str, FileRecord]:
+        assert isinstance(self.source, Checkpoint)
+        return dict(require_sound(self.source))
+
+
+def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
+    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`."""
+    if means_artifact(Path(argument)):
+        artifact = open_artifact(argument, allow_foreign=allow_foreign)
+        engine_of(artifact.manifest.kind).require()
+        engine_of(artifact.manifest.kind).require_trusted(artifact)
+        return EvaluatedModel(
+            argument=argument if is_hub_name(argument) else str(artifact.path.absolute()),
+            label=artifact.path.name,
+            config=artifact.manifest.config,
+            size=sum(record.size for record in artifact.manifest.files.values()),
+            source=artifact,
+        )
+    import rgexport.evaluation.reference_session  # noqa: F401  # fails at once without torch
+
+    checkpoint = open_checkpoint(argument)
+    is_path = argument not in SIZE_WORDS and Path(argument).exists()
+    return EvaluatedModel(
+        argument=str(Path(argument).absolute()) if is_path else argument,
+        label=checkpoint.name,
+        config=checkpoint.config,
+        size=sum(tensor.nbytes for tensor in checkpoint.weights.values()),
+        source=checkpoint,
+    )
+
+
+def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[EvaluatedModel]:
+    """Opens several models, which must have different labels."""
+    models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
+    labels = [model.label for model in models]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise RequestError(f"two models are called {min(twice)}; rename one of them")
+    return models

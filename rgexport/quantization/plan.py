@@ -1,0 +1,221 @@
+"""The quantization plan: how each tensor is stored, and the weights as they are read back."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rgexport.errors import RequestError
+from rgexport.files.paths import read_regular
+from rgexport.files.typed_json import parse_json
+from rgexport.griffin.config import GriffinConfig
+from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, is_linear_bias, model_tensors
+from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
+from rgexport.kernels.rounding import library
+from rgexport.parallelism import parallel_jobs
+from rgexport.progress import warn
+from rgexport.quantization import scheme as schemes
+from rgexport.quantization.scheme import BFLOAT16, FLOAT32, INT8_ROWS, Affine, Float, Plan, Scheme
+from rgexport.quantization.statistics import StatisticsOf
+
+PRECISIONS: dict[str, Scheme] = {
+    "fp32": FLOAT32,
+    "fp16": Float("float16"),
+    "int8": Affine(8, 128, symmetric=True),
+    "int4": Affine(4, 32, symmetric=True),
+}
+"""Precision → scheme of the linears and the embedding, before a user's block and symmetry."""
+WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetric=False)}
+"""The same for browsers: scales are float32, so small blocks would cost another half bit."""
+COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": schemes.Palette()}
+"""The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
+
+_ROWS = 192  # rows that a thread encodes at once, or a few more where a table is shared
+
+
+def choose_scheme(
+    precision: str,
+    block: int | None = None,
+    symmetric: bool | None = None,
+    precisions: Mapping[str, Scheme] = PRECISIONS,
+) -> Scheme:
+    """Returns the scheme of a precision, with a user's block size and symmetry.
+
+    Raises RequestError for an unknown precision, or a block size outside of `BLOCKS`.
+    """
+    if block is not None and block not in schemes.BLOCKS:
+        raise RequestError(
+            f"--block-size is {block}; expected one of {', '.join(map(str, schemes.BLOCKS))}"
+        )
+    if precision not in precisions:
+        raise RequestError(
+            f"unknown precision {precision!r}; expected one of {', '.join(precisions)}"
+        )
+    scheme = precisions[precision]
+    if not isinstance(scheme, Affine):
+        return scheme
+    symmetric = scheme.symmetric if symmetric is None else symmetric
+    return replace(scheme, block=block or scheme.block, symmetric=symmetric)
+
+
+def choose_schemes(
+    precisions: tuple[str, str],
+    choose: Callable[[str, int | None, bool | None], Scheme],
+    block: int | None,
+    symmetric: bool | None,
+) -> tuple[Scheme, Scheme]:
+    """Returns the schemes of the linears and of the embedding, of two `precisions`.
+
+    The embedding shares block size and symmetry if it has the same precision, or linears have none.
+    """
+    linear, table = precisions
+    chosen = choose(linear, block, symmetric)
+    if table == linear or not has_blocks(chosen):
+        return chosen, choose(table, block, symmetric)
+    return chosen, choose(table, None, None)
+
+
+def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
+    """Returns a plan: `embedding` for the table, `linear` for linears, else float32."""
+    by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
+    return {n: by_role.get(spec.role, FLOAT32) for n, spec in model_tensors(config).items()}
+
+
+def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[str]:
+    """Returns the matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
+    return frozenset(
+        name
+        for name, spec in model_tensors(config).items()
+        if _is_gate_matrix(spec) and name in weights and weights[name].dtype == DTYPES["bfloat16"]
+    )
+
+
+def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
+    return {
+        name: FLOAT32 if scheme == BFLOAT16 and name not in names else scheme
+        for name, scheme in plan.items()
+    }
+
+
+def _is_gate_matrix(spec: TensorSpec) -> bool:
+    return spec.role == "gate" and len(spec.shape) == 3
+
+
+def precision_of(plan: Plan) -> str:
+    return schemes.coarsest(plan.values()).precision
+
+
+def has_blocks(scheme: Scheme) -> bool:
+    """Whether users can set the block size and symmetry of a scheme."""
+    return any(isinstance(uniform, Affine) for uniform in scheme.uniform)
+
+
+def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
+    """Returns the plan filled by the algorithm that a user asks for.
+
+    Without one: by those of the plan if a user chose them (`keep`), or else by clip search, which
+    needs no data; without its library by rounding to nearest.
+    """
+    if algorithm is None:
+        uniform = (one for scheme in plan.values() for one in scheme.uniform)
+        if keep or not any("search" in one.encoders for one in uniform):
+            return plan
+        algorithm = "rtn" if library.unusable() else "search"
+        if algorithm == "rtn":
+            warn(
+                "weights are rounded to nearest, as the library that chooses better levels is "
+                f"missing: {library.unusable()}"
+            )
+    return {name: scheme.with_algorithm(algorithm) for name, scheme in plan.items()}
+
+
+def load_plan(path: Path, config: GriffinConfig) -> Plan:
+    """Reads a JSON file: tensor name → scheme, as `rgexport inspect --json` prints it.
+
+    Raises RequestError for other JSON, a missing or unknown tensor, another scheme for one that
+    must be float32, and row groups that do not fit.
+    """
+    try:
+        entries = parse_json(read_regular(path))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read the plan {path}: {error}") from None
+    if isinstance(entries, dict) and isinstance(entries.get("plan"), dict):
+        entries = entries["plan"]
+    tensors = model_tensors(config)
+    if not isinstance(entries, dict) or entries.keys() != tensors.keys():
+        names = set(entries) if isinstance(entries, dict) else set()
+        differing = sorted(names ^ set(tensors))[:5]
+        raise RequestError(
+            f"the plan {path} does not name the tensors of this model (first differences: "
+            f"{', '.join(differing)}); print a fitting one with `rgexport inspect ARTIFACT --json`"
+        )
+    return {name: _read_scheme(path, name, entries[name], tensors) for name in entries}
+
+
+def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, TensorSpec]) -> Scheme:
+    try:
+        scheme = schemes.scheme_from_dict(fields)
+        scheme.require_known_algorithm()
+        if tensors[name].role in QUANTIZABLE:
+            scheme.group_sizes(tensors[name].shape[0])
+    except RequestError as error:
+        raise RequestError(f"the plan {path}: {name}: {error}") from None
+    role = tensors[name].role
+    shorter = [Float("float16")] if is_linear_bias(name, tensors) else []
+    shorter += [BFLOAT16] if _is_gate_matrix(tensors[name]) else []
+    rule = ""
+    if role in QUANTIZABLE and scheme == BFLOAT16:
+        rule = "only the matrices of gates may be bfloat16"
+    elif role not in QUANTIZABLE and scheme not in (FLOAT32, schemes.Ggml("f32"), *shorter):
+        allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
+        rule = f"a {role} is never quantized; expected {allowed}"
+    if rule:
+        raise RequestError(f"the plan {path} stores {name} as {scheme.to_dict()}; {rule}")
+    return scheme
+
+
+def quantized(weights: WeightSource, plan: Plan, statistics_of: StatisticsOf) -> WeightSource:
+    """Returns the weights as a plan stores them; float schemes change nothing."""
+    return {
+        n: t if isinstance(plan[n], Float) else _quantized(n, t, plan[n], statistics_of)
+        for n, t in weights.items()
+    }
+
+
+def _quantized(
+    name: str, tensor: RowTensor, scheme: Scheme, statistics_of: StatisticsOf
+) -> RowTensor:
+    groups = scheme.row_groups(tensor.shape[0])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        result = np.empty((stop - start, *tensor.shape[1:]), np.float32)
+        statistics = statistics_of(name)
+
+        def fill(slab: slice) -> None:
+            rows = tensor.read(slab.start, slab.stop)
+            for _, uniform, members in groups:
+                ids = np.arange(slab.start, slab.stop)
+                if members is not None:
+                    first, last = np.searchsorted(members, [slab.start, slab.stop])
+                    ids = members[first:last]
+                if len(ids):
+                    stored = uniform.round_trip(name, rows[ids - slab.start], statistics, ids)
+                    inside = (ids >= start) & (ids < stop)
+                    result[ids[inside] - start] = stored[inside]
+
+        with ThreadPoolExecutor(parallel_jobs()) as pool:
+            list(pool.map(fill, _slabs(start, stop, scheme.rows_together, tensor.shape[0])))
+        return result
+
+    return RowTensor(tensor.shape, np.dtype(np.float32), read)
+
+
+def _slabs(start: int, stop: int, together: int, rows: int) -> Iterator[slice]:
+    """Slabs that cover `start` to `stop`, in whole groups of `together` rows."""
+    step = -(-_ROWS // together) * together
+    for first in range(start // together * together, stop, step):
+        last = -(-min(first + step, stop) // together) * together
+        yield slice(first, min(last, rows))
