@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rgexport._version import __version__
-    from rgexport.api import export
+    from rgexport.api import evaluate, export, quantize, validate
     from rgexport.chat.model import load
     from rgexport.griffin.checkpoint import open_checkpoint
 
-__all__ = ["__version__", "export", "load", "open_checkpoint"]
+__all__ = [
+    "__version__",
+    "evaluate",
+    "export",
+    "load",
+    "open_checkpoint",
+    "quantize",
+    "validate",
+]
 
 _MODULES = {
     "__version__": "rgexport._version",
-    "export": "rgexport.api",
+    **dict.fromkeys(("evaluate", "export", "quantize", "validate"), "rgexport.api"),
     "load": "rgexport.chat.model",
     "open_checkpoint": "rgexport.griffin.checkpoint",
 }

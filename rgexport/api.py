@@ -7,17 +7,32 @@ stderr unless `progress` is given, which is then called with the stage, and how 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args
 
-from rgexport.choices import FloatPrecision, FormatName, GradeName, Profile, Quality, RecurrentState
+from rgexport.choices import (
+    FloatPrecision,
+    FormatName,
+    GradeName,
+    Profile,
+    Quality,
+    RecurrentState,
+    SuiteName,
+)
+from rgexport.compress.quantize import PLAN_SUFFIX, PlanOptions, PlanReport, make_plan
 from rgexport.errors import RequestError
+from rgexport.evaluation.models import open_models
+from rgexport.evaluation.pieces import EvaluationRequest
+from rgexport.evaluation.report import Evaluation, write_files
+from rgexport.evaluation.run import evaluate as run_suites
+from rgexport.evaluation.run import requested_suites
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.exporter import exporter_of
 from rgexport.exporters.opening import open_artifact
-from rgexport.exporters.request import algorithm_word
+from rgexport.exporters.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by
 from rgexport.quantization.plan import load_plan
+from rgexport.runtimes.cluster import connected
 from rgexport.validation.checks import parse_limits
 from rgexport.validation.reference.reference_file import read_reference
 from rgexport.validation.result import ValidationResult
@@ -152,6 +167,113 @@ def validate(
     )
     with heard_by(progress):
         return validate_artifact(path, request)
+
+
+class EvaluationSettings(TypedDict, total=False):
+    """The settings of single suites, named as on the command line; others take the defaults."""
+
+    texts: Sequence[str | Path]
+    limit: int
+    context: int
+    stride: int
+    trials: int
+    farthest: int
+    seed: int
+    length: int
+    state: str | Path
+    tasks: Sequence[str]
+    task_files: str | Path
+    examples: int
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    suites: Sequence[SuiteName] = (),
+    output: str | Path = "evaluation",
+    threads: int | None = None,
+    cluster: str | None = None,
+    allow_foreign: bool = False,
+    progress: Listener | None = None,
+    **settings: Unpack[EvaluationSettings],
+) -> Evaluation:
+    """Measures what models can do, each compared with the first one.
+
+    Args:
+        models: artifacts of any format, or checkpoints, which run in the float32 reference.
+        suites: by default `text`, `memory` and `noise`.
+        output: the folder of the results; an interrupted evaluation goes on from there.
+        threads: the number of threads.
+        cluster: the address of a Dask scheduler, whose workers share the work.
+        allow_foreign: whether ONNX graphs with ops that rgexport does not write may run.
+        progress: called with the stage, and the number of units done and expected.
+        settings: see `EvaluationSettings`.
+
+    Raises:
+        RequestError: no such suite, or a model or text that cannot be evaluated.
+    """
+    for name in suites:
+        require_word("suite", name, get_args(SuiteName))
+    values: dict[str, Any] = {**settings}
+    values |= {name: Path(values[name]) for name in {"state", "task_files"} & values.keys()}
+    values |= {"texts": tuple(map(Path, values.get("texts", ()))), "folder": Path(output)}
+    request = EvaluationRequest(**values | {"tasks": tuple(values.get("tasks", ()))})
+    with heard_by(progress), connected(cluster) as workers:
+        opened = open_models([str(model) for model in models], allow_foreign=allow_foreign)
+        names = requested_suites(suites, request.tasks)
+        figures = run_suites(opened, names, request, threads=threads, workers=workers)
+    write_files(figures, request.folder)
+    return Evaluation(figures, request.folder)
+
+
+def quantize(
+    model: Model,
+    *,
+    bits: float | None = None,
+    target_kl: float | None = None,
+    target_size: str | None = None,
+    format: FormatName = "onnx",
+    calibration: str | Path | None = None,
+    text: str | Path | None = None,
+    tokens: int = 16384,
+    cluster: str | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Listener | None = None,
+) -> PlanReport:
+    """Finds the best layout of every tensor for one target; `export` takes the file as `plan`.
+
+    Args:
+        model: see `Model`.
+        bits: the plan has at most so many bits per weight, with scales and zero points.
+        target_kl: the plan costs at most so much, in nats per token.
+        target_size: the artifact has at most this size, such as `1.5GB`.
+        format: the format of the export.
+        calibration: a file of `rgexport calibrate`; by default `./MODEL.calibration`, which is made
+            if it is missing.
+        text: measure the plan on this text; by default on what the calibration held out.
+        tokens: measure on at most so many tokens.
+        cluster: the address of a Dask scheduler, whose workers help.
+        output: the file to write; by default `./MODEL-FORMAT.plan.json`.
+        force: whether an earlier plan at `output` is replaced.
+        progress: called with the stage, and the number of units done and expected.
+
+    Raises:
+        RequestError: not exactly one target, one out of reach, or a calibration of another model.
+    """
+    options = PlanOptions(
+        calibration=_path(calibration),
+        target_kl=target_kl,
+        target_size=target_size,
+        bits=bits,
+        format=format,
+        text=_path(text),
+        tokens=tokens,
+    )
+    with heard_by(progress), connected(cluster) as workers:
+        checkpoint = _opened(model)
+        target = _path(output) or Path(f"{checkpoint.name}-{format}{PLAN_SUFFIX}")
+        return make_plan(checkpoint, options, target, force=force, workers=workers)
 
 
 def export_checkpoint(

@@ -1,15 +1,20 @@
 """The Python API: `rgexport.export` and others do what the commands do."""
 
+import json
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
 import rgexport
-from rgexport.api import FormatOptions
+from rgexport.api import EvaluationSettings, FormatOptions
+from rgexport.cli import run
 from rgexport.commands.exports import CoreMLArguments, GgufArguments, OnnxArguments
 from rgexport.errors import RequestError
-from tests.command_line import tree
+from rgexport.evaluation.pieces import EvaluationRequest
+from tests.command_line import ROOT, tree
+
+NOTEBOOK = ROOT / "docs" / "python.ipynb"
 
 
 def test_dir_shows_the_api():
@@ -24,6 +29,8 @@ def test_options_are_those_of_the_commands():
     commands = OnnxArguments, CoreMLArguments, GgufArguments
     fields = {name for arguments in commands for name in get_type_hints(arguments)}
     assert FormatOptions.__annotations__.keys() == fields - {"checkpoint", "export", "int4", "int8"}
+    of_suites = {*EvaluationRequest.__annotations__} - {"folder"}
+    assert EvaluationSettings.__annotations__.keys() == of_suites
 
 
 def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Path):
@@ -58,4 +65,32 @@ def test_a_wrong_request_raises_an_error(tmp_path, monkeypatch, options, complai
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=complaint):
         rgexport.export("demo", **options)
+    assert not tree(tmp_path)
+
+
+@pytest.mark.full
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Each cell, with a smaller calibration, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["calibrate", "demo", "--tokens", "256", "--sampled", "0", "-q"]) == 0
+    notebook = json.loads(NOTEBOOK.read_text("utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        exec(compile(cell, str(NOTEBOOK), "exec"), names)
+    shown = capsys.readouterr().out
+    assert "Against demo: demo-int4" in shown and "bits per weight" in shown
+    assert repr(names["result"]).startswith("<ValidationResult demo-int4: PASS, ")
+    assert repr(names["evaluation"]).startswith("<Evaluation figures: Against demo")
+    assert (tmp_path / "demo-plan" / "model.onnx").is_file()
+
+
+def test_wrong_evaluations_and_plans_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match="suite is 'txt'; expected one of text, memory"):
+        rgexport.evaluate(["demo"], suites=["txt"])
+    with pytest.raises(RequestError, match="0 targets are given"):
+        rgexport.quantize("demo")
+    with pytest.raises(RequestError, match=r"--bits is 1, which no plan reaches; expected 3\."):
+        rgexport.quantize("demo", bits=1)  # before a calibration is made
     assert not tree(tmp_path)

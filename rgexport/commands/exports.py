@@ -269,18 +269,27 @@ def calibrate(arguments: CalibrateArguments) -> None:
 @dataclass(frozen=True)
 class QuantizeArguments:
     checkpoint: CheckpointArguments = group()
-    calibration: Path = option("The file of `rgexport calibrate`.", required=True)
-    target_kl: float | None = option("The smallest size with at most this KL per token.")
-    target_size: str | None = option(
+    calibration: Path | None = option(
+        "The file of `rgexport calibrate`. [default: ./MODEL.calibration, made if missing]"
+    )
+    target_kl: tuple[float, ...] = option(
+        "The smallest size with at most this KL per token. Each target can be repeated."
+    )
+    target_size: tuple[str, ...] = option(
         "The lowest KL in an artifact of at most this size, such as 1.5GB.", metavar="SIZE"
     )
-    bits: float | None = option("The lowest KL at this many bits per weight.")
+    bits: tuple[float, ...] = option("The lowest KL at this many bits per weight.")
     format: choices.FormatName = option("The format of the export.", default="onnx")
     text: Path | None = option("Measure on this text. [default: what the calibration held out]")
     tokens: int = option("At most this many tokens of the text.", default=16384)
     cluster: ClusterArguments = group()
-    output: Path | None = option("The file to write. [default: ./MODEL-FORMAT.plan.json]", "-o")
+    output: Path | None = option(
+        "The file to write; names of several end in their target. [default: "
+        "./MODEL-FORMAT.plan.json]",
+        "-o",
+    )
     force: bool = option("Replace an existing file.")
+    json: bool = option("Print the plan and its figures as JSON.")
 
 
 @command(QuantizeArguments)
@@ -290,13 +299,29 @@ def quantize(arguments: QuantizeArguments) -> None:
     The cost of each layout is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
-    from rgexport.compress.quantize import PlanOptions, closing_line, make_plan
+    from rgexport.compress.quantize import (
+        PLAN_SUFFIX,
+        PlanOptions,
+        closing_line,
+        make_plans,
+        path_for,
+    )
     from rgexport.runtimes.cluster import connected
 
-    options = PlanOptions(**shared(arguments, PlanOptions))
+    kinds = "target_kl", "target_size", "bits"
+    targets = [{kind: value} for kind in kinds for value in getattr(arguments, kind)] or [{}]
+    common = shared(arguments, PlanOptions) | dict.fromkeys(kinds)
+    options = [PlanOptions(**common | target) for target in targets]
     checkpoint = arguments.checkpoint.open()
-    target = arguments.output or Path(f"{checkpoint.name}-{options.format}.plan.json")
+    path = arguments.output or Path(f"{checkpoint.name}-{arguments.format}{PLAN_SUFFIX}")
+    single = len(options) == 1
+    requests = {path if single else path_for(o.target, path): o for o in options}
     with connected(arguments.cluster.cluster) as workers:
-        report = make_plan(checkpoint, options, target, force=arguments.force, workers=workers)
-    print_result(report.as_text(), end="")
-    print_result(closing_line(checkpoint, options, target))
+        reports = make_plans(checkpoint, requests, force=arguments.force, workers=workers)
+    if arguments.json:
+        texts = [report.as_json().strip() for report in reports]
+        print_result(texts[0] if single else f"[{','.join(texts)}]")
+        return
+    for target, report in zip(requests, reports, strict=True):
+        print_result(report.as_text(), end="")
+        print_result(closing_line(checkpoint, report.options, target))

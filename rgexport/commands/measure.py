@@ -165,6 +165,7 @@ class EvaluateArguments:
         "-o",
         default=Path("evaluation"),
     )
+    json: bool = option("Print all figures as JSON.")
     texts: tuple[Path, ...] = option("File or folder with the texts. [default: built in]", "--text")
     limit: int | None = option("Maximum number of tokens of a document in the suite text.", least=2)
     context: int = option(
@@ -212,6 +213,9 @@ def evaluate(arguments: EvaluateArguments) -> None:
     with connected(arguments.cluster.cluster) as workers:
         results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
     page = write_files(results, output)
+    if arguments.json:
+        print_result((output / JSON).read_text("utf-8"), end="")
+        return
     print_result(as_text(results), end="")
     print_result(
         f"{page} has tables and curves (-v prints the tables), {output / JSON} all figures."

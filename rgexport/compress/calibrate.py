@@ -271,18 +271,26 @@ def collect(
 def known_statistics(
     checkpoint: Checkpoint, file: Path | None, cluster: str | None = None
 ) -> Iterator[StatisticsOf]:
-    """Yields the statistics of a calibration file; by default of `./MODEL.calibration`.
-
-    If the latter is missing, it is computed, which takes minutes. A cluster's workers quantize.
-    """
+    """Yields the statistics of `known_calibration`; a cluster's workers quantize."""
     with connected(cluster) as workers:
-        if file is None:
-            file = Path(f"{checkpoint.name}{SUFFIX}")
-            if file.exists():
-                note(f"Taking the calibration {file}")
-            else:
-                with group("Calibration"):
-                    calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
-        calibration = stored.open_calibration(file)
+        calibration = known_calibration(checkpoint, file, workers)
         calibration.require_for(hash_new_files(checkpoint.weight_files.values()).values())
         yield encoder_statistics(calibration, checkpoint.config, workers)
+
+
+def known_calibration(
+    checkpoint: Checkpoint, file: Path | None, workers: Cluster | None = None
+) -> stored.Calibration:
+    """Opens a calibration, by default `./MODEL.calibration`, which is computed if it is missing."""
+    if file is None:
+        file = default_file(checkpoint)
+        if file.exists():
+            note(f"Taking the calibration {file}")
+        else:
+            with group("Calibration"):
+                calibrate(checkpoint, CalibrationOptions(), file, workers=workers)
+    return stored.open_calibration(file)
+
+
+def default_file(checkpoint: Checkpoint) -> Path:
+    return Path(f"{checkpoint.name}{SUFFIX}")

@@ -54,6 +54,32 @@ class PlanResult:
     front: tuple[PlanPoint, ...]
 
 
+def require_reachable(target: PlanTarget, checkpoint: Checkpoint, form: Format) -> None:
+    """Refuses a number of bits or bytes that even the smallest layouts exceed, before any work."""
+    items = items_of(checkpoint.config, None)
+    sizes = [layout_bytes(form, item.shape) for item in items]
+    smallest = [min(of_item, key=lambda layout: of_item[layout]) for of_item in sizes]
+    counts = [len(item.tensors) for item in items]
+    stored = sum(
+        count * min(of_item.values()) for count, of_item in zip(counts, sizes, strict=True)
+    )
+    bits = 8 * stored / sum(item.weights for item in items)
+    size = artifact_bytes(form, plan_of(checkpoint.config, items, smallest), checkpoint)
+    if target.value < {"bits": bits, "size": size, "kl": 0.0}[target.kind]:
+        raise _out_of_reach(target, PlanPoint(bits, size, 0.0))
+
+
+def _out_of_reach(target: PlanTarget, smallest: PlanPoint, kl: float = 0.0) -> RequestError:
+    value, limit = {
+        "kl": (f"{target.value:g}", f"{kl:.2g}"),
+        "size": (amount(target.value), amount(smallest.size)),
+        "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
+    }[target.kind]
+    return RequestError(
+        f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
+    )
+
+
 class Planner:
     """Predicts the cost of every layout once; then finds plans in seconds."""
 
@@ -74,6 +100,7 @@ class Planner:
         self._gates: Plan = dict.fromkeys(gates, BFLOAT16)
         self._scale = 1.0
         """Measured KL divided by predicted KL."""
+        self._original: tuple[Sequence[np.ndarray], OriginalRun] | None = None
         self._schemes: list[list[Uniform]] = []
         options: list[list[Option]] = []
         with task("Trying layouts", self._weights, "weights") as done:
@@ -87,10 +114,17 @@ class Planner:
         self._front = solve(options)
 
     def find(self, target: PlanTarget, sequences: Sequence[np.ndarray]) -> PlanResult:
-        """Returns the plan for a target, measured on a text; refuses a target out of reach."""
+        """Returns the plan for a target, measured on a text; refuses a target out of reach.
+
+        Further targets on the same text share the run of the original.
+        """
+        self._scale = 1.0
         choice = self._choose(target)
-        with group("Running the original"):
-            original = OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
+        if self._original is None or self._original[0] is not sequences:
+            with group("Running the original"):
+                run = OriginalRun(self._checkpoint.config, self._checkpoint.weights, sequences)
+            self._original = sequences, run
+        original = self._original[1]
         for attempt in range(1, _ATTEMPTS + 1):
             plan, predicted = self._plan(choice), self._point(choice)
             weights = quantized(self._checkpoint.weights, plan, self._statistics)
@@ -122,14 +156,7 @@ class Planner:
         if choice is not None:
             return choice
         smallest, largest = map(self._point, self._front.points(2))
-        value, limit = {
-            "kl": (f"{target.value:g}", f"{largest.kl:.2g}"),
-            "size": (amount(target.value), amount(smallest.size)),
-            "bits": (f"{target.value:g}", f"{smallest.bits:.3f}"),
-        }[target.kind]
-        raise RequestError(
-            f"{FLAGS[target.kind]} is {value}, which no plan reaches; expected {limit} or more"
-        )
+        raise _out_of_reach(target, smallest, largest.kl)
 
     def _plan(self, choice: Choice) -> Plan:
         layouts = [schemes[pick] for schemes, pick in zip(self._schemes, choice.picks, strict=True)]

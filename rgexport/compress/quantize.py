@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,9 +11,17 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import load_tokenizer
+from rgexport.compress.calibrate import default_file, known_calibration
 from rgexport.compress.cluster import encoder_statistics
 from rgexport.compress.passages import first_tokens, read_text
-from rgexport.compress.planning import FLAGS, Kind, Planner, PlanResult, PlanTarget
+from rgexport.compress.planning import (
+    FLAGS,
+    Kind,
+    Planner,
+    PlanResult,
+    PlanTarget,
+    require_reachable,
+)
 from rgexport.errors import RequestError
 from rgexport.exporters.format import format_of
 from rgexport.exporters.opening import as_argument
@@ -27,7 +35,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.layout import EMBEDDING, input_site
 from rgexport.griffin.tokenizer_files import has_tokenizer
-from rgexport.quantization.calibration import Calibration, open_calibration
+from rgexport.quantization.calibration import Calibration
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis
 from rgexport.reporting.numbers import number, plus_minus
 from rgexport.reporting.page import render_page, write_text
@@ -35,6 +43,7 @@ from rgexport.reporting.tables import Table, render
 from rgexport.runtimes.cluster import Cluster
 from rgexport.units import amount
 
+PLAN_SUFFIX = ".plan.json"
 _ELSEWHERE = (
     " Text that the model would not write itself costs more, from 1.3 times to several times as "
     "much; --text FILE measures on yours."
@@ -46,11 +55,12 @@ class PlanOptions:
     """The options of `rgexport quantize`, with exactly one target.
 
     `target_kl` is in nats per token, `target_size` of the artifact such as `1.5GB`, `bits` per
-    weight of the matrices and the head. Without `text`, the plan is measured on the calibration's
-    held-out text, or else on its text, on at most `tokens` tokens.
+    weight of the matrices and the head. Without a `calibration`, that of `known_calibration` is
+    taken. Without `text`, the plan is measured on the calibration's held-out text, or else on its
+    text, on at most `tokens` tokens.
     """
 
-    calibration: Path
+    calibration: Path | None = None
     target_kl: float | None = None
     target_size: str | None = None
     bits: float | None = None
@@ -82,7 +92,7 @@ class PlanOptions:
         return targets[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanReport:
     """A plan with its figures; `model` and `text` are names of the model and the measured text."""
 
@@ -110,6 +120,9 @@ class PlanReport:
             "plan": {name: scheme.to_dict() for name, scheme in result.plan.items()},
         }
         return json.dumps(content, indent=1) + "\n"
+
+    def __repr__(self) -> str:
+        return f"<PlanReport {self.model}: {self.sentence()}>"
 
     def as_text(self) -> str:
         return render([self._front(), self._layouts(), self.sentence()])
@@ -179,11 +192,46 @@ def make_plan(
     force: bool = False,
     workers: Cluster | None = None,
 ) -> PlanReport:
-    """Finds a plan, and writes it to `target` and its page beside it; `workers` quantize.
+    """Finds one plan, as `make_plans` does."""
+    (report,) = make_plans(checkpoint, {target: options}, force=force, workers=workers)
+    return report
 
-    Raises RequestError for an unsound checkpoint, statistics of another model, an unreadable text,
-    a target out of reach, or a file that may not be replaced.
+
+def make_plans(
+    checkpoint: Checkpoint,
+    requests: Mapping[Path, PlanOptions],
+    *,
+    force: bool = False,
+    workers: Cluster | None = None,
+) -> list[PlanReport]:
+    """Finds plans, and writes each to its path and its page beside it; `workers` quantize.
+
+    The options differ only in their target, so the plans share the predictions and the original's
+    run. Raises RequestError for an unsound checkpoint, statistics of another model, an unreadable
+    text, a target out of reach, or a file that may not be replaced.
     """
+    options = next(iter(requests.values()))
+    form = format_of(options.format)
+    for path, request in requests.items():
+        _require_free(path, force)
+        require_reachable(request.target, checkpoint, form)
+    calibration = known_calibration(checkpoint, options.calibration, workers)
+    text_name, sequences = _text(checkpoint, calibration, options)
+    hashes = require_sound(checkpoint).values()
+    calibration.require_for(record.sha256 for record in hashes)
+    statistics = encoder_statistics(calibration, checkpoint.config, workers)
+    planner = Planner(checkpoint, calibration, form, statistics)
+    reports = []
+    for path, request in requests.items():
+        result = planner.find(request.target, sequences)
+        reports.append(PlanReport(result, request, checkpoint.name, text_name))
+        with replace_file(path, force=force, replaceable=is_plan) as unfinished:
+            unfinished.write_text(reports[-1].as_json(), "utf-8")
+        write_text(reports[-1].page(), page_of(path))
+    return reports
+
+
+def _require_free(target: Path, force: bool) -> None:
     if target.suffix == ".html":
         raise RequestError(
             f"-o is {target}, but a plan is JSON, and its page is written beside it; pass a name "
@@ -191,18 +239,14 @@ def make_plan(
         )
     check_file_target(target, force=force, replaceable=is_plan)
     check_file_target(page_of(target), force=force, replaceable=lambda page: True)
-    calibration = open_calibration(options.calibration)
-    text_name, sequences = _text(checkpoint, calibration, options)
-    hashes = require_sound(checkpoint).values()
-    calibration.require_for(record.sha256 for record in hashes)
-    statistics = encoder_statistics(calibration, checkpoint.config, workers)
-    planner = Planner(checkpoint, calibration, format_of(options.format), statistics)
-    result = planner.find(options.target, sequences)
-    report = PlanReport(result, options, checkpoint.name, text_name)
-    with replace_file(target, force=force, replaceable=is_plan) as unfinished:
-        unfinished.write_text(report.as_json(), "utf-8")
-    write_text(report.page(), page_of(target))
-    return report
+
+
+def path_for(target: PlanTarget, path: Path) -> Path:
+    """Returns the path of one plan of several: `a.plan.json` → `a-4.5bits.plan.json`."""
+    value = amount(target.value).replace(" ", "") if target.kind == "size" else f"{target.value:g}"
+    label = value if target.kind == "size" else f"{value}{target.kind}"
+    suffix = PLAN_SUFFIX if path.name.endswith(PLAN_SUFFIX) else path.suffix
+    return path.with_name(f"{path.name.removesuffix(suffix)}-{label}{suffix}")
 
 
 def page_of(target: Path) -> Path:
@@ -211,7 +255,8 @@ def page_of(target: Path) -> Path:
 
 
 def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:
-    paths = (checkpoint.path, target, options.calibration)
+    file = options.calibration or default_file(checkpoint)
+    paths = (checkpoint.path, target, file)
     model, plan, calibration = map(as_argument, paths)
     return (
         f"{target} is complete; {page_of(target)} has a plot. Export it: rgexport {options.format} "

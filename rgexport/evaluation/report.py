@@ -1,6 +1,7 @@
 """The outcome of `evaluate`: a verdict and tables for a terminal, an HTML page, and JSON."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from rgexport import progress
@@ -12,6 +13,27 @@ from rgexport.reporting import page
 from rgexport.reporting.tables import Table, render
 
 JSON, PAGE = "evaluation.json", "evaluation.html"
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What `rgexport.evaluate` measured: the content of `evaluation.json`, and its folder."""
+
+    figures: Result
+    folder: Path
+
+    @property
+    def page(self) -> Path:
+        return self.folder / PAGE
+
+    @property
+    def verdict(self) -> str:
+        """The conclusion, and at most four lines with its reasons."""
+        judged = verdict(self.figures["models"])
+        return "\n".join([judged.conclusion, *judged.reasons])
+
+    def __repr__(self) -> str:
+        return f"<Evaluation {self.folder}: {verdict(self.figures['models']).conclusion}>"
 
 
 def write_files(evaluation: Result, folder: Path) -> Path:
