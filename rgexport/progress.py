@@ -120,11 +120,11 @@ _lock = threading.Lock()
 _display: "Progress | None" = None
 
 
-def expect_stages(total: int) -> None:
+def expect_stages(total: int, done: int = 0) -> None:
     """Numbers the next outermost tasks, as in `[2/4] Quantizing`; does nothing inside of one."""
     global _numbers
     if not _open:
-        _numbers = iter([f"[{number}/{total}] " for number in range(1, total + 1)])
+        _numbers = iter([f"[{number}/{total}] " for number in range(done + 1, total + 1)])
 
 
 @contextmanager

@@ -158,7 +158,11 @@ class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 o
             name = parameter.opts[-1] if parameter else "the option"
             expected = ", ".join(map(str, self.choices))
             source = source_of(context, parameter) if context and parameter else ""
-            raise RequestError(f"{name} is {value!r}; expected one of {expected}{source}")
+            advice = ""
+            if name == "--precision" and value.removeprefix("int").isdigit():
+                bits = value.removeprefix("int")
+                advice = f"; for {bits} bits make a plan: rgexport quantize --bits {bits}"
+            raise RequestError(f"{name} is {value!r}; expected one of {expected}{advice}{source}")
         return value
 
 

@@ -235,7 +235,7 @@ class Collector:
                 stream = self.model.embed(self.text.tokens.astype(np.int64))
         if first == count:
             return
-        with task("Running the layers", (count - first) * tokens, "tokens x layers") as advance:
+        with task("Running the layers", (count - first) * tokens, "steps") as advance:
             for index in range(first, count):
                 self.folder.save(
                     f"input-{index}", stream[: len(self.gradients.tokens)].cpu().numpy()
@@ -265,10 +265,10 @@ class Collector:
         self.folder.save(f"gradient-{last}", gradient.cpu().numpy())
 
     def backward(self) -> None:
-        """Computes the gradients at the outputs of all stored.linears, from the last layer on."""
+        """Computes the gradients at the outputs of all linears, from the last layer on."""
         below = min(self.folder.steps("gradient"))
         gradient, tokens = self._load(f"gradient-{below}"), len(self.gradients.tokens)
-        with task("Running backwards", (below or 1) * tokens, "tokens x layers") as advance:
+        with task("Running backwards", (below or 1) * tokens, "steps") as advance:
             for index in reversed(range(below)):
                 gradient, sums = self._back_through(index, gradient)
                 means = {

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from rgexport.errors import RequestError
 from rgexport.files.atomic import WINDOWS, TargetInUse, move, remove, remove_partials, replacing
 from rgexport.files.paths import windows_objection
+from rgexport.progress import note
 from rgexport.units import amount
 
 Replaceable = Callable[[Path], bool]
@@ -50,14 +51,21 @@ def replace_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iter
 def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Iterator[Path]:
     """Yields the path of a folder `NAME.partial` for work that a later run may continue.
 
-    Any exception leaves it. When the block ends well, its file `COMPLETE` becomes `target`, and the
-    folder is removed. See `replace_folder`.
+    Any exception leaves it, unless it is empty; an interruption says so. When the block ends well,
+    its file `COMPLETE` becomes `target`, and the folder is removed. See `replace_folder`.
     """
     check = partial(check_file_target, target, force=force, replaceable=replaceable)
     with _locked(target) as real:
         check()
         folder = real.with_name(f"{real.name}.partial")
-        yield folder
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            note("Interrupted. The same command goes on from here.")
+            raise
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing is in it
         check()
         move(folder / COMPLETE, real)
         remove(folder)
@@ -117,6 +125,10 @@ def require_writable(target: Path) -> Path:
         raise RequestError(
             f"cannot write {target}: there is no folder {real.parent}; make it first"
         )
+    if not os.access(real.parent, os.W_OK):
+        raise RequestError(
+            f"cannot write {target}: {real.parent} is read-only, or not yours; pass another -o"
+        )
     return real
 
 
@@ -146,7 +158,7 @@ def _locked(target: Path) -> Iterator[Path]:
             f"another run is writing {target}; wait for it, or pass another -o"
         ) from None
     except OSError as error:
-        raise RequestError(f"cannot write {target}: {error.strerror}") from error
+        raise RequestError(f"cannot write {target}: {error.strerror}; pass another -o") from error
     try:
         yield real
     except TargetInUse as error:

@@ -105,10 +105,13 @@ def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
         return f"{missing}; check the name, {log_in}, {advice}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{hub_id} has no such revision; check the name, {advice}"
+    if action == "upload" and isinstance(error, errors.OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, so nothing can be sent to {hub_id}; unset it, {advice}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {advice}"
     if action == "upload":
-        return f"the upload to {hub_id} failed ({_reason(error)}); {advice}"
+        failed = f"the upload to {hub_id} failed ({_reason(error)})"
+        return f"{failed}; {advice}" if status else f"{failed}; check the network, {advice}"
     failed = f"is not in the local cache and cannot be downloaded ({_reason(error)})"
     return f"{hub_id} {failed}; check the network, {advice}"
 

@@ -172,7 +172,7 @@ def _record(
     positions = choose_positions(lengths, model.config.vocab_size)
     starts = [(text.tokens[None], zero_state(model.config, 1)) for text in texts]
     total = sum(lengths) * model.config.num_layers
-    with task("Running the reference", total, "tokens through layers") as advance:
+    with task("Running the reference", total, "steps") as advance:
         passes = model.run_each(
             starts, stops=stops, watch=lambda layer, index, stream: advance(stream.shape[1])
         )
