@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -124,6 +125,23 @@ def test_demo_generates_text(demo_artifact, capsys):
     assert text() == text("--threads", "1")
     hot = ("--temperature", "2", "--top-k", "50", "--top-p", "0.99")
     assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
+
+
+def test_json_on_stdout(demo_artifact, tmp_path):
+    """Of an export, a continuation and a validation, whose `--json` also takes a file."""
+
+    def printed(*arguments: str | Path) -> Any:
+        return json.loads(rgexport(*arguments, folder=tmp_path).stdout)
+
+    exported = printed("onnx", "demo", "--int4", "--json")
+    assert exported["path"] == "demo-int4-onnx" and exported["check"]["status"] == "verified"
+    assert exported["bytes"] > 8e6 and exported["quality"] in ("good", "excellent")
+    reply = printed("generate", demo_artifact, "-p", "The ship", "-n", "5", "--json")
+    assert len(reply["ids"]) == 5 and reply["prompt_tokens"] == 3
+    assert printed("generate", demo_artifact, "--ids", "2,5", "-n", "3", "--json").keys() == {"ids"}
+    few = "--tokens", "32"
+    first, last = (demo_artifact, "--json"), ("--json", demo_artifact)
+    assert [printed("validate", *few, *words)["verdict"] for words in (first, last)] == ["PASS"] * 2
 
 
 def test_demo_is_validated(demo_artifact, tmp_path):

@@ -17,16 +17,16 @@ def show_reading(job: GenerationJob, wait: Callable[[float], bool]) -> None:
     """
     if wait(_SILENT_SECONDS):
         return
-    total, shown = len(job.request.ids), job.cached
-    with task("Reading", total - shown, "tokens") as advance:
+    total, counted = len(job.request.ids), job.cached
+    with task("Reading", total - counted, "tokens") as advance:
         try:
             while not wait(_POLL_SECONDS):
-                advance(min(job.fed, total) - shown)
-                shown = min(job.fed, total)
+                advance(min(job.fed, total) - counted)
+                counted = min(job.fed, total)
         except KeyboardInterrupt:
             note("Reading cancelled.")
             raise
-        advance(total - shown)
+        advance(total - counted)
 
 
 class ReadingLog:

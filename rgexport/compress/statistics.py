@@ -99,7 +99,7 @@ def _with_grams(layer: Layer) -> tuple[Layer, dict[str, Gram]]:
 
 
 def _with_gradients(layer: Layer) -> tuple[Layer, dict[str, Tensor]]:
-    """Returns a layer whose backward passes add to Σ g² of each linear's outputs, by its site."""
+    """Returns a layer that sums g² of each linear's outputs by its site, in backward passes."""
     sums: dict[str, Tensor] = {}
 
     def compute(site: str, op: str, *arguments: Any) -> Any:

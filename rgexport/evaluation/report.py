@@ -17,7 +17,7 @@ JSON, PAGE = "evaluation.json", "evaluation.html"
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """What `rgexport.evaluate` measured: the content of `evaluation.json`, and its folder."""
+    """The figures of an evaluation, as in `evaluation.json`, and the folder of that file."""
 
     figures: Result
     folder: Path

@@ -51,8 +51,8 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
     try:
         size = sum(path.stat().st_size for path in files.values())
         total = size + sum(t.nbytes for t in weights.values()) + (head.nbytes if head else 0)
-        with task("Checking the weights", size) as shown, ThreadPoolExecutor(THREADS) as pool:
-            advance = _scaled(shown, total, size)
+        with task("Checking the weights", size) as count, ThreadPoolExecutor(THREADS) as pool:
+            advance = _scaled(count, total, size)
             digests = pool.map(lambda path: hash_file(path, advance), files.values())
             scans = pool.map(lambda name: _find_non_finite(name, weights[name], advance), weights)
             tied = pool.submit(_compare_head, checkpoint, advance)
@@ -65,15 +65,15 @@ def check_checkpoint(checkpoint: Checkpoint) -> CheckReport:
     return CheckReport((*checkpoint.problems, *problems), hashes)
 
 
-def _scaled(advance: Advance, total: int, shown: int) -> Advance:
-    """Returns a function that shows `total` bytes, of which many are read twice, as `shown`."""
+def _scaled(advance: Advance, total: int, size: int) -> Advance:
+    """Returns a function that counts `total` bytes as `size`, since most are read twice."""
     lock, done = Lock(), 0
 
     def scaled(step: int) -> None:
         nonlocal done
         with lock:
             before, done = done, done + step
-            advance(done * shown // total - before * shown // total)
+            advance(done * size // total - before * size // total)
 
     return scaled
 

@@ -9,11 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgexport.compress import planning
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
 from rgexport.compress.layouts import PlanItem, artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
-from rgexport.compress.quantize import PlanOptions, is_plan, make_plan, page_of
+from rgexport.compress.quantize import (
+    PlanOptions,
+    is_plan,
+    make_plan,
+    make_plans,
+    page_of,
+    path_for,
+)
 from rgexport.errors import RequestError
 from rgexport.exporters.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.exporters.format import format_of
@@ -197,6 +205,29 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     page_of(tmp_path / "new.json").write_text("mine")
     with pytest.raises(RequestError, match="--force"):
         make_plan(checkpoint, options, tmp_path / "new.json")
+
+
+def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("rgexport.compress.layouts.candidates", lambda: FEW)
+    alone, together = tmp_path / "alone.json", tmp_path / "all.plan.json"
+    options = [
+        PlanOptions(calibration=calibration, tokens=64, **target)
+        for target in ({"bits": 4.5}, {"target_size": "9 MB"}, {"target_kl": 0.02})
+    ]
+    requests = {path_for(option.target, together): option for option in options}
+    names = "all-4.5bits.plan.json", "all-9.00MB.plan.json", "all-0.02kl.plan.json"
+    assert tuple(path.name for path in requests) == names
+    runs = []
+    monkeypatch.setattr(
+        planning, "OriginalRun", lambda *a, make=planning.OriginalRun: runs.append(1) or make(*a)
+    )
+    make_plans(checkpoint, requests)
+    assert len(runs) == 1
+    for path, option in requests.items():
+        make_plan(checkpoint, option, alone, force=True)
+        assert path.read_text() == alone.read_text()
+    with pytest.raises(RequestError, match=r"--target-size is 1.00 MB, which no plan reaches"):
+        make_plan(checkpoint, PlanOptions(target_size="1MB"), tmp_path / "small.json")
 
 
 CONFIG = make_config("ra", width=64, heads=2, mlp_width=96, vocab_size=1024)
