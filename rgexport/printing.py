@@ -1,17 +1,56 @@
 """Prints results to stdout; remarks go through `progress` to stderr."""
 
+import os
+import shutil
 import sys
+import textwrap
+from contextlib import suppress
+from functools import partial
 from typing import TextIO
 
 from rgexport.errors import printable
 
 _LINES = "\n\t"
+_COMMAND = ": rgexport "
 _MARKS = "\u061c\u200e\u200f"
 
 
 def print_result(text: str, *, end: str = "\n") -> None:
     """Prints a result; control characters of names in it are escaped."""
     print(printable(text, allowed=_LINES), end=end, flush=True)
+
+
+def print_sentences(text: str) -> None:
+    """Prints a result in words, broken between them on a terminal."""
+    print_result(wrapped(text, terminal_columns(sys.stdout)))
+
+
+def terminal_columns(stream: TextIO) -> int | None:
+    """Returns the width of the terminal that a stream writes to; None if it is no terminal."""
+    if not stream.isatty():
+        return None
+    with suppress(OSError, ValueError):
+        if "COLUMNS" not in os.environ:
+            return os.get_terminal_size(stream.fileno()).columns
+    return shutil.get_terminal_size().columns
+
+
+def wrapped(text: str, columns: int | None) -> str:
+    """Breaks lines between words; leaves a longer word, such as a path, whole.
+
+    A command that ends a line is not broken, so that it can be copied; it gets a line of its own.
+    """
+    if columns is None:
+        return text
+    wrap = partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
+    lines: list[str] = []
+    for line in text.split("\n"):
+        words, colon, command = line.partition(_COMMAND)
+        if colon and len(line) > columns:
+            lines += [*wrap(f"{words}:"), f"  {_COMMAND[2:]}{command}"]
+        else:
+            lines += wrap(line) or [""]
+    return "\n".join(lines)
 
 
 def print_reply(piece: str, stream: TextIO | None = None) -> None:

@@ -1,16 +1,16 @@
 """Prints progress and remarks to stderr; results alone go to stdout."""
 
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rgexport.errors import printable
+from rgexport.printing import terminal_columns, wrapped
 from rgexport.units import amount, duration
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def note(text: str) -> None:
 
 def print_error(text: str) -> None:
     """Prints to stderr, with `--quiet` too."""
-    print(printable(text, allowed="\n\t"), file=sys.stderr, flush=True)
+    lines = wrapped(printable(text, allowed="\n\t"), terminal_columns(sys.stderr))
+    print(lines, file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:
@@ -164,12 +165,7 @@ def _running(current: TaskProgress) -> Iterator[None]:
 
 
 def columns() -> int | None:
-    if not sys.stderr.isatty():
-        return None
-    with suppress(OSError, ValueError):
-        if "COLUMNS" not in os.environ:
-            return os.get_terminal_size(sys.stderr.fileno()).columns
-    return shutil.get_terminal_size().columns
+    return terminal_columns(sys.stderr)
 
 
 def _can_rewrite_lines() -> bool:

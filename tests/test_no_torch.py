@@ -119,7 +119,7 @@ def test_random(tmp_path):
     asked = ["random", "--size", "2b", "-o", "my model"]
     result = rgexport(*asked, folder=tmp_path, before=BLOCK + SMALL)
     assert result.returncode == 0, result.stderr
-    line = "my model is complete. Export it: rgexport onnx -m 'my model' --int4\n"
+    line = "my model is complete. Export it: rgexport onnx 'my model' --int4\n"
     assert result.stdout == line
     found = rgexport("inspect", "my model", "--verify", folder=tmp_path, before=BLOCK)
     assert found.returncode == 0 and "No problems" in found.stdout, found.stderr

@@ -9,7 +9,7 @@ import pytest
 
 import rgexport
 from rgexport.errors import MOST_SHOWN, one_line, printable
-from rgexport.printing import print_reply, print_result
+from rgexport.printing import print_reply, print_result, wrapped
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
 
@@ -116,3 +116,13 @@ def test_where_a_table_does_not_fit_its_rows_are_lists(monkeypatch):
         "  share: 1.25 %",
         "",
     ]
+
+
+@pytest.mark.parametrize("columns", [40, 80, None])
+def test_lines_break_between_words_and_commands_stay_whole(columns):
+    command = "rgexport chat a-folder-with-a-long-name-int4-onnx --threads 2"
+    text = f"a-folder-with-a-long-name-int4-onnx is complete (8.80 MB). Chat with it: {command}"
+    lines = wrapped(f"{text}\n\nshort", columns).splitlines()
+    assert lines[-2:] == ["", "short"] and " ".join(map(str.strip, lines[:-2])) == text
+    assert (f"  {command}" in lines) is (columns is not None)
+    assert all(len(line) <= (columns or 200) for line in lines if command not in line)

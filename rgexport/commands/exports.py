@@ -19,7 +19,7 @@ from rgexport.commands.options import (
     option,
     shared,
 )
-from rgexport.printing import print_result
+from rgexport.printing import print_result, print_sentences
 
 if TYPE_CHECKING:
     from rgexport.exporters.artifact import Artifact
@@ -190,8 +190,8 @@ def _print_artifact(artifact: "Artifact", grade: str | None) -> None:
     if progress.verbose:
         progress.detail(as_text(describe(str(artifact.path))))
     if line := check_line(artifact):
-        print_result(f"{line} Quality by that KL: {grade}." if grade else line)
-    print_result(closing_line(artifact))
+        print_sentences(f"{line} Quality by that KL: {grade}." if grade else line)
+    print_sentences(closing_line(artifact))
 
 
 def _print_json(artifact: "Artifact", grade: str | None) -> None:
@@ -223,7 +223,8 @@ def random(arguments: RandomArguments) -> None:
 
     output = arguments.output
     write_random(arguments.size, output, seed=arguments.seed, force=arguments.force)
-    print_result(f"{output} is complete. Export it: rgexport onnx -m {as_argument(output)} --int4")
+    model = as_argument(output)
+    print_sentences(f"{output} is complete. Export it: rgexport onnx {model} --int4")
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def calibrate(arguments: CalibrateArguments) -> None:
     target = arguments.output or Path(f"{checkpoint.name}{SUFFIX}")
     with connected(arguments.cluster.cluster) as workers:
         calibration = run(checkpoint, options, target, force=arguments.force, workers=workers)
-    print_result(closing_line(checkpoint, calibration))
+    print_sentences(closing_line(checkpoint, calibration))
 
 
 @dataclass(frozen=True)
@@ -324,4 +325,4 @@ def quantize(arguments: QuantizeArguments) -> None:
         return
     for target, report in zip(requests, reports, strict=True):
         print_result(report.as_text(), end="")
-        print_result(closing_line(checkpoint, report.options, target))
+        print_sentences(closing_line(checkpoint, report.options, target))

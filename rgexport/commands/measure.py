@@ -21,7 +21,7 @@ from rgexport.commands.options import (
     option,
     shared,
 )
-from rgexport.printing import print_result
+from rgexport.printing import print_result, print_sentences
 
 _SUITES = get_args(choices.SuiteName)
 _STDOUT = "-"
@@ -75,7 +75,7 @@ def reference(arguments: ReferenceArguments) -> None:
     checkpoint = arguments.checkpoint.open()
     target = arguments.output or Path(f"{checkpoint.name}.reference")
     values = {n: v for n, v in vars(arguments).items() if n not in ("checkpoint", "output")}
-    print_result(closing_line(capture(checkpoint, target, **values)))
+    print_sentences(closing_line(capture(checkpoint, target, **values)))
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         print_result((output / JSON).read_text("utf-8"), end="")
         return
     print_result(as_text(results), end="")
-    print_result(
+    print_sentences(
         f"{page} has tables and curves (-v prints the tables), {output / JSON} all figures."
     )
 

@@ -15,7 +15,7 @@ from rgexport.commands.options import (
     port_option,
 )
 from rgexport.errors import RequestError
-from rgexport.printing import print_result
+from rgexport.printing import print_result, print_sentences
 from rgexport.units import amount
 
 
@@ -46,13 +46,13 @@ def push(arguments: PushArguments) -> None:
             print_result(f"{amount(size):>10}  {file_name}")
         kind = "public" if arguments.public else "private"
         total = amount(sum(sizes.values()))
-        print_result(f"{total} would go to {repo}, which is made {kind} if it is new.")
+        print_sentences(f"{total} would go to {repo}, which is made {kind} if it is new.")
         return
     page = push_artifact(artifact, repo, public=arguments.public, force=arguments.force)
     verb = "chat" if artifact.manifest.instruction_tuned else "generate"
     file = f"/{arguments.artifact.name}" if artifact.path.is_file() else ""
     name = PREFIX + repo.removeprefix(PREFIX)
-    print_result(f"{page} has it. Try: rgexport {verb} {name}{file}")
+    print_sentences(f"{page} has it. Try: rgexport {verb} {name}{file}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def web(arguments: WebArguments) -> None:
     site = make_site([open_artifact(path) for path in arguments.artifacts])
     if output:
         write_site(site, output, force=force)
-        print_result(f"{output} is complete. Put it on any web host, under https.")
+        print_sentences(f"{output} is complete. Put it on any web host, under https.")
     if arguments.serve:
         serve_site(site, arguments.port, browse=arguments.browse)
 
@@ -112,7 +112,7 @@ def patch(arguments: PatchArguments) -> None:
     for path in changed:
         print_result(f"{arguments.checkout / path}")
     state = "is patched" if changed else "is patched already"
-    print_result(f"{arguments.checkout} {state}. Build it as usual: it runs RecurrentGemma.")
+    print_sentences(f"{arguments.checkout} {state}. Build it as usual: it runs RecurrentGemma.")
 
 
 @dataclass(frozen=True)

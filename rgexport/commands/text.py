@@ -25,7 +25,7 @@ from rgexport.commands.options import (
     shared,
 )
 from rgexport.errors import RequestError
-from rgexport.printing import print_reply, print_result
+from rgexport.printing import print_reply, print_result, print_sentences
 
 if TYPE_CHECKING:
     from rgexport.chat.model import Model
@@ -291,7 +291,7 @@ def save(arguments: SaveArguments) -> None:
         saved = model.save_state(output, ids, messages, with_text=not arguments.no_text)
     size = amount(output.stat().st_size)
     step = _next_step(arguments.artifact, output, plain=plain, has_text=not arguments.no_text)
-    print_result(f"{output} has {saved.count} tokens in {size}. {step}")
+    print_sentences(f"{output} has {saved.count} tokens in {size}. {step}")
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def load(arguments: LoadArguments) -> None:
     require_same_model(file, saved, identity_of(artifact.manifest, open_template(artifact).source))
     has_text = saved.tokens is not None
     step = _next_step(arguments.artifact, file, plain=saved.messages is None, has_text=has_text)
-    print_result(f"{file} fits: {saved.count} tokens. {step}")
+    print_sentences(f"{file} fits: {saved.count} tokens. {step}")
 
 
 @dataclass(frozen=True)

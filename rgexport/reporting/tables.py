@@ -6,10 +6,10 @@ import sys
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rgexport.errors import printable
+from rgexport.printing import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,21 +57,15 @@ def render(blocks: Iterable[str | Table]) -> str:
     for block in blocks:
         if isinstance(block, str):
             text = printable(block, allowed="\n")
-            console.print(_wrapped(text, columns) if terminal else text, soft_wrap=True)
+            console.print(wrapped(text, columns) if terminal else text, soft_wrap=True)
         else:
             _print_table(console, block)
     return buffer.getvalue()
 
 
-def _wrapped(text: str, columns: int) -> str:
-    """Breaks lines between words; leaves a longer word, such as a path, whole."""
-    wrap = partial(textwrap.wrap, width=columns, break_long_words=False, break_on_hyphens=False)
-    return "\n".join("\n".join(wrap(line)) for line in text.split("\n"))
-
-
 def _print_table(console: "Console", table: Table) -> None:
     rows = [tuple(map(printable, row)) for row in table.rows]
-    console.print(_wrapped(printable(table.title), console.width), soft_wrap=True)
+    console.print(wrapped(printable(table.title), console.width), soft_wrap=True)
     widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
     least = min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
     if least <= console.width:
@@ -90,7 +84,7 @@ def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:
                 text, width = f"{printable(label)}: {cell}", console.width - 2
                 if len(text) > width:
                     text = f"{printable(label)}:\n{cell}"
-                console.print(textwrap.indent(_wrapped(text, width), "  "))
+                console.print(textwrap.indent(wrapped(text, width), "  "))
 
 
 def _print_grid(console: "Console", table: Table, rows: Iterable[Row]) -> None:
