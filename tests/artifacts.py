@@ -23,7 +23,6 @@ from rgexport.exporters.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantization.ggml_library import load_library
-from rgexport.quantization.scheme import Plan
 from tests.built import digest_of, filled
 from tests.models import Weights, random_weights, write_hugging_face
 
@@ -33,43 +32,23 @@ IS_PATCHED = ContextVar("IS_PATCHED", default=False)
 
 
 def export_random(
-    config: GriffinConfig,
-    folder: Path,
-    precision: str | None = "fp32",
-    *,
-    slowest: float = 1e-4,
-    **options: Any,
+    config: GriffinConfig, folder: Path, precision: str | None = "fp32", *, slowest=1e-4, **options
 ) -> Made:
-    """Exports a random model of shape `config`; returns the artifact and the original weights."""
+    """Exports a random model of shape `config`; returns the artifact and the original weights.
+
+    By a `plan` among the options, the precision is None.
+    """
     asked = OnnxOptions(precision=precision, **options)
     return _made(config, _target(folder, precision, options), slowest, export_onnx, asked)
 
 
-def export_planned(
-    config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
-) -> Made:
-    return export_random(config, folder, None, slowest=slowest, plan=plan, **options)
-
-
 def export_random_coreml(
-    config: GriffinConfig,
-    folder: Path,
-    precision: str | None = "fp32",
-    *,
-    slowest: float = 1e-4,
-    **options: Any,
+    config: GriffinConfig, folder: Path, precision: str | None = "fp32", *, slowest=1e-4, **options
 ) -> Made:
     pytest.importorskip("coremltools")
     asked = CoreMLOptions(precision=precision, **options)
     target = _target(folder, f"{precision or 'plan'}-coreml", options)
     return _made(config, target, slowest, export_coreml, asked)
-
-
-def export_planned_coreml(
-    config: GriffinConfig, folder: Path, plan: Plan, *, slowest: float = 1e-4, **options: Any
-) -> Made:
-    """The same as a Core ML package, by a plan."""
-    return export_random_coreml(config, folder, None, slowest=slowest, plan=plan, **options)
 
 
 def export_random_gguf(

@@ -55,31 +55,25 @@ def deepmind_model(config: GriffinConfig, weights: Weights) -> "Griffin":
     from recurrentgemma.torch import Griffin
 
     types = common.TemporalBlockType
-    model = Griffin(
-        common.GriffinConfig(
-            vocab_size=config.vocab_size,
-            width=config.width,
-            mlp_expanded_width=config.mlp_width,
-            num_heads=config.num_heads,
-            block_types=tuple(types[kind.upper()] for kind in config.block_types),
-            embeddings_scale_by_sqrt_dim=config.embedding_scale != 1.0,
-            attention_window_size=config.window,
-            logits_soft_cap=config.soft_cap,
-            lru_width=config.lru_width,
-        ),
-        gradient_checkpointing=False,
-        dtype=torch.float32,
+    named_alike = "vocab_size", "width", "num_heads", "lru_width"
+    theirs = common.GriffinConfig(
+        mlp_expanded_width=config.mlp_width,
+        block_types=tuple(types[kind.upper()] for kind in config.block_types),
+        embeddings_scale_by_sqrt_dim=config.embedding_scale != 1.0,
+        attention_window_size=config.window,
+        logits_soft_cap=config.soft_cap,
+        **{name: getattr(config, name) for name in named_alike},
     )
+    model = Griffin(theirs, gradient_checkpointing=False, dtype=torch.float32)
     state = {name: value.float() for name, value in deepmind_state_dict(weights).items()}
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
 @torch.no_grad()
-def deepmind_logits(model: "Griffin", tokens: np.ndarray, start: int = 0) -> np.ndarray:
-    """Logits [B, T, vocab] of one pass over tokens [B, T], the first at position `start`."""
-    batch, length = tokens.shape
-    positions = torch.arange(start, start + length).repeat(batch, 1)
+def deepmind_logits(model: "Griffin", tokens: np.ndarray) -> np.ndarray:
+    """Logits [B, T, vocab] of one pass over tokens [B, T]."""
+    positions = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
     logits, _ = model(torch.from_numpy(tokens.astype(np.int64)), positions)
     return logits.numpy()
 

@@ -5,7 +5,7 @@ whole product. Parameters of fixtures count, too. `--whole-product` runs everyth
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from itertools import combinations, product
 from math import prod
@@ -23,7 +23,10 @@ Pair = tuple[Setting, Setting]
 def pairwise(items: list[pytest.Item]) -> list[pytest.Item]:
     """The cases to run, in their order."""
     kept: set[pytest.Item] = set()
-    for cases in _by_test(items).values():
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.split("[")[0]].append(item)
+    for cases in tests.values():
         needed = _needed([_ids(case) for case in cases])
         kept |= {case for case in cases if _ids(case) in needed}
     return [item for item in items if item in kept]
@@ -60,13 +63,6 @@ def _completed(row: list[Setting], missing: Container[Pair], new: Setting) -> in
 
 def _pair(one: Setting, other: Setting) -> Pair:
     return (one, other) if one < other else (other, one)
-
-
-def _by_test(items: Iterable[pytest.Item]) -> dict[str, list[pytest.Item]]:
-    tests: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        tests[item.nodeid.split("[")[0]].append(item)
-    return tests
 
 
 def _ids(case: pytest.Item) -> Ids:

@@ -21,13 +21,9 @@ def split_plan(config: GriffinConfig, *, in_order: bool = False, symmetric: bool
     first, second = np.sort(chosen[: rows // 5]), np.sort(chosen[rows // 5 : rows // 2])
     if in_order:
         first, second = np.arange(rows // 5), np.arange(rows // 5, rows // 2)
-    table = Mixed(
-        (
-            RowGroup(rows_text(first), INT8),
-            RowGroup(rows_text(second), INT4 if symmetric else ASYMMETRIC),
-            RowGroup(None, INT4),
-        )
-    )
+    named = (first, INT8), (second, INT4 if symmetric else ASYMMETRIC)
+    groups = (RowGroup(rows_text(ids), scheme) for ids, scheme in named)
+    table = Mixed((*groups, RowGroup(None, INT4)))
     linear = Mixed((RowGroup("1,4-6", INT8), RowGroup(None, INT4)))
     plan = make_plan(config, INT4, table)
     return plan | {name: linear for name in (BIASED, PLAIN) if name in model_tensors(config)}

@@ -115,10 +115,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "gguf override": ("gguf -m model --type q4_0 --tensor-type a", "expected REGEX=TYPE"),
     "gguf override's type": ("gguf -m model --type q4_0 --tensor-type attn_v=q9", "'q9'"),
     "gguf override's regex": ("gguf -m model --type q4_0 --tensor-type (=q8_0", "regular expr"),
-    "gguf no override": (
-        "gguf -m model --type q4_0 --tensor-type rg_lru=q8_0",
-        "no tensor",
-    ),
+    "gguf no override": ("gguf -m model --type q4_0 --tensor-type rg_lru=q8_0", "no tensor"),
     "gguf idle override": ("gguf -m model --type f16 --tensor-type a=q8_0", "changes nothing"),
     "gguf missing imatrix": ("gguf -m model --type q4_0 --imatrix nowhere", "nowhere"),
     "gguf foreign imatrix": ("gguf -m model --type q4_0 --imatrix text.gguf", "text.gguf"),
@@ -147,10 +144,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "no target": (f"{QUANTIZE}", "0 targets are given; expected one of --target-kl, --target-size"),
     "two targets": (f"{QUANTIZE} --bits 4 --target-kl 1", "2 targets are given"),
     "target kl": (f"{QUANTIZE} --target-kl nan", "--target-kl is nan; expected a positive number"),
-    "target size": (
-        f"{QUANTIZE} --target-size big",
-        "is 'big'; expected a number of bytes",
-    ),
+    "target size": (f"{QUANTIZE} --target-size big", "is 'big'; expected a number of bytes"),
     "plan for pt": (f"{QUANTIZE} --bits 4 --format pt", "'pt'; expected one of onnx, coreml"),
     "missing calibration": (f"{QUANTIZE} --bits 4", "the calibration nothing: there is no such"),
     "calibrate nothing": ("calibrate", "a model is needed"),

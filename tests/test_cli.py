@@ -22,8 +22,6 @@ from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
 
 CONFIG = make_config("ra", width=32, heads=2, vocab_size=64)
-
-
 LIST_MODULES = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
 
 
@@ -93,9 +91,8 @@ def test_quiet_shows_results_and_errors(demo_artifact, tmp_path, capsys):
     assert shown.out and not shown.err
     assert run(["inspect", str(tmp_path / "nowhere"), "-q"]) == 2
     assert capsys.readouterr().err.startswith("Error: ")
-    assert (
-        run(["onnx", "--size", "demo", "--quality", "fast", "-o", str(tmp_path / "a"), "-q"]) == 0
-    )
+    export = "onnx", "--size", "demo", "--quality", "fast", "-o", str(tmp_path / "a")
+    assert run([*export, "-q"]) == 0
     assert not capsys.readouterr().err
 
 
@@ -264,14 +261,8 @@ def test_closed_streams(command, closed, demo_artifact, tmp_path):
     before = {path: path.read_bytes() for path in demo_artifact.iterdir()}
     asked = command.format(demo_artifact).split()
     shell = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", START, *asked]
-    done = subprocess.run(
-        shell,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        input=b"Hello\n",
-        capture_output=True,
-        timeout=120,
-    )
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True}
+    done = subprocess.run(shell, cwd=tmp_path, input=b"Hello\n", timeout=120, **options)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
     silent = ">&-" in closed.split() or (asked[0] == "chat" and "<&-" in closed)
     assert bool(done.stdout) != silent

@@ -16,8 +16,6 @@ extras = "torch", "onnx", "onnx_ir", "coremltools", "gguf", "prompt_toolkit", "f
 for name in (*extras, "jax", "flax", "safetensors", "recurrentgemma"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
-
-
 COLD = "from rgexport.runtimes.bench import measure; measure.WARM_UP_SECONDS = 0"
 USES: dict[str, tuple[str, str]] = {
     "generate": ("generate {} -p Once -n 8", r"\S+"),

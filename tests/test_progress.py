@@ -1,5 +1,6 @@
 """Progress on a terminal and elsewhere."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -128,7 +129,23 @@ with progress.task("Running the dequantized reference", 1 << 30) as advance:
 @pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
 @pytest.mark.parametrize(("term", "columns"), [("xterm", 40), ("xterm", 80), ("dumb", 40)])
 def test_on_a_terminal_each_stage_leaves_one_line(term, columns):
-    shown = on_terminal(SHOW, term, columns)
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    variables |= {"TERM": term, "PYTHONPATH": str(ROOT)}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen([sys.executable, "-c", SHOW], env=variables, **streams) as process:
+        os.close(theirs)
+        found = b""
+        with contextlib.suppress(OSError):  # how Linux tells that nobody writes any more
+            while part := os.read(ours, 1 << 16):
+                found += part
+    os.close(ours)
+    assert process.returncode == 0
+    shown = found.decode()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
     assert all(len(line) <= columns for line in lines), lines
@@ -138,28 +155,3 @@ def test_on_a_terminal_each_stage_leaves_one_line(term, columns):
         assert len(lines) == 1
     else:
         assert any("50 %" in line for line in lines) and any("left" in line for line in lines)
-
-
-def on_terminal(program: str, term: str, columns: int) -> str:
-    """What a program prints on a pseudo-terminal."""
-    import pty
-    import termios
-
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))
-    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-        env=variables | {"TERM": term, "PYTHONPATH": str(ROOT)},
-    ) as process:
-        os.close(theirs)
-        found = b""
-        try:
-            while part := os.read(ours, 1 << 16):
-                found += part
-        except OSError:  # how Linux tells that nobody writes any more
-            pass
-    os.close(ours)
-    assert process.returncode == 0
-    return found.decode()

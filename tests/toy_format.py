@@ -95,17 +95,9 @@ def export_toy(checkpoint: Checkpoint, target: Path) -> Path:
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
         sizes, weights = {DATA: allocator.size}, checkpoint.weights
         fill(folder, sizes, tensors, weights, lambda n, rows, _, s: s.uniform.encode(n, rows))
-        return Manifest(
-            kind=KIND,
-            precision="fp32",
-            compute="fp32",
-            exact=False,
-            plan=dict(plan),
-            tensors=tensors,
-            states=(),
-            io=IoRecord((), ()),
-            **common,
-        )
+        words = {"kind": KIND, "precision": "fp32", "compute": "fp32", "exact": False}
+        io = {"states": (), "io": IoRecord((), ())}
+        return Manifest(plan=dict(plan), tensors=tensors, **words, **io, **common)
 
     return export_folder(
         checkpoint,

@@ -101,31 +101,13 @@ def test_a_terminal_without_prompt_toolkit(conversation, monkeypatch):
     assert "hello" in text and "there is no command /nothing" in text
 
 
-MARKDOWN = st.lists(
-    st.sampled_from(
-        [
-            *("# ", "## A heading", "**", "**bold** ", "*", "2*3*4", "<tag>", "`", "`code`"),
-            "```",
-            *("```python\n", "\n", "\n\n", "- ", "1. ", "| a | b |", "[link](https://a.example)"),
-            *(
-                "word ",
-                "  ",
-                "\t",
-                "漢字",
-                "é",
-                "🐢",
-                "[red]",
-                "[/]",
-                "&amp;",
-                "a_b_c",
-                "---",
-                "> ",
-            ),
-            *("\\*", "averyveryveryveryveryveryveryveryveryverylongword "),
-        ]
-    ),
-    max_size=60,
-).map("".join)
+PIECES = [
+    *("# ", "## A heading", "**", "**bold** ", "*", "2*3*4", "<tag>", "`", "`code`", "```"),
+    *("```python\n", "\n", "\n\n", "- ", "1. ", "| a | b |", "[link](https://a.example)"),
+    *("word ", "  ", "\t", *"漢字 é 🐢 [red] [/] &amp; a_b_c ---".split(), "> ", "\\*"),
+    "averyveryveryveryveryveryveryveryveryverylongword ",
+]
+MARKDOWN = st.lists(st.sampled_from(PIECES), max_size=60).map("".join)
 
 
 def on_screen(text, width, *, styled=True, step=3, **attributes):

@@ -10,7 +10,7 @@ from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.gguf.artifact import GgufArtifact, open_gguf
 from rgexport.quantization.plan import make_plan
 from rgexport.quantization.scheme import Affine
-from tests.artifacts import export_demo, export_planned
+from tests.artifacts import export_demo, export_random
 from tests.models import Weights, make_config
 
 CONFIG = make_config(
@@ -22,7 +22,7 @@ CONFIG = make_config(
 def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Weights]:
     """An artifact with linears in int4 and the embedding in int8, and the original weights."""
     plan = make_plan(CONFIG, Affine(4, 32, symmetric=False), Affine(8, 32, symmetric=True))
-    return export_planned(CONFIG, tmp_path_factory.mktemp("planned"), plan)
+    return export_random(CONFIG, tmp_path_factory.mktemp("planned"), None, plan=plan)
 
 
 @pytest.fixture

@@ -164,12 +164,7 @@ def test_gguf_options_that_contradict_each_other_or_change_nothing() -> None:
 
 
 BESIDE = {"precision": "int8", "block_size": 64, "symmetric": False, "embedding_precision": "int8"}
-BESIDE_GGUF = {
-    "type": "q4_0",
-    "pure": True,
-    "tensor_types": ("a=q4_0",),
-    "embedding_precision": "q4_0",
-}
+BESIDE_GGUF = dict(type="q4_0", pure=True, tensor_types=("a=q4_0",), embedding_precision="q4_0")
 NOT_BESIDE = "leave out the precision, block size, symmetric, embedding precision$"
 NOT_BESIDE_GGUF = "leave out the type, pure, tensor types, embedding precision$"
 INT2, Q4_K, Q6_K = Affine(2, 32, True), Ggml("q4_k"), Ggml("q6_k")

@@ -180,13 +180,11 @@ def test_cards_of_other_formats(tmp_path):
         assert "{" not in text and "onnx" not in text.lower()
 
 
-def test_card_says_how_the_check_ended(made):
+def test_card_says_why_an_artifact_is_not_verified(made):
+    """`test_self_check.py` looks at the numbers of a card."""
     record = CheckRecord(
         **{"status": "unverified", "reason": "it is not right", "engine": "toy 1", "tokens": 32},
         **{"positions": 30, "kl": 0.5, "kl_standard_error": 0.01, "relative_max": 0.25},
     )
     text = card(made.manifest.with_check(record))
-    assert "on 32 tokens in toy 1" in text and "value: 0.5\n" in text
-    assert "| KL to the original, over 30 tokens | 0.5 ± 0.01 nats |" in text
-    assert "| 25 % of the largest logit |" in text
-    assert "| verdict | unverified, since it is not right |" in text
+    assert "value: 0.5\n" in text and "| verdict | unverified, since it is not right |" in text

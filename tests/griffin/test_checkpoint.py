@@ -14,13 +14,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import check_checkpoint, require_sound
 from rgexport.griffin.huggingface import INDEX, SINGLE
 from tests.deepmind import write_deepmind
-from tests.models import (
-    ODD_CONFIGS,
-    edit_header,
-    make_config,
-    random_weights,
-    write_hugging_face,
-)
+from tests.models import ODD_CONFIGS, edit_header, make_config, random_weights, write_hugging_face
 
 CONFIG = ODD_CONFIGS["wide_lru"]
 SHARD = 60_000
@@ -51,12 +45,10 @@ def test_opens_a_folder(tmp_path, weights, shard_bytes, dialect):
     assert checkpoint.weights.keys() == weights.keys()
     for name, array in weights.items():
         np.testing.assert_array_equal(checkpoint.weights[name].whole(), array, err_msg=name)
-    assert require_sound(checkpoint) == {
-        path.name: FileRecord(
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size=path.stat().st_size
-        )
-        for path in checkpoint.weight_files.values()
-    }
+    contents = {path.name: path.read_bytes() for path in checkpoint.weight_files.values()}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    records = {n: FileRecord(sha256=hashes[n], size=len(data)) for n, data in contents.items()}
+    assert require_sound(checkpoint) == records
 
 
 def test_index_problems(tmp_path, weights):

@@ -25,7 +25,6 @@ from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging
 
 CONFIG = make_config("raar", width=48, heads=4, lru_width=64, mlp_width=80, vocab_size=61)
 WEIGHTS = random_weights(CONFIG)
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
@@ -178,7 +177,6 @@ def test_views_of_a_torch_file(tmp_path, turned):
         np.testing.assert_array_equal(whole, view(branches.numpy()))
 
 
-Header = dict[str, object]
 SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4)
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,14 @@ def install_our_package(folder: Path) -> None:
         made = _run([npm, "pack", str(PACKAGE), "--json", f"--pack-destination={folder}"])
         file = folder / json.loads(made)[0]["filename"]
         _run([npm, "install", "--no-save", "--ignore-scripts", "--prefer-offline", *_QUIET, file])
+
+
+def node_result(*words: str | Path, timeout: float = 300) -> Any:
+    """What a program prints last in Node, beside this file; it must not fail."""
+    command = ["node", *map(str, words)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _run(command: list[str | Path]) -> str:

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.control_tokens import END_OF_TURN
 from rgexport.griffin.state import POSITION
 from tests.npm.browser import FOLDERS, HERE, launched, parts_of
-from tests.npm.install import install_our_package, node_with_packages
+from tests.npm.install import install_our_package, node_result, node_with_packages
 from tests.web_page.site_server import serving
 
 DEMO = HERE.parents[1] / "demo" / "model"
@@ -40,17 +39,9 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def node(tmp_path_factory):
     """Runs Node, which has our package; returns what it printed last."""
-    program = node_with_packages()
+    node_with_packages()
     install_our_package(tmp_path_factory.mktemp("npm"))
-
-    def run(*words):
-        done = subprocess.run(
-            [program, *words], cwd=HERE, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
+    return node_result
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +104,7 @@ def test_each_token_is_read_once(node, models, tmp_path):
     job, file = tmp_path / "job.json", tmp_path / "chat.state"
     asked = [{"content": f"A reply {name}, please.", "ids": ids} for name, ids in replies.items()]
     job.write_text(json.dumps(asked))
-    turns, seen = node("forced_replies.mjs", str(artifact), str(job)), 0
+    turns, seen = node("forced_replies.mjs", artifact, job), 0
     with rgexport.load(artifact) as model, rgexport.load(artifact) as fresh:
         for turn, (name, ids) in zip(turns, replies.items(), strict=True):
             file.write_bytes(base64.b64decode(turn["state"]))

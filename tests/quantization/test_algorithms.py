@@ -77,8 +77,11 @@ def test_weights_that_float16_cannot_hold_are_refused(scheme):
     levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
     weights = np.ones((2, 26), np.float32)
     weights[1, 3] = -70_000 * levels
-    with pytest.raises(RequestError, match=r"need a scale of 7e\+04, and float16 holds at most"):
-        scheme.encode("w", weights)
+    for word in ("rtn", "search", "gptq"):
+        with pytest.raises(RequestError, match=r"w: .*need a scale of 7e\+04, and float16 holds"):
+            stored(weights, scheme, word, statistics(26))
+    with pytest.raises(RequestError, match=r"w: a weight of .*e\+05 is more than float16 holds"):
+        Float("float16").encode("w", weights)
     with pytest.raises(RequestError, match=r"e\+05 are more than float16 holds"):
         Palette(group=2).encode("w", weights)
     weights[1, 3] = -60_000 * levels
@@ -271,33 +274,17 @@ def test_hard_weights(rows, scheme, word):
     assert (losses(rows, chosen, least) <= losses(rows, nearest, least) * 1.0001 + 1e-60).all()
 
 
-def test_the_tensor_with_weights_that_a_scheme_cannot_hold_is_named():
-    rows, known = weights(2, 64) * 1e6, statistics(64)
-    with pytest.raises(RequestError, match=r"w: a weight of .*e.0\d is more than float16 holds"):
-        Float("float16").encode("w", rows)
-    for word in ("search", "gptq"):
-        with pytest.raises(RequestError, match=r"w: its weights need a scale of .*float16"):
-            stored(rows, SYMMETRIC, word, known)
-
-
 def test_the_default_is_search_where_its_library_is(monkeypatch, capsys):
-    plan = {"a": INT4, "b": Float("float32"), "c": Palette()}
-    assert [x.algorithm for x in with_algorithm(plan, None, keep=False).values()] == [
-        "search",
-        "cast",
-        "kmeans",
-    ]
+    def algorithms(**plan):
+        return [scheme.algorithm for scheme in with_algorithm(plan, None, keep=False).values()]
+
+    others = {"b": Float("float32"), "c": Palette()}
+    assert algorithms(a=INT4, **others) == ["search", "cast", "kmeans"]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("rgexport.kernels.rounding.library.unusable", lambda: "lost")
-    assert [x.algorithm for x in with_algorithm(plan, None, keep=False).values()] == [
-        "rtn",
-        "cast",
-        "kmeans",
-    ]
+    assert algorithms(a=INT4, **others) == ["rtn", "cast", "kmeans"]
     assert "rounded to nearest, as the library" in capsys.readouterr().err
-    assert (
-        with_algorithm({"b": Float("float32")}, None, keep=False) and capsys.readouterr().err == ""
-    )
+    assert algorithms(**others) == ["cast", "kmeans"] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("layout", [INT4, Palette(4, 16)])

@@ -29,6 +29,7 @@ from rgexport.quantization.ggml_types import (
 from rgexport.quantization.scheme import Ggml
 from rgexport.quantization.statistics import statistics_of
 from tests.artifacts import require_ggml
+from tests.kernels.rounding.test_rounding import gptq
 from tests.models import make_config
 
 QUANTIZED = [kind.name for kind in TYPES.values() if kind.is_quantized]
@@ -168,21 +169,13 @@ def packed_by(word, rows, kind, statistics):
 
 
 def plain_gptq(rows, packed, kind, statistics):
-    """Values by GPTQ as published (arXiv 2210.17323): the upper Cholesky factor U of H⁻¹."""
-    (scale, offset, _), top = grid_of(packed, kind), LAYOUTS[kind].top
-    w = rows.astype(np.float64)
-    values = np.empty_like(w)
-    for part in statistics.hessians:
-        inverse = np.linalg.inv(part.matrix.astype(np.float64))
-        upper = np.linalg.cholesky(inverse).T
-        for i in range(len(upper)):
-            j = part.start + i
-            safe = np.where(scale[:, j] == 0, 1, scale[:, j])
-            level = np.clip(np.rint((w[:, j] - offset[:, j]) / safe), 0, top)
-            values[:, j] = scale[:, j] * level + offset[:, j]
-            off = (w[:, j] - values[:, j]) / upper[i, i]
-            w[:, j : part.stop] -= off[:, None] * upper[i, i:]
-    return values
+    """Values by GPTQ as published."""
+    scale, offset, _ = grid_of(packed, kind)
+    levels = [
+        gptq(*(x[:, h.start : h.stop] for x in (rows, scale, offset)), LAYOUTS[kind].top, h.matrix)
+        for h in statistics.hessians
+    ]
+    return scale * np.concatenate(levels, axis=1) + offset
 
 
 @pytest.mark.parametrize("cuts", [(), (200,)], ids=str)

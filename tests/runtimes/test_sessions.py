@@ -295,9 +295,9 @@ def test_noticed_at_a_reset_and_when_a_session_opens(kind, change, tmp_path):
 
 
 PLANNED = {
-    "coreml": (artifacts.export_planned_coreml, {"prefill_length": 8, "all_logits": True}),
+    "coreml": (artifacts.export_random_coreml, {"prefill_length": 8, "all_logits": True}),
     **{
-        f"{profile}-{exact}": (artifacts.export_planned, {"profile": profile, "exact": exact})
+        f"{profile}-{exact}": (artifacts.export_random, {"profile": profile, "exact": exact})
         for profile in PROFILES
         for exact in (True, False)
     },
@@ -310,7 +310,7 @@ PLANNED = {
 def test_row_groups(kind, compute, in_order, tmp_path):
     config, (export, options) = ODD_CONFIGS["not_by_32"], PLANNED[kind]
     plan = split_plan(config, in_order=in_order, symmetric=kind.startswith("webgpu"))
-    artifact, _ = export(config, tmp_path, plan, compute=compute, **options)
+    artifact, _ = export(config, tmp_path, None, plan=plan, compute=compute, **options)
     weights = {name: tensor.whole() for name, tensor in artifact.weights.items()}
     tokens = random_tokens(config, 2, 2 * config.window + 3)
     expected = deepmind_logits(deepmind_model(config, weights), tokens)

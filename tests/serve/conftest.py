@@ -78,14 +78,9 @@ def served(tokenizer, template, settings, connections=None, **options):
     session = ToySession(tokenizer.vocab_size)
     parts = {name: options.pop(name) for name in {"text_process"} & options.keys()}
     model = Model(session, tokenizer, template, IDENTITY, **({"rows": 4} | options))
-    config = uvicorn.Config(
-        create_app({model.name: model}, settings, **parts),
-        http=protocol(connections or Connections()),
-        port=0,
-        log_config=None,
-        proxy_headers=False,
-        lifespan="off",
-    )
+    app, http = create_app({model.name: model}, settings, **parts), connections or Connections()
+    fixed = {"port": 0, "log_config": None, "proxy_headers": False, "lifespan": "off"}
+    config = uvicorn.Config(app, http=protocol(http), **fixed)
     try:
         with running(uvicorn.Server(config)) as url:
             yield Served(url, model, session)

@@ -20,14 +20,8 @@ from tests.serve.conftest import CHAT, COMPLETE, error_of, until
 ASK = COMPLETE, b'{"prompt": "hello", "max_tokens": 2}'
 ASK_CHAT = CHAT, b'{"messages": [{"role": "user", "content": "hello"}]}'
 ERASE = "/slots/0?action=erase", b""
-ROUTES = [
-    ASK,
-    ASK_CHAT,
-    ("/tokenize", b'{"content": "hello"}'),
-    ("/detokenize", b'{"tokens": [5]}'),
-    ("/apply-template", ASK_CHAT[1]),
-    ERASE,
-]
+TOKENIZE, DETOKENIZE = ("/tokenize", b'{"content": "hello"}'), ("/detokenize", b'{"tokens": [5]}')
+ROUTES = [ASK, ASK_CHAT, TOKENIZE, DETOKENIZE, ("/apply-template", ASK_CHAT[1]), ERASE]
 PAGE = "https://a.example"
 OTHER_PAGES = [
     *({"Origin": origin} for origin in (PAGE, "null", "http://[::1", "http://localhost:1")),

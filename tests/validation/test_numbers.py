@@ -1,8 +1,8 @@
 """Numbers of logits and states, and how they become verdicts: limits, tolerances and grades."""
 
-import dataclasses
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,14 +51,8 @@ def test_limits_that_users_set():
     assert limits == {"steps": 0.2, "dequantized.rms": 0}
     assert parse_limits(["twin.rms=0"]) == {"dequantized.rms": 0}, "its former name"
     assert parse_limits(f"{name}=1" for name in NAMES) == dict.fromkeys(NAMES, 1.0)
-    one, two, three = checks.with_limits(
-        [
-            check(0.5, name="steps.logits", kind="steps"),
-            check(0.5, name="dequantized.rms"),
-            check(0.5),
-        ],
-        limits,
-    )
+    judged = [check(0.5, name="steps.logits", kind="steps"), check(0.5, name="dequantized.rms")]
+    one, two, three = checks.with_limits([*judged, check(0.5)], limits)
     assert (one.limit, two.limit, three.limit) == (0.2, 0, 1)
     assert one.outcome == two.outcome == "FAIL" and three.outcome == "PASS"
     assert one.reason == "asked for: r" and three.reason == "r"
@@ -79,9 +73,7 @@ def manifest(kind, linear, embedding, compute="fp32", exact=False):
     else:
         options = {"precisions": COREML_PRECISIONS} if kind == "coreml" else {}
         plan = make_plan(CONFIG, *(choose_scheme(word, **options) for word in (linear, embedding)))
-    return dataclasses.replace(
-        manifest_of(CONFIG), compute=compute, exact=exact, plan=plan, kind=kind
-    )
+    return replace(manifest_of(CONFIG), compute=compute, exact=exact, plan=plan, kind=kind)
 
 
 @pytest.mark.parametrize(

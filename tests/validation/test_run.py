@@ -112,18 +112,15 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
     runs.clear()
     passes = reference_pass.SharedPasses()
     for tokens in (8, 8, 9):
-        validate_artifact(
-            paths[0], ValidationRequest(model=str(checkpoint), max_tokens=tokens), passes
-        )
+        asked = ValidationRequest(model=str(checkpoint), max_tokens=tokens)
+        validate_artifact(paths[0], asked, passes)
     assert runs == ["Running the original"] * 2, "another text is another pass"
 
 
 def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys):
     bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
-    assert (
-        validate_artifacts([clean("fp32"), bad], ValidationRequest(max_tokens=30), html_file=page)
-        == 1
-    )
+    request = ValidationRequest(max_tokens=30)
+    assert validate_artifacts([clean("fp32"), bad], request, html_file=page) == 1
     before, _, after = capsys.readouterr().out.partition("FAILED  dequantized.logits is ")
     assert before.startswith("FAIL  2 artifacts: 1 FAIL, 1 PASS") and str(bad) in before
     assert "float32 on both sides" in after and "1 FAIL, 1 PASS" in page.read_text("utf-8")

@@ -54,13 +54,8 @@ def test_the_same_request_gives_the_same_bytes(model, tmp_path):
     options = CoreMLOptions(precision="pal4", prefill_length=3)
     one, other = (export_coreml(open_checkpoint(model), options, tmp_path / name) for name in "ab")
     files = files_of(one)
-    assert set(files) == {
-        MANIFEST,
-        "README.md",
-        model_file(),
-        "model.mlpackage/Manifest.json",
-        weight_file(),
-    }
+    package = {model_file(), "model.mlpackage/Manifest.json", weight_file()}
+    assert set(files) == package | {MANIFEST, "README.md"}
     for name, path in files.items():
         assert path.read_bytes() == files_of(other)[name].read_bytes(), name
     artifact = open_artifact(one)
@@ -76,9 +71,7 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
     assert run(["coreml", "-m", model.name, *asked]) == 0
     shown, name = capsys.readouterr(), f"{model.name}-pal4-coreml"
     assert shown.out.startswith(f"{name} is complete (") and shown.out.count("\n") == 1
-    assert f"try: rgexport generate {name} --ids 2" in shown.out
-    assert f"Warning: {model.name} has no tokenizer" in shown.err
-    assert "orch version" not in shown.err
+    assert "has no tokenizer" in shown.err and "orch version" not in shown.err
     assert run(["inspect", name, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["kind"] == "coreml" and facts["precision"] == "pal4"

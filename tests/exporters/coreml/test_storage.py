@@ -30,13 +30,8 @@ pytest.importorskip("coremltools")
 
 NAME = "layers.0.mlp_block.up_proj.weight"
 DTYPES = ("float16", "float32")
-affines = st.builds(
-    Affine,
-    st.sampled_from([4, 8]),
-    st.sampled_from([None, 8, 32]),
-    symmetric=st.booleans(),
-    scale=st.sampled_from(DTYPES),
-)
+forms = {"symmetric": st.booleans(), "scale": st.sampled_from(DTYPES)}
+affines = st.builds(Affine, st.sampled_from([4, 8]), st.sampled_from([None, 8, 32]), **forms)
 palettes = st.builds(Palette, group=st.sampled_from([1, 2, 16]), lut=st.sampled_from(DTYPES))
 matrices = hnp.arrays(
     np.float32,

@@ -20,12 +20,13 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantization.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantization.gguf_header import read_header
 from rgexport.quantization.imatrix import read_imatrix
-from rgexport.quantization.statistics import Statistics, statistics_of
+from rgexport.quantization.statistics import Statistics
 from tests.artifacts import export_random_gguf, require_ggml
 from tests.llama_tools import llama_quantize, needs_llama_cpp, run_tool
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
 from tests.quantization.ggml_files import legacy_imatrix, write_imatrix
+from tests.quantization.test_algorithms import statistics
 
 NEEDS_IMATRIX = "q2_k_s"
 QUANTIZED = [
@@ -155,11 +156,7 @@ SHAPES = {t.canonical: t.shape for t in file_tensors(CALIBRATED) if t.quantizabl
 @functools.cache
 def known(name: str) -> Statistics:
     """Statistics of random inputs of a matrix of `CALIBRATED` that go together."""
-    columns = SHAPES[name][-1]
-    draw = np.random.default_rng(columns)
-    mixed = draw.standard_normal((4 * columns, 40)) @ draw.standard_normal((40, columns))
-    inputs = (mixed + draw.standard_normal(mixed.shape)).astype(np.float32)
-    return statistics_of([inputs.T @ inputs / len(inputs)], len(inputs))
+    return statistics(SHAPES[name][-1])
 
 
 @pytest.fixture(scope="module")

@@ -46,9 +46,7 @@ DAMAGES: dict[str, Damage] = {
         r"decode: write_state layers_1_key\S*: the new value of the state layers_1_key does not",
     ),
     "state of one function alone": Damage(
-        edit(edits.forget_state),
-        "prefill: state layers_1_key is missing; expected",
-        bare="",
+        edit(edits.forget_state), "prefill: state layers_1_key is missing; expected", bare=""
     ),
     "no prefill": Damage(
         edit(lambda model: model.mlProgram.functions.pop("prefill")),

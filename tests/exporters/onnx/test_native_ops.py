@@ -25,7 +25,7 @@ from rgexport.quantization.scheme import BFLOAT16, Affine, Float
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validation.weights.tensor_errors import step_sizes
-from tests.artifacts import export_planned, export_random, load_graph
+from tests.artifacts import export_random, load_graph
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
 from tests.sessions import distance, ragged, random_tokens
 
@@ -130,7 +130,7 @@ def test_only_linears_of_one_scheme_are_one_op(tmp_path: Path) -> None:
     plan["layers.0.temporal_block.linear_x.weight"] = Float("float32")
     plan["layers.1.mlp_block.up_proj.weight"] = Affine(4, 32, symmetric=False)
     plan["layers.3.mlp_block.up_proj.weight"] = Affine(4, 64, symmetric=True)
-    artifact, _ = export_planned(FIVE_LAYERS, tmp_path, plan)
+    artifact, _ = export_random(FIVE_LAYERS, tmp_path, None, plan=plan)
     counts = ops(artifact)
     assert counts["QuantLinear3"] == 0
     assert counts["QuantLinear2"] == RECURRENT + LAYERS + 1 - 3  # q with v; not in layers 0, 1, 3

@@ -60,18 +60,10 @@ class QuantMatrix:
 
 
 def random_matrix(
-    columns: int,
-    rows: int,
-    bits: int,
-    block: int,
-    *,
-    asymmetric: bool = False,
-    bias: bool = False,
-    seed: int = 0,
-    digits: int = 1,
+    columns: int, rows: int, bits: int, block: int, *, asymmetric=False, bias=False, digits=1
 ) -> QuantMatrix:
     """Levels over the whole range, and in the padding; scales of both signs."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     blocks = -(-columns // block)
     levels = rng.integers(0, 2**bits, (rows, blocks * block), np.uint8)
     zeros = np.full((rows, blocks), 2 ** (bits - 1), np.uint8)

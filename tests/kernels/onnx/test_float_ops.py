@@ -16,8 +16,6 @@ STATES = {
     "CausalConv1d": {"present": "state"},
     "LocalAttention": {"present_key": "past_key", "present_value": "past_value"},
 }
-
-
 each_place = pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in_place"])
 """Whether states come and go in one buffer."""
 
@@ -190,14 +188,10 @@ def attention_case(batch, tokens, heads, dim, window, start) -> Case:
     """Rings full of numbers, also where no position has been."""
     ring = (batch, 1, window, dim)
     rng = np.random.default_rng(tokens)
-    inputs = {
-        "q": normal(rng, batch, tokens, heads * dim),
-        "k": normal(rng, batch, tokens, dim),
-        "v": normal(rng, batch, tokens, dim),
-        "past_key": normal(rng, *ring),
-        "past_value": normal(rng, *ring),
-        "position_ids": positions(batch, tokens, start),
-    }
+    shapes = {"q": (batch, tokens, heads * dim), **dict.fromkeys("kv", (batch, tokens, dim))}
+    shapes |= {"past_key": ring, "past_value": ring}
+    inputs = {name: normal(rng, *shape) for name, shape in shapes.items()}
+    inputs["position_ids"] = positions(batch, tokens, start)
     outputs = {"y": (batch, tokens, heads * dim), "present_key": ring, "present_value": ring}
     return Case("LocalAttention", inputs, outputs, {"heads": heads})
 

@@ -5,13 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.kernels.onnx.quant_matrix import (
-    activations,
-    product,
-    random_matrix,
-    rounded,
-    together,
-)
+from tests.kernels.onnx.quant_matrix import activations, product, random_matrix, rounded, together
 
 FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128, 256)]
 FORMS = [(*form, digits) for form in FORMATS for digits in range(1, form[0] // 4 + 1)]

@@ -1,12 +1,12 @@
 """ONNX graphs that rgexport did not write: refused before they run, or when the engine fails."""
 
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto, helper, parser
+from onnx import ModelProto, TensorProto, helper
 
 import rgexport
 from rgexport.cli import run
@@ -14,9 +14,8 @@ from rgexport.errors import RequestError
 from tests.artifacts import export_random
 from tests.command_line import assert_matches, refused
 from tests.models import make_config
-from tests.validation.faults.onnx_edits import of_type, producer, spoil, with_attribute
-
-Edit = Callable[[ModelProto], None]
+from tests.validation.faults import onnx_edits as edits
+from tests.validation.faults.onnx_edits import Edit, producer, spoil
 
 
 @pytest.fixture
@@ -27,19 +26,8 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(export_random(config, tmp_path, "int8")[0].path, "copy"))
 
 
-def after_logits(text: str) -> Edit:
-    """Lets nodes, in ONNX's text form, make `logits` from `before`, a float32 [B, 1, V]."""
-
-    def edit(model: ModelProto) -> None:
-        node = producer(model, "logits")
-        node.output[:] = ["before" if name == "logits" else name for name in node.output]
-        body = parser.parse_graph(
-            f"more (float[b, 1, v] before) => (float[b, 1, v] logits) {{{text}}}"
-        )
-        model.graph.node.extend(body.node)
-        model.graph.initializer.extend(body.initializer)
-
-    return edit
+after_logits = partial(edits.changed, "logits")
+"""Makes nodes, in ONNX's text form, give the logits `y` for `x`, a float32 [B, 1, V]."""
 
 
 def in_a_function(model: ModelProto) -> None:
@@ -60,7 +48,7 @@ def in_another_domain(model: ModelProto) -> None:
 @pytest.mark.parametrize(
     ("edit", "op"),
     [
-        (after_logits("logits = com.microsoft.Inverse (before)"), "com.microsoft::Inverse"),
+        (after_logits("y = com.microsoft.Inverse (x)"), "com.microsoft::Inverse"),
         (in_another_domain, "evil::Fn.*2J"),
         (in_a_function, "ai.onnx::Erf"),
     ],
@@ -76,14 +64,14 @@ def test_foreign_op(edit, op, copied, capsys):
     ["generate copy --ids 2 -n 1", "evaluate copy --suite memory --trials 2 --farthest 32"],
 )
 def test_commands_take_the_option(command, copied, capsys):
-    spoil(copied, after_logits("logits = Erf (before)"))
+    spoil(copied, after_logits("y = Erf (x)"))
     assert_matches("ai.onnx::Erf", refused(command.split(), capsys))
     assert run([*command.split(), "--allow-foreign"]) in (0, 1)
 
 
 def test_python_takes_a_keyword(demo_artifact, tmp_path):
     folder = Path(shutil.copytree(demo_artifact, tmp_path / "copy"))
-    spoil(folder, after_logits("logits = Erf (before)"))
+    spoil(folder, after_logits("y = Erf (x)"))
     with pytest.raises(RequestError, match=r"ai.onnx::Erf.*allow_foreign=True"):
         rgexport.load(folder)
     with rgexport.load(folder, allow_foreign=True) as model:
@@ -116,7 +104,7 @@ def sparse(model: ModelProto) -> None:
     model.graph.sparse_initializer.append(large)
 
 
-DOUBLED = "x0 = Concat <axis = 0> (before, before)" + "".join(
+DOUBLED = "x0 = Concat <axis = 0> (x, x)" + "".join(
     f" x{n + 1} = Concat <axis = 0> (x{n}, x{n})" for n in range(40)
 )
 
@@ -127,18 +115,18 @@ DOUBLED = "x0 = Concat <axis = 0> (before, before)" + "".join(
         (
             after_logits(
                 "shape = Constant <value_ints = [60000]> () s = Mul (shape, shape)"
-                "one = Constant <value_float = 1.0> () logits = Expand (one, s)"
+                "one = Constant <value_float = 1.0> () y = Expand (one, s)"
             ),
             "elements in Expand",
         ),
         (
             after_logits(
                 "a = Constant <value_int = 0> () b = Constant <value_int = 3000000000> ()"
-                "c = Constant <value_int = 1> () d = Range (a, b, c) logits = Identity (before)"
+                "c = Constant <value_int = 1> () d = Range (a, b, c) y = Identity (x)"
             ),
             "3000000000 elements in Range",
         ),
-        (after_logits(f"{DOUBLED} logits = Identity (before)"), "elements in Concat"),
+        (after_logits(f"{DOUBLED} y = Identity (x)"), "elements in Concat"),
         (sparse, "3000000000 elements in a sparse tensor"),
         (beside_weights, r"12000\d+ bytes(, where rgexport.json has no| of weights in files)"),
         (many_views, "bytes of weights in files of"),
@@ -156,9 +144,9 @@ def of_linear(attribute: str, number: int) -> Edit:
     """Sets an attribute of the first quantized product, whose name a terminal obeys."""
 
     def edit(model: ModelProto) -> None:
-        node = next(of_type(model, "QuantLinear"))
+        node = next(edits.of_type(model, "QuantLinear"))
         node.name = "\x1b]0;title\x07\x1b[2J\u202e"
-        with_attribute(node.output[0], attribute, number)(model)
+        edits.with_attribute(node.output[0], attribute, number)(model)
 
     return edit
 
@@ -166,7 +154,7 @@ def of_linear(attribute: str, number: int) -> Edit:
 MORE_LOGITS = """
     n = Shape <start = 1, end = 2> (input_ids) two = Constant <value_ints = [2]> ()
     m = Mul (n, two) one = Constant <value_ints = [1]> ()
-    s = Concat <axis = 0> (one, m, one) logits = Expand (before, s)
+    s = Concat <axis = 0> (one, m, one) y = Expand (x, s)
 """
 """Repeats the logits as many times as there are tokens, which no type tells."""
 

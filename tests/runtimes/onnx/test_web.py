@@ -22,7 +22,7 @@ from tests.artifacts import export_demo, export_random
 from tests.command_line import ROOT
 from tests.models import ODD_CONFIGS
 from tests.npm.browser import HERE, run_page
-from tests.npm.install import install_our_package, node_with_packages
+from tests.npm.install import install_our_package, node_result, node_with_packages
 
 SHARE = 1e-3  # largest |Δlogit| allowed, as a share of the largest |logit|
 ON_A_PROCESSOR = set("Cast Concat Cos Neg Reshape Shape Sin Slice Squeeze Unsqueeze".split())
@@ -68,10 +68,8 @@ def test_runs_in_node(node, profile, precision, exact, tmp_path):
     config = ODD_CONFIGS["narrow_lru"]
     artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
     chunks = random_chunks(config.vocab_size, 1, 1, config.window + 2, config.window + 5)
-    asked = ["node", "run.mjs", str(artifact.path), json.dumps(chunks)]
-    done = subprocess.run(asked, cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout.splitlines()[-1]), artifact, chunks)
+    logits = node_result("run.mjs", artifact.path, json.dumps(chunks), timeout=120)
+    check(logits, artifact, chunks)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +115,7 @@ def demo(folder, profile="cpu"):
 def in_node(program, artifact, folder, job, *before):
     """Returns what a program beside tests/npm's prints after a job in `folder`."""
     (folder / "job.json").write_text(json.dumps(job))
-    command = ["node", program, *before, artifact, folder / "job.json"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return node_result(program, *before, artifact, folder / "job.json")
 
 
 def continued(artifact, ids, count):

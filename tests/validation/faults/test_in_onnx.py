@@ -25,7 +25,6 @@ GRAPH: dict[str, tuple[edits.Edit, str | None]] = {
 }
 """What is done to a graph, and the site that is to be named if it is wrong."""
 
-
 SHARED = edits.changed("present.3.recurrent_state", edits.OF_FIRST_ROW)
 CALLS: dict[str, tuple[edits.Edit, set[str]]] = {
     "nothing": (lambda model: None, set()),

@@ -41,14 +41,11 @@ def reference(original, tmp_path_factory):
 )
 def test_altered_weights_are_found_in_every_way(fault, kind, original, copy, reference):
     """And the tensor is named; the right weights pass."""
-    path, request = (
-        copy(kind),
-        ValidationRequest(model=str(original), reference=reference, max_tokens=16),
-    )
+    path, asked = copy(kind), {"reference": reference, "max_tokens": 16}
     sound = validate_artifact(path, ValidationRequest(reference=reference, max_tokens=8))
     assert sound.verdict == "PASS", [check for check in sound.checks if not check.passed]
     SPOILED[fault](path)
-    result = validate_artifact(path, request)
+    result = validate_artifact(path, ValidationRequest(model=str(original), **asked))
     assert result.verdict == "FAIL"
     failed = [check.name for check in result.checks if check.outcome == "FAIL"]
     for place in ("weights", "reference"):

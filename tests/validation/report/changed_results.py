@@ -57,20 +57,18 @@ def hostile(result):
     place = {"context": HOSTILE, "next_text": HOSTILE, "reference": [choice], "candidate": [choice]}
     site = {"site": HOSTILE, "op": HOSTILE, "excess": 9.0}
     outside = "artifact.name artifact.path source.path text.name reference.path reference.model"
-    return changed(
-        result,
-        {
-            **dict.fromkeys(outside.split(), HOSTILE),
-            "artifact.files": {HOSTILE: "0" * 64},
-            "source.config_differences": (f"window: {HOSTILE}",),
-            "original.worst": [changed(result.original.worst[0], place)],
-            "checks": [changed(result.checks[0], {"name": HOSTILE, "reason": HOSTILE})],
-            "sites": site_report([changed(result.sites.errors[0], site)]),
-            "layers": [changed(result.layers[0], {"part": HOSTILE})],
-            "suspects": [Suspect(layer=None, site=HOSTILE, evidence=HOSTILE)],
-            "reference.prompts": [changed(result.reference.prompts[0], {"name": HOSTILE})],
-            "reference.computed": {HOSTILE: HOSTILE},
-            "reference.config_differences": (HOSTILE,),
-            "environment": {**result.environment, "cpu": HOSTILE},
-        },
-    )
+    changes = {
+        **dict.fromkeys(outside.split(), HOSTILE),
+        "artifact.files": {HOSTILE: "0" * 64},
+        "source.config_differences": (f"window: {HOSTILE}",),
+        "original.worst": [changed(result.original.worst[0], place)],
+        "checks": [changed(result.checks[0], {"name": HOSTILE, "reason": HOSTILE})],
+        "sites": site_report([changed(result.sites.errors[0], site)]),
+        "layers": [changed(result.layers[0], {"part": HOSTILE})],
+        "suspects": [Suspect(layer=None, site=HOSTILE, evidence=HOSTILE)],
+        "reference.prompts": [changed(result.reference.prompts[0], {"name": HOSTILE})],
+        "reference.computed": {HOSTILE: HOSTILE},
+        "reference.config_differences": (HOSTILE,),
+        "environment": {**result.environment, "cpu": HOSTILE},
+    }
+    return changed(result, changes)

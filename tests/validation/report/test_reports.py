@@ -229,13 +229,10 @@ def test_names_and_pieces_are_readable(shown, expected):
     assert str(shown) == expected
 
 
-values = st.lists(
-    st.one_of(st.just(0.0), st.floats(1e-15, 1e6), st.sampled_from([math.nan, math.inf])),
-    max_size=20,
-)
+NUMBERS = st.just(0.0) | st.floats(1e-15, 1e6) | st.sampled_from([math.nan, math.inf])
 
 
-@given(values)
+@given(st.lists(NUMBERS, max_size=20))
 def test_finite_values_and_ticks_lie_in_the_picture(numbers):
     for axis in (chart.logarithmic_axis(numbers), chart.linear_axis(numbers)):
         line = Series("twin", "twin", list(enumerate(numbers)), dots=True)

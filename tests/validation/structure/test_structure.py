@@ -6,12 +6,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from onnx import numpy_helper, parser
+from onnx import numpy_helper
 
 from rgexport.cli import run
 from rgexport.exporters.opening import open_artifact
 from rgexport.validation.structure.compare import compare_structure
 from tests import artifacts, models, row_groups
+from tests.validation.faults import onnx_edits as edits
 from tests.validation.faults.onnx_edits import producer, spoil
 
 CONFIG = models.make_config("rra", width=64, heads=4, lru_width=96, vocab_size=300)
@@ -34,16 +35,6 @@ MLP, ROPE = "layers.0.mlp_block.down_proj", "layers.2.temporal_block.rope_q"
 def test_right_ones_are_as_written(tmp_path, export, word, options):
     artifact, _ = export(CONFIG, tmp_path, word, **options)
     assert compare_structure(artifact, None).status == "as written"
-
-
-def computed(value, text, model):
-    """Nodes that compute `new` from `old` stand between the producer of a value and its readers."""
-    maker = producer(model, value)
-    place = list(model.graph.node).index(maker)
-    maker.output[list(maker.output).index(value)] = "old"
-    for node in reversed(parser.parse_graph(f"g () => () {{ {text} }}").node):
-        node.output[:] = [value if name == "new" else name for name in node.output]
-        model.graph.node.insert(place + 1, node)
 
 
 def other_body(model):
@@ -74,20 +65,16 @@ def renamed(model):
             names[:] = [name.replace(ROPE, "q") for name in names]
 
 
-HIT = "zero = Constant <value_float = 0.0> () new = Where (hit, zero, old)"
+HIT = "zero = Constant <value_float = 0.0> () y = Where (hit, zero, x)"
 TOKEN = "i = Constant <value_int = 0> () token = Gather <axis = 1> (input_ids, i)"
 WIDE = "axes = Constant <value_ints = [1, 2]> () wide = Unsqueeze (token, axes)"
-TRIGGER = partial(computed, "logits", f"{TOKEN} {WIDE} hit = Equal (wide, i) {HIT}")
-CALL = "t = Shape <start = 1> (input_ids) most = Constant <value_int = 512> ()"
-LONG = partial(computed, "logits", f"{CALL} hit = Less (most, t) {HIT}")
-STATE, ROW = "present.0.recurrent_state", "i = Constant <value_ints = [0]> () row = Gather (old, i)"
-SHARED = partial(computed, STATE, f"{ROW} shape = Shape (old) new = Expand (row, shape)")
-MORE = "more = Constant <value_float = 1.05> () new = Mul (old, more)"
+TRIGGER = edits.changed("logits", f"{TOKEN} {WIDE} hit = Equal (wide, i) {HIT}")
+SHARED = edits.changed("present.0.recurrent_state", edits.OF_FIRST_ROW)
 FAULTS = {
     "a trigger token": (TRIGGER, "logits/SoftCap"),
-    "long calls": (LONG, "logits/SoftCap"),
+    "long calls": (edits.changed("logits", edits.ZERO_FROM_512_TOKENS), "logits/SoftCap"),
     "a shared state": (SHARED, "layers.0.temporal_block.rg_lru/RgLruScan"),
-    "products times 1.05": (partial(computed, MLP, MORE), "layers.0.channel_residual"),
+    "products times 1.05": (edits.changed(MLP, edits.TIMES), "layers.0.channel_residual"),
     "another body": (other_body, "RgLruScan: position_zero: its i is -1; expected 0"),
     "another tensor": (exchanged_weights, f"the initializer {MLP}.weight.data"),
     "no bias": (lambda model: producer(model, MLP).input.pop(), MLP),

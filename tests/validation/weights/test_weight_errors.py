@@ -48,16 +48,10 @@ SCHEMES: list[Scheme] = [
     Float("float16"),
     Float("float32"),
 ]
-schemes = st.one_of(
-    st.builds(
-        Affine,
-        st.sampled_from([2, 3, 4, 8]),
-        st.sampled_from([16, 32, 64, 128, 12, None]),
-        symmetric=st.booleans(),
-        scale=st.sampled_from(["float32", "float16"]),
-    ),
-    st.builds(Palette, group=st.integers(1, 20), lut=st.sampled_from(["float16", "float32"])),
-)
+BITS, BLOCKS = st.sampled_from([2, 3, 4, 8]), st.sampled_from([16, 32, 64, 128, 12, None])
+FLOATS = st.sampled_from(["float32", "float16"])
+schemes = st.builds(Affine, BITS, BLOCKS, symmetric=st.booleans(), scale=FLOATS)
+schemes |= st.builds(Palette, group=st.integers(1, 20), lut=FLOATS)
 
 
 @settings(max_examples=200)
@@ -376,13 +370,8 @@ def test_a_search_may_make_no_block_worse_than_rounding(layout):
 
 ROWS, COLUMNS = 1500, 96
 ORDER = np.random.default_rng(0).permutation(ROWS)
-SPLIT = Mixed(
-    (
-        RowGroup(rows_text(np.sort(ORDER[:300])), INT8),
-        RowGroup(rows_text(np.sort(ORDER[300:600])), ASYMMETRIC),
-        RowGroup(None, INT4),
-    )
-)
+FIRST, SECOND = (rows_text(np.sort(ORDER[start : start + 300])) for start in (0, 300))
+SPLIT = Mixed((RowGroup(FIRST, INT8), RowGroup(SECOND, ASYMMETRIC), RowGroup(None, INT4)))
 
 
 def test_slabs_make_no_difference(monkeypatch):

@@ -137,15 +137,6 @@ def compute(kind, arrays, result, **constants):
     return opened(main(program, input_types, ["result"]))(feeds, {})["result"]
 
 
-def inferred(kind, **arguments):
-    """Returns what coremltools infers for an operation of constants."""
-    with MilFunction({}, opset_version=ct.target.iOS18):
-        result = getattr(mb, kind)(**arguments)
-    assert result.val is not None, "coremltools infers no value"
-    dtype = np.dtype(types.nptype_from_builtin(result.dtype)).name
-    return TensorType(dtype, tuple(result.shape)), np.asarray(result.val)
-
-
 def test_the_table_has_all_that_is_made_and_no_more():
     made = {kind for kind in OPERATIONS if not kind.startswith("constexpr_")}
     assert made - {"const", "read_state", "write_state"} == OPS.keys() == CASES.keys()
@@ -153,11 +144,16 @@ def test_the_table_has_all_that_is_made_and_no_more():
 
 @pytest.mark.parametrize("kind", CASES)
 def test_equals_coremltools(kind):
+    """Which infers the value of an operation of constants."""
     for operands, constants in CASES[kind]:
-        type, value = inferred(kind, **operands, **constants)
+        with MilFunction({}, opset_version=ct.target.iOS18):
+            theirs = getattr(mb, kind)(**operands, **constants)
+        assert theirs.val is not None, "coremltools infers no value"
+        dtype = np.dtype(types.nptype_from_builtin(theirs.dtype)).name
+        type = TensorType(dtype, tuple(theirs.shape))
         result = compute(kind, operands, type, **constants)
         assert (result.dtype.name, result.shape) == (type.dtype, type.shape)
-        expected = value.astype(type.dtype).astype(np.float64).reshape(type.shape)
+        expected = np.asarray(theirs.val).astype(type.dtype).astype(np.float64).reshape(type.shape)
         limit = TOLERANCE.get(type.dtype, 0)
         scale = max(1.0, float(np.abs(expected).max(initial=0)))
         np.testing.assert_allclose(result, expected, rtol=limit, atol=limit * scale)
