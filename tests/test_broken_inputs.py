@@ -142,7 +142,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "random size": ("random --size 3b -o x", "'3b'; expected one of"),
     "random nowhere": ("random --size 2b", "--output"),
     "no target": (f"{QUANTIZE}", "0 targets are given; expected one of --target-kl, --target-size"),
-    "two targets": (f"{QUANTIZE} --bits 4 --target-kl 1", "2 targets are given"),
+    "out of reach": (f"{QUANTIZE} --bits 9 --bits 1", "--bits is 1, which no plan reaches"),
     "target kl": (f"{QUANTIZE} --target-kl nan", "--target-kl is nan; expected a positive number"),
     "target size": (f"{QUANTIZE} --target-size big", "is 'big'; expected a number of bytes"),
     "plan for pt": (f"{QUANTIZE} --bits 4 --format pt", "'pt'; expected one of onnx, coreml"),
