@@ -7,7 +7,7 @@ stderr unless `progress` is given, which is then called with the stage, and how 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from rgexport.choices import (
     FloatPrecision,
@@ -18,26 +18,20 @@ from rgexport.choices import (
     RecurrentState,
     SuiteName,
 )
-from rgexport.compress.quantize import PLAN_SUFFIX, PlanOptions, PlanReport, make_plan
 from rgexport.errors import RequestError
-from rgexport.evaluation.models import open_models
-from rgexport.evaluation.pieces import EvaluationRequest
-from rgexport.evaluation.report import Evaluation, write_files
-from rgexport.evaluation.run import evaluate as run_suites
-from rgexport.evaluation.run import requested_suites
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.exporter import exporter_of
+from rgexport.exporters.format import format_of
 from rgexport.exporters.opening import open_artifact
 from rgexport.exporters.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by
 from rgexport.quantization.plan import load_plan
-from rgexport.runtimes.cluster import connected
-from rgexport.validation.checks import parse_limits
-from rgexport.validation.reference.reference_file import read_reference
-from rgexport.validation.result import ValidationResult
-from rgexport.validation.run import ValidationRequest, validate_artifact
-from rgexport.validation.self_check import self_check
+
+if TYPE_CHECKING:
+    from rgexport.compress.quantize import PlanReport
+    from rgexport.evaluation.report import Evaluation
+    from rgexport.validation.result import ValidationResult
 
 Model = str | Path | Checkpoint
 """A folder, a `.pt` file, a hub id, a name such as `demo` or `2b`, or an opened checkpoint."""
@@ -128,7 +122,7 @@ def validate(
     min_quality: GradeName | None = None,
     allow_foreign: bool = False,
     progress: Listener | None = None,
-) -> ValidationResult:
+) -> "ValidationResult":
     """Compares an artifact with the reference; the result has `verdict`, `quality` and `checks`.
 
     Args:
@@ -150,6 +144,10 @@ def validate(
     Raises:
         RequestError: a damaged artifact, or an original, text or reference that does not fit.
     """
+    from rgexport.validation.checks import parse_limits
+    from rgexport.validation.reference.reference_file import read_reference
+    from rgexport.validation.run import ValidationRequest, validate_artifact
+
     path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
     request = ValidationRequest(
         model=None if model is None else str(model),
@@ -187,16 +185,16 @@ class EvaluationSettings(TypedDict, total=False):
 
 
 def evaluate(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     *,
-    suites: Sequence[SuiteName] = (),
+    suites: SuiteName | Sequence[SuiteName] = (),
     output: str | Path = "evaluation",
     threads: int | None = None,
     cluster: str | None = None,
     allow_foreign: bool = False,
     progress: Listener | None = None,
     **settings: Unpack[EvaluationSettings],
-) -> Evaluation:
+) -> "Evaluation":
     """Measures what models can do, each compared with the first one.
 
     Args:
@@ -212,6 +210,15 @@ def evaluate(
     Raises:
         RequestError: no such suite, or a model or text that cannot be evaluated.
     """
+    from rgexport.evaluation.models import open_models
+    from rgexport.evaluation.pieces import EvaluationRequest
+    from rgexport.evaluation.report import Evaluation, write_files
+    from rgexport.evaluation.run import evaluate as run_suites
+    from rgexport.evaluation.run import requested_suites
+    from rgexport.runtimes.cluster import connected
+
+    models = [models] if isinstance(models, str | Path) else models
+    suites = [suites] if isinstance(suites, str) else suites
     for name in suites:
         require_word("suite", name, get_args(SuiteName))
     values: dict[str, Any] = {**settings}
@@ -240,7 +247,7 @@ def quantize(
     output: str | Path | None = None,
     force: bool = False,
     progress: Listener | None = None,
-) -> PlanReport:
+) -> "PlanReport":
     """Finds the best layout of every tensor for one target; `export` takes the file as `plan`.
 
     Args:
@@ -261,6 +268,9 @@ def quantize(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
+    from rgexport.compress.quantize import PLAN_SUFFIX, PlanOptions, make_plan
+    from rgexport.runtimes.cluster import connected
+
     options = PlanOptions(
         calibration=_path(calibration),
         target_kl=target_kl,
@@ -293,21 +303,26 @@ def export_checkpoint(
 
     The other arguments are those of `export`.
     """
-    exporter = exporter_of(kind)
+    form = format_of(kind)
     if output:
-        exporter.check_target(output, force=force)  # before the model is downloaded
+        form.check_target(output, force=force)  # before the model is downloaded
     algorithm = algorithm_word(quality, calibration, plan)
-    exporter.require_options(kind, options)
     checkpoint = open_model()
+    exporter = exporter_of(kind)  # imports torch, after what may end in an error
+    exporter.require_options(kind, options)
     schemes = load_plan(plan, checkpoint.config) if plan else None
     chosen = exporter.make_options(**options, plan=schemes, algorithm=algorithm)
     target = output or exporter.default_target(checkpoint.name, chosen)
     write = partial(exporter.export, checkpoint, chosen, target, force=force)
-    write = partial(write, check=partial(self_check, checkpoint) if check else None)
-    if algorithm == "gptq" or calibration:
+    if check:
+        from rgexport.validation.self_check import self_check
+
+        write = partial(write, check=partial(self_check, checkpoint))
+    planned = (schemes or {}).values() if algorithm is None else ()
+    if algorithm == "gptq" or calibration or any(s.needs_statistics for s in planned):
         from rgexport.compress.calibrate import known_statistics
 
-        exporter.check_target(target, force=force)  # before a calibration, which takes minutes
+        form.check_target(target, force=force)  # before a calibration, which takes minutes
         with known_statistics(checkpoint, calibration, cluster) as statistics:
             return open_artifact(write(statistics=statistics))
     if cluster is not None:

@@ -140,7 +140,23 @@ Examples:
 Documentation: docs/index.md in the repository"""
 
 
+_HABITS = {
+    **dict.fromkeys(("convert", "export"), "onnx, coreml or gguf"),
+    **dict.fromkeys(("run", "cli"), "chat or generate"),
+    **{"compare": "validate", "perplexity": "evaluate", "show": "inspect", "upload": "push"},
+}
+"""Command of another program → ours."""
+
+
 class _Sections(click.Group):
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if arguments and arguments[0] in _HABITS:
+            name = arguments[0]
+            raise click.UsageError(f"No such command {name!r}; try {_HABITS[name]}.", context)
+        return super().resolve_command(context, arguments)
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         others = self.commands.keys() - {c.name for group in SECTIONS.values() for c in group}
         titled = {**SECTIONS, "Help": tuple(self.commands[name] for name in sorted(others))}

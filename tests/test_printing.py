@@ -101,9 +101,7 @@ def test_lines_and_tables():
 def test_where_a_table_does_not_fit_its_rows_are_lists(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "30")
-    table = Table("Costs", ("tensor", "error"), [("a" * 20, "0.5 ± 0.1")])
     wide = Table("Costs", ("tensor", "mean error", "share"), [("a" * 20, "0.5 ± 0.1", "1.25 %")])
-    assert "error" in render([table]).splitlines()[1], "names may be broken"
     assert render([wide]).splitlines() == [
         "Costs",
         "a" * 20,

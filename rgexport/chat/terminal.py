@@ -13,7 +13,7 @@ from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError, printable
 from rgexport.files.paths import read_text
 from rgexport.printing import print_reply, printable_reply
-from rgexport.progress import print_error
+from rgexport.progress import note, print_error
 from rgexport.runtimes.machine import peak_rss_bytes
 from rgexport.units import amount
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Replies = Generator[str, None, None]
 _SETTINGS = [f.name for f in fields(Sampling) if f.name != "logit_bias"] + ["max_new_tokens"]
 _WHOLE = "top_k", "seed", "max_new_tokens"
-_SYNONYMS = {"exit": "quit", "reset": "clear", "regen": "retry"}
+_SYNONYMS = {"exit": "quit", "bye": "quit", "?": "help", "reset": "clear", "regen": "retry"}
 PROMPT = "> "
 GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
 EDITOR = "Enter sends, Alt-Enter begins a new line."
@@ -177,6 +177,12 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
             for piece in answer:
                 print_reply(piece, output)
             print_reply("\n", output)
+            _note_cut(conversation)
+
+
+def _note_cut(conversation: Conversation) -> None:
+    if conversation.last and conversation.last.reason == "length":
+        note("The reply is cut; --max-new-tokens allows more.")
 
 
 def one_message(
@@ -190,6 +196,7 @@ def one_message(
         text = json.dumps(asdict(conversation.last), ensure_ascii=False)
         print_reply(text, output)
     print_reply("\n", output)
+    _note_cut(conversation)
 
 
 def terminal_chat(

@@ -159,9 +159,9 @@ class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 o
             expected = ", ".join(map(str, self.choices))
             source = source_of(context, parameter) if context and parameter else ""
             advice = ""
-            if name == "--precision" and value.removeprefix("int").isdigit():
-                bits = value.removeprefix("int")
-                advice = f"; for {bits} bits make a plan: rgexport quantize --bits {bits}"
+            bits = str(value).lstrip("intqbf-_ ")
+            if name == "--precision" and bits.isdigit() and f"int{bits}" not in self.choices:
+                advice = "; for another number of bits make a plan: rgexport quantize MODEL --bits"
             raise RequestError(f"{name} is {value!r}; expected one of {expected}{advice}{source}")
         return value
 

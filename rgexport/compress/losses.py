@@ -23,6 +23,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
+from rgexport.progress import task
 from rgexport.quantization.calibration import Calibration
 from rgexport.quantization.scheme import Uniform
 from rgexport.quantization.statistics import StatisticsOf
@@ -141,7 +142,12 @@ class OriginalRun:
         """Returns the head's input [tokens, width]; one layer's weights are in memory at a time."""
         model = Reference(self._config, weights)
         texts = [(ids, zero_state(self._config, len(ids))) for ids in self._texts]
-        return torch.cat([hidden.flatten(0, 1) for hidden, _ in model.run_each(texts)])
+        total = sum(ids.size for ids in self._texts) * self._config.num_layers
+        with task("Running the layers", total, "steps") as advance:
+            passes = model.run_each(
+                texts, watch=lambda layer, index, stream: advance(self._texts[index].size)
+            )
+            return torch.cat([hidden.flatten(0, 1) for hidden, _ in passes])
 
     @torch.inference_mode()
     def _divergences(self, hidden: Tensor, weights: WeightSource) -> Tensor:

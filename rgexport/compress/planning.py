@@ -64,9 +64,16 @@ def require_reachable(target: PlanTarget, checkpoint: Checkpoint, form: Format) 
         count * min(of_item.values()) for count, of_item in zip(counts, sizes, strict=True)
     )
     bits = 8 * stored / sum(item.weights for item in items)
-    size = artifact_bytes(form, plan_of(checkpoint.config, items, smallest), checkpoint)
+    plan = plan_of(checkpoint.config, items, smallest) | _gates(checkpoint, form)
+    size = artifact_bytes(form, plan, checkpoint)
     if target.value < {"bits": bits, "size": size, "kl": 0.0}[target.kind]:
         raise _out_of_reach(target, PlanPoint(bits, size, 0.0))
+
+
+def _gates(checkpoint: Checkpoint, form: Format) -> Plan:
+    if not form.keeps_bfloat16_gates:
+        return {}
+    return dict.fromkeys(bfloat16_gates(checkpoint.config, checkpoint.weights), BFLOAT16)
 
 
 def _out_of_reach(target: PlanTarget, smallest: PlanPoint, kl: float = 0.0) -> RequestError:
@@ -96,8 +103,7 @@ class Planner:
         importance = losses.row_importance() if form.has_row_groups else None
         self._items = items_of(config, importance)
         self._weights = sum(item.weights for item in self._items)
-        gates = bfloat16_gates(config, weights) if form.keeps_bfloat16_gates else ()
-        self._gates: Plan = dict.fromkeys(gates, BFLOAT16)
+        self._gates = _gates(checkpoint, form)
         self._scale = 1.0
         """Measured KL divided by predicted KL."""
         self._original: tuple[Sequence[np.ndarray], OriginalRun] | None = None

@@ -20,13 +20,11 @@ class Exporter:
             line, a `plan` and an `algorithm`, all with defaults. Raises RequestError.
         export: writes the artifact of a checkpoint, options and a target, and returns its path.
         default_target: returns the artifact's path from the model's name and the options.
-        check_target: raises RequestError if the target exists and may not be replaced.
     """
 
     make_options: Callable[..., Any]
     export: Callable[..., Path]
     default_target: Callable[[str, Any], Path]
-    check_target: Callable[..., None]
 
     def require_options(self, kind: str, options: Mapping[str, object]) -> None:
         """Raises RequestError if the format has no option of one of these names."""
@@ -39,6 +37,4 @@ class Exporter:
 
 
 def exporter_of(kind: str) -> Exporter:
-    if kind not in FORMATS:
-        raise RequestError(f"format is {kind!r}; expected one of {', '.join(FORMATS)}")
     return cast(Exporter, import_module(FORMATS[kind]["export"]).EXPORTER)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import IoRecord, Manifest, StateRecord
+from rgexport.exporters.manifest import MANIFEST, IoRecord, Manifest, StateRecord
+from rgexport.files.targets import check_target
 from rgexport.formats import FORMATS, format_on
 from rgexport.quantization.scheme import PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
@@ -60,6 +61,10 @@ class Format(ABC):
         raise NotImplementedError
 
     @abstractmethod
+    def check_target(self, target: Path, *, force: bool) -> None:
+        """Raises RequestError if an export's target exists and may not be replaced."""
+
+    @abstractmethod
     def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
         """Returns the parts of a stored tensor; RequestError if the format lacks the scheme."""
 
@@ -99,6 +104,10 @@ class FolderFormat(Format):
     entries: Collection[str] = ()
     """Files or folders of an artifact that a user may name instead of its folder."""
 
+    def check_target(self, target: Path, *, force: bool) -> None:
+        is_artifact = (target / MANIFEST).is_file()
+        check_target(target, force=force, replaceable=lambda folder: is_artifact)
+
     def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
         from rgexport.exporters.tokenizer import bytes_to_add
 
@@ -121,6 +130,9 @@ class FolderFormat(Format):
 
 
 def format_of(kind: str) -> Format:
+    """Raises RequestError if there is no such format."""
+    if kind not in FORMATS:
+        raise RequestError(f"format is {kind!r}; expected one of {', '.join(FORMATS)}")
     return cast(Format, format_on("exporters", kind))
 
 

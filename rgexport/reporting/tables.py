@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = tuple[str, ...]
-_NAME, _GAP = 12, 3
-"""Least width of the first column, whose names may be broken; space between two columns."""
+_GAP = 3  # characters between two columns
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def _print_table(console: "Console", table: Table) -> None:
     rows = [tuple(map(printable, row)) for row in table.rows]
     console.print(wrapped(printable(table.title), console.width), soft_wrap=True)
     widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
-    least = min(widths[0], _NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1)
-    if least <= console.width:
+    if sum(widths) + _GAP * (len(widths) - 1) <= console.width:
         _print_grid(console, table, rows)
     else:
         _print_lists(console, table, rows)

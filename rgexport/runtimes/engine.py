@@ -72,7 +72,10 @@ class SessionOptions:
 
 
 class Engine(ABC):
-    can_narrow = False
+    @property
+    def can_narrow(self) -> bool:
+        return False
+
     """Whether sessions can have a smaller window than their artifact."""
 
     def require(self) -> None:

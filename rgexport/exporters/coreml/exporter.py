@@ -21,12 +21,10 @@ from rgexport.exporters.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.exporters.exporter import Exporter
 from rgexport.exporters.folder import export_folder
 from rgexport.exporters.manifest import ACTIVATIONS, Manifest, SelfCheck
-from rgexport.exporters.manifest_reader import is_artifact
 from rgexport.exporters.opening import default_target
 from rgexport.exporters.request import FolderOptions, bytes_of, require_word
 from rgexport.exporters.tokenizer import ControlIds
 from rgexport.exporters.trace import trace
-from rgexport.files.targets import check_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, is_linear_bias, model_tensors
@@ -170,5 +168,4 @@ EXPORTER = Exporter(
     make_options=CoreMLOptions,
     export=export_coreml,
     default_target=lambda model, options: default_target(model, options.precision_word, "coreml"),
-    check_target=partial(check_target, replaceable=is_artifact),
 )

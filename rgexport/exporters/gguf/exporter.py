@@ -261,5 +261,4 @@ EXPORTER = Exporter(
     make_options=GgufOptions,
     export=export_gguf,
     default_target=lambda model, options: Path(f"{model}-{options.file_type.name.upper()}.gguf"),
-    check_target=partial(check_file_target, replaceable=is_gguf),
 )

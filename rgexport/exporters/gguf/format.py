@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.format import CardText, FileFormat, render
 from rgexport.exporters.manifest import Manifest
+from rgexport.files.targets import check_file_target
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantization.ggml_types import TYPES
 from rgexport.quantization.gguf_header import is_gguf
@@ -32,6 +33,9 @@ class GgufFormat(FileFormat):
     def owns(self, path: Path) -> bool:
         """Accepts files that begin like GGUF, and names in `.gguf` that are no folders."""
         return is_gguf(path) or (path.suffix == ".gguf" and not path.is_dir())
+
+    def check_target(self, target: Path, *, force: bool) -> None:
+        check_file_target(target, force=force, replaceable=is_gguf)
 
     def open(self, path: Path, *, verify: bool) -> Artifact:
         from rgexport.exporters.gguf.artifact import open_gguf

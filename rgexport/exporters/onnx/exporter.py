@@ -13,7 +13,6 @@ from rgexport.exporters.artifact import files_of
 from rgexport.exporters.exporter import Exporter
 from rgexport.exporters.folder import export_folder
 from rgexport.exporters.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
-from rgexport.exporters.manifest_reader import is_artifact
 from rgexport.exporters.onnx.format import FORMAT, graph_interface, require_kernels, with_interface
 from rgexport.exporters.onnx.model import add_description, build_model
 from rgexport.exporters.onnx.model_file import DATA_FILE, MODEL_FILE
@@ -22,7 +21,6 @@ from rgexport.exporters.opening import default_target
 from rgexport.exporters.storage import OffsetAllocator, aligned, fill
 from rgexport.exporters.tokenizer import ControlIds
 from rgexport.exporters.trace import trace
-from rgexport.files.targets import check_target
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantization.plan import bfloat16_gates
@@ -125,5 +123,4 @@ EXPORTER = Exporter(
     default_target=lambda model, options: default_target(
         model, options.precision_word, "onnx", options.profile
     ),
-    check_target=partial(check_target, replaceable=is_artifact),
 )

@@ -22,7 +22,9 @@ _LEAN_UBATCH = 64  # most tokens of one call, for which llama.cpp reserves scrat
 
 
 class LlamaCppEngine(Engine):
-    can_narrow = True
+    @property
+    def can_narrow(self) -> bool:
+        return True
 
     def require(self) -> None:
         bindings()

@@ -26,7 +26,11 @@ _PORTABLE_LENGTHS = (7, 1)
 
 
 class OnnxEngine(Engine):
-    can_narrow = True
+    @property
+    def can_narrow(self) -> bool:
+        import rgexport.exporters.onnx.model  # noqa: F401  # without torch it fails here
+
+        return True
 
     def require_trusted(self, artifact: Artifact) -> None:
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
