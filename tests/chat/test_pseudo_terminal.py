@@ -23,6 +23,7 @@ pytestmark = [
 ROWS, SECONDS = 40, 120
 PAUSED = """
 import time
+from rgexport.chat import reading
 from rgexport.chat.sampling import Sampler
 from rgexport.chat.tokenizer import Tokenizer
 
@@ -33,8 +34,9 @@ def choose(sampler, *arguments, choose=Sampler.__call__):
 
 Sampler.__call__ = choose
 Tokenizer.stop_ids = property(lambda tokenizer: frozenset())
+reading._SILENT_SECONDS = 1000
 """
-"""Replies end by Ctrl-C alone, and after 20 tokens a token takes a second."""
+"""Replies end by Ctrl-C alone, after 20 tokens a token takes a second, no prompt shows a bar."""
 
 
 class Terminal:
@@ -82,9 +84,12 @@ class Terminal:
         self.child.send(keys.encode())
         self.until(lambda screen: screen.endswith(last_line))
         self.child.send(b"\r")
-        self.until(
-            lambda screen: len(screen.rpartition(last_line)[2]) > 9 and self._makes_signals()
-        )
+
+        def replies(screen):  # while the editor draws the message anew, its last line is missing
+            _, message_end, reply = screen.rpartition(last_line)
+            return message_end and len(reply) > 9 and self._makes_signals()
+
+        self.until(replies)
         self.child.sendintr()
         self.until(lambda screen: self.at_prompt(screen) and screen.split()[-2:-1] == ["[stopped]"])
 
