@@ -171,8 +171,9 @@ def test_inspect_is_stable_json(demo_artifact, capsys):
     assert list(found)[:3] == ["kind", "name", "path"]
     assert {"config", "plan", "states", "io", "files", "stored", "parameters"} <= found.keys()
     assert sum(share["weights"] for share in found["stored"]) == found["parameters"]
-    assert run(["inspect", "--size", "demo", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == found["parameters"]
+    assert run(["inspect", "demo", str(demo_artifact), "--json"]) == 0
+    checkpoint, again = json.loads(capsys.readouterr().out)
+    assert checkpoint["parameters"] == found["parameters"] and again == found
     assert run(["inspect", str(demo_artifact), "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "int4/32" in shown and "rg_lru" in shown and "All hashes were verified." in shown

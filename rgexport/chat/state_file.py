@@ -61,7 +61,7 @@ class StateHeader:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SavedState:
     """A state of batch 1, the tokens before it, and its model.
 
@@ -80,6 +80,9 @@ class SavedState:
     engine: str = ""
     logits: np.ndarray | None = None
     artifact: str = ""
+
+    def __repr__(self) -> str:
+        return f"<SavedState {self.identity.name}: {self.count:,} tokens>"
 
     @property
     def position(self) -> int:

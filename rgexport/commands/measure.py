@@ -29,7 +29,7 @@ _STDOUT = "-"
 
 @dataclass(frozen=True)
 class InspectArguments:
-    path: str | None = argument(metavar="MODEL-or-ARTIFACT", type=PATH_OR_ID)
+    paths: tuple[str, ...] = argument(metavar="MODEL-or-ARTIFACT...", type=PATH_OR_ID)
     size: choices.SizeName | None = option(
         "Released model (may download it) or the demo, instead of an argument."
     )
@@ -45,9 +45,13 @@ def inspect(arguments: InspectArguments) -> int:
     """
     from rgexport.exporters.describe import as_json, as_text, describe
 
-    description = describe(arguments.path, size=arguments.size, verify=arguments.verify)
-    print_result((as_json if arguments.json else as_text)(description), end="")
-    return 1 if description.get("problems") else 0
+    paths, size, verify = arguments.paths or (None,), arguments.size, arguments.verify
+    descriptions = [describe(path, size=size, verify=verify) for path in paths]
+    if arguments.json:
+        print_result(as_json(descriptions if len(paths) > 1 else descriptions[0]), end="")
+    else:
+        print_result("\n".join(map(as_text, descriptions)), end="")
+    return 1 if any(description.get("problems") for description in descriptions) else 0
 
 
 @dataclass(frozen=True)

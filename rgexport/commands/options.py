@@ -73,11 +73,13 @@ def command(
     """Makes a function a command with `-v`, `-q` and the parameters that `arguments` declares."""
 
     def decorate(run: Callable[[Arguments], int | None]) -> click.Command:
+        help_text = inspect.getdoc(run) or ""
         click_command = click.Command(
             run.__name__,
             callback=lambda **values: run(_filled(arguments, values)),
             params=[*_parameters(arguments), VERBOSE, QUIET],
-            help=inspect.getdoc(run),
+            help=help_text,
+            short_help=help_text.partition("\n")[0],  # click would cut it
             context_settings=CONTEXT,
         )
         if parent is not None:

@@ -175,14 +175,16 @@ def generate(arguments: GenerateArguments) -> None:
 
 
 def _prompt(arguments: GenerateArguments) -> str | None:
-    from rgexport.files.paths import read_text
-
     file = arguments.prompt_file
     values = {"--prompt": arguments.prompt, "--prompt-file": file, "--ids": arguments.ids}
     if len(names := [name for name, value in values.items() if value is not None]) > 1:
         raise RequestError(f"generate takes one of {' and '.join(names)}; both were given")
-    if file is None:
-        return arguments.prompt
+    return arguments.prompt if file is None else _read(file)
+
+
+def _read(file: Path) -> str:
+    from rgexport.files.paths import read_text
+
     if str(file) != "-":
         return read_text(file)
     try:
@@ -195,7 +197,9 @@ def _prompt(arguments: GenerateArguments) -> str | None:
 class ChatArguments(ArtifactArguments):
     prompt: str | None = option("Send this message, print the reply, and end.", "-p")
     system: str = option("The system prompt.", default="", show_default=False)
-    document: Path | None = option("A file whose text the first message is about.", "--read")
+    document: Path | None = option(
+        "A file whose text the first message is about; - is the standard input, with -p.", "--read"
+    )
     as_json: bool = option("Print the reply and its figures as JSON; with -p.", "--json")
     plain: bool = option("Show replies as they are, without styles, in a terminal.")
     no_history: bool = option("Keep no file of the messages that you type.")
@@ -211,7 +215,6 @@ def chat(arguments: ChatArguments) -> None:
     """
     from rgexport.chat.conversation import Conversation
     from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
-    from rgexport.files.paths import read_text
 
     reply, state, prompt = arguments.reply, arguments.reply.state, arguments.prompt
     options, draft = reply.options(arguments.stop), reply.draft.text()
@@ -224,6 +227,9 @@ def chat(arguments: ChatArguments) -> None:
         raise RequestError("-p is empty; give a message")
     if arguments.as_json and prompt is None:
         raise RequestError("--json is for one message; give it with -p")
+    if str(arguments.document) == "-" and prompt is None:
+        raise RequestError("--read - takes the standard input; give the message with -p")
+    document = _read(arguments.document) if arguments.document else ""
     with reply.open_model(arguments.artifact, chat=True) as model:
         options = dataclasses.replace(options, draft=model.draft_of(draft))
         conversation = Conversation(model, options)
@@ -233,7 +239,7 @@ def chat(arguments: ChatArguments) -> None:
         elif arguments.system:
             conversation.set_system(arguments.system)
         if arguments.document:
-            conversation.read(read_text(arguments.document))
+            conversation.read(document)
         if prompt is not None:
             one_message(conversation, prompt, sys.stdout, as_json=arguments.as_json)
         elif sys.stdin.isatty() and sys.stdout.isatty():
@@ -253,7 +259,9 @@ def state(context: click.Context) -> None:
 
 @dataclass(frozen=True)
 class SaveArguments(ArtifactArguments):
-    text: Path = option("The text to read.", "--read", required=True)
+    text: Path = option(
+        "The text to read, from a file; - is the standard input.", "--read", required=True
+    )
     plain: bool = option("A text for `generate`, not a document for `chat`.")
     no_text: bool = option(
         "Store only a hash of the text; whoever goes on must supply the text again."
@@ -270,13 +278,12 @@ def save(arguments: SaveArguments) -> None:
     """Reads a text once, and saves the state."""
     from rgexport.chat.from_artifact import open_model
     from rgexport.chat.state_file import is_state_file
-    from rgexport.files.paths import read_text
     from rgexport.files.targets import check_file_target
     from rgexport.units import amount
 
     output, plain = arguments.output, arguments.plain
     check_file_target(output, force=arguments.force, replaceable=is_state_file)
-    text = read_text(arguments.text)
+    text = _read(arguments.text)
     if not text.strip():
         raise RequestError(f"{arguments.text} is empty; there is nothing to read")
     with open_model(

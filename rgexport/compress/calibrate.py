@@ -16,7 +16,7 @@ from rgexport.compress.calibration_folder import CalibrationFolder, StatisticsFi
 from rgexport.compress.cluster import encoder_statistics, spread_layer
 from rgexport.compress.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.errors import RequestError
-from rgexport.exporters.opening import as_argument
+from rgexport.exporters.opening import as_argument, model_argument
 from rgexport.exporters.origin import folder_of
 from rgexport.files.hashing import hash_file, hash_new_files, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk
@@ -176,10 +176,9 @@ def calibrate(
 
 
 def closing_line(checkpoint: Checkpoint, target: Path) -> str:
-    model = as_argument(checkpoint.path)
     return (
         f"{target} is complete ({amount(target.stat().st_size)}). Use it: "
-        f"rgexport onnx -m {model} --int4 --calibration {as_argument(target)}"
+        f"rgexport onnx {model_argument(checkpoint)} --int4 --calibration {as_argument(target)}"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.compress.calibrate import default_file, known_calibration
+from rgexport.compress.calibrate import known_calibration
 from rgexport.compress.cluster import encoder_statistics
 from rgexport.compress.passages import first_tokens, read_text
 from rgexport.compress.planning import (
@@ -23,8 +23,8 @@ from rgexport.compress.planning import (
     require_reachable,
 )
 from rgexport.errors import RequestError
-from rgexport.exporters.format import format_of
-from rgexport.exporters.opening import as_argument
+from rgexport.exporters.format import FileFormat, format_of
+from rgexport.exporters.opening import as_argument, model_argument
 from rgexport.exporters.origin import folder_of
 from rgexport.exporters.request import bytes_of
 from rgexport.files.paths import read_regular
@@ -255,12 +255,13 @@ def page_of(target: Path) -> Path:
 
 
 def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:
-    file = options.calibration or default_file(checkpoint)
-    paths = (checkpoint.path, target, file)
-    model, plan, calibration = map(as_argument, paths)
+    name = target.name.removesuffix(PLAN_SUFFIX).removesuffix(".json")
+    suffix = f".{options.format}" if isinstance(format_of(options.format), FileFormat) else ""
+    paths = {"--plan": target, "--calibration": options.calibration, "-o": Path(name + suffix)}
+    flags = [f" {flag} {as_argument(path)}" for flag, path in paths.items() if path]
     return (
         f"{target} is complete; {page_of(target)} has a plot. Export it: rgexport {options.format} "
-        f"-m {model} --plan {plan} --calibration {calibration}"
+        f"{model_argument(checkpoint)}{''.join(flags)}"
     )
 
 

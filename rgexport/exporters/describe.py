@@ -102,7 +102,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, verify: bool) -> Description:
     }
 
 
-def as_json(description: Description) -> str:
+def as_json(description: Description | list[Description]) -> str:
     return json.dumps(description, indent=1).replace("\x7f", "\\u007f") + "\n"
 
 

@@ -18,8 +18,8 @@ from rgexport.exporters.format import (
 from rgexport.exporters.hub import PREFIX, fetch_artifact, is_hub_id, is_hub_name
 from rgexport.exporters.manifest import MANIFEST, NOT_ASKED_FOR
 from rgexport.exporters.manifest_reader import is_artifact, read_manifest
-from rgexport.griffin.checkpoint import means_checkpoint
-from rgexport.griffin.config import SIZE_WORDS
+from rgexport.griffin.checkpoint import Checkpoint, demo_folder, means_checkpoint
+from rgexport.griffin.config import DEMO, SIZE_WORDS
 from rgexport.progress import note
 from rgexport.units import amount
 
@@ -97,6 +97,12 @@ def default_target(model: str, precision: str, kind: str, profile: str = "cpu") 
 def as_argument(path: Path) -> str:
     text = f".{os.sep}{path}" if str(path).startswith("-") else str(path)
     return list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
+
+
+def model_argument(checkpoint: Checkpoint) -> str:
+    """Returns what names a checkpoint in a command."""
+    is_demo = checkpoint.path == demo_folder()
+    return DEMO if is_demo else as_argument(checkpoint.path)
 
 
 def closing_line(artifact: Artifact) -> str:

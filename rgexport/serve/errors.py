@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from rgexport.chat.jobs import Busy, EngineError
 from rgexport.errors import RequestError, one_line
@@ -117,8 +118,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        kind = _KINDS.get(error.status_code, INVALID)
-        body = error_object(str(error.detail), kind)
+        kind, detail = _KINDS.get(error.status_code, INVALID), str(error.detail)
+        if error.status_code == 404:
+            paths = sorted({route.path for route in app.routes if isinstance(route, Route)})
+            detail = f"there is no {request.url.path} here; expected one of {', '.join(paths)}"
+        body = error_object(detail, kind)
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Gone)

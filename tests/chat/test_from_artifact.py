@@ -97,7 +97,8 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Another text.")
     said = rgexport(*words, "--read", "other.txt", folder=tmp_path)
     assert said.returncode == 2 and "a.state was made from" in said.stderr
-    said = rgexport(*words, "--read", "book.txt", "--json", folder=tmp_path)
+    book = (tmp_path / "book.txt").read_text()
+    said = rgexport(*words, "--read", "-", "--json", folder=tmp_path, text=book)
     assert said.returncode == 0 and json.loads(said.stdout)["cached_tokens"] > 1000
     words = ("generate", demo_artifact, "--prompt-file", "book.txt", "-n", "1")
     said = rgexport(*words, folder=tmp_path)

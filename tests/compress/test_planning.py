@@ -16,6 +16,7 @@ from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
 from rgexport.compress.quantize import (
     PlanOptions,
+    closing_line,
     is_plan,
     make_plan,
     make_plans,
@@ -226,6 +227,10 @@ def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monke
     for path, option in requests.items():
         make_plan(checkpoint, option, alone, force=True)
         assert path.read_text() == alone.read_text()
+        name = path.name.removesuffix(".plan.json")
+        assert closing_line(checkpoint, option, path).endswith(
+            f" --calibration {calibration} -o {name}"
+        )
     with pytest.raises(RequestError, match=r"--target-size is 1.00 MB, which no plan reaches"):
         make_plan(checkpoint, PlanOptions(target_size="1MB"), tmp_path / "small.json")
 

@@ -206,6 +206,7 @@ def test_a_state_is_saved_restored_and_erased(server):
     assert server.post("/slots/5?action=erase", talk).status_code == 200
     gone = server.post("/slots/5?action=restore", talk)
     assert "no saved state 'talk'" in error_of(gone, 404)
+    assert "/v1/chat/completions" in error_of(server.post("/v2/chat", talk), 404)
     assert httpx.post(f"{server.url}/slots/5?action=erase").json()["n_erased"] > 0, "without a body"
 
 

@@ -262,7 +262,7 @@ _OVERVIEW: dict[str, Callable[[ValidationResult], str]] = {
     "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",
     "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
     "Δperplexity": _of_cost(
-        _of_likelihood(lambda p: f"{p.perplexity_candidate - p.perplexity:+.3g}")
+        _of_likelihood(lambda p: f"{p.perplexity_candidate / p.perplexity - 1:+.2%}")
     ),
     "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
     "quality": lambda r: "" if r.quality is None else r.quality.grade,
