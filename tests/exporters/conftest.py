@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.gguf.artifact import GgufArtifact, open_gguf
+from rgexport.exporters.gguf.format import GgufArtifact, open_gguf
 from rgexport.quantization.plan import make_plan
 from rgexport.quantization.scheme import Affine
 from tests.artifacts import export_demo, export_random

@@ -17,7 +17,7 @@ from gguf import GGUFValueType as Kind
 from rgexport.exporters.exporter import Exporter
 from rgexport.exporters.folder import common_fields
 from rgexport.exporters.gguf import integrity
-from rgexport.exporters.gguf.artifact import algorithms_value
+from rgexport.exporters.gguf.format import algorithms_value
 from rgexport.exporters.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
 from rgexport.exporters.gguf.naming import ARCHITECTURE, FileTensor, architecture
 from rgexport.exporters.gguf.options import GgufOptions, GgufStorage

@@ -13,7 +13,7 @@ import numpy as np
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.gguf.artifact import GgufArtifact
+from rgexport.exporters.gguf.format import GgufArtifact
 from rgexport.exporters.gguf.naming import ARCHITECTURE, architecture, file_tensors
 from rgexport.exporters.gguf.vocabulary import Vocabulary
 from rgexport.exporters.manifest import Manifest

@@ -14,8 +14,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.exporters.gguf import integrity
-from rgexport.exporters.gguf.artifact import open_gguf
 from rgexport.exporters.gguf.exporter import export_gguf
+from rgexport.exporters.gguf.format import open_gguf
 from rgexport.exporters.gguf.options import GgufOptions
 from rgexport.exporters.manifest import NOT_ASKED_FOR, CheckRecord, skipped
 from rgexport.exporters.opening import open_artifact

@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.exporters.gguf import integrity
-from rgexport.exporters.gguf.artifact import ALGORITHMS_KEY, GgufArtifact, open_gguf
 from rgexport.exporters.gguf.exporter import export_gguf
+from rgexport.exporters.gguf.format import ALGORITHMS_KEY, GgufArtifact, open_gguf
 from rgexport.exporters.gguf.naming import file_tensors
 from rgexport.exporters.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
