@@ -34,7 +34,7 @@ format object."""
 
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "losses statistics".split()),
-    *(f"griffin/{name}.py" for name in "ops reference step triton_scan".split()),
+    *(f"griffin/{name}.py" for name in "ops reference triton_scan".split()),
     *("validation/reference/deepmind_model.py", "evaluation/reference_session.py"),
     "exporters/trace.py",
 }

@@ -1,8 +1,9 @@
-"""Traces the step model, with fake weights, into a step program."""
+"""Traces the step model, with fake weights, into a step program, which emitters lower."""
 
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
@@ -10,27 +11,70 @@ from torch.export.graph_signature import InputKind
 
 from rgexport.exporters.program import Dim, Node, StepProgram, Value
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layer import LayerState
+from rgexport.griffin.layer import Layer, LayerState
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, is_linear_bias, model_tensors
+from rgexport.griffin.ops import compute
 from rgexport.griffin.state import layer_states, state_specs
-from rgexport.griffin.step import StepModel
+
+
+class StepModel(nn.Module):
+    """A whole Griffin model as a step; its parameters have canonical names.
+
+    `dtype` is the activation dtype, float32 or float16.
+    """
+
+    def __init__(self, config: GriffinConfig, dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        tensors = model_tensors(config)
+        for name, spec in tensors.items():
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            in_activation_dtype = spec.role in QUANTIZABLE or is_linear_bias(name, tensors)
+            weight = torch.empty(spec.shape, dtype=dtype if in_activation_dtype else torch.float32)
+            module.register_parameter(last, nn.Parameter(weight, requires_grad=False))
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, num_logits: Tensor, states: list[LayerState]
+    ) -> tuple[Tensor, list[LayerState]]:
+        """One step.
+
+        input_ids, position_ids [B, T] int64, `num_logits` last tokens that want logits, a scalar
+        int64, and the states of each layer → logits [B, num_logits, V] float32 and the next states.
+        """
+        config, weights = self.config, dict(self.named_parameters())
+        table = weights[EMBEDDING]
+        x = compute("embed_tokens", "embedding", input_ids, table, config.embedding_scale)
+        updated: list[LayerState] = []
+        for index, state in enumerate(states):
+            x, state = Layer(config, index, weights, compute)(x, position_ids, state)
+            updated.append(state)
+        x = compute("last_tokens", "last_tokens", x, num_logits)
+        x = compute("final_norm", "rms_norm", x, weights["final_norm.weight"], config.rms_eps)
+        logits = compute("lm_head", "linear", x, table, None)
+        return compute("logits", "soft_cap", logits, config.soft_cap), updated
+
 
 _DYNAMIC: dict[int, str] = {2: "batch_size", 3: "tokens"}
 
 
 def trace(config: GriffinConfig, activation: str = "float32") -> StepProgram:
     """Traces a model in "float32" or "float16", without memory for weights: 3 s for a 2B."""
-    dtype = getattr(torch, activation)
     with FakeTensorMode():
-        model = StepModel(config, dtype)
+        model = StepModel(config, getattr(torch, activation))
         batch, tokens = _DYNAMIC
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
-        states: list[LayerState] = []
-        for index in range(config.num_layers):
-            first, second = (
+        states = [
+            tuple(
                 torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype))
                 for spec in layer_states(config, index, activation)
             )
-            states.append((first, second))
+            for index in range(config.num_layers)
+        ]
         axes = {0: ExportDim("batch"), 1: ExportDim("tokens")}
         per_layer = ({0: axes[0]}, {0: axes[0]})
         exported = torch.export.export(
