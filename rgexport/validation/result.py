@@ -15,7 +15,6 @@ from rgexport.exporters.card import matrix_bits
 from rgexport.exporters.manifest import Manifest, arithmetic
 from rgexport.exporters.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
-from rgexport.reporting.page import write_text
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validation.bisect.sites import SiteReport, Suspect
 from rgexport.validation.checks import (
@@ -198,10 +197,6 @@ def as_json(results: Sequence[ValidationResult]) -> str:
     values = [result.to_dict() for result in results]
     value = values if len(values) > 1 else values[0]
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def write_json(results: Sequence[ValidationResult], path: Path) -> None:
-    write_text(as_json(results), path)
 
 
 def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:

@@ -17,6 +17,7 @@ from rgexport.printing import print_result
 from rgexport.progress import detail, expect_stages, group, note, task, warn
 from rgexport.quantization.calibration import open_calibration
 from rgexport.quantization.statistics import Calibrated, StatisticsOf, no_statistics
+from rgexport.reporting.page import write_text
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
@@ -32,7 +33,7 @@ from rgexport.validation.measure import Measurement, measure, token_text
 from rgexport.validation.reference.against import AgainstFile, check_fits, compare_with_file
 from rgexport.validation.reference.reference_file import ReferenceFile
 from rgexport.validation.reference_pass import Pass, SharedPasses, run_reference
-from rgexport.validation.report.page import write_html
+from rgexport.validation.report.page import render_page
 from rgexport.validation.report.terminal import render
 from rgexport.validation.result import (
     Speed,
@@ -43,7 +44,6 @@ from rgexport.validation.result import (
     describe_artifact,
     describe_source,
     require_writable,
-    write_json,
 )
 from rgexport.validation.source import OriginalModel, compare_identity, find_original
 from rgexport.validation.structure.compare import compare_structure
@@ -133,10 +133,9 @@ def validate_artifacts(
         if len(artifacts) > 1:
             note(f"{path}:")
         results.append(validate_artifact(path, request, passes))
-    if json_file is not None:
-        write_json(results, json_file)
-    if html_file is not None:
-        write_html(results, html_file)
+    for file, content in ((json_file, as_json), (html_file, render_page)):
+        if file is not None:
+            write_text(content(results), file)
     # Last: a reader may leave after a few lines, as `head` does.
     print_result(f"{as_json(results)}\n" if prints_json else render(results), end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}

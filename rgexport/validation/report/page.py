@@ -2,21 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
 from rgexport.reporting.numbers import number, percent
-from rgexport.reporting.page import page_environment, visible, write_text
+from rgexport.reporting.page import page_environment, visible
 from rgexport.units import amount
 from rgexport.validation.bisect.sites import site_evidence
 from rgexport.validation.checks import GRADES, verdict
 from rgexport.validation.report import sentences, tables
 from rgexport.validation.result import ValidationResult
-
-
-def write_html(results: Sequence[ValidationResult], path: Path) -> None:
-    """Writes the page of one artifact or several; raises RequestError if it cannot."""
-    write_text(render_page(results), path)
 
 
 def render_page(results: Sequence[ValidationResult]) -> str:

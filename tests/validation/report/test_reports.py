@@ -21,16 +21,16 @@ from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.reporting import chart
 from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
-from rgexport.reporting.page import breakable, visible
+from rgexport.reporting.page import breakable, visible, write_text
 from rgexport.validation.bisect.sites import Suspect
 from rgexport.validation.continuations import Continuation
 from rgexport.validation.metrics import worst
 from rgexport.validation.reference.capture import capture
 from rgexport.validation.reference.reference_file import read_reference
-from rgexport.validation.report.page import piece, render_page, write_html
+from rgexport.validation.report.page import piece, render_page
 from rgexport.validation.report.sentences import MOST_NAMED
 from rgexport.validation.report.terminal import render
-from rgexport.validation.result import Speed, ValidationResult, require_writable, write_json
+from rgexport.validation.result import Speed, ValidationResult, as_json, require_writable
 from rgexport.validation.run import ValidationRequest, validate_artifact
 from tests.validation.report import changed_results as changes
 
@@ -258,7 +258,7 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
     by_bytes = changes.changed(alone, {"artifact.path": os.fsdecode(b"mod\xe8le")})  # no Unicode
     written = []
     for results in ([result], [changes.with_nan(result)], [by_bytes], [result, alone]):
-        write_json(results, tmp_path / "r.json")
+        write_text(as_json(results), tmp_path / "r.json")
         text = (tmp_path / "r.json").read_text("utf-8")
         written.append(json.loads(text, parse_constant=refuse))
         validator.validate(written[-1])
@@ -270,7 +270,7 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
     assert place.keys() == definitions["WorstPosition"]["properties"].keys()
     assert all(definition["description"] for definition in definitions.values())
     assert named["artifact"]["path"] == by_bytes.artifact.path
-    write_html([by_bytes], tmp_path / "r.html")
+    write_text(render_page([by_bytes]), tmp_path / "r.html")
     assert "mod⟨U+DCE8⟩le" in (tmp_path / "r.html").read_text("utf-8")
     assert broken["verdict"] == "FAIL" and broken["dequantized"]["logits"]["max"] is None
     check = broken["checks"][0]
@@ -319,7 +319,7 @@ def test_a_report_damages_no_artifact_and_names_a_full_disk(clean, tmp_path, res
     with pytest.raises(RequestError, match="it is a folder"):
         require_writable(tmp_path)
     with pytest.raises(RequestError, match="cannot write /dev/full: No space left"):
-        write_json([result], Path("/dev/full"))
+        write_text(as_json([result]), Path("/dev/full"))
     (tmp_path / "link").symlink_to(clean("int4"))
     for file in (clean("int4") / "rgexport.json", tmp_path / "link" / "new.json"):
         with pytest.raises(RequestError, match="it lies in an artifact; choose another place"):
