@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -204,38 +204,33 @@ class Model(PromptEncoder):
 
     def read(
         self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
-    ) -> Future[End]:
+    ) -> "Reading":
         """Reads tokens, so that prompts which begin with them go on from their state.
 
         Cancelling the future ends the reading. The options are those of `GenerationRequest`.
         """
-        return self._start_reading(ids, client=client, namespace=namespace, first=first)[0]
-
-    def _start_reading(
-        self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
-    ) -> tuple[Future[End], GenerationJob]:
-        done = Future[End]()
+        reading = Reading()
         request = GenerationRequest(
             ids=ids,
-            listener=_ReadingListener(done),
+            listener=reading,
             max_new_tokens=0,
             client=client,
             namespace=namespace,
             first=first,
         )
-        job = self.scheduler.submit(request)
-        done.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
-        return done, job
+        job = reading.job = self.scheduler.submit(request)
+        reading.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
+        return reading
 
     def state(self, ids: Sequence[int]) -> State:
         """Returns a copy of the canonical state of batch 1 (`griffin.state`) after these tokens.
 
         Raises RequestError if there are none, or the model was closed.
         """
-        reading, job = self._start_reading(ids)
+        reading = self.read(ids)
         try:
             if self.shows_reading:
-                show_reading(job, lambda seconds: bool(wait([reading], seconds).done))
+                show_reading(reading.job, lambda seconds: bool(wait([reading], seconds).done))
             return _copy_state(reading.result())
         finally:
             reading.cancel()  # an interrupted wait ends the reading
@@ -323,20 +318,21 @@ class Model(PromptEncoder):
                 self.scheduler.store.forget(ids, namespace)
 
 
-@dataclass(frozen=True)
-class _ReadingListener:
-    done: Future[End]
+class Reading(Future[End]):
+    """The end of a `job` that only reads, which it listens to."""
+
+    job: GenerationJob
 
     def token(self, token: int, logits: np.ndarray) -> bool:
         return False
 
     def end(self, end: End) -> None:
-        if not self.done.set_running_or_notify_cancel():
+        if not self.set_running_or_notify_cancel():
             return
         if end.error is not None:
-            self.done.set_exception(end.error)
+            self.set_exception(end.error)
         else:
-            self.done.set_result(end)
+            self.set_result(end)
 
 
 def _copy_state(end: End) -> State:
