@@ -3,6 +3,7 @@
 import platform
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,15 @@ def export_folder(
         manifest = write_model(
             folder, common_fields(checkpoint, hashes, tools) | {"files": {}}, ids
         )
-        manifest = manifest.with_files(record_files(folder))
+        manifest = replace(manifest, files=record_files(folder))
         if check is not None:
             write_manifest(folder, manifest)
             remember_verified(folder, manifest)
             with group("Self-check"):
-                manifest = manifest.with_check(check(folder))
+                manifest = replace(manifest, check=check(folder))
         (folder / CARD).write_text(card(manifest, origin_of(checkpoint)), "utf-8")
         records = manifest.files | record_files(folder, [CARD])
-        manifest = manifest.with_files(dict(sorted(records.items())))
+        manifest = replace(manifest, files=dict(sorted(records.items())))
         write_manifest(folder, manifest)
         for name in manifest.files:
             evict_from_page_cache(folder / name)

@@ -1,6 +1,5 @@
 """The manifest of an artifact, `rgexport.json`: its files and tensors, and how it was made."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -200,12 +199,6 @@ class Manifest:
     @property
     def weighted(self) -> bool:
         return False
-
-    def with_files(self, files: dict[str, FileRecord]) -> "Manifest":
-        return dataclasses.replace(self, files=files)
-
-    def with_check(self, check: CheckRecord) -> "Manifest":
-        return dataclasses.replace(self, check=check)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(to_json(self))

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -84,7 +85,7 @@ def test_what_an_owner_may_do_is_noted(made, capsys):
     card = made.folder / "README.md"
     card.write_text("Mine.")
     files = made.manifest.files | record_files(made.folder, ["README.md"])
-    write_manifest(made.folder, made.manifest.with_files(files))
+    write_manifest(made.folder, replace(made.manifest, files=files))
     (made.folder / ".DS_Store").touch()
     open_artifact(made.folder)
     assert capsys.readouterr().err == ""
@@ -139,8 +140,8 @@ LINEAR = "layers.0.temporal_block.linear_x.weight"
 
 def test_it_comes_back_with_fields_that_are_missing_or_unknown(made):
     record = CheckRecord(status="unverified", reason="so", tokens=32, kl=0.5, engine="toy 1")
-    write_manifest(made.folder, made.manifest.with_check(record))
-    assert read_manifest(made.folder) == made.manifest.with_check(record)
+    write_manifest(made.folder, replace(made.manifest, check=record))
+    assert read_manifest(made.folder) == replace(made.manifest, check=record)
     rewrite(made, lambda fields: (fields.pop("check"), fields.pop("profile"), fields.update(x=1)))
     assert read_manifest(made.folder) == made.manifest
     assert made.manifest.check == NOT_ASKED_FOR and made.manifest.profile == "cpu"

@@ -37,7 +37,7 @@ def test_options_that_are_refused():
 
 def test_check_line(made):
     def line(record: CheckRecord) -> str | None:
-        return check_line(Artifact(Path("out"), made.manifest.with_check(record)))
+        return check_line(Artifact(Path("out"), dataclasses.replace(made.manifest, check=record)))
 
     assert line(NOT_ASKED_FOR) is None
     # A manifest may be from anybody: its texts are shown on one line.
@@ -155,7 +155,7 @@ def test_the_header_tells_what_is_known(made):
     assert text.startswith("---\n") and "base_model_relation: quantized\n" in text
     for kl in (None, math.nan):
         record = dataclasses.replace(made.manifest.check, kl=kl)
-        assert "model-index" not in card(made.manifest.with_check(record))
+        assert "model-index" not in card(dataclasses.replace(made.manifest, check=record))
 
 
 def test_card_for_a_browser(made):
@@ -186,5 +186,5 @@ def test_card_says_why_an_artifact_is_not_verified(made):
         **{"status": "unverified", "reason": "it is not right", "engine": "toy 1", "tokens": 32},
         **{"positions": 30, "kl": 0.5, "kl_standard_error": 0.01, "relative_max": 0.25},
     )
-    text = card(made.manifest.with_check(record))
+    text = card(dataclasses.replace(made.manifest, check=record))
     assert "value: 0.5\n" in text and "| verdict | unverified, since it is not right |" in text

@@ -73,7 +73,7 @@ def claim(path: Path) -> None:
     if path.is_file():
         seal(path, hash_file(path, start=data_start(read_header(path))).sha256)
     else:
-        write_manifest(path, read_manifest(path).with_files(record_files(path)))
+        write_manifest(path, dataclasses.replace(read_manifest(path), files=record_files(path)))
 
 
 def at(key: str, value: float, index: int = -1) -> Callable[[Path], object]:
