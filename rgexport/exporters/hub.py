@@ -2,8 +2,8 @@
 
 import glob
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,7 +17,7 @@ from rgexport.exporters.manifest_reader import read_manifest
 from rgexport.exporters.origin import GEMMA_TERMS
 from rgexport.files.hashing import hash_file
 from rgexport.files.targets import require_free_disk
-from rgexport.griffin.hub import explain, show_bars_on_terminals_alone, snapshot
+from rgexport.griffin.hub import explained, show_bars_on_terminals_alone, snapshot
 from rgexport.progress import note, warn
 from rgexport.units import amount
 
@@ -73,7 +73,7 @@ def push_artifact(artifact: Artifact, repo: str, *, public: bool, force: bool) -
     """
     name = _repository(repo)
     _warn_of_terms(artifact)
-    with _explained(name.id, "upload", "try again: it goes on"):
+    with explained(name.id, "upload", "try again: it goes on"):
         return _push(artifact, name.id, public=public, force=force)
 
 
@@ -101,16 +101,6 @@ def _files_of(artifact: Artifact) -> dict[str, Path | bytes]:
 
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-@contextmanager
-def _explained(repo: str, what: str, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except RequestError:
-        raise
-    except Exception as error:  # the hub's client raises its HTTP library's errors as they are
-        raise RequestError(explain(repo, error, what, advice)) from None
 
 
 def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
@@ -205,7 +195,7 @@ def _download(name: HubName) -> Path:
     from huggingface_hub import HfApi, constants
 
     folder = _folder(name)
-    with _explained(name.id, "download", "or give a local artifact"):
+    with explained(name.id, "download", "or give a local artifact"):
         info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         is_folder = MANIFEST in sizes and name.file is None

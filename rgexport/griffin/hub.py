@@ -1,7 +1,8 @@
 """Finds a model of the Hugging Face hub: in the local cache, else by download."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def fetch_model(hub_id: str) -> Path:
     if not has_tokenizer(folder):
         try:
             snapshot(hub_id, folder.name, TOKENIZER_FILES)
-        except Exception as error:  # as in `_download`
+        except Exception as error:  # as in `explained`
             warn(f"the tokenizer of {hub_id} cannot be downloaded ({_reason(error)})")
     return folder
 
@@ -47,7 +48,7 @@ def cached_model(hub_id: str) -> Path | None:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    try:
+    with explained(hub_id, "download", "or pass a folder with -m"):
         info = HfApi().model_info(hub_id, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if CONFIG not in sizes or not sizes.keys() & {SINGLE, INDEX}:
@@ -63,10 +64,17 @@ def _download(hub_id: str) -> Path:
         )
         require_free_disk(Path(constants.HF_HUB_CACHE), missing)
         return snapshot(hub_id, info.sha, ALLOWED)
+
+
+@contextmanager
+def explained(hub_id: str, action: str, advice: str) -> Iterator[None]:
+    """Raises RequestError for any error in an `action` such as `download`, with `advice`."""
+    try:
+        yield
     except RequestError:
         raise
     except Exception as error:  # the hub's client raises its HTTP library's errors as they are
-        raise RequestError(explain(hub_id, error, "download", "or pass a folder with -m")) from None
+        raise RequestError(_explain(hub_id, error, action, advice)) from None
 
 
 def snapshot(
@@ -89,8 +97,7 @@ def show_bars_on_terminals_alone() -> None:
         disable_progress_bars()
 
 
-def explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
-    """Returns a line for an error in an `action` such as `download`, and another way, `advice`."""
+def _explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
     from huggingface_hub import errors
 
     log_in = "log in (`hf auth login`, or set HF_TOKEN)"
