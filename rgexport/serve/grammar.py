@@ -169,10 +169,9 @@ class Grammars:
 
 
 class GrammarThread:
-    """One thread that compiles grammars in turn; at most `most` wait, each for `seconds`."""
+    """One thread that compiles grammars in turn; few wait, and not for long."""
 
-    def __init__(self, seconds: float = COMPILE_SECONDS, most: int = MOST_COMPILING) -> None:
-        self._seconds, self._most = seconds, most
+    def __init__(self) -> None:
         self._thread = DaemonExecutor("grammars", low_priority=True)
         self._waiting = 0
 
@@ -186,19 +185,19 @@ class GrammarThread:
         """
         if compiled := grammars.known(source):
             return compiled
-        if self._waiting >= self._most:
+        if self._waiting >= MOST_COMPILING:
             raise Busy(f"{self._waiting} grammars wait to be compiled; try again later")
         self._waiting += 1
         call = self._thread.submit(partial(grammars.compile, source))
         result = asyncio.wrap_future(call)
         try:
-            await until_done(result, request, self._seconds)
+            await until_done(result, request, COMPILE_SECONDS)
             if result.done():
                 return result.result()
             if call.cancel():
-                raise Busy(f"other grammars took {self._seconds:g} s to compile; try again later")
+                raise Busy(f"other grammars took {COMPILE_SECONDS:g} s to compile; try again later")
             raise RequestError(
-                f"the grammar takes longer than {self._seconds:g} s to compile; "
+                f"the grammar takes longer than {COMPILE_SECONDS:g} s to compile; "
                 "use a simpler grammar or schema"
             )
         finally:

@@ -25,7 +25,7 @@ from rgexport.serve import server as server_module
 from rgexport.serve import text_process as text_process_module
 from rgexport.serve.errors import InvalidBody, TooLong
 from rgexport.serve.exchange import Limits
-from rgexport.serve.grammar import Grammars, GrammarSource, GrammarThread
+from rgexport.serve.grammar import Grammars, GrammarSource
 from rgexport.serve.server import ServerSettings
 from rgexport.serve.text_process import TextProcess, open_encoder
 from tests.serve.conftest import COMPLETE, cached, error_of, messages_of, said, until
@@ -182,7 +182,8 @@ def test_a_grammar_is_compiled_once(serve, gate):
 
 def test_a_grammar_has_its_time_to_compile(serve, gate, monkeypatch):
     """Meanwhile others are served, and a grammar whose client has left is not compiled."""
-    monkeypatch.setattr(GrammarThread.__init__, "__defaults__", (1.0, 2))
+    monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 1.0)
+    monkeypatch.setattr(grammar_module, "MOST_COMPILING", 2)
     with serve() as server, ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(complete, server, regex=text) for text in "abc"]
         errors = {each.result().json()["error"]["message"] for each in asked}
