@@ -24,7 +24,7 @@ from rgexport.exporters.manifest import Identity
 from rgexport.files.atomic import write_file
 from rgexport.files.safetensors import Entry, header, read_header, read_metadata
 from rgexport.files.targets import require_writable
-from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, require_version, to_json
 from rgexport.griffin.state import POSITION, State
 
 Key = tuple[int, str]
@@ -218,11 +218,7 @@ def read_state_header(path: Path) -> StateHeader:
         raise RequestError(f"{path} is no state file; expected one that rgexport saved")
     try:
         fields = from_json(dict[str, Any], parse_json(text))
-        version = fields.get("format_version")
-        if version != FORMAT_VERSION:
-            raise RequestError(
-                f"{path} has the format version {version}; this rgexport reads {FORMAT_VERSION}"
-            )
+        require_version(path, fields.get("format_version"), FORMAT_VERSION, "save it again")
         state_header = from_json(StateHeader, fields)
         if any(not m.keys() >= {"role", "content"} for m in state_header.messages or ()):
             raise Mismatch("a message lacks its role or content")

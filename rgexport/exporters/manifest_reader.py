@@ -16,7 +16,7 @@ from rgexport.exporters.manifest import (
     StoredTensor,
 )
 from rgexport.files.paths import stays_inside
-from rgexport.files.typed_json import Mismatch, from_json, read_json, shown_key
+from rgexport.files.typed_json import Mismatch, from_json, read_json, require_version, shown_key
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
@@ -38,11 +38,7 @@ def read_manifest(folder: Path) -> Manifest:
     artifact_format = folder_format(kind) if isinstance(kind, str) else None
     if artifact_format is None or type(version) is not int:
         raise RequestError(f"{path} is not the manifest of an rgexport artifact")
-    if version != FORMAT_VERSION:
-        raise RequestError(
-            f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-            + ("update rgexport" if version > FORMAT_VERSION else "export the model again")
-        )
+    require_version(path, version, FORMAT_VERSION, "export the model again")
     try:
         manifest = from_json(artifact_format.manifest, fields)
         _check(manifest, artifact_format)

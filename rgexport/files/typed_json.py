@@ -104,6 +104,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
+def require_version(path: Path, version: Any, expected: int, advice: str) -> None:
+    """Refuses another number of a format's version, for an older one with `advice`."""
+    if type(version) is int and version != expected:
+        raise RequestError(
+            f"{path} has format version {version}; this rgexport reads {expected}: "
+            + ("update rgexport" if version > expected else advice)
+        )
+
+
 def register_reader(kind: Any, reader: Callable[[Any], Any]) -> None:
     """Makes `from_json` read values of a type by `reader`, which raises RequestError."""
     _READERS[kind] = reader

@@ -109,7 +109,7 @@ def test_an_altered_file_is_refused(place, bit, tmp_path_factory):
 
 
 WRONG = {
-    "has the format version 3; this rgexport reads 2": [{"format_version": 3}],
+    "has format version 3; this rgexport reads 2": [{"format_version": 3}],
     "is damaged: in its metadata": [{"messages": [{"role": "user"}]}, {"position": True}],
     "is damaged": [{"position": 3}, {"tokens": 10}, {"sha256": "0" * 64}],
 }

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.files.safetensors import DTYPES, read_header, read_metadata
 from rgexport.files.targets import replace_file
-from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
+from rgexport.files.typed_json import Mismatch, from_json, parse_json, require_version, to_json
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
@@ -249,13 +250,9 @@ def read_reference(path: Path) -> ReferenceFile:
 
 
 def _parse_header(path: Path, text: str) -> Header:
-    fields = parse_json(text)
-    version = fields.get("format_version") if isinstance(fields, dict) else None
-    if type(version) is int and version != FORMAT_VERSION:
-        raise RequestError(
-            f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-            "record it again with `rgexport reference`, or update rgexport"
-        )
+    fields = from_json(dict[str, Any], parse_json(text))
+    advice = "record it again with `rgexport reference`"
+    require_version(path, fields.get("format_version"), FORMAT_VERSION, advice)
     header = from_json(Header, fields)
     check_config(header.config)
     if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
