@@ -161,11 +161,7 @@ def _running(current: TaskProgress) -> Iterator[None]:
     finally:
         _open.remove(current)
     if not _open and current.number is not None:  # a group without tasks has no number
-        note(current.line(columns(), ended=True))
-
-
-def columns() -> int | None:
-    return terminal_columns(sys.stderr)
+        note(current.line(terminal_columns(sys.stderr), ended=True))
 
 
 def _can_rewrite_lines() -> bool:
@@ -194,7 +190,7 @@ def _lines(current: TaskProgress) -> Iterator[Advance]:
             current.done += step
             now = time.monotonic()
             if now >= due and current.done < current.total:
-                note(current.line(columns()))
+                note(current.line(terminal_columns(sys.stderr)))
                 due = max(now + FIRST_LINE, current.began + LATER_LINES * (now - current.began))
 
     yield advance
@@ -225,7 +221,7 @@ def _new_display() -> "Progress":
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, Task
 
-    width = (columns() or 80) - 1
+    width = (terminal_columns(sys.stderr) or 80) - 1
 
     class Line(ProgressColumn):
         def render(self, task: Task) -> "Table":

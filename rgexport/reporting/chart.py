@@ -39,7 +39,6 @@ class Series:
     label: str
     points: Sequence[Point]
     dots: bool = False
-    names: Sequence[str] = ()
     intervals: Sequence[tuple[float, float, float]] = ()
     mark: str = ""
     shift: float = 0

@@ -45,7 +45,6 @@ _BLOB_TYPES = {
 @dataclass(frozen=True)
 class Blob:
     path: Path
-    type: TensorType
     offset: int
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -86,13 +85,12 @@ class BlobFile:
                 f"{self.path} is damaged: there is no header at {offset} of {type.nbytes} bytes of "
                 f"{type.dtype}, which the program needs"
             )
-        return Blob(self.path, type, data_offset)
+        return Blob(self.path, data_offset)
 
 
 @dataclass(frozen=True, eq=False)
 class Package:
     path: Path
-    model: Path
     specification_version: int
     functions: dict[str, Function]
     default_function: str
@@ -141,7 +139,7 @@ def open_package(path: Path | str) -> Package:
         path_in_model = name.removeprefix(_MODEL_PATH)
         blob_files[name] = BlobFile.open(_inside(folder, model.parent, path_in_model, model))
     version, description = message.specificationVersion, message.description
-    package = Package(folder, model, version, functions, default, description, blob_files)
+    package = Package(folder, version, functions, default, description, blob_files)
     sizes: dict[str, dict[int, int]] = {}
     for value in sorted(values, key=lambda value: (value.file, value.offset)):
         package.blob(value)
