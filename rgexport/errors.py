@@ -24,6 +24,11 @@ def system_error(error: BaseException) -> OSError | None:
     return next((cause for cause in causes if isinstance(cause, OSError)), None)
 
 
+def reason(error: BaseException) -> str:
+    """Returns the message of another program's error on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 _HARMFUL = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 """Categories of characters that a terminal obeys or hides, or that reorder the text."""
 _JOINERS = "\u200c\u200d"

@@ -13,7 +13,7 @@ import numpy as np
 
 from rgexport.chat.template_sandbox import Sandbox
 from rgexport.chat.tokenizer import CUT, Tokenizer
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, reason
 from rgexport.griffin.control_tokens import chat_template, missing_turns
 
 Message = Mapping[str, str]
@@ -76,8 +76,8 @@ class ChatTemplate:
             template = Sandbox(messages, **functions).template(self.source)
             text: str = template.render(**values, tools=tools, documents=None)
         except Exception as error:  # a template can raise any exception
-            reason = " ".join(str(error).replace(CUT, "").split()) or type(error).__name__
-            raise RequestError(f"chat template ({self.origin}): {reason}") from None
+            cause = reason(error).replace(CUT, "")
+            raise RequestError(f"chat template ({self.origin}): {cause}") from None
         return text
 
     def check_turns(self, tokenizer: Tokenizer) -> None:

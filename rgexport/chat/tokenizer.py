@@ -6,10 +6,9 @@ produce its id.
 """
 
 import codecs
-import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from rgexport.griffin.control_tokens import (
     json_tokens,
     sentencepiece_tokens,
 )
-from rgexport.griffin.tokenizer_files import MAX_BYTES, panics_raised, read_tokenizer_json
+from rgexport.griffin.tokenizer_files import MAX_BYTES, guarded, read_tokenizer_json
 
 CUT = "\ud800"
 """Marks a cut: a lone surrogate, which no encodable text contains."""
@@ -157,27 +156,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Returns a folder's tokenizer.model, else tokenizer.json; RequestError without one."""
     for name, read in _READERS.items():
         if (folder / name).is_file():
-            with _guarded(folder / name):
+            with guarded(folder / name):
                 return read(folder / name)
     raise RequestError(
         f"{folder} has neither {' nor '.join(_READERS)}, which text needs; put one of "
         "them into the checkpoint's folder and export it again, or pass token ids (--ids)"
     )
-
-
-@contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    """Turns any error that an engine raises because of its file into a RequestError."""
-    try:
-        yield
-    except RequestError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(
-            f"{path} is not a readable tokenizer ({reason}); "
-            "copy it again from the original checkpoint"
-        ) from None
 
 
 def _read_sentencepiece(path: Path) -> Tokenizer:
@@ -194,7 +178,7 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
             return " ⁇ ".encode()  # SentencePiece's unk_surface
         return _surface(engine.IdToPiece(token))
 
-    encode = _guarded(path)(engine.EncodeAsIds)
+    encode = guarded(path)(engine.EncodeAsIds)
     return _tokenizer(size, sentencepiece_tokens(engine), encode, surface)
 
 
@@ -216,12 +200,11 @@ def _read_json(path: Path) -> Tokenizer:
         piece = engine.id_to_token(token) if token >= 0 else None
         return b"" if piece is None or token in silent else _surface(piece)
 
-    @_guarded(path)
+    @guarded(path)
     def encode(text: str) -> list[int]:
         # Added tokens match runs of spaces before spaces become "▁"; SentencePiece matches them
         # after. So spaces are replaced first.
-        with panics_raised(path):
-            ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
+        ids: list[int] = engine.encode(text.replace(" ", "▁"), add_special_tokens=False).ids
         return ids
 
     size = engine.get_vocab_size()

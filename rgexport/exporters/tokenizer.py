@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, reason
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.control_tokens import (
@@ -134,10 +134,9 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
         merged = (NORMAL, USER_DEFINED)
         scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
     except Exception as error:  # of protobuf and tokenizers
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
-            f"{source} cannot be converted to tokenizer.json ({reason}); copy it again from the "
-            "original checkpoint, or put its tokenizer.json beside it"
+            f"{source} cannot be converted to tokenizer.json ({reason(error)}); copy it again from "
+            "the original checkpoint, or put its tokenizer.json beside it"
         ) from None
     del model, engine
     vocabulary = (f"{json.dumps(piece)}:{i}" for i, piece in enumerate(pieces))

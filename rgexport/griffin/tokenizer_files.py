@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, reason
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 
@@ -96,10 +96,10 @@ class TokenizerJson:
     fields: dict[str, Any]
 
     def engine(self) -> "tokenizers.Tokenizer":
-        """Opens the file in the library `tokenizers`, which raises many types of exceptions."""
+        """Opens the file in the library `tokenizers`."""
         import tokenizers
 
-        with panics_raised(self.path):
+        with guarded(self.path):
             return tokenizers.Tokenizer.from_buffer(self.content)
 
 
@@ -116,14 +116,19 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
 
 
 @contextlib.contextmanager
-def panics_raised(path: Path) -> Iterator[None]:
-    """Turns a panic of the library into a RequestError."""
+def guarded(path: Path) -> Iterator[None]:
+    """Turns what a library raises because of its file, even a panic, into a RequestError."""
     try:
         yield
+    except RequestError:
+        raise
     except BaseException as error:
-        if type(error).__module__ != "pyo3_runtime":
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
-        raise RequestError(f"the library tokenizers failed on {path}: {error}") from None
+        raise RequestError(
+            f"{path} is not a readable tokenizer ({reason(error)}); "
+            "copy it again from the original checkpoint"
+        ) from None
 
 
 def _complaints(fields: Any) -> Iterator[str]:

@@ -26,6 +26,7 @@ from rgexport.griffin.tokenizer_files import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    guarded,
     is_gemmas_kind,
     normalization,
     read_pieces,
@@ -59,16 +60,8 @@ def read_vocabulary(files: Sequence[Path], vocab_size: int) -> Vocabulary | None
     if name is None:
         return None
     path = paths[name]
-    try:
+    with guarded(path):
         return _make(path, vocab_size, _READERS[name](path))
-    except RequestError:
-        raise
-    except Exception as error:  # of protobuf, JSON, and tokenizers
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(
-            f"{path} is not a readable tokenizer ({reason}); "
-            "copy it again from the original checkpoint"
-        ) from None
 
 
 def _make(path: Path, vocab_size: int, contents: _Contents) -> Vocabulary:

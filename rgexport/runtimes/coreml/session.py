@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rgexport.errors import NotInstalled, RequestError
+from rgexport.errors import NotInstalled, RequestError, reason
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.coreml import manifest as interface
 from rgexport.exporters.coreml.package import DECODE, PREFILL, Segment, in_order
@@ -73,8 +73,7 @@ def _load(tools: Any, path: Path, function: str) -> Any:
     try:
         return tools.models.MLModel(str(path), compute_units=units, function_name=function)
     except Exception as error:  # coremltools raises bare exceptions and RuntimeErrors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(f"Core ML cannot load {function} of {path}: {reason}") from None
+        raise RequestError(f"Core ML cannot load {function} of {path}: {reason(error)}") from None
 
 
 Runner = FrameworkRunner | InterpreterRunner
