@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from rgexport._version import __version__
     from rgexport.api import evaluate, export, quantize, validate
     from rgexport.chat.model import load
+    from rgexport.errors import RequestError
     from rgexport.griffin.checkpoint import open_checkpoint
 
 __all__ = [
+    "RequestError",
     "__version__",
     "evaluate",
     "export",
@@ -28,6 +30,7 @@ _MODULES = {
     "__version__": "rgexport._version",
     **dict.fromkeys(("evaluate", "export", "quantize", "validate"), "rgexport.api"),
     "load": "rgexport.chat.model",
+    "RequestError": "rgexport.errors",
     "open_checkpoint": "rgexport.griffin.checkpoint",
 }
 """Name → the module that defines it, imported when the name is used: the command line starts fast.

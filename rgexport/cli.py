@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import traceback
 from typing import NoReturn
@@ -72,7 +73,10 @@ def run(arguments: list[str]) -> int:
         command = error.ctx.command_path if error.ctx else "rgexport"
         parameter = error.param if isinstance(error, click.BadParameter) else None
         source = source_of(error.ctx, parameter) if error.ctx and parameter else ""
-        return _fail(f"{error.format_message()}{source} (see {command} --help)")
+        message = error.format_message()
+        if (unknown := _UNKNOWN.match(message)) and (habit := _HABITS.get(unknown["word"])):
+            message = f"{unknown[0]}; try {habit}."
+        return _fail(f"{message}{source} (see {command} --help)")
     except (click.ClickException, RequestError, OSError) as error:
         return _fail(error_line(error))
     except MemoryError as error:
@@ -144,19 +148,15 @@ _HABITS = {
     **dict.fromkeys(("convert", "export"), "onnx, coreml or gguf"),
     **dict.fromkeys(("run", "cli"), "chat or generate"),
     **{"compare": "validate", "perplexity": "evaluate", "show": "inspect", "upload": "push"},
+    **dict.fromkeys(("--outtype", "--quantize", "--q-bits", "--bits"), "--precision or --int4"),
+    **dict.fromkeys(("-c", "--ctx-size"), "without it: a context of any length fits"),
+    **{"--outfile": "--output", "--prompt-cache": "--load-state or --save-state"},
 }
-"""Command of another program → ours."""
+"""Command or option of another program → ours."""
+_UNKNOWN = re.compile(r"No such (command|option) '(?P<word>[^']+)'")
 
 
 class _Sections(click.Group):
-    def resolve_command(
-        self, context: click.Context, arguments: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if arguments and arguments[0] in _HABITS:
-            name = arguments[0]
-            raise click.UsageError(f"No such command {name!r}; try {_HABITS[name]}.", context)
-        return super().resolve_command(context, arguments)
-
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         others = self.commands.keys() - {c.name for group in SECTIONS.values() for c in group}
         titled = {**SECTIONS, "Help": tuple(self.commands[name] for name in sorted(others))}

@@ -2,12 +2,12 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""All control groups, and the file with the paths of this process's own."""
+"""All control groups (version 2), and the file with the path of this process's own."""
 
 _jobs: list[int] = []
 """The numbers that `more_jobs` sets, the innermost last."""
@@ -30,25 +30,12 @@ def usable_threads(requested: int | None) -> int:
 
 def _quotas() -> Iterator[float]:
     """Yields the limits of this process's control groups and of all above, in processors."""
-    with suppress(OSError, ValueError):
-        for line in _MINE.read_text("utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            top = _GROUPS / "cpu" if controllers else _GROUPS  # version 1 names controllers
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-            folder = top / path.lstrip("/")
-            # A container sees no group above `top`.
-            for group in (folder, *folder.parents):
-                if group.is_relative_to(top):
-                    yield from _quota_of(group, files)
-
-
-def _quota_of(group: Path, files: Sequence[str]) -> Iterator[float]:
-    with suppress(OSError, ValueError):  # without a limit: "max", or -1
-        time, period = " ".join((group / name).read_text("utf-8") for name in files).split()
-        if int(time) > 0 and int(period) > 0:
-            yield int(time) / int(period)
+    with suppress(OSError):
+        path = _MINE.read_text("utf-8").partition("0::/")[2].partition("\n")[0]
+        for group in (_GROUPS / path, *(_GROUPS / path).parents):
+            with suppress(OSError, ValueError, ZeroDivisionError):  # "max" for no limit
+                time, period = (group / "cpu.max").read_text("utf-8").split()
+                yield int(time) / int(period)
 
 
 def parallel_jobs(most: int | None = None) -> int:

@@ -186,7 +186,7 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
 BAD_USES: dict[str, tuple[str, str]] = {
     "no tokenizer": ("generate sound -p hello", "neither tokenizer.model nor tokenizer.json"),
     "no prompt": ("generate sound", "one of --prompt, --prompt-file, --ids and --load-state; none"),
-    "a text and messages": ("chat sound --read -", "--read - takes the standard input; give"),
+    "a text and messages": ("chat sound --read -", "--read - are for one message; give it"),
     "two prompts": ("generate sound -p a --ids 1", "one of --prompt and --ids; both"),
     "words as ids": ("generate sound --ids a,b", "expected token ids"),
     "ids beyond 64 bits": (

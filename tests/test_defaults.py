@@ -1,6 +1,5 @@
 """Defaults from the user's configuration file and from variables."""
 
-import json
 from pathlib import Path
 
 import click
@@ -8,7 +7,7 @@ import pytest
 
 from rgexport.cli import rgexport as root
 from rgexport.commands.defaults import read_defaults
-from tests.command_line import refused, rgexport
+from tests.command_line import refused
 
 
 @pytest.fixture
@@ -32,18 +31,6 @@ def test_a_command_s_table_goes_before_the_values_for_all(config, monkeypatch):
     assert defaults["state"]["save"] == {"threads": 2, "text": "book.txt"}
     assert defaults["bench"] == {"threads": "1"}
     assert defaults["onnx"] == {"symmetric": False} and defaults["push"] == {}
-
-
-def test_the_command_line_goes_before_variables_and_the_file(config, monkeypatch, demo_artifact):
-    config.write_text("[bench]\nformat = 'md'\nn-prompt = '2'\nn-gen = '2'\nrepetitions = 1\n")
-
-    def printed(*arguments: str) -> str:
-        return rgexport("bench", demo_artifact, *arguments, folder=config.parent).stdout
-
-    assert "| tg2 |" in printed()
-    monkeypatch.setenv("RGEXPORT_BENCH_FORMAT", "csv")
-    assert "," in printed().splitlines()[0]
-    assert json.loads(printed("--format", "json"))
 
 
 @pytest.mark.parametrize(

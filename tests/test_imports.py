@@ -34,7 +34,7 @@ format object."""
 
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "losses statistics".split()),
-    *(f"griffin/{name}.py" for name in "ops reference triton_scan".split()),
+    *(f"griffin/{name}.py" for name in "ops reference".split()),
     *("validation/reference/deepmind_model.py", "evaluation/reference_session.py"),
     "exporters/trace.py",
 }
@@ -45,7 +45,7 @@ FENCED = {
     **dict.fromkeys("distributed llama_cpp lm_eval tensorstore".split(), frozenset()),
 }
 """Package of an extra → modules that import it when they are loaded."""
-IMPLEMENTATIONS = {"recurrentgemma", "triton"}
+IMPLEMENTATIONS = {"recurrentgemma"}
 """Packages that a user installs for a reference of DeepMind's, or for a GPU."""
 
 EMITTERS = "exporters/onnx/", "exporters/coreml/"

@@ -7,11 +7,6 @@ import pytest
 
 from rgexport import parallelism
 
-
-def first_version(group: str, quota: int) -> dict[str, str]:
-    return {f"{group}/cpu.cfs_{n}_us": f"{k}\n" for n, k in (("quota", quota), ("period", 100_000))}
-
-
 CASES = {
     "no_groups": ({}, None, 8),
     "no_limit": ({"cpu.max": "max 100000\n"}, "0::/\n", 8),
@@ -21,8 +16,6 @@ CASES = {
     "more_than_there_are": ({"cpu.max": "1600000 100000\n"}, "0::/\n", 8),
     "of_a_parent": ({"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 1\n"}, "0::/a/b\n", 3),
     "of_a_host_that_is_not_seen": ({"cpu.max": "200000 100000\n"}, "0::/docker/1f\n", 2),
-    "first_version": (first_version("cpu/x", 200_000), "4:memory:/y\n3:cpu,cpuacct:/x\n", 2),
-    "first_version_no_limit": (first_version("cpu", -1), "1:cpu:/\n", 8),
     "damaged": ({"cpu.max": "much\n"}, "0::/\n", 8),
 }
 

@@ -12,8 +12,8 @@
 namespace fuzz {
 
 using stand_in::Buffer;
-using stand_in::kFloat;
 using stand_in::kBfloat16;
+using stand_in::kFloat;
 using stand_in::kFloat16;
 using stand_in::kInt64;
 using stand_in::kUint8;
@@ -24,9 +24,9 @@ using stand_in::Tensor;
 constexpr auto kDouble = static_cast<ElementType>(11);
 constexpr auto kInt8 = static_cast<ElementType>(3);
 
-const float kSpecial[] = {NAN,     -NAN,   INFINITY, -INFINITY, 0.0f,    -0.0f,   1e-45f,
-                          -1e-40f, 1e-38f, 3e-38f,   -1e-30f,   1e20f,   -1e19f,  3e38f,
-                          -3e38f,  1.0f,   -1.0f,    100.0f,    -104.0f, 88.8f,   0x1p-118f};
+const float kSpecial[] = {NAN,     -NAN,   INFINITY, -INFINITY, 0.0f,    -0.0f,  1e-45f,
+                          -1e-40f, 1e-38f, 3e-38f,   -1e-30f,   1e20f,   -1e19f, 3e38f,
+                          -3e38f,  1.0f,   -1.0f,    100.0f,    -104.0f, 88.8f,  0x1p-118f};
 const int64_t kStrange[] = {0,
                             -1,
                             1,
@@ -60,7 +60,9 @@ class Maker {
   // A node of op `name` that fits: every size is small, and the work is.
   void make(const std::string& name, Node& node) {
     node.memory = memory_;
-    if (name.rfind("QuantLinear", 0) == 0) linear(node, name == "QuantLinear" ? 1 : name.back() - '0');
+    if (name.rfind("QuantLinear", 0) == 0)
+      linear(node, name == "QuantLinear" ? 1 : name.back() - '0');
+    if (name.rfind("TwoLevelLinear", 0) == 0) two_level(node, name.back() - '0');
     if (name == "RgLruScan") scan(node);
     if (name == "LocalAttention") attention(node);
     if (name == "CausalConv1d") convolution(node);
@@ -128,6 +130,18 @@ class Maker {
     while (bytes_.one_in(2) && !node.inputs.back()) node.inputs.pop_back();
   }
 
+  void two_level(Node& node, int64_t bits) {
+    const int64_t block = int64_t{16} << bytes_.below(5), columns = 1 + bytes_.below(400);
+    const int64_t blocks = (columns + block - 1) / block, rows = 1 + bytes_.below(60);
+    add_floats(node, {1, some(20), columns});
+    node.integers = {{"K", columns}, {"N", rows}, {"block_size", block}};
+    add_bytes(node, {rows, blocks * block * bits / 8});
+    add_bytes(node, {rows, blocks});
+    node.inputs.back()->type = kInt8;
+    add_halves(node, kFloat16, {rows, (blocks + 15) / 16});
+    if (bytes_.one_in(2)) add_floats(node, {rows});
+  }
+
   void scan(Node& node) {
     const Step s = step(70);
     const int64_t block = bytes_.one_in(4) ? some(139) : some(12);
@@ -156,8 +170,16 @@ class Maker {
     const int64_t work = std::max<int64_t>(1, s.batch * s.tokens * dim * heads);
     const int64_t most = std::clamp<int64_t>(kWork / work, 2, bytes_.one_in(8) ? 700 : 40);
     const int64_t window = 1 + bytes_.below(most);
-    const int64_t starts[] = {0, 1, window - 1, window, window + 1, 3 * window + 1, bytes_.below(999),
-                              int64_t{1} << 31, int64_t{1} << 53, int64_t{1} << 62};
+    const int64_t starts[] = {0,
+                              1,
+                              window - 1,
+                              window,
+                              window + 1,
+                              3 * window + 1,
+                              bytes_.below(999),
+                              int64_t{1} << 31,
+                              int64_t{1} << 53,
+                              int64_t{1} << 62};
     add_floats(node, {s.batch, s.tokens, heads * dim});
     for (int i = 0; i < 2; ++i) add_floats(node, {s.batch, s.tokens, dim});
     const bool older = bytes_.one_in(4);

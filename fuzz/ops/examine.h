@@ -41,7 +41,7 @@ inline Array copy_of(const stand_in::Tensor* tensor) {
       const uint16_t bits = tensor->as<uint16_t>()[i];
       copy.floats.push_back(half ? half_value(bits) : bfloat16_value(bits));
     }
-  if (tensor->type == stand_in::kUint8) add(copy.bytes);
+  if (stand_in::size_of(tensor->type) == 1) add(copy.bytes);
   if (tensor->type == stand_in::kInt64) add(copy.positions);
   return copy;
 }

@@ -1,4 +1,5 @@
-// QuantLinear, QuantLinear2 and QuantLinear3 in double, with activations rounded to digits of int8.
+// QuantLinear, QuantLinear2 and QuantLinear3 in double, with activations rounded to digits of int8;
+// and TwoLevelLinear as the QuantLinear of its unpacked levels.
 #include "oracles.h"
 
 namespace fuzz {
@@ -58,9 +59,7 @@ struct Rounded {
   bool finite = true;
 
   Rounded(const Format& f, const float* x)
-      : codes(f.blocks * f.block),
-        uncertain(codes.size()),
-        scales(f.blocks),
+      : codes(f.blocks * f.block), uncertain(codes.size()), scales(f.blocks),
         first_scales(f.blocks) {
     for (int64_t b = 0; b < f.blocks; ++b) {
       const int64_t first = b * f.block, last = std::min(first + f.block, f.columns);
@@ -104,8 +103,7 @@ bool is_right(const Format& f, const Matrix& m, int64_t n, const Rounded& x, boo
     const double unit = static_cast<double>(scale) * x.scales[b];
     finite &= std::isfinite(scale);
     int zero = middle;
-    if (m.zero_points.given)
-      zero = level_at(f, m.zero_points, n, b, (f.blocks * f.bits + 7) / 8);
+    if (m.zero_points.given) zero = level_at(f, m.zero_points, n, b, (f.blocks * f.bits + 7) / 8);
     int64_t dot = 0, exact = 0, parts = 0, uncertain = 0;
     for (int64_t k = b * f.block; k < (b + 1) * f.block; ++k) {
       const int level = level_at(f, m.data, n, k, f.blocks * f.block * f.bits / 8);
@@ -119,7 +117,8 @@ bool is_right(const Format& f, const Matrix& m, int64_t n, const Rounded& x, boo
     room += std::fabs(unit) * (in_bfloat16 ? 0x1p-7 * exact : 2e-6 * parts) + 0x1p-120;
     room += std::fabs(unit) * static_cast<double>(uncertain);
     // AMX's products of bfloat16 know no denormal numbers.
-    if (in_bfloat16) room += f.block * (std::fabs(scale) * 255 + x.first_scales[b] * 127.0) * 0x1p-125;
+    if (in_bfloat16)
+      room += f.block * (std::fabs(scale) * 255 + x.first_scales[b] * 127.0) * 0x1p-125;
     const double most = std::fabs(scale) * 512.0;
     loose |= most > kLarge || x.first_scales[b] * 65536.0 > kLarge ||
              most * x.first_scales[b] * 65536.0 > kLarge;
@@ -169,6 +168,74 @@ std::string judge_linear(const Question& q, const std::vector<Array>& outputs) {
     }
   }
   return "";
+}
+
+namespace {
+
+// Level `k` of a row of `columns` levels in planes, see rgexport/quantization/two_level.py.
+int two_level_at(const uint8_t* row, int bits, int64_t columns, int64_t k) {
+  const int64_t unit = bits <= 4 ? k / 2 : k, units = bits <= 4 ? columns / 2 : columns;
+  const int half = bits <= 4 ? k % 2 * 4 : 0;
+  const auto field = [&](int64_t start, int groups, int step, int mask) {
+    const int64_t share = units / groups;
+    return row[start + unit % share] >> (unit / share * step + half) & mask;
+  };
+  switch (bits) {
+    case 2: return field(0, 2, 2, 3);
+    case 3: return field(0, 2, 2, 3) | field(units / 2, 4, 1, 1) << 2;
+    case 4: return field(0, 1, 0, 15);
+    case 5: return field(0, 2, 4, 15) | field(units / 2, 8, 1, 1) << 4;
+    default: return field(0, 2, 4, 15) | field(units / 2, 4, 2, 3) << 4;
+  }
+}
+
+// The same question of QuantLinear; one without inputs if the parts do not fit.
+Question unpacked(const Question& q) {
+  const int bits = q.op.back() - '0', width = bits <= 4 ? 4 : 8;
+  Question same = q;
+  same.op = "QuantLinear";
+  same.integers["bits"] = width;
+  same.integers.erase("digits");
+  same.inputs = {};
+  const Format f = format_of(same);
+  const Array &planes = q.input(1), &codes = q.input(2), &units = q.input(3);
+  const int64_t rows = q.integer("N", 0), columns = f.blocks * f.block, runs = (f.blocks + 15) / 16;
+  if (f.block < 16 || f.block > 256 || columns > 1 << 20 || rows < 1 || rows > 1 << 20 ||
+      !planes.is(stand_in::kUint8, {rows, columns * bits / 8}) ||
+      !is_per_row(codes, static_cast<ElementType>(3), rows, f.blocks) ||
+      !units.is(stand_in::kFloat16, {rows, runs}))
+    return same;
+  Array data, scales;
+  data.given = scales.given = true;
+  data.type = stand_in::kUint8;
+  data.dims = {rows, f.blocks, f.block * width / 8};
+  data.bytes.assign(rows * columns * width / 8, 0);
+  scales.dims = {rows, f.blocks};
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t b = 0; b < f.blocks; ++b) {
+      const auto code = static_cast<int8_t>(codes.bytes[n * f.blocks + b]);
+      scales.floats.push_back(code * units.floats[n * runs + b / 16]);
+    }
+    for (int64_t k = 0; k < columns; ++k) {
+      const int level = two_level_at(planes.bytes.data() + n * planes.dims[1], bits, columns, k);
+      const int raised = level + (1 << (width - 1)) - (1 << (bits - 1));
+      const int64_t at = n * columns + k;
+      if (width == 8)
+        data.bytes[at] = raised;
+      else
+        data.bytes[at / 2] |= raised << (at % 2 * 4);
+    }
+  }
+  same.inputs = {q.input(0), data, scales, Array(), q.input(4)};
+  return same;
+}
+
+}  // namespace
+
+bool is_sound_two_level(const Question& q) { return is_sound_linear(unpacked(q)); }
+
+std::string judge_two_level(const Question& q, const std::vector<Array>& outputs) {
+  return judge_linear(unpacked(q), outputs);
 }
 
 }  // namespace fuzz

@@ -46,8 +46,8 @@ std::string judge_norm_row(const float* x, const float* weight, int64_t width, f
   for (int64_t i = 0; i < width; ++i) {
     const double scaled = x[i] * factor, expected = scaled * (1.0 + weight[i]);
     const double room = std::fabs(expected) * 1e-5 + 1e-37 * (1 + std::fabs(weight[i])) + 1e-44;
-    const bool unsure = std::fabs(scaled) > kLarge ||
-                        (!std::isfinite(weight[i]) && std::fabs(scaled) < 1e-37);
+    const bool unsure =
+        std::fabs(scaled) > kLarge || (!std::isfinite(weight[i]) && std::fabs(scaled) < 1e-37);
     if (!is_near(y[i], expected, std::isfinite(room) ? room : 0, unsure))
       return wrong_at("y", i, y[i], expected, room);
   }
@@ -116,6 +116,11 @@ const Oracle& oracle_of(const Question& q) {
       {"QuantLinear", {is_sound_linear, judge_linear}},
       {"QuantLinear2", {is_sound_linear, judge_linear}},
       {"QuantLinear3", {is_sound_linear, judge_linear}},
+      {"TwoLevelLinear2", {is_sound_two_level, judge_two_level}},
+      {"TwoLevelLinear3", {is_sound_two_level, judge_two_level}},
+      {"TwoLevelLinear4", {is_sound_two_level, judge_two_level}},
+      {"TwoLevelLinear5", {is_sound_two_level, judge_two_level}},
+      {"TwoLevelLinear6", {is_sound_two_level, judge_two_level}},
   };
   static const Oracle pointwise = {is_sound_pointwise, judge_pointwise};
   const auto found = all.find(q.op);

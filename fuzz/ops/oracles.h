@@ -10,6 +10,8 @@ namespace fuzz {
 
 bool is_sound_linear(const Question&);
 std::string judge_linear(const Question&, const std::vector<Array>& outputs);
+bool is_sound_two_level(const Question&);
+std::string judge_two_level(const Question&, const std::vector<Array>& outputs);
 
 bool is_sound_attention(const Question&);
 std::string judge_attention(const Question&, const std::vector<Array>& outputs);

@@ -342,12 +342,16 @@ def _copy_state(end: End) -> State:
 
 
 def load(
-    path: str | Path, *, threads: int | None = None, allow_foreign: bool = False, **options: Any
+    path: str | Path | Artifact,
+    *,
+    threads: int | None = None,
+    allow_foreign: bool = False,
+    **options: Any,
 ) -> Model:
     """Opens an artifact with its tokenizer and chat template.
 
     Args:
-        path: an artifact of any format, or `hf:owner/name`.
+        path: an artifact of any format, opened or not, or `hf:owner/name`.
         threads: number of processors that the engine uses; all by default.
         allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
             can take any time and memory.
@@ -356,6 +360,7 @@ def load(
     Raises:
         RequestError: no sound artifact, no tokenizer, or an engine that cannot open it.
     """
+    path = path.path if isinstance(path, Artifact) else path
     return open_model(open_artifact(path, allow_foreign=allow_foreign), threads=threads, **options)
 
 

@@ -47,10 +47,8 @@ def inspect(arguments: InspectArguments) -> int:
 
     paths, size, verify = arguments.paths or (None,), arguments.size, arguments.verify
     descriptions = [describe(path, size=size, verify=verify) for path in paths]
-    if arguments.json:
-        print_result(as_json(descriptions if len(paths) > 1 else descriptions[0]), end="")
-    else:
-        print_result("\n".join(map(as_text, descriptions)), end="")
+    as_one = as_json(descriptions if len(paths) > 1 else descriptions[0])
+    print_result(as_one if arguments.json else "\n".join(map(as_text, descriptions)), end="")
     return 1 if any(description.get("problems") for description in descriptions) else 0
 
 
@@ -160,7 +158,8 @@ def validate(arguments: ValidateArguments) -> int:
 class EvaluateArguments:
     models: tuple[str, ...] = argument(metavar="MODEL...", required=True, type=PATH_OR_ID)
     suites: tuple[choices.SuiteName, ...] = option(
-        f"Suite to run: {', '.join(_SUITES[:-1])} or {_SUITES[-1]}. [default: the first three]",
+        f"Suite to run: {', '.join(_SUITES[:-1])} or {_SUITES[-1]}; can be repeated. "
+        "[default: the first three]",
         "--suite",
         metavar="NAME",
     )

@@ -225,10 +225,8 @@ def chat(arguments: ChatArguments) -> None:
         )
     if prompt is not None and not prompt.strip():
         raise RequestError("-p is empty; give a message")
-    if arguments.as_json and prompt is None:
-        raise RequestError("--json is for one message; give it with -p")
-    if str(arguments.document) == "-" and prompt is None:
-        raise RequestError("--read - takes the standard input; give the message with -p")
+    if prompt is None and (arguments.as_json or str(arguments.document) == "-"):
+        raise RequestError("--json and --read - are for one message; give it with -p")
     document = _read(arguments.document) if arguments.document else ""
     with reply.open_model(arguments.artifact, chat=True) as model:
         options = dataclasses.replace(options, draft=model.draft_of(draft))

@@ -16,10 +16,10 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.quantization.row_groups import group_rows
-from rgexport.quantization.scheme import FLOAT32, Plan, Uniform, candidates
+from rgexport.quantization.scheme import FLOAT32, Plan, TwoLevel, Uniform, candidates
 
 _SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
-_UNPACKING_BYTES = 6_300  # of graph nodes that unpack 3-bit integers of a matrix or row group
+_TWO_LEVEL_BYTES = 1_200  # of a matrix or row group: more parts and nodes than others have
 
 
 def layout_bytes(form: Format, shape: tuple[int, ...]) -> dict[Uniform, int]:
@@ -40,8 +40,8 @@ def artifact_bytes(form: Format, plan: Plan, checkpoint: Checkpoint) -> int:
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     weights = OffsetAllocator("", form.alignment, header=form.part_header)
     weights.allocate(plan, shapes, form.part_shapes)
-    three_bit = [u for scheme in plan.values() for u in scheme.uniform if u.level_bits == 3]
-    graph = _UNPACKING_BYTES * len(three_bit)
+    two_level = (u for s in plan.values() for u in s.uniform if isinstance(u, TwoLevel))
+    graph = sum(_TWO_LEVEL_BYTES for _ in two_level)
     graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
     return weights.size + graph + form.overhead_bytes(checkpoint)
 

@@ -26,7 +26,7 @@ from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
 from rgexport.quantization.calibration import Calibration
 from rgexport.quantization.scheme import Uniform
-from rgexport.quantization.statistics import StatisticsOf
+from rgexport.quantization.statistics import StatisticsOf, statistics_of
 
 _SAMPLE = 256  # rows of a matrix, or of a row group, that are quantized in every layout
 _SLAB_BYTES = 32 << 20  # most bytes of a slab of the embedding, and of its logits, in float32
@@ -65,13 +65,15 @@ class PredictedLosses:
         outputs = known.row_sensitivity if is_head else known.output_sensitivity(tensor)
         if outputs is None:
             outputs = np.zeros(self._weights[tensor].shape[0], np.float32)
-        hessians, product = known.hessian(tensor) or [], _share(outputs, ids, item.rows)
+        blocks, product = known.hessian(tensor), _share(outputs, ids, item.rows)
+        # What fits the calibration alone counts less, as for encoders.
+        hessians = statistics_of(blocks, known.tokens).hessians if blocks else ()
         lookup = _share(known.token_share, ids, item.rows) if is_head else None
         statistics = self._statistics(tensor)
 
         def loss(layout: Uniform) -> float:
             errors = layout.round_trip(tensor, weights, statistics, ids) - weights
-            costs = product * _through(errors, hessians)
+            costs = product * _through(errors, [hessian.matrix for hessian in hessians])
             if lookup is not None:
                 costs += lookup * (np.square(errors, dtype=np.float64) @ self._channels())
             return float(0.5 * costs.sum())

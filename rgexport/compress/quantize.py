@@ -81,7 +81,9 @@ class PlanOptions:
 
     @property
     def target(self) -> PlanTarget:
-        size = None if self.target_size is None else bytes_of("--target-size", self.target_size)
+        size = (
+            None if self.target_size is None else bytes_of("--target-size", str(self.target_size))
+        )
         values: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
         targets = [PlanTarget(kind, value) for kind, value in values.items() if value is not None]
         if len(targets) != 1:

@@ -106,7 +106,7 @@ def _conclusion(label: str, losses: Sequence[_SuiteLoss], in_full: bool) -> str:
     if not of_model:
         return f"{label} reads other tokens and cannot be compared"
     if not lost:
-        return f"{label} loses nothing for certain in {_listed(unsure)}"
+        return f"{label} shows no certain loss in {_listed(unsure)}"
     rest = f", but not for certain in {_listed(unsure)}" if unsure and in_full else ""
     return f"{label} certainly loses in {_listed(lost)}{rest}"
 
@@ -124,7 +124,7 @@ def _loss_text(loss: _SuiteLoss, unit: str) -> str:
     worst, is_certain = loss.worst, loss.certainty > 1
     most = f"most surely in {worst.where} ({_plus_minus(worst)})"
     if loss.total is None:
-        verb = "certainly loses" if is_certain else "loses nothing for certain"
+        verb = "certainly loses" if is_certain else "shows no certain loss"
         return f"{loss.label} {verb}, {most}"
     is_gain = loss.total.value < 0
     amount = _plus_minus(loss.total._replace(value=abs(loss.total.value)))
@@ -140,7 +140,7 @@ def _how_sure(losses: Sequence[_SuiteLoss]) -> str:
     margins = dict(sorted(totals, key=itemgetter(1)))  # the largest of each suite remains
     missed = [f"{m:.2g} {SUITES[name].UNIT}" for name, m in margins.items() if m]
     limits = f" A loss below {_listed(missed)} may have been missed:" if missed else ""
-    advice = "longer texts (--text) and more --trials show smaller losses"
+    advice = "longer texts (--text) show smaller losses, and rgexport validate the KL divergence"
     return f"How sure: ± holds the true value in 95 % of cases.{limits} {advice}."
 
 

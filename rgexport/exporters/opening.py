@@ -66,7 +66,7 @@ def local_path(path: Path | str) -> Path:
     looks_like_hub_id, path = is_hub_id(path), Path(path)
     if str(path) in SIZE_WORDS and not (means_artifact(path) or means_checkpoint(path)):
         raise RequestError(
-            f"{path} is a checkpoint, not an artifact; export it first: rgexport onnx {path}"
+            f"{path} is a checkpoint, not an artifact; export it first: rgexport onnx {path} --int4"
         )
     if path.exists() or is_artifact(path.parent):
         return path

@@ -10,13 +10,13 @@ from rgexport.choices import Quality
 from rgexport.errors import RequestError
 from rgexport.exporters.format import format_of
 from rgexport.exporters.manifest import ACTIVATIONS
-from rgexport.quantization.plan import precision_of
+from rgexport.quantization.plan import MIXED, precision_of
 from rgexport.quantization.scheme import Ggml, Plan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _FLOATS = {"fp32", "fp16", "f32", "f16", "bf16"}
-_BLOCKS = {"int3", "int4", "int8"}
+_BLOCKS = {MIXED} | {f"int{bits}" for bits in range(2, 9)}
 QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
 
 

@@ -181,7 +181,11 @@ def _check_extents(path: Path, entries: list[tuple[str, Entry]], data: int, size
     expected = data
     for name, entry in entries:
         if entry.offset != expected:
-            what = "overlaps" if entry.offset < expected else "leaves a gap after"
+            what = (
+                "overlaps"
+                if entry.offset < expected
+                else "leaves a gap, as if another were missing, after"
+            )
             raise RequestError(f"{path} is damaged: tensor {name} {what} the tensor before it")
         expected += entry.nbytes
     if expected != size:

@@ -10,7 +10,6 @@ stream, norms, convolution, gates, scan, RoPE angles, softmax and soft cap are f
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgexport.griffin.config import RG_LRU_C
-from rgexport.progress import detail
 
 _CHUNK = {"cpu": 16, "cuda": 256}  # tokens of a parallel scan; on a CPU, longer ones cost more
 
@@ -26,10 +24,10 @@ _CHUNK = {"cpu": 16, "cuda": 256}  # tokens of a parallel scan; on a CPU, longer
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """Computes all h of `h_t = a_t · h_{t-1} + b_t` for a, b [B, T, R] and h0 [B, R], float32.
 
-    On CUDA it is one Triton kernel, if Triton is available. It has gradients.
+    It has gradients.
     """
     differentiable = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return _Scan.apply(a, b, h0) if differentiable else _scan(a, b, h0)
+    return _Scan.apply(a, b, h0) if differentiable else chunked_scan(a, b, h0)
 
 
 class _Scan(torch.autograd.Function):
@@ -37,7 +35,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        h = _scan(a, b, h0)
+        h = chunked_scan(a, b, h0)
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -47,28 +45,9 @@ class _Scan(torch.autograd.Function):
         a, h, h0 = ctx.saved_tensors
         following = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)
         later, grad = (x.flip(1).contiguous() for x in (following, grads[0]))
-        delta = _scan(later, grad, torch.zeros_like(h0)).flip(1)
+        delta = chunked_scan(later, grad, torch.zeros_like(h0)).flip(1)
         before = torch.cat([h0.unsqueeze(1), h[:, :-1]], 1)
         return delta * before, delta, a[:, 0] * delta[:, 0]
-
-
-def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    if b.is_cuda and (kernel := _triton_scan()):
-        return kernel(a, b, h0)
-    return chunked_scan(a, b, h0)
-
-
-@cache
-def _triton_scan() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    try:
-        from rgexport.griffin.triton_scan import scan
-
-        one = torch.ones(1, 1, 1, device="cuda")
-        scan(one, one, one[0])
-    except Exception as error:  # the possible errors have no common base class
-        detail(f"the scan runs without Triton ({type(error).__name__}: {error})")
-        return None
-    return scan
 
 
 def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:

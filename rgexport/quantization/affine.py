@@ -27,41 +27,25 @@ from rgexport.quantization.scheme_base import FloatDtype, Parts, PartShapes, Sha
 from rgexport.quantization.statistics import Statistics
 from rgexport.quantization.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
 
-_COUNT = 8  # integers of `bits` bits that fill `bits` whole bytes, and at most 32 bits
-_UINT32 = np.dtype("<u4")
-
 
 def packed_width(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Packs unsigned values [n, m], [n, packed_width(m, bits)]; the padding is zeros."""
+    """Packs unsigned values [n, m] of 4 or 8 bits: of two of 4 bits, the even one is low."""
     if bits == 8:
         return values
-    rows, columns = values.shape
-    padded = np.pad(values, ((0, 0), (0, -columns % _COUNT)))
-    integers = np.zeros((rows, padded.shape[1] // _COUNT), _UINT32)
-    for i in range(_COUNT):
-        integers |= padded[:, i::_COUNT].astype(_UINT32) << _UINT32.type(bits * i)
-    packed = integers.view(np.uint8).reshape(*integers.shape, _UINT32.itemsize)[..., :bits]
-    return packed.reshape(rows, integers.shape[1] * bits)[:, : packed_width(columns, bits)]
+    even = np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
+    return np.asarray(even[:, ::2] | even[:, 1::2] << np.uint8(4))
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Unpacks bytes [..., n] (uint8), lowest bits first, also the zeros that pad rows."""
+    """Unpacks bytes uint8 [n, m], also the zeros that pad rows."""
     if bits == 8:
         return packed
-    rows, width = packed.shape
-    count = -(-width // bits)
-    padded = np.pad(packed, ((0, 0), (0, count * bits - width)))
-    integers = np.zeros((rows, count, _UINT32.itemsize), np.uint8)
-    integers[..., :bits] = padded.reshape(rows, count, bits)
-    integers = integers.view(_UINT32)[..., 0]
-    values = np.empty((rows, count, _COUNT), np.uint8)
-    for i in range(_COUNT):
-        values[..., i] = (integers >> _UINT32.type(bits * i)) & _UINT32.type(2**bits - 1)
-    return values.reshape(rows, count * _COUNT)[:, : width * 8 // bits]
+    levels = np.stack((packed & np.uint8(15), packed >> np.uint8(4)), -1)
+    return levels.reshape(len(packed), 2 * packed.shape[1])
 
 
 BLOCKS = (16, 32, 64, 128)
@@ -79,7 +63,7 @@ class Affine(Uniform):
     Symmetric: the zero point is `2**(bits - 1)`; else there is an integer one per block.
     """
 
-    bits: Literal[2, 3, 4, 8]
+    bits: Literal[2, 3, 4, 5, 6, 8]
     block: Size | None
     symmetric: bool
     scale: FloatDtype = "float32"
@@ -217,10 +201,10 @@ class Affine(Uniform):
         if self.symmetric:
             extreme = np.where(high > -low, high, low)
             zero = 2 ** (self.bits - 1)
-            scales = _storable(extreme / np.float32(-zero), self.scale)
+            scales = storable(extreme / np.float32(-zero), self.scale)
             return scales, np.full_like(high, zero)
         high, low = np.maximum(high, 0), np.minimum(low, 0)
-        scales = _storable((high - low) / np.float32(self._top), self.scale)
+        scales = storable((high - low) / np.float32(self._top), self.scale)
         return scales, np.clip(np.rint(-low / scales), 0, self._top)
 
     def _pack(self, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> Parts:
@@ -250,8 +234,8 @@ class Affine(Uniform):
             return self
 
         def row_bytes(scheme: Affine) -> int:
-            parts = scheme.part_shapes((1, columns)).values()
-            return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in parts)
+            layout = scheme.part_shapes((1, columns)).values()
+            return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in layout)
 
         candidates = (replace(self, block=block) for block in BLOCKS if block <= self.block)
         return min(candidates, key=row_bytes)
@@ -322,7 +306,7 @@ def _in_lanes(weights: np.ndarray) -> np.ndarray:
     return np.pad(weights, ((0, 0), (0, 0), (0, padding))) if padding else weights
 
 
-def _storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
+def storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
     """Scales rounded to `dtype`, as float32, float16 away from zero; 1 for a block of zeros."""
     if dtype == "float16":
         with np.errstate(over="ignore"):

@@ -12,7 +12,13 @@ from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import QUANTIZABLE, TensorSpec, is_linear_bias, model_tensors
+from rgexport.griffin.layout import (
+    EMBEDDING,
+    QUANTIZABLE,
+    TensorSpec,
+    is_linear_bias,
+    model_tensors,
+)
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 from rgexport.kernels.rounding import library
 from rgexport.parallelism import parallel_jobs
@@ -33,6 +39,7 @@ WEB_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int4": Affine(4, 128, symmetr
 COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": schemes.Palette()}
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
+MIXED = "mixed"
 _ROWS = 192  # rows that a thread encodes at once, or a few more where a table is shared
 
 
@@ -105,7 +112,10 @@ def _is_gate_matrix(spec: TensorSpec) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    return schemes.coarsest(plan.values()).precision
+    """Returns the precision of the coarsest weights; `mixed` where linears have different bits."""
+    linears = (scheme for name, scheme in plan.items() if name != EMBEDDING)
+    bits = {uniform.level_bits for scheme in linears for uniform in scheme.uniform} - {None}
+    return MIXED if len(bits) > 1 else schemes.coarsest(plan.values()).precision
 
 
 def has_blocks(scheme: Scheme) -> bool:

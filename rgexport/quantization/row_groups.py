@@ -15,6 +15,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.quantization.affine import Affine
 from rgexport.quantization.scheme_base import FloatDtype, Scheme, Shape, Uniform
+from rgexport.quantization.two_level import TwoLevel
 
 MAX_GROUPS = 16
 """Row groups that a tensor may have: each is a product of its own."""
@@ -22,6 +23,9 @@ MAX_ROWS = 1 << 31
 """Rows that a tensor may have: their numbers are int32."""
 _TEXT = re.compile(r"\d{1,10}(-\d{1,10})?(,\d{1,10}(-\d{1,10})?)*", re.ASCII)
 _MAX_SHOWN = 60
+_GROUPED: dict[str, type[Affine] | type[TwoLevel]] = {
+    scheme.kind: scheme for scheme in (Affine, TwoLevel)
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class RowGroup:
     """Rows of a matrix that are stored alike; `rows` is None for all that no other group has."""
 
     rows: str | None
-    scheme: Affine
+    scheme: Affine | TwoLevel
 
     @property
     def label(self) -> str:
@@ -49,11 +53,13 @@ class RowGroup:
             )
         if rows is not None:
             row_bounds(rows)
-        if not isinstance(scheme, dict) or scheme.get("kind") != Affine.kind:
+        kind = scheme.get("kind") if isinstance(scheme, dict) else None
+        if not isinstance(kind, str) or kind not in _GROUPED:
             raise RequestError(
-                f"a row group has the scheme {reprlib.repr(scheme)}; expected kind {Affine.kind}"
+                f"a row group has the scheme {reprlib.repr(scheme)}; expected kind "
+                f"{' or '.join(_GROUPED)}"
             )
-        return cls(rows, Affine.from_dict(scheme))
+        return cls(rows, _GROUPED[kind].from_dict(scheme))
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Mixed(Scheme):
     def with_algorithm(self, algorithm: str) -> "Mixed":
         return self._each(lambda scheme: scheme.with_algorithm(algorithm))
 
-    def _each(self, change: Callable[[Affine], Affine]) -> "Mixed":
+    def _each(self, change: Callable[[Affine | TwoLevel], Any]) -> "Mixed":
         changed = (replace(group, scheme=change(group.scheme)) for group in self.groups)
         return Mixed(tuple(changed))
 

@@ -1,7 +1,7 @@
 """Storage schemes: floats, the registry of all, and the names that other packages import."""
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,6 +18,7 @@ from rgexport.quantization.row_groups import Mixed, RowGroup
 from rgexport.quantization.scheme_base import FloatDtype, Parts, PartShapes, Scheme, Shape, Uniform
 from rgexport.quantization.statistics import Statistics
 from rgexport.quantization.steps import StepSizes, float_steps
+from rgexport.quantization.two_level import TwoLevel
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _DIGITS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24), "bfloat16": (23, 2.0**-126)}
@@ -84,7 +85,7 @@ BFLOAT16 = Float("bfloat16")
 
 __all__ = ["BFLOAT16", "BLOCKS", "FLOAT32", "INT8_ROWS", "SCHEMES", "Affine", "Float", "FloatDtype"]
 __all__ += ["Ggml", "Mixed", "Palette", "PartShapes", "Parts", "Plan", "RowGroup", "Scheme"]
-__all__ += ["Uniform", "candidates", "coarsest", "scheme_from_dict"]
+__all__ += ["TwoLevel", "Uniform", "candidates", "coarsest", "scheme_from_dict"]
 
 Plan = dict[str, Scheme]
 """Canonical tensor name → scheme, for every tensor of the model."""
@@ -92,12 +93,17 @@ Plan = dict[str, Scheme]
 SCHEMES: dict[str, type[Scheme]] = {
     "float": Float,
     "affine": Affine,
+    "two_level": TwoLevel,
     "palette": Palette,
     "ggml": Ggml,
     "mixed": Mixed,
 }
 """Kind → scheme."""
 FLOAT32 = Float("float32")
+_TWO_LEVEL_CANDIDATES: Mapping[Literal[2, 3, 4, 5, 6], tuple[int, ...]] = dict(
+    {2: (32, 16), 3: (64, 32, 16), 4: (64, 32, 16), 5: (64, 32), 6: (32,)}
+)
+"""Bits of a level → block sizes."""
 _GGML_CANDIDATES = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 
 
@@ -127,10 +133,14 @@ def candidates() -> list[Uniform]:
     """Returns the schemes that plans for a target choose from; formats refuse what they lack."""
     affine = partial(Affine, scale="float16", algorithm="gptq")
     return [
-        *(affine(3, block, symmetric=True) for block in (128, 64, 32)),
         *(affine(4, block, symmetric=True) for block in (128, 64, 32, 16)),
         affine(4, 32, symmetric=False),
         *(affine(8, block, symmetric=True) for block in (128, 32)),
+        *(
+            TwoLevel(bits, block, algorithm="gptq")
+            for bits, blocks in _TWO_LEVEL_CANDIDATES.items()
+            for block in blocks
+        ),
         Palette(algorithm="gptq"),
         *(Ggml(kind, algorithm="gptq") for kind in _GGML_CANDIDATES),
     ]

@@ -105,7 +105,7 @@ def open_models(artifacts: list[Path], **options: Any) -> dict[str, Model]:
     try:
         for path in artifacts:
             model = open_model(path, chat=False, **options)
-            names = model.name, path.name, str(path)
+            names = [model.name] if len(artifacts) == 1 else [path.name, str(path)]
             models[next(name for name in names if name not in models)] = model
     except RequestError:
         for model in models.values():

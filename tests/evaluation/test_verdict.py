@@ -26,10 +26,14 @@ def models(*losses, margin=0.01):
     ("losses", "conclusion", "reason"),
     [
         ([(0.1, 0.02)], "m1 certainly loses in text.", "m1 loses 0.0600 ± 0.0071 nats per token"),
-        ([(0, 0)], "m1 loses nothing for certain in text.", "perhaps by chance."),
-        ([(-0.1, -0.1)], "m1 loses nothing for certain in text.", "text: m1 gains 0.1"),
+        ([(0, 0)], "m1 shows no certain loss in text.", "perhaps by chance."),
+        ([(-0.1, -0.1)], "m1 shows no certain loss in text.", "text: m1 gains 0.1"),
         ([(0.04, -0.04)], "m1 certainly loses in text.", "most surely in code (0.040 ± 0.010)"),
-        ([(0, 0), (0.1, 0.2)], "certain in text; m2 certainly loses in text.", "text: m2 loses"),
+        (
+            [(0, 0), (0.1, 0.2)],
+            "certain loss in text; m2 certainly loses in text.",
+            "text: m2 loses",
+        ),
     ],
 )
 def test_it_says_what_is_lost_and_where(losses, conclusion, reason):

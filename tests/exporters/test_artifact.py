@@ -172,9 +172,9 @@ BROKEN: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "foreign": (lambda f: f.update(kind="car"), "is not the manifest"),
     "no name": (lambda f: f.pop("name"), "name is missing"),
     "profile": (lambda f: f.update(profile="phone"), "profile is 'phone'; expected"),
-    "precision": (lambda f: f.update(precision="int5"), "precision is 'int5'; expected fp32 or"),
+    "precision": (lambda f: f.update(precision="int7"), "precision is 'int7'; expected fp32 or"),
     "zero": (lambda f: f["config"].update(lru_heads=0), "config.lru_heads is 0"),
-    "scheme": (lambda f: f["plan"][LINEAR].update(bits=5), "bits is 5; expected 2 or 3"),
+    "scheme": (lambda f: f["plan"][LINEAR].update(bits=7), "bits is 7; expected 2 or 3"),
     "ggml": (store_as_ggml, "only GGUF files have ggml types"),
     "plan": (lambda f: f["plan"].pop(LINEAR), "not stored as the plan says"),
     "extra": (lambda f: f["tensors"].update(x=f["tensors"][LINEAR]), "tensors.x has shape"),
@@ -248,7 +248,7 @@ def test_row_groups_come_back_in_their_order(name, grouped):
     manifest = artifact.manifest
     sizes = [group.stored.shape[0] for group in groups_of(manifest.tensors[EMBEDDING])]
     assert sizes == [20, 30, 51] and read_manifest(artifact.path) == manifest
-    assert manifest.rounds_activations and manifest.precision == "int4"
+    assert manifest.rounds_activations and manifest.precision == "mixed"
 
 
 @pytest.mark.parametrize(

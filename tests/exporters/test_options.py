@@ -176,7 +176,7 @@ INT2, Q4_K, Q6_K = Affine(2, 32, True), Ggml("q4_k"), Ggml("q6_k")
         (OnnxOptions, FULL, INT4, BESIDE, NOT_BESIDE),
         (CoreMLOptions, FULL, INT4, BESIDE, NOT_BESIDE),
         (GgufOptions, Q4_K, Q4_K, BESIDE_GGUF, NOT_BESIDE_GGUF),
-        (OnnxOptions, FULL, INT2, {}, "the profile cpu does not .* in 3, 4, 8 bits"),
+        (OnnxOptions, FULL, INT2, {}, "the profile cpu does not .* in 2, 3, 4, 5, 6, 8 bits"),
         (OnnxOptions, FULL, Palette(), {}, r"weight as \S+, which the profile cpu does not"),
         (OnnxOptions, FULL, Q6_K, {}, r"embed_tokens\.weight as q6_k, which only GGUF files have"),
         (CoreMLOptions, Q4_K, Q6_K, {}, r"embed_tokens\.weight as q6_k, which only GGUF"),

@@ -1,8 +1,6 @@
 """The references against DeepMind's implementation, torch's recurrence, and gradients of ops."""
 
-import sys
 from functools import partial
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from rgexport.griffin import ops
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.ops import chunked_scan, linear_scan
+from rgexport.griffin.ops import linear_scan
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
 from tests.deepmind import deepmind_logits, deepmind_model
@@ -109,17 +107,8 @@ def assert_exact(result: Tensor, *inputs: Tensor) -> None:
 @needs_cuda
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_cuda_scans_equal_a_loop(tokens):
-    """The channels are no multiple of a tile; `linear_scan` takes the kernel if there is Triton."""
     inputs = scan_inputs(tokens, channels=45)
-    on_gpu = [tensor.cuda() for tensor in inputs]
-    for result in (linear_scan(*on_gpu), chunked_scan(*on_gpu)):
-        assert_exact(result.cpu(), *inputs)
-    assert (ops._triton_scan() is not None) == (find_spec("triton") is not None)
-
-
-def test_without_triton_torch_operations_are_used(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rgexport.griffin.triton_scan", None)
-    assert ops._triton_scan.__wrapped__() is None
+    assert_exact(linear_scan(*(tensor.cuda() for tensor in inputs)).cpu(), *inputs)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)

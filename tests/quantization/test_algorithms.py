@@ -17,7 +17,7 @@ from rgexport.quantization.statistics import RowKinds, statistics_of
 
 HALVES = [
     Affine(bits, block, symmetric, scale="float16")
-    for bits, block, symmetric in product((2, 3, 4, 8), (None, 13, 32), (True, False))
+    for bits, block, symmetric in product((4, 8), (None, 13, 32), (True, False))
 ]
 SCHEMES = [*HALVES, *(replace(one, scale="float32") for one in HALVES)]
 MATRICES = hnp.arrays(
@@ -80,9 +80,9 @@ def test_weights_that_float16_cannot_hold_are_refused(scheme):
     for word in ("rtn", "search", "gptq"):
         with pytest.raises(RequestError, match=r"w: .*need a scale of 7e\+04, and float16 holds"):
             stored(weights, scheme, word, statistics(26))
-    with pytest.raises(RequestError, match=r"w: a weight of .*e\+05 is more than float16 holds"):
+    with pytest.raises(RequestError, match=r"w: a weight of .*e\+0[56] is more than float16 holds"):
         Float("float16").encode("w", weights)
-    with pytest.raises(RequestError, match=r"e\+05 are more than float16 holds"):
+    with pytest.raises(RequestError, match=r"e\+0[56] are more than float16 holds"):
         Palette(group=2).encode("w", weights)
     weights[1, 3] = -60_000 * levels
     decoded = scheme.decode(scheme.encode("w", weights), 26)

@@ -32,7 +32,7 @@ from rgexport.exporters.mil.package import Package, means_package, open_package
 from rgexport.exporters.mil.program import TensorType
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import Mismatch, shown_key
-from rgexport.quantization.plan import COREML_PRECISIONS
+from rgexport.quantization.plan import COREML_PRECISIONS, MIXED
 from rgexport.quantization.scheme import Parts, PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
 
@@ -112,6 +112,7 @@ class CoreMLFormat(FolderFormat):
     manifest = CoreMLManifest
     artifact = CoreMLArtifact
     precisions = COREML_PRECISIONS
+    planned_precisions = (MIXED,)
     entries = (PACKAGE, ENDS)
     foreign_kind = "mlpackage"
     alignment = part_header = 64

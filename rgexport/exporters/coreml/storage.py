@@ -32,6 +32,7 @@ from rgexport.quantization.scheme import (
     Affine,
     FloatDtype,
     Ggml,
+    Palette,
     Parts,
     PartShapes,
     Plan,
@@ -115,7 +116,8 @@ def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
 def _is_storable(shape: tuple[int, ...], scheme: Uniform) -> bool:
     if not scheme.is_quantized:
         return not isinstance(scheme, Ggml)
-    return scheme.level_bits in _SIGNED and len(shape) == 2 and scheme.fitted(shape) == scheme
+    is_known = isinstance(scheme, Affine | Palette) and scheme.bits in _SIGNED
+    return is_known and len(shape) == 2 and scheme.fitted(shape) == scheme
 
 
 def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:

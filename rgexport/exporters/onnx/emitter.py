@@ -20,6 +20,7 @@ DTYPES = {
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
 }
 
 END = np.iinfo(np.int64).max

@@ -61,7 +61,7 @@ def _encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, tensor: StoredTensor
 ) -> Parts:
     arrays = tensor.uniform.encode(name, rows, statistics(name), ids)
-    return arrays if "data" in tensor.parts else {COLUMNS: arrays.pop("data"), **arrays}
+    return {COLUMNS: arrays.pop("data"), **arrays} if COLUMNS in tensor.parts else arrays
 
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")

@@ -44,7 +44,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.control_tokens import chat_template
 from rgexport.griffin.state import state_specs
 from rgexport.kernels.onnx import library
-from rgexport.quantization.plan import PRECISIONS
+from rgexport.quantization.plan import MIXED, PRECISIONS
 from rgexport.quantization.scheme import (
     BLOCKS,
     INT8_ROWS,
@@ -52,6 +52,7 @@ from rgexport.quantization.scheme import (
     Float,
     PartShapes,
     Scheme,
+    TwoLevel,
     Uniform,
 )
 
@@ -241,9 +242,9 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
 
 def is_storable(scheme: Scheme) -> bool:
     return all(
-        one.block in BLOCKS and one.bits in (3, 4, 8) and (one.bits > 3 or one.symmetric)
+        one.block in BLOCKS and one.bits in (4, 8)
         if isinstance(one, Affine)
-        else isinstance(one, Float)
+        else isinstance(one, Float | TwoLevel)
         for one in scheme.uniform
     )
 
@@ -252,7 +253,7 @@ class OnnxFormat(FolderFormat):
     artifact = OnnxArtifact
     entries = (MODEL_FILE,)
     precisions = PRECISIONS
-    planned_precisions = ("int3",)
+    planned_precisions = MIXED, "int2", "int3", "int5", "int6"
     alignment = 4096
     graph_bytes = 24_000
     keeps_bfloat16_gates = True
@@ -262,6 +263,10 @@ class OnnxFormat(FolderFormat):
         if scheme != INT8_ROWS and not is_storable(scheme):
             raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
         return part_shapes_by_group(shape, scheme, _group_part_shapes)
+
+    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
+        is_worse = isinstance(scheme, Affine) and scheme.bits < 8  # than `TwoLevel`
+        return None if is_worse else super().candidate(scheme, shape)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)

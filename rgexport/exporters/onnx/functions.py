@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import onnx_ir as ir
@@ -14,7 +16,8 @@ from rgexport.exporters.onnx.emitter import DTYPES, OPSET
 from rgexport.exporters.onnx.model_file import DOMAIN
 from rgexport.exporters.onnx.trust import MICROSOFT
 from rgexport.exporters.program import Node, StepProgram
-from rgexport.quantization.scheme import Affine
+from rgexport.quantization.scheme import Affine, TwoLevel
+from rgexport.quantization.two_level import PLANES, RUN
 
 QUANT_LINEAR_SIZES = "N", "N2", "N3"  # attributes of QuantLinear: the number of rows of each matrix
 
@@ -31,6 +34,32 @@ QUANT_LINEARS = [
     _function("quant_linear.onnx.j2", sizes=QUANT_LINEAR_SIZES[:count])
     for count in range(1, len(QUANT_LINEAR_SIZES) + 1)
 ]
+
+EXACT, ROUNDED = 1, 4
+"""Accuracy levels of `MatMulNBits`: activations in float32, or rounded to int8."""
+
+
+@cache
+def two_level_linear(bits: int, accuracy: int) -> ir.Function:
+    """Returns the product with `TwoLevel` weights; only the rounded one has a native kernel."""
+    planes, scheme = PLANES[bits], TwoLevel(bits, RUN)  # type: ignore[arg-type]
+    count = planes[-1].groups  # cuts of a row: the groups of the finest plane
+    pieces = [count // plane.groups for plane in planes]
+    of_planes = list(zip(accumulate(pieces, initial=0), pieces, planes, strict=False))
+    cuts = [
+        [(i + cut % n, cut // n * p.step, p.mask, p.shift) for i, n, p in of_planes]
+        for cut in range(count)
+    ]
+    raised, top = scheme.unpacked_bits - bits, 2 ** (bits - 1)
+    top *= 0x11 if scheme.unpacked_bits == 4 else 1
+    numbers = {n for cut in cuts for _, *three in cut for n in three} | {top, *range(raised + 1)}
+    return _function(
+        "two_level_linear.onnx.j2",
+        name=f"TwoLevelLinear{bits}{'' if accuracy == ROUNDED else 'Exact'}",
+        **{"numbers": sorted(numbers), "cuts": cuts, "raised": raised, "top": top, "run": RUN},
+        **{"pieces": sum(pieces), "unpacked_bits": scheme.unpacked_bits, "accuracy": accuracy},
+    )
+
 
 Nodes = tuple[Node, ...]
 Merges = Iterator[tuple[Node, set[str]]]

@@ -1,6 +1,5 @@
 """Lowers the ops with weights that may be quantized or in row groups: embedding, linears, head."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, pairwise
@@ -9,14 +8,20 @@ import numpy as np
 import onnx_ir as ir
 
 from rgexport.exporters.onnx.emitter import OnnxEmitter
-from rgexport.exporters.onnx.functions import QUANT_LINEAR_SIZES, QUANT_LINEARS
+from rgexport.exporters.onnx.functions import (
+    EXACT,
+    QUANT_LINEAR_SIZES,
+    QUANT_LINEARS,
+    ROUNDED,
+    two_level_linear,
+)
 from rgexport.exporters.onnx.trust import MICROSOFT
 from rgexport.exporters.program import Node, Value
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantization.scheme import Affine
+from rgexport.quantization.scheme import Affine, TwoLevel
+from rgexport.quantization.two_level import PLANES, RUN
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
-EXACT = 1  # accuracy level of `MatMulNBits` with float32 activations
 
 
 def _grouped_linear(
@@ -71,7 +76,7 @@ GROUPED = {"embedding": _grouped_embedding, "linear": _grouped_linear}
 def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     ids, table = node.tensors
     scheme = g.stored(table).scheme
-    if isinstance(scheme, Affine):
+    if isinstance(scheme, Affine | TwoLevel):
         rows = _quantized_rows(g, g.value(ids), table, scheme)
     else:
         gathered = g.op("Gather", g.value(table), g.value(ids))
@@ -79,71 +84,64 @@ def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
 
 
-def _quantized_rows(g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine) -> ir.Value:
+def _quantized_rows(
+    g: OnnxEmitter, ids: ir.Value, table: Value, scheme: Affine | TwoLevel
+) -> ir.Value:
     """Gathers rows of the head's bytes; `GatherBlockQuantized` before ORT 1.27 misreads some."""
     columns = table.size(1)
-    blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
+    blocks, block = scheme.num_blocks(columns), scheme.block or columns
 
     def gather(part: str) -> ir.Value:
-        return g.op("Gather", g.part(table, part), ids)
+        stored = g.op("Gather", g.part(table, part), ids)
+        return g.typed(stored, g.stored(table).parts[part].dtype)
 
-    levels = _unpack(g, gather("data"), scheme.bits)
+    data = gather("planes" if isinstance(scheme, TwoLevel) else "data")
+    zero_points, scales = g.constant(2 ** (scheme.bits - 1), "float32"), gather("scales")
+    if isinstance(scheme, TwoLevel):
+        width = blocks * block * scheme.unpacked_bits // 8
+        levels = _unpack(g, _joined(g, data, scheme, width), scheme.unpacked_bits)
+        units = g.op("Unsqueeze", g.cast(gather("units"), "float32"), g.constant([3]))
+        units = g.op("Expand", units, g.constant([1, 1, 1, RUN]))
+        units = g.slice(g.op("Reshape", units, g.constant([0, 0, -1])), 0, blocks, 2)
+        scales = g.typed(g.op("Mul", g.cast(scales, "float32"), units), "float32")
+    else:
+        levels = _unpack(g, data, scheme.bits)
+        if not scheme.symmetric:
+            packed = _unpack(g, gather("zero_points"), scheme.bits)
+            zero_points = g.slice(g.cast(packed, "float32"), 0, blocks, 2)
+            zero_points = g.op("Unsqueeze", zero_points, g.constant([3]))
     levels = g.op("Reshape", g.cast(levels, "float32"), g.constant([0, 0, blocks, block]))
-    zero_points = g.constant(2 ** (scheme.bits - 1), "float32")
-    if not scheme.symmetric:
-        packed = _unpack(g, gather("zero_points"), scheme.bits)
-        zero_points = g.slice(g.cast(packed, "float32"), 0, blocks, 2)
-        zero_points = g.op("Unsqueeze", zero_points, g.constant([3]))
-    stored = g.typed(gather("scales"), g.stored(table).parts["scales"].dtype)
-    scales = g.op("Unsqueeze", g.cast(stored, "float32"), g.constant([3]))
+    scales = g.op("Unsqueeze", g.cast(scales, "float32"), g.constant([3]))
     rows = g.op("Mul", g.op("Sub", levels, zero_points), scales)
     rows = g.op("Reshape", rows, g.constant([0, 0, blocks * block]))
     return rows if blocks * block == columns else g.slice(rows, 0, columns, 2)
+
+
+def _joined(g: OnnxEmitter, planes: ir.Value, scheme: TwoLevel, width: int) -> ir.Value:
+    """Returns the unpacked bytes, [B, T, width], of rows of planes."""
+    start, rows = 0, []
+    for plane in PLANES[scheme.bits]:
+        packed = g.slice(planes, start, start := start + width // plane.groups, 2)
+        groups = []
+        for group in range(plane.groups):
+            bits = _shifted(g, packed, group * plane.step, "RIGHT")
+            bits = g.op("BitwiseAnd", bits, g.constant(plane.mask, "uint8"))
+            groups.append(_shifted(g, bits, plane.shift, "LEFT"))
+        rows.append(g.op("Concat", *groups, axis=2))
+    return rows[0] if len(rows) == 1 else g.op("BitwiseOr", *rows)
 
 
 def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:
     """Unsigned integers from rows of bytes [B, T, n], as `quantize.affine` packs them."""
     if bits == 8:
         return packed
-    levels = g.op("Concat", *_levels(g, packed, (0, 0), bits), axis=3)
-    return g.op("Reshape", levels, g.constant([0, 0, -1]))
-
-
-def _levels(g: OnnxEmitter, packed: ir.Value, rows: tuple[int, ...], bits: int) -> list[ir.Value]:
-    """Returns the n-th integer of each group of whole bytes, [*rows, m, 1], for each n."""
-    size = math.lcm(bits, 8) // 8
-    shape = g.constant([*rows, -1, size])
-    packed = g.op("Reshape", packed, shape)
-    last = len(rows) + 1
-    bytes_ = [packed] if size == 1 else [g.slice(packed, i, i + 1, last) for i in range(size)]
-    levels = []
-    for start in range(0, 8 * size, bits):
-        byte, low = divmod(start, 8)
-        level = _shifted(g, bytes_[byte], low, "RIGHT")
-        if low + bits > 8:  # its last bits are in the next byte
-            level = g.op("BitwiseOr", level, _shifted(g, bytes_[byte + 1], 8 - low, "LEFT"))
-        if low + bits != 8:
-            level = g.op("BitwiseAnd", level, g.constant(2**bits - 1, "uint8"))
-        levels.append(level)
-    return levels
+    low = g.op("BitwiseAnd", packed, g.constant(15, "uint8"))
+    pair = [g.op("Unsqueeze", x, g.constant([3])) for x in (low, _shifted(g, packed, 4, "RIGHT"))]
+    return g.op("Reshape", g.op("Concat", *pair, axis=3), g.constant([0, 0, -1]))
 
 
 def _shifted(g: OnnxEmitter, x: ir.Value, bits: int, direction: str) -> ir.Value:
     return g.op("BitShift", x, g.constant(bits, "uint8"), direction=direction) if bits else x
-
-
-def _widened(g: OnnxEmitter, packed: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-    """Widens symmetric integers of 3 bits to 4; runtimes fold this when they load the file."""
-    levels = _levels(g, packed, (), 3)
-    pairs = [
-        g.op("BitwiseOr", low, _shifted(g, high, 4, "LEFT"))
-        for low, high in zip(levels[::2], levels[1::2], strict=True)
-    ]
-    both = g.op("Concat", *pairs, axis=1)
-    # The middle is 8 instead of 4. Runtimes do not add bytes, but adding 4 changes two bits.
-    carried = _shifted(g, g.op("BitwiseAnd", both, g.constant(0x44, "uint8")), 1, "LEFT")
-    raised = g.op("BitwiseOr", g.op("BitwiseXor", both, g.constant(0x44, "uint8")), carried)
-    return g.op("Reshape", raised, g.constant(shape))
 
 
 def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
@@ -151,8 +149,11 @@ def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     assert x is not None and weight is not None
     dtype = node.outputs[0].dtype
     addend = None if bias is None else g.value(bias)
-    if isinstance(g.stored(weight).scheme, Affine):
+    scheme = g.stored(weight).scheme
+    if isinstance(scheme, Affine):
         y = _quantized_linear(g, g.value(x), weight, addend)
+    elif isinstance(scheme, TwoLevel):
+        y = _two_level_linear(g, g.value(x), weight, addend, scheme)
     else:
         y = _float_linear(g, g.value(x), weight, addend, dtype)
     return [g.cast(y, dtype)]
@@ -180,6 +181,16 @@ def _quantized_linear(
     data, scales, zero_points = _parts(g, weight)
     inputs = [g.cast(x, "float32"), data, float32(g, scales), zero_points, None, float32(g, bias)]
     y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=EXACT, **sizes)
+    return g.typed(y, "float32")
+
+
+def _two_level_linear(
+    g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None, scheme: TwoLevel
+) -> ir.Value:
+    sizes = {"K": weight.size(1), "N": weight.size(0), "block_size": scheme.block}
+    stored = [g.part(weight, name) for name in ("planes", "scales", "units")]
+    function = two_level_linear(scheme.bits, ROUNDED if g.rounded else EXACT)
+    (y,) = g.call(function, g.cast(x, "float32"), *stored, float32(g, bias), **sizes)
     return g.typed(y, "float32")
 
 
@@ -218,8 +229,7 @@ def takes_two_digits(weight: str, scheme: Affine) -> bool:
 
 def block_attributes(g: OnnxEmitter, weight: Value) -> dict[str, int]:
     scheme, columns = _affine(g, weight), weight.size(1)
-    bits = max(scheme.bits, 4)  # see `_widened`
-    return {"K": columns, "bits": bits, "block_size": scheme.block_size(columns)}
+    return {"K": columns, "bits": scheme.bits, "block_size": scheme.block_size(columns)}
 
 
 def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
@@ -227,8 +237,6 @@ def _parts(g: OnnxEmitter, weight: Value) -> tuple[ir.Value | None, ...]:
     scheme = _affine(g, weight)
     blocks, block = scheme.num_blocks(columns), scheme.block_size(columns)
     data = g.part(weight, "data", (rows, blocks, block * scheme.bits // 8))
-    if scheme.bits == 3:
-        data = _widened(g, data, (rows, blocks, block // 2))
     return data, g.part(weight, "scales"), zero_points(g, weight, scheme)
 
 

@@ -29,7 +29,9 @@ from rgexport.quantization.scheme import (
     FloatDtype,
     Plan,
     Scheme,
+    TwoLevel,
 )
+from rgexport.quantization.two_level import PLANES
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ PROFILES: dict[str, LoweringProfile] = {
             name="cpu",
             precision="int4",
             embeddings=FINE_HEAD,
-            bits=frozenset({3, 4, 8}),
+            bits=frozenset({*PLANES, 8}),
             scale="float16",
             functions=True,
         ),
@@ -184,10 +186,11 @@ class OnnxOptions(FolderOptions):
             return
         bits = self._profile.bits
         stored = {s.level_bits for s in scheme.uniform if s.level_bits is not None}
-        if not is_storable(scheme) or not bits >= stored:
-            symmetric = " (those of 3 are symmetric)" if 3 in bits else ""
+        two_level = any(isinstance(uniform, TwoLevel) for uniform in scheme.uniform)
+        unknown = two_level and not self._profile.functions
+        if not is_storable(scheme) or not bits >= stored or unknown:
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which the profile {self.profile} does "
                 f"not have; expected blocks of {', '.join(map(str, BLOCKS))} weights in "
-                f"{', '.join(map(str, sorted(bits)))} bits{symmetric}"
+                f"{', '.join(map(str, sorted(bits)))} bits"
             )

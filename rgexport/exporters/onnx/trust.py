@@ -29,6 +29,7 @@ from rgexport.exporters.onnx.model_file import (
     parse_model,
     subgraphs,
 )
+from rgexport.quantization.two_level import PLANES
 
 Ops = Mapping[str, frozenset[str]]
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own ops, in every stock build
@@ -47,7 +48,7 @@ _NATIVE = frozenset(
     AddRmsNorm CausalConv1d GeluMul LocalAttention QuantLinear QuantLinear2 QuantLinear3 RgLruScan
     RmsNorm SoftCap
     """.split()
-)
+) | {f"TwoLevelLinear{bits}{exact}" for bits in PLANES for exact in ("", "Exact")}
 _WEBGPU = frozenset(
     """
     Abs Add And Cast Concat Cos Div Equal Exp Expand Floor Gather Gelu Gemm GreaterOrEqual Identity
@@ -59,7 +60,7 @@ _WEBGPU = frozenset(
 
 OPERATORS: Mapping[Profile, Ops] = {
     "cpu": {
-        "": _EVERYWHERE | {"BitwiseOr", "BitwiseXor"},
+        "": _EVERYWHERE | {"BitwiseOr", "BitwiseXor", "Split"},
         MICROSOFT: frozenset({"MatMulNBits"}),
         DOMAIN: _NATIVE,
     },
@@ -73,7 +74,6 @@ OPERATORS: Mapping[Profile, Ops] = {
     },
 }
 """Profile → all ops that a graph may have, also in bodies of functions and in subgraphs."""
-_EARLIER = {DOMAIN: frozenset({"BlockDiagonalLinear"})}  # ops that only earlier versions wrote
 
 MOST_ELEMENTS = 1 << 28  # of a tensor that is no weight: a GB in float32
 _VIEWS = 4  # how many times a graph may name the bytes of the weights; the embedding is named twice
@@ -117,7 +117,7 @@ def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
         for node in nodes:
             domain, op = (text.decode(errors="replace") for text in (node.domain, node.op_type))
             domain = "" if domain == "ai.onnx" else domain
-            if not any(op in ops.get(domain, ()) for ops in (OPERATORS[profile], _EARLIER)):
+            if op not in OPERATORS[profile].get(domain, ()):
                 name = one_line(f"{domain or 'ai.onnx'}::{op}")
                 raise _not_ours(
                     f"{path} has the op {name}, which rgexport does not write for the profile "

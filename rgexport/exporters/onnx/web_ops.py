@@ -18,6 +18,7 @@ import onnx_ir as ir
 from rgexport.exporters.manifest import COLUMNS
 from rgexport.exporters.onnx import linear_ops
 from rgexport.exporters.onnx.emitter import END, GraphBuilder, OnnxEmitter
+from rgexport.exporters.onnx.functions import EXACT
 from rgexport.exporters.onnx.lowering import ring_attention
 from rgexport.exporters.onnx.trust import MICROSOFT
 from rgexport.exporters.program import Node, Value
@@ -65,8 +66,7 @@ def _in_pieces(
     rows, columns = weight.size(0), weight.size(1)
     sizes = linear_ops.block_attributes(g, weight)
     blob = (scheme.num_blocks(columns), sizes["block_size"] * scheme.bits // 8)
-    exact = linear_ops.EXACT
-    product = partial(g.op, "MatMulNBits", domain=MICROSOFT, accuracy_level=exact, **sizes)
+    product = partial(g.op, "MatMulNBits", domain=MICROSOFT, accuracy_level=EXACT, **sizes)
     pieces = []
     for start in range(0, rows, count := max(1, PIECE // columns)):
         n = min(count, rows - start)

@@ -11,13 +11,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
+from rgexport.exporters.onnx import functions
 from rgexport.exporters.onnx.emitter import OPSET
-from rgexport.exporters.onnx.functions import QUANT_LINEARS, RG_LRU_SCAN
 from rgexport.exporters.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
+from rgexport.quantization.two_level import PLANES
 
 Arrays = dict[str, np.ndarray]
-BODIES = {function.name: function for function in (*QUANT_LINEARS, RG_LRU_SCAN)}
+_FUNCTIONS = [*functions.QUANT_LINEARS, functions.RG_LRU_SCAN]
+_FUNCTIONS += [functions.two_level_linear(bits, functions.ROUNDED) for bits in PLANES]
+BODIES = {function.name: function for function in _FUNCTIONS}
 """Those of other ops depend on the model that they are in."""
 
 

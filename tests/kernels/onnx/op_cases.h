@@ -52,7 +52,7 @@ std::unique_ptr<stand_in::Tensor> tensor_of(const Input& input, stand_in::Memory
     const uint32_t half = input.type == kFloat16 ? 0x3800 : 0x3f00;
     if (stand_in::size_of(input.type) == 2)
       tensor->as<uint16_t>()[i] = (seed >> 16) % half + (seed >> 16 & 0x8000);
-    if (input.type == kUint8) tensor->as<uint8_t>()[i] = seed >> 24;
+    if (stand_in::size_of(input.type) == 1) tensor->as<uint8_t>()[i] = seed >> 24;
     if (input.type == kInt64) tensor->as<int64_t>()[i] = input.start + i % input.dims[1];
   }
   return tensor;
@@ -106,6 +106,24 @@ void quant_linear(std::vector<Case>& cases) {
               if (digits > 1) one.attributes["digits"] = digits;
               cases.push_back(std::move(one));
             }
+}
+
+template <int kBits>
+void two_level(std::vector<Case>& cases) {
+  for (int64_t block : {16, 32, 256})
+    for (int64_t columns : {12, 264, 519})
+      for (int64_t rows : {1, 5, 37})
+        for (Step step : kSteps) {
+          const int64_t blocks = (columns + block - 1) / block;
+          cases.push_back({"TwoLevelLinear" + std::to_string(kBits),
+                           {{"K", columns}, {"N", rows}, {"block_size", block}},
+                           {floats({step.batch, step.tokens, columns}),
+                            bytes({rows, blocks * block * kBits / 8}),
+                            {static_cast<ElementType>(3), {rows, blocks}},  // int8
+                            halves({rows, (blocks + 15) / 16}),
+                            cases.size() % 2 ? floats({rows}) : kMissing},
+                           {}});
+        }
 }
 
 template <int kMatrices>
@@ -162,12 +180,12 @@ void scan(std::vector<Case>& cases) {
       const Input bfloat16 = {kBfloat16, weight.dims};
       const Input decay = {kFloat, {channels}, 0, -2}, state = floats({step.batch, channels});
       for (const Input& second : {weight, bfloat16})
-        cases.push_back({"RgLruScan",
-                         {},
-                         {floats({step.batch, step.tokens, channels}), b.heads > 2 ? bfloat16 : weight,
-                          bias, second, bias, decay,
-                          positions(step.batch, step.tokens, step.batch == 1), state},
-                         {{1, 7}}});
+        cases.push_back(
+            {"RgLruScan",
+             {},
+             {floats({step.batch, step.tokens, channels}), b.heads > 2 ? bfloat16 : weight, bias,
+              second, bias, decay, positions(step.batch, step.tokens, step.batch == 1), state},
+             {{1, 7}}});
     }
 }
 
@@ -193,7 +211,8 @@ void attention(std::vector<Case>& cases) {
 const Dims kShapes[] = {{1}, {7}, {3, 64}, {5, 3, 250}, {1, 127, 320}, {2, 2, 5, 33}};
 
 void gelu_mul(std::vector<Case>& cases) {
-  for (const Dims& dims : kShapes) cases.push_back({"GeluMul", {}, {floats(dims), floats(dims)}, {}});
+  for (const Dims& dims : kShapes)
+    cases.push_back({"GeluMul", {}, {floats(dims), floats(dims)}, {}});
 }
 
 void rms_norm(std::vector<Case>& cases) {
@@ -214,6 +233,11 @@ const std::map<std::string, void (*)(std::vector<Case>&)> kCases = {
     {"QuantLinear", quant_linear},
     {"QuantLinear2", quant_linear_of<2>},
     {"QuantLinear3", quant_linear_of<3>},
+    {"TwoLevelLinear2", two_level<2>},
+    {"TwoLevelLinear3", two_level<3>},
+    {"TwoLevelLinear4", two_level<4>},
+    {"TwoLevelLinear5", two_level<5>},
+    {"TwoLevelLinear6", two_level<6>},
     {"RgLruScan", scan},
     {"CausalConv1d", convolution},
     {"LocalAttention", attention},

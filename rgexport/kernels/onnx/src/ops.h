@@ -46,6 +46,35 @@ class QuantLinear : public QuantLinears {
   explicit QuantLinear(const Attributes& attributes) : QuantLinears(attributes, kCount) {}
 };
 
+// The same for one matrix with levels of kBits bits in planes and scales of two levels, see two_level.h:
+// x, planes, codes, units, bias or none.
+class TwoLevelLinears {
+ public:
+  void run(Context&) const;
+
+ protected:
+  TwoLevelLinears(const Attributes&, int bits);
+
+  static constexpr Signature signature(const char* name) {
+    return {name, 5, 4, {ort::kFloat, ort::kUint8, ort::kInt8, ort::kFloat16, ort::kFloat}, 1};
+  }
+
+ private:
+  int bits_;
+  int64_t columns_, rows_, block_;
+  NextWeights next_weights_;
+};
+
+template <int kBits>
+class TwoLevelLinear : public TwoLevelLinears {
+  static constexpr const char* kNames[] = {"TwoLevelLinear2", "TwoLevelLinear3", "TwoLevelLinear4",
+                                           "TwoLevelLinear5", "TwoLevelLinear6"};
+
+ public:
+  static constexpr Signature kSignature = signature(kNames[kBits - 2]);
+  explicit TwoLevelLinear(const Attributes& attributes) : TwoLevelLinears(attributes, kBits) {}
+};
+
 // The RG-LRU of arXiv 2402.19427 with its gates: x [B, T, R]; weight [heads, block, block], in float32
 // or in bfloat16, and bias [heads, block] of the input gate and of the recurrence gate, R = heads ·
 // block; decay [R], position_ids [B, T], state [B, R] → h [B, T, R], present [B, R], and what the gates

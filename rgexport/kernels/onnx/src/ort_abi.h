@@ -45,6 +45,7 @@ enum ElementType : int {
   kUndefined = 0,
   kFloat = 1,
   kUint8 = 2,
+  kInt8 = 3,
   kInt64 = 7,
   kFloat16 = 10,
   kBfloat16 = 16

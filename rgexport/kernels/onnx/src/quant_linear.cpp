@@ -1,5 +1,7 @@
 // The ops around the kernels of quant_matmul.h: shapes, scratch memory, threads.
+#include <atomic>
 #include <cinttypes>
+#include <cstring>
 
 #include "ops.h"
 #include "quant_matmul.h"
@@ -10,6 +12,7 @@ namespace rgexport {
 namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of weights that a thread takes at once in decode
+constexpr int64_t kUnpackedRows = 32;      // that a thread unpacks at once
 constexpr int64_t kGrainRows = 16;         // or a multiple: the most outputs that lie side by side
 
 // Matrices of one format, and the result of each: [count of x, rows of the matrix].
@@ -18,6 +21,10 @@ struct Products {
   int64_t digits = 1;  // of the activations
   QuantMatrix w[QuantLinears::kMost];
   float* y[QuantLinears::kMost];
+  const TwoLevelMatrix* two_level = nullptr;  // what a single matrix is unpacked from
+
+  const uint8_t* data(int i) const { return two_level ? two_level->planes : w[i].data; }
+  int64_t row_bytes() const { return two_level ? two_level->row_bytes() : w[0].row_bytes(); }
 
   int64_t rows() const {
     int64_t sum = 0;
@@ -89,6 +96,34 @@ class Rounded {
   Activations activations_;
 };
 
+// Columns [first, last) of the y of matrix `i`; false where there is no memory to unpack weights.
+bool multiply(const QuantKernel& kernel, const Products& all, int i, const Activations& a,
+              int64_t first, int64_t last) {
+  const TwoLevelMatrix* packed = all.two_level;
+  const QuantMatrix& whole = all.w[i];
+  if (!packed) {
+    kernel.multiply(whole, a, first, last, all.y[i]);
+    return true;
+  }
+  QuantMatrix some = whole;
+  some.rows = last - first;
+  const int64_t count = a.count / a.digits, floats = some.rows * whole.blocks();
+  const int64_t row_floats = packed->bits == 4 ? 0 : whole.row_bytes() / 4;
+  const Scratch memory(Size(some.rows) * row_floats + floats + Size(count) * some.rows);
+  if (!memory.data()) return false;
+  float* scales = memory.data();
+  float* y = scales + floats;
+  auto* bytes = reinterpret_cast<uint8_t*>(y + count * some.rows);
+  quant_kernels().unpack(*packed, first, last, bytes, scales);
+  some.data = packed->bits == 4 ? packed->planes + first * packed->row_bytes() : bytes;
+  some.scales = {scales, false};
+  if (some.bias) some.bias += first;
+  kernel.multiply(some, a, 0, some.rows, y);
+  for (int64_t m = 0; m < count; ++m)
+    std::memcpy(all.y[i] + m * whole.rows + first, y + m * some.rows, some.rows * sizeof *y);
+  return true;
+}
+
 // Rounds row `m` of x.
 void round(const QuantKernel& kernel, const QuantMatrix& format, const float* x, int64_t m,
            const Activations& a) {
@@ -120,7 +155,8 @@ bool has_rows_of(const Tensor& tensor, int64_t rows, int64_t count) {
 
 // Whether a matrix's parts fit one another; refuses them otherwise.
 bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const Tensor& scales,
-               const Tensor& zero_points, const Tensor& bias) {
+               const Tensor& zero_points, const Tensor& bias,
+               const TwoLevelMatrix* packed = nullptr) {
   constexpr int64_t kMostRows = INT32_MAX;
   const auto refuse = [&](const char* what, const Tensor& found) {
     context.refuse("%s: %s, where N is %" PRId64 " and K %" PRId64, what, ShapeText(found).text(),
@@ -128,8 +164,9 @@ bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const
     return false;
   };
   if (w.rows < 1 || w.rows > kMostRows) return refuse("N is no possible number of rows", data);
-  if (!data.is({w.rows, w.blocks(), w.block * w.bits / 8}))
-    return refuse("data is not N rows of blocks", data);
+  const bool is_whole = packed ? data.is({w.rows, packed->row_bytes()})
+                               : data.is({w.rows, w.blocks(), w.block * w.bits / 8});
+  if (!is_whole) return refuse("data is not N rows of blocks", data);
   if (!has_rows_of(scales, w.rows, w.blocks()))
     return refuse("scales is not N rows of blocks", scales);
   if (zero_points.given && !has_rows_of(zero_points, w.rows, w.zero_point_bytes()))
@@ -143,30 +180,34 @@ bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const
 bool stream(Context& context, const QuantKernel& kernel, const Products& all, const float* x,
             int64_t count, const NextWeights& next_weights) {
   const QuantMatrix& format = all.w[0];
-  const int64_t row_bytes = format.row_bytes(), rows = all.rows();
+  const int64_t row_bytes = all.row_bytes(), rows = all.rows();
   Span weights[QuantLinears::kMost];
-  for (int i = 0; i < all.matrices; ++i) weights[i] = {all.w[i].data, all.w[i].rows * row_bytes};
+  for (int i = 0; i < all.matrices; ++i) weights[i] = {all.data(i), all.w[i].rows * row_bytes};
   Ranges parts(rows, (kGrainBytes / row_bytes / kGrainRows + 1) * kGrainRows, processors());
   const Rounded rounded(kernel, format, parts.parts() * count, all.digits);
   if (!rounded) return false;
   NextWeights::Next next = next_weights.begin(weights, all.matrices);
+  std::atomic<bool> enough{true};
   context.parallel_for(parts.parts(), [&](size_t index) {
     if (!parts.any()) return;  // there are fewer threads than parts
     next.enter();
     const int own = static_cast<int>(index);
     const int64_t first = parts.first(own);
     all.each(first, first + 1,
-             [&](int i, int64_t row, int64_t) { fetch(all.w[i].data + row * row_bytes, kAhead); });
+             [&](int i, int64_t row, int64_t) { fetch(all.data(i) + row * row_bytes, kAhead); });
     const Activations a = rounded.rows(own * count, count);
     for (int64_t m = 0; m < count; ++m) round(kernel, format, x, m, a);
     parts.run(own, [&](int64_t from, int64_t to) {
       all.each(from, to, [&](int i, int64_t row, int64_t end) {
-        kernel.multiply(all.w[i], a, row, end, all.y[i]);
+        const int64_t most = all.two_level ? kUnpackedRows : end - row;
+        for (; row < end; row += most)
+          if (!multiply(kernel, all, i, a, row, row + most < end ? row + most : end))
+            enough = false;
       });
     });
     next.fetch(own, parts.parts());
   });
-  return true;
+  return enough;
 }
 
 // Of quant_kernels().few, the one that reads weights of this format best.
@@ -209,15 +250,41 @@ bool multiply(Context& context, const Products& all, const float* x, int64_t cou
     sizes[i] = at_once * kernels.panel;
     ends[i] = parts += (panels + at_once - 1) / at_once;
   }
+  std::atomic<bool> enough{true};
   context.parallel_for(parts, [&](size_t index) {
     int64_t part = index;
     int i = 0;
     while (part >= ends[i]) ++i;
     if (i > 0) part -= ends[i - 1];
     const int64_t first = part * sizes[i], last = first + sizes[i];
-    kernel.multiply(all.w[i], a, first, last < all.w[i].rows ? last : all.w[i].rows, all.y[i]);
+    if (!multiply(kernel, all, i, a, first, last < all.w[i].rows ? last : all.w[i].rows))
+      enough = false;
   });
-  return true;
+  return enough;
+}
+
+// Makes the outputs and fills them; of `few`, `one` says which kernel runs.
+template <class One>
+void compute(Context& context, Products& all, int matrices, const Tensor& x,
+             const NextWeights& next_weights, const One& one) {
+  int64_t dims[kMaxRank];
+  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
+  for (; all.matrices < matrices; ++all.matrices) {
+    dims[x.rank - 1] = all.w[all.matrices].rows;
+    all.y[all.matrices] = context.output(all.matrices, dims, x.rank);
+    if (!all.y[all.matrices]) return;
+  }
+  const int64_t count = x.size() / all.w[0].columns;
+  if (count == 0) return;
+  const float* rows = x.as<float>();
+  const QuantKernels& kernels = quant_kernels();
+  const bool enough = count == 1 ? one([&](int reading) {
+    return stream(context, kernels.few[reading], all, rows, 1, next_weights);
+  })
+                      : count <= kernels.most_several
+                          ? stream(context, kernels.several, all, rows, count, next_weights)
+                          : multiply(context, all, rows, count);
+  if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);
 }
 
 }  // namespace
@@ -249,27 +316,34 @@ void QuantLinears::run(Context& context) const {
                 bias.as<float>()};
     if (!are_right(context, all.w[i], data, scales, zero_points, bias)) return;
   }
-  int64_t dims[kMaxRank];
-  for (size_t i = 0; i < x.rank; ++i) dims[i] = x.dims[i];
-  for (; all.matrices < matrices_; ++all.matrices) {
-    dims[x.rank - 1] = rows_[all.matrices];
-    all.y[all.matrices] = context.output(all.matrices, dims, x.rank);
-    if (!all.y[all.matrices]) return;
-  }
-  const int64_t count = x.size() / columns_;
-  if (count == 0) return;
+  const int64_t amount = timed_runs_.amount(all.rows() * all.w[0].row_bytes(), x.size() / columns_);
+  compute(context, all, matrices_, x, next_weights_,
+          [&](const auto& one) { return reading_of(all.w[0], digits_).run(amount, one); });
+}
 
-  const float* rows = x.as<float>();
-  const QuantKernels& kernels = quant_kernels();
-  const auto one = [&](int reading) {
-    return stream(context, kernels.few[reading], all, rows, 1, next_weights_);
-  };
-  const int64_t amount = timed_runs_.amount(all.rows() * all.w[0].row_bytes(), count);
-  const bool enough = count == 1 ? reading_of(all.w[0], digits_).run(amount, one)
-                      : count <= kernels.most_several
-                          ? stream(context, kernels.several, all, rows, count, next_weights_)
-                          : multiply(context, all, rows, count);
-  if (!enough) context.refuse("out of memory for %" PRId64 " rows of activations", count);
+TwoLevelLinears::TwoLevelLinears(const Attributes& attributes, int bits)
+    : bits_(bits), columns_(attributes.integer("K", 0)), rows_(attributes.integer("N", 0)),
+      block_(attributes.integer("block_size", 32)) {}
+
+void TwoLevelLinears::run(Context& context) const {
+  const Tensor x = context.input(0);
+  const int unpacked_bits = bits_ <= 4 ? 4 : 8;
+  if (context.refused() || !is_format(context, x, columns_, unpacked_bits, block_, 1)) return;
+  const Tensor planes = context.input(1), codes = context.input(2), units = context.input(3),
+               bias = context.input(4);
+  if (context.refused()) return;
+  const QuantMatrix unpacked = {rows_,   columns_, unpacked_bits, block_,
+                                nullptr, {},       nullptr,       bias.as<float>()};
+  const TwoLevelMatrix packed = {
+      unpacked, bits_, planes.as<uint8_t>(), codes.as<int8_t>(), {units.data, true}};
+  if (!are_right(context, unpacked, planes, codes, Tensor(), bias, &packed)) return;
+  if (!units.is({rows_, packed.runs()}))
+    return context.refuse("units is not N rows of runs: %s", ShapeText(units).text());
+  Products all;
+  all.w[0] = unpacked;
+  all.two_level = &packed;
+  compute(context, all, 1, x, next_weights_,
+          [&](const auto& one) { return one(bits_ == 4 ? 0 : kWithoutFetching); });
 }
 
 }  // namespace rgexport

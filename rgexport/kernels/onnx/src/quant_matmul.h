@@ -33,6 +33,21 @@ struct QuantMatrix {
   int64_t zero_point_bytes() const { return (blocks() * bits + 7) / 8; }
 };
 
+// A matrix with levels of 2 to 6 bits in planes, see two_level.h; the scale of a block is a code times
+// the unit of its run.
+constexpr int64_t kRun = 16;  // blocks that share a unit
+
+struct TwoLevelMatrix {
+  QuantMatrix unpacked;   // what its rows become: without data and scales
+  int bits;               // of a level: 2 to 6
+  const uint8_t* planes;  // [rows, row_bytes()]
+  const int8_t* codes;    // [rows, blocks]
+  Scales units;           // [rows, runs()]
+
+  int64_t row_bytes() const { return unpacked.row_bytes() * bits / unpacked.bits; }
+  int64_t runs() const { return (unpacked.blocks() + kRun - 1) / kRun; }
+};
+
 // The scale of a digit of activations in that of the next one, which has what the first one leaves:
 // half a unit of the one is 127 of the other.
 constexpr int kDigit = 254;
@@ -63,6 +78,7 @@ struct QuantKernel {
 };
 
 constexpr int kReadings = 7;
+constexpr int kWithoutFetching = 4;  // the one that fetches nothing ahead: for weights in the cache
 
 struct QuantKernels {
   // For one row of activations: as fast as the weights can be read. All give the same result, and
@@ -72,6 +88,8 @@ struct QuantKernels {
   QuantKernel several;
   // For many, by panels of weights that are unpacked once for all rows.
   QuantKernel (*many)(const QuantMatrix&);
+  // Unpacks rows [first, last): bytes as `data` of QuantMatrix has them, and their scales.
+  void (*unpack)(const TwoLevelMatrix&, int64_t first, int64_t last, uint8_t* bytes, float* scales);
   int64_t most_several;     // rows of activations; for more, `many` is the faster one
   int64_t panel;            // columns of y that `many` takes at a time: `first` is a multiple of it
   int64_t most_panels = 1;  // for one call of `many`, if there are enough for all threads

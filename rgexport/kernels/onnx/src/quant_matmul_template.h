@@ -5,6 +5,7 @@
 #include "quant_many.h"
 #include "quant_round.h"
 #include "quant_several.h"
+#include "two_level.h"
 
 namespace rgexport {
 
@@ -21,6 +22,7 @@ class QuantMatmul : QuantLayout<Simd> {
     return {few(),
             several(),
             many,
+            unpack_rows,
             QuantSeveral<Simd>::kMost,
             QuantMany<Simd>::kPanel,
             QuantMany<Simd>::kPanels};

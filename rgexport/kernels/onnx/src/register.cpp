@@ -101,9 +101,11 @@ Row row() {
 }
 
 const Row kOps[] = {
-    row<QuantLinear<1>>(), row<QuantLinear<2>>(), row<QuantLinear<3>>(), row<RgLruScan>(),
-    row<LocalAttention>(), row<CausalConv1d>(),   row<GeluMul>(),        row<RmsNorm>(),
-    row<AddRmsNorm>(),     row<SoftCap>(),
+    row<QuantLinear<1>>(),    row<QuantLinear<2>>(),    row<QuantLinear<3>>(),
+    row<RgLruScan>(),         row<LocalAttention>(),    row<CausalConv1d>(),
+    row<GeluMul>(),           row<RmsNorm>(),           row<AddRmsNorm>(),
+    row<SoftCap>(),           row<TwoLevelLinear<2>>(), row<TwoLevelLinear<3>>(),
+    row<TwoLevelLinear<4>>(), row<TwoLevelLinear<5>>(), row<TwoLevelLinear<6>>(),
 };
 constexpr size_t kCount = sizeof kOps / sizeof *kOps;
 
