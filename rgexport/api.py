@@ -238,7 +238,7 @@ def quantize(
     *,
     bits: float | None = None,
     target_kl: float | None = None,
-    target_size: str | None = None,
+    target_size: str | float | None = None,
     format: FormatName = "onnx",
     calibration: str | Path | None = None,
     text: str | Path | None = None,
@@ -254,7 +254,7 @@ def quantize(
         model: see `Model`.
         bits: the plan has at most so many bits per weight, with scales and zero points.
         target_kl: the plan costs at most so much, in nats per token.
-        target_size: the artifact has at most this size, such as `1.5GB`.
+        target_size: the artifact has at most this size, in bytes or as `1.5GB`.
         format: the format of the export.
         calibration: a file of `rgexport calibrate`; by default `./MODEL.calibration`, which is made
             if it is missing.

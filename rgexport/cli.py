@@ -149,7 +149,6 @@ _HABITS = {
     **dict.fromkeys(("run", "cli"), "chat or generate"),
     **{"compare": "validate", "perplexity": "evaluate", "show": "inspect", "upload": "push"},
     **dict.fromkeys(("--outtype", "--quantize", "--q-bits", "--bits"), "--precision or --int4"),
-    **dict.fromkeys(("-c", "--ctx-size"), "without it: a context of any length fits"),
     **{"--outfile": "--output", "--prompt-cache": "--load-state or --save-state"},
 }
 """Command or option of another program → ours."""

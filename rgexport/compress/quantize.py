@@ -54,7 +54,7 @@ _ELSEWHERE = (
 class PlanOptions:
     """The options of `rgexport quantize`, with exactly one target.
 
-    `target_kl` is in nats per token, `target_size` of the artifact such as `1.5GB`, `bits` per
+    `target_kl` is in nats per token, `target_size` in bytes or as `1.5GB`, `bits` per
     weight of the matrices and the head. Without a `calibration`, that of `known_calibration` is
     taken. Without `text`, the plan is measured on the calibration's held-out text, or else on its
     text, on at most `tokens` tokens.
@@ -62,7 +62,7 @@ class PlanOptions:
 
     calibration: Path | None = None
     target_kl: float | None = None
-    target_size: str | None = None
+    target_size: str | float | None = None
     bits: float | None = None
     format: str = "onnx"
     text: Path | None = None
@@ -81,9 +81,7 @@ class PlanOptions:
 
     @property
     def target(self) -> PlanTarget:
-        size = (
-            None if self.target_size is None else bytes_of("--target-size", str(self.target_size))
-        )
+        size = None if self.target_size is None else bytes_of("--target-size", self.target_size)
         values: dict[Kind, float | None] = {"kl": self.target_kl, "size": size, "bits": self.bits}
         targets = [PlanTarget(kind, value) for kind, value in values.items() if value is not None]
         if len(targets) != 1:

@@ -101,8 +101,7 @@ def as_argument(path: Path) -> str:
 
 def model_argument(checkpoint: Checkpoint) -> str:
     """Returns what names a checkpoint in a command."""
-    is_demo = checkpoint.path == demo_folder()
-    return DEMO if is_demo else as_argument(checkpoint.path)
+    return DEMO if checkpoint.path == demo_folder() else as_argument(checkpoint.path)
 
 
 def closing_line(artifact: Artifact) -> str:

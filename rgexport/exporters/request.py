@@ -20,11 +20,11 @@ _BLOCKS = {MIXED} | {f"int{bits}" for bits in range(2, 9)}
 QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gptq"}
 
 
-def bytes_of(flag: str, text: str) -> float:
-    match = _SIZE.fullmatch(text.strip())
+def bytes_of(flag: str, size: str | float) -> float:
+    match = _SIZE.fullmatch(str(size).strip())
     if not match:
         raise RequestError(
-            f"{flag} is {text!r}; expected a number of bytes, such as 1500MB or 1.5GB"
+            f"{flag} is {size!r}; expected a number of bytes, such as 1500MB or 1.5GB"
         )
     return float(match[1]) * _UNITS[match[2].lower()]
 

@@ -23,9 +23,7 @@ MAX_ROWS = 1 << 31
 """Rows that a tensor may have: their numbers are int32."""
 _TEXT = re.compile(r"\d{1,10}(-\d{1,10})?(,\d{1,10}(-\d{1,10})?)*", re.ASCII)
 _MAX_SHOWN = 60
-_GROUPED: dict[str, type[Affine] | type[TwoLevel]] = {
-    scheme.kind: scheme for scheme in (Affine, TwoLevel)
-}
+_GROUPED: dict[str, type[Affine] | type[TwoLevel]] = {s.kind: s for s in (Affine, TwoLevel)}
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,9 @@ SCHEMES: dict[str, type[Scheme]] = {
 }
 """Kind → scheme."""
 FLOAT32 = Float("float32")
-_TWO_LEVEL_CANDIDATES: Mapping[Literal[2, 3, 4, 5, 6], tuple[int, ...]] = dict(
+_BLOCKS_BY_BITS: Mapping[Literal[2, 3, 4, 5, 6], tuple[int, ...]] = dict(
     {2: (32, 16), 3: (64, 32, 16), 4: (64, 32, 16), 5: (64, 32), 6: (32,)}
 )
-"""Bits of a level → block sizes."""
 _GGML_CANDIDATES = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 
 
@@ -138,7 +137,7 @@ def candidates() -> list[Uniform]:
         *(affine(8, block, symmetric=True) for block in (128, 32)),
         *(
             TwoLevel(bits, block, algorithm="gptq")
-            for bits, blocks in _TWO_LEVEL_CANDIDATES.items()
+            for bits, blocks in _BLOCKS_BY_BITS.items()
             for block in blocks
         ),
         Palette(algorithm="gptq"),

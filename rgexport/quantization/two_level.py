@@ -5,7 +5,7 @@ ggml's k-quants: scales of small blocks cost half as much as float16 does. Level
 bits, so that a vector unit unpacks them by shifts and masks alone.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -85,7 +85,6 @@ class TwoLevel(Uniform):
 
     @property
     def unpacked_bits(self) -> Literal[4, 8]:
-        """Bits of a level as it is unpacked."""
         return 4 if self.bits <= 4 else 8
 
     @property
@@ -134,7 +133,8 @@ class TwoLevel(Uniform):
         weights = np.zeros((len(rows), padded), np.float32)
         weights[:, :columns] = rows
         is_zero = ~weights.reshape(*scales.shape, self.block).any(2)
-        codes, units = _codes(np.where(is_zero, 0, scales))
+        to_code = np.ceil if self.algorithm == "rtn" else np.rint  # rounding to nearest never clips
+        codes, units = _codes(np.where(is_zero, 0, scales), to_code)
         scale = np.repeat(_scales(codes, units), self.block, axis=1)
         zero, top = np.float32(2 ** (self.bits - 1)), 2**self.bits - 1
         levels = np.clip(np.rint(weights / scale + zero), 0, top).astype(np.uint8)
@@ -161,23 +161,36 @@ class TwoLevel(Uniform):
         return self.affine.with_algorithm(self.algorithm).rounding_rule(weighted)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        return self.affine.weight_steps(w)
+        exact = self.affine.weight_steps(w)
+        return replace(exact, step=exact.step + self._units_at(exact.step))
 
     def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
         return self.affine.stored_steps(dequantized)
 
     def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:
-        return self.affine.step_sizes(w, measure)
+        exact = self.affine.step_sizes(w, measure)
+        moved = 2 ** (self.bits - 1) * self._units_at(exact.levels).max(1, keepdims=True)
+        return replace(exact, step=exact.step + 2 * moved)
+
+    def _units_at(self, steps: np.ndarray) -> np.ndarray:
+        """Returns the unit at each weight, by how much a stored scale exceeds an exact step."""
+        units = _units(steps[:, :: self.block])
+        return np.repeat(units, RUN * self.block, axis=1)[:, : steps.shape[1]]
 
 
-def _codes(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _units(scales: np.ndarray) -> np.ndarray:
+    """Returns float16 numbers as float32 [n, runs]; 127 times one is no less than its scales."""
+    padded = np.pad(np.abs(scales), ((0, 0), (0, -scales.shape[1] % RUN)))
+    largest = padded.reshape(len(scales), -1, RUN).max(2)
+    return storable(largest / np.float32(_MOST_CODE), "float16")
+
+
+def _codes(scales: np.ndarray, to_code: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
     """Returns int8 [n, blocks] and float16 [n, runs]; their products are near to the scales."""
-    rows, blocks = scales.shape
-    padded = np.pad(scales, ((0, 0), (0, -blocks % RUN))).reshape(rows, -1, RUN)
-    units = storable(np.abs(padded).max(2) / np.float32(_MOST_CODE), "float16")
-    codes = np.rint(padded / units[..., None])
-    codes = np.where(codes == 0, np.where(padded < 0, -1, 1), codes)
-    return codes.reshape(rows, -1)[:, :blocks].astype(np.int8), units.astype(np.float16)
+    units = _units(scales)
+    sizes = np.abs(scales) / np.repeat(units, RUN, axis=1)[:, : scales.shape[1]]
+    codes = np.clip(to_code(sizes), 1, _MOST_CODE) * np.where(scales < 0, -1, 1)
+    return codes.astype(np.int8), units.astype(np.float16)
 
 
 def _scales(codes: np.ndarray, units: np.ndarray) -> np.ndarray:

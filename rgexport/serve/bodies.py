@@ -188,9 +188,7 @@ def require_json(content_type: str) -> None:
     kind = content_type.partition(";")[0].strip().lower()
     if not re.fullmatch(r"application/(\S+\+)?json", kind):
         type_text = repr(content_type) if content_type else "missing"
-        raise InvalidBody(
-            f"the body's type is {type_text}; send the header Content-Type: application/json"
-        )
+        raise InvalidBody(f"the body's type is {type_text}; send Content-Type: application/json")
 
 
 def parse(kind: Any, data: bytes) -> Any:

@@ -2,7 +2,7 @@
 
 A blob file (version 2, as in MIL's C++ `StorageFormat.hpp`) begins with a header of 64 bytes. The
 blobs follow at multiples of 64, each with its own header of 64 bytes. MIL has two's complement
-where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
+where `quantization.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
 """
 
 import hashlib

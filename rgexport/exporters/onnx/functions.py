@@ -35,12 +35,11 @@ QUANT_LINEARS = [
     for count in range(1, len(QUANT_LINEAR_SIZES) + 1)
 ]
 
-EXACT, ROUNDED = 1, 4
-"""Accuracy levels of `MatMulNBits`: activations in float32, or rounded to int8."""
+EXACT = 1  # accuracy level of `MatMulNBits` with float32 activations
 
 
 @cache
-def two_level_linear(bits: int, accuracy: int) -> ir.Function:
+def two_level_linear(bits: int, *, rounded: bool) -> ir.Function:
     """Returns the product with `TwoLevel` weights; only the rounded one has a native kernel."""
     planes, scheme = PLANES[bits], TwoLevel(bits, RUN)  # type: ignore[arg-type]
     count = planes[-1].groups  # cuts of a row: the groups of the finest plane
@@ -55,9 +54,9 @@ def two_level_linear(bits: int, accuracy: int) -> ir.Function:
     numbers = {n for cut in cuts for _, *three in cut for n in three} | {top, *range(raised + 1)}
     return _function(
         "two_level_linear.onnx.j2",
-        name=f"TwoLevelLinear{bits}{'' if accuracy == ROUNDED else 'Exact'}",
+        name=f"TwoLevelLinear{bits}{'' if rounded else 'Exact'}",
         **{"numbers": sorted(numbers), "cuts": cuts, "raised": raised, "top": top, "run": RUN},
-        **{"pieces": sum(pieces), "unpacked_bits": scheme.unpacked_bits, "accuracy": accuracy},
+        **{"pieces": sum(pieces), "unpacked_bits": scheme.unpacked_bits, "rounded": rounded},
     )
 
 

@@ -7,14 +7,8 @@ from itertools import accumulate, chain, pairwise
 import numpy as np
 import onnx_ir as ir
 
+from rgexport.exporters.onnx import functions
 from rgexport.exporters.onnx.emitter import OnnxEmitter
-from rgexport.exporters.onnx.functions import (
-    EXACT,
-    QUANT_LINEAR_SIZES,
-    QUANT_LINEARS,
-    ROUNDED,
-    two_level_linear,
-)
 from rgexport.exporters.onnx.trust import MICROSOFT
 from rgexport.exporters.program import Node, Value
 from rgexport.griffin.layout import EMBEDDING
@@ -132,7 +126,7 @@ def _joined(g: OnnxEmitter, planes: ir.Value, scheme: TwoLevel, width: int) -> i
 
 
 def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:
-    """Unsigned integers from rows of bytes [B, T, n], as `quantize.affine` packs them."""
+    """Unsigned integers from rows of bytes [B, T, n], as `quantization.affine` packs them."""
     if bits == 8:
         return packed
     low = g.op("BitwiseAnd", packed, g.constant(15, "uint8"))
@@ -180,7 +174,7 @@ def _quantized_linear(
     sizes = block_attributes(g, weight) | {"N": weight.size(0)}
     data, scales, zero_points = _parts(g, weight)
     inputs = [g.cast(x, "float32"), data, float32(g, scales), zero_points, None, float32(g, bias)]
-    y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=EXACT, **sizes)
+    y = g.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=functions.EXACT, **sizes)
     return g.typed(y, "float32")
 
 
@@ -189,7 +183,7 @@ def _two_level_linear(
 ) -> ir.Value:
     sizes = {"K": weight.size(1), "N": weight.size(0), "block_size": scheme.block}
     stored = [g.part(weight, name) for name in ("planes", "scales", "units")]
-    function = two_level_linear(scheme.bits, ROUNDED if g.rounded else EXACT)
+    function = functions.two_level_linear(scheme.bits, rounded=g.rounded)
     (y,) = g.call(function, g.cast(x, "float32"), *stored, float32(g, bias), **sizes)
     return g.typed(y, "float32")
 
@@ -208,12 +202,14 @@ def _quant_linear(
     g: OnnxEmitter, x: ir.Value, weights: Sequence[Value], biases: Sequence[ir.Value | None]
 ) -> list[ir.Value]:
     rows = [weight.size(0) for weight in weights]
-    sizes = block_attributes(g, weights[0]) | dict(zip(QUANT_LINEAR_SIZES, rows, strict=False))
+    sizes = block_attributes(g, weights[0]) | dict(
+        zip(functions.QUANT_LINEAR_SIZES, rows, strict=False)
+    )
     if takes_two_digits(weights[0].name, _affine(g, weights[0])):
         sizes["digits"] = 2
     by_part = zip(*(_parts(g, weight) for weight in weights), strict=True)
     inputs = [g.cast(x, "float32"), *chain(*by_part), *(float32(g, bias) for bias in biases)]
-    results = g.call(QUANT_LINEARS[len(weights) - 1], *inputs, **sizes)
+    results = g.call(functions.QUANT_LINEARS[len(weights) - 1], *inputs, **sizes)
     return [g.typed(y, "float32") for y in results]
 
 

@@ -19,7 +19,7 @@ from rgexport.quantization.two_level import PLANES
 
 Arrays = dict[str, np.ndarray]
 _FUNCTIONS = [*functions.QUANT_LINEARS, functions.RG_LRU_SCAN]
-_FUNCTIONS += [functions.two_level_linear(bits, functions.ROUNDED) for bits in PLANES]
+_FUNCTIONS += [functions.two_level_linear(bits, rounded=True) for bits in PLANES]
 BODIES = {function.name: function for function in _FUNCTIONS}
 """Those of other ops depend on the model that they are in."""
 

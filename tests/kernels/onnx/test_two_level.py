@@ -16,20 +16,17 @@ def cases(scheme: TwoLevel, tokens: int, columns: int, rows: int) -> tuple[Case,
     random = np.random.default_rng(3)
     weights = random.standard_normal((rows, columns)).astype(np.float32)
     parts, width = scheme.encode("w", weights), scheme.unpacked_bits
-    bias = random.standard_normal(rows, np.float32) if tokens > 1 else None
-    blocks = scheme.num_blocks(columns)
+    bias, blocks = random.standard_normal(rows, np.float32), scheme.num_blocks(columns)
     scales = parts["scales"] * np.repeat(parts["units"].astype(np.float32), 16, 1)[:, :blocks]
-    zeros = np.full((rows, blocks), 2 ** (width - 1), np.uint8)
-    levels = np.rint(
-        scheme.decode(parts, blocks * scheme.block) / np.repeat(scales, scheme.block, 1)
-    )
-    levels = (levels + np.repeat(zeros, scheme.block, 1)).astype(np.uint8)
-    x = activations(1, tokens, columns)
+    zeros = np.full(scales.shape, 2 ** (width - 1), np.uint8)
+    weights = scheme.decode(parts, blocks * scheme.block)
+    levels = np.rint(weights / np.repeat(scales, scheme.block, 1)) + 2 ** (width - 1)
+    x, levels = activations(1, tokens, columns), levels.astype(np.uint8)
     w = QuantMatrix(columns, width, scheme.block, levels, scales, zeros, False, bias)
     inputs = {"x": x, **{n: parts[n] for n in ("planes", "scales", "units")}, "bias": bias}
-    attributes = {"K": columns, "N": rows, "block_size": scheme.block}
-    op, outputs = f"TwoLevelLinear{scheme.bits}", {"y": (1, tokens, rows)}
-    return Case(op, inputs, outputs, attributes, frozenset(inputs) - {"x"}), w.case(x)
+    sizes, outputs = {"K": columns, "N": rows, "block_size": scheme.block}, {"y": (1, tokens, rows)}
+    constant = frozenset(inputs) - {"x"}
+    return Case(f"TwoLevelLinear{scheme.bits}", inputs, outputs, sizes, constant), w.case(x)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)

@@ -10,7 +10,7 @@ from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import from_array
 from rgexport.quantization.ggml_library import quantize_rows
 from rgexport.quantization.ggml_types import TYPES
-from rgexport.quantization.scheme import Affine, Ggml, Palette, Scheme
+from rgexport.quantization.scheme import Affine, Ggml, Palette, Scheme, TwoLevel
 from rgexport.validation.weights.sketch import MIXTURES, sketch
 from rgexport.validation.weights.tensor_errors import WeightError, sketch_errors, weight_errors
 from rgexport.validation.weights.weight_limits import sketch_checks, weight_checks
@@ -36,9 +36,9 @@ def draw(kind: str, shape: tuple[int, int], *, size: float = 0.02, seed: int = 0
 
 def store(w, scheme, gain=1.0, importance=None, statistics=None) -> np.ndarray:
     """Ŵ, with all scales or tables multiplied by `gain`."""
-    if isinstance(scheme, Affine | Palette):
+    if isinstance(scheme, Affine | Palette | TwoLevel):
         parts = scheme.encode("w", w, statistics)
-        label = "scales" if isinstance(scheme, Affine) else "lut"
+        label = {Affine: "scales", Palette: "lut", TwoLevel: "units"}[type(scheme)]
         parts[label] = (parts[label] * np.float32(gain)).astype(parts[label].dtype)
         return scheme.decode(parts, w.shape[1])
     if isinstance(scheme, Ggml):

@@ -91,13 +91,13 @@ void unpack_rows(const TwoLevelMatrix& w, int64_t first, int64_t last, uint8_t* 
   const int added = w.unpacked.bits == 8 ? 128 - middle : (8 - middle) * 0x11;
   for (int64_t row = first; row < last; ++row, bytes += row_bytes, scales += blocks) {
     const uint8_t* packed = w.planes + row * w.row_bytes();
-    fetch(packed + kAheadRows * w.row_bytes(), w.row_bytes());
+    if (w.bits != 4) fetch(packed + kAheadRows * w.row_bytes(), w.row_bytes());
     switch (w.bits) {
       case 2: unpack_row<2>(packed, row_bytes, added, bytes); break;
       case 3: unpack_row<3>(packed, row_bytes, added, bytes); break;
       case 5: unpack_row<5>(packed, row_bytes, added, bytes); break;
       case 6: unpack_row<6>(packed, row_bytes, added, bytes); break;
-      default: break;  // levels of 4 bits are as they should be
+      default: break;  // levels of 4 bits are read where they lie
     }
     unpack_scales(w, row, scales);
   }
