@@ -130,8 +130,8 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
     needs no data; without its library by rounding to nearest.
     """
     if algorithm is None:
-        uniform = (one for scheme in plan.values() for one in scheme.uniform)
-        if keep or not any("search" in one.encoders for one in uniform):
+        encoders = (one.encoders for scheme in plan.values() for one in scheme.uniform)
+        if keep or not any("search" in names for names in encoders):
             return plan
         algorithm = "rtn" if library.unusable() else "search"
         if algorithm == "rtn":
@@ -139,6 +139,9 @@ def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
                 "weights are rounded to nearest, as the library that chooses better levels is "
                 f"missing: {library.unusable()}"
             )
+    uniform = [one for scheme in plan.values() for one in scheme.uniform]
+    if algorithm != "gptq" and any(one.level_bits in (2, 3) for one in uniform):
+        warn("weights of 2 and 3 bits lose several times as much without --quality best")
     return {name: scheme.with_algorithm(algorithm) for name, scheme in plan.items()}
 
 

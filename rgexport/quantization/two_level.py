@@ -161,21 +161,17 @@ class TwoLevel(Uniform):
         return self.affine.with_algorithm(self.algorithm).rounding_rule(weighted)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
-        exact = self.affine.weight_steps(w)
-        return replace(exact, step=exact.step + self._units_at(exact.step))
+        exact = self.affine.weight_steps(w).step[:, :: self.block]
+        stored = np.repeat(_scales(*_codes(exact, np.ceil)), self.block, axis=1)[:, : w.shape[1]]
+        return StepSizes(stored, limit=stored * (2 ** (self.bits - 1) - 1), grid=stored)
 
     def stored_steps(self, dequantized: np.ndarray) -> StepSizes:
         return self.affine.stored_steps(dequantized)
 
     def _span_steps(self, w: np.ndarray, measure: Measure) -> StepSizes:
         exact = self.affine.step_sizes(w, measure)
-        moved = 2 ** (self.bits - 1) * self._units_at(exact.levels).max(1, keepdims=True)
-        return replace(exact, step=exact.step + 2 * moved)
-
-    def _units_at(self, steps: np.ndarray) -> np.ndarray:
-        """Returns the unit at each weight, by how much a stored scale exceeds an exact step."""
-        units = _units(steps[:, :: self.block])
-        return np.repeat(units, RUN * self.block, axis=1)[:, : steps.shape[1]]
+        units = _units(exact.levels[:, :: self.block]).max(1, keepdims=True)
+        return replace(exact, step=exact.step + 2**self.bits * units)
 
 
 def _units(scales: np.ndarray) -> np.ndarray:

@@ -273,7 +273,7 @@ def judged(w: np.ndarray, stored: np.ndarray, layout: Affine | Palette, key: str
 @settings(max_examples=20)
 @given(
     key=st.sampled_from(CHOSEN),
-    layout=st.sampled_from([*LAYOUTS, Affine(4, 16, True), TwoLevel(3, 32), TwoLevel(6, 64)]),
+    layout=st.sampled_from([*LAYOUTS, Affine(4, 16, True), TwoLevel(4, 32), TwoLevel(6, 64)]),
     kind=st.sampled_from(WEIGHTS),
     columns=st.integers(2, 12).map(lambda n: 16 * n),
     seed=st.integers(0, 9),
