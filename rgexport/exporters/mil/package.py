@@ -91,6 +91,7 @@ class BlobFile:
 @dataclass(frozen=True, eq=False)
 class Package:
     path: Path
+    model: Path
     specification_version: int
     functions: dict[str, Function]
     default_function: str
@@ -139,7 +140,7 @@ def open_package(path: Path | str) -> Package:
         path_in_model = name.removeprefix(_MODEL_PATH)
         blob_files[name] = BlobFile.open(_inside(folder, model.parent, path_in_model, model))
     version, description = message.specificationVersion, message.description
-    package = Package(folder, version, functions, default, description, blob_files)
+    package = Package(folder, model, version, functions, default, description, blob_files)
     sizes: dict[str, dict[int, int]] = {}
     for value in sorted(values, key=lambda value: (value.file, value.offset)):
         package.blob(value)
