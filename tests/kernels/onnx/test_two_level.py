@@ -9,7 +9,6 @@ from tests.kernels.onnx.quant_matrix import QuantMatrix, activations
 
 SCHEMES = [TwoLevel(bits, block) for bits in range(2, 7) for block in (16, 32, 128)]
 SHAPES = [(1, 330, 70), (1, 72, 1), (3, 203, 37), (5, 2000, 33), (17, 330, 1), (70, 264, 300)]
-"""Tokens, K, N."""
 
 
 def cases(scheme: TwoLevel, tokens: int, columns: int, rows: int) -> tuple[Case, Case]:
@@ -31,7 +30,7 @@ def cases(scheme: TwoLevel, tokens: int, columns: int, rows: int) -> tuple[Case,
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
 def test_is_the_product_with_unpacked_weights(worker, scheme):
-    for shape in SHAPES:
+    for shape in SHAPES:  # tokens, K, N
         packed, unpacked = cases(scheme, *shape)
         expected = worker.run(unpacked)["y"]
         assert np.array_equal(worker.run(packed)["y"], expected), shape

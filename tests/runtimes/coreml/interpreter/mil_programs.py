@@ -38,6 +38,7 @@ def package(*functions: Function, weights: Path | None = None) -> Package:
     """A package that never was a folder, with at most one weight file."""
     return Package(
         path=Path("made.mlpackage"),
+        model=Path("made.mlmodel"),
         specification_version=9,
         functions={f.name: f for f in functions},
         default_function=functions[0].name,
