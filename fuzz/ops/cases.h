@@ -131,11 +131,15 @@ class Maker {
   }
 
   void two_level(Node& node, int64_t bits) {
-    const int64_t block = int64_t{16} << bytes_.below(5), columns = 1 + bytes_.below(400);
+    const int64_t block = int64_t{16} << bytes_.below(5);
+    const int64_t columns = bytes_.one_in(2) ? 512 << bytes_.below(2) : 1 + bytes_.below(400);
     const int64_t blocks = (columns + block - 1) / block, rows = 1 + bytes_.below(60);
+    const int64_t unpacked = bits <= 4 ? 4 : 8, width = blocks * block * unpacked / 8;
+    const int64_t most[] = {128, 256, 64, 512, 256},
+                  tile = std::min(most[bits - 2], width & -width);
     add_floats(node, {1, some(20), columns});
     node.integers = {{"K", columns}, {"N", rows}, {"block_size", block}};
-    add_bytes(node, {rows, blocks * block * bits / 8});
+    add_bytes(node, {rows, width / tile, tile * bits / unpacked});
     add_bytes(node, {rows, blocks});
     node.inputs.back()->type = kInt8;
     add_halves(node, kFloat16, {rows, (blocks + 15) / 16});

@@ -1,8 +1,8 @@
 """Integers of 2 to 6 bits with integer scales.
 
 The scale of a block is an int8 code times a unit, a float16 that the blocks of a run share, as in
-ggml's k-quants: scales of small blocks cost half as much as float16 does. Levels lie in planes of
-bits, so that a vector unit unpacks them by shifts and masks alone.
+ggml's k-quants: scales of small blocks cost half as much as float16 does. Each tile of a row
+has its levels in planes of bits, so that a vector unit unpacks them by shifts and masks alone.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,14 +21,15 @@ from rgexport.quantization.steps import Measure, StepSizes
 
 RUN = 16
 """Blocks that share a unit."""
+_VECTOR = 64
 _MOST_CODE, _MOST_UNIT = 127, float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Packs some bits of each byte of a row; a packed byte holds bits of `groups` bytes.
+    """Packs some bits of each byte of a tile; a packed byte holds bits of `groups` bytes.
 
-    Group g of a row, in order, is `((packed >> step · g) & mask) << shift`.
+    Group g of a tile, in order, is `((packed >> step · g) & mask) << shift`.
     """
 
     mask: int
@@ -36,9 +37,9 @@ class Plane:
     groups: int
     shift: int = 0
 
-    def pack(self, row_bytes: np.ndarray) -> np.ndarray:
-        """Packs rows uint8 [n, m], [n, m / groups]."""
-        fields = (row_bytes >> np.uint8(self.shift)) & np.uint8(self.mask)
+    def pack(self, tiles: np.ndarray) -> np.ndarray:
+        """Packs tiles uint8 [n, m], [n, m / groups]."""
+        fields = (tiles >> np.uint8(self.shift)) & np.uint8(self.mask)
         grouped = fields.reshape(len(fields), self.groups, -1) << self._shifts
         return np.asarray(np.bitwise_or.reduce(grouped, axis=1))
 
@@ -100,30 +101,37 @@ class TwoLevel(Uniform):
         if self.block % 16:
             raise RequestError(f"blocks of {self.block}: two-level scales take multiples of 16")
         blocks = self.num_blocks(columns)
+        tile, width = self.tile(columns), blocks * self.block * self.unpacked_bits // 8
         return {
-            "planes": ("uint8", (rows, blocks * self.block * self.bits // 8)),
+            "planes": ("uint8", (rows, width // tile, tile * self.bits // self.unpacked_bits)),
             "scales": ("int8", (rows, blocks)),
             "units": ("float16", (rows, -(-blocks // RUN))),
         }
 
+    def tile(self, columns: int) -> int:
+        """Returns the unpacked bytes of a tile: AVX-512 has vectors of 64; tiles fill a row."""
+        width = self.num_blocks(columns) * self.block * self.unpacked_bits // 8
+        return min(_VECTOR * PLANES[self.bits][-1].groups, width & -width)
+
     def decode(self, arrays: Parts, columns: int) -> np.ndarray:
         scales = _scales(arrays["scales"], arrays["units"])
         rows, blocks = scales.shape
-        levels = unpack(self._unpacked(arrays["planes"]), self.unpacked_bits)
+        levels = unpack(self._unpacked(arrays["planes"], columns), self.unpacked_bits)
         weights = levels.reshape(rows, blocks, self.block).astype(np.float32)
         weights -= 2 ** (self.bits - 1)
         weights *= scales[..., None]
         return np.ascontiguousarray(weights.reshape(rows, blocks * self.block)[:, :columns])
 
-    def _unpacked(self, planes: np.ndarray) -> np.ndarray:
+    def _unpacked(self, planes: np.ndarray, columns: int) -> np.ndarray:
         """Returns the bytes of rows of planes, uint8 [n, blocks · block · unpacked bits / 8]."""
-        width = planes.shape[1] * self.unpacked_bits // self.bits
-        result, start = np.zeros((len(planes), width), np.uint8), 0
+        tile, start = self.tile(columns), 0
+        tiles = planes.reshape(-1, tile * self.bits // self.unpacked_bits)
+        result = np.zeros((len(tiles), tile), np.uint8)
         for plane in PLANES[self.bits]:
-            stop = start + width // plane.groups
-            result |= plane.unpack(planes[:, start:stop])
+            stop = start + tile // plane.groups
+            result |= plane.unpack(tiles[:, start:stop])
             start = stop
-        return result
+        return result.reshape(len(planes), -1)
 
     def _store(
         self, rows: np.ndarray, scales: np.ndarray, statistics: Statistics | None = None
@@ -145,9 +153,10 @@ class TwoLevel(Uniform):
             stored = ((levels - zero) * scale)[:, :columns]
             gain = output_gain(rows, stored, statistics.hessians)
             units = np.minimum(units * gain[:, None], _MOST_UNIT).astype(np.float16)
-        unpacked = pack(levels, self.unpacked_bits)
-        planes = [plane.pack(unpacked) for plane in PLANES[self.bits]]
-        return {"planes": np.hstack(planes), "scales": codes, "units": units}
+        tiles = pack(levels, self.unpacked_bits).reshape(-1, self.tile(columns))
+        planes = np.hstack([plane.pack(tiles) for plane in PLANES[self.bits]])
+        planes = planes.reshape(len(rows), -1, planes.shape[1])
+        return {"planes": planes, "scales": codes, "units": units}
 
     encoders: ClassVar = {
         "rtn": lambda self, rows, _: self._store(rows, self.affine.encode("", rows)["scales"]),

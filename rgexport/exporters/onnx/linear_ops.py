@@ -92,8 +92,8 @@ def _quantized_rows(
     data = gather("planes" if isinstance(scheme, TwoLevel) else "data")
     zero_points, scales = g.constant(2 ** (scheme.bits - 1), "float32"), gather("scales")
     if isinstance(scheme, TwoLevel):
-        width = blocks * block * scheme.unpacked_bits // 8
-        levels = _unpack(g, _joined(g, data, scheme, width), scheme.unpacked_bits)
+        joined = _joined(g, data, scheme, scheme.tile(columns))
+        levels = _unpack(g, joined, scheme.unpacked_bits)
         units = g.op("Unsqueeze", g.cast(gather("units"), "float32"), g.constant([3]))
         units = g.op("Expand", units, g.constant([1, 1, 1, RUN]))
         units = g.slice(g.op("Reshape", units, g.constant([0, 0, -1])), 0, blocks, 2)
@@ -111,18 +111,19 @@ def _quantized_rows(
     return rows if blocks * block == columns else g.slice(rows, 0, columns, 2)
 
 
-def _joined(g: OnnxEmitter, planes: ir.Value, scheme: TwoLevel, width: int) -> ir.Value:
-    """Returns the unpacked bytes, [B, T, width], of rows of planes."""
+def _joined(g: OnnxEmitter, planes: ir.Value, scheme: TwoLevel, tile: int) -> ir.Value:
+    """Returns the unpacked bytes, [B, T, n], of rows of planes [B, T, tiles, packed bytes]."""
     start, rows = 0, []
     for plane in PLANES[scheme.bits]:
-        packed = g.slice(planes, start, start := start + width // plane.groups, 2)
+        packed = g.slice(planes, start, start := start + tile // plane.groups, 3)
         groups = []
         for group in range(plane.groups):
             bits = _shifted(g, packed, group * plane.step, "RIGHT")
             bits = g.op("BitwiseAnd", bits, g.constant(plane.mask, "uint8"))
             groups.append(_shifted(g, bits, plane.shift, "LEFT"))
-        rows.append(g.op("Concat", *groups, axis=2))
-    return rows[0] if len(rows) == 1 else g.op("BitwiseOr", *rows)
+        rows.append(g.op("Concat", *groups, axis=3))
+    joined = rows[0] if len(rows) == 1 else g.op("BitwiseOr", *rows)
+    return g.op("Reshape", joined, g.constant([0, 0, -1]))
 
 
 def _unpack(g: OnnxEmitter, packed: ir.Value, bits: int) -> ir.Value:

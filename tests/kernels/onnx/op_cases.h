@@ -108,17 +108,21 @@ void quant_linear(std::vector<Case>& cases) {
             }
 }
 
+constexpr int64_t kMostTiles[] = {128, 256, 64, 512, 256};  // of 2 to 6 bits
+
 template <int kBits>
 void two_level(std::vector<Case>& cases) {
   for (int64_t block : {16, 32, 256})
-    for (int64_t columns : {12, 264, 519})
+    for (int64_t columns : {12, 264, 519, 1024})
       for (int64_t rows : {1, 5, 37})
         for (Step step : kSteps) {
-          const int64_t blocks = (columns + block - 1) / block;
+          const int64_t blocks = (columns + block - 1) / block, unpacked = kBits <= 4 ? 4 : 8;
+          const int64_t width = blocks * block * unpacked / 8;
+          const int64_t tile = std::min<int64_t>(kMostTiles[kBits - 2], width & -width);
           cases.push_back({"TwoLevelLinear" + std::to_string(kBits),
                            {{"K", columns}, {"N", rows}, {"block_size", block}},
                            {floats({step.batch, step.tokens, columns}),
-                            bytes({rows, blocks * block * kBits / 8}),
+                            bytes({rows, width / tile, tile * kBits / unpacked}),
                             {static_cast<ElementType>(3), {rows, blocks}},  // int8
                             halves({rows, (blocks + 15) / 16}),
                             cases.size() % 2 ? floats({rows}) : kMissing},

@@ -51,9 +51,9 @@ struct Sums {
   void write(const QuantMatrix& w, int64_t first, int64_t last, int64_t from, int64_t to,
              int64_t digits, float* y) const {
     for (int64_t m = 0; m < to - from; m += digits) {
-      float* row = y + (from + m) / digits * w.rows;
+      float* row = y + (from + m) / digits * w.y_stride;
       for (int64_t n = first; n < last; n += kLanes) {
-        __builtin_prefetch(row + 2 * w.rows + n, 1);
+        __builtin_prefetch(row + 2 * w.y_stride + n, 1);
         __m512 sum = at(m, n - first);
         if (digits == 2) sum = _mm512_add_ps(sum, at(m + 1, n - first));
         const __mmask16 there = static_cast<__mmask16>((1u << least(last - n, kLanes)) - 1);

@@ -62,6 +62,7 @@ class TwoLevelLinears {
  private:
   int bits_;
   int64_t columns_, rows_, block_;
+  TimedRuns timed_runs_;
   NextWeights next_weights_;
 };
 

@@ -22,9 +22,10 @@ struct Products {
   QuantMatrix w[QuantLinears::kMost];
   float* y[QuantLinears::kMost];
   const TwoLevelMatrix* two_level = nullptr;  // what a single matrix is unpacked from
+  TwoLevelProduct product = nullptr;          // what unpacks it in registers, for one row of x
 
   const uint8_t* data(int i) const { return two_level ? two_level->planes : w[i].data; }
-  int64_t row_bytes() const { return two_level ? two_level->row_bytes() : w[0].row_bytes(); }
+  int64_t row_bytes() const { return two_level ? two_level->row_bytes : w[0].row_bytes(); }
 
   int64_t rows() const {
     int64_t sum = 0;
@@ -101,26 +102,23 @@ bool multiply(const QuantKernel& kernel, const Products& all, int i, const Activ
               int64_t first, int64_t last) {
   const TwoLevelMatrix* packed = all.two_level;
   const QuantMatrix& whole = all.w[i];
-  if (!packed) {
-    kernel.multiply(whole, a, first, last, all.y[i]);
+  if (!packed || all.product) {
+    packed ? all.product(*packed, a, first, last, all.y[i])
+           : kernel.multiply(whole, a, first, last, all.y[i]);
     return true;
   }
   QuantMatrix some = whole;
   some.rows = last - first;
-  const int64_t count = a.count / a.digits, floats = some.rows * whole.blocks();
   const int64_t row_floats = packed->bits == 4 ? 0 : whole.row_bytes() / 4;
-  const Scratch memory(Size(some.rows) * row_floats + floats + Size(count) * some.rows);
+  const Scratch memory(Size(some.rows) * (row_floats + whole.blocks()));
   if (!memory.data()) return false;
-  float* scales = memory.data();
-  float* y = scales + floats;
-  auto* bytes = reinterpret_cast<uint8_t*>(y + count * some.rows);
+  float* scales = memory.data() + some.rows * row_floats;
+  auto* bytes = reinterpret_cast<uint8_t*>(memory.data());
   quant_kernels().unpack(*packed, first, last, bytes, scales);
-  some.data = packed->bits == 4 ? packed->planes + first * packed->row_bytes() : bytes;
+  some.data = packed->bits == 4 ? packed->planes + first * packed->row_bytes : bytes;
   some.scales = {scales, false};
   if (some.bias) some.bias += first;
-  kernel.multiply(some, a, 0, some.rows, y);
-  for (int64_t m = 0; m < count; ++m)
-    std::memcpy(all.y[i] + m * whole.rows + first, y + m * some.rows, some.rows * sizeof *y);
+  kernel.multiply(some, a, 0, some.rows, all.y[i] + first);
   return true;
 }
 
@@ -164,9 +162,10 @@ bool are_right(Context& context, const QuantMatrix& w, const Tensor& data, const
     return false;
   };
   if (w.rows < 1 || w.rows > kMostRows) return refuse("N is no possible number of rows", data);
-  const bool is_whole = packed ? data.is({w.rows, packed->row_bytes()})
+  const bool is_whole = packed ? data.is({w.rows, packed->tiles(), packed->tile_bytes()})
                                : data.is({w.rows, w.blocks(), w.block * w.bits / 8});
-  if (!is_whole) return refuse("data is not N rows of blocks", data);
+  if (!is_whole)
+    return refuse(packed ? "planes is not N rows of tiles" : "data is not N rows of blocks", data);
   if (!has_rows_of(scales, w.rows, w.blocks()))
     return refuse("scales is not N rows of blocks", scales);
   if (zero_points.given && !has_rows_of(zero_points, w.rows, w.zero_point_bytes()))
@@ -199,7 +198,7 @@ bool stream(Context& context, const QuantKernel& kernel, const Products& all, co
     for (int64_t m = 0; m < count; ++m) round(kernel, format, x, m, a);
     parts.run(own, [&](int64_t from, int64_t to) {
       all.each(from, to, [&](int i, int64_t row, int64_t end) {
-        const int64_t most = all.two_level ? kUnpackedRows : end - row;
+        const int64_t most = all.two_level && !all.product ? kUnpackedRows : end - row;
         for (; row < end; row += most)
           if (!multiply(kernel, all, i, a, row, row + most < end ? row + most : end))
             enough = false;
@@ -216,6 +215,12 @@ Fastest<kReadings>& reading_of(const QuantMatrix& format, int64_t digits) {
   int size = 0;
   while (16 << size < format.block) ++size;
   return all[format.bits == 4 ? 0 : digits][size];
+}
+
+// Likewise of the readings of quant_kernels().two_level.
+Fastest<kTwoLevelReadings>& reading_of(const TwoLevelMatrix& w) {
+  static Fastest<kTwoLevelReadings> all[5][3];
+  return all[w.bits - 2][w.unpacked.block / 32];
 }
 
 // Panels for one call of `many`: several parts for each thread, so that none waits long for
@@ -337,13 +342,20 @@ void TwoLevelLinears::run(Context& context) const {
   const TwoLevelMatrix packed = {
       unpacked, bits_, planes.as<uint8_t>(), codes.as<int8_t>(), {units.data, true}};
   if (!are_right(context, unpacked, planes, codes, Tensor(), bias, &packed)) return;
-  if (!units.is({rows_, packed.runs()}))
+  if (!units.is({rows_, packed.runs}))
     return context.refuse("units is not N rows of runs: %s", ShapeText(units).text());
   Products all;
   all.w[0] = unpacked;
   all.two_level = &packed;
-  compute(context, all, 1, x, next_weights_,
-          [&](const auto& one) { return one(bits_ == 4 ? 0 : kWithoutFetching); });
+  const QuantKernels& kernels = quant_kernels();
+  const int64_t amount = timed_runs_.amount(rows_ * packed.row_bytes, x.size() / columns_);
+  compute(context, all, 1, x, next_weights_, [&](const auto& one) {
+    if (!kernels.two_level(packed, 0)) return one(bits_ == 4 ? 0 : kWithoutFetching);
+    return reading_of(packed).run(amount, [&](int reading) {
+      all.product = kernels.two_level(packed, reading);
+      return one(0);
+    });
+  });
 }
 
 }  // namespace rgexport

@@ -49,7 +49,7 @@ class QuantMany : QuantLayout<Simd> {
           add_lines<kBits, kShare, kDigits>(w, shape, a, {n, end, from, to, line, lines}, panel);
         }
         for (int64_t m = from / kDigits; m < to / kDigits; ++m)
-          write(panel, m - from / kDigits, end - n, w.rows, y + m * w.rows + n);
+          write(panel, m - from / kDigits, end - n, w.y_stride, y + m * w.y_stride + n);
       }
     }
   }

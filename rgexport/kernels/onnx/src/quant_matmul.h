@@ -20,13 +20,14 @@ namespace rgexport {
 // A matrix [rows, columns] as MatMulNBits stores it: each row in whole blocks, 4 bits with the
 // even column in the low half of a byte, levels without sign. It is read where it lies.
 struct QuantMatrix {
-  int64_t rows, columns;
+  int64_t rows = 0, columns = 0;
   int bits;                    // 4 or 8
   int64_t block;               // columns that share a scale: a power of two from 16 on
   const uint8_t* data;         // [rows, blocks, block · bits / 8]
   Scales scales;               // [rows, blocks]
   const uint8_t* zero_points;  // [rows, blocks · bits / 8 rounded up], or null: 2^(bits − 1)
   const float* bias;           // [rows], or null
+  int64_t y_stride = rows;     // from one row of y to the next
 
   int64_t blocks() const { return (columns + block - 1) / block; }
   int64_t row_bytes() const { return blocks() * block * bits / 8; }
@@ -37,15 +38,29 @@ struct QuantMatrix {
 // the unit of its run.
 constexpr int64_t kRun = 16;  // blocks that share a unit
 
+// The most unpacked bytes of a tile, whose levels have `bits` bits: a vector of AVX-512 for each group of
+// the finest plane.
+constexpr int64_t most_tile(int bits) {
+  constexpr int kGroups[] = {2, 4, 1, 8, 4};
+  return 64 * kGroups[bits - 2];
+}
+
 struct TwoLevelMatrix {
   QuantMatrix unpacked;   // what its rows become: without data and scales
   int bits;               // of a level: 2 to 6
-  const uint8_t* planes;  // [rows, row_bytes()]
+  const uint8_t* planes;  // [rows, tiles(), tile_bytes()]
   const int8_t* codes;    // [rows, blocks]
-  Scales units;           // [rows, runs()]
+  Scales units;           // [rows, runs]
 
-  int64_t row_bytes() const { return unpacked.row_bytes() * bits / unpacked.bits; }
-  int64_t runs() const { return (unpacked.blocks() + kRun - 1) / kRun; }
+  const int64_t row_bytes = unpacked.row_bytes() * bits / unpacked.bits;
+  const int64_t runs = (unpacked.blocks() + kRun - 1) / kRun;
+
+  int64_t tile() const {  // unpacked bytes
+    const int64_t width = unpacked.row_bytes(), most = most_tile(bits), even = width & -width;
+    return even < most ? even : most;
+  }
+  int64_t tiles() const { return unpacked.row_bytes() / tile(); }
+  int64_t tile_bytes() const { return tile() * bits / unpacked.bits; }
 };
 
 // The scale of a digit of activations in that of the next one, which has what the first one leaves:
@@ -77,13 +92,19 @@ struct QuantKernel {
   int64_t rows = 1;  // of activations that lie together: there is memory for whole groups of them
 };
 
-constexpr int kReadings = 7;
+constexpr int kReadings = 7, kTwoLevelReadings = 3;
 constexpr int kWithoutFetching = 4;  // the one that fetches nothing ahead: for weights in the cache
+
+// Columns [first, last) of y, for one row of activations.
+using TwoLevelProduct = void (*)(const TwoLevelMatrix&, const Activations&, int64_t first,
+                                 int64_t last, float* y);
 
 struct QuantKernels {
   // For one row of activations: as fast as the weights can be read. All give the same result, and
   // only read the weights in different ways; each may be the fastest one somewhere.
   std::array<QuantKernel, kReadings> few;
+  // The same with weights in planes; null where the matrix has no whole tiles or no such block.
+  TwoLevelProduct (*two_level)(const TwoLevelMatrix&, int reading);
   // For several: the same result for each of them.
   QuantKernel several;
   // For many, by panels of weights that are unpacked once for all rows.

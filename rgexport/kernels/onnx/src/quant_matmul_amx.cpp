@@ -18,7 +18,8 @@ QuantKernel many(const QuantMatrix& w) {
 }  // namespace
 
 QuantKernels quant_kernels_amx() {
-  return {Few::few(), Few::several(), many, unpack_rows, QuantSeveral<Avx512>::kMost,
+  return {Few::few(), Few::two_level, Few::several(),
+          many,       unpack_rows,    QuantSeveral<Avx512>::kMost,
           kPanel,     kPanels};
 }
 

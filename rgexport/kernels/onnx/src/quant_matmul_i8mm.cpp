@@ -191,7 +191,7 @@ void write(const QuantMatrix& w, int64_t digits, int64_t first, int64_t from, in
     for (int64_t j = 0; j < kPanel && first + j < w.rows; ++j) {
       float sum = sum_of(panel, i, j);
       if (digits == 2) sum += sum_of(panel, i + 1, j);
-      y[m / digits * w.rows + first + j] = sum + (w.bias ? w.bias[first + j] : 0.0f);
+      y[m / digits * w.y_stride + first + j] = sum + (w.bias ? w.bias[first + j] : 0.0f);
     }
   }
 }

@@ -48,14 +48,25 @@ struct Scalar {
     for (uint8_t& byte : x.bytes) byte = static_cast<uint8_t>(function(byte));
     return x;
   }
+  template <int kMask = 15>
   static Int low_half(Int x) {
-    return each(x, [](int byte) { return byte & 15; });
+    return each(x, [](int byte) { return byte & kMask; });
   }
+  template <int kMask = 15>
   static Int high_half(Int x) {
-    return each(x, [](int byte) { return byte >> 4; });
+    return each(x, [](int byte) { return byte >> 4 & kMask; });
   }
   static Int flip_sign(Int x) {
     return each(x, [](int byte) { return byte ^ 128; });
+  }
+  // Of each byte, the bits of x where the mask has ones, and those of y.
+  template <int kMask>
+  static Int select(Int x, const Int& y) {
+    for (int i = 0; i < 16; ++i) x.bytes[i] ^= (x.bytes[i] ^ y.bytes[i]) & ~kMask;
+    return x;
+  }
+  static Int shift_bytes(Int x, int right) {
+    return each(x, [=](int byte) { return right > 0 ? byte >> right : byte << -right; });
   }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) { return words(p[0], p[1], p[2], p[3]); }
@@ -69,6 +80,10 @@ struct Scalar {
   static Int sub(Int x, Int y) {
     return words(word(x, 0) - word(y, 0), word(x, 1) - word(y, 1), word(x, 2) - word(y, 2),
                  word(x, 3) - word(y, 3));
+  }
+  template <int kBits>
+  static Int shift_left(Int x) {
+    return times(x, broadcast(1 << kBits));
   }
   static Int times(Int x, Int y) {
     return words(word(x, 0) * word(y, 0), word(x, 1) * word(y, 1), word(x, 2) * word(y, 2),
@@ -95,6 +110,11 @@ struct Scalar {
     Float x = zero_float();
     for (int i = 0; i < kLanes && i < count; ++i)
       x.lanes[i] = half_to_float(static_cast<const uint16_t*>(p) + i);
+    return x;
+  }
+  static Float load_first_codes(const int8_t* p, int64_t count, int64_t) {
+    Float x = zero_float();
+    for (int i = 0; i < kLanes && i < count; ++i) x.lanes[i] = p[i];
     return x;
   }
   static void store_float(float* p, Float x) { std::memcpy(p, &x, 16); }

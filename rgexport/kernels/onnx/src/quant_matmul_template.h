@@ -20,6 +20,7 @@ class QuantMatmul : QuantLayout<Simd> {
  public:
   static QuantKernels kernels() {
     return {few(),
+            two_level,
             several(),
             many,
             unpack_rows,
@@ -37,6 +38,14 @@ class QuantMatmul : QuantLayout<Simd> {
             few<Reading<1, Cache::kNone>>(),     few<Reading<1, Cache::kL1>>(),
             few<Reading<1, Cache::kOnce>>()};
   }
+  static TwoLevelProduct two_level(const TwoLevelMatrix& w, int reading) {
+    if (w.tile() < most_tile(w.bits)) return nullptr;
+    switch (reading) {
+      case 0: return two_level_of<Reading<1, Cache::kL2, 2048>>(w);
+      case 1: return two_level_of<Reading<2, Cache::kL2, 4096>>(w);
+      default: return two_level_of<Reading<1, Cache::kL2>>(w);
+    }
+  }
   static QuantKernel several() {
     return {code_bytes, padded_blocks, QuantRound<Simd>::round_few, multiply_several};
   }
@@ -52,14 +61,27 @@ class QuantMatmul : QuantLayout<Simd> {
   }
 
   template <class Reading>
+  static TwoLevelProduct two_level_of(const TwoLevelMatrix& w) {
+    TwoLevelProduct product = nullptr;
+    unrolled<15>([&](auto i) {
+      constexpr int stored = 2 + i / 3, block = 16 << i % 3;
+      constexpr int bits = stored <= 4 ? 4 : 8, lanes = block * bits / 32;
+      using Weights = PlaneLines<Simd, Reading, stored, lanes>;
+      if (w.bits == stored && w.unpacked.block == block)
+        product = QuantFew<Simd, Weights, bits, lanes, Reading::kRows, 1>::stream;
+    });
+    return product;
+  }
+
+  template <class Reading>
   static void multiply_few(const QuantMatrix& w, const Activations& a, int64_t first, int64_t last,
                            float* y) {
     const auto instance = [&](auto bits, auto block) {
-      using Few = QuantFew<Simd, Reading>;
       constexpr int lanes = block * bits / 32;
+      using Weights = StoredLines<Simd, Reading, bits, lanes>;
       if constexpr (bits == 8)
-        if (a.digits == 2) return Few::template stream<bits, lanes, 2>;
-      return Few::template stream<bits, lanes, 1>;
+        if (a.digits == 2) return QuantFew<Simd, Weights, bits, lanes, Reading::kRows, 2>::stream;
+      return QuantFew<Simd, Weights, bits, lanes, Reading::kRows, 1>::stream;
     };
     pick(w, instance)(w, a, first, last, y);
   }

@@ -119,7 +119,7 @@ class QuantSeveral : QuantLayout<Simd> {
         add(0, count);
         line += lines;
       }
-      for (int64_t m = 0; m < count; ++m) write(sums_[m], y + m * w_.rows);
+      for (int64_t m = 0; m < count; ++m) write(sums_[m], y + m * w_.y_stride);
     }
 
    private:

@@ -31,5 +31,11 @@ struct Reading {
   static constexpr int64_t kNear = kNearBytes;  // ahead of their use, lines come from L2 into L1
 };
 
+template <class Reading>
+inline void fetch_ahead(const uint8_t* here) {
+  if constexpr (Reading::kNear > 0) fetch_into<Cache::kL1>(here + Reading::kNear);
+  fetch_into<Reading::kCache>(here + kReadAhead);
+}
+
 }  // namespace
 }  // namespace rgexport

@@ -31,9 +31,26 @@ struct Avx2 {
     std::memcpy(&word, four, 4);
     return _mm256_set1_epi32(word);
   }
-  static Int low_half(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-  static Int high_half(Int x) { return low_half(_mm256_srli_epi16(x, 4)); }
+  template <int kMask = 15>
+  static Int low_half(Int x) {
+    return _mm256_and_si256(x, _mm256_set1_epi8(kMask));
+  }
+  template <int kMask = 15>
+  static Int high_half(Int x) {
+    return low_half<kMask>(_mm256_srli_epi16(x, 4));
+  }
   static Int flip_sign(Int x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+  // Of each byte, the bits of x where the mask has ones, and those of y.
+  template <int kMask>
+  static Int select(Int x, Int y) {
+    const Int mask = _mm256_set1_epi8(kMask);
+    return _mm256_or_si256(_mm256_and_si256(mask, x), _mm256_andnot_si256(mask, y));
+  }
+  // The bits that stay in their byte are right.
+  static Int shift_bytes(Int x, int right) {
+    using Shorts [[gnu::vector_size(32)]] = uint16_t;
+    return (Int)(right > 0 ? (Shorts)x >> right : (Shorts)x << -right);
+  }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -45,6 +62,10 @@ struct Avx2 {
   }
   static Int add(Int x, Int y) { return _mm256_add_epi32(x, y); }
   static Int sub(Int x, Int y) { return _mm256_sub_epi32(x, y); }
+  template <int kBits>
+  static Int shift_left(Int x) {
+    return _mm256_slli_epi32(x, kBits);
+  }
   static Int times(Int x, Int y) { return _mm256_mullo_epi32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     const Int pairs =
@@ -77,6 +98,18 @@ struct Avx2 {
       p = some;
     }
     const Float all = _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    if (count >= kLanes) return all;
+    const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+    return _mm256_and_ps(all, _mm256_castsi256_ps(wanted));
+  }
+  static Float load_first_codes(const int8_t* p, int64_t count, int64_t there) {
+    int8_t some[kLanes] = {};
+    if (there < kLanes) {
+      std::memcpy(some, p, there);
+      p = some;
+    }
+    const Float all = to_float(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
     if (count >= kLanes) return all;
     const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);

@@ -34,16 +34,34 @@ struct Avx512 {
     std::memcpy(&word, four, 4);
     return _mm512_set1_epi32(word);
   }
-  static Int low_half(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  // The low bits of each byte, or of its high half.
+  template <int kMask = 15>
+  static Int low_half(Int x) {
+    return _mm512_and_si512(x, _mm512_set1_epi8(kMask));
+  }
+  template <int kMask = 15>
   static Int high_half(Int x) {
 #if defined(__GFNI__)
     // Bit i of a byte becomes bit i − 4: a shift crosses bytes, and needs a mask.
-    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(0x1020408000000000), 0);
+    constexpr int64_t kRows = kMask == 15  ? 0x1020408000000000
+                              : kMask == 7 ? 0x1020400000000000
+                                           : 0x1020000000000000;
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(kRows), 0);
 #else
-    return low_half(_mm512_srli_epi16(x, 4));
+    return low_half<kMask>(_mm512_srli_epi16(x, 4));
 #endif
   }
   static Int flip_sign(Int x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  // Of each byte, the bits of x where the mask has ones, and those of y.
+  template <int kMask>
+  static Int select(Int x, Int y) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(kMask), x, y, 0xca);
+  }
+  // The bits that stay in their byte are right.
+  static Int shift_bytes(Int x, int right) {
+    using Shorts [[gnu::vector_size(64)]] = uint16_t;
+    return (Int)(right > 0 ? (Shorts)x >> right : (Shorts)x << -right);
+  }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -56,6 +74,10 @@ struct Avx512 {
   }
   static Int add(Int x, Int y) { return _mm512_add_epi32(x, y); }
   static Int sub(Int x, Int y) { return _mm512_sub_epi32(x, y); }
+  template <int kBits>
+  static Int shift_left(Int x) {
+    return _mm512_slli_epi32(x, kBits);
+  }
   static Int times(Int x, Int y) { return _mm512_mullo_epi32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
@@ -72,6 +94,14 @@ struct Avx512 {
   static Float load_first_half(const void* p, int64_t count, int64_t) {
     const uint32_t lanes = (1u << (count < kLanes ? count : kLanes)) - 1;
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+  }
+  // Likewise of int8 numbers.
+  static Float load_first_codes(const int8_t* p, int64_t count, int64_t) {
+    const auto* from = reinterpret_cast<const __m128i*>(p);
+    const auto lanes = static_cast<__mmask16>((1u << (count & (kLanes - 1))) - 1);
+    const __m128i codes =
+        count >= kLanes ? _mm_loadu_si128(from) : _mm_maskz_loadu_epi8(lanes, from);
+    return to_float(_mm512_cvtepi8_epi32(codes));
   }
   static void store_float(float* p, Float x) { _mm512_storeu_ps(p, x); }
   static Int bits(Float x) { return _mm512_castps_si512(x); }

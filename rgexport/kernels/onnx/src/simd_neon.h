@@ -32,9 +32,24 @@ struct Neon {
     std::memcpy(&word, four, 4);
     return vdupq_n_s32(word);
   }
-  static Int low_half(Int x) { return words(vandq_u8(bytes(x), vdupq_n_u8(15))); }
-  static Int high_half(Int x) { return words(vshrq_n_u8(bytes(x), 4)); }
+  template <int kMask = 15>
+  static Int low_half(Int x) {
+    return words(vandq_u8(bytes(x), vdupq_n_u8(kMask)));
+  }
+  template <int kMask = 15>
+  static Int high_half(Int x) {
+    const Int high = words(vshrq_n_u8(bytes(x), 4));
+    return kMask == 15 ? high : low_half<kMask>(high);
+  }
   static Int flip_sign(Int x) { return words(veorq_u8(bytes(x), vdupq_n_u8(128))); }
+  // Of each byte, the bits of x where the mask has ones, and those of y.
+  template <int kMask>
+  static Int select(Int x, Int y) {
+    return words(vbslq_u8(vdupq_n_u8(kMask), bytes(x), bytes(y)));
+  }
+  static Int shift_bytes(Int x, int right) {
+    return words(vshlq_u8(bytes(x), vdupq_n_s8(static_cast<int8_t>(-right))));
+  }
   // Bytes, or the halves of bytes with the low one first, to a lane each.
   static Int widen(const uint8_t* p) {
     const int32_t all[4] = {p[0], p[1], p[2], p[3]};
@@ -46,6 +61,10 @@ struct Neon {
   }
   static Int add(Int x, Int y) { return vaddq_s32(x, y); }
   static Int sub(Int x, Int y) { return vsubq_s32(x, y); }
+  template <int kBits>
+  static Int shift_left(Int x) {
+    return vshlq_n_s32(x, kBits);
+  }
   static Int times(Int x, Int y) { return vmulq_s32(x, y); }
   static Int dot(Int sum, Int weights, Int codes) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(codes));
@@ -64,6 +83,11 @@ struct Neon {
     float16_t some[4] = {};
     std::memcpy(some, p, count * sizeof *some);
     return vcvt_f32_f16(vld1_f16(some));
+  }
+  static Float load_first_codes(const int8_t* p, int64_t count, int64_t) {
+    int8_t some[8] = {};
+    std::memcpy(some, p, count < kLanes ? count : kLanes);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(some)))));
   }
   static void store_float(float* p, Float x) { vst1q_f32(p, x); }
   static Int bits(Float x) { return vreinterpretq_s32_f32(x); }
