@@ -135,8 +135,8 @@ class Maker {
     const int64_t columns = bytes_.one_in(2) ? 512 << bytes_.below(2) : 1 + bytes_.below(400);
     const int64_t blocks = (columns + block - 1) / block, rows = 1 + bytes_.below(60);
     const int64_t unpacked = bits <= 4 ? 4 : 8, width = blocks * block * unpacked / 8;
-    const int64_t most[] = {128, 256, 64, 512, 256},
-                  tile = std::min(most[bits - 2], width & -width);
+    const int64_t most[] = {128, 256, 0, 512, 256};
+    const int64_t tile = bits == 4 ? block / 2 : std::min(most[bits - 2], width & -width);
     add_floats(node, {1, some(20), columns});
     node.integers = {{"K", columns}, {"N", rows}, {"block_size", block}};
     add_bytes(node, {rows, width / tile, tile * bits / unpacked});

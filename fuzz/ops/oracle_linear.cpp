@@ -172,18 +172,19 @@ std::string judge_linear(const Question& q, const std::vector<Array>& outputs) {
 
 namespace {
 
-// The bytes that a tile is unpacked to: a power of two.
-int64_t tile_of(int bits, int64_t columns) {
+// The bytes that a tile is unpacked to.
+int64_t tile_of(int bits, int64_t columns, int64_t block) {
+  if (bits == 4) return block / 2;
   const int64_t bytes = bits <= 4 ? columns / 2 : columns;
-  const int64_t most[] = {128, 256, 64, 512, 256};
+  const int64_t most[] = {128, 256, 0, 512, 256};
   int64_t tile = 1;
   while (tile < most[bits - 2] && bytes % (2 * tile) == 0) tile *= 2;
   return tile;
 }
 
-// Level `k` of a row of `columns` levels in planes, see rgexport/quantization/two_level.py.
-int two_level_at(const uint8_t* row, int bits, int64_t columns, int64_t k) {
-  const int64_t byte = bits <= 4 ? k / 2 : k, units = tile_of(bits, columns), unit = byte % units;
+// Level `k` of a row in tiles of `units` unpacked bytes, see rgexport/quantization/two_level.py.
+int two_level_at(const uint8_t* row, int bits, int64_t units, int64_t k) {
+  const int64_t byte = bits <= 4 ? k / 2 : k, unit = byte % units;
   row += byte / units * units * bits / (bits <= 4 ? 4 : 8);
   const int half = bits <= 4 ? k % 2 * 4 : 0;
   const auto field = [&](int64_t start, int groups, int step, int mask) {
@@ -210,7 +211,7 @@ Question unpacked(const Question& q) {
   const Format f = format_of(same);
   const Array &planes = q.input(1), &codes = q.input(2), &units = q.input(3);
   const int64_t rows = q.integer("N", 0), columns = f.blocks * f.block, runs = (f.blocks + 15) / 16;
-  const int64_t tile = columns < 1 ? 1 : tile_of(bits, columns);
+  const int64_t tile = columns < 1 ? 1 : tile_of(bits, columns, f.block);
   if (f.block < 16 || f.block > 256 || columns > 1 << 20 || rows < 1 || rows > 1 << 20 ||
       !planes.is(stand_in::kUint8, {rows, columns * width / 8 / tile, tile * bits / width}) ||
       !is_per_row(codes, static_cast<ElementType>(3), rows, f.blocks) ||
@@ -228,8 +229,7 @@ Question unpacked(const Question& q) {
       scales.floats.push_back(code * units.floats[n * runs + b / 16]);
     }
     for (int64_t k = 0; k < columns; ++k) {
-      const int level =
-          two_level_at(planes.bytes.data() + n * columns * bits / 8, bits, columns, k);
+      const int level = two_level_at(planes.bytes.data() + n * columns * bits / 8, bits, tile, k);
       const int raised = level + (1 << (width - 1)) - (1 << (bits - 1));
       const int64_t at = n * columns + k;
       if (width == 8)

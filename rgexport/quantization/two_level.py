@@ -109,7 +109,12 @@ class TwoLevel(Uniform):
         }
 
     def tile(self, columns: int) -> int:
-        """Returns the unpacked bytes of a tile: AVX-512 has vectors of 64; tiles fill a row."""
+        """Returns the unpacked bytes of a tile: AVX-512 has vectors of 64; tiles fill a row.
+
+        With 4 bits it is a block, as in `MatMulNBits`: then stock ONNX Runtime needs no copy.
+        """
+        if self.bits == 4:
+            return self.block // 2
         width = self.num_blocks(columns) * self.block * self.unpacked_bits // 8
         return min(_VECTOR * PLANES[self.bits][-1].groups, width & -width)
 

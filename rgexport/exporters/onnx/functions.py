@@ -46,16 +46,19 @@ def two_level_linear(bits: int, *, rounded: bool) -> ir.Function:
     pieces = [count // plane.groups for plane in planes]
     of_planes = list(zip(accumulate(pieces, initial=0), pieces, planes, strict=False))
     cuts = [
-        [(i + cut % n, cut // n * p.step, p.mask, p.shift) for i, n, p in of_planes]
+        [
+            (i + cut % n, (right := cut // n * p.step) - p.shift, p.mask << right)
+            for i, n, p in of_planes
+        ]
         for cut in range(count)
     ]
-    raised, top = scheme.unpacked_bits - bits, 2 ** (bits - 1)
-    top *= 0x11 if scheme.unpacked_bits == 4 else 1
-    numbers = {n for cut in cuts for _, *three in cut for n in three} | {top, *range(raised + 1)}
+    middle = 0 if bits == scheme.unpacked_bits else 2 ** (bits - 1)
+    middle *= 0x11 if scheme.unpacked_bits == 4 else 1
+    numbers = {abs(n) for cut in cuts for _, *pair in cut for n in pair} | {middle}
     return _function(
         "two_level_linear.onnx.j2",
         name=f"TwoLevelLinear{bits}{'' if rounded else 'Exact'}",
-        **{"numbers": sorted(numbers), "cuts": cuts, "raised": raised, "top": top, "run": RUN},
+        **{"numbers": sorted(numbers), "cuts": cuts, "middle": middle, "run": RUN},
         **{"pieces": sum(pieces), "unpacked_bits": scheme.unpacked_bits, "rounded": rounded},
     )
 

@@ -108,7 +108,7 @@ void quant_linear(std::vector<Case>& cases) {
             }
 }
 
-constexpr int64_t kMostTiles[] = {128, 256, 64, 512, 256};  // of 2 to 6 bits
+constexpr int64_t kMostTiles[] = {128, 256, 0, 512, 256};  // of 2 to 6 bits
 
 template <int kBits>
 void two_level(std::vector<Case>& cases) {
@@ -118,7 +118,8 @@ void two_level(std::vector<Case>& cases) {
         for (Step step : kSteps) {
           const int64_t blocks = (columns + block - 1) / block, unpacked = kBits <= 4 ? 4 : 8;
           const int64_t width = blocks * block * unpacked / 8;
-          const int64_t tile = std::min<int64_t>(kMostTiles[kBits - 2], width & -width);
+          const int64_t tile =
+              kBits == 4 ? block / 2 : std::min<int64_t>(kMostTiles[kBits - 2], width & -width);
           cases.push_back({"TwoLevelLinear" + std::to_string(kBits),
                            {{"K", columns}, {"N", rows}, {"block_size", block}},
                            {floats({step.batch, step.tokens, columns}),

@@ -56,6 +56,7 @@ struct TwoLevelMatrix {
   const int64_t runs = (unpacked.blocks() + kRun - 1) / kRun;
 
   int64_t tile() const {  // unpacked bytes
+    if (bits == 4) return unpacked.block / 2;
     const int64_t width = unpacked.row_bytes(), most = most_tile(bits), even = width & -width;
     return even < most ? even : most;
   }

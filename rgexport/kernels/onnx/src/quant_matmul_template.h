@@ -39,7 +39,7 @@ class QuantMatmul : QuantLayout<Simd> {
             few<Reading<1, Cache::kOnce>>()};
   }
   static TwoLevelProduct two_level(const TwoLevelMatrix& w, int reading) {
-    if (w.tile() < most_tile(w.bits)) return nullptr;
+    if (w.unpacked.row_bytes() % most_tile(w.bits) != 0) return nullptr;
     switch (reading) {
       case 0: return two_level_of<Reading<1, Cache::kL2, 2048>>(w);
       case 1: return two_level_of<Reading<2, Cache::kL2, 4096>>(w);
