@@ -6,6 +6,7 @@ stderr unless `progress` is given, which is then called with the stage, and how 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
@@ -18,7 +19,7 @@ from rgexport.choices import (
     RecurrentState,
     SuiteName,
 )
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, naming_arguments
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.exporter import exporter_of
 from rgexport.exporters.format import format_of
@@ -58,6 +59,7 @@ class FormatOptions(TypedDict, total=False):
     imatrix: str | Path
 
 
+@naming_arguments
 def export(
     model: Model,
     *,
@@ -67,7 +69,7 @@ def export(
     check: bool = True,
     quality: Quality | None = None,
     calibration: str | Path | None = None,
-    plan: str | Path | None = None,
+    plan: "str | Path | PlanReport | None" = None,
     cluster: str | None = None,
     progress: Listener | None = None,
     **options: Unpack[FormatOptions],
@@ -83,7 +85,7 @@ def export(
             `artifact.manifest.check`.
         quality: `fast` rounds to nearest, `default` searches scales, `best` uses a calibration.
         calibration: a file of `rgexport calibrate`.
-        plan: a file of `rgexport quantize`.
+        plan: a plan of `quantize`, or its file.
         cluster: the address of a Dask scheduler, whose workers help with a calibration.
         progress: called with the stage, and the number of units done and expected.
         options: see `FormatOptions`.
@@ -106,6 +108,7 @@ def export(
         )
 
 
+@naming_arguments
 def validate(
     artifact: str | Path | Artifact,
     model: str | Path | None = None,
@@ -148,7 +151,8 @@ def validate(
     from rgexport.validation.reference.reference_file import read_reference
     from rgexport.validation.run import ValidationRequest, validate_artifact
 
-    path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
+    if isinstance(artifact, list | tuple):
+        raise RequestError(f"artifact is a {type(artifact).__name__}; validate one at a time")
     request = ValidationRequest(
         model=None if model is None else str(model),
         adapter=_path(adapter),
@@ -164,7 +168,7 @@ def validate(
         allow_foreign=allow_foreign,
     )
     with heard_by(progress):
-        return validate_artifact(path, request)
+        return validate_artifact(Path(artifact), request)
 
 
 class EvaluationSettings(TypedDict, total=False):
@@ -184,8 +188,9 @@ class EvaluationSettings(TypedDict, total=False):
     examples: int
 
 
+@naming_arguments
 def evaluate(
-    models: str | Path | Sequence[str | Path],
+    models: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     suites: SuiteName | Sequence[SuiteName] = (),
     output: str | Path = "evaluation",
@@ -217,7 +222,7 @@ def evaluate(
     from rgexport.evaluation.run import requested_suites
     from rgexport.runtimes.cluster import connected
 
-    models = [models] if isinstance(models, str | Path) else models
+    models = [models] if isinstance(models, str | PathLike) else models
     suites = [suites] if isinstance(suites, str) else suites
     for name in suites:
         require_word("suite", name, get_args(SuiteName))
@@ -226,13 +231,14 @@ def evaluate(
     values |= {"texts": tuple(map(Path, values.get("texts", ()))), "folder": Path(output)}
     request = EvaluationRequest(**values | {"tasks": tuple(values.get("tasks", ()))})
     with heard_by(progress), connected(cluster) as workers:
-        opened = open_models([str(model) for model in models], allow_foreign=allow_foreign)
+        opened = open_models([fspath(model) for model in models], allow_foreign=allow_foreign)
         names = requested_suites(suites, request.tasks)
         figures = run_suites(opened, names, request, threads=threads, workers=workers)
     write_files(figures, request.folder)
     return Evaluation(figures, request.folder)
 
 
+@naming_arguments
 def quantize(
     model: Model,
     *,
@@ -248,7 +254,7 @@ def quantize(
     force: bool = False,
     progress: Listener | None = None,
 ) -> "PlanReport":
-    """Finds the best layout of every tensor for one target; `export` takes the file as `plan`.
+    """Finds the best layout of every tensor for one target; `export` takes it as `plan`.
 
     Args:
         model: see `Model`.
@@ -268,7 +274,7 @@ def quantize(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.compress.quantize import PLAN_SUFFIX, PlanOptions, make_plan
+    from rgexport.compress.quantize import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(
@@ -281,9 +287,8 @@ def quantize(
         tokens=tokens,
     )
     with heard_by(progress), connected(cluster) as workers:
-        checkpoint = _opened(model)
-        target = _path(output) or Path(f"{checkpoint.name}-{format}{PLAN_SUFFIX}")
-        return make_plan(checkpoint, options, target, force=force, workers=workers)
+        checkpoint, target = _opened(model), _path(output)
+        return make_plans(checkpoint, [options], target, force=force, workers=workers)[0]
 
 
 def export_checkpoint(
@@ -334,5 +339,5 @@ def _opened(model: Model) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
-def _path(path: str | Path | None) -> Path | None:
+def _path(path: str | PathLike[str] | None) -> Path | None:
     return None if path is None else Path(path)

@@ -70,26 +70,14 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "unknown profile": ("onnx -m model --profile phone", "'phone'; expected .*cpu"),
     "unknown compute": ("onnx -m model --compute int8", "'int8'; expected .*fp32"),
     "block size": ("onnx -m model --int4 --block-size 48", "48; expected one of 16, 32, 64, 128"),
-    "idle option": (
-        "onnx -m model --precision fp32 --block-size 64",
-        "--block-size changes nothing in fp32 weights; expected it beside --int8 or --int4",
-    ),
+    "idle option": ("onnx -m model --precision fp32 --block-size 64", "changes nothing in fp"),
     "embedding": ("onnx -m model --embedding-precision x", "'x'; expected"),
-    "idle quality": (
-        "onnx -m model --precision fp32 --quality best",
-        r"--quality \(or --calibration\) changes nothing in fp32 weights",
-    ),
+    "idle quality": ("onnx -m model --precision fp32 --quality best", "changes nothing in fp32"),
     "idle quality of gguf": ("gguf -m model --type f16 --quality best", "nothing in f16 weights"),
-    "idle cluster": (
-        "onnx -m model --cluster tcp://127.0.0.1:9",
-        "--cluster is for --quality best or --calibration; leave it out",
-    ),
+    "idle cluster": ("onnx -m model --cluster tcp://127.0.0.1:9", "is for --quality best or"),
     "missing plan": ("onnx -m model --plan nowhere", "plan nowhere"),
     "foreign plan": ("onnx -m model --plan model/config.json", "does not name the tensors"),
-    "gguf row groups": (
-        "gguf -m model --plan groups.json",
-        r"int8/32 \(1 row\) \+ int4/32, which GGUF cannot do in row groups",
-    ),
+    "gguf row groups": ("gguf -m model --plan groups.json", r"GGUF cannot do in row groups"),
     "window": ("onnx -m model --window 0", "--window is 0"),
     "soft cap": ("onnx -m model --soft-cap -1", "--soft-cap is -1"),
     "parent missing": ("onnx -m model -o no/where", "there is no folder"),
@@ -100,14 +88,8 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
         "--symmetric changes nothing in pal4 and fp16 weights",
     ),
     "coreml compute": ("coreml -m model --compute bf16", "--compute is 'bf16'"),
-    "coreml halves": (
-        "coreml -m model --precision fp32 --compute fp16",
-        "products in fp16 take fp16 weights",
-    ),
-    "coreml embedding": (
-        "coreml -m model --precision int4 --embedding-precision fp32",
-        "take --compute fp32",
-    ),
+    "coreml halves": ("coreml -m model --precision fp32 --compute fp16", "products in fp16 "),
+    "coreml head": ("coreml -m model --precision int4 --embedding-precision fp32", "compute fp32"),
     "coreml prefill": ("coreml -m model --prefill-length 1", "--prefill-length is 1; expected 2"),
     "coreml state": ("coreml -m model --recurrent-state ring", "'ring'; expected one of io, hilo"),
     "gguf unknown type": ("gguf -m model --type q3", "'q3'; expected one of f32"),
@@ -139,28 +121,23 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "validate a folder": ("validate folder", "folder is not an rgexport artifact: it has no"),
     "inspect nothing": ("inspect nowhere", "nowhere"),
     "inspect no model": ("inspect folder", "folder"),
+    "inspect a plan": ("inspect groups.json", "is a plan; exports take it with --plan; expected"),
     "random size": ("random --size 3b -o x", "'3b'; expected one of"),
     "random nowhere": ("random --size 2b", "--output"),
     "no target": (f"{QUANTIZE}", "0 targets are given; expected one of --target-kl, --target-size"),
     "out of reach": (f"{QUANTIZE} --bits 9 --bits 1", "--bits is 1, which no plan reaches"),
-    "target kl": (f"{QUANTIZE} --target-kl nan", "--target-kl is nan; expected a positive number"),
+    "target kl": (f"{QUANTIZE} --target-kl nan", "--target-kl is nan; expected more than 0"),
     "target size": (f"{QUANTIZE} --target-size big", "is 'big'; expected a number of bytes"),
     "plan for pt": (f"{QUANTIZE} --bits 4 --format pt", "'pt'; expected one of onnx, coreml"),
-    "missing calibration": (f"{QUANTIZE} --bits 4", "the calibration nothing: there is no such"),
+    "missing calibration": (f"{QUANTIZE} --bits 4", "cannot read nothing: No such file"),
     "calibrate nothing": ("calibrate", "a model is needed"),
     "calibration target": ("calibrate -m model -o text.gguf --force", "something else than what"),
     "no tokens": ("calibrate -m model --tokens 0", "--tokens is 0; expected at least 1"),
-    "endless tokens": (
-        f"calibrate -m model --tokens {2**62}",
-        "--tokens is 4611686018427387904; expected at most 268435456",
-    ),
+    "endless tokens": (f"calibrate -m model --tokens {2**62}", "--tokens is 46.* at most 268435"),
     "endless seed": (f"calibrate -m model --seed {2**64}", "--seed is .* at most 92233720368547"),
     "held out below": ("calibrate -m model --held-out -1", "--held-out is -1"),
     "sampled below": ("calibrate -m model --text text.gguf --sampled -1", "--sampled is -1"),
-    "only sampled": (
-        "calibrate -m model --text text.gguf --sampled 16384",
-        "leaves nothing of --tokens 16384",
-    ),
+    "only sampled": ("calibrate -m model --text text.gguf --sampled 16384", "leaves nothing"),
     "no mixture": ("calibrate -m model --tokens 8 --sampled 9", "--sampled 9 is more than .* 8"),
     "calibrate on text": ("calibrate -m model --text text.gguf", "no tokenizer to read the text"),
     "calibrate on": ("calibrate -m model --device tpu", "tpu"),
@@ -178,26 +155,23 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
     rows = Mixed((RowGroup("3", INT8), RowGroup(None, INT4)))
     plan = make_plan(CONFIG, Float("float32"), rows)
     entries = {name: scheme.to_dict() for name, scheme in plan.items()}
-    (tmp_path / "groups.json").write_text(json.dumps(entries))
+    (tmp_path / "groups.json").write_text(json.dumps({"plan": entries}))
     arguments, complaint = BAD_REQUESTS[case]
     assert_matches(complaint, refused(arguments.split(), capsys))
 
 
 BAD_USES: dict[str, tuple[str, str]] = {
     "no tokenizer": ("generate sound -p hello", "neither tokenizer.model nor tokenizer.json"),
-    "no prompt": ("generate sound", "one of --prompt, --prompt-file, --ids and --load-state; none"),
+    "no prompt": ("generate sound", "a pipe, --prompt, --prompt-file, --ids or --load-state; none"),
     "a text and messages": ("chat sound --read -", "--read - are for one message; give it"),
     "two prompts": ("generate sound -p a --ids 1", "one of --prompt and --ids; both"),
     "words as ids": ("generate sound --ids a,b", "expected token ids"),
-    "ids beyond 64 bits": (
-        f"generate sound --ids 2,{2**63}",
-        "token id 9223372036854775808 is outside of the vocabulary of 64",
-    ),
+    "ids beyond 64 bits": (f"generate sound --ids 2,{2**63}", "92233720368.* vocabulary of 64"),
     "endless ids": (f"generate sound --ids {'9' * 5000}", "expected token ids"),
     "temperature": ("generate sound --ids 2 --temperature -1", "temperature is -1"),
     "no new tokens": ("generate sound --ids 2 -n 0", "-n"),
     "draft beside ids": ("generate sound --ids 2 --draft-text sound/README.md", "--draft-text"),
-    "idle draft": ("generate sound -p a --no-lookup --draft-text x", "nothing with --no-lookup"),
+    "idle draft": ("generate sound -p a --no-lookup --draft-text x", "goes without --no-lookup"),
     "missing text": ("validate sound --text nowhere", "nowhere"),
     "text without tokenizer": ("validate sound --text sound/README.md", "tokenizer"),
     "json nowhere": ("validate sound --json no/where.json", "where.json"),
@@ -205,6 +179,7 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "second artifact": ("validate sound nowhere", "nowhere"),
     "existing artifact": ("onnx -m other -o sound", "sound exists; pass --force"),
     "no artifact given": ("validate", "ARTIFACT"),
+    "lost manifest": ("chat lost", "lost is not an rgexport artifact: .*or export the model again"),
     "another model": ("validate sound -m other", "embed_tokens.weight has shape"),
     "idle calibration": ("validate sound --calibration c", "--calibration is for --reproduce"),
     "reproduced alone": ("validate sound --reproduce", "pass it with -m"),
@@ -215,6 +190,8 @@ BAD_USES: dict[str, tuple[str, str]] = {
 def test_bad_use_of_an_artifact(case, artifact, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(artifact, "sound")
+    shutil.copytree(artifact, "lost", ignore=lambda *_: ["rgexport.json"])
+    (tmp_path / "lost" / "config.json").touch()  # looks like a checkpoint's
     other = ODD_CONFIGS["hawk"]
     write_hugging_face(other, random_weights(other), tmp_path / "other")
     arguments, complaint = BAD_USES[case]
@@ -265,21 +242,12 @@ WRONG_STATES: dict[str, tuple[Change, str]] = {
         lambda m: m["config"].update(window=2**31 - 1),
         "config.window is 2147483647: the state .* would take .* expected at most 1.07 GB",
     ),
-    "another window": (
-        lambda m: m["config"].update(window=5),
-        r"states\[2\].shape is \(1, 16, 16\); expected \(1, 5, 16\)",
-    ),
+    "another window": (lambda m: m["config"].update(window=5), r"states\[2\].* \(1, 5, 16\)"),
 }
 COMMANDS = (
-    "generate sound --ids 2",
-    "chat sound -p hello",
-    "serve sound --port 0",
-    "validate sound",
-    "bench sound -p 1 -n 1 -r 1",
-    "inspect sound",
-    "evaluate sound --suite text",
-    "web sound -o site",
-    "state load sound no-file",
+    *("generate sound --ids 2", "chat sound -p hello", "serve sound --port 0", "validate sound"),
+    *("bench sound -p 1 -n 1 -r 1", "inspect sound", "evaluate sound --suite text"),
+    *("web sound -o site", "state load sound no-file"),
 )
 
 
@@ -301,8 +269,7 @@ def test_hub_that_cannot_be_reached(tmp_path):
     result = rgexport("onnx", "--size", "2b", "--int4", folder=tmp_path, environment=offline)
     assert result.returncode == 2 and result.stdout == ""
     assert_matches("^Error: .*google/recurrentgemma-2b", result.stderr)
-    assert len(result.stderr.splitlines()) == 1
-    assert not list(tmp_path.glob("*onnx*"))
+    assert len(result.stderr.splitlines()) == 1 and not [*tmp_path.glob("*onnx*")]
 
 
 @pytest.mark.parametrize("command", ["onnx", "coreml", "gguf --type f16"])

@@ -27,7 +27,7 @@ class Conversation:
         self.last: ModelReply | None = None
         self.styled = True
         self._attempts = 0
-        self._document = ""
+        self._document, self._documents = "", dict[str, str]()
         self._unread: tuple[Path, Key] | None = None
         """A loaded state file without its text, and the key of the text."""
 
@@ -51,13 +51,13 @@ class Conversation:
 
         Raises RequestError if the template refuses it, or it is another text than a loaded state's.
         """
-        document = self._after_document(text)
-        ids = self.model.opening_ids([*self.messages, _user(document)])
+        message = self._message(self._document, text)
+        ids = self.model.opening_ids([*self.messages, message])
         if self._unread:
             path, key = self._unread
             if key_of(ids[: key[0]]) != key:
                 raise RequestError(f"this is not the text that {path} was made from; give that one")
-        self._document, self._unread = document, None
+        self._document, self._unread = message["content"], None
         self.model.state(ids)
         return len(ids)
 
@@ -72,24 +72,38 @@ class Conversation:
                 "again with /read FILE or --read FILE, which takes no time"
             )
         self._attempts = 0
-        yield from self._reply_to([*self.messages, _user(self._after_document(text))])
+        yield from self._reply_to([*self.messages, self._message(self._document, text)], "")
 
     def retry(self) -> Generator[str, None, None]:
         self._attempts += 1
-        yield from self._reply_to(self.messages[: self._last_index() + 1])
+        yield from self._reply_to(self.messages[: self._last_index() + 1], self._document)
 
     def edit(self, text: str) -> Generator[str, None, None]:
+        """Yields the reply to `text` in the last message's place, after the same document."""
         self._attempts = 0
-        yield from self._reply_to([*self.messages[: self._last_index()], _user(text)])
+        index = self._last_index()
+        message = self._message(self._document_of(index), text)
+        yield from self._reply_to([*self.messages[:index], message], self._document)
 
-    def undo(self) -> None:
-        self.messages = self.messages[: self._last_index()]
+    def undo(self) -> str:
+        """Removes a document that no message is about yet, or the last turn; says which.
+
+        The document that the turn was about is there again for the next message.
+        """
+        if self._document:
+            self._document = self._documents.get(self._document, "")
+            return "The text that was read last is gone."
+        index = self._last_index()
+        self._document, self.messages = self._document_of(index), self.messages[:index]
+        again = " The text before it stays; /undo removes it, too." * bool(self._document)
+        return f"The last message and its reply are gone.{again}"
 
     def save(self, path: Path) -> SavedState:
         """Writes the conversation and its state into a file; RequestError if it is empty."""
         messages, encode = list(self.messages), self.model.conversation_ids
         if self._document:
-            messages, encode = [*messages, _user(self._document)], self.model.opening_ids
+            messages.append({"role": "user", "content": self._document})
+            encode = self.model.opening_ids
         if not messages:
             raise RequestError("the conversation is empty: there is nothing to save")
         return self.model.save_state(path, encode(messages), messages)
@@ -115,7 +129,7 @@ class Conversation:
             self._document = self.messages.pop()["content"]
         return saved
 
-    def _reply_to(self, messages: list[Message]) -> Generator[str, None, None]:
+    def _reply_to(self, messages: list[Message], document: str) -> Generator[str, None, None]:
         options, sampling = self.options, self.options.sampling
         if self._attempts and sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + self._attempts)
@@ -128,17 +142,18 @@ class Conversation:
                 stream.cancel()
                 self.last = stream.reply()
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
-                self._document = ""
+                self._document = document
 
-    def _after_document(self, text: str) -> str:
-        return _SEPARATOR.join(filter(None, (self._document, text)))
+    def _message(self, document: str, text: str) -> Message:
+        content = _SEPARATOR.join(filter(None, (document, text)))
+        self._documents[content] = document
+        return {"role": "user", "content": content}
+
+    def _document_of(self, index: int) -> str:
+        return self._documents.get(self.messages[index]["content"], "")
 
     def _last_index(self) -> int:
         indices = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not indices:
             raise RequestError("there is no message yet")
         return indices[-1]
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}

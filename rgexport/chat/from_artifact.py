@@ -15,7 +15,7 @@ from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.opening import open_artifact
-from rgexport.progress import detail, warn
+from rgexport.progress import detail, note, warn
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import SessionInfo
 from rgexport.units import amount
@@ -44,6 +44,8 @@ def open_model(
 def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
     """Returns the tokens of a plain text, after the tokens of a state file if it has them."""
     saved = None if state is None else model.load_state(state)
+    if saved and saved.messages is not None:
+        note(f"{state} is of a chat, whose template only `rgexport chat --load-state` applies")
     if saved and saved.tokens is not None:
         return [*saved.tokens.tolist(), *model.tokenizer.encode_text(text)]
     ids = model.text_ids(text)

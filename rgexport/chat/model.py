@@ -12,19 +12,14 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import fields, replace
 from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from rgexport.chat.artifact_text import open_template, open_tokenizer
-from rgexport.chat.jobs import (
-    End,
-    GenerationJob,
-    GenerationOptions,
-    GenerationRequest,
-    require_ids,
-)
+from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, GenerationRequest, require_ids
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import ChatTemplate, Message, PromptEncoder, PromptTokens
 from rgexport.chat.reading import show_reading
@@ -50,7 +45,7 @@ from rgexport.chat.state_file import (
 )
 from rgexport.chat.state_folder import StateFolder
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, naming_arguments
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import Identity, artifact_hash, identity_of
 from rgexport.exporters.opening import open_artifact
@@ -341,8 +336,9 @@ def _copy_state(end: End) -> State:
     return {name: array.copy() for name, array in end.state.items()}
 
 
+@naming_arguments
 def load(
-    path: str | Path | Artifact,
+    path: str | PathLike[str],
     *,
     threads: int | None = None,
     allow_foreign: bool = False,
@@ -360,8 +356,8 @@ def load(
     Raises:
         RequestError: no sound artifact, no tokenizer, or an engine that cannot open it.
     """
-    path = path.path if isinstance(path, Artifact) else path
-    return open_model(open_artifact(path, allow_foreign=allow_foreign), threads=threads, **options)
+    artifact = open_artifact(fspath(path), allow_foreign=allow_foreign)
+    return open_model(artifact, threads=threads, **options)
 
 
 def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:

@@ -251,9 +251,7 @@ def _require_messages(messages: Sequence[Message]) -> None:
         and isinstance(message.get("content"), str)
         for message in messages
     ):
-        raise RequestError(
-            'the messages are not a list such as [{"role": "user", "content": "Hello"}]'
-        )
+        raise RequestError('messages are not a list such as [{"role": "user", "content": "Hello"}]')
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message] | None:

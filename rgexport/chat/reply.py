@@ -143,11 +143,7 @@ def _overlap(text: str, stop: str) -> int:
 
 class ReplyWriter:
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: Sequence[int],
-        options: ReplyOptions,
-        deliver: Deliver,
+        self, tokenizer: Tokenizer, prompt: Sequence[int], options: ReplyOptions, deliver: Deliver
     ) -> None:
         self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(options.stop)
         self._prompt_tokens, self._logprobs = len(prompt), options.logprobs
@@ -199,16 +195,22 @@ def _scored(token: int, logits: np.ndarray, count: int) -> ScoredToken:
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of a reply as they come; garbage collection cancels the reply."""
+    """The pieces of a reply as they come, and their `text`; garbage collection cancels it."""
 
     def __init__(
         self, start: Callable[[Deliver], GenerationJob], *, shows_reading: bool = False
     ) -> None:
+        self.text = ""
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._job = start(self._items.put)
         self._shows_reading = shows_reading
         self._end: ModelReply | RequestError | None = None
         weakref.finalize(self, self._job.cancel).atexit = False
+
+    def __repr__(self) -> str:
+        end = self._end
+        state = end.reason if isinstance(end, ModelReply) else "failed" if end else "running"
+        return f"<ReplyStream {state}: {self.text!r}>"
 
     @property
     def failed(self) -> bool:
@@ -225,6 +227,7 @@ class ReplyStream(Iterator[str]):
         while self._end is None:
             item = self._items.get()
             if isinstance(item, TextPiece):
+                self.text += item.text
                 yield item
             else:
                 self._end = item

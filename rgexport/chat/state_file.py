@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from rgexport.chat.prompts import Message
 from rgexport.errors import RequestError
 from rgexport.exporters.manifest import Identity
 from rgexport.files.atomic import write_file
-from rgexport.files.safetensors import Entry, header, read_header, read_metadata
+from rgexport.files.kinds import read_own_metadata
+from rgexport.files.paths import naming
+from rgexport.files.safetensors import Entry, has_metadata, header, read_header
 from rgexport.files.targets import require_writable
-from rgexport.files.typed_json import Mismatch, from_json, parse_json, require_version, to_json
+from rgexport.files.typed_json import to_json
 from rgexport.griffin.state import POSITION, State
 
 Key = tuple[int, str]
@@ -132,12 +135,7 @@ def require_replaceable(path: Path) -> None:
         raise RequestError(f"{path} exists and is not a state file; give another name")
 
 
-def is_state_file(path: Path) -> bool:
-    """Returns whether `--force` may replace a file because it is a state file."""
-    try:
-        return METADATA in read_metadata(path)
-    except RequestError:
-        return False
+is_state_file = partial(has_metadata, METADATA)
 
 
 def write_state(path: Path, saved: SavedState, *, precision: str | None = None) -> int:
@@ -149,10 +147,8 @@ def write_state(path: Path, saved: SavedState, *, precision: str | None = None) 
 
 
 def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
-    try:
+    with naming(path, "write"):
         write_file(path, chunks)
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror or error}") from error
     return sum(chunk.nbytes for chunk in chunks)
 
 
@@ -213,17 +209,9 @@ def require_intact(path: Path) -> None:
 
 def read_state_header(path: Path) -> StateHeader:
     """Returns the metadata of a file, if it is a state file of this version."""
-    text = read_metadata(path).get(METADATA)
-    if text is None:
-        raise RequestError(f"{path} is no state file; expected one that rgexport saved")
-    try:
-        fields = from_json(dict[str, Any], parse_json(text))
-        require_version(path, fields.get("format_version"), FORMAT_VERSION, "save it again")
-        state_header = from_json(StateHeader, fields)
-        if any(not m.keys() >= {"role", "content"} for m in state_header.messages or ()):
-            raise Mismatch("a message lacks its role or content")
-    except Mismatch as error:
-        raise RequestError(f"{path} is damaged: in its metadata, {error}") from None
+    state_header = read_own_metadata(path, METADATA, StateHeader, FORMAT_VERSION)
+    if any(not m.keys() >= {"role", "content"} for m in state_header.messages or ()):
+        raise RequestError(f"{path} is damaged: in its metadata, a message lacks role or content")
     return state_header
 
 
@@ -248,19 +236,16 @@ def _read_arrays(
     path: Path, fields: StateHeader, entries: Mapping[str, Entry]
 ) -> dict[str, np.ndarray]:
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
-    try:
-        with path.open("rb") as file:
-            for name, entry in entries.items():
-                dtypes = _OTHER_DTYPES.get(name, _STATE_DTYPES)
-                if entry.dtype not in dtypes:
-                    shape = list(entry.shape)
-                    raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {shape}")
-                file.seek(entry.offset)
-                data = file.read(entry.nbytes)
-                digest.update(data)
-                arrays[name] = np.frombuffer(data, dtypes[entry.dtype]).reshape(entry.shape)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    with naming(path), path.open("rb") as file:
+        for name, entry in entries.items():
+            dtypes = _OTHER_DTYPES.get(name, _STATE_DTYPES)
+            if entry.dtype not in dtypes:
+                shape = list(entry.shape)
+                raise RequestError(f"{path} is damaged: {name} is {entry.dtype} {shape}")
+            file.seek(entry.offset)
+            data = file.read(entry.nbytes)
+            digest.update(data)
+            arrays[name] = np.frombuffer(data, dtypes[entry.dtype]).reshape(entry.shape)
     if digest.hexdigest() != fields.sha256 or not _is_consistent(fields, arrays):
         raise RequestError(f"{path} is damaged: its contents do not have the hash that it names")
     return arrays

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.chat.state_file import Key, SavedState, read_state, state_bytes, write_state
-from rgexport.errors import RequestError, system_error
+from rgexport.errors import system_error
 from rgexport.exporters.manifest import Identity
 from rgexport.files.atomic import remove_abandoned
+from rgexport.files.paths import naming
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 
@@ -192,11 +193,9 @@ class StateFolder:
         self._identity, self._shapes, self._artifact = identity, shapes, artifact
         self._vocab_size, self._precision = vocab_size, precision
         self._max_bytes, self._max_waiting_bytes = max_bytes, waiting_bytes
-        try:
+        with naming(self._folder, "use"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._index.scan()
-        except OSError as error:
-            raise RequestError(f"cannot use {self._folder}: {error.strerror}") from None
         self._waiting: OrderedDict[Key, SavedState] = OrderedDict()
         """States to write, the oldest first."""
         self._fetches: OrderedDict[Key, Fetch] = OrderedDict()

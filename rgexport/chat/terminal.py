@@ -72,13 +72,10 @@ def _clear(conversation: Conversation, argument: str) -> str:
 
 
 def _system(conversation: Conversation, argument: str) -> str:
-    conversation.set_system(argument)
-    return "The system prompt is set." if argument else "There is no system prompt now."
-
-
-def _undo(conversation: Conversation, argument: str) -> str:
-    conversation.undo()
-    return "The last message and its reply are gone."
+    if argument:
+        conversation.set_system("" if argument in ("none", '""') else argument)
+    text = conversation.system
+    return f"The system prompt: {text}\n/system none removes it." if text else "No system prompt."
 
 
 def _save(conversation: Conversation, argument: str) -> str:
@@ -126,14 +123,14 @@ def _stats(conversation: Conversation, argument: str) -> str:
 
 def _set(conversation: Conversation, argument: str) -> str:
     options = conversation.options
-    values = vars(options.sampling) | vars(options)
-    if not argument:
-        settings = {n: "random" if values[n] is None else values[n] for n in _SETTINGS}
-        return "\n".join(f"{name} {value}" for name, value in settings.items())
     name, _, value = argument.partition(" ")
     name = name.replace("-", "_")
-    if name not in _SETTINGS:
+    if name and name not in _SETTINGS:
         raise RequestError(f"there is no setting {name!r}; expected one of {', '.join(_SETTINGS)}")
+    if not value:
+        values = vars(options.sampling) | vars(options)
+        settings = {n: "random" if values[n] is None else values[n] for n in _SETTINGS}
+        return "\n".join(f"{n} {settings[n]}" for n in ([name] if name else _SETTINGS))
     try:
         number: Any = int(value) if name in _WHOLE else float(value)
     except ValueError:
@@ -148,15 +145,15 @@ def _set(conversation: Conversation, argument: str) -> str:
 
 COMMANDS: dict[str, Command] = {
     "help": Command(_help, "shows this"),
-    "system": Command(_system, "sets the system prompt; without TEXT, removes it", "TEXT"),
-    "undo": Command(_undo, "takes the last message and its reply back"),
+    "system": Command(_system, "sets the system prompt, or `none`; alone, shows it", "TEXT"),
+    "undo": Command(lambda c, _: c.undo(), "takes back a text just read, or the last message"),
     "retry": Command(_retry, "asks for another reply"),
     "edit": Command(Conversation.edit, "says TEXT instead of the last message", "TEXT", True),
     "read": Command(_read, "reads a text that the next message is about", "FILE", True),
     "save": Command(_save, "saves the conversation and its state", "FILE", True),
     "load": Command(_load, "goes on with a saved one", "FILE", True),
     "clear": Command(_clear, "begins a new conversation"),
-    "set": Command(_set, "changes a setting; alone, it lists them", "NAME VALUE"),
+    "set": Command(_set, "changes or shows a setting; alone, lists all", "NAME VALUE"),
     "raw": Command(_raw, "shows replies without styles, or with them again"),
     "stats": Command(_stats, "shows speed, memory and state"),
     "quit": Command(_quit, "ends the chat, as Ctrl-D does"),

@@ -92,9 +92,7 @@ class ValidateArguments:
     )
     adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
     text: Path | None = option("Compare on this text. [default: built in]")
-    max_tokens: int | None = option(
-        "Number of tokens to compare, such as 32768.", "--tokens", least=2
-    )
+    max_tokens: int | None = option("Number of tokens, such as 32768.", "--tokens", least=2)
     limits: tuple[str, ...] = option(
         "Another limit for a check, such as original.kl=0.05. Can be repeated.",
         "--limit",
@@ -103,9 +101,7 @@ class ValidateArguments:
     bisect: bool = option("Also rank the layers by cost, and name suspects.")
     bench: bool = option("Also measure tokens per second.")
     reproduce: bool = option("Encode the original's weights again; every level must agree.")
-    calibration: Path | None = option(
-        "Calibration that the weights were encoded with, for --reproduce."
-    )
+    calibration: Path | None = option("Calibration of the export, for --reproduce.")
     allow_ambiguous: bool = option("Exit with code 0 also if the verdict is AMBIGUOUS.")
     min_quality: choices.GradeName | None = option(
         "Exit with code 1 also if the quality is lower: lossless, excellent, good or fair.",
@@ -231,9 +227,7 @@ class BenchArguments(ArtifactArguments):
     n_gen: str = option("Numbers of tokens to generate.", "-n", default="128")
     n_depth: str = option("Tokens processed before the measurement.", "-d", default="0")
     repetitions: int = option("Number of repetitions.", "-r", least=1, default=5)
-    synthetic: bool = option(
-        "Fill the state with random values instead: quick, same cost per token."
-    )
+    synthetic: bool = option("Fill the state with random values: quick, same cost per token.")
     threads: ThreadsArguments = group()
     form: choices.TableFormat = option("Format of the table.", "--format", default="table")
     json: bool = option("Print the figures as JSON, as with --format json.")

@@ -100,28 +100,16 @@ def help_if_alone(context: click.Context) -> None:
         print_result(context.get_help())
 
 
-def _set_verbose(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    progress.verbose = progress.verbose or value
+def _progress_flag(name: str, help: str) -> click.Option:
+    def switch_on(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        setattr(progress, name, getattr(progress, name) or value)
+
+    flags = [f"-{name[0]}", f"--{name}"]
+    return click.Option(flags, is_flag=True, expose_value=False, callback=switch_on, help=help)
 
 
-def _set_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    progress.quiet = progress.quiet or value
-
-
-VERBOSE = click.Option(
-    ["-v", "--verbose"],
-    is_flag=True,
-    expose_value=False,
-    callback=_set_verbose,
-    help="Show more detail.",
-)
-QUIET = click.Option(
-    ["-q", "--quiet"],
-    is_flag=True,
-    expose_value=False,
-    callback=_set_quiet,
-    help="Show results, warnings and errors alone.",
-)
+VERBOSE = _progress_flag("verbose", "Show more detail.")
+QUIET = _progress_flag("quiet", "Show results, warnings and errors alone.")
 
 
 def _parameters(arguments: Any) -> Iterator[click.Parameter]:

@@ -18,6 +18,7 @@ from rgexport.commands.options import (
     port_option,
 )
 from rgexport.errors import RequestError
+from rgexport.files.paths import naming, read_text
 
 _KEY = "RGEXPORT_API_KEY"
 
@@ -32,17 +33,13 @@ class ServeArguments(ArtifactsArguments):
         most=256,
         default=8,
     )
-    max_waiting: int = option(
-        "Maximum number of requests that wait for their turn.", least=0, default=256
-    )
+    max_waiting: int = option("Maximum number of requests that wait.", least=0, default=256)
     max_new_tokens: int = option("Maximum number of tokens of a reply.", least=1, default=4096)
     max_prompt_tokens: int = option(
-        "Maximum number of tokens of a prompt.", least=1, default=1 << 20
+        "Maximum length of a prompt in tokens.", least=1, default=1 << 20
     )
     max_seconds: float = option("Maximum duration of an answer.", least=0.0, default=3600.0)
-    cache_size: str = option(
-        "Memory for states of earlier conversations.", default="1GB", metavar="SIZE"
-    )
+    cache_size: str = option("Memory for earlier conversations.", default="1GB", metavar="SIZE")
     state_folder: Path | None = option("Keep states in this folder, also for the next start.")
     state_folder_size: str = option(
         "Maximum size of the states in the folder.", default="10GB", metavar="SIZE"
@@ -70,9 +67,7 @@ class ServeArguments(ArtifactsArguments):
     stall_seconds: float = option(
         "Seconds without progress after which /health says 503.", least=0.0, default=60.0
     )
-    grace: int = option(
-        "Seconds to finish running replies after Ctrl-C or SIGTERM.", least=0, default=30
-    )
+    grace: int = option("Seconds for running replies after Ctrl-C or SIGTERM.", least=0, default=30)
     share_prefixes: bool = option(
         "Let prompts go on from the prompts of other clients; all clients share saved states."
     )
@@ -136,11 +131,8 @@ def _saved_folder(state_folder: Path | None) -> Path | None:
     if state_folder is None:
         return None
     saved = state_folder / "saved"
-    try:
+    with naming(saved, "make"):
         saved.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"--state-folder: cannot make the folder {saved}: {error.strerror}"
-        raise RequestError(message) from None
     return saved
 
 
@@ -168,10 +160,7 @@ def _api_key(key: str | None, file: Path | None) -> str | None:
     if key is not None and file is not None:
         raise RequestError("--api-key and --api-key-file exclude each other")
     if file is not None:
-        try:
-            key = file.read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise RequestError(f"cannot read {file}: {error}") from None
+        key = read_text(file).strip()
     if key is None:
         key = os.environ.get(_KEY)
     if key is not None and (not key or not key.isascii() or not key.isprintable()):

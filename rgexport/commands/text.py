@@ -24,6 +24,7 @@ from rgexport.commands.options import (
     option,
     shared,
 )
+from rgexport.commands.standard_input import piped_text, read_file_or_stdin
 from rgexport.errors import RequestError
 from rgexport.printing import print_reply, print_result, print_sentences
 
@@ -35,16 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftArguments(LookupArguments):
-    draft_text: Path | None = option(
-        "A file that replies quote from; where they do, they come sooner."
-    )
+    draft_text: Path | None = option("A file that replies quote from; quotes come sooner.")
 
     def text(self) -> str:
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            message = "--draft-text changes nothing with --no-lookup; leave out one of them"
-            raise RequestError(message)
+            raise RequestError("--draft-text goes without --no-lookup; leave out one of them")
         return read_text(self.draft_text) if self.draft_text else ""
 
 
@@ -52,9 +50,7 @@ class DraftArguments(LookupArguments):
 class SamplingArguments(ThreadsArguments):
     max_new_tokens: int = option("Maximum number of tokens of a reply.", "-n", least=1, default=256)
     temperature: float = option(
-        "Randomness of sampling; 0 takes the most likely token.",
-        *("--temperature", "--temp"),
-        default=0.0,
+        "Randomness; 0 takes the most likely token.", "--temperature", "--temp", default=0.0
     )
     top_k: int = option("Sample from the k most likely tokens.", default=0, show_default=False)
     top_p: float = option(
@@ -70,9 +66,7 @@ class SamplingArguments(ThreadsArguments):
         "Makes tokens of the reply occur less, if above 0.", default=0.0, show_default=False
     )
     frequency_penalty: float = option(
-        "Makes frequent tokens of the reply occur less, if above 0.",
-        default=0.0,
-        show_default=False,
+        "Makes frequent tokens of the reply rarer, if above 0.", default=0.0, show_default=False
     )
     seed: int | None = option("Seed of the sampling, which makes replies repeatable.")
 
@@ -126,7 +120,7 @@ class ReplyArguments:
 
 @dataclass(frozen=True)
 class GenerateArguments(ArtifactArguments):
-    prompt: str | None = option("The text to continue.", "-p")
+    prompt: str | None = option("The text to continue; a pipe's text goes before it.", "-p")
     prompt_file: Path | None = option("The text to continue, from a file; - is the standard input.")
     ids: str | None = option("Token ids to continue, such as 2,651,603; prints ids.")
     as_json: bool = option("Print the continuation and its figures as JSON.", "--json")
@@ -158,7 +152,7 @@ def generate(arguments: GenerateArguments) -> None:
         return
     if prompt is None and state.load_state is None:
         raise RequestError(
-            "generate takes one of --prompt, --prompt-file, --ids and --load-state; none was given"
+            "generate takes a pipe, --prompt, --prompt-file, --ids or --load-state; none was given"
         )
     draft = reply.draft.text()
     with reply.open_model(arguments.artifact, chat=False) as model:
@@ -179,23 +173,15 @@ def _prompt(arguments: GenerateArguments) -> str | None:
     values = {"--prompt": arguments.prompt, "--prompt-file": file, "--ids": arguments.ids}
     if len(names := [name for name, value in values.items() if value is not None]) > 1:
         raise RequestError(f"generate takes one of {' and '.join(names)}; both were given")
-    return arguments.prompt if file is None else _read(file)
-
-
-def _read(file: Path) -> str:
-    from rgexport.files.paths import read_text
-
-    if str(file) != "-":
-        return read_text(file)
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the input is not UTF-8 text: {error}") from None
+    if file is not None:
+        return read_file_or_stdin(file)
+    text = "" if arguments.ids is not None else piped_text("--prompt-file")
+    return "\n\n".join(filter(None, (text, arguments.prompt))) if text else arguments.prompt
 
 
 @dataclass(frozen=True)
 class ChatArguments(ArtifactArguments):
-    prompt: str | None = option("Send this message, print the reply, and end.", "-p")
+    prompt: str | None = option("Send this message, after a pipe's text; print the reply.", "-p")
     system: str = option("The system prompt.", default="", show_default=False)
     document: Path | None = option(
         "A file whose text the first message is about; - is the standard input, with -p.", "--read"
@@ -227,7 +213,10 @@ def chat(arguments: ChatArguments) -> None:
         raise RequestError("-p is empty; give a message")
     if prompt is None and (arguments.as_json or str(arguments.document) == "-"):
         raise RequestError("--json and --read - are for one message; give it with -p")
-    document = _read(arguments.document) if arguments.document else ""
+    if arguments.document:
+        document = read_file_or_stdin(arguments.document)
+    else:
+        document = "" if prompt is None else piped_text("--read")
     with reply.open_model(arguments.artifact, chat=True) as model:
         options = dataclasses.replace(options, draft=model.draft_of(draft))
         conversation = Conversation(model, options)
@@ -236,7 +225,7 @@ def chat(arguments: ChatArguments) -> None:
             conversation.load(state.load_state)
         elif arguments.system:
             conversation.set_system(arguments.system)
-        if arguments.document:
+        if document:
             conversation.read(document)
         if prompt is not None:
             one_message(conversation, prompt, sys.stdout, as_json=arguments.as_json)
@@ -261,9 +250,7 @@ class SaveArguments(ArtifactArguments):
         "The text to read, from a file; - is the standard input.", "--read", required=True
     )
     plain: bool = option("A text for `generate`, not a document for `chat`.")
-    no_text: bool = option(
-        "Store only a hash of the text; whoever goes on must supply the text again."
-    )
+    no_text: bool = option("Store only a hash of the text, which must be supplied again later.")
     precision: StatePrecisionArguments = group()
     output: Path = option("The state file.", "-o", required=True)
     threads: ThreadsArguments = group()
@@ -281,7 +268,7 @@ def save(arguments: SaveArguments) -> None:
 
     output, plain = arguments.output, arguments.plain
     check_file_target(output, force=arguments.force, replaceable=is_state_file)
-    text = _read(arguments.text)
+    text = read_file_or_stdin(arguments.text)
     if not text.strip():
         raise RequestError(f"{arguments.text} is empty; there is nothing to read")
     with open_model(

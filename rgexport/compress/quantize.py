@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,9 +27,8 @@ from rgexport.exporters.format import FileFormat, format_of
 from rgexport.exporters.opening import as_argument, model_argument
 from rgexport.exporters.origin import folder_of
 from rgexport.exporters.request import bytes_of
-from rgexport.files.paths import read_regular
+from rgexport.files.kinds import is_plan
 from rgexport.files.targets import check_file_target, replace_file
-from rgexport.files.typed_json import parse_json
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -52,13 +51,7 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of `rgexport quantize`, with exactly one target.
-
-    `target_kl` is in nats per token, `target_size` in bytes or as `1.5GB`, `bits` per
-    weight of the matrices and the head. Without a `calibration`, that of `known_calibration` is
-    taken. Without `text`, the plan is measured on the calibration's held-out text, or else on its
-    text, on at most `tokens` tokens.
-    """
+    """The options of `rgexport quantize`, with exactly one target; `api.quantize` explains them."""
 
     calibration: Path | None = None
     target_kl: float | None = None
@@ -75,9 +68,7 @@ class PlanOptions:
             raise RequestError(f"--format is {self.format!r}; expected one of {', '.join(FORMATS)}")
         target = self.target
         if not 0 < target.value < float("inf"):
-            raise RequestError(
-                f"{FLAGS[target.kind]} is {target.value:g}; expected a positive number"
-            )
+            raise RequestError(f"{FLAGS[target.kind]} is {target.value:g}; expected more than 0")
 
     @property
     def target(self) -> PlanTarget:
@@ -94,12 +85,19 @@ class PlanOptions:
 
 @dataclass(frozen=True, repr=False)
 class PlanReport:
-    """A plan with its figures; `model` and `text` are names of the model and the measured text."""
+    """A plan with its figures; `export` takes it as `plan`.
+
+    `model` and `text` are names of the model and the measured text, `path` is the plan's file.
+    """
 
     result: PlanResult
     options: PlanOptions
     model: str
     text: str
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def as_json(self) -> str:
         """Returns the content of the file: `plan`, which `--plan` reads, and its figures."""
@@ -177,46 +175,29 @@ class PlanReport:
         return render_page("compress", "plan.html.j2", report=self, chart=chart, **tables)
 
 
-def is_plan(path: Path) -> bool:
-    try:
-        return "plan" in parse_json(read_regular(path))
-    except (RequestError, OSError, ValueError, RecursionError, TypeError):
-        return False
-
-
-def make_plan(
-    checkpoint: Checkpoint,
-    options: PlanOptions,
-    target: Path,
-    *,
-    force: bool = False,
-    workers: Cluster | None = None,
-) -> PlanReport:
-    """Finds one plan, as `make_plans` does."""
-    (report,) = make_plans(checkpoint, {target: options}, force=force, workers=workers)
-    return report
-
-
 def make_plans(
     checkpoint: Checkpoint,
-    requests: Mapping[Path, PlanOptions],
+    options: Sequence[PlanOptions],
+    target: Path | None = None,
     *,
     force: bool = False,
     workers: Cluster | None = None,
 ) -> list[PlanReport]:
-    """Finds plans, and writes each to its path and its page beside it; `workers` quantize.
+    """Finds plans; writes each to `target`, or a path like it, and its page; `workers` quantize.
 
     The options differ only in their target, so the plans share the predictions and the original's
     run. Raises RequestError for an unsound checkpoint, statistics of another model, an unreadable
     text, a target out of reach, or a file that may not be replaced.
     """
-    options = next(iter(requests.values()))
-    form = format_of(options.format)
+    first = options[0]
+    form = format_of(first.format)
+    path = target or Path(f"{checkpoint.name}-{first.format}{PLAN_SUFFIX}")
+    requests = {path_for(o.target, path) if len(options) > 1 else path: o for o in options}
     for path, request in requests.items():
         _require_free(path, force)
         require_reachable(request.target, checkpoint, form)
-    calibration = known_calibration(checkpoint, options.calibration, workers)
-    text_name, sequences = _text(checkpoint, calibration, options)
+    calibration = known_calibration(checkpoint, first.calibration, workers)
+    text_name, sequences = _text(checkpoint, calibration, first)
     hashes = require_sound(checkpoint).values()
     calibration.require_for(record.sha256 for record in hashes)
     statistics = encoder_statistics(calibration, checkpoint.config, workers)
@@ -224,7 +205,7 @@ def make_plans(
     reports = []
     for path, request in requests.items():
         result = planner.find(request.target, sequences)
-        reports.append(PlanReport(result, request, checkpoint.name, text_name))
+        reports.append(PlanReport(result, request, checkpoint.name, text_name, path))
         with replace_file(path, force=force, replaceable=is_plan) as unfinished:
             unfinished.write_text(reports[-1].as_json(), "utf-8")
         write_text(reports[-1].page(), page_of(path))
@@ -254,7 +235,8 @@ def page_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.html")
 
 
-def closing_line(checkpoint: Checkpoint, options: PlanOptions, target: Path) -> str:
+def closing_line(checkpoint: Checkpoint, report: PlanReport) -> str:
+    options, target = report.options, report.path
     name = target.name.removesuffix(PLAN_SUFFIX).removesuffix(".json")
     suffix = f".{options.format}" if isinstance(format_of(options.format), FileFormat) else ""
     paths = {"--plan": target, "--calibration": options.calibration, "-o": Path(name + suffix)}

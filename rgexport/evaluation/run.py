@@ -12,14 +12,7 @@ from uuid import uuid4
 
 from rgexport.errors import RequestError
 from rgexport.evaluation.models import EvaluatedModel, Opener, open_model
-from rgexport.evaluation.pieces import (
-    Chain,
-    EvaluationRequest,
-    Measured,
-    Result,
-    Results,
-    Settings,
-)
+from rgexport.evaluation.pieces import Chain, EvaluationRequest, Measured, Result, Results, Settings
 from rgexport.evaluation.suites import BY_DEFAULT, SUITES, forget_files
 from rgexport.progress import note, task
 from rgexport.runtimes.cluster import Cluster

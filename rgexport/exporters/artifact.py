@@ -43,6 +43,9 @@ class Artifact:
             f"{manifest.check.status}>"
         )
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def file(self, name: str) -> Path:
         return self.path / name
 

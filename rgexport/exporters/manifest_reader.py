@@ -32,7 +32,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.exists():
         raise RequestError(f"there is no {folder}")
     if not path.is_file():
-        raise RequestError(f"{folder} is not an rgexport artifact: it has no {MANIFEST}")
+        raise RequestError(
+            f"{folder} is not an rgexport artifact: it has no {MANIFEST}; name a folder that an "
+            "export made, or export the model again"
+        )
     fields = read_json(path)
     version, kind = fields.get("format_version"), fields.get("kind")
     artifact_format = folder_format(kind) if isinstance(kind, str) else None

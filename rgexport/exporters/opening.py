@@ -18,6 +18,7 @@ from rgexport.exporters.format import (
 from rgexport.exporters.hub import PREFIX, fetch_artifact, is_hub_id, is_hub_name
 from rgexport.exporters.manifest import MANIFEST, NOT_ASKED_FOR
 from rgexport.exporters.manifest_reader import is_artifact, read_manifest
+from rgexport.files.kinds import describe_file
 from rgexport.griffin.checkpoint import Checkpoint, demo_folder, means_checkpoint
 from rgexport.griffin.config import DEMO, SIZE_WORDS
 from rgexport.progress import note
@@ -41,11 +42,15 @@ def open_artifact(
     folders = (form for form in all_formats() if isinstance(form, FolderFormat))
     entries = {MANIFEST, *(entry for form in folders for entry in form.entries)}
     folder = path.parent if path.name in entries and is_artifact(path.parent) else path
-    if not is_artifact(folder) and means_checkpoint(folder):
-        raise RequestError(
-            f"{folder} is not an rgexport artifact but a checkpoint; export it first: "
-            f"rgexport onnx -m {as_argument(folder)} --int4"
-        )
+    if not is_artifact(folder):
+        has_parts = any((folder / entry).exists() for entry in entries)
+        if means_checkpoint(folder) and not has_parts:
+            raise RequestError(
+                f"{folder} is not an rgexport artifact but a checkpoint; export it first: "
+                f"rgexport onnx -m {as_argument(folder)} --int4"
+            )
+        if folder.is_file():
+            raise RequestError(f"{folder} is {describe_file(folder)}; expected an artifact")
     manifest = read_manifest(folder)
     folder_form = folder_format(manifest.kind)
     assert folder_form, "a manifest of another kind was refused"

@@ -23,9 +23,7 @@ QUALITIES: dict[Quality, str] = {"fast": "rtn", "default": "search", "best": "gp
 def bytes_of(flag: str, size: str | float) -> float:
     match = _SIZE.fullmatch(str(size).strip())
     if not match:
-        raise RequestError(
-            f"{flag} is {size!r}; expected a number of bytes, such as 1500MB or 1.5GB"
-        )
+        raise RequestError(f"{flag} is {size!r}; expected a number of bytes, such as 1.5GB")
     return float(match[1]) * _UNITS[match[2].lower()]
 
 

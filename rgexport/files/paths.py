@@ -2,7 +2,8 @@
 
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from rgexport.errors import RequestError
@@ -38,6 +39,15 @@ def windows_objection(name: str) -> str:
     return "ends in a dot or space, which would be lost" if name[-1:] in (".", " ") else ""
 
 
+@contextmanager
+def naming(path: object, verb: str = "read") -> Iterator[None]:
+    """Raises errors of the system as RequestError: `path` cannot be read, or be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"cannot {verb} {path}: {error.strerror or error}") from error
+
+
 def require_regular(path: Path) -> int:
     """Returns the size of a file; RequestError for a folder, or what could block or never end."""
     status = path.stat()
@@ -58,8 +68,7 @@ def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
 def read_text(path: Path) -> str:
     """Returns a UTF-8 text; RequestError if it is unreadable, too large or another encoding."""
     try:
-        return read_regular(path, MAX_TEXT_BYTES).decode()
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from None
+        with naming(path):
+            return read_regular(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError:
         raise RequestError(f"{path} is not UTF-8 text") from None

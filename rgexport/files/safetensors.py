@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import require_regular
+from rgexport.files.paths import naming, require_regular
 from rgexport.files.typed_json import Between, Mismatch, from_json, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -87,6 +87,13 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _parse(path, _read_text(path)[0])[1]
 
 
+def has_metadata(key: str, path: Path) -> bool:
+    try:
+        return key in read_metadata(path)
+    except RequestError:
+        return False
+
+
 def header(
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
@@ -103,7 +110,7 @@ def header(
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:
-    try:
+    with naming(path):
         size = require_regular(path)
         with path.open("rb") as file:
             prefix = file.read(32)
@@ -111,8 +118,6 @@ def _read_text(path: Path) -> tuple[bytes, int]:
             _check_prefix(path, prefix, length, size)
             file.seek(8)
             return file.read(length), size
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import read_regular
+from rgexport.files.paths import naming, read_regular
 
 T = TypeVar("T")
 
@@ -94,9 +94,8 @@ def _refuse(literal: str) -> NoReturn:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = parse_json(read_regular(path))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+        with naming(path):
+            fields = parse_json(read_regular(path))
     except Mismatch as error:
         raise RequestError(f"{path} is {error}") from None
     if not isinstance(fields, dict):

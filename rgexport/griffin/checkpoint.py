@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from rgexport.errors import RequestError
+from rgexport.files.kinds import describe_file
+from rgexport.files.paths import naming
 from rgexport.files.typed_json import read_json
 from rgexport.griffin import deepmind, huggingface
 from rgexport.griffin.adapter import merge_adapter
@@ -81,7 +83,7 @@ def open_checkpoint(
     _check_request(model, size, window, soft_cap)
     if model is not None and str(model) in SIZE_WORDS and not means_checkpoint(Path(model)):
         model, size = None, str(model)
-    try:
+    with naming(model or size):
         if model is not None:
             name, path = _find_model(model)
         elif size == DEMO:
@@ -89,8 +91,6 @@ def open_checkpoint(
         else:
             name, path = _find_hub(SIZES[str(size)].hub_id)
         checkpoint = _open(name, path, AskedFor(window=window, soft_cap=soft_cap))
-    except OSError as error:
-        raise RequestError(f"{model or size} cannot be read: {error.strerror or error}") from None
     return checkpoint if adapter is None else _with_adapter(checkpoint, adapter)
 
 
@@ -175,7 +175,8 @@ def _deepmind_path(path: Path) -> Path | None:
     if path.is_file():
         if path.suffix != ".pt":
             raise RequestError(
-                f"{path} is a file; expected a model folder or a DeepMind checkpoint ending in .pt"
+                f"{path} is {describe_file(path)}; expected a model folder or a DeepMind "
+                "checkpoint ending in .pt"
             )
         return path
     if any((path / name).exists() for name in (huggingface.SINGLE, huggingface.INDEX)):

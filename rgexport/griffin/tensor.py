@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files.paths import naming
 from rgexport.files.safetensors import FLOATS, Entry
 
 SLAB_BYTES = 64 << 20
@@ -142,21 +143,18 @@ def transposed_rows(path: Path, shape: tuple[int, int], dtype: np.dtype, offset:
 
 def read_lines(path: Path, offset: int, stride: int, out: np.ndarray) -> None:
     """Fills each row of `out` [lines, bytes] (uint8) from the file, `stride` bytes apart."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            for index, line in enumerate(out):
-                file.seek(offset + index * stride)
-                done = 0
-                while done < len(line):
-                    count = file.readinto(line[done:].data)
-                    if not count:
-                        raise RequestError(
-                            f"{path} ended {len(line) - done} bytes too early: "
-                            "it was changed while it was read"
-                        )
-                    done += count
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    with naming(path), path.open("rb", buffering=0) as file:
+        for index, line in enumerate(out):
+            file.seek(offset + index * stride)
+            done = 0
+            while done < len(line):
+                count = file.readinto(line[done:].data)
+                if not count:
+                    raise RequestError(
+                        f"{path} ended {len(line) - done} bytes too early: "
+                        "it was changed while it was read"
+                    )
+                done += count
 
 
 def advise_kernel(start: int, end: int, advice: int) -> bool:

@@ -23,14 +23,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.safetensors import Entry, read_header, read_metadata
-from rgexport.files.typed_json import Mismatch, from_json, parse_json
+from rgexport.files.kinds import read_own_metadata
+from rgexport.files.safetensors import Entry, has_metadata, read_header
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors, site_of
 from rgexport.griffin.tensor import file_rows
@@ -276,10 +276,8 @@ def open_calibration(path: Path) -> Calibration:
 
     Raises RequestError for a missing file, another kind or version, and damage.
     """
-    if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise RequestError(f"cannot read the calibration {path}: {what}")
-    calibration = Calibration(path, _provenance(path), read_header(path))
+    provenance = read_own_metadata(path, METADATA, Provenance, FORMAT_VERSION)
+    calibration = Calibration(path, provenance, read_header(path))
     vectors = calibration.row_probability, calibration.row_fisher, calibration.token_frequency
     sizes = {*map(len, vectors)}
     if len(sizes) > 1:
@@ -293,31 +291,9 @@ def open_calibration(path: Path) -> Calibration:
     return calibration
 
 
-def is_calibration(path: Path) -> bool:
-    try:
-        return METADATA in read_metadata(path)
-    except RequestError:
-        return False
+is_calibration = partial(has_metadata, METADATA)
 
 
 def _in_other_text(values: np.ndarray) -> np.ndarray:
     """Values [vocab]; a tenth of their sum is spread evenly over all tokens."""
     return (1 - _FOREIGN) * values + np.float32(_FOREIGN * values.mean(dtype=np.float64))
-
-
-def _provenance(path: Path) -> Provenance:
-    text = read_metadata(path).get(METADATA)
-    if text is None:
-        expected = "expected a file that `rgexport calibrate` made"
-        raise RequestError(f"{path} is not a calibration; {expected}")
-    try:
-        fields = parse_json(text.encode())
-        version = fields.get("format_version") if isinstance(fields, dict) else None
-        if type(version) is int and version != FORMAT_VERSION:
-            raise RequestError(
-                f"{path} has format version {version}; this rgexport reads {FORMAT_VERSION}: "
-                + ("update rgexport" if version > FORMAT_VERSION else "make it again")
-            )
-        return from_json(Provenance, fields)
-    except Mismatch as error:
-        raise RequestError(f"{path} is damaged: its metadata: {error}") from None

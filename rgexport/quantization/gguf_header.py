@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import require_regular
+from rgexport.files.paths import naming, require_regular
 from rgexport.quantization.ggml_types import BY_VALUE, GgmlType
 
 MAX_HEADER_BYTES = 64 << 20
@@ -71,12 +71,10 @@ def is_gguf(path: Path) -> bool:
 
 def read_header(path: Path) -> GgufHeader:
     """Reads the values and tensors of a file; RequestError for damage or another kind of file."""
-    try:
+    with naming(path):
         size = require_regular(path)
         with path.open("rb") as file:
             return _read(Cursor(path, file, size, MAX_HEADER_BYTES))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class Cursor:

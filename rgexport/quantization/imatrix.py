@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import require_regular
+from rgexport.files.paths import naming, require_regular
 from rgexport.griffin.tensor import file_rows
 from rgexport.quantization.gguf_header import Cursor, GgufHeader, is_gguf, read_header
 
@@ -66,15 +66,13 @@ class Imatrix:
 
 def read_imatrix(path: Path) -> Imatrix:
     """Reads a file of either format; RequestError for anything else, or damage."""
-    try:
+    with naming(path):
         size = require_regular(path)
         with path.open("rb") as file:
             if size > MAX_BYTES:
                 raise _not_one(path, f"it has {size} bytes")
             cursor = Cursor(path, file, size, MAX_BYTES)
             imatrix = _from_gguf(read_header(path)) if is_gguf(path) else _from_legacy(cursor)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     for name, values in imatrix.entries.items():
         if not (np.isfinite(values) & (values >= 0)).all():
             raise RequestError(f"{path} is damaged: {name} has importances that are no squares")

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from rgexport.chat.model import Model
 from rgexport.chat.reading import ReadingLog
+from rgexport.progress import note
 from rgexport.serve.bodies import parse
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
 from rgexport.serve.errors import NotFound
@@ -92,7 +93,10 @@ class Server:
 
     def model(self, name: str) -> tuple[str, Model]:
         if len(self.models) == 1:
-            name = next(iter(self.models))
+            (only,) = self.models
+            if name not in ("", only) and self.settings.log:
+                _log_other_name(name[:80], only)
+            return only, self.models[only]
         if name not in self.models:
             expected = ", ".join(self.models)
             raise NotFound(f"there is no model {name!r} here; expected one of {expected}", "model")
@@ -125,6 +129,11 @@ class Server:
     def _limiters(self) -> dict[Kind, CapacityLimiter]:
         """Limiters, which are made in the event loop."""
         return {kind: CapacityLimiter(threads) for kind, threads in _THREADS.items()}
+
+
+@lru_cache  # each name once
+def _log_other_name(name: str, only: str) -> None:
+    note(f"requests for the model {name!r} are answered by {only}, the only one")
 
 
 def server_of(request: Request) -> Server:

@@ -54,15 +54,7 @@ from rgexport.validation.weights.weight_limits import reproduce
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRequest:
-    """The options of `rgexport validate` for one artifact.
-
-    `model` is the original, a folder or hub id (see `find_original`), with an `adapter` merged into
-    it. `text` is a UTF-8 file to compare on (see `choose_text`), up to `max_tokens`. `limits`
-    replace our own, by names in `checks.NAMES`. `bisect` measures each layer's cost and names
-    suspects; `bench` measures the speed; `reproduce` encodes the original's weights again, with the
-    `calibration` of the export. `min_quality` is the lowest grade that passes. `allow_foreign` lets
-    a graph run that has ops which rgexport does not write.
-    """
+    """The options of `rgexport validate` for one artifact, as `api.validate` explains them."""
 
     model: str | None = None
     adapter: Path | None = None

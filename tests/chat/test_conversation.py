@@ -144,6 +144,17 @@ def test_undo_edit_and_retry_read_from_there_on(conversation, session):
     assert conversation.last.cached_tokens == conversation.last.prompt_tokens, "nothing is read"
 
 
+def test_a_document_outlives_the_message_about_it(conversation, session):
+    for text in ("one", "two"):
+        conversation.read(text)
+    say(conversation, session, "hello", [300, EOS])
+    assert "The text before it stays" in conversation.undo() and not conversation.messages
+    assert conversation.undo() == "The text that was read last is gone."
+    say(conversation, session, "hello", [300, EOS])
+    list(conversation.edit("again"))
+    assert conversation.messages[0]["content"] == "one\n\nagain"
+
+
 def test_another_attempt_has_another_seed(make_model, gemma):
     options = ReplyOptions(sampling=Sampling(temperature=1.0, seed=3), max_new_tokens=12)
     conversation = Conversation(make_model(gemma), options)

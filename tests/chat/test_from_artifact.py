@@ -1,6 +1,8 @@
 """Texts, states and drafts on each kind of artifact: each engine says the same."""
 
 import json
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from rgexport.chat.model import load, open_model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
+from rgexport.commands import standard_input
 from rgexport.exporters.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import demo_folder
@@ -103,6 +106,29 @@ def test_a_state_without_its_text(demo_artifact: Path, tmp_path: Path) -> None:
     words = ("generate", demo_artifact, "--prompt-file", "book.txt", "-n", "1")
     said = rgexport(*words, folder=tmp_path)
     assert said.returncode == 0 and "cut at --max-new-tokens" in said.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_pipe_goes_before_the_prompt(command, demo_artifact, tmp_path, monkeypatch, capfd):
+    """Neither an empty pipe nor one that stays open ends or holds a command up."""
+    monkeypatch.setattr(standard_input, "SECONDS", 0.1)
+    words = [command, str(demo_artifact), "-p", "Why?", "-n", "1", "--json"]
+    states = ["--save-state", str(tmp_path / "a"), "--load-state", str(tmp_path / "a")]
+    counts = []
+    for text, leaves_open in ((PROMPT, False), ("", False), ("", True)):
+        output, end = os.pipe()
+        os.write(end, text.encode())
+        if not leaves_open:
+            os.close(end)
+        with open(output) as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            assert run([*words, *states[:2]]) == 0
+        shown = capfd.readouterr()
+        counts.append(json.loads(shown.out)["prompt_tokens"])
+        assert ("Nothing came from stdin" in shown.err) == leaves_open
+    assert counts[0] > counts[1] + 5 and counts[1] == counts[2]
+    assert run(["generate", *words[1:], *states[2:]]) == 0
+    assert ("of a chat, whose template" in capfd.readouterr().err) == (command == "chat")
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

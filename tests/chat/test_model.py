@@ -34,7 +34,8 @@ def test_the_faces_say_the_same(make_model, gemma):
     model = make_model(gemma, rows=2)
     whole = model.chat(HELLO, max_new_tokens=9)
     stream = model.stream(HELLO, max_new_tokens=9)
-    assert "".join(stream) == whole.text == stream.reply().text
+    assert "".join(stream) == whole.text == stream.reply().text == stream.text
+    assert repr(stream) == f"<ReplyStream length: {whole.text!r}>"
 
     async def listen():
         return "".join([piece async for piece in model.astream(HELLO, max_new_tokens=9)])
@@ -48,8 +49,8 @@ def test_the_faces_say_the_same(make_model, gemma):
 @pytest.mark.parametrize(
     ("messages", "options", "message"),
     [
-        ([], {}, "the messages are not a list"),
-        ([{"role": "user"}], {}, "the messages are not a list"),
+        ([], {}, "messages are not a list"),
+        ([{"role": "user"}], {}, "messages are not a list"),
         (HELLO, {"temperature": "hot"}, "a value of the wrong type"),
         (HELLO, {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
         (HELLO, {"stop": "a"}, "stop is 'a'; expected a list of texts"),

@@ -41,10 +41,9 @@ def test_a_quick_reading_shows_nothing_and_an_interrupted_one_says_so(capsys):
     calls = iter([False])
 
     def interrupted(seconds: float) -> bool:
-        try:
-            return next(calls)
-        except StopIteration:
-            raise KeyboardInterrupt from None
+        if next(calls, True):
+            raise KeyboardInterrupt
+        return False
 
     with pytest.raises(KeyboardInterrupt):
         reading.show_reading(Job(), interrupted)

@@ -83,7 +83,7 @@ def test_what_cannot_be_written_or_read_is_one_line(tmp_path: Path) -> None:
         read_state(path, shapes)
     safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, path)
     assert not is_state_file(path)
-    with pytest.raises(RequestError, match="is no state file; expected one that rgexport saved"):
+    with pytest.raises(RequestError, match="is a file; expected a state file"):
         read_state(path, SHAPES)
 
 

@@ -41,9 +41,8 @@ def chat(conversation, *lines):
 
 def test_a_pipe_gives_the_replies_alone(conversation):
     output = io.StringIO()
-    pipe_chat(
-        conversation, io.StringIO("\n  \nhi\n/set temperature 0.5\n/retry\n/edit there"), output
-    )
+    lines = io.StringIO("\n  \nhi\n/set temperature 0.5\n/retry\n/edit there")
+    pipe_chat(conversation, lines, output)
     message, last_reply = said(conversation)
     assert message == "there"
     assert output.getvalue().startswith("hello\n")
@@ -57,7 +56,7 @@ def test_commands(conversation, tmp_path, monkeypatch):
     asked += "|/set max-new-tokens 3|/clear|/read book.txt|/save a.state|/quit|never"
     lines = iter(chat(conversation, *asked.split("|")))
     for said_by_command in (
-        *("toy in toy 1", "hello", "toy in toy 1", "last reply: ", "The system prompt is set."),
+        *("toy in toy 1", "hello", "toy in toy 1", "last reply: ", "The system prompt: Be brief."),
         *("a.state has ", "tokens are known, 3 messages.", "top_p is 0.5.", "max_new_tokens is 3."),
         *("book.txt is read, the conversation has ", "a.state has "),
     ):
@@ -152,7 +151,8 @@ def test_styles_and_lines():
 
 
 def test_commands_say_what_they_do(conversation):
-    said_by = chat(conversation, "hi", "/retry", "/raw", "/raw", "/set")
+    lines = "hi", "/retry", "/raw", "/raw", "/set top_k", "/system none", "/system", "/set"
+    said_by = chat(conversation, *lines)
     assert "At temperature 0 the reply is the same" in said_by[1]
     assert said_by[3:5] == ["Replies are shown as they are.", "Markdown has styles."]
-    assert "seed random" in said_by
+    assert said_by[5:8] == ["top_k 0", *["No system prompt."] * 2] and "seed random" in said_by

@@ -7,7 +7,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from rgexport.compress.calibrate import CalibrationOptions, calibrate
-from rgexport.compress.quantize import PlanOptions, make_plan
+from rgexport.compress.quantize import PlanOptions, make_plans
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.cluster import connected
@@ -59,7 +59,7 @@ def contents(artifact):
 
 def test_a_killed_worker_changes_nothing(model, address, calibration, tmp_path):
     checkpoint, options = open_checkpoint(model), PlanOptions(calibration=calibration, bits=5)
-    make_plan(checkpoint, options, tmp_path / "here")
+    make_plans(checkpoint, [options], tmp_path / "here")
     with Client(address, set_as_default=False) as client:
         processes = list(client.run(os.getpid).values())
     assert len(processes) == 3
@@ -74,7 +74,7 @@ def test_a_killed_worker_changes_nothing(model, address, calibration, tmp_path):
             return start(*arguments)
 
         workers.start = start_or_kill
-        make_plan(checkpoint, options, tmp_path / "there", workers=workers)
+        make_plans(checkpoint, [options], tmp_path / "there", workers=workers)
     assert jobs > 80
     assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
 

@@ -14,15 +14,7 @@ from rgexport.compress.calibrate import CalibrationOptions, calibrate
 from rgexport.compress.layouts import PlanItem, artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
-from rgexport.compress.quantize import (
-    PlanOptions,
-    closing_line,
-    is_plan,
-    make_plan,
-    make_plans,
-    page_of,
-    path_for,
-)
+from rgexport.compress.quantize import PlanOptions, closing_line, is_plan, make_plans, page_of
 from rgexport.errors import RequestError
 from rgexport.exporters.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.exporters.format import format_of
@@ -184,8 +176,9 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     monkeypatch.setattr("rgexport.compress.layouts.candidates", lambda: FEW)
     target, other = tmp_path / "demo.plan.json", tmp_path / "other.json"
     options = PlanOptions(calibration=calibration, bits=4.5, tokens=64)
-    report = make_plan(checkpoint, options, target)
-    fields = json.loads(target.read_text())
+    (report,) = make_plans(checkpoint, [options], target)
+    with open(report) as file:
+        fields = json.load(file)
     assert load_plan(target, checkpoint.config) == report.result.plan and is_plan(target)
     assert fields["target"] == {"bits": 4.5} and fields["text"]["tokens"] == 64
     assert fields["measured_kl"] > 0 and fields["predicted_kl"] > 0
@@ -198,16 +191,16 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
     assert "down_proj" in text and "4.23" in text and "from 1.3 times" in text
     assert "±" not in report.sentence()
     with pytest.raises(RequestError, match="a plan is JSON"):
-        make_plan(checkpoint, options, tmp_path / "plan.html")
+        make_plans(checkpoint, [options], tmp_path / "plan.html")
     with pytest.raises(RequestError, match="--force"):
-        make_plan(checkpoint, options, target)
+        make_plans(checkpoint, [options], target)
     for content in (b'{"a": 1}', b"\xff\x00"):  # no plans
         other.write_bytes(content)
         with pytest.raises(RequestError, match="something else than what"):
-            make_plan(checkpoint, options, other, force=True)
+            make_plans(checkpoint, [options], other, force=True)
     page_of(tmp_path / "new.json").write_text("mine")
     with pytest.raises(RequestError, match="--force"):
-        make_plan(checkpoint, options, tmp_path / "new.json")
+        make_plans(checkpoint, [options], tmp_path / "new.json")
 
 
 def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monkeypatch):
@@ -217,24 +210,21 @@ def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monke
         PlanOptions(calibration=calibration, tokens=64, **target)
         for target in ({"bits": 4.5}, {"target_size": "9 MB"}, {"target_kl": 0.02})
     ]
-    requests = {path_for(option.target, together): option for option in options}
     names = "all-4.5bits.plan.json", "all-9.00MB.plan.json", "all-0.02kl.plan.json"
-    assert tuple(path.name for path in requests) == names
     runs = []
     monkeypatch.setattr(
         planning, "OriginalRun", lambda *a, make=planning.OriginalRun: runs.append(1) or make(*a)
     )
-    make_plans(checkpoint, requests)
-    assert len(runs) == 1
-    for path, option in requests.items():
-        make_plan(checkpoint, option, alone, force=True)
-        assert path.read_text() == alone.read_text()
-        name = path.name.removesuffix(".plan.json")
-        assert closing_line(checkpoint, option, path).endswith(
-            f" --calibration {calibration} -o {name}"
-        )
+    reports = make_plans(checkpoint, options, together)
+    assert len(runs) == 1 and tuple(report.path.name for report in reports) == names
+    for report in reports:
+        make_plans(checkpoint, [report.options], alone, force=True)
+        assert report.path.read_text() == alone.read_text()
+        name = report.path.name.removesuffix(".plan.json")
+        line = closing_line(checkpoint, report)
+        assert line.endswith(f" --calibration {calibration} -o {name}")
     with pytest.raises(RequestError, match=r"--target-size is 1.00 MB, which no plan reaches"):
-        make_plan(checkpoint, PlanOptions(target_size="1MB"), tmp_path / "small.json")
+        make_plans(checkpoint, [PlanOptions(target_size="1MB")], tmp_path / "small.json")
 
 
 CONFIG = make_config("ra", width=64, heads=2, mlp_width=96, vocab_size=1024)

@@ -47,6 +47,12 @@ def rows_of(server, ids):
     return log_probabilities(logits)
 
 
+def test_any_name_is_the_only_models(serve, capsys):
+    with serve(ServerSettings()) as server:
+        assert [server.chat("hi", model="gpt")["model"] for _ in range(2)] == ["toy"] * 2
+    assert capsys.readouterr().err.count("for the model 'gpt' are answered by toy") == 1
+
+
 def test_openais_client_gets_what_the_model_says(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)

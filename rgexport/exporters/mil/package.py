@@ -24,7 +24,7 @@ from rgexport.exporters.mil.program import (
     decode_functions,
     messages,
 )
-from rgexport.files.paths import read_regular, stays_inside
+from rgexport.files.paths import naming, read_regular, stays_inside
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.tensor import read_lines
 
@@ -60,12 +60,10 @@ class BlobFile:
 
     @classmethod
     def open(cls, path: Path) -> "BlobFile":
-        try:
+        with naming(path):
             with path.open("rb") as file:
                 head = file.read(HEADER_BYTES)
             size = path.stat().st_size
-        except OSError as error:
-            raise RequestError(f"{path} cannot be read: {error.strerror}") from None
         if len(head) < HEADER_BYTES or _FILE.unpack_from(head) != (_VERSION,):
             raise RequestError(f"{path} is damaged, or no file of weights of version {_VERSION}")
         return cls(path, size)
@@ -115,9 +113,8 @@ def open_package(path: Path | str) -> Package:
     folder = Path(path)
     model = _model_file(folder)
     try:
-        message = messages("Model").Model.FromString(read_regular(model, MAX_MODEL_BYTES))
-    except OSError as error:
-        raise RequestError(f"{model} cannot be read: {error.strerror}") from None
+        with naming(model):
+            message = messages("Model").Model.FromString(read_regular(model, MAX_MODEL_BYTES))
     except DecodeError:
         raise RequestError(f"{model} is damaged: it is no protobuf message of a model") from None
     try:

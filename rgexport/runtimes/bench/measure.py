@@ -73,9 +73,7 @@ class BenchRequest:
         if not any((*self.prompts, *self.tokens)):
             raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
         if self.synthetic and not any(self.depths):
-            raise RequestError(
-                "--synthetic changes nothing at depth 0; give -d a depth, such as 4096"
-            )
+            raise RequestError("--synthetic changes nothing at depth 0; give one, such as -d 4096")
 
     @classmethod
     def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:

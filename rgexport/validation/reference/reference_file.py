@@ -27,9 +27,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,9 +37,10 @@ from rgexport.errors import RequestError
 from rgexport.exporters.manifest_reader import check_config
 from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord, hash_file
-from rgexport.files.safetensors import DTYPES, read_header, read_metadata
+from rgexport.files.kinds import read_own_metadata
+from rgexport.files.safetensors import DTYPES, has_metadata, read_header
 from rgexport.files.targets import replace_file
-from rgexport.files.typed_json import Mismatch, from_json, parse_json, require_version, to_json
+from rgexport.files.typed_json import Mismatch, to_json
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
@@ -203,11 +204,7 @@ def decode_logits(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.asarray(least + step * codes)
 
 
-def is_reference(path: Path) -> bool:
-    try:
-        return METADATA in read_metadata(path)
-    except RequestError:
-        return False
+is_reference = partial(has_metadata, METADATA)
 
 
 def write_reference(
@@ -232,16 +229,9 @@ def write_reference(
 
 def read_reference(path: Path) -> ReferenceFile:
     """Opens a file and checks all of it; raises RequestError for another one, or damage."""
-    if not path.is_file():
-        reason = "it is a folder" if path.is_dir() else "there is no such file"
-        raise RequestError(f"cannot read the reference {path}: {reason}")
-    text = read_metadata(path).get(METADATA)
-    if text is None:
-        raise RequestError(
-            f"{path} is not a reference file; expected one that `rgexport reference` made"
-        )
+    header = read_own_metadata(path, METADATA, Header, FORMAT_VERSION)
     try:
-        header = _parse_header(path, text)
+        _check_header(header)
         arrays = _open_arrays(path, header)
         _check_values(arrays, header.config.vocab_size)
     except ValueError as error:
@@ -249,11 +239,7 @@ def read_reference(path: Path) -> ReferenceFile:
     return ReferenceFile(path, header, arrays["tokens"].whole(), arrays)
 
 
-def _parse_header(path: Path, text: str) -> Header:
-    fields = from_json(dict[str, Any], parse_json(text))
-    advice = "record it again with `rgexport reference`"
-    require_version(path, fields.get("format_version"), FORMAT_VERSION, advice)
-    header = from_json(Header, fields)
+def _check_header(header: Header) -> None:
     check_config(header.config)
     if not header.prompts or any(prompt.tokens < 1 for prompt in header.prompts):
         raise Mismatch("prompts: there is none, or one without tokens")
@@ -262,7 +248,6 @@ def _parse_header(path: Path, text: str) -> Header:
             raise Mismatch("positions of logits lie outside of their prompt, or do not ascend")
         if not _ascends_inside(prompt.checkpoints, 1, prompt.tokens):
             raise Mismatch("checkpoints lie outside of their prompt, or do not ascend")
-    return header
 
 
 def _ascends_inside(values: Sequence[int], start: int, stop: int) -> bool:

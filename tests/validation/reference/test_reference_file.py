@@ -83,7 +83,7 @@ def test_only_a_reference_is_replaced(file, content, tmp_path):
     assert read_reference(file).header.model == "other"
     with pytest.raises(RequestError, match="something else"):
         write_reference(other, *content, force=True)
-    lines = {other: "not a reference file", tmp_path: "a folder", tmp_path / "no": "no such file"}
+    lines = {other: "expected a reference", tmp_path: "a folder", tmp_path / "no": "No such file"}
     for path, line in lines.items():
         with pytest.raises(RequestError, match=line):
             read_reference(path)
@@ -132,9 +132,9 @@ def test_impossible_values(tmp_path, content, array, values):
     ("change", "line"),
     [
         ({"format_version": 99}, "update rgexport"),
-        ({"format_version": 2}, "format version 2; this rgexport reads 3: record it again"),
+        ({"format_version": 2}, "format version 2; this rgexport reads 3: make it again"),
         ({"prompts": ()}, "is damaged: prompts"),
-        ({"config": replace(CONFIG, window=0)}, "is damaged: config.window"),
+        ({"config": replace(CONFIG, window=0)}, "is damaged: in its metadata, config.window"),
         ({"checkpoints": (16, 8)}, "is damaged: checkpoints"),
         ({"checkpoints": (1 << 62, 1 << 63)}, "is damaged: checkpoints"),
         ({"positions": ()}, "is damaged: positions of logits"),
