@@ -103,7 +103,7 @@ FLOAT32 = Float("float32")
 _BLOCKS_BY_BITS: Mapping[Literal[2, 3, 4, 5, 6], tuple[int, ...]] = dict(
     {2: (32, 16), 3: (64, 32, 16), 4: (64, 32, 16), 5: (64, 32), 6: (32,)}
 )
-_GGML_CANDIDATES = "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
+_GGML_CANDIDATES = "q2_k", "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
 
 
 def scheme_from_dict(values: Any) -> Scheme:
