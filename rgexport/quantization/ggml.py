@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 
 from rgexport.kernels.rounding.library import Grid
-from rgexport.quantization.algorithms import choose_levels
+from rgexport.quantization.algorithms import choose_levels, output_gain
 from rgexport.quantization.ggml_library import quantize_rows
 from rgexport.quantization.ggml_types import TYPES
 from rgexport.quantization.scheme_base import Parts, PartShapes, Shape, Uniform
@@ -51,6 +51,20 @@ def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndar
     for plane in layout.planes:
         plane.write(blocks, stored)
     return copy
+
+
+_HALVES = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,)}
+_HALVES |= {"q4_k": (0, 2), "q5_k": (0, 2)}
+"""Offsets of a block's float16 numbers, which all scales and minimums multiply; else 0."""
+
+
+def multiply_rows(packed: np.ndarray, kind: str, factors: np.ndarray) -> None:
+    """Multiplies the scales of packed rows by `factors`, float32 [n], in place."""
+    blocks = packed.reshape(-1, TYPES[kind].block_bytes)
+    by_block = np.repeat(factors, len(blocks) // len(packed))
+    for start in _HALVES.get(kind, (0,)):
+        scales = (_half(blocks, start)[:, 0] * by_block).astype("<f2")
+        blocks[:, start : start + 2] = scales[:, None].view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -232,9 +246,12 @@ class Ggml(Uniform):
             return nearest
         layout = LAYOUTS[self.type]
         *steps, levels = read_levels(nearest["data"], self.type)
-        grid = Grid(1, layout.top, *(np.repeat(x, layout.group, axis=1) for x in steps))
+        scale, offset = (np.repeat(x, layout.group, axis=1) for x in steps)
+        grid = Grid(1, layout.top, scale, offset)
         levels = choose_levels(rows, grid, statistics.hessians, levels)
-        return {"data": replace_levels(nearest["data"], self.type, levels)}
+        data, stored = replace_levels(nearest["data"], self.type, levels), scale * levels + offset
+        multiply_rows(data, self.type, output_gain(rows, stored, statistics.hessians))
+        return {"data": data}
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
 
