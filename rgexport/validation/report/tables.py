@@ -53,6 +53,11 @@ def _change(before: float | None, after: float | None) -> str:
     return "" if before is None else f"{before:.4g} → {after:.4g}"
 
 
+def _perplexity_change(p: Likelihood) -> str:
+    percents = 100 * p.perplexity_candidate / p.perplexity
+    return f"{percents - 100:+.2f} ± {percents * p.delta_standard_error:.1g} %"
+
+
 def summary_table(r: ValidationResult) -> Table:
     """The most important numbers, a column for each comparison; the cost comes first."""
     sides = {
@@ -259,16 +264,14 @@ def _of_cost(show: Callable[[Compared], str]) -> Callable[[ValidationResult], st
 _OVERVIEW: dict[str, Callable[[ValidationResult], str]] = {
     "artifact": lambda r: r.artifact.path,
     "size": lambda r: amount(r.artifact.bytes),
-    "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",
-    "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
-    "Δperplexity": _of_cost(
-        _of_likelihood(lambda p: f"{p.perplexity_candidate / p.perplexity - 1:+.2%}")
-    ),
+    "bits/weight": lambda r: f"{r.artifact.matrix_bits_per_weight:.2f}",
+    "KL (nats/token)": _of_cost(lambda c: mean_kl(c.kl)),
+    "Δperplexity": _of_cost(_of_likelihood(_perplexity_change)),
     "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
     "quality": lambda r: "" if r.quality is None else r.quality.grade,
     "tokens/s": lambda r: "" if r.speed is None else rate(r.speed.decode),
     "prompt/s": lambda r: "" if r.speed is None else rate(r.speed.prefill),
     "verdict": lambda r: r.verdict,
 }
-"""Column → a result's cell; bits are per weight."""
+"""Column → a result's cell."""
 _OPTIONAL = "quality", "tokens/s", "prompt/s"

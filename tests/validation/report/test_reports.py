@@ -313,6 +313,19 @@ def test_size_cost_and_speed_of_several_have_columns(clean, result, alone):
     assert f"{kl.mean:.3g} ± {kl.standard_error:.1g}" in render([by_file, alone])
 
 
+def test_the_closest_of_several_is_named_and_how_sure_that_is(result, monkeypatch):
+    smaller = {"artifact.path": "best", "original.kl.mean": result.original.kl.mean / 2}
+    for error, words in ((1e-9, "has certainly more KL"), (1.0, "may be as close, within the")):
+        best = changes.changed(result, smaller | {"original.kl.standard_error": error})
+        line = f"Closest to the original: best; the next, {result.artifact.path}, {words}"
+        other = changes.changed(result, {"original.kl.standard_error": error})
+        assert line in render([other, best]) and line in Page(render_page([other, best])).text
+    assert "Closest to" not in render([changes.with_nan(best), result])
+    assert "Consistency" not in render([best, result])
+    monkeypatch.setattr(progress, "verbose", True)
+    assert render([best, result]).count("Consistency") == 2
+
+
 def test_a_report_damages_no_artifact_and_names_a_full_disk(clean, tmp_path, result):
     require_writable(tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
