@@ -26,7 +26,7 @@ from rgexport.exporters.opening import open_artifact
 from rgexport.exporters.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by
-from rgexport.quantization.plan import load_plan
+from rgexport.quantization.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
     from rgexport.compress.quantize import PlanReport
@@ -261,14 +261,14 @@ def quantize(
         text: measure the plan on this text; by default on what the calibration held out.
         tokens: measure on at most so many tokens.
         cluster: the address of a Dask scheduler, whose workers help.
-        output: the file to write; by default `./MODEL-FORMAT.plan.json`.
+        output: the file to write; by default `./MODEL-FORMAT-TARGET.plan.json`.
         force: whether an earlier plan at `output` is replaced.
         progress: called with the stage, and the number of units done and expected.
 
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.compress.quantize import PLAN_SUFFIX, PlanOptions, make_plan
+    from rgexport.compress.quantize import PlanOptions, make_plan, plan_paths
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(
@@ -282,7 +282,7 @@ def quantize(
     )
     with heard_by(progress), connected(cluster) as workers:
         checkpoint = _opened(model)
-        target = _path(output) or Path(f"{checkpoint.name}-{format}{PLAN_SUFFIX}")
+        (target,) = plan_paths(checkpoint, [options], _path(output))
         return make_plan(checkpoint, options, target, force=force, workers=workers)
 
 
@@ -312,7 +312,8 @@ def export_checkpoint(
     exporter.require_options(kind, options)
     schemes = load_plan(plan, checkpoint.config) if plan else None
     chosen = exporter.make_options(**options, plan=schemes, algorithm=algorithm)
-    target = output or exporter.default_target(checkpoint.name, chosen)
+    bits = f"-{plan_bits(schemes, checkpoint.config):.3g}bit" if schemes else ""
+    target = output or exporter.default_target(checkpoint.name + bits, chosen)
     write = partial(exporter.export, checkpoint, chosen, target, force=force)
     if check:
         from rgexport.validation.self_check import self_check

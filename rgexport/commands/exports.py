@@ -286,7 +286,7 @@ class QuantizeArguments:
     cluster: ClusterArguments = group()
     output: Path | None = option(
         "The file to write; names of several end in their target. [default: "
-        "./MODEL-FORMAT.plan.json]",
+        "./MODEL-FORMAT-TARGET.plan.json]",
         "-o",
     )
     force: bool = option("Replace an existing file.")
@@ -300,13 +300,7 @@ def quantize(arguments: QuantizeArguments) -> None:
     The cost of each layout is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
-    from rgexport.compress.quantize import (
-        PLAN_SUFFIX,
-        PlanOptions,
-        closing_line,
-        make_plans,
-        path_for,
-    )
+    from rgexport.compress.quantize import PlanOptions, closing_line, make_plans, plan_paths
     from rgexport.runtimes.cluster import connected
 
     kinds = "target_kl", "target_size", "bits"
@@ -314,14 +308,12 @@ def quantize(arguments: QuantizeArguments) -> None:
     common = shared(arguments, PlanOptions) | dict.fromkeys(kinds)
     options = [PlanOptions(**common | target) for target in targets]
     checkpoint = arguments.checkpoint.open()
-    path = arguments.output or Path(f"{checkpoint.name}-{arguments.format}{PLAN_SUFFIX}")
-    single = len(options) == 1
-    requests = {path if single else path_for(o.target, path): o for o in options}
+    requests = dict(zip(plan_paths(checkpoint, options, arguments.output), options, strict=True))
     with connected(arguments.cluster.cluster) as workers:
         reports = make_plans(checkpoint, requests, force=arguments.force, workers=workers)
     if arguments.json:
         texts = [report.as_json().strip() for report in reports]
-        print_result(texts[0] if single else f"[{','.join(texts)}]")
+        print_result(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
         return
     for target, report in zip(requests, reports, strict=True):
         print_result(report.as_text(), end="")
