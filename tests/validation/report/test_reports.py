@@ -246,6 +246,13 @@ def test_finite_values_and_ticks_lie_in_the_picture(numbers):
         assert all(axis.low <= value <= axis.high for value, _ in axis.ticks)
 
 
+def test_error_bars_lie_in_the_picture_and_in_the_numbers():
+    line = Series("twin", "twin", [(1, 2.0)], intervals=[(1, 0.5, 4.0)])
+    axis = chart.linear_axis(chart.y_values([line]))
+    drawn = Chart(title="t", summary="", labels=("x", "y"), series=[line], y=axis)
+    assert axis.low <= 0.5 and axis.high >= 4 and drawn.rows == [["1", "2 (0.5 to 4)"]]
+
+
 def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp_path):
     assert PUBLISHED.read_text("utf-8") == as_text() + "\n"
     schema = json.loads(PUBLISHED.read_text("utf-8"))
