@@ -19,7 +19,7 @@ from rgexport.choices import (
     RecurrentState,
     SuiteName,
 )
-from rgexport.errors import RequestError, naming_arguments
+from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.exporter import exporter_of
 from rgexport.exporters.format import format_of
@@ -27,7 +27,7 @@ from rgexport.exporters.opening import open_artifact
 from rgexport.exporters.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by
-from rgexport.quantization.plan import load_plan
+from rgexport.quantization.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
     from rgexport.compress.quantize import PlanReport
@@ -59,7 +59,6 @@ class FormatOptions(TypedDict, total=False):
     imatrix: str | Path
 
 
-@naming_arguments
 def export(
     model: Model,
     *,
@@ -108,7 +107,6 @@ def export(
         )
 
 
-@naming_arguments
 def validate(
     artifact: str | Path | Artifact,
     model: str | Path | None = None,
@@ -119,7 +117,6 @@ def validate(
     max_tokens: int | None = None,
     limits: Mapping[str, float] | None = None,
     bisect: bool = False,
-    bench: bool = False,
     reproduce: bool = False,
     calibration: str | Path | None = None,
     min_quality: GradeName | None = None,
@@ -137,7 +134,6 @@ def validate(
         max_tokens: the number of tokens to compare, at most.
         limits: name of a check → another limit, such as `{"original.kl": 0.05}`.
         bisect: whether layers are ranked by cost, and suspects named.
-        bench: whether tokens per second are measured.
         reproduce: whether the original's weights are encoded again.
         calibration: the file that the export was made with, for `reproduce`.
         min_quality: the lowest grade at which `result.good_enough` is true.
@@ -161,7 +157,6 @@ def validate(
         reference=None if reference is None else read_reference(Path(reference)),
         limits=parse_limits(f"{name}={limit}" for name, limit in (limits or {}).items()),
         bisect=bisect,
-        bench=bench,
         reproduce=reproduce,
         calibration=_path(calibration),
         min_quality=min_quality,
@@ -188,7 +183,6 @@ class EvaluationSettings(TypedDict, total=False):
     examples: int
 
 
-@naming_arguments
 def evaluate(
     models: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
@@ -238,7 +232,6 @@ def evaluate(
     return Evaluation(figures, request.folder)
 
 
-@naming_arguments
 def quantize(
     model: Model,
     *,
@@ -267,7 +260,7 @@ def quantize(
         text: measure the plan on this text; by default on what the calibration held out.
         tokens: measure on at most so many tokens.
         cluster: the address of a Dask scheduler, whose workers help.
-        output: the file to write; by default `./MODEL-FORMAT.plan.json`.
+        output: the file to write; by default `./MODEL-FORMAT-TARGET.plan.json`.
         force: whether an earlier plan at `output` is replaced.
         progress: called with the stage, and the number of units done and expected.
 
@@ -317,7 +310,8 @@ def export_checkpoint(
     exporter.require_options(kind, options)
     schemes = load_plan(plan, checkpoint.config) if plan else None
     chosen = exporter.make_options(**options, plan=schemes, algorithm=algorithm)
-    target = output or exporter.default_target(checkpoint.name, chosen)
+    bits = f"-{plan_bits(schemes, checkpoint.config):.3g}bit" if schemes else ""
+    target = output or exporter.default_target(checkpoint.name + bits, chosen)
     write = partial(exporter.export, checkpoint, chosen, target, force=force)
     if check:
         from rgexport.validation.self_check import self_check

@@ -1,10 +1,6 @@
 """Errors that users see, and untrusted text on one printable line."""
 
-import functools
 import json
-import re
-from collections.abc import Callable
-from typing import Any, TypeVar, get_args
 from unicodedata import category
 
 MOST_SHOWN = 900
@@ -20,32 +16,6 @@ class RequestError(Exception):
 
 class NotInstalled(RequestError):
     """A program or package that the request needs is missing, or is unsuitable."""
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-_FLAG = re.compile(r"rgexport [a-z][^`;)]*|(?<![\w/-])(--[a-z][a-z-]*|-[mo]\b)")
-"""An option in a message, or a whole command, whose options stay."""
-
-
-def naming_arguments(function: Function) -> Function:
-    """Makes errors of a function name its arguments instead of the command line's options."""
-    types = function.__annotations__
-    options = [kind for annotation in types.values() for kind in get_args(annotation)[:1]]
-    names = {*types, *(name for kind in options for name in getattr(kind, "__annotations__", ()))}
-
-    def argument(match: re.Match[str]) -> str:
-        name = {"-m": "model", "-o": "output"}.get(match[0], match[0][2:].replace("-", "_"))
-        return next((n for n in (name, f"{name}s", f"max_{name}") if n in names), match[0])
-
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        try:
-            return function(*args, **options)
-        except RequestError as error:
-            error.args = (_FLAG.sub(argument, str(error)),)
-            raise
-
-    return call  # type: ignore[return-value]
 
 
 def system_error(error: BaseException) -> OSError | None:

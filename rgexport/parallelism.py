@@ -10,7 +10,7 @@ _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """All control groups (version 2), and the file with the path of this process's own."""
 
 _jobs: list[int] = []
-"""The numbers that `more_jobs` sets, the innermost last."""
+"""The numbers that `job_count` sets, the innermost last."""
 
 
 def usable_processors() -> int:
@@ -39,14 +39,14 @@ def _quotas() -> Iterator[float]:
 
 
 def parallel_jobs(most: int | None = None) -> int:
-    """Returns the number of threads for jobs: one a processor, up to `most`, or by `more_jobs`."""
+    """Returns the number of threads for jobs: one a processor, up to `most`, or by `job_count`."""
     return _jobs[-1] if _jobs else usable_threads(most)
 
 
 @contextmanager
-def more_jobs(count: int) -> Iterator[None]:
-    """Lets `parallel_jobs` return `count` or more, for threads that only wait for machines."""
-    _jobs.append(max(count, usable_processors()))
+def job_count(count: int) -> Iterator[None]:
+    """Lets `parallel_jobs` return `count`, such as more for threads that only wait for machines."""
+    _jobs.append(count)
     try:
         yield
     finally:

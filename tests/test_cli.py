@@ -179,14 +179,14 @@ def test_inspect_is_stable_json(demo_artifact, capsys):
     assert "int4/32" in shown and "rg_lru" in shown and "All hashes were verified." in shown
 
 
-def test_printed_plan_exports_the_same(demo_artifact, tmp_path, capsys):
+def test_printed_plan_exports_the_same(demo_artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert run(["inspect", str(demo_artifact), "--json"]) == 0
-    plan = tmp_path / "plan.json"
-    plan.write_text(capsys.readouterr().out)
-    options = "--plan", str(plan), "-o", str(tmp_path / "out"), "--no-check"
-    assert run(["onnx", "--size", "demo", *options]) == 0
+    Path("plan.json").write_text(capsys.readouterr().out)
+    assert run(["onnx", "--size", "demo", "--plan", "plan.json", "--no-check"]) == 0
+    exported = tmp_path / "demo-5.21bit-int4-onnx"
     for name in ("model.onnx", "model.onnx.data"):
-        assert (tmp_path / "out" / name).read_bytes() == (demo_artifact / name).read_bytes()
+        assert (exported / name).read_bytes() == (demo_artifact / name).read_bytes()
 
 
 def test_problems_make_the_answer_no(tmp_path, monkeypatch, capsys):

@@ -35,8 +35,7 @@ format object."""
 NEEDS_TORCH = {
     *(f"compress/{name}.py" for name in "losses statistics".split()),
     *(f"griffin/{name}.py" for name in "ops reference".split()),
-    *("validation/reference/deepmind_model.py", "evaluation/reference_session.py"),
-    "exporters/trace.py",
+    *("validation/reference/deepmind_model.py", "exporters/trace.py"),
 }
 FENCED = {
     "torch": NEEDS_TORCH,

@@ -94,12 +94,13 @@ def test_validate_against_a_reference_file(demo_artifact, tmp_path):
 
 
 def test_evaluate(demo_artifact, tmp_path):
-    """Of an int4 artifact, all suites but `window`, which traces a graph."""
+    """Of the demo and an int4 artifact, all suites but `window`, which traces a graph."""
     suites = ("--suite", "text", "--suite", "noise", "--suite", "length", "--length", "300")
-    asked = "evaluate", demo_artifact, *suites, "--threads", "1"
+    asked = "evaluate", "demo", demo_artifact, *suites, "--threads", "1", "-v"
     result = rgexport(*asked, folder=tmp_path, before=BLOCK)
     assert result.returncode == 0, result.stderr
     assert "Texts; more nats" in result.stdout and "Length: speed" in result.stdout
+    assert "9,220 tokens in text, " in result.stderr and "--suite" in result.stderr
 
 
 SMALL = """
@@ -133,7 +134,6 @@ NEEDS_TORCH = "pip install 'rgexport[export]'"
         ("onnx --size demo --int4 -o out", BLOCK, NEEDS_TORCH),
         ("reference --size demo --device cuda -o out", BLOCK, NEEDS_TORCH),
         ("evaluate {artifact} --suite text --suite window", BLOCK, NEEDS_TORCH),
-        ("evaluate demo --suite text", BLOCK, NEEDS_TORCH),
         ("coreml --size demo -o out", "coremltools", "coreml"),
         ("gguf --size demo --type f16 -o out.gguf", "gguf", "gguf"),
         ("serve {artifact} --port 0", "fastapi", "serve"),

@@ -45,7 +45,7 @@ from rgexport.chat.state_file import (
 )
 from rgexport.chat.state_folder import StateFolder
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.errors import RequestError, naming_arguments
+from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import Identity, artifact_hash, identity_of
 from rgexport.exporters.opening import open_artifact
@@ -336,7 +336,6 @@ def _copy_state(end: End) -> State:
     return {name: array.copy() for name, array in end.state.items()}
 
 
-@naming_arguments
 def load(
     path: str | PathLike[str],
     *,

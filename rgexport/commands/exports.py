@@ -143,8 +143,8 @@ def gguf(arguments: GgufArguments) -> int:
     """Exports a checkpoint to GGUF, for llama.cpp.
 
     The types: f32, f16, bf16, q8_0, q6_k, q5_1, q5_0, q5_k_m, q5_k_s, q4_1, q4_0, q4_k_m, q4_k_s,
-    q3_k_l, q3_k_m, q3_k_s, q2_k, q2_k_s. The file runs in the llama.cpp that `rgexport llama-cpp
-    build` makes.
+    q3_k_l, q3_k_m, q3_k_s, q2_k. The file runs in the llama.cpp that `rgexport llama-cpp build`
+    makes.
     """
     return _export(arguments, "gguf")
 
@@ -286,7 +286,7 @@ class QuantizeArguments:
     cluster: ClusterArguments = group()
     output: Path | None = option(
         "The file to write; names of several end in their target. [default: "
-        "./MODEL-FORMAT.plan.json]",
+        "./MODEL-FORMAT-TARGET.plan.json]",
         "-o",
     )
     force: bool = option("Replace an existing file.")

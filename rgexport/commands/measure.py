@@ -99,7 +99,6 @@ class ValidateArguments:
         metavar="NAME=VALUE",
     )
     bisect: bool = option("Also rank the layers by cost, and name suspects.")
-    bench: bool = option("Also measure tokens per second.")
     reproduce: bool = option("Encode the original's weights again; every level must agree.")
     calibration: Path | None = option("Calibration of the export, for --reproduce.")
     allow_ambiguous: bool = option("Exit with code 0 also if the verdict is AMBIGUOUS.")

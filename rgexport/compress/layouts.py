@@ -6,7 +6,6 @@ quantization scheme that the format can store, such as int4 in blocks of 32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.quantization.row_groups import group_rows
 from rgexport.quantization.scheme import FLOAT32, Plan, TwoLevel, Uniform, candidates
+from rgexport.quantization.scheme_base import nbytes_of
 
 _SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
 _TWO_LEVEL_BYTES = 1_200  # of a matrix or row group: more parts and nodes than others have
@@ -26,13 +26,7 @@ def layout_bytes(form: Format, shape: tuple[int, ...]) -> dict[Uniform, int]:
     """Returns layout → stored bytes of a matrix; only float32 if no scheme fits its shape."""
     fitting = [form.candidate(scheme, shape) for scheme in candidates()]
     layouts = [layout for layout in fitting if layout is not None] or [FLOAT32]
-    return {
-        layout: sum(
-            prod(part) * np.dtype(dtype).itemsize
-            for dtype, part in form.part_shapes(shape, layout).values()
-        )
-        for layout in layouts
-    }
+    return {layout: nbytes_of(form.part_shapes(shape, layout)) for layout in layouts}
 
 
 def artifact_bytes(form: Format, plan: Plan, checkpoint: Checkpoint) -> int:

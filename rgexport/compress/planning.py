@@ -34,6 +34,12 @@ class PlanTarget:
     kind: Kind
     value: float
 
+    @property
+    def label(self) -> str:
+        """Such as `4.5bits`, `9.00MB` or `0.02kl`."""
+        is_size = self.kind == "size"
+        return amount(self.value).replace(" ", "") if is_size else f"{self.value:g}{self.kind}"
+
 
 @dataclass(frozen=True)
 class PlanPoint:

@@ -23,7 +23,7 @@ from rgexport.compress.planning import (
     require_reachable,
 )
 from rgexport.errors import RequestError
-from rgexport.exporters.format import FileFormat, format_of
+from rgexport.exporters.format import format_of
 from rgexport.exporters.opening import as_argument, model_argument
 from rgexport.exporters.origin import folder_of
 from rgexport.exporters.request import bytes_of
@@ -132,16 +132,18 @@ class PlanReport:
         if math.isfinite(measured.error):
             kl = plus_minus(measured.kl, measured.error)
         return (
-            f"{chosen.bits:.3f} bits per weight, {amount(chosen.size)}. Measured on "
-            f"{measured.tokens:,} tokens of {self.text}: KL {kl} ({number(chosen.kl)} predicted)."
+            f"{chosen.bits:.3f} bits per weight in matrices and head, {amount(chosen.size)}. "
+            f"Measured on {measured.tokens:,} tokens of {self.text}: KL {kl} nats per token "
+            f"({number(chosen.kl)} predicted)."
             f"{_ELSEWHERE if self.options.text is None else ''}"
         )
 
     def _front(self) -> Table:
         points = self.result.front
         rows = [(f"{point.bits:.3f}", amount(point.size), number(point.kl)) for point in points]
-        header = "bits per weight", "size", "KL, predicted"
-        return Table(f"Plans for {self.options.format}:", header, rows, header)
+        header = "bits/weight", "size", "KL, predicted"
+        title = f"Plans for {self.options.format}; bits are those in matrices and head:"
+        return Table(title, header, rows, header)
 
     def _layouts(self) -> Table:
         kinds: dict[str, Counter[str]] = defaultdict(Counter)
@@ -191,8 +193,7 @@ def make_plans(
     """
     first = options[0]
     form = format_of(first.format)
-    path = target or Path(f"{checkpoint.name}-{first.format}{PLAN_SUFFIX}")
-    requests = {path_for(o.target, path) if len(options) > 1 else path: o for o in options}
+    requests = dict(zip(plan_paths(checkpoint, options, target), options, strict=True))
     for path, request in requests.items():
         _require_free(path, force)
         require_reachable(request.target, checkpoint, form)
@@ -222,24 +223,25 @@ def _require_free(target: Path, force: bool) -> None:
     check_file_target(page_of(target), force=force, replaceable=lambda page: True)
 
 
-def path_for(target: PlanTarget, path: Path) -> Path:
-    """Returns the path of one plan of several: `a.plan.json` → `a-4.5bits.plan.json`."""
-    value = amount(target.value).replace(" ", "") if target.kind == "size" else f"{target.value:g}"
-    label = value if target.kind == "size" else f"{value}{target.kind}"
+def plan_paths(
+    checkpoint: Checkpoint, requests: Sequence[PlanOptions], path: Path | None
+) -> list[Path]:
+    """Returns paths of plans that end in their targets; `path` itself for a single plan."""
+    if path is not None and len(requests) == 1:
+        return [path]
+    path = path or Path(f"{checkpoint.name}-{requests[0].format}{PLAN_SUFFIX}")
     suffix = PLAN_SUFFIX if path.name.endswith(PLAN_SUFFIX) else path.suffix
-    return path.with_name(f"{path.name.removesuffix(suffix)}-{label}{suffix}")
+    name = path.name.removesuffix(suffix)
+    return [path.with_name(f"{name}-{request.target.label}{suffix}") for request in requests]
 
 
-def page_of(target: Path) -> Path:
-    """Returns the path of a plan's page; `with_suffix` would cut a name such as `plan-4.25`."""
+def page_of(target: Path) -> Path:  # `with_suffix` would cut a name such as `plan-4.25`
     return target.with_name(f"{target.name}.html")
 
 
 def closing_line(checkpoint: Checkpoint, report: PlanReport) -> str:
     options, target = report.options, report.path
-    name = target.name.removesuffix(PLAN_SUFFIX).removesuffix(".json")
-    suffix = f".{options.format}" if isinstance(format_of(options.format), FileFormat) else ""
-    paths = {"--plan": target, "--calibration": options.calibration, "-o": Path(name + suffix)}
+    paths = {"--plan": target, "--calibration": options.calibration}
     flags = [f" {flag} {as_argument(path)}" for flag, path in paths.items() if path]
     return (
         f"{target} is complete; {page_of(target)} has a plot. Export it: rgexport {options.format} "

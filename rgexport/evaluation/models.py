@@ -10,6 +10,7 @@ from pathlib import Path
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
+from rgexport.evaluation.reference_session import ReferenceSession
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.hub import is_hub_name
 from rgexport.exporters.manifest import Identity, identity_of, identity_of_files
@@ -72,8 +73,6 @@ class EvaluatedModel:
         if isinstance(self.source, Artifact):
             narrow = None if window == self.config.window else window
             return open_session(self.source, threads=threads, window=narrow)
-        from rgexport.evaluation.reference_session import ReferenceSession
-
         config = self.config if window is None else replace(self.config, window=window)
         return ReferenceSession(replace(self.source, config=config), threads=threads)
 
@@ -123,8 +122,6 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
             size=sum(record.size for record in artifact.manifest.files.values()),
             source=artifact,
         )
-    import rgexport.evaluation.reference_session  # noqa: F401  # fails at once without torch
-
     checkpoint = open_checkpoint(argument)
     is_path = argument not in SIZE_WORDS and Path(argument).exists()
     return EvaluatedModel(

@@ -1,12 +1,12 @@
-"""A checkpoint behind the Session interface: the float32 reference in torch."""
+"""A checkpoint behind the Session interface: the float32 reference in NumPy."""
 
 import numpy as np
 
 from rgexport._version import __version__
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.reference import Reference
+from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State, state_specs, zero_state
-from rgexport.parallelism import usable_threads
+from rgexport.parallelism import job_count, usable_threads
 from rgexport.runtimes.machine import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 
@@ -18,25 +18,21 @@ class ReferenceSession(Session):
     """The original model; its weights stay in memory if they fit, else each pass reads them."""
 
     def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None):
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(usable_threads(threads))
         weights = checkpoint.weights.values()
         self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)
         available = available_bytes()
         keep = available is None or self._bytes + _SPARE_BYTES <= available
         self._config, self.vocab_size = checkpoint.config, checkpoint.config.vocab_size
-        self._reference = Reference(checkpoint.config, checkpoint.weights, keep=keep)
-        self._threads, self._version = torch.get_num_threads(), torch.__version__
+        self._reference = NumpyReference(checkpoint.config, checkpoint.weights, keep=keep)
+        self._threads = usable_threads(threads)
         self.reset()
 
     @property
     def info(self) -> SessionInfo:
         state = sum(4 * int(np.prod(shape)) for shape in self.state_shapes.values())
         return SessionInfo(
-            engine=f"rgexport {__version__} reference, torch",
-            engine_version=self._version,
+            engine=f"rgexport {__version__} reference, NumPy",
+            engine_version=np.__version__,
             threads=self._threads,
             activation_dtype="float32",
             weight_bytes=self._bytes,
@@ -66,6 +62,7 @@ class ReferenceSession(Session):
             array[rows.start : rows.stop] = state[name]
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        hidden, after = self._reference.run(tokens, self.get_rows(rows))
-        self._set_rows(rows, after)
-        return self._reference.logits(hidden[:, -num_logits:])
+        with job_count(self._threads):
+            hidden, after = self._reference.run(tokens, self.get_rows(rows))
+            self._set_rows(rows, after)
+            return self._reference.logits(hidden[:, -num_logits:])

@@ -1,6 +1,7 @@
 """Runs suites: measures the missing pieces in this process or on a cluster, and summarizes."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from rgexport.progress import note, task
 from rgexport.runtimes.cluster import Cluster
 from rgexport.runtimes.machine import environment
 from rgexport.runtimes.session import Session
+from rgexport.units import amount
 
 
 class Job(NamedTuple):
@@ -70,14 +72,15 @@ def evaluate(
         for chain in planned
         if (missing := results.missing(chain))
     ]
-    total = sum(len(chain) for planned in chains for chain in planned)
-    remaining = sum(len(job.missing) for job in jobs)
-    if remaining < total:
-        note(f"{total - remaining} of {total} pieces are done already.")
-    if workers:
-        _run_on_cluster(jobs, request, threads, workers)
-    else:
-        _run_here(jobs, request, threads, results)
+    _announce(jobs, sum(len(chain) for planned in chains for chain in planned))
+    try:
+        if workers:
+            _run_on_cluster(jobs, request, threads, workers)
+        elif jobs:
+            _run_here(jobs, request, threads, results)
+    except KeyboardInterrupt:
+        note("Interrupted. The same command goes on from here.")
+        raise
     measured = [_by_suite(names, planned, results, request) for planned in chains]
     figures = [
         _figures(model, suites, measured[0]) for model, suites in zip(models, measured, strict=True)
@@ -85,17 +88,28 @@ def evaluate(
     return {"request": asdict(request), "environment": environment(), "models": figures}
 
 
+def _announce(jobs: Sequence[Job], total: int) -> None:
+    """Notes how much is done already, and how many tokens each suite reads, which take the time."""
+    if done := total - sum(len(job.missing) for job in jobs):
+        note(f"{done} of {total} pieces are done already.")
+    tokens: Counter[str] = Counter()
+    for piece in (job.chain[index] for job in jobs for index in job.missing):
+        tokens[piece.suite] += piece.tokens
+    if len(tokens) > 1:
+        counts = ", ".join(f"{amount(size, 'tokens')} in {name}" for name, size in tokens.items())
+        (shortest, _) = tokens.most_common()[-1]
+        note(f"To read: {counts}. To read less, name a suite: --suite {shortest}")
+
+
 def _run_here(
     jobs: Sequence[Job], request: EvaluationRequest, threads: int | None, results: Results
 ) -> None:
-    for model, of_model in groupby(jobs, lambda job: job.model):
-        chains = [*of_model]
-        with (
-            closing(Worker(threads)) as worker,
-            task(f"Evaluating {model.label}", _tokens(chains), "tokens") as advance,
-        ):
-            for job in chains:
-                worker.measure(model, job.chain, request, results, advance)
+    labels = ", ".join(dict.fromkeys(job.model.label for job in jobs))
+    with task(f"Evaluating {labels}", _tokens(jobs), "tokens") as advance:
+        for model, of_model in groupby(jobs, lambda job: job.model):
+            with closing(Worker(threads)) as worker:
+                for job in of_model:
+                    worker.measure(model, job.chain, request, results, advance)
 
 
 def _run_on_cluster(

@@ -17,7 +17,7 @@ from rgexport.griffin.config import RG_LRU_C, GriffinConfig
 from rgexport.griffin.layer import Layer
 from rgexport.griffin.layer_by_layer import LayerByLayer
 from rgexport.griffin.tensor import WeightSource
-from rgexport.parallelism import usable_threads
+from rgexport.parallelism import parallel_jobs, usable_threads
 
 _ROWS = 256  # queries that attention takes at once, so that its scores stay small
 _SHARED = 1 << 28  # multiplications of a product that threads share: some milliseconds
@@ -44,7 +44,7 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.nda
 
 def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """`x · weightᵀ` [n, N]; threads share a large one, as BLAS's own wait for one another."""
-    jobs = usable_threads(None) if x.size * len(weight) >= _SHARED else 1
+    jobs = parallel_jobs() if x.size * len(weight) >= _SHARED else 1
     if jobs == 1:
         return np.asarray(x @ weight.T)
     y = np.empty((len(x), len(weight)), np.float32)

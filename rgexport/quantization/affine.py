@@ -23,7 +23,14 @@ from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
 from rgexport.quantization.algorithms import refined
-from rgexport.quantization.scheme_base import FloatDtype, Parts, PartShapes, Shape, Uniform
+from rgexport.quantization.scheme_base import (
+    FloatDtype,
+    Parts,
+    PartShapes,
+    Shape,
+    Uniform,
+    nbytes_of,
+)
 from rgexport.quantization.statistics import Statistics
 from rgexport.quantization.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
 
@@ -234,8 +241,7 @@ class Affine(Uniform):
             return self
 
         def row_bytes(scheme: Affine) -> int:
-            layout = scheme.part_shapes((1, columns)).values()
-            return sum(np.dtype(dtype).itemsize * shape[1] for dtype, shape in layout)
+            return nbytes_of(scheme.part_shapes((1, columns)))
 
         candidates = (replace(self, block=block) for block in BLOCKS if block <= self.block)
         return min(candidates, key=row_bytes)

@@ -6,7 +6,7 @@ fused attention, a head tied to the embedding.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -93,7 +93,6 @@ _ROWS = (
     FileType("q3_k_m", 12, "q3_k"),
     FileType("q3_k_s", 11, "q3_k"),
     FileType("q2_k", 10, "q2_k"),
-    FileType("q2_k_s", 21, "q2_k"),
 )
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 _BY_NAME = {row.name: row for row in _ROWS}
@@ -161,7 +160,7 @@ def choose_types(
     """Returns name → type of quantizable tensors from their lengths of rows, in the file's order.
 
     `gqa` are the query heads per key head of the *first* layer, 0 if that is recurrent. Raises
-    RequestError for an override that matches no tensor, and a type that needs an importance matrix.
+    RequestError for an override that matches no tensor.
     """
     for pattern, kind in request.overrides:
         if not any(re.search(pattern, name) for name in columns):
@@ -187,22 +186,7 @@ def choose_types(
             seen[site] += 1
         fallbacks = kind, _FALLBACKS.get(kind, "f16"), "f16"
         types[name] = next(one for one in fallbacks if TYPES[one].fits(columns[name]))
-    if not has_imatrix:
-        require_importances(types, file_type, available=())
     return types
-
-
-def require_importances(
-    types: Mapping[str, str], file_type: FileType, available: Container[str]
-) -> None:
-    """Refuses q2_k_s without importances of some tensors, as llama-quantize does."""
-    for name, kind in types.items():
-        takes_them = file_type.name == "q2_k_s" and kind == "q2_k" and name != EMBEDDING
-        if takes_them and name not in available:
-            raise RequestError(
-                f"type {file_type.name} needs an importance matrix (--imatrix FILE, made by "
-                f"llama-imatrix) that has {name}: without, {kind} would be garbage"
-            )
 
 
 def _requested_type(name: str, request: TypeRequest) -> str | None:
@@ -247,7 +231,6 @@ _CONDITIONS: dict[str, Callable[[_Occurrence], bool]] = {
 _MIXES: dict[str, dict[str, dict[str, str]]] = {
     "attn_v": {
         "q2_k": {"grouped": "q4_k", "always": "q3_k"},
-        "q2_k_s": {"grouped": "q4_k"},
         "q3_k_m": {"first 2": "q5_k", "always": "q4_k"},
         "q3_k_l": {"always": "q5_k"},
         "q4_k_s": {"first 4": "q5_k"},
@@ -261,7 +244,6 @@ _MIXES: dict[str, dict[str, dict[str, str]]] = {
     },
     "ffn_down": {
         "q2_k": {"always": "q3_k"},
-        "q2_k_s": {"first 1/8": "q4_k"},
         "q3_k_m": {"first 1/16": "q5_k", "always": "q4_k"},
         "q3_k_l": {"always": "q5_k"},
         "q4_k_s": {"first 1/8": "q5_k"},

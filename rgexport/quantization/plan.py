@@ -25,6 +25,7 @@ from rgexport.parallelism import parallel_jobs
 from rgexport.progress import warn
 from rgexport.quantization import scheme as schemes
 from rgexport.quantization.scheme import BFLOAT16, FLOAT32, INT8_ROWS, Affine, Float, Plan, Scheme
+from rgexport.quantization.scheme_base import nbytes_of
 from rgexport.quantization.statistics import StatisticsOf
 
 PRECISIONS: dict[str, Scheme] = {
@@ -116,6 +117,18 @@ def precision_of(plan: Plan) -> str:
     linears = (scheme for name, scheme in plan.items() if name != EMBEDDING)
     bits = {uniform.level_bits for scheme in linears for uniform in scheme.uniform} - {None}
     return MIXED if len(bits) > 1 else schemes.coarsest(plan.values()).precision
+
+
+def plan_bits(plan: Plan, config: GriffinConfig) -> float:
+    """Returns the mean bits per weight of matrices and embedding."""
+    stored = weights = 0
+    for name, spec in model_tensors(config).items():
+        if spec.role in QUANTIZABLE:
+            rows, columns = spec.shape
+            weights += rows * columns
+            for uniform, size in zip(plan[name].uniform, plan[name].group_sizes(rows), strict=True):
+                stored += nbytes_of(uniform.part_shapes((size, columns)))
+    return 8 * stored / weights
 
 
 def has_blocks(scheme: Scheme) -> bool:

@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -27,6 +28,10 @@ PartShapes = dict[str, tuple[str, Shape]]
 Encoder = Callable[[Any, np.ndarray, Any], Parts]
 """Scheme, rows [n, K] of any float dtype, and `Statistics` or None → parts."""
 _ALGORITHM = re.compile("[a-z0-9_-]{1,32}")
+
+
+def nbytes_of(parts: PartShapes) -> int:
+    return sum(prod(shape) * np.dtype(dtype).itemsize for dtype, shape in parts.values())
 
 
 class Scheme(ABC):

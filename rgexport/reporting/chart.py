@@ -68,7 +68,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A picture, its summary in words, and its numbers as a table.
+    """A picture, its summary in words, and its numbers, with their intervals, as a table.
 
     `labels` are those of x and y; the table calls x `column`, if that is another word. `level`, a
     name and a y, is drawn from edge to edge; `doubling` draws a positive x by its logarithm.
@@ -106,7 +106,9 @@ class Chart:
         return [[self.show_x(x), *(self._cell(line, x) for line in self.series)] for x in xs]
 
     def _cell(self, series: Series, x: float) -> str:
-        return ", ".join(self.show_y(y) for at, y in series.points if at == x)
+        show, bars = self.show_y, {at: ends for at, *ends in series.intervals}
+        interval = f" ({' to '.join(map(show, bars[x]))})" if x in bars else ""
+        return ", ".join(show(y) + interval for at, y in series.points if at == x)
 
     def path(self, series: Series) -> str:
         return _path(self.pixels(series))
@@ -137,7 +139,9 @@ def _path(pixels: Sequence[Point | None]) -> str:
 
 
 def y_values(series: Sequence[Series]) -> list[float]:
-    return [y for line in series for _, y in line.points]
+    """Returns all values, and the ends of all error bars."""
+    ends = (y for line in series for _, *bar in line.intervals for y in bar)
+    return [*(y for line in series for _, y in line.points), *ends]
 
 
 def logarithmic_axis(values: Sequence[float]) -> Axis:

@@ -46,11 +46,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def render(blocks: Iterable[str | Table]) -> str:
-    """Returns lines and tables as wide as the terminal, or 110; escapes control characters."""
+    """Returns lines and tables as wide as the terminal, or 120; escapes control characters."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if terminal else 110
+    columns = shutil.get_terminal_size().columns if terminal else 120
     buffer = io.StringIO()
     console = Console(file=buffer, width=columns, highlight=False, markup=False)
     for block in blocks:

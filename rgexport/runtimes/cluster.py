@@ -13,7 +13,7 @@ from typing import Any
 from rgexport._version import __version__
 from rgexport.errors import NotInstalled, RequestError
 from rgexport.kernels.rounding import library
-from rgexport.parallelism import more_jobs
+from rgexport.parallelism import job_count, usable_processors
 
 _SECONDS = 10
 _JOBS_PER_THREAD = 2
@@ -78,7 +78,8 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
             if theirs != ours:
                 differs = f"{worker} of the cluster {address} has {theirs}, and here is {ours}"
                 raise RequestError(f"{differs}; install the same for both")
-        with more_jobs(_JOBS_PER_THREAD * sum(client.nthreads().values())):
+        jobs = _JOBS_PER_THREAD * sum(client.nthreads().values())
+        with job_count(max(jobs, usable_processors())):
             yield Cluster(client, address)
     finally:
         client.close()

@@ -96,15 +96,6 @@ class TextInfo:
     truncated: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Tokens per second from an empty state, medians; a prompt has 128 tokens, or one chunk."""
-
-    decode: float
-    prefill: float
-    prompt_tokens: int
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ValidationResult:
     """The outcome of `validate`; `to_dict` is its stable JSON.
@@ -130,7 +121,6 @@ class ValidationResult:
     layers: list[LayerCost] | None
     suspects: list[Suspect] | None
     reference: AgainstFile | None
-    speed: Speed | None
     tolerance: Tolerance
     checks: list[Check]
     environment: dict[str, str | int]

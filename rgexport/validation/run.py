@@ -18,7 +18,6 @@ from rgexport.progress import detail, expect_stages, group, note, task, warn
 from rgexport.quantization.calibration import open_calibration
 from rgexport.quantization.statistics import Calibrated, StatisticsOf, no_statistics
 from rgexport.reporting.page import write_text
-from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
 from rgexport.runtimes.session import SessionInfo
@@ -36,7 +35,6 @@ from rgexport.validation.reference_pass import Pass, SharedPasses, run_reference
 from rgexport.validation.report.page import render_page
 from rgexport.validation.report.terminal import render
 from rgexport.validation.result import (
-    Speed,
     TextInfo,
     ValidationResult,
     all_checks,
@@ -63,7 +61,6 @@ class ValidationRequest:
     reference: ReferenceFile | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     bisect: bool = False
-    bench: bool = False
     reproduce: bool = False
     calibration: Path | None = None
     min_quality: GradeName | None = None
@@ -226,7 +223,7 @@ def _statistics(
 def _stages(opened: OpenedArtifact, passes: SharedPasses) -> int:
     request, original = opened.request, opened.original
     # The dequantized reference, the artifact over the text, the ops one by one, and the graph.
-    count = 4 + request.bench + opened.has_native
+    count = 4 + opened.has_native
     if original is not None:
         count += 2 + request.bisect + request.reproduce  # its pass, its weights, each layer
         count -= passes.has(original.checkpoint, opened.text.tokens)
@@ -268,7 +265,6 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
         layers=layers,
         suspects=None,
         reference=against_file,
-        speed=_speed(opened, info) if request.bench else None,
         tolerance=tolerance(manifest),
         checks=[],
         environment=environment(),
@@ -351,16 +347,3 @@ def _sites(opened: OpenedArtifact, measured: Measurement) -> SiteReport | None:
     except RequestError as error:
         note(f"the ops were not compared one by one: {error}")
         return None
-
-
-def _speed(opened: OpenedArtifact, info: SessionInfo) -> Speed:
-    length, tokens, repetitions = 128, 32, 3  # `rgexport bench` measures longer ones
-    if info.whole_chunks:  # perhaps in the interpreter, which takes seconds for a token
-        length, tokens, repetitions = info.prefill_chunk, 4, 1
-    rows = bench_artifact(
-        opened.path,
-        BenchRequest((length,), (tokens,), repetitions=repetitions),
-        allow_foreign=opened.request.allow_foreign,
-    )
-    prefill, decode = (row.median_tokens_per_second for row in rows)
-    return Speed(decode=decode, prefill=prefill, prompt_tokens=length)

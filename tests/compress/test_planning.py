@@ -14,7 +14,14 @@ from rgexport.compress.calibrate import CalibrationOptions, calibrate
 from rgexport.compress.layouts import PlanItem, artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.compress.losses import OriginalRun, PredictedLosses
 from rgexport.compress.planning import Planner, PlanTarget
-from rgexport.compress.quantize import PlanOptions, closing_line, is_plan, make_plans, page_of
+from rgexport.compress.quantize import (
+    PlanOptions,
+    closing_line,
+    is_plan,
+    make_plans,
+    page_of,
+    plan_paths,
+)
 from rgexport.errors import RequestError
 from rgexport.exporters.coreml.exporter import CoreMLOptions, export_coreml
 from rgexport.exporters.format import format_of
@@ -23,7 +30,7 @@ from rgexport.exporters.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, input_site, model_tensors
 from rgexport.quantization.calibration import open_calibration
-from rgexport.quantization.plan import bfloat16_gates, load_plan, quantized
+from rgexport.quantization.plan import bfloat16_gates, load_plan, plan_bits, quantized
 from rgexport.quantization.row_groups import rows_text
 from rgexport.quantization.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, candidates
 from rgexport.quantization.statistics import Calibrated, no_statistics, statistics_of
@@ -143,6 +150,7 @@ def test_bits_are_kept_and_the_prediction_is_near(planner, checkpoint, text):
     planned = planner.find(PlanTarget("bits", 4.6), text)
     assert 4.59 < planned.chosen.bits <= 4.6
     assert planned.chosen.bits == pytest.approx(bits_of(planned.plan, checkpoint.config), rel=1e-6)
+    assert plan_bits(planned.plan, checkpoint.config) == pytest.approx(4.6, rel=3e-3)
     assert planned.measured.kl == pytest.approx(planned.chosen.kl, rel=0.3)
     assert isinstance(planned.plan[EMBEDDING], Mixed)
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
@@ -211,6 +219,9 @@ def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monke
         for target in ({"bits": 4.5}, {"target_size": "9 MB"}, {"target_kl": 0.02})
     ]
     names = "all-4.5bits.plan.json", "all-9.00MB.plan.json", "all-0.02kl.plan.json"
+    assert plan_paths(checkpoint, options[:1], alone) == [alone]
+    by_default = f"{checkpoint.name}-onnx-4.5bits.plan.json"
+    assert [str(path) for path in plan_paths(checkpoint, options[:1], None)] == [by_default]
     runs = []
     monkeypatch.setattr(
         planning, "OriginalRun", lambda *a, make=planning.OriginalRun: runs.append(1) or make(*a)
@@ -220,9 +231,7 @@ def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monke
     for report in reports:
         make_plans(checkpoint, [report.options], alone, force=True)
         assert report.path.read_text() == alone.read_text()
-        name = report.path.name.removesuffix(".plan.json")
-        line = closing_line(checkpoint, report)
-        assert line.endswith(f" --calibration {calibration} -o {name}")
+        assert closing_line(checkpoint, report).endswith(f" --calibration {calibration}")
     with pytest.raises(RequestError, match=r"--target-size is 1.00 MB, which no plan reaches"):
         make_plans(checkpoint, [PlanOptions(target_size="1MB")], tmp_path / "small.json")
 

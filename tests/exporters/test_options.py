@@ -121,7 +121,7 @@ TYPES: list[tuple[dict[str, Any], str, str]] = [
     ({"type": "q4_0", "pure": True, "embedding_precision": "F16"}, "f16", "q4_0"),
     ({"type": "q4_0", "embedding_precision": "int4"}, "q4_k", "q4_0"),
     ({"type": "q4_0", "tensor_types": (r"blk\.0\.ffn_=Q8_0",)}, "q6_k", "q8_0"),
-    ({"type": "q2_k_s", "algorithm": "gptq"}, "q6_k", "q2_k"),
+    ({"type": "q2_k", "algorithm": "gptq"}, "q6_k", "q3_k"),
     ({"plan": make_plan(GGUF, Ggml("q4_k"), HALF)}, "f16", "q4_k"),
 ]
 """Options → types of the embedding and of a linear."""

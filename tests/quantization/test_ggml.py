@@ -24,7 +24,6 @@ from rgexport.quantization.ggml_types import (
     choose_types,
     find_file_type,
     parse_override,
-    require_importances,
 )
 from rgexport.quantization.scheme import Ggml
 from rgexport.quantization.statistics import statistics_of
@@ -256,7 +255,6 @@ PRINTED = [
     (GRIFFIN_2B, "q4_0", True, {"ffn_down": "3 q4_1, 23 q4_0"}),
     (GRIFFIN_2B, "q5_0", True, {"ffn_down": "3 q5_1, 23 q5_0"}),
     (GRIFFIN_2B, "q4_1", True, {}),
-    (GRIFFIN_2B, "q2_k_s", True, {"ffn_down": "3 q4_k, 23 q2_k"}),
 ]
 
 
@@ -290,14 +288,3 @@ def test_rows_of_no_whole_blocks_fall_back():
             name = "blk.0.ffn_up.weight"
             types = choose_types({name: columns}, request, gqa=0, has_imatrix=False)
             assert types == {name: expected}
-
-
-def test_the_smallest_type_needs_an_importance_matrix():
-    complaint = r"q2_k_s needs an importance matrix.*has blk\.0\.attn_gate\.weight"
-    with pytest.raises(RequestError, match=complaint):
-        chosen("rra", "q2_k_s")
-    assert chosen("rra", "q2_k_s", overrides=(("blk", "q4_0"),))["blk.0.ssm_in.weight"] == "q4_0"
-    file_type, types = FILE_TYPES["q2_k_s"], chosen("rra", "q2_k_s", has_imatrix=True)
-    require_importances(types, file_type, types.keys() - {"token_embd.weight"})
-    with pytest.raises(RequestError, match=r"has blk\.1\.ffn_up\.weight"):
-        require_importances(types, file_type, types.keys() - {"blk.1.ffn_up.weight"})

@@ -12,7 +12,6 @@ from rgexport.errors import RequestError
 from rgexport.exporters.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
 from rgexport.griffin.layout import model_tensors
-from rgexport.runtimes.bench import measure as bench
 from rgexport.validation import reference_pass, source
 from rgexport.validation.run import ValidationRequest, validate_artifact, validate_artifacts
 from rgexport.validation.source import find_original
@@ -94,18 +93,16 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
         return run_reference(label, *args, **options)
 
     monkeypatch.setattr(reference_pass, "run_reference", counted)
-    monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0)
     file, page = tmp_path / "r.json", tmp_path / "r.html"
     paths = [clean(kind) for kind in ("fp32", "int4")]
-    request = ValidationRequest(model=str(checkpoint), max_tokens=40, bench=True)
+    request = ValidationRequest(model=str(checkpoint), max_tokens=40)
     assert validate_artifacts(paths, request, json_file=file, html_file=page) == 0
     assert runs == ["Running the original"]
     out = capsys.readouterr().out
-    assert out.startswith("PASS  2 artifacts: 2 PASS") and "prompt/s" in out
+    assert out.startswith("PASS  2 artifacts: 2 PASS")
     written = json.loads(file.read_text("utf-8"))
     larger, smaller = written
     assert larger["original"]["kl"]["mean"] < smaller["original"]["kl"]["mean"]
-    assert all(one["speed"]["decode"] > 1 and one["speed"]["prefill"] > 1 for one in written)
     text = page.read_text("utf-8")
     assert text.index("Side by side") < text.index('id="a1"') < text.index('id="a2"')
 

@@ -28,7 +28,7 @@ from rgexport.evaluation.figures import ends, mean_difference, share
 from rgexport.evaluation.models import EvaluatedModel
 from rgexport.evaluation.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluation.suites.episodes import TASKS, Episode, vocabulary_of
-from rgexport.reporting.chart import Chart, share_axis
+from rgexport.reporting.chart import Chart, share_axis, y_values
 from rgexport.reporting.numbers import percent
 from rgexport.reporting.tables import Row, Table
 from rgexport.runtimes.session import Session
@@ -227,5 +227,5 @@ def charts(models: Models) -> Iterator[Chart]:
         task, chance = entries[0]["task"], entries[0]["chance"]
         summary = f"Share of right answers by the tokens in between; {percent(chance)} by chance."
         chart = curves(task, summary, ("tokens in between", "right answers"), models, points)
-        axis = share_axis([low for line in chart.series for _, low, _ in line.intervals])
+        axis = share_axis(y_values(chart.series))
         yield replace(chart, y=axis, show_y=percent, level=("chance", chance))

@@ -9,12 +9,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.exporters.gguf.naming import FileTensor, file_tensors
-from rgexport.exporters.request import (
-    refuse_beside_plan,
-    refuse_idle,
-    require_levels,
-    require_word,
-)
+from rgexport.exporters.request import refuse_beside_plan, refuse_idle, require_levels, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantization.algorithms import ALGORITHMS
 from rgexport.quantization.ggml_types import (
@@ -26,7 +21,6 @@ from rgexport.quantization.ggml_types import (
     find_file_type,
     find_type,
     parse_override,
-    require_importances,
 )
 from rgexport.quantization.imatrix import Imatrix, read_imatrix
 from rgexport.quantization.scheme import Ggml, Plan
@@ -113,8 +107,6 @@ class GgufOptions:
             gqa=config.num_heads if config.block_types[0] == "attention" else 0,
             has_imatrix=imatrix is not None or self._takes_statistics,
         )
-        if imatrix is not None:
-            require_importances(types, self.file_type, imatrix.entries)
         importances = _importances(imatrix, tensors, types) if imatrix else {}
         schemes = self._filled({name: Ggml(kind) for name, kind in types.items()})
         return GgufStorage(self.file_type, tensors, schemes, imatrix, importances)

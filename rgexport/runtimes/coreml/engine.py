@@ -13,13 +13,7 @@ from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner
 from rgexport.runtimes.coreml.interpreter.weights import CACHE_BYTES
 from rgexport.runtimes.coreml.session import CoreMLSession
-from rgexport.runtimes.engine import (
-    Engine,
-    Observation,
-    Observer,
-    SessionOptions,
-    observation_of,
-)
+from rgexport.runtimes.engine import Engine, Observation, Observer, SessionOptions, observation_of
 from rgexport.runtimes.session import Session
 
 

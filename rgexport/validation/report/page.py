@@ -21,8 +21,7 @@ def render_page(results: Sequence[ValidationResult]) -> str:
     shared = {"sentences": sentences, "tables": tables, "kl_chart": kl_chart, "grades": GRADES}
     environment.globals |= shared
     return environment.get_template("page.html.j2").render(
-        results=results,
-        verdict=verdict(check for result in results for check in result.checks),
+        results=results, verdict=verdict(check for result in results for check in result.checks)
     )
 
 

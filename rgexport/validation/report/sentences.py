@@ -1,11 +1,19 @@
 """Sentences about a result that the terminal and the page share."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rgexport.reporting.numbers import number, plus_minus, rate
-from rgexport.validation.checks import GRADE_NAMES, TENSOR_CHECKS, Check, Quality, verdict
+from rgexport.reporting.numbers import number, plus_minus
+from rgexport.validation.checks import (
+    GRADE_NAMES,
+    STANDARD_ERRORS,
+    TENSOR_CHECKS,
+    Check,
+    Quality,
+    verdict,
+)
 from rgexport.validation.continuations import Continuation
 from rgexport.validation.identity import first_names, summary
 from rgexport.validation.metrics import KL
@@ -30,6 +38,8 @@ _PARTS = dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights") | dict.fromkey
 """Kind of a check → its part of the proof; `arithmetic` for all other kinds."""
 MOST_NAMED = 12
 """Checks that are named below the verdict."""
+UNITS = "± is a standard error; bits are those in matrices and head, with their scales."
+"""Explains the columns of `tables.overview`."""
 
 
 def mean_kl(kl: KL) -> str:
@@ -92,6 +102,21 @@ def counted_verdicts(results: Sequence[ValidationResult]) -> str:
     return f"{len(results)} artifacts: {', '.join(clauses)}"
 
 
+def closest_text(results: Sequence[ValidationResult]) -> str:
+    """Names the artifact of the lowest KL, and says how sure that is; empty for fewer than two."""
+    kls = sorted(
+        (cost.kl.mean, cost.kl.standard_error, r.artifact.path)
+        for r in results
+        if r.verdict != "FAIL" and (cost := r.original or r.reference) is not None
+    )
+    if len(kls) < 2:
+        return ""
+    (lowest, error, closest), (second, second_error, runner_up) = kls[:2]
+    certain = second - lowest > STANDARD_ERRORS * math.hypot(error, second_error)
+    doubt = "has certainly more KL" if certain else "may be as close, within the margin of error"
+    return f"Closest to the original: {closest}; the next, {runner_up}, {doubt}."
+
+
 def doubt_text(q: Quality) -> str:
     """Such as ` (or fair, within the margin of error)`; empty if it is certain."""
     possible = GRADE_NAMES[GRADE_NAMES.index(q.best) : GRADE_NAMES.index(q.worst) + 1]
@@ -141,11 +166,3 @@ def source_text(r: ValidationResult) -> str:
         return f"{r.source.made_from}, not given (-m), so the cost is not measured"
     differing = "" if r.source.same_files else ", other files than the artifact was made from"
     return f"{r.source.path}{differing}"
-
-
-def speed_text(r: ValidationResult) -> str:
-    """Tokens per second; empty if they were not measured."""
-    if (speed := r.speed) is None:
-        return ""
-    prompt = f"{rate(speed.prefill)} of a prompt of {speed.prompt_tokens}"
-    return f"{rate(speed.decode)} tokens/s one by one, {prompt}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from rgexport.reporting.numbers import number, percent, plus_minus, rate
+from rgexport.reporting.numbers import number, percent, plus_minus
 from rgexport.reporting.tables import BarTable, Row, Table
 from rgexport.units import amount
 from rgexport.validation.bisect.sites import SiteError, SiteReport, Suspect
@@ -51,6 +51,11 @@ def _of_likelihood(show: Callable[[Likelihood], str]) -> Callable[[Compared], st
 
 def _change(before: float | None, after: float | None) -> str:
     return "" if before is None else f"{before:.4g} → {after:.4g}"
+
+
+def _perplexity_change(p: Likelihood) -> str:
+    percents = 100 * p.perplexity_candidate / p.perplexity
+    return f"{percents - 100:+.2f} ± {percents * p.delta_standard_error:.1g} %"
 
 
 def summary_table(r: ValidationResult) -> Table:
@@ -242,12 +247,8 @@ def _kl_bars(
 
 
 def overview(results: Sequence[ValidationResult]) -> Table:
-    """A row for each artifact; columns of `_OPTIONAL` only if a cell is not empty."""
-    names = [
-        name
-        for name, show in _OVERVIEW.items()
-        if name not in _OPTIONAL or any(show(result) for result in results)
-    ]
+    """A row for each artifact; `quality` only if there is one."""
+    names = [name for name in _OVERVIEW if name != "quality" or any(r.quality for r in results)]
     rows = [tuple(_OVERVIEW[name](result) for name in names) for result in results]
     return Table("Artifacts", tuple(names), rows, names[1:-1])
 
@@ -259,16 +260,11 @@ def _of_cost(show: Callable[[Compared], str]) -> Callable[[ValidationResult], st
 _OVERVIEW: dict[str, Callable[[ValidationResult], str]] = {
     "artifact": lambda r: r.artifact.path,
     "size": lambda r: amount(r.artifact.bytes),
-    "bits": lambda r: f"{r.artifact.bits_per_weight:.2f}",
-    "KL to original": _of_cost(lambda c: mean_kl(c.kl)),
-    "Δperplexity": _of_cost(
-        _of_likelihood(lambda p: f"{p.perplexity_candidate / p.perplexity - 1:+.2%}")
-    ),
+    "bits/weight": lambda r: f"{r.artifact.matrix_bits_per_weight:.2f}",
+    "KL (nats/token)": _of_cost(lambda c: mean_kl(c.kl)),
+    "Δperplexity": _of_cost(_of_likelihood(_perplexity_change)),
     "top-1": _of_cost(lambda c: percent(c.agreement.top1)),
     "quality": lambda r: "" if r.quality is None else r.quality.grade,
-    "tokens/s": lambda r: "" if r.speed is None else rate(r.speed.decode),
-    "prompt/s": lambda r: "" if r.speed is None else rate(r.speed.prefill),
     "verdict": lambda r: r.verdict,
 }
-"""Column → a result's cell; bits are per weight."""
-_OPTIONAL = "quality", "tokens/s", "prompt/s"
+"""Column → a result's cell."""

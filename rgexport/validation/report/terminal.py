@@ -20,7 +20,6 @@ Blocks = Iterator[str | Table]
 
 
 def render(results: Sequence[ValidationResult]) -> str:
-    """Returns the report of one artifact or several."""
     if len(results) > 1:
         return render_blocks(_overview(results))
     return render_blocks((_everything if progress.verbose else _summary)(results[0]))
@@ -29,6 +28,7 @@ def render(results: Sequence[ValidationResult]) -> str:
 def _overview(results: Sequence[ValidationResult]) -> Blocks:
     yield f"{sentences.verdict_text(*results)}  {sentences.counted_verdicts(results)}\n"
     yield tables.overview(results)
+    yield from filter(None, (sentences.closest_text(results), sentences.UNITS))
     for result in results:
         path = result.artifact.path
         if short := sentences.shortfall_text(result):
@@ -40,7 +40,12 @@ def _overview(results: Sequence[ValidationResult]) -> Blocks:
             yield from _failures(result)
             for suspect in (result.suspects or [])[:3]:
                 yield f"SUSPECT  {suspect.site}: {suspect.evidence}"
-    yield _next_step(results)
+    if not progress.verbose:
+        yield _next_step(results)
+        return
+    for result in results:
+        yield ""
+        yield from _everything(result)
 
 
 def _summary(r: ValidationResult) -> Blocks:
@@ -79,11 +84,10 @@ def _head(r: ValidationResult) -> Iterator[str]:
         yield f"{q.meaning} {sentences.shortfall_text(r)}".rstrip()
     yield from _failures(r)
     cut = ", cut off" if text.truncated else ""
-    speed = f"; {sentences.speed_text(r)}" if r.speed else ""
     yield ""
     yield f"{a.name}, {a.numbers}; {amount(a.bytes)}, {sentences.bits_text(r)}"
     tokens = f"{text.tokens:,} tokens ({text.name}{cut}), {text.windows:.3g} windows long"
-    yield f"{engine.title}, {engine.threads} threads{speed}; {tokens}"
+    yield f"{engine.title}, {engine.threads} threads; {tokens}"
     if progress.verbose or not r.source.same_files:
         yield f"original: {sentences.source_text(r)}"
     if r.reference is not None and not r.reference.same_files:

@@ -33,14 +33,14 @@ def ambiguous(result):
 
 def of_a_file_alone(result):
     """The result of a reference file alone."""
-    missing = ("original", "sites", "weights", "layers", "suspects", "speed")
+    missing = ("original", "sites", "weights", "layers", "suspects")
     source = {"source.found": False, "source.path": None}
     return changed(result, dict.fromkeys(missing) | source)
 
 
 def without_bisect(result):
     """The result of an artifact and its original, as most users see it."""
-    return changed(result, dict.fromkeys(("sites", "layers", "suspects", "reference", "speed")))
+    return changed(result, dict.fromkeys(("sites", "layers", "suspects", "reference")))
 
 
 def with_site_beyond(result):

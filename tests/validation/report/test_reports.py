@@ -30,7 +30,7 @@ from rgexport.validation.reference.reference_file import read_reference
 from rgexport.validation.report.page import piece, render_page
 from rgexport.validation.report.sentences import MOST_NAMED
 from rgexport.validation.report.terminal import render
-from rgexport.validation.result import Speed, ValidationResult, as_json, require_writable
+from rgexport.validation.result import ValidationResult, as_json, require_writable
 from rgexport.validation.run import ValidationRequest, validate_artifact
 from tests.validation.report import changed_results as changes
 
@@ -75,14 +75,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def result(clean, checkpoint, tmp_path_factory) -> ValidationResult:
-    """With everything there can be; speed and suspects are invented."""
+    """With everything there can be; suspects are invented."""
     target = tmp_path_factory.mktemp("report") / "r"
     reference = read_reference(capture(open_checkpoint(checkpoint), target, device="cpu"))
     asked = {"max_tokens": 70, "bisect": True, "reference": reference}
     measured = validate_artifact(clean("int4"), ValidationRequest(model=str(checkpoint), **asked))
-    speed = Speed(decode=123.4, prefill=5678.9, prompt_tokens=128)
     suspects = [Suspect(layer=1, site="layers.1.temporal_block.rg_lru", evidence="for the test")]
-    return dataclasses.replace(measured, speed=speed, suspects=suspects)
+    return dataclasses.replace(measured, suspects=suspects)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +245,13 @@ def test_finite_values_and_ticks_lie_in_the_picture(numbers):
         assert all(axis.low <= value <= axis.high for value, _ in axis.ticks)
 
 
+def test_error_bars_lie_in_the_picture_and_in_the_numbers():
+    line = Series("twin", "twin", [(1, 2.0)], intervals=[(1, 0.5, 4.0)])
+    axis = chart.linear_axis(chart.y_values([line]))
+    drawn = Chart(title="t", summary="", labels=("x", "y"), series=[line], y=axis)
+    assert axis.low <= 0.5 and axis.high >= 4 and drawn.rows == [["1", "2 (0.5 to 4)"]]
+
+
 def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp_path):
     assert PUBLISHED.read_text("utf-8") == as_text() + "\n"
     schema = json.loads(PUBLISHED.read_text("utf-8"))
@@ -298,19 +304,26 @@ def test_the_report_fits_a_screen(result, monkeypatch):
     assert "not given (-m), so the cost is not measured" in text and "projection" not in text
 
 
-def test_size_cost_and_speed_of_several_have_columns(clean, result, alone):
+def test_size_and_cost_of_several_have_columns(clean, result, alone):
     size = sum(f.stat().st_size for f in clean("int4").iterdir() if f.name != "rgexport.json")
     assert result.artifact.bytes == size and alone.artifact.bits_per_weight == 32
     assert 4.5 < result.artifact.matrix_bits_per_weight < result.artifact.bits_per_weight < 10
-    slow, fast = (changes.changed(r, {"artifact.path": "short"}) for r in (alone, result))
-    text = render([slow, fast])
-    assert "prompt/s" in text and "prompt/s" not in render([slow, slow])
-    rows = [line.split()[-3:] for line in text.splitlines() if line.startswith("short")]
-    assert ["123", "5,679", "PASS"] in rows
-    assert "123 tokens/s one by one, 5,679 of a prompt of 128" in render([result])
     by_file = changes.changed(result, {"original": None})
     kl = result.reference.kl
     assert f"{kl.mean:.3g} ± {kl.standard_error:.1g}" in render([by_file, alone])
+
+
+def test_the_closest_of_several_is_named_and_how_sure_that_is(result, monkeypatch):
+    smaller = {"artifact.path": "best", "original.kl.mean": result.original.kl.mean / 2}
+    for error, words in ((1e-9, "has certainly more KL"), (1.0, "may be as close, within the")):
+        best = changes.changed(result, smaller | {"original.kl.standard_error": error})
+        line = f"Closest to the original: best; the next, {result.artifact.path}, {words}"
+        other = changes.changed(result, {"original.kl.standard_error": error})
+        assert line in render([other, best]) and line in Page(render_page([other, best])).text
+    assert "Closest to" not in render([changes.with_nan(best), result])
+    assert "Consistency" not in render([best, result])
+    monkeypatch.setattr(progress, "verbose", True)
+    assert render([best, result]).count("Consistency") == 2
 
 
 def test_a_report_damages_no_artifact_and_names_a_full_disk(clean, tmp_path, result):
