@@ -93,7 +93,7 @@ struct QuantKernel {
   int64_t rows = 1;  // of activations that lie together: there is memory for whole groups of them
 };
 
-constexpr int kReadings = 7, kTwoLevelReadings = 3;
+constexpr int kReadings = 7, kTwoLevelReadings = 2;
 constexpr int kWithoutFetching = 4;  // the one that fetches nothing ahead: for weights in the cache
 
 // Columns [first, last) of y, for one row of activations.

@@ -40,11 +40,8 @@ class QuantMatmul : QuantLayout<Simd> {
   }
   static TwoLevelProduct two_level(const TwoLevelMatrix& w, int reading) {
     if (w.unpacked.row_bytes() % most_tile(w.bits) != 0) return nullptr;
-    switch (reading) {
-      case 0: return two_level_of<Reading<1, Cache::kL2, 2048>>(w);
-      case 1: return two_level_of<Reading<2, Cache::kL2, 4096>>(w);
-      default: return two_level_of<Reading<1, Cache::kL2>>(w);
-    }
+    return reading == 0 ? two_level_of<Reading<2, Cache::kL2, 4096>>(w)
+                        : two_level_of<Reading<1, Cache::kL2, 2048>>(w);
   }
   static QuantKernel several() {
     return {code_bytes, padded_blocks, QuantRound<Simd>::round_few, multiply_several};
@@ -62,9 +59,13 @@ class QuantMatmul : QuantLayout<Simd> {
 
   template <class Reading>
   static TwoLevelProduct two_level_of(const TwoLevelMatrix& w) {
+    constexpr struct {
+      int bits, block;
+    } kLayouts[] = {{2, 16}, {2, 32}, {3, 16}, {3, 32}, {3, 64}, {4, 16},
+                    {4, 32}, {4, 64}, {5, 32}, {5, 64}, {6, 32}};  // of plans
     TwoLevelProduct product = nullptr;
-    unrolled<15>([&](auto i) {
-      constexpr int stored = 2 + i / 3, block = 16 << i % 3;
+    unrolled<sizeof kLayouts / sizeof *kLayouts>([&](auto i) {
+      constexpr int stored = kLayouts[i].bits, block = kLayouts[i].block;
       constexpr int bits = stored <= 4 ? 4 : 8, lanes = block * bits / 32;
       using Weights = PlaneLines<Simd, Reading, stored, lanes>;
       if (w.bits == stored && w.unpacked.block == block)
