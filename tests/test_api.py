@@ -55,11 +55,11 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
         ({"precision": "int5"}, "'int5'; expected one of fp32"),
         ({"format": "gguf", "precision": "int5"}, "'int5'; expected one of fp32"),
         ({"pure": True}, "pure is no option of exports to onnx; expected some of precision"),
-        ({"format": "coreml", "split": "many"}, "^split is 'many'; expected a number of bytes"),
+        ({"format": "coreml", "split": "many"}, "^--split is 'many'; expected a number of bytes"),
         ({"format": "mlx"}, "format is 'mlx'; expected one of onnx, coreml, gguf"),
         ({"calibration": "none"}, "none"),
         ({"output": "."}, "cannot write"),
-        ({"cluster": "a"}, "^cluster is for quality best or calibration; leave it out"),
+        ({"cluster": "a"}, "^--cluster is for --quality best or --calibration; leave it out"),
     ],
 )
 def test_a_wrong_request_raises_an_error(tmp_path, monkeypatch, options, complaint):
@@ -92,7 +92,7 @@ def test_wrong_evaluations_and_plans_are_refused(tmp_path, monkeypatch):
         rgexport.evaluate(["demo"], suites=["txt"])
     with pytest.raises(RequestError, match="0 targets are given"):
         rgexport.quantize("demo")
-    with pytest.raises(RequestError, match=r"^bits is 1, which no plan reaches; expected 2\."):
+    with pytest.raises(RequestError, match=r"^--bits is 1, which no plan reaches; expected 2\."):
         rgexport.quantize("demo", bits=1)  # before a calibration is made
     with pytest.raises(RequestError, match="artifact is a list; validate one at a time"):
         rgexport.validate(["demo"])

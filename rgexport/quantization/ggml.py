@@ -61,7 +61,7 @@ _HALVES |= {"q4_k": (0, 2), "q5_k": (0, 2)}
 def multiply_rows(packed: np.ndarray, kind: str, factors: np.ndarray) -> None:
     """Multiplies the scales of packed rows by `factors`, float32 [n], in place."""
     blocks = packed.reshape(-1, TYPES[kind].block_bytes)
-    by_block = np.repeat(factors, len(blocks) // len(packed))
+    by_block = np.repeat(factors, packed.shape[1] // TYPES[kind].block_bytes)
     for start in _HALVES.get(kind, (0,)):
         scales = (_half(blocks, start)[:, 0] * by_block).astype("<f2")
         blocks[:, start : start + 2] = scales[:, None].view(np.uint8)

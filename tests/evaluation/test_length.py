@@ -149,7 +149,7 @@ def test_the_command(models, tmp_path, capsys):
     other.write_text("Quite another text, which is long enough. " * 9)
     for used, seen, total, line in (
         (state, other, LENGTH, "has seen another text"),
-        (folder / "model" / "model.safetensors", text, LENGTH, "no state file"),
+        (folder / "model" / "model.safetensors", text, LENGTH, "expected a state file"),
         (state, text, 150, "has seen 200 tokens; expected fewer than 150: pass"),
     ):
         asked = *words, str(total), "--text", str(seen), "--state", str(used)

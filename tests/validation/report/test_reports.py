@@ -170,7 +170,6 @@ def test_the_numbers_are_those_of_the_result(result):
     tiles = text[: text.index("How to read this")]
     assert f"KL {result.original.kl.mean:.3g} ± " in tiles
     assert f"top-1 agreement {100 * result.original.agreement.top1:.2f} %" in tiles
-    assert "123 tokens/s one by one, 5,679 of a prompt of 128" in text
     assert f"Checks and their limits {len(result.checks)} checks " in text
     for check in result.checks:
         margin = f" ± {check.margin:.1g}" if check.margin else ""
