@@ -70,7 +70,8 @@ def run(arguments: list[str]) -> int:
     except SystemExit as end:  # with code 1 when the reader of our output has left
         return PIPE_CLOSED if end.code else 0
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "rgexport"
+        names = [name for name in arguments[:1] if name in rgexport.commands]
+        command = error.ctx.command_path if error.ctx else " ".join(["rgexport", *names])
         parameter = error.param if isinstance(error, click.BadParameter) else None
         source = source_of(error.ctx, parameter) if error.ctx and parameter else ""
         message = error.format_message()

@@ -113,7 +113,7 @@ class ValidateArguments:
         type=PATH_OR_ID,
         metavar="[FILE]",
     )
-    html_file: Path | None = option("Also write an HTML report.", "--html")
+    html_file: Path | None = option("Also write an HTML report to FILE.", "--html", metavar="FILE")
     engine: NativeArguments = group()
 
 
@@ -134,7 +134,9 @@ def validate(arguments: ValidateArguments) -> int:
     if json_file not in (None, _STDOUT) and means_artifact(Path(json_file)):
         artifacts, json_file = (json_file, *artifacts), _STDOUT  # --json ARTIFACT
     if not artifacts:
-        raise click.UsageError("Missing argument 'ARTIFACT...'.", click.get_current_context())
+        took = f"; --html took {arguments.html_file} as its FILE" if arguments.html_file else ""
+        message = f"Missing argument 'ARTIFACT...'{took}."
+        raise click.UsageError(message, click.get_current_context())
     file, limits = arguments.reference, parse_limits(arguments.limits)
     reference = None if file is None else read_reference(file)
     values = shared(arguments, ValidationRequest) | shared(arguments.engine, ValidationRequest)
