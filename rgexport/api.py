@@ -26,7 +26,7 @@ from rgexport.exporters.format import format_of
 from rgexport.exporters.opening import open_artifact
 from rgexport.exporters.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
-from rgexport.progress import Listener, heard_by
+from rgexport.progress import Listener, heard_by, task
 from rgexport.quantization.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
@@ -306,7 +306,8 @@ def export_checkpoint(
         form.check_target(output, force=force)  # before the model is downloaded
     algorithm = algorithm_word(quality, calibration, plan)
     checkpoint = open_model()
-    exporter = exporter_of(kind)  # imports torch, after what may end in an error
+    with task("Loading the exporter"):
+        exporter = exporter_of(kind)  # imports torch, after what may end in an error
     exporter.require_options(kind, options)
     schemes = load_plan(plan, checkpoint.config) if plan else None
     chosen = exporter.make_options(**options, plan=schemes, algorithm=algorithm)

@@ -136,8 +136,8 @@ def group(label: str) -> Iterator[None]:
 
 
 @contextmanager
-def task(label: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
-    """Shows a task's progress, and leaves one line when it is done.
+def task(label: str, total: int = 0, unit: str = "bytes") -> Iterator[Advance]:
+    """Shows a task's progress, or its time if the total is unknown; leaves one line at its end.
 
     On a terminal a bar moves; elsewhere, a long task prints a line now and then. A task inside
     another one, or inside a `group`, leaves no line. Any thread may call `advance`.
@@ -176,8 +176,10 @@ def _calls(current: TaskProgress, listener: Listener) -> Iterator[Advance]:
             current.done += step
             listener(current.label, current.done, current.total)
 
-    listener(current.label, 0, current.total)
+    listener(current.label, 0, current.total or 1)
     yield advance
+    if not current.total:
+        listener(current.label, 1, 1)
 
 
 @contextmanager

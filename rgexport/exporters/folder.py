@@ -50,7 +50,7 @@ def export_folder(
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
     tokenizer_bytes = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
     require_free_disk(target.resolve().parent, data_bytes + tokenizer_bytes + _GRAPH_BYTES)
-    expect_stages(2 if check is None else 3)
+    expect_stages(3 if check is None else 4)
     hashes = require_sound(checkpoint)
 
     with replace_folder(target, force=force, replaceable=is_artifact) as folder:

@@ -331,11 +331,10 @@ def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) ->
             f"memory, and {amount(available)} are free"
         )
         return None
-    with task("Without native kernels", 1, "text") as advance:
+    with task("Without native kernels"):
         session = open_session(opened.artifact, native=False)
         same = compare_portable(session, opened.text.tokens, reference, measured.ending)
         session.close()
-        advance(1)
     return same
 
 

@@ -28,6 +28,7 @@ from rgexport.exporters.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, is_linear_bias, model_tensors
+from rgexport.progress import task
 from rgexport.quantization.plan import (
     COREML_PRECISIONS,
     choose_scheme,
@@ -140,8 +141,9 @@ def export_coreml(
     storage = CoreMLStorage(plan, shapes, plans)
 
     def write_model(folder: Path, common: dict[str, Any], _: ControlIds) -> Manifest:
-        program = trace(config, form.activation)
-        models = [build_model(program, config, storage.tensors, form, p) for p in plans]
+        with task("Making the graph"):
+            program = trace(config, form.activation)
+            models = [build_model(program, config, storage.tensors, form, p) for p in plans]
         blobs = storage.write(folder, checkpoint.weights, statistics)
         for package, model in zip(plans, models, strict=True):
             add_metadata(model, checkpoint, options, package, blobs)

@@ -23,6 +23,7 @@ from rgexport.exporters.tokenizer import ControlIds
 from rgexport.exporters.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.progress import task
 from rgexport.quantization.plan import bfloat16_gates
 from rgexport.quantization.scheme import Parts, Plan
 from rgexport.quantization.statistics import StatisticsOf, no_statistics
@@ -91,11 +92,12 @@ def export_onnx(
     tensors, sizes = lay_out(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
-        program = with_interface(trace(checkpoint.config, activation))
-        states, io = graph_interface(checkpoint.config, activation)
-        model = build_model(program, tensors, profile, exact=options.exact)
-        add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
-        ir.save(model, folder / MODEL_FILE)
+        with task("Making the graph"):
+            program = with_interface(trace(checkpoint.config, activation))
+            states, io = graph_interface(checkpoint.config, activation)
+            model = build_model(program, tensors, profile, exact=options.exact)
+            add_description(model, checkpoint.name, options.precision_word, checkpoint.config)
+            ir.save(model, folder / MODEL_FILE)
         fill(folder, sizes, tensors, checkpoint.weights, partial(_encode, statistics))
         manifest = Manifest(
             precision=options.precision_word,
