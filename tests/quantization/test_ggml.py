@@ -254,7 +254,6 @@ PRINTED = [
     ),
     (GRIFFIN_2B, "q4_0", True, {"ffn_down": "3 q4_1, 23 q4_0"}),
     (GRIFFIN_2B, "q5_0", True, {"ffn_down": "3 q5_1, 23 q5_0"}),
-    (GRIFFIN_2B, "q4_1", True, {}),
 ]
 
 

@@ -307,9 +307,8 @@ def test_size_and_cost_of_several_have_columns(clean, result, alone):
     size = sum(f.stat().st_size for f in clean("int4").iterdir() if f.name != "rgexport.json")
     assert result.artifact.bytes == size and alone.artifact.bits_per_weight == 32
     assert 4.5 < result.artifact.matrix_bits_per_weight < result.artifact.bits_per_weight < 10
-    by_file = changes.changed(result, {"original": None})
-    kl = result.reference.kl
-    assert f"{kl.mean:.3g} ± {kl.standard_error:.1g}" in render([by_file, alone])
+    text = render([changes.changed(result, {"original": None}), alone])
+    assert f"{result.reference.kl.mean:.3g} ± " in text
 
 
 def test_the_closest_of_several_is_named_and_how_sure_that_is(result, monkeypatch):
@@ -320,7 +319,6 @@ def test_the_closest_of_several_is_named_and_how_sure_that_is(result, monkeypatc
         other = changes.changed(result, {"original.kl.standard_error": error})
         assert line in render([other, best]) and line in Page(render_page([other, best])).text
     assert "Closest to" not in render([changes.with_nan(best), result])
-    assert "Consistency" not in render([best, result])
     monkeypatch.setattr(progress, "verbose", True)
     assert render([best, result]).count("Consistency") == 2
 
