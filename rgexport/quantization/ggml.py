@@ -53,8 +53,8 @@ def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndar
     return copy
 
 
-_HALVES = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,)}
-_HALVES |= {"q4_k": (0, 2), "q5_k": (0, 2)}
+HALVES = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,)}
+HALVES |= {"q4_k": (0, 2), "q5_k": (0, 2)}
 """Offsets of a block's float16 numbers, which all scales and minimums multiply; else 0."""
 
 
@@ -62,7 +62,7 @@ def multiply_rows(packed: np.ndarray, kind: str, factors: np.ndarray) -> None:
     """Multiplies the scales of packed rows by `factors`, float32 [n], in place."""
     blocks = packed.reshape(-1, TYPES[kind].block_bytes)
     by_block = np.repeat(factors, packed.shape[1] // TYPES[kind].block_bytes)
-    for start in _HALVES.get(kind, (0,)):
+    for start in HALVES.get(kind, (0,)):
         scales = (_half(blocks, start)[:, 0] * by_block).astype("<f2")
         blocks[:, start : start + 2] = scales[:, None].view(np.uint8)
 

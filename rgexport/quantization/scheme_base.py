@@ -30,8 +30,8 @@ Encoder = Callable[[Any, np.ndarray, Any], Parts]
 _ALGORITHM = re.compile("[a-z0-9_-]{1,32}")
 
 
-def nbytes_of(parts: PartShapes) -> int:
-    return sum(prod(shape) * np.dtype(dtype).itemsize for dtype, shape in parts.values())
+def nbytes_of(shapes: PartShapes) -> int:
+    return sum(prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
 
 
 class Scheme(ABC):

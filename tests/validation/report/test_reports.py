@@ -75,7 +75,6 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def result(clean, checkpoint, tmp_path_factory) -> ValidationResult:
-    """With everything there can be; suspects are invented."""
     target = tmp_path_factory.mktemp("report") / "r"
     reference = read_reference(capture(open_checkpoint(checkpoint), target, device="cpu"))
     asked = {"max_tokens": 70, "bisect": True, "reference": reference}
