@@ -29,17 +29,15 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-_HARMFUL = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
-"""Categories of characters that a terminal obeys or hides, or that reorder the text."""
-_JOINERS = "\u200c\u200d"
-"""Harmless characters of category Cf: scripts and emoji need them."""
+_HARMFUL = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # categories that a terminal obeys or hides
+JOINERS = "\u200c\u200d"  # harmless characters of category Cf: scripts and emoji need them
 
 
 def printable(text: str, allowed: str = "") -> str:
     """Escapes control characters except those in `allowed`, as JSON does: JSON stays equal JSON."""
     if text.isprintable():
         return text
-    harmless = allowed + _JOINERS
+    harmless = allowed + JOINERS
     return "".join(
         json.dumps(c)[1:-1] if category(c) in _HARMFUL and c not in harmless else c for c in text
     )

@@ -9,8 +9,7 @@ from pathlib import Path
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """All control groups (version 2), and the file with the path of this process's own."""
 
-_jobs: list[int] = []
-"""The numbers that `job_count` sets, the innermost last."""
+_jobs: list[int] = []  # the numbers that `job_count` sets, the innermost last
 
 
 def usable_processors() -> int:

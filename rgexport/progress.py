@@ -28,8 +28,7 @@ Listener = Callable[[str, int, int], None]
 """Gets a task's label, and how many of how many units are done."""
 
 verbose = False
-quiet = False
-"""Whether stderr shows warnings and errors alone."""
+quiet = False  # whether stderr shows warnings and errors alone
 _no_warnings = False
 _listener: Listener | None = None
 
@@ -115,8 +114,7 @@ class TaskProgress:
 
 
 _numbers: Iterator[str] = iter(())
-_open: list[TaskProgress] = []
-"""Tasks and groups that run, the outermost first."""
+_open: list[TaskProgress] = []  # tasks and groups that run, the outermost first
 _lock = threading.Lock()
 _display: "Progress | None" = None
 

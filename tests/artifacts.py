@@ -128,7 +128,6 @@ def _digest_of_exporter() -> str:
 
 
 def load_graph(artifact: Artifact) -> onnx.ModelProto:
-    """The graph of an ONNX artifact, without its weights."""
     return onnx.load(str(artifact.path / "model.onnx"), load_external_data=False)
 
 

@@ -50,7 +50,6 @@ def write_deepmind(weights: Weights, folder: Path, *, dtype: str = "float32") ->
 
 
 def deepmind_model(config: GriffinConfig, weights: Weights) -> "Griffin":
-    """DeepMind's model in float32 with these weights."""
     from recurrentgemma import common
     from recurrentgemma.torch import Griffin
 

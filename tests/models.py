@@ -19,8 +19,7 @@ from rgexport.griffin.huggingface import (
 from rgexport.griffin.layout import TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, WeightSource, from_array
 
-Weights = dict[str, np.ndarray]
-"""Canonical name → array, float32."""
+Weights = dict[str, np.ndarray]  # canonical name → array, float32
 
 _LETTERS: dict[str, BlockType] = {"r": "recurrent", "a": "attention"}
 

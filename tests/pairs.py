@@ -14,10 +14,8 @@ import pytest
 
 Ids = tuple[str, ...]
 """What pytest calls the values of a case, one for each `parametrize` or fixture."""
-Setting = tuple[int, str]
-"""The number of a parameter, and one of its values."""
-Pair = tuple[Setting, Setting]
-"""In the order of the parameters."""
+Setting = tuple[int, str]  # the number of a parameter, and one of its values
+Pair = tuple[Setting, Setting]  # in the order of the parameters
 
 
 def pairwise(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -20,7 +20,6 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def make_sound(folder: Path, *command: str) -> Path:
-    """A sound artifact without a tokenizer, made by a command."""
     write_hugging_face(CONFIG, WEIGHTS, folder / "model")
     asked = ["-m", str(folder / "model"), "--int8", "-o", str(folder / "sound")]
     assert run([*command, *asked]) == 0
@@ -215,7 +214,6 @@ def test_damaged_artifact(command, made, name, request, tmp_path, monkeypatch, c
 
 
 def state(number: int = 0, **fields: Any) -> Change:
-    """Changes a state of a manifest."""
     return lambda manifest: manifest["states"][number].update(fields)
 
 

@@ -14,16 +14,14 @@ from pathlib import Path
 import rgexport
 
 PACKAGE = Path(rgexport.__file__).parent
-FACE = PACKAGE / "__init__.py"
-"""Gives `rgexport.load` when it is asked for."""
+FACE = PACKAGE / "__init__.py"  # gives `rgexport.load` when it is asked for
 TREES = {path: ast.parse(path.read_text()) for path in sorted({*PACKAGE.rglob("*.py")} - {FACE})}
 MODULES = list(TREES)
 LAYERS = """_version choices errors units parallelism printing progress reporting formats
 files npm griffin kernels quantization exporters runtimes chat serve
 web_page validation evaluation compress api commands cli __main__""".split()
 """Every package and module of rgexport; each imports only from itself and those before it."""
-SIBLINGS = {"validation", "evaluation", "compress"}
-"""None of these imports another one."""
+SIBLINGS = {"validation", "evaluation", "compress"}  # none of these imports another one
 FORMATS_AND_ENGINES = {
     **dict.fromkeys("exporters.onnx exporters.coreml exporters.gguf runtimes.coreml".split(), ()),
     **dict.fromkeys("runtimes.onnx runtimes.llama_cpp".split(), ()),

@@ -18,14 +18,12 @@ from rgexport.errors import RequestError
 
 T = TypeVar("T")
 
-_LOW_PRIORITY = 10
-"""Nice value of a thread for slow calls (on Linux each thread has its own)."""
+_LOW_PRIORITY = 10  # nice value of a thread for slow calls (on Linux each thread has its own)
 MASK_SECONDS = 1.0
 """Longest time for the mask of one token; most take less than a thousandth of it."""
 _QUICK_SECONDS = 0.01
 """After a slower mask, the thread for slow grammars computes all masks of the reply."""
-_QUEUE_SECONDS = 30.0
-"""Longest time that a mask waits for masks of other replies."""
+_QUEUE_SECONDS = 30.0  # longest time that a mask waits for masks of other replies
 _CLOSING_SECONDS = 0.2
 _BIAS = np.array([-np.inf, 0.0], np.float32)
 

@@ -24,10 +24,8 @@ _SLICE, _SHARE = 1 << 14, 7 / 8
 """Characters that are counted at once; smallest ratio of the whole text's tokens to the sum of its
 slices' tokens."""
 _CHARACTERS = 4
-_TURN_TOKENS = 16
-"""More tokens than a template writes around a message."""
-_LAST_TURNS = 4
-"""Number of last messages after which a prompt's state is stored."""
+_TURN_TOKENS = 16  # more tokens than a template writes around a message
+_LAST_TURNS = 4  # number of last messages after which a prompt's state is stored
 
 
 @dataclass(frozen=True)

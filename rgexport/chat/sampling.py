@@ -17,8 +17,7 @@ from rgexport.errors import RequestError
 
 _BLOCK = 512
 """Number of tokens whose maximum or sum is computed in one go: 256,000 tokens are 500 blocks."""
-_FIRST_SORTED = 64
-"""Number of tokens that are sorted in the first attempt to reach top-p."""
+_FIRST_SORTED = 64  # number of tokens that are sorted in the first attempt to reach top-p
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,9 @@ from rgexport.runtimes.session import Session
 
 _LAST_CHUNK_FACTOR = 1.5
 """A last chunk may be so many times as long, instead of leaving a short one."""
-_MOST_FAILURES = 3
-"""Consecutive passes that may fail before the engine counts as broken."""
-_LOGITS_BYTES = 32 << 20
-"""Maximum size of the logits of a chunk if all its tokens need logits."""
-_FOLDER_SECONDS = 0.02
-"""Longest wait of an idle scheduler for the folder of states."""
+_MOST_FAILURES = 3  # consecutive passes that may fail before the engine counts as broken
+_LOGITS_BYTES = 32 << 20  # maximum size of the logits of a chunk if all its tokens need logits
+_FOLDER_SECONDS = 0.02  # longest wait of an idle scheduler for the folder of states
 _MASK_STEPS = 0.25
 _POLL_SECONDS = 0.05
 """Interval of the check for cancelled replies while all rows wait for their masks."""

@@ -13,17 +13,14 @@ from rgexport.runtimes.session import Session
 if TYPE_CHECKING:
     from rgexport.chat.jobs import GenerationJob
 
-_GRAM = 2
-"""Number of tokens that must match, at least; they are the key of the index."""
+_GRAM = 2  # number of tokens that must match, at least; they are the key of the index
 _MOST_POSITIONS = 8
-_MOST_INDEXED = 1 << 16
-"""Last tokens of a longer text that are indexed."""
+_MOST_INDEXED = 1 << 16  # last tokens of a longer text that are indexed
 _INDEXED_AT_ONCE = 512
 """Tokens that one step indexes: indexing must not delay the first token of a reply."""
 _PRIOR = {2: 0.15, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.75, 8: 0.8}
 """Length of the match → prior probability that the next token matches, too."""
-_LONGEST = max(_PRIOR)
-"""Longer matches are not more reliable."""
+_LONGEST = max(_PRIOR)  # longer matches are not more reliable
 _PRIOR_WEIGHT, _RATE_DECAY = 2.0, 0.95
 """Observations that the prior counts for; weight of an observation relative to the next one."""
 _PRIOR_SLOPE = 0.3
@@ -37,8 +34,7 @@ _SLOPE_DECAY = 0.99
 """Factor by which the slope approaches `_PRIOR_SLOPE` at each plain step, so that drafts are tried
 again after a slow pass."""
 _LEAST_CHUNK, _MOST_CHUNK = 16, 512
-_TILE = 64
-"""Chunks are multiples of this if possible: engines are slower at fewer tokens."""
+_TILE = 64  # chunks are multiples of this if possible: engines are slower at fewer tokens
 _CHUNK_SECONDS, _CHUNK_STEPS = 2.5, 1.5
 """Longest time of a chunk: alone, and in decode steps if other conversations decode."""
 

@@ -23,8 +23,8 @@ from rgexport.chat.prompts import Message
 from rgexport.errors import RequestError
 from rgexport.exporters.manifest import Identity
 from rgexport.files.atomic import write_file
-from rgexport.files.kinds import read_own_metadata
-from rgexport.files.paths import naming
+from rgexport.files.kinds import read_typed_metadata
+from rgexport.files.paths import report_os_errors
 from rgexport.files.safetensors import Entry, has_metadata, header, read_header
 from rgexport.files.targets import require_writable
 from rgexport.files.typed_json import to_json
@@ -147,7 +147,7 @@ def write_state(path: Path, saved: SavedState, *, precision: str | None = None) 
 
 
 def write_chunks(path: Path, chunks: Sequence[memoryview]) -> int:
-    with naming(path, "write"):
+    with report_os_errors(path, "write"):
         write_file(path, chunks)
     return sum(chunk.nbytes for chunk in chunks)
 
@@ -209,7 +209,7 @@ def require_intact(path: Path) -> None:
 
 def read_state_header(path: Path) -> StateHeader:
     """Returns the metadata of a file, if it is a state file of this version."""
-    state_header = read_own_metadata(path, METADATA, StateHeader, FORMAT_VERSION)
+    state_header = read_typed_metadata(path, METADATA, StateHeader, FORMAT_VERSION)
     if any(not m.keys() >= {"role", "content"} for m in state_header.messages or ()):
         raise RequestError(f"{path} is damaged: in its metadata, a message lacks role or content")
     return state_header
@@ -236,7 +236,7 @@ def _read_arrays(
     path: Path, fields: StateHeader, entries: Mapping[str, Entry]
 ) -> dict[str, np.ndarray]:
     digest, arrays = hashlib.sha256(), dict[str, np.ndarray]()
-    with naming(path), path.open("rb") as file:
+    with report_os_errors(path), path.open("rb") as file:
         for name, entry in entries.items():
             dtypes = _OTHER_DTYPES.get(name, _STATE_DTYPES)
             if entry.dtype not in dtypes:

@@ -24,7 +24,7 @@ from rgexport.chat.state_file import Key, SavedState, read_state, state_bytes, w
 from rgexport.errors import system_error
 from rgexport.exporters.manifest import Identity
 from rgexport.files.atomic import remove_abandoned
-from rgexport.files.paths import naming
+from rgexport.files.paths import report_os_errors
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 
@@ -38,14 +38,12 @@ BACK_OFF_SECONDS = 1.0, 60.0
 READ_SECONDS = 5.0
 """Longest time that a request waits for a state; then the model reads its prompt instead."""
 CLOSE_SECONDS = 10.0
-_RETRY_SECONDS = 60.0
-"""Time until a file is tried again after the system could not read it."""
+_RETRY_SECONDS = 60.0  # time until a file is tried again after the system could not read it
 _WARN_AGAIN_SECONDS = 600.0
 _SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
 """Pause between scans for files of other processes: so many seconds, or so many times as long as a
 scan takes, whichever is longer."""
-_MIN_WAITING = 4
-"""Number of states that may wait to be written whatever their size."""
+_MIN_WAITING = 4  # number of states that may wait to be written whatever their size
 
 
 @dataclass
@@ -193,7 +191,7 @@ class StateFolder:
         self._identity, self._shapes, self._artifact = identity, shapes, artifact
         self._vocab_size, self._precision = vocab_size, precision
         self._max_bytes, self._max_waiting_bytes = max_bytes, waiting_bytes
-        with naming(self._folder, "use"):
+        with report_os_errors(self._folder, "use"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._index.scan()
         self._waiting: OrderedDict[Key, SavedState] = OrderedDict()

@@ -30,14 +30,12 @@ PER_BYTE = 64
 STEPS, PER_MESSAGE, BYTES_PER_STEP = 200_000, 200, 64
 """Operations of a rendering: about a second on a slow machine. Each message, and each
 `BYTES_PER_STEP` of messages, adds to them."""
-_SCANNED = 1024
-"""Bytes of text that one operation may read; longer reading counts as several."""
+_SCANNED = 1024  # bytes of text that one operation may read; longer reading counts as several
 SECONDS = 5.0
 """Processor time of a rendering, in case that steps are unexpectedly slow."""
 MAX_BITS = 1 << 12
 MAX_INDENT = 16
-_STEP, _ITEM = 16, 64
-"""Bytes charged for an operation, and for an item of a list."""
+_STEP, _ITEM = 16, 64  # bytes charged for an operation, and for an item of a list
 
 _GENERATORS = GeneratorType, map, filter
 _FILTERS = """abs capitalize count d default dictsort e escape first float int items join last

@@ -92,7 +92,7 @@ class ValidateArguments:
     )
     adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
     text: Path | None = option("Compare on this text. [default: built in]")
-    max_tokens: int | None = option("Number of tokens, such as 32768.", "--tokens", least=2)
+    max_tokens: int | None = option("Tokens to compare, such as 32768.", "--tokens", least=2)
     limits: tuple[str, ...] = option(
         "Another limit for a check, such as original.kl=0.05. Can be repeated.",
         "--limit",

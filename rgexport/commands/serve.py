@@ -18,7 +18,7 @@ from rgexport.commands.options import (
     port_option,
 )
 from rgexport.errors import RequestError
-from rgexport.files.paths import naming, read_text
+from rgexport.files.paths import read_text, report_os_errors
 
 _KEY = "RGEXPORT_API_KEY"
 
@@ -131,7 +131,7 @@ def _saved_folder(state_folder: Path | None) -> Path | None:
     if state_folder is None:
         return None
     saved = state_folder / "saved"
-    with naming(saved, "make"):
+    with report_os_errors(saved, "make"):
         saved.mkdir(parents=True, exist_ok=True)
     return saved
 

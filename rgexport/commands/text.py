@@ -42,7 +42,7 @@ class DraftArguments(LookupArguments):
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            raise RequestError("--draft-text goes without --no-lookup; leave out one of them")
+            raise RequestError("--draft-text does nothing with --no-lookup; leave one of them out")
         return read_text(self.draft_text) if self.draft_text else ""
 
 

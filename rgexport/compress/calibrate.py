@@ -43,8 +43,15 @@ _MOST_TOKENS = 1 << 28  # their ids alone take 2 GB
 class CalibrationOptions:
     """The options of `rgexport calibrate`; None leaves a number to the model's width.
 
-    A short text has fewer held-out tokens; the built-in text beside sampled text none. The same
-    share of them is sampled as of `tokens`. Gradients are of at least one whole sequence.
+    Attributes:
+        text: a file with text, or None for the built-in one.
+        held_out: further tokens in whole sequences, on which plans are measured. A short text has
+            fewer; the built-in text beside sampled text none.
+        sampled: how many of `tokens` are sampled from the model, and the same share of the
+            held-out tokens. None: none with a user's text, else five sixths, or all without a
+            tokenizer.
+        gradient_tokens: tokens with gradients, in whole sequences, at least one.
+        device: where torch computes; `auto` is CUDA where there is one.
     """
 
     text: Path | None = None

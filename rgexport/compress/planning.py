@@ -110,8 +110,7 @@ class Planner:
         self._items = items_of(config, importance)
         self._weights = sum(item.weights for item in self._items)
         self._gates = _gates(checkpoint, form)
-        self._scale = 1.0
-        """Measured KL divided by predicted KL."""
+        self._scale = 1.0  # measured KL divided by predicted KL
         self._original: tuple[Sequence[np.ndarray], OriginalRun] | None = None
         self._schemes: list[list[Uniform]] = []
         options: list[list[Option]] = []

@@ -9,8 +9,7 @@ from rgexport.reporting.numbers import number
 
 _LINES = "plain broad", "twin", "original", "third", "fourth", "fifth"
 """CSS classes of the models' lines, the first model's first."""
-_APART = 4
-"""Pixels between the models' marks at one x."""
+_APART = 4  # pixels between the models' marks at one x
 
 
 class Loss(NamedTuple):

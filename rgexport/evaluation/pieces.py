@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from rgexport.errors import RequestError
 from rgexport.files.atomic import replacing
-from rgexport.files.paths import naming
+from rgexport.files.paths import report_os_errors
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.state import State
 
@@ -37,7 +37,19 @@ _MARK = "made by rgexport evaluate"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """The settings of all suites, named and explained as the options of `rgexport evaluate`."""
+    """The settings of all suites.
+
+    Attributes:
+        folder: of the results; `length` writes state files into it, too.
+        texts: files and folders; empty for the text that comes with rgexport.
+        limit: most tokens of a document in `text`.
+        context, stride: tokens of a chunk, and between the beginnings of overlapping chunks.
+        trials: episodes of each task and distance in `memory`.
+        farthest: the largest distance of `memory`, in tokens; None for four windows.
+        length: tokens of `length`, which continues from the state file `state`.
+        tasks: names of tasks of lm_eval, or of the folder `task_files`.
+        examples: most examples of a task.
+    """
 
     folder: Path = Path("evaluation")
     texts: tuple[Path, ...] = ()
@@ -162,5 +174,5 @@ class Results:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    with naming(path, "write"), replacing(path) as partial, partial.open("wb") as file:
+    with report_os_errors(path, "write"), replacing(path) as partial, partial.open("wb") as file:
         write(file)

@@ -10,8 +10,7 @@ from rgexport.parallelism import job_count, usable_threads
 from rgexport.runtimes.machine import available_bytes
 from rgexport.runtimes.session import Session, SessionInfo
 
-_SPARE_BYTES = 2 << 30
-"""Memory beside the weights, if all of them are kept."""
+_SPARE_BYTES = 2 << 30  # memory beside the weights, if all of them are kept
 
 
 class ReferenceSession(Session):

@@ -105,7 +105,7 @@ def _run_here(
     jobs: Sequence[Job], request: EvaluationRequest, threads: int | None, results: Results
 ) -> None:
     labels = ", ".join(dict.fromkeys(job.model.label for job in jobs))
-    with task(f"Evaluating {labels}", _tokens(jobs), "tokens") as advance:
+    with task(f"Evaluating {labels}", sum(job.tokens for job in jobs), "tokens") as advance:
         for model, of_model in groupby(jobs, lambda job: job.model):
             with closing(Worker(threads)) as worker:
                 for job in of_model:
@@ -116,7 +116,8 @@ def _run_on_cluster(
     jobs: Sequence[Job], request: EvaluationRequest, threads: int | None, workers: Cluster
 ) -> None:
     request, run = request.resolved(), uuid4().hex
-    with task("Evaluating on the cluster", _tokens(jobs), "tokens") as advance:
+    tokens = sum(job.tokens for job in jobs)
+    with task("Evaluating on the cluster", tokens, "tokens") as advance:
         futures = [
             workers.start(run_job, run, job.model.opener, job.chain, request, threads)
             for job in jobs
@@ -125,10 +126,6 @@ def _run_on_cluster(
             workers.result(future)
             advance(job.tokens)
     workers.everywhere(clear_worker)
-
-
-def _tokens(jobs: Sequence[Job]) -> int:
-    return sum(job.tokens for job in jobs)
 
 
 def _by_suite(
@@ -207,10 +204,8 @@ class Worker:
         return self._session
 
 
-_lock = RLock()
-"""The threads of a Dask worker take turns."""
-_workers: dict[str, Worker] = {}
-"""The last run → its worker, in a process of a cluster."""
+_lock = RLock()  # the threads of a Dask worker take turns
+_workers: dict[str, Worker] = {}  # the last run → its worker, in a process of a cluster
 
 
 def run_job(

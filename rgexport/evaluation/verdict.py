@@ -17,10 +17,8 @@ from rgexport.evaluation.figures import Z
 from rgexport.evaluation.suites import SUITES
 from rgexport.reporting.numbers import number
 
-_MOST_LINES = 4
-"""Lines after the conclusion; all but the last one are about a suite."""
-_MOST_MODELS = 3
-"""Models in a line."""
+_MOST_LINES = 4  # lines after the conclusion; all but the last one are about a suite
+_MOST_MODELS = 3  # models in a line
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,10 @@ def _text(d: Description) -> Iterator[str | Table]:
         if facts := d.get(title.replace(" ", "").lower()):
             rows = (
                 (
-                    name.replace("_", " "),
+                    key.replace("_", " "),
                     ("no", "yes")[fact] if isinstance(fact, bool) else str(fact),
                 )
-                for name, fact in facts.items()
+                for key, fact in facts.items()
                 if fact is not None
             )
             yield Table(title, ("", ""), rows)
@@ -186,9 +186,7 @@ def _closing(d: Description) -> str:
             return "No problems: every value was checked."
         return "No problems in the headers (--verify checks every value)."
     if "gguf" in d and not d["gguf"]["data_hash"]:
-        return (
-            "Another tool stored its tensors in other types: there is no hash to check them with."
-        )
+        return "Another tool stored its tensors: there is no hash to check them with."
     if d["all_hashes_verified"]:
         return "All hashes were verified."
     seen = "hashes were verified when each file was first seen (--verify does it again)."

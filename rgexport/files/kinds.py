@@ -29,7 +29,7 @@ def describe_file(path: Path) -> str:
     return next((kind for key, kind in _KINDS.items() if has_metadata(key, path)), plan)
 
 
-def read_own_metadata(path: Path, key: str, kind: type[T], version: int) -> T:
+def read_typed_metadata(path: Path, key: str, kind: type[T], version: int) -> T:
     """Returns the metadata of one kind of file; RequestError for other files, and damage."""
     text = read_metadata(path).get(key)
     if text is None:

@@ -40,7 +40,7 @@ def windows_objection(name: str) -> str:
 
 
 @contextmanager
-def naming(path: object, verb: str = "read") -> Iterator[None]:
+def report_os_errors(path: object, verb: str = "read") -> Iterator[None]:
     """Raises errors of the system as RequestError: `path` cannot be read, or be written."""
     try:
         yield
@@ -68,7 +68,7 @@ def read_regular(path: Path, most: int = MAX_SETTINGS_BYTES) -> bytes:
 def read_text(path: Path) -> str:
     """Returns a UTF-8 text; RequestError if it is unreadable, too large or another encoding."""
     try:
-        with naming(path):
+        with report_os_errors(path):
             return read_regular(path, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError:
         raise RequestError(f"{path} is not UTF-8 text") from None

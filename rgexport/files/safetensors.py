@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import naming, require_regular
+from rgexport.files.paths import report_os_errors, require_regular
 from rgexport.files.typed_json import Between, Mismatch, from_json, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -110,7 +110,7 @@ def header(
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:
-    with naming(path):
+    with report_os_errors(path):
         size = require_regular(path)
         with path.open("rb") as file:
             prefix = file.read(32)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import naming, read_regular
+from rgexport.files.paths import read_regular, report_os_errors
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def _refuse(literal: str) -> NoReturn:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        with naming(path):
+        with report_os_errors(path):
             fields = parse_json(read_regular(path))
     except Mismatch as error:
         raise RequestError(f"{path} is {error}") from None

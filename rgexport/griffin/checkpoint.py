@@ -9,7 +9,7 @@ from typing import Literal
 
 from rgexport.errors import RequestError
 from rgexport.files.kinds import describe_file
-from rgexport.files.paths import naming
+from rgexport.files.paths import report_os_errors
 from rgexport.files.typed_json import read_json
 from rgexport.griffin import deepmind, huggingface
 from rgexport.griffin.adapter import merge_adapter
@@ -83,7 +83,7 @@ def open_checkpoint(
     _check_request(model, size, window, soft_cap)
     if model is not None and str(model) in SIZE_WORDS and not means_checkpoint(Path(model)):
         model, size = None, str(model)
-    with naming(model or size):
+    with report_os_errors(model or size):
         if model is not None:
             name, path = _find_model(model)
         elif size == DEMO:

@@ -22,6 +22,7 @@ from rgexport.parallelism import parallel_jobs, usable_threads
 _ROWS = 256  # queries that attention takes at once, so that its scores stay small
 _SHARED = 1 << 28  # multiplications of a product that threads share: some milliseconds
 _GELU = np.float32(math.sqrt(2 / math.pi))
+_threads = functools.cache(lambda: ThreadPoolExecutor(usable_threads(None)))
 
 
 def embedding(ids: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
@@ -55,11 +56,6 @@ def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     edges = np.linspace(0, len(weight), jobs + 1).astype(int).tolist()
     list(_threads().map(fill, edges[:-1], edges[1:]))
     return y
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(usable_threads(None))
 
 
 def gelu(x: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import naming
+from rgexport.files.paths import report_os_errors
 from rgexport.files.safetensors import FLOATS, Entry
 
 SLAB_BYTES = 64 << 20
@@ -143,7 +143,7 @@ def transposed_rows(path: Path, shape: tuple[int, int], dtype: np.dtype, offset:
 
 def read_lines(path: Path, offset: int, stride: int, out: np.ndarray) -> None:
     """Fills each row of `out` [lines, bytes] (uint8) from the file, `stride` bytes apart."""
-    with naming(path), path.open("rb", buffering=0) as file:
+    with report_os_errors(path), path.open("rb", buffering=0) as file:
         for index, line in enumerate(out):
             file.seek(offset + index * stride)
             done = 0

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.kinds import read_own_metadata
+from rgexport.files.kinds import read_typed_metadata
 from rgexport.files.safetensors import Entry, has_metadata, read_header
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors, site_of
@@ -276,7 +276,7 @@ def open_calibration(path: Path) -> Calibration:
 
     Raises RequestError for a missing file, another kind or version, and damage.
     """
-    provenance = read_own_metadata(path, METADATA, Provenance, FORMAT_VERSION)
+    provenance = read_typed_metadata(path, METADATA, Provenance, FORMAT_VERSION)
     calibration = Calibration(path, provenance, read_header(path))
     vectors = calibration.row_probability, calibration.row_fisher, calibration.token_frequency
     sizes = {*map(len, vectors)}

@@ -63,8 +63,8 @@ def multiply_rows(packed: np.ndarray, kind: str, factors: np.ndarray) -> None:
     blocks = packed.reshape(-1, TYPES[kind].block_bytes)
     by_block = np.repeat(factors, packed.shape[1] // TYPES[kind].block_bytes)
     for start in HALVES.get(kind, (0,)):
-        scales = (_half(blocks, start)[:, 0] * by_block).astype("<f2")
-        blocks[:, start : start + 2] = scales[:, None].view(np.uint8)
+        scales = (_half(blocks, start)[:, 0] * by_block).clip(-_MOST_HALF, _MOST_HALF)
+        blocks[:, start : start + 2] = scales.astype("<f2")[:, None].view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ _STORAGE_CLASSES = {
     **{"q3_k": "int2", "q2_k": "int2"},
 }
 """int4 for all other types, which have four to six bits."""
+_MOST_HALF = np.float32(np.finfo(np.float16).max)
 _HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
 _LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 4-bit scales (q2_k)
 

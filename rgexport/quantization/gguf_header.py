@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import naming, require_regular
+from rgexport.files.paths import report_os_errors, require_regular
 from rgexport.quantization.ggml_types import BY_VALUE, GgmlType
 
 MAX_HEADER_BYTES = 64 << 20
@@ -71,7 +71,7 @@ def is_gguf(path: Path) -> bool:
 
 def read_header(path: Path) -> GgufHeader:
     """Reads the values and tensors of a file; RequestError for damage or another kind of file."""
-    with naming(path):
+    with report_os_errors(path):
         size = require_regular(path)
         with path.open("rb") as file:
             return _read(Cursor(path, file, size, MAX_HEADER_BYTES))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.files.paths import naming, require_regular
+from rgexport.files.paths import report_os_errors, require_regular
 from rgexport.griffin.tensor import file_rows
 from rgexport.quantization.gguf_header import Cursor, GgufHeader, is_gguf, read_header
 
@@ -66,7 +66,7 @@ class Imatrix:
 
 def read_imatrix(path: Path) -> Imatrix:
     """Reads a file of either format; RequestError for anything else, or damage."""
-    with naming(path):
+    with report_os_errors(path):
         size = require_regular(path)
         with path.open("rb") as file:
             if size > MAX_BYTES:

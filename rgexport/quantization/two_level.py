@@ -21,7 +21,7 @@ from rgexport.quantization.steps import Measure, StepSizes
 
 RUN = 16
 """Blocks that share a unit."""
-_VECTOR = 64
+_VECTOR = 64  # bytes, the most that a kernel unpacks at once
 _MOST_CODE, _MOST_UNIT = 127, float(np.finfo(np.float16).max)
 
 
@@ -101,7 +101,7 @@ class TwoLevel(Uniform):
         if self.block % 16:
             raise RequestError(f"blocks of {self.block}: two-level scales take multiples of 16")
         blocks = self.num_blocks(columns)
-        tile, width = self.tile(columns), blocks * self.block * self.unpacked_bits // 8
+        tile, width = self.tile(columns), self._row_bytes(columns)
         return {
             "planes": ("uint8", (rows, width // tile, tile * self.bits // self.unpacked_bits)),
             "scales": ("int8", (rows, blocks)),
@@ -109,14 +109,17 @@ class TwoLevel(Uniform):
         }
 
     def tile(self, columns: int) -> int:
-        """Returns the unpacked bytes of a tile: AVX-512 has vectors of 64; tiles fill a row.
+        """Returns the unpacked bytes of a tile: a vector for each group; tiles fill a row.
 
         With 4 bits it is a block, as in `MatMulNBits`: then stock ONNX Runtime needs no copy.
         """
         if self.bits == 4:
             return self.block // 2
-        width = self.num_blocks(columns) * self.block * self.unpacked_bits // 8
+        width = self._row_bytes(columns)
         return min(_VECTOR * PLANES[self.bits][-1].groups, width & -width)
+
+    def _row_bytes(self, columns: int) -> int:
+        return self.num_blocks(columns) * self.block * self.unpacked_bits // 8
 
     def decode(self, arrays: Parts, columns: int) -> np.ndarray:
         scales = _scales(arrays["scales"], arrays["units"])

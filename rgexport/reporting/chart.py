@@ -10,8 +10,7 @@ WIDTH, HEIGHT = 400, 230
 """Pixels of a chart: as wide as a phone's screen; a laptop shows it half as large again."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 390, 24, 192
 """The edges of the plot; the scales stand outside."""
-_MARGIN = 6
-"""Pixels between the left and right edges and the outermost points."""
+_MARGIN = 6  # pixels between the left and right edges and the outermost points
 _MOST_DECADES = 8
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgexport._version import __version__
-from rgexport.errors import RequestError
+from rgexport.errors import JOINERS, RequestError
 from rgexport.reporting import chart
 
 if TYPE_CHECKING:
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _MARKS = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍", "\x7f": "␡"}
-_JOINERS = "\u200c\u200d"
-"""Invisible characters that emoji and many scripts are written with."""
-_SHORT = 12
-"""Characters of a name that is never broken."""
+_SHORT = 12  # characters of a name that is never broken
 
 
 def render_page(package: str, template: str, **variables: Any) -> str:
@@ -68,7 +65,7 @@ def visible(text: str) -> str:
 
 
 def _visible(character: str) -> str:
-    if unicodedata.category(character) not in ("Cc", "Cf", "Cs") or character in _JOINERS:
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs") or character in JOINERS:
         return character
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"

@@ -122,8 +122,7 @@ class Session(ABC):
 
     vocab_size: int
     _opened_files: Sequence[UnchangedFiles] = ()
-    _tried: tuple[range, np.ndarray] | None = None
-    """The rows and tokens of the last `verify`, until `accept`."""
+    _tried: tuple[range, np.ndarray] | None = None  # of the last `verify`, until `accept`
 
     @property
     @abstractmethod

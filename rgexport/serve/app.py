@@ -49,8 +49,7 @@ _SWITCH_SECONDS = 0.001
 """Switch interval of the interpreter: the scheduler needs the lock several times in each step."""
 _ANSWER_SECONDS = 1.0
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-_OTHER_FILES = 256
-"""Open files of a server beside its connections."""
+_OTHER_FILES = 256  # open files of a server beside its connections
 
 
 def create_app(

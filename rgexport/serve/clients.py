@@ -22,8 +22,7 @@ from rgexport.files.atomic import remove_abandoned, sync_folder
 from rgexport.serve.errors import DiskFailed, NotFound
 from rgexport.units import amount
 
-_NETWORK_BITS = 64
-"""Prefix of an IPv6 address that one client has: it may choose the rest."""
+_NETWORK_BITS = 64  # prefix of an IPv6 address that one client has: it may choose the rest
 _MOST_SLOTS = 1024
 DISK_SECONDS = 30.0
 _MOST_WAITING = 8

@@ -26,8 +26,7 @@ from rgexport.serve.monitoring import Metrics
 
 HEADER_SECONDS = 10.0
 """Time in which a connection must send the headers of a request, once it is open or has begun."""
-_BODY_SECONDS = 60.0
-"""Time in which a whole request must arrive."""
+_BODY_SECONDS = 60.0  # time in which a whole request must arrive
 _OPEN = {"/health"}
 _OTHER_SITES = {"cross-site", "same-site"}
 """Values of `Sec-Fetch-Site` for pages of other origins."""

@@ -321,10 +321,9 @@ def _continued_prompts(opened: OpenedArtifact) -> list[continuations.ContinuedPr
 
 
 def _portable(opened: OpenedArtifact, measured: Measurement, reference: Pass) -> Equivalence | None:
-    """Compares without native kernels, in twice the memory: 3.9 GB for a 2B in int4."""
     release_freed_memory()
     engine = engine_of(opened.manifest.kind)
-    needed, available = 2 * engine.memory_bytes(opened.manifest), available_bytes()
+    needed, available = engine.portable_bytes(opened.manifest), available_bytes()
     if available is not None and needed > available:
         note(
             f"the bodies that other runtimes run were not run: it takes about {amount(needed)} of "

@@ -25,8 +25,7 @@ from rgexport.web_page.build import BUILT
 CHUNK_BYTES = 8 << 20
 CATALOG = "model.json"
 PROFILES = "webgpu", "wasm"
-_UNNAMED = "other"
-"""The hub's identifier of a licence that has none."""
+_UNNAMED = "other"  # the hub's identifier of a licence that has none
 _NEEDED = CONFIG, "tokenizer.json", "tokenizer_config.json", MODEL_FILE
 _ALWAYS = {CATALOG, "index.html", "sw.js"}
 _OURS = re.compile(r"model\.json|index\.html|sw\.js|manifest\.webmanifest|icon.*|assets|chunks")

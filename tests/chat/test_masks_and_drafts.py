@@ -152,8 +152,7 @@ class Circle(ToySession):
         return logits[:, -num_logits:]
 
 
-Replies = list[tuple[list[int], str]]
-"""What is written for each request, and why it ended."""
+Replies = list[tuple[list[int], str]]  # what is written for each request, and why it ended
 
 
 def replies(asked: list[dict[str, Any]], *, rows: int, lookup: bool) -> tuple[Replies, Counters]:

@@ -19,8 +19,7 @@ from tests.faulty_disk import FAULTS, FaultyDisk
 from tests.toy_session import ToySession
 
 SHAPES = {"layers.0.rg_lru": (64,)}
-FP32, INT4 = "f" * 64, "4" * 64
-"""Hashes of two artifacts."""
+FP32, INT4 = "f" * 64, "4" * 64  # hashes of two artifacts
 IDS = st.lists(st.integers(0, 2), max_size=8)
 
 

@@ -82,7 +82,9 @@ def test_losses_and_states_are_those_of_one_pass(models, request_of):
 
 
 @pytest.mark.parametrize(("survivors", "state_is_lost"), [(1, False), (4, True)])
-def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, models, request_of, monkeypatch):
+def test_a_run_that_was_killed_goes_on(
+    survivors, state_is_lost, models, request_of, monkeypatch, capsys
+):
     subjects, suites = [open_model(str(models[0] / "onnx"))], ["length", "text"]
     expected = runner.evaluate(subjects, suites, request_of("whole"))["models"]
     put, keys = runner.Results.put, []
@@ -96,6 +98,7 @@ def test_a_run_that_was_killed_goes_on(survivors, state_is_lost, models, request
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(runner.Results, "put", put_some)
         runner.evaluate(subjects, suites, request_of("killed"))
+    assert "Interrupted. The same command goes on" in capsys.readouterr().err
     pieces = request_of("killed").folder / "pieces"
     for file in [*pieces.glob("*.npz")] if state_is_lost else ():
         file.unlink()

@@ -17,8 +17,7 @@ from tests.models import ODD_CONFIGS
 from tests.runtimes.test_sessions import EXPORTS, engine
 from tests.sessions import distance, random_tokens
 
-FP32 = 1e-4
-"""Largest difference of a value in float32, as a share of the largest at its site."""
+FP32 = 1e-4  # largest difference of a value in float32, as a share of the largest at its site
 WHOLE = {"prefill_length": 16, "all_logits": True}
 SHAPES = "not_by_32", "hawk", "attention_tail", "attention_only"
 CASES = [

@@ -42,17 +42,14 @@ FP32 = {"onnx": 1e-4, "coreml": 2e-5, "gguf": 1e-4}
 """Largest |Δlogit| allowed, as a share of the largest |logit|."""
 CONTINUED = {"onnx": 1e-6, "coreml": 2e-5, "gguf": 1e-5}
 """The same between a text that is read at once and one that another session continues."""
-FP16 = {"onnx": 2e-2, "coreml": 3e-2}
-"""The same in float16."""
+FP16 = {"onnx": 2e-2, "coreml": 3e-2}  # the same in float16
 TWO_DIGITS = 6e-4
 """The same with two digits of int8 for activations: a unit is 1 / 64,516 of a row's largest."""
 FAR = {"onnx": 1e-4, "coreml": 2e-5, "gguf": 1e-2}
 """llama.cpp multiplies up the angles of a key's pairs in float32, for all of ggml's models."""
-ROWS = {"onnx": 1e-4, "coreml": 2e-2, "gguf": 1e-4}
-"""The same of rows that come and go."""
+ROWS = {"onnx": 1e-4, "coreml": 2e-2, "gguf": 1e-4}  # the same of rows that come and go
 HALF = {"precision": "fp16"}
-WEBGPU = {"profile": "webgpu"}
-"""Slots of rings and masks come from float32 positions there."""
+WEBGPU = {"profile": "webgpu"}  # slots of rings and masks come from float32 positions there
 BY_CHUNK = {"prefill_length": 7, "all_logits": True}
 EXACT = {"compute": "fp32", "prefill_length": 5, "all_logits": True}
 LONGER_THAN_WINDOW = {"prefill_length": 40, "all_logits": True, "recurrent_state": "hilo"}

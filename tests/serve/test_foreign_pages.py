@@ -10,8 +10,7 @@ from tests.npm.browser import launched
 from tests.serve.conftest import COMPLETE
 
 pytestmark = pytest.mark.full
-EVIL = "evil.test"
-"""A name that leads to this machine, in the browser alone."""
+EVIL = "evil.test"  # A name that leads to this machine, in the browser alone
 ATTACKS = Path(__file__).with_name("attacks.js").read_text()
 
 

@@ -35,7 +35,6 @@ GATE, MUL = "layers.2.temporal_block.rg_lru.recurrent_gate", "layers.0.mlp_block
 
 
 def state_after(config, weights, tokens):
-    """The canonical state after tokens [T]."""
     return NumpyReference(config, weights).run(tokens[None])[1]
 
 

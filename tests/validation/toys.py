@@ -131,7 +131,6 @@ def manifest_of(config, scheme=FLOAT32, compute="fp32") -> Manifest:
 
 
 def toy_pass(tokens: np.ndarray, seed: int = 0) -> Pass:
-    """The toy reference's pass over tokens [T]."""
     reference = ToyReference(seed)
     drift = {n: reference.run(tokens[None, :n])[1] for n in checkpoints(len(tokens))}
     return Pass(reference, *reference.run(tokens[None]), drift, {})

@@ -85,7 +85,6 @@ class ChatPage:
         return self.text("error")
 
     def wait_until_saved(self):
-        """Waits until all conversations are stored."""
         self.page.wait_for_selector("#unsaved:empty", state="attached")
 
     def agree(self):

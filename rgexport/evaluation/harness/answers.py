@@ -24,8 +24,7 @@ from rgexport.griffin.state import State
 from rgexport.runtimes.session import Session
 
 _ROLLING, _GENERATION = "loglikelihood_rolling", "generate_until"
-_MOST_TOKENS = 256
-"""Most tokens of a reply, unless its settings say otherwise."""
+_MOST_TOKENS = 256  # most tokens of a reply, unless its settings say otherwise
 _LIMITS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", *_LIMITS}
 """Known settings; those of sampling change nothing, as the most likely token is chosen."""

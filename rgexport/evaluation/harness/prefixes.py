@@ -18,8 +18,7 @@ from rgexport.runtimes.session import Session
 
 _SHORTEST_PREFIX = 8
 """Fewest tokens of a shared prefix that is read once; each branch reads a shorter one again."""
-_ROWS = 16
-"""Most texts of a batch."""
+_ROWS = 16  # most texts of a batch
 _STATE_BYTES, _LOGITS_BYTES = 256 << 20, 128 << 20
 """Most bytes of the states of a batch, and of the logits of one call."""
 

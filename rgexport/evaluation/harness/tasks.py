@@ -34,8 +34,7 @@ _CODE = {
     "use_prompt": "a file of prompts",
 }
 """Key → the code that lm_eval or `datasets` would load and run."""
-_UNPICKLED = ("pandas",)
-"""Readers of `datasets` that unpickle, which runs code."""
+_UNPICKLED = ("pandas",)  # readers of `datasets` that unpickle, which runs code
 
 
 class Tasks:

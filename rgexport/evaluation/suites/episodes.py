@@ -22,8 +22,7 @@ head house service friend father power hour game line end member law car city na
 body back parent face others level office door health person art war history party result change
 morning reason girl guy moment air teacher force
 """.split()
-_SYMBOLS, _DIGITS, _MARKS = 16, 10, 4
-"""Ids that episodes need, at least so many symbols."""
+_SYMBOLS, _DIGITS, _MARKS = 16, 10, 4  # ids that episodes need, at least so many symbols
 _MIN_IDS = _SYMBOLS + _DIGITS + _MARKS + 6  # some for the filler
 
 

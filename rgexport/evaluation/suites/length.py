@@ -45,10 +45,8 @@ NAME, UNIT, INDEPENDENT = "length", "nats per token of a long text", True
 FIRST = 1 << 13
 """Tokens up to the first mark; each further mark is twice as far."""
 _PIECE = 1 << 13
-_BLOCK = 1024
-"""Tokens per stored sum of losses."""
-_STEPS = 16
-"""Steps that are timed together."""
+_BLOCK = 1024  # tokens per stored sum of losses
+_STEPS = 16  # steps that are timed together
 _TURNS = 24
 _STATE = ".rg_lru"
 

@@ -38,10 +38,8 @@ ROWS = 8
 """Episodes of a batch."""
 _NEAREST = 16
 """The smallest distance between fact and question, in tokens; each further one is twice as far."""
-_SPAN = 1 << 15
-"""Most tokens that an episode reads in a piece."""
-_COLUMNS = 10
-"""Most distances in a table: ten fit a terminal."""
+_SPAN = 1 << 15  # most tokens that an episode reads in a piece
+_COLUMNS = 10  # most distances in a table: ten fit a terminal
 
 
 def doublings(first: int, last: int) -> list[int]:

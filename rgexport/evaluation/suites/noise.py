@@ -36,8 +36,7 @@ from rgexport.runtimes.session import Session
 NAME, UNIT, INDEPENDENT = "noise", "nats per token after noise", False
 CORRUPTED, CLEAN = 600, 300
 """Approximate characters of the two parts of a passage."""
-_SHARE = 0.1
-"""Share of the characters or words that most kinds of noise change."""
+_SHARE = 0.1  # share of the characters or words that most kinds of noise change
 _MOST_PASSAGES, _NEAR = 40, 100
 _ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
 _NEIGHBOUR = {key: right for row in _ROWS for key, right in pairwise(row)}

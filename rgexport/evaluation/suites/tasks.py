@@ -30,8 +30,7 @@ from rgexport.runtimes.session import Session
 NAME, UNIT, INDEPENDENT = "tasks", "", False
 REQUESTS = 256
 """Requests of a piece."""
-_TOKEN = 4
-"""Approximate characters of a token."""
+_TOKEN = 4  # approximate characters of a token
 _SUMS: dict[str, tuple[Callable[[Any], tuple[float, float]], Callable[[float], float]]] = {
     "mean": (lambda value: (float(value), 1.0), float),
     "perplexity": (lambda log: (-log, 1.0), math.exp),

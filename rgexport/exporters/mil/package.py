@@ -24,7 +24,7 @@ from rgexport.exporters.mil.program import (
     decode_functions,
     messages,
 )
-from rgexport.files.paths import naming, read_regular, stays_inside
+from rgexport.files.paths import read_regular, report_os_errors, stays_inside
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.tensor import read_lines
 
@@ -60,7 +60,7 @@ class BlobFile:
 
     @classmethod
     def open(cls, path: Path) -> "BlobFile":
-        with naming(path):
+        with report_os_errors(path):
             with path.open("rb") as file:
                 head = file.read(HEADER_BYTES)
             size = path.stat().st_size
@@ -113,7 +113,7 @@ def open_package(path: Path | str) -> Package:
     folder = Path(path)
     model = _model_file(folder)
     try:
-        with naming(model):
+        with report_os_errors(model):
             message = messages("Model").Model.FromString(read_regular(model, MAX_MODEL_BYTES))
     except DecodeError:
         raise RequestError(f"{model} is damaged: it is no protobuf message of a model") from None

@@ -37,7 +37,7 @@ from rgexport.errors import RequestError
 from rgexport.exporters.manifest_reader import check_config
 from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord, hash_file
-from rgexport.files.kinds import read_own_metadata
+from rgexport.files.kinds import read_typed_metadata
 from rgexport.files.safetensors import DTYPES, has_metadata, read_header
 from rgexport.files.targets import replace_file
 from rgexport.files.typed_json import Mismatch, to_json
@@ -229,7 +229,7 @@ def write_reference(
 
 def read_reference(path: Path) -> ReferenceFile:
     """Opens a file and checks all of it; raises RequestError for another one, or damage."""
-    header = read_own_metadata(path, METADATA, Header, FORMAT_VERSION)
+    header = read_typed_metadata(path, METADATA, Header, FORMAT_VERSION)
     try:
         _check_header(header)
         arrays = _open_arrays(path, header)

@@ -49,6 +49,4 @@ def kl_chart(r: ValidationResult) -> Chart:
 
 def _range(line: Series) -> str:
     ys = [y for _, y in line.points if math.isfinite(y)]
-    missing = len(line.points) - len(ys)
-    text = f"{number(min(ys))} to {number(max(ys))}" if ys else "no finite value"
-    return f"{text}, {missing} of {len(line.points)} not finite" if missing and ys else text
+    return f"{number(min(ys))} to {number(max(ys))}" if ys else "no finite value"

@@ -13,8 +13,7 @@ UP = "layers_0_mlp_block_up_proj_weight"
 OTHER_UP = "layers_1_mlp_block_up_proj_weight"
 
 Edit = Callable[[Model], object]
-Spoil = Callable[[Path], object]
-"""Damages the package in a folder."""
+Spoil = Callable[[Path], object]  # damages the package in a folder
 
 
 def edit(change: Edit) -> Spoil:

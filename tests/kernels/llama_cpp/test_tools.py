@@ -17,8 +17,7 @@ import rgexport.chat
 from rgexport.cli import run
 from tests.llama_tools import run_tool
 
-EXACT = "-fa", "off", "-ctk", "f32", "-ctv", "f32"
-"""Attention and its cache in float32."""
+EXACT = "-fa", "off", "-ctk", "f32", "-ctv", "f32"  # attention and its cache in float32
 SIZE = "--spec-ngram-simple-size"
 DRAFTS = "--spec-type", "ngram-simple", f"{SIZE}-n", "4", f"{SIZE}-m", "8"
 """Eight tokens are drafted by what followed the last four before."""

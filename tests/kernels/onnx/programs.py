@@ -155,7 +155,6 @@ def runtime(version: str, platform: str = "") -> Path:
 
 
 def compile_several_runtimes(compiler: str, folder: Path, *flags: str) -> None:
-    """Compiles the program for the system that a compiler is for."""
     places = f"-I{HERE.parent}", "-isystem", str(ORT_HEADERS)
     _compile(compiler, folder, "several_runtimes", *places, *flags)
 

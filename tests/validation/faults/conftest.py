@@ -25,7 +25,6 @@ KINDS = [f"{name}-{word}" for name in ("onnx", "gguf", "coreml") for word in PRE
 
 
 def export(kind: str, checkpoint: Checkpoint, target: Path) -> Path:
-    """Exports a checkpoint in one of `KINDS`."""
     name, word = kind.split("-")
     if name == "onnx":
         block = 32 if word == "int4" else None

@@ -48,7 +48,6 @@ def store(w, scheme, gain=1.0, importance=None, statistics=None) -> np.ndarray:
 
 
 def error_of(w, dequantized, scheme, *, name="w") -> WeightError:
-    """The row of the weight table for W and Ŵ."""
     tensors = {name: StoredTensor(w.shape, scheme, {})}
     sources = ({name: from_array(array)} for array in (w, dequantized))
     return weight_errors(*sources, tensors)[0]

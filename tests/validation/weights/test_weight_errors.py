@@ -249,8 +249,7 @@ LAYOUTS = [
     Affine(8, None, symmetric=True),
 ]
 PLAIN = {Affine: "rtn", Palette: "kmeans"}
-CHOSEN = "rtn", "search", "importance", "gptq"
-"""Algorithms that fill these layouts."""
+CHOSEN = "rtn", "search", "importance", "gptq"  # algorithms that fill these layouts
 
 
 def statistics(columns: int) -> Statistics:

@@ -21,8 +21,7 @@ from rgexport.exporters.mil.program import Name, TensorType
 from rgexport.runtimes.coreml.interpreter.operations import OPS
 from tests.runtimes.coreml.interpreter.mil_programs import main, opened, operation
 
-Case = tuple[dict[str, Any], dict[str, Any]]
-"""Operands, and parameters given by value."""
+Case = tuple[dict[str, Any], dict[str, Any]]  # operands, and parameters given by value
 
 TOLERANCE = {"float16": 2**-9, "float32": 2**-19}
 """coremltools computes float16 in float16; of ours, only the result is rounded."""
