@@ -73,13 +73,16 @@ class _Fields:
     data_offsets: tuple[_Size, _Size]
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Returns the tensors by name, in the order of their data; RequestError for contradictions."""
+def read_header(path: Path, gaps: list[str] | None = None) -> dict[str, Entry]:
+    """Returns the tensors by name, in the order of their data; RequestError for contradictions.
+
+    Gaps in front of a tensor are described in `gaps`, if that is given.
+    """
     text, size = _read_text(path)
     data, tensors = 8 + len(text), _parse(path, text)[0]
     entries = [(name, _entry(path, name, fields, data)) for name, fields in tensors.items()]
     entries.sort(key=lambda named: (named[1].offset, named[1].nbytes))
-    _check_extents(path, entries, data, size)
+    _check_extents(path, entries, data, size, gaps)
     return dict(entries)
 
 
@@ -181,18 +184,19 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
     return Entry(path, dtype, fields.shape, data + begin, nbytes)
 
 
-def _check_extents(path: Path, entries: list[tuple[str, Entry]], data: int, size: int) -> None:
+def _check_extents(
+    path: Path, entries: list[tuple[str, Entry]], data: int, size: int, gaps: list[str] | None
+) -> None:
     """Checks that the data follow the header without overlaps and gaps, to the end of the file."""
     expected = data
     for name, entry in entries:
-        if entry.offset != expected:
-            what = (
-                "overlaps"
-                if entry.offset < expected
-                else "leaves a gap, as if another were missing, after"
-            )
-            raise RequestError(f"{path} is damaged: tensor {name} {what} the tensor before it")
-        expected += entry.nbytes
+        gap = entry.offset - expected
+        if gap < 0 or (gap and gaps is None):
+            what = "overlaps the tensor before it" if gap < 0 else f"leaves a gap of {gap} bytes"
+            raise RequestError(f"{path} is damaged: tensor {name} {what}")
+        if gap and gaps is not None:
+            gaps.append(f"{gap} bytes of {path.name}, in front of {name}, belong to no tensor")
+        expected = entry.offset + entry.nbytes
     if expected != size:
         what = "is truncated" if expected > size else "is damaged"
         raise RequestError(

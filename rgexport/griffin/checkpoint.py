@@ -213,7 +213,7 @@ def _open(name: str, path: Path, asked_for: AskedFor) -> Checkpoint:
         weight_files = {file.name: file for file in files}
         head = tensors.pop(huggingface.HEAD, None)
     weights, mismatches = _match_tensors(config, tensors)
-    problems += mismatches
+    problems = [*mismatches, *problems]
     if isinstance(head, str) or (head and head.shape != (config.vocab_size, config.width)):
         problems.append(f"wrong shape: {huggingface.HEAD} does not fit {EMBEDDING}")
         head = None

@@ -71,7 +71,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
     tensors: dict[str, FoundTensor] = {}
     problems: list[str] = []
     for path in files:
-        for name, entry in read_header(path).items():
+        gaps: list[str] = []
+        for name, entry in read_header(path, gaps).items():
             canonical = name.removeprefix(PREFIX)
             if weight_map is not None and weight_map.get(name) != path.name:
                 problems.append(
@@ -81,6 +82,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, FoundTensor], tuple[str, ...],
                 problems.append(f"unexpected: {name}, a second {canonical}")
             else:
                 tensors[canonical] = entry_rows(entry) if entry.dtype in FLOATS else entry.dtype
+        problems += [f"unexpected: {gap}" for gap in gaps]
     if weight_map is not None:
         stray = sorted(set(folder.glob("model-*-of-*.safetensors")) - set(files))
         problems += [f"unexpected: {path.name}, which {INDEX} does not name" for path in stray]

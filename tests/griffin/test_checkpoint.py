@@ -61,8 +61,8 @@ def test_index_problems(tmp_path, weights):
         return open_checkpoint(folder).problems
 
     assert problems(places | {name: last}) == (
-        f"unexpected: {name} in {places[name]}, where {INDEX} does not place it",
         f"missing: {NORM}",
+        f"unexpected: {name} in {places[name]}, where {INDEX} does not place it",
     )
     rest = {n: file for n, file in places.items() if file != last}
     assert f"unexpected: {last}, which {INDEX} does not name" in problems(rest)

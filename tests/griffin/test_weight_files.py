@@ -242,6 +242,10 @@ def test_says_what_is_wrong_with_a_broken_file(tmp_path, case):
     with pytest.raises(RequestError, match=message) as caught:
         read_header(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    gaps: list[str] = []
+    if case == "gap":
+        assert [*read_header(path, gaps)] == ["a", "b"]
+        assert gaps == ["4 bytes of model.safetensors, in front of b, belong to no tensor"]
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
