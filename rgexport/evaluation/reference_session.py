@@ -61,7 +61,7 @@ class ReferenceSession(Session):
             array[rows.start : rows.stop] = state[name]
 
     def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
-        with job_count(self._threads):
+        with job_count(self._threads), np.errstate(over="ignore", invalid="ignore"):
             hidden, after = self._reference.run(tokens, self.get_rows(rows))
             self._set_rows(rows, after)
             return self._reference.logits(hidden[:, -num_logits:])

@@ -51,7 +51,8 @@ def _product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     y = np.empty((len(x), len(weight)), np.float32)
 
     def fill(start: int, stop: int) -> None:
-        np.matmul(x, weight[start:stop].T, out=y[:, start:stop])
+        with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own
+            np.matmul(x, weight[start:stop].T, out=y[:, start:stop])
 
     edges = np.linspace(0, len(weight), jobs + 1).astype(int).tolist()
     list(_threads().map(fill, edges[:-1], edges[1:]))
