@@ -170,7 +170,7 @@ BAD_USES: dict[str, tuple[str, str]] = {
     "temperature": ("generate sound --ids 2 --temperature -1", "temperature is -1"),
     "no new tokens": ("generate sound --ids 2 -n 0", "-n"),
     "draft beside ids": ("generate sound --ids 2 --draft-text sound/README.md", "--draft-text"),
-    "idle draft": ("generate sound -p a --no-lookup --draft-text x", "goes without --no-lookup"),
+    "idle draft": ("generate sound -p a --no-lookup --draft-text x", "changes nothing"),
     "missing text": ("validate sound --text nowhere", "nowhere"),
     "text without tokenizer": ("validate sound --text sound/README.md", "tokenizer"),
     "json nowhere": ("validate sound --json no/where.json", "where.json"),

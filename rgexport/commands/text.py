@@ -42,7 +42,8 @@ class DraftArguments(LookupArguments):
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            raise RequestError("--draft-text does nothing with --no-lookup; leave one of them out")
+            message = "--draft-text changes nothing with --no-lookup; leave out one of them"
+            raise RequestError(message)
         return read_text(self.draft_text) if self.draft_text else ""
 
 
