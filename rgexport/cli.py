@@ -144,7 +144,6 @@ Examples:
 
 Documentation: docs/index.md in the repository"""
 
-
 _HABITS = {
     **dict.fromkeys(("convert", "export"), "onnx, coreml or gguf"),
     **dict.fromkeys(("run", "cli"), "chat or generate"),

@@ -58,6 +58,13 @@ def test_every_option_has_a_help_text():
         assert option.metavar != "WORD", (name, option.opts)
 
 
+def test_help_fits_40_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    for command in command_line.commands.keys() - {"completion"}:  # which shows lines of scripts
+        assert run([command, "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 40, command
+
+
 def test_the_package_is_the_command():
     shown = subprocess.run(
         [sys.executable, "-m", "rgexport", "inspect", "nowhere"], capture_output=True, text=True

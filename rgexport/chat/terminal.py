@@ -100,7 +100,7 @@ def _raw(conversation: Conversation, argument: str) -> str:
 
 def _retry(conversation: Conversation, argument: str) -> Replies:
     if conversation.messages and not conversation.options.sampling.temperature:
-        print_error("At temperature 0 the reply is the same, but for cuts: /set temperature 0.7")
+        print_error("At temperature 0 the reply is the same; another: /set temperature 0.7")
     return conversation.retry()
 
 

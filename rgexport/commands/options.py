@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
 Arguments = TypeVar("Arguments")
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 """Settings of every command and group."""
+
+
+class _NarrowHelp(click.HelpFormatter):
+    """Fits terminals of 40 columns, where click would write 50."""
+
+    def __init__(self, **_widths: int | None) -> None:
+        super().__init__(width=min(get_terminal_size().columns, 80) - 2)
+
+    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl(rows, col_max if self.width >= 60 else 8, col_spacing)
+
+
+click.Context.formatter_class = _NarrowHelp
 _PARAMETER = "parameter"
 _PATH = click.Path(path_type=Path)
 PATH_OR_ID = click.Path()
@@ -54,6 +68,7 @@ def option(
     if least is not None:
         kind = click.FloatRange if isinstance(least, float) else click.IntRange
         attributes["type"] = kind(least, most, min_open=isinstance(least, float))
+        attributes.setdefault("metavar", "NUMBER" if isinstance(least, float) else "INTEGER")
     return field(metadata={_PARAMETER: (click.Option, flags, attributes)})
 
 

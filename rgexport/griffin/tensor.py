@@ -65,7 +65,6 @@ WeightSource = Mapping[str, RowTensor]
 FoundTensor = RowTensor | str
 """A readable tensor, or the name of the dtype that makes it unreadable."""
 
-
 View = Callable[[np.ndarray], np.ndarray]
 """A function that slices or transposes an array, without a copy."""
 

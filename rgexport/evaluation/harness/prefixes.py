@@ -22,7 +22,6 @@ _ROWS = 16  # most texts of a batch
 _STATE_BYTES, _LOGITS_BYTES = 256 << 20, 128 << 20
 """Most bytes of the states of a batch, and of the logits of one call."""
 
-
 Ids = tuple[int, ...]
 
 
