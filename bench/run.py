@@ -68,8 +68,12 @@ def runs(artifact: Path) -> bool:
 def command(*arguments: str | Path) -> dict[str, float]:
     """Runs rgexport in a process of its own; its wall time and peak memory."""
     note(f"rgexport {' '.join(map(str, arguments))}")
+    return measured([sys.executable, "-c", START, *map(str, arguments)])
+
+
+def measured(program: list[str]) -> dict[str, float]:
+    """Runs a program; its wall time and peak memory."""
     start = time.perf_counter()
-    program = [sys.executable, "-c", START, *map(str, arguments)]
     with subprocess.Popen(program, stdout=sys.stderr) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -78,9 +78,8 @@ class Tokenizer:
     def cut(self, text: str) -> str:
         """Inserts `CUT` into each special literal; replaces lone surrogates by U+FFFD."""
         text = text if text.isascii() else _SURROGATE.sub("\ufffd", text)
-        if self._firsts.isdisjoint(text):
-            return text  # nearly every message
-        return self._opening.sub(rf"\1{CUT}", text)
+        is_plain = self._firsts.isdisjoint(text)  # as nearly every message
+        return text if is_plain else self._opening.sub(rf"\1{CUT}", text)
 
     def encode_markup(self, rendered: str) -> list[int]:
         """Encodes a text; special literals become their ids, unless they are cut."""
@@ -174,9 +173,8 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
     def surface(token: int) -> bytes:
         if not 0 <= token < size or engine.IsControl(token):
             return b""
-        if engine.IsUnknown(token):
-            return " ⁇ ".encode()  # SentencePiece's unk_surface
-        return _surface(engine.IdToPiece(token))
+        # An unknown one is SentencePiece's unk_surface.
+        return " ⁇ ".encode() if engine.IsUnknown(token) else _surface(engine.IdToPiece(token))
 
     encode = guarded(path)(engine.EncodeAsIds)
     return _tokenizer(size, sentencepiece_tokens(engine), encode, surface)

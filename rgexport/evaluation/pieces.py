@@ -156,9 +156,7 @@ class Results:
 
     def lock(self, chain: Chain) -> AbstractContextManager[Any]:
         """Lets one process at a time measure a chain that passes states on: it drops old ones."""
-        if len(chain) > 1:
-            return FileLock(self._pieces / f"{chain[-1].key}.lock")
-        return nullcontext()
+        return FileLock(self._pieces / f"{chain[-1].key}.lock") if chain[1:] else nullcontext()
 
     def missing(self, chain: Chain) -> list[int]:
         """Returns the indices of pieces that lack a result, or a state that the next one needs."""

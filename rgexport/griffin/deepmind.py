@@ -213,9 +213,7 @@ def _view_rows(
 
 def _orbax_store(folder: Path) -> dict[str, Any]:
     files = {"driver": "file", "path": f"{folder.resolve().as_posix()}/"}
-    if (folder / _DATABASE).is_file():
-        return {"driver": "ocdbt", "base": files}
-    return files
+    return {"driver": "ocdbt", "base": files} if (folder / _DATABASE).is_file() else files
 
 
 def _open_array(folder: Path, name: str) -> Any:

@@ -80,9 +80,8 @@ class CoreMLEmitter:
         return self._made[key]
 
     def cast(self, x: Var, dtype: str) -> Var:
-        if x.dtype == DTYPES[dtype]:
-            return x
-        return self.op("cast", x=x, dtype=_CAST_NAMES[dtype])
+        same = x.dtype == DTYPES[dtype]
+        return x if same else self.op("cast", x=x, dtype=_CAST_NAMES[dtype])
 
     def reshape(self, x: Var, *shape: int) -> Var:
         return x if x.shape == shape else self.op("reshape", x=x, shape=list(shape))
@@ -214,6 +213,4 @@ def _identity(argument: Any) -> object:
         return id(argument)
     if isinstance(argument, np.ndarray | np.generic):
         return argument.dtype.str, argument.shape, argument.tobytes()
-    if isinstance(argument, list | tuple):
-        return tuple(map(_identity, argument))
-    return argument
+    return tuple(map(_identity, argument)) if isinstance(argument, list | tuple) else argument

@@ -67,9 +67,8 @@ class CoreMLOptions(FolderOptions):
 
     @property
     def split_bytes(self) -> int | None:
-        if isinstance(self.split, str):
-            return int(bytes_of("--split", self.split))
-        return self.split
+        size = self.split
+        return int(bytes_of("--split", size)) if isinstance(size, str) else size
 
     @property
     def defaults(self) -> tuple[str, Mapping[str, str]]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
 from rgexport.exporters.manifest import StoredTensor
+from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import from_array
 from rgexport.quantization.algorithms import ALGORITHMS
 from rgexport.quantization.ggml import LAYOUTS
@@ -319,6 +320,16 @@ def test_columns_of_the_largest_inputs_are_not_made_smaller(loud):
     stored[:, loud] *= np.float32(0.8)
     kinds = complaints(w, stored, scheme, weighted=False)
     assert {"weights.output", "reference.output"} <= {*kinds}
+
+
+def test_rows_of_the_embedding_may_favour_lookups():
+    """With statistics, rows that are often looked up are not rounded for the head's inputs."""
+    w, scheme = draw("normal", (2048, 64)), Affine(4, 32, symmetric=True, algorithm="gptq")
+    error = error_of(w, store(w, replace(scheme, algorithm="rtn")), scheme)
+    worse = replace(error, weighted=True, output_noise=2.0)
+    assert not passes(worse)
+    assert passes(replace(worse, name=EMBEDDING))
+    assert not passes(replace(worse, name=EMBEDDING, output_noise=6.0))
 
 
 FAULTS = {
