@@ -112,7 +112,7 @@ RECIPES = (
         Recipe(f"onnx-plan-{bits}", f"a plan of {bits} bits", "onnx", calibrated=True, bits=bits)
         for bits in (3.0, 3.5, 4.0, 4.25, 4.5, 5.0)
     ),
-    Recipe("onnx-int8", "clip search", "onnx --int8"),
+    Recipe("onnx-int8", "clip search (default of int8)", "onnx --int8"),
     Recipe("onnx-int8-gptq-32", "GPTQ", "onnx --int8 --block-size 32", calibrated=True),
     Recipe(
         "coreml-rtn-32s",
@@ -173,7 +173,7 @@ RECIPES = (
             f"-q --q-bits {bits} --q-group-size {group}",
             program=MLX_CONVERT,
         )
-        for bits, group in ((3, 64), (4, 64), (4, 32), (6, 64), (8, 64))
+        for bits, group in ((3, 64), (4, 64), (8, 64))
     ),
 )
 

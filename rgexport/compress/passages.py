@@ -141,8 +141,7 @@ def _continue(
     session.reset(len(starts))
     advance(starts.size)
     for position in range(starts.shape[1], length):
-        logits = session.prefill(following)[:, 0]
-        ids[:, position] = [sampler(row) for row in logits]
+        ids[:, position] = [sampler(row) for row in session.prefill(following)[:, 0]]
         following = ids[:, position : position + 1]
         advance(len(ids))
     return list(ids)

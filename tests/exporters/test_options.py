@@ -28,6 +28,7 @@ ONNX: list[tuple[dict[str, Any], Scheme, Scheme]] = [
     ({"block_size": 64}, Affine(4, 64, True, scale="float16"), HEAD),
     ({"symmetric": False}, Affine(4, 32, False, scale="float16"), HEAD),
     ({"precision": "fp32", "embedding_precision": "int8"}, FULL, HEAD),
+    ({"precision": "int8"}, HEAD, Affine(8, 16, True, scale="float16")),
     ({"profile": "wasm"}, INT8_ROWS, INT8_ROWS),
     ({"profile": "wasm", "precision": "int4"}, BROWSER, INT8_ROWS),
 ]

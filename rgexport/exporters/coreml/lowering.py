@@ -165,8 +165,7 @@ def _rg_lru_scan(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
     root = g.op("sqrt", x=g.op("sub", x=np.float32(1), y=square))
     scale = g.op("add", x=first, y=g.op("mul", x=root, y=later))
     gated = g.op("mul", x=x, y=g.op("sigmoid", x=input_gate))
-    b = g.op("mul", x=gated, y=scale)
-    h = _linear_scan(g, a, b, g.reshape(state, 1, 1, width))
+    h = _linear_scan(g, a, g.op("mul", x=gated, y=scale), g.reshape(state, 1, 1, width))
     return [h, g.reshape(g.slice(h, tokens - 1, tokens, 1), 1, width)]
 
 

@@ -162,8 +162,7 @@ def _float_linear(
     flat = g.op("Reshape", g.cast(x, dtype), g.constant([-1, columns]))
     addend = () if bias is None else (g.cast(bias, dtype),)
     y = g.op("Gemm", flat, g.cast(g.value(weight), dtype), *addend, transB=1)
-    leading = g.op("Shape", x, start=0, end=2)
-    shape = g.op("Concat", leading, g.constant([rows]), axis=0)
+    shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.constant([rows]), axis=0)
     return g.typed(g.op("Reshape", y, shape), dtype)
 
 

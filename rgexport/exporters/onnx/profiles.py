@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
@@ -57,8 +58,8 @@ class LoweringProfile:
     """Precision word → scheme, before options for block and symmetry."""
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """Precision of the linears → that of the embedding, where it is another."""
-    blocks: Mapping[str, int] = field(default_factory=dict)
-    """Precision of the linears → the default block size, where it is not the scheme's."""
+    blocks: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    """Precisions of linears and embedding → default block sizes, where schemes have others."""
     rows: Mapping[str, Scheme] = field(default_factory=dict)
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
     bits: frozenset[int] = frozenset({4, 8})
@@ -82,7 +83,7 @@ PROFILES: dict[str, LoweringProfile] = {
             name="cpu",
             precision="int4",
             embeddings=FINE_HEAD,
-            blocks={"int8": 32},  # halves the KL divergence of blocks of 128
+            blocks={("int8", "int8"): (64, 16)},  # half the KL divergence of 128 for both
             bits=frozenset({*PLANES, 8}),
             scale="float16",
             functions=True,
@@ -142,8 +143,10 @@ class OnnxOptions(FolderOptions):
         """
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
-            block = self.block_size or self._profile.blocks.get(self.precisions[0])
-            chosen = choose_schemes(self.precisions, self._scheme, block, self.symmetric)
+            chosen = choose_schemes(self.precisions, self._scheme, self.block_size, self.symmetric)
+            if self.block_size is None and (blocks := self._profile.blocks.get(self.precisions)):
+                linear, table = map(self._scheme, self.precisions, blocks, repeat(self.symmetric))
+                chosen = linear, table
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}

@@ -178,8 +178,7 @@ def _tensor_table(title: str, last: str, errors: Sequence[tuple[TensorError, flo
         rows += _first([(e.name, scheme, *_figures(e), number(value)) for e, value in ranked])
         if count := len(group) - len(changed):
             rows.append((f"{count} tensors, stored unchanged", scheme, "0", "1", "0", "0"))
-    numbers = ("error", "projection", "noise", last)
-    return _table(title, ("tensor", "stored"), numbers, rows)
+    return _table(title, ("tensor", "stored"), ("error", "projection", "noise", last), rows)
 
 
 def _figures(e: TensorError) -> Row:
