@@ -166,15 +166,7 @@ RECIPES = (
         )
         for kind in ("q2_k", "iq2_m", "iq3_xxs", "iq3_s", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m")
     ),
-    *(
-        Recipe(
-            f"mlx-{bits}-{group}",
-            f"{bits} bits of mlx-lm",
-            f"-q --q-bits {bits} --q-group-size {group}",
-            program=MLX_CONVERT,
-        )
-        for bits, group in ((3, 64), (4, 64), (8, 64))
-    ),
+    Recipe("mlx-4", "4 bits of mlx-lm (its default)", "-q", program=MLX_CONVERT),
 )
 
 
