@@ -74,12 +74,17 @@ def choose_schemes(
     choose: Callable[[str, int | None, bool | None], Scheme],
     block: int | None,
     symmetric: bool | None,
+    default_blocks: tuple[int, int] | None = None,
 ) -> tuple[Scheme, Scheme]:
     """Returns the schemes of the linears and of the embedding, of two `precisions`.
 
     The embedding shares block size and symmetry if it has the same precision, or linears have none.
+    Without `block`, `default_blocks` are the sizes of both.
     """
     linear, table = precisions
+    if block is None and default_blocks:
+        of_linear, of_table = default_blocks
+        return choose(linear, of_linear, symmetric), choose(table, of_table, symmetric)
     chosen = choose(linear, block, symmetric)
     if table == linear or not has_blocks(chosen):
         return chosen, choose(table, block, symmetric)

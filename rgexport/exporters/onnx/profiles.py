@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
@@ -143,10 +142,8 @@ class OnnxOptions(FolderOptions):
         """
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
-            chosen = choose_schemes(self.precisions, self._scheme, self.block_size, self.symmetric)
-            if self.block_size is None and (blocks := self._profile.blocks.get(self.precisions)):
-                linear, table = map(self._scheme, self.precisions, blocks, repeat(self.symmetric))
-                chosen = linear, table
+            asked = self.precisions, self._scheme, self.block_size, self.symmetric
+            chosen = choose_schemes(*asked, self._profile.blocks.get(self.precisions))
             plan = make_plan(config, *chosen)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}

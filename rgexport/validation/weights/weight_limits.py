@@ -32,11 +32,6 @@ SHIFT = 0.4
 
 Measured: up to 0.01. Zero points that are off by one have 1, and matrices of -a, 0 and a 0.33.
 """
-LOOKUP_OUTPUT_NOISE = 2.5
-"""Least limit of the output for an embedding with statistics: some rows count by their lookups.
-
-Measured: up to 1.82, in blocks of 128 on the demo.
-"""
 CHANCE = 1e-6
 """The probability that a sound tensor fails a check of its sketch."""
 REASONS = {
@@ -133,8 +128,8 @@ def _shared_limits(
 
 def _output_limit(error: tensor_errors.TensorError, most: float) -> Iterator[Limited]:
     if error.output_noise is not None and error.quantized:
-        if error.name == EMBEDDING and error.weighted:
-            most = max(most, LOOKUP_OUTPUT_NOISE)
+        if error.name == EMBEDDING:
+            most = max(most, EXPECTATIONS[error.chosen].embedding_output_noise)
         # Mixtures of inputs that are alike count as two.
         yield "output", error.output_noise, most * _most(2 * error.rows, 0.5 / error.rows)
 
