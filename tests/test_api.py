@@ -18,7 +18,7 @@ NOTEBOOK = ROOT / "docs" / "python.ipynb"
 
 
 def test_dir_shows_the_api():
-    assert {*rgexport.__all__} <= {*dir(rgexport)}
+    assert dir(rgexport) == sorted(rgexport.__all__)
     assert all(callable(getattr(rgexport, n)) for n in rgexport.__all__ if n != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'exprot'"):
         rgexport.exprot  # noqa: B018
@@ -42,6 +42,9 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
         progress=lambda stage, done, total: stages.append((stage, done, total)),
     )
     assert artifact.manifest.check.status == "verified" and Path(artifact) == tmp_path / "demo"
+    with rgexport.load(artifact) as model:
+        assert repr(model) == f"<Model {artifact.path}: onnx, int4>"
+    assert repr(rgexport.open_checkpoint("demo")).startswith("<Checkpoint demo: ")
     same = "model.onnx", "model.onnx.data", "tokenizer.json"
     assert all(artifact.file(n).read_bytes() == (demo_artifact / n).read_bytes() for n in same)
     assert repr(artifact) == f"<OnnxArtifact {tmp_path / 'demo'}: int4, 8.80 MB, verified>"

@@ -88,7 +88,7 @@ class Model(PromptEncoder):
         require_precision(state_precision)
         if rows < 1:
             raise RequestError(f"rows is {rows}; expected at least 1")
-        self.identity = identity
+        self.identity, self.described = identity, identity.name
         self.info, self._shapes = session.info, session.state_shapes
         self.vocab_size = session.vocab_size
         self.require_unchanged = session.require_unchanged
@@ -115,6 +115,9 @@ class Model(PromptEncoder):
             session, store, rows=rows, max_waiting=max_waiting, lookup=lookup
         )
         self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
+
+    def __repr__(self) -> str:
+        return f"<Model {self.described}>"
 
     @property
     def name(self) -> str:
@@ -364,7 +367,9 @@ def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any
     identity = identity_of(artifact.manifest, template.source)
     session = open_session(artifact, threads=threads)
     options["artifact"] = artifact_hash(artifact.manifest)
-    return Model(session, tokenizer, template, identity, **options)
+    model, manifest = Model(session, tokenizer, template, identity, **options), artifact.manifest
+    model.described = f"{artifact.path}: {manifest.kind}, {manifest.precision}"
+    return model
 
 
 def _numeric_identity(artifact: str, info: SessionInfo, precision: str | None) -> str:

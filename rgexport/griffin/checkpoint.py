@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A checkpoint; only its headers are in memory.
 
@@ -55,6 +55,9 @@ class Checkpoint:
     instruction_tuned: bool | None
     adapter: Path | None = None
     asked_for: AskedFor = NOTHING_ASKED_FOR
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.name}: {self.path}, {len(self.weights)} tensors>"
 
 
 def open_checkpoint(
