@@ -28,7 +28,7 @@ from rgexport.exporters.opening import as_argument, model_argument
 from rgexport.exporters.origin import folder_of
 from rgexport.exporters.request import bytes_of
 from rgexport.files.kinds import is_plan
-from rgexport.files.targets import check_file_target, replace_file
+from rgexport.files.targets import check_file_target, replace_file, write_text
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -37,7 +37,7 @@ from rgexport.griffin.tokenizer_files import has_tokenizer
 from rgexport.quantization.calibration import Calibration
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis
 from rgexport.reporting.numbers import number, plus_minus
-from rgexport.reporting.page import render_page, write_text
+from rgexport.reporting.page import render_page
 from rgexport.reporting.tables import Table, render
 from rgexport.runtimes.cluster import Cluster
 from rgexport.units import amount

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from rgexport.errors import RequestError
 from rgexport.files.atomic import WINDOWS, TargetInUse, move, remove, remove_partials, replacing
-from rgexport.files.paths import windows_objection
+from rgexport.files.paths import report_os_errors, windows_objection
 from rgexport.progress import note
 from rgexport.units import amount
 
@@ -69,6 +69,18 @@ def continue_file(target: Path, *, force: bool, replaceable: Replaceable) -> Ite
         check()
         move(folder / COMPLETE, real)
         remove(folder)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes UTF-8, files in one step; bytes of a path that are not Unicode become JSON escapes."""
+    data = f"{text}\n".encode("utf-8", "backslashreplace")
+    real = Path(os.path.realpath(path))
+    may_replace = (path.is_file() or not path.exists()) and os.access(real.parent, os.W_OK)
+    with (
+        report_os_errors(path, "write"),
+        replacing(real) if may_replace else nullcontext(path) as new,
+    ):
+        new.write_bytes(data)
 
 
 @contextmanager

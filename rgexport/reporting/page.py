@@ -6,11 +6,10 @@ forbids it to load or run whatever might slip through.
 
 import re
 import unicodedata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rgexport._version import __version__
-from rgexport.errors import JOINERS, RequestError
+from rgexport.errors import JOINERS
 from rgexport.reporting import chart
 
 if TYPE_CHECKING:
@@ -40,14 +39,6 @@ def page_environment(package: str) -> "Environment":
     environment.filters |= {"visible": visible, "breakable": breakable}
     environment.globals |= {"plot": chart, "rgexport": __version__}
     return environment
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes UTF-8; bytes of a path that are not Unicode become JSON escapes."""
-    try:
-        path.write_text(text + "\n", "utf-8", "backslashreplace")
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}") from None
 
 
 def breakable(name: str) -> "Markup":

@@ -12,12 +12,12 @@ from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import Manifest
 from rgexport.exporters.opening import open_artifact
 from rgexport.files.hashing import hash_new_files
+from rgexport.files.targets import write_text
 from rgexport.griffin.layout import float32_bytes
 from rgexport.printing import print_result
 from rgexport.progress import detail, expect_stages, group, note, task, warn
 from rgexport.quantization.calibration import open_calibration
 from rgexport.quantization.statistics import Calibrated, StatisticsOf, no_statistics
-from rgexport.reporting.page import write_text
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
 from rgexport.runtimes.session import SessionInfo
@@ -122,11 +122,12 @@ def validate_artifacts(
         if len(artifacts) > 1:
             note(f"{path}:")
         results.append(validate_artifact(path, request, passes))
-    for file, content in ((json_file, as_json), (html_file, render_page)):
-        if file is not None:
-            write_text(content(results), file)
-    # Last: a reader may leave after a few lines, as `head` does.
-    print_result(f"{as_json(results)}\n" if prints_json else render(results), end="")
+    try:
+        for file, content in ((json_file, as_json), (html_file, render_page)):
+            if file is not None:
+                write_text(content(results), file)
+    finally:  # last, as a reader may leave after a few lines, like `head`; on a full disk, too
+        print_result(f"{as_json(results)}\n" if prints_json else render(results), end="")
     enough = {"PASS", "AMBIGUOUS"} if allow_ambiguous else {"PASS"}
     return 0 if all(r.verdict in enough and r.good_enough for r in results) else 1
 

@@ -5,6 +5,7 @@ import html
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -114,13 +115,17 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
     assert runs == ["Running the original"] * 2, "another text is another pass"
 
 
-def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys):
+def test_one_failure_is_exit_code_1_and_is_named(clean, spoil, tmp_path, capsys, monkeypatch):
     bad, page = spoil("fp32", config={"soft_cap": 20.0}), tmp_path / "r.html"
     request = ValidationRequest(max_tokens=30)
     assert validate_artifacts([clean("fp32"), bad], request, html_file=page) == 1
     before, _, after = capsys.readouterr().out.partition("FAILED  dequantized.logits is ")
     assert before.startswith("FAIL  2 artifacts: 1 FAIL, 1 PASS") and str(bad) in before
     assert "float32 on both sides" in after and "1 FAIL, 1 PASS" in page.read_text("utf-8")
+    with monkeypatch.context() as patch, pytest.raises(RequestError, match="No space left"):
+        patch.setattr("rgexport.files.atomic.move", Mock(side_effect=OSError(28, "No space left")))
+        validate_artifacts([bad], request, html_file=tmp_path / "full.html")
+    assert capsys.readouterr().out.startswith("FAIL") and not [*tmp_path.glob("*full*")]
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from bench.result_schema import as_text, result_schema
 from rgexport import progress
 from rgexport.errors import RequestError
+from rgexport.files.targets import write_text
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.reporting import chart
 from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
-from rgexport.reporting.page import breakable, visible, write_text
+from rgexport.reporting.page import breakable, visible
 from rgexport.validation.bisect.sites import Suspect
 from rgexport.validation.continuations import Continuation
 from rgexport.validation.metrics import worst
