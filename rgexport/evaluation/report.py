@@ -70,7 +70,7 @@ def render_page(evaluation: Result) -> str:
     return page.render_page(
         "evaluation",
         "evaluation.html.j2",
-        title="What " + ", ".join(model["label"] for model in models) + " can do",
+        title="Evaluation of " + " and ".join(model["label"] for model in models),
         verdict=verdict(models),
         first=models[0]["label"],
         sections=sections,

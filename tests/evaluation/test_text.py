@@ -177,7 +177,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys, mon
     assert "Memory, copying" in shown and "model certainly loses in memory" in shown
     page = (target / "evaluation.html").read_text()
     assert "<svg" in page and "<script" not in page and "Loss by position: difference" in page
-    assert "How to read this" in page and "Memory, copying" in page
+    assert "Evaluation of demo and demo-int4" in page and "Memory, copying" in page
     result = json.loads((target / "evaluation.json").read_text())
     result["environment"]["cpu"] = "right \u202e left"
     assert "\u202e" not in render_page(result)
