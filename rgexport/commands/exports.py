@@ -165,21 +165,21 @@ def _export(arguments: OnnxArguments | CoreMLArguments | GgufArguments, kind: Fo
         check=has_check,
         **settings,
     )
-    (_print_json if as_json else _print_artifact)(artifact, _grade(artifact))
+    grade = _grade(artifact, arguments.export)
+    (_print_json if as_json else _print_artifact)(artifact, grade)
     return 1 if artifact.manifest.check.status == "unverified" else 0
 
 
-def _grade(artifact: "Artifact") -> str | None:
+def _grade(artifact: "Artifact", export: ExportArguments) -> str | None:
     from rgexport.validation.checks import grade_of_kl
 
     check = artifact.manifest.check
     is_graded = check.status == "verified" and check.kl is not None
     grade = grade_of_kl(check.kl or 0.0) if is_graded else None
     if grade == "poor":
-        progress.warn(
-            "expect weaker answers: more bits, or --quality best, lose less; `rgexport validate` "
-            "measures it on more text"
-        )
+        is_best = export.quality == "best" or export.calibration is not None
+        remedy = "more bits lose less" if is_best else "more bits, or --quality best, lose less"
+        progress.warn(f"expect weaker answers: {remedy}; `rgexport validate` measures on more text")
     return grade
 
 

@@ -3,12 +3,14 @@
 import itertools
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgexport.commands.exports import _grade
 from rgexport.errors import RequestError
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.state import POSITION, State
@@ -119,6 +121,12 @@ def graded(kl, top1, error=0.0, positions=10**9):
 def test_grades_of_known_formats(kl, top1, grade, decided_by):
     quality = graded(kl, top1)
     assert (quality.grade, quality.decided_by) == (grade, decided_by)
+
+
+def test_a_poor_export_is_not_told_to_take_what_it_took(capsys):
+    artifact = Mock(**{"manifest.check.status": "verified", "manifest.check.kl": 1.0})
+    assert _grade(artifact, Mock(quality="best")) == "poor"
+    assert "answers: more bits lose less;" in capsys.readouterr().err
 
 
 SHARE, MARGIN = st.floats(0, 1), st.floats(0, 0.1)
