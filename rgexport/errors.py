@@ -43,10 +43,10 @@ def printable(text: str, allowed: str = "") -> str:
     )
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, most: int = MOST_SHOWN) -> str:
     """Returns `text` as one printable line of bounded length."""
     line = printable(" ".join(text.split()))
-    if len(line) <= MOST_SHOWN:
+    if len(line) <= most:
         return line
-    end = MOST_SHOWN // 3  # what to do comes last
-    return f"{line[: MOST_SHOWN - end - 5]} ... {line[-end:]}"
+    end = most // 3  # what to do comes last
+    return f"{line[: most - end - 5]} ... {line[-end:]}"

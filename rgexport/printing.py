@@ -53,9 +53,8 @@ def wrapped(text: str, columns: int | None) -> str:
     return "\n".join(lines)
 
 
-def print_reply(piece: str, stream: TextIO | None = None) -> None:
+def print_reply(piece: str, stream: TextIO) -> None:
     """Prints a piece of a model's reply; escapes control characters on a terminal only."""
-    stream = stream or sys.stdout
     stream.write(printable_reply(piece) if stream.isatty() else piece)
     stream.flush()
 

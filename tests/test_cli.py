@@ -115,9 +115,11 @@ def test_results_go_to_stdout_and_the_rest_elsewhere(tmp_path, monkeypatch, caps
     assert "rgexport generate mine-int4-onnx --ids 2" in exported.out
     assert "Warning: mine has no tokenizer" in exported.err
 
-    assert run(["generate", "mine-int4-onnx", "--ids", "2,5", "-n", "4"]) == 0
-    ids = capsys.readouterr().out.split()
-    assert len(ids) == 4 and all(0 <= int(token) < 64 for token in ids)
+    monkeypatch.setattr("rgexport.chat.reading._SILENT_SECONDS", 0)
+    assert run(["generate", "mine-int4-onnx", "--ids", "2,5 " * 600, "-n", "4"]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.split()) == 4 and all(0 <= int(i) < 64 for i in shown.out.split())
+    assert "Reading: 1,200 tokens, " in shown.err
 
 
 def test_demo_generates_text(demo_artifact, capsys):

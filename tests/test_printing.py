@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import rgexport
+from rgexport.chat.terminal import print_pieces
 from rgexport.errors import MOST_SHOWN, one_line, printable
-from rgexport.printing import print_reply, print_result, wrapped
+from rgexport.printing import print_result, wrapped
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
 
@@ -58,11 +59,12 @@ def test_json_means_the_same_afterwards(capsys):
     assert json.loads(capsys.readouterr().out) == fields
 
 
-def test_replies_are_escaped_on_terminals_alone():
-    for is_terminal, shown in ((False, "\x1b[2J\u200f"), (True, "\\u001b[2J\u200f")):
+def test_replies_are_escaped_and_wrapped_on_terminals_alone(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    for is_terminal, shown in ((False, "\x1b[2J\u200f beta\n"), (True, "\\u001b[2J\u200f\nbeta\n")):
         stream = io.StringIO()
         stream.isatty = lambda answer=is_terminal: answer
-        print_reply("\x1b[2J\u200f", stream)
+        print_pieces(["\x1b[2J\u200f be", "ta"], stream)
         assert stream.getvalue() == shown
 
 
@@ -87,28 +89,17 @@ def test_lines_and_tables():
     assert render(["x" * 300]) == "x" * 300 + "\n"
     rows = [("embedding [x]", "1"), ("linear", "1,000")]
     shown = render(["All of it:", Table("Weights", ("role", "count"), rows, {"count"})])
-    assert [line.rstrip() for line in shown.splitlines()] == [
-        "All of it:",
-        "Weights",
-        "role            count",
-        "─────────────────────",
-        "embedding [x]       1",
-        "linear          1,000",
-        "",
-    ]
+    lines = ["All of it:", "Weights", "role            count", "─" * 21]
+    lines += ["embedding [x]       1", "linear          1,000", ""]
+    assert [line.rstrip() for line in shown.splitlines()] == lines
 
 
 def test_where_a_table_does_not_fit_its_rows_are_lists(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "30")
     wide = Table("Costs", ("tensor", "mean error", "share"), [("a" * 20, "0.5 ± 0.1", "1.25 %")])
-    assert render([wide]).splitlines() == [
-        "Costs",
-        "a" * 20,
-        "  mean error: 0.5 ± 0.1",
-        "  share: 1.25 %",
-        "",
-    ]
+    lines = ["Costs", "a" * 20, "  mean error: 0.5 ± 0.1", "  share: 1.25 %", ""]
+    assert render([wide]).splitlines() == lines
 
 
 @pytest.mark.parametrize("columns", [40, 80, None])

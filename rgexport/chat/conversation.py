@@ -10,6 +10,7 @@ from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.state_file import Key, SavedState, key_of
 from rgexport.errors import RequestError
 
+Replies = Generator[str, None, None]
 _SEPARATOR = "\n\n"
 
 
@@ -27,24 +28,25 @@ class Conversation:
         self.last: ModelReply | None = None
         self.styled = True
         self._attempts = 0
+        self._asked: tuple[list[Message], ReplyOptions] | None = None  # for the last reply
         self._document, self._documents = "", dict[str, str]()
         self._unread: tuple[Path, Key] | None = None
         """A loaded state file without its text, and the key of the text."""
 
     @property
     def system(self) -> str:
-        first = self.messages[0] if self.messages else None
-        return first["content"] if first and first["role"] == "system" else ""
+        return next((m["content"] for m in self.messages if m["role"] == "system"), "")
 
     def set_system(self, text: str) -> None:
         """Replaces the system prompt; "" removes it."""
         turns = [message for message in self.messages if message["role"] != "system"]
         self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
-    def clear(self) -> None:
-        """Removes all turns, but not the system prompt."""
+    def clear(self) -> str:
+        """Removes all turns, but not the system prompt; says so."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._document, self._unread = "", None
+        return "A new conversation."
 
     def read(self, text: str) -> int:
         """Reads a document that the next message is about; returns the length in tokens.
@@ -57,11 +59,11 @@ class Conversation:
             path, key = self._unread
             if key_of(ids[: key[0]]) != key:
                 raise RequestError(f"this is not the text that {path} was made from; give that one")
+        self.model.state(ids)  # a cancelled reading leaves the conversation as it was
         self._document, self._unread = message["content"], None
-        self.model.state(ids)
         return len(ids)
 
-    def send(self, text: str) -> Generator[str, None, None]:
+    def send(self, text: str) -> Replies:
         """Yields the reply to `text`; closing the iterator ends it, an error undoes the turn.
 
         Raises RequestError if the template refuses the conversation, or the engine failed.
@@ -71,16 +73,21 @@ class Conversation:
                 f"{self._unread[0]} stores a hash of its text, not the text; first read the text "
                 "again with /read FILE or --read FILE, which takes no time"
             )
-        self._attempts = 0
         yield from self._reply_to([*self.messages, self._message(self._document, text)], "")
 
-    def retry(self) -> Generator[str, None, None]:
-        self._attempts += 1
-        yield from self._reply_to(self.messages[: self._last_index() + 1], self._document)
+    @property
+    def repeats(self) -> bool:
+        """Whether `retry` is certain to give the last reply again."""
+        is_same = self._asked == (self.messages[:-1], self.options)
+        is_whole = self.last is not None and self.last.reason != "cancelled"
+        return is_same and is_whole and not self.options.sampling.temperature
 
-    def edit(self, text: str) -> Generator[str, None, None]:
+    def retry(self) -> Replies:
+        before = self.messages[: self._last_index() + 1]
+        yield from self._reply_to(before, self._document, self._attempts + 1)
+
+    def edit(self, text: str) -> Replies:
         """Yields the reply to `text` in the last message's place, after the same document."""
-        self._attempts = 0
         index = self._last_index()
         message = self._message(self._document_of(index), text)
         yield from self._reply_to([*self.messages[:index], message], self._document)
@@ -104,7 +111,7 @@ class Conversation:
         if self._document:
             messages.append({"role": "user", "content": self._document})
             encode = self.model.opening_ids
-        if not messages:
+        if all(message["role"] == "system" for message in messages):
             raise RequestError("the conversation is empty: there is nothing to save")
         return self.model.save_state(path, encode(messages), messages)
 
@@ -129,10 +136,11 @@ class Conversation:
             self._document = self.messages.pop()["content"]
         return saved
 
-    def _reply_to(self, messages: list[Message], document: str) -> Generator[str, None, None]:
+    def _reply_to(self, messages: list[Message], document: str, attempts: int = 0) -> Replies:
+        self._attempts = attempts
         options, sampling = self.options, self.options.sampling
-        if self._attempts and sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + self._attempts)
+        if attempts and sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + attempts)
             options = replace(options, sampling=sampling)
         stream = self.model.reply_to(messages, options)
         try:
@@ -142,7 +150,7 @@ class Conversation:
                 stream.cancel()
                 self.last = stream.reply()
                 self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
-                self._document = document
+                self._document, self._asked = document, (messages, self.options)
 
     def _message(self, document: str, text: str) -> Message:
         content = _SEPARATOR.join(filter(None, (document, text)))

@@ -1,6 +1,7 @@
 """Opens artifacts for `rgexport generate`, `chat` and `state`, with remarks for the user."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat import model as models
+from rgexport.chat.jobs import GenerationJob, GenerationRequest, require_ids
 from rgexport.chat.model import Model
+from rgexport.chat.reading import show_reading
 from rgexport.chat.reply import ModelReply, ReplyOptions
-from rgexport.chat.sampling import Sampler
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.opening import open_artifact
 from rgexport.progress import detail, note, warn
 from rgexport.runtimes.engine import open_session
-from rgexport.runtimes.session import SessionInfo
+from rgexport.runtimes.session import SessionInfo, block_size
 from rgexport.units import amount
 
 _ID = re.compile("[0-9]{1,20}")
@@ -58,30 +60,33 @@ def continued_ids(model: Model, text: str, state: Path | None) -> list[int]:
 
 
 def continue_ids(
-    path: Path | str,
-    ids: str,
-    options: ReplyOptions,
-    threads: int | None,
-    *,
-    allow_foreign: bool = False,
+    path: Path | str, ids: str, options: ReplyOptions, threads: int | None, allow_foreign: bool
 ) -> Iterator[int]:
     """Yields the most tokens that `options` allow after ids such as `2,651,603`."""
     numbers = ids.replace(",", " ").split()
     if not numbers or not all(map(_ID.fullmatch, numbers)):
         raise RequestError(f"--ids is {ids!r}; expected token ids such as 2,651,603")
     artifact, tokens = _open(path, allow_foreign), list(map(int, numbers))
-    size = artifact.manifest.config.vocab_size
-    if max(tokens) >= size:  # NumPy would fail on numbers of more than 64 bits
-        raise RequestError(f"token id {max(tokens)} is outside of the vocabulary of {size}")
+    require_ids(tokens, artifact.manifest.config.vocab_size)  # NumPy fails on more than 64 bits
     prompt = np.array([tokens], np.int64)
     session = open_session(artifact, threads=threads)
     _log_session(session.info)
-    sampler = Sampler(options.sampling, tokens)
-    token = sampler(session.prefill(prompt)[0, -1])
-    for _ in range(options.max_new_tokens - 1):
-        yield token
-        token = sampler(session.step(np.array([token], np.int64))[0])
-    yield token
+    request = GenerationRequest(ids=tokens, listener=models.Reading(), sampling=options.sampling)
+    job, size, logits = GenerationJob(request), block_size(session), np.zeros(0)
+
+    def read(seconds: float) -> bool:
+        nonlocal logits
+        end = time.monotonic() + seconds
+        while job.fed < len(tokens) and time.monotonic() < end:
+            logits = session.prefill(prompt[:, job.fed : job.fed + size])[0, -1]
+            job.fed += size
+        return job.fed >= len(tokens)
+
+    show_reading(job, read)
+    for left in reversed(range(options.max_new_tokens)):
+        yield (token := job.sampler(logits))
+        if left:
+            logits = session.step(np.array([token], np.int64))[0]
 
 
 def summary(reply: ModelReply) -> str:

@@ -2,17 +2,18 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rgexport.chat.conversation import Conversation
+from rgexport.chat.conversation import Conversation, Replies
 from rgexport.chat.from_artifact import summary
 from rgexport.chat.sampling import Sampling
-from rgexport.errors import RequestError, printable
+from rgexport.errors import RequestError, one_line, printable
 from rgexport.files.paths import read_text
-from rgexport.printing import print_reply, printable_reply
+from rgexport.printing import print_reply, printable_reply, terminal_columns
 from rgexport.progress import note, print_error
 from rgexport.runtimes.machine import peak_rss_bytes
 from rgexport.units import amount
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
-Replies = Generator[str, None, None]
 _SETTINGS = [f.name for f in fields(Sampling) if f.name != "logit_bias"] + ["max_new_tokens"]
 _WHOLE = "top_k", "seed", "max_new_tokens"
+_SHOWN = 240  # characters of a message that was loaded
 _SYNONYMS = {"exit": "quit", "bye": "quit", "?": "help", "reset": "clear", "regen": "retry"}
 PROMPT = "> "
 GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
@@ -66,11 +67,6 @@ def _quit(conversation: Conversation, argument: str) -> str:
     raise Quit
 
 
-def _clear(conversation: Conversation, argument: str) -> str:
-    conversation.clear()
-    return "A new conversation."
-
-
 def _system(conversation: Conversation, argument: str) -> str:
     if argument:
         conversation.set_system("" if argument in ("none", '""') else argument)
@@ -84,13 +80,16 @@ def _save(conversation: Conversation, argument: str) -> str:
     return f"{path} has {saved.count} tokens in {amount(path.stat().st_size)}."
 
 
-def _load(conversation: Conversation, argument: str) -> str:
-    saved = conversation.load(Path(argument).expanduser())
+def load_state(conversation: Conversation, file: Path | str) -> str:
+    """Loads a state file; says what it has, with a few lines of its last messages."""
+    saved = conversation.load(Path(file).expanduser())
     if saved.tokens is None:
         return f"{saved.count} tokens are known, but not their text: /read it next."
-    known = f"{saved.count} tokens are known, {len(conversation.messages)} messages."
-    last = [message["content"] for message in conversation.messages[-2:]]
-    return "\n".join([known, *([f"{PROMPT}{last[0]}", last[1]] if len(last) == 2 else [])])
+    marks, messages = {"user": PROMPT, "assistant": ""}, saved.messages or ()
+    last = [
+        marks[m["role"]] + one_line(m["content"], _SHOWN) for m in messages if m["role"] in marks
+    ]
+    return "\n".join([f"{saved.count} tokens are known, {len(messages)} messages.", *last[-2:]])
 
 
 def _raw(conversation: Conversation, argument: str) -> str:
@@ -99,7 +98,7 @@ def _raw(conversation: Conversation, argument: str) -> str:
 
 
 def _retry(conversation: Conversation, argument: str) -> Replies:
-    if conversation.messages and not conversation.options.sampling.temperature:
+    if conversation.repeats:
         print_error("At temperature 0 the reply is the same; another: /set temperature 0.7")
     return conversation.retry()
 
@@ -135,11 +134,10 @@ def _set(conversation: Conversation, argument: str) -> str:
         number: Any = int(value) if name in _WHOLE else float(value)
     except ValueError:
         raise RequestError(f"{name} is {value!r}; expected a number") from None
-    if name == "max_new_tokens":
-        conversation.options = replace(options, max_new_tokens=number)
-    else:
-        sampling = replace(options.sampling, **{name: number})
-        conversation.options = replace(options, sampling=sampling)
+    changed = {name: number}
+    if name != "max_new_tokens":
+        changed = {"sampling": replace(options.sampling, **changed)}
+    conversation.options = replace(options, **changed)
     return f"{name} is {value}."
 
 
@@ -151,8 +149,8 @@ COMMANDS: dict[str, Command] = {
     "edit": Command(Conversation.edit, "says TEXT instead of the last message", "TEXT", True),
     "read": Command(_read, "reads a text that the next message is about", "FILE", True),
     "save": Command(_save, "saves the conversation and its state", "FILE", True),
-    "load": Command(_load, "goes on with a saved one", "FILE", True),
-    "clear": Command(_clear, "begins a new conversation"),
+    "load": Command(load_state, "goes on with a saved one", "FILE", True),
+    "clear": Command(lambda c, _: c.clear(), "begins a new conversation"),
     "set": Command(_set, "changes or shows a setting; alone, lists all", "NAME VALUE"),
     "raw": Command(_raw, "shows replies without styles, or with them again"),
     "stats": Command(_stats, "shows speed, memory and state"),
@@ -171,10 +169,24 @@ def pipe_chat(conversation: Conversation, lines: TextIO, output: TextIO) -> None
             if isinstance(answer, str):
                 print_error(answer)
                 continue
-            for piece in answer:
-                print_reply(piece, output)
-            print_reply("\n", output)
+            print_pieces(answer, output, wraps=conversation.styled)
             _note_cut(conversation)
+
+
+def print_pieces(pieces: Iterable[str], output: TextIO, *, wraps: bool = True) -> None:
+    """Prints a reply as it comes, and ends the line; a terminal's lines break between words."""
+    if not (wraps and output.isatty()):
+        for piece in chain(pieces, "\n"):
+            print_reply(piece, output)
+        return
+    from rich.console import Console
+
+    from rgexport.chat.styled_reply import StyledReply
+
+    console = Console(file=output, color_system=None, width=terminal_columns(output))
+    with contextlib.closing(StyledReply(console)) as reply:
+        for piece in pieces:
+            reply.add(printable_reply(piece))
 
 
 def _note_cut(conversation: Conversation) -> None:
@@ -186,13 +198,12 @@ def one_message(
     conversation: Conversation, text: str, output: TextIO, *, as_json: bool = False
 ) -> None:
     """Sends one message; streams the reply, or writes it as JSON at its end."""
-    for piece in conversation.send(text):
-        print_reply("" if as_json else piece, output)
+    pieces: Iterable[str] = conversation.send(text)
     if as_json:
+        "".join(pieces)
         assert conversation.last
-        text = json.dumps(asdict(conversation.last), ensure_ascii=False)
-        print_reply(text, output)
-    print_reply("\n", output)
+        pieces = [json.dumps(asdict(conversation.last), ensure_ascii=False)]
+    print_pieces(pieces, output, wraps=conversation.styled and not as_json)
     _note_cut(conversation)
 
 
@@ -241,14 +252,12 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
         console.print(printable_reply(answer), style="dim", markup=False)
         return
     styled = StyledReply(console, styled=conversation.styled)
-    with contextlib.closing(answer) as reply:
+    with contextlib.closing(answer) as reply, contextlib.closing(styled):
         try:
             for piece in reply:
                 styled.add(printable_reply(piece))
         except KeyboardInterrupt:
             styled.add(" [stopped]")
-        finally:
-            styled.close()
     if conversation.last and conversation.last.reason == "length":
         console.print("(cut; /set max_new_tokens NUMBER allows more)", style="dim")
 
@@ -265,40 +274,31 @@ def _editor(keeps_history: bool) -> tuple[Callable[[str], str], str]:
 def _prompt_session(keeps_history: bool) -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 
     keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     return PromptSession(
         multiline=True,
         key_bindings=keys,
         completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
         complete_while_typing=False,
         prompt_continuation="  ",
-        history=_history() if keeps_history else InMemoryHistory(),
+        history=_history() if keeps_history else None,
     )
 
 
 def _history() -> Any:
     import platformdirs
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.history import FileHistory
 
     path = Path(platformdirs.user_state_dir("rgexport")) / "chat-history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
     except OSError:
-        return InMemoryHistory()
+        return None
     return FileHistory(str(path))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,15 @@ from rgexport.commands.options import (
 )
 from rgexport.commands.standard_input import piped_text, read_file_or_stdin
 from rgexport.errors import RequestError
-from rgexport.printing import print_reply, print_result, print_sentences
+from rgexport.printing import print_result, print_sentences
 
 if TYPE_CHECKING:
     from rgexport.chat.model import Model
     from rgexport.chat.reply import ReplyOptions
     from rgexport.chat.sampling import Sampling
+
+
+_off = partial(option, show_default=False)  # by default, such an option changes nothing
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class DraftArguments(LookupArguments):
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            message = "--draft-text changes nothing with --no-lookup; leave out one of them"
-            raise RequestError(message)
+            raise RequestError("--draft-text does nothing with --no-lookup; leave out one of them")
         return read_text(self.draft_text) if self.draft_text else ""
 
 
@@ -53,21 +56,13 @@ class SamplingArguments(ThreadsArguments):
     temperature: float = option(
         "Randomness; 0 takes the most likely token.", "--temperature", "--temp", default=0.0
     )
-    top_k: int = option("Sample from the k most likely tokens.", default=0, show_default=False)
-    top_p: float = option(
-        "Sample from the most likely tokens that sum to p.", default=1.0, show_default=False
-    )
-    min_p: float = option(
-        "Drop tokens less likely than p times the most likely one.", default=0.0, show_default=False
-    )
-    repetition_penalty: float = option(
-        "Makes tokens repeat less, if above 1.", default=1.0, show_default=False
-    )
-    presence_penalty: float = option(
-        "Makes tokens of the reply occur less, if above 0.", default=0.0, show_default=False
-    )
-    frequency_penalty: float = option(
-        "Makes frequent tokens of the reply rarer, if above 0.", default=0.0, show_default=False
+    top_k: int = _off("Sample from the k most likely tokens.", default=0)
+    top_p: float = _off("Sample from the most likely tokens that sum to p.", default=1.0)
+    min_p: float = _off("Drop tokens less likely than p times the most likely one.", default=0.0)
+    repetition_penalty: float = _off("Makes tokens repeat less, if above 1.", default=1.0)
+    presence_penalty: float = _off("Makes tokens of the reply occur less, if above 0.", default=0.0)
+    frequency_penalty: float = _off(
+        "Makes frequent tokens of the reply rarer, if above 0.", default=0.0
     )
     seed: int | None = option("Seed of the sampling, which makes replies repeatable.")
 
@@ -133,6 +128,7 @@ class GenerateArguments(ArtifactArguments):
 def generate(arguments: GenerateArguments) -> None:
     """Continues a prompt, or a saved state."""
     from rgexport.chat.from_artifact import continue_ids, continued_ids, summary
+    from rgexport.chat.terminal import print_pieces
 
     reply, state = arguments.reply, arguments.reply.state
     options = reply.options(arguments.stop)
@@ -141,15 +137,11 @@ def generate(arguments: GenerateArguments) -> None:
         if state.load_state or state.save_state or reply.draft.draft_text:
             raise RequestError("--ids goes without --load-state, --save-state and --draft-text")
         threads, is_foreign = reply.sampling.threads, reply.engine.allow_foreign
-        tokens = continue_ids(
-            arguments.artifact, arguments.ids, options, threads, allow_foreign=is_foreign
-        )
+        tokens = continue_ids(arguments.artifact, arguments.ids, options, threads, is_foreign)
         if arguments.as_json:
             print_result(json.dumps({"ids": [*tokens]}))
-            return
-        for token in tokens:
-            print_result(f"{token} ", end="")
-        print_result("")
+        else:
+            print_pieces((f"{token} " for token in tokens), sys.stdout)
         return
     if prompt is None and state.load_state is None:
         raise RequestError(
@@ -159,11 +151,10 @@ def generate(arguments: GenerateArguments) -> None:
     with reply.open_model(arguments.artifact, chat=False) as model:
         ids = continued_ids(model, prompt or "", state.load_state)
         stream = model.continue_ids(ids, dataclasses.replace(options, draft=model.draft_of(draft)))
-        for piece in stream:
-            print_reply("" if arguments.as_json else piece)
         if arguments.as_json:
-            print_reply(json.dumps(dataclasses.asdict(stream.reply()), ensure_ascii=False))
-        print_result("")
+            print_result(json.dumps(dataclasses.asdict(stream.reply()), ensure_ascii=False))
+        else:
+            print_pieces(stream, sys.stdout)
         progress.note(summary(stream.reply()))
         if state.save_state:
             model.save_state(state.save_state, [*ids, *stream.reply().ids])
@@ -201,7 +192,7 @@ def chat(arguments: ChatArguments) -> None:
     In a terminal, /help lists commands. Over a pipe, each line is a message.
     """
     from rgexport.chat.conversation import Conversation
-    from rgexport.chat.terminal import one_message, pipe_chat, terminal_chat
+    from rgexport.chat.terminal import load_state, one_message, pipe_chat, terminal_chat
 
     reply, state, prompt = arguments.reply, arguments.reply.state, arguments.prompt
     options, draft = reply.options(arguments.stop), reply.draft.text()
@@ -222,10 +213,11 @@ def chat(arguments: ChatArguments) -> None:
         options = dataclasses.replace(options, draft=model.draft_of(draft))
         conversation = Conversation(model, options)
         conversation.styled = not arguments.plain
+        conversation.set_system(arguments.system)
         if state.load_state:
-            conversation.load(state.load_state)
-        elif arguments.system:
-            conversation.set_system(arguments.system)
+            known = load_state(conversation, state.load_state)
+            if prompt is None and not document:
+                progress.note(known)
         if document:
             conversation.read(document)
         if prompt is not None:
@@ -328,13 +320,12 @@ def info(arguments: InfoArguments) -> None:
     if arguments.as_json:
         print_result(json.dumps(fields, ensure_ascii=False))
         return
-    identity = fields["identity"]
     for name, value in {
-        "model": f"{identity['name']} (window {identity['window']})",
+        "model": f"{fields['identity']['name']} (window {fields['identity']['window']})",
         "text": f"{_text_kind(fields)}, {fields['tokens']} tokens",
         "made by": ", ".join(filter(None, (fields["engine"], fields["tool"]))),
     }.items():
-        print_result(f"{name:<9} {value}")
+        print_sentences(f"{name:<9} {value}")
 
 
 def _next_step(artifact: Path | str, file: Path, *, plain: bool, has_text: bool) -> str:

@@ -147,6 +147,9 @@ def test_undo_edit_and_retry_read_from_there_on(conversation, session):
 def test_a_document_outlives_the_message_about_it(conversation, session):
     for text in ("one", "two"):
         conversation.read(text)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AttributeError):
+        patch.delattr(type(conversation.model), "state")
+        conversation.read("three, which fails")
     say(conversation, session, "hello", [300, EOS])
     assert "The text before it stays" in conversation.undo() and not conversation.messages
     assert conversation.undo() == "The text that was read last is gone."

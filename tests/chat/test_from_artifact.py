@@ -142,6 +142,8 @@ def test_nothing_is_overwritten_by_a_state(command, demo_artifact, tmp_path):
         refusal = f"{name} exists and is not a state file; give another name"
         assert done.returncode == (0 if name == "a.state" else 2)
         assert (refusal in done.stderr) == (name != "a.state") == (not done.stdout)
+    done = rgexport("chat", demo_artifact, "--load-state", "a.state", folder=tmp_path, text="")
+    assert ("2 messages.\n> It is\n" in done.stderr) == (command == "chat")
     assert (tmp_path / "thesis").read_text() == "my work"
     assert {path.name for path in tmp_path.iterdir()} == {"thesis", "folder", "a.state"}
 

@@ -51,14 +51,14 @@ def test_a_pipe_gives_the_replies_alone(conversation):
 
 def test_commands(conversation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text("the model said it")
+    (tmp_path / "book.txt").write_text("the model said it\n" * 99)
     asked = "/stats|hi|/stats|/system Be brief.|/save a.state|/undo|/load a.state|/set top_p 0.5"
-    asked += "|/set max-new-tokens 3|/clear|/read book.txt|/save a.state|/quit|never"
+    asked += "|/set max-new-tokens 3|/clear|/read book.txt|/save a.state|/load a.state|/quit|never"
     lines = iter(chat(conversation, *asked.split("|")))
     for said_by_command in (
         *("toy in toy 1", "hello", "toy in toy 1", "last reply: ", "The system prompt: Be brief."),
         *("a.state has ", "tokens are known, 3 messages.", "top_p is 0.5.", "max_new_tokens is 3."),
-        *("book.txt is read, the conversation has ", "a.state has "),
+        *("book.txt is read, the conversation has ", "a.state has ", "> the model said it "),
     ):
         assert any(said_by_command in line for line in lines), "in this order"
     assert not [*lines] and conversation.system == "Be brief."
@@ -78,6 +78,7 @@ def test_commands(conversation, tmp_path, monkeypatch):
         ("/set top_k many", "top_k is 'many'; expected a number"),
         ("/set top_p 3", "top_p is 3.0; expected"),
         ("/save a.state", "the conversation is empty"),
+        ("/system Be brief.\n/save a.state", "the conversation is empty"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(line, message, conversation):
@@ -154,5 +155,7 @@ def test_commands_say_what_they_do(conversation):
     lines = "hi", "/retry", "/raw", "/raw", "/set top_k", "/system none", "/system", "/set"
     said_by = chat(conversation, *lines)
     assert "At temperature 0 the reply is the same" in said_by[1]
+    lines = "/set temperature 1", "/retry", "/set temperature 0", "/retry", "/set top_p 1", "/retry"
+    assert sum("the reply is the same" in line for line in chat(conversation, *lines)) == 1
     assert said_by[3:5] == ["Replies are shown as they are.", "Markdown has styles."]
     assert said_by[5:8] == ["top_k 0", *["No system prompt."] * 2] and "seed random" in said_by
