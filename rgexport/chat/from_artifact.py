@@ -83,9 +83,9 @@ def continue_ids(
         return job.fed >= len(tokens)
 
     show_reading(job, read)
-    for left in reversed(range(options.max_new_tokens)):
+    for remaining in reversed(range(options.max_new_tokens)):
         yield (token := job.sampler(logits))
-        if left:
+        if remaining:
             logits = session.step(np.array([token], np.int64))[0]
 
 

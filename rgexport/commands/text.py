@@ -46,7 +46,8 @@ class DraftArguments(LookupArguments):
         from rgexport.files.paths import read_text
 
         if self.draft_text and not self.lookup:
-            raise RequestError("--draft-text does nothing with --no-lookup; leave out one of them")
+            message = "--draft-text changes nothing with --no-lookup; leave out one of them"
+            raise RequestError(message)
         return read_text(self.draft_text) if self.draft_text else ""
 
 
