@@ -70,8 +70,7 @@ class Artifact:
         for group in groups_of(stored):
             first, last = group.run(start, stop)
             if first < last:
-                chosen = group.chosen(start, stop)
-                rows[chosen] = self._group_rows(name, group.stored, first, last)
+                rows[group.chosen(start, stop)] = self._group_rows(name, group.stored, first, last)
         return rows
 
     def _group_rows(self, name: str, stored: StoredTensor, start: int, stop: int) -> np.ndarray:

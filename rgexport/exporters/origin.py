@@ -42,9 +42,8 @@ def origin_of_card(path: Path) -> Origin:
     head = match[1] if match else ""
     base = re.search(r"^base_model: *(?:\n *- *)?([\w./-]+) *$", head, re.MULTILINE)
     licence = re.search(r"^license: *([\w.-]+) *$", head, re.MULTILINE)
-    hub_id = base[1] if base else None
-    gemma = GEMMA if hub_id in _RELEASED else None
-    return Origin(hub_id, licence[1] if licence else gemma)
+    gemma = GEMMA if base and base[1] in _RELEASED else None
+    return Origin(base[1] if base else None, licence[1] if licence else gemma)
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:

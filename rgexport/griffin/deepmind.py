@@ -162,9 +162,8 @@ _KERNEL, _WEIGHT = ".kernel", ".weight"  # a matrix [in, out] in flax, its trans
 def orbax_folder(path: Path) -> Path | None:
     """Returns the folder that has the parameters, if `path` is an orbax checkpoint."""
     for folder in (path, path / _NESTED):
-        if (folder / _METADATA).is_file() or (folder / _DATABASE).is_file():
-            return folder
-        if folder.is_dir() and any(folder.glob(f"params.*{_ARRAY}")):
+        is_marked = (folder / _METADATA).is_file() or (folder / _DATABASE).is_file()
+        if is_marked or (folder.is_dir() and any(folder.glob(f"params.*{_ARRAY}"))):
             return folder
     return None
 

@@ -157,8 +157,7 @@ class LayerByLayer(ABC):
             self._array(np.zeros((batch, *spec.shape), np.float32))
             for spec in layer_states(short, index, "float32")
         )
-        positions = np.tile(np.arange(length), (batch, 1))
-        return self._array(positions), (first, second)
+        return self._array(np.tile(np.arange(length), (batch, 1))), (first, second)
 
     def _load(self, weight: RowTensor) -> Array:
         array = np.empty(weight.shape, np.float32)

@@ -45,8 +45,7 @@ def layer_states(config: GriffinConfig, index: int, activation: str) -> tuple[St
 
 
 def state_specs(config: GriffinConfig, activation: str = "float32") -> list[StateSpec]:
-    layers = range(config.num_layers)
-    return [spec for i in layers for spec in layer_states(config, i, activation)]
+    return [spec for i in range(config.num_layers) for spec in layer_states(config, i, activation)]
 
 
 def zero_state(config: GriffinConfig, batch: int) -> State:

@@ -122,8 +122,7 @@ def _causal_conv1d(g: CoreMLEmitter, node: Node) -> Sequence[Var]:
 def _taps(g: CoreMLEmitter, window: Var, weight: Var, tokens: int) -> Var:
     """The sum over the taps [1, C, R] times views of the window [1, C - 1 + T, R]."""
     if tokens == 1:
-        products = g.op("mul", x=window, y=weight)
-        return g.op("reduce_sum", x=products, axes=[1], keep_dims=True)
+        return g.op("reduce_sum", x=g.op("mul", x=window, y=weight), axes=[1], keep_dims=True)
     total = None
     for tap in range(weight.shape[1]):
         view = g.slice(window, tap, tap + tokens, 1)

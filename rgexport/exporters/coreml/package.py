@@ -54,7 +54,6 @@ def write_package(folder: Path, model: "Model", name: str = PACKAGE) -> None:
 DECODE, PREFILL = "decode", "prefill"
 """The functions of a segment: of one token, and of a fixed number of them."""
 ENDS = "ends.mlpackage"
-_LAYER = "layers."
 _Item = TypeVar("_Item")
 
 
@@ -169,7 +168,7 @@ def split_by_size(num_layers: int, sizes: Mapping[str, int], limit: int) -> tupl
 
 
 def layer_of(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith(_LAYER) else None
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
 def _groups(sizes: Sequence[int], limit: int) -> list[int]:

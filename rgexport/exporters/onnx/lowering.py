@@ -28,8 +28,7 @@ def _native(name: str, body: Body, *attributes: str) -> Lowering:
 
 def _elementwise(op: str) -> Lowering:
     def lower(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
-        dtype = node.outputs[0].dtype
-        return [g.op(op, *(g.cast(x, dtype) for x in g.inputs(node)))]
+        return [g.op(op, *(g.cast(x, node.outputs[0].dtype) for x in g.inputs(node)))]
 
     return lower
 
@@ -218,8 +217,7 @@ def _ring_slots(g: GraphBuilder, positions: ir.Value, attended: ir.Value, window
     element = g.slice(g.slice(g.cast(attended, "float32"), 0, 1, 2), 0, 1, 3)
     never = g.op("Less", g.op("Abs", element), g.constant(0, "float32"))
     zero = g.op("Squeeze", g.cast(never, "int64"), g.constant([2, 3]))
-    recent = g.slice(positions, -window, END, 1)
-    slots = g.op("Add", g.op("Mod", recent, g.constant(window)), zero)
+    slots = g.op("Add", g.op("Mod", g.slice(positions, -window, END, 1), g.constant(window)), zero)
     batch = g.op("Squeeze", g.op("Shape", positions, start=0, end=1))
     row = g.op("Range", g.constant(0), batch, g.constant(1))
     size = g.op("Shape", slots)

@@ -237,8 +237,7 @@ def _folded(operation: str, inputs: Sequence[Sizes | None]) -> Sizes | None:
         return None
     count = max(len(first), len(second))
     first, second = (list(x) * count if len(x) == 1 else x for x in (first, second))
-    pairs = zip(first, second, strict=False)
-    return [_computed(_ARITHMETIC[operation], a, b) for a, b in pairs]
+    return [_computed(_ARITHMETIC[operation], a, b) for a, b in zip(first, second, strict=False)]
 
 
 def _computed(function: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:

@@ -46,8 +46,7 @@ def model_source() -> str:
 @cache
 def registration() -> dict[str, tuple[Hunk, ...]]:
     """Returns the changes of llama.cpp's own files: path in its tree → hunks."""
-    diff = _REGISTRATION.read_text("utf-8")
-    pieces = re.split(r"^\+\+\+ b/(.*)\n", diff, flags=re.MULTILINE)[1:]
+    pieces = re.split(r"^\+\+\+ b/(.*)\n", _REGISTRATION.read_text("utf-8"), flags=re.MULTILINE)[1:]
     return {
         path: tuple(map(_parse_hunk, re.split(r"^@@ .*\n", body, flags=re.MULTILINE)[1:]))
         for path, body in zip(pieces[::2], pieces[1::2], strict=True)

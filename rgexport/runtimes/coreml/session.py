@@ -152,8 +152,7 @@ class Pipeline:
             self._runners[package].write_state(state[package], name, piece)
 
     def _read_pieces(self, state: Any, name: str) -> list[np.ndarray]:
-        packages = self._state_packages[name]
-        return [self._runners[p].read_state(state[p], name) for p in packages]
+        return [self._runners[p].read_state(state[p], name) for p in self._state_packages[name]]
 
 
 @dataclass

@@ -278,8 +278,7 @@ class OrtSession(Session):
         return logits
 
     def _next(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        seen = self._position[rows.start : rows.stop, None]
-        return np.asarray(seen + np.arange(ids.shape[1]))
+        return np.asarray(self._position[rows.start : rows.stop, None] + np.arange(ids.shape[1]))
 
     def _bind(
         self, rows: range, ids: np.ndarray, positions: np.ndarray, num_logits: int
@@ -289,8 +288,7 @@ class OrtSession(Session):
         run.bind(positions, "position_ids")
         run.bind(np.array(num_logits), NUM_LOGITS)
         for record in self._manifest.states:
-            state = self._states[record.name][rows.start : rows.stop]
-            run.bind(state, record.input, record.output)
+            run.bind(self._states[record.name][rows.start : rows.stop], record.input, record.output)
         # Outputs that only verification reads share an array for all layers, as ONNX Runtime would
         # keep them all. A layer overwrites what the next has read already.
         arrays: dict[str, np.ndarray] = {}

@@ -167,8 +167,7 @@ class _Translator:
         elif operation.type.startswith("constexpr_"):
             self._define(name, type, compressed_weight(self._package, operation, self._cache))
         elif operation.type == "read_state":
-            state = self._state(operation)
-            self._add_step(operation, _same, [state], self._define(name, type))
+            self._add_step(operation, _same, [self._state(operation)], self._define(name, type))
         else:
             self._compute(operation, name, type)
 

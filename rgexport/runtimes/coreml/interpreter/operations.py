@@ -166,14 +166,12 @@ def _matmul(inputs: OperationInputs) -> OperationCall:
 # ---- Operations that move elements and change none --------------------------------------------
 
 
-def _reshape(inputs: OperationInputs) -> OperationCall:
-    shape = inputs.integers("shape")
-    return inputs.call(lambda x: x.reshape(shape), "x")
+def _arranged(function: Callable[[np.ndarray, Any], np.ndarray], how: str) -> MakeCall:
+    def make(inputs: OperationInputs) -> OperationCall:
+        integers = inputs.integers(how)
+        return inputs.call(lambda x: function(x, integers), "x")
 
-
-def _transpose(inputs: OperationInputs) -> OperationCall:
-    order = inputs.integers("perm")
-    return inputs.call(lambda x: x.transpose(order), "x")
+    return make
 
 
 def _concat(inputs: OperationInputs) -> OperationCall:
@@ -231,8 +229,8 @@ ARITHMETIC: dict[str, MakeCall] = {
 }
 """Operations whose results are rounded to their declared dtype."""
 OPS: dict[str, MakeCall] = ARITHMETIC | {
-    "reshape": _reshape,
-    "transpose": _transpose,
+    "reshape": _arranged(np.reshape, "shape"),
+    "transpose": _arranged(np.transpose, "perm"),
     "concat": _concat,
     "slice_by_index": _slice_by_index,
     "gather": _gather,
