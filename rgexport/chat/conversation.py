@@ -11,7 +11,6 @@ from rgexport.chat.state_file import Key, SavedState, key_of
 from rgexport.errors import RequestError
 
 Replies = Generator[str, None, None]
-_SEPARATOR = "\n\n"
 
 
 class Conversation:
@@ -153,7 +152,7 @@ class Conversation:
                 self._document, self._asked = document, (messages, self.options)
 
     def _message(self, document: str, text: str) -> Message:
-        content = _SEPARATOR.join(filter(None, (document, text)))
+        content = "\n\n".join(filter(None, (document, text)))
         self._documents[content] = document
         return {"role": "user", "content": content}
 

@@ -214,7 +214,12 @@ def terminal_chat(
 
     console = console or Console(highlight=False)
     read_message, usage = _editor(keeps_history)
-    banner = printable(_banner(conversation))
+    model, temperature = conversation.model, conversation.options.sampling.temperature
+    window = model.identity.window
+    banner = printable(
+        f"{model.name} in {model.info.title}; temperature {temperature:g}; texts of any length, "
+        + (f"attention to the last {window:,} tokens." if window else "no attention.")
+    )
     console.print(f"{banner}\n{usage} {GREETING}", style="dim", markup=False)
     with contextlib.suppress(Quit, EOFError):
         while True:
@@ -226,15 +231,6 @@ def terminal_chat(
                 console.print("Ctrl-D or /quit ends the chat.", style="dim")
             except RequestError as error:
                 console.print(printable(str(error)), style="red", markup=False)
-
-
-def _banner(conversation: Conversation) -> str:
-    model, temperature = conversation.model, conversation.options.sampling.temperature
-    window = model.identity.window
-    return (
-        f"{model.name} in {model.info.title}; temperature {temperature:g}; texts of any length, "
-        + (f"attention to the last {window:,} tokens." if window else "no attention.")
-    )
 
 
 def _answer(conversation: Conversation, line: str) -> str | Replies:

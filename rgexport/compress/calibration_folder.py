@@ -27,8 +27,6 @@ from rgexport.files.targets import COMPLETE
 from rgexport.files.typed_json import read_json
 from rgexport.quantization.calibration import Arrays, Provenance
 
-_REQUEST = "request.json"
-
 
 class CalibrationFolder:
     """Intermediate arrays, one file each, by names such as `tokens` or `stream-3`."""
@@ -39,7 +37,7 @@ class CalibrationFolder:
     @classmethod
     def open(cls, path: Path, request: Mapping[str, Any], *, force: bool) -> "CalibrationFolder":
         """Creates the folder, or opens one with an equal request; `force` replaces another one."""
-        file = path / _REQUEST
+        file = path / "request.json"
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if not file.is_file():
                 raise RequestError(

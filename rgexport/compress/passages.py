@@ -69,8 +69,7 @@ class Passages:
 
 def join(sequences: Sequence[np.ndarray], seed: int) -> Passages:
     """Joins sequences in a random order, so that the first ones represent all."""
-    order = np.random.default_rng(seed).permutation(len(sequences))
-    mixed = [sequences[i] for i in order]
+    mixed = [sequences[i] for i in np.random.default_rng(seed).permutation(len(sequences))]
     lengths = np.array([len(sequence) for sequence in mixed], np.int32)
     return Passages(np.concatenate(mixed).astype(np.int32), lengths)
 

@@ -260,8 +260,7 @@ class Collector:
             head = head_statistics(self.model, hidden, len(start), self.seed, advance)
         self.file.write({stored.PROBABILITY: head.probability, stored.FISHER: head.fisher})
         self.file.write({stored.hessian_name(site, i): t for i, t in enumerate(gram.triangles())})
-        normalized = self.model.final_norm(start)
-        (gradient,) = torch.autograd.grad(normalized, start, head.gradient)
+        (gradient,) = torch.autograd.grad(self.model.final_norm(start), start, head.gradient)
         self.folder.save(f"gradient-{last}", gradient.cpu().numpy())
 
     def backward(self) -> None:

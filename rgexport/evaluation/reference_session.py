@@ -17,8 +17,7 @@ class ReferenceSession(Session):
     """The original model; its weights stay in memory if they fit, else each pass reads them."""
 
     def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None):
-        weights = checkpoint.weights.values()
-        self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in weights)
+        self._bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in checkpoint.weights.values())
         available = available_bytes()
         keep = available is None or self._bytes + _SPARE_BYTES <= available
         self._config, self.vocab_size = checkpoint.config, checkpoint.config.vocab_size

@@ -69,8 +69,7 @@ class OpenAIAnswer:
 
     def closing(self, index: int, reply: ModelReply) -> dict[str, Any]:
         empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        last = self._chunk(index, empty, _REASONS[reply.reason])
-        return last | {"timings": timings(reply)}
+        return self._chunk(index, empty, _REASONS[reply.reason]) | {"timings": timings(reply)}
 
     def costs(self, replies: Sequence[ModelReply]) -> dict[str, Any]:
         costs = {"choices": [], "usage": usage(replies, self.n)}

@@ -99,8 +99,7 @@ def compare(
     """Resets a session and continues prompts of more than one token."""
     for name, tokens, theirs in prompts:
         session.reset()
-        logits = session.prefill(tokens[None])[0, -1]
-        chosen = [int(logits.argmax())]
+        chosen = [int(session.prefill(tokens[None])[0, -1].argmax())]
         while len(chosen) < len(theirs):
             chosen.append(int(session.step(np.array(chosen[-1:], np.int64))[0].argmax()))
         common = int(np.cumprod(np.array(chosen) == theirs).sum())

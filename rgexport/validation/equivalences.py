@@ -163,14 +163,12 @@ def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: i
         session.reset()
     else:
         session.set_state(before)
-    logits = session.prefill(tokens[None], num_logits=rows)[0]
-    return ChunkResult(logits, session.get_state())
+    return ChunkResult(session.prefill(tokens[None], num_logits=rows)[0], session.get_state())
 
 
 def _at_once(session: Session, ending: Ending) -> ChunkResult:
     session.set_state(ending.before)
-    rows = len(ending.chunk.logits)
-    logits = session.prefill_at_once(ending.tokens[None], num_logits=rows)[0]
+    logits = session.prefill_at_once(ending.tokens[None], num_logits=len(ending.chunk.logits))[0]
     return ChunkResult(logits, session.get_state())
 
 

@@ -55,10 +55,8 @@ def find_original(
     """
     if model is None and adapter is not None:
         raise RequestError("--adapter is for the model that -m names; give both")
-    if model is None:
-        checkpoint = _open_by_name(manifest.source.name)
-    else:
-        checkpoint = open_checkpoint(model, adapter=adapter)
+    name = manifest.source.name
+    checkpoint = open_checkpoint(model, adapter=adapter) if model else _open_by_name(name)
     same_files = checkpoint is not None and _same_files(manifest, checkpoint.weight_files)
     if checkpoint is None or (model is None and not same_files):
         return None
@@ -183,8 +181,7 @@ def _compare(manifest: Manifest, ours: Items, model: _ModelIdentity) -> Iterator
 
 
 def _config_items(config: GriffinConfig) -> dict[str, str | None]:
-    values = vars(config).items()
-    return {n: " ".join(v) if isinstance(v, tuple) else str(v) for n, v in values}
+    return {n: " ".join(v) if isinstance(v, tuple) else str(v) for n, v in vars(config).items()}
 
 
 def _adapter_item(hashes: Mapping[str, str]) -> dict[str, str | None]:

@@ -213,8 +213,7 @@ def differences(first: Measured, second: Measured) -> Result:
             if a.ids == b.ids
         ]
         if alike:
-            gap = mean_difference(*zip(*alike, strict=True))
-            entries.append({"noise": kind} | gap)
+            entries.append({"noise": kind} | mean_difference(*zip(*alike, strict=True)))
     return {"noises": entries}
 
 

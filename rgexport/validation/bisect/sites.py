@@ -242,8 +242,7 @@ def compare_sites(
         portable = _observe(lambda: open_observer(artifact, native=False), starts, tokens)
         calls += [replace(call, portable=True) for call in portable]
     with watched_layers("Per-op check", artifact.weights) as weights:
-        model = NumpyReference(config, weights)
-        errors = site_errors(model, artifact.manifest, calls)
+        errors = site_errors(NumpyReference(config, weights), artifact.manifest, calls)
     seen = {site for call in calls for site in (*call.observed.values, *call.observed.gates)}
     return site_report(errors, [site for site in sites(config) if site not in seen])
 

@@ -251,8 +251,7 @@ def _check_header(header: Header) -> None:
 
 
 def _ascends_inside(values: Sequence[int], start: int, stop: int) -> bool:
-    edges = start - 1, *values, stop
-    return all(a < b for a, b in pairwise(edges))
+    return all(a < b for a, b in pairwise((start - 1, *values, stop)))
 
 
 def _open_arrays(path: Path, header: Header) -> dict[str, RowTensor]:

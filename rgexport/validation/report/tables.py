@@ -102,8 +102,7 @@ _SUMMARY = (
 
 def logits_table(r: ValidationResult) -> Table:
     """All measured values, a column for each of `sides_of`."""
-    sides = {LABELS[name]: side for name, side in sides_of(r)}
-    return _measured_table("Logits", "measured", sides)
+    return _measured_table("Logits", "measured", {LABELS[name]: side for name, side in sides_of(r)})
 
 
 def _measured_table(

@@ -76,8 +76,7 @@ def directions(columns: int, count: int) -> np.ndarray:
     """Returns [1 + count, columns]: ones and signs, equal in all releases of numpy (NEP 19)."""
     numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
     bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
-    signs = 1.0 - 2.0 * bits.reshape(count, columns)
-    return np.vstack([np.ones(columns), signs])
+    return np.vstack([np.ones(columns), 1.0 - 2.0 * bits.reshape(count, columns)])
 
 
 def sketch(tensor: RowTensor) -> tuple[np.ndarray, float]:

@@ -94,10 +94,9 @@ def _sketch_limits(error: tensor_errors.SketchError) -> Iterator[Limited]:
     yield "row", error.worst_row, limit
     # Without the weights it is not known how many clip: by rounding to nearest, too, some shrink.
     square = min(error.relative_error**2, expected.noise * error.expected_error**2)
-    if error.estimated and error.directions:  # from as many independent products of W and E
-        deviation = error.relative_error / known**0.5
-    else:
-        deviation = error.relative_error / values**0.5
+    # Estimated from as many independent products of W and E.
+    independent = known if error.estimated and error.directions else values
+    deviation = error.relative_error / independent**0.5
     if error.directions and not error.estimated:  # √(2/known): the relative error of ‖W−Ŵ‖²
         deviation += square * (2 / known) ** 0.5 / 2
     shrinks = min(expected.shrinks[0], 0.0), max(expected.shrinks[1], 1.0)
