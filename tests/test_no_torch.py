@@ -37,8 +37,7 @@ def test_use_of_an_artifact(use, demo_artifact, tmp_path):
 
 def test_gguf(tmp_path):
     asked = "gguf", "--size", "demo", "--type", "f16"
-    block = BLOCK.replace(', "gguf"', "")
-    result = rgexport(*asked, folder=tmp_path, before=block)
+    result = rgexport(*asked, folder=tmp_path, before=BLOCK.replace(', "gguf"', ""))
     assert result.returncode == 0, result.stderr
     runs = "+rgexport." in installed_version()
     assert ("Checked on" if runs else "llama-cpp-python") in result.stdout

@@ -152,8 +152,7 @@ def test_margins_are_two_standard_errors():
 
 
 def compared(reference: list[list[float]], candidate: list[list[float]]) -> np.ndarray:
-    pair = (np.array(rows, np.float32) for rows in (reference, candidate))
-    return metrics.compare_logits(*pair)
+    return metrics.compare_logits(*(np.array(rows, np.float32) for rows in (reference, candidate)))
 
 
 def test_choices_flips_and_near_ties():

@@ -36,8 +36,7 @@ def copied(exported, tmp_path):
 @pytest.fixture
 def model(tmp_path):
     """A checkpoint of the name of a released model."""
-    folder = tmp_path / "recurrentgemma-2b-it"
-    return write_hugging_face(CONFIG, random_weights(CONFIG), folder)
+    return write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "recurrentgemma-2b-it")
 
 
 def files_of(folder):

@@ -24,8 +24,7 @@ def both(config, folder, **options):
     for name, tensor in whole.manifest.tensors.items():
         layer = name.split(".")[1] if name.startswith("layers.") else "ends"
         sizes[layer] += sum(part.nbytes + MOST_PADDING for part in tensor.parts.values())
-    largest = max(sizes.values())
-    split, _ = export_random_coreml(config, folder / "split", **options, split=largest)
+    split, _ = export_random_coreml(config, folder / "split", **options, split=max(sizes.values()))
     assert len(split.manifest.packages) > 2
     return whole, split
 

@@ -64,8 +64,7 @@ def session(monkeypatch):
 
 def measured(session, speeds, **request):
     asked = BenchRequest(**request)
-    measuring = BenchMeasurement(session, asked, lambda: next(speeds), Path(__file__), 1.5)
-    return list(measuring.rows())
+    return list(BenchMeasurement(session, asked, lambda: next(speeds), Path(__file__), 1.5).rows())
 
 
 def test_rate_is_the_mean_and_share_is_of_the_median(session):

@@ -34,8 +34,7 @@ def ambiguous(result):
 def of_a_file_alone(result):
     """The result of a reference file alone."""
     missing = ("original", "sites", "weights", "layers", "suspects")
-    source = {"source.found": False, "source.path": None}
-    return changed(result, dict.fromkeys(missing) | source)
+    return changed(result, dict.fromkeys(missing) | {"source.found": False, "source.path": None})
 
 
 def without_bisect(result):
