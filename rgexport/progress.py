@@ -146,8 +146,7 @@ def task(label: str, total: int = 0, unit: str = "bytes") -> Iterator[Advance]:
             _open[0].number = next(_numbers, "")
         current.number = _open[0].number
         listener = _listener
-        can_rewrite = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        show = _bar if can_rewrite and not quiet else _lines
+        show = _bar if _can_rewrite_lines() else _lines
         with show(current) if listener is None else _calls(current, listener) as advance:
             yield advance
 
@@ -161,6 +160,11 @@ def _running(current: TaskProgress) -> Iterator[None]:
         _open.remove(current)
     if not _open and current.number is not None:  # a group without tasks has no number
         note(current.line(terminal_columns(sys.stderr), ended=True))
+
+
+def _can_rewrite_lines() -> bool:
+    can_rewrite = os.environ.get("TERM") not in ("dumb", "unknown")
+    return sys.stderr.isatty() and can_rewrite and not quiet
 
 
 @contextmanager
@@ -235,7 +239,8 @@ def _bar_line(current: TaskProgress, width: int) -> "Table":
     free = width - len(text) - 1
     if current.total and free >= _BAR.start:
         bar = ProgressBar(current.total, current.done, width=min(free, _BAR.stop - 1))
-        line.add_row(Text(current.title), bar, Text(text.removeprefix(f"{current.title}: ")))
+        numbers = text.removeprefix(f"{current.title}: ")
+        line.add_row(Text(current.title), bar, Text(numbers))
     else:
         line.add_row(Text(text, no_wrap=True))
     return line

@@ -43,7 +43,7 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
     )
     assert artifact.manifest.check.status == "verified" and Path(artifact) == tmp_path / "demo"
     with rgexport.load(artifact) as model:
-        assert repr(model) == f"<Model {artifact.path}: onnx, int4>"
+        assert repr(model) == f"<Model {artifact.path} in {model.info.title}>"
     assert repr(rgexport.open_checkpoint("demo")).startswith("<Checkpoint demo: ")
     same = "model.onnx", "model.onnx.data", "tokenizer.json"
     assert all(artifact.file(n).read_bytes() == (demo_artifact / n).read_bytes() for n in same)

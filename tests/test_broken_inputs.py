@@ -151,7 +151,8 @@ def test_bad_request(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "folder" / "thesis.tex").touch()
     (tmp_path / "text.gguf").write_text("Once upon a time")
     (tmp_path / "model.pt").touch()
-    plan = make_plan(CONFIG, Float("float32"), Mixed((RowGroup("3", INT8), RowGroup(None, INT4))))
+    rows = Mixed((RowGroup("3", INT8), RowGroup(None, INT4)))
+    plan = make_plan(CONFIG, Float("float32"), rows)
     entries = {name: scheme.to_dict() for name, scheme in plan.items()}
     (tmp_path / "groups.json").write_text(json.dumps({"plan": entries}))
     arguments, complaint = BAD_REQUESTS[case]
@@ -258,7 +259,8 @@ def test_wrong_states(case, artifact, tmp_path, monkeypatch, capsys):
     change(manifest)
     Path("sound/rgexport.json").write_text(json.dumps(manifest))
     for command in COMMANDS[:1] if case != "huge" else COMMANDS:
-        assert_matches(f"rgexport.json is damaged: {complaint}", refused(command.split(), capsys))
+        line = refused(command.split(), capsys)
+        assert_matches(f"rgexport.json is damaged: {complaint}", line)
 
 
 def test_hub_that_cannot_be_reached(tmp_path):

@@ -37,7 +37,8 @@ def test_use_of_an_artifact(use, demo_artifact, tmp_path):
 
 def test_gguf(tmp_path):
     asked = "gguf", "--size", "demo", "--type", "f16"
-    result = rgexport(*asked, folder=tmp_path, before=BLOCK.replace(', "gguf"', ""))
+    block = BLOCK.replace(', "gguf"', "")
+    result = rgexport(*asked, folder=tmp_path, before=block)
     assert result.returncode == 0, result.stderr
     runs = "+rgexport." in installed_version()
     assert ("Checked on" if runs else "llama-cpp-python") in result.stdout

@@ -99,7 +99,8 @@ def test_the_notes_are_the_part_of_one_version(clone: Path) -> None:
 def test_what_is_refused_leaves_no_tag(clone: Path, version, edit, complaint) -> None:
     for old, new in edit.items():
         for name in ("CHANGELOG.md", "Makefile"):
-            (clone / name).write_text((clone / name).read_text().replace(old, new))
+            text = (clone / name).read_text()
+            (clone / name).write_text(text.replace(old, new))
         commit(clone)
     completed = release(clone, version)
     assert completed.returncode and complaint in completed.stderr

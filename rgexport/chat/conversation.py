@@ -41,11 +41,10 @@ class Conversation:
         turns = [message for message in self.messages if message["role"] != "system"]
         self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
-    def clear(self) -> str:
-        """Removes all turns, but not the system prompt; says so."""
+    def clear(self) -> None:
+        """Removes all turns, but not the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._document, self._unread = "", None
-        return "A new conversation."
 
     def read(self, text: str) -> int:
         """Reads a document that the next message is about; returns the length in tokens.

@@ -70,6 +70,7 @@ class Model(PromptEncoder):
         identity: Identity,
         *,
         artifact: str = "",
+        path: Path | None = None,
         rows: int = 1,
         max_waiting: int = 1024,
         lookup: bool = True,
@@ -83,12 +84,12 @@ class Model(PromptEncoder):
         `rows` conversations share a step. With `lookup`, drafts are checked where a text repeats
         itself, which changes only the speed. `state_folder` keeps states for the next start.
         `state_precision` is fp32 or fp16, of files; None for the engine's. `artifact` is a hash of
-        the artifact.
+        the artifact at `path`, which `repr` names.
         """
         require_precision(state_precision)
         if rows < 1:
             raise RequestError(f"rows is {rows}; expected at least 1")
-        self.identity, self.described = identity, identity.name
+        self.identity, self._path = identity, path
         self.info, self._shapes = session.info, session.state_shapes
         self.vocab_size = session.vocab_size
         self.require_unchanged = session.require_unchanged
@@ -117,7 +118,7 @@ class Model(PromptEncoder):
         self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
 
     def __repr__(self) -> str:
-        return f"<Model {self.described}>"
+        return f"<Model {self._path or self.name} in {self.info.title}>"
 
     @property
     def name(self) -> str:
@@ -367,9 +368,7 @@ def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any
     identity = identity_of(artifact.manifest, template.source)
     session = open_session(artifact, threads=threads)
     options["artifact"] = artifact_hash(artifact.manifest)
-    model, manifest = Model(session, tokenizer, template, identity, **options), artifact.manifest
-    model.described = f"{artifact.path}: {manifest.kind}, {manifest.precision}"
-    return model
+    return Model(session, tokenizer, template, identity, path=artifact.path, **options)
 
 
 def _numeric_identity(artifact: str, info: SessionInfo, precision: str | None) -> str:

@@ -67,6 +67,11 @@ def _quit(conversation: Conversation, argument: str) -> str:
     raise Quit
 
 
+def _clear(conversation: Conversation, argument: str) -> str:
+    conversation.clear()
+    return "A new conversation."
+
+
 def _system(conversation: Conversation, argument: str) -> str:
     if argument:
         conversation.set_system("" if argument in ("none", '""') else argument)
@@ -81,7 +86,7 @@ def _save(conversation: Conversation, argument: str) -> str:
 
 
 def load_state(conversation: Conversation, file: Path | str) -> str:
-    """Loads a state file; says what it has, with a few lines of its last messages."""
+    """Loads a state file; says what it has, with a line of each of its last two messages."""
     saved = conversation.load(Path(file).expanduser())
     if saved.tokens is None:
         return f"{saved.count} tokens are known, but not their text: /read it next."
@@ -150,7 +155,7 @@ COMMANDS: dict[str, Command] = {
     "read": Command(_read, "reads a text that the next message is about", "FILE", True),
     "save": Command(_save, "saves the conversation and its state", "FILE", True),
     "load": Command(load_state, "goes on with a saved one", "FILE", True),
-    "clear": Command(lambda c, _: c.clear(), "begins a new conversation"),
+    "clear": Command(_clear, "begins a new conversation"),
     "set": Command(_set, "changes or shows a setting; alone, lists all", "NAME VALUE"),
     "raw": Command(_raw, "shows replies without styles, or with them again"),
     "stats": Command(_stats, "shows speed, memory and state"),
@@ -214,12 +219,7 @@ def terminal_chat(
 
     console = console or Console(highlight=False)
     read_message, usage = _editor(keeps_history)
-    model, temperature = conversation.model, conversation.options.sampling.temperature
-    window = model.identity.window
-    banner = printable(
-        f"{model.name} in {model.info.title}; temperature {temperature:g}; texts of any length, "
-        + (f"attention to the last {window:,} tokens." if window else "no attention.")
-    )
+    banner = printable(_banner(conversation))
     console.print(f"{banner}\n{usage} {GREETING}", style="dim", markup=False)
     with contextlib.suppress(Quit, EOFError):
         while True:
@@ -231,6 +231,15 @@ def terminal_chat(
                 console.print("Ctrl-D or /quit ends the chat.", style="dim")
             except RequestError as error:
                 console.print(printable(str(error)), style="red", markup=False)
+
+
+def _banner(conversation: Conversation) -> str:
+    model, temperature = conversation.model, conversation.options.sampling.temperature
+    window = model.identity.window
+    return (
+        f"{model.name} in {model.info.title}; temperature {temperature:g}; texts of any length, "
+        + (f"attention to the last {window:,} tokens." if window else "no attention.")
+    )
 
 
 def _answer(conversation: Conversation, line: str) -> str | Replies:

@@ -178,11 +178,7 @@ class Worker:
             missing = results.missing(chain)
             for index in missing:
                 piece, before = chain[index], chain[index - 1] if index else None
-                opened = model.identity, piece.settings.get("window")
-                if self._session is None or self._opened != opened:
-                    self.close()
-                    self._session, self._opened = model.session(opened[1], self._threads), opened
-                session = self._session
+                session = self._session_of(model, piece.settings.get("window"))
                 if before:
                     session.set_state(results.state(before))
                 began = time.perf_counter()
@@ -199,6 +195,13 @@ class Worker:
         if self._session is not None:
             self._session.close()
         self._session = self._opened = None
+
+    def _session_of(self, model: EvaluatedModel, window: int | None) -> Session:
+        if self._session is None or self._opened != (model.identity, window):
+            self.close()
+            self._session = model.session(window, self._threads)
+            self._opened = model.identity, window
+        return self._session
 
 
 _lock = RLock()  # the threads of a Dask worker take turns

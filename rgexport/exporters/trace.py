@@ -98,13 +98,16 @@ def _program(exported: ExportedProgram, config: GriffinConfig, activation: str) 
         value = values[node] = _value(node, spec.target or spec.arg.name)
         if spec.kind == InputKind.USER_INPUT:
             inputs.append(value)
-    calls = (n for n in graph.nodes if getattr(n.target, "namespace", None) == "griffin")
-    nodes = tuple(_node(call, values) for call in calls)
+    nodes = tuple(_node(n, values) for n in graph.nodes if _is_griffin(n))
     (results,) = next(n for n in graph.nodes if n.op == "output").args
     logits, *updated = [values[node] for node in results]
     names = [spec.name for spec in state_specs(config, activation)]
     states = dict(zip(names, zip(inputs[3:], updated, strict=True), strict=True))
     return StepProgram(inputs[0], inputs[1], inputs[2], states, nodes, logits)
+
+
+def _is_griffin(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", None) == "griffin"
 
 
 def _node(node: Any, values: Values) -> Node:

@@ -151,11 +151,7 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         _require(known, path, value, " or ".join(choices))
         return value
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        options = [option for option in inner if option is not type(None)]
-        fitting = next((option for option in options if type(value) is option), options[0])
-        return _read(fitting, value, path)
+        return _union(inner, value, path)
     if origin in (list, tuple):
         return origin(_items(inner, value, path))
     _require(isinstance(value, dict), path or "it", value, "an object")
@@ -175,6 +171,13 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
     exact = math.isfinite(number) and number == value
     _require(exact, path, value, "a finite number of double precision")
     return number
+
+
+def _union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    options = [kind for kind in kinds if kind is not type(None)]
+    return _read(next((kind for kind in options if type(value) is kind), options[0]), value, path)
 
 
 def _items(kinds: tuple[Any, ...], value: Any, path: str) -> list[Any]:

@@ -32,10 +32,7 @@ class Layer:
         mix = self._recurrent if is_recurrent else self._attention
         mixed, state = mix(self._norm("temporal_pre_norm", x), positions, state)
         x = self._op("temporal_residual", "add", x, mixed)
-        normed = self._norm("channel_pre_norm", x)
-        gate = self._op("mlp_block.gelu", "gelu", self._linear("mlp_block.gate_proj", normed))
-        gated = self._op("mlp_block.mul", "mul", gate, self._linear("mlp_block.up_proj", normed))
-        mixed = self._linear("mlp_block.down_proj", gated)
+        mixed = self._mlp(self._norm("channel_pre_norm", x))
         return self._op("channel_residual", "add", x, mixed), state
 
     def _recurrent(self, x: Array, positions: Array, state: LayerState) -> tuple[Array, LayerState]:
@@ -68,6 +65,11 @@ class Layer:
             "temporal_block.attention", "local_attention", q, k, v, *state, positions
         )
         return self._linear("temporal_block.o_proj", attended), (key, value)
+
+    def _mlp(self, x: Array) -> Array:
+        gate = self._op("mlp_block.gelu", "gelu", self._linear("mlp_block.gate_proj", x))
+        gated = self._op("mlp_block.mul", "mul", gate, self._linear("mlp_block.up_proj", x))
+        return self._linear("mlp_block.down_proj", gated)
 
     def _norm(self, site: str, x: Array) -> Array:
         return self._op(site, "rms_norm", x, *self._weights(site, ".weight"), self.config.rms_eps)

@@ -151,10 +151,7 @@ def local_attention(
         seen = (distance >= 0) & (distance <= window) & filled[:, None, slots]
         by_row = scores.reshape(batch, rows, -1, window + rows)
         np.copyto(by_row, -np.inf, where=~seen[:, :, None])
-        scores -= scores.max(-1, keepdims=True)
-        np.exp(scores, out=scores)
-        scores /= scores.sum(-1, keepdims=True)
-        attended = scores @ values[:, slots]
+        attended = _softmax(scores) @ values[:, slots]
         out[:, start : start + rows] = attended.reshape(batch, rows, -1)
     return out, keys[:, length:].copy(), values[:, length:].copy()
 
@@ -174,6 +171,13 @@ def _exp(x: np.ndarray) -> np.ndarray:
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # 1 / inf is the limit
         return 1 / (1 + _exp(-x))
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    x -= x.max(-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(-1, keepdims=True)
+    return x
 
 
 _NAMED = embedding, rms_norm, linear, gelu, causal_conv1d, block_diagonal_linear, rg_lru_scan

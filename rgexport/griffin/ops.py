@@ -56,17 +56,20 @@ def chunked_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     chunk = _CHUNK.get(b.device.type, 256)
     for start in range(0, b.shape[1], chunk):
         tokens = slice(start, start + chunk)
-        # For each token, the product of `a` up to it and the state from a zero start.
-        decay, local = a[:, tokens], b[:, tokens]
-        shift = 1
-        while shift < local.shape[1]:
-            added = torch.addcmul(local[:, shift:], decay[:, shift:], local[:, :-shift])
-            local = torch.cat([local[:, :shift], added], 1)
-            decay = torch.cat([decay[:, :shift], decay[:, shift:] * decay[:, :-shift]], 1)
-            shift *= 2
+        decay, local = _prefix_scan(a[:, tokens], b[:, tokens])
         h[:, tokens] = torch.addcmul(local, decay, h0.unsqueeze(1))
         h0 = h[:, min(start + chunk, b.shape[1]) - 1]
     return h
+
+
+def _prefix_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns, for each token, the product of `a` up to it and the state from a zero start."""
+    shift = 1
+    while shift < b.shape[1]:
+        b = torch.cat([b[:, :shift], torch.addcmul(b[:, shift:], a[:, shift:], b[:, :-shift])], 1)
+        a = torch.cat([a[:, :shift], a[:, shift:] * a[:, :-shift]], 1)
+        shift *= 2
+    return a, b
 
 
 _ATTENTION_ROWS = 512  # queries that attention takes at once, so that its scores stay small

@@ -115,7 +115,10 @@ class _Draw:
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         if spec.role in _SMALL:
             return from_array(_SMALL[spec.role](rng, spec.shape).astype(self.dtype))
-        # Rows of the pool, scaled so that unit inputs give unit outputs.
+        return self._large(spec, rng)
+
+    def _large(self, spec: TensorSpec, rng: np.random.Generator) -> RowTensor:
+        """Takes rows from the pool, scaled so that unit inputs give unit outputs."""
         columns = spec.shape[-1]
         count, inner = math.prod(spec.shape[:-1]), math.prod(spec.shape[1:-1])
         # Without repeats: equal rows of the embedding would tie for the largest logit.

@@ -95,15 +95,19 @@ def linears(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
     return {n: spec.shape for n, spec in model_tensors(config).items() if spec.role == "linear"}
 
 
+def input_columns(config: GriffinConfig) -> dict[str, int]:
+    """Returns site → columns of its output, for the inputs of linears and of the head."""
+    columns = {str(input_site(name)): shape[1] for name, shape in linears(config).items()}
+    return columns | {str(input_site(EMBEDDING)): config.width}
+
+
 def arrays_of(config: GriffinConfig, texts: Mapping[str, np.ndarray]) -> Arrays:
     """Returns all arrays of a file, in their order; `texts` holds its tokens and lengths."""
     floats: dict[str, int] = dict.fromkeys((PROBABILITY, FISHER, FREQUENCY), config.vocab_size)
     floats[gradient_name(EMBEDDED)] = config.width
     for name, shape in linears(config).items():
         floats[gradient_name(site_of(name))] = shape[0]
-    inputs = {str(input_site(name)): shape[1] for name, shape in linears(config).items()}
-    inputs[str(input_site(EMBEDDING))] = config.width
-    for site, columns in inputs.items():
+    for site, columns in input_columns(config).items():
         for block, (start, stop) in enumerate(column_blocks(columns)):
             floats[hessian_name(site, block)] = triangle_size(stop - start)
     arrays: Arrays = {name: (_INT, array.shape) for name, array in texts.items()}

@@ -125,6 +125,21 @@ class Cursor:
 
 
 def _read(cursor: Cursor) -> GgufHeader:
+    version = _read_version(cursor)
+    num_tensors, num_values = cursor.integer(8), cursor.integer(8)
+    values: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    for _ in range(num_values):
+        key, start = _read_name(cursor), cursor.at
+        if key in values:
+            raise cursor.damaged(f"its header has {key} twice")
+        values[key] = _read_value(cursor, cursor.integer(4))
+        spans[key] = start, cursor.at
+    tensors = _read_tensors(cursor, num_tensors, values)
+    return GgufHeader(cursor.path, version, values, spans, tensors)
+
+
+def _read_version(cursor: Cursor) -> int:
     start = cursor.take(min(cursor.size, 8))
     if len(start) < 8 or not start.startswith(MAGIC):
         raise RequestError(
@@ -136,17 +151,7 @@ def _read(cursor: Cursor) -> GgufHeader:
         raise RequestError(
             f"{cursor.path} is a GGUF file {what}; expected version 3, little-endian"
         )
-    num_tensors, num_values = cursor.integer(8), cursor.integer(8)
-    values: dict[str, Any] = {}
-    spans: dict[str, tuple[int, int]] = {}
-    for _ in range(num_values):
-        key, at = _read_name(cursor), cursor.at
-        if key in values:
-            raise cursor.damaged(f"its header has {key} twice")
-        values[key] = _read_value(cursor, cursor.integer(4))
-        spans[key] = at, cursor.at
-    tensors = _read_tensors(cursor, num_tensors, values)
-    return GgufHeader(cursor.path, version, values, spans, tensors)
+    return version
 
 
 def _read_name(cursor: Cursor) -> str:

@@ -58,13 +58,19 @@ def render(blocks: Iterable[str | Table]) -> str:
             text = printable(block, allowed="\n")
             console.print(wrapped(text, columns) if terminal else text, soft_wrap=True)
         else:
-            rows = [tuple(map(printable, row)) for row in block.rows]
-            console.print(wrapped(printable(block.title), console.width), soft_wrap=True)
-            widths = [max(map(len, column)) for column in zip(block.header, *rows, strict=True)]
-            is_narrow = sum(widths) + _GAP * (len(widths) - 1) > console.width
-            (_print_lists if is_narrow else _print_grid)(console, block, rows)
-            console.print()
+            _print_table(console, block)
     return buffer.getvalue()
+
+
+def _print_table(console: "Console", table: Table) -> None:
+    rows = [tuple(map(printable, row)) for row in table.rows]
+    console.print(wrapped(printable(table.title), console.width), soft_wrap=True)
+    widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
+    if sum(widths) + _GAP * (len(widths) - 1) <= console.width:
+        _print_grid(console, table, rows)
+    else:
+        _print_lists(console, table, rows)
+    console.print()
 
 
 def _print_lists(console: "Console", table: Table, rows: Iterable[Row]) -> None:

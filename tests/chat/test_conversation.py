@@ -193,7 +193,8 @@ def test_a_system_prompt_and_a_document(conversation, session):
 def test_saved_and_loaded(make_model, conversation, session, tmp_path):
     say(conversation, session, "hello", [300, 301, EOS])
     conversation.save(tmp_path / "a.state")
-    other = Conversation(make_model(conversation.model.tokenizer), conversation.options)
+    tokenizer = conversation.model.tokenizer
+    other = Conversation(make_model(tokenizer), conversation.options)
     other.load(tmp_path / "a.state")
     assert other.messages == conversation.messages
     replies = ["".join(each.send("and now")) for each in (conversation, other)]

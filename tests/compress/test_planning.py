@@ -308,7 +308,8 @@ def test_the_loss_of_linears_is_that_of_the_formula(item):
 
 def test_rows_of_the_head_cost_as_head_and_as_embedding():
     known, ids = Known(), np.array([900, 3, 512, 77])
-    losses = predicted(known).of(PlanItem((EMBEDDING,), (4, CONFIG.width), ids), LAYOUTS)
+    item = PlanItem((EMBEDDING,), (4, CONFIG.width), ids)
+    losses = predicted(known).of(item, LAYOUTS)
     for loss, layout in zip(losses, LAYOUTS, strict=True):
         delta = error(EMBEDDING, layout, known)[ids]
         head = outputs(delta, shrunk(known, EMBEDDING)) @ known.row_sensitivity[ids]

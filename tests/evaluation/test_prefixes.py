@@ -68,7 +68,8 @@ def test_likeliest_is_what_has_no_other_token(wrong, monkeypatch):
         targets.append((likeliest + 1) % VOCAB if place == wrong else likeliest)
         logits = session.step(np.array(targets[-1:]))
     watched = Watched()
-    _, likeliest, read = score(watched, [ScoredText((*ids, *targets[:-1]), tuple(targets))])
+    scored = [ScoredText((*ids, *targets[:-1]), tuple(targets))]
+    _, likeliest, read = score(watched, scored)
     assert likeliest.tolist() == [wrong is None]
     assert watched.widest <= 2 and read == 8
 

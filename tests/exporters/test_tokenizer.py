@@ -115,7 +115,8 @@ def test_llama_cpp_reads_what_a_chat_reads(vocabulary: str, tmp_path: Path) -> N
     for text in TEXTS:
         assert theirs.encode_text(text) == ours.encode_text(text)
     if ours.end_of_turn_id is not None:
-        ids = open_template(open_artifact(gguf)).render_ids(theirs, MESSAGES, True)
+        template = open_template(open_artifact(gguf))
+        ids = template.render_ids(theirs, MESSAGES, True)
         assert ids == load_template(tmp_path / "model").render_ids(ours, MESSAGES, True)
 
 

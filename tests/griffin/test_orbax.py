@@ -55,7 +55,8 @@ def write(folder: Path, shape: str, *, database: bool, dtype: Any = jnp.float32)
 @pytest.mark.parametrize("database", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_are_those_of_the_torch_file(shape, database, dtype, tmp_path):
-    ours = open_checkpoint(write(tmp_path, shape, database=database, dtype=dtype), window=8)
+    folder = write(tmp_path, shape, database=database, dtype=dtype)
+    ours = open_checkpoint(folder, window=8)
     theirs = open_checkpoint(tmp_path / "model.pt", window=8)
     assert ours.problems == theirs.problems == () and ours.config == theirs.config
     assert ours.weights.keys() == theirs.weights.keys()

@@ -68,7 +68,8 @@ def test_weights_are_products_of_integers_and_scales(weights, scheme):
         zeros = stream(parts["zero_points"], scheme.bits)
     integers = stream(parts["data"], scheme.bits)[:, :columns] - zeros[:, blocks]
     exact = integers * parts["scales"].astype(np.float64)[:, blocks]
-    np.testing.assert_array_equal(scheme.decode(parts, columns), exact.astype(np.float32))
+    decoded = scheme.decode(parts, columns)
+    np.testing.assert_array_equal(decoded, exact.astype(np.float32))
 
 
 @pytest.mark.parametrize("scheme", HALVES[:2], ids=lambda s: s.label)

@@ -152,7 +152,8 @@ def correlated(draw, columns, cuts=()):
     mixed = few @ draw.standard_normal((columns // 4, columns))
     inputs = (mixed + draw.standard_normal(mixed.shape)) * np.exp(draw.normal(0, 1, columns))
     h = (inputs.T @ inputs / len(inputs)).astype(np.float32)
-    return statistics_of([h[a:b, a:b] for a, b in pairwise([0, *cuts, columns])], len(inputs))
+    blocks = [h[a:b, a:b] for a, b in pairwise([0, *cuts, columns])]
+    return statistics_of(blocks, len(inputs))
 
 
 def losses(statistics, off):

@@ -70,7 +70,8 @@ def test_wrong_plans(tensor, scheme, complaint, tmp_path):
 
 @pytest.mark.parametrize("word", COREML_PRECISIONS)
 def test_a_precision_has_defaults_and_is_the_name_of_a_plan(word, tmp_path):
-    plan = make_plan(CONFIG, choose_scheme(word, precisions=COREML_PRECISIONS), Float("float32"))
+    scheme = choose_scheme(word, precisions=COREML_PRECISIONS)
+    plan = make_plan(CONFIG, scheme, Float("float32"))
     changes = {name: one.to_dict() for name, one in plan.items()}
     assert precision_of(plan) == word and load_plan(written(tmp_path, changes), CONFIG) == plan
     assert choose_scheme("int8") == Affine(8, 128, symmetric=True)
@@ -119,7 +120,8 @@ def test_an_older_manifest_has_float32_scales():
 def test_row_groups_are_named_and_fitted_as_matrices_are():
     assert MIXED.label == "int8/128 (4 rows) + int4/32 (1 row) + int4/32"
     assert coarsest([INT8, MIXED]) == INT4 and precision_of({"a": INT8, "b": MIXED}) == "mixed"
-    blocks = [(s.block, s.scale) for s in MIXED.fitted((9, 48)).with_dtype("float16").uniform]
+    even = MIXED.fitted((9, 48)).with_dtype("float16").uniform
+    blocks = [(s.block, s.scale) for s in even]
     assert blocks == [(None, "float16"), (24, "float16"), (24, "float16")]
     assert [s.bits for s in MIXED.fitted((9, 33)).uniform] == [8, 8, 8]
 

@@ -75,7 +75,8 @@ def test_a_full_queue_is_429(serve):
     with serve(rows=1, max_waiting=1) as server, ExitStack() as clients:
         scheduler = server.model.scheduler
         for count in (1, 2):
-            clients.enter_context(server.send(CHAT, body("hello", max_tokens=4000, stream=True)))
+            asked = body("hello", max_tokens=4000, stream=True)
+            clients.enter_context(server.send(CHAT, asked))
             until(lambda n=count: scheduler.running + scheduler.waiting >= n)
         assert "asks for 3 replies" in error_of(server.post(CHAT, body("no", n=3)))
         for more in ({}, {"stream": True}, {"n": 2}):

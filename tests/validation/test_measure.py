@@ -21,7 +21,8 @@ def lost_state(session: ToySession, logits: np.ndarray) -> np.ndarray:
 
 
 def test_a_right_session_differs_from_another_model_only():
-    found = measure(ToySession(), TOKENS, [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)])
+    passes = [toy_pass(TOKENS), toy_pass(TOKENS, seed=1)]
+    found = measure(ToySession(), TOKENS, passes)
     right, wrong = found.comparisons
     assert right.logits.relative_max < 1e-6
     assert right.kl.max < 1e-10 and wrong.kl.mean > 0.1

@@ -152,7 +152,8 @@ def test_margins_are_two_standard_errors():
 
 
 def compared(reference: list[list[float]], candidate: list[list[float]]) -> np.ndarray:
-    return metrics.compare_logits(*(np.array(rows, np.float32) for rows in (reference, candidate)))
+    pair = (np.array(rows, np.float32) for rows in (reference, candidate))
+    return metrics.compare_logits(*pair)
 
 
 def test_choices_flips_and_near_ties():

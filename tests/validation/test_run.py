@@ -101,7 +101,8 @@ def test_artifacts_in_one_table(clean, checkpoint, tmp_path, capsys, monkeypatch
     assert runs == ["Running the original"]
     out = capsys.readouterr().out
     assert out.startswith("PASS  2 artifacts: 2 PASS")
-    larger, smaller = json.loads(file.read_text("utf-8"))
+    written = json.loads(file.read_text("utf-8"))
+    larger, smaller = written
     assert larger["original"]["kl"]["mean"] < smaller["original"]["kl"]["mean"]
     text = page.read_text("utf-8")
     assert text.index("Side by side") < text.index('id="a1"') < text.index('id="a2"')
@@ -156,6 +157,7 @@ def test_the_demo_and_released_models_are_found(manifest, checkpoint, tmp_path, 
     assert find_original(named(manifest, "demo"), None) is None
     assert not find_original(manifest, str(other)).same_files
 
-    monkeypatch.setattr(source, "cached_model", {"google/recurrentgemma-2b-it": checkpoint}.get)
+    cache = {"google/recurrentgemma-2b-it": checkpoint}
+    monkeypatch.setattr(source, "cached_model", cache.get)
     assert find_original(named(manifest, "recurrentgemma-2b-it"), None).same_files
     assert find_original(named(manifest, "recurrentgemma-9b"), None) is None

@@ -34,7 +34,8 @@ def model(checkpoint, tmp_path, monkeypatch) -> str:
 
 def export(model: str, kind: str, *options: str) -> tuple[int, object]:
     """Exports to `out` by the command line; the exit code, and what the manifest says."""
-    return run([kind, "-m", model, "-o", "out", *options]), open_artifact("out").manifest.check
+    code = run([kind, "-m", model, "-o", "out", *options])
+    return code, open_artifact("out").manifest.check
 
 
 @pytest.mark.parametrize(

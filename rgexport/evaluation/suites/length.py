@@ -10,7 +10,7 @@ import json
 import time
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ _PIECE = 1 << 13
 _BLOCK = 1024  # tokens per stored sum of losses
 _STEPS = 16  # steps that are timed together
 _TURNS = 24
+_STATE = ".rg_lru"
 
 
 def chains(model: EvaluatedModel, request: EvaluationRequest) -> Iterator[Chain]:
@@ -130,7 +131,7 @@ def _at_mark(
 ) -> Result:
     """Records the recurrent states and the time of a step, and writes a state file."""
     state, ids = session.get_state(), _ids(model, request)
-    recurrent = {name: a[0] for name, a in state.items() if name.endswith(".rg_lru")}
+    recurrent = {name: a[0] for name, a in state.items() if name.endswith(_STATE)}
     norms = {name: float(np.linalg.norm(array)) for name, array in recurrent.items()}
     require_finite(np.array([*norms.values()]), "states")
     result = {
@@ -169,7 +170,8 @@ def _steps_in_turns(
     for _ in range(_TURNS):
         for times, position, state in zip(seconds, positions, states, strict=True):
             session.set_state(state)
-            times.append(float(np.median(step_seconds(session, ids[position : position + _STEPS]))))
+            steps = step_seconds(session, ids[position : position + _STEPS])
+            times.append(float(np.median(steps)))
     return {"positions": list(positions), "step_seconds": seconds}
 
 
@@ -225,13 +227,20 @@ def differences(first: Measured, second: Measured) -> Result:
         after = second_by_mark[mark]
         sums, counts = joined(before)
         gap = mean_difference(sums, joined(after)[0], counts)
-        gaps, states = [], [side[-1]["states"] for side in (before, after)]
-        for name in states[0].keys() & states[1].keys():
-            raw = (np.frombuffer(b64decode(side[name]), "<f4") for side in states)
-            a, b = (values.astype(np.float64) for values in raw)
-            gaps.append(abs(a - b).max() / (abs(a).max() or 1.0))
-        points.append({"to": mark, "nll": gap, "states": float(max(gaps)) if gaps else None})
+        states = _state_distance(before[-1]["states"], after[-1]["states"])
+        points.append({"to": mark, "nll": gap, "states": states})
     return {"points": points}
+
+
+def _state_distance(before: Mapping[str, str], after: Mapping[str, str]) -> float | None:
+    gaps = []
+    for name in before.keys() & after.keys():
+        a, b = (
+            np.frombuffer(b64decode(side[name]), "<f4").astype(np.float64)
+            for side in (before, after)
+        )
+        gaps.append(abs(a - b).max() / (abs(a).max() or 1.0))
+    return float(max(gaps)) if gaps else None
 
 
 def _by_mark(measured: Measured) -> dict[int, list[Result]]:

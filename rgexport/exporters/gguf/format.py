@@ -114,10 +114,7 @@ def open_gguf(path: Path, *, verify: bool = False) -> GgufArtifact:
             "export the checkpoint again"
         ) from None
     tensors = {tensor.canonical: tensor for tensor in file_tensors(embedded.config)}
-    expected = {tensor.name: list(tensor.shape) for tensor in tensors.values()}
-    actual = {_shorten(name): list(tensor.shape) for name, tensor in header.tensors.items()}
-    for difference in differences("its tensor", actual, expected):
-        raise _damaged(path, difference)
+    _require_tensors(header, tensors)
     digest = _check_data(header, verify)
     return GgufArtifact(path, _manifest(header, embedded, tensors, digest), header, tensors)
 
@@ -152,6 +149,13 @@ def _require_ours(header: GgufHeader) -> None:
         lists = isinstance(tokens, list) and isinstance(types, np.ndarray)
         if not lists or types.dtype.kind not in "iu" or len(tokens) != len(types):
             raise _damaged(path, "its lists of tokens and of their types do not match")
+
+
+def _require_tensors(header: GgufHeader, tensors: dict[str, FileTensor]) -> None:
+    expected = {tensor.name: list(tensor.shape) for tensor in tensors.values()}
+    actual = {_shorten(name): list(tensor.shape) for name, tensor in header.tensors.items()}
+    for difference in differences("its tensor", actual, expected):
+        raise _damaged(header.path, difference)
 
 
 def _check_data(header: GgufHeader, anew: bool) -> str:

@@ -139,10 +139,7 @@ def _read_json(path: Path) -> _Contents:
     kinds = {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in added}
     kinds |= {text: BYTE for text in known if _BYTE_PIECE.fullmatch(text)}
     kinds[model.get("unk_token")] = UNKNOWN
-    scores: dict[str, float] = {}
-    for rank, merge in enumerate(model["merges"]):
-        piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
-        scores.setdefault(piece, -float(rank))
+    scores = _merge_scores(model["merges"])
     lowest = -float(len(scores))
     pieces = [
         (text, 0.0, kinds[text]) if text in kinds else (text, scores.get(text, lowest), NORMAL)
@@ -152,6 +149,14 @@ def _read_json(path: Path) -> _Contents:
     steps = normalizer.get("normalizers", [normalizer])
     add_space_prefix = any(step.get("type") == "Prepend" for step in steps)
     return pieces, json_tokens(layout, known, path.parent), add_space_prefix
+
+
+def _merge_scores(merges: list[str | list[str]]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+        scores.setdefault(piece, -float(rank))
+    return scores
 
 
 _READERS: dict[str, Callable[[Path], _Contents]] = {

@@ -64,7 +64,8 @@ def check_without_manifest(package: Package) -> Iterator[str]:
     """
     by_segment: dict[str, dict[str, FileValue]] = {}
     for function in package.functions.values():
-        blobs = by_segment.setdefault(function.name.rpartition("_")[0], _blobs(function))
+        segment = function.name.rpartition("_")[0]
+        blobs = by_segment.setdefault(segment, _blobs(function))
         expected = {name: _location(package, blob) for name, blob in blobs.items()}
         yield from _check_states(function)
         yield from _check_locations(package, function, expected)
@@ -213,7 +214,8 @@ def describe_package(path: Path) -> dict[str, Any]:
     values = file_values(package.functions.values())
     totals: dict[str, Counter[str]] = {}
     for kind in {(value.file, value.offset): value.type for value in values}.values():
-        totals.setdefault(kind.dtype, Counter()).update(blobs=1, items=kind.size, bytes=kind.nbytes)
+        total = totals.setdefault(kind.dtype, Counter())
+        total.update(blobs=1, items=kind.size, bytes=kind.nbytes)
     return {
         "kind": "mlpackage",
         "name": path.resolve().name.removesuffix(PACKAGE_SUFFIX),

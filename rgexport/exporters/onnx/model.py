@@ -39,12 +39,7 @@ def build_model(
         functions=list(emitter.functions.values()),
     )
     if not profile.functions:
-        names = [value.name for value in graph.outputs]
-        InlinePass()(model)
-        for value, name in zip(graph.outputs, names, strict=True):
-            value.name = name
-        model.functions.clear()
-        del graph.opset_imports[DOMAIN]
+        _inline(model)
     for before, after in zip(graph.inputs[2:], graph.outputs[1:], strict=True):
         _require_reads_before_write(before, after)
     return model
@@ -90,6 +85,15 @@ def _build_graph(program: StepProgram, emitter: OnnxEmitter, profile: LoweringPr
         opset_imports={"": OPSET, MICROSOFT: 1, DOMAIN: VERSION},
         name="griffin_step",
     )
+
+
+def _inline(model: ir.Model) -> None:
+    names = [value.name for value in model.graph.outputs]
+    InlinePass()(model)
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        value.name = name
+    model.functions.clear()
+    del model.graph.opset_imports[DOMAIN]
 
 
 def _require_reads_before_write(before: ir.Value, after: ir.Value) -> None:

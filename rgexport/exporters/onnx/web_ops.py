@@ -50,15 +50,7 @@ def wasm_linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
 
 
 def _by_digits(g: OnnxEmitter, x: ir.Value, weight: Value, bias: ir.Value | None) -> ir.Value:
-    # Digits [2 · B, T, K] uint8 of x [B, T, K] float32, and the scales [B, T, 1] of its rows.
-    largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
-    largest = g.op("Max", largest, g.constant(_LEAST, "float32"))
-    scale = g.op("Mul", largest, g.constant(1 / _LARGEST, "float32"))
-    levels = g.op("Div", x, scale)
-    first = g.op("Round", levels)
-    rest = g.op("Mul", g.op("Sub", levels, first), g.constant(_FINER, "float32"))
-    both = g.op("Concat", first, g.op("Round", rest), axis=0)
-    digits = g.cast(g.op("Add", both, g.constant(_ZERO_POINT, "float32")), "uint8")
+    digits, scale = _digits(g, x)
     zero = g.constant(_ZERO_POINT, "uint8")
     sums = g.op("MatMulInteger", digits, g.part(weight, COLUMNS), zero, zero)
     first, second = g.ops("Split", g.cast(sums, "float32"), outputs=2, axis=0, num_outputs=2)
@@ -108,6 +100,18 @@ def wasm_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     centred = g.op("Sub", levels, g.constant(_ZERO_POINT, "float32"))
     rows = g.op("Mul", centred, g.op("Unsqueeze", scales, g.constant([2])))
     return [g.op("Mul", rows, g.constant(node.attributes["scale"], "float32"))]
+
+
+def _digits(g: OnnxEmitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Digits [2 · B, T, K] uint8 of x [B, T, K] float32, and the scales [B, T, 1] of its rows."""
+    largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
+    largest = g.op("Max", largest, g.constant(_LEAST, "float32"))
+    scale = g.op("Mul", largest, g.constant(1 / _LARGEST, "float32"))
+    levels = g.op("Div", x, scale)
+    first = g.op("Round", levels)
+    rest = g.op("Mul", g.op("Sub", levels, first), g.constant(_FINER, "float32"))
+    both = g.op("Concat", first, g.op("Round", rest), axis=0)
+    return g.cast(g.op("Add", both, g.constant(_ZERO_POINT, "float32")), "uint8"), scale
 
 
 WASM = {"embedding": wasm_embedding, "linear": wasm_linear}

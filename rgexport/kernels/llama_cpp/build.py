@@ -110,18 +110,11 @@ class _Build:
         archive = fetch(self.folder, self._pip_inside)
         _unpack(archive, self.tree)
         _apply_port(archive, self.tree)
-        options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
-        user_options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        folders = ["-G", "Ninja", "-S", str(self.tree / LLAMA_CPP), "-B", str(self.objects)]
-        # `--fresh` drops the options of an earlier build, and keeps compiled objects.
-        self._command(["cmake", "--fresh", *folders, *options, *user_options], "cmake")
+        self._configure()
         self._compile("Building llama.cpp", ["llama"])
         wheel = self._make_wheel()
         if install:
-            self._pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
-            self._pip("install", "-q", str(wheel))
-            program = [sys.executable, "-P", "-c", "import llama_cpp"]
-            self._command(program, "loading the new library")
+            self._install(wheel)
         if tools:
             self._compile("Building llama.cpp's tools", TOOLS)
             self._gather_tools()
@@ -144,6 +137,13 @@ class _Build:
         self._pip_inside("install", "-q", *_BUILD_REQUIREMENTS)
         complete.write_text(contents, "utf-8")
 
+    def _configure(self) -> None:
+        options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
+        user_options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        folders = ["-G", "Ninja", "-S", str(self.tree / LLAMA_CPP), "-B", str(self.objects)]
+        # `--fresh` drops the options of an earlier build, and keeps compiled objects.
+        self._command(["cmake", "--fresh", *folders, *options, *user_options], "cmake")
+
     def _compile(self, label: str, targets: Sequence[str]) -> None:
         command = ["cmake", "--build", str(self.objects), "--target", *targets]
         self._command(command, "the compiler", label)
@@ -165,6 +165,12 @@ class _Build:
     def _built(self, *patterns: str) -> list[Path]:
         paths = {path for pattern in patterns for path in (self.objects / "bin").glob(pattern)}
         return sorted(path for path in paths if path.suffix in _SUFFIXES)
+
+    def _install(self, wheel: Path) -> None:
+        self._pip("install", "-q", "--no-deps", "--force-reinstall", str(wheel))
+        self._pip("install", "-q", str(wheel))
+        program = [sys.executable, "-P", "-c", "import llama_cpp"]
+        self._command(program, "loading the new library")
 
     def _gather_tools(self) -> None:
         target, ending = self.folder / _TOOLS_FOLDER, ".exe" if os.name == "nt" else ""

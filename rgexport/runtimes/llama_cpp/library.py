@@ -37,8 +37,7 @@ def bindings() -> Any:
     if package.__version__.partition("+")[0] != port.RELEASE:
         known = f"this rgexport knows {port.RELEASE}: {REMEDY}"
         raise NotInstalled(f"llama-cpp-python is {package.__version__}; {known}")
-    _log.callback = module.llama_log_callback(_log.receive)
-    module.llama_log_set(_log.callback, None)
+    _log.receive_from(module)
     module.llama_backend_init()
     return module
 
@@ -53,9 +52,13 @@ class _Log:
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.interrupted, self._level, self._line = False, 0, ""
-        self.callback: Any = None  # kept, since llama.cpp calls it
+        self._callback: Any = None
 
-    def receive(self, level: int, text: bytes, _: Any) -> None:
+    def receive_from(self, module: Any) -> None:
+        self._callback = module.llama_log_callback(self._receive)
+        module.llama_log_set(self._callback, None)
+
+    def _receive(self, level: int, text: bytes, _: Any) -> None:
         try:
             self._level = self._level if level == _CONTINUED else level
             *lines, self._line = (self._line + text.decode("utf-8", "replace")).split("\n")

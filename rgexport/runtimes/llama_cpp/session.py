@@ -82,7 +82,8 @@ class LlamaContext:
         shape = len(tokens), num_logits, self._vocab_size
         if not num_logits:
             return np.empty(shape, np.float32)
-        return np.ctypeslib.as_array(self._llama.llama_get_logits(self.pointer), shape).copy()
+        logits = self._llama.llama_get_logits(self.pointer)
+        return np.ctypeslib.as_array(logits, shape).copy()
 
     def clear(self) -> None:
         self._llama.llama_memory_clear(self.memory, True)
@@ -216,17 +217,7 @@ class LlamaCppSession(Session):
         require_batch(batch)  # before the present context is closed
         if self._context is None or self._context.batch != batch:
             self._close_context()
-            parameters = common_parameters(self.vocab_size, batch, self._threads, self._ubatch)
-            parameters.n_ctx = 2 * (self._config.window + 1 + self._ubatch) * batch
-            parameters.flash_attn_type = int(self._flash)
-            parameters.type_k = parameters.type_v = TYPES[self._cache_type]
-            if self._watch is not None:
-                parameters.cb_eval = self._watch
-            self._layout = StateLayout(self._config, self._cache_type, not self._flash, batch)
-            flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-            self._context = LlamaContext(
-                self._model, self.vocab_size, batch, parameters, flags=flags, keep=self._watch
-            )
+            self._context = self._new_context(batch)
         self._open.clear()
         self._position = np.zeros(batch, np.int64)
         self._used_cells = np.zeros(batch, np.int64)
@@ -245,6 +236,19 @@ class LlamaCppSession(Session):
         if self._context is not None:
             self._context.close()
         self._context = None
+
+    def _new_context(self, batch: int) -> LlamaContext:
+        parameters = common_parameters(self.vocab_size, batch, self._threads, self._ubatch)
+        parameters.n_ctx = 2 * (self._config.window + 1 + self._ubatch) * batch
+        parameters.flash_attn_type = int(self._flash)
+        parameters.type_k = parameters.type_v = TYPES[self._cache_type]
+        if self._watch is not None:
+            parameters.cb_eval = self._watch
+        self._layout = StateLayout(self._config, self._cache_type, not self._flash, batch)
+        flags = self._llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        return LlamaContext(
+            self._model, self.vocab_size, batch, parameters, flags=flags, keep=self._watch
+        )
 
     def get_rows(self, rows: range) -> State:
         """Returns a copy of the canonical state of some rows.

@@ -36,7 +36,8 @@ def copied(exported, tmp_path):
 @pytest.fixture
 def model(tmp_path):
     """A checkpoint of the name of a released model."""
-    return write_hugging_face(CONFIG, random_weights(CONFIG), tmp_path / "recurrentgemma-2b-it")
+    folder = tmp_path / "recurrentgemma-2b-it"
+    return write_hugging_face(CONFIG, random_weights(CONFIG), folder)
 
 
 def files_of(folder):

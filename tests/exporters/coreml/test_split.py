@@ -24,7 +24,8 @@ def both(config, folder, **options):
     for name, tensor in whole.manifest.tensors.items():
         layer = name.split(".")[1] if name.startswith("layers.") else "ends"
         sizes[layer] += sum(part.nbytes + MOST_PADDING for part in tensor.parts.values())
-    split, _ = export_random_coreml(config, folder / "split", **options, split=max(sizes.values()))
+    largest = max(sizes.values())
+    split, _ = export_random_coreml(config, folder / "split", **options, split=largest)
     assert len(split.manifest.packages) > 2
     return whole, split
 

@@ -96,11 +96,16 @@ ORIGINS = {
 """Folder of a checkpoint → what is said of its origin."""
 
 
+def told(checkpoint):
+    size = checkpoint.config.vocab_size
+    vocabulary = read_vocabulary(checkpoint.tokenizer_files, size)
+    return metadata(checkpoint, {}, vocabulary)
+
+
 @pytest.mark.parametrize("folder", ORIGINS)
 def test_origin(folder, tmp_path):
-    checkpoint = open_checkpoint(write_model(SMALL, random_weights(SMALL), tmp_path / folder))
-    vocabulary = read_vocabulary(checkpoint.tokenizer_files, SMALL.vocab_size)
-    values = metadata(checkpoint, {}, vocabulary)
+    model = write_model(SMALL, random_weights(SMALL), tmp_path / folder)
+    values = told(open_checkpoint(model))
     assert {key: values.get(key) for key in ORIGINS[folder]} == ORIGINS[folder]
 
 

@@ -50,7 +50,8 @@ def test_files_are_valid_and_have_no_other_ops(profile, name, precision, exact, 
     onnxruntime.InferenceSession(path)
     assert capfd.readouterr() == ("", "")
     allowed, model = OPERATORS[profile], load_graph(artifact)
-    ops = {op for graph in [model.graph, *model.functions] for op in _walk(graph.node)}
+    graphs = [model.graph, *model.functions]
+    ops = {op for graph in graphs for op in _walk(graph.node)}
     assert all(name in allowed[domain] for domain, name in ops)
     assert (DOMAIN in {domain for domain, _ in ops}) is (profile == "cpu")
     names = {name for domain, name in ops if domain == ""}
@@ -140,7 +141,8 @@ def test_weights_are_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.Monk
     """But for the embedding, which has a file of its own of a larger size at most."""
     limit, config = 4 * 4096, ODD_CONFIGS["regular"]
     files = FileLimit(filled=limit, largest=3 * limit)
-    monkeypatch.setitem(PROFILES, "webgpu", dataclasses.replace(PROFILES["webgpu"], files=files))
+    changed = dataclasses.replace(PROFILES["webgpu"], files=files)
+    monkeypatch.setitem(PROFILES, "webgpu", changed)
     with pytest.raises(RequestError, match=r"embed_tokens\.weight takes 65,536 bytes as float32"):
         export_random(config, tmp_path, "fp32", profile="webgpu")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

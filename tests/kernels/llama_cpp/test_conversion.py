@@ -52,7 +52,8 @@ def contents(path):
 )
 def test_it_writes_what_we_write(converter, tmp_path, name, kind):
     """But for what is in the metadata about the vocabulary and the file."""
-    ours, _ = export_random_gguf(replace(ODD_CONFIGS[name], vocab_size=8192), tmp_path, kind)
+    config = replace(ODD_CONFIGS[name], vocab_size=8192)
+    ours, _ = export_random_gguf(config, tmp_path, kind)
     shutil.copy(demo_folder() / "tokenizer.model", tmp_path / "model")
     target = tmp_path / "theirs.gguf"
     command = [sys.executable, str(converter), str(tmp_path / "model"), "--outtype", kind]

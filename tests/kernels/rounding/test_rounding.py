@@ -31,7 +31,8 @@ def rows_of(count, k, seed=0):
 
 def read_levels(weights, group=GROUP):
     """Symmetric levels by the extremes of groups, and their zero points."""
-    high = np.maximum.reduceat(np.abs(weights), np.arange(0, weights.shape[1], group), axis=1)
+    starts = np.arange(0, weights.shape[1], group)
+    high = np.maximum.reduceat(np.abs(weights), starts, axis=1)
     scale = (high / MIDDLE).astype(np.float16).astype(np.float32)
     return Grid(group, TOP, scale, -scale * MIDDLE), np.full_like(scale, MIDDLE)
 
@@ -228,7 +229,8 @@ def test_every_processor_gives_the_same_bits(cpu, tmp_path):
 
 
 def _sanitized_rounding(folder):
-    build(library.LIBRARY.parent, folder, folder / "build", "-DSANITIZE=address,undefined")
+    source = library.LIBRARY.parent
+    build(source, folder, folder / "build", "-DSANITIZE=address,undefined")
 
 
 @pytest.mark.full
@@ -239,6 +241,7 @@ def test_sanitizers_find_nothing(cpu, tmp_path):
     source, onnx = library.LIBRARY.parent, library.LIBRARY.parents[1] / "onnx" / "src"
     files = [*sorted((source / "src").iterdir()), source / "CMakeLists.txt"]
     folder = built(_sanitized_rounding, [*files, onnx / "cpu.cpp", onnx / "cpu.h"])
-    first = subprocess.check_output([COMPILER, "-print-file-name=libasan.so"], text=True).strip()
+    asked = [COMPILER, "-print-file-name=libasan.so"]
+    first = subprocess.check_output(asked, text=True).strip()
     variables = {"LD_PRELOAD": first, "ASAN_OPTIONS": "detect_leaks=0"}
     assert_same_bits(folder / library.LIBRARY.name, tmp_path, RGEXPORT_CPU=cpu, **variables)

@@ -64,7 +64,8 @@ def session(monkeypatch):
 
 def measured(session, speeds, **request):
     asked = BenchRequest(**request)
-    return list(BenchMeasurement(session, asked, lambda: next(speeds), Path(__file__), 1.5).rows())
+    measuring = BenchMeasurement(session, asked, lambda: next(speeds), Path(__file__), 1.5)
+    return list(measuring.rows())
 
 
 def test_rate_is_the_mean_and_share_is_of_the_median(session):

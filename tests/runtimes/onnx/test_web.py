@@ -68,7 +68,8 @@ def test_runs_in_node(node, profile, precision, exact, tmp_path):
     config = ODD_CONFIGS["narrow_lru"]
     artifact, _ = export_random(config, tmp_path, precision, profile=profile, exact=exact)
     chunks = random_chunks(config.vocab_size, 1, 1, config.window + 2, config.window + 5)
-    check(node_result("run.mjs", artifact.path, json.dumps(chunks), timeout=120), artifact, chunks)
+    logits = node_result("run.mjs", artifact.path, json.dumps(chunks), timeout=120)
+    check(logits, artifact, chunks)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,8 @@ def check_conversation(shown, artifact, folder):
 def test_a_conversation_in_node(node, registered, tmp_path):
     artifact = demo(tmp_path)
     job = {"messages": MESSAGES, "ids": IDS, "save": True, "registered": registered}
-    check_conversation(in_node("transformers.mjs", artifact, tmp_path, job), artifact, tmp_path)
+    shown = in_node("transformers.mjs", artifact, tmp_path, job)
+    check_conversation(shown, artifact, tmp_path)
 
 
 @pytest.mark.parametrize("device", ["wasm", pytest.param("webgpu", marks=pytest.mark.nightly)])
@@ -177,7 +179,8 @@ def test_a_state_of_ours_goes_on_in_node(node, precision, tmp_path):
     with rgexport.load(artifact, state_precision=precision) as model:
         said.append({"role": "assistant", "content": model.chat(said, **GREEDY).text})
         saved = model.save_state(file, model.conversation_ids(said), said)
-        reply = model.chat([*said, {"role": "user", "content": "And now?"}], **GREEDY)
+        more = [*said, {"role": "user", "content": "And now?"}]
+        reply = model.chat(more, **GREEDY)
     state = base64.b64encode(file.read_bytes()).decode()
     job = {"state": state, "messages": ["And now?"], "precision": precision}
     shown = in_node("transformers.mjs", artifact, tmp_path, job)

@@ -108,7 +108,8 @@ def with_attribute(result: str, attribute: str, value: float | str) -> Edit:
     """Sets an attribute of the node that gives `result`."""
 
     def edit(model: onnx.ModelProto) -> None:
-        (old,) = (found for found in producer(model, result).attribute if found.name == attribute)
+        attributes = producer(model, result).attribute
+        (old,) = (found for found in attributes if found.name == attribute)
         old.CopyFrom(helper.make_attribute(attribute, value))
 
     return edit

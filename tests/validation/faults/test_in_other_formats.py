@@ -112,7 +112,8 @@ def test_a_wrong_program(copy, judge, precision, reader, value, site):
     from tests.exporters.mil.package_edits import block, edit, in_both, name_of
 
     def change(model, function):
-        operation = next(one for one in block(model, function).operations if name_of(one) == reader)
+        operations = block(model, function).operations
+        operation = next(one for one in operations if name_of(one) == reader)
         operation.inputs["x" if reader == "logits" else "data"].arguments[0].name = value
 
     artifact = copy(f"coreml-{precision}")

@@ -39,7 +39,8 @@ def captured(tmp_path_factory):
         for name, value in {"LOGITS_BYTES": 0, "LEAST_POSITIONS": 5}.items():
             patch.setattr(f"{CAPTURE}.{name}", value)
         patch.setattr(metrics, "FIRST_CHECKPOINT", 8)
-        file = capture(open_checkpoint(model), folder / "r", prompts=folder / "p", device="cpu")
+        source = open_checkpoint(model)
+        file = capture(source, folder / "r", prompts=folder / "p", device="cpu")
     header = read_reference(file).header
     short, long = header.prompts
     assert (short.positions, long.positions) == ((0, 2), (8, 18, 19))

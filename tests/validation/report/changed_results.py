@@ -34,7 +34,8 @@ def ambiguous(result):
 def of_a_file_alone(result):
     """The result of a reference file alone."""
     missing = ("original", "sites", "weights", "layers", "suspects")
-    return changed(result, dict.fromkeys(missing) | {"source.found": False, "source.path": None})
+    source = {"source.found": False, "source.path": None}
+    return changed(result, dict.fromkeys(missing) | source)
 
 
 def without_bisect(result):

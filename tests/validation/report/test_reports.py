@@ -264,7 +264,8 @@ def test_json_is_strict_and_described_by_the_published_schema(result, alone, tmp
     written = []
     for results in ([result], [changes.with_nan(result)], [by_bytes], [result, alone]):
         write_text(as_json(results), tmp_path / "r.json")
-        written.append(json.loads((tmp_path / "r.json").read_text("utf-8"), parse_constant=refuse))
+        text = (tmp_path / "r.json").read_text("utf-8")
+        written.append(json.loads(text, parse_constant=refuse))
         validator.validate(written[-1])
     whole, broken, named, _ = written
     assert not validator.is_valid(whole | {"verdict": "MAYBE"})

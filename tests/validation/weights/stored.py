@@ -30,7 +30,8 @@ KINDS = {
 
 def draw(kind: str, shape: tuple[int, int], *, size: float = 0.02, seed: int = 0) -> np.ndarray:
     """Weights [rows, columns] float32 of a distribution."""
-    return (size * KINDS[kind](np.random.default_rng([seed, *shape]), shape)).astype(np.float32)
+    rng = np.random.default_rng([seed, *shape])
+    return (size * KINDS[kind](rng, shape)).astype(np.float32)
 
 
 def store(w, scheme, gain=1.0, importance=None, statistics=None) -> np.ndarray:
@@ -48,7 +49,8 @@ def store(w, scheme, gain=1.0, importance=None, statistics=None) -> np.ndarray:
 
 def error_of(w, dequantized, scheme, *, name="w") -> WeightError:
     tensors = {name: StoredTensor(w.shape, scheme, {})}
-    return weight_errors(*({name: from_array(array)} for array in (w, dequantized)), tensors)[0]
+    sources = ({name: from_array(array)} for array in (w, dequantized))
+    return weight_errors(*sources, tensors)[0]
 
 
 def passes(error: WeightError) -> bool:

@@ -154,7 +154,8 @@ TABLE = {"x": np.zeros(4, np.float32), "axis": 0, "batch_dims": 0, "validate_ind
     ],
 )
 def test_what_fails_at_run_time(last, complaint):
-    run = opened(main([last], {"x": X, "ids": IDS}, [name for name, _ in last.outputs]))
+    outputs = [name for name, _ in last.outputs]
+    run = opened(main([last], {"x": X, "ids": IDS}, outputs))
     for index in (-1, 4):
         inputs = {"x": np.zeros((1, 4), np.float32), "ids": np.array([index], np.int32)}
         with pytest.raises(RequestError, match=complaint):
