@@ -119,6 +119,8 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "chat with a .pt": ("chat model.pt", "a checkpoint; .* rgexport onnx -m model.pt --int4"),
     "validate a folder": ("validate folder", "folder is not an rgexport artifact: it has no"),
     "inspect nothing": ("inspect nowhere", "nowhere"),
+    "evaluate nothing": ("evaluate", "a model is needed: an artifact of any format"),
+    "push to nowhere": ("push -m model", "a repository are needed, .*; given: model$"),
     "inspect no model": ("inspect folder", "folder"),
     "inspect a plan": ("inspect groups.json", "is a plan; exports take it with --plan; expected"),
     "random size": ("random --size 3b -o x", "'3b'; expected one of"),

@@ -180,7 +180,7 @@ def test_inspect_is_stable_json(demo_artifact, capsys):
     assert list(found)[:3] == ["kind", "name", "path"]
     assert {"config", "plan", "states", "io", "files", "stored", "parameters"} <= found.keys()
     assert sum(share["weights"] for share in found["stored"]) == found["parameters"]
-    assert run(["inspect", "demo", str(demo_artifact), "--json"]) == 0
+    assert run(["inspect", "-m", "demo", "-m", str(demo_artifact), "--json"]) == 0
     checkpoint, again = json.loads(capsys.readouterr().out)
     assert checkpoint["parameters"] == found["parameters"] and again == found
     assert run(["inspect", str(demo_artifact), "--verify"]) == 0

@@ -18,6 +18,7 @@ from rgexport.commands.options import (
     argument,
     command,
     group,
+    model_option,
     option,
     shared,
 )
@@ -29,7 +30,8 @@ _STDOUT = "-"
 
 @dataclass(frozen=True)
 class InspectArguments:
-    paths: tuple[str, ...] = argument(metavar="MODEL-or-ARTIFACT...", type=PATH_OR_ID)
+    named: tuple[str, ...] = argument(metavar="[MODEL-or-ARTIFACT]...", type=PATH_OR_ID)
+    model: tuple[str, ...] = model_option("MODEL-or-ARTIFACT")
     size: choices.SizeName | None = option(
         "Released model (may download it) or the demo, instead of an argument."
     )
@@ -45,9 +47,10 @@ def inspect(arguments: InspectArguments) -> int:
     """
     from rgexport.exporters.describe import as_json, as_text, describe
 
-    paths, size, verify = arguments.paths or (None,), arguments.size, arguments.verify
-    descriptions = [describe(path, size=size, verify=verify) for path in paths]
-    as_one = as_json(descriptions if len(paths) > 1 else descriptions[0])
+    size, verify = arguments.size, arguments.verify
+    models = (*arguments.named, *arguments.model) or (None,)
+    descriptions = [describe(model, size=size, verify=verify) for model in models]
+    as_one = as_json(descriptions if len(models) > 1 else descriptions[0])
     print_result(as_one if arguments.json else "\n".join(map(as_text, descriptions)), end="")
     return 1 if any(description.get("problems") for description in descriptions) else 0
 
@@ -153,7 +156,8 @@ def validate(arguments: ValidateArguments) -> int:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    models: tuple[str, ...] = argument(metavar="MODEL...", required=True, type=PATH_OR_ID)
+    named: tuple[str, ...] = argument(metavar="[MODEL]...", type=PATH_OR_ID)
+    model: tuple[str, ...] = model_option("MODEL")
     suites: tuple[choices.SuiteName, ...] = option(
         f"Suite to run: {', '.join(_SUITES[:-1])} or {_SUITES[-1]}; can be repeated. "
         "[default: the first three]",
@@ -209,7 +213,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
     output = arguments.output
     names = requested_suites(arguments.suites, arguments.tasks)
     request = EvaluationRequest(folder=output, **shared(arguments, EvaluationRequest))
-    models = open_models(arguments.models, allow_foreign=arguments.engine.allow_foreign)
+    given = [*arguments.named, *arguments.model]
+    models = open_models(given, allow_foreign=arguments.engine.allow_foreign)
     with connected(arguments.cluster.cluster) as workers:
         results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
     page = write_files(results, output)

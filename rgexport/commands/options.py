@@ -77,6 +77,12 @@ def argument(**attributes: Any) -> Any:
     return field(metadata={_PARAMETER: (click.Argument, (), attributes)})
 
 
+def model_option(metavar: str, help: str = "") -> Any:
+    """Declares `-m`, which names what an argument may name, too."""
+    help = help or f"Another way to give {metavar}."
+    return option(help, "-m", type=PATH_OR_ID, metavar=metavar)
+
+
 def group() -> Any:
     """Declares a field that holds the options of another dataclass, its type."""
     return field()
@@ -192,11 +198,9 @@ def _turn_kernels_off(context: click.Context, parameter: click.Parameter, value:
 @dataclass(frozen=True)
 class CheckpointArguments:
     named: str | None = argument(metavar="[MODEL]", type=PATH_OR_ID)
-    model: str | None = option(
+    model: str | None = model_option(
+        "MODEL",
         "Another way to give MODEL: a folder, a DeepMind .pt file, a hub id, demo, 2b, 9b, …",
-        "-m",
-        type=PATH_OR_ID,
-        metavar="MODEL",
     )
     size: SizeName | None = option("Instead of MODEL: a released model, or the demo model.")
     window: int | None = option(
@@ -218,9 +222,7 @@ class CheckpointArguments:
 @dataclass(frozen=True)
 class ArtifactArguments:
     named: str | None = argument(metavar="[ARTIFACT]", type=PATH_OR_ID)
-    model: str | None = option(
-        "Another way to give ARTIFACT.", "-m", type=PATH_OR_ID, metavar="ARTIFACT"
-    )
+    model: str | None = model_option("ARTIFACT")
 
     @property
     def artifact(self) -> str:
@@ -237,9 +239,7 @@ class ArtifactArguments:
 @dataclass(frozen=True)
 class ArtifactsArguments:
     named: tuple[str, ...] = argument(metavar="[ARTIFACT]...", type=PATH_OR_ID)
-    model: tuple[str, ...] = option(
-        "Another way to give an ARTIFACT.", "-m", type=PATH_OR_ID, metavar="ARTIFACT"
-    )
+    model: tuple[str, ...] = model_option("ARTIFACT")
 
     @property
     def artifacts(self) -> list[str]:

@@ -7,10 +7,12 @@ import click
 
 from rgexport.commands.options import (
     CONTEXT,
+    PATH_OR_ID,
     ArtifactsArguments,
     argument,
     command,
     help_if_alone,
+    model_option,
     option,
     port_option,
 )
@@ -21,8 +23,8 @@ from rgexport.units import amount
 
 @dataclass(frozen=True)
 class PushArguments:
-    artifact: Path = argument()
-    repo: str = argument(metavar="OWNER/NAME")
+    named: tuple[str, ...] = argument(metavar="[ARTIFACT] OWNER/NAME", type=PATH_OR_ID)
+    model: str | None = model_option("ARTIFACT")
     public: bool = option("Make a new repository visible to everybody.")
     force: bool = option("Add the artifact to a repository with other contents.")
     dry_run: bool = option("List the files and their sizes; upload nothing.")
@@ -38,8 +40,14 @@ def push(arguments: PushArguments) -> None:
     from rgexport.exporters.hub import PREFIX, planned_upload, push_artifact
     from rgexport.exporters.opening import open_artifact
 
-    artifact = open_artifact(arguments.artifact, verify=True)
-    repo = arguments.repo
+    named = arguments.named if arguments.model is None else (arguments.model, *arguments.named)
+    if len(named) != 2:
+        raise RequestError(
+            "an artifact and a repository are needed, such as demo-int4-onnx owner/name; given: "
+            f"{' '.join(named) or 'nothing'}"
+        )
+    path, repo = named
+    artifact = open_artifact(path, verify=True)
     if arguments.dry_run:
         sizes = planned_upload(artifact, repo)
         for file_name, size in sizes.items():
@@ -50,7 +58,7 @@ def push(arguments: PushArguments) -> None:
         return
     page = push_artifact(artifact, repo, public=arguments.public, force=arguments.force)
     verb = "chat" if artifact.manifest.instruction_tuned else "generate"
-    file = f"/{arguments.artifact.name}" if artifact.path.is_file() else ""
+    file = f"/{artifact.path.name}" if artifact.path.is_file() else ""
     name = PREFIX + repo.removeprefix(PREFIX)
     print_sentences(f"{page} has it. Try: rgexport {verb} {name}{file}")
 

@@ -135,6 +135,8 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
 
 def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[EvaluatedModel]:
     """Opens several models, which must have different labels."""
+    if not arguments:
+        raise RequestError("a model is needed: an artifact of any format, a checkpoint, or demo")
     models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
     labels = [model.label for model in models]
     if twice := {label for label in labels if labels.count(label) > 1}:

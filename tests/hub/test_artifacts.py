@@ -42,7 +42,7 @@ def test_an_artifact_goes_there_and_back(run, hub, artifact):
 
 
 def test_a_dry_run_lists_what_would_go_there(run, hub, artifact):
-    *listed, total = run("push", artifact, "me/demo", "--dry-run").stdout.splitlines()
+    *listed, total = run("push", "-m", artifact, "me/demo", "--dry-run").stdout.splitlines()
     assert not hub.repositories and not hub.asked
     assert {line.split()[-1] for line in listed} == {path.name for path in artifact.iterdir()}
     assert "would go to me/demo, which is made private if it is new." in total
