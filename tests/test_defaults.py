@@ -51,6 +51,21 @@ def test_a_wrong_default_is_refused(config, capsys, text, complaint):
     assert complaint in line and str(config) in line
 
 
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("chat nothing -p x", "there is no nothing;"),
+        ("onnx nothing", "there is no folder nothing;"),
+        ("reference --size 2b --window 0", "--window is 0"),
+        ("inspect nothing", "there is no folder nothing;"),
+        ("push nothing me/x", "there is no nothing;"),
+    ],
+)
+def test_what_the_command_line_names_goes_before_a_default(config, capsys, command, complaint):
+    config.write_text("model = 'other.gguf'\n")
+    assert complaint in refused(command.split(), capsys)
+
+
 def test_a_missing_file_is_refused_only_where_it_was_named(config, capsys, monkeypatch, tmp_path):
     assert "cannot read" in refused(["bench", "nothing"], capsys)
     monkeypatch.delenv("RGEXPORT_CONFIG")

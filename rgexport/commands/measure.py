@@ -213,8 +213,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
     output = arguments.output
     names = requested_suites(arguments.suites, arguments.tasks)
     request = EvaluationRequest(folder=output, **shared(arguments, EvaluationRequest))
-    given = [*arguments.named, *arguments.model]
-    models = open_models(given, allow_foreign=arguments.engine.allow_foreign)
+    named = *arguments.named, *arguments.model
+    models = open_models(named, allow_foreign=arguments.engine.allow_foreign)
     with connected(arguments.cluster.cluster) as workers:
         results = run(models, names, request, threads=arguments.threads.threads, workers=workers)
     page = write_files(results, output)

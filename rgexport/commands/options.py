@@ -97,7 +97,7 @@ def command(
         help_text = inspect.getdoc(run) or ""
         click_command = click.Command(
             run.__name__,
-            callback=lambda **values: run(_filled(arguments, values)),
+            callback=lambda **values: run(_filled(arguments, _chosen(values))),
             params=[*_parameters(arguments), VERBOSE, QUIET],
             help=help_text,
             short_help=help_text.partition("\n")[0],  # click would cut it
@@ -175,6 +175,15 @@ class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 o
                 advice = "; for another number of bits make a plan: rgexport quantize MODEL --bits"
             raise RequestError(f"{name} is {value!r}; expected one of {expected}{advice}{source}")
         return value
+
+
+def _chosen(values: dict[str, Any]) -> dict[str, Any]:
+    """Empties what defaults name, where the command line names a model, artifact or size."""
+    names = [name for name in ("named", "model", "size") if values.get(name)]
+    source = click.get_current_context().get_parameter_source
+    defaults = [name for name in names if source(name) is click.core.ParameterSource.DEFAULT_MAP]
+    empty = {name: () if isinstance(values[name], tuple) else None for name in defaults}
+    return values if names == defaults else values | empty
 
 
 def _filled(arguments: Any, values: dict[str, Any]) -> Any:
