@@ -3,6 +3,10 @@
 from typing import Literal
 
 SizeName = Literal["demo", "2b", "2b-it", "9b", "9b-it"]
+_HUB_ID = "a hub id (owner/name or hf:owner/name)"
+CHECKPOINT_FORMS = f"a model folder, a DeepMind .pt file, {_HUB_ID}, demo, 2b, 2b-it, 9b or 9b-it"
+ARTIFACT_FORMS = f"a folder or file of an export, such as of `rgexport onnx demo`, or {_HUB_ID}"
+MODEL_FORMS = f"an artifact (a folder or file of an export), {CHECKPOINT_FORMS}"
 SyntheticSize = Literal["2b", "2b-it", "9b", "9b-it"]
 OnnxPrecision = Literal["fp32", "fp16", "int8", "int4"]
 CoreMLPrecision = Literal["fp32", "fp16", "int8", "int4", "pal4"]

@@ -14,6 +14,13 @@ class RequestError(Exception):
     """
 
 
+class NotExported(RequestError):
+    """A checkpoint was given where an artifact is needed."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"{model} is a checkpoint; export it first: rgexport onnx {model} --int4")
+
+
 class NotInstalled(RequestError):
     """A program or package that the request needs is missing, or is unsuitable."""
 

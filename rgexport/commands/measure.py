@@ -31,10 +31,8 @@ _STDOUT = "-"
 @dataclass(frozen=True)
 class InspectArguments:
     named: tuple[str, ...] = argument(metavar="[MODEL-or-ARTIFACT]...", type=PATH_OR_ID)
-    model: tuple[str, ...] = model_option("MODEL-or-ARTIFACT")
-    size: choices.SizeName | None = option(
-        "Released model (may download it) or the demo, instead of an argument."
-    )
+    model: tuple[str, ...] = model_option("Another way to give an argument.", "MODEL")
+    size: choices.SizeName | None = option("Instead of MODEL: a released model, or the demo model.")
     json: bool = option("Print the description as JSON.")
     verify: bool = option("Read every byte: values, or hashes.")
 
@@ -87,11 +85,8 @@ def reference(arguments: ReferenceArguments) -> None:
 class ValidateArguments:
     artifacts: tuple[str, ...] = argument(metavar="ARTIFACT...", type=PATH_OR_ID)
     reference: Path | None = option("A file of `rgexport reference`, used instead of the original.")
-    model: str | None = option(
-        "The original, to measure the cost. [default: the demo, or the hub cache's copy]",
-        "-m",
-        type=PATH_OR_ID,
-        metavar="MODEL",
+    model: str | None = model_option(
+        "The original, to measure the cost. [default: the demo, or the hub cache's copy]", "MODEL"
     )
     adapter: Path | None = option("The folder of a LoRA adapter (PEFT) to merge into the model.")
     text: Path | None = option("Compare on this text. [default: built in]")
@@ -134,7 +129,7 @@ def validate(arguments: ValidateArguments) -> int:
     from rgexport.validation.run import ValidationRequest, validate_artifacts
 
     artifacts, json_file = arguments.artifacts, arguments.json
-    if json_file not in (None, _STDOUT) and means_artifact(Path(json_file)):
+    if json_file and means_artifact(Path(json_file)):
         artifacts, json_file = (json_file, *artifacts), _STDOUT  # --json ARTIFACT
     if not artifacts:
         took = f"; --html took {arguments.html_file} as its FILE" if arguments.html_file else ""
@@ -157,7 +152,7 @@ def validate(arguments: ValidateArguments) -> int:
 @dataclass(frozen=True)
 class EvaluateArguments:
     named: tuple[str, ...] = argument(metavar="[MODEL]...", type=PATH_OR_ID)
-    model: tuple[str, ...] = model_option("MODEL")
+    model: tuple[str, ...] = model_option("Another way to give a MODEL.", "MODEL")
     suites: tuple[choices.SuiteName, ...] = option(
         f"Suite to run: {', '.join(_SUITES[:-1])} or {_SUITES[-1]}; can be repeated. "
         "[default: the first three]",
@@ -200,8 +195,7 @@ class EvaluateArguments:
 def evaluate(arguments: EvaluateArguments) -> None:
     """Measures what models can do: texts, memory, windows, a million tokens, benchmarks.
 
-    MODEL is an artifact of any format, a checkpoint, or `demo`. All models are compared with the
-    first one.
+    MODEL is an artifact, a checkpoint or `demo`. All models are compared with the first one.
     """
     from rgexport.evaluation.models import open_models
     from rgexport.evaluation.pieces import EvaluationRequest

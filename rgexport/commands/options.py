@@ -1,12 +1,6 @@
 """Commands as functions of one typed object: each field of its dataclass is a click parameter.
 
-@dataclass(frozen=True)
-class GreetArguments:
-    name: str = argument()
-    times: int = option("How often.", default=1)  # --times
-
-@command(GreetArguments)
-def greet(arguments: GreetArguments) -> None: ...
+`BuildArguments` of `commands.publish` is a small example.
 """
 
 import inspect
@@ -20,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import click
 
 from rgexport import progress
-from rgexport.choices import FloatPrecision, Quality, SizeName
+from rgexport.choices import ARTIFACT_FORMS, FloatPrecision, Quality, SizeName
 from rgexport.commands.defaults import source_of
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
@@ -77,9 +71,8 @@ def argument(**attributes: Any) -> Any:
     return field(metadata={_PARAMETER: (click.Argument, (), attributes)})
 
 
-def model_option(metavar: str, help: str = "") -> Any:
-    """Declares `-m`, which names what an argument may name, too."""
-    help = help or f"Another way to give {metavar}."
+def model_option(help: str, metavar: str) -> Any:
+    """Declares `-m`, which names a model or an artifact."""
     return option(help, "-m", type=PATH_OR_ID, metavar=metavar)
 
 
@@ -208,8 +201,7 @@ def _turn_kernels_off(context: click.Context, parameter: click.Parameter, value:
 class CheckpointArguments:
     named: str | None = argument(metavar="[MODEL]", type=PATH_OR_ID)
     model: str | None = model_option(
-        "MODEL",
-        "Another way to give MODEL: a folder, a DeepMind .pt file, a hub id, demo, 2b, 9b, …",
+        "Another way to give MODEL: a folder, a .pt file, a hub id, demo, 2b, 9b, …", "MODEL"
     )
     size: SizeName | None = option("Instead of MODEL: a released model, or the demo model.")
     window: int | None = option(
@@ -231,33 +223,28 @@ class CheckpointArguments:
 @dataclass(frozen=True)
 class ArtifactArguments:
     named: str | None = argument(metavar="[ARTIFACT]", type=PATH_OR_ID)
-    model: str | None = model_option("ARTIFACT")
+    model: str | None = model_option("Another way to give ARTIFACT.", "ARTIFACT")
 
     @property
     def artifact(self) -> str:
         """Raises RequestError unless one artifact is named."""
         paths = [path for path in (self.named, self.model) if path is not None]
         if len(paths) != 1:
-            raise RequestError(
-                f"one artifact is needed, {len(paths)} were given: a folder or file of an export, "
-                "or a hub id such as owner/name, as an argument or by -m"
-            )
+            raise RequestError(f"one artifact is needed, {len(paths)} were given: {ARTIFACT_FORMS}")
         return paths[0]
 
 
 @dataclass(frozen=True)
 class ArtifactsArguments:
     named: tuple[str, ...] = argument(metavar="[ARTIFACT]...", type=PATH_OR_ID)
-    model: tuple[str, ...] = model_option("ARTIFACT")
+    model: tuple[str, ...] = model_option("Another way to give an ARTIFACT.", "ARTIFACT")
 
     @property
     def artifacts(self) -> list[str]:
         """Raises RequestError if no artifact is named."""
         if paths := [*self.named, *self.model]:
             return paths
-        raise RequestError(
-            "an artifact is needed: a folder or file of an export, or a hub id such as owner/name"
-        )
+        raise RequestError(f"an artifact is needed: {ARTIFACT_FORMS}")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rgexport.units import amount
 @dataclass(frozen=True)
 class PushArguments:
     named: tuple[str, ...] = argument(metavar="[ARTIFACT] OWNER/NAME", type=PATH_OR_ID)
-    model: str | None = model_option("ARTIFACT")
+    model: tuple[str, ...] = model_option("Another way to give ARTIFACT.", "ARTIFACT")
     public: bool = option("Make a new repository visible to everybody.")
     force: bool = option("Add the artifact to a repository with other contents.")
     dry_run: bool = option("List the files and their sizes; upload nothing.")
@@ -40,13 +40,9 @@ def push(arguments: PushArguments) -> None:
     from rgexport.exporters.hub import PREFIX, planned_upload, push_artifact
     from rgexport.exporters.opening import open_artifact
 
-    named = arguments.named if arguments.model is None else (arguments.model, *arguments.named)
-    if len(named) != 2:
-        raise RequestError(
-            "an artifact and a repository are needed, such as demo-int4-onnx owner/name; given: "
-            f"{' '.join(named) or 'nothing'}"
-        )
-    path, repo = named
+    path, repo, *rest = *arguments.model, *arguments.named, "", ""
+    if not repo or len(rest) != 2:
+        raise RequestError("push takes one ARTIFACT and one OWNER/NAME; name each of them once")
     artifact = open_artifact(path, verify=True)
     if arguments.dry_run:
         sizes = planned_upload(artifact, repo)

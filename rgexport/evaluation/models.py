@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
+from rgexport.choices import MODEL_FORMS
 from rgexport.errors import RequestError
 from rgexport.evaluation.reference_session import ReferenceSession
+from rgexport.exporters import opening
 from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.hub import is_hub_name
 from rgexport.exporters.manifest import Identity, identity_of, identity_of_files
-from rgexport.exporters.opening import means_artifact, open_artifact
 from rgexport.files.hashing import FileRecord, hash_file
-from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.griffin.config import SIZE_WORDS, GriffinConfig
 from rgexport.griffin.state import state_specs
@@ -110,33 +110,27 @@ class EvaluatedModel:
 
 
 def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
-    """Opens an artifact, or a checkpoint: a folder, a `.pt` file, or a word such as `demo`."""
-    if means_artifact(Path(argument)):
-        artifact = open_artifact(argument, allow_foreign=allow_foreign)
-        engine_of(artifact.manifest.kind).require()
-        engine_of(artifact.manifest.kind).require_trusted(artifact)
-        return EvaluatedModel(
-            argument=argument if is_hub_name(argument) else str(artifact.path.absolute()),
-            label=artifact.path.name,
-            config=artifact.manifest.config,
-            size=sum(record.size for record in artifact.manifest.files.values()),
-            source=artifact,
-        )
-    checkpoint = open_checkpoint(argument)
-    is_path = argument not in SIZE_WORDS and Path(argument).exists()
-    return EvaluatedModel(
-        argument=str(Path(argument).absolute()) if is_path else argument,
-        label=checkpoint.name,
-        config=checkpoint.config,
-        size=sum(tensor.nbytes for tensor in checkpoint.weights.values()),
-        source=checkpoint,
-    )
+    """Opens what `exporters.opening.open_model` opens; an artifact's engine must be there."""
+    is_path = Path(argument).exists()
+    source = opening.open_model(argument, allow_foreign=allow_foreign)
+    if isinstance(source, Artifact):
+        manifest = source.manifest
+        engine_of(manifest.kind).require()
+        engine_of(manifest.kind).require_trusted(source)
+        label, config = source.path.name, manifest.config
+        size = sum(record.size for record in manifest.files.values())
+    else:
+        is_path = is_path and argument not in SIZE_WORDS
+        label, config = source.name, source.config
+        size = sum(tensor.nbytes for tensor in source.weights.values())
+    argument = str(Path(argument).absolute()) if is_path else argument
+    return EvaluatedModel(argument=argument, label=label, config=config, size=size, source=source)
 
 
 def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> list[EvaluatedModel]:
     """Opens several models, which must have different labels."""
     if not arguments:
-        raise RequestError("a model is needed: an artifact of any format, a checkpoint, or demo")
+        raise RequestError(f"a model is needed: {MODEL_FORMS}")
     models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
     labels = [model.label for model in models]
     if twice := {label for label in labels if labels.count(label) > 1}:

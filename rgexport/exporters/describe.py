@@ -7,12 +7,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rgexport.choices import MODEL_FORMS
 from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.card import Share, algorithms, group_shares, levels_sentence, shares
 from rgexport.exporters.format import all_formats, format_of
 from rgexport.exporters.manifest import CheckRecord, arithmetic
-from rgexport.exporters.opening import means_artifact, open_artifact
+from rgexport.exporters.manifest_reader import is_artifact
+from rgexport.exporters.opening import open_model
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
@@ -32,15 +34,17 @@ def describe(path: str | None, *, size: str | None = None, verify: bool = False)
     `verify` reads every byte. Raises RequestError where nothing usable is there, or an artifact is
     damaged; faults of a checkpoint's tensors, or of a package, are listed under `problems`.
     """
-    if path is not None and size is None:
-        if means_artifact(Path(path)):
-            return _describe_artifact(open_artifact(Path(path), verify=verify), verify)
-        for form in all_formats():
-            if description := form.describe_foreign(Path(path)):
-                return description
     if path is None and size is None:
-        raise RequestError("nothing to inspect; give a model, an artifact or --size")
-    return _describe_checkpoint(open_checkpoint(path, size=size), verify)
+        raise RequestError(f"nothing to inspect; expected {MODEL_FORMS}")
+    if path is None or size is not None:
+        return _describe_checkpoint(open_checkpoint(path, size=size), verify)
+    for form in () if is_artifact(Path(path)) else all_formats():
+        if description := form.describe_foreign(Path(path)):
+            return description
+    opened = open_model(path, verify=verify)
+    if isinstance(opened, Artifact):
+        return _describe_artifact(opened, verify)
+    return _describe_checkpoint(opened, verify)
 
 
 def _describe_artifact(artifact: Artifact, verified: bool) -> Description:

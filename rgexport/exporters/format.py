@@ -49,6 +49,8 @@ class Format(ABC):
     part_header: int = 0
     has_row_groups: bool = True  # whether the rows of a matrix may have several layouts
     keeps_bfloat16_gates: bool = False  # whether matrices of gates may be bfloat16
+    entries: Collection[str] = ()
+    """Files or folders of an artifact that a user may name instead of its folder."""
 
     foreign_kind: str | None = None
     """The kind in descriptions of models of this format that rgexport did not export."""
@@ -101,8 +103,6 @@ class FolderFormat(Format):
     manifest: type[Manifest] = Manifest
     artifact: type[Artifact] = Artifact
     graph_bytes: int = 0  # estimated bytes of the graph and the manifest for each layer
-    entries: Collection[str] = ()
-    """Files or folders of an artifact that a user may name instead of its folder."""
 
     def check_target(self, target: Path, *, force: bool) -> None:
         is_artifact = (target / MANIFEST).is_file()

@@ -2,14 +2,14 @@
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
-from rgexport.errors import RequestError
+from rgexport.errors import NotExported, RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.card import card
 from rgexport.exporters.manifest import CARD, MANIFEST, Manifest
@@ -17,7 +17,7 @@ from rgexport.exporters.manifest_reader import read_manifest
 from rgexport.exporters.origin import GEMMA_TERMS
 from rgexport.files.hashing import hash_file
 from rgexport.files.targets import require_free_disk
-from rgexport.griffin.hub import explained, show_bars_on_terminals_alone, snapshot
+from rgexport.griffin.hub import cached_model, explained, hide_bars_in_files, snapshot
 from rgexport.progress import note, warn
 from rgexport.units import amount
 
@@ -49,8 +49,7 @@ def parse(path: PurePath | str) -> HubName:
     match = _NAME.fullmatch(text.removeprefix(PREFIX))
     if not match or ".." in text:
         raise RequestError(
-            f"{text} is no artifact of the hub; expected {PREFIX}owner/name, perhaps followed by "
-            "/FILE.gguf or @REVISION"
+            f"{text} is no artifact of the hub; expected {PREFIX}owner/name[/FILE.gguf][@REVISION]"
         )
     file = match["file"]
     return HubName(match["id"], file[1:] if file else None, match["revision"])
@@ -106,7 +105,7 @@ def _size(content: Path | bytes) -> int:
 def _push(artifact: Artifact, repo: str, *, public: bool, force: bool) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
-    show_bars_on_terminals_alone()
+    hide_bars_in_files()
     api = HfApi()
     page = api.create_repo(repo, private=not public, exist_ok=True)
     existing = set(api.list_repo_files(repo))
@@ -143,10 +142,8 @@ def _require_own(
         only_gguf = all(name.endswith(".gguf") for name in foreign)
         fits = not foreign or (artifact.path.is_file() and only_gguf)
     if not fits:
-        raise RequestError(
-            f"{repo} has other files ({', '.join(sorted(foreign)[:3])}); give a new name, or "
-            "--force to add the artifact to it"
-        )
+        others = ", ".join(sorted(foreign)[:3])
+        raise RequestError(f"{repo} has other files ({others}); give a new name, or --force")
 
 
 def _keeps_card(artifact: Artifact, repo: str, earlier: Manifest | None) -> bool:
@@ -196,7 +193,12 @@ def _download(name: HubName) -> Path:
 
     folder = _folder(name)
     with explained(name.id, "download", "or give a local artifact"):
-        info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
+        try:
+            info = HfApi().model_info(name.id, revision=name.revision, files_metadata=True)
+        except Exception:  # as in `explained`
+            if name.file is None and cached_model(name.id):
+                raise NotExported(name.id) from None
+            raise
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         is_folder = MANIFEST in sizes and name.file is None
         files = [MANIFEST] if is_folder else [_gguf(name, sizes)]
@@ -208,20 +210,19 @@ def _download(name: HubName) -> Path:
         snapshot(name.id, info.sha, [glob.escape(file) for file in files], folder)
     path = _complete(name) if is_folder else folder / files[0]
     if path is None:
-        raise RequestError(
-            f"{PREFIX}{name.id} is incomplete: {MANIFEST} lists files that are not there; push it "
-            "again"
-        )
+        raise RequestError(f"{PREFIX}{name.id} is incomplete, by its {MANIFEST}; push it again")
     return path
 
 
-def _gguf(name: HubName, sizes: Iterable[str]) -> str:
+def _gguf(name: HubName, sizes: Collection[str]) -> str:
     files = sorted(file for file in sizes if file.endswith(".gguf"))
     if name.file in files:
         return str(name.file)
     if len(files) == 1 and name.file is None:
         return files[0]
     listed = ", ".join(f"{PREFIX}{name.id}/{file}" for file in files)
+    if not files and "config.json" in sizes:
+        raise NotExported(name.id)
     if not files:
         raise RequestError(f"{PREFIX}{name.id} has no {MANIFEST}: it is no artifact of rgexport")
     raise RequestError(f"{PREFIX}{name.id} has several GGUF files; expected one of {listed}")

@@ -2,25 +2,22 @@
 
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from subprocess import list2cmdline
 
-from rgexport.errors import RequestError
+from rgexport.choices import ARTIFACT_FORMS, MODEL_FORMS
+from rgexport.errors import NotExported, RequestError
 from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.format import (
-    FileFormat,
-    FolderFormat,
-    all_formats,
-    folder_format,
-    format_of,
-)
+from rgexport.exporters.format import FileFormat, all_formats, folder_format, format_of
 from rgexport.exporters.hub import PREFIX, fetch_artifact, is_hub_id, is_hub_name
 from rgexport.exporters.manifest import MANIFEST, NOT_ASKED_FOR
 from rgexport.exporters.manifest_reader import is_artifact, read_manifest
 from rgexport.files.kinds import describe_file
-from rgexport.griffin.checkpoint import Checkpoint, demo_folder, means_checkpoint
+from rgexport.griffin.checkpoint import Checkpoint, demo_folder, means_checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO, SIZE_WORDS
+from rgexport.griffin.hub import cached_model
 from rgexport.progress import note
 from rgexport.units import amount
 
@@ -39,16 +36,9 @@ def open_artifact(
     path = local_path(path)
     if form := _file_format(path):
         return form.open(path, verify=verify)
-    folders = (form for form in all_formats() if isinstance(form, FolderFormat))
-    entries = {MANIFEST, *(entry for form in folders for entry in form.entries)}
-    folder = path.parent if path.name in entries and is_artifact(path.parent) else path
-    if not is_artifact(folder):
-        has_parts = any((folder / entry).exists() for entry in entries)
-        if means_checkpoint(folder) and not has_parts:
-            raise RequestError(
-                f"{folder} is not an rgexport artifact but a checkpoint; export it first: "
-                f"rgexport onnx -m {as_argument(folder)} --int4"
-            )
+    if not is_artifact(folder := _folder(path)):
+        if means_checkpoint(folder) and not any((folder / name).exists() for name in _entries()):
+            raise NotExported(as_argument(folder))
         if folder.is_file():
             raise RequestError(f"{folder} is {describe_file(folder)}; expected an artifact")
     manifest = read_manifest(folder)
@@ -64,30 +54,49 @@ def open_artifact(
     return replace(artifact, allow_foreign=allow_foreign)
 
 
-def local_path(path: Path | str) -> Path:
+def open_model(
+    model: str, *, verify: bool = False, allow_foreign: bool = False
+) -> Artifact | Checkpoint:
+    """Opens an artifact or a checkpoint; without `hf:`, a cached one goes before an artifact."""
+    is_local = model in SIZE_WORDS or os.path.exists(os.path.expanduser(model))
+    is_checkpoint = is_local or cached_model(model)
+    with suppress(NotExported):
+        if means_artifact(Path(model)) or not is_checkpoint:
+            path = local_path(model, MODEL_FORMS)
+            return open_artifact(path, verify=verify, allow_foreign=allow_foreign)
+    return open_checkpoint(model)
+
+
+def local_path(path: Path | str, expected: str = ARTIFACT_FORMS) -> Path:
     """Returns the path of an artifact; downloads it where no file, but a hub id, has this name."""
     if is_hub_name(path):
         return fetch_artifact(path)
     looks_like_hub_id, path = is_hub_id(path), Path(path)
     if str(path) in SIZE_WORDS and not (means_artifact(path) or means_checkpoint(path)):
-        raise RequestError(
-            f"{path} is a checkpoint, not an artifact; export it first: rgexport onnx {path} --int4"
-        )
+        raise NotExported(str(path))
     if path.exists() or is_artifact(path.parent):
         return path
     if looks_like_hub_id and not path.parent.is_dir():
         try:
             return fetch_artifact(f"{PREFIX}{path.as_posix()}")
+        except NotExported:
+            raise
         except RequestError as error:  # a mistyped folder looks like a hub id
             raise RequestError(f"there is no {path}, and on the hub: {error}") from None
-    raise RequestError(
-        f"there is no {path}; expected a folder or file that an export made, or a hub id such as "
-        "owner/name"
-    )
+    raise RequestError(f"there is no {path}; expected {expected}")
 
 
 def means_artifact(path: Path) -> bool:
-    return is_hub_name(path) or _file_format(path) is not None or is_artifact(path)
+    return is_hub_name(path) or _file_format(path) is not None or is_artifact(_folder(path))
+
+
+def _entries() -> set[str]:
+    return {MANIFEST, *(entry for form in all_formats() for entry in form.entries)}
+
+
+def _folder(path: Path) -> Path:
+    """Returns the folder of an artifact where a path names a part of it."""
+    return path.parent if path.name in _entries() and is_artifact(path.parent) else path
 
 
 def _file_format(path: Path) -> FileFormat | None:
@@ -113,8 +122,7 @@ def closing_line(artifact: Artifact) -> str:
     """Returns the last line of an export: the artifact's path, and the next command."""
     path, manifest = as_argument(artifact.path), artifact.manifest
     size = amount(sum(record.size for record in manifest.files.values()))
-    runs_on = format_of(manifest.kind).runs_on
-    engine = f"It runs {runs_on}. " if runs_on else ""
+    engine = f"It runs {runs_on}. " if (runs_on := format_of(manifest.kind).runs_on) else ""
     tuned = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}.get(manifest.name)
     if not manifest.has_tokenizer:
         step = f"It has no tokenizer; try: rgexport generate {path} --ids 2"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rgexport.choices import CHECKPOINT_FORMS
 from rgexport.errors import RequestError
 from rgexport.files.kinds import describe_file
 from rgexport.files.paths import report_os_errors
@@ -28,6 +29,7 @@ from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_fil
 Layout = Literal["hugging-face", "deepmind"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WEIGHTS = "model*.safetensors*"  # and their index
 _HUB_CACHE = re.compile(r"models--.+?--(?P<name>.+)")
 
 
@@ -101,10 +103,7 @@ def _check_request(
     model: str | Path | None, size: str | None, window: int | None, soft_cap: float | None
 ) -> None:
     if model is None and size is None:
-        raise RequestError(
-            "a model is needed: give a folder, a DeepMind .pt file, a hub id such as "
-            f"google/recurrentgemma-2b, or one of {', '.join(SIZE_WORDS)}"
-        )
+        raise RequestError(f"a model is needed: {CHECKPOINT_FORMS}")
     if model is not None and size is not None:
         raise RequestError("both a model and a size (--size) were given; expected one of them")
     if size is not None and size not in SIZE_WORDS:
@@ -130,11 +129,18 @@ def _with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def means_checkpoint(path: Path) -> bool:
+    path = _folder(path)
     if not path.is_dir():
-        return path.is_file() and path.suffix in (".pt", ".safetensors")
+        return path.is_file() and path.suffix == ".pt"
     names = huggingface.CONFIG, huggingface.SINGLE, huggingface.INDEX
     named = any((path / name).exists() for name in names) or any(path.glob("*.pt"))
     return named or deepmind.orbax_folder(path) is not None
+
+
+def _folder(path: Path) -> Path:
+    """Returns the folder where a path names its config.json, its index or a file of weights."""
+    is_part = path.name == huggingface.CONFIG or path.match(_WEIGHTS)
+    return path.parent if is_part and path.is_file() and any(path.parent.glob(_WEIGHTS)) else path
 
 
 def demo_folder() -> Path:
@@ -153,7 +159,7 @@ def _find_hub(hub_id: str) -> tuple[str, Path]:
 
 
 def _find_model(model: str | Path) -> tuple[str, Path]:
-    path = Path(os.path.expanduser(model))
+    path = _folder(Path(os.path.expanduser(model)))
     if path.exists():
         real = path.resolve()
         name = real.stem if real.is_file() else real.name or "model"
@@ -168,19 +174,13 @@ def _find_model(model: str | Path) -> tuple[str, Path]:
             return _find_hub(hub_id)
         except RequestError as error:  # a mistyped folder looks like a hub id
             raise RequestError(f"{error} (there is no folder {model})") from None
-    raise RequestError(
-        f"there is no folder {model}; expected a model folder, a DeepMind .pt file, a hub id such "
-        f"as google/recurrentgemma-2b, or one of {', '.join(SIZE_WORDS)}"
-    )
+    raise RequestError(f"there is no folder {model}; expected {CHECKPOINT_FORMS}")
 
 
 def _deepmind_path(path: Path) -> Path | None:
     if path.is_file():
         if path.suffix != ".pt":
-            raise RequestError(
-                f"{path} is {describe_file(path)}; expected a model folder or a DeepMind "
-                "checkpoint ending in .pt"
-            )
+            raise RequestError(f"{path} is {describe_file(path)}; expected a folder or .pt file")
         return path
     if any((path / name).exists() for name in (huggingface.SINGLE, huggingface.INDEX)):
         return None

@@ -52,10 +52,8 @@ def _download(hub_id: str) -> Path:
         info = HfApi().model_info(hub_id, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if CONFIG not in sizes or not sizes.keys() & {SINGLE, INDEX}:
-            raise RequestError(
-                f"{hub_id} has no {CONFIG} with {SINGLE} or {INDEX}; expected a RecurrentGemma "
-                "model in Hugging Face's layout, such as google/recurrentgemma-2b"
-            )
+            need = f"{CONFIG} with {SINGLE} or {INDEX}"
+            raise RequestError(f"{hub_id} has no {need}; expected a RecurrentGemma model")
         missing = sum(
             size
             for name, size in sizes.items()
@@ -63,7 +61,7 @@ def _download(hub_id: str) -> Path:
             and not isinstance(try_to_load_from_cache(hub_id, name, revision=info.sha), str)
         )
         require_free_disk(Path(constants.HF_HUB_CACHE), missing)
-        return snapshot(hub_id, info.sha, ALLOWED)
+        return snapshot(hub_id, None, ALLOWED)  # by a hash, the cache would not find it again
 
 
 @contextmanager
@@ -82,15 +80,15 @@ def snapshot(
 ) -> Path:
     from huggingface_hub import snapshot_download
 
-    show_bars_on_terminals_alone()
+    hide_bars_in_files()
     folder = snapshot_download(
         hub_id, revision=revision, allow_patterns=list(patterns), local_dir=target
     )
     return Path(folder)
 
 
-def show_bars_on_terminals_alone() -> None:
-    """Turns the bars of the hub's client off where nobody watches them."""
+def hide_bars_in_files() -> None:
+    """Turns the bars of the hub's client off where no terminal shows them."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -112,15 +110,13 @@ def _explain(hub_id: str, error: Exception, action: str, advice: str) -> str:
         return f"{missing}; check the name, {log_in}, {advice}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{hub_id} has no such revision; check the name, {advice}"
-    if action == "upload" and isinstance(error, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set, so nothing can be sent to {hub_id}; unset it, {advice}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{hub_id} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {advice}"
+    failed = f"{hub_id} is not in the local cache and cannot be downloaded"
     if action == "upload":
-        failed = f"the upload to {hub_id} failed ({_reason(error)})"
-        return f"{failed}; {advice}" if status else f"{failed}; check the network, {advice}"
-    failed = f"is not in the local cache and cannot be downloaded ({_reason(error)})"
-    return f"{hub_id} {failed}; check the network, {advice}"
+        failed = f"the upload to {hub_id} failed"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{failed}: HF_HUB_OFFLINE is set; unset it, {advice}"
+    network = "" if action == "upload" and status else "check the network, "
+    return f"{failed} ({_reason(error)}); {network}{advice}"
 
 
 def _reason(error: Exception) -> str:

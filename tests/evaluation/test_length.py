@@ -143,7 +143,7 @@ def test_the_command(models, tmp_path, capsys):
     text, onnx = folder / "long.txt", str(folder / "onnx")
     words = ["--suite", "length", "-o", str(tmp_path / "r"), "--length"]
     asked = *words, str(LENGTH), "--text", str(text)
-    assert run(["evaluate", str(folder / "model"), "-m", onnx, *asked]) == 0
+    assert run(["evaluate", str(folder / "model"), "-m", f"{onnx}/model.onnx", *asked]) == 0
     page = (tmp_path / "r" / "evaluation.html").read_text()
     assert page.count("<svg") == 4 and "Largest norm of a recurrent state" in page
     assert "states off" in page and "timed in turns" in page

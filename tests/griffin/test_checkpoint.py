@@ -79,9 +79,10 @@ def test_links_such_as_the_hub_cache_has_are_followed(tmp_path, weights):
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
-    checkpoint = open_checkpoint(snapshot)
-    assert (checkpoint.name, checkpoint.problems) == ("recurrentgemma-2b-it", ())
-    assert checkpoint.instruction_tuned is True
+    for path in (snapshot, snapshot / "config.json", snapshot / SINGLE):
+        checkpoint = open_checkpoint(path)
+        assert (checkpoint.name, checkpoint.problems) == ("recurrentgemma-2b-it", ())
+        assert checkpoint.instruction_tuned is True
 
 
 def test_deepmind_folder_and_file(tmp_path, weights):

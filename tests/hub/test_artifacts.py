@@ -8,6 +8,7 @@ import pytest
 from rgexport.errors import RequestError
 from rgexport.exporters.hub import HubName, parse
 from rgexport.exporters.manifest import MANIFEST
+from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_random_gguf
 from tests.hub.fake import TOKEN, Repository
 from tests.models import ODD_CONFIGS
@@ -36,9 +37,21 @@ def test_an_artifact_goes_there_and_back(run, hub, artifact):
     assert run("generate", "hf:me/demo", *ASK).stdout == said
     assert run("generate", "-m", "me/demo", *ASK).stdout == said
     requests = len(hub.asked)
-    facts = json.loads(run("inspect", "hf:me/demo", "--json").stdout)
-    assert facts["kind"] == "onnx" and facts["name"] == "demo"
+    for name in ("hf:me/demo", "me/demo"):
+        assert json.loads(run("inspect", name, "--json").stdout)["kind"] == "onnx"
     assert len(hub.asked) == requests, "a complete copy needs no network"
+    run("evaluate", "me/demo", "--suite", "text", "--limit", "8", "--json")
+
+
+def test_a_checkpoint_is_no_artifact(run, hub):
+    files = {path.name: path.read_bytes() for path in demo_folder().iterdir() if path.is_file()}
+    hub.repositories["me/ck"] = Repository(files=files)
+    for _ in range(2):  # from the hub, and where it has nothing
+        for name in ("hf:me/ck", "me/ck"):
+            refusal = run("generate", name, *ASK, code=2).stderr
+            assert "me/ck is a checkpoint; export it first: rgexport onnx me/ck --int4" in refusal
+            assert json.loads(run("inspect", name, "--json").stdout)["kind"] == "checkpoint"
+        hub.repositories.clear()
 
 
 def test_a_dry_run_lists_what_would_go_there(run, hub, artifact):
