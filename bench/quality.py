@@ -106,8 +106,8 @@ RECIPES = (
     Recipe("onnx-rtn-32s", "rounding to nearest", f"onnx --int4 --quality fast {_BLOCKS}"),
     Recipe("onnx-search-32s", "clip search", f"onnx --int4 {_BLOCKS}"),
     Recipe("onnx-gptq-32s", "GPTQ", f"onnx --int4 {_BLOCKS}", calibrated=True),
-    Recipe("onnx-default", "clip search, 8-bit head (default)", "onnx --int4"),
-    Recipe("onnx-best", "GPTQ, 8-bit head (best)", "onnx --int4", calibrated=True),
+    Recipe("onnx-default", "clip search (default)", "onnx --int4"),
+    Recipe("onnx-best", "GPTQ (best)", "onnx --int4", calibrated=True),
     *(
         Recipe(f"onnx-plan-{bits}", f"a plan of {bits} bits", "onnx", calibrated=True, bits=bits)
         for bits in (3.0, 3.5, 4.0, 4.25, 4.5, 5.0)

@@ -47,7 +47,7 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
     assert repr(rgexport.open_checkpoint("demo")).startswith("<Checkpoint demo: ")
     same = "model.onnx", "model.onnx.data", "tokenizer.json"
     assert all(artifact.file(n).read_bytes() == (demo_artifact / n).read_bytes() for n in same)
-    assert repr(artifact) == f"<OnnxArtifact {tmp_path / 'demo'}: int4, 8.80 MB, verified>"
+    assert repr(artifact) == f"<OnnxArtifact {tmp_path / 'demo'}: int4, 8.51 MB, verified>"
     ends = {stage: (done, total) for stage, done, total in stages}
     assert "Writing the weights" in ends and all(done == total for done, total in ends.values())
 

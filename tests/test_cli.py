@@ -192,7 +192,7 @@ def test_printed_plan_exports_the_same(demo_artifact, tmp_path, monkeypatch, cap
     assert run(["inspect", str(demo_artifact), "--json"]) == 0
     Path("plan.json").write_text(capsys.readouterr().out)
     assert run(["onnx", "--size", "demo", "--plan", "plan.json", "--no-check"]) == 0
-    exported = tmp_path / "demo-5.21bit-int4-onnx"
+    exported = tmp_path / "demo-4.71bit-int4-onnx"
     for name in ("model.onnx", "model.onnx.data"):
         assert (exported / name).read_bytes() == (demo_artifact / name).read_bytes()
 

@@ -45,7 +45,7 @@ class OnnxArguments:
         "Copy the native kernels, so that onnxruntime-genai runs them on machines like this one."
     )
     block_size: int | None = option(
-        "Weights that share a scale: 16, 32, 64 or 128. [default: 32; int8: "
+        "Weights that share a scale: 16, 32, 64 or 128. [default: 16 to 128 for int4; int8: "
         "64, embedding 16; browsers: 128]"
     )
     symmetric: bool | None = option(
@@ -54,8 +54,8 @@ class OnnxArguments:
         "--symmetric/--asymmetric",
     )
     embedding_precision: str | None = option(
-        "Precision of the embedding (also the output head). [default: int8 for int4, or as "
-        "--precision; webgpu: as --precision]",
+        "Precision of the embedding (also the output head). [default: as --precision, but with "
+        "int4 int8 for frequent tokens; wasm: int8 with int4]",
         metavar="PRECISION",
     )
     export: ExportArguments = group()

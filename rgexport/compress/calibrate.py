@@ -25,14 +25,12 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.config import GriffinConfig
 from rgexport.progress import expect_stages, group, note
 from rgexport.quantization import calibration as stored
-from rgexport.quantization.statistics import StatisticsOf
+from rgexport.quantization.statistics import BUILT_IN, StatisticsOf
 from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount
 
 SUFFIX = ".calibration"
-BUILT_IN = Path(__file__).with_name("text.txt")
-"""A text of many kinds, as sampled text has little of what the model rarely writes."""
 _BUILT_IN_PART = 6  # one token in so many is from the built-in text
 _SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 4}
 """Width of a small model; is small → tokens of the statistics, and tokens per held-out token."""

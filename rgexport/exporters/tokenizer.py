@@ -1,5 +1,6 @@
 """Completes an artifact's tokenizer for programs that read no SentencePiece model."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tokenizers import decoders, models, normalizers, processors
 from rgexport.errors import RequestError, reason
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.control_tokens import (
     JINJA_FILE,
     ControlTokens,
@@ -33,12 +35,15 @@ from rgexport.griffin.tokenizer_files import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    guarded,
     has_tokenizer,
     is_gemmas_kind,
     normalization,
     read_pieces,
+    read_tokenizer_json,
 )
 from rgexport.progress import warn
+from rgexport.quantization.statistics import BUILT_IN
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
@@ -75,6 +80,24 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
         eos_token_id=tuple(dict.fromkeys(ends)),
         pad_token_id=tokens.pad and tokens.pad.id,
     )
+
+
+def tokens_by_frequency(checkpoint: Checkpoint) -> np.ndarray:
+    """Returns all token ids, int64 [vocab], first those that the built-in text has most often.
+
+    Tokens that it has equally often, or all without a readable tokenizer, are in their order.
+    """
+    text, size = BUILT_IN.read_text("utf-8"), checkpoint.config.vocab_size
+    files = {path.name: path for path in checkpoint.tokenizer_files}
+    ids: list[int] = []
+    if model := files.get("tokenizer.model"):
+        with contextlib.suppress(RequestError), guarded(model):
+            ids = sentencepiece.SentencePieceProcessor(model_file=str(model)).EncodeAsIds(text)
+    elif file := files.get("tokenizer.json"):
+        with contextlib.suppress(RequestError), guarded(file):
+            ids = read_tokenizer_json(file).engine().encode(text, add_special_tokens=False).ids
+    counts = np.bincount([i for i in ids if i < size], minlength=size)
+    return np.argsort(-counts, kind="stable")
 
 
 @lru_cache(maxsize=1)  # every plan needs it, and the conversion takes seconds

@@ -15,7 +15,7 @@ integer first, as in MIL's blobs; a row is padded to whole bytes.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -236,15 +236,7 @@ class Affine(Uniform):
         return replace(self, block=block if SMALLEST_BLOCK <= block < columns else None)
 
     def least_padded(self, columns: int) -> "Affine":
-        """Chooses the block size: small blocks cost scales, large ones padding."""
-        if self.block is None:
-            return self
-
-        def row_bytes(scheme: Affine) -> int:
-            return nbytes_of(scheme.part_shapes((1, columns)))
-
-        candidates = (replace(self, block=block) for block in BLOCKS if block <= self.block)
-        return min(candidates, key=row_bytes)
+        return self if self.block is None else with_least_padding(self, columns)
 
     def with_dtype(self, dtype: FloatDtype) -> "Affine":
         return replace(self, scale=dtype)
@@ -299,6 +291,12 @@ class Affine(Uniform):
 
 INT8_ROWS = Affine(8, None, symmetric=True)
 """One scale per row, the only int8 that integer matrix products can take."""
+
+
+def with_least_padding(scheme: Any, columns: int) -> Any:
+    """Chooses the block size of a scheme: small blocks cost scales, large ones padding."""
+    blocks = (replace(scheme, block=block) for block in BLOCKS if block <= scheme.block)
+    return min(blocks, key=lambda scheme: nbytes_of(scheme.part_shapes((1, columns))))
 
 
 def largest_divisor(number: int, limit: int) -> int:

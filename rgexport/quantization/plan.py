@@ -1,5 +1,6 @@
 """The quantization plan: how each tensor is stored, and the weights as they are read back."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +25,17 @@ from rgexport.kernels.rounding import library
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import warn
 from rgexport.quantization import scheme as schemes
-from rgexport.quantization.scheme import BFLOAT16, FLOAT32, INT8_ROWS, Affine, Float, Plan, Scheme
+from rgexport.quantization.row_groups import group_rows
+from rgexport.quantization.scheme import (
+    BFLOAT16,
+    FLOAT32,
+    INT8_ROWS,
+    Affine,
+    Float,
+    Plan,
+    Scheme,
+    TwoLevel,
+)
 from rgexport.quantization.scheme_base import nbytes_of
 from rgexport.quantization.statistics import StatisticsOf
 
@@ -41,6 +52,8 @@ COREML_PRECISIONS: dict[str, Scheme] = PRECISIONS | {"int8": INT8_ROWS, "pal4": 
 """The same for Core ML, before it is fitted to each matrix and gets the dtype of scales."""
 
 MIXED = "mixed"
+_SENSITIVE = re.compile(r"\.[kv]_proj\.|^layers\.0\..*\.down_proj\.")
+"""Linears that lose most per weight in 4 bits, see `bench.quality`."""
 _ROWS = 192  # rows that a thread encodes at once, or a few more where a table is shared
 
 
@@ -97,6 +110,24 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     return {n: by_role.get(spec.role, FLOAT32) for n, spec in model_tensors(config).items()}
 
 
+def int4_plan(config: GriffinConfig, ids: np.ndarray) -> Plan:
+    """Returns int4 with two-level scales; int8, or blocks of 16, where int4 loses most.
+
+    That is in the first layer, in keys and values, and in the embedding: a third of its rows is
+    int8. `ids` are all token ids, int [vocab], the most frequent ones first.
+    """
+    coarse, small = TwoLevel(4, 32), TwoLevel(4, 16)
+    fine = Affine(8, 128, symmetric=True, scale="float16")
+    frequent, other = np.split(ids, [-(-len(ids) // 3)])
+    plan = make_plan(config, coarse, group_rows({fine: frequent, small: other}))
+    for name in [name for name, scheme in plan.items() if scheme == coarse]:
+        if _SENSITIVE.search(name):
+            plan[name] = fine
+        elif name.startswith("layers.0."):
+            plan[name] = small
+    return plan
+
+
 def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[str]:
     """Returns the matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
     return frozenset(
@@ -118,9 +149,9 @@ def _is_gate_matrix(spec: TensorSpec) -> bool:
 
 
 def precision_of(plan: Plan) -> str:
-    """Returns the precision of the coarsest weights; `mixed` where linears have different bits."""
+    """Returns the precision of the coarsest weights; `mixed` if linears have several under 8."""
     linears = (scheme for name, scheme in plan.items() if name != EMBEDDING)
-    bits = {uniform.level_bits for scheme in linears for uniform in scheme.uniform} - {None}
+    bits = {uniform.level_bits for scheme in linears for uniform in scheme.uniform} - {None, 8}
     return MIXED if len(bits) > 1 else schemes.coarsest(plan.values()).precision
 
 

@@ -121,6 +121,9 @@ class Mixed(Scheme):
     def fitted(self, shape: Shape) -> "Mixed":
         return self._each(lambda scheme: scheme.fitted(shape))
 
+    def least_padded(self, columns: int) -> "Mixed":
+        return self._each(lambda scheme: scheme.least_padded(columns))
+
     def with_dtype(self, dtype: FloatDtype) -> "Mixed":
         return self._each(lambda scheme: scheme.with_dtype(dtype))
 

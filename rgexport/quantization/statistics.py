@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from rgexport.quantization.calibration import Calibration
 if TYPE_CHECKING:
     from rgexport.quantization.scheme_base import Parts, Uniform
 
+BUILT_IN = Path(__file__).with_name("text.txt")
+"""A text of many kinds, as sampled text has little of what the model rarely writes."""
 _DAMPING = 0.01  # added to H's diagonal, in units of its mean
 _SHRINKAGE = 0.3, 0.6  # least and largest reduction of off-diagonal values
 _LOOKUPS = 1.0, 10.0, 100.0

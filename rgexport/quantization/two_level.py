@@ -13,7 +13,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding.library import Grid
-from rgexport.quantization.affine import Affine, pack, storable, unpack
+from rgexport.quantization.affine import Affine, pack, storable, unpack, with_least_padding
 from rgexport.quantization.algorithms import choose_levels, output_gain
 from rgexport.quantization.scheme_base import Parts, PartShapes, Shape, Uniform
 from rgexport.quantization.statistics import Statistics
@@ -95,6 +95,9 @@ class TwoLevel(Uniform):
 
     def num_blocks(self, columns: int) -> int:
         return self.affine.num_blocks(columns)
+
+    def least_padded(self, columns: int) -> "TwoLevel":
+        return with_least_padding(self, columns)
 
     def part_shapes(self, shape: Shape) -> PartShapes:
         rows, columns = shape

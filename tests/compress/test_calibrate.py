@@ -11,7 +11,7 @@ from rgexport.chat.sampling import Sampler
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.compress import calibrate as module
 from rgexport.compress import passages
-from rgexport.compress.calibrate import BUILT_IN, CalibrationOptions, calibrate
+from rgexport.compress.calibrate import CalibrationOptions, calibrate
 from rgexport.compress.calibration_folder import CalibrationFolder
 from rgexport.compress.passages import LENGTH, Passages, read_text
 from rgexport.compress.statistics import Collector
@@ -22,6 +22,7 @@ from rgexport.griffin.huggingface import SINGLE
 from rgexport.griffin.layout import QUANTIZABLE, role_of
 from rgexport.griffin.reference import Reference
 from rgexport.quantization.calibration import Calibration, linears, open_calibration
+from rgexport.quantization.statistics import BUILT_IN
 from tests.command_line import rgexport
 from tests.compress.collected import checkpoint_of, collected
 from tests.evaluation.small_model import small_model

@@ -248,7 +248,7 @@ def test_row_groups_come_back_in_their_order(name, grouped):
     manifest = artifact.manifest
     sizes = [group.stored.shape[0] for group in groups_of(manifest.tensors[EMBEDDING])]
     assert sizes == [20, 30, 51] and read_manifest(artifact.path) == manifest
-    assert manifest.rounds_activations and manifest.precision == "mixed"
+    assert manifest.rounds_activations and manifest.precision == "int4"
 
 
 @pytest.mark.parametrize(

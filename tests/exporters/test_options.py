@@ -1,8 +1,10 @@
 """What a user can ask of an export, in each format."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
@@ -10,9 +12,9 @@ from rgexport.exporters.coreml.exporter import CoreMLOptions
 from rgexport.exporters.gguf.options import GgufOptions
 from rgexport.exporters.onnx.profiles import OnnxOptions
 from rgexport.griffin.config import CONFIG_2B
-from rgexport.griffin.layout import EMBEDDING, model_tensors
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, model_tensors
 from rgexport.quantization.plan import make_plan
-from rgexport.quantization.scheme import INT8_ROWS, Affine, Float, Ggml, Palette, Scheme
+from rgexport.quantization.scheme import INT8_ROWS, Affine, Float, Ggml, Palette, Scheme, TwoLevel
 from tests.models import ODD_CONFIGS, make_config
 
 REGULAR, NOT_BY_32 = ODD_CONFIGS["regular"], ODD_CONFIGS["not_by_32"]
@@ -24,7 +26,7 @@ BROWSER = Affine(4, 64, symmetric=False)
 HEAD = Affine(8, 64, symmetric=True, scale="float16")
 """Blocks of 128, but that the rows have 64 weights."""
 ONNX: list[tuple[dict[str, Any], Scheme, Scheme]] = [
-    ({}, INT4, HEAD),
+    ({"block_size": 32}, INT4, HEAD),
     ({"block_size": 64}, Affine(4, 64, True, scale="float16"), HEAD),
     ({"symmetric": False}, Affine(4, 32, False, scale="float16"), HEAD),
     ({"precision": "fp32", "embedding_precision": "int8"}, FULL, HEAD),
@@ -40,6 +42,22 @@ def test_onnx(options: dict[str, Any], linear: Scheme, embedding: Scheme) -> Non
     """The head keeps its own defaults, unless it is stored in the precision of the linears."""
     plan = OnnxOptions(**options).resolve_plan(REGULAR)
     assert (plan[LINEAR], plan[EMBEDDING]) == (linear, embedding)
+
+
+def test_the_default_int4_has_8_bits_where_4_lose_most() -> None:
+    """Keys, values, one matrix of the first layer, and the rows of the tokens that come first."""
+    ids = np.arange(REGULAR.vocab_size)[::-1]
+    plan = OnnxOptions().resolve_plan(REGULAR, ids=ids)
+    bits = {name: {one.level_bits for one in scheme.uniform} for name, scheme in plan.items()}
+    in_8 = {name for name in bits if bits[name] == {8}}
+    down = "layers.0.mlp_block.down_proj.weight"
+    assert in_8 == {down, *(name for name in bits if re.search(r"\.[kv]_proj\.weight", name))}
+    assert {name for name in bits if 4 in bits[name]} | in_8 == {
+        name for name, spec in model_tensors(REGULAR).items() if spec.role in QUANTIZABLE
+    }
+    assert plan[LINEAR] == TwoLevel(4, 16)
+    (_, eight, frequent), (_, four, _) = plan[EMBEDDING].row_groups(REGULAR.vocab_size)
+    assert (eight, four) == (HEAD, TwoLevel(4, 16)) and set(frequent) == {*ids[: len(frequent)]}
 
 
 @pytest.mark.parametrize("asked", [None, 16, 128])

@@ -119,7 +119,7 @@ def test_an_older_manifest_has_float32_scales():
 
 def test_row_groups_are_named_and_fitted_as_matrices_are():
     assert MIXED.label == "int8/128 (4 rows) + int4/32 (1 row) + int4/32"
-    assert coarsest([INT8, MIXED]) == INT4 and precision_of({"a": INT8, "b": MIXED}) == "mixed"
+    assert coarsest([INT8, MIXED]) == INT4 and precision_of({"a": INT8, "b": MIXED}) == "int4"
     even = MIXED.fitted((9, 48)).with_dtype("float16").uniform
     blocks = [(s.block, s.scale) for s in even]
     assert blocks == [(None, "float16"), (24, "float16"), (24, "float16")]

@@ -19,7 +19,7 @@ from rgexport.exporters.onnx.model_file import DATA_FILE, MODEL_FILE
 from rgexport.exporters.onnx.profiles import PROFILES, FileLimit, OnnxOptions
 from rgexport.exporters.opening import default_target
 from rgexport.exporters.storage import OffsetAllocator, aligned, fill
-from rgexport.exporters.tokenizer import ControlIds
+from rgexport.exporters.tokenizer import ControlIds, tokens_by_frequency
 from rgexport.exporters.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -84,7 +84,7 @@ def export_onnx(
     Raises RequestError as `export_folder` does, and for options that do not fit the model.
     """
     gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
-    plan = options.resolve_plan(checkpoint.config, gates)
+    plan = options.resolve_plan(checkpoint.config, gates, tokens_by_frequency(checkpoint))
     activation = ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]

@@ -1,7 +1,9 @@
 """Lowering profiles, the ops and lowerings of a runtime; and the options of an ONNX export."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
@@ -17,6 +19,7 @@ from rgexport.quantization.plan import (
     choose_scheme,
     choose_schemes,
     has_blocks,
+    int4_plan,
     make_plan,
     with_algorithm,
     with_bfloat16,
@@ -59,6 +62,8 @@ class LoweringProfile:
     """Precision of the linears → that of the embedding, where it is another."""
     blocks: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Precisions of linears and embedding → default block sizes, where schemes have others."""
+    plans: Mapping[str, Callable[[GriffinConfig, np.ndarray], Plan]] = field(default_factory=dict)
+    """Precision → function that makes its plan, unless a user asks for blocks or an embedding."""
     rows: Mapping[str, Scheme] = field(default_factory=dict)
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
     bits: frozenset[int] = frozenset({4, 8})
@@ -83,6 +88,7 @@ PROFILES: dict[str, LoweringProfile] = {
             precision="int4",
             embeddings=FINE_HEAD,
             blocks={("int8", "int8"): (64, 16)},  # half the KL divergence of 128 for both
+            plans={"int4": int4_plan},
             bits=frozenset({*PLANES, 8}),
             scale="float16",
             functions=True,
@@ -134,24 +140,33 @@ class OnnxOptions(FolderOptions):
     def defaults(self) -> tuple[str, Mapping[str, str]]:
         return self._profile.precision, self._profile.embeddings
 
-    def resolve_plan(self, config: GriffinConfig, gates: Collection[str] = ()) -> Plan:
+    def resolve_plan(
+        self, config: GriffinConfig, gates: Collection[str] = (), ids: np.ndarray | None = None
+    ) -> Plan:
         """Makes the plan for a model: blocks that fit its rows, unless a plan sets them.
 
         `gates` are the matrices that the checkpoint has in bfloat16; they stay so if others are
-        quantized. Raises RequestError for an unknown word or block size.
+        quantized. `ids` are all token ids, int [vocab], the most frequent ones first; None: as
+        they are numbered. Raises RequestError for an unknown word or block size.
         """
         plan, exact = self.plan, gates if self._profile.functions else ()
         if not plan:
-            asked = self.precisions, self._scheme, self.block_size, self.symmetric
-            chosen = choose_schemes(*asked, self._profile.blocks.get(self.precisions))
-            plan = make_plan(config, *chosen)
+            plan = self._default_plan(config, np.arange(config.vocab_size) if ids is None else ids)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}
-            if any(map(has_blocks, chosen)):
+            if any(map(has_blocks, plan.values())):
                 plan |= dict.fromkeys(exact, BFLOAT16)
         plan = with_bfloat16(plan, exact)
         plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
+
+    def _default_plan(self, config: GriffinConfig, ids: np.ndarray) -> Plan:
+        free = {self.block_size, self.symmetric, self.embedding_precision} == {None}
+        if free and self.precision_word in self._profile.plans:
+            return self._profile.plans[self.precision_word](config, ids)
+        asked = self.precisions, self._scheme, self.block_size, self.symmetric
+        schemes = choose_schemes(*asked, self._profile.blocks.get(self.precisions))
+        return make_plan(config, *schemes)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
         odd = [

@@ -20,7 +20,9 @@ from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
 from rgexport.runtimes.machine import available_bytes
 
 _HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
-_DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.uint8, 10: np.float16, 16: np.uint16}
+_DTYPES: dict[int, type[np.generic]] = dict(
+    {1: np.float32, 2: np.uint8, 3: np.int8, 10: np.float16, 16: np.uint16}
+)
 """The types that native kernels read: onnx.proto's number → numpy's type; 16 is bfloat16, which
 numpy lacks."""
 

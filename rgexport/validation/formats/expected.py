@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,6 +20,7 @@ from rgexport.validation.structure.elements import Element
 
 if TYPE_CHECKING:
     from rgexport.exporters.program import StepProgram
+    from rgexport.griffin.checkpoint import Checkpoint
 
 TOKENS, STEPS = 32, 4
 """Tokens that a self-check takes, and how many of them one by one."""
@@ -100,8 +101,8 @@ class Expected:
         """Makes the structure that this version writes; raises ImportError without the extra."""
         raise NotImplementedError
 
-    def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
-        """The recipes of named precisions, where the matrices `gates` are in bfloat16."""
+    def default_recipes(self, checkpoint: "Checkpoint") -> Iterator[Recipe]:
+        """The recipes of a checkpoint's graphs in named precisions."""
         yield from ()
 
 

@@ -1,6 +1,6 @@
 """Limits of ONNX artifacts, and their structure: nodes, functions, initializers, stored weights."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,10 @@ import numpy as np
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import ACTIVATIONS, Manifest
 from rgexport.exporters.onnx.model_file import MODEL_FILE, NUM_LOGITS, parse_model, read_graph
-from rgexport.griffin.config import GriffinConfig
+from rgexport.exporters.tokenizer import tokens_by_frequency
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.quantization.plan import bfloat16_gates
 from rgexport.validation.formats.expected import Expected, Recipe, traced
 from rgexport.validation.structure.elements import Element, Rules, elements, stored_elements
 
@@ -58,13 +60,15 @@ class OnnxExpected(Expected):
         yield from stored_elements(tensors)
         yield from _graph(ir.to_proto(model).SerializeToString())
 
-    def default_recipes(self, config: GriffinConfig, gates: Collection[str]) -> Iterator[Recipe]:
+    def default_recipes(self, checkpoint: Checkpoint) -> Iterator[Recipe]:
         from rgexport.exporters.onnx.profiles import PROFILES, OnnxOptions
 
+        config, ids = checkpoint.config, tokens_by_frequency(checkpoint)
+        gates = bfloat16_gates(config, checkpoint.weights)
         for profile in PROFILES.values():
             for precision in profile.precisions:
                 options = OnnxOptions(profile=profile.name, precision=precision)
-                plan = options.resolve_plan(config, gates)
+                plan = options.resolve_plan(config, gates, ids)
                 exact = profile.is_exact(plan, options.exact)
                 changes = {"profile": profile.name, "compute": options.compute_word, "exact": exact}
                 yield Recipe("onnx", config, plan, changes)

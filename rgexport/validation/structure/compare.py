@@ -14,7 +14,6 @@ from rgexport.exporters.artifact import Artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import detail, note, task
-from rgexport.quantization.plan import bfloat16_gates
 from rgexport.validation.formats.expected import Expected, Recipe, expected_of, version_text
 from rgexport.validation.reference.reference_file import ReferenceFile
 from rgexport.validation.structure.elements import Fingerprint, fingerprint, first_difference
@@ -101,8 +100,7 @@ def record_structures(checkpoint: Checkpoint) -> tuple[Fingerprint, ...]:
 
 
 def _record(expected: Expected, checkpoint: Checkpoint) -> Iterator[Fingerprint]:
-    gates = bfloat16_gates(checkpoint.config, checkpoint.weights)
-    recipes = list(expected.default_recipes(checkpoint.config, gates))
+    recipes = list(expected.default_recipes(checkpoint))
     if not recipes:
         return
     with task("Recording the structure of graphs", len(recipes), "graphs") as advance:

@@ -123,8 +123,9 @@ class SketchError(TensorError):
 
     `directions` counts the products that are known of each row; null where the row itself is.
     `expected_error` is the relative error that rounding to nearest makes, `evenness` how many rows
-    of equal shares would make it up, `largest_share` that of the row with most of it. The
-    projection of row groups is `estimated`.
+    of equal shares would make it up, `largest_share` that of the row with most of it. Of row
+    groups, the projection and the relative errors are `estimated`, with W without its mean row: few
+    directions do not tell how long what all rows have in common is.
     """
 
     columns: int
@@ -211,17 +212,22 @@ def sketch_errors(
             known = np.hstack([known, reference.array(f"outputs.{name}")])
         return from_array(known.reshape(stored.shape[0], -1, known.shape[1]))
 
+    @functools.cache
+    def mean_row(name: str) -> np.ndarray:
+        return np.asarray(array(f"weights.{name}").mean(0, dtype=np.float64))
+
     def measure(name: str, scheme: Uniform, known: np.ndarray, rows: np.ndarray) -> Sums:
         shape = sketch_shape(tensors[name].shape)
         w, outputs = known[:, : shape.width].astype(np.float64), known[:, shape.width :]
         delta, steps = shape.project(rows) - w, shown_steps(name, rows, scheme)
+        varied = w - mean_row(name) if shape.directions else w
         error, stored_exactly = shape.dots(delta, delta), w * _KEPT
         expected = steps.rounding(shape.columns) + shape.dots(stored_exactly, stored_exactly)
         shares = np.divide(error, expected, out=np.zeros_like(error), where=error != 0)
         sums = {
             "worst_row": float(shares.max()),
-            "square": float(shape.dots(w, w).sum()),
-            "along": float(shape.dots(w, delta).sum()),
+            "square": float(shape.dots(varied, varied).sum()),
+            "along": float(shape.dots(varied, delta).sum()),
             "error": float(error.sum()),
             "expected": float(expected.sum()),
             "expected_square": float(np.square(expected).sum()),

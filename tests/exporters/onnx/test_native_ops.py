@@ -104,7 +104,8 @@ def with_two(artifact: Artifact) -> set[str]:
 
 @pytest.mark.parametrize(("precision", "exact"), [("int8", False), ("int4", False), ("int4", True)])
 def test_what_is_fused_and_has_two_digits(precision: str, exact: bool, tmp_path: Path) -> None:
-    artifact, weights = export_random(FIVE_LAYERS, tmp_path, precision, exact=exact)
+    asked = {"exact": exact, "block_size": 32}
+    artifact, weights = export_random(FIVE_LAYERS, tmp_path, precision, **asked)
     counts, nodes = ops(artifact), load_graph(artifact).graph.node
     scans = [node for node in nodes if node.op_type == "RgLruScan"]
     assert len(scans) == counts["RgLruScan"] == RECURRENT
