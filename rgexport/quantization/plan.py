@@ -118,8 +118,8 @@ def int4_plan(config: GriffinConfig, ids: np.ndarray) -> Plan:
     """
     coarse, small = TwoLevel(4, 32), TwoLevel(4, 16)
     fine = Affine(8, 128, symmetric=True, scale="float16")
-    frequent, other = np.split(ids, [-(-len(ids) // 3)])
-    plan = make_plan(config, coarse, group_rows({fine: frequent, small: other}))
+    frequent, rare = np.split(ids, [-(-len(ids) // 3)])
+    plan = make_plan(config, coarse, group_rows({fine: frequent, small: rare}))
     for name in [name for name, scheme in plan.items() if scheme == coarse]:
         if _SENSITIVE.search(name):
             plan[name] = fine

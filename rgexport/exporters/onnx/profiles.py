@@ -164,8 +164,8 @@ class OnnxOptions(FolderOptions):
         free = {self.block_size, self.symmetric, self.embedding_precision} == {None}
         if free and self.precision_word in self._profile.plans:
             return self._profile.plans[self.precision_word](config, ids)
-        asked = self.precisions, self._scheme, self.block_size, self.symmetric
-        schemes = choose_schemes(*asked, self._profile.blocks.get(self.precisions))
+        arguments = self.precisions, self._scheme, self.block_size, self.symmetric
+        schemes = choose_schemes(*arguments, self._profile.blocks.get(self.precisions))
         return make_plan(config, *schemes)
 
     def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
