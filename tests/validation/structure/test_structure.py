@@ -76,7 +76,10 @@ FAULTS = {
     "a shared state": (SHARED, "layers.0.temporal_block.rg_lru/RgLruScan"),
     "products times 1.05": (edits.changed(MLP, edits.TIMES), "layers.0.channel_residual"),
     "another body": (other_body, "RgLruScan: position_zero: its i is -1; expected 0"),
-    "another tensor": (exchanged_weights, f"the initializer layers.1.mlp_block.down_proj.weight.planes"),
+    "another tensor": (
+        exchanged_weights,
+        "the initializer layers.1.mlp_block.down_proj.weight.planes",
+    ),
     "no bias": (lambda model: producer(model, MLP).input.pop(), MLP),
     "other frequencies": (partial(rope_times, 1.0001), "its float_data is 1.0001"),
     "other names": (renamed, ""),
