@@ -10,15 +10,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
-from rgexport.choices import (
-    FloatPrecision,
-    FormatName,
-    GradeName,
-    Profile,
-    Quality,
-    RecurrentState,
-    SuiteName,
-)
+from rgexport import choices
 from rgexport.errors import RequestError
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.exporter import exporter_of
@@ -42,16 +34,16 @@ class FormatOptions(TypedDict, total=False):
     """The options of single formats, named as on the command line; others take the defaults."""
 
     precision: str
-    compute: FloatPrecision
+    compute: choices.FloatPrecision
     block_size: int
     symmetric: bool
     embedding_precision: str
-    profile: Profile
+    profile: choices.Profile
     exact: bool
     genai_native: bool
     prefill_length: int
     all_logits: bool
-    recurrent_state: RecurrentState
+    recurrent_state: choices.RecurrentState
     split: int | str
     type: str
     pure: bool
@@ -62,11 +54,11 @@ class FormatOptions(TypedDict, total=False):
 def export(
     model: Model,
     *,
-    format: FormatName = "onnx",
+    format: choices.FormatName = "onnx",
     output: str | Path | None = None,
     force: bool = False,
     check: bool = True,
-    quality: Quality | None = None,
+    quality: choices.Quality | None = None,
     calibration: str | Path | None = None,
     plan: "str | Path | PlanReport | None" = None,
     cluster: str | None = None,
@@ -119,7 +111,7 @@ def validate(
     bisect: bool = False,
     reproduce: bool = False,
     calibration: str | Path | None = None,
-    min_quality: GradeName | None = None,
+    min_quality: choices.GradeName | None = None,
     allow_foreign: bool = False,
     progress: Listener | None = None,
 ) -> "ValidationResult":
@@ -186,7 +178,7 @@ class EvaluationSettings(TypedDict, total=False):
 def evaluate(
     models: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
-    suites: SuiteName | Sequence[SuiteName] = (),
+    suites: choices.SuiteName | Sequence[choices.SuiteName] = (),
     output: str | Path = "evaluation",
     threads: int | None = None,
     cluster: str | None = None,
@@ -219,7 +211,7 @@ def evaluate(
     models = [models] if isinstance(models, str | PathLike) else models
     suites = [suites] if isinstance(suites, str) else suites
     for name in suites:
-        require_word("suite", name, get_args(SuiteName))
+        require_word("suite", name, get_args(choices.SuiteName))
     values: dict[str, Any] = {**settings}
     values |= {name: Path(values[name]) for name in {"state", "task_files"} & values.keys()}
     values |= {"texts": tuple(map(Path, values.get("texts", ()))), "folder": Path(output)}
@@ -238,7 +230,7 @@ def quantize(
     bits: float | None = None,
     target_kl: float | None = None,
     target_size: str | float | None = None,
-    format: FormatName = "onnx",
+    format: choices.FormatName = "onnx",
     calibration: str | Path | None = None,
     text: str | Path | None = None,
     tokens: int = 16384,
@@ -286,13 +278,13 @@ def quantize(
 
 def export_checkpoint(
     open_model: Callable[[], Checkpoint],
-    kind: FormatName,
+    kind: choices.FormatName,
     options: Mapping[str, object],
     *,
     output: Path | None,
     force: bool,
     check: bool,
-    quality: Quality | None,
+    quality: choices.Quality | None,
     calibration: Path | None,
     plan: Path | None,
     cluster: str | None,

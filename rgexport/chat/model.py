@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from rgexport.chat import state_file
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, GenerationRequest, require_ids
 from rgexport.chat.prefix_store import PrefixStore
@@ -34,15 +35,6 @@ from rgexport.chat.reply import (
     reply_options,
 )
 from rgexport.chat.scheduler import Scheduler
-from rgexport.chat.state_file import (
-    SavedState,
-    key_of,
-    read_state,
-    require_precision,
-    require_replaceable,
-    require_same_model,
-    write_state,
-)
 from rgexport.chat.state_folder import StateFolder
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
@@ -86,7 +78,7 @@ class Model(PromptEncoder):
         `state_precision` is fp32 or fp16, of files; None for the engine's. `artifact` is a hash of
         the artifact at `path`, which `repr` names.
         """
-        require_precision(state_precision)
+        state_file.require_precision(state_precision)
         if rows < 1:
             raise RequestError(f"rows is {rows}; expected at least 1")
         self.identity, self._path = identity, path
@@ -245,7 +237,7 @@ class Model(PromptEncoder):
         messages: Sequence[Message] | None = None,
         *,
         with_text: bool = True,
-    ) -> SavedState:
+    ) -> state_file.SavedState:
         """Writes a state file of these tokens, which are read if their state is not known.
 
         The state has not seen the last token: see `chat.state_file`. Without the text, the file has
@@ -253,21 +245,21 @@ class Model(PromptEncoder):
         cannot be written, or exists and is no state file.
         """
         path = Path(path)
-        require_replaceable(path)
+        state_file.require_replaceable(path)
         require_ids(ids, self.vocab_size)
         saved = self.saved_state(ids, self.state(ids[:-1] or ids), messages)
         if not with_text:
             saved = replace(saved, tokens=None, messages=None)
-        write_state(path, saved, precision=self.state_precision)
+        state_file.write_state(path, saved, precision=self.state_precision)
         return saved
 
     def saved_state(
         self, ids: Sequence[int], state: State, messages: Sequence[Message] | None
-    ) -> SavedState:
+    ) -> state_file.SavedState:
         seen = int(state[POSITION][0])
-        return SavedState(
+        return state_file.SavedState(
             self.identity,
-            key_of(ids[:seen]),
+            state_file.key_of(ids[:seen]),
             state,
             np.array(ids, np.int64),
             messages,
@@ -275,14 +267,14 @@ class Model(PromptEncoder):
             artifact=self._numeric_identity,
         )
 
-    def load_state(self, path: str | Path, *, namespace: str = "") -> SavedState:
+    def load_state(self, path: str | Path, *, namespace: str = "") -> state_file.SavedState:
         """Loads a state file: prompts of the namespace that begin with its tokens go on from it.
 
         Raises RequestError for damage, and another model, window or chat template.
         """
         path = Path(path)
-        saved = read_state(path, self._shapes)
-        require_same_model(path, saved, self.identity)
+        saved = state_file.read_state(path, self._shapes)
+        state_file.require_same_model(path, saved, self.identity)
         is_foreign = saved.artifact != self._numeric_identity
         self.scheduler.store.put(saved.key, saved.state, foreign=is_foreign, namespace=namespace)
         return saved

@@ -22,15 +22,8 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
+from rgexport.quantization import scheme_base
 from rgexport.quantization.algorithms import refined
-from rgexport.quantization.scheme_base import (
-    FloatDtype,
-    Parts,
-    PartShapes,
-    Shape,
-    Uniform,
-    nbytes_of,
-)
 from rgexport.quantization.statistics import Statistics
 from rgexport.quantization.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
 
@@ -64,7 +57,7 @@ _LANES = 16  # the blocks of the search kernel are multiples of this
 
 
 @dataclass(frozen=True)
-class Affine(Uniform):
+class Affine(scheme_base.Uniform):
     """`bits`-bit unsigned integers with one scale per `block` columns of a row, or per row (None).
 
     Symmetric: the zero point is `2**(bits - 1)`; else there is an integer one per block.
@@ -73,7 +66,7 @@ class Affine(Uniform):
     bits: Literal[2, 3, 4, 5, 6, 8]
     block: Size | None
     symmetric: bool
-    scale: FloatDtype = "float32"
+    scale: scheme_base.FloatDtype = "float32"
     algorithm: str = field(default="rtn", compare=False)
     kind: Literal["affine"] = "affine"
 
@@ -105,11 +98,11 @@ class Affine(Uniform):
     def num_blocks(self, columns: int) -> int:
         return -(-columns // self.block_size(columns))
 
-    def part_shapes(self, shape: Shape) -> PartShapes:
+    def part_shapes(self, shape: scheme_base.Shape) -> scheme_base.PartShapes:
         rows, columns = shape
         blocks = self.num_blocks(columns)
         padded = blocks * self.block_size(columns)
-        shapes: PartShapes = {
+        shapes: scheme_base.PartShapes = {
             "data": ("uint8", (rows, packed_width(padded, self.bits))),
             "scales": (self.scale, (rows, blocks)),
         }
@@ -117,7 +110,7 @@ class Affine(Uniform):
             shapes["zero_points"] = ("uint8", (rows, packed_width(blocks, self.bits)))
         return shapes
 
-    def decode(self, arrays: Parts, columns: int) -> np.ndarray:
+    def decode(self, arrays: scheme_base.Parts, columns: int) -> np.ndarray:
         scales = arrays["scales"].astype(np.float32)
         count, blocks = scales.shape
         shape = (count, blocks, self.block_size(columns))
@@ -130,7 +123,7 @@ class Affine(Uniform):
         weights *= scales[..., None]
         return np.ascontiguousarray(weights.reshape(count, shape[1] * shape[2])[:, :columns])
 
-    def _round(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+    def _round(self, rows: np.ndarray, _: Statistics | None) -> scheme_base.Parts:
         weights = self._in_blocks(rows)
         scales, zeros = self._extreme_scales(weights)
         weights *= np.reciprocal(scales)[..., None]
@@ -139,7 +132,7 @@ class Affine(Uniform):
         np.clip(weights, 0, self._top, out=weights)
         return self._pack(weights.astype(np.uint8), scales, zeros)
 
-    def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
+    def _gptq(self, rows: np.ndarray, statistics: Statistics) -> scheme_base.Parts:
         nearest, scales, zeros = self.search(rows, statistics)
         levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
         block, half = self.block_size(rows.shape[1]), self.scale == "float16"
@@ -214,7 +207,7 @@ class Affine(Uniform):
         scales = storable((high - low) / np.float32(self._top), self.scale)
         return scales, np.clip(np.rint(-low / scales), 0, self._top)
 
-    def _pack(self, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> Parts:
+    def _pack(self, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> scheme_base.Parts:
         count, blocks, block = levels.shape
         arrays = {
             "data": pack(levels.reshape(count, blocks * block), self.bits),
@@ -224,7 +217,7 @@ class Affine(Uniform):
             arrays["zero_points"] = pack(zeros.astype(np.uint8), self.bits)
         return arrays
 
-    def fitted(self, shape: Shape) -> "Affine":
+    def fitted(self, shape: scheme_base.Shape) -> "Affine":
         columns = shape[1]
         if self.bits == 4 and columns % 2:
             return replace(self, bits=8).fitted(shape)
@@ -238,7 +231,7 @@ class Affine(Uniform):
     def least_padded(self, columns: int) -> "Affine":
         return self if self.block is None else with_least_padding(self, columns)
 
-    def with_dtype(self, dtype: FloatDtype) -> "Affine":
+    def with_dtype(self, dtype: scheme_base.FloatDtype) -> "Affine":
         return replace(self, scale=dtype)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
@@ -296,7 +289,7 @@ INT8_ROWS = Affine(8, None, symmetric=True)
 def with_least_padding(scheme: Any, columns: int) -> Any:
     """Chooses the block size of a scheme: small blocks cost scales, large ones padding."""
     blocks = (replace(scheme, block=block) for block in BLOCKS if block <= scheme.block)
-    return min(blocks, key=lambda scheme: nbytes_of(scheme.part_shapes((1, columns))))
+    return min(blocks, key=lambda scheme: scheme_base.nbytes_of(scheme.part_shapes((1, columns))))
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -310,7 +303,7 @@ def _in_lanes(weights: np.ndarray) -> np.ndarray:
     return np.pad(weights, ((0, 0), (0, 0), (0, padding))) if padding else weights
 
 
-def storable(scales: np.ndarray, dtype: FloatDtype) -> np.ndarray:
+def storable(scales: np.ndarray, dtype: scheme_base.FloatDtype) -> np.ndarray:
     """Scales rounded to `dtype`, as float32, float16 away from zero; 1 for a block of zeros."""
     if dtype == "float16":
         with np.errstate(over="ignore"):

@@ -20,15 +20,7 @@ import numpy as np
 from rgexport.chat import state_file as files
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
-from rgexport.evaluation.display import (
-    Loss,
-    Models,
-    curves,
-    difference_cell,
-    differences_of,
-    loss_curves,
-    loss_of,
-)
+from rgexport.evaluation import display
 from rgexport.evaluation.figures import ends, mean, mean_difference
 from rgexport.evaluation.losses import block_sums, further_losses, joined, require_finite
 from rgexport.evaluation.models import EvaluatedModel
@@ -255,20 +247,22 @@ def _by_mark(measured: Measured) -> dict[int, list[Result]]:
     return groups
 
 
-def lost(model: Result) -> list[Loss]:
+def lost(model: Result) -> list[display.Loss]:
     losses, start = [], model["suites"][NAME]["start"]
-    for gap in differences_of(model, NAME, "points"):
-        losses.append(loss_of(f"the tokens up to {gap['to']:,}", gap["nll"], gap["to"] - start))
+    for gap in display.differences_of(model, NAME, "points"):
+        losses.append(
+            display.loss_of(f"the tokens up to {gap['to']:,}", gap["nll"], gap["to"] - start)
+        )
         start = gap["to"]
     return losses
 
 
-def tables(models: Models) -> Iterator[Table]:
+def tables(models: display.Models) -> Iterator[Table]:
     losses: list[Row] = []
     speeds: list[Row] = []
     turns: list[Row] = []
     for model in models:
-        gaps = {gap["to"]: gap for gap in differences_of(model, NAME, "points")}
+        gaps = {gap["to"]: gap for gap in display.differences_of(model, NAME, "points")}
         figures = model["suites"][NAME]
         for point in figures["points"]:
             names = (model["label"], f"{point['to']:,}")
@@ -278,7 +272,7 @@ def tables(models: Models) -> Iterator[Table]:
                 (
                     *names,
                     f"{point['nll'][0]:.4f}",
-                    difference_cell(gap and gap["nll"]),
+                    display.difference_cell(gap and gap["nll"]),
                     "" if states is None else f"{states:.1e}",
                     f"{max(point['norms'].values()):.3g}" if point["norms"] else "",
                 )
@@ -309,17 +303,19 @@ def tables(models: Models) -> Iterator[Table]:
         yield Table("A step at both ends, timed in turns", header, turns, header[1:])
 
 
-def charts(models: Models) -> Iterator[Chart]:
+def charts(models: display.Models) -> Iterator[Chart]:
     if len(models[0]["suites"][NAME]["points"]) < 2:
         return
     points = [model["suites"][NAME]["points"] for model in models]
     summary = "By the tokens of one text that were read before, its state carried on."
     losses = [[(point["to"], point["nll"]) for point in line] for line in points]
-    yield from loss_curves("Loss by length", summary, "tokens", models, losses, lost)
+    yield from display.loss_curves("Loss by length", summary, "tokens", models, losses, lost)
     norms = [
         [(p["to"], (max(p["norms"].values()), None, None)) for p in line if p["norms"]]
         for line in points
     ]
-    yield curves("Largest norm of a recurrent state", summary, ("tokens", "norm"), models, norms)
+    yield display.curves(
+        "Largest norm of a recurrent state", summary, ("tokens", "norm"), models, norms
+    )
     steps = [[(p["to"], (1000 * p["step_seconds"], None, None)) for p in line] for line in points]
-    yield curves("Time of a step", summary, ("tokens", "ms"), models, steps)
+    yield display.curves("Time of a step", summary, ("tokens", "ms"), models, steps)

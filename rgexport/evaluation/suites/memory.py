@@ -15,15 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluation.display import (
-    Loss,
-    Models,
-    by_entry,
-    curves,
-    differences_of,
-    is_significant,
-    loss_of,
-)
+from rgexport.evaluation import display
 from rgexport.evaluation.figures import ends, mean_difference, share
 from rgexport.evaluation.models import EvaluatedModel
 from rgexport.evaluation.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
@@ -173,12 +165,12 @@ def differences(first: Measured, second: Measured) -> Result:
     }
 
 
-def lost(model: Result) -> list[Loss]:
+def lost(model: Result) -> list[display.Loss]:
     """Returns the mean over all distances, at which the same episodes are asked, of each task."""
     counts = {c["task"]: c["points"][0]["count"] for c in model["suites"][NAME]["tasks"]}
     gaps = defaultdict(list)
-    for gap in differences_of(model, NAME, "points"):
-        gaps[gap["task"]].append(loss_of(gap["task"], gap))
+    for gap in display.differences_of(model, NAME, "points"):
+        gaps[gap["task"]].append(display.loss_of(gap["task"], gap))
     losses = []
     for task, of_task in gaps.items():
         margin = None
@@ -186,12 +178,12 @@ def lost(model: Result) -> list[Loss]:
             # Episodes that all end alike still leave room for one in 3 / n that does not.
             margin = float(np.mean([loss.margin for loss in of_task])) or 3 / counts[task]
         value = -float(np.mean([loss.value for loss in of_task]))
-        losses.append(Loss(task, 100 * value, margin and 100 * margin))
+        losses.append(display.Loss(task, 100 * value, margin and 100 * margin))
     return losses
 
 
-def tables(models: Models) -> Iterator[Table]:
-    for entries in by_entry(models, NAME, "tasks"):
+def tables(models: display.Models) -> Iterator[Table]:
+    for entries in display.by_entry(models, NAME, "tasks"):
         first, count = entries[0], len(entries[0]["points"])
         # Every other distance has a column, if they are many.
         columns = range(count) if count <= _COLUMNS else range((count - 1) % 2, count, 2)
@@ -199,8 +191,8 @@ def tables(models: Models) -> Iterator[Table]:
         for model, curve in zip(models, entries, strict=True):
             differing = {
                 point["distance"]
-                for point in differences_of(model, NAME, "points")
-                if point["task"] == curve["task"] and is_significant(point["p"])
+                for point in display.differences_of(model, NAME, "points")
+                if point["task"] == curve["task"] and display.is_significant(point["p"])
             }
             points = [curve["points"][column] for column in columns]
             cells = [f"{p['value']:.2f}{'*' * (p['distance'] in differing)}" for p in points]
@@ -219,11 +211,13 @@ def _half_cell(curve: Result) -> str:
     return "at chance" if curve["points"][0]["low"] <= curve["chance"] else "beyond"
 
 
-def charts(models: Models) -> Iterator[Chart]:
-    for entries in by_entry(models, NAME, "tasks"):
+def charts(models: display.Models) -> Iterator[Chart]:
+    for entries in display.by_entry(models, NAME, "tasks"):
         points = [[(p["distance"], ends(p)) for p in curve["points"]] for curve in entries]
         task, chance = entries[0]["task"], entries[0]["chance"]
         summary = f"Share of right answers by the tokens in between; {percent(chance)} by chance."
-        chart = curves(task, summary, ("tokens in between", "right answers"), models, points)
+        chart = display.curves(
+            task, summary, ("tokens in between", "right answers"), models, points
+        )
         axis = share_axis(y_values(chart.series))
         yield replace(chart, y=axis, show_y=percent, level=("chance", chance))

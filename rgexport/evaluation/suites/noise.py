@@ -15,15 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from rgexport.evaluation.display import (
-    Loss,
-    Models,
-    by_entry,
-    curves,
-    difference_cell,
-    differences_of,
-    loss_of,
-)
+from rgexport.evaluation import display
 from rgexport.evaluation.figures import ends, mean, mean_difference
 from rgexport.evaluation.losses import nats
 from rgexport.evaluation.models import EvaluatedModel
@@ -217,28 +209,31 @@ def differences(first: Measured, second: Measured) -> Result:
     return {"noises": entries}
 
 
-def lost(model: Result) -> list[Loss]:
-    gaps = differences_of(model, NAME, "noises")
-    return [loss_of(gap["noise"], gap) for gap in gaps if gap["noise"] != "none"]
+def lost(model: Result) -> list[display.Loss]:
+    gaps = display.differences_of(model, NAME, "noises")
+    return [display.loss_of(gap["noise"], gap) for gap in gaps if gap["noise"] != "none"]
 
 
-def tables(models: Models) -> Iterator[Table]:
+def tables(models: display.Models) -> Iterator[Table]:
     rows: list[Row] = []
-    for entries in by_entry(models, NAME, "noises"):
+    for entries in display.by_entry(models, NAME, "noises"):
         if entries[0]["noise"] != "none":
             cells = [entries[0]["noise"]]
             for entry in entries:
-                cells += [difference_cell(entry["more"]), f"{100 * entry['flips']['value']:.1f} %"]
+                cells += [
+                    display.difference_cell(entry["more"]),
+                    f"{100 * entry['flips']['value']:.1f} %",
+                ]
             rows.append(tuple(cells))
     columns = [f"{model['label']}{end}" for model in models for end in (", nats", ", flips")]
     title = "Noise: more nats per token than after a clean text, and other likeliest tokens"
     yield Table(title, ("noise", *columns), rows, columns)
 
 
-def charts(models: Models) -> Iterator[Chart]:
-    for entries in by_entry(models, NAME, "noises"):
+def charts(models: display.Models) -> Iterator[Chart]:
+    for entries in display.by_entry(models, NAME, "noises"):
         if entries[0]["noise"] != "none":
-            yield curves(
+            yield display.curves(
                 f"After {entries[0]['noise']}",
                 "More nats per token than after the clean text, from that token on.",
                 ("tokens after the noise", "more nats"),

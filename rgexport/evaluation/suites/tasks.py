@@ -10,14 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rgexport.errors import RequestError
-from rgexport.evaluation.display import (
-    Loss,
-    Models,
-    by_entry,
-    differences_of,
-    is_significant,
-    loss_of,
-)
+from rgexport.evaluation import display
 from rgexport.evaluation.figures import mean, mean_difference, share
 from rgexport.evaluation.harness.answers import LmRequest, answer, sha256_of
 from rgexport.evaluation.harness.tasks import Tasks, load_tasks
@@ -147,7 +140,7 @@ def differences(first: Measured, second: Measured) -> Result:
     return {"metrics": metrics}
 
 
-def lost(model: Result) -> list[Loss]:
+def lost(model: Result) -> list[display.Loss]:
     """Returns the losses in figures, if lm_eval says whether higher ones are better."""
     better = {
         (entry["task"], figure["metric"]): figure["higher_is_better"]
@@ -155,16 +148,16 @@ def lost(model: Result) -> list[Loss]:
         for figure in entry["metrics"]
     }
     losses = []
-    for gap in differences_of(model, NAME, "metrics"):
+    for gap in display.differences_of(model, NAME, "metrics"):
         if (higher := better[gap["task"], gap["metric"]]) is not None:
-            loss = loss_of(f"{gap['task']}, {gap['metric']}", gap)
+            loss = display.loss_of(f"{gap['task']}, {gap['metric']}", gap)
             losses.append(loss._replace(value=-loss.value if higher else loss.value))
     return losses
 
 
-def tables(models: Models) -> Iterator[Table]:
+def tables(models: display.Models) -> Iterator[Table]:
     rows: list[Row] = []
-    for entries in by_entry(models, NAME, "tasks"):
+    for entries in display.by_entry(models, NAME, "tasks"):
         first = entries[0]
         for metric, figure in enumerate(first["metrics"]):
             count = "" if figure["count"] is None else f"{figure['count']:,}"
@@ -189,8 +182,8 @@ def _figure_cell(figure: Result, model: Result, task: str) -> str:
     if figure["value"] is None:
         return "unknown"
     significant = any(
-        is_significant(gap["p"])
-        for gap in differences_of(model, NAME, "metrics")
+        display.is_significant(gap["p"])
+        for gap in display.differences_of(model, NAME, "metrics")
         if (gap["task"], gap["metric"]) == (task, figure["metric"])
     )
     known = figure["low"] is not None and figure["high"] is not None
@@ -202,5 +195,5 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
-def charts(models: Models) -> list[Chart]:
+def charts(models: display.Models) -> list[Chart]:
     return []

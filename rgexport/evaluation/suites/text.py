@@ -18,14 +18,7 @@ import numpy as np
 
 from rgexport.chat.sample_text import built_in_text
 from rgexport.errors import RequestError
-from rgexport.evaluation.display import (
-    Loss,
-    Models,
-    difference_cell,
-    differences_of,
-    loss_curves,
-    loss_of,
-)
+from rgexport.evaluation import display
 from rgexport.evaluation.figures import ends, mean, mean_difference
 from rgexport.evaluation.losses import block_sums, joined, losses
 from rgexport.evaluation.models import EvaluatedModel
@@ -234,19 +227,19 @@ def differences(first: Measured, second: Measured) -> Result:
     return {"domains": entries}
 
 
-def lost(model: Result) -> list[Loss]:
+def lost(model: Result) -> list[display.Loss]:
     tokens = {_mode(entry): entry["tokens"] for entry in model["suites"][NAME]["domains"]}
     return [
-        loss_of(gap["domain"], gap["nll"], tokens[_mode(gap)])
-        for gap in differences_of(model, NAME, "domains")
+        display.loss_of(gap["domain"], gap["nll"], tokens[_mode(gap)])
+        for gap in display.differences_of(model, NAME, "domains")
         if gap["context"] is None
     ]
 
 
-def tables(models: Models) -> Iterator[Table]:
+def tables(models: display.Models) -> Iterator[Table]:
     groups: dict[Row, list[Row]] = defaultdict(list)
     for model in models:
-        gaps = {_mode(gap): gap["nll"] for gap in differences_of(model, NAME, "domains")}
+        gaps = {_mode(gap): gap["nll"] for gap in display.differences_of(model, NAME, "domains")}
         for entry in model["suites"][NAME]["domains"]:
             bits = entry["bits_per_byte"]
             groups[entry["domain"], _mode_name(entry)].append(
@@ -255,7 +248,7 @@ def tables(models: Models) -> Iterator[Table]:
                     f"{entry['tokens']:,}",
                     f"{entry['perplexity']:.3f}",
                     "" if bits is None else f"{bits:.4f}",
-                    difference_cell(gaps.get(_mode(entry))),
+                    display.difference_cell(gaps.get(_mode(entry))),
                     amount(model["bytes"]),
                 )
             )
@@ -273,11 +266,13 @@ def _mode_name(entry: Result) -> str:
     return f"{entry['context']}, stride {entry['stride']}"
 
 
-def charts(models: Models) -> Iterator[Chart]:
+def charts(models: display.Models) -> Iterator[Chart]:
     # The first tokens of a document have no power of two.
     points = [
         [(max(point["from"], 32), point["nll"]) for point in m["suites"][NAME]["by_position"]]
         for m in models
     ]
     summary = "Mean loss of tokens from each power of two on, from the start of a document."
-    yield from loss_curves("Loss by position", summary, "tokens before", models, points, lost)
+    yield from display.loss_curves(
+        "Loss by position", summary, "tokens before", models, points, lost
+    )

@@ -10,14 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.evaluation.display import (
-    Loss,
-    Models,
-    difference_cell,
-    differences_of,
-    loss_curves,
-    loss_of,
-)
+from rgexport.evaluation import display
 from rgexport.evaluation.models import EvaluatedModel
 from rgexport.evaluation.pieces import Chain, EvaluationRequest, Measured, Piece, Result, Settings
 from rgexport.evaluation.suites import memory, text
@@ -117,22 +110,22 @@ def _by_window(measured: Measured) -> dict[int, dict[str, Measured]]:
     return groups
 
 
-def lost(model: Result) -> list[Loss]:
+def lost(model: Result) -> list[display.Loss]:
     """Returns the losses of texts with each window but the full one."""
     return [
-        loss_of(f"{gap['domain']} with a window of {entry['window']:,}", gap["nll"])
-        for entry in differences_of(model, NAME, "windows")[1:]
+        display.loss_of(f"{gap['domain']} with a window of {entry['window']:,}", gap["nll"])
+        for entry in display.differences_of(model, NAME, "windows")[1:]
         for gap in entry["text"]["domains"]
     ]
 
 
-def tables(models: Models) -> Iterator[Table]:
+def tables(models: display.Models) -> Iterator[Table]:
     rows = [
         (
             model["label"],
             f"{row['window']:,}",
             f"{row['all_texts']['perplexity']:.3f}",
-            difference_cell(row["all_texts_above_full"]),
+            display.difference_cell(row["all_texts_above_full"]),
             amount(row["state_bytes"]),
             f"{1000 * row['step_seconds']:.2f}",
         )
@@ -146,13 +139,15 @@ def tables(models: Models) -> Iterator[Table]:
         yield from memory.tables(_as_models(model))
 
 
-def charts(models: Models) -> Iterator[Chart]:
+def charts(models: display.Models) -> Iterator[Chart]:
     points = [
         [(max(1, w["window"]), w["all_texts"]["nll"]) for w in m["suites"][NAME]["windows"]]
         for m in models
     ]
     summary = "Mean loss of all texts; a window of 0 is drawn at 1."
-    yield from loss_curves("Loss by window", summary, "tokens of window", models, points, lost)
+    yield from display.loss_curves(
+        "Loss by window", summary, "tokens of window", models, points, lost
+    )
     for model in models:
         for chart in memory.charts(_as_models(model)):
             yield replace(chart, title=f"{model['label']}: {chart.title}")

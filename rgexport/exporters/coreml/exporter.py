@@ -9,13 +9,7 @@ from typing import Any, get_args
 
 from rgexport.choices import RecurrentState
 from rgexport.errors import RequestError
-from rgexport.exporters.coreml.manifest import (
-    CoreMLManifest,
-    CoreMLRecord,
-    Form,
-    io_record,
-    state_records,
-)
+from rgexport.exporters.coreml import manifest as interface
 from rgexport.exporters.coreml.package import packages, split_by_size, whole, write_package
 from rgexport.exporters.coreml.storage import MOST_PADDING, CoreMLStorage
 from rgexport.exporters.exporter import Exporter
@@ -75,8 +69,10 @@ class CoreMLOptions(FolderOptions):
         return "int4", {"int4": "int8", "pal4": "int8"}
 
     @property
-    def form(self) -> Form:
-        return Form(self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word)
+    def form(self) -> interface.Form:
+        return interface.Form(
+            self.prefill_length, self.all_logits, self.recurrent_state, self.compute_word
+        )
 
     def resolve_plan(self, config: GriffinConfig) -> Plan:
         """Makes the plan: schemes fitted to the shapes, a user's too, in the dtype of `compute`."""
@@ -147,15 +143,15 @@ def export_coreml(
         for package, model in zip(plans, models, strict=True):
             add_metadata(model, checkpoint, options, package, blobs)
             write_package(folder, model, package.name)
-        return CoreMLManifest(
+        return interface.CoreMLManifest(
             precision=options.precision_word,
             compute=options.compute_word,
             exact=True,
             plan=plan,
             tensors=storage.tensors,
-            states=state_records(config, form),
-            io=io_record(config, form, whole(config.num_layers)),
-            coreml=CoreMLRecord(
+            states=interface.state_records(config, form),
+            io=interface.io_record(config, form, whole(config.num_layers)),
+            coreml=interface.CoreMLRecord(
                 form.prefill_length, form.all_logits, form.recurrent_state, blobs, split
             ),
             **common,

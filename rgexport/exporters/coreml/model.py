@@ -22,17 +22,9 @@ from coremltools.proto.MIL_pb2 import Value
 from coremltools.proto.Model_pb2 import Model
 
 from rgexport._version import __version__
+from rgexport.exporters.coreml import manifest as interface
 from rgexport.exporters.coreml.emitter import DTYPES, CoreMLEmitter
 from rgexport.exporters.coreml.lowering import lower
-from rgexport.exporters.coreml.manifest import (
-    HIDDEN,
-    HIDDEN_OUTPUT,
-    RECURRENT,
-    RECURRENT_OUTPUT,
-    Form,
-    io_record,
-    stored_states,
-)
 from rgexport.exporters.coreml.package import DECODE, PREFILL, PackagePlan, Segment
 from rgexport.exporters.coreml.storage import BLOB_HEADER_BYTES
 from rgexport.exporters.manifest import StoredPart, StoredTensor
@@ -52,7 +44,7 @@ def build_model(
     program: StepProgram,
     config: GriffinConfig,
     tensors: Mapping[str, StoredTensor],
-    form: Form,
+    form: interface.Form,
     plan: PackagePlan,
 ) -> Model:
     Builder.name_count.clear()  # so that names do not depend on earlier exports in this process
@@ -70,7 +62,7 @@ def _function(
     program: StepProgram,
     config: GriffinConfig,
     tensors: Mapping[str, StoredTensor],
-    form: Form,
+    form: interface.Form,
     segment: Segment,
     tokens: int,
     stored_parts: dict[str, StoredPart],
@@ -81,10 +73,10 @@ def _function(
             dtype=DTYPES[value.dtype],
             name=value.name,
         )
-        for value in io_record(config, form, segment).inputs
+        for value in interface.io_record(config, form, segment).inputs
     } | {
         name: StateTensorPlaceholder(shape, dtype=DTYPES["float16"], name=name)
-        for name, shape in stored_states(config, form, segment).items()
+        for name, shape in interface.stored_states(config, form, segment).items()
     }
     before, after = segment.hidden(program)
     with Function(inputs, opset_version=target.iOS18) as function:
@@ -95,14 +87,14 @@ def _function(
         )
         values = {value.name: value for value in (program.input_ids, program.position_ids)}
         if before:
-            values[HIDDEN] = before
+            values[interface.HIDDEN] = before
         for name in function.inputs.keys() & values.keys():
             emitter.values[values[name].name] = function.inputs[name]
         for node in segment.nodes(program):
             lower(emitter, node)
         result = emitter.values[(after or program.logits).name]
         if after:  # under a name of its own; the site keeps its own
-            result = emitter.op("mul", HIDDEN_OUTPUT, x=result, y=np.float32(1))
+            result = emitter.op("mul", interface.HIDDEN_OUTPUT, x=result, y=np.float32(1))
         function.set_outputs([result, *emitter.finish()])
     stored_parts |= emitter.parts
     return function
@@ -146,7 +138,7 @@ def add_metadata(
             feature.shortDescription = text + _HALVES[match["half"]]
 
 
-def _contents(plan: PackagePlan, form: Form) -> str:
+def _contents(plan: PackagePlan, form: interface.Form) -> str:
     *segments, last = plan.segments
     if segments:
         return (
@@ -164,11 +156,11 @@ _HELP = {
     "input_ids": "Token ids, as the tokenizer beside the package has them.",
     "position_ids": "Positions of these tokens, counted from 0 where the conversation begins.",
     "logits": "Scores of the next token, after the soft cap, for {logits}.",
-    HIDDEN: "What the package before has made of these tokens.",
-    HIDDEN_OUTPUT: f"What this package has made of these tokens: {HIDDEN} of the next one.",
-    RECURRENT: "Hidden states of the RG-LRUs, a row per recurrent layer: zeros at first, "
-    f"then {RECURRENT_OUTPUT} of the call before.",
-    RECURRENT_OUTPUT: f"Hidden states of the RG-LRUs: {RECURRENT} of the next call.",
+    "hidden_state": "What the package before has made of these tokens.",
+    "hidden_state_out": "What this package has made of these tokens: hidden_state of the next one.",
+    "recurrent_state": "Hidden states of the RG-LRUs, a row per recurrent layer: zeros at first, "
+    "then recurrent_state_out of the call before.",
+    "recurrent_state_out": "Hidden states of the RG-LRUs: recurrent_state of the next call.",
     "conv1d": "Layer {layer}: the last {before} inputs of its convolution, oldest first",
     "key": "Layer {layer}: the last {window} keys, rotated, oldest first, zeros in front",
     "value": "Layer {layer}: the last {window} values, oldest first, zeros in front",

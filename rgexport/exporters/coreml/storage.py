@@ -28,17 +28,7 @@ from rgexport.exporters.storage import (
 )
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantization.scheme import (
-    Affine,
-    FloatDtype,
-    Ggml,
-    Palette,
-    Parts,
-    PartShapes,
-    Plan,
-    Scheme,
-    Uniform,
-)
+from rgexport.quantization import scheme as schemes
 from rgexport.quantization.statistics import StatisticsOf, no_statistics
 
 ALIGNMENT = 64
@@ -56,7 +46,10 @@ _TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
 
 class CoreMLStorage:
     def __init__(
-        self, plan: Plan, shapes: Mapping[str, tuple[int, ...]], packages: Sequence[PackagePlan]
+        self,
+        plan: schemes.Plan,
+        shapes: Mapping[str, tuple[int, ...]],
+        packages: Sequence[PackagePlan],
     ):
         tensors: dict[str, StoredTensor] = {}
         self.sizes: dict[str, int] = {}
@@ -73,7 +66,7 @@ class CoreMLStorage:
         """Writes the files in `folder`; returns the SHA-256 of every blob, by `TENSOR.PART`."""
         digests = {blob: hashlib.sha256() for blob, _, _ in self._blobs()}
 
-        def hash_slab(name: str, slab: Parts) -> None:
+        def hash_slab(name: str, slab: schemes.Parts) -> None:
             for label, rows in slab.items():
                 digests[f"{name}.{label}"].update(rows.data)
 
@@ -101,10 +94,10 @@ def blob_dtype(label: str, stored: StoredTensor) -> str:
     scheme, dtype = stored.uniform, stored.parts[label].dtype
     if dtype != "uint8" or scheme.level_bits != 4:
         return dtype
-    return "int4" if isinstance(scheme, Affine) and scheme.symmetric else "uint4"
+    return "int4" if isinstance(scheme, schemes.Affine) and scheme.symmetric else "uint4"
 
 
-def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+def part_shapes(shape: tuple[int, ...], scheme: schemes.Scheme) -> schemes.PartShapes:
     """Returns the parts of a scheme, signed where symmetric; raises RequestError for others."""
     if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
         raise RequestError(
@@ -113,26 +106,26 @@ def part_shapes(shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
     return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
 
-def _is_storable(shape: tuple[int, ...], scheme: Uniform) -> bool:
+def _is_storable(shape: tuple[int, ...], scheme: schemes.Uniform) -> bool:
     if not scheme.is_quantized:
-        return not isinstance(scheme, Ggml)
-    is_known = isinstance(scheme, Affine | Palette) and scheme.bits in _SIGNED
+        return not isinstance(scheme, schemes.Ggml)
+    is_known = isinstance(scheme, schemes.Affine | schemes.Palette) and scheme.bits in _SIGNED
     return is_known and len(shape) == 2 and scheme.fitted(shape) == scheme
 
 
-def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schemes.PartShapes:
     shapes = scheme.part_shapes(shape)
-    if isinstance(scheme, Affine) and scheme.symmetric:
+    if isinstance(scheme, schemes.Affine) and scheme.symmetric:
         shapes["data"] = (_SIGNED[scheme.bits], shapes["data"][1])
     return shapes
 
 
 def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
-) -> Parts:
+) -> schemes.Parts:
     values = _TRANSFORMS.get(role_of(name), PLAIN).store(rows.astype(np.float32, copy=False))
     scheme = stored.uniform
-    if not isinstance(scheme, Affine):
+    if not isinstance(scheme, schemes.Affine):
         return scheme.encode(name, values, statistics(name), ids)
     _require_held(name, np.abs(values).max(initial=0), scheme.scale)
     arrays = scheme.encode(name, values, statistics(name), ids)
@@ -142,10 +135,10 @@ def encode(
     return _with_sign(arrays, scheme, stored.parts["data"].dtype)
 
 
-def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
+def decode(name: str, arrays: schemes.Parts, stored: StoredTensor) -> np.ndarray:
     columns = int(np.prod(stored.shape[1:], dtype=np.int64))
     scheme = stored.uniform
-    if isinstance(scheme, Affine):
+    if isinstance(scheme, schemes.Affine):
         rows = scheme.decode(_with_sign(arrays, scheme, "uint8"), columns)
         rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
     else:
@@ -154,7 +147,7 @@ def decode(name: str, arrays: Parts, stored: StoredTensor) -> np.ndarray:
     return transform.restore(rows.astype(np.float32, copy=False))
 
 
-def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
+def _require_held(name: str, largest: np.float32, dtype: schemes.FloatDtype) -> None:
     """Refuses weights that are infinities where an engine multiplies in the dtype of the scales."""
     with np.errstate(over="ignore"):
         held = np.isfinite(largest.astype(dtype))
@@ -164,7 +157,7 @@ def _require_held(name: str, largest: np.float32, dtype: FloatDtype) -> None:
         )
 
 
-def _with_sign(arrays: Parts, scheme: Affine, dtype: str) -> Parts:
+def _with_sign(arrays: schemes.Parts, scheme: schemes.Affine, dtype: str) -> schemes.Parts:
     if not scheme.symmetric:
         return arrays
     return arrays | {"data": (arrays["data"].view(np.uint8) ^ _TOP_BITS[scheme.bits]).view(dtype)}

@@ -11,17 +11,8 @@ from rgexport.errors import RequestError
 from rgexport.exporters.gguf.naming import FileTensor, file_tensors
 from rgexport.exporters.request import refuse_beside_plan, refuse_idle, require_levels, require_word
 from rgexport.griffin.config import GriffinConfig
+from rgexport.quantization import ggml_types
 from rgexport.quantization.algorithms import ALGORITHMS
-from rgexport.quantization.ggml_types import (
-    FILE_TYPES,
-    TYPES,
-    FileType,
-    TypeRequest,
-    choose_types,
-    find_file_type,
-    find_type,
-    parse_override,
-)
 from rgexport.quantization.imatrix import Imatrix, read_imatrix
 from rgexport.quantization.scheme import Ggml, Plan
 
@@ -35,7 +26,7 @@ _ONE_WAY = "f32", "f16", "bf16", "q8_0"
 
 @dataclass(frozen=True)
 class GgufStorage:
-    file_type: FileType
+    file_type: ggml_types.FileType
     tensors: list[FileTensor]
     schemes: dict[str, Ggml]
     imatrix: Imatrix | None = None
@@ -86,13 +77,15 @@ class GgufOptions:
             )
 
     @property
-    def file_type(self) -> FileType:
+    def file_type(self) -> ggml_types.FileType:
         if self.plan is None:
-            return find_file_type(_type_word(self.type, self.precision) or DEFAULT_TYPE)
+            return ggml_types.find_file_type(_type_word(self.type, self.precision) or DEFAULT_TYPE)
         kinds = Counter(scheme.ggml_type for scheme in self.plan.values())
         fewer = Counter({k: count for k, count in kinds.items() if k not in ("f32", None)})
         most = str((fewer or Counter(["f32"])).most_common(1)[0][0])
-        return FILE_TYPES.get(most) or next(t for t in FILE_TYPES.values() if t.default == most)
+        return ggml_types.FILE_TYPES.get(most) or next(
+            t for t in ggml_types.FILE_TYPES.values() if t.default == most
+        )
 
     def choose(self, config: GriffinConfig) -> GgufStorage:
         """Chooses the types for a model; RequestError for a plan or file that does not fit it."""
@@ -101,7 +94,7 @@ class GgufOptions:
             schemes = {tensor.name: _planned(tensor, self.plan) for tensor in tensors}
             return GgufStorage(self.file_type, tensors, self._filled(schemes))
         imatrix = read_imatrix(self.imatrix) if self.imatrix else None
-        types = dict.fromkeys((tensor.name for tensor in tensors), "f32") | choose_types(
+        types = dict.fromkeys((tensor.name for tensor in tensors), "f32") | ggml_types.choose_types(
             {t.name: t.shape[-1] for t in tensors if t.quantizable},
             self._request(),
             gqa=config.num_heads if config.block_types[0] == "attention" else 0,
@@ -121,14 +114,14 @@ class GgufOptions:
         algorithm = self.algorithm if self.algorithm in Ggml.encoders else "ggml"
         return {name: scheme.with_algorithm(algorithm) for name, scheme in schemes.items()}
 
-    def _request(self) -> TypeRequest:
+    def _request(self) -> ggml_types.TypeRequest:
         embedding = self.embedding_precision and self.embedding_precision.lower()
         if embedding:
-            embedding = find_type(_EMBEDDING_TYPES.get(embedding, embedding)).name
-        return TypeRequest(
+            embedding = ggml_types.find_type(_EMBEDDING_TYPES.get(embedding, embedding)).name
+        return ggml_types.TypeRequest(
             file_type=self.file_type,
             pure=self.pure,
-            overrides=tuple(parse_override(text) for text in self.tensor_types),
+            overrides=tuple(ggml_types.parse_override(text) for text in self.tensor_types),
             token_embedding_type=embedding or None,
         )
 
@@ -151,19 +144,19 @@ def _importances(
     return {
         name: columns
         for name, columns in importances.items()
-        if columns is not None and TYPES[types[name]].is_quantized
+        if columns is not None and ggml_types.TYPES[types[name]].is_quantized
     }
 
 
 def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
     scheme, columns = plan[tensor.canonical], tensor.shape[-1]
     kind = scheme.ggml_type
-    if kind is None or not TYPES[kind].fits(columns):
+    if kind is None or not ggml_types.TYPES[kind].fits(columns):
         layout = "in row groups" if len(scheme.uniform) > 1 else f"for rows of {columns}"
         raise RequestError(
             f"the plan stores {tensor.canonical} as {scheme.label}, which GGUF cannot do {layout}; "
             "expected a ggml type that fits, such as "
-            f"{next(k for k in ('q4_k', 'q4_0', 'f16') if TYPES[k].fits(columns))}"
+            f"{next(k for k in ('q4_k', 'q4_0', 'f16') if ggml_types.TYPES[k].fits(columns))}"
         )
     if kind != "f32" and not tensor.quantizable:
         raise RequestError(f"the plan stores {tensor.canonical} as {kind}; expected f32")

@@ -16,14 +16,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from rgexport.errors import RequestError, one_line
-from rgexport.exporters.mil.program import (
-    Damaged,
-    FileValue,
-    Function,
-    TensorType,
-    decode_functions,
-    messages,
-)
+from rgexport.exporters.mil import program
 from rgexport.files.paths import read_regular, report_os_errors, stays_inside
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.tensor import read_lines
@@ -68,7 +61,7 @@ class BlobFile:
             raise RequestError(f"{path} is damaged, or no file of weights of version {_VERSION}")
         return cls(path, size)
 
-    def blob(self, offset: int, type: TensorType) -> Blob:
+    def blob(self, offset: int, type: program.TensorType) -> Blob:
         data_offset = offset + HEADER_BYTES
         if not 0 < offset <= self.size - HEADER_BYTES - type.nbytes:
             raise RequestError(
@@ -91,13 +84,13 @@ class Package:
     path: Path
     model: Path
     specification_version: int
-    functions: dict[str, Function]
+    functions: dict[str, program.Function]
     default_function: str
     description: Any
     """The message `ModelDescription`: metadata, and help for each input, output and state."""
     blob_files: Mapping[str, BlobFile]
 
-    def blob(self, value: FileValue) -> Blob:
+    def blob(self, value: program.FileValue) -> Blob:
         return self.blob_files[value.file].blob(value.offset, value.type)
 
 
@@ -114,12 +107,14 @@ def open_package(path: Path | str) -> Package:
     model = _model_file(folder)
     try:
         with report_os_errors(model):
-            message = messages("Model").Model.FromString(read_regular(model, MAX_MODEL_BYTES))
+            message = program.messages("Model").Model.FromString(
+                read_regular(model, MAX_MODEL_BYTES)
+            )
     except DecodeError:
         raise RequestError(f"{model} is damaged: it is no protobuf message of a model") from None
     try:
-        functions = decode_functions(message.mlProgram)
-    except Damaged as error:
+        functions = program.decode_functions(message.mlProgram)
+    except program.Damaged as error:
         raise RequestError(f"{model} is damaged: {one_line(str(error))}") from None
     if not functions:
         raise RequestError(f"{model} holds no ML program; expected a model of iOS 15 or later")
@@ -149,9 +144,9 @@ def open_package(path: Path | str) -> Package:
     return package
 
 
-def file_values(functions: Iterable[Function]) -> set[FileValue]:
+def file_values(functions: Iterable[program.Function]) -> set[program.FileValue]:
     constants = (c for f in functions for op in f.walk() for _, c in op.constants)
-    return {constant for constant in constants if isinstance(constant, FileValue)}
+    return {constant for constant in constants if isinstance(constant, program.FileValue)}
 
 
 def _model_file(folder: Path) -> Path:

@@ -44,17 +44,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.control_tokens import chat_template
 from rgexport.griffin.state import state_specs
 from rgexport.kernels.onnx import library
+from rgexport.quantization import scheme as schemes
 from rgexport.quantization.plan import MIXED, PRECISIONS
-from rgexport.quantization.scheme import (
-    BLOCKS,
-    INT8_ROWS,
-    Affine,
-    Float,
-    PartShapes,
-    Scheme,
-    TwoLevel,
-    Uniform,
-)
 
 if TYPE_CHECKING:
     from rgexport.exporters.tokenizer import ControlIds
@@ -232,19 +223,19 @@ def _types(values: Iterable[ValueRecord]) -> dict[str, str]:
     return {value.name: f"{value.dtype} {reprlib.repr(value.shape)}" for value in values}
 
 
-def _group_part_shapes(shape: tuple[int, ...], scheme: Uniform) -> PartShapes:
+def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schemes.PartShapes:
     shapes = scheme.part_shapes(shape)
-    if scheme != INT8_ROWS:
+    if scheme != schemes.INT8_ROWS:
         return shapes
     rows, columns = shape
     return {COLUMNS: ("uint8", (columns, rows)), "scales": shapes["scales"]}
 
 
-def is_storable(scheme: Scheme) -> bool:
+def is_storable(scheme: schemes.Scheme) -> bool:
     return all(
-        one.block in BLOCKS and one.bits in (4, 8)
-        if isinstance(one, Affine)
-        else isinstance(one, Float | TwoLevel)
+        one.block in schemes.BLOCKS and one.bits in (4, 8)
+        if isinstance(one, schemes.Affine)
+        else isinstance(one, schemes.Float | schemes.TwoLevel)
         for one in scheme.uniform
     )
 
@@ -258,14 +249,14 @@ class OnnxFormat(FolderFormat):
     graph_bytes = 24_000
     keeps_bfloat16_gates = True
 
-    def part_shapes(self, shape: tuple[int, ...], scheme: Scheme) -> PartShapes:
+    def part_shapes(self, shape: tuple[int, ...], scheme: schemes.Scheme) -> schemes.PartShapes:
         """Returns the parts of a tensor; INT8_ROWS by columns, as `MatMulInteger` needs it."""
-        if scheme != INT8_ROWS and not is_storable(scheme):
+        if scheme != schemes.INT8_ROWS and not is_storable(scheme):
             raise RequestError(f"{scheme.label} is a way to store weights that ONNX does not have")
         return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
-    def candidate(self, scheme: Uniform, shape: tuple[int, ...]) -> Uniform | None:
-        is_worse = isinstance(scheme, Affine) and scheme.bits < 8  # than `TwoLevel`
+    def candidate(self, scheme: schemes.Uniform, shape: tuple[int, ...]) -> schemes.Uniform | None:
+        is_worse = isinstance(scheme, schemes.Affine) and scheme.bits < 8  # than `TwoLevel`
         return None if is_worse else super().candidate(scheme, shape)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:

@@ -19,16 +19,7 @@ from rgexport.choices import Profile
 from rgexport.errors import RequestError, one_line
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import Manifest
-from rgexport.exporters.onnx.model_file import (
-    DOMAIN,
-    LOCATIONS,
-    MAX_NODES,
-    MODEL_FILE,
-    ExternalTensor,
-    external_tensor,
-    parse_model,
-    subgraphs,
-)
+from rgexport.exporters.onnx import model_file
 from rgexport.quantization.two_level import PLANES
 
 Ops = Mapping[str, frozenset[str]]
@@ -62,7 +53,7 @@ OPERATORS: Mapping[Profile, Ops] = {
     "cpu": {
         "": _EVERYWHERE | {"BitwiseOr", "BitwiseXor", "Split"},
         MICROSOFT: frozenset({"MatMulNBits"}),
-        DOMAIN: _NATIVE,
+        model_file.DOMAIN: _NATIVE,
     },
     "wasm": {
         "": _EVERYWHERE | {"MatMulInteger", "Max", "ReduceMax", "Round", "Split"},
@@ -86,9 +77,9 @@ Sizes = Sequence[int | None]  # the items of an integer tensor; None for those t
 
 def require_trusted(artifact: Artifact, model: bytes) -> None:
     """Raises RequestError for unknown ops unless `allow_foreign`, and for impossible tensors."""
-    path, manifest = artifact.file(MODEL_FILE), artifact.manifest
+    path, manifest = artifact.file(model_file.MODEL_FILE), artifact.manifest
     try:
-        parsed = parse_model(model)
+        parsed = model_file.parse_model(model)
     except DecodeError:
         raise RequestError(f"{path} is not an ONNX model, or is damaged") from None
     if not artifact.allow_foreign:
@@ -112,8 +103,8 @@ def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
     while queue:
         nodes = queue.pop().node
         count += len(nodes)
-        if count > MAX_NODES:
-            raise RequestError(f"{path} has more than {MAX_NODES} nodes; expected fewer")
+        if count > model_file.MAX_NODES:
+            raise RequestError(f"{path} has more than {model_file.MAX_NODES} nodes; expected fewer")
         for node in nodes:
             domain, op = (text.decode(errors="replace") for text in (node.domain, node.op_type))
             domain = "" if domain == "ai.onnx" else domain
@@ -123,10 +114,12 @@ def _require_known_ops(path: Path, model: Any, profile: Profile) -> None:
                     f"{path} has the op {name}, which rgexport does not write for the profile "
                     f"{profile}: the file is not its export"
                 )
-            queue.extend(subgraphs(node))
+            queue.extend(model_file.subgraphs(node))
 
 
-def _require_stored(path: Path, tensors: list[ExternalTensor], manifest: Manifest) -> None:
+def _require_stored(
+    path: Path, tensors: list[model_file.ExternalTensor], manifest: Manifest
+) -> None:
     weights = [part for stored in manifest.tensors.values() for part in stored.parts.values()]
     spans = sorted((part.file, part.offset, part.offset + part.nbytes) for part in weights)
     for tensor in tensors:
@@ -147,14 +140,14 @@ def _not_ours(complaint: str) -> RequestError:
     )
 
 
-def _nbytes(tensor: ExternalTensor) -> int:
+def _nbytes(tensor: model_file.ExternalTensor) -> int:
     return prod(tensor.shape) * _ITEM_BYTES.get(tensor.data_type, 8)
 
 
 class _Scope:
     def __init__(self, path: Path, scope: Any, outer: "ChainMap[bytes, Sizes | None]") -> None:
         self._path = path
-        self.external: list[ExternalTensor] = []
+        self.external: list[model_file.ExternalTensor] = []
         self._known = outer.new_child()
         self._least: dict[bytes, int] = {}
         for tensor in getattr(scope, "initializer", ()):
@@ -174,7 +167,7 @@ class _Scope:
         self._require_small(least, operation)
         for name in node.output[:1]:
             self._known[name], self._least[name] = sizes, least
-        for graph in subgraphs(node):
+        for graph in model_file.subgraphs(node):
             self.external += _Scope(self._path, graph, self._known).external
 
     def _constant(self, node: Any) -> Sizes | None:
@@ -190,9 +183,9 @@ class _Scope:
         return sizes
 
     def _tensor(self, tensor: Any) -> Sizes | None:
-        if tensor.data_location == LOCATIONS["EXTERNAL"]:
+        if tensor.data_location == model_file.LOCATIONS["EXTERNAL"]:
             try:
-                self.external.append(external_tensor(tensor))
+                self.external.append(model_file.external_tensor(tensor))
             except ValueError as error:
                 raise RequestError(f"{self._path} is damaged: {error}") from None
             return None

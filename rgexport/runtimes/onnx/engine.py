@@ -12,14 +12,7 @@ from rgexport.exporters.storage import groups_of
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.quantization.scheme import Float, TwoLevel
-from rgexport.runtimes.engine import (
-    LENGTHS,
-    Engine,
-    Observation,
-    Observer,
-    SessionOptions,
-    observation_of,
-)
+from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
 
@@ -27,7 +20,7 @@ _PORTABLE_LENGTHS = (7, 1)
 _COPIES = 7.5  # of unpacked levels, measured: a 2B in 3 bits takes 12.5 GB
 
 
-class OnnxEngine(Engine):
+class OnnxEngine(engine.Engine):
     @property
     def can_narrow(self) -> bool:
         import rgexport.exporters.onnx.model  # noqa: F401  # without torch it fails here
@@ -37,7 +30,7 @@ class OnnxEngine(Engine):
     def require_trusted(self, artifact: Artifact) -> None:
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 
-    def session(self, artifact: Artifact, options: SessionOptions) -> Session:
+    def session(self, artifact: Artifact, options: engine.SessionOptions) -> Session:
         graph = None
         if options.window is not None:
             from rgexport.exporters.onnx.model import narrowed
@@ -48,7 +41,7 @@ class OnnxEngine(Engine):
     def has_native(self, artifact: Artifact) -> bool:
         return native_ops(artifact.file(MODEL_FILE)).library is not None
 
-    def observer(self, artifact: Artifact, options: SessionOptions) -> Observer:
+    def observer(self, artifact: Artifact, options: engine.SessionOptions) -> engine.Observer:
         return OrtObserver(artifact, options)
 
     def portable_bytes(self, manifest: Manifest) -> int:
@@ -76,7 +69,7 @@ class OrtObserver:
     Runtime omits the rounding between two fused ops.
     """
 
-    def __init__(self, artifact: Artifact, options: SessionOptions):
+    def __init__(self, artifact: Artifact, options: engine.SessionOptions):
         model = parse_model(read_graph(artifact.file(MODEL_FILE)))
         _show_gelu(model)
         graph = model.graph
@@ -92,12 +85,12 @@ class OrtObserver:
             graph=model.SerializeToString(),
             native=options.native,
         )
-        self.lengths = LENGTHS if options.native else _PORTABLE_LENGTHS
+        self.lengths = engine.LENGTHS if options.native else _PORTABLE_LENGTHS
 
-    def observe(self, tokens: np.ndarray, state: State) -> Observation:
+    def observe(self, tokens: np.ndarray, state: State) -> engine.Observation:
         self._session.set_state(state)
         values = self._session.watch(tokens[None], self._names)
-        return observation_of(values, self._session.get_state())
+        return engine.observation_of(values, self._session.get_state())
 
 
 def _show_gelu(model: Any) -> None:

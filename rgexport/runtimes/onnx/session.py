@@ -10,14 +10,7 @@ import onnxruntime as ort
 from rgexport.errors import RequestError, one_line
 from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import ACTIVATIONS, Manifest, StateRecord
-from rgexport.exporters.onnx.model_file import (
-    MODEL_FILE,
-    NUM_LOGITS,
-    NativeOps,
-    native_ops,
-    prepare_model,
-    read_graph,
-)
+from rgexport.exporters.onnx import model_file
 from rgexport.exporters.onnx.trust import require_trusted
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
@@ -153,7 +146,7 @@ class OrtSession(Session):
         """Opens the model, or `graph` with its weights; our kernels may run if `native`."""
         self._manifest = artifact.manifest
         self._threads = usable_threads(threads)
-        self._opened_files = (UnchangedFiles(artifact, MODEL_FILE),)
+        self._opened_files = (UnchangedFiles(artifact, model_file.MODEL_FILE),)
         opened = _open(artifact, self._threads, graph, native)
         self._session, self._native, self._weights, stop = opened
         # A session that is dropped without `close` must stop it too, before its memory is freed.
@@ -286,7 +279,7 @@ class OrtSession(Session):
         run = BoundRun(self._session)
         run.bind(np.ascontiguousarray(ids), "input_ids")
         run.bind(positions, "position_ids")
-        run.bind(np.array(num_logits), NUM_LOGITS)
+        run.bind(np.array(num_logits), model_file.NUM_LOGITS)
         for record in self._manifest.states:
             run.bind(self._states[record.name][rows.start : rows.stop], record.input, record.output)
         # Outputs that only verification reads share an array for all layers, as ONNX Runtime would
@@ -300,7 +293,7 @@ class OrtSession(Session):
         return run
 
 
-def _exact_tokens(native: NativeOps, manifest: Manifest) -> int:
+def _exact_tokens(native: model_file.NativeOps, manifest: Manifest) -> int:
     """Returns `SessionInfo.exact_tokens`.
 
     ONNX Runtime takes cosines and sines four at a time, and the remainder by another formula. More
@@ -320,7 +313,7 @@ def _rolled(caches: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 def _open(
     artifact: Artifact, threads: int, graph: bytes | None, native: bool
-) -> tuple[ort.InferenceSession, NativeOps, MappedWeights | None, Callable[[], None]]:
+) -> tuple[ort.InferenceSession, model_file.NativeOps, MappedWeights | None, Callable[[], None]]:
     version = ort.__version__
     if artifact.manifest.profile == "webgpu" and tuple(map(int, version.split(".")[:2])) < _WEBGPU:
         raise RequestError(
@@ -334,12 +327,14 @@ def _open(
     # 180 MB for prompts of a 2B, without a gain in time.
     options.enable_mem_pattern = False
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(artifact.path))
-    path = artifact.file(MODEL_FILE)
-    model, weights = graph or read_graph(path), None
+    path = artifact.file(model_file.MODEL_FILE)
+    model, weights = graph or model_file.read_graph(path), None
     require_trusted(artifact, model)
-    ops = _register(options, native_ops(model)) if native else NativeOps()
+    ops = _register(options, model_file.native_ops(model)) if native else model_file.NativeOps()
     exact = not graph and _exact_tokens(ops, artifact.manifest) > 1
-    model = prepare_model(model, state_sites(artifact.manifest.config).values() if exact else ())
+    model = model_file.prepare_model(
+        model, state_sites(artifact.manifest.config).values() if exact else ()
+    )
     if ops.library:
         weights = MappedWeights(artifact.path, ops.weights)
         weights.read_around(ops.small)
@@ -355,11 +350,11 @@ def _open(
     return session, ops, weights, stack.close
 
 
-def _register(options: ort.SessionOptions, native: NativeOps) -> NativeOps:
+def _register(options: ort.SessionOptions, native: model_file.NativeOps) -> model_file.NativeOps:
     try:
         if native.library:
             options.register_custom_ops_library(str(native.library))
     except Exception as error:  # built for another machine or another ONNX Runtime
         warn(f"it will be slower, for the native kernels cannot be loaded: {error}")
-        return NativeOps()
+        return model_file.NativeOps()
     return native

@@ -26,14 +26,8 @@ from rgexport.quantization.scheme import Scheme, Uniform
 from rgexport.quantization.statistics import no_statistics
 from rgexport.quantization.steps import NEGLIGIBLE, Measure, StepSizes
 from rgexport.validation.reference.reference_file import ReferenceFile
+from rgexport.validation.weights import sketch
 from rgexport.validation.weights.expectations import OUTPUT_NOISE, expectation, expectation_key
-from rgexport.validation.weights.sketch import (
-    SLAB_BYTES,
-    Mixtures,
-    products,
-    sketch_shape,
-    square_sum,
-)
 
 _THREADS = 2
 _PIECE = 1 << 14
@@ -142,7 +136,7 @@ def weight_errors(
     dequantized: WeightSource,
     tensors: Mapping[str, StoredTensor],
     weighted: bool = False,
-    inputs: Mixtures | None = None,
+    inputs: sketch.Mixtures | None = None,
 ) -> list[WeightError]:
     """Compares all `tensors`, each row group for itself, also over mixed `inputs` of linears."""
 
@@ -160,7 +154,7 @@ def weight_errors(
         }
         mixtures = (inputs or {}).get(input_site(name) or "")
         if mixtures is not None:
-            sums |= _output_sums(products(error, mixtures), steps, mixtures)
+            sums |= _output_sums(sketch.products(error, mixtures), steps, mixtures)
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> WeightError:
@@ -217,7 +211,7 @@ def sketch_errors(
         return np.asarray(array(f"weights.{name}").mean(0, dtype=np.float64))
 
     def measure(name: str, scheme: Uniform, known: np.ndarray, rows: np.ndarray) -> Sums:
-        shape = sketch_shape(tensors[name].shape)
+        shape = sketch.sketch_shape(tensors[name].shape)
         w, outputs = known[:, : shape.width].astype(np.float64), known[:, shape.width :]
         delta, steps = shape.project(rows) - w, shown_steps(name, rows, scheme)
         varied = w - mean_row(name) if shape.directions else w
@@ -234,15 +228,15 @@ def sketch_errors(
             "most_expected": float(expected.max()),
             "moved": float(shape.sums(delta).sum()),
             "steps": steps.total(shape.columns),
-            "stored_square": square_sum(rows),
+            "stored_square": sketch.square_sum(rows),
         }
         if (site := _known_site(name, scheme)) is not None:
             mixtures = array(f"inputs.{site}")
-            sums |= _output_sums(products(rows, mixtures) - outputs, steps, mixtures)
+            sums |= _output_sums(sketch.products(rows, mixtures) - outputs, steps, mixtures)
         return sums
 
     def summarize(name: str, group: StoredGroup, sums: Sums) -> SketchError:
-        shape, estimated = sketch_shape(tensors[name].shape), group.rows is not None
+        shape, estimated = sketch.sketch_shape(tensors[name].shape), group.rows is not None
         if not estimated:
             # ‖Ŵ‖² = ‖W‖² + 2⟨W,E⟩ + ‖E‖²: the norms tell ⟨W,E⟩ better than any product does.
             sums["square"] = reference.square(name)
@@ -305,7 +299,7 @@ def _compare(
         stored = tensors[name]
         totals: list[tuple[StoredGroup, Sums]] = [(group, {}) for group in groups_of(stored)]
         # Temporaries of small slabs stay in cache, which makes the table 6x faster.
-        pairs = paired_slabs(original(name), dequantized[name], stored, SLAB_BYTES)
+        pairs = paired_slabs(original(name), dequantized[name], stored, sketch.SLAB_BYTES)
         for start, known, rows in pairs:
             for group, total in totals:
                 chosen = group.chosen(start, start + len(rows))
