@@ -20,3 +20,11 @@ ReferenceImplementation = Literal["rgexport", "deepmind"]
 GradeName = Literal["lossless", "excellent", "good", "fair", "poor"]
 SuiteName = Literal["text", "memory", "noise", "window", "length", "tasks"]
 TableFormat = Literal["table", "md", "json", "csv"]
+
+
+def plan_advice(word: str) -> str:
+    """Returns the end of an error's line about a precision: `int3` needs a plan."""
+    bits = word.lower().lstrip("intqbf-_ ")
+    if not bits.isdigit() or bits in ("4", "8", "16", "32"):
+        return ""
+    return "; for another number of bits make a plan: rgexport quantize MODEL --bits"

@@ -1,11 +1,13 @@
 """Prints results to stdout; remarks go through `progress` to stderr."""
 
+import json
 import os
 import shutil
 import sys
 import textwrap
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TextIO
 
 from rgexport.errors import printable
@@ -18,6 +20,15 @@ _MARKS = "\u061c\u200e\u200f"
 def print_result(text: str, *, end: str = "\n") -> None:
     """Prints a result; control characters of names in it are escaped."""
     print(printable(text, allowed=_LINES), end=end, flush=True)
+
+
+def print_outcome(sentence: str, path: Path, *, as_json: bool, **facts: object) -> None:
+    """Prints what a command wrote: in words, or as JSON with the path, its bytes and more facts."""
+    if not as_json:
+        return print_sentences(sentence)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return print_result(json.dumps({"path": str(path), "bytes": size, **facts}))
 
 
 def print_sentences(text: str) -> None:

@@ -134,7 +134,9 @@ def group(label: str) -> Iterator[None]:
 
 
 @contextmanager
-def task(label: str, total: int = 0, unit: str = "bytes") -> Iterator[Advance]:
+def task(
+    label: str, total: int = 0, unit: str = "bytes", *, leaves_line: bool = True
+) -> Iterator[Advance]:
     """Shows a task's progress, or its time if the total is unknown; leaves one line at its end.
 
     On a terminal a bar moves; elsewhere, a long task prints a line now and then. A task inside
@@ -142,7 +144,7 @@ def task(label: str, total: int = 0, unit: str = "bytes") -> Iterator[Advance]:
     """
     current = TaskProgress(label, total, unit)
     with _running(current):
-        if _open[0].number is None:
+        if _open[0].number is None and leaves_line:
             _open[0].number = next(_numbers, "")
         current.number = _open[0].number
         listener = _listener

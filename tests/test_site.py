@@ -101,7 +101,7 @@ def test_a_site_is_replaced_and_nothing_else(wasm_site, tmp_path, artifact):
         ({"profile": "cpu"}, "is for cpu; a browser needs the profile wasm or webgpu"),
         ({"kind": "gguf"}, "is for gguf; a browser needs"),
         ({"files": {}}, "lacks config.json, tokenizer.json"),
-        ({}, "two artifacts have the profile wasm"),
+        ({}, "two artifacts are for wasm"),
     ],
 )
 def test_artifacts_that_no_browser_runs(change, message, artifact):

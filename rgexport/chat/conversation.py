@@ -126,8 +126,7 @@ class Conversation:
             return saved
         if saved.messages is None:
             raise RequestError(
-                f"{path} is the state of a plain text; go on with it by "
-                "`rgexport generate --load-state`"
+                f"{path} is the state of a plain text; go on by `rgexport generate --load-state`"
             )
         self.messages, self._document, self._unread = list(saved.messages), "", None
         if self.messages and self.messages[-1]["role"] == "user":

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.manifest import Identity, artifact_hash, identity_of
 from rgexport.exporters.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
+from rgexport.progress import Listener, heard_by
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session, SessionInfo
 
@@ -332,12 +333,25 @@ def _copy_state(end: End) -> State:
     return {name: array.copy() for name, array in end.state.items()}
 
 
+class ModelOptions(TypedDict, total=False):
+    """The arguments of `Model` that `load` passes on; others take the defaults."""
+
+    rows: int
+    max_waiting: int
+    lookup: bool
+    cache_bytes: int
+    state_folder: Path | None
+    folder_bytes: int
+    state_precision: str | None
+
+
 def load(
     path: str | PathLike[str],
     *,
     threads: int | None = None,
     allow_foreign: bool = False,
-    **options: Any,
+    progress: Listener | None = None,
+    **options: Unpack[ModelOptions],
 ) -> Model:
     """Opens an artifact with its tokenizer and chat template.
 
@@ -346,21 +360,27 @@ def load(
         threads: number of processors that the engine uses; all by default.
         allow_foreign: whether a graph with ops that rgexport does not write may run; such a graph
             can take any time and memory.
-        options: arguments of `Model`.
+        progress: called with the stage, and the number of units done and expected.
+        options: see `ModelOptions` and `Model`.
 
     Raises:
         RequestError: no sound artifact, no tokenizer, or an engine that cannot open it.
     """
-    artifact = open_artifact(fspath(path), allow_foreign=allow_foreign)
-    return open_model(artifact, threads=threads, **options)
+    with heard_by(progress):
+        artifact = open_artifact(fspath(path), allow_foreign=allow_foreign)
+        return open_model(artifact, threads=threads, **options)
 
 
-def open_model(artifact: Artifact, *, threads: int | None = None, **options: Any) -> Model:
+def open_model(
+    artifact: Artifact, *, threads: int | None = None, **options: Unpack[ModelOptions]
+) -> Model:
     tokenizer, template = open_tokenizer(artifact), open_template(artifact)
     identity = identity_of(artifact.manifest, template.source)
     session = open_session(artifact, threads=threads)
-    options["artifact"] = artifact_hash(artifact.manifest)
-    return Model(session, tokenizer, template, identity, path=artifact.path, **options)
+    key = artifact_hash(artifact.manifest)
+    return Model(
+        session, tokenizer, template, identity, artifact=key, path=artifact.path, **options
+    )
 
 
 def _numeric_identity(artifact: str, info: SessionInfo, precision: str | None) -> str:

@@ -79,8 +79,7 @@ class Sampler:
     def _choose(self, logits: np.ndarray) -> int:
         if not np.isfinite(logits.max()):
             raise RequestError(
-                "the model's logits are NaN or infinite; "
-                "check the artifact with `rgexport validate`"
+                "the model's logits are NaN or infinite; check the artifact by `rgexport validate`"
             )
         if self.options.temperature == 0:
             return int(logits.argmax())

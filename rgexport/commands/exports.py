@@ -19,7 +19,7 @@ from rgexport.commands.options import (
     option,
     shared,
 )
-from rgexport.printing import print_result, print_sentences
+from rgexport.printing import print_outcome, print_result, print_sentences
 
 if TYPE_CHECKING:
     from rgexport.exporters.artifact import Artifact
@@ -200,7 +200,7 @@ def _print_json(artifact: "Artifact", grade: str | None) -> None:
         "path": str(artifact.path),
         "format": manifest.kind,
         "precision": manifest.precision,
-        "bytes": sum(record.size for record in manifest.files.values()),
+        "bytes": artifact.nbytes,
         "check": vars(manifest.check),
         "quality": grade,
     }
@@ -213,6 +213,7 @@ class RandomArguments:
     seed: int = option("Seed of the random weights.", default=0)
     output: Path = option("The folder to make.", "-o", required=True)
     force: bool = option("Replace an existing output.")
+    json: bool = option("Print the path and size as JSON.")
 
 
 @command(RandomArguments)
@@ -224,7 +225,8 @@ def random(arguments: RandomArguments) -> None:
     output = arguments.output
     write_random(arguments.size, output, seed=arguments.seed, force=arguments.force)
     model = as_argument(output)
-    print_sentences(f"{output} is complete. Export it: rgexport onnx {model} --int4")
+    sentence = f"{output} is complete. Export it: rgexport onnx {model} --int4"
+    print_outcome(sentence, output, as_json=arguments.json)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class CalibrateArguments:
     cluster: ClusterArguments = group()
     output: Path | None = option("The file to write. [default: ./MODEL.calibration]", "-o")
     force: bool = option("Replace an existing file.")
+    json: bool = option("Print the path, size and number of tokens as JSON.")
 
 
 @command(CalibrateArguments)
@@ -257,6 +260,7 @@ def calibrate(arguments: CalibrateArguments) -> None:
     """
     from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
     from rgexport.compress.calibrate import calibrate as run
+    from rgexport.quantization.calibration import open_calibration
     from rgexport.runtimes.cluster import connected
 
     options = CalibrationOptions(**shared(arguments, CalibrationOptions))
@@ -264,7 +268,8 @@ def calibrate(arguments: CalibrateArguments) -> None:
     target = arguments.output or Path(f"{checkpoint.name}{SUFFIX}")
     with connected(arguments.cluster.cluster) as workers:
         calibration = run(checkpoint, options, target, force=arguments.force, workers=workers)
-    print_sentences(closing_line(checkpoint, calibration))
+    sentence, tokens = closing_line(checkpoint, calibration), open_calibration(calibration).tokens
+    print_outcome(sentence, calibration, as_json=arguments.json, tokens=tokens)
 
 
 @dataclass(frozen=True)

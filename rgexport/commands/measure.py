@@ -22,7 +22,7 @@ from rgexport.commands.options import (
     option,
     shared,
 )
-from rgexport.printing import print_result, print_sentences
+from rgexport.printing import print_outcome, print_result, print_sentences
 
 _SUITES = get_args(choices.SuiteName)
 _STDOUT = "-"
@@ -65,6 +65,7 @@ class ReferenceArguments:
     prompts: Path | None = option("Lines of text, or a JSON list. [default: built in]")
     output: Path | None = option("The file to write. [default: ./MODEL.reference]", "-o")
     force: bool = option("Replace an existing file.")
+    json: bool = option("Print the path and size as JSON.")
 
 
 @command(ReferenceArguments)
@@ -77,8 +78,10 @@ def reference(arguments: ReferenceArguments) -> None:
 
     checkpoint = arguments.checkpoint.open()
     target = arguments.output or Path(f"{checkpoint.name}.reference")
-    values = {n: v for n, v in vars(arguments).items() if n not in ("checkpoint", "output")}
-    print_sentences(closing_line(capture(checkpoint, target, **values)))
+    others = "checkpoint", "output", "json"
+    values = {name: value for name, value in vars(arguments).items() if name not in others}
+    file = capture(checkpoint, target, **values)
+    print_outcome(closing_line(file), file, as_json=arguments.json)
 
 
 @dataclass(frozen=True)

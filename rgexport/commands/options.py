@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import click
 
 from rgexport import progress
-from rgexport.choices import ARTIFACT_FORMS, FloatPrecision, Quality, SizeName
+from rgexport.choices import ARTIFACT_FORMS, FloatPrecision, Quality, SizeName, plan_advice
 from rgexport.commands.defaults import source_of
 from rgexport.errors import RequestError
 from rgexport.printing import print_result
@@ -162,10 +162,7 @@ class _Word(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 o
             name = parameter.opts[-1] if parameter else "the option"
             expected = ", ".join(map(str, self.choices))
             source = source_of(context, parameter) if context and parameter else ""
-            advice = ""
-            bits = str(value).lstrip("intqbf-_ ")
-            if name == "--precision" and bits.isdigit() and f"int{bits}" not in self.choices:
-                advice = "; for another number of bits make a plan: rgexport quantize MODEL --bits"
+            advice = plan_advice(str(value)) if name == "--precision" else ""
             raise RequestError(f"{name} is {value!r}; expected one of {expected}{advice}{source}")
         return value
 

@@ -1,5 +1,6 @@
 """Commands that bring models to other programs: a hub, a web page, and a llama.cpp for them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rgexport.commands.options import (
     port_option,
 )
 from rgexport.errors import RequestError
-from rgexport.printing import print_result, print_sentences
+from rgexport.printing import print_outcome, print_result, print_sentences
 from rgexport.units import amount
 
 
@@ -28,6 +29,7 @@ class PushArguments:
     public: bool = option("Make a new repository visible to everybody.")
     force: bool = option("Add the artifact to a repository with other contents.")
     dry_run: bool = option("List the files and their sizes; upload nothing.")
+    json: bool = option("Print the files and their sizes, or the page, as JSON.")
 
 
 @command(PushArguments)
@@ -46,13 +48,19 @@ def push(arguments: PushArguments) -> None:
     artifact = open_artifact(path, verify=True)
     if arguments.dry_run:
         sizes = planned_upload(artifact, repo)
+        total = sum(sizes.values())
+        if arguments.json:
+            print_result(json.dumps({"repository": repo, "files": sizes, "bytes": total}))
+            return
         for file_name, size in sizes.items():
             print_result(f"{amount(size):>10}  {file_name}")
         kind = "public" if arguments.public else "private"
-        total = amount(sum(sizes.values()))
-        print_sentences(f"{total} would go to {repo}, which is made {kind} if it is new.")
+        print_sentences(f"{amount(total)} would go to {repo}, which is made {kind} if it is new.")
         return
     page = push_artifact(artifact, repo, public=arguments.public, force=arguments.force)
+    if arguments.json:
+        print_result(json.dumps({"page": page}))
+        return
     verb = "chat" if artifact.manifest.instruction_tuned else "generate"
     file = f"/{artifact.path.name}" if artifact.path.is_file() else ""
     name = PREFIX + repo.removeprefix(PREFIX)
@@ -66,6 +74,7 @@ class WebArguments(ArtifactsArguments):
     serve: bool = option("Serve it on this machine; -o is not needed then.")
     port: int = port_option(8000)
     browse: bool = option("Open a browser; with --serve.", "--open")
+    json: bool = option("Print the site's path and size as JSON.")
 
 
 @command(WebArguments)
@@ -90,7 +99,8 @@ def web(arguments: WebArguments) -> None:
     site = make_site([open_artifact(path) for path in arguments.artifacts])
     if output:
         write_site(site, output, force=force)
-        print_sentences(f"{output} is complete. Put it on any web host, under https.")
+        sentence = f"{output} is complete. Put it on any web host, under https."
+        print_outcome(sentence, output, as_json=arguments.json)
     if arguments.serve:
         serve_site(site, arguments.port, browse=arguments.browse)
 

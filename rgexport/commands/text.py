@@ -27,7 +27,7 @@ from rgexport.commands.options import (
 )
 from rgexport.commands.standard_input import piped_text, read_file_or_stdin
 from rgexport.errors import RequestError
-from rgexport.printing import print_result, print_sentences
+from rgexport.printing import print_outcome, print_result, print_sentences
 
 if TYPE_CHECKING:
     from rgexport.chat.model import Model
@@ -249,6 +249,7 @@ class SaveArguments(ArtifactArguments):
     output: Path = option("The state file.", "-o", required=True)
     threads: ThreadsArguments = group()
     force: bool = option("Replace an existing file.")
+    as_json: bool = option("Print the path, size and number of tokens as JSON.", "--json")
     engine: NativeArguments = group()
 
 
@@ -277,13 +278,15 @@ def save(arguments: SaveArguments) -> None:
         saved = model.save_state(output, ids, messages, with_text=not arguments.no_text)
     size = amount(output.stat().st_size)
     step = _next_step(arguments.artifact, output, plain=plain, has_text=not arguments.no_text)
-    print_sentences(f"{output} has {saved.count} tokens in {size}. {step}")
+    sentence = f"{output} has {saved.count} tokens in {size}. {step}"
+    print_outcome(sentence, output, as_json=arguments.as_json, tokens=saved.count)
 
 
 @dataclass(frozen=True)
 class LoadArguments:
     artifact: Path = argument()
     file: Path = argument()
+    as_json: bool = option("Print the path, size and number of tokens as JSON.", "--json")
 
 
 @command(LoadArguments, parent=state)
@@ -301,7 +304,8 @@ def load(arguments: LoadArguments) -> None:
     require_same_model(file, saved, identity_of(artifact.manifest, open_template(artifact).source))
     has_text = saved.tokens is not None
     step = _next_step(arguments.artifact, file, plain=saved.messages is None, has_text=has_text)
-    print_sentences(f"{file} fits: {saved.count} tokens. {step}")
+    sentence = f"{file} fits: {saved.count} tokens. {step}"
+    print_outcome(sentence, file, as_json=arguments.as_json, tokens=saved.count)
 
 
 @dataclass(frozen=True)

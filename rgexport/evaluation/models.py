@@ -114,11 +114,10 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
     is_path = Path(argument).exists()
     source = opening.open_model(argument, allow_foreign=allow_foreign)
     if isinstance(source, Artifact):
-        manifest = source.manifest
-        engine_of(manifest.kind).require()
-        engine_of(manifest.kind).require_trusted(source)
-        label, config = source.path.name, manifest.config
-        size = sum(record.size for record in manifest.files.values())
+        engine = engine_of(source.manifest.kind)
+        engine.require()
+        engine.require_trusted(source)
+        label, config, size = source.path.name, source.manifest.config, source.nbytes
     else:
         is_path = is_path and argument not in SIZE_WORDS
         label, config = source.name, source.config

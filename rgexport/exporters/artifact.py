@@ -36,12 +36,16 @@ class Artifact:
     allow_foreign: bool = field(default=False, kw_only=True)
 
     def __repr__(self) -> str:
-        manifest = self.manifest
-        size = amount(sum(record.size for record in manifest.files.values()))
-        return (
-            f"<{type(self).__name__} {self.path}: {manifest.precision}, {size}, "
-            f"{manifest.check.status}>"
-        )
+        precision, check = self.manifest.precision, self.manifest.check.status
+        return f"<{type(self).__name__} {self.path}: {precision}, {amount(self.nbytes)}, {check}>"
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all files; others that lie in the folder do not count."""
+        if self.path.is_file():
+            return self.path.stat().st_size
+        files = sum(record.size for record in self.manifest.files.values())
+        return files + self.file(MANIFEST).stat().st_size
 
     def __fspath__(self) -> str:
         return str(self.path)

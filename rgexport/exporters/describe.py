@@ -60,7 +60,7 @@ def _describe_artifact(artifact: Artifact, verified: bool) -> Description:
         "rounds_activations": manifest.rounds_activations,
         "profile": None,
         "parameters": sum(prod(tensor.shape) for tensor in artifact.weights.values()),
-        "size": sum(record.size for record in manifest.files.values()),
+        "size": artifact.nbytes,
         "instruction_tuned": manifest.instruction_tuned,
         "has_tokenizer": manifest.has_tokenizer,
         "all_hashes_verified": verified,

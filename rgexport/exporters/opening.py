@@ -121,7 +121,6 @@ def model_argument(checkpoint: Checkpoint) -> str:
 def closing_line(artifact: Artifact) -> str:
     """Returns the last line of an export: the artifact's path, and the next command."""
     path, manifest = as_argument(artifact.path), artifact.manifest
-    size = amount(sum(record.size for record in manifest.files.values()))
     engine = f"It runs {runs_on}. " if (runs_on := format_of(manifest.kind).runs_on) else ""
     tuned = {"recurrentgemma-2b": "2b-it", "recurrentgemma-9b": "9b-it"}.get(manifest.name)
     if not manifest.has_tokenizer:
@@ -133,7 +132,7 @@ def closing_line(artifact: Artifact) -> str:
     else:
         step = f'Try: rgexport generate {path} -p "The meaning of life is"'
         step += f" (a base model; to chat, export --size {tuned})" if tuned else ""
-    return f"{artifact.path} is complete ({size}). {engine}{step}"
+    return f"{artifact.path} is complete ({amount(artifact.nbytes)}). {engine}{step}"
 
 
 def check_line(artifact: Artifact) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rgexport.choices import Quality
+from rgexport.choices import Quality, plan_advice
 from rgexport.errors import RequestError
 from rgexport.exporters.format import format_of
 from rgexport.exporters.manifest import ACTIVATIONS
@@ -41,7 +41,8 @@ def precision_word(precision: str | None, int4: bool, int8: bool, kind: str) -> 
 
 def require_word(flag: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise RequestError(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
+        advice = plan_advice(value) if flag == "--precision" else ""
+        raise RequestError(f"{flag} is {value!r}; expected one of {', '.join(allowed)}{advice}")
 
 
 def algorithm_word(
@@ -52,8 +53,7 @@ def algorithm_word(
         require_word("--quality", quality, QUALITIES)
     if calibration is not None and quality not in (None, "best"):
         raise RequestError(
-            f"--quality {quality} takes no calibration; leave out --calibration, or take "
-            "--quality best"
+            f"--quality {quality} takes no calibration; leave it out, or take --quality best"
         )
     if quality is None and (plan is not None or calibration is None):
         return None

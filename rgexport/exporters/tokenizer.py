@@ -17,16 +17,8 @@ from tokenizers import decoders, models, normalizers, processors
 from rgexport.errors import RequestError, reason
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
+from rgexport.griffin import control_tokens
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.control_tokens import (
-    JINJA_FILE,
-    ControlTokens,
-    chosen_template,
-    is_markup,
-    literal,
-    read_control_tokens,
-    sentencepiece_tokens,
-)
 from rgexport.griffin.tokenizer_files import (
     BYTE,
     CONTROL,
@@ -65,14 +57,14 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
         return ControlIds()
     model, target = folder / "tokenizer.model", folder / "tokenizer.json"
     try:
-        tokens = read_control_tokens(folder)
+        tokens = control_tokens.read_control_tokens(folder)
         if not target.is_file():
             write_tokenizer_json(model, target)
             _warn_of_normalization(model)
     except RequestError as error:
         warn(f"only rgexport will take text with this artifact, other programs token ids: {error}")
         return ControlIds()
-    template = chosen_template(folder, tokens.special, name)
+    template = control_tokens.chosen_template(folder, tokens.special, name)
     _complete_config(folder / TOKENIZER_CONFIG, tokens, template)
     ends = [token.id for token in (tokens.eos, tokens.end_of_turn) if token is not None]
     return ControlIds(
@@ -124,15 +116,17 @@ def _warn_of_normalization(model: Path) -> None:
         )
 
 
-def _complete_config(path: Path, tokens: ControlTokens, template: str | None) -> None:
+def _complete_config(
+    path: Path, tokens: control_tokens.ControlTokens, template: str | None
+) -> None:
     try:
         config = parse_json(read_regular(path)) if path.is_file() else dict(_NEW_CONFIG)
         completed = config | {
             key: piece
             for key, piece in tokens.names().items()
-            if literal(config.get(key)) not in tokens.special
+            if control_tokens.literal(config.get(key)) not in tokens.special
         }
-        decisive = (path.parent / JINJA_FILE).is_file()
+        decisive = (path.parent / control_tokens.JINJA_FILE).is_file()
         if template and (decisive or not config.get("chat_template")):
             completed["chat_template"] = template
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -152,7 +146,7 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
         if not is_gemmas_kind(model):
             raise ValueError("it is no BPE model with byte fallback, as Gemma's is")
         engine = sentencepiece.SentencePieceProcessor(model_file=str(source))
-        frame = _frame(model, sentencepiece_tokens(engine))
+        frame = _frame(model, control_tokens.sentencepiece_tokens(engine))
         pieces = [piece.piece for piece in model.pieces]
         merged = (NORMAL, USER_DEFINED)
         scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
@@ -167,7 +161,7 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
         file.writelines(_fill(frame, vocabulary, _merges(pieces, scores)))
 
 
-def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
+def _frame(model: Any, tokens: control_tokens.ControlTokens) -> dict[str, Any]:
     added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
     engine = tokenizers.Tokenizer(
         models.BPE(
@@ -178,7 +172,9 @@ def _frame(model: Any, tokens: ControlTokens) -> dict[str, Any]:
             byte_fallback=True,
         )
     )
-    special = [p.type in (UNKNOWN, CONTROL) or is_markup(p.piece) for p in added.values()]
+    special = [
+        p.type in (UNKNOWN, CONTROL) or control_tokens.is_markup(p.piece) for p in added.values()
+    ]
     # Text matches after spaces became "▁", and markup before.
     engine.add_tokens(
         [

@@ -116,8 +116,7 @@ def check_file_target(target: Path, *, force: bool, replaceable: Replaceable) ->
 def _check_replaceable(target: Path, may_replace: bool, force: bool, verb: str) -> None:
     if not may_replace:
         raise RequestError(
-            f"{target} exists and {verb} something else than what would be written there; "
-            "pass another -o"
+            f"{target} exists and {verb} something else than would be written; pass another -o"
         )
     if not force:
         raise RequestError(f"{target} exists; pass --force to replace it, or another -o")
@@ -130,8 +129,7 @@ def require_writable(target: Path) -> Path:
         raise RequestError(f"cannot write {target}: the name {objection}; pass another -o")
     if Path.cwd().is_relative_to(real) or os.path.ismount(real):
         raise RequestError(
-            f"cannot write {target}: it is a mount point, or holds the current folder; pass "
-            "another -o"
+            f"cannot write {target}: a mount point, or it holds the current folder; pass another -o"
         )
     if not real.parent.is_dir():
         raise RequestError(

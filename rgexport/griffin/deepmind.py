@@ -179,8 +179,7 @@ def read_orbax(folder: Path) -> DeepMindTensors:
         import tensorstore
     except ModuleNotFoundError:
         raise NotInstalled(
-            f"{folder} is an orbax checkpoint, which needs tensorstore: "
-            "pip install 'rgexport[orbax]'"
+            f"{folder} is an orbax checkpoint and needs tensorstore: pip install 'rgexport[orbax]'"
         ) from None
     tensors: DeepMindTensors = {}
     try:

@@ -193,8 +193,7 @@ def read_config(
         lru_width = fields.lru_width or width
         if "recurrent" in types and lru_width % heads:
             raise Mismatch(
-                f"num_attention_heads is {heads}; expected a divisor of the RG-LRU's width "
-                f"{lru_width}"
+                f"num_attention_heads is {heads}; expected a divisor of lru_width {lru_width}"
             )
         if fields.intermediate_size % 2:
             raise Mismatch(
@@ -266,8 +265,7 @@ def _check_kind(fields: _Fields) -> None:
         raise Mismatch("model_type is None; expected 'recurrent_gemma'")
     if fields.quantization_config is not None:
         raise Mismatch(
-            "the weights are quantized already (quantization_config); expected the original "
-            "checkpoint"
+            "the weights are quantized (quantization_config); expected the original checkpoint"
         )
     # A missing value means as many as there are heads.
     heads = fields.num_key_value_heads or fields.num_attention_heads

@@ -150,8 +150,7 @@ def read_lines(path: Path, offset: int, stride: int, out: np.ndarray) -> None:
                 count = file.readinto(line[done:].data)
                 if not count:
                     raise RequestError(
-                        f"{path} ended {len(line) - done} bytes too early: "
-                        "it was changed while it was read"
+                        f"{path} ended {len(line) - done} bytes early: it changed while it was read"
                     )
                 done += count
 

@@ -319,8 +319,7 @@ def _opened(path: Path, name: str, tensor: _Tensor) -> DeepMindTensor:
     row_major = _is_row_major(shape, tensor.stride)
     if not row_major and not (len(shape) == 2 and _is_row_major(shape[::-1], tensor.stride[::-1])):
         raise RequestError(
-            f"{path}: tensor {name} {list(shape)} is not stored row by row; "
-            "save it again after .contiguous()"
+            f"{path}: {name} {list(shape)} is not stored row by row; save it after .contiguous()"
         )
     if tensor.skip + math.prod(shape) > storage.count:
         raise ValueError(f"its tensor {name} does not lie in its record")

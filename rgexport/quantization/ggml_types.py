@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from rgexport.choices import plan_advice
 from rgexport.errors import RequestError
 
 _Row = TypeVar("_Row")
@@ -113,7 +114,9 @@ def find_file_type(name: str) -> FileType:
 
 def _find(table: dict[str, _Row], name: str, what: str) -> _Row:
     if name.lower() not in table:
-        raise RequestError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
+        raise RequestError(
+            f"unknown {what} {name!r}; expected one of {', '.join(table)}{plan_advice(name)}"
+        )
     return table[name.lower()]
 
 

@@ -81,8 +81,7 @@ class Palette(Uniform):
             lut = np.stack([centers(group, 2**self.bits) for group in groups]).astype(self.lut)
         if not np.isfinite(lut).all():
             raise RequestError(
-                f"weights of {np.abs(groups).max():.4g} are more than {self.lut} holds; "
-                "take --compute fp32"
+                f"weights of {np.abs(groups).max():.4g} exceed {self.lut}; take --compute fp32"
             )
         table = lut.astype(np.float32)
         borders = table[:, :-1] + (table[:, 1:] - table[:, :-1]) / 2

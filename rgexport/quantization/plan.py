@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.choices import plan_advice
 from rgexport.errors import RequestError
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
@@ -72,9 +73,8 @@ def choose_scheme(
             f"--block-size is {block}; expected one of {', '.join(map(str, schemes.BLOCKS))}"
         )
     if precision not in precisions:
-        raise RequestError(
-            f"unknown precision {precision!r}; expected one of {', '.join(precisions)}"
-        )
+        expected = f"{', '.join(precisions)}{plan_advice(precision)}"
+        raise RequestError(f"unknown precision {precision!r}; expected one of {expected}")
     scheme = precisions[precision]
     if not isinstance(scheme, Affine):
         return scheme

@@ -54,8 +54,7 @@ class RowGroup:
         kind = scheme.get("kind") if isinstance(scheme, dict) else None
         if not isinstance(kind, str) or kind not in _GROUPED:
             raise RequestError(
-                f"a row group has the scheme {reprlib.repr(scheme)}; expected kind "
-                f"{' or '.join(_GROUPED)}"
+                f"a row group is {reprlib.repr(scheme)}; expected kind {' or '.join(_GROUPED)}"
             )
         return cls(rows, _GROUPED[kind].from_dict(scheme))
 
@@ -95,8 +94,7 @@ class Mixed(Scheme):
         rest = rows - sum(sizes)
         if not rest:
             raise RequestError(
-                f"the row groups name all {rows} rows; expected some that are left to the last "
-                "group"
+                f"the row groups name all {rows} rows; expected some left to the last group"
             )
         return (*sizes, rest)
 

@@ -92,8 +92,7 @@ class Scheme(ABC):
         for scheme in self.uniform:
             if scheme.algorithm not in scheme.encoders:
                 raise RequestError(
-                    f"a scheme has algorithm = {scheme.algorithm!r}; "
-                    f"expected {', '.join(scheme.encoders)}"
+                    f"algorithm is {scheme.algorithm!r}; expected {', '.join(scheme.encoders)}"
                 )
 
     def group_sizes(self, rows: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from rgexport.exporters.manifest import Manifest, StoredTensor
 from rgexport.formats import format_on
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State
+from rgexport.progress import task
 from rgexport.runtimes.session import Session
 
 LENGTHS = (32, 1)
@@ -136,7 +137,8 @@ def open_session(artifact: Artifact, **options: Any) -> Session:
             raise RequestError(
                 f"the window is {chosen.window}; expected 0 to {widest}, that of {artifact.path}"
             )
-    return engine_of(artifact.manifest.kind).session(artifact, chosen)
+    with task(f"Loading {artifact.path.name}", leaves_line=False):
+        return engine_of(artifact.manifest.kind).session(artifact, chosen)
 
 
 def open_observer(artifact: Artifact, **options: Any) -> Observer:

@@ -124,6 +124,9 @@ class Session(ABC):
     _opened_files: Sequence[UnchangedFiles] = ()
     _tried: tuple[range, np.ndarray] | None = None  # of the last `verify`, until `accept`
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} in {self.info.title}, {len(self.position)} rows>"
+
     @property
     @abstractmethod
     def info(self) -> SessionInfo: ...

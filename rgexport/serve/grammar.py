@@ -54,8 +54,7 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
     text = json.dumps(({"type": "object"} if schema is None else schema) | _COMPACT)
     if len(text) > _MOST_SCHEMA_CHARACTERS:
         raise RequestError(
-            f"the JSON schema has {len(text)} characters; "
-            f"this server takes up to {_MOST_SCHEMA_CHARACTERS}"
+            f"the JSON schema has {len(text)} characters, more than {_MOST_SCHEMA_CHARACTERS}"
         )
     return GrammarSource("json", text)
 

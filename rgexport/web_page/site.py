@@ -54,8 +54,7 @@ def make_site(artifacts: Sequence[Artifact]) -> Site:
     profiles = [artifact.manifest.profile for artifact in artifacts]
     if len(set(profiles)) < len(profiles):
         raise RequestError(
-            f"two artifacts have the profile {profiles[0]}; give one for each of "
-            f"{' and '.join(PROFILES)}"
+            f"two artifacts are for {profiles[0]}; give one for each of {' and '.join(PROFILES)}"
         )
     if not BUILT.is_file():
         raise RequestError(

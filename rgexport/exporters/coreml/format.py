@@ -8,21 +8,12 @@ from typing import Any
 import numpy as np
 
 from rgexport.exporters.artifact import Artifact, differences
+from rgexport.exporters.coreml import package as packages
 from rgexport.exporters.coreml.manifest import (
     CoreMLManifest,
     io_record,
     state_records,
     stored_states,
-)
-from rgexport.exporters.coreml.package import (
-    DECODE,
-    ENDS,
-    PACKAGE,
-    PREFILL,
-    PackagePlan,
-    in_order,
-    model_file,
-    whole,
 )
 from rgexport.exporters.coreml.storage import decode, part_shapes
 from rgexport.exporters.format import CardText, FolderFormat, render
@@ -74,12 +65,12 @@ class CoreMLArtifact(Artifact):
                     f"{', '.join(rest)}"
                 )
 
-    def _wrong_functions(self, package: Package, plan: PackagePlan) -> Iterator[str]:
+    def _wrong_functions(self, package: Package, plan: packages.PackagePlan) -> Iterator[str]:
         config, form = self.manifest.config, self.manifest.form
         for segment in plan.segments:
             io, shapes = io_record(config, form, segment), stored_states(config, form, segment)
             states = {state: TensorType("float16", shape) for state, shape in shapes.items()}
-            for kind, count in ((DECODE, 1), (PREFILL, form.prefill_length)):
+            for kind, count in ((packages.DECODE, 1), (packages.PREFILL, form.prefill_length)):
                 function = package.functions[segment.function(kind)]
                 types = {name: type for op in function.operations for name, type in op.outputs}
                 outputs = {name: types[name] for name in function.outputs if name in types}
@@ -113,7 +104,7 @@ class CoreMLFormat(FolderFormat):
     artifact = CoreMLArtifact
     precisions = COREML_PRECISIONS
     planned_precisions = (MIXED,)
-    entries = (PACKAGE, ENDS)
+    entries = (packages.PACKAGE, packages.ENDS)
     foreign_kind = "mlpackage"
     alignment = part_header = 64
     graph_bytes = 124_000
@@ -129,7 +120,9 @@ class CoreMLFormat(FolderFormat):
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         assert isinstance(manifest, CoreMLManifest)
         config, form = manifest.config, manifest.form
-        return state_records(config, form), io_record(config, form, whole(config.num_layers))
+        return state_records(config, form), io_record(
+            config, form, packages.whole(config.num_layers)
+        )
 
     def check_manifest(self, manifest: Manifest) -> None:
         assert isinstance(manifest, CoreMLManifest)
@@ -138,7 +131,7 @@ class CoreMLFormat(FolderFormat):
         if split and (sum(split) != layers or min(split) < 1):
             raise Mismatch(f"coreml.split is {list(split)}; expected numbers that sum to {layers}")
         for plan in manifest.packages:
-            if (file := model_file(plan.name)) not in manifest.files:
+            if (file := packages.model_file(plan.name)) not in manifest.files:
                 raise Mismatch(f"files: there is no {file}")
         if length < 2:
             raise Mismatch(f"coreml.prefill_length is {length}; expected at least 2")
@@ -153,8 +146,10 @@ class CoreMLFormat(FolderFormat):
 
     def card(self, manifest: Manifest, verb: str) -> CardText:
         assert isinstance(manifest, CoreMLManifest)
-        stages = in_order(manifest.packages)
-        steps = [f"`{segment.function(DECODE)}` of `{plan.name}`" for plan, segment in stages]
+        stages = packages.in_order(manifest.packages)
+        steps = [
+            f"`{segment.function(packages.DECODE)}` of `{plan.name}`" for plan, segment in stages
+        ]
         run = render("coreml.md.j2", manifest=manifest, verb=verb, steps=steps)
         return CardText("Core ML", "soft cap", run)
 

@@ -14,18 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.exporters import storage
 from rgexport.exporters.coreml.package import PackagePlan, weight_file
 from rgexport.exporters.manifest import StoredPart, StoredTensor
-from rgexport.exporters.storage import (
-    DECAY,
-    NORM,
-    PLAIN,
-    OffsetAllocator,
-    Transform,
-    fill,
-    groups_of,
-    part_shapes_by_group,
-)
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantization import scheme as schemes
@@ -41,7 +32,7 @@ _BLOB_TYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int4": 8, "ui
 _SIGNED = {4: "uint8", 8: "int8"}
 """Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
 _TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
-_TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
+_TRANSFORMS: dict[Role, storage.Transform] = {"norm": storage.NORM, "a_param": storage.DECAY}
 
 
 class CoreMLStorage:
@@ -55,7 +46,9 @@ class CoreMLStorage:
         self.sizes: dict[str, int] = {}
         for package in packages:
             file = weight_file(package.name)
-            allocator = OffsetAllocator(file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES)
+            allocator = storage.OffsetAllocator(
+                file, ALIGNMENT, _FILE_HEADER.size, BLOB_HEADER_BYTES
+            )
             tensors |= allocator.allocate(package.tensors(plan), shapes, part_shapes)
             self.sizes[file] = allocator.size
         self.tensors = {name: tensors[name] for name in plan}
@@ -70,7 +63,9 @@ class CoreMLStorage:
             for label, rows in slab.items():
                 digests[f"{name}.{label}"].update(rows.data)
 
-        fill(folder, self.sizes, self.tensors, weights, partial(encode, statistics), hash_slab)
+        storage.fill(
+            folder, self.sizes, self.tensors, weights, partial(encode, statistics), hash_slab
+        )
         for name in self.sizes:
             blobs = [blob for blob in self._blobs() if blob[1].file == name]
             with open(folder / name, "r+b") as file:
@@ -83,7 +78,7 @@ class CoreMLStorage:
 
     def _blobs(self) -> Iterator[tuple[str, StoredPart, str]]:
         for name, stored in self.tensors.items():
-            for group in groups_of(stored):
+            for group in storage.groups_of(stored):
                 for label, part in group.stored.parts.items():
                     blob = f"{name}.{group.prefix}{label}"
                     yield blob, part, blob_dtype(label, group.stored)
@@ -103,7 +98,7 @@ def part_shapes(shape: tuple[int, ...], scheme: schemes.Scheme) -> schemes.PartS
         raise RequestError(
             f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
         )
-    return part_shapes_by_group(shape, scheme, _group_part_shapes)
+    return storage.part_shapes_by_group(shape, scheme, _group_part_shapes)
 
 
 def _is_storable(shape: tuple[int, ...], scheme: schemes.Uniform) -> bool:
@@ -123,7 +118,9 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schem
 def encode(
     statistics: StatisticsOf, name: str, rows: np.ndarray, ids: np.ndarray, stored: StoredTensor
 ) -> schemes.Parts:
-    values = _TRANSFORMS.get(role_of(name), PLAIN).store(rows.astype(np.float32, copy=False))
+    values = _TRANSFORMS.get(role_of(name), storage.PLAIN).store(
+        rows.astype(np.float32, copy=False)
+    )
     scheme = stored.uniform
     if not isinstance(scheme, schemes.Affine):
         return scheme.encode(name, values, statistics(name), ids)
@@ -143,7 +140,7 @@ def decode(name: str, arrays: schemes.Parts, stored: StoredTensor) -> np.ndarray
         rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
     else:
         rows = scheme.decode(arrays, columns)
-    transform = _TRANSFORMS.get(role_of(name), PLAIN)
+    transform = _TRANSFORMS.get(role_of(name), storage.PLAIN)
     return transform.restore(rows.astype(np.float32, copy=False))
 
 

@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rgexport.exporters.manifest import StoredTensor
-from rgexport.exporters.mil.package import (
-    HEADER_BYTES,
-    PACKAGE_SUFFIX,
-    Package,
-    file_values,
-    open_package,
-)
+from rgexport.exporters.mil import package as packages
 from rgexport.exporters.mil.program import FileValue, Function, Name
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import Mismatch, from_json, parse_json
@@ -41,7 +35,7 @@ Location = tuple[Path, int]
 
 
 def check_package(
-    package: Package, uses: Mapping[str, Mapping[str, StoredTensor]]
+    package: packages.Package, uses: Mapping[str, Mapping[str, StoredTensor]]
 ) -> Iterator[str]:
     """Yields complaints; `uses` has for each function the manifest's weights that it must use."""
     folder = package.path.parent
@@ -57,7 +51,7 @@ def check_package(
         yield from _check_uses(function, tensors)
 
 
-def check_without_manifest(package: Package) -> Iterator[str]:
+def check_without_manifest(package: packages.Package) -> Iterator[str]:
     """Yields complaints about weights with another hash than in the metadata, and about states.
 
     The functions of a segment must use the same weights.
@@ -131,12 +125,12 @@ def _blobs(function: Function) -> dict[str, FileValue]:
     return blobs
 
 
-def _location(package: Package, value: FileValue) -> Location:
-    return package.blob_files[value.file].path, value.offset + HEADER_BYTES
+def _location(package: packages.Package, value: FileValue) -> Location:
+    return package.blob_files[value.file].path, value.offset + packages.HEADER_BYTES
 
 
 def _check_locations(
-    package: Package, function: Function, expected: Mapping[str, Location]
+    package: packages.Package, function: Function, expected: Mapping[str, Location]
 ) -> Iterator[str]:
     actual = {name: _location(package, value) for name, value in _blobs(function).items()}
     for name in dict.fromkeys([*expected, *actual]):
@@ -168,7 +162,7 @@ def _check_uses(function: Function, tensors: Mapping[str, StoredTensor]) -> Iter
         yield f"{function.name}: nothing uses {name}"
 
 
-def _check_digests(package: Package, blobs: Mapping[str, FileValue]) -> Iterator[str]:
+def _check_digests(package: packages.Package, blobs: Mapping[str, FileValue]) -> Iterator[str]:
     text = package.description.metadata.userDefined.get(DIGESTS, "null")
     try:
         expected = from_json(dict[str, str], parse_json(text))
@@ -205,20 +199,20 @@ _NUMBER = re.compile(r"(?<=_)\d+(?=_)")
 
 def describe_package(path: Path) -> dict[str, Any]:
     """Describes a package as JSON; checks our own ones with all hashes, and lists `problems`."""
-    package = open_package(path)
+    package = packages.open_package(path)
     metadata = package.description.metadata
     ours = CONFIG in metadata.userDefined
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
     kinds = {op.type for function in package.functions.values() for op in function.walk()}
-    values = file_values(package.functions.values())
+    values = packages.file_values(package.functions.values())
     totals: dict[str, Counter[str]] = {}
     for kind in {(value.file, value.offset): value.type for value in values}.values():
         total = totals.setdefault(kind.dtype, Counter())
         total.update(blobs=1, items=kind.size, bytes=kind.nbytes)
     return {
         "kind": "mlpackage",
-        "name": path.resolve().name.removesuffix(PACKAGE_SUFFIX),
+        "name": path.resolve().name.removesuffix(packages.PACKAGE_SUFFIX),
         "path": str(path),
         "specification_version": package.specification_version,
         "default_function": package.default_function,
@@ -242,7 +236,7 @@ def describe_package(path: Path) -> dict[str, Any]:
     }
 
 
-def _function(function: Function, package: Package) -> dict[str, Any]:
+def _function(function: Function, package: packages.Package) -> dict[str, Any]:
     types = {name: kind for op in function.operations for name, kind in op.outputs}
     types |= function.inputs | function.states
     # A model of a single function has its features beside the list of functions.

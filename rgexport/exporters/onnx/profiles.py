@@ -13,6 +13,7 @@ from rgexport.exporters.onnx.web_ops import WASM, WEBGPU
 from rgexport.exporters.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
+from rgexport.quantization import scheme as schemes
 from rgexport.quantization.plan import (
     PRECISIONS,
     WEB_PRECISIONS,
@@ -23,16 +24,6 @@ from rgexport.quantization.plan import (
     make_plan,
     with_algorithm,
     with_bfloat16,
-)
-from rgexport.quantization.scheme import (
-    BFLOAT16,
-    BLOCKS,
-    INT8_ROWS,
-    Affine,
-    FloatDtype,
-    Plan,
-    Scheme,
-    TwoLevel,
 )
 from rgexport.quantization.two_level import PLANES
 
@@ -56,18 +47,20 @@ FINE_HEAD = {"int4": "int8"}
 class LoweringProfile:
     name: Profile
     precision: str
-    precisions: Mapping[str, Scheme] = field(default_factory=lambda: PRECISIONS)
+    precisions: Mapping[str, schemes.Scheme] = field(default_factory=lambda: PRECISIONS)
     """Precision word → scheme, before options for block and symmetry."""
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """Precision of the linears → that of the embedding, where it is another."""
     blocks: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Precisions of linears and embedding → default block sizes, where schemes have others."""
-    plans: Mapping[str, Callable[[GriffinConfig, np.ndarray], Plan]] = field(default_factory=dict)
+    plans: Mapping[str, Callable[[GriffinConfig, np.ndarray], schemes.Plan]] = field(
+        default_factory=dict
+    )
     """Precision → function that makes its plan, unless a user asks for blocks or an embedding."""
-    rows: Mapping[str, Scheme] = field(default_factory=dict)
+    rows: Mapping[str, schemes.Scheme] = field(default_factory=dict)
     lowerings: Mapping[str, Lowering] = field(default_factory=lambda: LOWERINGS)
     bits: frozenset[int] = frozenset({4, 8})
-    scale: FloatDtype = "float32"
+    scale: schemes.FloatDtype = "float32"
     even_zero_points: bool = False
     """Whether rows of the embedding with 4-bit zero points need an even number of blocks."""
     functions: bool = False
@@ -75,9 +68,9 @@ class LoweringProfile:
     and products round activations to int8 unless `--exact` is given."""
     files: FileLimit | None = None  # how large the files of weights may be; None for no limit
 
-    def is_exact(self, plan: Plan, exact: bool) -> bool:
+    def is_exact(self, plan: schemes.Plan, exact: bool) -> bool:
         """Whether activations are never rounded to int8: with `--exact`, or by the plan."""
-        return exact or not (self.functions or INT8_ROWS in plan.values())
+        return exact or not (self.functions or schemes.INT8_ROWS in plan.values())
 
 
 PROFILES: dict[str, LoweringProfile] = {
@@ -98,7 +91,7 @@ PROFILES: dict[str, LoweringProfile] = {
             precision="int8",
             precisions=WEB_PRECISIONS,
             embeddings=FINE_HEAD,
-            rows={"int8": INT8_ROWS},
+            rows={"int8": schemes.INT8_ROWS},
             lowerings=LOWERINGS | WASM,
             files=WEB_FILES,
         ),
@@ -142,7 +135,7 @@ class OnnxOptions(FolderOptions):
 
     def resolve_plan(
         self, config: GriffinConfig, gates: Collection[str] = (), ids: np.ndarray | None = None
-    ) -> Plan:
+    ) -> schemes.Plan:
         """Makes the plan for a model: blocks that fit its rows, unless a plan sets them.
 
         `gates` are the matrices that the checkpoint has in bfloat16; they stay so if others are
@@ -155,24 +148,24 @@ class OnnxOptions(FolderOptions):
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}
             if any(map(has_blocks, plan.values())):
-                plan |= dict.fromkeys(exact, BFLOAT16)
+                plan |= dict.fromkeys(exact, schemes.BFLOAT16)
         plan = with_bfloat16(plan, exact)
         plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 
-    def _default_plan(self, config: GriffinConfig, ids: np.ndarray) -> Plan:
+    def _default_plan(self, config: GriffinConfig, ids: np.ndarray) -> schemes.Plan:
         free = {self.block_size, self.symmetric, self.embedding_precision} == {None}
         if free and self.precision_word in self._profile.plans:
             return self._profile.plans[self.precision_word](config, ids)
         arguments = self.precisions, self._scheme, self.block_size, self.symmetric
-        schemes = choose_schemes(*arguments, self._profile.blocks.get(self.precisions))
-        return make_plan(config, *schemes)
+        linear, embedding = choose_schemes(*arguments, self._profile.blocks.get(self.precisions))
+        return make_plan(config, linear, embedding)
 
-    def _with_even_zero_points(self, plan: Plan, width: int) -> Plan:
+    def _with_even_zero_points(self, plan: schemes.Plan, width: int) -> schemes.Plan:
         odd = [
             scheme
             for scheme in plan[EMBEDDING].uniform
-            if isinstance(scheme, Affine) and scheme.bits == 4 and not scheme.symmetric
+            if isinstance(scheme, schemes.Affine) and scheme.bits == 4 and not scheme.symmetric
             if scheme.num_blocks(width) % 2 == 1
         ]
         if not self._profile.even_zero_points or not odd:
@@ -188,14 +181,14 @@ class OnnxOptions(FolderOptions):
     def _profile(self) -> LoweringProfile:
         return PROFILES[self.profile]
 
-    def _scheme(self, precision: str, block: int | None, symmetric: bool | None) -> Scheme:
+    def _scheme(self, precision: str, block: int | None, symmetric: bool | None) -> schemes.Scheme:
         scheme = choose_scheme(precision, block, symmetric, self._profile.precisions)
         # A scale per row needs symmetric weights and activations in int8.
         by_blocks = self.exact or block is not None or symmetric is False
         rows = None if by_blocks else self._profile.rows.get(precision)
         return rows or scheme.with_dtype(self._profile.scale)
 
-    def _require_known(self, name: str, scheme: Scheme) -> None:
+    def _require_known(self, name: str, scheme: schemes.Scheme) -> None:
         if scheme in self._profile.rows.values():
             if self.exact:
                 raise RequestError(
@@ -205,11 +198,11 @@ class OnnxOptions(FolderOptions):
             return
         bits = self._profile.bits
         stored = {s.level_bits for s in scheme.uniform if s.level_bits is not None}
-        two_level = any(isinstance(uniform, TwoLevel) for uniform in scheme.uniform)
+        two_level = any(isinstance(uniform, schemes.TwoLevel) for uniform in scheme.uniform)
         unknown = two_level and not self._profile.functions
         if not is_storable(scheme) or not bits >= stored or unknown:
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which the profile {self.profile} does "
-                f"not have; expected blocks of {', '.join(map(str, BLOCKS))} weights in "
+                f"not have; expected blocks of {', '.join(map(str, schemes.BLOCKS))} weights in "
                 f"{', '.join(map(str, sorted(bits)))} bits"
             )

@@ -135,8 +135,7 @@ def _require_stored(
 
 def _not_ours(complaint: str) -> RequestError:
     return RequestError(
-        f"{complaint}; if you trust who made it, pass --allow-foreign (in Python, "
-        "allow_foreign=True)"
+        f"{complaint}; if you trust its maker, pass --allow-foreign (in Python, allow_foreign=True)"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.exporters.manifest import MANIFEST
+from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
@@ -145,7 +145,7 @@ def bench_artifact(
     elapsed = time.perf_counter() - began
     try:
         with roofline(session.info.threads) as read_speed:
-            measurement = BenchMeasurement(session, request, read_speed, artifact.path, elapsed)
+            measurement = BenchMeasurement(session, request, read_speed, artifact, elapsed)
             return list(measurement.rows())
     finally:
         session.close()
@@ -169,16 +169,17 @@ class BenchMeasurement:
     session: Session
     request: BenchRequest
     read_speed: ReadSpeed
-    artifact: Path
+    artifact: Artifact
     load_seconds: float
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[BenchRow]:
         until = time.perf_counter() + WARM_UP_SECONDS
-        while time.perf_counter() < until:
-            if self.session.position[0] >= PIECE:
-                self.session.reset()
-            self.session.step(self._random(1)[0])
+        with task("Warming up", leaves_line=False):
+            while time.perf_counter() < until:
+                if self.session.position[0] >= PIECE:
+                    self.session.reset()
+                self.session.step(self._random(1)[0])
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
             self.session.reset()
             state, cells = self.session.get_state(), []
@@ -221,8 +222,6 @@ class BenchMeasurement:
         info, test, rates = self.session.info, cell.test, cell.rates
         per_token = info.weight_bytes * test.weight_reads(info) / test.length
         rate, read_speed = mean(rates), median(cell.speeds)
-        files = [self.artifact] if self.artifact.is_file() else self.artifact.rglob("*")
-        sizes = (f.stat().st_size for f in files if f.is_file() and f.name != MANIFEST)
         return BenchRow(
             test=test.name,
             depth=cell.depth,
@@ -238,8 +237,8 @@ class BenchMeasurement:
             rss_bytes=round(median(cell.memory)) if cell.memory else None,
             peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
-            artifact_bytes=sum(sizes),
-            artifact=self.artifact.resolve().name,
+            artifact_bytes=self.artifact.nbytes,
+            artifact=self.artifact.path.resolve().name,
             engine=info.engine,
             engine_version=info.engine_version,
             kernels=info.kernels,
@@ -277,10 +276,7 @@ class BenchMeasurement:
                 done += piece
                 minutes = (time.perf_counter() - began) / done * ahead / 60
                 if done == PIECE and minutes > PATIENCE_MINUTES:
-                    note(
-                        f"this takes about {minutes:.0f} minutes; --synthetic uses a random state "
-                        "instead"
-                    )
+                    note(f"this takes about {minutes:.0f} minutes; --synthetic uses a random state")
         return self.session.get_state()
 
 

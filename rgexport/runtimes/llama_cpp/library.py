@@ -134,7 +134,6 @@ def load_model(
     reason = complaint()
     if _UNKNOWN_ARCHITECTURE in reason:
         raise NotInstalled(
-            f"the installed llama-cpp-python is a stock one, which cannot run {path} "
-            f"({reason}); {REMEDY}"
+            f"the installed llama-cpp-python is stock and cannot run {path} ({reason}); {REMEDY}"
         )
     raise RequestError(f"llama.cpp cannot load {path}: {reason}")

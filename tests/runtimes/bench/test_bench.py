@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tests.llama_tools import needs_llama_cpp
 from tests.toy_session import ToySession
 
 WEIGHTS = 1000
+ARTIFACT = Mock(path=Path("model-int4"), nbytes=5000)
 
 
 class Timed(ToySession):
@@ -64,7 +66,7 @@ def session(monkeypatch):
 
 def measured(session, speeds, **request):
     asked = BenchRequest(**request)
-    measuring = BenchMeasurement(session, asked, lambda: next(speeds), Path(__file__), 1.5)
+    measuring = BenchMeasurement(session, asked, lambda: next(speeds), ARTIFACT, 1.5)
     return list(measuring.rows())
 
 
@@ -79,7 +81,7 @@ def test_rate_is_the_mean_and_share_is_of_the_median(session):
     # before, after each second but the last, at last; what lies between both counts for both
     assert row.roofline_bytes_per_second == 504
     assert row.roofline_share == pytest.approx(row.tokens_per_second * WEIGHTS / 504)
-    assert row.load_seconds == 1.5 and row.artifact_bytes == Path(__file__).stat().st_size
+    assert row.load_seconds == 1.5 and row.artifact_bytes == 5000
     assert next(speeds, None) is None
 
 

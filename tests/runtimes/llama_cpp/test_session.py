@@ -147,7 +147,7 @@ def test_stock_llama_cpp(tmp_path, capfd, monkeypatch):
     unknown = library._UNKNOWN_ARCHITECTURE.replace("gemma", "gemmb")
     monkeypatch.setattr(library, "_UNKNOWN_ARCHITECTURE", unknown)
     with pytest.raises(
-        RequestError, match=rf"is a stock one, which .*foreign.gguf .*; {BUILD} ins"
+        RequestError, match=rf"is stock and cannot run .*foreign.gguf .*; {BUILD} ins"
     ):
         load_model(foreign)
     assert capfd.readouterr() == ("", "")
