@@ -14,7 +14,7 @@ from rgexport import progress
 from rgexport.commands import exports, measure, publish, serve, text
 from rgexport.commands.defaults import read_defaults, source_of
 from rgexport.commands.options import CONTEXT, QUIET, VERBOSE, help_if_alone
-from rgexport.errors import RequestError, one_line
+from rgexport.errors import RequestError, one_line, system_reason
 from rgexport.printing import print_result
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
 
 def error_line(error: Exception) -> str:
     if isinstance(error, OSError):
-        return one_line(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return one_line(f"{error.filename or 'the system'}: {system_reason(error)}")
     return one_line(str(error))
 
 

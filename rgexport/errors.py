@@ -1,5 +1,6 @@
 """Errors that users see, and untrusted text on one printable line."""
 
+import errno
 import json
 from unicodedata import category
 
@@ -19,6 +20,17 @@ class NotExported(RequestError):
 
     def __init__(self, model: str) -> None:
         super().__init__(f"{model} is a checkpoint; export it first: rgexport onnx {model} --int4")
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space, or choose another disk"),
+    errno.EROFS: "; choose another folder",
+}
+
+
+def system_reason(error: OSError) -> str:
+    """Returns what the system says of an error, and what to do about a full or read-only disk."""
+    return f"{error.strerror or error}{_REMEDIES.get(error.errno or 0, '')}"
 
 
 class NotInstalled(RequestError):

@@ -187,9 +187,8 @@ def _read_text(
         return []
     if tokenizer is None:
         raise RequestError(
-            f"the model has no tokenizer to read {options.text_name} with; put its "
-            "tokenizer.model into its folder, or leave --text and --sampled out to take all text "
-            "from the model"
+            f"the model has no tokenizer to read {options.text_name}; put its tokenizer.model into "
+            "its folder, or leave out --text and --sampled: then it writes all of the text"
         )
     if options.text is None:
         return read_text(BUILT_IN, tokenizer, options.from_text)

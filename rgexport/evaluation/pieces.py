@@ -19,6 +19,7 @@ from filelock import FileLock
 from rgexport.errors import RequestError
 from rgexport.files.atomic import replacing
 from rgexport.files.paths import report_os_errors
+from rgexport.files.targets import require_free_disk
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.state import State
 
@@ -68,8 +69,7 @@ class EvaluationRequest:
     def __post_init__(self) -> None:
         if self.stride is not None and self.stride >= self.context:
             raise RequestError(
-                f"--stride is {self.stride}, --context {self.context}; expected a stride of less "
-                "than the context"
+                f"--stride is {self.stride}, --context {self.context}; expected a smaller stride"
             )
 
     def for_window(self, window: int) -> "EvaluationRequest":
@@ -122,8 +122,10 @@ class Results:
                 f"{folder} is no folder of results; expected one of an earlier run, an empty one, "
                 "or none: pass another with -o"
             )
-        self._pieces.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        require_free_disk(folder, 1 << 20)
+        with report_os_errors(folder, "write"):
+            self._pieces.mkdir(parents=True, exist_ok=True)
+            mark.touch()
 
     def get(self, piece: Piece) -> Result | None:
         """Returns the result of a piece, or None if its file is missing or damaged."""

@@ -164,9 +164,8 @@ def _warn_of_terms(artifact: Artifact) -> None:
     if licence in (None, "gemma"):
         condition = "" if licence else "If it is made from Google's weights: "
         warn(
-            f"{condition}the Gemma Terms of Use apply to this artifact too ({GEMMA_TERMS}): "
-            "whoever gets it must get them, and know that the files were changed. A card of "
-            "rgexport says both"
+            f"{condition}the Gemma Terms of Use apply here too ({GEMMA_TERMS}): whoever gets it "
+            "must get them, and know that the files were changed. rgexport's card says both"
         )
 
 

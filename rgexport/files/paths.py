@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from rgexport.errors import RequestError
+from rgexport.errors import RequestError, system_reason
 
 MAX_SETTINGS_BYTES = 8 << 20
 """Limit for files of settings: a manifest has 2 MB. Parsed JSON takes up to twenty times its
@@ -45,7 +45,7 @@ def report_os_errors(path: object, verb: str = "read") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RequestError(f"cannot {verb} {path}: {error.strerror or error}") from error
+        raise RequestError(f"cannot {verb} {path}: {system_reason(error)}") from error
 
 
 def require_regular(path: Path) -> int:

@@ -22,6 +22,7 @@ Replaceable = Callable[[Path], bool]
 COMPLETE = "complete"
 """The file in a folder of `continue_file` that becomes its target."""
 
+_SMALLEST = 1 << 14  # bytes that any output takes at least
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -139,6 +140,7 @@ def require_writable(target: Path) -> Path:
         raise RequestError(
             f"cannot write {target}: {real.parent} is read-only, or not yours; pass another -o"
         )
+    require_free_disk(real.parent, _SMALLEST)
     return real
 
 

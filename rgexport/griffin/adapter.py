@@ -159,8 +159,7 @@ def _pair(
     if sides.keys() != {"A", "B"} or sides["A"].shape[0] != sides["B"].shape[1]:
         shapes = ", ".join(f"{side} {list(entry.shape)}" for side, entry in sides.items())
         raise RequestError(
-            f"{path}: of {name} it has {shapes}; expected A [r, in] and B [out, r]; save the "
-            "adapter again"
+            f"{path}: of {name} it has {shapes}; expected A [r, in] and B [out, r]; save it again"
         )
     rank, module = sides["A"].shape[0], name.removesuffix(".weight")
     stated = _by_pattern(config.rank_pattern, module, config.r or rank)

@@ -87,8 +87,7 @@ class Mixed(Scheme):
             raise RequestError(f"row {row} is in two row groups; expected each row in one of them")
         if bounds[-1, 1] > rows:
             raise RequestError(
-                f"a row group has row {bounds[-1, 1] - 1}; expected rows below {rows}, as many as "
-                "the tensor has"
+                f"a row group has row {bounds[-1, 1] - 1}; expected rows below {rows}"
             )
         sizes = [count_rows(group) for group in self._bounds]
         rest = rows - sum(sizes)

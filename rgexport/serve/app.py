@@ -185,8 +185,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, reuse_port=False)
     except OSError as error:
         raise RequestError(
-            f"cannot listen on {authority_of(host, port)}: {error.strerror}; "
-            "choose another --host or --port"
+            f"cannot listen on {authority_of(host, port)}: {error.strerror}; change --host/--port"
         ) from None
 
 

@@ -196,8 +196,7 @@ class GrammarThread:
             if call.cancel():
                 raise Busy(f"other grammars took {COMPILE_SECONDS:g} s to compile; try again later")
             raise RequestError(
-                f"the grammar takes longer than {COMPILE_SECONDS:g} s to compile; "
-                "use a simpler grammar or schema"
+                f"the grammar takes longer than {COMPILE_SECONDS:g} s to compile; use a simpler one"
             )
         finally:
             self._waiting -= 1

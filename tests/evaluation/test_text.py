@@ -191,7 +191,7 @@ def test_models_are_compared_token_by_token(demo_artifact, tmp_path, capsys, mon
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("demo --stride 512", "--stride is 512, --context 512; expected a stride of less"),
+        ("demo --stride 512", "--stride is 512, --context 512; expected a smaller stride"),
         ("demo --suite tekst", "--suite is 'tekst'; expected one of text, memory, noise"),
         ("demo demo", "two models are called demo; rename"),
         ("demo --suite text --text missing.txt", "missing.txt"),

@@ -193,7 +193,7 @@ def test_a_grammar_has_its_time_to_compile(serve, gate, monkeypatch):
         gate.open.set()
         assert complete(server, regex="[ab]+").status_code == 200
     assert errors == {
-        "the grammar takes longer than 1 s to compile; use a simpler grammar or schema",
+        "the grammar takes longer than 1 s to compile; use a simpler one",
         "other grammars took 1 s to compile; try again later",
         "2 grammars wait to be compiled; try again later",
     }

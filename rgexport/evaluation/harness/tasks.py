@@ -271,8 +271,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _refusal(file: Path, key: str, what: str) -> RequestError:
     return RequestError(
-        f"{file} has {key}, by which lm_eval loads {what}; no code of a folder is run: write the "
-        "task without it"
+        f"{file} has {key}, by which lm_eval loads {what}; it is not run: write the task without it"
     )
 
 

@@ -7,7 +7,7 @@ pieces of `context` tokens overlap, and a token counts in the first piece that r
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -55,8 +55,9 @@ class Document:
 def documents(paths: tuple[Path, ...]) -> list[Document]:
     """Returns the text files at the paths and in folders, each once; the built-in text for none.
 
-    The domain of a file is its name without an ending such as `.txt`. In a folder with folders, it
-    is the name of the first one below: `prose` for `texts/prose/emma.txt` in `texts`.
+    The domain of a file is its name, without an ending such as `.txt` where no other file has the
+    same. In a folder with folders, it is the name of the first one below: `prose` for
+    `texts/prose/emma.txt` in `texts`. Hidden files and folders are left out.
     """
     if not paths:
         return [Document(_BUILT_IN, _BUILT_IN, built_in_text())]
@@ -67,15 +68,22 @@ def _documents_at(path: Path) -> Iterator[Document]:
     if not path.is_dir():
         yield Document(path.name, _without_ending(path), read_text(path))
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in _ENDINGS and file.is_file())
+    files = sorted(file for file in path.rglob("*") if _is_text(file, path))
     if not files:
         raise RequestError(f"{path} has no texts; expected files that end in {', '.join(_ENDINGS)}")
     is_flat = all(file.parent == path for file in files)
+    stems = Counter(map(_without_ending, files))
     for file in files:
         names = file.relative_to(path).parts
         domain = names[0] if len(names) > 1 else path.resolve().name
-        domain = _without_ending(file) if is_flat else domain
+        if is_flat:
+            domain = stem if stems[stem := _without_ending(file)] == 1 else file.name
         yield Document("/".join(names), domain, read_text(file))
+
+
+def _is_text(file: Path, folder: Path) -> bool:
+    is_hidden = any(name.startswith(".") for name in file.relative_to(folder).parts)
+    return file.suffix in _ENDINGS and file.is_file() and not is_hidden
 
 
 def _without_ending(file: Path) -> str:

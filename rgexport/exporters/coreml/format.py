@@ -60,9 +60,8 @@ class CoreMLArtifact(Artifact):
                 yield from self._wrong_functions(package, plan)
             else:
                 yield (
-                    f"{plan.name} has the functions {', '.join(sorted(package.functions))}, by "
-                    f"default {package.default_function}; expected {first} (the default) and "
-                    f"{', '.join(rest)}"
+                    f"{plan.name} has {', '.join(sorted(package.functions))}, by default "
+                    f"{package.default_function}; expected {first} (default), {', '.join(rest)}"
                 )
 
     def _wrong_functions(self, package: Package, plan: packages.PackagePlan) -> Iterator[str]:

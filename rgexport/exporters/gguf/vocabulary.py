@@ -112,10 +112,7 @@ def _read_sentencepiece(path: Path) -> _Contents:
             "another kind: leave it out to export a model that takes token ids"
         )
     if rule := normalization(model):
-        warn(
-            f"{path} normalizes text ({rule}), which llama.cpp does not: it will split some texts "
-            "differently"
-        )
+        warn(f"{path} normalizes text ({rule}); llama.cpp does not and splits some texts otherwise")
     pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     engine = sentencepiece.SentencePieceProcessor(model_file=str(path))
     return pieces, sentencepiece_tokens(engine), model.normalizer_spec.add_dummy_prefix

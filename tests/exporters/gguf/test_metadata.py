@@ -178,7 +178,7 @@ def test_other_normalization(tmp_path, capsys):
     vocabulary = read(path)
     assert vocabulary.tokens[139] == "  " and vocabulary.types[139] == kinds.USER_DEFINED
     assert vocabulary.add_space_prefix
-    assert "normalizes text (nmt_nfkc), which llama.cpp does not" in capsys.readouterr().err
+    assert "normalizes text (nmt_nfkc); llama.cpp does not" in capsys.readouterr().err
     model.trainer_spec.byte_fallback = False
     path.write_bytes(model.SerializeToString())
     with pytest.raises(RequestError, match="not a BPE model"):

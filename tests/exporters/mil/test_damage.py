@@ -50,7 +50,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "no prefill": Damage(
         edit(lambda model: model.mlProgram.functions.pop("prefill")),
-        "has the functions decode, by default decode;",
+        "has decode, by default decode;",
         bare="",
     ),
     "swapped blobs": Damage(
