@@ -47,7 +47,7 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
     assert repr(rgexport.open_checkpoint("demo")).startswith("<Checkpoint demo: ")
     same = "model.onnx", "model.onnx.data", "tokenizer.json"
     assert all(artifact.file(n).read_bytes() == (demo_artifact / n).read_bytes() for n in same)
-    assert repr(artifact) == f"<OnnxArtifact {tmp_path / 'demo'}: int4, 8.51 MB, verified>"
+    assert repr(artifact) == f"<OnnxArtifact {tmp_path / 'demo'}: int4, 8.64 MB, verified>"
     ends = {stage: (done, total) for stage, done, total in stages}
     assert "Writing the weights" in ends and all(done == total for done, total in ends.values())
 
@@ -59,6 +59,8 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
         ({"format": "gguf", "precision": "int5"}, "'int5'; expected one of fp32"),
         ({"pure": True}, "pure is no option of exports to onnx; expected some of precision"),
         ({"format": "coreml", "split": "many"}, "^--split is 'many'; expected a number of bytes"),
+        ({"precision": "int3"}, "'int3'; .* make a plan: rgexport quantize MODEL --bits"),
+        ({"format": "gguf", "type": "q3"}, "unknown type 'q3'; .* make a plan: rgexport quantize"),
         ({"format": "mlx"}, "format is 'mlx'; expected one of onnx, coreml, gguf"),
         ({"calibration": "none"}, "none"),
         ({"output": "."}, "cannot write"),
@@ -87,6 +89,13 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert repr(names["result"]).startswith("<ValidationResult demo-int4: PASS, ")
     assert repr(names["evaluation"]).startswith("<Evaluation figures: Against demo")
     assert (tmp_path / "demo-plan" / "model.onnx").is_file()
+
+
+def test_loading_is_told(demo_artifact):
+    stages = []
+    with rgexport.load(demo_artifact, progress=lambda *stage: stages.append(stage)) as model:
+        assert repr(model) == f"<Model {demo_artifact} in {model.info.title}>"
+    assert (f"Loading {demo_artifact.name}", 1, 1) in stages
 
 
 def test_wrong_evaluations_and_plans_are_refused(tmp_path, monkeypatch):

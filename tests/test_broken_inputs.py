@@ -132,7 +132,7 @@ BAD_REQUESTS: dict[str, tuple[str, str]] = {
     "plan for pt": (f"{QUANTIZE} --bits 4 --format pt", "'pt'; expected one of onnx, coreml"),
     "missing calibration": (f"{QUANTIZE} --bits 4", "cannot read nothing: No such file"),
     "calibrate nothing": ("calibrate", "a model is needed"),
-    "calibration target": ("calibrate -m model -o text.gguf --force", "something else than what"),
+    "calibration target": ("calibrate -m model -o text.gguf --force", "something else than would"),
     "no tokens": ("calibrate -m model --tokens 0", "--tokens is 0; expected at least 1"),
     "endless tokens": (f"calibrate -m model --tokens {2**62}", "--tokens is 46.* at most 268435"),
     "endless seed": (f"calibrate -m model --seed {2**64}", "--seed is .* at most 92233720368547"),

@@ -17,6 +17,7 @@ import pytest
 from rgexport import __version__, cli
 from rgexport.cli import rgexport as command_line
 from rgexport.cli import run
+from rgexport.exporters.opening import open_artifact
 from rgexport.reporting.page import visible
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
@@ -147,6 +148,30 @@ def test_json_on_stdout(demo_artifact, tmp_path):
     few = "--tokens", "32"
     first, last = (demo_artifact, "--json"), ("--json", demo_artifact)
     assert [printed("validate", *few, *words)["verdict"] for words in (first, last)] == ["PASS"] * 2
+
+
+def test_json_tells_what_a_command_wrote(demo_artifact, tmp_path, monkeypatch, capsys):
+    """The size in bytes is that of the files; `push` counts what an export counts."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The sea was calm.")
+    statistics = "--tokens", "64", "--held-out", "32", "--gradient-tokens", "32", "--sampled", "0"
+    wrote = {
+        "a.state": ["state", "save", str(demo_artifact), "--read", "text.txt", "-o", "a.state"],
+        "a.calibration": ["calibrate", "demo", *statistics, "-o", "a.calibration"],
+        "a.reference": ["reference", "demo", "--prompts", "text.txt", "-o", "a.reference"],
+    }
+    facts = {}
+    for path, arguments in wrote.items():
+        assert run([*arguments, "--json", "-q"]) == 0
+        facts[path] = json.loads(capsys.readouterr().out)
+        assert facts[path]["path"] == path and facts[path]["bytes"] == Path(path).stat().st_size
+    assert facts["a.calibration"]["tokens"] >= 64
+    assert run(["state", "load", str(demo_artifact), "a.state", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts["a.state"]
+    assert run(["push", str(demo_artifact), "me/demo", "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["repository"] == "me/demo" and planned["bytes"] == sum(planned["files"].values())
+    assert planned["bytes"] == open_artifact(demo_artifact).nbytes
 
 
 def test_demo_is_validated(demo_artifact, tmp_path):

@@ -57,6 +57,15 @@ def test_a_short_stage_is_one_line(capsys, clock):
     assert (captured.out, captured.err) == ("", "Quantizing: 100 rows, 8.0 s\n")
 
 
+def test_a_stage_may_leave_no_line_and_takes_no_number(capsys, clock):
+    progress.expect_stages(1)
+    with progress.task("Loading", leaves_line=False):
+        clock.now += 2
+    with progress.task("Quantizing"):
+        clock.now += 3
+    assert capsys.readouterr().err == "[1/1] Quantizing: 3.0 s\n"
+
+
 def test_a_long_stage_tells_ever_more_seldom_that_it_goes_on(capsys, clock):
     with progress.task("Quantizing", 1000, "rows") as advance:
         for _ in range(1000):

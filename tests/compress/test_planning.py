@@ -204,7 +204,7 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
         make_plans(checkpoint, [options], target)
     for content in (b'{"a": 1}', b"\xff\x00"):  # no plans
         other.write_bytes(content)
-        with pytest.raises(RequestError, match="something else than what"):
+        with pytest.raises(RequestError, match="something else than would"):
             make_plans(checkpoint, [options], other, force=True)
     page_of(tmp_path / "new.json").write_text("mine")
     with pytest.raises(RequestError, match="--force"):

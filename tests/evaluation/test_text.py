@@ -124,7 +124,8 @@ def test_losses_and_flips_in_noise_are_deepminds(model, deepmind, tmp_path):
 
 def test_domains_are_folders_and_file_names(tmp_path):
     """A number in a name is no ending."""
-    names = "a/one.txt", "b/deep/two.md", "three.txt", "b/picture.png", "heat-0.25"
+    hidden = ".git/notes.txt", "a/.two.txt"
+    names = "a/one.txt", "b/deep/two.md", "three.txt", "b/picture.png", *hidden, "heat-0.25"
     for name in names:
         file = tmp_path / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +136,9 @@ def test_domains_are_folders_and_file_names(tmp_path):
         *expected,
         "two.md two",  # a folder without folders
     ]
+    (tmp_path / "texts" / "b" / "deep" / "two.txt").write_text("another")
+    domains = [document.domain for document in text.documents((tmp_path / "texts/b/deep",))]
+    assert domains == ["two.md", "two.txt"]
 
 
 def test_a_damaged_piece_is_done_again(model, prose, tmp_path):

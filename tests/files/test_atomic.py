@@ -12,6 +12,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.files import atomic, targets
+from rgexport.files.paths import report_os_errors
 from tests.command_line import ROOT, tree
 
 KINDS = {
@@ -127,7 +128,7 @@ def test_the_current_folder_and_a_mount_point_are_refused(tmp_path, monkeypatch)
     (inside / "link").symlink_to(tmp_path / "out")
     monkeypatch.chdir(inside)
     for target in (".", "../..", "link", "/"):
-        with pytest.raises(RequestError, match="or holds the current folder"):
+        with pytest.raises(RequestError, match="it holds the current folder"):
             write(Path(target), force=True)
     assert entries(tmp_path) == ["out"] and entries(inside) == ["link"]
     monkeypatch.setattr(os.path, "ismount", lambda path: path == inside / "disk")
@@ -237,3 +238,7 @@ def test_a_full_disk_is_one_line_and_other_errors_pass(tmp_path):
     targets.require_free_disk(tmp_path, 1)
     with pytest.raises(RequestError, match=r"not enough space .* needed, .* free"):
         targets.require_free_disk(tmp_path / "not" / "there", 1 << 60)
+    for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EROFS, "another folder")):
+        expected = pytest.raises(RequestError, match=f"cannot write out: .*{remedy}")
+        with expected, report_os_errors("out", "write"):
+            raise OSError(number, os.strerror(number))
