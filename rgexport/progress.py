@@ -164,9 +164,13 @@ def _running(current: TaskProgress) -> Iterator[None]:
         note(current.line(terminal_columns(sys.stderr), ended=True))
 
 
+def moves_cursor() -> bool:
+    """Returns whether the terminal obeys escape codes, by its TERM."""
+    return os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def _can_rewrite_lines() -> bool:
-    can_rewrite = os.environ.get("TERM") not in ("dumb", "unknown")
-    return sys.stderr.isatty() and can_rewrite and not quiet
+    return sys.stderr.isatty() and moves_cursor() and not quiet
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError, one_line, printable
 from rgexport.files.paths import read_text
 from rgexport.printing import print_reply, printable_reply, terminal_columns
-from rgexport.progress import note, print_error
+from rgexport.progress import moves_cursor, note, print_error
 from rgexport.runtimes.machine import peak_rss_bytes
 from rgexport.units import amount
 
@@ -29,10 +29,8 @@ _SYNONYMS = {"exit": "quit", "bye": "quit", "?": "help", "reset": "clear", "rege
 PROMPT = "> "
 GREETING = "Ctrl-C ends a reply and keeps it, Ctrl-D ends the chat. /help lists the commands."
 EDITOR = "Enter sends, Alt-Enter begins a new line."
-NO_EDITOR = (
-    "Each line is a message. Messages of several lines, their history and completion: "
-    "pip install 'rgexport[chat]'."
-)
+ONE_LINE = "Each line is a message."
+NO_EDITOR = f"{ONE_LINE} Long messages, history and completion: pip install 'rgexport[chat]'."
 
 
 class Quit(Exception):
@@ -129,6 +127,9 @@ def _set(conversation: Conversation, argument: str) -> str:
     options = conversation.options
     name, _, value = argument.partition(" ")
     name = name.replace("-", "_")
+    names = [setting for setting in _SETTINGS if setting.startswith(name)]
+    if name and len(names) == 1:
+        name = names[0]  # such as `temp`
     if name and name not in _SETTINGS:
         raise RequestError(f"there is no setting {name!r}; expected one of {', '.join(_SETTINGS)}")
     if not value:
@@ -268,6 +269,8 @@ def _show(conversation: Conversation, line: str, console: "Console") -> None:
 
 
 def _editor(keeps_history: bool) -> tuple[Callable[[str], str], str]:
+    if not moves_cursor():
+        return input, ONE_LINE
     try:
         return _prompt_session(keeps_history).prompt, EDITOR
     except ModuleNotFoundError as error:

@@ -22,8 +22,9 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import expect_stages, group, warn
 
-_GRAPH_BYTES = 64 << 20
-"""Upper bound of what is neither weights nor the checkpoint's: `tokenizer.json` has 33 MB."""
+_GRAPH_BYTES = 8 << 20
+"""Upper bound of what is neither weights nor tokenizer."""
+_COPIES = {".model": 9}  # Gemma's has 4 MB, the `tokenizer.json` that it becomes 33 MB
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]
 
@@ -48,7 +49,9 @@ def export_folder(
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
-    tokenizer_bytes = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
+    tokenizer_bytes = sum(
+        path.stat().st_size * _COPIES.get(path.suffix, 1) for path in checkpoint.tokenizer_files
+    )
     require_free_disk(target.resolve().parent, data_bytes + tokenizer_bytes + _GRAPH_BYTES)
     expect_stages(3 if check is None else 4)
     hashes = require_sound(checkpoint)

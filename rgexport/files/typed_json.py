@@ -11,7 +11,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
@@ -26,7 +26,11 @@ _READERS: dict[Any, Callable[[Any], Any]] = {}
 
 
 class Mismatch(ValueError):
-    """JSON that a type does not allow; the message names the field."""
+    """JSON that a type does not allow; the message names the fields."""
+
+    @classmethod
+    def of(cls, problems: Iterable[str]) -> "Mismatch":
+        return cls(". Also: ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def register_reader(kind: Any, reader: Callable[[Any], Any]) -> None:
 def from_json(kind: type[T], value: Any) -> T:
     """Builds a `kind` from parsed JSON; Mismatch with the path of a wrong field: `states[3].shape`.
 
+    It names all wrong fields of a dataclass, but of a list the first alone, as lists may be long.
+
     A type may be made of str, int, float, bool, None, Any, Literal, list, tuple, dict[str, X],
     unions of these, dataclasses, `Annotated` with a container of allowed values, and types with a
     registered reader. Unknown keys are ignored, so that a newer version may add some. A dataclass
@@ -190,6 +196,7 @@ def _items(kinds: tuple[Any, ...], value: Any, path: str) -> list[Any]:
 
 def _dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
     hints, fields, lenient = _hints(kind), {}, getattr(kind, "lenient", False)
+    problems: list[str] = []
     for field in dataclasses.fields(kind):
         inner, hint = f"{path}.{field.name}" if path else field.name, hints[field.name]
         has_default, item = field.default is not dataclasses.MISSING, value.get(field.name)
@@ -198,9 +205,14 @@ def _dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
         required = hint is not Any and type(None) not in typing.get_args(hint)
         is_null = lenient and item is None and has_default and required
         if field.name in value and not is_null:
-            fields[field.name] = _read(hint, item, inner)
+            try:
+                fields[field.name] = _read(hint, item, inner)
+            except Mismatch as error:
+                problems.append(str(error))
         elif not has_default:
-            raise Mismatch(f"{inner} is missing")
+            problems.append(f"{inner} is missing")
+    if problems:
+        raise Mismatch.of(problems)
     return kind(**fields)
 
 

@@ -129,6 +129,7 @@ MAX_LAYERS = 512
 
 DEFAULT_PATTERN: tuple[BlockType, ...] = ("recurrent", "recurrent", "attention")
 _ARCHITECTURES = ("RecurrentGemmaForCausalLM", "RecurrentGemmaModel")
+_ROPE_DEFAULTS = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 
 Dialect = Literal["_block_types", "block_types"]
 """The field that holds the block pattern: 2B's config.json has the first, 9B's the second."""
@@ -187,20 +188,8 @@ def read_config(
     values = read_json(path)
     try:
         fields = from_json(_Fields, values)
-        _check_kind(fields)
-        width, heads = fields.hidden_size, fields.num_attention_heads
-        types = _block_types(fields)
-        lru_width = fields.lru_width or width
-        if "recurrent" in types and lru_width % heads:
-            raise Mismatch(
-                f"num_attention_heads is {heads}; expected a divisor of lru_width {lru_width}"
-            )
-        if fields.intermediate_size % 2:
-            raise Mismatch(
-                f"intermediate_size is {fields.intermediate_size}; expected an even number, twice "
-                "the width of a branch"
-            )
-        head_dim, rope_dims, theta = _attention(fields, "attention" in types)
+        if problems := list(_problems(fields)):
+            raise Mismatch.of(problems)
     except Mismatch as error:
         raise RequestError(f"{path}: {error}") from None
     stated = fields.attention_window_size
@@ -209,19 +198,21 @@ def read_config(
             f"{path} states attention_window_size {stated}, --window says {window}; "
             "expected at most as many: the model was not trained to look further back"
         )
+    width, heads = fields.hidden_size, fields.num_attention_heads
+    head_dim, rope_dims = _attention(fields)
     return GriffinConfig(
         vocab_size=fields.vocab_size,
         width=width,
         mlp_width=fields.intermediate_size // 2,
-        lru_width=lru_width,
+        lru_width=fields.lru_width or width,
         lru_heads=heads,
         num_heads=heads,
         head_dim=head_dim,
-        block_types=types,
+        block_types=_block_types(fields),
         window=window or stated or 2048,
         conv_width=fields.conv1d_width,
         rope_dims=rope_dims,
-        rope_theta=theta,
+        rope_theta=_rope(fields, "rope_theta"),
         rms_eps=fields.rms_norm_eps,
         soft_cap=_soft_cap(path, fields, "logits_soft_cap" in values, soft_cap),
         embedding_scale=(
@@ -230,56 +221,68 @@ def read_config(
     )
 
 
-def _attention(fields: _Fields, used: bool) -> tuple[int, int, float]:
-    theta = _rope(fields, "rope_theta", 10_000.0)
-    rotary = _rope(fields, "partial_rotary_factor", 0.5)
-    width, heads = fields.hidden_size, fields.num_attention_heads
-    head_dim = fields.head_dim or max(1, width // heads)
-    rope_dims = max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
-    if used and fields.head_dim is None and width % heads:
-        raise Mismatch(f"num_attention_heads is {heads}; expected a divisor of hidden_size {width}")
-    if used and (rope_dims < 2 or rope_dims % 2):
-        raise Mismatch(
-            f"RoPE would rotate {rope_dims} of {head_dim} dimensions (partial_rotary_factor "
-            f"{rotary:g}); expected an even number of at least 2"
-        )
-    return head_dim, rope_dims, theta
-
-
-def _rope(fields: _Fields, name: str, default: float) -> float:
-    sources = fields, fields.rope_parameters, fields.rope_scaling
-    stated = {getattr(rope, name) for rope in sources} - {None}
-    if len(stated) > 1:
-        raise Mismatch(f"{name} is {' and '.join(map(str, sorted(stated)))}; expected one value")
-    return float(next(iter(stated), default))
-
-
-def _check_kind(fields: _Fields) -> None:
+def _problems(fields: _Fields) -> Iterator[str]:
+    """Yields what contradicts other fields, or what no RecurrentGemma has."""
     known = any(name in _ARCHITECTURES for name in fields.architectures)
     if fields.architectures and not known:
-        raise Mismatch(
+        yield (
             f"architectures is {reprlib.repr(list(fields.architectures))}; expected "
             "['RecurrentGemmaForCausalLM']"
         )
-    if not known and fields.model_type is None:
-        raise Mismatch("model_type is None; expected 'recurrent_gemma'")
+    elif not known and fields.model_type is None:
+        yield "model_type is None; expected 'recurrent_gemma'"
     if fields.quantization_config is not None:
-        raise Mismatch(
-            "the weights are quantized (quantization_config); expected the original checkpoint"
-        )
+        yield "the weights are quantized (quantization_config); expected the original checkpoint"
     # A missing value means as many as there are heads.
-    heads = fields.num_key_value_heads or fields.num_attention_heads
-    if heads != 1:
-        raise Mismatch(f"num_key_value_heads is {heads}; expected 1")
+    width, heads = fields.hidden_size, fields.num_attention_heads
+    if (fields.num_key_value_heads or heads) != 1:
+        yield f"num_key_value_heads is {fields.num_key_value_heads or heads}; expected 1"
+    if fields.intermediate_size % 2:
+        yield (
+            f"intermediate_size is {fields.intermediate_size}; expected an even number, twice "
+            "the width of a branch"
+        )
+    if fields.block_types and fields._block_types and fields.block_types != fields._block_types:
+        yield "block_types and _block_types differ"
+    if () in (fields.block_types, fields._block_types):
+        yield "block_types is empty; expected at least one type"
+    for name in _ROPE_DEFAULTS:
+        if len(stated := _stated(fields, name)) > 1:
+            yield f"{name} is {' and '.join(map(str, sorted(stated)))}; expected one value"
+    types, lru_width = _block_types(fields), fields.lru_width or width
+    if "recurrent" in types and lru_width % heads:
+        yield f"num_attention_heads is {heads}; expected a divisor of lru_width {lru_width}"
+    if "attention" not in types:
+        return
+    if fields.head_dim is None and width % heads:
+        yield f"num_attention_heads is {heads}; expected a divisor of hidden_size {width}"
+    head_dim, rope_dims = _attention(fields)
+    if rope_dims < 2 or rope_dims % 2:
+        rotary = _rope(fields, "partial_rotary_factor")
+        yield (
+            f"RoPE would rotate {rope_dims} of {head_dim} dimensions (partial_rotary_factor "
+            f"{rotary:g}); expected an even number of at least 2"
+        )
+
+
+def _attention(fields: _Fields) -> tuple[int, int]:
+    """Returns the size of a head, and how many of its dimensions RoPE rotates."""
+    head_dim = fields.head_dim or max(1, fields.hidden_size // fields.num_attention_heads)
+    rotary = _rope(fields, "partial_rotary_factor")
+    return head_dim, max(1, int(rotary * head_dim + 1e-6))  # 3/7 of 14 is 6
+
+
+def _rope(fields: _Fields, name: str) -> float:
+    return float(next(iter(_stated(fields, name)), _ROPE_DEFAULTS[name]))
+
+
+def _stated(fields: _Fields, name: str) -> set[float]:
+    sources = fields, fields.rope_parameters, fields.rope_scaling
+    return {getattr(rope, name) for rope in sources} - {None}
 
 
 def _block_types(fields: _Fields) -> tuple[BlockType, ...]:
-    stated = {fields.block_types, fields._block_types} - {None}
-    if len(stated) > 1:
-        raise Mismatch("block_types and _block_types differ")
-    pattern = next(iter(stated), DEFAULT_PATTERN)
-    if not pattern:
-        raise Mismatch("block_types is empty; expected at least one type")
+    pattern = fields.block_types or fields._block_types or DEFAULT_PATTERN
     return tuple(itertools.islice(itertools.cycle(pattern), fields.num_hidden_layers))
 
 

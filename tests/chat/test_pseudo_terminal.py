@@ -3,6 +3,7 @@
 Replies are of a fixed length and then wait, so that nothing depends on how fast this machine is.
 """
 
+import io
 import os
 import signal
 import sys
@@ -42,12 +43,12 @@ reading._SILENT_SECONDS = 1000
 class Terminal:
     """A chat on a screen of so many columns."""
 
-    def __init__(self, artifact, columns, folder):
+    def __init__(self, artifact, columns, folder, **settings):
         self.screen = pyte.Screen(columns, ROWS)
         self._stream = pyte.ByteStream(self.screen)
         inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         environment = {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(folder)}
-        environment |= {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        environment |= {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | settings
         self.child = pexpect.spawn(
             sys.executable,
             ["-c", PAUSED + START, "chat", str(artifact), "-n", "100000", "--threads", "1"],
@@ -97,10 +98,10 @@ class Terminal:
         return bool(termios.tcgetattr(self.child.child_fd)[3] & termios.ISIG)
 
 
-@pytest.mark.parametrize("columns", [40, 120])
-def test_a_session(columns, demo_artifact, tmp_path):
+@pytest.mark.parametrize(("columns", "settings"), [(40, {}), (80, {"NO_COLOR": "1"}), (120, {})])
+def test_a_session(columns, settings, demo_artifact, tmp_path):
     """A long paste, emoji, another width, commands, the history, and all that ends something."""
-    terminal = Terminal(demo_artifact, columns, tmp_path)
+    terminal = Terminal(demo_artifact, columns, tmp_path, **settings)
     terminal.until(lambda screen: "/help lists the commands." in screen.replace("\n", " "))
     lines = "\n".join(f"line {i}" for i in range(50))
     terminal.ask(f"\x1b[200~{lines}\x1b[201~", "line 49")
@@ -122,3 +123,21 @@ def test_a_session(columns, demo_artifact, tmp_path):
     terminal.child.expect(pexpect.EOF, timeout=SECONDS)
     terminal.child.close()
     assert terminal.child.exitstatus == 0 and (tmp_path / "a.state").is_file()
+
+
+def test_a_terminal_without_cursor_control(demo_artifact, tmp_path):
+    """The reply and the answers of commands arrive without escape codes."""
+    terminal = Terminal(demo_artifact, 80, tmp_path, TERM="dumb")
+    terminal.child.logfile_read = log = io.BytesIO()
+    terminal.child.expect_exact("/help lists the commands.", timeout=SECONDS)
+    terminal.child.expect_exact("\n> ", timeout=SECONDS)
+    terminal.child.sendline("Once upon a time")
+    terminal.child.expect(r"time\r\n.{10}", timeout=SECONDS)
+    terminal.child.sendintr()
+    terminal.child.expect_exact("[stopped]", timeout=SECONDS)
+    terminal.child.sendline("/stats")
+    terminal.child.expect_exact("last reply: ", timeout=SECONDS)
+    terminal.child.sendline("/quit")
+    terminal.child.expect(pexpect.EOF, timeout=SECONDS)
+    terminal.child.close()
+    assert terminal.child.exitstatus == 0 and b"\x1b" not in log.getvalue()

@@ -69,13 +69,15 @@ NO_TOKENIZER = "It has no tokenizer; try: rgexport generate out --ids 2"
         ({"files": TOKENIZER, "name": "recurrentgemma-9b"}, "to chat, export --size 9b-it)"),
     ],
 )
-def test_closing_line(made, change, advice):
+def test_closing_line(made, change, advice, monkeypatch):
     manifest = dataclasses.replace(made.manifest, **change)
+    monkeypatch.setattr(Artifact, "nbytes", 9_000_000)
     line = closing_line(Artifact(Path("out"), manifest))
     assert line.startswith("out is complete (") and line.endswith(advice)
 
 
-def test_paths_can_be_pasted(made):
+def test_paths_can_be_pasted(made, monkeypatch):
+    monkeypatch.setattr(Artifact, "nbytes", 9_000_000)
     words = {"out": "out", "/a b/c": "'/a b/c'", "-my out": "'./-my out'", "$HOME": "'$HOME'"}
     for path, typed in words.items():
         line = closing_line(Artifact(Path(path), made.manifest))

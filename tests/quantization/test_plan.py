@@ -53,7 +53,7 @@ def written(folder, changes):
         (LINEAR, {"kind": "affine", "bits": 4, "block": 32.0, "symmetric": True}, "block is 32.0"),
         (LINEAR, {"kind": "affine", "bits": 4}, "block is missing"),
         (LINEAR, {"kind": "vector"}, "kind 'vector'; expected one of"),
-        (LINEAR, {"kind": "palette", "algorithm": "rtn"}, "algorithm = 'rtn'; expected kmeans"),
+        (LINEAR, {"kind": "palette", "algorithm": "rtn"}, "algorithm is 'rtn'; expected kmeans"),
         (CONV_BIAS, {"kind": "float", "dtype": "float16"}, "expected float32$"),
         (LINEAR_BIAS, {"kind": "palette"}, "expected float32 or float16$"),
         (GATE, {"kind": "float", "dtype": "float16"}, "expected float32 or bfloat16$"),

@@ -125,7 +125,7 @@ def test_library_of_another_machine(demo_artifact, tmp_path, monkeypatch, capsys
     file = tmp_path / "library.so"
     file.write_bytes(b"\x7fELF of another machine")
     there = NativeOps({"RgLruScan": 1}, ("RgLruScan",), file, "native avx2", "")
-    monkeypatch.setattr(runtime, "native_ops", lambda model: there)
+    monkeypatch.setattr(runtime.model_file, "native_ops", lambda model: there)
     session = OrtSession(open_artifact(demo_artifact))
     assert session.info.kernels == "stock"
     (line,) = capsys.readouterr().err.splitlines()

@@ -396,7 +396,7 @@ def test_slabs_make_no_difference(monkeypatch):
 
     whole = errors()
 
-    monkeypatch.setattr("rgexport.validation.weights.tensor_errors.SLAB_BYTES", 4 * COLUMNS * 7)
+    monkeypatch.setattr("rgexport.validation.weights.sketch.SLAB_BYTES", 4 * COLUMNS * 7)
     for one, other in zip(errors(), whole, strict=True):
         for number in ("relative_error", "projection", "noise", "shift"):
             assert getattr(one, number) == pytest.approx(getattr(other, number), rel=1e-6)

@@ -98,7 +98,7 @@ def test_a_weight_file_that_shrinks_while_it_is_open(tmp_path):
     np.testing.assert_array_equal(run({"x": x}, {})["y"], np.concatenate([x, array]))
     with path.open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(RequestError, match="too early"):
+    with pytest.raises(RequestError, match="bytes early"):
         later({"x": x}, {})
 
 
