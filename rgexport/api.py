@@ -135,12 +135,15 @@ def validate(
     Raises:
         RequestError: a damaged artifact, or an original, text or reference that does not fit.
     """
-    from rgexport.validation.checks import parse_limits
+    from rgexport.exporters.request import require_word
+    from rgexport.validation.checks import GRADE_NAMES, parse_limits
     from rgexport.validation.reference.reference_file import read_reference
     from rgexport.validation.run import ValidationRequest, validate_artifact
 
     if isinstance(artifact, list | tuple):
         raise RequestError(f"artifact is a {type(artifact).__name__}; validate one at a time")
+    if min_quality is not None:
+        require_word("min_quality", min_quality, GRADE_NAMES)
     request = ValidationRequest(
         model=None if model is None else str(model),
         adapter=_path(adapter),

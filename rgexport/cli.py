@@ -148,7 +148,10 @@ _HABITS = {
     **dict.fromkeys(("convert", "export"), "onnx, coreml or gguf"),
     **dict.fromkeys(("run", "cli"), "chat or generate"),
     **{"compare": "validate", "perplexity": "evaluate", "show": "inspect", "upload": "push"},
-    **dict.fromkeys(("--outtype", "--quantize", "--q-bits", "--bits"), "--precision or --int4"),
+    **dict.fromkeys(("--outtype", "--quantize", "--q-bits"), "--type, --precision or --int4"),
+    **dict.fromkeys(("--bits", "--target-size", "--size-limit"), "rgexport quantize, then --plan"),
+    **dict.fromkeys(("--file", "--document", "-f"), "--read FILE"),
+    **dict.fromkeys(("-c", "--ctx-size"), "it without: texts may have any length"),
     **{"--outfile": "--output", "--prompt-cache": "--load-state or --save-state"},
 }
 """Command or option of another program → ours."""

@@ -12,10 +12,9 @@ import gguf
 import numpy as np
 from gguf import GGUFReader
 
-from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import gguf_mutator, json_mutator, small
 from fuzz.readers.shown import shown
-from fuzz.readers.target import Target, WrongAccept, oracle, require
+from fuzz.readers.target import Target, oracle, require
 from rgexport.errors import RequestError
 from rgexport.exporters.describe import describe
 from rgexport.exporters.gguf import integrity
@@ -177,15 +176,6 @@ def _imatrix_seeds(folder: Path) -> Iterable[bytes]:
         arrays[f"{name}.counts"] = np.full((count, 1), 4, np.float32)
     _write(writer, arrays)
     yield path.read_bytes()
-    old = struct.pack("<i", 2)
-    for name in (b"blk.0.attn_q.weight", b"b"):
-        old += struct.pack("<i", len(name)) + name + struct.pack("<ii", 2, 4) + b"\0\0\x80\x3f" * 4
-    yield old
-    yield old + struct.pack("<ii", 3, 8) + b"text.txt"
-
-
-def _mutate_imatrix(data: bytes, random: Random) -> bytes:
-    return gguf_mutator.mutate(data, random) if data.startswith(b"GGUF") else raw.flip(data, random)
 
 
 def _read_imatrix(data: bytes, folder: Path) -> Imatrix:
@@ -195,7 +185,7 @@ def _read_imatrix(data: bytes, folder: Path) -> Imatrix:
 
 
 def _agree_on_imatrix(data: bytes, folder: Path, imatrix: Imatrix) -> None:
-    theirs = _gguf_means(imatrix.path) if data.startswith(b"GGUF") else _old_means(data)
+    theirs = _gguf_means(imatrix.path)
     require(theirs.keys() == imatrix.entries.keys(), "other entries than the oracle has")
     for name, values in imatrix.entries.items():
         same = np.allclose(values, theirs[name], rtol=1e-5, atol=1e-37)
@@ -219,27 +209,12 @@ def _gguf_means(path: Path) -> dict[str, np.ndarray]:
     return means
 
 
-def _old_means(data: bytes) -> dict[str, np.ndarray]:
-    """With `struct` alone, field by field."""
-    try:
-        (count,), at, means = struct.unpack_from("<i", data), 4, {}
-        for _ in range(count):
-            (length,) = struct.unpack_from("<i", data, at)
-            name, at = data[at + 4 : at + 4 + length].decode(), at + 4 + length
-            calls, size = struct.unpack_from("<ii", data, at)
-            values = np.array(struct.unpack_from(f"<{size}f", data, at + 8))
-            means[name], at = values / max(calls, 1), at + 8 + 4 * size
-        return means
-    except (struct.error, UnicodeDecodeError) as error:
-        raise WrongAccept("an entry that is not there", str(error)) from None
-
-
 TARGETS = {
     "gguf": Target("gguf", _seeds, gguf_mutator.mutate, _read_header, _agree_on_header, 1 << 13),
     "gguf_artifact": Target(
         "gguf_artifact", _artifact_seeds, _mutate_artifact, _read_artifact, _agree_on_artifact
     ),
     "imatrix": Target(
-        "imatrix", _imatrix_seeds, _mutate_imatrix, _read_imatrix, _agree_on_imatrix, 1 << 13
+        "imatrix", _imatrix_seeds, gguf_mutator.mutate, _read_imatrix, _agree_on_imatrix, 1 << 13
     ),
 }

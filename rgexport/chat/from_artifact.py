@@ -91,7 +91,7 @@ def continue_ids(
 
 def summary(reply: ModelReply) -> str:
     read = reply.prompt_tokens - reply.cached_tokens
-    known = f" ({reply.cached_tokens} more were known)" if reply.cached_tokens else ""
+    known = f" ({reply.cached_tokens} more were read before)" if reply.cached_tokens else ""
     cut = "; cut at --max-new-tokens" if reply.reason == "length" else ""
     return (
         f"{read} prompt tokens{known} at {reply.read_rate:.1f}/s, "

@@ -117,7 +117,7 @@ def _stats(conversation: Conversation, argument: str) -> str:
     lines = [
         f"{model.name} in {model.info.title}, {model.info.threads} threads",
         f"state: {amount(model.info.state_bytes)} a conversation, "
-        f"{amount(model.scheduler.store.nbytes)} of earlier ones kept",
+        f"{amount(model.scheduler.store.nbytes)} for earlier conversations",
         f"memory: {amount(peak_rss_bytes() or 0)} at most so far",
     ]
     return "\n".join([*lines, *([f"last reply: {summary(last)}"] if last else [])])
@@ -125,11 +125,10 @@ def _stats(conversation: Conversation, argument: str) -> str:
 
 def _set(conversation: Conversation, argument: str) -> str:
     options = conversation.options
-    name, _, value = argument.partition(" ")
+    name, _, value = argument.replace("=", " ").partition(" ")
     name = name.replace("-", "_")
     names = [setting for setting in _SETTINGS if setting.startswith(name)]
-    if name and len(names) == 1:
-        name = names[0]  # such as `temp`
+    name = names[0] if name and len(names) == 1 else name  # such as `temp`
     if name and name not in _SETTINGS:
         raise RequestError(f"there is no setting {name!r}; expected one of {', '.join(_SETTINGS)}")
     if not value:

@@ -14,6 +14,7 @@ from rgexport.files.paths import read_text
 FILE_VARIABLE = "RGEXPORT_CONFIG"
 """Another configuration file; empty for none."""
 
+Settings = Mapping[str, Any]
 Defaults = dict[str, Any]
 """A command's parameter → default, or a command of a group → its `Defaults`."""
 
@@ -51,11 +52,7 @@ def _read_file() -> tuple[Path | None, dict[str, Any]]:
 
 
 def _of_group(
-    group: click.Group,
-    settings: Mapping[str, Any],
-    inherited: Mapping[str, Any],
-    variable: str,
-    source: str,
+    group: click.Group, settings: Settings, inherited: Settings, variable: str, source: str
 ) -> Defaults:
     """Returns the defaults of each command; `settings` has a table for each, or values for all."""
     tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
@@ -82,11 +79,7 @@ def _of_group(
 
 
 def _of_command(
-    command: click.Command,
-    settings: Mapping[str, Any],
-    inherited: Mapping[str, Any],
-    variable: str,
-    source: str,
+    command: click.Command, settings: Settings, inherited: Settings, variable: str, source: str
 ) -> Defaults:
     options = _options(command)
     if unknown := {_named(name) for name in settings} - options.keys():

@@ -218,20 +218,6 @@ class CheckpointArguments:
 
 
 @dataclass(frozen=True)
-class ArtifactArguments:
-    named: str | None = argument(metavar="[ARTIFACT]", type=PATH_OR_ID)
-    model: str | None = model_option("Another way to give ARTIFACT.", "ARTIFACT")
-
-    @property
-    def artifact(self) -> str:
-        """Raises RequestError unless one artifact is named."""
-        paths = [path for path in (self.named, self.model) if path is not None]
-        if len(paths) != 1:
-            raise RequestError(f"one artifact is needed, {len(paths)} were given: {ARTIFACT_FORMS}")
-        return paths[0]
-
-
-@dataclass(frozen=True)
 class ArtifactsArguments:
     named: tuple[str, ...] = argument(metavar="[ARTIFACT]...", type=PATH_OR_ID)
     model: tuple[str, ...] = model_option("Another way to give an ARTIFACT.", "ARTIFACT")
@@ -242,6 +228,20 @@ class ArtifactsArguments:
         if paths := [*self.named, *self.model]:
             return paths
         raise RequestError(f"an artifact is needed: {ARTIFACT_FORMS}")
+
+
+@dataclass(frozen=True)
+class ArtifactArguments(ArtifactsArguments):
+    named: tuple[str, ...] = argument(metavar="[ARTIFACT]", type=PATH_OR_ID)
+
+    @property
+    def artifact(self) -> str:
+        """Raises RequestError unless one artifact is named."""
+        if len(paths := self.artifacts) > 1:
+            raise RequestError(
+                f"one artifact is needed, {len(paths)} were given: {', '.join(paths)}"
+            )
+        return paths[0]
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,7 @@ from pathlib import Path
 
 import click
 
-from rgexport.commands.options import (
-    CONTEXT,
-    PATH_OR_ID,
-    ArtifactsArguments,
-    argument,
-    command,
-    help_if_alone,
-    model_option,
-    option,
-    port_option,
-)
+from rgexport.commands import options
 from rgexport.errors import RequestError
 from rgexport.printing import print_outcome, print_result, print_sentences
 from rgexport.units import amount
@@ -24,15 +14,17 @@ from rgexport.units import amount
 
 @dataclass(frozen=True)
 class PushArguments:
-    named: tuple[str, ...] = argument(metavar="[ARTIFACT] OWNER/NAME", type=PATH_OR_ID)
-    model: tuple[str, ...] = model_option("Another way to give ARTIFACT.", "ARTIFACT")
-    public: bool = option("Make a new repository visible to everybody.")
-    force: bool = option("Add the artifact to a repository with other contents.")
-    dry_run: bool = option("List the files and their sizes; upload nothing.")
-    json: bool = option("Print the files and their sizes, or the page, as JSON.")
+    named: tuple[str, ...] = options.argument(
+        metavar="[ARTIFACT] OWNER/NAME", type=options.PATH_OR_ID
+    )
+    model: tuple[str, ...] = options.model_option("Another way to give ARTIFACT.", "ARTIFACT")
+    public: bool = options.option("Make a new repository visible to everybody.")
+    force: bool = options.option("Add the artifact to a repository with other contents.")
+    dry_run: bool = options.option("List the files and their sizes; upload nothing.")
+    json: bool = options.option("Print the files and their sizes, or the page, as JSON.")
 
 
-@command(PushArguments)
+@options.command(PushArguments)
 def push(arguments: PushArguments) -> None:
     """Uploads ARTIFACT to a repository of the Hugging Face hub.
 
@@ -68,16 +60,16 @@ def push(arguments: PushArguments) -> None:
 
 
 @dataclass(frozen=True)
-class WebArguments(ArtifactsArguments):
-    output: Path | None = option("The folder to write; any web host can serve it.", "-o")
-    force: bool = option("Replace an existing site.")
-    serve: bool = option("Serve it on this machine; -o is not needed then.")
-    port: int = port_option(8000)
-    browse: bool = option("Open a browser; with --serve.", "--open")
-    json: bool = option("Print the site's path and size as JSON.")
+class WebArguments(options.ArtifactsArguments):
+    output: Path | None = options.option("The folder to write; any web host can serve it.", "-o")
+    force: bool = options.option("Replace an existing site.")
+    serve: bool = options.option("Serve it on this machine; -o is not needed then.")
+    port: int = options.port_option(8000)
+    browse: bool = options.option("Open a browser; with --serve.", "--open")
+    json: bool = options.option("Print the site's path and size as JSON.")
 
 
-@command(WebArguments)
+@options.command(WebArguments)
 def web(arguments: WebArguments) -> None:
     """Makes a web page that chats, as a static site: the model runs in the browser.
 
@@ -105,19 +97,19 @@ def web(arguments: WebArguments) -> None:
         serve_site(site, arguments.port, browse=arguments.browse)
 
 
-@click.group("llama-cpp", invoke_without_command=True, context_settings=CONTEXT)
+@click.group("llama-cpp", invoke_without_command=True, context_settings=options.CONTEXT)
 @click.pass_context
 def llama_cpp(context: click.Context) -> None:
     """Makes a llama.cpp that runs RecurrentGemma."""
-    help_if_alone(context)
+    options.help_if_alone(context)
 
 
 @dataclass(frozen=True)
 class PatchArguments:
-    checkout: Path = argument(metavar="DIR")
+    checkout: Path = options.argument(metavar="DIR")
 
 
-@command(PatchArguments, parent=llama_cpp)
+@options.command(PatchArguments, parent=llama_cpp)
 def patch(arguments: PatchArguments) -> None:
     """Adds RecurrentGemma to a llama.cpp checkout."""
     from rgexport.kernels.llama_cpp.port import patch_checkout
@@ -131,12 +123,12 @@ def patch(arguments: PatchArguments) -> None:
 
 @dataclass(frozen=True)
 class BuildArguments:
-    output: Path = option("The folder to build in.", "-o", default=Path("llama-cpp"))
-    no_install: bool = option("Build the wheel, but do not install it.")
-    tools: bool = option("Build llama-quantize, llama-server and others too.")
+    output: Path = options.option("The folder to build in.", "-o", default=Path("llama-cpp"))
+    no_install: bool = options.option("Build the wheel, but do not install it.")
+    tools: bool = options.option("Build llama-quantize, llama-server and others too.")
 
 
-@command(BuildArguments, parent=llama_cpp)
+@options.command(BuildArguments, parent=llama_cpp)
 def build(arguments: BuildArguments) -> None:
     """Builds llama-cpp-python with RecurrentGemma, and installs it.
 

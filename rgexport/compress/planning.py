@@ -1,5 +1,6 @@
 """Finds the plan of least loss for a size, or of least size for a loss, and measures it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -74,6 +75,9 @@ def require_reachable(target: PlanTarget, checkpoint: Checkpoint, form: Format) 
     size = artifact_bytes(form, plan, checkpoint)
     if target.value < {"bits": bits, "size": size, "kl": 0.0}[target.kind]:
         raise _out_of_reach(target, PlanPoint(bits, size, 0.0))
+    most = max(layout.bits_per_weight for of_item in sizes for layout in of_item)
+    if target.kind == "bits" and target.value > math.ceil(most):
+        raise RequestError(f"--bits is {target.value:g}; plans have at most {most:g}")
 
 
 def _gates(checkpoint: Checkpoint, form: Format) -> Plan:

@@ -138,7 +138,7 @@ def _how_sure(losses: Sequence[_SuiteLoss]) -> str:
     margins = dict(sorted(totals, key=itemgetter(1)))  # the largest of each suite remains
     missed = [f"{m:.2g} {SUITES[name].UNIT}" for name, m in margins.items() if m]
     limits = f" A loss below {_listed(missed)} may have been missed:" if missed else ""
-    advice = "longer texts (--text) show smaller losses, and rgexport validate the KL divergence"
+    advice = "longer texts (--text) show smaller losses, and `rgexport validate` measures the KL"
     return f"How sure: ± holds the true value in 95 % of cases.{limits} {advice}."
 
 

@@ -49,10 +49,8 @@ def export_folder(
     check_target(target, force=force, replaceable=is_artifact)
     if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files):
         warn(f"{checkpoint.name} has no tokenizer: the artifact will take token ids, not text")
-    tokenizer_bytes = sum(
-        path.stat().st_size * _COPIES.get(path.suffix, 1) for path in checkpoint.tokenizer_files
-    )
-    require_free_disk(target.resolve().parent, data_bytes + tokenizer_bytes + _GRAPH_BYTES)
+    sizes = (f.stat().st_size * _COPIES.get(f.suffix, 1) for f in checkpoint.tokenizer_files)
+    require_free_disk(target.resolve().parent, data_bytes + sum(sizes) + _GRAPH_BYTES)
     expect_stages(3 if check is None else 4)
     hashes = require_sound(checkpoint)
 

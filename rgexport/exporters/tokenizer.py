@@ -17,23 +17,8 @@ from tokenizers import decoders, models, normalizers, processors
 from rgexport.errors import RequestError, reason
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
-from rgexport.griffin import control_tokens
+from rgexport.griffin import control_tokens, tokenizer_files
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.griffin.tokenizer_files import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    TOKENIZER_CONFIG,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    guarded,
-    has_tokenizer,
-    is_gemmas_kind,
-    normalization,
-    read_pieces,
-    read_tokenizer_json,
-)
 from rgexport.progress import warn
 from rgexport.quantization.statistics import BUILT_IN
 
@@ -53,7 +38,7 @@ class ControlIds:
 
 def complete_tokenizer(folder: Path, name: str) -> ControlIds:
     """Completes `tokenizer.json` and `tokenizer_config.json`, or warns; `name` is the model's."""
-    if not has_tokenizer(folder):
+    if not tokenizer_files.has_tokenizer(folder):
         return ControlIds()
     model, target = folder / "tokenizer.model", folder / "tokenizer.json"
     try:
@@ -65,7 +50,7 @@ def complete_tokenizer(folder: Path, name: str) -> ControlIds:
         warn(f"only rgexport will take text with this artifact, other programs token ids: {error}")
         return ControlIds()
     template = control_tokens.chosen_template(folder, tokens.special, name)
-    _complete_config(folder / TOKENIZER_CONFIG, tokens, template)
+    _complete_config(folder / tokenizer_files.TOKENIZER_CONFIG, tokens, template)
     ends = [token.id for token in (tokens.eos, tokens.end_of_turn) if token is not None]
     return ControlIds(
         bos_token_id=tokens.bos and tokens.bos.id,
@@ -83,11 +68,16 @@ def tokens_by_frequency(checkpoint: Checkpoint) -> np.ndarray:
     files = {path.name: path for path in checkpoint.tokenizer_files}
     ids: list[int] = []
     if model := files.get("tokenizer.model"):
-        with contextlib.suppress(RequestError), guarded(model):
+        with contextlib.suppress(RequestError), tokenizer_files.guarded(model):
             ids = sentencepiece.SentencePieceProcessor(model_file=str(model)).EncodeAsIds(text)
     elif file := files.get("tokenizer.json"):
-        with contextlib.suppress(RequestError), guarded(file):
-            ids = read_tokenizer_json(file).engine().encode(text, add_special_tokens=False).ids
+        with contextlib.suppress(RequestError), tokenizer_files.guarded(file):
+            ids = (
+                tokenizer_files.read_tokenizer_json(file)
+                .engine()
+                .encode(text, add_special_tokens=False)
+                .ids
+            )
     counts = np.bincount([i for i in ids if i < size], minlength=size)
     return np.argsort(-counts, kind="stable")
 
@@ -107,9 +97,9 @@ def bytes_to_add(files: tuple[Path, ...]) -> int:
 
 
 def _warn_of_normalization(model: Path) -> None:
-    pieces = read_pieces(model)
+    pieces = tokenizer_files.read_pieces(model)
     prefix = "a space in front" if pieces.normalizer_spec.add_dummy_prefix else None
-    if rule := normalization(pieces) or prefix:
+    if rule := tokenizer_files.normalization(pieces) or prefix:
         warn(
             f"{model.name} changes text before it splits it ({rule}), which onnxruntime-genai "
             "does not: it will split some texts differently"
@@ -142,13 +132,13 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
     pieces are added tokens.
     """
     try:
-        model = read_pieces(source)
-        if not is_gemmas_kind(model):
+        model = tokenizer_files.read_pieces(source)
+        if not tokenizer_files.is_gemmas_kind(model):
             raise ValueError("it is no BPE model with byte fallback, as Gemma's is")
         engine = sentencepiece.SentencePieceProcessor(model_file=str(source))
         frame = _frame(model, control_tokens.sentencepiece_tokens(engine))
         pieces = [piece.piece for piece in model.pieces]
-        merged = (NORMAL, USER_DEFINED)
+        merged = (tokenizer_files.NORMAL, tokenizer_files.USER_DEFINED)
         scores = {i: p.score for i, p in enumerate(model.pieces) if p.type in merged}
     except Exception as error:  # of protobuf and tokenizers
         raise RequestError(
@@ -162,7 +152,11 @@ def write_tokenizer_json(source: Path, target: Path) -> None:
 
 
 def _frame(model: Any, tokens: control_tokens.ControlTokens) -> dict[str, Any]:
-    added = {i: p for i, p in enumerate(model.pieces) if p.type not in (NORMAL, BYTE, UNUSED)}
+    added = {
+        i: p
+        for i, p in enumerate(model.pieces)
+        if p.type not in (tokenizer_files.NORMAL, tokenizer_files.BYTE, tokenizer_files.UNUSED)
+    }
     engine = tokenizers.Tokenizer(
         models.BPE(
             vocab={piece.piece: i for i, piece in added.items()},
@@ -173,7 +167,9 @@ def _frame(model: Any, tokens: control_tokens.ControlTokens) -> dict[str, Any]:
         )
     )
     special = [
-        p.type in (UNKNOWN, CONTROL) or control_tokens.is_markup(p.piece) for p in added.values()
+        p.type in (tokenizer_files.UNKNOWN, tokenizer_files.CONTROL)
+        or control_tokens.is_markup(p.piece)
+        for p in added.values()
     ]
     # Text matches after spaces became "▁", and markup before.
     engine.add_tokens(

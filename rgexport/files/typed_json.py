@@ -11,7 +11,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
@@ -21,16 +21,13 @@ from rgexport.files.paths import read_regular, report_os_errors
 
 T = TypeVar("T")
 
+ALSO = ". Also: "
 _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 _READERS: dict[Any, Callable[[Any], Any]] = {}
 
 
 class Mismatch(ValueError):
     """JSON that a type does not allow; the message names the fields."""
-
-    @classmethod
-    def of(cls, problems: Iterable[str]) -> "Mismatch":
-        return cls(". Also: ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -212,7 +209,7 @@ def _dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
         elif not has_default:
             problems.append(f"{inner} is missing")
     if problems:
-        raise Mismatch.of(problems)
+        raise Mismatch(ALSO.join(problems))
     return kind(**fields)
 
 

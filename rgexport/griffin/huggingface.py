@@ -12,18 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from rgexport.errors import RequestError
+from rgexport.files import typed_json
 from rgexport.files.safetensors import FLOATS, header, read_header
-from rgexport.files.typed_json import (
-    MAX_INTEGER,
-    MIN_NUMBER,
-    Between,
-    Mismatch,
-    NotNegative,
-    Positive,
-    Size,
-    from_json,
-    read_json,
-)
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
 from rgexport.griffin.tensor import FoundTensor, RowTensor, WeightSource, entry_rows
 from rgexport.progress import task
@@ -47,7 +37,7 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             f"{folder} has no weights{hint}; expected {SINGLE}, {INDEX} or a DeepMind .pt"
         )
     index = folder / INDEX
-    weight_map = read_json(index).get("weight_map")
+    weight_map = typed_json.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RequestError(f"{index} has no weight_map")
     for name, file in weight_map.items():
@@ -139,8 +129,10 @@ Dialect = Literal["_block_types", "block_types"]
 class _Rope:
     lenient: ClassVar = True
 
-    rope_theta: Positive | None = None
-    partial_rotary_factor: Annotated[float, Between(MIN_NUMBER, 1)] | None = None
+    rope_theta: typed_json.Positive | None = None
+    partial_rotary_factor: Annotated[float, typed_json.Between(typed_json.MIN_NUMBER, 1)] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -158,22 +150,22 @@ class _Fields(_Rope):
     hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     attention_bias: Literal[False] = False
     quantization_config: Any = None
-    num_hidden_layers: Annotated[int, Between(1, MAX_LAYERS)] = 26
+    num_hidden_layers: Annotated[int, typed_json.Between(1, MAX_LAYERS)] = 26
     block_types: tuple[BlockType, ...] | None = None
     _block_types: tuple[BlockType, ...] | None = None
-    vocab_size: Size = 256_000
-    hidden_size: Size = 2560
-    intermediate_size: Size = 3 * 2560
-    lru_width: Size | None = None
-    conv1d_width: Annotated[int, Between(2, MAX_INTEGER)] = 4
-    num_attention_heads: Size = 10
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    attention_window_size: Size | None = None
+    vocab_size: typed_json.Size = 256_000
+    hidden_size: typed_json.Size = 2560
+    intermediate_size: typed_json.Size = 3 * 2560
+    lru_width: typed_json.Size | None = None
+    conv1d_width: Annotated[int, typed_json.Between(2, typed_json.MAX_INTEGER)] = 4
+    num_attention_heads: typed_json.Size = 10
+    num_key_value_heads: typed_json.Size | None = None
+    head_dim: typed_json.Size | None = None
+    attention_window_size: typed_json.Size | None = None
     rope_parameters: _NestedRope = _NestedRope()
     rope_scaling: _NestedRope = _NestedRope()
-    rms_norm_eps: Positive = 1e-6
-    logits_soft_cap: NotNegative | None = 30.0
+    rms_norm_eps: typed_json.Positive = 1e-6
+    logits_soft_cap: typed_json.NotNegative | None = 30.0
     embeddings_scale_by_sqrt_dim: bool = True
 
 
@@ -185,12 +177,12 @@ def read_config(
     Raises RequestError where a field is wrong, contradicts another one, `window` or `soft_cap`, or
     asks for something that no RecurrentGemma has.
     """
-    values = read_json(path)
+    values = typed_json.read_json(path)
     try:
-        fields = from_json(_Fields, values)
+        fields = typed_json.from_json(_Fields, values)
         if problems := list(_problems(fields)):
-            raise Mismatch.of(problems)
-    except Mismatch as error:
+            raise typed_json.Mismatch(typed_json.ALSO.join(problems))
+    except typed_json.Mismatch as error:
         raise RequestError(f"{path}: {error}") from None
     stated = fields.attention_window_size
     if window is not None and stated is not None and window > stated:

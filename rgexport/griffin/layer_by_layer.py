@@ -85,12 +85,7 @@ class LayerByLayer(ABC):
         return [(self._normalized(x, weight), s) for x, s in zip(hidden, states, strict=True)]
 
     def _through(
-        self,
-        layer: Layer,
-        before: State,
-        hidden: Array,
-        stops: Sequence[int],
-        states: Sequence[State],
+        self, layer: Layer, before: State, hidden: Array, stops: list[int], states: list[State]
     ) -> None:
         """Runs a layer on `hidden`, in place; adds its states after each of `stops` to `states`."""
         names = [spec.name for spec in layer_states(self.config, layer.index, "float32")]

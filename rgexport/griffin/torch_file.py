@@ -39,18 +39,10 @@ MAX_NAMES, MAX_DEPTH, MAX_RANK = 1 << 16, 16, 16
 
 _MAX_ELEMENTS = 1 << 56
 _PICKLE, _LITTLE = "/data.pkl", b"little"
-_DTYPES: dict[str, np.dtype] = {
-    "FloatStorage": DTYPES["float32"],
-    "HalfStorage": DTYPES["float16"],
-    "BFloat16Storage": DTYPES["bfloat16"],
-    "DoubleStorage": np.dtype(np.float64),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
+_NUMPY_NAMES = {"Float": "float32", "Half": "float16", "Double": "float64", "Long": "int64"}
+_NUMPY_NAMES |= {"Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}
+_DTYPES = {"BFloat16Storage": DTYPES["bfloat16"]}
+_DTYPES |= {f"{name}Storage": np.dtype(numpy) for name, numpy in _NUMPY_NAMES.items()}
 
 
 def read_torch_file(path: Path) -> DeepMindTensors:

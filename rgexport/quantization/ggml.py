@@ -7,7 +7,7 @@ which replace those of the packed rows (in the layouts of ggml-common.h).
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -184,11 +184,14 @@ _DIGITS = {"f32": (23, 2.0**-126), "f16": (10, 2.0**-24), "bf16": (7, 2.0**-126)
 """Type of floats → binary digits after the point, smallest step."""
 _STORAGE_CLASSES = {
     **{"f32": "float32", "f16": "float16", "bf16": "int8", "q8_0": "int8"},
-    **{"q3_k": "int2", "q2_k": "int2"},
+    **dict.fromkeys(("q3_k", "q2_k", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), "int2"),
 }
 """int4 for all other types, which have four to six bits."""
 _MOST_HALF = np.float32(np.finfo(np.float16).max)
 _HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
+_CODEBOOKS = {"iq2_xxs": 1.5, "iq2_xs": 1.75, "iq2_s": 2, "iq3_xxs": 3, "iq3_s": 4}
+_CODEBOOKS |= {"iq4_nl": 8, "iq4_xs": 8}
+"""I-quant → steps from 0 to the largest weight of a group of 32, as if its values were even."""
 _LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 4-bit scales (q2_k)
 
 
@@ -243,7 +246,7 @@ class Ggml(Uniform):
 
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
         nearest = self._quantize(rows, statistics)
-        if not self.is_quantized:
+        if self.type not in LAYOUTS:
             return nearest
         layout = LAYOUTS[self.type]
         *steps, levels = read_levels(nearest["data"], self.type)
@@ -256,9 +259,14 @@ class Ggml(Uniform):
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
 
+    def with_algorithm(self, algorithm: str) -> Self:
+        return super().with_algorithm("ggml" if self.type in _CODEBOOKS else algorithm)
+
     def rounding_rule(self, weighted: bool) -> str:
         if not self.is_quantized:  # whatever algorithm a file names
             return "cast"
+        if self.type in _CODEBOOKS:
+            return "codebook"
         if self.algorithm != "ggml":
             return self.algorithm
         if weighted and self.type != "q8_0":  # an importance matrix is not for q8_0
@@ -268,6 +276,10 @@ class Ggml(Uniform):
     def weight_steps(self, w: np.ndarray) -> StepSizes:
         if not self.is_quantized:
             return StepSizes(float_steps(w, *_DIGITS[self.type]))
+        if self.type in _CODEBOOKS:
+            largest = np.abs(w).reshape(len(w), -1, 32).max(2)
+            step = largest / np.float32(_CODEBOOKS[self.type])
+            return StepSizes(np.repeat(np.maximum(step, NEGLIGIBLE), 32, axis=1))
         return _block_steps(w, LAYOUTS[self.type], TYPES[self.type].block)
 
 

@@ -36,8 +36,8 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
 
     It runs on all cores, can be called from any thread, and releases the GIL. `kind` is a key of
     `TYPES`. `importance`, float32 [columns], weighs errors; types of 8 bits and more ignore it.
-    Raises RequestError if the library is missing or has other types, or a weight is too large for
-    the type.
+    Raises RequestError if the library is missing or has other types, a weight is too large for the
+    type, or it needs importances.
     """
     if kind in _FLOATS:
         with np.errstate(over="ignore"):
@@ -48,6 +48,8 @@ def quantize_rows(rows: np.ndarray, kind: str, importance: np.ndarray | None = N
     count, columns = rows.shape
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importances {importance.shape} for rows of {columns} weights")
+    if importance is None and TYPES[kind].needs_importances:  # else ggml ends the process
+        raise RequestError(f"{kind} needs importances; add --calibration or --imatrix")
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
     importance_pointer = None if importance is None else importance.ctypes.data
@@ -90,7 +92,8 @@ def _load(path: Path) -> ctypes.CDLL:
         raise RequestError(f"{path} cannot be used: {error}; {_REMEDY}") from None
     for kind in TYPES.values():
         _require_known(library, path, kind)
-        library.ggml_quantize_init(kind.value)
+        if not kind.has_codebook:  # whose tables take seconds: made when they are needed
+            library.ggml_quantize_init(kind.value)
     return library
 
 

@@ -74,19 +74,14 @@ def read_header(path: Path) -> GgufHeader:
     with report_os_errors(path):
         size = require_regular(path)
         with path.open("rb") as file:
-            return _read(Cursor(path, file, size, MAX_HEADER_BYTES))
+            return _read(_Cursor(path, file, size))
 
 
-class Cursor:
-    """Reads a little-endian binary file of `size` bytes forward, up to byte `limit`."""
+class _Cursor:
+    """Reads a little-endian binary file of `size` bytes forward."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, limit: int) -> None:
-        self.path, self.size, self.at = path, size, 0
-        self._file, self._limit = file, limit
-
-    @property
-    def left(self) -> int:
-        return self.size - self.at
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.size, self.at, self._file = path, size, 0, file
 
     def take(self, count: int) -> bytes:
         self.require(count)
@@ -97,21 +92,16 @@ class Cursor:
         return data
 
     def require(self, count: int) -> None:
-        if count < 0:
-            raise self.damaged(f"it has a length of {count}")
         if self.at + count > self.size:
             raise RequestError(
                 f"{self.path} is truncated or damaged: it has {self.size} bytes, its contents "
                 f"need {self.at + count} or more; copy or download it again"
             )
-        if self.at + count > self._limit:
-            raise self.damaged(f"it would have to be read beyond byte {self._limit}")
+        if self.at + count > MAX_HEADER_BYTES:
+            raise self.damaged(f"it would have to be read beyond byte {MAX_HEADER_BYTES}")
 
-    def integer(self, nbytes: int, *, signed: bool = False) -> int:
-        return int.from_bytes(self.take(nbytes), "little", signed=signed)
-
-    def array(self, dtype: np.dtype, count: int) -> np.ndarray:
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+    def integer(self, nbytes: int) -> int:
+        return int.from_bytes(self.take(nbytes), "little")
 
     def text(self, nbytes: int) -> str:
         try:
@@ -124,7 +114,7 @@ class Cursor:
         return RequestError(f"{self.path} is damaged: {what}; copy or download it again")
 
 
-def _read(cursor: Cursor) -> GgufHeader:
+def _read(cursor: _Cursor) -> GgufHeader:
     version = _read_version(cursor)
     num_tensors, num_values = cursor.integer(8), cursor.integer(8)
     values: dict[str, Any] = {}
@@ -139,7 +129,7 @@ def _read(cursor: Cursor) -> GgufHeader:
     return GgufHeader(cursor.path, version, values, spans, tensors)
 
 
-def _read_version(cursor: Cursor) -> int:
+def _read_version(cursor: _Cursor) -> int:
     start = cursor.take(min(cursor.size, 8))
     if len(start) < 8 or not start.startswith(MAGIC):
         raise RequestError(
@@ -154,7 +144,7 @@ def _read_version(cursor: Cursor) -> int:
     return version
 
 
-def _read_name(cursor: Cursor) -> str:
+def _read_name(cursor: _Cursor) -> str:
     length = cursor.integer(8)
     name = cursor.text(length) if length <= _MAX_NAME else None
     if name is None or not name.isprintable():
@@ -162,7 +152,7 @@ def _read_name(cursor: Cursor) -> str:
     return name
 
 
-def _read_value(cursor: Cursor, kind: int) -> Any:
+def _read_value(cursor: _Cursor, kind: int) -> Any:
     if kind == _STRING:
         return cursor.text(cursor.integer(8))
     if kind != _ARRAY:
@@ -174,13 +164,13 @@ def _read_value(cursor: Cursor, kind: int) -> Any:
     return [cursor.text(cursor.integer(8)) for _ in range(count)]
 
 
-def _read_numbers(cursor: Cursor, kind: int, count: int) -> np.ndarray:
+def _read_numbers(cursor: _Cursor, kind: int, count: int) -> np.ndarray:
     if kind not in _NUMBERS:
         raise cursor.damaged(f"its header has a value of the unknown type {kind}")
-    return cursor.array(_NUMBERS[kind], count)
+    return np.frombuffer(cursor.take(count * _NUMBERS[kind].itemsize), _NUMBERS[kind])
 
 
-def _read_tensors(cursor: Cursor, count: int, values: dict[str, Any]) -> dict[str, GgufTensor]:
+def _read_tensors(cursor: _Cursor, count: int, values: dict[str, Any]) -> dict[str, GgufTensor]:
     infos = [_read_info(cursor) for _ in range(count)]
     alignment = values.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -205,7 +195,7 @@ def _read_tensors(cursor: Cursor, count: int, values: dict[str, Any]) -> dict[st
     return tensors
 
 
-def _read_info(cursor: Cursor) -> tuple[str, tuple[int, ...], GgmlType, int]:
+def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GgmlType, int]:
     name, count = _read_name(cursor), cursor.integer(4)
     if not 1 <= count <= _MAX_DIMENSIONS:
         raise cursor.damaged(f"tensor {name} has {count} dimensions")

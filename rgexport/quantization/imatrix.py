@@ -1,7 +1,7 @@
 """Reads an importance matrix of llama-imatrix: the mean square of every tensor's input columns.
 
-There are two formats: GGUF, with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens), and
-an older one without a magic number (common/imatrix-loader.cpp).
+The file is a GGUF with `NAME.in_sum2` (sums of squares) and `NAME.counts` (tokens). Llama.cpp's
+older format has no files of this model, which our llama.cpp alone runs.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.paths import report_os_errors, require_regular
 from rgexport.griffin.tensor import file_rows
-from rgexport.quantization.gguf_header import Cursor, GgufHeader, is_gguf, read_header
+from rgexport.quantization.gguf_header import GgufHeader, is_gguf, read_header
 
 MAX_BYTES = 1 << 30
 """Far above what the widest model needs (2B: 3 MB)."""
@@ -65,14 +65,14 @@ class Imatrix:
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Reads a file of either format; RequestError for anything else, or damage."""
+    """Reads a file; RequestError for anything else, or damage."""
     with report_os_errors(path):
         size = require_regular(path)
-        with path.open("rb") as file:
-            if size > MAX_BYTES:
-                raise _not_one(path, f"it has {size} bytes")
-            cursor = Cursor(path, file, size, MAX_BYTES)
-            imatrix = _from_gguf(read_header(path)) if is_gguf(path) else _from_legacy(cursor)
+        if size > MAX_BYTES or not is_gguf(path):
+            raise _not_one(
+                path, f"it has {size} bytes" if size > MAX_BYTES else "it is no GGUF file"
+            )
+        imatrix = _from_gguf(read_header(path))
     for name, values in imatrix.entries.items():
         if not (np.isfinite(values) & (values >= 0)).all():
             raise RequestError(f"{path} is damaged: {name} has importances that are no squares")
@@ -112,23 +112,3 @@ def _floats(header: GgufHeader, name: str) -> np.ndarray:
         kind = "missing" if tensor is None else tensor.type.name
         raise RequestError(f"{header.path} is damaged: {name} is {kind}; expected f32")
     return file_rows(header.path, tensor.shape, _FLOAT, tensor.offset).whole().reshape(-1)
-
-
-def _from_legacy(cursor: Cursor) -> Imatrix:
-    """Entries (name, calls, sums of means over calls), then chunks and data set if known."""
-
-    def integer() -> int:
-        return cursor.integer(4, signed=True)
-
-    count = integer() if cursor.left >= 4 else 0
-    if not 1 <= count <= cursor.left // 12:
-        raise _not_one(cursor.path, "it is no GGUF file, and none of the older format")
-    entries: dict[str, np.ndarray] = {}
-    for _ in range(count):
-        name, calls, length = cursor.text(integer()), integer(), integer()
-        if not name or length < 1 or name in entries:
-            raise cursor.damaged(f"entry {len(entries)} has no new name, or no values")
-        entries[name] = cursor.array(_FLOAT, length) / _FLOAT.type(max(calls, 1))
-    chunks = integer() if cursor.left else 0
-    dataset = cursor.text(integer()) if cursor.left else ""
-    return Imatrix(cursor.path, entries, dataset or None, chunks)

@@ -11,16 +11,10 @@ import numpy as np
 
 from rgexport.choices import plan_advice
 from rgexport.errors import RequestError
-from rgexport.files.paths import read_regular
-from rgexport.files.typed_json import parse_json
+from rgexport.files.paths import read_regular, report_os_errors
+from rgexport.files.typed_json import Mismatch, parse_json
+from rgexport.griffin import layout
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import (
-    EMBEDDING,
-    QUANTIZABLE,
-    TensorSpec,
-    is_linear_bias,
-    model_tensors,
-)
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 from rgexport.kernels.rounding import library
 from rgexport.parallelism import parallel_jobs
@@ -106,8 +100,8 @@ def choose_schemes(
 
 def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     """Returns a plan: `embedding` for the table, `linear` for linears, else float32."""
-    by_role = {role: linear for role in QUANTIZABLE} | {"embedding": embedding}
-    return {n: by_role.get(spec.role, FLOAT32) for n, spec in model_tensors(config).items()}
+    by_role = {role: linear for role in layout.QUANTIZABLE} | {"embedding": embedding}
+    return {n: by_role.get(spec.role, FLOAT32) for n, spec in layout.model_tensors(config).items()}
 
 
 def int4_plan(config: GriffinConfig, ids: np.ndarray) -> Plan:
@@ -132,7 +126,7 @@ def bfloat16_gates(config: GriffinConfig, weights: WeightSource) -> frozenset[st
     """Returns the matrices of gates, [heads, block, block], that the checkpoint has in bfloat16."""
     return frozenset(
         name
-        for name, spec in model_tensors(config).items()
+        for name, spec in layout.model_tensors(config).items()
         if _is_gate_matrix(spec) and name in weights and weights[name].dtype == DTYPES["bfloat16"]
     )
 
@@ -144,13 +138,13 @@ def with_bfloat16(plan: Plan, names: Collection[str]) -> Plan:
     }
 
 
-def _is_gate_matrix(spec: TensorSpec) -> bool:
+def _is_gate_matrix(spec: layout.TensorSpec) -> bool:
     return spec.role == "gate" and len(spec.shape) == 3
 
 
 def precision_of(plan: Plan) -> str:
     """Returns the precision of the coarsest weights; `mixed` if linears have several under 8."""
-    linears = (scheme for name, scheme in plan.items() if name != EMBEDDING)
+    linears = (scheme for name, scheme in plan.items() if name != layout.EMBEDDING)
     bits = {uniform.level_bits for scheme in linears for uniform in scheme.uniform} - {None, 8}
     return MIXED if len(bits) > 1 else schemes.coarsest(plan.values()).precision
 
@@ -158,8 +152,8 @@ def precision_of(plan: Plan) -> str:
 def plan_bits(plan: Plan, config: GriffinConfig) -> float:
     """Returns the mean bits per weight of matrices and embedding."""
     stored = weights = 0
-    for name, spec in model_tensors(config).items():
-        if spec.role in QUANTIZABLE:
+    for name, spec in layout.model_tensors(config).items():
+        if spec.role in layout.QUANTIZABLE:
             rows, columns = spec.shape
             weights += rows * columns
             for uniform, size in zip(plan[name].uniform, plan[name].group_sizes(rows), strict=True):
@@ -201,12 +195,13 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     must be float32, and row groups that do not fit.
     """
     try:
-        entries = parse_json(read_regular(path))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read the plan {path}: {error}") from None
+        with report_os_errors(path):
+            entries = parse_json(read_regular(path))
+    except Mismatch as error:
+        raise RequestError(f"the plan {path} is {error}") from None
     if isinstance(entries, dict) and isinstance(entries.get("plan"), dict):
         entries = entries["plan"]
-    tensors = model_tensors(config)
+    tensors = layout.model_tensors(config)
     if not isinstance(entries, dict) or entries.keys() != tensors.keys():
         names = set(entries) if isinstance(entries, dict) else set()
         differing = sorted(names ^ set(tensors))[:5]
@@ -217,21 +212,23 @@ def load_plan(path: Path, config: GriffinConfig) -> Plan:
     return {name: _read_scheme(path, name, entries[name], tensors) for name in entries}
 
 
-def _read_scheme(path: Path, name: str, fields: Any, tensors: Mapping[str, TensorSpec]) -> Scheme:
+def _read_scheme(
+    path: Path, name: str, fields: Any, tensors: Mapping[str, layout.TensorSpec]
+) -> Scheme:
     try:
         scheme = schemes.scheme_from_dict(fields)
         scheme.require_known_algorithm()
-        if tensors[name].role in QUANTIZABLE:
+        if tensors[name].role in layout.QUANTIZABLE:
             scheme.group_sizes(tensors[name].shape[0])
     except RequestError as error:
         raise RequestError(f"the plan {path}: {name}: {error}") from None
     role = tensors[name].role
-    shorter = [Float("float16")] if is_linear_bias(name, tensors) else []
+    shorter = [Float("float16")] if layout.is_linear_bias(name, tensors) else []
     shorter += [BFLOAT16] if _is_gate_matrix(tensors[name]) else []
     rule = ""
-    if role in QUANTIZABLE and scheme == BFLOAT16:
+    if role in layout.QUANTIZABLE and scheme == BFLOAT16:
         rule = "only the matrices of gates may be bfloat16"
-    elif role not in QUANTIZABLE and scheme not in (FLOAT32, schemes.Ggml("f32"), *shorter):
+    elif role not in layout.QUANTIZABLE and scheme not in (FLOAT32, schemes.Ggml("f32"), *shorter):
         allowed = " or ".join(["float32", *(one.dtype for one in shorter)])
         rule = f"a {role} is never quantized; expected {allowed}"
     if rule:

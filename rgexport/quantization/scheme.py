@@ -103,7 +103,10 @@ FLOAT32 = Float("float32")
 _BLOCKS_BY_BITS: Mapping[Literal[2, 3, 4, 5, 6], tuple[int, ...]] = dict(
     {2: (32, 16), 3: (64, 32, 16), 4: (64, 32, 16), 5: (64, 32), 6: (32,)}
 )
-_GGML_CANDIDATES = "q2_k", "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"
+_GGML_CANDIDATES = (
+    *("q2_k", "q3_k", "q4_k", "q4_0", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"),
+    *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq4_xs"),
+)
 
 
 def scheme_from_dict(values: Any) -> Scheme:
@@ -141,5 +144,5 @@ def candidates() -> list[Uniform]:
             for block in blocks
         ),
         Palette(algorithm="gptq"),
-        *(Ggml(kind, algorithm="gptq") for kind in _GGML_CANDIDATES),
+        *(Ggml(kind).with_algorithm("gptq") for kind in _GGML_CANDIDATES),
     ]

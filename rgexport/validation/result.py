@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rgexport.choices import GradeName
 from rgexport.errors import RequestError
+from rgexport.exporters.artifact import Artifact
 from rgexport.exporters.card import matrix_bits
 from rgexport.exporters.manifest import Manifest, arithmetic
 from rgexport.exporters.manifest_reader import is_artifact
@@ -189,7 +190,8 @@ def as_json(results: Sequence[ValidationResult]) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
+def describe_artifact(path: Path, artifact: Artifact) -> ArtifactInfo:
+    manifest = artifact.manifest
     stored = [part for tensor in manifest.tensors.values() for part in tensor.parts.values()]
     weights = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
     return ArtifactInfo(
@@ -202,7 +204,7 @@ def describe_artifact(path: Path, manifest: Manifest) -> ArtifactInfo:
         rounds_activations=manifest.rounds_activations,
         window=manifest.config.window,
         files={name: record.sha256 for name, record in manifest.files.items()},
-        bytes=sum(record.size for record in manifest.files.values()),
+        bytes=artifact.nbytes,
         bits_per_weight=8 * sum(part.nbytes for part in stored) / weights,
         matrix_bits_per_weight=matrix_bits(manifest),
     )

@@ -252,7 +252,7 @@ def _compare(opened: OpenedArtifact, dequantized: Pass, original: Pass | None) -
         if request.bisect:
             layers = layer_costs(source.config, source.weights, stored, tokens)
     result = ValidationResult(
-        artifact=describe_artifact(opened.path, manifest),
+        artifact=describe_artifact(opened.path, opened.artifact),
         source=describe_source(manifest.source.name, opened.original),
         text=TextInfo(text.name, count, count / manifest.config.window, text.bytes, text.truncated),
         engine=info,

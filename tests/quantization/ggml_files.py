@@ -1,7 +1,5 @@
 """Small files as llama.cpp's programs read them, written by gguf-py."""
 
-import struct
-
 import gguf
 import numpy as np
 
@@ -17,15 +15,6 @@ def write_imatrix(path, importances, count=4):
         writer.add_tensor(f"{name}.in_sum2", (values * np.float32(count))[None])
         writer.add_tensor(f"{name}.counts", np.full((1, 1), count, np.float32))
     write_tensors(writer, {})
-
-
-def legacy_imatrix(entries, end=b""):
-    """The older format: name → number of calls, and values summed over them."""
-    content = struct.pack("<i", len(entries))
-    for name, (calls, values) in entries.items():
-        content += struct.pack("<i", len(name)) + name.encode()
-        content += struct.pack("<ii", calls, len(values)) + values.astype("<f4").tobytes()
-    return content + end
 
 
 def write_tensors(writer, arrays):

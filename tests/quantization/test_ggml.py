@@ -51,10 +51,11 @@ def dequantized(packed, kind):
     return gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(TYPES[kind].value))
 
 
-def in_one_call(library, rows, kind):
+def in_one_call(library, rows, kind, importance=None):
     packed = np.empty((len(rows), TYPES[kind].row_bytes(rows.shape[1])), np.uint8)
     arrays = rows.ctypes.data, packed.ctypes.data
-    library.ggml_quantize_chunk(TYPES[kind].value, *arrays, 0, *rows.shape, None)
+    weights = None if importance is None else importance.ctypes.data
+    library.ggml_quantize_chunk(TYPES[kind].value, *arrays, 0, *rows.shape, weights)
     return packed
 
 
@@ -78,17 +79,28 @@ def test_file_types_are_those_of_llama_cpp(word):
     theirs = gguf.LlamaFileType(file_type.value).name
     assert theirs.removeprefix("MOSTLY_").removeprefix("ALL_").lower() == file_type.name
     assert file_type.name.startswith(word)  # an alias is cut off before its size
-    assert file_type.name.startswith(file_type.default)
+    if not TYPES[file_type.default].has_codebook:  # whose names do not follow from one another
+        assert file_type.name.startswith(file_type.default)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_threads_and_dtypes_change_nothing(kind, library, monkeypatch):
     weights = normal(37, 768).astype(DTYPES["bfloat16"])
-    expected = in_one_call(library, weights.astype(np.float32), kind)
+    importance = np.square(normal(1, 768))[0] if TYPES[kind].needs_importances else None
+    expected = in_one_call(library, weights.astype(np.float32), kind, importance)
     monkeypatch.setattr(ggml_library, "CHUNK_BYTES", 5 * 768 * 4)
-    np.testing.assert_array_equal(quantize_rows(weights, kind), expected)
+    np.testing.assert_array_equal(quantize_rows(weights, kind, importance), expected)
     strided = np.repeat(weights, 2, axis=0)[::2]
-    np.testing.assert_array_equal(quantize_rows(strided, kind), expected)
+    np.testing.assert_array_equal(quantize_rows(strided, kind, importance), expected)
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in TYPES.values() if kind.needs_importances])
+def test_types_that_need_importances_are_refused_without(kind, library):
+    """Ggml would end the process for some of them."""
+    with pytest.raises(RequestError, match=f"{kind} needs importances"):
+        quantize_rows(normal(2, 256), kind)
+    with pytest.raises(RequestError, match="needs importances; add --quality best"):
+        chosen(GRIFFIN_2B, kind)
 
 
 @settings(max_examples=20)
@@ -181,7 +193,7 @@ def plain_gptq(rows, packed, kind, statistics):
 def test_loss_is_at_most_that_of_published_gptq(cuts, library):
     draw = np.random.default_rng(0)
     rows, known = draw.standard_normal((24, 768)).astype(np.float32), correlated(draw, 768, cuts)
-    assert {*LAYOUTS} == {*QUANTIZED}
+    assert {*LAYOUTS} == {kind for kind in QUANTIZED if not TYPES[kind].has_codebook}
     for kind in LAYOUTS:
         plain = packed_by("ggml", rows, kind, known)
         ours = losses(known, dequantized(packed_by("gptq", rows, kind, known), kind) - rows)
@@ -255,6 +267,32 @@ PRINTED = [
     ),
     (GRIFFIN_2B, "q4_0", True, {"ffn_down": "3 q4_1, 23 q4_0"}),
     (GRIFFIN_2B, "q5_0", True, {"ffn_down": "3 q5_1, 23 q5_0"}),
+    (GRIFFIN_2B, "iq4_xs", False, {"ffn_down": "3 q5_k, 23 iq4_xs"}),
+    (ATTENTION, "iq4_nl", True, {"attn_v": "16 q5_k"}),
+    (
+        *(GRIFFIN_2B, "iq3_m", True),
+        {"ffn_down": "3 q4_k, 23 iq3_s", "attn_v": "8 q4_k", "attn_output": "8 q4_k"},
+    ),
+    (
+        *(ATTENTION, "iq3_xs", True),
+        dict.fromkeys(("attn_q", "attn_k"), "16 iq3_xxs")
+        | dict.fromkeys(("ffn_gate", "ffn_up"), "2 iq3_s, 12 iq3_xxs, 2 iq3_s")
+        | {"attn_v": "16 q4_k"},
+    ),
+    (
+        *(GRIFFIN_2B, "iq3_xxs", True),
+        dict.fromkeys(("attn_q", "attn_k"), "8 iq2_s")
+        | {"token_embd": "1 q5_k", "attn_output": "8 iq3_s"},
+    ),
+    (
+        *(GRIFFIN_2B, "iq2_s", True),
+        {"token_embd": "1 q5_k", "ffn_down": "3 iq3_s, 23 iq2_xs"}
+        | dict.fromkeys(("attn_v", "attn_output"), "8 iq3_s"),
+    ),
+    (
+        *(ATTENTION, "iq2_xxs", True),
+        {"token_embd": "1 q5_k", "ffn_down": "2 q2_k, 14 iq2_xxs", "attn_v": "16 q4_k"},
+    ),
 ]
 
 

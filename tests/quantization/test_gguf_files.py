@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from rgexport.errors import RequestError
 from rgexport.quantization.gguf_header import MAGIC, is_gguf, read_header
 from rgexport.quantization.imatrix import MAX_BYTES, read_imatrix
-from tests.quantization.ggml_files import legacy_imatrix, write_imatrix, write_tensors
+from tests.quantization.ggml_files import write_imatrix, write_tensors
 
 ARRAYS = {
     "norm.weight": np.arange(5, dtype=np.float32),
@@ -103,7 +103,7 @@ WRONG_TENSORS = {
     "huge dimensions": ([tensor("t", (HUGE, HUGE), 0, 0)], "truncated"),
     "an empty tensor": ([tensor("t", (0,), 0, 0)], "cannot be f32"),
     "half a block": ([tensor("t", (48,), 2, 0)], "cannot be q4_0"),
-    "unknown tensor type": ([tensor("t", (32,), 20, 0)], "type 20"),
+    "unknown tensor type": ([tensor("t", (32,), 31, 0)], "type 31"),
     "a gap": ([tensor("t", (1,), 0, 32)], "does not follow"),
     "a tensor twice": ([tensor("t", (8,), 0, 0), tensor("t", (8,), 0, 32)], "tensor t twice"),
 }
@@ -153,20 +153,13 @@ def sums(values, count=COUNT):
     hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1000, width=32)),
     st.integers(-1, 1000),
 )
-def test_sums_are_divided_by_counts_in_both_formats(tmp_path, values, count):
-    """A count of zero gives one, and the older format counts calls."""
+def test_sums_are_divided_by_counts(tmp_path, values, count):
+    """A count of zero gives one."""
     tensors = sums(values[None], np.full((1, 1), max(count, 0), np.float32))
-    newer = read_imatrix(write_gguf(tmp_path / "m.gguf", tensors, KEYS))
+    matrix = read_imatrix(write_gguf(tmp_path / "m.gguf", tensors, KEYS))
     expected = values / np.float32(count) if count > 0 else np.ones_like(values)
-    np.testing.assert_array_equal(newer.entries[NAME], expected)
-    assert (newer.dataset, newer.chunks) == ("a.txt", 12)
-    end = struct.pack("<ii", 7, 8) + b"text.txt"
-    path = tmp_path / "imatrix.dat"
-    path.write_bytes(legacy_imatrix({NAME: (count, values), OTHER: (2, values)}, end))
-    older = read_imatrix(path)
-    np.testing.assert_array_equal(older.entries[NAME], values / np.float32(max(count, 1)))
-    np.testing.assert_array_equal(older.entries[OTHER], values / np.float32(2))
-    assert (older.dataset, older.chunks) == ("text.txt", 7)
+    np.testing.assert_array_equal(matrix.entries[NAME], expected)
+    assert (matrix.dataset, matrix.chunks) == ("a.txt", 12)
 
 
 def test_importances_must_fit_the_model(tmp_path):
@@ -188,32 +181,18 @@ BAD_GGUF = {
     "three counts": (sums(ONES, np.ones((1, 3), np.float32)), KEYS, "3 counts for 4 sums"),
     "no number": (sums(ONES * np.nan), KEYS, "no squares"),
 }
-BAD_LEGACY = {
-    "text": (b"hello, this is a text and no matrix", "none of the older format"),
-    "an endless name": (struct.pack("<ii", 1, 2**31 - 1) + bytes(50), "truncated or damaged"),
-    "an endless entry": (struct.pack("<iicii", 1, 1, b"a", 1, 2**31 - 1) + bytes(9), "truncated"),
-    "a name twice": (
-        struct.pack("<i", 2) + 2 * legacy_imatrix({"a": (1, np.ones(1))})[4:],
-        "entry 1 has no new name",
-    ),
-    "an infinity": (legacy_imatrix({NAME: (1, np.full(3, np.inf))}), "no squares"),
-}
 
 
-@pytest.mark.parametrize("case", [*BAD_GGUF, *BAD_LEGACY])
+@pytest.mark.parametrize("case", BAD_GGUF)
 def test_wrong_matrices_are_refused_in_one_line(case, tmp_path):
     path = tmp_path / "matrix"
-    *content, complaint = (BAD_GGUF | BAD_LEGACY)[case]
-    data = write_gguf(path, *content).read_bytes() if case in BAD_GGUF else content[0]
+    *content, complaint = BAD_GGUF[case]
+    data = write_gguf(path, *content).read_bytes()
     assert re.search(complaint, refusal(read_imatrix, path, data))
 
 
-def test_a_truncated_matrix_of_the_older_format_is_refused(tmp_path):
-    end = struct.pack("<ii", 7, 1) + b"t"
-    content = legacy_imatrix({NAME: (2, np.ones(5)), OTHER: (2, np.ones(3))}, end)
-    without_end = len(content) - 9
-    for size in {*range(len(content))} - {without_end, without_end + 4}:
-        refusal(read_imatrix, tmp_path / "imatrix.dat", content[:size])
+def test_a_text_is_no_matrix(tmp_path):
+    assert "it is no GGUF file" in refusal(read_imatrix, tmp_path / "matrix", b"hello")
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):

@@ -20,6 +20,7 @@ from rgexport.exporters.manifest import StoredPart, StoredTensor
 from rgexport.griffin.layout import Role, role_of
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantization import scheme as schemes
+from rgexport.quantization.scheme_base import Shape
 from rgexport.quantization.statistics import StatisticsOf, no_statistics
 
 ALIGNMENT = 64
@@ -37,10 +38,7 @@ _TRANSFORMS: dict[Role, storage.Transform] = {"norm": storage.NORM, "a_param": s
 
 class CoreMLStorage:
     def __init__(
-        self,
-        plan: schemes.Plan,
-        shapes: Mapping[str, tuple[int, ...]],
-        packages: Sequence[PackagePlan],
+        self, plan: schemes.Plan, shapes: Mapping[str, Shape], packages: Sequence[PackagePlan]
     ):
         tensors: dict[str, StoredTensor] = {}
         self.sizes: dict[str, int] = {}

@@ -113,7 +113,7 @@ def closest_text(results: Sequence[ValidationResult]) -> str:
         return ""
     (lowest, error, closest), (second, second_error, runner_up) = kls[:2]
     certain = second - lowest > STANDARD_ERRORS * math.hypot(error, second_error)
-    doubt = "has certainly more KL" if certain else "may be as close, within the margin of error"
+    doubt = "certainly has more KL" if certain else "may be as close, within the margin of error"
     return f"Closest to the original: {closest}; the next, {runner_up}, {doubt}."
 
 

@@ -117,6 +117,16 @@ EXPECTATIONS: dict[str, Expectation] = {
         measure="group",
         shrinks=(0.0, 1.0),
     ),
+    "codebook": replace(
+        _WEIGHED,
+        why="nearest entries of ggml's tables, weighed by importances",
+        max_steps=1.2,
+        noise=2.5,
+        row_noise=4.0,
+        shrinks=(0.0, 1.5),
+        projection=0.06,  # ggml makes some scales up to 3.3 % larger than the least error does
+        output_noise=2.0,
+    ),
     "ggml": _NEAREST,
     "ggml search": _GGML_SEARCH,
     "ggml weighted": replace(

@@ -19,13 +19,12 @@ from rgexport.exporters.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantization.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantization.gguf_header import read_header
-from rgexport.quantization.imatrix import read_imatrix
 from rgexport.quantization.statistics import Statistics
 from tests.artifacts import export_random_gguf, require_ggml
 from tests.llama_tools import llama_quantize, needs_llama_cpp, run_tool
 from tests.models import ODD_CONFIGS, make_config, random_weights
 from tests.models import write_hugging_face as write_model
-from tests.quantization.ggml_files import legacy_imatrix, write_imatrix
+from tests.quantization.ggml_files import write_imatrix
 from tests.quantization.test_algorithms import statistics
 
 QUANTIZED = [
@@ -33,9 +32,12 @@ QUANTIZED = [
     for word, row in FILE_TYPES.items()
     if TYPES[row.default].is_quantized and word == row.name
 ]
+BY_IMPORTANCES = [kind for kind in QUANTIZED if kind.startswith("iq2")] + ["iq3_xxs", "iq3_xs"]
+"""These need an importance matrix, or statistics."""
+WITHOUT_IMPORTANCES = [kind for kind in QUANTIZED if kind not in BY_IMPORTANCES]
 ERROR = {"f32": 0, "bf16": 3e-3, "f16": 3e-4, "q8_0": 0.01, "q6_k": 0.03, "q5_k": 0.06}
 ERROR |= {"q5_1": 0.06, "q5_0": 0.07, "q4_k": 0.11, "q4_1": 0.11, "q4_0": 0.13, "q3_k": 0.25}
-ERROR |= {"q2_k": 0.45}
+ERROR |= {"q2_k": 0.45, "iq4_nl": 0.11, "iq4_xs": 0.11, "iq3_s": 0.25}
 """Type → ‖W−Ŵ‖/‖W‖, at most, of any tensor."""
 K_QUANTS = make_config("rrar", width=256, heads=2, mlp_width=512, vocab_size=300)
 
@@ -43,7 +45,7 @@ K_QUANTS = make_config("rrar", width=256, heads=2, mlp_width=512, vocab_size=300
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, "q4_k_m") for name in ODD_CONFIGS]
-    + [("k_quants", kind) for kind in ("f16", "bf16", *QUANTIZED)],
+    + [("k_quants", kind) for kind in ("f16", "bf16", *WITHOUT_IMPORTANCES)],
 )
 def test_every_shape_and_type(name, kind, tmp_path):
     if kind in QUANTIZED:
@@ -73,7 +75,7 @@ def without_hashes_of_data(path: Path) -> bytes:
 
 @needs_llama_cpp
 @pytest.mark.parametrize("pure", [False, True], ids=["mixed", "pure"])
-@pytest.mark.parametrize("kind", ["f16", "bf16", *QUANTIZED])
+@pytest.mark.parametrize("kind", ["f16", "bf16", *WITHOUT_IMPORTANCES])
 @pytest.mark.parametrize("name", ["k_quants", *ODD_CONFIGS])
 def test_bytes_are_those_of_llama_quantize(name, kind, pure, tmp_path):
     require_ggml()
@@ -134,13 +136,9 @@ def test_importances_reach_the_quantizer(imatrix, tmp_path):
     assert len({file.header.values[integrity.METADATA] for file in (weighted, plain)}) == 1
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q2_k", "older"])
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q2_k", "iq4_nl", "iq3_m", *BY_IMPORTANCES])
 def test_importances_are_used_as_llama_quantize_does(kind, imatrix, tmp_path, llama_tools):
     require_ggml()
-    if kind == "older":  # the older format of llama-imatrix
-        entries = {name: (1, values) for name, values in read_imatrix(imatrix).entries.items()}
-        kind, imatrix = "q4_k_m", tmp_path / "imatrix.dat"
-        imatrix.write_bytes(legacy_imatrix(entries))
     full = export_random_gguf(K_QUANTS, tmp_path)[0].path
     ours = export_random_gguf(K_QUANTS, tmp_path, kind, imatrix=imatrix)[0].path
     theirs = tmp_path / "theirs.gguf"

@@ -13,6 +13,7 @@ from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import from_array
 from rgexport.quantization.algorithms import ALGORITHMS
 from rgexport.quantization.ggml import LAYOUTS
+from rgexport.quantization.ggml_types import TYPES
 from rgexport.quantization.row_groups import rows_text
 from rgexport.quantization.scheme import Affine, Float, Ggml, Mixed, Palette, RowGroup, Scheme
 from rgexport.quantization.statistics import Hessian, Statistics
@@ -192,10 +193,17 @@ def test_a_sketch_gives_nearly_the_same_numbers_and_shows_what_is_wrong(scheme):
 WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns", "zeros")
 
 
+CODEBOOKS = [name for name, kind in TYPES.items() if kind.has_codebook]
+
+
+def importances(seed: int) -> np.ndarray:
+    return np.exp(np.random.default_rng(seed).normal(size=512)).astype(np.float32)
+
+
 @needs_llama_cpp
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(
-    kind=st.sampled_from(["f16", "bf16", *LAYOUTS]),
+    kind=st.sampled_from(["f16", "bf16", *LAYOUTS, *CODEBOOKS]),
     weights=st.sampled_from(WEIGHTS),
     size=st.floats(1e-2, 1e2),
     weighted=st.booleans(),
@@ -203,8 +211,8 @@ WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns",
 )
 def test_what_ggml_stores_passes(kind, weights, size, weighted, seed):
     w = draw(weights, (64, 512), size=size, seed=seed)
-    rng = np.random.default_rng(seed)
-    importance = np.exp(rng.normal(size=512)).astype(np.float32) if weighted else None
+    weighted |= TYPES[kind].needs_importances
+    importance = importances(seed) if weighted else None
     stored = store(w, Ggml(kind), importance=importance)
     assert complaints(w, stored, Ggml(kind), weighted) == []
 
@@ -234,6 +242,19 @@ def test_a_wrong_scale_or_block_is_seen(kind):
         assert passes(error_of(w, stored, scheme))
         noise = shown_steps("w", stored, scheme).rounding(w.shape[1])
         assert (np.square(stored - w).sum(1) / noise).max() < 6
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_a_wrong_row_or_size_of_an_i_quant_is_seen(kind):
+    """Entries of a table with few bits are far from the weights: small faults hide in that."""
+    w, scheme = draw("normal", (64, 512), size=1.0), Ggml(kind)
+    stored = store(w, scheme, importance=importances(0))
+    assert passes(error_of(w, stored, scheme))
+    exchanged = np.roll(stored, 1, axis=0)
+    exchanged[2:] = stored[2:]
+    for wrong in (exchanged, 1.25 * stored, np.roll(stored, 1, axis=1), -stored):
+        assert not passes(error_of(w, wrong, scheme))
 
 
 def test_steps_of_decays():
