@@ -189,9 +189,9 @@ _STORAGE_CLASSES = {
 """int4 for all other types, which have four to six bits."""
 _MOST_HALF = np.float32(np.finfo(np.float16).max)
 _HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
-_CODEBOOKS = {"iq2_xxs": 1.5, "iq2_xs": 1.75, "iq2_s": 2, "iq3_xxs": 3, "iq3_s": 4}
-_CODEBOOKS |= {"iq4_nl": 8, "iq4_xs": 8}
-"""I-quant → steps from 0 to the largest weight of a group of 32, as if its values were even."""
+_CODEBOOKS = {"iq2_xxs": (1.5, 167), "iq2_xs": (1.75, 167), "iq2_s": (2, 167), "iq3_xxs": (3, 480)}
+_CODEBOOKS |= {"iq3_s": (4, 465), "iq4_nl": (8, 127), "iq4_xs": (8, 32 * 127)}
+"""I-quant → even steps from 0 to a group's largest weight, largest multiple of a block's scale."""
 _LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 4-bit scales (q2_k)
 
 
@@ -277,8 +277,9 @@ class Ggml(Uniform):
         if not self.is_quantized:
             return StepSizes(float_steps(w, *_DIGITS[self.type]))
         if self.type in _CODEBOOKS:
-            largest = np.abs(w).reshape(len(w), -1, 32).max(2)
-            step = largest / np.float32(_CODEBOOKS[self.type])
+            steps, multiple = _CODEBOOKS[self.type]
+            step = np.abs(w).reshape(len(w), -1, 32).max(2) / np.float32(steps)
+            step += np.float32(2 * multiple * _LEAST)
             return StepSizes(np.repeat(np.maximum(step, NEGLIGIBLE), 32, axis=1))
         return _block_steps(w, LAYOUTS[self.type], TYPES[self.type].block)
 

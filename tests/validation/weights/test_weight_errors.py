@@ -255,6 +255,10 @@ def test_a_wrong_row_or_size_of_an_i_quant_is_seen(kind):
     exchanged[2:] = stored[2:]
     for wrong in (exchanged, 1.25 * stored, np.roll(stored, 1, axis=1), -stored):
         assert not passes(error_of(w, wrong, scheme))
+    for size in (1e-9, 1e-5, 3e-4):  # of a neuron whose scale float16 hardly holds
+        small = w.copy()
+        small[::16] *= np.float32(size)
+        assert passes(error_of(small, store(small, scheme, importance=importances(0)), scheme))
 
 
 def test_steps_of_decays():
