@@ -120,7 +120,7 @@ EXPECTATIONS: dict[str, Expectation] = {
     "codebook": replace(
         _WEIGHED,
         why="nearest entries of ggml's tables, weighed by importances",
-        max_steps=1.2,
+        max_steps=0.95,
         noise=2.5,
         row_noise=4.0,
         shrinks=(0.0, 1.5),
