@@ -150,7 +150,7 @@ _HABITS = {
     **{"compare": "validate", "perplexity": "evaluate", "show": "inspect", "upload": "push"},
     **dict.fromkeys(("--outtype", "--quantize", "--q-bits"), "--type, --precision or --int4"),
     **dict.fromkeys(("--bits", "--target-size", "--size-limit"), "rgexport quantize, then --plan"),
-    **dict.fromkeys(("--file", "--document", "-f"), "--read FILE"),
+    **dict.fromkeys(("--file", "--document", "--prompt-file", "-f"), "--read FILE"),
     **dict.fromkeys(("-c", "--ctx-size"), "it without: texts may have any length"),
     **{"--outfile": "--output", "--prompt-cache": "--load-state or --save-state"},
 }

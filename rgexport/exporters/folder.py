@@ -22,8 +22,7 @@ from rgexport.griffin.checks import FileHashes, require_sound
 from rgexport.griffin.tokenizer_files import TOKENIZERS
 from rgexport.progress import expect_stages, group, warn
 
-_GRAPH_BYTES = 8 << 20
-"""Upper bound of what is neither weights nor tokenizer."""
+_GRAPH_BYTES = 8 << 20  # upper bound of what is neither weights nor tokenizer
 _COPIES = {".model": 9}  # Gemma's has 4 MB, the `tokenizer.json` that it becomes 33 MB
 
 WriteModel = Callable[[Path, dict[str, Any], ControlIds], Manifest]

@@ -33,6 +33,7 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     if not (folder / INDEX).exists():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".safetensors"})
         hint = f", only {', '.join(others[:3])}" if others else ""
+        hint = " to read: it is an artifact" if (folder / "rgexport.json").is_file() else hint
         raise RequestError(
             f"{folder} has no weights{hint}; expected {SINGLE}, {INDEX} or a DeepMind .pt"
         )

@@ -137,7 +137,7 @@ def open_session(artifact: Artifact, **options: Any) -> Session:
             raise RequestError(
                 f"the window is {chosen.window}; expected 0 to {widest}, that of {artifact.path}"
             )
-    with task(f"Loading {artifact.path.name}", leaves_line=False):
+    with task(f"Loading {artifact.manifest.name}", leaves_line=False):
         return engine_of(artifact.manifest.kind).session(artifact, chosen)
 
 
