@@ -45,8 +45,7 @@ class OnnxArguments:
         "Copy the native kernels, so that onnxruntime-genai runs them on machines like this one."
     )
     block_size: int | None = option(
-        "Weights that share a scale: 16, 32, 64 or 128. [default: 16 to 128 for int4; int8: "
-        "64, embedding 16; browsers: 128]"
+        "Weights that share a scale: 16, 32, 64 or 128. [default: 16 to 128; browsers: 128]"
     )
     symmetric: bool | None = option(
         "Levels around zero, or with a zero point. [default: symmetric; int4 in browsers: "

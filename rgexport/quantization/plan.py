@@ -81,17 +81,12 @@ def choose_schemes(
     choose: Callable[[str, int | None, bool | None], Scheme],
     block: int | None,
     symmetric: bool | None,
-    default_blocks: tuple[int, int] | None = None,
 ) -> tuple[Scheme, Scheme]:
     """Returns the schemes of the linears and of the embedding, of two `precisions`.
 
     The embedding shares block size and symmetry if it has the same precision, or linears have none.
-    Without `block`, `default_blocks` are the sizes of both.
     """
     linear, table = precisions
-    if block is None and default_blocks:
-        of_linear, of_table = default_blocks
-        return choose(linear, of_linear, symmetric), choose(table, of_table, symmetric)
     chosen = choose(linear, block, symmetric)
     if table == linear or not has_blocks(chosen):
         return chosen, choose(table, block, symmetric)
@@ -104,15 +99,23 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
     return {n: by_role.get(spec.role, FLOAT32) for n, spec in layout.model_tensors(config).items()}
 
 
-def int4_plan(config: GriffinConfig, ids: np.ndarray) -> Plan:
+def int8_plan(config: GriffinConfig, frequent: np.ndarray, rare: np.ndarray) -> Plan:
+    """Returns int8 in blocks of 32; of the embedding, 16 for `frequent` tokens, 64 for `rare` ones.
+
+    These are all token ids, int [n].
+    """
+    small, linear, large = (Affine(8, n, symmetric=True, scale="float16") for n in (16, 32, 64))
+    return make_plan(config, linear, group_rows({small: frequent, large: rare}))
+
+
+def int4_plan(config: GriffinConfig, frequent: np.ndarray, rare: np.ndarray) -> Plan:
     """Returns int4 with two-level scales; int8, or blocks of 16, where int4 loses most.
 
-    That is in the first layer, in keys and values, and in the embedding: a third of its rows is
-    int8. `ids` are all token ids, int [vocab], the most frequent ones first.
+    That is in the first layer, in keys and values, and in the embedding, whose rows of `frequent`
+    tokens are int8. These and the `rare` ones are all token ids, int [n].
     """
     coarse, small = TwoLevel(4, 32), TwoLevel(4, 16)
     fine = Affine(8, 128, symmetric=True, scale="float16")
-    frequent, rare = np.split(ids, [-(-len(ids) // 3)])
     plan = make_plan(config, coarse, group_rows({fine: frequent, small: rare}))
     for name in [name for name, scheme in plan.items() if scheme == coarse]:
         if _SENSITIVE.search(name):

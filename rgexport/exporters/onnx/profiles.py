@@ -21,6 +21,7 @@ from rgexport.quantization.plan import (
     choose_schemes,
     has_blocks,
     int4_plan,
+    int8_plan,
     make_plan,
     with_algorithm,
     with_bfloat16,
@@ -51,9 +52,7 @@ class LoweringProfile:
     """Precision word → scheme, before options for block and symmetry."""
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """Precision of the linears → that of the embedding, where it is another."""
-    blocks: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    """Precisions of linears and embedding → default block sizes, where schemes have others."""
-    plans: Mapping[str, Callable[[GriffinConfig, np.ndarray], schemes.Plan]] = field(
+    plans: Mapping[str, Callable[[GriffinConfig, np.ndarray, np.ndarray], schemes.Plan]] = field(
         default_factory=dict
     )
     """Precision → function that makes its plan, unless a user asks for blocks or an embedding."""
@@ -80,8 +79,7 @@ PROFILES: dict[str, LoweringProfile] = {
             name="cpu",
             precision="int4",
             embeddings=FINE_HEAD,
-            blocks={("int8", "int8"): (64, 16)},  # half the KL divergence of 128 for both
-            plans={"int4": int4_plan},
+            plans={"int4": int4_plan, "int8": int8_plan},
             bits=frozenset({*PLANES, 8}),
             scale="float16",
             functions=True,
@@ -156,9 +154,10 @@ class OnnxOptions(FolderOptions):
     def _default_plan(self, config: GriffinConfig, ids: np.ndarray) -> schemes.Plan:
         free = {self.block_size, self.symmetric, self.embedding_precision} == {None}
         if free and self.precision_word in self._profile.plans:
-            return self._profile.plans[self.precision_word](config, ids)
+            by_frequency = np.split(ids, [-(-len(ids) // 3)])
+            return self._profile.plans[self.precision_word](config, *by_frequency)
         arguments = self.precisions, self._scheme, self.block_size, self.symmetric
-        linear, embedding = choose_schemes(*arguments, self._profile.blocks.get(self.precisions))
+        linear, embedding = choose_schemes(*arguments)
         return make_plan(config, linear, embedding)
 
     def _with_even_zero_points(self, plan: schemes.Plan, width: int) -> schemes.Plan:
