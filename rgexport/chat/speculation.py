@@ -28,8 +28,7 @@ _PRIOR_SLOPE = 0.3
 _LEAST_GAIN = 1.02
 """A pass with drafts must promise so many times the tokens per second of a plain step."""
 _DECAY = 0.8
-_FRESH_PASSES = 100
-"""Passes after which a time is outdated: the machine's load may have changed."""
+_FRESH_PASSES = 100  # passes after which a time is outdated: the machine's load may have changed
 _SLOPE_DECAY = 0.99
 """Factor by which the slope approaches `_PRIOR_SLOPE` at each plain step, so that drafts are tried
 again after a slow pass."""

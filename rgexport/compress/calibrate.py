@@ -140,9 +140,8 @@ def calibrate(
     An interrupted run leaves `TARGET.partial`, and the same request continues it. `workers` run the
     layers.
 
-    Raises:
-        RequestError: an unsound checkpoint, an unreadable text, a target that exists, or unfinished
-            work of another request there.
+    Raises RequestError: an unsound checkpoint, an unreadable text, a target that exists, or
+    unfinished work of another request there.
     """
     check_file_target(target, force=force, replaceable=stored.is_calibration)
     tokenizer = load_tokenizer(folder_of(checkpoint)) if checkpoint.tokenizer_files else None

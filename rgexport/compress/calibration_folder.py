@@ -2,9 +2,8 @@
 
 `request.json` has the options and weights of the run; only an equal request may continue it.
 `NAME.npy` or `NAME-N.npy` are intermediate arrays, such as the residual stream after N layers.
-`complete` is the calibration file, which becomes the target when all its arrays are written.
-
-A step through a layer writes its statistics first and the residual stream, or the gradient, last.
+`complete` is the calibration file, which becomes the target when all its arrays are written. A
+step through a layer writes its statistics first and the residual stream, or the gradient, last.
 So the numbers of these arrays tell which layers are done.
 """
 

@@ -37,8 +37,7 @@ class Job(NamedTuple):
 def requested_suites(names: Sequence[str], task_names: Sequence[str] = ()) -> list[str]:
     """Returns these suites, by default `BY_DEFAULT`; task names add the suite `tasks`.
 
-    Raises:
-        RequestError: there is no task for the suite `tasks`.
+    Raises RequestError: there is no task for the suite `tasks`.
     """
     if "tasks" in names and not task_names:
         raise RequestError(

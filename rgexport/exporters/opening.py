@@ -30,8 +30,7 @@ def open_artifact(
     Hashes are checked where a file was not seen before in this state, and of all with `verify`.
     With `allow_foreign`, engines may run ops that rgexport does not write.
 
-    Raises:
-        RequestError: no artifact, a damaged manifest, or a file that is missing or altered.
+    Raises RequestError: no artifact, a damaged manifest, or a file that is missing or altered.
     """
     path = local_path(path)
     if form := _file_format(path):

@@ -81,9 +81,8 @@ def open_checkpoint(
         soft_cap: the cap of the logits, for files that do not state it; 0 means none.
         adapter: the folder of a LoRA adapter to merge.
 
-    Raises:
-        RequestError: nothing usable is there; problems of single tensors go to
-            `Checkpoint.problems`.
+    Raises RequestError: nothing usable is there; problems of single tensors go to
+    `Checkpoint.problems`.
     """
     _check_request(model, size, window, soft_cap)
     if model is not None and str(model) in SIZE_WORDS and not means_checkpoint(Path(model)):

@@ -1,7 +1,5 @@
 """The algorithms that choose scales, zero points and levels: their registry, GPTQ and k-means.
 
-A scheme has an encoder for each algorithm that can fill its layout; readers see only the layout.
-
 GPTQ (arXiv 2210.17323) in the form of LDLQ (QuIP, arXiv 2307.13304): each weight makes up for the
 errors of those before it, on the scales of a clip search. Then the scales are fitted to the levels,
 and each level to all others (coordinate descent). All of it lowers tr(ΔW H ΔWᵀ); a row that
@@ -9,7 +7,7 @@ rounding to nearest leaves with less starts from there.
 
 K-means of numbers: a clustering is a choice of cuts between sorted values. The best of some hundred
 cuts are chosen exactly, by dynamic programming (as in Wang and Song, Ckmeans.1d.dp, 2011), then
-refined by Lloyd's iterations. With few different values all cuts are tried.
+refined by Lloyd's iterations.
 """
 
 from dataclasses import dataclass

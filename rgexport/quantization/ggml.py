@@ -1,16 +1,18 @@
 """ggml's tensor types: as llama-quantize fills them, or with levels by GPTQ.
 
-Scales and minimums are always those of ggml's own search. GPTQ then chooses other levels on them,
-which replace those of the packed rows (in the layouts of ggml-common.h).
+Scales and minimums are those of ggml's own search. GPTQ replaces the levels in the packed rows
+(in the layouts of ggml-common.h).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
+from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Grid
 from rgexport.quantization.algorithms import choose_levels, output_gain
 from rgexport.quantization.ggml_library import quantize_rows
@@ -245,28 +247,33 @@ class Ggml(Uniform):
         return {"data": quantize_rows(rows, self.type, importance)}
 
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
-        nearest = self._quantize(rows, statistics)
-        if self.type not in LAYOUTS:
-            return nearest
-        layout = LAYOUTS[self.type]
-        *steps, levels = read_levels(nearest["data"], self.type)
-        scale, offset = (np.repeat(x, layout.group, axis=1) for x in steps)
-        grid = Grid(1, layout.top, scale, offset)
-        levels = choose_levels(rows, grid, statistics.hessians, levels)
-        data, stored = replace_levels(nearest["data"], self.type, levels), scale * levels + offset
+        data = self._quantize(rows, statistics)["data"]
+        if self.type in _CODEBOOKS:
+            weights, codes = np.ascontiguousarray(rows, np.float32), _codebook(self.type)
+            number, size = TYPES[self.type].value, 8  # the most weights that share signs
+            for h in statistics.hessians:
+                if h.start % size == h.stop % size == 0:
+                    library.choose_codes(weights, data, number, codes, h.start, h.matrix, h.factors)
+            stored = self.decode({"data": data}, rows.shape[1])
+        elif self.type in LAYOUTS:
+            layout = LAYOUTS[self.type]
+            *steps, levels = read_levels(data, self.type)
+            scale, offset = (np.repeat(x, layout.group, axis=1) for x in steps)
+            grid = Grid(1, layout.top, scale, offset)
+            levels = choose_levels(rows, grid, statistics.hessians, levels)
+            data, stored = replace_levels(data, self.type, levels), scale * levels + offset
+        else:
+            return {"data": data}
         multiply_rows(data, self.type, output_gain(rows, stored, statistics.hessians))
         return {"data": data}
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
 
-    def with_algorithm(self, algorithm: str) -> Self:
-        return super().with_algorithm("ggml" if self.type in _CODEBOOKS else algorithm)
-
     def rounding_rule(self, weighted: bool) -> str:
         if not self.is_quantized:  # whatever algorithm a file names
             return "cast"
         if self.type in _CODEBOOKS:
-            return "codebook"
+            return "codebook" if self.algorithm == "ggml" else f"codebook, {self.algorithm}"
         if self.algorithm != "ggml":
             return self.algorithm
         if weighted and self.type != "q8_0":  # an importance matrix is not for q8_0
@@ -282,6 +289,18 @@ class Ggml(Uniform):
             step += np.float32(2 * multiple * _LEAST)
             return StepSizes(np.repeat(np.maximum(step, NEGLIGIBLE), 32, axis=1))
         return _block_steps(w, LAYOUTS[self.type], TYPES[self.type].block)
+
+
+@cache
+def _codebook(kind: str) -> np.ndarray:
+    """Returns the values of a type's entries, float32 [weights of an entry, entries]."""
+    from gguf import quants
+
+    if kind.startswith("iq4"):
+        return np.array([quants.IQ4_NL.kvalues], np.float32)
+    codec = getattr(quants, kind.upper())
+    codec.init_grid()
+    return np.ascontiguousarray(codec.grid[0, 0].T)
 
 
 def _block_steps(w: np.ndarray, layout: GgmlLayout, block: int) -> StepSizes:

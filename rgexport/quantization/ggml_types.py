@@ -246,7 +246,6 @@ _COARSE_HEADS = "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs"
 _MIXES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("attn_v", "q2_k", {"grouped": "q4_k", "always": "q3_k"}),
     ("attn_v", "q3_k_m", {"first 2": "q5_k", "always": "q4_k"}),
-    ("attn_v", "q3_k_l", {"always": "q5_k"}),
     ("attn_v", "q4_k_s", {"first 4": "q5_k"}),
     ("attn_v ffn_down", "q4_k_m q5_k_m", {"more bits": "q6_k"}),
     ("attn_v", "iq2_xxs iq2_xs", {"grouped": "q4_k", "always": "q2_k"}),
@@ -259,7 +258,7 @@ _MIXES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("ffn_gate ffn_up", "iq3_xs", {"inner 3/4": "iq3_xxs"}),
     ("attn_output ffn_down", "q2_k", {"always": "q3_k"}),
     ("attn_output", "q3_k_m", {"always": "q4_k"}),
-    ("attn_output ffn_down", "q3_k_l", {"always": "q5_k"}),
+    ("attn_v attn_output ffn_down", "q3_k_l", {"always": "q5_k"}),
     ("attn_output", "iq2_s iq2_m iq3_xxs", {"always": "iq3_s"}),
     ("ffn_down", "q3_k_m", {"first 1/16": "q5_k", "always": "q4_k"}),
     ("ffn_down", "q4_k_s", {"first 1/8": "q5_k"}),

@@ -100,10 +100,7 @@ def make_plan(config: GriffinConfig, linear: Scheme, embedding: Scheme) -> Plan:
 
 
 def int8_plan(config: GriffinConfig, frequent: np.ndarray, rare: np.ndarray) -> Plan:
-    """Returns int8 in blocks of 32; of the embedding, 16 for `frequent` tokens, 64 for `rare` ones.
-
-    These are all token ids, int [n].
-    """
+    """Returns int8 in blocks of 32, of the embedding 16 for `frequent` token ids, else 64."""
     small, linear, large = (Affine(8, n, symmetric=True, scale="float16") for n in (16, 32, 64))
     return make_plan(config, linear, group_rows({small: frequent, large: rare}))
 
@@ -111,8 +108,7 @@ def int8_plan(config: GriffinConfig, frequent: np.ndarray, rare: np.ndarray) -> 
 def int4_plan(config: GriffinConfig, frequent: np.ndarray, rare: np.ndarray) -> Plan:
     """Returns int4 with two-level scales; int8, or blocks of 16, where int4 loses most.
 
-    That is in the first layer, in keys and values, and in the embedding, whose rows of `frequent`
-    tokens are int8. These and the `rare` ones are all token ids, int [n].
+    That is in the first layer, keys and values, and the embedding's rows of `frequent` token ids.
     """
     coarse, small = TwoLevel(4, 32), TwoLevel(4, 16)
     fine = Affine(8, 128, symmetric=True, scale="float16")

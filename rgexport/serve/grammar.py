@@ -33,11 +33,9 @@ _LIMITS: dict[str, Any] = {
 }
 """Below llguidance's defaults, so that a grammar compiles in about a second, a mask takes at most
 two, and the states of a grammar take up to 250 MB."""
-_MOST_SCHEMA_CHARACTERS = 150_000
-"""OpenAI allows 120,000 in the names and values of a schema."""
+_MOST_SCHEMA_CHARACTERS = 150_000  # OpenAI allows 120,000 in the names and values of a schema
 _MOST_KNOWN = 16
-_SHORT_SECONDS = 0.001
-"""After a slower mask, tokens are consumed without the interpreter's lock."""
+_SHORT_SECONDS = 0.001  # after a slower mask, tokens are consumed without the interpreter's lock
 COMPILE_SECONDS, MOST_COMPILING = 10.0, 64
 """Longest wait for a grammar; maximum number of grammars that wait."""
 _CLOSING_SECONDS = 0.2

@@ -247,12 +247,10 @@ def consistency(limit: Tolerance, position: int, logits: float, states: float) -
 DEQUANTIZED = {"fp32": FLOAT32, "fp16": FLOAT16}
 """What activations are computed in → tolerance, INT8 where they are rounded to int8.
 
-float32: sums of K terms in another order differ by about √K · 2⁻²⁴, some 1e-6 of the logits
-after all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of
-exp(2 log a) is 0.3 % of 1 - a², and no two libraries agree on it.
-
-float16: some ten roundings a layer add up at random, √(10 · 38) · 2⁻¹¹ / √3 = 6e-3 for the deepest
-model.
+float32: sums of K terms in another order differ by about √K · 2⁻²⁴, some 1e-6 of the logits after
+all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of exp(2 log a)
+is 0.3 % of 1 - a², and no two libraries agree on it. float16: some ten roundings a layer add up at
+random, √(10 · 38) · 2⁻¹¹ / √3 = 6e-3 for the deepest model.
 
 int8 activations (`accuracy_level` 4): a block of x has an rms error of max |x| / 440, 0.6 % of a
 normal block of 128, with outliers up to √128 / 440 = 2.6 %. About four linears follow one another

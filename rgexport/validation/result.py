@@ -17,20 +17,8 @@ from rgexport.exporters.manifest import Manifest, arithmetic
 from rgexport.exporters.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.runtimes.session import SessionInfo
+from rgexport.validation import checks as checking
 from rgexport.validation.bisect.sites import SiteReport, Suspect
-from rgexport.validation.checks import (
-    MOST_COST,
-    STANDARD_ERRORS,
-    Check,
-    Outcome,
-    Quality,
-    Tolerance,
-    consistency,
-    cost_checks,
-    grade_quality,
-    logit_checks,
-    verdict,
-)
 from rgexport.validation.continuations import Continuation
 from rgexport.validation.costs import LayerCost, RoundingCost
 from rgexport.validation.equivalences import SAME, Equivalence
@@ -122,8 +110,8 @@ class ValidationResult:
     layers: list[LayerCost] | None
     suspects: list[Suspect] | None
     reference: AgainstFile | None
-    tolerance: Tolerance
-    checks: list[Check]
+    tolerance: checking.Tolerance
+    checks: list[checking.Check]
     environment: dict[str, str | int]
     continuations: list[Continuation] | None = None
     min_quality: GradeName | None = None
@@ -141,16 +129,16 @@ class ValidationResult:
         return "structure" if self.structure.in_verdict else "text"
 
     @property
-    def verdict(self) -> Outcome:
-        return verdict(self.checks)
+    def verdict(self) -> checking.Outcome:
+        return checking.verdict(self.checks)
 
     @property
-    def quality(self) -> Quality | None:
+    def quality(self) -> checking.Quality | None:
         """The grade by the original or, without one, by a reference file."""
         if (side := self.original) is not None:
-            return grade_quality("original", side.kl, side.agreement, self.text.tokens)
+            return checking.grade_quality("original", side.kl, side.agreement, self.text.tokens)
         if (file := self.reference) is not None:
-            return grade_quality("reference", file.kl, file.agreement, file.positions)
+            return checking.grade_quality("reference", file.kl, file.agreement, file.positions)
         return None
 
     @property
@@ -219,30 +207,34 @@ def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
 
 def all_checks(
     result: ValidationResult, manifest: Manifest, counted: bool, limits: Mapping[str, float]
-) -> Iterator[Check]:
+) -> Iterator[checking.Check]:
     """Yields all checks; `limits` are those that the user set."""
     side, limit, length = result.dequantized, result.tolerance, result.text.tokens
-    yield from logit_checks(side.logits, limit.at(length))
+    yield from checking.logit_checks(side.logits, limit.at(length))
     states = []
     for at in (*side.drift, Drift(position=length, states=side.states)):
         value, most = worst(at.states), limit.at(at.position).states
         reason = f"after {at.position} tokens; {limit.reason}"
-        states.append(Check(name="dequantized.states", value=value, limit=most, reason=reason))
+        states.append(
+            checking.Check(name="dequantized.states", value=value, limit=most, reason=reason)
+        )
     yield max(states, key=lambda check: check.excess)
     reason = "the session counts every token"
-    yield Check(name="position", value=float(not counted), limit=0, reason=reason)
+    yield checking.Check(name="position", value=float(not counted), limit=0, reason=reason)
     yield from _equivalence_checks(result)
     if result.structure.in_verdict:
         wrong = float(result.structure.status == "differs")
-        yield Check(name="structure", value=wrong, limit=0, reason=result.structure.reason)
+        yield checking.Check(name="structure", value=wrong, limit=0, reason=result.structure.reason)
     if (report := result.sites) is not None:
         for error in report.beyond or report.worst(1):
             name = f"sites.{error.state or error.site}"
             reason = f"{error.op} of {error.call} from the artifact's own inputs, in limits"
-            yield Check(name=name, value=error.excess, limit=1.0, reason=reason, kind="sites")
+            yield checking.Check(
+                name=name, value=error.excess, limit=1.0, reason=reason, kind="sites"
+            )
     if result.original is not None:
         logits, kl = result.original.logits, result.original.kl
-        yield from cost_checks("original", manifest, logits, kl, limits)
+        yield from checking.cost_checks("original", manifest, logits, kl, limits)
     if result.weights is not None:
         yield from weight_checks(result.weights)
     if result.reproduced is not None:
@@ -258,29 +250,35 @@ def all_checks(
     yield from identity_checks(result.identity)
 
 
-def _equivalence_checks(result: ValidationResult) -> Iterator[Check]:
+def _equivalence_checks(result: ValidationResult) -> Iterator[checking.Check]:
     side = result.dequantized
     states = worst([*side.states, *(error for at in side.drift for error in at.states)])
-    limit = consistency(result.tolerance, result.text.tokens, side.logits.relative_max, states)
+    limit = checking.consistency(
+        result.tolerance, result.text.tokens, side.logits.relative_max, states
+    )
     for name, same in result.equivalences.items():
         values = [("logits", same.logits.relative_max, limit.logits)]
         if same.states:
             values.append(("states", worst(same.states), limit.states))
         why = f"{SAME[name]}; {limit.reason}"
         for what, value, most in values:
-            yield Check(name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name)
+            yield checking.Check(
+                name=f"{name}.{what}", value=value, limit=most, reason=why, kind=name
+            )
 
 
-def _rounding_checks(result: ValidationResult) -> Iterator[Check]:
+def _rounding_checks(result: ValidationResult) -> Iterator[checking.Check]:
     if (cost := result.cost) is None:
         return
     ratios = {} if cost.ratio is None else {"original": cost.ratio}
     if result.reference is not None:
         # The file has logits of other texts, and of the artifact's own arithmetic.
         kl = result.reference.kl
-        least = kl.mean - STANDARD_ERRORS * kl.standard_error
+        least = kl.mean - checking.STANDARD_ERRORS * kl.standard_error
         ratios["reference"] = least / (cost.kl_rounded + result.dequantized.kl.mean)
     reason = "KL in units of what rounding costs at random, by the steps of the weights"
     for side, ratio in ratios.items():
-        limit = MOST_COST[side]
-        yield Check(name=f"cost.{side}", value=ratio, limit=limit, reason=reason, kind="cost")
+        limit = checking.MOST_COST[side]
+        yield checking.Check(
+            name=f"cost.{side}", value=ratio, limit=limit, reason=reason, kind="cost"
+        )

@@ -140,8 +140,7 @@ def validate_artifact(
     The references run first, one layer at a time. Then the artifact's session opens, and when it
     is closed, the ops are compared one by one. `passes` are those of earlier artifacts' originals.
 
-    Raises:
-        RequestError: see `open_all`; or the engine is missing or cannot open the artifact.
+    Raises RequestError: see `open_all`; or the engine is missing or cannot open the artifact.
     """
     passes = passes or SharedPasses()
     opened = open_all(path, request)
@@ -164,9 +163,8 @@ def validate_artifact(
 def open_all(path: Path, request: ValidationRequest) -> OpenedArtifact:
     """Opens an artifact and everything that it is compared with, before anything runs.
 
-    Raises:
-        RequestError: no sound artifact, an original or a reference that does not fit, an unreadable
-            text, or a quality that is asked for without anything to grade it by.
+    Raises RequestError: no sound artifact, an original or a reference that does not fit, an
+    unreadable text, or a quality that is asked for without anything to grade it by.
     """
     if request.calibration is not None and not request.reproduce:
         raise RequestError("--calibration is for --reproduce; give both, or leave it out")

@@ -215,8 +215,7 @@ def _quant_linear(
 def takes_two_digits(weight: str, scheme: Affine) -> bool:
     """Whether native kernels round activations twice for a weight, or a row group of one.
 
-    With 8-bit weights, rounding activations costs most. It is left where it costs least and most of
-    the time would go: in the MLPs behind the first layer.
+    With 8-bit weights they do, but in the MLPs behind the first layer: there it takes most time.
     """
     return scheme.bits == 8 and (weight.startswith("layers.0.") or ".mlp_block." not in weight)
 

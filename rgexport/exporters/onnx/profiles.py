@@ -13,19 +13,8 @@ from rgexport.exporters.onnx.web_ops import WASM, WEBGPU
 from rgexport.exporters.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
+from rgexport.quantization import plan as planning
 from rgexport.quantization import scheme as schemes
-from rgexport.quantization.plan import (
-    PRECISIONS,
-    WEB_PRECISIONS,
-    choose_scheme,
-    choose_schemes,
-    has_blocks,
-    int4_plan,
-    int8_plan,
-    make_plan,
-    with_algorithm,
-    with_bfloat16,
-)
 from rgexport.quantization.two_level import PLANES
 
 
@@ -48,7 +37,7 @@ FINE_HEAD = {"int4": "int8"}
 class LoweringProfile:
     name: Profile
     precision: str
-    precisions: Mapping[str, schemes.Scheme] = field(default_factory=lambda: PRECISIONS)
+    precisions: Mapping[str, schemes.Scheme] = field(default_factory=lambda: planning.PRECISIONS)
     """Precision word → scheme, before options for block and symmetry."""
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """Precision of the linears → that of the embedding, where it is another."""
@@ -79,7 +68,7 @@ PROFILES: dict[str, LoweringProfile] = {
             name="cpu",
             precision="int4",
             embeddings=FINE_HEAD,
-            plans={"int4": int4_plan, "int8": int8_plan},
+            plans={"int4": planning.int4_plan, "int8": planning.int8_plan},
             bits=frozenset({*PLANES, 8}),
             scale="float16",
             functions=True,
@@ -87,7 +76,7 @@ PROFILES: dict[str, LoweringProfile] = {
         LoweringProfile(
             name="wasm",
             precision="int8",
-            precisions=WEB_PRECISIONS,
+            precisions=planning.WEB_PRECISIONS,
             embeddings=FINE_HEAD,
             rows={"int8": schemes.INT8_ROWS},
             lowerings=LOWERINGS | WASM,
@@ -96,7 +85,7 @@ PROFILES: dict[str, LoweringProfile] = {
         LoweringProfile(
             name="webgpu",
             precision="int4",
-            precisions=WEB_PRECISIONS,
+            precisions=planning.WEB_PRECISIONS,
             even_zero_points=True,  # for GatherBlockQuantized
             lowerings=LOWERINGS | WEBGPU,
             files=WEB_FILES,
@@ -145,10 +134,10 @@ class OnnxOptions(FolderOptions):
             plan = self._default_plan(config, np.arange(config.vocab_size) if ids is None else ids)
             shapes = {name: spec.shape for name, spec in model_tensors(config).items()}
             plan = {name: scheme.least_padded(shapes[name][-1]) for name, scheme in plan.items()}
-            if any(map(has_blocks, plan.values())):
+            if any(map(planning.has_blocks, plan.values())):
                 plan |= dict.fromkeys(exact, schemes.BFLOAT16)
-        plan = with_bfloat16(plan, exact)
-        plan = with_algorithm(plan, self.algorithm, keep=self.plan is not None)
+        plan = planning.with_bfloat16(plan, exact)
+        plan = planning.with_algorithm(plan, self.algorithm, keep=self.plan is not None)
         return self._with_even_zero_points(plan, config.width)
 
     def _default_plan(self, config: GriffinConfig, ids: np.ndarray) -> schemes.Plan:
@@ -157,8 +146,8 @@ class OnnxOptions(FolderOptions):
             by_frequency = np.split(ids, [-(-len(ids) // 3)])
             return self._profile.plans[self.precision_word](config, *by_frequency)
         arguments = self.precisions, self._scheme, self.block_size, self.symmetric
-        linear, embedding = choose_schemes(*arguments)
-        return make_plan(config, linear, embedding)
+        linear, embedding = planning.choose_schemes(*arguments)
+        return planning.make_plan(config, linear, embedding)
 
     def _with_even_zero_points(self, plan: schemes.Plan, width: int) -> schemes.Plan:
         odd = [
@@ -181,7 +170,7 @@ class OnnxOptions(FolderOptions):
         return PROFILES[self.profile]
 
     def _scheme(self, precision: str, block: int | None, symmetric: bool | None) -> schemes.Scheme:
-        scheme = choose_scheme(precision, block, symmetric, self._profile.precisions)
+        scheme = planning.choose_scheme(precision, block, symmetric, self._profile.precisions)
         # A scale per row needs symmetric weights and activations in int8.
         by_blocks = self.exact or block is not None or symmetric is False
         rows = None if by_blocks else self._profile.rows.get(precision)

@@ -51,12 +51,8 @@ _OPTIONS = {
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # a wheel holds no links, only copies
     "LLAMA_BUILD_COMMIT": port.COMMIT[:7],
     "LLAMA_BUILD_NUMBER": "0",
-    "LLAMA_BUILD_TESTS": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
-    "LLAMA_BUILD_APP": "OFF",
-    "LLAMA_OPENSSL": "OFF",
-    "LLAMA_BUILD_UI": "OFF",
-    "LLAMA_USE_PREBUILT_UI": "OFF",  # it would be downloaded
+    **dict.fromkeys(("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_APP"), "OFF"),
+    **dict.fromkeys(("LLAMA_OPENSSL", "LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI"), "OFF"),
 }
 """Options of llama.cpp's build; all others keep llama.cpp's defaults, such as `GGML_NATIVE`."""
 

@@ -122,6 +122,25 @@ def refine(
     _library().rgexport_refine(*arguments)
 
 
+def choose_codes(
+    weights: np.ndarray,
+    packed: np.ndarray,
+    type_number: int,
+    codebook: np.ndarray,
+    first: int,
+    matrix: np.ndarray,
+    factors: Factors,
+) -> None:
+    """Chooses other codes for rows of a ggml i-quant, uint8 [n, row_bytes]; their scales stay.
+
+    No row's (w − v) H (w − v)ᵀ grows. `weights` float32 [n, K]; `codebook` float32 [weights of an
+    entry, entries]; H, float32 [k, k], for columns from `first` on, both multiples of 8.
+    """
+    codes = type_number, _of(codebook), codebook.shape[1], _of(weights), *weights.shape
+    arrays = map(_of, (factors.m, factors.d, matrix))
+    _library().rgexport_codebook(*codes, first, len(matrix), *arrays, 1, _of(packed))
+
+
 def _rows(weights: np.ndarray, grid: Grid) -> tuple[object, ...]:
     sizes = *weights.shape, grid.group, ctypes.c_float(grid.top)
     return _of(weights), *sizes, *map(_of, (grid.scale, grid.offset, grid.table))
@@ -150,6 +169,7 @@ _SIGNATURES: dict[str, Signature] = {
     "factor": (_I, (_P, _N, _P, _P)),
     "feedback": (None, (*_ROWS, _P, _P, _P, _P)),
     "loss": (None, (*_ROWS, _P, _P, _P, _P)),
+    "codebook": (_I, (_I, _P, _I, _P, _N, _N, _N, _N, _P, _P, _P, _I, _P)),
     "refine": (None, (*_ROWS, _P, _I, _P, _I, _P)),
 }
 

@@ -124,9 +124,8 @@ def capture(
 ) -> Path:
     """Captures a reference into the file `target`, which appears once it is complete.
 
-    Raises:
-        RequestError: no torch, device or package, an unsound checkpoint, or one that the package
-            cannot run, prompts that cannot be read, or a target that exists or cannot be written.
+    Raises RequestError: no torch, device or package, an unsound checkpoint, or one that the package
+    cannot run, prompts that cannot be read, or a target that exists or cannot be written.
     """
     check_file_target(target, force=force, replaceable=reference_file.is_reference)
     make_model = choose_implementation(impl, device, low_memory)

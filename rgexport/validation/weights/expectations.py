@@ -103,9 +103,18 @@ _SEARCH = Expectation(
     shrinks=(1.0, 1.0),
     sketch_output_noise=2.0,
 )
+_CODEBOOK = replace(
+    _WEIGHED,
+    why="entries of ggml's tables with the least error, weighed by importances",
+    max_steps=0.95,
+    noise=2.5,
+    row_noise=4.0,
+    shrinks=(0.0, 1.5),
+    projection=0.06,  # ggml makes some scales up to 3.3 % larger than the least error does
+    output_noise=2.0,
+)
 EXPECTATIONS: dict[str, Expectation] = {
-    "cast": _NEAREST,
-    "rtn": _NEAREST,
+    **dict.fromkeys(("cast", "rtn", "ggml"), _NEAREST),
     "search": _SEARCH,
     "search, coarse": replace(_SEARCH, sketch_output_noise=5.0),
     "importance": replace(_WEIGHED, why=_SCALES),
@@ -117,17 +126,8 @@ EXPECTATIONS: dict[str, Expectation] = {
         measure="group",
         shrinks=(0.0, 1.0),
     ),
-    "codebook": replace(
-        _WEIGHED,
-        why="nearest entries of ggml's tables, weighed by importances",
-        max_steps=0.95,
-        noise=2.5,
-        row_noise=4.0,
-        shrinks=(0.0, 1.5),
-        projection=0.06,  # ggml makes some scales up to 3.3 % larger than the least error does
-        output_noise=2.0,
-    ),
-    "ggml": _NEAREST,
+    "codebook": _CODEBOOK,
+    "codebook, gptq": replace(_CODEBOOK, max_steps=1.3, noise=3.5, output_noise=1.0),
     "ggml search": _GGML_SEARCH,
     "ggml weighted": replace(
         _GGML_SEARCH,

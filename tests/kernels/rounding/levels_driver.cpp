@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int64_t kRows = 70, kColumns = 150, kGroup = 16, kGroups = (kColumns + kGroup - 1) / kGroup;
+constexpr int64_t kRows = 70, kColumns = 150, kGroup = 16,
+                  kGroups = (kColumns + kGroup - 1) / kGroup;
 constexpr int64_t kBlocks = 3, kBlock = 32;
 constexpr float kTop = 15, kMiddle = 8;
 
@@ -45,8 +46,8 @@ std::vector<double> positive_matrix() {
   return h;
 }
 
-using Search = void(const float*, const float*, int64_t, int64_t, int64_t, int, int, int, float*, float*,
-                    uint8_t*);
+using Search = void(const float*, const float*, int64_t, int64_t, int64_t, int, int, int, float*,
+                    float*, uint8_t*);
 using Factor = int(double*, int64_t, float*, float*);
 using Feedback = void(const float*, int64_t, int64_t, int64_t, float, const float*, const float*,
                       const float*, const float*, const float*, uint8_t*, double*);
@@ -54,6 +55,9 @@ using Loss = void(const float*, int64_t, int64_t, int64_t, float, const float*, 
                   const float*, const float*, const float*, const uint8_t*, double*);
 using Refine = void(const float*, int64_t, int64_t, int64_t, float, float*, float*, const float*,
                     const float*, int, const float*, int, uint8_t*);
+
+using ChooseCodes = int(int, const float*, int, const float*, int64_t, int64_t, int64_t, int64_t,
+                        const float*, const float*, const float*, int, uint8_t*);
 
 void search_scales(const LoadedLibrary& library) {
   const std::vector<float> weights = random_numbers(kRows * kBlocks * kBlock, 1);
@@ -75,21 +79,37 @@ void choose_levels(const LoadedLibrary& library) {
   std::vector<uint8_t> levels(weights.size());
   if (library.get<Factor>("rgexport_factor")(h.data(), kColumns, m.data(), d.data()))
     fail("the matrix is not positive");
-  library.get<Feedback>("rgexport_feedback")(weights.data(), kRows, kColumns, kGroup, kTop, scale.data(),
-                                             offset.data(), nullptr, m.data(), d.data(), levels.data(),
-                                             losses.data());
+  library.get<Feedback>("rgexport_feedback")(weights.data(), kRows, kColumns, kGroup, kTop,
+                                             scale.data(), offset.data(), nullptr, m.data(),
+                                             d.data(), levels.data(), losses.data());
   print("m", m);
   print("fed_back", levels);
   print("losses", losses);
-  library.get<Refine>("rgexport_refine")(weights.data(), kRows, kColumns, kGroup, kTop, scale.data(),
-                                         offset.data(), nullptr, zeros.data(), 1, single.data(), 2,
-                                         levels.data());
+  library.get<Refine>("rgexport_refine")(weights.data(), kRows, kColumns, kGroup, kTop,
+                                         scale.data(), offset.data(), nullptr, zeros.data(), 1,
+                                         single.data(), 2, levels.data());
   library.get<Loss>("rgexport_loss")(weights.data(), kRows, kColumns, kGroup, kTop, scale.data(),
                                      offset.data(), nullptr, m.data(), d.data(), levels.data(),
                                      losses.data());
   print("refined", levels);
   print("refined_scale", scale);
   print("refined_losses", losses);
+}
+
+void choose_codes(const LoadedLibrary& library) {
+  constexpr int kIq3Xxs = 18, kEntries = 256, kBlockBytes = 98;
+  constexpr int64_t kWide = 256, kFirst = 64, kCount = 128;
+  const std::vector<float> weights = random_numbers(kRows * kWide, 3),
+                           book = random_numbers(4 * kEntries, 4);
+  const std::vector<float> m(kCount * kCount), d(kCount, 1);
+  std::vector<float> h(kCount * kCount);
+  for (int64_t i = 0; i < kCount; ++i) h[i * kCount + i] = 1;
+  std::vector<uint8_t> packed(kRows * kBlockBytes, 0x35);
+  if (library.get<ChooseCodes>("rgexport_codebook")(kIq3Xxs, book.data(), kEntries, weights.data(),
+                                                    kRows, kWide, kFirst, kCount, m.data(),
+                                                    d.data(), h.data(), 1, packed.data()))
+    fail("the type has no codebook");
+  print("codes", packed);
 }
 
 }  // namespace
@@ -99,5 +119,6 @@ int main(int count, char** arguments) {
   const LoadedLibrary library(arguments[1]);
   search_scales(library);
   choose_levels(library);
+  choose_codes(library);
   return 0;
 }

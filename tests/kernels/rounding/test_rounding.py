@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +190,56 @@ def test_search_finds_what_trying_finds(symmetric, half, bits, weighted):
     np.testing.assert_allclose((h * (blocks - values) ** 2).sum(2), lost(scales, zeros), rtol=1e-4)
 
 
+CODEBOOKS = "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"
+
+
+def codebook_of(name):
+    """The values of a type's entries in gguf-py, float32 [weights of an entry, entries]."""
+    if name.startswith("IQ4"):
+        return np.array([quants.IQ4_NL.kvalues], np.float32)
+    codec = getattr(quants, name)
+    codec.init_grid()
+    return np.ascontiguousarray(codec.grid[0, 0].T)
+
+
+def random_codes(name, rows, columns):
+    """Packed rows of any bits, with values near 1."""
+    kind = GGMLQuantizationType[name]
+    block, size = GGML_QUANT_SIZES[kind]
+    packed = np.random.default_rng(3).integers(0, 256, (rows, columns // block, size), np.uint8)
+    packed[..., :2] = np.array([1], np.float16).view(np.uint8)
+    largest = np.abs(quants.dequantize(packed.reshape(rows, -1), kind)).mean()
+    packed[..., :2] = np.array([0.8 / largest], np.float16).view(np.uint8)
+    return packed.reshape(rows, -1)
+
+
+def choose_codes(name, weights, packed, h, first):
+    factors, matrix = library.factor(h.copy()), h.astype(np.float32)
+    number = GGMLQuantizationType[name].value
+    library.choose_codes(weights, packed, number, codebook_of(name), first, matrix, factors)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_other_codes_lose_less_on_the_same_scales(name):
+    """From random codes; gguf-py, which shares no code with the library, reads them."""
+    weights, h, kind = rows_of(200, 512), positive(128), GGMLQuantizationType[name]
+    packed = random_codes(name, *weights.shape)
+    before = quants.dequantize(packed, kind)
+    choose_codes(name, weights, packed, h, 128)
+    after, errors = quants.dequantize(packed, kind), []
+    others = np.r_[0:128, 256:512]
+    np.testing.assert_array_equal(before[:, others], after[:, others])
+    for values in (before, after):
+        off = (weights - values)[:, 128:256]
+        errors.append(np.einsum("nk,kl,nl->n", off, h, off))
+    assert (errors[1] <= errors[0]).all()
+    assert errors[1].mean() < 0.2 * errors[0].mean()
+    again = packed.copy()
+    choose_codes(name, weights, again, h, 128)
+    off = (weights - quants.dequantize(again, kind))[:, 128:256]
+    assert (np.einsum("nk,kl,nl->n", off, h, off) <= errors[1] * (1 + 1e-6)).all()
+
+
 def everything():
     """All functions on rows of an odd size."""
     weights, h = rows_of(70, 150), positive(150)
@@ -200,6 +251,9 @@ def everything():
     scales = np.abs(blocks).max(2) / np.float32(8)
     searched = library.search(blocks, None, 4, True, True, scales, np.full_like(scales, 8))
     results = {"m": factors.m, "lost": lost, "levels": levels, "scale": grid.scale}
+    for name in CODEBOOKS:
+        results[name] = random_codes(name, 50, 512)
+        choose_codes(name, rows_of(50, 512), results[name], positive(256), 128)
     return results | {"searched": searched, "scales": scales}
 
 

@@ -218,6 +218,23 @@ def test_what_ggml_stores_passes(kind, weights, size, weighted, seed):
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_gptq_on_a_codebook(kind):
+    scheme = Ggml(kind, "gptq")
+    for weights in ("normal", "uniform", "columns of all sizes", "loud columns", "zeros"):
+        w = draw(weights, (96, 512))
+        parts = scheme.encode("w", w, statistics(512))
+        assert complaints(w, scheme.decode(parts, 512), scheme, weighted=True) == [], weights
+    w = draw("normal", (96, 512))
+    stored = scheme.decode(scheme.encode("w", w, statistics(512)), 512)
+    swapped = stored.copy()
+    swapped[[3, 40]] = stored[[40, 3]]
+    faults = {"rows": swapped, "scale": 1.3 * stored, "columns": np.roll(stored, 1, axis=1)}
+    for name, wrong in faults.items():
+        assert complaints(w, wrong, scheme, weighted=True), name
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_wrong_scale_or_block_is_seen(kind):
     """A scale off by three percent, which hides in the noise of four bits.

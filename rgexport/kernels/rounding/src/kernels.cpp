@@ -1,6 +1,7 @@
 // The functions of kernels.h for the instruction set that this file is compiled for.
 #include "kernels.h"
 
+#include "codebook.h"
 #include "factor.h"
 #include "feedback.h"
 #include "refine.h"
@@ -12,7 +13,7 @@
 namespace rgexport {
 
 const Kernels& RGEXPORT_NAME(RGEXPORT_SET)() {
-  static const Kernels kernels = {search, factor, feedback, loss, refine};
+  static const Kernels kernels = {search, factor, feedback, loss, refine, codebook};
   return kernels;
 }
 

@@ -21,6 +21,15 @@ struct Grid {
   int64_t groups() const { return (columns + group - 1) / group; }
 };
 
+// Columns [first, first + count) of rows [rows, columns], and what weighs their errors: H [count, count]
+// and its factors M and D.
+struct CodeTask {
+  const float* weights;
+  int64_t rows, columns, first, count;
+  const float *m, *d, *h;
+  int rounds;  // of descent
+};
+
 struct Kernels {
   // Chooses scales [rows, blocks] and zero points for blocks [rows, blocks, block] by trying
   // fractions of the given ones; `importance` [blocks, block], or null, weighs squared errors.
@@ -49,6 +58,11 @@ struct Kernels {
   // others.
   void (*refine)(const float* weights, int64_t rows, Grid grid, const float* zeros, bool half,
                  const float* h, int rounds, uint8_t* levels);
+
+  // Chooses the codes of packed rows of a ggml i-quant, of number `type` in ggml, by feedback, then by
+  // descent; their scales stay, and no row gets more loss. `values` [size, entries] is the type's
+  // codebook, of which an entry has `size` weights. Returns 0, or 1 for a type without a codebook.
+  int (*codebook)(int type, const float* values, int entries, CodeTask task, uint8_t* packed);
 };
 
 const Kernels& base_kernels();

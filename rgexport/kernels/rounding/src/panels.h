@@ -73,19 +73,20 @@ void add_products(float* sums, int64_t sums_stride, const float* factors, int64_
   }
 }
 
-// Decides column after column: decide(row, column, sum) returns the factor by which the matrix's
-// row of that column is then added to the sums of the columns behind it. `sums` are [rows, columns].
-template <class Decide>
-void in_turn(float* sums, int64_t rows, int64_t columns, const float* matrix,
-             const Decide& decide) {
+// Decides kSize columns after another: decide(row, column, sums, factors) sets the factors by which the
+// matrix's rows of these columns are then added to the sums of the columns behind them. `sums` are
+// [rows, columns]; kPanel is a multiple of kSize, and so is `columns`.
+template <int kSize, class Decide>
+void in_groups(float* sums, int64_t rows, int64_t columns, const float* matrix,
+               const Decide& decide) {
   float factors[kRows * kPanel];
   for (int64_t from = 0; from < columns; from += kPanel) {
     const int64_t wide = lesser(columns - from, kPanel);
     for (int64_t r = 0; r < rows; ++r) {
       float* own = sums + r * columns + from;
       for (int64_t j = 0; j < wide; ++j) {
-        const float factor = decide(r, from + j, own[j]);
-        factors[r * kPanel + j] = factor;
+        float& factor = factors[r * kPanel + j];
+        if (j % kSize == 0) decide(r, from + j, own + j, &factor);
         const float* row = matrix + (from + j) * columns + from;
         for (int64_t i = 0; i < wide; ++i) own[i] = fma(factor, row[i], own[i]);
       }
@@ -94,6 +95,16 @@ void in_turn(float* sums, int64_t rows, int64_t columns, const float* matrix,
     add_products(sums + next, columns, factors, kPanel, rows, matrix + from * columns + next,
                  columns, wide, columns - next);
   }
+}
+
+// The same for one column after another: decide(row, column, sum) returns the factor.
+template <class Decide>
+void in_turn(float* sums, int64_t rows, int64_t columns, const float* matrix,
+             const Decide& decide) {
+  in_groups<1>(sums, rows, columns, matrix,
+               [&](int64_t r, int64_t column, const float* sum, float* factor) {
+                 *factor = decide(r, column, *sum);
+               });
 }
 
 }  // namespace

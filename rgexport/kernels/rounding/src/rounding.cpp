@@ -67,3 +67,11 @@ RGEXPORT_API void rgexport_refine(const float* weights, int64_t rows, int64_t co
   kernels().refine(weights, rows, {columns, group, top, scale, offset, table}, zeros, half != 0, h,
                    rounds, levels);
 }
+
+RGEXPORT_API int rgexport_codebook(int type, const float* values, int entries, const float* weights,
+                                   int64_t rows, int64_t columns, int64_t first, int64_t count,
+                                   const float* m, const float* d, const float* h, int rounds,
+                                   uint8_t* packed) {
+  return kernels().codebook(type, values, entries,
+                            {weights, rows, columns, first, count, m, d, h, rounds}, packed);
+}
