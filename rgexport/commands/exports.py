@@ -283,7 +283,7 @@ class QuantizeArguments:
     target_size: tuple[str, ...] = option(
         "The lowest KL in an artifact of at most this size, such as 1.5GB.", metavar="SIZE"
     )
-    bits: tuple[float, ...] = option("The lowest KL at this many bits per weight.")
+    bits: tuple[float, ...] = option("The lowest KL at so many bits per weight; can be repeated.")
     format: choices.FormatName = option("The format of the export.", default="onnx")
     text: Path | None = option("Measure on this text. [default: what the calibration held out]")
     tokens: int = option("At most this many tokens of the text.", default=16384)
