@@ -30,7 +30,6 @@ ONNX: list[tuple[dict[str, Any], Scheme, Scheme]] = [
     ({"block_size": 64}, Affine(4, 64, True, scale="float16"), HEAD),
     ({"symmetric": False}, Affine(4, 32, False, scale="float16"), HEAD),
     ({"precision": "fp32", "embedding_precision": "int8"}, FULL, HEAD),
-    ({"precision": "int8"}, HEAD, Affine(8, 16, True, scale="float16")),
     ({"profile": "wasm"}, INT8_ROWS, INT8_ROWS),
     ({"profile": "wasm", "precision": "int4"}, BROWSER, INT8_ROWS),
 ]
@@ -58,6 +57,16 @@ def test_the_default_int4_has_8_bits_where_4_lose_most() -> None:
     assert plan[LINEAR] == TwoLevel(4, 16)
     (_, eight, frequent), (_, four, _) = plan[EMBEDDING].row_groups(REGULAR.vocab_size)
     assert (eight, four) == (HEAD, TwoLevel(4, 16)) and set(frequent) == {*ids[: len(frequent)]}
+
+
+def test_the_default_int8_has_small_blocks_for_frequent_tokens() -> None:
+    ids = np.arange(REGULAR.vocab_size)[::-1]
+    plan = OnnxOptions(precision="int8").resolve_plan(REGULAR, ids=ids)
+    small, linear, large = (Affine(8, block, True, scale="float16") for block in (16, 32, 64))
+    assert plan[LINEAR] == linear
+    (_, first, frequent), (_, rest, rare) = plan[EMBEDDING].row_groups(REGULAR.vocab_size)
+    assert (first, rest) == (small, large) and set(frequent) == {*ids[: len(frequent)]}
+    assert len(frequent) == -(-len(ids) // 3) and len(frequent) + len(rare) == len(ids)
 
 
 @pytest.mark.parametrize("asked", [None, 16, 128])
