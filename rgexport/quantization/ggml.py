@@ -250,10 +250,9 @@ class Ggml(Uniform):
         data = self._quantize(rows, statistics)["data"]
         if self.type in _CODEBOOKS:
             weights, codes = np.ascontiguousarray(rows, np.float32), _codebook(self.type)
-            number, size = TYPES[self.type].value, 8  # the most weights that share signs
+            number = TYPES[self.type].value
             for h in statistics.hessians:
-                if h.start % size == h.stop % size == 0:
-                    library.choose_codes(weights, data, number, codes, h.start, h.matrix, h.factors)
+                library.choose_codes(weights, data, number, codes, h.start, h.matrix, h.factors)
             stored = self.decode({"data": data}, rows.shape[1])
         elif self.type in LAYOUTS:
             layout = LAYOUTS[self.type]

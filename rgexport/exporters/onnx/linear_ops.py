@@ -215,7 +215,7 @@ def _quant_linear(
 def takes_two_digits(weight: str, scheme: Affine) -> bool:
     """Whether native kernels round activations twice for a weight, or a row group of one.
 
-    With 8-bit weights they do, but in the MLPs behind the first layer: there it takes most time.
+    With 8-bit weights they do, except in the MLPs behind the first layer, where most time would go.
     """
     return scheme.bits == 8 and (weight.startswith("layers.0.") or ".mlp_block." not in weight)
 

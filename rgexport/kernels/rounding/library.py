@@ -136,9 +136,10 @@ def choose_codes(
     No row's (w − v) H (w − v)ᵀ grows. `weights` float32 [n, K]; `codebook` float32 [weights of an
     entry, entries]; H, float32 [k, k], for columns from `first` on, both multiples of 8.
     """
+    assert first % 8 == len(matrix) % 8 == 0  # weights that share signs
     codes = type_number, _of(codebook), codebook.shape[1], _of(weights), *weights.shape
     arrays = map(_of, (factors.m, factors.d, matrix))
-    _library().rgexport_codebook(*codes, first, len(matrix), *arrays, 1, _of(packed))
+    _library().rgexport_codebook(*codes, first, len(matrix), *arrays, _of(packed))
 
 
 def _rows(weights: np.ndarray, grid: Grid) -> tuple[object, ...]:
@@ -169,7 +170,7 @@ _SIGNATURES: dict[str, Signature] = {
     "factor": (_I, (_P, _N, _P, _P)),
     "feedback": (None, (*_ROWS, _P, _P, _P, _P)),
     "loss": (None, (*_ROWS, _P, _P, _P, _P)),
-    "codebook": (_I, (_I, _P, _I, _P, _N, _N, _N, _N, _P, _P, _P, _I, _P)),
+    "codebook": (None, (_I, _P, _I, _P, _N, _N, _N, _N, _P, _P, _P, _P)),
     "refine": (None, (*_ROWS, _P, _I, _P, _I, _P)),
 }
 

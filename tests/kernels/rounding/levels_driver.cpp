@@ -56,8 +56,8 @@ using Loss = void(const float*, int64_t, int64_t, int64_t, float, const float*, 
 using Refine = void(const float*, int64_t, int64_t, int64_t, float, float*, float*, const float*,
                     const float*, int, const float*, int, uint8_t*);
 
-using ChooseCodes = int(int, const float*, int, const float*, int64_t, int64_t, int64_t, int64_t,
-                        const float*, const float*, const float*, int, uint8_t*);
+using ChooseCodes = void(int, const float*, int, const float*, int64_t, int64_t, int64_t, int64_t,
+                         const float*, const float*, const float*, uint8_t*);
 
 void search_scales(const LoadedLibrary& library) {
   const std::vector<float> weights = random_numbers(kRows * kBlocks * kBlock, 1);
@@ -105,10 +105,9 @@ void choose_codes(const LoadedLibrary& library) {
   std::vector<float> h(kCount * kCount);
   for (int64_t i = 0; i < kCount; ++i) h[i * kCount + i] = 1;
   std::vector<uint8_t> packed(kRows * kBlockBytes, 0x35);
-  if (library.get<ChooseCodes>("rgexport_codebook")(kIq3Xxs, book.data(), kEntries, weights.data(),
-                                                    kRows, kWide, kFirst, kCount, m.data(),
-                                                    d.data(), h.data(), 1, packed.data()))
-    fail("the type has no codebook");
+  library.get<ChooseCodes>("rgexport_codebook")(kIq3Xxs, book.data(), kEntries, weights.data(),
+                                                kRows, kWide, kFirst, kCount, m.data(), d.data(),
+                                                h.data(), packed.data());
   print("codes", packed);
 }
 

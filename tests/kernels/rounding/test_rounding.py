@@ -294,7 +294,9 @@ def test_sanitizers_find_nothing(cpu, tmp_path):
     """Python is not built with the address sanitizer, so its own library is loaded first."""
     source, onnx = library.LIBRARY.parent, library.LIBRARY.parents[1] / "onnx" / "src"
     files = [*sorted((source / "src").iterdir()), source / "CMakeLists.txt"]
-    folder = built(_sanitized_rounding, [*files, onnx / "cpu.cpp", onnx / "cpu.h"])
+    folder = built(
+        _sanitized_rounding, [*files, *(onnx / name for name in ("cpu.cpp", "cpu.h", "scales.h"))]
+    )
     asked = [COMPILER, "-print-file-name=libasan.so"]
     first = subprocess.check_output(asked, text=True).strip()
     variables = {"LD_PRELOAD": first, "ASAN_OPTIONS": "detect_leaks=0"}

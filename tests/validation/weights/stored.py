@@ -11,6 +11,7 @@ from rgexport.griffin.tensor import from_array
 from rgexport.quantization.ggml_library import quantize_rows
 from rgexport.quantization.ggml_types import TYPES
 from rgexport.quantization.scheme import Affine, Ggml, Palette, Scheme, TwoLevel
+from rgexport.quantization.statistics import Hessian, Statistics
 from rgexport.validation.weights.sketch import MIXTURES, sketch
 from rgexport.validation.weights.tensor_errors import WeightError, sketch_errors, weight_errors
 from rgexport.validation.weights.weight_limits import sketch_checks, weight_checks
@@ -26,6 +27,8 @@ KINDS = {
     "columns of all sizes": lambda rng, s: rng.normal(size=s) * np.exp(rng.normal(size=(1, s[1]))),
     "all large": lambda rng, s: rng.choice([-1, 1], s) * rng.uniform(0.9, 1, s),
 }
+
+WEIGHTS = ("normal", "uniform", "heavy", "columns of all sizes", "loud columns", "zeros")
 
 
 def draw(kind: str, shape: tuple[int, int], *, size: float = 0.02, seed: int = 0) -> np.ndarray:
@@ -93,3 +96,11 @@ def complaints(w: np.ndarray, stored: np.ndarray, scheme: Scheme, weighted: bool
     sketches = sketch_errors(known(w), dequantized, tensors, weighted=weighted)
     checks = [*weight_checks(table), *sketch_checks(sketches)]
     return [check.kind for check in checks if not check.passed]
+
+
+def statistics(columns: int) -> Statistics:
+    x = inputs(columns)
+    hessian = x.T @ x / len(x)
+    own = np.diag(hessian)
+    damped = (0.7 * hessian + np.diag(0.3 * own + 0.01 * own.mean())).astype(np.float32)
+    return Statistics(own.astype(np.float32), (Hessian(0, damped),))

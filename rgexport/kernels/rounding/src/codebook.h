@@ -15,6 +15,13 @@ template <int kSize>
 struct Metric {
   float u[kSize][kSize], d[kSize];
 
+  // Of H = U D U' where U = I + M.
+  void take(const float* m, int64_t stride, const float* diagonal) {
+    for (int i = 0; i < kSize; ++i) {
+      d[i] = diagonal[i];
+      for (int k = 0; k < kSize; ++k) u[k][i] = k < i ? m[k * stride + i] : k == i;
+    }
+  }
   // Of H = U D U', from its last column on. A `d` that is not positive has no best entry.
   void factor(const float* h, int64_t stride) {
     float rest[kSize][kSize];
@@ -135,29 +142,24 @@ class CodeRows {
       loss[r] = dot(off_.data() + r * columns_, pull_.data() + r * columns_, columns_);
   }
 
-  void feed_back(const float* m, const float* d) {
+  // `metrics` are those of the columns of each code, by M and D.
+  void feed_back(const float* m, const Metric<kSize>* metrics) {
     pull_.clear();
-    in_groups<kSize>(pull_.data(), rows_, columns_, m,
-                     [&](int64_t r, int64_t column, const float* sums, float* off) {
-                       Metric<kSize> metric;
-                       float a[kSize], carried[kSize];
-                       const float* w = weights_ + r * stride_ + column;
-                       for (int i = 0; i < kSize; ++i) {
-                         metric.d[i] = d[column + i];
-                         for (int k = 0; k <= i; ++k)
-                           metric.u[k][i] = k == i ? 1 : m[(column + k) * columns_ + column + i];
-                       }
-                       metric.times(w, carried);
-                       for (int i = 0; i < kSize; ++i) a[i] = carried[i] + sums[i];
-                       const int64_t at = index(r, column / kSize);
-                       if (scales_[at] != 0)
-                         codes_[at] = book_.best(metric, a, scales_[at], parity_after(r, column));
-                       for (int i = 0; i < kSize; ++i)
-                         off[i] = w[i] - book_.value(codes_[at], scales_[at], i);
-                     });
+    const auto decide = [&](int64_t r, int64_t column, const float* sums, float* off) {
+      const Metric<kSize>& metric = metrics[column / kSize];
+      const int64_t at = index(r, column / kSize);
+      const float* w = weights_ + r * stride_ + column;
+      float a[kSize];
+      metric.times(w, a);
+      for (int i = 0; i < kSize; ++i) a[i] += sums[i];
+      if (scales_[at] != 0)
+        codes_[at] = book_.best(metric, a, scales_[at], parity_after(r, column));
+      for (int i = 0; i < kSize; ++i) off[i] = w[i] - book_.value(codes_[at], scales_[at], i);
+    };
+    in_groups<kSize>(pull_.data(), rows_, columns_, m, decide);
   }
 
-  // One sweep of coordinate descent; `metrics` are those of the columns of each code.
+  // One sweep of coordinate descent; `metrics` are by H.
   void descend(const float* h, const Metric<kSize>* metrics) {
     find_pull(h);
     in_groups<kSize>(
@@ -242,9 +244,13 @@ template <int kSize>
 void choose_codes(const IQuant& format, const float* values, int entries, const CodeTask& task,
                   uint8_t* packed) {
   const Codebook<kSize> book = {values, entries, format.has_signs()};
-  Memory<Metric<kSize>> metrics(task.count / kSize);
-  for (int64_t group = 0; group < task.count / kSize; ++group)
-    metrics[group].factor(task.h + group * kSize * (task.count + 1), task.count);
+  const int64_t groups = task.count / kSize;
+  const Memory<Metric<kSize>> forward(groups), alone(groups);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t column = group * kSize, corner = column * (task.count + 1);
+    forward[group].take(task.m + corner, task.count, task.d + column);
+    alone[group].factor(task.h + corner, task.count);
+  }
   for (int64_t from = 0; from < task.rows; from += kRows) {
     const int64_t rows = lesser(task.rows - from, kRows);
     const float* weights = task.weights + from * task.columns + task.first;
@@ -253,24 +259,22 @@ void choose_codes(const IQuant& format, const float* values, int entries, const 
     CodeRows<kSize> chosen(format, book, weights, task.columns, rows, task.count);
     stored.read(part, task.first);
     chosen.read(part, task.first);
-    chosen.feed_back(task.m, task.d);
+    chosen.feed_back(task.m, forward.data());
     double before[kRows], after[kRows];
     stored.losses(task.h, before);
     chosen.losses(task.h, after);
     chosen.take_better(stored, after, before);
-    for (int i = 0; i < task.rounds; ++i) chosen.descend(task.h, metrics.data());
+    chosen.descend(task.h, alone.data());
     chosen.write(part, task.first);
   }
 }
 
-int codebook(int type, const float* values, int entries, CodeTask task, uint8_t* packed) {
+void codebook(int type, const float* values, int entries, CodeTask task, uint8_t* packed) {
   const IQuant format = {type};
-  switch (format.size()) {
-    case 1: choose_codes<1>(format, values, entries, task, packed); return 0;
-    case 4: choose_codes<4>(format, values, entries, task, packed); return 0;
-    case 8: choose_codes<8>(format, values, entries, task, packed); return 0;
-    default: return 1;
-  }
+  const int size = format.size();
+  (size == 1   ? choose_codes<1>
+   : size == 4 ? choose_codes<4>
+               : choose_codes<8>)(format, values, entries, task, packed);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "numbers.h"
+#include "scales.h"
 
 namespace rgexport {
 namespace {
@@ -20,13 +21,6 @@ enum IQuantType {
   kIq2S = 22,
   kIq4Xs = 23
 };
-
-inline float half_value(const uint8_t* from) {
-  const int bits = from[0] | from[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size =
-      exponent == 0 ? fraction * 0x1p-24f : __builtin_ldexpf(1024 + fraction, exponent - 25);
-  return bits >> 15 ? -size : size;
-}
 
 // Bits [first, first + count) of a little-endian number of four bytes, and the same to be written.
 inline int bits_at(const uint8_t* from, int first, int count) {
@@ -82,7 +76,7 @@ struct IQuant {
   float scale(const uint8_t* row, int64_t column) const {
     const uint8_t* at = row + column / block() * block_bytes();
     const int part = column % block() / 32, half = column % 32 / 16;
-    const float d = half_value(at);
+    const float d = half_to_float(at);
     const auto nibble = [&](int64_t start, int index) {
       return at[start + index / 2] >> 4 * (index % 2) & 15;
     };
@@ -101,7 +95,7 @@ struct IQuant {
 
   // Number `index` of a row.
   Code code(const uint8_t* row, int64_t index) const {
-    const Places at(*this, row, index);
+    const Places at(*this, index);
     const uint8_t* b = row + at.start;
     switch (type) {
       case kIq2Xxs:
@@ -124,7 +118,7 @@ struct IQuant {
   }
 
   void set_code(uint8_t* row, int64_t index, const Code& code) const {
-    const Places at(*this, row, index);
+    const Places at(*this, index);
     uint8_t* b = row + at.start;
     const uint8_t low = static_cast<uint8_t>(code.entry);
     switch (type) {
@@ -154,7 +148,7 @@ struct IQuant {
   // Where a code is: its block, and in that its number and those of what has its eight weights.
   struct Places {
     int64_t start, entry, eight, part, run, second, byte, high;
-    Places(const IQuant& format, const uint8_t*, int64_t index) {
+    Places(const IQuant& format, int64_t index) {
       const int64_t column = index * format.size(), in_block = column % format.block();
       start = column / format.block() * format.block_bytes();
       entry = in_block / format.size(), eight = in_block / 8, part = in_block / 32, run = eight % 4;

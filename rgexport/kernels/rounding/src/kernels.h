@@ -27,7 +27,6 @@ struct CodeTask {
   const float* weights;
   int64_t rows, columns, first, count;
   const float *m, *d, *h;
-  int rounds;  // of descent
 };
 
 struct Kernels {
@@ -61,8 +60,8 @@ struct Kernels {
 
   // Chooses the codes of packed rows of a ggml i-quant, of number `type` in ggml, by feedback, then by
   // descent; their scales stay, and no row gets more loss. `values` [size, entries] is the type's
-  // codebook, of which an entry has `size` weights. Returns 0, or 1 for a type without a codebook.
-  int (*codebook)(int type, const float* values, int entries, CodeTask task, uint8_t* packed);
+  // codebook, of which an entry has `size` weights; `first` and `count` are multiples of 8.
+  void (*codebook)(int type, const float* values, int entries, CodeTask task, uint8_t* packed);
 };
 
 const Kernels& base_kernels();

@@ -68,10 +68,10 @@ RGEXPORT_API void rgexport_refine(const float* weights, int64_t rows, int64_t co
                    rounds, levels);
 }
 
-RGEXPORT_API int rgexport_codebook(int type, const float* values, int entries, const float* weights,
-                                   int64_t rows, int64_t columns, int64_t first, int64_t count,
-                                   const float* m, const float* d, const float* h, int rounds,
-                                   uint8_t* packed) {
-  return kernels().codebook(type, values, entries,
-                            {weights, rows, columns, first, count, m, d, h, rounds}, packed);
+RGEXPORT_API void rgexport_codebook(int type, const float* values, int entries,
+                                    const float* weights, int64_t rows, int64_t columns,
+                                    int64_t first, int64_t count, const float* m, const float* d,
+                                    const float* h, uint8_t* packed) {
+  kernels().codebook(type, values, entries, {weights, rows, columns, first, count, m, d, h},
+                     packed);
 }
