@@ -127,7 +127,7 @@ EXPECTATIONS: dict[str, Expectation] = {
         shrinks=(0.0, 1.0),
     ),
     "codebook": _CODEBOOK,
-    "codebook, gptq": replace(_CODEBOOK, max_steps=1.3, noise=3.5, output_noise=1.0),
+    "codebook, gptq": replace(_CODEBOOK, max_steps=1.3, noise=3.5, row_noise=1.2, output_noise=1.0),
     "ggml search": _GGML_SEARCH,
     "ggml weighted": replace(
         _GGML_SEARCH,

@@ -58,7 +58,11 @@ def test_gptq_on_a_codebook(kind):
     swapped[[3, 40]] = stored[[40, 3]]
     faults = {"rows": swapped, "scale": 1.3 * stored, "columns": np.roll(stored, 1, axis=1)}
     for name, wrong in faults.items():
-        assert complaints(w, wrong, scheme, weighted=True), name
+        kinds = complaints(w, wrong, scheme, weighted=True)
+        sides = {check.partition(".")[0] for check in kinds}
+        # The noise of the coarsest type hides two rows from their sketches.
+        hidden = {"reference"} if (kind, name) == ("iq2_xxs", "rows") else set()
+        assert sides == {"weights", "reference"} - hidden, name
 
 
 @needs_llama_cpp
