@@ -32,7 +32,7 @@ from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.exporters.manifest import Identity
+from rgexport.export.manifest import Identity
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from rgexport.serve import clients
 from rgexport.serve.app import create_app

@@ -22,7 +22,7 @@ from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment

@@ -26,18 +26,18 @@ from bench.any_model import AnyModelSession
 from bench.quality_picture import write_picture
 from bench.run import command, measured, size_of
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.exporters.gguf.naming import file_tensors
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.gguf.naming import file_tensors
+from rgexport.export.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors, role_of
 from rgexport.griffin.reference import Reference
 from rgexport.progress import note
-from rgexport.quantization.calibration import open_calibration
+from rgexport.quantize.calibration import open_calibration
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment
 from rgexport.runtimes.session import Session
-from rgexport.validation.metrics import agreement, compare_logits, kl_summary, likelihood
+from rgexport.validate.metrics import agreement, compare_logits, kl_summary, likelihood
 
 ROOT = Path(__file__).parents[1]
 FOLDER, LLAMA = Path("out/quality"), ROOT / "out/llama/bin"
@@ -55,7 +55,7 @@ np.savez(sys.argv[3], **{kind: np.array(rows) for kind, rows in logits.items()})
 """Arguments: a model, token ids of each text, and where the logits go."""
 TEXTS = {
     "prose": "rgexport/chat/sample.txt",
-    "mixture": "tests/validation/unseen.txt",
+    "mixture": "tests/validate/unseen.txt",
     "manual": "README.md",
     "licence": "LICENSE",
     "program": "rgexport/griffin/ops.py",

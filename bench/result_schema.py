@@ -10,9 +10,9 @@ import types
 import typing
 from typing import Any
 
-from rgexport.validation.checks import Check, Outcome, Quality
-from rgexport.validation.measure import Comparison
-from rgexport.validation.result import SCHEMA_VERSION, Scope, ValidationResult
+from rgexport.validate.checks import Check, Outcome, Quality
+from rgexport.validate.measure import Comparison
+from rgexport.validate.result import SCHEMA_VERSION, Scope, ValidationResult
 
 _PLAIN: dict[type, dict[str, Any]] = {
     str: {"type": "string"},

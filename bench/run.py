@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rgexport.progress import note
-from rgexport.quantization.plan import COREML_PRECISIONS
+from rgexport.quantize.plan import COREML_PRECISIONS
 from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
 from rgexport.runtimes.machine import environment, peak_bytes
 

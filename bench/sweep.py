@@ -23,18 +23,18 @@ from typing import Any
 
 from bench.checkpoints import write_checkpoint
 from bench.run import FOLDER
-from rgexport.exporters.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.exporters.gguf.exporter import export_gguf
-from rgexport.exporters.gguf.options import GgufOptions
-from rgexport.exporters.onnx.exporter import export_onnx
-from rgexport.exporters.onnx.profiles import OnnxOptions
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
-from rgexport.validation.reference.capture import capture
-from rgexport.validation.reference.reference_file import ReferenceFile, read_reference
-from rgexport.validation.run import ValidationRequest, validate_artifact
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
+from rgexport.validate.run import ValidationRequest, validate_artifact
 
 TOKENS = 300
 """The most that an artifact takes; random checkpoints get four windows."""

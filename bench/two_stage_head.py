@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.chat.artifact_text import open_tokenizer
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 

@@ -30,11 +30,11 @@ from rgexport.griffin.huggingface import CONFIG, to_hugging_face, write_weights
 from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
-from rgexport.validation.checks import Check
-from rgexport.validation.reference.capture import capture
-from rgexport.validation.reference.reference_file import ReferenceFile, read_reference
-from rgexport.validation.run import ValidationRequest, validate_artifact
-from rgexport.validation.self_check import self_check
+from rgexport.validate.checks import Check
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
+from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.self_check import self_check
 
 TOKENS = 128
 """Of the built-in text, where the model is there."""

@@ -1,6 +1,6 @@
 """Export RecurrentGemma (Griffin) checkpoints to files that small devices run.
 
-artifact = rgexport.export("demo", precision="int4")
+artifact = rgexport.export_model("demo", precision="int4")
 print(rgexport.load(artifact.path).chat([{"role": "user", "content": "Hello"}]).text)
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rgexport._version import __version__
-    from rgexport.api import evaluate, export, quantize, validate
+    from rgexport.api import evaluate_models, export_model, quantize_model, validate_artifact
     from rgexport.chat.model import load
     from rgexport.errors import RequestError
     from rgexport.griffin.checkpoint import open_checkpoint
@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 __all__ = [
     "RequestError",
     "__version__",
-    "evaluate",
-    "export",
+    "evaluate_models",
+    "export_model",
     "load",
     "open_checkpoint",
-    "quantize",
-    "validate",
+    "quantize_model",
+    "validate_artifact",
 ]
 
 _MODULES = {
     "__version__": "rgexport._version",
-    **dict.fromkeys(("evaluate", "export", "quantize", "validate"), "rgexport.api"),
+    "evaluate_models": "rgexport.api",
+    "export_model": "rgexport.api",
+    "quantize_model": "rgexport.api",
+    "validate_artifact": "rgexport.api",
     "load": "rgexport.chat.model",
     "RequestError": "rgexport.errors",
     "open_checkpoint": "rgexport.griffin.checkpoint",

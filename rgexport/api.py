@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from rgexport import choices
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.exporter import exporter_of
-from rgexport.exporters.format import format_of
-from rgexport.exporters.opening import open_artifact
-from rgexport.exporters.request import algorithm_word, require_word
+from rgexport.export.artifact import Artifact
+from rgexport.export.exporter import exporter_of
+from rgexport.export.format import format_of
+from rgexport.export.opening import open_artifact
+from rgexport.export.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by, task
-from rgexport.quantization.plan import load_plan, plan_bits
+from rgexport.quantize.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
-    from rgexport.compress.quantize import PlanReport
     from rgexport.evaluation.report import Evaluation
-    from rgexport.validation.result import ValidationResult
+    from rgexport.planning.quantize import PlanReport
+    from rgexport.validate.result import ValidationResult
 
 Model = str | Path | Checkpoint
 """A folder, a `.pt` file, a hub id, a name such as `demo` or `2b`, or an opened checkpoint."""
@@ -51,7 +51,7 @@ class FormatOptions(TypedDict, total=False):
     imatrix: str | Path
 
 
-def export(
+def export_model(
     model: Model,
     *,
     format: choices.FormatName = "onnx",
@@ -76,7 +76,7 @@ def export(
             `artifact.manifest.check`.
         quality: `fast` rounds to nearest, `default` searches scales, `best` uses a calibration.
         calibration: a file of `rgexport calibrate`.
-        plan: a plan of `quantize`, or its file.
+        plan: a plan of `quantize_model`, or its file.
         cluster: the address of a Dask scheduler, whose workers help with a calibration.
         progress: called with the stage, and the number of units done and expected.
         options: see `FormatOptions`.
@@ -99,7 +99,7 @@ def export(
         )
 
 
-def validate(
+def validate_artifact(
     artifact: str | Path | Artifact,
     model: str | Path | None = None,
     *,
@@ -135,16 +135,16 @@ def validate(
     Raises:
         RequestError: a damaged artifact, or an original, text or reference that does not fit.
     """
-    from rgexport.exporters.request import require_word
-    from rgexport.validation.checks import GRADE_NAMES, parse_limits
-    from rgexport.validation.reference.reference_file import read_reference
-    from rgexport.validation.run import ValidationRequest, validate_artifact
+    from rgexport.export.request import require_word
+    from rgexport.validate import run
+    from rgexport.validate.checks import GRADE_NAMES, parse_limits
+    from rgexport.validate.reference.reference_file import read_reference
 
     if isinstance(artifact, list | tuple):
         raise RequestError(f"artifact is a {type(artifact).__name__}; validate one at a time")
     if min_quality is not None:
         require_word("min_quality", min_quality, GRADE_NAMES)
-    request = ValidationRequest(
+    request = run.ValidationRequest(
         model=None if model is None else str(model),
         adapter=_path(adapter),
         text=_path(text),
@@ -158,7 +158,7 @@ def validate(
         allow_foreign=allow_foreign,
     )
     with heard_by(progress):
-        return validate_artifact(Path(artifact), request)
+        return run.validate_artifact(Path(artifact), request)
 
 
 class EvaluationSettings(TypedDict, total=False):
@@ -178,7 +178,7 @@ class EvaluationSettings(TypedDict, total=False):
     examples: int
 
 
-def evaluate(
+def evaluate_models(
     models: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     suites: choices.SuiteName | Sequence[choices.SuiteName] = (),
@@ -227,7 +227,7 @@ def evaluate(
     return Evaluation(figures, request.folder)
 
 
-def quantize(
+def quantize_model(
     model: Model,
     *,
     bits: float | None = None,
@@ -242,7 +242,7 @@ def quantize(
     force: bool = False,
     progress: Listener | None = None,
 ) -> "PlanReport":
-    """Finds the best layout of every tensor for one target; `export` takes it as `plan`.
+    """Finds the best layout of every tensor for one target; `export_model` takes it as `plan`.
 
     Args:
         model: see `Model`.
@@ -262,7 +262,7 @@ def quantize(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.compress.quantize import PlanOptions, make_plans
+    from rgexport.planning.quantize import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(
@@ -294,7 +294,7 @@ def export_checkpoint(
 ) -> Artifact:
     """Exports the checkpoint that `open_model` opens, after the checks that need none.
 
-    The other arguments are those of `export`.
+    The other arguments are those of `export_model`.
     """
     form = format_of(kind)
     if output:
@@ -310,12 +310,12 @@ def export_checkpoint(
     target = output or exporter.default_target(checkpoint.name + bits, chosen)
     write = partial(exporter.export, checkpoint, chosen, target, force=force)
     if check:
-        from rgexport.validation.self_check import self_check
+        from rgexport.validate.self_check import self_check
 
         write = partial(write, check=partial(self_check, checkpoint))
     planned = (schemes or {}).values() if algorithm is None else ()
     if algorithm == "gptq" or calibration or any(s.needs_statistics for s in planned):
-        from rgexport.compress.calibrate import known_statistics
+        from rgexport.planning.calibrate import known_statistics
 
         form.check_target(target, force=force)  # before a calibration, which takes minutes
         with known_statistics(checkpoint, calibration, cluster) as statistics:

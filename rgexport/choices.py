@@ -12,7 +12,7 @@ OnnxPrecision = Literal["fp32", "fp16", "int8", "int4"]
 CoreMLPrecision = Literal["fp32", "fp16", "int8", "int4", "pal4"]
 FloatPrecision = Literal["fp32", "fp16"]
 Profile = Literal["cpu", "wasm", "webgpu"]
-"""The runtime that the graph of an ONNX artifact is lowered for; see `exporters.onnx.profiles`."""
+"""The runtime that the graph of an ONNX artifact is lowered for; see `export.onnx.profiles`."""
 RecurrentState = Literal["io", "hilo"]
 Quality = Literal["fast", "default", "best"]
 FormatName = Literal["onnx", "coreml", "gguf"]

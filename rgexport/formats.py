@@ -1,7 +1,7 @@
 """The registry of formats.
 
-A format is one object in each layer, `FORMAT` of the module named below: `exporters` knows how it
-is stored and opened, `runtimes` its engine, `chat` its tokenizer, `validation` its tolerances.
+A format is one object in each layer, `FORMAT` of the module named below: `artifacts` knows how it
+is stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances.
 `export`, which needs torch, has `EXPORTER`: how it is written.
 """
 
@@ -10,25 +10,25 @@ from typing import Any
 
 FORMATS: dict[str, dict[str, Any]] = {
     "onnx": {
-        "exporters": "rgexport.exporters.onnx.format",
-        "export": "rgexport.exporters.onnx.exporter",
+        "artifacts": "rgexport.export.onnx.format",
+        "export": "rgexport.export.onnx.exporter",
         "runtimes": "rgexport.runtimes.onnx.engine",
         "chat": "rgexport.chat.artifact_text",
-        "validation": "rgexport.validation.formats.onnx",
+        "validate": "rgexport.validate.formats.onnx",
     },
     "coreml": {
-        "exporters": "rgexport.exporters.coreml.format",
-        "export": "rgexport.exporters.coreml.exporter",
+        "artifacts": "rgexport.export.coreml.format",
+        "export": "rgexport.export.coreml.exporter",
         "runtimes": "rgexport.runtimes.coreml.engine",
         "chat": "rgexport.chat.artifact_text",
-        "validation": "rgexport.validation.formats.coreml",
+        "validate": "rgexport.validate.formats.coreml",
     },
     "gguf": {
-        "exporters": "rgexport.exporters.gguf.format",
-        "export": "rgexport.exporters.gguf.exporter",
+        "artifacts": "rgexport.export.gguf.format",
+        "export": "rgexport.export.gguf.exporter",
         "runtimes": "rgexport.runtimes.llama_cpp.engine",
         "chat": "rgexport.chat.gguf_text",
-        "validation": "rgexport.validation.formats.gguf",
+        "validate": "rgexport.validate.formats.gguf",
     },
 }
 """Kind of an artifact → layer → module, or the object itself."""

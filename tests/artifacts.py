@@ -13,16 +13,16 @@ import pytest
 
 import rgexport
 from rgexport.cli import run
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.exporters.gguf.exporter import export_gguf
-from rgexport.exporters.gguf.options import GgufOptions
-from rgexport.exporters.onnx.exporter import export_onnx
-from rgexport.exporters.onnx.profiles import OnnxOptions
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.profiles import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantization.ggml_library import load_library
+from rgexport.quantize.ggml_library import load_library
 from tests.built import digest_of, filled
 from tests.models import Weights, random_weights, write_hugging_face
 

@@ -1,4 +1,4 @@
-"""The Python API: `rgexport.export` and others do what the commands do."""
+"""The Python API: `rgexport.export_model` and others do what the commands do."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_options_are_those_of_the_commands():
 
 def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Path):
     stages = []
-    artifact = rgexport.export(
+    artifact = rgexport.export_model(
         "demo",
         output=tmp_path / "demo",
         precision="int4",
@@ -70,7 +70,7 @@ def test_an_export_is_that_of_the_command_line(tmp_path: Path, demo_artifact: Pa
 def test_a_wrong_request_raises_an_error(tmp_path, monkeypatch, options, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=complaint):
-        rgexport.export("demo", **options)
+        rgexport.export_model("demo", **options)
     assert not tree(tmp_path)
 
 
@@ -101,11 +101,11 @@ def test_loading_is_told(demo_artifact):
 def test_wrong_evaluations_and_plans_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match="suite is 'txt'; expected one of text, memory"):
-        rgexport.evaluate(["demo"], suites=["txt"])
+        rgexport.evaluate_models(["demo"], suites=["txt"])
     with pytest.raises(RequestError, match="0 targets are given"):
-        rgexport.quantize("demo")
+        rgexport.quantize_model("demo")
     with pytest.raises(RequestError, match=r"^--bits is 1, which no plan reaches; expected 2\."):
-        rgexport.quantize("demo", bits=1)  # before a calibration is made
+        rgexport.quantize_model("demo", bits=1)  # before a calibration is made
     with pytest.raises(RequestError, match="artifact is a list; validate one at a time"):
-        rgexport.validate(["demo"])
+        rgexport.validate_artifact(["demo"])
     assert not tree(tmp_path)

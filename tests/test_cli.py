@@ -17,7 +17,7 @@ import pytest
 from rgexport import __version__, cli
 from rgexport.cli import rgexport as command_line
 from rgexport.cli import run
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.reporting.page import visible
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face
@@ -248,7 +248,7 @@ def start_slow_export(folder: Path) -> subprocess.Popen[str]:
     # What a shell has started in the background would ignore interrupts.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     slow = (
-        f"{heed}; import time; from rgexport.exporters import trace as t; "
+        f"{heed}; import time; from rgexport.export import trace as t; "
         "t.trace = lambda *a: time.sleep(60)"
     )
     program = [sys.executable, "-c", f"{slow}\n{START}", "onnx", "--size", "demo", "-o", "out"]

@@ -18,26 +18,26 @@ FACE = PACKAGE / "__init__.py"  # gives `rgexport.load` when it is asked for
 TREES = {path: ast.parse(path.read_text()) for path in sorted({*PACKAGE.rglob("*.py")} - {FACE})}
 MODULES = list(TREES)
 LAYERS = """_version choices errors units parallelism printing progress reporting formats
-files npm griffin kernels quantization exporters runtimes chat serve
-web_page validation evaluation compress api commands cli __main__""".split()
+files npm griffin kernels quantize export runtimes chat serve
+web_page validate evaluation planning api commands cli __main__""".split()
 """Every package and module of rgexport; each imports only from itself and those before it."""
-SIBLINGS = {"validation", "evaluation", "compress"}  # none of these imports another one
+SIBLINGS = {"validate", "evaluation", "planning"}  # none of these imports another one
 FORMATS_AND_ENGINES = {
-    **dict.fromkeys("exporters.onnx exporters.coreml exporters.gguf runtimes.coreml".split(), ()),
+    **dict.fromkeys("export.onnx export.coreml export.gguf runtimes.coreml".split(), ()),
     **dict.fromkeys("runtimes.onnx runtimes.llama_cpp".split(), ()),
-    "exporters.mil": ("exporters.coreml",),
+    "export.mil": ("export.coreml",),
 }
 """Package of one format or engine → those of its layer that may import it; all others ask the
 format object."""
 
 NEEDS_TORCH = {
-    *(f"compress/{name}.py" for name in "losses statistics".split()),
+    *(f"planning/{name}.py" for name in "losses statistics".split()),
     *(f"griffin/{name}.py" for name in "ops reference".split()),
-    *("validation/reference/deepmind_model.py", "exporters/trace.py"),
+    *("validate/reference/deepmind_model.py", "export/trace.py"),
 }
 FENCED = {
     "torch": NEEDS_TORCH,
-    "gguf": {"exporters/gguf/exporter.py"},
+    "gguf": {"export/gguf/exporter.py"},
     **dict.fromkeys("onnx onnx_ir coremltools prompt_toolkit datasets".split(), frozenset()),
     **dict.fromkeys("distributed llama_cpp lm_eval tensorstore".split(), frozenset()),
 }
@@ -45,10 +45,10 @@ FENCED = {
 IMPLEMENTATIONS = {"recurrentgemma"}
 """Packages that a user installs for a reference of DeepMind's, or for a GPU."""
 
-EMITTERS = "exporters/onnx/", "exporters/coreml/"
+EMITTERS = "export/onnx/", "export/coreml/"
 """Folders whose modules load a converter; those that the core needs of them do it when called."""
 
-APART_FROM_THE_EMITTER = "exporters/mil/", "runtimes/coreml/interpreter/"
+APART_FROM_THE_EMITTER = "export/mil/", "runtimes/coreml/interpreter/"
 """These check the emitter, so they must not share its code."""
 
 
@@ -77,7 +77,7 @@ def imports_on_load(tree: ast.Module | ast.ClassDef) -> set[str]:
 
 
 def layer_of(name: str) -> str:
-    """Returns the layer of a module, such as `exporters` of `rgexport.exporters.card`."""
+    """Returns the layer of a module, such as `export` of `rgexport.export.card`."""
     return name.removeprefix("rgexport.").split(".")[0]
 
 
@@ -188,4 +188,4 @@ def test_readers_of_packages_share_nothing_with_the_emitter():
     for folder in APART_FROM_THE_EMITTER:
         modules = [module for module in MODULES if name_of(module).startswith(folder)]
         names = [name for module in modules for name in imports(TREES[module])]
-        assert names and not [n for n in names if n.startswith("rgexport.exporters.coreml")]
+        assert names and not [n for n in names if n.startswith("rgexport.export.coreml")]

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.exporters.manifest import CARD
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.manifest import CARD
+from rgexport.export.opening import open_artifact
 from rgexport.web_page import build, site
 from rgexport.web_page.local_server import local_server
 from rgexport.web_page.site import read_content

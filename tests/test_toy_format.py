@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rgexport.cli import run
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.models import make_config, random_weights, write_hugging_face

@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 
 from rgexport.chat.artifact_text import ArtifactText
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.folder import export_folder
-from rgexport.exporters.format import CardText, FolderFormat
-from rgexport.exporters.manifest import IoRecord, Manifest
-from rgexport.exporters.storage import OffsetAllocator, fill
-from rgexport.exporters.tokenizer import ControlIds
+from rgexport.export.artifact import Artifact
+from rgexport.export.folder import export_folder
+from rgexport.export.format import CardText, FolderFormat
+from rgexport.export.manifest import IoRecord, Manifest
+from rgexport.export.storage import OffsetAllocator, fill
+from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.quantization.scheme import Float, PartShapes, Scheme
+from rgexport.quantize.scheme import Float, PartShapes, Scheme
 from rgexport.runtimes.engine import Engine, SessionOptions
 from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.validation.formats.expected import Expected
-from rgexport.validation.self_check import self_check
+from rgexport.validate.formats.expected import Expected
+from rgexport.validate.self_check import self_check
 
 KIND, DATA = "toy", "toy.data"
 
@@ -78,10 +78,10 @@ class ToyEngine(Engine):
 
 
 FLOORS: dict[str, Any] = {
-    "exporters": ToyFormat(),
+    "artifacts": ToyFormat(),
     "runtimes": ToyEngine(),
     "chat": ArtifactText(),
-    "validation": Expected(),
+    "validate": Expected(),
 }
 
 

@@ -17,14 +17,14 @@ from fuzz.readers import folders, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, covers, require
 from fuzz.readers.weights import change_folder
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.describe import describe
-from rgexport.exporters.manifest import CARD, MANIFEST
-from rgexport.exporters.onnx.exporter import OnnxOptions, export_onnx
-from rgexport.exporters.onnx.model_file import DATA_FILE, MODEL_FILE
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.artifact import Artifact
+from rgexport.export.describe import describe
+from rgexport.export.manifest import CARD, MANIFEST
+from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
+from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.quantization.plan import choose_scheme, make_plan
+from rgexport.quantize.plan import choose_scheme, make_plan
 
 Answer = tuple[Artifact, dict[str, np.ndarray], str]
 

@@ -16,12 +16,12 @@ from fuzz.readers import gguf_mutator, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, oracle, require
 from rgexport.errors import RequestError
-from rgexport.exporters.describe import describe
-from rgexport.exporters.gguf import integrity
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.describe import describe
+from rgexport.export.gguf import integrity
+from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_file
-from rgexport.quantization.gguf_header import GgufHeader, read_header
-from rgexport.quantization.imatrix import Imatrix, read_imatrix
+from rgexport.quantize.gguf_header import GgufHeader, read_header
+from rgexport.quantize.imatrix import Imatrix, read_imatrix
 
 Answer = Any
 
@@ -100,8 +100,8 @@ def _same(value: Any, field: Any) -> bool:
 
 
 def _artifact_seeds(folder: Path) -> Iterable[bytes]:
-    from rgexport.exporters.gguf.exporter import export_gguf
-    from rgexport.exporters.gguf.options import GgufOptions
+    from rgexport.export.gguf.exporter import export_gguf
+    from rgexport.export.gguf.options import GgufOptions
     from rgexport.griffin.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(small.write_model(folder / "model"))

@@ -18,8 +18,8 @@ from fuzz.readers.weights import mutate_safetensors
 from rgexport.files.safetensors import DTYPES
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.validation.reference.capture import capture
-from rgexport.validation.reference.reference_file import METADATA, ReferenceFile, read_reference
+from rgexport.validate.reference.capture import capture
+from rgexport.validate.reference.reference_file import METADATA, ReferenceFile, read_reference
 
 
 def _seeds(folder: Path) -> Iterable[bytes]:

@@ -12,7 +12,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from fuzz.readers import folders, json_mutator, proto_mutator
 from fuzz.readers.target import Target, oracle, require
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from rgexport.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from rgexport.griffin.tokenizer_files import find_tokenizer_files
 
 TEXTS = (

@@ -4,7 +4,7 @@ from typing import cast
 
 from rgexport.chat.prompts import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.exporters.artifact import Artifact
+from rgexport.export.artifact import Artifact
 from rgexport.formats import format_on
 
 

@@ -15,8 +15,8 @@ from rgexport.chat.reading import show_reading
 from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.progress import detail, note, warn
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import SessionInfo, block_size

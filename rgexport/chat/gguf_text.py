@@ -9,8 +9,8 @@ from rgexport.chat.artifact_text import ArtifactText
 from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.gguf.format import GgufArtifact
+from rgexport.export.artifact import Artifact
+from rgexport.export.gguf.format import GgufArtifact
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from rgexport.griffin.tokenizer_files import NORMAL, UNKNOWN, USER_DEFINED
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model

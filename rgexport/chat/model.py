@@ -38,9 +38,9 @@ from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_folder import StateFolder
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import Identity, artifact_hash, identity_of
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Identity, artifact_hash, identity_of
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import Listener, heard_by
 from rgexport.runtimes.engine import open_session

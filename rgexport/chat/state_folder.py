@@ -22,7 +22,7 @@ import numpy as np
 
 from rgexport.chat.state_file import Key, SavedState, read_state, state_bytes, write_state
 from rgexport.errors import system_error
-from rgexport.exporters.manifest import Identity
+from rgexport.export.manifest import Identity
 from rgexport.files.atomic import remove_abandoned
 from rgexport.files.paths import report_os_errors
 from rgexport.griffin.state import State

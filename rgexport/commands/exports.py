@@ -22,7 +22,7 @@ from rgexport.commands.options import (
 from rgexport.printing import print_outcome, print_result, print_sentences
 
 if TYPE_CHECKING:
-    from rgexport.exporters.artifact import Artifact
+    from rgexport.export.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def gguf(arguments: GgufArguments) -> int:
 
 def _export(arguments: OnnxArguments | CoreMLArguments | GgufArguments, kind: FormatName) -> int:
     from rgexport.api import export_checkpoint
-    from rgexport.exporters.request import precision_word
+    from rgexport.export.request import precision_word
 
     flags = "checkpoint", "export", "int4", "int8"
     options = {name: value for name, value in vars(arguments).items() if name not in flags}
@@ -170,7 +170,7 @@ def _export(arguments: OnnxArguments | CoreMLArguments | GgufArguments, kind: Fo
 
 
 def _grade(artifact: "Artifact", export: ExportArguments) -> str | None:
-    from rgexport.validation.checks import grade_of_kl
+    from rgexport.validate.checks import grade_of_kl
 
     check = artifact.manifest.check
     is_graded = check.status == "verified" and check.kl is not None
@@ -183,8 +183,8 @@ def _grade(artifact: "Artifact", export: ExportArguments) -> str | None:
 
 
 def _print_artifact(artifact: "Artifact", grade: str | None) -> None:
-    from rgexport.exporters.describe import as_text, describe
-    from rgexport.exporters.opening import check_line, closing_line
+    from rgexport.export.describe import as_text, describe
+    from rgexport.export.opening import check_line, closing_line
 
     if progress.verbose:
         progress.detail(as_text(describe(str(artifact.path))))
@@ -218,7 +218,7 @@ class RandomArguments:
 @command(RandomArguments)
 def random(arguments: RandomArguments) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.exporters.opening import as_argument
+    from rgexport.export.opening import as_argument
     from rgexport.griffin.synthetic import write_random
 
     output = arguments.output
@@ -257,9 +257,9 @@ def calibrate(arguments: CalibrateArguments) -> None:
 
     One layer's weights are in memory at a time. After an interruption, the same command goes on.
     """
-    from rgexport.compress.calibrate import SUFFIX, CalibrationOptions, closing_line
-    from rgexport.compress.calibrate import calibrate as run
-    from rgexport.quantization.calibration import open_calibration
+    from rgexport.planning.calibrate import SUFFIX, CalibrationOptions, closing_line
+    from rgexport.planning.calibrate import calibrate as run
+    from rgexport.quantize.calibration import open_calibration
     from rgexport.runtimes.cluster import connected
 
     options = CalibrationOptions(**shared(arguments, CalibrationOptions))
@@ -304,7 +304,7 @@ def quantize(arguments: QuantizeArguments) -> None:
     The cost of each layout is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
-    from rgexport.compress.quantize import PlanOptions, closing_line, make_plans
+    from rgexport.planning.quantize import PlanOptions, closing_line, make_plans
     from rgexport.runtimes.cluster import connected
 
     kinds = "target_kl", "target_size", "bits"

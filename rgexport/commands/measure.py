@@ -43,7 +43,7 @@ def inspect(arguments: InspectArguments) -> int:
 
     The exit code is 1 where a checkpoint or a package has problems.
     """
-    from rgexport.exporters.describe import as_json, as_text, describe
+    from rgexport.export.describe import as_json, as_text, describe
 
     size, verify = arguments.size, arguments.verify
     models = (*arguments.named, *arguments.model) or (None,)
@@ -74,7 +74,7 @@ def reference(arguments: ReferenceArguments) -> None:
 
     With the file, `rgexport validate --reference` does not need the model.
     """
-    from rgexport.validation.reference.capture import capture, closing_line
+    from rgexport.validate.reference.capture import capture, closing_line
 
     checkpoint = arguments.checkpoint.open()
     target = arguments.output or Path(f"{checkpoint.name}.reference")
@@ -126,10 +126,10 @@ def validate(arguments: ValidateArguments) -> int:
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
-    from rgexport.exporters.opening import means_artifact
-    from rgexport.validation.checks import parse_limits
-    from rgexport.validation.reference.reference_file import read_reference
-    from rgexport.validation.run import ValidationRequest, validate_artifacts
+    from rgexport.export.opening import means_artifact
+    from rgexport.validate.checks import parse_limits
+    from rgexport.validate.reference.reference_file import read_reference
+    from rgexport.validate.run import ValidationRequest, validate_artifacts
 
     artifacts, json_file = arguments.artifacts, arguments.json
     if json_file and means_artifact(Path(json_file)):

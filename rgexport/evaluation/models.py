@@ -12,9 +12,9 @@ from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.choices import MODEL_FORMS
 from rgexport.errors import RequestError
 from rgexport.evaluation.reference_session import ReferenceSession
-from rgexport.exporters import opening
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import Identity, identity_of, identity_of_files
+from rgexport.export import opening
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Identity, identity_of, identity_of_files
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -110,7 +110,7 @@ class EvaluatedModel:
 
 
 def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
-    """Opens what `exporters.opening.open_model` opens; an artifact's engine must be there."""
+    """Opens what `export.opening.open_model` opens; an artifact's engine must be there."""
     is_path = Path(argument).exists()
     source = opening.open_model(argument, allow_foreign=allow_foreign)
     if isinstance(source, Artifact):

@@ -1,1 +1,1 @@
-"""Tables, charts and HTML pages that validate, evaluate, compress and the benchmarks share."""
+"""Tables, charts and HTML pages that validate, evaluation, planning and the benchmarks share."""

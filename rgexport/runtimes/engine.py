@@ -7,8 +7,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import Manifest, StoredTensor
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.formats import format_on
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State

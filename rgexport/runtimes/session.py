@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
+from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State
 
 LOGITS_BYTES = 192 << 20

@@ -18,8 +18,8 @@ from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import EngineError
 from rgexport.chat.prompts import PromptEncoder
 from rgexport.errors import RequestError
-from rgexport.exporters.manifest import Identity, identity_of
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.manifest import Identity, identity_of
+from rgexport.export.opening import open_artifact
 from rgexport.progress import warn
 from rgexport.serve.errors import TooLong
 

@@ -12,11 +12,11 @@ from typing import Any
 from zipfile import ZipFile
 
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import CARD
-from rgexport.exporters.onnx.format import CONFIG
-from rgexport.exporters.onnx.model_file import MODEL_FILE, weight_files
-from rgexport.exporters.origin import GEMMA, GEMMA_TERMS
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import CARD
+from rgexport.export.onnx.format import CONFIG
+from rgexport.export.onnx.model_file import MODEL_FILE, weight_files
+from rgexport.export.origin import GEMMA, GEMMA_TERMS
 from rgexport.files.hashing import hash_file
 from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.progress import Advance, task, warn

@@ -17,7 +17,7 @@ from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.exporters.manifest import Identity
+from rgexport.export.manifest import Identity
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from tests.toy_session import ToySession
 from tests.vocabularies import write_vocabulary

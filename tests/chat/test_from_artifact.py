@@ -14,7 +14,7 @@ from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
 from rgexport.commands import standard_input
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_demo

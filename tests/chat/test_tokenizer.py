@@ -13,9 +13,9 @@ from rgexport.chat.prompts import load_template
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.exporters.gguf.exporter import export_gguf
-from rgexport.exporters.gguf.options import GgufOptions
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.gguf.exporter import export_gguf
+from rgexport.export.gguf.options import GgufOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.tokenizer_files import find_tokenizer_files
 from rgexport.runtimes.llama_cpp.library import load_model

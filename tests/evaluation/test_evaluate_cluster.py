@@ -13,9 +13,9 @@ from rgexport.evaluation.models import open_model
 from rgexport.evaluation.pieces import EvaluationRequest
 from rgexport.evaluation.suites.text import documents
 from rgexport.runtimes.cluster import connected
-from tests.compress.test_cluster import address
 from tests.evaluation.small_model import small_model
 from tests.evaluation.test_length import without_times
+from tests.planning.test_cluster import address
 
 __all__ = ["address"]
 pytestmark = pytest.mark.full  # a cluster's processes each import torch

@@ -16,8 +16,8 @@ from rgexport.evaluation.harness.tasks import load_tasks
 from rgexport.evaluation.models import open_model
 from rgexport.evaluation.pieces import EvaluationRequest
 from rgexport.evaluation.suites import tasks
-from rgexport.exporters.onnx.exporter import export_onnx
-from rgexport.exporters.onnx.profiles import OnnxOptions
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.evaluation.small_model import small_model
 from tests.models import make_config

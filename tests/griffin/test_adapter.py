@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import RecurrentGemmaForCausalLM
 
 from rgexport.errors import RequestError
-from rgexport.exporters.onnx.exporter import export_onnx
-from rgexport.exporters.onnx.profiles import OnnxOptions
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.profiles import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validation.source import find_original
+from rgexport.validate.source import find_original
 from tests.command_line import rgexport as run
 from tests.deepmind import write_deepmind
 from tests.models import make_config, random_weights, write_hugging_face

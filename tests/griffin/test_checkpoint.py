@@ -183,7 +183,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A `.pt` of 340 MB is read within 60 MB; `tests/exporters` shows it of the other layout."""
+    """A `.pt` of 340 MB is read within 60 MB; `tests/export` shows it of the other layout."""
     config = make_config("ra", width=1024, heads=4, mlp_width=16_384, vocab_size=20_000)
     file = write_deepmind(random_weights(config), tmp_path)
     assert file.stat().st_size > 300 << 20

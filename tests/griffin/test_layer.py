@@ -5,10 +5,10 @@ from importlib.resources import files
 
 import pytest
 
-from rgexport.exporters.coreml.lowering import LOWERINGS as COREML
-from rgexport.exporters.gguf.naming import file_tensors
-from rgexport.exporters.onnx.lowering import LOWERINGS as ONNX
-from rgexport.exporters.trace import trace
+from rgexport.export.coreml.lowering import LOWERINGS as COREML
+from rgexport.export.gguf.naming import file_tensors
+from rgexport.export.onnx.lowering import LOWERINGS as ONNX
+from rgexport.export.trace import trace
 from rgexport.griffin import ops
 from rgexport.griffin.deepmind import BRANCHES, NAMES
 from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, all_ops, input_site, model_tensors, sites

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.exporters.hub import HubName, parse
-from rgexport.exporters.manifest import MANIFEST
+from rgexport.export.hub import HubName, parse
+from rgexport.export.manifest import MANIFEST
 from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_random_gguf
 from tests.hub.fake import TOKEN, Repository

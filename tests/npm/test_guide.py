@@ -9,9 +9,9 @@ import pytest
 
 import rgexport
 from rgexport.chat.artifact_text import open_tokenizer
-from rgexport.exporters.onnx.exporter import export_onnx
-from rgexport.exporters.onnx.profiles import OnnxOptions
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.profiles import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.control_tokens import END_OF_TURN
 from rgexport.griffin.state import POSITION

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.exporters.onnx.profiles import PROFILES
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.onnx.profiles import PROFILES
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.llama_cpp import session as llama_cpp_session

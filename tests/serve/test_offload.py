@@ -18,8 +18,8 @@ from rgexport.chat.jobs import EngineError
 from rgexport.chat.prompts import PromptEncoder, load_template
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.exporters.manifest import identity_of
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.manifest import identity_of
+from rgexport.export.opening import open_artifact
 from rgexport.serve import grammar as grammar_module
 from rgexport.serve import server as server_module
 from rgexport.serve import text_process as text_process_module

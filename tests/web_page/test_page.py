@@ -6,7 +6,7 @@ import pytest
 
 import rgexport
 from rgexport.chat.state_file import read_state_header
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.web_page import site
 from tests.npm.install import HERE, node_with_packages
 from tests.web_page.chat_page import LONGEST, Profile, plain

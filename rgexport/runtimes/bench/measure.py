@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.artifact import Artifact
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
 from rgexport.reporting.tables import Table, markdown, render

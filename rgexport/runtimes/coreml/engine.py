@@ -4,10 +4,10 @@ import sys
 
 import numpy as np
 
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.coreml.manifest import CoreMLManifest, feature_name
-from rgexport.exporters.manifest import Manifest
-from rgexport.exporters.mil.package import open_package
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml.manifest import CoreMLManifest, feature_name
+from rgexport.export.manifest import Manifest
+from rgexport.export.mil.package import open_package
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rgexport.errors import NotInstalled, RequestError, reason
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.coreml import manifest as interface
-from rgexport.exporters.coreml.package import DECODE, PREFILL, Segment, in_order
-from rgexport.exporters.manifest import ACTIVATIONS, StateRecord
-from rgexport.exporters.mil.package import open_package
+from rgexport.export.artifact import Artifact
+from rgexport.export.coreml import manifest as interface
+from rgexport.export.coreml.package import DECODE, PREFILL, Segment, in_order
+from rgexport.export.manifest import ACTIVATIONS, StateRecord
+from rgexport.export.mil.package import open_package
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.parallelism import usable_threads
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner

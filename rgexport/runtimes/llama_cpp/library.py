@@ -11,7 +11,7 @@ from typing import Any
 
 from rgexport import progress
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.exporters.gguf.naming import ARCHITECTURE
+from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.kernels.llama_cpp import port
 from rgexport.runtimes.huge_pages import huge_pages
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import Manifest, StoredTensor
-from rgexport.exporters.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
-from rgexport.exporters.onnx.trust import require_trusted
-from rgexport.exporters.storage import groups_of
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest, StoredTensor
+from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
+from rgexport.export.onnx.trust import require_trusted
+from rgexport.export.storage import groups_of
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantization.scheme import Float, TwoLevel
+from rgexport.quantize.scheme import Float, TwoLevel
 from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
@@ -23,7 +23,7 @@ _COPIES = 7.5  # of unpacked levels, measured: a 2B in 3 bits takes 12.5 GB
 class OnnxEngine(engine.Engine):
     @property
     def can_narrow(self) -> bool:
-        import rgexport.exporters.onnx.model  # noqa: F401  # without torch it fails here
+        import rgexport.export.onnx.model  # noqa: F401  # without torch it fails here
 
         return True
 
@@ -33,7 +33,7 @@ class OnnxEngine(engine.Engine):
     def session(self, artifact: Artifact, options: engine.SessionOptions) -> Session:
         graph = None
         if options.window is not None:
-            from rgexport.exporters.onnx.model import narrowed
+            from rgexport.export.onnx.model import narrowed
 
             artifact, graph = narrowed(artifact, options.window)
         return OrtSession(artifact, threads=options.threads, graph=graph, native=options.native)

@@ -8,10 +8,10 @@ import numpy as np
 import onnxruntime as ort
 
 from rgexport.errors import RequestError, one_line
-from rgexport.exporters.artifact import Artifact
-from rgexport.exporters.manifest import ACTIVATIONS, Manifest, StateRecord
-from rgexport.exporters.onnx import model_file
-from rgexport.exporters.onnx.trust import require_trusted
+from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
+from rgexport.export.onnx import model_file
+from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.parallelism import usable_threads

@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.exporters.onnx.model_file import DOMAIN, VERSION
+from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.build import NOT_BUILT, BuildFailed, build
 from rgexport.kernels.onnx import library
 from rgexport.kernels.rounding import library as rounding
@@ -162,7 +162,7 @@ PROGRAM = """
 import json, sys
 import numpy as np
 import onnxruntime as ort
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.opening import open_artifact
 from rgexport.kernels.onnx.library import calls
 from rgexport.runtimes.onnx.session import OrtSession
 session = OrtSession(open_artifact(sys.argv[1]), threads=2)

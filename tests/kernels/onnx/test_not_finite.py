@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rgexport.exporters.onnx.emitter import function_of
-from rgexport.exporters.onnx.lowering import attention, capped, convolved, gelu_mul, norm
+from rgexport.export.onnx.emitter import function_of
+from rgexport.export.onnx.lowering import attention, capped, convolved, gelu_mul, norm
 from tests.kernels.onnx.one_node import Arrays, Case, Worker, model, run_model
 from tests.kernels.onnx.quant_matrix import activations, random_matrix
 from tests.kernels.onnx.test_float_ops import attention_case, conv_case, positions, scan_case

@@ -13,8 +13,8 @@ pytest.importorskip("coremltools")
 import coremltools
 
 from rgexport.errors import RequestError
-from rgexport.exporters.coreml.package import PACKAGE
-from rgexport.exporters.mil.package import open_package
+from rgexport.export.coreml.package import PACKAGE
+from rgexport.export.mil.package import open_package
 from rgexport.runtimes.coreml import session as coreml_session
 from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter, InterpreterRunner
 from rgexport.runtimes.coreml.interpreter.weights import WeightCache

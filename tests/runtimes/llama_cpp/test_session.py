@@ -19,7 +19,7 @@ from tests.artifacts import export_random_gguf
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.llama_tools import needs_llama_cpp
 from tests.models import ODD_CONFIGS
-from tests.quantization.ggml_files import write_tensors
+from tests.quantize.ggml_files import write_tensors
 from tests.sessions import distance, random_tokens
 
 pytestmark = needs_llama_cpp

@@ -14,8 +14,8 @@ from rgexport.errors import RequestError
 from tests.artifacts import export_random
 from tests.command_line import assert_matches, refused
 from tests.models import make_config
-from tests.validation.faults import onnx_edits as edits
-from tests.validation.faults.onnx_edits import Edit, producer, spoil
+from tests.validate.faults import onnx_edits as edits
+from tests.validate.faults.onnx_edits import Edit, producer, spoil
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 import rgexport
 from bench.genai import run
 from rgexport.errors import RequestError
-from rgexport.exporters.onnx import format as files
-from rgexport.exporters.onnx.exporter import export_onnx
-from rgexport.exporters.onnx.profiles import OnnxOptions
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.onnx import format as files
+from rgexport.export.onnx.exporter import export_onnx
+from rgexport.export.onnx.profiles import OnnxOptions
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.kernels.onnx import library
 from tests.artifacts import export_random

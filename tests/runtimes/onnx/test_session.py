@@ -11,9 +11,9 @@ import torch
 
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.exporters.onnx import web_ops
-from rgexport.exporters.onnx.model_file import NativeOps, native_ops
-from rgexport.exporters.opening import open_artifact
+from rgexport.export.onnx import web_ops
+from rgexport.export.onnx.model_file import NativeOps, native_ops
+from rgexport.export.opening import open_artifact
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
 from rgexport.kernels.onnx.library import NO_NATIVE, calls, library

@@ -8,7 +8,7 @@ namespace rgexport {
 namespace {
 
 // h of a step from h of the step before it, for one vector of channels; rounded operation by
-// operation like the graph that is this op's body (rgexport/exporters/onnx/functions.py).
+// operation like the graph that is this op's body (rgexport/export/onnx/functions.py).
 inline Vector rg_lru_step(Vector h, Vector x, Vector input_gate, Vector recurrence_gate,
                           Vector decay, bool first) {
   const Vector gated = x * (1.0f / (1.0f + exponential(-input_gate)));

@@ -12,8 +12,8 @@ import numpy as np
 
 from rgexport._version import __version__
 from rgexport.errors import RequestError
-from rgexport.exporters.mil import program as mil
-from rgexport.exporters.mil.package import Package
+from rgexport.export.mil import program as mil
+from rgexport.export.mil.package import Package
 from rgexport.runtimes.coreml.interpreter.operations import ARITHMETIC, OPS, OperationInputs
 from rgexport.runtimes.coreml.interpreter.weights import (
     FileWeight,
