@@ -23,7 +23,7 @@ from rgexport.quantize.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
     from rgexport.evaluation.report import Evaluation
-    from rgexport.planning.quantize import PlanReport
+    from rgexport.planning.plan_request import PlanReport
     from rgexport.validate.result import ValidationResult
 
 Model = str | Path | Checkpoint
@@ -262,7 +262,7 @@ def quantize_model(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.planning.quantize import PlanOptions, make_plans
+    from rgexport.planning.plan_request import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(

@@ -15,7 +15,7 @@ from rgexport.choices import GradeName
 from rgexport.errors import RequestError
 from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
-from rgexport.quantize import scheme as schemes
+from rgexport.quantize.schemes import registry as schemes
 from rgexport.validate.metrics import KL, Agreement, LogitError
 
 Outcome = Literal["PASS", "AMBIGUOUS", "FAIL"]

@@ -16,8 +16,9 @@ from rgexport.files.targets import write_text
 from rgexport.griffin.layout import float32_bytes
 from rgexport.printing import print_result
 from rgexport.progress import detail, expect_stages, group, note, task, warn
-from rgexport.quantize.calibration import open_calibration
-from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
+from rgexport.quantize.algorithms.calibrated import Calibrated
+from rgexport.quantize.algorithms.calibration_file import open_calibration
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 from rgexport.runtimes.engine import engine_of, open_session
 from rgexport.runtimes.machine import available_bytes, environment, release_freed_memory
 from rgexport.runtimes.session import SessionInfo

@@ -21,10 +21,10 @@ from rgexport.export.storage import StoredGroup, groups_of
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
 from rgexport.progress import Advance, task
+from rgexport.quantize.algorithms.statistics import no_statistics
 from rgexport.quantize.plan import quantized
-from rgexport.quantize.scheme import Scheme, Uniform
-from rgexport.quantize.statistics import no_statistics
-from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes
+from rgexport.quantize.schemes.registry import Scheme, Uniform
+from rgexport.quantize.schemes.steps import NEGLIGIBLE, Measure, StepSizes
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights import sketch
 from rgexport.validate.weights.expectations import OUTPUT_NOISE, expectation, expectation_key

@@ -21,8 +21,8 @@ from rgexport.export.artifact import Artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import Advance
+from rgexport.quantize.algorithms.statistics import StatisticsOf
 from rgexport.quantize.plan import quantized
-from rgexport.quantize.statistics import StatisticsOf
 from rgexport.validate.checks import Check
 from rgexport.validate.weights import tensor_errors
 from rgexport.validate.weights.expectations import EXPECTATIONS, HALF_STEPS

@@ -21,7 +21,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.kernels.onnx import library as build
 from rgexport.kernels.onnx.library import NO_NATIVE, Kernels
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float
+from rgexport.quantize.schemes.registry import BFLOAT16, Affine, Float
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate.weights.tensor_errors import step_sizes
