@@ -18,7 +18,7 @@ from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.tensor_errors import shown_steps
+from rgexport.validate.weights.steps import shown_steps
 
 ROUNDED_TOKENS, POSITIONS = 256, 64
 """The first tokens of the text, which the rounded model takes, and how many are compared."""

@@ -29,7 +29,7 @@ from rgexport.validate.metrics import Drift, worst
 from rgexport.validate.reference.against import AgainstFile, file_checks
 from rgexport.validate.source import OriginalModel
 from rgexport.validate.structure.compare import NOT_COMPARED, StructureReport
-from rgexport.validate.weights.tensor_errors import WeightError
+from rgexport.validate.weights.weight_errors import WeightError
 from rgexport.validate.weights.weight_limits import Reproduced, reproduced_checks, weight_checks
 
 Scope = Literal["structure", "text"]

@@ -46,7 +46,7 @@ from rgexport.validate.result import (
 from rgexport.validate.source import OriginalModel, compare_identity, find_original
 from rgexport.validate.structure.compare import compare_structure
 from rgexport.validate.text import Text, choose_text
-from rgexport.validate.weights.tensor_errors import weight_errors
+from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import reproduce
 
 

@@ -14,7 +14,8 @@ from rgexport.validate.metrics import Drift, Likelihood, worst
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import ValidationResult
-from rgexport.validate.weights.tensor_errors import TensorError, WeightError
+from rgexport.validate.weights.tensor_errors import TensorError
+from rgexport.validate.weights.weight_errors import WeightError
 
 WORST = 5
 """Rows of tables that show only the worst."""
