@@ -18,12 +18,8 @@ _MOST_NAMED = 6
 class IdentityItem:
     """One property that identifies a model, of an artifact and of what it is compared with.
 
-    Attributes:
-        name: The property, such as `window`.
-        artifact: The artifact's value in words; null if it has none or nothing is known.
-        expected: The expected value in words; null if there is none or nothing is known.
-        outcome: `asked for` if the manifest says that the export was asked for the difference.
-        reason: The words that introduce the expected value in a sentence.
+    Values are in words, null where there is none or nothing is known. The outcome is `asked for` if
+    the manifest says that the export was asked for the difference.
     """
 
     name: str

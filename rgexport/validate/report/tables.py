@@ -6,7 +6,9 @@ from dataclasses import replace
 from rgexport.reporting.numbers import number, percent, plus_minus
 from rgexport.reporting.tables import BarTable, Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.sites import SiteError, SiteReport, Suspect
+from rgexport.validate.bisect.site_report import SiteReport
+from rgexport.validate.bisect.sites import SiteError
+from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
