@@ -138,13 +138,14 @@ def validate_artifact(
     from rgexport.export.request import require_word
     from rgexport.validate import run
     from rgexport.validate.checks import GRADE_NAMES, parse_limits
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.reference.reference_file import read_reference
 
     if isinstance(artifact, list | tuple):
         raise RequestError(f"artifact is a {type(artifact).__name__}; validate one at a time")
     if min_quality is not None:
         require_word("min_quality", min_quality, GRADE_NAMES)
-    request = run.ValidationRequest(
+    request = ValidationRequest(
         model=None if model is None else str(model),
         adapter=_path(adapter),
         text=_path(text),

@@ -17,7 +17,8 @@ from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.package import PackagePlan, weight_file
 from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.griffin.layout import Role, role_of
+from rgexport.griffin.layer_ops import Role
+from rgexport.griffin.layout import role_of
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 from rgexport.quantize.schemes import registry as schemes

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rgexport.quantize.schemes.ggml import LAYOUTS
 from rgexport.quantize.schemes.ggml_types import TYPES
 from rgexport.quantize.schemes.registry import Ggml
-from rgexport.validate.weights.tensor_errors import shown_steps
+from rgexport.validate.weights.steps import shown_steps
 from tests.llama_tools import needs_llama_cpp
 from tests.validate.weights.stored import (
     WEIGHTS,
