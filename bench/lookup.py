@@ -17,7 +17,8 @@ from statistics import median
 import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
-from rgexport.chat.jobs import End, GenerationRequest, Mask
+from rgexport.chat.jobs import End, GenerationRequest
+from rgexport.chat.masks import Mask
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler

@@ -25,7 +25,7 @@ from rgexport.quantize.scheme import Plan
 if TYPE_CHECKING:
     from rgexport.evaluation.pieces import EvaluationRequest
     from rgexport.evaluation.report import Evaluation
-    from rgexport.planning.quantize import PlanReport
+    from rgexport.planning.plan_request import PlanReport
     from rgexport.validate.result import ValidationResult
 
 Model = str | Path | Checkpoint
@@ -139,6 +139,7 @@ def validate_artifact(
     """
     from rgexport.validate import run
     from rgexport.validate.checks import GRADE_NAMES, parse_limits
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.reference.reference_file import read_reference
 
     if isinstance(artifact, list | tuple):
@@ -153,7 +154,7 @@ def validate_artifact(
     if reference is not None:
         captured_reference = read_reference(Path(reference))
     limits = limits or {}
-    request = run.ValidationRequest(
+    request = ValidationRequest(
         model=model_name,
         adapter=_path(adapter),
         text=_path(text),
@@ -285,7 +286,7 @@ def quantize_model(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.planning.quantize import PlanOptions, make_plans
+    from rgexport.planning.plan_request import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(

@@ -22,10 +22,16 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
-from rgexport.quantize import scheme_base
-from rgexport.quantize.algorithms import refined
-from rgexport.quantize.statistics import Statistics
-from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes, float16_spacing, span_steps
+from rgexport.quantize.algorithms.gptq import refined
+from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.schemes import base as scheme_base
+from rgexport.quantize.schemes.steps import (
+    NEGLIGIBLE,
+    Measure,
+    StepSizes,
+    float16_spacing,
+    span_steps,
+)
 
 
 def packed_width(count: int, bits: int) -> int:
