@@ -17,7 +17,7 @@ PACKAGE = Path(rgexport.__file__).parent
 FACE = PACKAGE / "__init__.py"  # gives `rgexport.load` when it is asked for
 TREES = {path: ast.parse(path.read_text()) for path in sorted({*PACKAGE.rglob("*.py")} - {FACE})}
 MODULES = list(TREES)
-LAYERS = """_version choices errors units parallelism printing progress reporting formats
+LAYERS = """_version choices errors units numerics parallelism printing progress reporting formats
 files npm griffin kernels quantize export runtimes chat serve
 web_page validate evaluation planning api commands cli __main__""".split()
 """Every package and module of rgexport; each imports only from itself and those before it."""

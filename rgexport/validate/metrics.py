@@ -11,6 +11,7 @@ from itertools import count, takewhile
 import numpy as np
 
 from rgexport.griffin.state import POSITION, State
+from rgexport.numerics import log_sum_exp
 
 ROWS = np.dtype(
     [
@@ -54,7 +55,8 @@ def _compare_block(
     ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
     at = np.arange(len(ref))
     delta = ref - cand
-    log_p, log_q = _log_sum_exp(ref), _log_sum_exp(cand)
+    log_p = log_sum_exp(ref)
+    log_q = log_sum_exp(cand)
     # Σ p (log p - log q) with p = exp(ref - log_p); rounding may leave -1e-15 where it is 0.
     kl = np.einsum("nv,nv->n", np.exp(ref - log_p[:, None]), delta) - log_p + log_q
     first, first_candidate = ref.argmax(1), cand.argmax(1)
@@ -79,11 +81,6 @@ def _compare_block(
     out["has_next"] = known
     out["nll"] = np.where(known, log_p - ref[at, token], 0)
     out["nll_candidate"] = np.where(known, log_q - cand[at, token], 0)
-
-
-def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    top = logits.max(1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(1))
 
 
 @dataclass(frozen=True, kw_only=True)
