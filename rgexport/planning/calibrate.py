@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from rgexport._version import __version__
+from rgexport.artifacts.opening import as_argument, model_argument
+from rgexport.artifacts.origin import folder_of
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.opening import as_argument, model_argument
-from rgexport.export.origin import folder_of
 from rgexport.files.hashing import hash_file, hash_new_files, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import site_of, sites
 from rgexport.griffin.numpy_reference import NumpyReference

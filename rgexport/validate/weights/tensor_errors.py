@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import StoredGroup, groups_of
 from rgexport.errors import RequestError
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import StoredGroup, groups_of
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array, slab_bounds
 from rgexport.progress import Advance, task
