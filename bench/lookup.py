@@ -18,7 +18,8 @@ import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
 from rgexport.artifacts.opening import open_artifact
-from rgexport.chat.jobs import End, GenerationRequest, Mask
+from rgexport.chat.jobs import End, GenerationRequest
+from rgexport.chat.masks import Mask
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler

@@ -24,9 +24,9 @@ web_page validate evaluation planning api commands cli __main__""".split()
 SIBLINGS = {"validate", "evaluation", "planning"}  # none of these imports another one
 WITHOUT_EXPORT = {"runtimes", "chat", "serve"}
 """Packages that run artifacts, and import nothing of what writes them."""
-CIRCLES_OF_TYPES = {"chat", "quantize"}
-"""Packages with modules that import one another for type checkers: jobs and the masks and
-speculation that they keep; schemes and the statistics that they take."""
+CIRCLES_OF_TYPES = {"quantize"}
+"""Packages with modules that import one another for type checkers: schemes, and the statistics and
+algorithms that they take."""
 FORMATS_AND_ENGINES = """
 artifacts.onnx artifacts.coreml artifacts.gguf export.onnx export.coreml export.gguf
 runtimes.onnx runtimes.coreml runtimes.llama_cpp""".split()

@@ -11,7 +11,8 @@ from rgexport.export.onnx.lowering import LOWERINGS as ONNX
 from rgexport.export.trace import trace
 from rgexport.griffin import ops
 from rgexport.griffin.deepmind import BRANCHES, NAMES
-from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, all_ops, input_site, model_tensors, sites
+from rgexport.griffin.layer_ops import all_ops
+from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, input_site, model_tensors, sites
 from rgexport.runtimes.llama_cpp.engine import taps
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights

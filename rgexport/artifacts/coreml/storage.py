@@ -13,7 +13,8 @@ from rgexport.artifacts.manifest import StoredTensor
 from rgexport.artifacts.storage import part_shapes_by_group
 from rgexport.artifacts.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.errors import RequestError
-from rgexport.griffin.layout import Role, role_of
+from rgexport.griffin.layer_ops import Role
+from rgexport.griffin.layout import role_of
 from rgexport.quantize import scheme as schemes
 
 ALIGNMENT = 64

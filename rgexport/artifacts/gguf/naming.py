@@ -6,7 +6,8 @@ import numpy as np
 
 from rgexport.artifacts.transforms import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, Role, all_ops, model_tensors
+from rgexport.griffin.layer_ops import Role, all_ops
+from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, model_tensors
 
 ARCHITECTURE = "recurrentgemma"
 
