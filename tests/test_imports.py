@@ -33,7 +33,7 @@ runtimes.onnx runtimes.coreml runtimes.llama_cpp""".split()
 """Packages of one format or engine; others of their layer ask the format object."""
 
 NEEDS_TORCH = {
-    *(f"planning/{name}.py" for name in "losses statistics".split()),
+    *(f"planning/{name}.py" for name in "losses layer_pass".split()),
     *(f"griffin/{name}.py" for name in "ops reference".split()),
     *("validate/reference/deepmind_model.py", "export/trace.py"),
 }

@@ -9,7 +9,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.huggingface import to_hugging_face, write_weights
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import DTYPES, from_array
-from rgexport.quantize.scheme import Affine, Mixed, RowGroup
+from rgexport.quantize.schemes.registry import Affine, Mixed, RowGroup
 
 CONFIG = GriffinConfig(
     vocab_size=16,

@@ -13,7 +13,7 @@ from rgexport.errors import RequestError
 from rgexport.files.targets import check_target
 from rgexport.formats import FORMATS, format_on
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
+from rgexport.quantize.schemes.registry import PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
 from rgexport.reporting.text_templates import render_text
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rgexport.artifacts.manifest import StoredTensor
 from rgexport.artifacts.transforms import Shape
-from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
+from rgexport.quantize.schemes.registry import PartShapes, Scheme, Uniform
 
 
 def aligned(size: int, alignment: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from rgexport.artifacts.manifest import StoredTensor
 from rgexport.artifacts.storage import groups_of
 from rgexport.export.program import Node, Value
-from rgexport.quantize.scheme import Mixed
+from rgexport.quantize.schemes.registry import Mixed
 
 
 def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

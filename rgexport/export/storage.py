@@ -19,7 +19,7 @@ from rgexport.artifacts.transforms import Shape
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Parts, PartShapes, Plan, Scheme
+from rgexport.quantize.schemes.registry import Parts, PartShapes, Plan, Scheme
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""

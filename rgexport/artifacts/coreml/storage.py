@@ -2,7 +2,7 @@
 
 A blob file (version 2, as in MIL's C++ `StorageFormat.hpp`) begins with a header of 64 bytes. The
 blobs follow at multiples of 64, each with its own header of 64 bytes. MIL has two's complement
-where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
+where `quantize.schemes.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
 """
 
 import struct
@@ -15,7 +15,7 @@ from rgexport.artifacts.transforms import DECAY, NORM, PLAIN, Transform
 from rgexport.errors import RequestError
 from rgexport.griffin.layer_ops import Role
 from rgexport.griffin.layout import role_of
-from rgexport.quantize import scheme as schemes
+from rgexport.quantize.schemes import registry as schemes
 
 ALIGNMENT = 64
 """A blob's header begins at a multiple of this."""

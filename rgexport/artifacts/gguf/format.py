@@ -25,10 +25,10 @@ from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tokenizer_files import BYTE, CONTROL, USER_DEFINED
-from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import GgufHeader, is_gguf, read_header
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Ggml, Parts, PartShapes, Plan, Scheme, Uniform
+from rgexport.quantize.schemes.ggml_types import FILE_TYPES, TYPES
+from rgexport.quantize.schemes.registry import Ggml, Parts, PartShapes, Plan, Scheme, Uniform
 
 ALGORITHMS_KEY = "rgexport.algorithms"
 _OWN = Ggml("f32").algorithm

@@ -36,8 +36,8 @@ from rgexport.artifacts.storage import part_shapes_by_group
 from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import state_specs
-from rgexport.quantize import scheme as schemes
 from rgexport.quantize.plan import MIXED, PRECISIONS
+from rgexport.quantize.schemes import registry as schemes
 
 STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "rg_lru": ("recurrent_state", "canonical"),

@@ -20,7 +20,7 @@ from rgexport.artifacts.manifest import Manifest
 from rgexport.artifacts.onnx import model_file
 from rgexport.choices import Profile
 from rgexport.errors import RequestError, one_line
-from rgexport.quantize.two_level import PLANES
+from rgexport.quantize.schemes.two_level import PLANES
 
 Ops = Mapping[str, frozenset[str]]
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own ops, in every stock build

@@ -17,7 +17,7 @@ from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import task
-from rgexport.quantize.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 
 _TOOLS = ("torch", "coremltools", "numpy")
 

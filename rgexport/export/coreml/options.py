@@ -19,7 +19,7 @@ from rgexport.quantize.plan import (
     make_plan,
     with_algorithm,
 )
-from rgexport.quantize.scheme import Float, Plan, Scheme
+from rgexport.quantize.schemes.registry import Float, Plan, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)

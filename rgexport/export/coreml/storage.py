@@ -22,9 +22,9 @@ from rgexport.artifacts.storage import groups_of
 from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize import scheme as schemes
-from rgexport.quantize.scheme_base import Shape
-from rgexport.quantize.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.schemes import registry as schemes
+from rgexport.quantize.schemes.base import Shape
 
 _VERSION, _SENTINEL = 2, 0xDEADBEEF
 _FILE_HEADER = struct.Struct("<II56x")

@@ -17,8 +17,8 @@ from rgexport.errors import RequestError
 from rgexport.export import storage
 from rgexport.export.coreml.storage import CoreMLStorage, blob_dtype, encode
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.scheme import Affine, Float, Palette, Parts, Scheme
-from rgexport.quantize.statistics import no_statistics
+from rgexport.quantize.algorithms.statistics import no_statistics
+from rgexport.quantize.schemes.registry import Affine, Float, Palette, Parts, Scheme
 
 pytest.importorskip("coremltools")
 
