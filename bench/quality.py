@@ -33,7 +33,7 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors, role_of
 from rgexport.griffin.reference import Reference
 from rgexport.progress import note
-from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.algorithms.calibration_file import open_calibration
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment
 from rgexport.runtimes.session import Session

@@ -32,9 +32,10 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 
 TOKENS = 300
 """The most that an artifact takes; random checkpoints get four windows."""

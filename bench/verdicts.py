@@ -32,9 +32,10 @@ from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
 from rgexport.validate.checks import Check
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 
 TOKENS = 128

@@ -20,9 +20,9 @@ from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, layer_tensors, model_tensors
-from rgexport.quantize.affine import pack, unpack
 from rgexport.quantize.gguf_header import read_header
-from rgexport.quantize.scheme import Affine, Ggml
+from rgexport.quantize.schemes.affine import pack, unpack
+from rgexport.quantize.schemes.registry import Affine, Ggml
 
 Weights = dict[str, np.ndarray]
 Wrong = Callable[[GriffinConfig, Weights], Weights]

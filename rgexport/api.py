@@ -23,7 +23,7 @@ from rgexport.quantize.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
     from rgexport.evaluation.report import Evaluation
-    from rgexport.planning.quantize import PlanReport
+    from rgexport.planning.plan_request import PlanReport
     from rgexport.validate.result import ValidationResult
 
 Model = str | Path | Checkpoint
@@ -138,13 +138,14 @@ def validate_artifact(
     from rgexport.export.request import require_word
     from rgexport.validate import run
     from rgexport.validate.checks import GRADE_NAMES, parse_limits
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.reference.reference_file import read_reference
 
     if isinstance(artifact, list | tuple):
         raise RequestError(f"artifact is a {type(artifact).__name__}; validate one at a time")
     if min_quality is not None:
         require_word("min_quality", min_quality, GRADE_NAMES)
-    request = run.ValidationRequest(
+    request = ValidationRequest(
         model=None if model is None else str(model),
         adapter=_path(adapter),
         text=_path(text),
@@ -262,7 +263,7 @@ def quantize_model(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.planning.quantize import PlanOptions, make_plans
+    from rgexport.planning.plan_request import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(

@@ -22,7 +22,7 @@ from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.ggml_library import load_library
+from rgexport.quantize.schemes.ggml_library import load_library
 from tests.built import digest_of, filled
 from tests.models import Weights, random_weights, write_hugging_face
 

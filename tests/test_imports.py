@@ -31,7 +31,7 @@ FORMATS_AND_ENGINES = {
 format object."""
 
 NEEDS_TORCH = {
-    *(f"planning/{name}.py" for name in "losses statistics".split()),
+    *(f"planning/{name}.py" for name in "losses layer_pass".split()),
     *(f"griffin/{name}.py" for name in "ops reference".split()),
     *("validate/reference/deepmind_model.py", "export/trace.py"),
 }

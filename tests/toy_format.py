@@ -17,7 +17,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.quantize.scheme import Float, PartShapes, Scheme
+from rgexport.quantize.schemes.registry import Float, PartShapes, Scheme
 from rgexport.runtimes.engine import Engine, SessionOptions
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate.formats.expected import Expected

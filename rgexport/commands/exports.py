@@ -259,7 +259,7 @@ def calibrate(arguments: CalibrateArguments) -> None:
     """
     from rgexport.planning.calibrate import SUFFIX, CalibrationOptions, closing_line
     from rgexport.planning.calibrate import calibrate as run
-    from rgexport.quantize.calibration import open_calibration
+    from rgexport.quantize.algorithms.calibration_file import open_calibration
     from rgexport.runtimes.cluster import connected
 
     options = CalibrationOptions(**shared(arguments, CalibrationOptions))
@@ -304,7 +304,7 @@ def quantize(arguments: QuantizeArguments) -> None:
     The cost of each layout is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
-    from rgexport.planning.quantize import PlanOptions, closing_line, make_plans
+    from rgexport.planning.plan_request import PlanOptions, closing_line, make_plans
     from rgexport.runtimes.cluster import connected
 
     kinds = "target_kl", "target_size", "bits"

@@ -128,8 +128,9 @@ def validate(arguments: ValidateArguments) -> int:
     """
     from rgexport.export.opening import means_artifact
     from rgexport.validate.checks import parse_limits
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.reference.reference_file import read_reference
-    from rgexport.validate.run import ValidationRequest, validate_artifacts
+    from rgexport.validate.run import validate_artifacts
 
     artifacts, json_file = arguments.artifacts, arguments.json
     if json_file and means_artifact(Path(json_file)):

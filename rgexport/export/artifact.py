@@ -20,7 +20,7 @@ from rgexport.files.hashing import (
     remember_hashes,
 )
 from rgexport.griffin.tensor import RowTensor, WeightSource
-from rgexport.quantize.scheme import Parts
+from rgexport.quantize.schemes.registry import Parts
 from rgexport.units import amount
 
 

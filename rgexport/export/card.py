@@ -9,7 +9,7 @@ from rgexport.export.format import format_of, render
 from rgexport.export.manifest import Manifest
 from rgexport.export.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
-from rgexport.quantize.algorithms import ALGORITHMS
+from rgexport.quantize.algorithms.registry import ALGORITHMS
 from rgexport.units import amount
 
 

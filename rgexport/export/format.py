@@ -11,7 +11,7 @@ from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import MANIFEST, IoRecord, Manifest, StateRecord
 from rgexport.files.targets import check_target
 from rgexport.formats import FORMATS, format_on
-from rgexport.quantize.scheme import PartShapes, Scheme, Uniform
+from rgexport.quantize.schemes.registry import PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from rgexport.files.hashing import FileRecord
 from rgexport.files.typed_json import to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.griffin.tokenizer_files import TOKENIZERS
-from rgexport.quantize.scheme import FloatDtype, Scheme, Uniform
+from rgexport.quantize.schemes.registry import FloatDtype, Scheme, Uniform
 
 
 @dataclass(frozen=True, kw_only=True)

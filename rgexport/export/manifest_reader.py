@@ -20,7 +20,7 @@ from rgexport.files.typed_json import Mismatch, from_json, read_json, require_ve
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Ggml
+from rgexport.quantize.schemes.registry import Ggml
 from rgexport.units import amount
 
 MAX_STATE_BYTES = 1 << 30  # the largest state of a conversation in float32: twenty times a 9B's

@@ -11,7 +11,7 @@ from rgexport.errors import RequestError
 from rgexport.export.format import format_of
 from rgexport.export.manifest import ACTIVATIONS
 from rgexport.quantize.plan import MIXED, precision_of
-from rgexport.quantize.scheme import Ggml, Plan
+from rgexport.quantize.schemes.registry import Ggml, Plan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}

@@ -20,7 +20,7 @@ from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Mixed, Parts, PartShapes, Plan, Scheme, Uniform
+from rgexport.quantize.schemes.registry import Mixed, Parts, PartShapes, Plan, Scheme, Uniform
 
 Shape = tuple[int, ...]
 _Values = Callable[[np.ndarray], np.ndarray]

@@ -20,7 +20,7 @@ from rgexport.files.typed_json import parse_json
 from rgexport.griffin import control_tokens, tokenizer_files
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import warn
-from rgexport.quantize.statistics import BUILT_IN
+from rgexport.quantize.built_in_text import BUILT_IN
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
 

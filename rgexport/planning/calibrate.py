@@ -24,8 +24,9 @@ from rgexport.planning.calibration_folder import CalibrationFolder, StatisticsFi
 from rgexport.planning.cluster import encoder_statistics, spread_layer
 from rgexport.planning.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.progress import expect_stages, group, note
-from rgexport.quantize import calibration as stored
-from rgexport.quantize.statistics import BUILT_IN, StatisticsOf
+from rgexport.quantize.algorithms import calibration_file as stored
+from rgexport.quantize.algorithms.statistics import StatisticsOf
+from rgexport.quantize.built_in_text import BUILT_IN
 from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount
@@ -233,7 +234,7 @@ def collect(
     workers: Cluster | None = None,
 ) -> None:
     from rgexport.griffin.reference import Reference
-    from rgexport.planning.statistics import Collector, run_layer
+    from rgexport.planning.layer_pass import Collector, run_layer
 
     config = checkpoint.config
     gradients = text.first(options.gradient_tokens)

@@ -25,7 +25,7 @@ from rgexport.export.storage import groups_of, in_order
 from rgexport.files import hashing
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.quantize.scheme import Mixed
+from rgexport.quantize.schemes.registry import Mixed
 from tests.models import ODD_CONFIGS, Weights, random_weights, write_hugging_face
 from tests.row_groups import BIASED, decoded, split_plan
 

@@ -20,7 +20,7 @@ from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.request import algorithm_word
 from rgexport.files.hashing import FileRecord
 from rgexport.files.targets import require_free_disk
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.schemes.registry import Affine
 from tests.artifacts import export_random_coreml, export_random_gguf
 from tests.files import windows_rules
 from tests.models import ODD_CONFIGS

@@ -22,7 +22,7 @@ from rgexport.export.coreml.storage import blob_dtype
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import Node, Value
 from rgexport.export.storage import with_groups
-from rgexport.quantize.scheme import Affine, Palette
+from rgexport.quantize.schemes.registry import Affine, Palette
 
 _CAST_NAMES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
 DTYPES = {name: getattr(types, cast) for name, cast in _CAST_NAMES.items()} | {

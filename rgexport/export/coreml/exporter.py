@@ -23,6 +23,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import QUANTIZABLE, is_linear_bias, model_tensors
 from rgexport.progress import task
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     choose_scheme,
@@ -30,8 +31,7 @@ from rgexport.quantize.plan import (
     make_plan,
     with_algorithm,
 )
-from rgexport.quantize.scheme import Float, Plan, Scheme
-from rgexport.quantize.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.schemes.registry import Float, Plan, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from rgexport.export.mil.program import TensorType
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import Mismatch, shown_key
 from rgexport.quantize.plan import COREML_PRECISIONS, MIXED
-from rgexport.quantize.scheme import Parts, PartShapes, Scheme, Uniform
+from rgexport.quantize.schemes.registry import Parts, PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
 
 _MAX_COMPLAINTS = 4

@@ -2,7 +2,7 @@
 
 A blob file (version 2, as in MIL's C++ `StorageFormat.hpp`) begins with a header of 64 bytes. The
 blobs follow at multiples of 64, each with its own header of 64 bytes. MIL has two's complement
-where `quantize.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
+where `quantize.schemes.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.griffin.layer_ops import Role
 from rgexport.griffin.layout import role_of
 from rgexport.griffin.tensor import WeightSource
-from rgexport.quantize import scheme as schemes
-from rgexport.quantize.scheme_base import Shape
-from rgexport.quantize.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.schemes import registry as schemes
+from rgexport.quantize.schemes.base import Shape
 
 ALIGNMENT = 64
 _VERSION, _SENTINEL = 2, 0xDEADBEEF

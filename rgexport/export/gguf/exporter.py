@@ -34,11 +34,11 @@ from rgexport.griffin.control_tokens import chosen_template
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, expect_stages, group, note, task, warn
-from rgexport.quantize.ggml_library import load_library
-from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.algorithms.statistics import Known, Statistics, StatisticsOf, no_statistics
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
-from rgexport.quantize.scheme import Ggml
-from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_statistics
+from rgexport.quantize.schemes.ggml_library import load_library
+from rgexport.quantize.schemes.ggml_types import TYPES
+from rgexport.quantize.schemes.registry import Ggml
 
 Metadata = dict[str, Any]
 """Key → value, of a type that has a kind here; a list has values of one type."""

@@ -23,10 +23,10 @@ from rgexport.files.targets import check_file_target
 from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tokenizer_files import BYTE, CONTROL, USER_DEFINED
-from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.gguf_header import GgufHeader, is_gguf, read_header
 from rgexport.quantize.plan import PRECISIONS
-from rgexport.quantize.scheme import Ggml, Parts, PartShapes, Plan, Scheme, Uniform
+from rgexport.quantize.schemes.ggml_types import FILE_TYPES, TYPES
+from rgexport.quantize.schemes.registry import Ggml, Parts, PartShapes, Plan, Scheme, Uniform
 
 if TYPE_CHECKING:
     from rgexport.griffin.checkpoint import Checkpoint

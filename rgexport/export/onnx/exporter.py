@@ -24,9 +24,9 @@ from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.progress import task
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 from rgexport.quantize.plan import bfloat16_gates
-from rgexport.quantize.scheme import Parts, Plan
-from rgexport.quantize.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.schemes.registry import Parts, Plan
 
 _ALIGNMENT = 4096  # of every part: runtimes map the file, and a mapping starts at a page
 

@@ -44,8 +44,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.control_tokens import chat_template
 from rgexport.griffin.state import state_specs
 from rgexport.kernels.onnx import library
-from rgexport.quantize import scheme as schemes
 from rgexport.quantize.plan import MIXED, PRECISIONS
+from rgexport.quantize.schemes import registry as schemes
 
 if TYPE_CHECKING:
     from rgexport.export.tokenizer import ControlIds

@@ -16,8 +16,8 @@ from rgexport.export.onnx.emitter import DTYPES, OPSET
 from rgexport.export.onnx.model_file import DOMAIN
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, StepProgram
-from rgexport.quantize.scheme import Affine, TwoLevel
-from rgexport.quantize.two_level import PLANES, RUN
+from rgexport.quantize.schemes.registry import Affine, TwoLevel
+from rgexport.quantize.schemes.two_level import PLANES, RUN
 
 QUANT_LINEAR_SIZES = "N", "N2", "N3"  # attributes of QuantLinear: the number of rows of each matrix
 

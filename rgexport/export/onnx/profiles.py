@@ -14,8 +14,8 @@ from rgexport.export.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize import plan as planning
-from rgexport.quantize import scheme as schemes
-from rgexport.quantize.two_level import PLANES
+from rgexport.quantize.schemes import registry as schemes
+from rgexport.quantize.schemes.two_level import PLANES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rgexport.errors import RequestError, one_line
 from rgexport.export.artifact import Artifact
 from rgexport.export.manifest import Manifest
 from rgexport.export.onnx import model_file
-from rgexport.quantize.two_level import PLANES
+from rgexport.quantize.schemes.two_level import PLANES
 
 Ops = Mapping[str, frozenset[str]]
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own ops, in every stock build

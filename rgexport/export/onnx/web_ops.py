@@ -23,7 +23,7 @@ from rgexport.export.onnx.lowering import ring_attention
 from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.griffin.config import RG_LRU_C
-from rgexport.quantize.scheme import INT8_ROWS, Affine
+from rgexport.quantize.schemes.registry import INT8_ROWS, Affine
 
 _ZERO_POINT = 128  # of weights and activations, which are symmetric and stored as unsigned bytes
 _LARGEST = 127

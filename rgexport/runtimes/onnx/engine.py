@@ -11,7 +11,7 @@ from rgexport.export.onnx.trust import require_trusted
 from rgexport.export.storage import groups_of
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantize.scheme import Float, TwoLevel
+from rgexport.quantize.schemes.registry import Float, TwoLevel
 from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session

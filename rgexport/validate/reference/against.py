@@ -16,7 +16,7 @@ from rgexport.validate import metrics
 from rgexport.validate.checks import Check, cost_checks, tolerance
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
-from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
+from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (

@@ -45,8 +45,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor, file_rows
-from rgexport.validate.identity import TextIdentity
 from rgexport.validate.structure.elements import Fingerprint
+from rgexport.validate.text_items import TextIdentity
 from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
 
 FORMAT_VERSION = 3

@@ -7,7 +7,7 @@ from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
 from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.page import page_environment, visible
 from rgexport.units import amount
-from rgexport.validate.bisect.sites import site_evidence
+from rgexport.validate.bisect.suspects import site_evidence
 from rgexport.validate.checks import GRADES, verdict
 from rgexport.validate.report import sentences, tables
 from rgexport.validate.result import ValidationResult

@@ -6,7 +6,9 @@ from dataclasses import replace
 from rgexport.reporting.numbers import number, percent, plus_minus
 from rgexport.reporting.tables import BarTable, Row, Table
 from rgexport.units import amount
-from rgexport.validate.bisect.sites import SiteError, SiteReport, Suspect
+from rgexport.validate.bisect.site_report import SiteReport
+from rgexport.validate.bisect.sites import SiteError
+from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.costs import LayerCost
 from rgexport.validate.equivalences import SAME
 from rgexport.validate.measure import Comparison
@@ -14,7 +16,8 @@ from rgexport.validate.metrics import Drift, Likelihood, worst
 from rgexport.validate.reference.against import AgainstFile
 from rgexport.validate.report.sentences import LABELS, mean_kl
 from rgexport.validate.result import ValidationResult
-from rgexport.validate.weights.tensor_errors import TensorError, WeightError
+from rgexport.validate.weights.tensor_errors import TensorError
+from rgexport.validate.weights.weight_errors import WeightError
 
 WORST = 5
 """Rows of tables that show only the worst."""

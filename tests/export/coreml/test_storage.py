@@ -23,8 +23,8 @@ from rgexport.export.coreml.storage import (
 )
 from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.scheme import Affine, Float, Palette, Parts, Scheme
-from rgexport.quantize.statistics import no_statistics
+from rgexport.quantize.algorithms.statistics import no_statistics
+from rgexport.quantize.schemes.registry import Affine, Float, Palette, Parts, Scheme
 
 pytest.importorskip("coremltools")
 

@@ -21,10 +21,10 @@ from rgexport.griffin.reference import Reference
 from rgexport.kernels.onnx import library as build
 from rgexport.kernels.onnx.library import NO_NATIVE, Kernels
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float
+from rgexport.quantize.schemes.registry import BFLOAT16, Affine, Float
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate.weights.tensor_errors import step_sizes
+from rgexport.validate.weights.steps import step_sizes
 from tests.artifacts import export_random, load_graph
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
 from tests.sessions import distance, ragged, random_tokens

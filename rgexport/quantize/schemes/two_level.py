@@ -13,11 +13,11 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding.library import Grid
-from rgexport.quantize.affine import Affine, pack, storable, unpack, with_least_padding
-from rgexport.quantize.algorithms import choose_levels, output_gain
-from rgexport.quantize.scheme_base import Parts, PartShapes, Shape, Uniform
-from rgexport.quantize.statistics import Statistics
-from rgexport.quantize.steps import Measure, StepSizes
+from rgexport.quantize.algorithms.gptq import choose_levels, output_gain
+from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.schemes.affine import Affine, pack, storable, unpack, with_least_padding
+from rgexport.quantize.schemes.base import Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.schemes.steps import Measure, StepSizes
 
 RUN = 16
 """Blocks that share a unit."""

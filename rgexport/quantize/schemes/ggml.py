@@ -14,12 +14,12 @@ import numpy as np
 
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Grid
-from rgexport.quantize.algorithms import choose_levels, output_gain
-from rgexport.quantize.ggml_library import quantize_rows
-from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme_base import Parts, PartShapes, Shape, Uniform
-from rgexport.quantize.statistics import Statistics
-from rgexport.quantize.steps import NEGLIGIBLE, StepSizes, float_steps
+from rgexport.quantize.algorithms.gptq import choose_levels, output_gain
+from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.schemes.base import Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.schemes.ggml_library import quantize_rows
+from rgexport.quantize.schemes.ggml_types import TYPES
+from rgexport.quantize.schemes.steps import NEGLIGIBLE, StepSizes, float_steps
 
 Blocks = np.ndarray
 """uint8 [blocks, bytes of a block]."""

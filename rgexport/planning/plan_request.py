@@ -26,7 +26,7 @@ from rgexport.griffin.tokenizer_files import has_tokenizer
 from rgexport.planning.calibrate import known_calibration
 from rgexport.planning.cluster import encoder_statistics
 from rgexport.planning.passages import first_tokens, read_text
-from rgexport.planning.planning import (
+from rgexport.planning.search import (
     FLAGS,
     Kind,
     Planner,
@@ -34,7 +34,7 @@ from rgexport.planning.planning import (
     PlanTarget,
     require_reachable,
 )
-from rgexport.quantize.calibration import Calibration
+from rgexport.quantize.algorithms.calibration_file import Calibration
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis
 from rgexport.reporting.numbers import number, plus_minus
 from rgexport.reporting.page import render_page

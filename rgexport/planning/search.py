@@ -10,14 +10,14 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.export.format import Format
 from rgexport.griffin.checkpoint import Checkpoint
-from rgexport.planning.layouts import artifact_bytes, items_of, layout_bytes, plan_of
+from rgexport.planning.allocation import Choice, Option, solve
 from rgexport.planning.losses import Divergence, OriginalRun, PredictedLosses
+from rgexport.planning.plan_items import artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.progress import group, task
-from rgexport.quantize.allocation import Choice, Option, solve
-from rgexport.quantize.calibration import Calibration
+from rgexport.quantize.algorithms.calibration_file import Calibration
+from rgexport.quantize.algorithms.statistics import StatisticsOf
 from rgexport.quantize.plan import bfloat16_gates, quantized
-from rgexport.quantize.scheme import BFLOAT16, Plan, Uniform
-from rgexport.quantize.statistics import StatisticsOf
+from rgexport.quantize.schemes.registry import BFLOAT16, Plan, Uniform
 from rgexport.units import amount
 
 _ATTEMPTS = 4  # most plans that are measured until one reaches the target KL

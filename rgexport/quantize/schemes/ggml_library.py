@@ -14,7 +14,7 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.griffin.tensor import slab_bounds
 from rgexport.parallelism import usable_processors
-from rgexport.quantize.ggml_types import TYPES, GgmlType
+from rgexport.quantize.schemes.ggml_types import TYPES, GgmlType
 
 CHUNK_BYTES = 4 << 20
 """Rows, in float32, that a thread quantizes in one call."""

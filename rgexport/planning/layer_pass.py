@@ -19,7 +19,7 @@ from rgexport.griffin.reference import Reference
 from rgexport.planning.calibration_folder import CalibrationFolder, StatisticsFile
 from rgexport.planning.passages import Passages
 from rgexport.progress import Advance, task
-from rgexport.quantize import calibration as stored
+from rgexport.quantize.algorithms import calibration_file as stored
 
 _FORWARD, _BACKWARD = 2048, 1024  # tokens that go through a layer at once; bounds its activations
 _PANEL = 512  # rows of a triangle that are computed together: fewer waste less, but run slower

@@ -19,11 +19,12 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
-from rgexport.quantize.affine import Affine, largest_divisor, pack, packed_width, unpack
-from rgexport.quantize.algorithms import centers, choose_levels
-from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Shape, Uniform
-from rgexport.quantize.statistics import Statistics
-from rgexport.quantize.steps import NEGLIGIBLE, StepSizes, float16_spacing
+from rgexport.quantize.algorithms.gptq import choose_levels
+from rgexport.quantize.algorithms.kmeans import centers
+from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.schemes.affine import Affine, largest_divisor, pack, packed_width, unpack
+from rgexport.quantize.schemes.base import FloatDtype, Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.schemes.steps import NEGLIGIBLE, StepSizes, float16_spacing
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from rgexport.export.storage import OffsetAllocator
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
-from rgexport.quantize.row_groups import group_rows
-from rgexport.quantize.scheme import FLOAT32, Plan, TwoLevel, Uniform, candidates
-from rgexport.quantize.scheme_base import nbytes_of
+from rgexport.quantize.schemes.base import nbytes_of
+from rgexport.quantize.schemes.registry import FLOAT32, Plan, TwoLevel, Uniform, candidates
+from rgexport.quantize.schemes.row_groups import group_rows
 
 _SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
 _TWO_LEVEL_BYTES = 1_200  # of a matrix or row group: more parts and nodes than others have

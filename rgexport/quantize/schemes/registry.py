@@ -11,14 +11,14 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import register_reader
-from rgexport.quantize.affine import BLOCKS, INT8_ROWS, Affine
-from rgexport.quantize.ggml import Ggml
-from rgexport.quantize.palette import Palette
-from rgexport.quantize.row_groups import Mixed, RowGroup
-from rgexport.quantize.scheme_base import FloatDtype, Parts, PartShapes, Scheme, Shape, Uniform
-from rgexport.quantize.statistics import Statistics
-from rgexport.quantize.steps import StepSizes, float_steps
-from rgexport.quantize.two_level import TwoLevel
+from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.schemes.affine import BLOCKS, INT8_ROWS, Affine
+from rgexport.quantize.schemes.base import FloatDtype, Parts, PartShapes, Scheme, Shape, Uniform
+from rgexport.quantize.schemes.ggml import Ggml
+from rgexport.quantize.schemes.palette import Palette
+from rgexport.quantize.schemes.row_groups import Mixed, RowGroup
+from rgexport.quantize.schemes.steps import StepSizes, float_steps
+from rgexport.quantize.schemes.two_level import TwoLevel
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _DIGITS = {"float32": (23, 2.0**-126), "float16": (10, 2.0**-24), "bfloat16": (23, 2.0**-126)}

@@ -15,9 +15,9 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import Mismatch, from_json, to_json
-from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.statistics import Known, RemoteStatistics, RowKinds
-from rgexport.quantize.steps import Measure, StepSizes, span_steps
+from rgexport.quantize.algorithms.registry import ALGORITHMS
+from rgexport.quantize.algorithms.statistics import Known, RemoteStatistics, RowKinds
+from rgexport.quantize.schemes.steps import Measure, StepSizes, span_steps
 
 FloatDtype = Literal["float32", "float16"]
 Shape = tuple[int, ...]

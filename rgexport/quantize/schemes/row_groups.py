@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from rgexport.errors import RequestError
-from rgexport.quantize.affine import Affine
-from rgexport.quantize.scheme_base import FloatDtype, Scheme, Shape, Uniform
-from rgexport.quantize.two_level import TwoLevel
+from rgexport.quantize.schemes.affine import Affine
+from rgexport.quantize.schemes.base import FloatDtype, Scheme, Shape, Uniform
+from rgexport.quantize.schemes.two_level import TwoLevel
 
 MAX_GROUPS = 16
 """Row groups that a tensor may have: each is a product of its own."""

@@ -9,10 +9,10 @@ import torch
 
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
+from rgexport.planning.layer_pass import head_statistics
 from rgexport.planning.passages import Passages
-from rgexport.planning.statistics import head_statistics
-from rgexport.quantize import calibration
-from rgexport.quantize.calibration import linears
+from rgexport.quantize.algorithms import calibration_file
+from rgexport.quantize.algorithms.calibration_file import linears
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights, weight_source
 from tests.planning.collected import checkpoint_of, collected
@@ -96,7 +96,7 @@ def test_wide_inputs_are_cut_into_diagonal_blocks(tmp_path, monkeypatch):
     config = ODD_CONFIGS["not_by_128"]
     text, checkpoint = passages(config), checkpoint_of("not_by_128", tmp_path / "model")
     whole = collected(checkpoint, text, tmp_path / "whole")
-    monkeypatch.setattr(calibration, "MAX_BLOCK", 256)
+    monkeypatch.setattr(calibration_file, "MAX_BLOCK", 256)
     cut = collected(checkpoint, text, tmp_path / "cut")
     for tensor, (_, columns) in linears(config).items():
         (expected,), blocks = whole.hessian(tensor), cut.hessian(tensor)
