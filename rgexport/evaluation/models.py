@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from rgexport.artifacts import opening
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Identity, identity_of, identity_of_files
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.choices import MODEL_FORMS
 from rgexport.errors import RequestError
 from rgexport.evaluation.reference_session import ReferenceSession
-from rgexport.export import opening
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Identity, identity_of, identity_of_files
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
