@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from rgexport import choices
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.format import format_of
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.exporter import exporter_of
-from rgexport.export.format import format_of
-from rgexport.export.opening import open_artifact
 from rgexport.export.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by, task

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.format import CardText, FolderFormat
+from rgexport.artifacts.manifest import IoRecord, Manifest
 from rgexport.chat.artifact_text import ArtifactText
-from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
-from rgexport.export.format import CardText, FolderFormat
-from rgexport.export.manifest import IoRecord, Manifest
 from rgexport.export.storage import OffsetAllocator, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint

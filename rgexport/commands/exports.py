@@ -22,7 +22,7 @@ from rgexport.commands.options import (
 from rgexport.printing import print_outcome, print_result, print_sentences
 
 if TYPE_CHECKING:
-    from rgexport.export.artifact import Artifact
+    from rgexport.artifacts.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def _grade(artifact: "Artifact", export: ExportArguments) -> str | None:
 
 
 def _print_artifact(artifact: "Artifact", grade: str | None) -> None:
-    from rgexport.export.describe import as_text, describe
-    from rgexport.export.opening import check_line, closing_line
+    from rgexport.artifacts.describe import as_text, describe
+    from rgexport.artifacts.opening import check_line, closing_line
 
     if progress.verbose:
         progress.detail(as_text(describe(str(artifact.path))))
@@ -218,7 +218,7 @@ class RandomArguments:
 @command(RandomArguments)
 def random(arguments: RandomArguments) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.export.opening import as_argument
+    from rgexport.artifacts.opening import as_argument
     from rgexport.griffin.synthetic import write_random
 
     output = arguments.output

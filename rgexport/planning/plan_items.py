@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.format import Format
+from rgexport.artifacts.format import Format
 from rgexport.export.storage import OffsetAllocator
+from rgexport.export.tokenizer import bytes_to_add
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
@@ -37,7 +38,10 @@ def artifact_bytes(form: Format, plan: Plan, checkpoint: Checkpoint) -> int:
     two_level = (u for s in plan.values() for u in s.uniform if isinstance(u, TwoLevel))
     graph = sum(_TWO_LEVEL_BYTES for _ in two_level)
     graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
-    return weights.size + graph + form.overhead_bytes(checkpoint)
+    overhead = form.overhead_bytes(checkpoint)
+    if form.completes_tokenizer:
+        overhead += bytes_to_add(checkpoint.tokenizer_files)
+    return weights.size + graph + overhead
 
 
 @dataclass(frozen=True)

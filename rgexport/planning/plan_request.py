@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from rgexport._version import __version__
+from rgexport.artifacts.format import format_of
+from rgexport.artifacts.opening import as_argument, model_argument
+from rgexport.artifacts.origin import folder_of
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.format import format_of
-from rgexport.export.opening import as_argument, model_argument
-from rgexport.export.origin import folder_of
 from rgexport.export.request import bytes_of
 from rgexport.files.kinds import is_plan
 from rgexport.files.targets import check_file_target, replace_file, write_text

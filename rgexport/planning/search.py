@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from rgexport.artifacts.format import Format
 from rgexport.errors import RequestError
-from rgexport.export.format import Format
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.planning.allocation import Choice, Option, solve
 from rgexport.planning.losses import Divergence, OriginalRun, PredictedLosses

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.choices import GradeName
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
-from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.layout import float32_bytes
 from rgexport.progress import detail, warn

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.format import GgufArtifact, open_gguf
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.gguf.format import GgufArtifact, open_gguf
 from rgexport.quantize.plan import make_plan
 from rgexport.quantize.schemes.registry import Affine
 from tests.artifacts import export_demo, export_random

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.config import CONFIG_2B

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.sampling import Sampler
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
 from rgexport.griffin.layout import QUANTIZABLE, role_of

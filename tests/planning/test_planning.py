@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgexport.artifacts.format import format_of
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.export.format import format_of
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import GgufOptions, export_gguf
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint

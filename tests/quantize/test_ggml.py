@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rgexport.artifacts.gguf.naming import file_tensors
 from rgexport.errors import RequestError
-from rgexport.export.gguf.naming import file_tensors
 from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize.algorithms.statistics import statistics_of
 from rgexport.quantize.schemes import ggml_library

@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
+from rgexport.artifacts.manifest import IoRecord, Manifest, Source
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.export.manifest import IoRecord, Manifest, Source
 from rgexport.griffin.state import POSITION, State
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.plan import make_plan

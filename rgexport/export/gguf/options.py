@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.gguf.naming import FileTensor, file_tensors
 from rgexport.errors import RequestError
-from rgexport.export.gguf.naming import FileTensor, file_tensors
 from rgexport.export.request import refuse_beside_plan, refuse_idle, require_levels, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.quantize.algorithms.registry import ALGORITHMS

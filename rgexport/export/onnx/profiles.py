@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rgexport.artifacts.onnx.format import is_storable
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
-from rgexport.export.onnx.format import is_storable
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.web_ops import WASM, WEBGPU
 from rgexport.export.request import FolderOptions, refuse_idle, require_word

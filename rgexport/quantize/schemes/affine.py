@@ -23,7 +23,7 @@ from rgexport.errors import RequestError
 from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding import library
 from rgexport.quantize.algorithms.gptq import refined
-from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.algorithms.statistics import Hessian, Statistics
 from rgexport.quantize.schemes import base as scheme_base
 from rgexport.quantize.schemes.steps import (
     NEGLIGIBLE,
@@ -140,24 +140,61 @@ class Affine(scheme_base.Uniform):
 
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> scheme_base.Parts:
         nearest, scales, zeros = self.search(rows, statistics)
-        levels = nearest.reshape(len(rows), nearest.shape[1] * nearest.shape[2])
-        block, half = self.block_size(rows.shape[1]), self.scale == "float16"
+        count, blocks, block = nearest.shape
+        levels = nearest.reshape(count, blocks * block)
         for hessian in statistics.hessians:
-            columns = slice(hessian.start, hessian.stop)
-            weights, closest = rows[:, columns], levels[:, columns]
-            if hessian.start % block or (hessian.stop % block and hessian.stop != rows.shape[1]):
-                # A block is in two Hessians: its scale stays, and counts for each column.
-                spanned = np.arange(hessian.start, hessian.stop) // block
-                scale, zero = (np.ascontiguousarray(x[:, spanned]) for x in (scales, zeros))
-                grid = library.Grid(1, self._top, scale, -scale * zero)
-                levels[:, columns] = refined(weights, grid, hessian, closest)
-                continue
-            blocks = slice(hessian.start // block, -(-hessian.stop // block))
-            scale, zero = scales[:, blocks].copy(), zeros[:, blocks].copy()
-            grid = library.Grid(block, self._top, scale, -scale * zero)
-            levels[:, columns] = refined(weights, grid, hessian, closest, zero, half)
-            scales[:, blocks] = scale
+            if self._cuts_a_block(hessian, rows.shape[1]):
+                self._refine_levels(rows, levels, scales, zeros, hessian)
+            else:
+                self._refine_levels_and_scales(rows, levels, scales, zeros, hessian)
         return self._pack(levels.reshape(nearest.shape), scales, zeros)
+
+    def _cuts_a_block(self, hessian: Hessian, columns: int) -> bool:
+        """Whether a block belongs to this Hessian and to another one."""
+        block = self.block_size(columns)
+        starts_inside = hessian.start % block != 0
+        stops_inside = hessian.stop % block != 0 and hessian.stop != columns
+        return starts_inside or stops_inside
+
+    def _refine_levels(
+        self,
+        rows: np.ndarray,
+        levels: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray,
+        hessian: Hessian,
+    ) -> None:
+        """Chooses the levels of a Hessian's columns, in place; scales stay as they are.
+
+        The grid has a scale for each column, because blocks do not begin where the Hessian does.
+        """
+        columns = slice(hessian.start, hessian.stop)
+        block_of_column = np.arange(hessian.start, hessian.stop) // self.block_size(rows.shape[1])
+        scale = np.ascontiguousarray(scales[:, block_of_column])
+        zero = np.ascontiguousarray(zeros[:, block_of_column])
+        grid = library.Grid(1, self._top, scale, -scale * zero)
+        levels[:, columns] = refined(rows[:, columns], grid, hessian, levels[:, columns])
+
+    def _refine_levels_and_scales(
+        self,
+        rows: np.ndarray,
+        levels: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray,
+        hessian: Hessian,
+    ) -> None:
+        """Chooses levels and scales of a Hessian's columns, which are whole blocks, in place."""
+        columns = slice(hessian.start, hessian.stop)
+        block = self.block_size(rows.shape[1])
+        blocks = slice(hessian.start // block, -(-hessian.stop // block))
+        scale = scales[:, blocks].copy()
+        zero = zeros[:, blocks].copy()
+        grid = library.Grid(block, self._top, scale, -scale * zero)
+        half = self.scale == "float16"
+        levels[:, columns] = refined(
+            rows[:, columns], grid, hessian, levels[:, columns], zero, half
+        )
+        scales[:, blocks] = scale  # the kernel has fitted it in place
 
     encoders: ClassVar = {
         "rtn": _round,

@@ -144,38 +144,50 @@ class TwoLevel(Uniform):
             start = stop
         return result.reshape(len(planes), -1)
 
+    def _round(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+        scales = self.affine.encode("", rows)["scales"]
+        return self._store(rows, scales)
+
+    def _search(self, rows: np.ndarray, _: Statistics | None) -> Parts:
+        _levels, scales, _zeros = self.affine.search(rows)
+        return self._store(rows, scales)
+
+    def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
+        _levels, scales, _zeros = self.affine.search(rows, statistics)
+        return self._store(rows, scales, statistics)
+
+    encoders: ClassVar = {"rtn": _round, "search": _search, "gptq": _gptq}
+
     def _store(
         self, rows: np.ndarray, scales: np.ndarray, statistics: Statistics | None = None
     ) -> Parts:
         """Stores scales float32 [n, blocks], and chooses levels for the stored scales."""
-        columns, padded = rows.shape[1], scales.shape[1] * self.block
-        weights = np.zeros((len(rows), padded), np.float32)
+        columns = rows.shape[1]
+        weights = np.zeros((len(rows), scales.shape[1] * self.block), np.float32)
         weights[:, :columns] = rows
         is_zero = ~weights.reshape(*scales.shape, self.block).any(2)
         to_code = np.ceil if self.algorithm == "rtn" else np.rint  # rounding to nearest never clips
         codes, units = _codes(np.where(is_zero, 0, scales), to_code)
+
         scale = np.repeat(_scales(codes, units), self.block, axis=1)
-        zero, top = np.float32(2 ** (self.bits - 1)), 2**self.bits - 1
+        zero = np.float32(2 ** (self.bits - 1))
+        top = 2**self.bits - 1
         levels = np.clip(np.rint(weights / scale + zero), 0, top).astype(np.uint8)
         if statistics is not None:
-            grid = Grid(1, top, *(x[:, :columns] for x in (scale, -scale * zero)))
+            grid = Grid(1, top, scale[:, :columns], (-scale * zero)[:, :columns])
             nearest = np.ascontiguousarray(levels[:, :columns])
             levels[:, :columns] = choose_levels(rows, grid, statistics.hessians, nearest)
             stored = ((levels - zero) * scale)[:, :columns]
             gain = output_gain(rows, stored, statistics.hessians)
             units = np.minimum(units * gain[:, None], _MOST_UNIT).astype(np.float16)
-        tiles = pack(levels, self.unpacked_bits).reshape(-1, self.tile(columns))
-        planes = np.hstack([plane.pack(tiles) for plane in PLANES[self.bits]])
-        planes = planes.reshape(len(rows), -1, planes.shape[1])
-        return {"planes": planes, "scales": codes, "units": units}
+        return {"planes": self._planes(levels), "scales": codes, "units": units}
 
-    encoders: ClassVar = {
-        "rtn": lambda self, rows, _: self._store(rows, self.affine.encode("", rows)["scales"]),
-        "search": lambda self, rows, _: self._store(rows, self.affine.search(rows)[1]),
-        "gptq": lambda self, rows, known: self._store(
-            rows, self.affine.search(rows, known)[1], known
-        ),
-    }
+    def _planes(self, levels: np.ndarray) -> np.ndarray:
+        """Returns the tiles of levels [n, padded columns] as planes of bits, [n, tiles, bytes]."""
+        unpacked = pack(levels, self.unpacked_bits)
+        tiles = unpacked.reshape(-1, self.tile(levels.shape[1]))
+        planes = np.hstack([plane.pack(tiles) for plane in PLANES[self.bits]])
+        return planes.reshape(len(levels), -1, planes.shape[1])
 
     def rounding_rule(self, weighted: bool) -> str:
         return self.affine.with_algorithm(self.algorithm).rounding_rule(weighted)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer_ops import all_ops
 from rgexport.griffin.layout import sites

@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import StoredGroup, groups_of
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import StoredGroup, groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance
 from rgexport.quantize.schemes.registry import Uniform

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import StoredGroup
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import StoredGroup
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.quantize.algorithms.statistics import no_statistics

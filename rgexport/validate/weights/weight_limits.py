@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
+from rgexport.artifacts.artifact import Artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import Advance

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from rgexport.artifacts.gguf import integrity
+from rgexport.artifacts.gguf.format import ALGORITHMS_KEY, GgufArtifact, open_gguf
+from rgexport.artifacts.gguf.naming import file_tensors
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.gguf import integrity
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.format import ALGORITHMS_KEY, GgufArtifact, open_gguf
-from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.algorithms.statistics import Statistics

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, NativeOps, native_ops
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.functions import DOMAIN
-from rgexport.export.onnx.model_file import MODEL_FILE, NativeOps, native_ops
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.reference import Reference

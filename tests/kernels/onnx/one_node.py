@@ -11,9 +11,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
+from rgexport.artifacts.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx import functions
 from rgexport.export.onnx.emitter import OPSET
-from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
 from rgexport.quantize.schemes.two_level import PLANES
 

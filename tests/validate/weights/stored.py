@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from rgexport.export.manifest import StoredTensor
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms.statistics import Hessian, Statistics

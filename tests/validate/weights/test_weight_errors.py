@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.errors import RequestError
-from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import from_array
 from rgexport.quantize.algorithms.registry import ALGORITHMS

@@ -8,9 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.mil import package as packages
-from rgexport.export.mil.program import FileValue, Function, Name
+from rgexport.artifacts.coreml.mil import package as packages
+from rgexport.artifacts.coreml.mil.program import FileValue, Function, Name
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import Mismatch, from_json, parse_json
 from rgexport.griffin.layout import site_of

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rgexport.artifacts.coreml.package import PackagePlan, Segment, packages
+from rgexport.artifacts.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
+from rgexport.artifacts.storage import aligned
 from rgexport.choices import RecurrentState
-from rgexport.export.coreml.package import PackagePlan, Segment, packages
-from rgexport.export.manifest import ACTIVATIONS, IoRecord, Manifest, StateRecord, ValueRecord
-from rgexport.export.storage import aligned
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import StateSpec, state_specs
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.storage import DECAY, NORM, PLAIN, Shape, Transform
+from rgexport.artifacts.transforms import DECAY, NORM, PLAIN, Shape, Transform
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layer_ops import Role, all_ops
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, model_tensors

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from subprocess import list2cmdline
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.format import FileFormat, all_formats, folder_format, format_of
+from rgexport.artifacts.hub import PREFIX, fetch_artifact, is_hub_id, is_hub_name
+from rgexport.artifacts.manifest import MANIFEST, NOT_ASKED_FOR
+from rgexport.artifacts.manifest_reader import is_artifact, read_manifest
 from rgexport.choices import ARTIFACT_FORMS, MODEL_FORMS
 from rgexport.errors import NotExported, RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.format import FileFormat, all_formats, folder_format, format_of
-from rgexport.export.hub import PREFIX, fetch_artifact, is_hub_id, is_hub_name
-from rgexport.export.manifest import MANIFEST, NOT_ASKED_FOR
-from rgexport.export.manifest_reader import is_artifact, read_manifest
 from rgexport.files.kinds import describe_file
 from rgexport.griffin.checkpoint import Checkpoint, demo_folder, means_checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO, SIZE_WORDS
@@ -101,10 +101,6 @@ def _folder(path: Path) -> Path:
 def _file_format(path: Path) -> FileFormat | None:
     files = (form for form in all_formats() if isinstance(form, FileFormat))
     return next((form for form in files if form.owns(path)), None)
-
-
-def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
-    return Path("-".join([model, precision, kind, *([] if profile == "cpu" else [profile])]))
 
 
 def as_argument(path: Path) -> str:

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact, differences
-from rgexport.export.coreml import package as packages
-from rgexport.export.coreml.manifest import (
+from rgexport.artifacts.artifact import Artifact, differences
+from rgexport.artifacts.coreml import package as packages
+from rgexport.artifacts.coreml.manifest import (
     CoreMLManifest,
     io_record,
     state_records,
     stored_states,
 )
-from rgexport.export.coreml.storage import decode, part_shapes
-from rgexport.export.format import CardText, FolderFormat, render
-from rgexport.export.manifest import IoRecord, Manifest, StateRecord, StoredTensor, ValueRecord
-from rgexport.export.mil.checks import check_package, describe_package, package_text
-from rgexport.export.mil.package import Package, means_package, open_package
-from rgexport.export.mil.program import TensorType
+from rgexport.artifacts.coreml.mil.checks import check_package, describe_package, package_text
+from rgexport.artifacts.coreml.mil.package import Package, means_package, open_package
+from rgexport.artifacts.coreml.mil.program import TensorType
+from rgexport.artifacts.coreml.storage import decode, part_shapes
+from rgexport.artifacts.format import CardText, FolderFormat, render
+from rgexport.artifacts.manifest import IoRecord, Manifest, StateRecord, StoredTensor, ValueRecord
 from rgexport.files.hashing import hash_file
 from rgexport.files.typed_json import Mismatch, shown_key
 from rgexport.quantize.plan import COREML_PRECISIONS, MIXED

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from rgexport.export.manifest import Manifest, ValueRecord
+from rgexport.artifacts.manifest import Manifest, ValueRecord
 from rgexport.files.paths import read_regular, stays_inside
 from rgexport.kernels.onnx import library
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rgexport.errors import RequestError
-from rgexport.export.format import FolderFormat, folder_format
-from rgexport.export.manifest import (
+from rgexport.artifacts.format import FolderFormat, folder_format
+from rgexport.artifacts.manifest import (
     ACTIVATIONS,
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
     StoredTensor,
 )
+from rgexport.errors import RequestError
 from rgexport.files.paths import stays_inside
 from rgexport.files.typed_json import Mismatch, from_json, read_json, require_version, shown_key
 from rgexport.griffin.config import GriffinConfig

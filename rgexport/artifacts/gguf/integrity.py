@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rgexport.export.manifest import FORMAT_VERSION, NOT_ASKED_FOR, CheckRecord, Source, skipped
-from rgexport.export.manifest_reader import check_config
+from rgexport.artifacts.manifest import FORMAT_VERSION, NOT_ASKED_FOR, CheckRecord, Source, skipped
+from rgexport.artifacts.manifest_reader import check_config
 from rgexport.files.typed_json import Mismatch, from_json, parse_json, to_json
 from rgexport.griffin.config import NOTHING_ASKED_FOR, AskedFor, GriffinConfig
 from rgexport.quantize.gguf_header import GgufHeader, read_header

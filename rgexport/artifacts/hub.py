@@ -9,12 +9,12 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.card import card
+from rgexport.artifacts.manifest import CARD, MANIFEST, Manifest
+from rgexport.artifacts.manifest_reader import read_manifest
+from rgexport.artifacts.origin import GEMMA_TERMS
 from rgexport.errors import NotExported, RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.card import card
-from rgexport.export.manifest import CARD, MANIFEST, Manifest
-from rgexport.export.manifest_reader import read_manifest
-from rgexport.export.origin import GEMMA_TERMS
 from rgexport.files.hashing import hash_file
 from rgexport.files.targets import require_free_disk
 from rgexport.griffin.hub import cached_model, explained, hide_bars_in_files, snapshot

@@ -4,19 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.control_ids import ControlIds
+from rgexport.artifacts.manifest import MANIFEST, IoRecord, Manifest, StateRecord
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import MANIFEST, IoRecord, Manifest, StateRecord
 from rgexport.files.targets import check_target
 from rgexport.formats import FORMATS, format_on
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.quantize.schemes.registry import PartShapes, Scheme, Uniform
 from rgexport.reporting.tables import Table
-
-if TYPE_CHECKING:
-    from rgexport.export.tokenizer import ControlIds
-    from rgexport.griffin.checkpoint import Checkpoint
+from rgexport.reporting.text_templates import render_text
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,8 @@ class CardText:
 
 
 def render(template: str, **facts: Any) -> str:
-    """Fills facts into a text of `templates/`: Markdown, or functions as ONNX's text."""
-    import jinja2
-
-    environment = jinja2.Environment(  # noqa: S701 - no HTML
-        loader=jinja2.PackageLoader("rgexport.export"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template(template).render(facts)
+    """Fills facts into a Markdown text of `templates/`."""
+    return render_text("rgexport.artifacts", template, **facts)
 
 
 class Format(ABC):
@@ -49,6 +40,8 @@ class Format(ABC):
     part_header: int = 0
     has_row_groups: bool = True  # whether the rows of a matrix may have several layouts
     keeps_bfloat16_gates: bool = False  # whether matrices of gates may be bfloat16
+    completes_tokenizer: bool = False
+    """Whether an export adds `tokenizer.json` where the checkpoint has only `tokenizer.model`."""
     entries: Collection[str] = ()
     """Files or folders of an artifact that a user may name instead of its folder."""
 
@@ -79,8 +72,8 @@ class Format(ABC):
         return scheme
 
     @abstractmethod
-    def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
-        """Estimates the bytes of an artifact beside its weights."""
+    def overhead_bytes(self, checkpoint: Checkpoint) -> int:
+        """Estimates the bytes of an artifact beside its weights and a `tokenizer.json` to add."""
 
     @abstractmethod
     def card(self, manifest: Manifest, verb: str) -> CardText:
@@ -102,24 +95,22 @@ class FolderFormat(Format):
 
     manifest: type[Manifest] = Manifest
     artifact: type[Artifact] = Artifact
+    completes_tokenizer = True
     graph_bytes: int = 0  # estimated bytes of the graph and the manifest for each layer
 
     def check_target(self, target: Path, *, force: bool) -> None:
         is_artifact = (target / MANIFEST).is_file()
         check_target(target, force=force, replaceable=lambda folder: is_artifact)
 
-    def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
-        from rgexport.export.tokenizer import bytes_to_add
-
-        files = checkpoint.tokenizer_files
-        tokenizer = sum(path.stat().st_size for path in files) + bytes_to_add(files)
+    def overhead_bytes(self, checkpoint: Checkpoint) -> int:
+        tokenizer = sum(path.stat().st_size for path in checkpoint.tokenizer_files)
         return tokenizer + self.graph_bytes * checkpoint.config.num_layers
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         return (), IoRecord((), ())
 
     def write_program_files(
-        self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
+        self, folder: Path, manifest: Manifest, ids: ControlIds, files: Collection[str]
     ) -> None:
         """Writes the files by which other programs run an artifact with these `files`."""
         return

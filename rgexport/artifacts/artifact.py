@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredTensor
+from rgexport.artifacts.origin import Origin, origin_of_card
+from rgexport.artifacts.storage import aligned, groups_of
 from rgexport.errors import RequestError
-from rgexport.export.manifest import CARD, COLUMNS, MANIFEST, Manifest, StoredTensor
-from rgexport.export.origin import Origin, origin_of_card
-from rgexport.export.storage import aligned, groups_of
 from rgexport.files.hashing import (
     FileRecord,
     hash_file,

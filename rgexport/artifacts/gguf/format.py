@@ -6,30 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact, differences
+from rgexport.artifacts.format import CardText, FileFormat, render
+from rgexport.artifacts.gguf import integrity
+from rgexport.artifacts.gguf.integrity import MANIFEST_KEY, EmbeddedManifest, read_embedded
+from rgexport.artifacts.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
+from rgexport.artifacts.gguf.vocabulary import read_vocabulary
+from rgexport.artifacts.manifest import IoRecord, Manifest, StoredPart, StoredTensor
+from rgexport.artifacts.origin import Origin
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact, differences
-from rgexport.export.format import CardText, FileFormat, render
-from rgexport.export.gguf import integrity
-from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest, read_embedded
-from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, file_tensors
-from rgexport.export.manifest import IoRecord, Manifest, StoredPart, StoredTensor
-from rgexport.export.origin import Origin
 from rgexport.files.hashing import FileRecord, hash_files, hash_new_files
 from rgexport.files.targets import check_file_target
 from rgexport.files.typed_json import Mismatch, from_json, parse_json
+from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tokenizer_files import BYTE, CONTROL, USER_DEFINED
 from rgexport.quantize.gguf_header import GgufHeader, is_gguf, read_header
 from rgexport.quantize.plan import PRECISIONS
 from rgexport.quantize.schemes.ggml_types import FILE_TYPES, TYPES
 from rgexport.quantize.schemes.registry import Ggml, Parts, PartShapes, Plan, Scheme, Uniform
-
-if TYPE_CHECKING:
-    from rgexport.griffin.checkpoint import Checkpoint
 
 ALGORITHMS_KEY = "rgexport.algorithms"
 _OWN = Ggml("f32").algorithm
@@ -283,9 +282,7 @@ class GgufFormat(FileFormat):
         fits = kind and shape[0] > 1 and TYPES[kind].fits(shape[1])
         return scheme if fits else None
 
-    def overhead_bytes(self, checkpoint: "Checkpoint") -> int:
-        from rgexport.export.gguf.vocabulary import read_vocabulary
-
+    def overhead_bytes(self, checkpoint: Checkpoint) -> int:
         vocabulary = read_vocabulary(checkpoint.tokenizer_files, checkpoint.config.vocab_size)
         tokens = [] if vocabulary is None else vocabulary.tokens
         tensors = _TENSOR_BYTES * len(model_tensors(checkpoint.config))

@@ -6,30 +6,24 @@ for the name `batch_size`. `genai_config.json` has no recurrent states, as versi
 refuse them. A fixed axis of keys and values makes a cache that is updated in place.
 """
 
-import json
 import reprlib
-import shutil
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rgexport import npm
-from rgexport._version import __version__
-from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact, differences
-from rgexport.export.format import CardText, FolderFormat, render
-from rgexport.export.manifest import (
+from rgexport.artifacts.artifact import Artifact, differences
+from rgexport.artifacts.control_ids import ControlIds
+from rgexport.artifacts.format import CardText, FolderFormat, render
+from rgexport.artifacts.manifest import (
     ACTIVATIONS,
     COLUMNS,
     IoRecord,
     Manifest,
     StateRecord,
     ValueRecord,
-    identity_of,
 )
-from rgexport.export.onnx.model_file import (
+from rgexport.artifacts.onnx.model_file import (
     MODEL_FILE,
     NUM_LOGITS,
     native_ops,
@@ -37,133 +31,21 @@ from rgexport.export.onnx.model_file import (
     read_model,
     weight_files,
 )
-from rgexport.export.program import StepProgram, Value
-from rgexport.export.storage import part_shapes_by_group
-from rgexport.files.typed_json import to_json
+from rgexport.artifacts.onnx.program_files import write_genai_config, write_web_files
+from rgexport.artifacts.storage import part_shapes_by_group
+from rgexport.errors import RequestError
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.control_tokens import chat_template
 from rgexport.griffin.state import state_specs
-from rgexport.kernels.onnx import library
 from rgexport.quantize.plan import MIXED, PRECISIONS
 from rgexport.quantize.schemes import registry as schemes
 
-if TYPE_CHECKING:
-    from rgexport.export.tokenizer import ControlIds
-
-GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
-
-
-def write_genai_config(
-    folder: Path, config: GriffinConfig, ids: "ControlIds", files: Iterable[str]
-) -> None:
-    """Writes `genai_config.json`; it names our kernels if they are among the artifact's `files`."""
-    # 0 is ONNX Runtime's own choice; genai's is half of it on machines with two processors.
-    options: dict[str, Any] = {"provider_options": [], "intra_op_num_threads": 0}
-    for name in sorted(files, reverse=True):
-        if Path(name).stem == library.LIBRARY.stem:  # made for any system
-            options["custom_ops_library"] = name
-    decoder = {
-        "filename": MODEL_FILE,
-        "head_size": config.head_dim,
-        "hidden_size": config.width,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": 1,
-        "num_hidden_layers": config.num_layers,
-        "session_options": options,
-        "inputs": {
-            "input_ids": "input_ids",
-            "position_ids": "position_ids",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-    }
-    model = {
-        "type": "decoder",
-        **ids.fields(),
-        "context_length": 1 << 20,  # a state of fixed size has no limit of its own
-        "vocab_size": config.vocab_size,
-        "decoder": decoder,
-    }
-    # Version 0.14 demands the last one.
-    search = {"do_sample": False, "max_length": 8192, "past_present_share_buffer": True}
-    _write_json(folder / GENAI_CONFIG, {"model": model, "search": search})
-
-
-def require_kernels() -> Path:
-    path = library.library()
-    if path is None:
-        raise RequestError(
-            f"--genai-native copies the native kernels, but {library.kernels().reason}; "
-            "or leave it out, and onnxruntime-genai runs its own"
-        )
-    return path
-
-
-def write_web_files(folder: Path, manifest: Manifest, ids: "ControlIds") -> None:
-    template, _ = chat_template(folder)
-    config = manifest.config
-    fields = {
-        "model_type": "recurrent_gemma",
-        "architectures": ["RecurrentGemmaForCausalLM"],
-        **ids.fields(),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "block_types": list(config.block_types),
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": 1,
-        "head_dim": config.head_dim,
-        "attention_window_size": config.window,
-        "rgexport": {
-            "version": __version__,
-            "identity": asdict(identity_of(manifest, template)),
-            "states": [to_json(record) for record in manifest.states],
-            "data_files": weight_files(manifest),
-        },
-    }
-    _write_json(folder / CONFIG, fields)
-    for name in ("recurrent_gemma.mjs", "state_file.mjs"):
-        shutil.copyfile(Path(npm.__file__).with_name(name), folder / name)
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
-
-
-_STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
+STATES: dict[str, tuple[str, Literal["canonical", "ring"]]] = {
     "rg_lru": ("recurrent_state", "canonical"),
     "conv1d": ("conv_state", "canonical"),
     "key": ("key", "ring"),
     "value": ("value", "ring"),
 }
 """Canonical state → its name in hybrid models of Hugging Face and genai, and its layout."""
-
-
-def with_interface(program: StepProgram) -> StepProgram:
-    rings = [
-        value
-        for name, values in program.states.items()
-        if _STATES[name.rpartition(".")[2]][1] == "ring"
-        for value in values
-    ]
-    batch, _, vocabulary = program.logits.shape
-    shaped = {v.name: replace(v, shape=(v.shape[0], 1, *v.shape[1:])) for v in rings}
-    shaped[program.logits.name] = replace(program.logits, shape=(batch, 1, vocabulary))
-
-    def resized(value: Value) -> Value:
-        return shaped.get(value.name, value)
-
-    nodes = []
-    for node in program.nodes:
-        inputs = tuple(value and resized(value) for value in node.inputs)
-        nodes.append(replace(node, inputs=inputs, outputs=tuple(map(resized, node.outputs))))
-    states = {name: (resized(a), resized(b)) for name, (a, b) in program.states.items()}
-    return replace(program, states=states, nodes=tuple(nodes), logits=resized(program.logits))
 
 
 def graph_interface(
@@ -179,7 +61,7 @@ def graph_interface(
     outputs = [ValueRecord("logits", "float32", (batch, logits, config.vocab_size))]
     states = []
     for spec in state_specs(config, activation):
-        _, layout = _STATES[spec.name.rpartition(".")[2]]
+        _, layout = STATES[spec.name.rpartition(".")[2]]
         if layout == "ring" and config.window == 0:
             continue
         shape = (*(head if layout == "ring" else ()), *spec.shape)
@@ -192,7 +74,7 @@ def graph_interface(
 
 def feature_names(state: str) -> tuple[str, str]:
     _, layer, kind = state.split(".")
-    name, _ = _STATES[kind]
+    name, _ = STATES[kind]
     return f"past_key_values.{layer}.{name}", f"present.{layer}.{name}"
 
 
@@ -264,7 +146,7 @@ class OnnxFormat(FolderFormat):
         return graph_interface(manifest.config, ACTIVATIONS[manifest.compute], earlier=earlier)
 
     def write_program_files(
-        self, folder: Path, manifest: Manifest, ids: "ControlIds", files: Collection[str]
+        self, folder: Path, manifest: Manifest, ids: ControlIds, files: Collection[str]
     ) -> None:
         write_genai_config(folder, manifest.config, ids, files)
         write_web_files(folder, manifest, ids)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
+from rgexport.artifacts.onnx import model_file
 from rgexport.choices import Profile
 from rgexport.errors import RequestError, one_line
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
-from rgexport.export.onnx import model_file
 from rgexport.quantize.schemes.two_level import PLANES
 
 Ops = Mapping[str, frozenset[str]]

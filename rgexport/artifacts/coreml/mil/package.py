@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from rgexport.artifacts.coreml.mil import program
 from rgexport.errors import RequestError, one_line
-from rgexport.export.mil import program
 from rgexport.files.paths import read_regular, report_os_errors, stays_inside
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.tensor import read_lines

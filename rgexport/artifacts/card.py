@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 
-from rgexport.export.format import format_of, render
-from rgexport.export.manifest import Manifest
-from rgexport.export.origin import GEMMA_TERMS, Origin
+from rgexport.artifacts.format import format_of, render
+from rgexport.artifacts.manifest import Manifest
+from rgexport.artifacts.origin import GEMMA_TERMS, Origin
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors
 from rgexport.quantize.algorithms.registry import ALGORITHMS
 from rgexport.units import amount

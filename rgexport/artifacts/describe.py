@@ -7,14 +7,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.card import Share, algorithms, group_shares, levels_sentence, shares
+from rgexport.artifacts.format import all_formats, format_of
+from rgexport.artifacts.manifest import CheckRecord, arithmetic
+from rgexport.artifacts.manifest_reader import is_artifact
+from rgexport.artifacts.opening import open_model
 from rgexport.choices import MODEL_FORMS
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.card import Share, algorithms, group_shares, levels_sentence, shares
-from rgexport.export.format import all_formats, format_of
-from rgexport.export.manifest import CheckRecord, arithmetic
-from rgexport.export.manifest_reader import is_artifact
-from rgexport.export.opening import open_model
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.checks import check_checkpoint
