@@ -20,7 +20,7 @@ from rgexport.export.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by, task
 from rgexport.quantize.plan import load_plan, plan_bits
-from rgexport.quantize.scheme import Plan
+from rgexport.quantize.schemes.registry import Plan
 
 if TYPE_CHECKING:
     from rgexport.evaluation.pieces import EvaluationRequest
