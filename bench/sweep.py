@@ -23,7 +23,8 @@ from typing import Any
 
 from bench.checkpoints import write_checkpoint
 from bench.run import FOLDER
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx

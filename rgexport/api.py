@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from rgexport import choices
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.format import format_of
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.exporter import exporter_of
-from rgexport.export.format import format_of
-from rgexport.export.opening import open_artifact
 from rgexport.export.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by, task
@@ -23,7 +23,7 @@ from rgexport.quantize.plan import load_plan, plan_bits
 
 if TYPE_CHECKING:
     from rgexport.evaluation.report import Evaluation
-    from rgexport.planning.quantize import PlanReport
+    from rgexport.planning.plan_request import PlanReport
     from rgexport.validate.result import ValidationResult
 
 Model = str | Path | Checkpoint
@@ -263,7 +263,7 @@ def quantize_model(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.planning.quantize import PlanOptions, make_plans
+    from rgexport.planning.plan_request import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(

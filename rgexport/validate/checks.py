@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from rgexport.artifacts.manifest import Manifest
 from rgexport.choices import GradeName
 from rgexport.errors import RequestError
-from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
-from rgexport.quantize import scheme as schemes
+from rgexport.quantize.schemes import registry as schemes
 from rgexport.validate.metrics import KL, Agreement, LogitError
 
 Outcome = Literal["PASS", "AMBIGUOUS", "FAIL"]

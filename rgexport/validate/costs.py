@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, StoredTensor
-from rgexport.export.storage import groups_of
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest, StoredTensor
+from rgexport.artifacts.storage import groups_of
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.numpy_reference import NumpyReference, Variants
 from rgexport.griffin.tensor import RowTensor, WeightSource

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rgexport.griffin.state import POSITION, State
+from rgexport.numerics import log_sum_exp
 
 ROWS = np.dtype(
     [
@@ -65,8 +66,8 @@ def _compare_block(
     out["top1"] = first_ref == first_cand
     out["flip_margin"] = ref[positions, first_ref] - ref[positions, first_cand]
 
-    log_p = _log_sum_exp(ref)
-    log_q = _log_sum_exp(cand)
+    log_p = log_sum_exp(ref)
+    log_q = log_sum_exp(cand)
     known = next_tokens >= 0
     token = np.where(known, next_tokens, 0)
     out["has_next"] = known
@@ -101,11 +102,6 @@ def _shared_top5(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     candidate_top = np.argpartition(candidate, -most, axis=1)[:, -most:]
     equal = reference_top[:, :, None] == candidate_top[:, None, :]
     return np.asarray(equal.any(2).mean(1))
-
-
-def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    top = logits.max(1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.choices import GradeName
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
-from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.layout import float32_bytes
 from rgexport.progress import detail, warn
-from rgexport.quantize.calibration import open_calibration
-from rgexport.quantize.statistics import Calibrated, StatisticsOf, no_statistics
+from rgexport.quantize.algorithms.calibrated import Calibrated
+from rgexport.quantize.algorithms.calibration_file import open_calibration
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 from rgexport.runtimes.engine import engine_of
 from rgexport.validate.continuations import SMALL_BYTES
 from rgexport.validate.identity import IdentityItem

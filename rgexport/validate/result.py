@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.card import matrix_bits
+from rgexport.artifacts.manifest import Manifest, arithmetic
+from rgexport.artifacts.manifest_reader import is_artifact
 from rgexport.choices import GradeName
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.card import matrix_bits
-from rgexport.export.manifest import Manifest, arithmetic
-from rgexport.export.manifest_reader import is_artifact
 from rgexport.files.typed_json import to_json
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate import checks as checking

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
 from rgexport.files.targets import write_text
 from rgexport.griffin.layout import float32_bytes
 from rgexport.printing import print_result

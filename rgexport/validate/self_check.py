@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import CheckRecord, Manifest, skipped
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import CheckRecord, Manifest, skipped
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import layer_tensors
 from rgexport.progress import task

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
 from rgexport.files.hashing import hash_new_files
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint, summarize

@@ -13,11 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rgexport._version import __version__
+from rgexport.artifacts.control_ids import ControlIds
+from rgexport.artifacts.gguf.vocabulary import Vocabulary, read_vocabulary
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from rgexport.export.tokenizer import ControlIds, complete_tokenizer
+from rgexport.export.tokenizer import complete_tokenizer
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.checkpoint import Checkpoint

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rgexport._version import __version__
-from rgexport.export.artifact import Artifact, files_of
-from rgexport.export.format import FolderFormat, folder_format
-from rgexport.export.manifest import CARD
+from rgexport.artifacts.artifact import Artifact, files_of
+from rgexport.artifacts.format import FolderFormat, folder_format
+from rgexport.artifacts.manifest import CARD
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin.tokenizer_files import TOKENIZER_FILES, find_tokenizer_files

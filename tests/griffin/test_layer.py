@@ -5,8 +5,8 @@ from importlib.resources import files
 
 import pytest
 
+from rgexport.artifacts.gguf.naming import file_tensors
 from rgexport.export.coreml.lowering import LOWERINGS as COREML
-from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.onnx.lowering import LOWERINGS as ONNX
 from rgexport.export.trace import trace
 from rgexport.griffin import ops

@@ -9,7 +9,7 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Affine, Float
+from rgexport.quantize.schemes.registry import Affine, Float
 from rgexport.runtimes.engine import Observation
 from rgexport.validate import metrics
 from rgexport.validate.bisect.site_report import site_report, with_large_state

@@ -9,8 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from rgexport.artifacts.manifest_reader import read_manifest
 from rgexport.errors import RequestError
-from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
 from rgexport.griffin.layout import model_tensors
 from rgexport.validate import reference_pass, source

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.manifest import Manifest
+from rgexport.artifacts.manifest import Manifest
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.validate.formats.expected import expected_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
+from rgexport.artifacts.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import sites
 from rgexport.griffin.numpy_reference import NumpyReference

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.manifest import Manifest
+from rgexport.artifacts.manifest import Manifest
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.engine import Observation

@@ -7,9 +7,9 @@ from itertools import chain
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
 from rgexport.progress import task
 from rgexport.runtimes.session import Session, blocks, whole_chunks
 from rgexport.validate import metrics

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.origin import folder_of
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.origin import folder_of
 from rgexport.files.hashing import FileRecord, hash_new_files
 from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint

@@ -33,8 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.manifest_reader import check_config
 from rgexport.errors import RequestError
-from rgexport.export.manifest_reader import check_config
 from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.files.kinds import read_typed_metadata

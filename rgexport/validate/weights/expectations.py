@@ -8,9 +8,9 @@ further away, so that the errors of their products cancel.
 from dataclasses import dataclass, replace
 
 from rgexport.errors import RequestError
-from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.steps import Measure
+from rgexport.quantize.algorithms.registry import ALGORITHMS
+from rgexport.quantize.schemes.registry import Uniform
+from rgexport.quantize.schemes.steps import Measure
 
 MAX_STEPS = 0.501
 """Half a step, and 1e-5 more for the float32 arithmetic on 255 levels."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import StoredGroup
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import StoredGroup
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource, from_array
-from rgexport.quantize.scheme import Scheme, Uniform
+from rgexport.quantize.schemes.registry import Scheme, Uniform
 from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.weights import sketch
 from rgexport.validate.weights.steps import shown_steps

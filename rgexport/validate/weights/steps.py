@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.steps import NEGLIGIBLE, Measure, StepSizes
+from rgexport.quantize.schemes.registry import Uniform
+from rgexport.quantize.schemes.steps import NEGLIGIBLE, Measure, StepSizes
 
 
 def step_sizes(name: str, w: np.ndarray, scheme: Uniform, measure: Measure = "weight") -> StepSizes:

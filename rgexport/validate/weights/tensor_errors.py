@@ -14,12 +14,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import StoredGroup, groups_of
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import StoredGroup, groups_of
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.progress import Advance
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.steps import StepSizes
+from rgexport.quantize.schemes.registry import Uniform
+from rgexport.quantize.schemes.steps import StepSizes
 from rgexport.validate.weights import sketch
 from rgexport.validate.weights.expectations import expectation, expectation_key
 from rgexport.validate.weights.tensor_pairs import of_each_tensor, paired_slabs

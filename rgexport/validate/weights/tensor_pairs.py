@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.errors import RequestError
-from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, task
 

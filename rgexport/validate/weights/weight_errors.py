@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rgexport.export.manifest import StoredTensor
-from rgexport.export.storage import StoredGroup
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import StoredGroup
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import RowTensor, WeightSource
+from rgexport.quantize.algorithms.statistics import no_statistics
 from rgexport.quantize.plan import quantized
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.statistics import no_statistics
+from rgexport.quantize.schemes.registry import Uniform
 from rgexport.validate.weights import sketch
 from rgexport.validate.weights.expectations import OUTPUT_NOISE, expectation
 from rgexport.validate.weights.steps import step_sizes

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
+from rgexport.artifacts.artifact import Artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import WeightSource
 from rgexport.progress import Advance
+from rgexport.quantize.algorithms.statistics import StatisticsOf
 from rgexport.quantize.plan import quantized
-from rgexport.quantize.statistics import StatisticsOf
 from rgexport.validate.checks import Check
 from rgexport.validate.weights.expectations import EXPECTATIONS, HALF_STEPS
 from rgexport.validate.weights.sketch_errors import SketchError

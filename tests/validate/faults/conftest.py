@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
