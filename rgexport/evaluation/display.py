@@ -97,7 +97,7 @@ def _line(model: Result, points: Points, index: int, num_models: int) -> Series:
 
 
 def _x_and_figure(point: tuple[float, Sequence[Any]]) -> tuple[float, ...]:
-    """Returns the key that sorts points by x, and those of one x by their values."""
+    """Returns the key that sorts points by x, then by their values."""
     x, figure = point
     return (x, *figure)
 

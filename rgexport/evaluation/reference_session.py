@@ -62,7 +62,7 @@ class ReferenceSession(Session):
         return {name: array[rows.start : rows.stop].copy() for name, array in self._state.items()}
 
     def close(self) -> None:
-        """Does nothing: the session holds no resource."""
+        """Releases nothing, because the session holds no resource."""
 
     def _set_rows(self, rows: range, state: State) -> None:
         for name, array in self._state.items():

@@ -51,7 +51,7 @@ def write_files(evaluation: Result, folder: Path) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file, perhaps over that of an earlier run: the folder belongs to `evaluate`."""
+    """Writes a file over an earlier run's, because the folder belongs to `evaluate`."""
     with replace_file(path, force=True, replaceable=lambda path: True) as file:
         file.write_text(text, "utf-8")
 

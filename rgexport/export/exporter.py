@@ -45,7 +45,7 @@ def exporter_of(kind: str) -> Exporter:
 
 
 def default_target(model: str, precision: str, kind: str, profile: str = "cpu") -> Path:
-    """Returns the folder of an artifact whose user names none."""
+    """Returns the folder that an artifact gets when the user names none."""
     words = [model, precision, kind]
     if profile != "cpu":
         words.append(profile)

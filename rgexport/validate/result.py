@@ -233,7 +233,7 @@ def describe_artifact(path: Path, artifact: Artifact) -> ArtifactInfo:
 
 
 def describe_source(name: str, original: OriginalModel | None) -> SourceInfo:
-    """Returns the original's part of a result; `name` is that of the manifest."""
+    """Returns the original's part of a result; `name` is the manifest's name of the model."""
     if original is None:
         return SourceInfo(name, found=False)
     return SourceInfo(

@@ -119,7 +119,7 @@ StatisticsOf = Callable[[str], Known]
 
 
 def no_statistics(name: str) -> None:
-    """Returns None, the `StatisticsOf` where there is no calibration."""
+    """Returns None: the `StatisticsOf` of an export without a calibration."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Step sizes of stored weights, from the original weights or from those of an artifact."""
+"""Step sizes of stored weights, from the original weights or from an artifact's weights."""
 
 import numpy as np
 
