@@ -10,6 +10,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.export.artifact import Artifact
+from rgexport.export.manifest import Manifest
 from rgexport.griffin.state import POSITION, State
 
 LOGITS_BYTES = 192 << 20
@@ -87,6 +88,14 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 def _changed(path: Path) -> RequestError:
     return RequestError(f"{path} changed while it was open; open the artifact again")
+
+
+def stored_bytes(manifest: Manifest) -> int:
+    """Returns the bytes of all weights in an artifact's files, without the tokenizer and others."""
+    total = 0
+    for tensor in manifest.tensors.values():
+        total += sum(part.nbytes for part in tensor.parts.values())
+    return total
 
 
 def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarray:
