@@ -3,40 +3,27 @@
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from rgexport.chat.masks import Mask, ReplyMask
+from rgexport.chat.prompt_lookup import PromptLookup
 from rgexport.chat.sampling import Sampler, Sampling
-from rgexport.chat.speculation import PromptLookup
 from rgexport.chat.state_folder import Fetch
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
-
-if TYPE_CHECKING:
-    from rgexport.chat.masks import ReplyMask
 
 KEPT_EVERY = 512
 """Interval, in tokens of a long prompt, at which its state is stored."""
 
 
 class Busy(RequestError):
-    pass
+    """An error of a request that comes while too many others wait."""
 
 
 class EngineError(RequestError):
-    pass
-
-
-class Mask(Protocol):
-    """The tokens, bool [vocab], that a grammar allows next, for one reply.
-
-    Other threads call it. Its error, or slowness (`masks.MASK_SECONDS`), ends only its reply.
-    """
-
-    def allowed(self) -> np.ndarray: ...
-
-    def accept(self, token: int) -> None: ...
+    """An error of the engine or of a listener, which is not the request's fault."""
 
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -45,10 +32,14 @@ Ending = tuple[Reason, RequestError | None]
 
 @dataclass(frozen=True)
 class End:
-    """The end of a reply; `stop` is a stop id or a listener that returned False.
+    """The end of a reply.
 
-    `cached_tokens` of the prompt had a known state. `read_seconds` last from admission to the first
-    token, `write_seconds` from there to the end. `state` is after a prompt that was only read.
+    Attributes:
+        reason: `stop` after a stop id, or a listener that returned False.
+        cached_tokens: tokens of the prompt that had a known state.
+        read_seconds: time from admission to the first token.
+        write_seconds: time from the first token to the end.
+        state: after a prompt that was only read.
     """
 
     reason: Reason
@@ -60,22 +51,27 @@ class End:
 
 
 class Listener(Protocol):
-    """Receives a reply in the scheduler's thread, so it must not block.
+    """A receiver of one reply. The scheduler's thread calls it, so it must not block."""
 
-    A token comes with the logits [vocab] that it was chosen by, before penalties.
-    """
+    def token(self, token: int, logits: np.ndarray) -> bool:
+        """Takes a token and the logits [vocab] before penalties; False ends the reply."""
+        ...
 
-    def token(self, token: int, logits: np.ndarray) -> bool: ...
-
-    def end(self, end: End) -> None: ...
+    def end(self, end: End) -> None:
+        """Takes the end of the reply; no call follows."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Options of a reply, which may repeat tokens (`draft`), and has a `mask` for itself.
+    """Options of a reply.
 
-    `max_new_tokens` is the most tokens of a reply. Clients take turns, and share the rows. States
-    are found only in their namespace.
+    Attributes:
+        max_new_tokens: the most tokens of the reply.
+        draft: tokens of a text that the reply may repeat.
+        mask: the tokens that a grammar allows; it serves this reply alone.
+        client: name of the client; clients take turns, and share the rows.
+        namespace: states are found only in their namespace.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -108,32 +104,50 @@ class GenerationRequest(GenerationOptions):
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:
-    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise RequestError(
-            f"there is no token id {wrong}: the model has {vocab_size} tokens; "
-            f"expected ids from 0 to {vocab_size - 1}, from the model's own tokenizer"
-        )
+    """Raises RequestError if an id is outside of the vocabulary."""
+    if not len(ids) or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    wrong = next(token for token in ids if not 0 <= token < vocab_size)
+    raise RequestError(
+        f"there is no token id {wrong}: the model has {vocab_size} tokens; "
+        f"expected ids from 0 to {vocab_size - 1}, from the model's own tokenizer"
+    )
 
 
 class GenerationJob:
     """A request that waits or runs.
 
+    Only the scheduler's thread changes it, but any thread may cancel it and read its progress.
+
     Attributes:
         ids: prompt and reply so far.
-        fed: number of `ids` that the row's state has seen.
-        stored: number of `ids` after which the state was last stored.
+        cancelled: whether it ends after the current step or chunk.
         foreign: whether its state follows from one that another artifact has computed.
+        fed: number of `ids` that the row's state has seen.
+        written: number of tokens of the reply so far.
+        cached: number of tokens of the prompt that had a known state.
+        stored: number of `ids` after which the state was last stored.
+        began: `perf_counter` at admission; 0 before.
+        replied: `perf_counter` when the prompt was read; 0 before.
+        fetch: a read of a saved state of a prefix of the prompt.
         paused: the state of its row, while another client has that row.
-        held: logits whose mask is not ready; the row takes no step until it is.
         state: after the prompt, if that was only to be read.
+        mask: computes `request.mask` in other threads.
+        held: logits whose mask is not ready; the row takes no step until it is.
+        lookup: drafts its next tokens.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
-        self.request, self.ids = request, list(request.ids)
-        self.cancelled = self.foreign = False
-        self.fed = self.written = self.cached = self.stored = 0
-        self.began = self.replied = 0.0
+        self.request = request
+        self.ids = list(request.ids)
+        self.cancelled = False
+        self.foreign = False
+        self.fed = 0
+        self.written = 0
+        self.cached = 0
+        self.stored = 0
+        self.began = 0.0
+        self.replied = 0.0
         self.fetch: Fetch | None = None
         self.paused: State | None = None
         self.state: State | None = None
@@ -143,7 +157,7 @@ class GenerationJob:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """Created late: it is slow, and cancelled requests never need it."""
+        """The sampler, created late: it is slow, and cancelled requests never need it."""
         return Sampler(self.request.sampling, self.request.ids)
 
     def cancel(self) -> None:
@@ -151,7 +165,9 @@ class GenerationJob:
         self.cancelled = True
 
     def stops(self) -> list[int]:
+        """Returns the lengths, above `fed`, at which the prompt's state is stored, in order."""
         end = len(self.request.ids)
-        is_long = end - self.cached > KEPT_EVERY
-        every = range(KEPT_EVERY, end, KEPT_EVERY) if is_long else ()
-        return sorted(n for n in {*self.request.keep, *every, end} if self.fed < n <= end)
+        lengths = {*self.request.keep, end}
+        if end - self.cached > KEPT_EVERY:
+            lengths.update(range(KEPT_EVERY, end, KEPT_EVERY))
+        return sorted(length for length in lengths if self.fed < length <= end)

@@ -9,27 +9,54 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from rgexport.chat.jobs import Mask
 from rgexport.errors import RequestError
 
 T = TypeVar("T")
 
-_LOW_PRIORITY = 10  # nice value of a thread for slow calls (on Linux each thread has its own)
 MASK_SECONDS = 1.0
 """Longest time for the mask of one token; most take less than a thousandth of it."""
+
 _QUICK_SECONDS = 0.01
 """After a slower mask, the thread for slow grammars computes all masks of the reply."""
-_QUEUE_SECONDS = 30.0  # longest time that a mask waits for masks of other replies
+
+_QUEUE_SECONDS = 30.0
+"""Longest time that a mask waits for masks of other replies."""
+
 _CLOSING_SECONDS = 0.2
+"""Longest wait for each thread when masks are no longer needed; it may hang in a grammar."""
+
+_LOW_PRIORITY = 10
+"""Nice value of a thread for slow calls; on Linux each thread has its own."""
+
 _BIAS = np.array([-np.inf, 0.0], np.float32)
+"""Summand of the logit of a token that is not allowed, and of one that is."""
+
+
+class Mask(Protocol):
+    """The tokens that a grammar allows next, for one reply.
+
+    A thread of `MaskThreads` calls it. Its error, or slowness (`MASK_SECONDS`), ends only its
+    reply.
+    """
+
+    def allowed(self) -> np.ndarray:
+        """Returns which tokens may come next, bool [vocab]."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the next token of the reply."""
+        ...
 
 
 class DaemonExecutor:
-    """One daemon thread. It does not delay the end of the process, as a pool's threads do."""
+    """One daemon thread. It does not delay the end of the process, as a pool's threads do.
+
+    Any thread may call its methods.
+    """
 
     def __init__(self, name: str, *, low_priority: bool = False) -> None:
         self._low_priority = low_priority
@@ -40,7 +67,7 @@ class DaemonExecutor:
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Returns the future result; cancelling it skips a call that has not begun."""
         future: Future[T] = Future()
-        self._calls.put(lambda: _resolve(future, function))
+        self._calls.put(partial(_resolve, future, function))
         return future
 
     def shutdown(self, seconds: float) -> None:
@@ -57,6 +84,7 @@ class DaemonExecutor:
 
 
 def _resolve(future: Future[T], function: Callable[[], T]) -> None:
+    """Calls a function unless its future was cancelled, and sets the result or the error."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -68,6 +96,11 @@ def _resolve(future: Future[T], function: Callable[[], T]) -> None:
 
 
 class MaskThreads:
+    """Two threads that compute the masks of all replies: one for quick grammars, one for slow ones.
+
+    The scheduler's thread submits; `ready` is called in the thread that computed a mask.
+    """
+
     def __init__(
         self,
         vocab_size: int,
@@ -76,60 +109,96 @@ class MaskThreads:
         seconds: float = MASK_SECONDS,
         quick_seconds: float = _QUICK_SECONDS,
     ) -> None:
-        self.vocab_size, self.seconds, self.quick_seconds = vocab_size, seconds, quick_seconds
+        self.vocab_size = vocab_size
+        self.seconds = seconds
+        self.quick_seconds = quick_seconds
         self._ready = ready
         self._quick = DaemonExecutor("masks")
         self._slow = DaemonExecutor("slow masks", low_priority=True)
 
     def submit(self, compute: Callable[[], np.ndarray], *, slow: bool) -> Future[np.ndarray]:
-        future = (self._slow if slow else self._quick).submit(compute)
-        future.add_done_callback(lambda _: self._ready())
+        """Returns the future mask; `ready` is called when it is done."""
+        executor = self._slow if slow else self._quick
+        future = executor.submit(compute)
+        future.add_done_callback(self._on_done)
         return future
 
     def close(self) -> None:
-        for thread in (self._quick, self._slow):
-            thread.shutdown(_CLOSING_SECONDS)
+        """Ends both threads; one that hangs in a grammar is left to the end of the process."""
+        for executor in (self._quick, self._slow):
+            executor.shutdown(_CLOSING_SECONDS)
+
+    def _on_done(self, _: Future[np.ndarray]) -> None:
+        self._ready()
 
 
 class ReplyMask:
+    """The mask of one reply's next token, computed one token ahead.
+
+    The scheduler's thread calls the public methods; a thread of `MaskThreads` computes the mask.
+    """
+
     def __init__(self, mask: Mask, threads: MaskThreads) -> None:
-        self._mask, self._threads = mask, threads
+        self._mask = mask
+        self._threads = threads
         self._slow = False
         self.accept(None)
 
     @property
     def is_ready(self) -> bool:
+        """Whether `bias` would return a mask or raise an error at once."""
         return self._bias.done() or self._overdue() is not None
 
     def bias(self, seconds: float) -> np.ndarray | None:
-        """Returns the mask as a summand of logits [vocab], 0 or -inf; None after `seconds`."""
+        """Returns the mask as a summand of logits [vocab], 0 or -inf; None after `seconds`.
+
+        Raises RequestError if the mask failed, or took too long.
+        """
         if seconds > 0 and not self._slow and not self._bias.done():
             with contextlib.suppress(TimeoutError):
-                self._bias.exception(seconds)
+                self._bias.exception(seconds)  # only waits
         if self._bias.done():
             return self._bias.result()
-        if overdue := self._overdue():
+        overdue = self._overdue()
+        if overdue:
             raise overdue
         return None
 
     def accept(self, token: int | None) -> None:
         """Begins to compute the mask after a token; None for the mask of the first one."""
-        self._queued, self._began = time.perf_counter(), 0.0
+        self._queued = time.perf_counter()
+        self._began = 0.0
         self._bias = self._threads.submit(partial(self._compute, token), slow=self._slow)
 
     def cancel(self) -> None:
+        """Skips the mask if its computation has not begun."""
         self._bias.cancel()
 
     def _compute(self, token: int | None) -> np.ndarray:
+        """Returns the mask after `token` as float32 [vocab]; runs in a thread for masks."""
         self._began = time.perf_counter()
+        allowed = self._allowed(token)
+        self._require_valid(allowed)
+        bias: np.ndarray = _BIAS.take(allowed.view(np.uint8))
+
+        overdue = self._overdue()
+        if overdue:
+            raise overdue
+        seconds = time.perf_counter() - self._began
+        self._slow = self._slow or seconds > self._threads.quick_seconds
+        return bias
+
+    def _allowed(self, token: int | None) -> np.ndarray:
         try:
             if token is not None:
                 self._mask.accept(token)
-            allowed = np.asarray(self._mask.allowed())
+            return np.asarray(self._mask.allowed())
         except RequestError:
             raise
         except Exception as error:  # raised by a mask of the Python API
             raise RequestError(f"the mask failed: {error}") from error
+
+    def _require_valid(self, allowed: np.ndarray) -> None:
         if allowed.shape != (self._threads.vocab_size,) or allowed.dtype != bool:
             raise RequestError(
                 f"the mask is {allowed.dtype} {list(allowed.shape)}; "
@@ -137,12 +206,6 @@ class ReplyMask:
             )
         if not allowed.any():
             raise RequestError("the mask allows no token")
-        bias: np.ndarray = _BIAS.take(allowed.view(np.uint8))
-        if overdue := self._overdue():
-            raise overdue
-        seconds = time.perf_counter() - self._began
-        self._slow = self._slow or seconds > self._threads.quick_seconds
-        return bias
 
     def _overdue(self) -> RequestError | None:
         """Returns the error of a mask that takes too long, or waits too long for other replies'."""

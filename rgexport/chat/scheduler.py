@@ -9,13 +9,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from rgexport.chat.admission import Admission
+from rgexport.chat.counters import Counters
 from rgexport.chat.jobs import (
     End,
-    Ending,
     EngineError,
     GenerationJob,
     GenerationRequest,
@@ -24,9 +24,11 @@ from rgexport.chat.jobs import (
 )
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.rows import Admission, RowAssignment, Rows
+from rgexport.chat.row_assignment import RowAssignment
+from rgexport.chat.rows import Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
 from rgexport.chat.state_file import key_of
+from rgexport.chat.token_choice import TokenChoice
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 from rgexport.progress import warn
@@ -34,28 +36,35 @@ from rgexport.runtimes.session import Session
 
 _LAST_CHUNK_FACTOR = 1.5
 """A last chunk may be so many times as long, instead of leaving a short one."""
-_MOST_FAILURES = 3  # consecutive passes that may fail before the engine counts as broken
-_LOGITS_BYTES = 32 << 20  # maximum size of the logits of a chunk if all its tokens need logits
-_FOLDER_SECONDS = 0.02  # longest wait of an idle scheduler for the folder of states
+
+_MAX_FAILURES = 3
+"""Consecutive passes that may fail before the engine counts as broken."""
+
+_LOGITS_BYTES = 32 << 20
+"""Maximum size of the logits of a chunk if all its tokens need logits."""
+
+_FOLDER_SECONDS = 0.02
+"""Longest wait of an idle scheduler for the folder of states."""
+
 _MASK_STEPS = 0.25
+"""Longest wait for masks after a step, in times of that step."""
+
 _POLL_SECONDS = 0.05
 """Interval of the check for cancelled replies while all rows wait for their masks."""
 
 
-@dataclass
-class Counters:
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    steps: int = 0
-    read_seconds: float = 0.0
-    step_seconds: float = 0.0
+def _ignore_chunk(job: GenerationJob) -> None:
+    """Stands for `Scheduler.on_reading` where nobody listens."""
 
 
 class Scheduler:
+    """The thread that owns a session and runs all requests on it.
+
+    Any thread may call the public methods, and read the properties and `counters`. All methods with
+    an underscore run in the scheduler's own thread; `submit` alone also ends jobs that never had a
+    row.
+    """
+
     def __init__(
         self,
         session: Session,
@@ -70,30 +79,46 @@ class Scheduler:
         Each of `rows` takes the memory of one state, or of two while clients share too few rows.
         With `lookup`, steps check drafts if the engine's results stay bit-identical.
         """
-        self.counters, self.store = Counters(), store
-        self.on_reading: Callable[[GenerationJob], None] = lambda job: None
+        self.store = store
+        self.counters = Counters()
+        self.most_requests = rows + max_waiting
+        self.on_reading: Callable[[GenerationJob], None] = _ignore_chunk
         """Called in the scheduler's thread when a chunk of a prompt was read."""
-        self._session, self.most_requests = session, rows + max_waiting
-        self._rows, self._admission = Rows(session, rows), Admission(rows, max_waiting)
+
+        self._session = session
+        self._rows = Rows(session, rows)
+        self._admission = Admission(rows, max_waiting)
         self._assignment = RowAssignment(self._admission, self._rows, store)
         self._last_read: dict[str, float] = {}
         """Client whose prompts are being read → end of its last chunk."""
+
         self._chunk_size = ChunkSize(session)
-        self._scored_chunk = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
+        logits_bytes = 4 * session.vocab_size
+        self._scored_chunk = max(1, _LOGITS_BYTES // logits_bytes)
+        """The most tokens of a chunk if all of them need logits."""
         self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
         self._masks = MaskThreads(session.vocab_size, self._admission.wake)
-        self._mask_deadline = 0.0
-        self._closing, self._closed = threading.Lock(), False
-        self._passed, self._longest_pass, self._failures = time.monotonic(), 0.0, 0
+        self._choice = TokenChoice(self.counters)
+
+        self._passed = time.monotonic()
+        """Time at which the last pass ended."""
+        self._longest_pass = 0.0
+        self._failures = 0
+        """Number of consecutive passes that failed."""
+
+        self._closing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
     @property
     def running(self) -> int:
+        """The number of jobs that have a row."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
+        """The number of jobs that wait for a row."""
         return self._admission.waiting
 
     @property
@@ -105,28 +130,37 @@ class Scheduler:
         silence = time.monotonic() - self._passed
         if not self._thread.is_alive():
             return "its scheduler has ended"
-        if self._failures >= _MOST_FAILURES:
+        if self._failures >= _MAX_FAILURES:
             return "its engine fails at every request"
         if self._has_work and silence > max(patience, 4 * self._longest_pass):
             return f"it has made no progress for {silence:.0f} s"
         return None
 
     def submit(self, request: GenerationRequest) -> GenerationJob:
+        """Queues a request; its listener gets the reply.
+
+        Raises:
+            Busy: too many requests wait.
+            RequestError: the prompt is empty, an id is unknown, or the scheduler is closed.
+        """
         if not len(request.ids):
             raise RequestError("the prompt is empty; expected at least one token")
-        for ids in (request.ids, request.draft):
-            require_ids(ids, self._session.vocab_size)
+        require_ids(request.ids, self._session.vocab_size)
+        require_ids(request.draft, self._session.vocab_size)
+
         job = GenerationJob(request)
         if self._admission.is_crowded:
             for cancelled in self._admission.take_cancelled(paused=False):
                 self._end(cancelled, "cancelled")
         if not self._has_work:
-            self._passed = time.monotonic()
-        if displaced := self._admission.add(job):
+            self._passed = time.monotonic()  # the time without work is no silence
+        displaced = self._admission.add(job)
+        if displaced:
             self._end(displaced, "error", self._admission.busy())
         return job
 
     def close(self) -> None:
+        """Cancels all requests, ends the threads, and closes the store and the session."""
         self._admission.close()
         self._thread.join()
         with self._closing:
@@ -137,15 +171,10 @@ class Scheduler:
                     self.store.close()
 
     def _run(self) -> None:
+        """Repeats passes until `close`, then cancels all jobs."""
         while self._admission.wait_for_work(running=bool(self._rows)):
             try:
-                self._drop_cancelled()
-                self._assignment.assign(self._begin)
-                if not self._rows:
-                    self._admission.wait_for_folder(_FOLDER_SECONDS)
-                self._read()
-                self._resume()
-                self._write()
+                self._pass()
                 self._failures = 0
             except Exception as error:
                 self._failures += 1
@@ -153,10 +182,27 @@ class Scheduler:
             now = time.monotonic()
             self._longest_pass = max(self._longest_pass, now - self._passed)
             self._passed = now
-        for job in [*self._rows, *iter(lambda: self._admission.take({}), None)]:
+        self._cancel_all()
+
+    def _pass(self) -> None:
+        """Fills free rows, reads one chunk of a prompt, and runs one step."""
+        self._drop_cancelled()
+        self._assignment.assign(self._begin)
+        if not self._rows:
+            self._admission.wait_for_folder(_FOLDER_SECONDS)
+        self._read()
+        self._resume()
+        self._write()
+
+    def _cancel_all(self) -> None:
+        jobs = list(self._rows)
+        while (job := self._admission.take({})) is not None:
+            jobs.append(job)
+        for job in jobs:
             self._end(job, "cancelled")
 
     def _drop_cancelled(self) -> None:
+        """Ends the cancelled jobs; the states of those that have begun are stored."""
         for job in [job for job in self._rows if job.cancelled]:
             self._leave(job, "cancelled")
         for job in self._admission.take_cancelled():
@@ -165,77 +211,107 @@ class Scheduler:
                 self._store(job, job.paused, lasting=False)
 
     def _begin(self, job: GenerationJob) -> None:
+        """Gives a row to a job, which begins or goes on after a pause."""
         self._rows.add(job)
-        if job.paused is not None:
-            self._rows.set_state(job, job.paused)
-            job.paused = None
-            if job.replied and job.held is None:
-                self._rows.start_decoding(job)
+        if job.paused is None:
+            self._admit(job)
             return
+        self._rows.set_state(job, job.paused)
+        job.paused = None
+        if job.replied and job.held is None:
+            self._rows.start_decoding(job)
+
+    def _admit(self, job: GenerationJob) -> None:
+        """Begins a job in its row, with the state of the longest known prefix of its prompt."""
         self.counters.requests += 1
         job.began = time.perf_counter()
         if job.request.mask is not None:
             job.mask = ReplyMask(job.request.mask, self._masks)
+
         prefix = None
         if not job.request.prompt_logits:
             prefix = self.store.longest(job.ids, job.request.namespace, job.fetch)
         job.fetch = None
-        self._rows.set_state(job, None if prefix is None else prefix.state)
         if prefix is None:
+            self._rows.set_state(job, None)
             return
-        job.fed = job.cached = job.stored = prefix.length
+
+        self._rows.set_state(job, prefix.state)
+        job.fed = prefix.length
+        job.cached = prefix.length
+        job.stored = prefix.length
         job.foreign = prefix.foreign
         self.counters.cached_tokens += prefix.length
         if prefix.length == len(job.ids):
             self._reply(job, prefix.logits, prefix.state)
 
     def _read(self) -> None:
+        """Reads a chunk of one prompt; stores its state where the prompt or a kept prefix ends."""
         job = self._next_to_read()
         if job is None:
             return
-        end, size = job.stops()[0], self._chunk_size.tokens(alone=not self._rows.decoding)
+        next_stop = job.stops()[0]
+        chunk_end = self._chunk_end(job, next_stop)
+        logits = self._read_chunk(job, chunk_end)
+        job.fed = chunk_end
+        self.on_reading(job)
+        self._last_read[job.request.client] = time.perf_counter()
+        if chunk_end < next_stop:
+            return
+
+        state = self._rows.state(job)
+        if chunk_end < len(job.ids):
+            self._store(job, state, lasting=True)
+        else:
+            self._store(job, state, logits, lasting=job.request.lasting)
+            self._reply(job, logits, state)
+
+    def _chunk_end(self, job: GenerationJob, next_stop: int) -> int:
+        """Returns the length of the prompt after the next chunk, at most `next_stop`."""
+        size = self._chunk_size.tokens(alone=not self._rows.decoding)
         if job.request.prompt_logits:
             size = min(size, self._scored_chunk)
-        stop = end if end - job.fed <= _LAST_CHUNK_FACTOR * size else job.fed + size
+        if next_stop - job.fed <= _LAST_CHUNK_FACTOR * size:
+            return next_stop
+        return job.fed + size
+
+    def _read_chunk(self, job: GenerationJob, chunk_end: int) -> np.ndarray:
+        """Reads a prompt up to `chunk_end`, and counts that; returns the last logits [vocab]."""
         started = time.perf_counter()
-        tokens = np.array([job.ids[job.fed : stop]], np.int64)
+        tokens = np.array([job.ids[job.fed : chunk_end]], np.int64)
         logits = self._take_prompt(job, tokens)
         seconds = time.perf_counter() - started
         if not job.request.prompt_logits:  # such chunks are slower than all others
             self._chunk_size.record_chunk(tokens.size, seconds)
         self.counters.prompt_tokens += tokens.size
         self.counters.read_seconds += seconds
-        job.fed = stop
-        self.on_reading(job)
-        self._last_read[job.request.client] = time.perf_counter()
-        if stop < end:
-            return
-        state, is_whole = self._rows.state(job), stop == len(job.ids)
-        lasting = job.request.lasting or not is_whole
-        self._store(job, state, logits if is_whole else None, lasting=lasting)
-        if is_whole:
-            self._reply(job, logits, state)
+        return logits
 
     def _take_prompt(self, job: GenerationJob, tokens: np.ndarray) -> np.ndarray:
         """Reads tokens [1, T] of a prompt; returns the logits [vocab] after the last one."""
-        report, start = job.request.prompt_logits, job.fed + 1
+        report = job.request.prompt_logits
         row = self._rows.row_range(job)
-        logits: np.ndarray = self._session.take(row, tokens, tokens.size if report else 1)[0]
+        num_logits = tokens.size if report else 1
+        logits: np.ndarray = self._session.take(row, tokens, num_logits)[0]
         if report:
-            predicted = job.request.ids[start : start + tokens.size]
+            first_predicted = job.fed + 1
+            predicted = job.request.ids[first_predicted : first_predicted + tokens.size]
             report(predicted, logits[: len(predicted)])
         last: np.ndarray = logits[-1]
         return last
 
     def _next_to_read(self) -> GenerationJob | None:
+        """Returns the earliest job of the client that has not read for longest."""
         reading = [job for job in self._rows.not_decoding if job.held is None and not job.cancelled]
         if not reading:
             return None
-        clients, before = {job.request.client for job in reading}, self._last_read
-        self._last_read = last = {client: before.get(client, 0.0) for client in clients}
-        return min(reading, key=lambda job: (last[job.request.client], job.began))
+        clients = {job.request.client for job in reading}
+        last_read = {client: self._last_read.get(client, 0.0) for client in clients}
+        self._last_read = last_read
+        return min(reading, key=lambda job: (last_read[job.request.client], job.began))
 
     def _reply(self, job: GenerationJob, logits: np.ndarray | None, state: State) -> None:
+        """Begins the reply after the whole prompt, or ends a job that only reads."""
         job.replied = time.perf_counter()
         if job.request.max_new_tokens == 0 or logits is None:
             job.state = state
@@ -245,7 +321,8 @@ class Scheduler:
 
     def _go_on(self, job: GenerationJob, logits: np.ndarray) -> None:
         """Chooses the next token of a row outside of the step, which joins the step."""
-        if ending := self._advance(job, logits):
+        ending = self._choice.advance(job, logits)
+        if ending:
             self._leave(job, *ending)
         elif job.held is None:
             self._rows.start_decoding(job)
@@ -259,27 +336,35 @@ class Scheduler:
             self._go_on(job, logits)
 
     def _can_go_on(self) -> bool:
-        can_admit = self._admission.has_queues and not self._rows.is_full
-        return can_admit or any(job.mask is not None and job.mask.is_ready for job in self._rows)
+        if self._admission.has_queues and not self._rows.is_full:
+            return True
+        return any(job.mask is not None and job.mask.is_ready for job in self._rows)
 
     def _write(self) -> None:
         """Runs one step of all rows that decode, perhaps with drafted tokens."""
         jobs = self._rows.decoding
         if not jobs:
             return
-        rows, tokens = range(len(jobs)), np.array(self._speculation.tokens(jobs), np.int64)
+        rows = range(len(jobs))
+        tokens = np.array(self._speculation.tokens(jobs), np.int64)
         drafted = tokens.shape[1] - 1
-        before = [job.fed for job in jobs]
+        fed_before = [job.fed for job in jobs]
+
         started = time.perf_counter()
-        logits = (self._session.verify if drafted else self._session.take)(rows, tokens)
+        if drafted:
+            logits = self._session.verify(rows, tokens)
+        else:
+            logits = self._session.take(rows, tokens)
         seconds = time.perf_counter() - started
-        self._mask_deadline = time.perf_counter() + _MASK_STEPS * seconds
-        endings = [self._follow(*row) for row in zip(jobs, tokens, logits, strict=True)]
-        fed = [job.fed - earlier for job, earlier in zip(jobs, before, strict=True)]
+
+        self._choice.mask_deadline = time.perf_counter() + _MASK_STEPS * seconds
+        endings = [self._choice.follow(*row) for row in zip(jobs, tokens, logits, strict=True)]
+        fed = [job.fed - before for job, before in zip(jobs, fed_before, strict=True)]
         if drafted:
             self._session.accept(fed)
         self._chunk_size.record_step(seconds)
         self._speculation.record_pass(len(jobs), drafted + 1, time.perf_counter() - started)
+
         self.counters.steps += 1
         self.counters.step_seconds += seconds
         self.counters.drafted_tokens += drafted * len(jobs)
@@ -290,47 +375,8 @@ class Scheduler:
             elif job.held is not None:
                 self._rows.stop_decoding(job)
 
-    def _follow(self, job: GenerationJob, tokens: np.ndarray, logits: np.ndarray) -> Ending | None:
-        """Chooses a token after each of `tokens` [T], up to the first rejected draft."""
-        for i, row in enumerate(logits):
-            job.fed += 1
-            if ending := self._advance(job, row):
-                return ending
-            if job.held is not None or i + 1 == len(tokens) or job.ids[-1] != tokens[i + 1]:
-                break
-        return None
-
-    def _advance(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
-        """Chooses the next token; any failure, also of the listener, ends only this reply."""
-        try:
-            return self._choose(job, logits)
-        except RequestError as error:
-            return "error", error
-        except Exception as error:
-            return "error", EngineError(f"a reply cannot go on: {error!r}")
-
-    def _choose(self, job: GenerationJob, logits: np.ndarray) -> Ending | None:
-        request, bias, job.held = job.request, None, None
-        if job.mask is not None:
-            bias = job.mask.bias(self._mask_deadline - time.perf_counter())
-            if bias is None:
-                job.held = logits
-                return None
-        token = job.sampler(logits, bias)
-        if token in request.stop_ids:
-            return "stop", None
-        job.ids.append(token)
-        job.written += 1
-        self.counters.new_tokens += 1
-        if not request.listener.token(token, logits):
-            return "stop", None
-        if job.written >= request.max_new_tokens:
-            return "length", None
-        if job.mask is not None:
-            job.mask.accept(token)
-        return None
-
     def _leave(self, job: GenerationJob, reason: Reason, error: RequestError | None = None) -> None:
+        """Stores the state of a job, frees its row, and ends it."""
         if reason != "error" and job.fed > job.stored:
             lasting = job.request.lasting and reason != "cancelled"
             self._store(job, self._rows.state(job), lasting=lasting)
@@ -351,13 +397,22 @@ class Scheduler:
         job.stored = job.fed
 
     def _end(self, job: GenerationJob, reason: Reason, error: RequestError | None = None) -> None:
+        """Ends a job without a row, and calls its listener."""
         self._admission.end(job)
         if job.mask is not None:
             job.mask.cancel()
+
         now = time.perf_counter()
         replied = job.replied or now
-        read_seconds = replied - (job.began or replied)
-        end = End(reason, job.cached, read_seconds, now - replied, error, job.state)
+        began = job.began or replied
+        end = End(
+            reason,
+            cached_tokens=job.cached,
+            read_seconds=replied - began,
+            write_seconds=now - replied,
+            error=error,
+            state=job.state,
+        )
         try:
             job.request.listener.end(end)
         except Exception as failure:

@@ -112,7 +112,7 @@ def environment() -> dict[str, str | int]:
 
 
 def cpu() -> str:
-    """Returns the processor's name, with those of `_FEATURES` that it has."""
+    """Returns the processor's name and, in brackets, its instructions among `_FEATURES`."""
     facts = _first_processor()
     name = facts.get("model name") or platform.processor() or platform.machine()
     flags = facts.get("flags", facts.get("Features", "")).split()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
 from rgexport.griffin.state import POSITION, State
 
 LOGITS_BYTES = 192 << 20

@@ -25,7 +25,7 @@ _COUNTERS = {
     "read_seconds": "Time spent in reading prompts.",
     "step_seconds": "Time spent in steps.",
 }
-"""Attribute of `scheduler.Counters` → description."""
+"""Attribute of `counters.Counters` → description."""
 _GAUGES: dict[str, tuple[str, Callable[[Model], float]]] = {
     "running": ("Requests being computed.", lambda model: model.scheduler.running),
     "waiting": ("Requests that wait.", lambda model: model.scheduler.waiting),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.from_artifact import continued_ids
 from rgexport.chat.model import load, open_model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
 from rgexport.commands import standard_input
-from rgexport.export.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_demo
@@ -150,7 +150,7 @@ def test_nothing_is_overwritten_by_a_state(command, demo_artifact, tmp_path):
 
 @pytest.mark.parametrize("choice", ["", "--temperature 0.8 --top-p 0.9 --seed 3"])
 def test_drafts_change_no_word(choice, demo_artifact, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Speculation, "_time", lambda self, rows, tokens, step: step)
+    monkeypatch.setattr(Speculation, "_pass_seconds", lambda self, rows, tokens, step: step)
     draft = tmp_path / "draft.txt"
     draft.write_text("Everybody hoped that he would never come there again. " + REPEATED)
     words = ["generate", str(demo_artifact), "-p", 3 * REPEATED + "He", "-n", "70"]

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rgexport.chat import scheduler as scheduler_module
+from rgexport.chat.counters import Counters
 from rgexport.chat.jobs import GenerationRequest
 from rgexport.chat.masks import MaskThreads, ReplyMask
 from rgexport.chat.prefix_store import PrefixStore
+from rgexport.chat.prompt_lookup import Draft, PromptLookup
 from rgexport.chat.sampling import Sampling
-from rgexport.chat.scheduler import Counters, Scheduler
-from rgexport.chat.speculation import Draft, PromptLookup, Speculation
+from rgexport.chat.scheduler import Scheduler
+from rgexport.chat.speculation import Speculation
 from rgexport.errors import RequestError
 from tests.chat.test_scheduler import VOCAB, Heard, alone, ask, held_up
 from tests.toy_session import ToySession
@@ -47,7 +49,7 @@ class GatedMask:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is drafted is tried, however long that takes."""
-    monkeypatch.setattr(Speculation, "_time", lambda self, rows, tokens, step: step)
+    monkeypatch.setattr(Speculation, "_pass_seconds", lambda self, rows, tokens, step: step)
 
 
 @pytest.fixture
@@ -207,6 +209,10 @@ def test_drafts_save_steps(rows: int) -> None:
 
 
 def test_nothing_is_drafted_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Speculation, "_time", lambda self, rows, tokens, step: tokens * step)
+    def proportional(self, rows, tokens, step_seconds):
+        return tokens * step_seconds
+
+    monkeypatch.setattr(Speculation, "_pass_seconds", proportional)
+
     asked = [{"ids": [1, 2, 3], "max_new_tokens": 120}]
     assert replies(asked, rows=1, lookup=True)[1].drafted_tokens == 0

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.chat.admission import Admission
 from rgexport.chat.jobs import KEPT_EVERY, Busy, GenerationJob, GenerationRequest
 from rgexport.chat.prefix_store import PrefixStore
-from rgexport.chat.rows import Admission
 from rgexport.chat.scheduler import Scheduler
 from rgexport.errors import RequestError
 from tests.chat.conftest import until

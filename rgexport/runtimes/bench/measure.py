@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
 from rgexport.runtimes.bench.request import BenchRequest, BenchTest

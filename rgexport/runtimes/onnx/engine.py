@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, StoredTensor
-from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
-from rgexport.export.onnx.trust import require_trusted
-from rgexport.export.storage import groups_of
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest, StoredTensor
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
+from rgexport.artifacts.onnx.trust import require_trusted
+from rgexport.artifacts.storage import groups_of
+from rgexport.formats import format_on
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantize.scheme import Float, TwoLevel
+from rgexport.quantize.schemes.registry import Float, TwoLevel
 from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
@@ -28,9 +29,8 @@ class OnnxEngine(engine.Engine):
 
     @property
     def can_narrow(self) -> bool:
-        """Whether sessions can have a smaller window; without torch, this import fails."""
-        import rgexport.export.onnx.model  # noqa: F401  # without torch it fails here
-
+        """Whether sessions can have a smaller window; the exporter fails here without torch."""
+        _exporter()
         return True
 
     def require_trusted(self, artifact: Artifact) -> None:
@@ -41,9 +41,7 @@ class OnnxEngine(engine.Engine):
         """Opens a session; a smaller window takes a graph of its own over the same weights."""
         graph = None
         if options.window is not None:
-            from rgexport.export.onnx.model import narrowed
-
-            artifact, graph = narrowed(artifact, options.window)
+            artifact, graph = _exporter().narrow(artifact, options.window)
         return OrtSession(artifact, threads=options.threads, graph=graph, native=options.native)
 
     def has_native(self, artifact: Artifact) -> bool:
@@ -65,6 +63,14 @@ class OnnxEngine(engine.Engine):
         if tensor.scheme == Float("float16"):
             return 2 * stored
         return stored
+
+
+def _exporter() -> Any:
+    """Returns the exporter, which lowers the graph of another window.
+
+    The registry loads it, so that engines do not depend on the package `export`.
+    """
+    return format_on("export", "onnx")
 
 
 FORMAT = OnnxEngine()

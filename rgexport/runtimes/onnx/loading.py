@@ -6,11 +6,11 @@ from functools import partial
 
 import onnxruntime as ort
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import ACTIVATIONS, Manifest
+from rgexport.artifacts.onnx import model_file
+from rgexport.artifacts.onnx.trust import require_trusted
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest
-from rgexport.export.onnx import model_file
-from rgexport.export.onnx.trust import require_trusted
 from rgexport.progress import warn
 from rgexport.runtimes.huge_pages import BackgroundAdvice, huge_pages
 from rgexport.runtimes.onnx.bound_run import engine_errors

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS
-from rgexport.export.onnx import model_file
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import ACTIVATIONS
+from rgexport.artifacts.onnx import model_file
 from rgexport.griffin.state import POSITION, State
 from rgexport.parallelism import usable_threads
 from rgexport.runtimes.huge_pages import zeros_together

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rgexport.export.manifest import StateRecord
+from rgexport.artifacts.manifest import StateRecord
 from rgexport.griffin.config import GriffinConfig
 from rgexport.runtimes.onnx.bound_run import BoundRun
 
