@@ -21,7 +21,8 @@ import numpy as np
 
 from bench.any_model import DATA, SIZES, AnyModelSession
 from rgexport.griffin.state import POSITION, State
-from rgexport.runtimes.bench.measure import MOST, BenchMeasurement, BenchRequest, BenchRow
+from rgexport.runtimes.bench.measure import BenchMeasurement, BenchRow
+from rgexport.runtimes.bench.request import MOST, BenchRequest
 from rgexport.runtimes.bench.roofline import roofline
 
 STATES = Path("out/bench/states")

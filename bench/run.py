@@ -17,7 +17,8 @@ from pathlib import Path
 
 from rgexport.progress import note
 from rgexport.quantize.plan import COREML_PRECISIONS
-from rgexport.runtimes.bench.measure import BenchRequest, bench_artifact
+from rgexport.runtimes.bench.measure import bench_artifact
+from rgexport.runtimes.bench.request import BenchRequest
 from rgexport.runtimes.machine import environment, peak_bytes
 
 FOLDER = Path("out/bench")

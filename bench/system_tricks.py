@@ -26,7 +26,7 @@ from rgexport.artifacts.opening import open_artifact
 from rgexport.files import atomic, hashing
 from rgexport.progress import note
 from rgexport.runtimes.huge_pages import BackgroundAdvice
-from rgexport.runtimes.onnx import session
+from rgexport.runtimes.onnx import loading
 from rgexport.runtimes.onnx.session import OrtSession
 
 ROUNDS, STEPS = 7, 24
@@ -92,7 +92,7 @@ class Trick:
 TRICKS = {
     "known hashes": Trick(opening, hashing, "_read_cache", dict),
     "MADV_COLLAPSE": Trick(
-        decode_stock, session, "huge_pages", lambda: nullcontext(BackgroundAdvice())
+        decode_stock, loading, "huge_pages", lambda: nullcontext(BackgroundAdvice())
     ),
     "page-cache eviction": Trick(
         decode_written, atomic, "evict_from_page_cache", lambda path: None

@@ -248,7 +248,9 @@ def bench(arguments: BenchArguments) -> None:
     """
     from rgexport.files.atomic import write_file
     from rgexport.files.targets import check_file_target
-    from rgexport.runtimes.bench.measure import WRITERS, BenchRequest, bench_artifact
+    from rgexport.runtimes.bench.formats import WRITERS
+    from rgexport.runtimes.bench.measure import bench_artifact
+    from rgexport.runtimes.bench.request import BenchRequest
 
     form: str = "json" if arguments.json else arguments.form
     output = arguments.output and Path(arguments.output)

@@ -38,6 +38,8 @@ class Observation:
 
 
 class Observer(Protocol):
+    """A loaded artifact that shows the result of each op beside its logits."""
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Numbers of tokens per call that take different code paths, the longest first."""
@@ -49,9 +51,17 @@ class Observer(Protocol):
 
 
 def observation_of(results: dict[str, np.ndarray], state: State) -> Observation:
-    """Makes an observation of results [1, T, n] in the engine's dtype, which it empties."""
-    dtypes = {site: a.dtype.name for site, a in results.items() if a.dtype != np.float32}
-    values = {s: results.pop(s)[0].astype(np.float32, copy=False) for s in tuple(results)}
+    """Makes an observation of results [1, T, n] in the engine's dtype.
+
+    `results` is emptied, so that only one copy of each value exists.
+    """
+    dtypes = {}
+    values = {}
+    for site in tuple(results):
+        result = results.pop(site)
+        if result.dtype != np.float32:
+            dtypes[site] = result.dtype.name
+        values[site] = result[0].astype(np.float32, copy=False)
     return Observation(values=values, gates={}, dtypes=dtypes, state=state)
 
 
@@ -60,7 +70,7 @@ class SessionOptions:
     """Options of a session or an observer; an engine ignores those that it does not have.
 
     Attributes:
-        threads: the most threads; None for one a processor.
+        threads: the most threads; None for one per processor.
         lean: whether the session takes the least memory.
         native: whether our kernels may run; without them, it computes what other programs compute.
         window: tokens that attention sees before its own, where the engine `can_narrow`.
@@ -73,11 +83,12 @@ class SessionOptions:
 
 
 class Engine(ABC):
+    """A program that runs the artifacts of one format."""
+
     @property
     def can_narrow(self) -> bool:
+        """Whether sessions can have a smaller window than their artifact."""
         return False
-
-    """Whether sessions can have a smaller window than their artifact."""
 
     def require(self) -> None:
         """Raises NotInstalled if the engine does not come with every install, and is missing."""
@@ -88,7 +99,9 @@ class Engine(ABC):
         return
 
     @abstractmethod
-    def session(self, artifact: Artifact, options: SessionOptions) -> Session: ...
+    def session(self, artifact: Artifact, options: SessionOptions) -> Session:
+        """Opens a session; raises RequestError if the engine cannot open the artifact."""
+        ...
 
     def has_native(self, artifact: Artifact) -> bool:
         """Returns whether our kernels replace functions of the artifact on this machine."""
@@ -110,14 +123,17 @@ class Engine(ABC):
         return 2 * self.memory_bytes(manifest)
 
     def _held_bytes(self, tensor: StoredTensor) -> int:
+        """Returns the memory that one copy of a tensor takes in the engine."""
         return sum(part.nbytes for part in tensor.parts.values())
 
 
 def engine_of(kind: str) -> Engine:
+    """Returns the engine that runs artifacts of a kind, such as `onnx`."""
     return cast(Engine, format_on("runtimes", kind))
 
 
 def require_narrowing(artifact: Artifact) -> None:
+    """Raises RequestError unless sessions of the artifact can have a smaller window."""
     if not engine_of(artifact.manifest.kind).can_narrow:
         raise RequestError(
             f"the window of {artifact.path} cannot be changed; expected an ONNX or GGUF artifact, "
@@ -128,19 +144,28 @@ def require_narrowing(artifact: Artifact) -> None:
 def open_session(artifact: Artifact, **options: Any) -> Session:
     """Opens a session in the engine of the artifact's format, with options of `SessionOptions`.
 
-    Raises RequestError if the engine is missing or cannot open the model, or for a wrong window.
+    Raises:
+        RequestError: the engine is missing, it cannot open the model, or the window is wrong.
     """
-    chosen, widest = SessionOptions(**options), artifact.manifest.config.window
-    if chosen.window is not None:
-        require_narrowing(artifact)
-        if not 0 <= chosen.window <= widest:
-            raise RequestError(
-                f"the window is {chosen.window}; expected 0 to {widest}, that of {artifact.path}"
-            )
+    session_options = SessionOptions(**options)
+    if session_options.window is not None:
+        _require_window(artifact, session_options.window)
+    engine = engine_of(artifact.manifest.kind)
     with task(f"Loading {artifact.manifest.name}", leaves_line=False):
-        return engine_of(artifact.manifest.kind).session(artifact, chosen)
+        return engine.session(artifact, session_options)
+
+
+def _require_window(artifact: Artifact, window: int) -> None:
+    """Raises RequestError unless sessions of the artifact can have this window."""
+    require_narrowing(artifact)
+    widest = artifact.manifest.config.window
+    if not 0 <= window <= widest:
+        raise RequestError(
+            f"the window is {window}; expected 0 to {widest}, that of {artifact.path}"
+        )
 
 
 def open_observer(artifact: Artifact, **options: Any) -> Observer:
     """Opens an observer in the engine of the artifact's format; it loads the model again."""
-    return engine_of(artifact.manifest.kind).observer(artifact, SessionOptions(**options))
+    engine = engine_of(artifact.manifest.kind)
+    return engine.observer(artifact, SessionOptions(**options))

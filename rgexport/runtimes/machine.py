@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 _CGROUP = Path("/sys/fs/cgroup")
-_PACKAGES = ("coremltools", "llama_cpp_python", "numpy", "onnxruntime", "torch")
 _CPUINFO = Path("/proc/cpuinfo")
+_PACKAGES = ("coremltools", "llama_cpp_python", "numpy", "onnxruntime", "torch")
+"""The packages that decide the results of a run; reports show their versions."""
 _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 """The instructions that decide how fast int4 and int8 are computed, by Linux's names."""
 
@@ -28,10 +29,10 @@ _FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "
 def rss_bytes() -> int | None:
     """Returns the memory of this process; None where it is unknown (not on Linux)."""
     try:
-        pages = int(_STATM.read_text("utf-8").split()[1])
+        resident_pages = _STATM.read_text("utf-8").split()[1]
     except OSError:
         return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(resident_pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_rss_bytes() -> int | None:
@@ -44,20 +45,26 @@ def peak_rss_bytes() -> int | None:
 
 
 def peak_bytes(usage: "struct_rusage") -> int:
-    """Returns the peak of a process in bytes; its unit depends on the system."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Returns the peak of a process in bytes; `ru_maxrss` is in KiB except on macOS."""
+    if sys.platform == "darwin":
+        return usage.ru_maxrss
+    return usage.ru_maxrss * 1024
 
 
 def available_bytes() -> int | None:
-    """Returns the memory that is left, in a container too; None if unknown (not Linux)."""
-    system = _fields(_MEMINFO).get("MemAvailable:")
-    if system is None:
+    """Returns the memory that is free, in a container too; None if unknown (not Linux)."""
+    system_kib = _fields(_MEMINFO).get("MemAvailable:")
+    if system_kib is None:
         return None
-    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
+    system_bytes = 1024 * system_kib
+    limit = _number(_CGROUP / "memory.max")
+    used = _number(_CGROUP / "memory.current")
     if limit is None or used is None:  # in no container
-        return 1024 * system
+        return system_bytes
+    # The kernel counts a container's file cache as used, and frees it when memory is short.
     cached = _fields(_CGROUP / "memory.stat").get("inactive_file", 0)
-    return min(1024 * system, max(0, limit - used + cached))
+    container_bytes = max(0, limit - used + cached)
+    return min(system_bytes, container_bytes)
 
 
 def release_freed_memory() -> None:
@@ -67,6 +74,7 @@ def release_freed_memory() -> None:
 
 
 def _number(file: Path) -> int | None:
+    """Returns the number in a file of the cgroup; None if there is no file or no limit."""
     try:
         return int(file.read_text("utf-8"))
     except (OSError, ValueError):  # no such file, or `max`
@@ -74,14 +82,21 @@ def _number(file: Path) -> int | None:
 
 
 def _fields(file: Path) -> dict[str, int]:
+    """Returns the numbers by name in a file of lines `name number`; empty if it cannot be read."""
     try:
-        pairs = (line.split()[:2] for line in file.read_text("utf-8").splitlines())
-        return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+        lines = file.read_text("utf-8").splitlines()
     except OSError:
         return {}
+    numbers = {}
+    for line in lines:
+        fields = line.split()[:2]
+        if len(fields) == 2 and fields[1].isdigit():
+            numbers[fields[0]] = int(fields[1])
+    return numbers
 
 
 def environment() -> dict[str, str | int]:
+    """Returns the processor, the system and the versions that a report names."""
     facts: dict[str, str | int] = {
         "cpu": cpu(),
         "cores": usable_processors(),
@@ -89,19 +104,34 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "rgexport": __version__,
     }
-    return facts | {name: version for name in _PACKAGES if (version := _version(name))}
+    for package in _PACKAGES:
+        installed = _version(package)
+        if installed:
+            facts[package] = installed
+    return facts
 
 
 def cpu() -> str:
-    facts = {}
-    if _CPUINFO.is_file():
-        first = _CPUINFO.read_text("utf-8", "replace").split("\n\n")[0]
-        pairs = (line.partition(":") for line in first.splitlines())
-        facts = {key.strip(): value.strip() for key, _, value in pairs}
-    flags = facts.get("flags", facts.get("Features", "")).split()
+    """Returns the processor's name and, in brackets, its instructions among `_FEATURES`."""
+    facts = _first_processor()
     name = facts.get("model name") or platform.processor() or platform.machine()
+    flags = facts.get("flags", facts.get("Features", "")).split()
     features = ", ".join(feature for feature in _FEATURES if feature in flags)
-    return f"{name} ({features})" if features else name
+    if not features:
+        return name
+    return f"{name} ({features})"
+
+
+def _first_processor() -> dict[str, str]:
+    """Returns the fields of the first processor in /proc/cpuinfo; none except on Linux."""
+    if not _CPUINFO.is_file():
+        return {}
+    text = _CPUINFO.read_text("utf-8", "replace")
+    facts = {}
+    for line in text.split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    return facts
 
 
 def _version(package: str) -> str | None:
@@ -112,7 +142,12 @@ def _version(package: str) -> str | None:
 
 
 def torch_device(device: str = "auto") -> str:
-    """Returns a device that torch can use; `auto` is CUDA if there is one."""
+    """Returns a device that torch can use; `auto` is CUDA if there is one.
+
+    Raises:
+        NotInstalled: torch is missing.
+        RequestError: torch cannot use the device.
+    """
     try:
         import torch
     except ImportError:

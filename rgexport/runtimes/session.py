@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
 
 LOGITS_BYTES = 192 << 20
-"""Logits of a block of positions, in two copies."""
+"""Most bytes of the logits of a block of positions, in two copies."""
 MAX_BLOCK = 512
+"""Most positions of a block."""
 _MIN_BLOCK = 8
+"""Least positions of a block, however large the vocabulary is."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class SessionInfo:
 
     @property
     def title(self) -> str:
+        """The engine, its version and its kernels, in words."""
         return f"{self.engine} {self.engine_version}, {self.kernels} kernels"
 
 
@@ -67,12 +71,14 @@ class UnchangedFiles:
                     raise _changed(path)
 
     def require(self) -> None:
+        """Raises RequestError if a file has changed. Any thread may call it."""
         for path, before in self._stamps.items():
             if _stamp(path) != before:
                 raise _changed(path)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Returns numbers that differ when a file was replaced or written; None if it is missing."""
     try:
         stat = path.stat()
     except OSError:
@@ -84,13 +90,23 @@ def _changed(path: Path) -> RequestError:
     return RequestError(f"{path} changed while it was open; open the artifact again")
 
 
+def stored_bytes(manifest: Manifest) -> int:
+    """Returns the bytes of all weights in an artifact's files, without the tokenizer and others."""
+    total = 0
+    for tensor in manifest.tensors.values():
+        total += sum(part.nbytes for part in tensor.parts.values())
+    return total
+
+
 def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarray:
     """Returns token ids as int64 [batch, T]; refuses other shapes, and unknown ids."""
     tokens = np.asarray(tokens, np.int64)
     if tokens.ndim != 2 or len(tokens) != batch or not tokens.shape[1]:
         raise RequestError(f"tokens have shape {tokens.shape}; expected [{batch}, T], T ≥ 1")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
-        worst = tokens.max() if tokens.min() >= 0 else tokens.min()
+        worst = tokens.max()
+        if tokens.min() < 0:
+            worst = tokens.min()
         raise RequestError(f"token id {worst} is outside of the vocabulary of {vocab_size}")
     return tokens
 
@@ -98,16 +114,17 @@ def checked_tokens(tokens: np.ndarray, batch: int, vocab_size: int) -> np.ndarra
 def require_fitting(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a state with other names or shapes (without the batch axis) than `shapes`."""
     batch = np.shape(state.get(POSITION, ()))[:1]
-    expected = {name: (*batch, *shape) for name, shape in ({**shapes, POSITION: ()}).items()}
-    complaints = [
-        f"{name} is {'missing' if name in expected else 'unknown'}"
-        for name in expected.keys() ^ state.keys()
-    ]
-    complaints += [
-        f"{name} has shape {np.shape(state[name])}; expected {expected[name]}"
-        for name in expected.keys() & state.keys()
-        if np.shape(state[name]) != expected[name]
-    ]
+    expected = {name: (*batch, *shape) for name, shape in shapes.items()}
+    expected[POSITION] = batch
+
+    complaints = []
+    for name in expected.keys() ^ state.keys():
+        problem = "missing" if name in expected else "unknown"
+        complaints.append(f"{name} is {problem}")
+    for name in expected.keys() & state.keys():
+        shape = np.shape(state[name])
+        if shape != expected[name]:
+            complaints.append(f"{name} has shape {shape}; expected {expected[name]}")
     if complaints:
         raise RequestError(f"this state is of another model: {'; '.join(complaints[:5])}")
 
@@ -117,19 +134,21 @@ class Session(ABC):
 
     Neighbouring rows of the batch can be used without the others, so that conversations at
     different positions come and go. The rows of one call take the same number of tokens. Logits are
-    float32.
+    float32. One thread at a time may use a session; any thread may call `require_unchanged`.
     """
 
     vocab_size: int
     _opened_files: Sequence[UnchangedFiles] = ()
-    _tried: tuple[range, np.ndarray] | None = None  # of the last `verify`, until `accept`
+    _tried: tuple[range, np.ndarray] | None = None
+    """The rows and tokens of the last `verify`, until `accept`."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} in {self.info.title}, {len(self.position)} rows>"
 
     @property
     @abstractmethod
-    def info(self) -> SessionInfo: ...
+    def info(self) -> SessionInfo:
+        """Facts about the session, for reports."""
 
     @property
     @abstractmethod
@@ -158,15 +177,19 @@ class Session(ABC):
         """Frees the artifact's files and memory; the session cannot be used any more."""
 
     @abstractmethod
-    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray: ...
+    def _take(self, rows: range, tokens: np.ndarray, num_logits: int) -> np.ndarray:
+        """Implements `take` for checked tokens, with 1 ≤ num_logits ≤ T."""
 
     @abstractmethod
-    def _set_rows(self, rows: range, state: State) -> None: ...
+    def _set_rows(self, rows: range, state: State) -> None:
+        """Implements `set_rows` for a checked state."""
 
     def _verify(self, rows: range, tokens: np.ndarray) -> np.ndarray:
+        """Implements `verify` for checked tokens, where `info.exact_tokens` is above 1."""
         raise NotImplementedError
 
     def _accept(self, rows: range, tokens: np.ndarray, counts: Sequence[int]) -> None:
+        """Implements `accept` for the rows and tokens of the last `_verify`."""
         raise NotImplementedError
 
     def take(self, rows: range, tokens: np.ndarray, num_logits: int = 1) -> np.ndarray:
@@ -186,7 +209,7 @@ class Session(ABC):
         """
         tokens = checked_tokens(tokens, len(rows), self.vocab_size)
         logits = self._verify(rows, tokens)
-        self._tried = rows, tokens
+        self._tried = (rows, tokens)
         return logits
 
     def accept(self, counts: Sequence[int]) -> None:
@@ -223,6 +246,7 @@ class Session(ABC):
         return self.take(self._all, np.reshape(tokens, (-1, 1)))[:, 0]
 
     def get_state(self) -> State:
+        """Returns a copy of the canonical state of all rows."""
         return self.get_rows(self._all)
 
     def set_state(self, state: State) -> None:
@@ -244,15 +268,22 @@ class Session(ABC):
 
 def block_size(session: Session) -> int:
     """Returns how many rows of logits fit into `LOGITS_BYTES`, in whole chunks if possible."""
-    size = min(MAX_BLOCK, max(_MIN_BLOCK, LOGITS_BYTES // (2 * 4 * session.vocab_size)))
+    row_bytes = 2 * 4 * session.vocab_size  # two copies in float32
+    size = max(_MIN_BLOCK, LOGITS_BYTES // row_bytes)
+    size = min(MAX_BLOCK, size)
+
     chunk = session.info.prefill_chunk
-    return size - size % chunk if session.info.whole_chunks and size > chunk else size
+    if session.info.whole_chunks and size > chunk:
+        size -= size % chunk
+    return size
 
 
 def whole_chunks(session: Session, positions: Iterable[int]) -> set[int]:
     """Returns the positions between chunks of fixed length; all, if chunks have any length."""
-    whole = session.info.prefill_chunk if session.info.whole_chunks else 1
-    return {position for position in positions if position % whole == 0}
+    if not session.info.whole_chunks:
+        return set(positions)
+    chunk = session.info.prefill_chunk
+    return {position for position in positions if position % chunk == 0}
 
 
 def blocks(session: Session, edges: Iterable[int]) -> Iterator[tuple[int, int]]:

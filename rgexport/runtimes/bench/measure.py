@@ -4,34 +4,26 @@ The tests are llama-bench's. The machine's read speed drifts within minutes, so 
 take turns, and the memory is read between the timed pieces.
 """
 
-import csv
-import io
-import json
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
-from typing import Any, Self
 
 import numpy as np
 
 from rgexport.artifacts.artifact import Artifact
 from rgexport.artifacts.opening import open_artifact
-from rgexport.errors import RequestError
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
-from rgexport.reporting.tables import Table, markdown, render
+from rgexport.runtimes.bench.request import BenchRequest, BenchTest
 from rgexport.runtimes.bench.roofline import ReadSpeed, roofline, seconds
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import cpu, peak_rss_bytes, rss_bytes
-from rgexport.runtimes.session import Session, SessionInfo
-from rgexport.units import amount
+from rgexport.runtimes.session import Session
 
-MOST = 1 << 24
 PIECE = 512
 """Tokens per prefill, on the way to a depth and for warming up."""
 WARM_UP_SECONDS = 4.0
@@ -39,59 +31,7 @@ WARM_UP_SECONDS = 4.0
 SLICE_SECONDS = 1.0
 """About how long steps run between two readings of the memory."""
 PATIENCE_MINUTES = 1.0
-
-
-@dataclass(frozen=True)
-class BenchTest:
-    """A prompt of `length` tokens (`pp`), or as many tokens one by one (`tg`)."""
-
-    kind: str
-    length: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}{self.length}"
-
-    def weight_reads(self, info: SessionInfo) -> int:
-        if self.kind != "pp":
-            return self.length
-        chunks, remainder = divmod(self.length, info.prefill_chunk)
-        return chunks + (remainder if info.whole_chunks else min(remainder, 1))
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """Lengths to measure at each depth, which is random numbers if `synthetic`."""
-
-    prompts: tuple[int, ...] = (512,)
-    tokens: tuple[int, ...] = (128,)
-    depths: tuple[int, ...] = (0,)
-    repetitions: int = 5
-    synthetic: bool = False
-
-    def __post_init__(self) -> None:
-        if not any((*self.prompts, *self.tokens)):
-            raise RequestError("there is nothing to measure: -p and -n are 0; give one a length")
-        if self.synthetic and not any(self.depths):
-            raise RequestError("--synthetic changes nothing at depth 0; give one, such as -d 4096")
-
-    @classmethod
-    def parse(cls, prompts: str, tokens: str, depths: str, **rest: Any) -> Self:
-        return cls(_lengths("-p", prompts), _lengths("-n", tokens), _lengths("-d", depths), **rest)
-
-    @property
-    def tests(self) -> list[BenchTest]:
-        prompts = [BenchTest("pp", length) for length in self.prompts if length]
-        return prompts + [BenchTest("tg", length) for length in self.tokens if length]
-
-
-def _lengths(option: str, text: str) -> tuple[int, ...]:
-    lengths = text.split(",")
-    if not all(re.fullmatch("[0-9]{1,8}", n) and int(n) <= MOST for n in lengths):
-        raise RequestError(
-            f"{option} is {text!r}; expected numbers from 0 to {MOST}, such as 512 or 128,512"
-        )
-    return tuple(dict.fromkeys(map(int, lengths)))
+"""If a depth takes longer to reach, a note names --synthetic."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +79,17 @@ def bench_artifact(
     threads: int | None = None,
     allow_foreign: bool = False,
 ) -> list[BenchRow]:
+    """Opens an artifact in a session and measures it; returns a row for each test and depth.
+
+    Raises RequestError if the artifact cannot be opened, or the machine has too little memory.
+    """
     artifact = open_artifact(path, allow_foreign=allow_foreign)
-    began = time.perf_counter()
+    start = time.perf_counter()
     session = open_session(artifact, threads=threads)
-    elapsed = time.perf_counter() - began
+    load_seconds = time.perf_counter() - start
     try:
         with roofline(session.info.threads) as read_speed:
-            measurement = BenchMeasurement(session, request, read_speed, artifact, elapsed)
+            measurement = BenchMeasurement(session, request, read_speed, artifact, load_seconds)
             return list(measurement.rows())
     finally:
         session.close()
@@ -153,6 +97,16 @@ def bench_artifact(
 
 @dataclass
 class _Cell:
+    """The measured values of a test at a depth.
+
+    Attributes:
+        state_file: the state at the depth, from which each repetition starts.
+        rates: tokens per second of each repetition.
+        speeds: the memory's read speed before, between and after the timed pieces.
+        memory: bytes of the process at the end of each repetition, where they are known.
+        peak: the most bytes of the process so far.
+    """
+
     test: BenchTest
     depth: int
     state_file: Path
@@ -174,67 +128,113 @@ class BenchMeasurement:
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def rows(self) -> Iterator[BenchRow]:
-        until = time.perf_counter() + WARM_UP_SECONDS
-        with task("Warming up", leaves_line=False):
-            while time.perf_counter() < until:
-                if self.session.position[0] >= PIECE:
-                    self.session.reset()
-                self.session.step(self._random(1)[0])
+        """Measures everything, then yields the rows: depths in rising order, tests within each."""
+        self._warm_up()
         with TemporaryDirectory(prefix="rgexport-bench-") as folder:
-            self.session.reset()
-            state, cells = self.session.get_state(), []
-            for depth in sorted(set(self.request.depths)):
-                state = self._state_at(depth, state)
-                file = Path(folder, f"{depth}.npz")  # not in memory, to save it
-                np.savez(file, **state)  # type: ignore[arg-type]  # none is named `allow_pickle`
-                cells += [_Cell(test, depth, file) for test in self.request.tests]
+            cells = self._cells(Path(folder))
             self._measure(cells)
+
         lowest: dict[BenchTest, _Cell] = {}
         for cell in cells:
-            yield self._row(cell, lowest.setdefault(cell.test, cell))
+            lowest.setdefault(cell.test, cell)
+            yield self._row(cell, lowest[cell.test])
+
+    def _warm_up(self) -> None:
+        """Takes single steps until the background work of the engine is over."""
+        end = time.perf_counter() + WARM_UP_SECONDS
+        with task("Warming up", leaves_line=False):
+            while time.perf_counter() < end:
+                if self.session.position[0] >= PIECE:
+                    self.session.reset()
+                self.session.step(self._random_tokens(1)[0])
+
+    def _cells(self, folder: Path) -> list[_Cell]:
+        """Reaches the depths, and returns an empty cell for each test at each of them.
+
+        The states are kept in files, as they would count in the memory of the process.
+        """
+        self.session.reset()
+        state = self.session.get_state()
+        cells = []
+        for depth in sorted(set(self.request.depths)):
+            state = self.state_at(depth, state)
+            state_file = folder / f"{depth}.npz"
+            np.savez(state_file, **state)  # type: ignore[arg-type]  # none is named `allow_pickle`
+            cells += [_Cell(test, depth, state_file) for test in self.request.tests]
+        return cells
 
     def _measure(self, cells: list[_Cell]) -> None:
+        """Fills the cells: in each round, every cell has one repetition."""
         rounds = self.request.repetitions
         with task("Measuring", len(cells) * (rounds + 1), "repetitions") as advance:
-            for cell in cells:  # the engine allocates its memory
-                self._run(cell, min(cell.test.length, PIECE) if cell.test.kind == "pp" else 1, [])
+            for cell in cells:
+                self._run_briefly(cell)
                 advance(1)
+
             speed = self.read_speed()
             for _ in range(rounds):
                 for cell in cells:
                     cell.speeds.append(speed)
-                    elapsed = self._run(cell, cell.test.length, cell.speeds)
-                    cell.rates.append(cell.test.length / elapsed)
-                    cell.memory += [size for size in [rss_bytes()] if size is not None]
-                    cell.peak = peak_rss_bytes()
-                    cell.speeds.append(speed := self.read_speed())
+                    self._repeat(cell)
+                    speed = self.read_speed()
+                    cell.speeds.append(speed)
                     advance(1)
 
+    def _run_briefly(self, cell: _Cell) -> None:
+        """Runs a test once without measuring it, so that the engine allocates its memory."""
+        length = 1
+        if cell.test.kind == "pp":
+            length = min(cell.test.length, PIECE)
+        self._run(cell, length, speeds=[])
+
+    def _repeat(self, cell: _Cell) -> None:
+        """Runs a test once and adds its rate and memory to the cell."""
+        elapsed = self._run(cell, cell.test.length, cell.speeds)
+        cell.rates.append(cell.test.length / elapsed)
+        memory = rss_bytes()
+        if memory is not None:
+            cell.memory.append(memory)
+        cell.peak = peak_rss_bytes()
+
     def _run(self, cell: _Cell, length: int, speeds: list[float]) -> float:
+        """Returns the seconds of a test with `length` tokens, from the state of its depth."""
         with np.load(cell.state_file) as state:
             self.session.set_state(dict(state))
-        tokens = self._random(length)
+        tokens = self._random_tokens(length)
         if cell.test.kind == "pp":
-            return seconds(lambda: self.session.prefill(tokens.T))
+            return seconds(partial(self.session.prefill, tokens.T))
         return self._steps(tokens, speeds)
 
     def _row(self, cell: _Cell, lowest: _Cell) -> BenchRow:
-        info, test, rates = self.session.info, cell.test, cell.rates
-        per_token = info.weight_bytes * test.weight_reads(info) / test.length
-        rate, read_speed = mean(rates), median(cell.speeds)
+        """Returns the row of a cell; `lowest` is the cell of its test at the lowest depth."""
+        info = self.session.info
+        test = cell.test
+
+        rate = mean(cell.rates)
+        median_rate = median(cell.rates)
+        deviation = stdev(cell.rates) if len(cell.rates) > 1 else 0.0
+
+        bytes_per_token = info.weight_bytes * test.weight_reads(info) / test.length
+        read_speed = median(cell.speeds)
+
+        state = "processed"
+        if cell.depth and self.request.synthetic:
+            state = "synthetic"
+        memory = round(median(cell.memory)) if cell.memory else None
+
         return BenchRow(
             test=test.name,
             depth=cell.depth,
-            state="synthetic" if cell.depth and self.request.synthetic else "processed",
-            repetitions=len(rates),
+            state=state,
+            repetitions=len(cell.rates),
             tokens_per_second=rate,
-            deviation=stdev(rates) if len(rates) > 1 else 0.0,
-            median_tokens_per_second=median(rates),
-            time_ratio=median(lowest.rates) / median(cell.rates),
-            bytes_per_token=per_token,
+            deviation=deviation,
+            median_tokens_per_second=median_rate,
+            time_ratio=median(lowest.rates) / median_rate,
+            bytes_per_token=bytes_per_token,
             roofline_bytes_per_second=read_speed,
-            roofline_share=rate * per_token / read_speed,
-            rss_bytes=round(median(cell.memory)) if cell.memory else None,
+            roofline_share=rate * bytes_per_token / read_speed,
+            rss_bytes=memory,
             peak_rss_bytes=cell.peak,
             load_seconds=self.load_seconds,
             artifact_bytes=self.artifact.nbytes,
@@ -248,33 +248,39 @@ class BenchMeasurement:
 
     def _steps(self, tokens: np.ndarray, speeds: list[float]) -> float:
         """Returns the steps' seconds; adds read speeds measured in between to `speeds`."""
-        total = since = 0.0
+        total = 0.0
+        since_reading = 0.0
         for token in tokens:
-            if since >= SLICE_SECONDS:
+            if since_reading >= SLICE_SECONDS:
                 speeds.append(self.read_speed())
-                since = 0.0
+                since_reading = 0.0
             elapsed = seconds(partial(self.session.step, token))
-            total, since = total + elapsed, since + elapsed
+            total += elapsed
+            since_reading += elapsed
         return total
 
-    def _random(self, length: int) -> np.ndarray:
+    def _random_tokens(self, length: int) -> np.ndarray:
+        """Returns random token ids, int64 [length, 1]."""
         return self._generator.integers(0, self.session.vocab_size, (length, 1))
 
-    def _state_at(self, depth: int, state: State) -> State:
+    def state_at(self, depth: int, state: State) -> State:
+        """Returns the state at a depth, reached from `state` at a lower depth."""
         ahead = depth - int(state[POSITION][0])
         if not ahead:
             return state
         if self.request.synthetic:
             return synthetic_state(state, depth, self._generator)
+
         self.session.set_state(state)
-        began, done = time.perf_counter(), 0
+        start = time.perf_counter()
+        done = 0
         with task(f"Processing tokens up to depth {depth:,}", ahead, "tokens") as advance:
             while done < ahead:
-                piece = min(PIECE, ahead - done)
-                self.session.prefill(self._random(piece).T)
-                advance(piece)
-                done += piece
-                minutes = (time.perf_counter() - began) / done * ahead / 60
+                length = min(PIECE, ahead - done)
+                self.session.prefill(self._random_tokens(length).T)
+                advance(length)
+                done += length
+                minutes = (time.perf_counter() - start) / done * ahead / 60
                 if done == PIECE and minutes > PATIENCE_MINUTES:
                     note(f"this takes about {minutes:.0f} minutes; --synthetic uses a random state")
         return self.session.get_state()
@@ -282,71 +288,9 @@ class BenchMeasurement:
 
 def synthetic_state(like: State, depth: int, generator: np.random.Generator) -> State:
     """Returns random numbers as the state at `depth`; a step costs the same for any numbers."""
-    random = {
-        name: (0.1 * generator.standard_normal(array.shape)).astype(array.dtype)
-        for name, array in like.items()
-    }
-    return random | {POSITION: np.full_like(like[POSITION], depth)}
-
-
-COLUMNS: dict[str, Callable[[BenchRow], str]] = {
-    "test": lambda row: row.test,
-    "depth": lambda row: f"{row.depth:,}" + (" (synthetic)" if row.state == "synthetic" else ""),
-    "tokens/s": lambda row: f"{row.tokens_per_second:.2f} ± {row.deviation:.2f}",
-    "time": lambda row: f"{row.time_ratio:.3f}",
-    "weights/token": lambda row: amount(row.bytes_per_token),
-    "read speed": lambda row: f"{row.roofline_bytes_per_second / 1e9:.1f} GB/s",
-    "share": lambda row: f"{row.roofline_share:.3f}",
-    "memory": lambda row: _memory_text(row.rss_bytes),
-    "peak": lambda row: _memory_text(row.peak_rss_bytes),
-}
-
-
-def as_json(rows: Sequence[BenchRow]) -> str:
-    return json.dumps([asdict(row) for row in rows], indent=1) + "\n"
-
-
-def as_csv(rows: Sequence[BenchRow]) -> str:
-    buffer = io.StringIO()
-    records = [asdict(row) for row in rows]
-    writer = csv.DictWriter(buffer, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()
-
-
-def as_table(rows: Sequence[BenchRow]) -> str:
-    header, cells = _header_and_cells(rows)
-    *titles, machine = _titles(rows[0])
-    return render([*titles, Table(machine, header, cells, header[1:])]).rstrip() + "\n"
-
-
-def as_markdown(rows: Sequence[BenchRow]) -> str:
-    return f"{'; '.join(_titles(rows[0]))}\n\n{markdown(*_header_and_cells(rows))}\n"
-
-
-def _header_and_cells(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    several = len({row.depth for row in rows}) > 1
-    names = tuple(name for name in COLUMNS if several or name != "time")
-    return names, [tuple(COLUMNS[name](row) for name in names) for row in rows]
-
-
-def _titles(row: BenchRow) -> tuple[str, str, str]:
-    size, engine = amount(row.artifact_bytes), f"{row.engine} {row.engine_version}"
-    return (
-        f"{row.artifact}, {size}, opened in {row.load_seconds:.2f} s",
-        f"{engine}, {row.kernels} kernels, {row.threads} threads",
-        row.cpu,
-    )
-
-
-def _memory_text(size: int | None) -> str:
-    return "unknown" if size is None else amount(size)
-
-
-WRITERS: dict[str, Callable[[Sequence[BenchRow]], str]] = {
-    "table": as_table,
-    "md": as_markdown,
-    "json": as_json,
-    "csv": as_csv,
-}
+    random = {}
+    for name, array in like.items():
+        values = 0.1 * generator.standard_normal(array.shape)
+        random[name] = values.astype(array.dtype)
+    random[POSITION] = np.full_like(like[POSITION], depth)
+    return random

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -20,8 +21,10 @@ from rgexport.errors import RequestError
 READ_BYTES = 1 << 30
 """More than any processor's cache holds."""
 _PASSES = 3
+"""Readings of the memory, the fastest of which counts."""
 
 ReadSpeed = Callable[[], float]
+"""Measures the read speed, in bytes per second."""
 
 
 @contextmanager
@@ -30,6 +33,7 @@ def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> It
     pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (threads, nbytes, huge))
 
     def read_speed() -> float:
+        """Returns bytes per second; raises RequestError if the machine's memory is too small."""
         try:
             return pool.submit(_read_speed).result()
         except BrokenProcessPool:
@@ -45,6 +49,7 @@ def roofline(threads: int, nbytes: int = READ_BYTES, *, huge: bool = True) -> It
 
 
 _arrays: list[np.ndarray] = []
+"""The memory that is read, an array for each thread; only the other process fills it."""
 
 
 def _prepare(threads: int, nbytes: int, huge: bool) -> None:
@@ -52,20 +57,31 @@ def _prepare(threads: int, nbytes: int, huge: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     length = nbytes // threads // 8
     for _ in range(threads):
-        memory = np.empty(length, np.uint64) if huge else mmap.mmap(-1, 8 * length)
-        _arrays.append(np.frombuffer(memory, np.uint64))
-        _arrays[-1].fill(1)  # so that each page is allocated
+        if huge:
+            array = np.empty(length, np.uint64)
+        else:
+            array = np.frombuffer(mmap.mmap(-1, 8 * length), np.uint64)
+        array.fill(1)  # so that each page is allocated
+        _arrays.append(array)
 
 
 def _read_speed() -> float:
+    """Returns the bytes per second that all threads together read."""
+    nbytes = sum(array.nbytes for array in _arrays)
     with ThreadPoolExecutor(len(_arrays)) as pool:
-        passes = (
-            seconds(lambda: list(pool.map(np.bitwise_or.reduce, _arrays))) for _ in range(_PASSES)
-        )
-        return sum(array.nbytes for array in _arrays) / min(passes)
+        read_all = partial(_read_arrays, pool)
+        fastest = min(seconds(read_all) for _ in range(_PASSES))
+    return nbytes / fastest
+
+
+def _read_arrays(pool: ThreadPoolExecutor) -> None:
+    """Reads every array once, each in a thread of its own."""
+    for _ in pool.map(np.bitwise_or.reduce, _arrays):
+        pass  # waits for the next thread
 
 
 def seconds(call: Callable[[], Any]) -> float:
+    """Returns the seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -1,5 +1,6 @@
 """The engine of ONNX artifacts; its observers run a copy of the graph with more outputs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,43 +19,50 @@ from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
 
 _PORTABLE_LENGTHS = (7, 1)
-_COPIES = 7.5  # of unpacked levels, measured: a 2B in 3 bits takes 12.5 GB
+"""`Observer.lengths` without our kernels."""
+_COPIES = 7.5
+"""Copies of unpacked levels in memory, measured: a 2B in 3 bits takes 12.5 GB."""
 
 
 class OnnxEngine(engine.Engine):
+    """ONNX Runtime on the CPU."""
+
     @property
     def can_narrow(self) -> bool:
-        _exporter()  # without torch it fails here
+        """Whether sessions can have a smaller window; the exporter fails here without torch."""
+        _exporter()
         return True
 
     def require_trusted(self, artifact: Artifact) -> None:
+        """Refuses a graph with ops that rgexport does not write, or with large constants."""
         require_trusted(artifact, read_graph(artifact.file(MODEL_FILE)))
 
     def session(self, artifact: Artifact, options: engine.SessionOptions) -> Session:
+        """Opens a session; a smaller window takes a graph of its own over the same weights."""
         graph = None
         if options.window is not None:
             artifact, graph = _exporter().narrow(artifact, options.window)
         return OrtSession(artifact, threads=options.threads, graph=graph, native=options.native)
 
     def has_native(self, artifact: Artifact) -> bool:
+        """Returns whether our kernels replace functions of the artifact on this machine."""
         return native_ops(artifact.file(MODEL_FILE)).library is not None
 
     def observer(self, artifact: Artifact, options: engine.SessionOptions) -> engine.Observer:
+        """Opens an observer of the graph, with our kernels if the options allow them."""
         return OrtObserver(artifact, options)
 
     def portable_bytes(self, manifest: Manifest) -> int:
         """Adds the copies of unpacked levels that ONNX Runtime keeps until a file is open."""
-        stored = (group.stored for one in manifest.tensors.values() for group in groups_of(one))
-        unpacked = sum(
-            one.parts["planes"].nbytes * scheme.unpacked_bits // scheme.bits
-            for one in stored
-            if isinstance(scheme := one.uniform, TwoLevel) and scheme.bits != scheme.unpacked_bits
-        )
+        unpacked = sum(_unpacked_bytes(tensor) for tensor in manifest.tensors.values())
         return super().portable_bytes(manifest) + int(_COPIES * unpacked)
 
     def _held_bytes(self, tensor: StoredTensor) -> int:
         """Counts float16 weights twice: on a CPU they are converted to float32."""
-        return super()._held_bytes(tensor) * (2 if tensor.scheme == Float("float16") else 1)
+        stored = super()._held_bytes(tensor)
+        if tensor.scheme == Float("float16"):
+            return 2 * stored
+        return stored
 
 
 def _exporter() -> Any:
@@ -68,6 +76,17 @@ def _exporter() -> Any:
 FORMAT = OnnxEngine()
 
 
+def _unpacked_bytes(tensor: StoredTensor) -> int:
+    """Returns the bytes of levels that stock ops unpack before they use them."""
+    unpacked = 0
+    for group in groups_of(tensor):
+        scheme = group.stored.uniform
+        if isinstance(scheme, TwoLevel) and scheme.bits != scheme.unpacked_bits:
+            packed = group.stored.parts["planes"].nbytes
+            unpacked += packed * scheme.unpacked_bits // scheme.bits
+    return unpacked
+
+
 class OrtObserver:
     """ONNX Runtime over the artifact's own weights, which stay in their file.
 
@@ -78,13 +97,7 @@ class OrtObserver:
     def __init__(self, artifact: Artifact, options: engine.SessionOptions):
         model = parse_model(read_graph(artifact.file(MODEL_FILE)))
         _show_gelu(model)
-        graph = model.graph
-        computed = {name for node in graph.node for name in node.output}
-        outputs = {value.name for value in graph.output}
-        self._names = [s for s in sites(artifact.manifest.config) if s.encode() in computed]
-        for name in self._names:
-            if name.encode() not in outputs:
-                graph.output.add(name=name.encode())
+        self._names = _add_site_outputs(model.graph, sites(artifact.manifest.config))
         self._session = OrtSession(
             artifact,
             threads=options.threads,
@@ -94,9 +107,21 @@ class OrtObserver:
         self.lengths = engine.LENGTHS if options.native else _PORTABLE_LENGTHS
 
     def observe(self, tokens: np.ndarray, state: State) -> engine.Observation:
+        """Takes tokens [T] from a canonical state of batch 1, in one run."""
         self._session.set_state(state)
         values = self._session.watch(tokens[None], self._names)
         return engine.observation_of(values, self._session.get_state())
+
+
+def _add_site_outputs(graph: Any, names: Iterable[str]) -> list[str]:
+    """Makes the sites that the graph computes its outputs; returns their names."""
+    computed = {name for node in graph.node for name in node.output}
+    outputs = {value.name for value in graph.output}
+    present = [name for name in names if name.encode() in computed]
+    for name in present:
+        if name.encode() not in outputs:
+            graph.output.add(name=name.encode())
+    return present
 
 
 def _show_gelu(model: Any) -> None:
@@ -105,16 +130,24 @@ def _show_gelu(model: Any) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
-        if node.op_type != b"GeluMul" or node.op_type not in bodies:
+        if node.op_type == b"GeluMul" and node.op_type in bodies:
+            _inline_gelu(model.graph, node, bodies[node.op_type])
+        else:
             model.graph.node.append(node)
-            continue
-        body = bodies[node.op_type]
-        renamed = dict(zip((*body.input, *body.output), (*node.input, *node.output), strict=True))
-        block = node.output[0].rpartition(b".")[0]
-        renamed[body.node[0].output[0]] = block + b".gelu"
-        for inner in body.node:
-            copy = model.graph.node.add()
-            copy.CopyFrom(inner)
-            copy.name = node.name + b"/" + inner.name
-            for names in (copy.input, copy.output):
-                names[:] = [renamed[name] for name in names]
+
+
+def _inline_gelu(graph: Any, node: Any, body: Any) -> None:
+    """Appends the nodes of a function's body, with the names that `node` gives its values."""
+    formal = (*body.input, *body.output)
+    actual = (*node.input, *node.output)
+    renamed = dict(zip(formal, actual, strict=True))
+    block = node.output[0].rpartition(b".")[0]
+    gelu = body.node[0].output[0]
+    renamed[gelu] = block + b".gelu"
+
+    for inner in body.node:
+        copy = graph.node.add()
+        copy.CopyFrom(inner)
+        copy.name = node.name + b"/" + inner.name
+        copy.input[:] = [renamed[name] for name in copy.input]
+        copy.output[:] = [renamed[name] for name in copy.output]

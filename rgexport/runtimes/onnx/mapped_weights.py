@@ -19,10 +19,16 @@ from rgexport.griffin.tensor import advise_kernel
 from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
 from rgexport.runtimes.machine import available_bytes
 
-_HUGEPAGE, _POPULATE_READ, _WILLNEED = 14, 22, 3
-_DTYPES: dict[int, type[np.generic]] = dict(
-    {1: np.float32, 2: np.uint8, 3: np.int8, 10: np.float16, 16: np.uint16}
-)
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
+_MADV_WILLNEED = 3
+_DTYPES: dict[int, type[np.generic]] = {
+    1: np.float32,
+    2: np.uint8,
+    3: np.int8,
+    10: np.float16,
+    16: np.uint16,
+}
 """The types that native kernels read: onnx.proto's number → numpy's type; 16 is bfloat16, which
 numpy lacks."""
 
@@ -40,7 +46,8 @@ class MappedWeights:
         self._advice = BackgroundAdvice()
         self.values: dict[str, ort.OrtValue] = {}
         for tensor in tensors:
-            if (array := self._view(tensor)) is not None:
+            array = self._view(tensor)
+            if array is not None:
                 self.values[tensor.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
                     array, tensor.data_type
                 )
@@ -48,33 +55,43 @@ class MappedWeights:
     def read_around(self, tensors: Sequence[ExternalTensor]) -> None:
         """Reads the huge pages of tensors that the engine will read by itself, in small pages."""
         for tensor in tensors:
-            if (array := self._view(tensor)) is not None:
+            array = self._view(tensor)
+            if array is not None:
                 start = array.ctypes.data
-                advise_kernel(start, start + array.nbytes, _POPULATE_READ)
+                advise_kernel(start, start + array.nbytes, _MADV_POPULATE_READ)
 
     def make_resident(self) -> None:
         """Begins to read the files in the background, if there is memory for them."""
-        available, files = available_bytes(), tuple(self._files.values())
-        if available is None or available > sum(map(len, files)):
+        files = tuple(self._files.values())
+        available = available_bytes()
+        if available is None or available > sum(len(file) for file in files):
             self._advice.start(map(_addresses, files), _populate, files)
 
     def close(self) -> None:
+        """Ends the reading in the background."""
         self._advice.stop()
 
     def _view(self, tensor: ExternalTensor) -> np.ndarray | None:
-        dtype, path = _DTYPES.get(tensor.data_type), self._folder / tensor.file
+        """Returns a tensor in its mapped file; None if it has another type or does not fit."""
+        dtype = _DTYPES.get(tensor.data_type)
+        path = self._folder / tensor.file
         if dtype is None or path.parent != self._folder or not path.is_file():
             return None
-        if path.name not in self._files:
-            with open(path, "rb") as opened:
-                self._files[path.name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            advise_kernel(*_addresses(self._files[path.name]), _HUGEPAGE)
-        file = self._files[path.name]
+        file = self._map(path)
         count = math.prod(tensor.shape)
         end = tensor.offset + count * np.dtype(dtype).itemsize
         if count == 0 or not 0 <= tensor.offset < end <= len(file):
             return None
         return np.frombuffer(file, dtype, count, tensor.offset).reshape(tensor.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        """Maps a file, with advice to read it in huge pages, unless it is mapped already."""
+        if path.name not in self._files:
+            with open(path, "rb") as opened:
+                self._files[path.name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            start, end = _addresses(self._files[path.name])
+            advise_kernel(start, end, _MADV_HUGEPAGE)
+        return self._files[path.name]
 
 
 def _addresses(file: mmap.mmap) -> Area:
@@ -83,4 +100,6 @@ def _addresses(file: mmap.mmap) -> Area:
 
 
 def _populate(start: int, end: int) -> None:
-    _ = advise_kernel(start, end, _POPULATE_READ) or advise_kernel(start, end, _WILLNEED)
+    """Reads pages of a file; a kernel before Linux 5.14 is asked to read them soon instead."""
+    if not advise_kernel(start, end, _MADV_POPULATE_READ):
+        advise_kernel(start, end, _MADV_WILLNEED)

@@ -15,13 +15,9 @@ import pytest
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.runtimes.bench import measure as bench
-from rgexport.runtimes.bench.measure import (
-    WRITERS,
-    BenchMeasurement,
-    BenchRequest,
-    BenchRow,
-    BenchTest,
-)
+from rgexport.runtimes.bench.formats import WRITERS
+from rgexport.runtimes.bench.measure import BenchMeasurement, BenchRow
+from rgexport.runtimes.bench.request import BenchRequest, BenchTest
 from rgexport.runtimes.bench.roofline import roofline
 from rgexport.runtimes.session import SessionInfo
 from tests.artifacts import export_demo
