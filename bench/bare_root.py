@@ -49,7 +49,7 @@ echo "with the export: $(du -sm /installed | cut -f1) MB"
 RUN = """\
 import sys
 import numpy as np
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.runtimes.onnx.session import OrtSession
 
 session = OrtSession(open_artifact(sys.argv[1]), threads=2)

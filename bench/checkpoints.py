@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.huggingface import CONFIG, to_hugging_face, write_weights
-from rgexport.griffin.layout import Role, TensorSpec, model_tensors
+from rgexport.griffin.huggingface import CONFIG, write_weights
+from rgexport.griffin.huggingface_config import to_hugging_face
+from rgexport.griffin.layer_ops import Role
+from rgexport.griffin.layout import TensorSpec, model_tensors
 from rgexport.griffin.synthetic import random_weights
 from rgexport.griffin.tensor import DTYPES, from_array
 

@@ -27,12 +27,12 @@ import numpy as np
 import psutil
 import pytest
 
+from rgexport.artifacts.manifest import Identity
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.state_file import read_state
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.export.manifest import Identity
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from rgexport.serve import clients
 from rgexport.serve.app import create_app

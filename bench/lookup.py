@@ -17,13 +17,13 @@ from statistics import median
 import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.jobs import End, GenerationRequest
 from rgexport.chat.masks import Mask
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.sampling import Sampling
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment

@@ -436,6 +436,8 @@ def _imports(text: str) -> set[str]:
 def _mirror(root: Path, path: Path) -> str:
     """Returns the folder of tests for a file of the package or the page."""
     parts = ("page",) if path.parts[0] == "page" else path.parts[1:-1]
+    if parts[:1] == ("artifacts",):  # tests read what an export writes
+        parts = ("export", *parts[1:])
     while parts and not (root / TESTS).joinpath(*parts).is_dir():
         parts = parts[:-1]
     return "/".join((TESTS, *parts))

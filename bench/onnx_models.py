@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bench.gemma_shape import write_gemma
 from bench.run import FOLDER, command
+from rgexport.artifacts.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx.functions import QUANT_LINEARS
-from rgexport.export.onnx.model_file import DOMAIN, VERSION
 
 TRANSFORMER = FOLDER / "gemma-2b-shape-q4_0.gguf"
 OPSET, IR_VERSION = 23, 10

@@ -8,7 +8,7 @@ from bench.llama import LlamaBench
 from bench.onnx_models import STORAGES, TRANSFORMER, Storage, make_missing
 from bench.read_speed import c_roofline
 from bench.worker import Worker
-from rgexport.export.onnx.model_file import DATA_FILE
+from rgexport.artifacts.onnx.model_file import DATA_FILE
 from rgexport.files.atomic import evict_from_page_cache
 from rgexport.parallelism import usable_processors
 from rgexport.progress import note

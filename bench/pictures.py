@@ -22,7 +22,7 @@ from rich.text import Text
 
 from bench.run import START
 from bench.terminal import Scene, play
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.web_page.site import make_site
 from tests.npm.browser import launched
 from tests.web_page.chat_page import Profile

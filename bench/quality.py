@@ -25,15 +25,15 @@ from gguf import GGUFReader
 from bench.any_model import AnyModelSession
 from bench.quality_picture import write_picture
 from bench.run import command, measured, size_of
+from rgexport.artifacts.gguf.naming import file_tensors
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.tokenizer import load_tokenizer
-from rgexport.export.gguf.naming import file_tensors
-from rgexport.export.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.layout import QUANTIZABLE, model_tensors, role_of
 from rgexport.griffin.reference import Reference
 from rgexport.progress import note
-from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.algorithms.calibration_file import open_calibration
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment
 from rgexport.runtimes.session import Session

@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
 from bench.run import DEPTH
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.progress import note
 from rgexport.runtimes.bench.measure import synthetic_state
 from rgexport.runtimes.engine import open_session

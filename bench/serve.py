@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 
 from bench.run import START
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.progress import note
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.machine import environment

@@ -23,7 +23,8 @@ from typing import Any
 
 from bench.checkpoints import write_checkpoint
 from bench.run import FOLDER
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
@@ -32,9 +33,10 @@ from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 
 TOKENS = 300
 """The most that an artifact takes; random checkpoints get four windows."""

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.onnx_models import STORAGES, make_missing
-from rgexport.export.artifact import remember_verified
-from rgexport.export.manifest_reader import read_manifest
-from rgexport.export.onnx.model_file import DATA_FILE
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.artifact import remember_verified
+from rgexport.artifacts.manifest_reader import read_manifest
+from rgexport.artifacts.onnx.model_file import DATA_FILE
+from rgexport.artifacts.opening import open_artifact
 from rgexport.files import atomic, hashing
 from rgexport.progress import note
 from rgexport.runtimes.huge_pages import BackgroundAdvice

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_tokenizer
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 

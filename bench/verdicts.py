@@ -26,14 +26,16 @@ from bench.sweep import EXPORTS, Export
 from bench.wrong_models import SPOILED, WRONG_WEIGHTS, Weights
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import DEMO
-from rgexport.griffin.huggingface import CONFIG, to_hugging_face, write_weights
+from rgexport.griffin.huggingface import CONFIG, write_weights
+from rgexport.griffin.huggingface_config import to_hugging_face
 from rgexport.griffin.tensor import from_array
 from rgexport.progress import note
 from rgexport.reporting.tables import Table, render
 from rgexport.validate.checks import Check
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import ReferenceFile, read_reference
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 
 TOKENS = 128

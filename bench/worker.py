@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from bench.run import DEPTH
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.griffin.state import State
 from rgexport.kernels.onnx.library import NO_NATIVE
 from rgexport.runtimes.bench.measure import synthetic_state

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact, record_files
-from rgexport.export.coreml.manifest import CoreMLManifest
-from rgexport.export.coreml.package import model_file
-from rgexport.export.gguf.integrity import data_start, seal
-from rgexport.export.manifest import write_manifest
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.artifact import Artifact, record_files
+from rgexport.artifacts.coreml.manifest import CoreMLManifest
+from rgexport.artifacts.coreml.package import model_file
+from rgexport.artifacts.gguf.integrity import data_start, seal
+from rgexport.artifacts.manifest import write_manifest
+from rgexport.artifacts.opening import open_artifact
 from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, layer_tensors, model_tensors
-from rgexport.quantize.affine import pack, unpack
 from rgexport.quantize.gguf_header import read_header
-from rgexport.quantize.scheme import Affine, Ggml
+from rgexport.quantize.schemes.affine import pack, unpack
+from rgexport.quantize.schemes.registry import Affine, Ggml
 
 Weights = dict[str, np.ndarray]
 Wrong = Callable[[GriffinConfig, Weights], Weights]

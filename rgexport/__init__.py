@@ -36,18 +36,22 @@ _MODULES = {
     "RequestError": "rgexport.errors",
     "open_checkpoint": "rgexport.griffin.checkpoint",
 }
-"""Name → the module that defines it, imported when the name is used: the command line starts fast.
+"""Name → the module that defines it.
+
+A module is imported when its name is first used, so that the command line starts fast.
 """
 
 # Set before the libraries that read them are imported: ONNX Runtime's wheels from 1.29 on would
 # keep a device id and a database of events to send in the user's home.
-os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    module = import_module(_MODULES[name])
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

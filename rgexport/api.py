@@ -1,7 +1,7 @@
 """The Python API: each command's work as a function, with the same options and errors.
 
 All functions raise RequestError where a command ends with exit code 2. They print progress to
-stderr unless `progress` is given, which is then called with the stage, and how much of it is done.
+stderr, unless `progress` is given: then they call it with the stage and how much of it is done.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from rgexport import choices
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.format import format_of
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.export.exporter import exporter_of
-from rgexport.export.format import format_of
-from rgexport.export.opening import open_artifact
 from rgexport.export.request import algorithm_word, require_word
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.progress import Listener, heard_by, task
 from rgexport.quantize.plan import load_plan, plan_bits
+from rgexport.quantize.schemes.registry import Plan
 
 if TYPE_CHECKING:
+    from rgexport.evaluation.pieces import EvaluationRequest
     from rgexport.evaluation.report import Evaluation
-    from rgexport.planning.quantize import PlanReport
+    from rgexport.planning.plan_request import PlanReport
     from rgexport.validate.result import ValidationResult
 
 Model = str | Path | Checkpoint
@@ -72,8 +74,8 @@ def export_model(
         format: the format of the artifact.
         output: the folder (for GGUF the file) to write; by default named after model and precision.
         force: whether an earlier artifact at `output` is replaced.
-        check: whether the artifact runs once and its weights are compared; the outcome is
-            `artifact.manifest.check`.
+        check: whether the artifact runs once and its weights are compared;
+            `artifact.manifest.check` holds the outcome.
         quality: `fast` rounds to nearest, `default` searches scales, `best` uses a calibration.
         calibration: a file of `rgexport calibrate`.
         plan: a plan of `quantize_model`, or its file.
@@ -135,28 +137,37 @@ def validate_artifact(
     Raises:
         RequestError: a damaged artifact, or an original, text or reference that does not fit.
     """
-    from rgexport.export.request import require_word
     from rgexport.validate import run
     from rgexport.validate.checks import GRADE_NAMES, parse_limits
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.reference.reference_file import read_reference
 
     if isinstance(artifact, list | tuple):
         raise RequestError(f"artifact is a {type(artifact).__name__}; validate one at a time")
     if min_quality is not None:
         require_word("min_quality", min_quality, GRADE_NAMES)
-    request = run.ValidationRequest(
-        model=None if model is None else str(model),
+
+    model_name = None
+    if model is not None:
+        model_name = str(model)
+    captured_reference = None
+    if reference is not None:
+        captured_reference = read_reference(Path(reference))
+    limits = limits or {}
+    request = ValidationRequest(
+        model=model_name,
         adapter=_path(adapter),
         text=_path(text),
         max_tokens=max_tokens,
-        reference=None if reference is None else read_reference(Path(reference)),
-        limits=parse_limits(f"{name}={limit}" for name, limit in (limits or {}).items()),
+        reference=captured_reference,
+        limits=parse_limits(f"{name}={limit}" for name, limit in limits.items()),
         bisect=bisect,
         reproduce=reproduce,
         calibration=_path(calibration),
         min_quality=min_quality,
         allow_foreign=allow_foreign,
     )
+
     with heard_by(progress):
         return run.validate_artifact(Path(artifact), request)
 
@@ -189,7 +200,7 @@ def evaluate_models(
     progress: Listener | None = None,
     **settings: Unpack[EvaluationSettings],
 ) -> "Evaluation":
-    """Measures what models can do, each compared with the first one.
+    """Measures the abilities of models, and compares each model with the first one.
 
     Args:
         models: artifacts of any format, or checkpoints, which run in the float32 reference.
@@ -205,26 +216,39 @@ def evaluate_models(
         RequestError: no such suite, or a model or text that cannot be evaluated.
     """
     from rgexport.evaluation.models import open_models
-    from rgexport.evaluation.pieces import EvaluationRequest
     from rgexport.evaluation.report import Evaluation, write_files
     from rgexport.evaluation.run import evaluate as run_suites
     from rgexport.evaluation.run import requested_suites
     from rgexport.runtimes.cluster import connected
 
-    models = [models] if isinstance(models, str | PathLike) else models
-    suites = [suites] if isinstance(suites, str) else suites
+    if isinstance(models, str | PathLike):
+        models = [models]
+    if isinstance(suites, str):
+        suites = [suites]
     for name in suites:
         require_word("suite", name, get_args(choices.SuiteName))
-    values: dict[str, Any] = {**settings}
-    values |= {name: Path(values[name]) for name in {"state", "task_files"} & values.keys()}
-    values |= {"texts": tuple(map(Path, values.get("texts", ()))), "folder": Path(output)}
-    request = EvaluationRequest(**values | {"tasks": tuple(values.get("tasks", ()))})
+    request = _evaluation_request(settings, Path(output))
+
     with heard_by(progress), connected(cluster) as workers:
         opened = open_models([fspath(model) for model in models], allow_foreign=allow_foreign)
         names = requested_suites(suites, request.tasks)
         figures = run_suites(opened, names, request, threads=threads, workers=workers)
     write_files(figures, request.folder)
     return Evaluation(figures, request.folder)
+
+
+def _evaluation_request(settings: EvaluationSettings, folder: Path) -> "EvaluationRequest":
+    """Returns the request of an evaluation into `folder`, with paths and tuples in its fields."""
+    from rgexport.evaluation.pieces import EvaluationRequest
+
+    fields: dict[str, Any] = dict(settings)
+    for name in ("state", "task_files"):
+        if name in fields:
+            fields[name] = Path(fields[name])
+    fields["texts"] = tuple(Path(text) for text in fields.get("texts", ()))
+    fields["tasks"] = tuple(fields.get("tasks", ()))
+    fields["folder"] = folder
+    return EvaluationRequest(**fields)
 
 
 def quantize_model(
@@ -246,14 +270,14 @@ def quantize_model(
 
     Args:
         model: see `Model`.
-        bits: the plan has at most so many bits per weight, with scales and zero points.
-        target_kl: the plan costs at most so much, in nats per token.
-        target_size: the artifact has at most this size, in bytes or as `1.5GB`.
+        bits: the plan's limit in bits per weight; scales and zero points count.
+        target_kl: the plan's limit in KL divergence, in nats per token.
+        target_size: the artifact's limit, in bytes or as `1.5GB`.
         format: the format of the export.
         calibration: a file of `rgexport calibrate`; by default `./MODEL.calibration`, which is made
             if it is missing.
-        text: measure the plan on this text; by default on what the calibration held out.
-        tokens: measure on at most so many tokens.
+        text: the file to measure the plan on; by default the text that the calibration held out.
+        tokens: the number of tokens to measure on, at most.
         cluster: the address of a Dask scheduler, whose workers help.
         output: the file to write; by default `./MODEL-FORMAT-TARGET.plan.json`.
         force: whether an earlier plan at `output` is replaced.
@@ -262,7 +286,7 @@ def quantize_model(
     Raises:
         RequestError: not exactly one target, one out of reach, or a calibration of another model.
     """
-    from rgexport.planning.quantize import PlanOptions, make_plans
+    from rgexport.planning.plan_request import PlanOptions, make_plans
     from rgexport.runtimes.cluster import connected
 
     options = PlanOptions(
@@ -275,8 +299,9 @@ def quantize_model(
         tokens=tokens,
     )
     with heard_by(progress), connected(cluster) as workers:
-        checkpoint, target = _opened(model), _path(output)
-        return make_plans(checkpoint, [options], target, force=force, workers=workers)[0]
+        checkpoint = _opened(model)
+        plans = make_plans(checkpoint, [options], _path(output), force=force, workers=workers)
+        return plans[0]
 
 
 def export_checkpoint(
@@ -292,42 +317,69 @@ def export_checkpoint(
     plan: Path | None,
     cluster: str | None,
 ) -> Artifact:
-    """Exports the checkpoint that `open_model` opens, after the checks that need none.
+    """Exports the checkpoint that `open_model` opens.
 
-    The other arguments are those of `export_model`.
+    Checks that need no checkpoint come first, so that a wrong request ends before a download. The
+    other arguments are those of `export_model`.
     """
     form = format_of(kind)
     if output:
-        form.check_target(output, force=force)  # before the model is downloaded
+        form.check_target(output, force=force)
     algorithm = algorithm_word(quality, calibration, plan)
+
     checkpoint = open_model()
     with task("Loading the exporter"):
-        exporter = exporter_of(kind)  # imports torch, after what may end in an error
+        exporter = exporter_of(kind)  # imports torch, after the checks that may fail
     exporter.require_options(kind, options)
-    schemes = load_plan(plan, checkpoint.config) if plan else None
-    chosen = exporter.make_options(**options, plan=schemes, algorithm=algorithm)
-    bits = f"-{plan_bits(schemes, checkpoint.config):.3g}bit" if schemes else ""
-    target = output or exporter.default_target(checkpoint.name + bits, chosen)
-    write = partial(exporter.export, checkpoint, chosen, target, force=force)
+    schemes = None
+    if plan:
+        schemes = load_plan(plan, checkpoint.config)
+    format_options = exporter.make_options(**options, plan=schemes, algorithm=algorithm)
+
+    target = output
+    if not target:
+        name = checkpoint.name
+        if schemes:
+            name += f"-{plan_bits(schemes, checkpoint.config):.3g}bit"
+        target = exporter.default_target(name, format_options)
+    write = partial(exporter.export, checkpoint, format_options, target, force=force)
     if check:
         from rgexport.validate.self_check import self_check
 
         write = partial(write, check=partial(self_check, checkpoint))
-    planned = (schemes or {}).values() if algorithm is None else ()
-    if algorithm == "gptq" or calibration or any(s.needs_statistics for s in planned):
+
+    if calibration or _needs_statistics(algorithm, schemes):
         from rgexport.planning.calibrate import known_statistics
 
         form.check_target(target, force=force)  # before a calibration, which takes minutes
         with known_statistics(checkpoint, calibration, cluster) as statistics:
-            return open_artifact(write(statistics=statistics))
+            path = write(statistics=statistics)
+            return open_artifact(path)
     if cluster is not None:
         raise RequestError("--cluster is for --quality best or --calibration; leave it out")
-    return open_artifact(write())
+    path = write()
+    return open_artifact(path)
+
+
+def _needs_statistics(algorithm: str | None, plan: Plan | None) -> bool:
+    """Returns whether an export with this algorithm, or with a plan's own ones, needs statistics.
+
+    An `algorithm` replaces the algorithms of the plan.
+    """
+    if algorithm is not None:
+        return algorithm == "gptq"
+    if plan is None:
+        return False
+    return any(scheme.needs_statistics for scheme in plan.values())
 
 
 def _opened(model: Model) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if isinstance(model, Checkpoint):
+        return model
+    return open_checkpoint(model)
 
 
 def _path(path: str | PathLike[str] | None) -> Path | None:
-    return None if path is None else Path(path)
+    if path is None:
+        return None
+    return Path(path)

@@ -1,12 +1,15 @@
-"""Words that the command line offers for an option."""
+"""The words that options take, and their descriptions in help texts and error lines."""
 
 from typing import Literal
 
 SizeName = Literal["demo", "2b", "2b-it", "9b", "9b-it"]
+"""A released model, or the bundled demo model."""
+
 _HUB_ID = "a hub id (owner/name or hf:owner/name)"
 CHECKPOINT_FORMS = f"a model folder, a DeepMind .pt file, {_HUB_ID}, demo, 2b, 2b-it, 9b or 9b-it"
 ARTIFACT_FORMS = f"a folder or file of an export, such as of `rgexport onnx demo`, or {_HUB_ID}"
 MODEL_FORMS = f"an artifact (a folder or file of an export), {CHECKPOINT_FORMS}"
+
 SyntheticSize = Literal["2b", "2b-it", "9b", "9b-it"]
 OnnxPrecision = Literal["fp32", "fp16", "int8", "int4"]
 CoreMLPrecision = Literal["fp32", "fp16", "int8", "int4", "pal4"]
@@ -23,7 +26,10 @@ TableFormat = Literal["table", "md", "json", "csv"]
 
 
 def plan_advice(word: str) -> str:
-    """Returns the end of an error's line about a precision: `int3` needs a plan."""
+    """Returns the end of an error line about an unknown precision.
+
+    `int3` and other numbers of bits exist in plans alone; other words get no advice.
+    """
     bits = word.lower().lstrip("intqbf-_ ")
     if not bits.isdigit() or bits in ("4", "8", "16", "32"):
         return ""

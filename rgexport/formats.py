@@ -1,8 +1,12 @@
 """The registry of formats.
 
-A format is one object in each layer, `FORMAT` of the module named below: `artifacts` knows how it
-is stored and opened, `runtimes` its engine, `chat` its tokenizer, `validate` its tolerances.
-`export`, which needs torch, has `EXPORTER`: how it is written.
+A format is one object in each layer, named `FORMAT` in the module below:
+
+- `artifacts`: how it is stored and opened
+- `export`: how it is written; importing this module takes torch and the format's converter
+- `runtimes`: its engine
+- `chat`: its tokenizer
+- `validate`: its tolerances
 """
 
 from importlib import import_module
@@ -10,21 +14,21 @@ from typing import Any
 
 FORMATS: dict[str, dict[str, Any]] = {
     "onnx": {
-        "artifacts": "rgexport.export.onnx.format",
+        "artifacts": "rgexport.artifacts.onnx.format",
         "export": "rgexport.export.onnx.exporter",
         "runtimes": "rgexport.runtimes.onnx.engine",
         "chat": "rgexport.chat.artifact_text",
         "validate": "rgexport.validate.formats.onnx",
     },
     "coreml": {
-        "artifacts": "rgexport.export.coreml.format",
+        "artifacts": "rgexport.artifacts.coreml.format",
         "export": "rgexport.export.coreml.exporter",
         "runtimes": "rgexport.runtimes.coreml.engine",
         "chat": "rgexport.chat.artifact_text",
         "validate": "rgexport.validate.formats.coreml",
     },
     "gguf": {
-        "artifacts": "rgexport.export.gguf.format",
+        "artifacts": "rgexport.artifacts.gguf.format",
         "export": "rgexport.export.gguf.exporter",
         "runtimes": "rgexport.runtimes.llama_cpp.engine",
         "chat": "rgexport.chat.gguf_text",

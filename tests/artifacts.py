@@ -12,17 +12,18 @@ import onnx
 import pytest
 
 import rgexport
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.ggml_library import load_library
+from rgexport.quantize.schemes.ggml_library import load_library
 from tests.built import digest_of, filled
 from tests.models import Weights, random_weights, write_hugging_face
 

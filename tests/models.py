@@ -8,14 +8,8 @@ from typing import Any
 import numpy as np
 
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.huggingface import (
-    HEAD,
-    SHARD_BYTES,
-    SINGLE,
-    Dialect,
-    to_hugging_face,
-    write_weights,
-)
+from rgexport.griffin.huggingface import HEAD, SHARD_BYTES, SINGLE, write_weights
+from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
 from rgexport.griffin.layout import TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, WeightSource, from_array
 

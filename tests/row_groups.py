@@ -5,8 +5,8 @@ import numpy as np
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.row_groups import rows_text
-from rgexport.quantize.scheme import Affine, Mixed, Plan, RowGroup
+from rgexport.quantize.schemes.registry import Affine, Mixed, Plan, RowGroup
+from rgexport.quantize.schemes.row_groups import rows_text
 
 INT4, INT8 = Affine(4, 32, symmetric=True), Affine(8, 32, symmetric=True)
 ASYMMETRIC = Affine(4, 32, symmetric=False)

@@ -10,7 +10,7 @@ import pytest
 
 from rgexport.cli import run
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Float, Mixed, RowGroup
+from rgexport.quantize.schemes.registry import Float, Mixed, RowGroup
 from tests.broken_checkpoints import BROKEN_CHECKPOINTS, BROKEN_PT, CONFIG, WEIGHTS, save, truncate
 from tests.command_line import assert_matches, refused, rgexport
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face

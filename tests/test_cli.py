@@ -15,9 +15,9 @@ import click
 import pytest
 
 from rgexport import __version__, cli
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import rgexport as command_line
 from rgexport.cli import run
-from rgexport.export.opening import open_artifact
 from rgexport.reporting.page import visible
 from tests.command_line import ROOT, START, rgexport
 from tests.models import make_config, random_weights, write_hugging_face

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 
+from rgexport.artifacts.manifest import CARD
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.manifest import CARD
-from rgexport.export.opening import open_artifact
 from rgexport.web_page import build, site
 from rgexport.web_page.local_server import local_server
 from rgexport.web_page.site import read_content

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
-from rgexport.export.opening import open_artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.models import make_config, random_weights, write_hugging_face

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.format import CardText, FolderFormat
+from rgexport.artifacts.manifest import IoRecord, Manifest
 from rgexport.chat.artifact_text import ArtifactText
-from rgexport.export.artifact import Artifact
 from rgexport.export.folder import export_folder
-from rgexport.export.format import CardText, FolderFormat
-from rgexport.export.manifest import IoRecord, Manifest
 from rgexport.export.storage import OffsetAllocator, fill
 from rgexport.export.tokenizer import ControlIds
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import State, state_specs, zero_state
-from rgexport.quantize.scheme import Float, PartShapes, Scheme
+from rgexport.quantize.schemes.registry import Float, PartShapes, Scheme
 from rgexport.runtimes.engine import Engine, SessionOptions
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate.formats.expected import Expected

@@ -182,7 +182,7 @@ int64_t tile_of(int bits, int64_t columns, int64_t block) {
   return tile;
 }
 
-// Level `k` of a row in tiles of `units` unpacked bytes, see rgexport/quantize/two_level.py.
+// Level `k` of a row in tiles of `units` unpacked bytes, see rgexport/quantize/schemes/two_level.py.
 int two_level_at(const uint8_t* row, int bits, int64_t units, int64_t k) {
   const int64_t byte = bits <= 4 ? k / 2 : k, unit = byte % units;
   row += byte / units * units * bits / (bits <= 4 ? 4 : 8);

@@ -17,12 +17,12 @@ from fuzz.readers import folders, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, covers, require
 from fuzz.readers.weights import change_folder
-from rgexport.export.artifact import Artifact
-from rgexport.export.describe import describe
-from rgexport.export.manifest import CARD, MANIFEST
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.describe import describe
+from rgexport.artifacts.manifest import CARD, MANIFEST
+from rgexport.artifacts.onnx.model_file import DATA_FILE, MODEL_FILE
+from rgexport.artifacts.opening import open_artifact
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
-from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.plan import choose_scheme, make_plan
 

@@ -15,10 +15,10 @@ from gguf import GGUFReader
 from fuzz.readers import gguf_mutator, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, oracle, require
+from rgexport.artifacts.describe import describe
+from rgexport.artifacts.gguf import integrity
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.describe import describe
-from rgexport.export.gguf import integrity
-from rgexport.export.opening import open_artifact
 from rgexport.files.hashing import hash_file
 from rgexport.quantize.gguf_header import GgufHeader, read_header
 from rgexport.quantize.imatrix import Imatrix, read_imatrix

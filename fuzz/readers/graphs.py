@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from fuzz.readers import folders, proto_mutator
 from fuzz.readers.target import Target, require
-from rgexport.export.onnx.model_file import ModelFile, native_ops, read_model
+from rgexport.artifacts.onnx.model_file import ModelFile, native_ops, read_model
 
 MODEL = "model.onnx"
 

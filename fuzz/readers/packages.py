@@ -15,10 +15,11 @@ from fuzz.readers import folders, json_mutator, proto_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, require
 from fuzz.readers.weights import change_folder
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.export.describe import describe
-from rgexport.export.mil.package import Package, open_package
-from rgexport.export.mil.program import FileValue
+from rgexport.artifacts.coreml.mil.package import Package, open_package
+from rgexport.artifacts.coreml.mil.program import FileValue
+from rgexport.artifacts.describe import describe
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"

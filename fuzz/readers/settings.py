@@ -10,10 +10,10 @@ from typing import Any
 from fuzz.readers import json_mutator, small
 from fuzz.readers.target import Target, oracle, require
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.huggingface import read_config, to_hugging_face
+from rgexport.griffin.huggingface_config import read_config, to_hugging_face
 from rgexport.griffin.layout import model_tensors
 from rgexport.quantize.plan import choose_scheme, load_plan, make_plan
-from rgexport.quantize.scheme import Float, Plan
+from rgexport.quantize.schemes.registry import Float, Plan
 
 _FIELDS = {
     **{"vocab_size": "vocab_size", "hidden_size": "width", "num_attention_heads": "num_heads"},

@@ -3,7 +3,7 @@
 import zlib
 from typing import Any
 
-from rgexport.export.describe import as_json, as_text
+from rgexport.artifacts.describe import as_json, as_text
 
 _ONE_OF = 8
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.huggingface import to_hugging_face, write_weights
+from rgexport.griffin.huggingface import write_weights
+from rgexport.griffin.huggingface_config import to_hugging_face
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import DTYPES, from_array
-from rgexport.quantize.scheme import Affine, Mixed, RowGroup
+from rgexport.quantize.schemes.registry import Affine, Mixed, RowGroup
 
 CONFIG = GriffinConfig(
     vocab_size=16,

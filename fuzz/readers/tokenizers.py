@@ -11,8 +11,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from fuzz.readers import folders, json_mutator, proto_mutator
 from fuzz.readers.target import Target, oracle, require
+from rgexport.artifacts.gguf.vocabulary import Vocabulary, read_vocabulary
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from rgexport.griffin.tokenizer_files import find_tokenizer_files
 
 TEXTS = (

@@ -15,7 +15,7 @@ from fuzz.readers import bytes_mutator as raw
 from fuzz.readers import folders, json_mutator, small
 from fuzz.readers.shown import shown
 from fuzz.readers.target import Target, oracle, require
-from rgexport.export.describe import describe
+from rgexport.artifacts.describe import describe
 from rgexport.files.safetensors import FLOATS, Entry, read_header, read_metadata
 from rgexport.griffin.tensor import entry_rows
 

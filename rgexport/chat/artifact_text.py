@@ -2,9 +2,9 @@
 
 from typing import cast
 
+from rgexport.artifacts.artifact import Artifact
 from rgexport.chat.prompts import ChatTemplate, load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.export.artifact import Artifact
 from rgexport.formats import format_on
 
 

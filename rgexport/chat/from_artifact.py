@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat import model as models
 from rgexport.chat.jobs import GenerationJob, GenerationRequest, require_ids
 from rgexport.chat.model import Model
@@ -15,8 +17,6 @@ from rgexport.chat.reading import Reading, show_reading
 from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.state_file import key_of
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.opening import open_artifact
 from rgexport.progress import detail, note, warn
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session, SessionInfo, block_size

@@ -5,12 +5,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.gguf.format import GgufArtifact
 from rgexport.chat.artifact_text import ArtifactText
 from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.format import GgufArtifact
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from rgexport.griffin.tokenizer_files import NORMAL, UNKNOWN, USER_DEFINED
 from rgexport.runtimes.llama_cpp.library import Handle, bindings, load_model

@@ -18,6 +18,9 @@ from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Identity, artifact_hash, identity_of
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat import state_file
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, GenerationRequest, require_ids
@@ -38,9 +41,6 @@ from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.state_folder import StateFolder
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Identity, artifact_hash, identity_of
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import Listener, heard_by
 from rgexport.runtimes.engine import open_session

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from rgexport._version import __version__
+from rgexport.artifacts.manifest import Identity
 from rgexport.chat.prompts import Message
 from rgexport.errors import RequestError
-from rgexport.export.manifest import Identity
 from rgexport.files.atomic import write_file
 from rgexport.files.kinds import read_typed_metadata
 from rgexport.files.paths import report_os_errors

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.manifest import Identity
 from rgexport.chat.folder_index import FolderIndex
 from rgexport.chat.state_file import Key, SavedState, read_state, state_bytes, write_state
 from rgexport.errors import system_error
-from rgexport.export.manifest import Identity
 from rgexport.files.paths import report_os_errors
 from rgexport.griffin.state import State
 from rgexport.progress import warn

@@ -22,7 +22,7 @@ from rgexport.commands.options import (
 from rgexport.printing import print_outcome, print_result, print_sentences
 
 if TYPE_CHECKING:
-    from rgexport.export.artifact import Artifact
+    from rgexport.artifacts.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def _grade(artifact: "Artifact", export: ExportArguments) -> str | None:
 
 
 def _print_artifact(artifact: "Artifact", grade: str | None) -> None:
-    from rgexport.export.describe import as_text, describe
-    from rgexport.export.opening import check_line, closing_line
+    from rgexport.artifacts.describe import as_text, describe
+    from rgexport.artifacts.opening import check_line, closing_line
 
     if progress.verbose:
         progress.detail(as_text(describe(str(artifact.path))))
@@ -218,7 +218,7 @@ class RandomArguments:
 @command(RandomArguments)
 def random(arguments: RandomArguments) -> None:
     """Writes a synthetic checkpoint of a real size, for measuring without the licensed weights."""
-    from rgexport.export.opening import as_argument
+    from rgexport.artifacts.opening import as_argument
     from rgexport.griffin.synthetic import write_random
 
     output = arguments.output
@@ -259,7 +259,7 @@ def calibrate(arguments: CalibrateArguments) -> None:
     """
     from rgexport.planning.calibrate import SUFFIX, CalibrationOptions, closing_line
     from rgexport.planning.calibrate import calibrate as run
-    from rgexport.quantize.calibration import open_calibration
+    from rgexport.quantize.algorithms.calibration_file import open_calibration
     from rgexport.runtimes.cluster import connected
 
     options = CalibrationOptions(**shared(arguments, CalibrationOptions))
@@ -304,7 +304,7 @@ def quantize(arguments: QuantizeArguments) -> None:
     The cost of each layout is predicted from a calibration; the plan is measured. Exports take it
     with --plan.
     """
-    from rgexport.planning.quantize import PlanOptions, closing_line, make_plans
+    from rgexport.planning.plan_request import PlanOptions, closing_line, make_plans
     from rgexport.runtimes.cluster import connected
 
     kinds = "target_kl", "target_size", "bits"

@@ -43,7 +43,7 @@ def inspect(arguments: InspectArguments) -> int:
 
     The exit code is 1 where a checkpoint or a package has problems.
     """
-    from rgexport.export.describe import as_json, as_text, describe
+    from rgexport.artifacts.describe import as_json, as_text, describe
 
     size, verify = arguments.size, arguments.verify
     models = (*arguments.named, *arguments.model) or (None,)
@@ -126,10 +126,11 @@ def validate(arguments: ValidateArguments) -> int:
     limit lies within the error margin of the measured value. A grade says how close the answers are
     to the original's. Several artifacts, of any formats, are shown in one table.
     """
-    from rgexport.export.opening import means_artifact
+    from rgexport.artifacts.opening import means_artifact
     from rgexport.validate.checks import parse_limits
+    from rgexport.validate.opening import ValidationRequest
     from rgexport.validate.reference.reference_file import read_reference
-    from rgexport.validate.run import ValidationRequest, validate_artifacts
+    from rgexport.validate.run import validate_artifacts
 
     artifacts, json_file = arguments.artifacts, arguments.json
     if json_file and means_artifact(Path(json_file)):

@@ -31,8 +31,8 @@ def push(arguments: PushArguments) -> None:
     Log in first, by `hf auth login`. The repository is private unless --public is given. An upload
     that was interrupted goes on when the command is given again.
     """
-    from rgexport.export.hub import PREFIX, planned_upload, push_artifact
-    from rgexport.export.opening import open_artifact
+    from rgexport.artifacts.hub import PREFIX, planned_upload, push_artifact
+    from rgexport.artifacts.opening import open_artifact
 
     path, repo, *rest = *arguments.model, *arguments.named, "", ""
     if not repo or len(rest) != 2:
@@ -76,7 +76,7 @@ def web(arguments: WebArguments) -> None:
     ARTIFACT is of `rgexport onnx --profile wasm` or `--profile webgpu`. Give one of each to let a
     browser use its graphics card where it can, and the processor where it cannot.
     """
-    from rgexport.export.opening import open_artifact
+    from rgexport.artifacts.opening import open_artifact
     from rgexport.files.targets import check_target
     from rgexport.web_page.local_server import serve_site
     from rgexport.web_page.site import is_site, make_site, write_site

@@ -82,7 +82,7 @@ class ServeArguments(ArtifactsArguments):
 @command(ServeArguments)
 def serve(arguments: ServeArguments) -> None:
     """Serves artifacts over HTTP, with OpenAI's interface."""
-    from rgexport.export.opening import local_path
+    from rgexport.artifacts.opening import local_path
     from rgexport.export.request import bytes_of
     from rgexport.serve.app import open_models
     from rgexport.serve.app import serve as run

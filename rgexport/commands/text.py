@@ -292,10 +292,10 @@ class LoadArguments:
 @command(LoadArguments, parent=state)
 def load(arguments: LoadArguments) -> None:
     """Checks that ARTIFACT can go on with a state file."""
+    from rgexport.artifacts.manifest import identity_of
+    from rgexport.artifacts.opening import open_artifact
     from rgexport.chat.artifact_text import open_template
     from rgexport.chat.state_file import read_state, require_same_model
-    from rgexport.export.manifest import identity_of
-    from rgexport.export.opening import open_artifact
     from rgexport.griffin.state import state_specs
 
     artifact, file = open_artifact(arguments.artifact), arguments.file

@@ -7,7 +7,7 @@ from rgexport.evaluation.pieces import Result
 from rgexport.reporting.chart import MARKS, Chart, Series, linear_axis, y_values
 from rgexport.reporting.numbers import number
 
-_LINES = "plain broad", "twin", "original", "third", "fourth", "fifth"
+_LINE_STYLES = ("plain broad", "twin", "original", "third", "fourth", "fifth")
 """CSS classes of the models' lines, the first model's first."""
 _APART = 4  # pixels between the models' marks at one x
 
@@ -29,12 +29,18 @@ Points = Iterable[tuple[float, Sequence[Any]]]
 
 def differences_of(model: Result, suite: str, key: str) -> list[Result]:
     """Returns the differences of a model to the first one; none for the first itself."""
-    entries: list[Result] = model.get("differences", {}).get(suite, {key: []})[key]
+    by_suite = model.get("differences", {})
+    if suite not in by_suite:
+        return []
+    entries: list[Result] = by_suite[suite][key]
     return entries
 
 
 def loss_of(where: str, gap: Result, weight: float = 1) -> Loss:
-    margin = None if gap["high"] is None else gap["high"] - gap["value"]
+    """Returns a difference of two models as the loss of the second one."""
+    margin = None
+    if gap["high"] is not None:
+        margin = gap["high"] - gap["value"]
     return Loss(where, gap["value"], margin, weight)
 
 
@@ -42,36 +48,58 @@ def difference_cell(gap: Result | None) -> str:
     """Returns a difference and half of its interval; empty without one."""
     if gap is None:
         return ""
-    error = "" if gap["high"] is None else f" ± {gap['high'] - gap['value']:.4f}"
-    return f"{gap['value']:+.4f}{error}"
+    value = f"{gap['value']:+.4f}"
+    if gap["high"] is None:
+        return value
+    return f"{value} ± {gap['high'] - gap['value']:.4f}"
 
 
 def is_significant(p: float | None) -> bool:
+    """Returns whether a difference with this p is unlikely to be chance; not if p is unknown."""
     return p is not None and p < 0.05
 
 
 def by_entry(models: Models, suite: str, key: str) -> Iterator[tuple[Result, ...]]:
     """Yields each entry of a list of figures, from all models."""
-    return zip(*(model["suites"][suite][key] for model in models), strict=True)
+    lists = [model["suites"][suite][key] for model in models]
+    return zip(*lists, strict=True)
 
 
 def lines(models: Models, points: Iterable[Points]) -> list[Series]:
     """Returns a line with error bars for the points of each model."""
-    series = []
-    for index, (model, line) in enumerate(zip(models, points, strict=True)):
-        again, style = divmod(index, len(_LINES))
-        rows = sorted((float(x), *value) for x, value in line)
-        series.append(
-            Series(
-                _LINES[style] + (" dashed" if again else ""),
-                model["label"],
-                [(x, value) for x, value, _, _ in rows],
-                intervals=[(x, low, high) for x, _, low, high in rows if low is not None],
-                mark=list(MARKS)[style],
-                shift=_APART * (index - (len(models) - 1) / 2),
-            )
-        )
-    return series
+    return [
+        _line(model, line, index, len(models))
+        for index, (model, line) in enumerate(zip(models, points, strict=True))
+    ]
+
+
+def _line(model: Result, points: Points, index: int, num_models: int) -> Series:
+    """Returns the line of the model at `index`; it is dashed where a style is used again."""
+    values = []
+    intervals = []
+    for x, (value, low, high) in sorted(points, key=_x_and_figure):
+        values.append((float(x), value))
+        if low is not None:
+            intervals.append((float(x), low, high))
+
+    round_of_styles, style = divmod(index, len(_LINE_STYLES))
+    kind = _LINE_STYLES[style]
+    if round_of_styles:
+        kind += " dashed"
+    return Series(
+        kind,
+        model["label"],
+        values,
+        intervals=intervals,
+        mark=list(MARKS)[style],
+        shift=_APART * (index - (num_models - 1) / 2),
+    )
+
+
+def _x_and_figure(point: tuple[float, Sequence[Any]]) -> tuple[float, ...]:
+    """Returns the key that sorts points by x, and those of one x by their values."""
+    x, figure = point
+    return (x, *figure)
 
 
 def loss_curves(
@@ -84,16 +112,30 @@ def loss_curves(
 ) -> Iterator[Chart]:
     """Yields a chart of losses, and one of what models lose if `lost` says that they compare."""
     yield curves(title, summary, (x, "nats per token"), models, points)
-    compared = [model is models[0] or bool(lost(model)) for model in models]
-    if sum(compared) > 1:
-        first = {x: nats for x, (nats, *_) in points[0]}
-        gaps = [
-            [(x, (nats - first[x], None, None)) for x, (nats, *_) in line if is_compared]
-            for line, is_compared in zip(points, compared, strict=True)
-        ]
-        title, first_label = f"{title}: difference", models[0]["label"]
-        summary = f"{summary} Differences to {first_label}; the tables have their intervals."
-        yield curves(title, summary, (x, "more nats per token"), models, gaps)
+
+    first = models[0]
+    compared = [model is first or bool(lost(model)) for model in models]
+    if sum(compared) < 2:
+        return
+    base = {at: figure[0] for at, figure in points[0]}
+    gaps: list[Points] = []
+    for line, is_compared in zip(points, compared, strict=True):
+        if is_compared:
+            gaps.append(_differences(line, base))
+        else:
+            gaps.append([])
+    yield curves(
+        f"{title}: difference",
+        f"{summary} Differences to {first['label']}; the tables have their intervals.",
+        (x, "more nats per token"),
+        models,
+        gaps,
+    )
+
+
+def _differences(points: Points, base: dict[float, float]) -> Points:
+    """Returns points minus the base's value at the same x; without intervals."""
+    return [(x, (figure[0] - base[x], None, None)) for x, figure in points]
 
 
 def curves(

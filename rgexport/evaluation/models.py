@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from rgexport.artifacts import opening
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Identity, identity_of, identity_of_files
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.choices import MODEL_FORMS
 from rgexport.errors import RequestError
 from rgexport.evaluation.reference_session import ReferenceSession
-from rgexport.export import opening
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Identity, identity_of, identity_of_files
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.checks import require_sound
@@ -29,7 +30,13 @@ Opener = tuple[str, bool]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluatedModel:
-    """A model that suites measure; `argument` opens it from any folder."""
+    """A model that suites measure.
+
+    Attributes:
+        argument: opens the model with `open_model` from any working directory.
+        label: name in tables and charts.
+        size: bytes of the artifact, or of the checkpoint's weights.
+    """
 
     argument: str
     label: str
@@ -39,16 +46,20 @@ class EvaluatedModel:
 
     @property
     def opener(self) -> Opener:
-        return self.argument, isinstance(self.source, Artifact) and self.source.allow_foreign
+        """Arguments that open the same model in another process."""
+        allow_foreign = isinstance(self.source, Artifact) and self.source.allow_foreign
+        return self.argument, allow_foreign
 
     @cached_property
     def identity(self) -> str:
         """A hash of the model's files and its config."""
         if isinstance(self.source, Artifact):
-            kind, records = self.source.manifest.kind, [*self.source.manifest.files.values()]
+            kind = self.source.manifest.kind
+            records = list(self.source.manifest.files.values())
         else:
-            files = self.source.tokenizer_files
-            kind, records = "checkpoint", [*self._weight_files.values(), *map(hash_file, files)]
+            kind = "checkpoint"
+            records = list(self._weight_files.values())
+            records += [hash_file(path) for path in self.source.tokenizer_files]
         hashes = sorted(record.sha256 for record in records)
         facts = json.dumps([kind, self.config.to_dict(), hashes], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
@@ -64,16 +75,22 @@ class EvaluatedModel:
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, or None if it takes token ids only."""
         if isinstance(self.source, Artifact):
-            return open_tokenizer(self.source) if self.source.manifest.has_tokenizer else None
+            if not self.source.manifest.has_tokenizer:
+                return None
+            return open_tokenizer(self.source)
         files = self.source.tokenizer_files
-        return load_tokenizer(files[0].parent) if files else None
+        if not files:
+            return None
+        return load_tokenizer(files[0].parent)
 
     def session(self, window: int | None = None, threads: int | None = None) -> Session:
         """Opens a session, perhaps with a smaller window; the caller closes it."""
         if isinstance(self.source, Artifact):
             narrow = None if window == self.config.window else window
             return open_session(self.source, threads=threads, window=narrow)
-        config = self.config if window is None else replace(self.config, window=window)
+        config = self.config
+        if window is not None:
+            config = replace(config, window=window)
         return ReferenceSession(replace(self.source, config=config), threads=threads)
 
     def require_narrowing(self) -> None:
@@ -84,6 +101,7 @@ class EvaluatedModel:
             require_narrowing(self.source)
 
     def require_tokenizer(self, suite: str) -> None:
+        """Raises RequestError if the model has no tokenizer, naming the suite that needs it."""
         if self.tokenizer is None:
             raise RequestError(
                 f"{self.label} has no tokenizer, which the suite {suite} needs; pass --suite "
@@ -92,19 +110,24 @@ class EvaluatedModel:
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of each array of one sequence's state, without the batch axis."""
         return {spec.name: spec.shape for spec in state_specs(self.config)}
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text without a bos; the model must have a tokenizer."""
         assert self.tokenizer is not None
         return self.tokenizer.encode_text(text)
 
     @property
     def bos(self) -> list[int]:
-        bos = self.tokenizer.bos_id if self.tokenizer else None
-        return [] if bos is None else [bos]
+        """The bos as a list of one id; empty for a model without a bos."""
+        if self.tokenizer is None or self.tokenizer.bos_id is None:
+            return []
+        return [self.tokenizer.bos_id]
 
     @cached_property
     def _weight_files(self) -> dict[str, FileRecord]:
+        """The checked files of a checkpoint."""
         assert isinstance(self.source, Checkpoint)
         return dict(require_sound(self.source))
 
@@ -117,12 +140,18 @@ def open_model(argument: str, *, allow_foreign: bool = False) -> EvaluatedModel:
         engine = engine_of(source.manifest.kind)
         engine.require()
         engine.require_trusted(source)
-        label, config, size = source.path.name, source.manifest.config, source.nbytes
+        label = source.path.name
+        config = source.manifest.config
+        size = source.nbytes
     else:
+        # A word such as `demo` means the model of that size, even if a file has this name.
         is_path = is_path and argument not in SIZE_WORDS
-        label, config = source.name, source.config
+        label = source.name
+        config = source.config
         size = sum(tensor.nbytes for tensor in source.weights.values())
-    argument = str(Path(argument).absolute()) if is_path else argument
+
+    if is_path:
+        argument = str(Path(argument).absolute())
     return EvaluatedModel(argument=argument, label=label, config=config, size=size, source=source)
 
 
@@ -131,7 +160,8 @@ def open_models(arguments: Sequence[str], *, allow_foreign: bool = False) -> lis
     if not arguments:
         raise RequestError(f"a model is needed: {MODEL_FORMS}")
     models = [open_model(argument, allow_foreign=allow_foreign) for argument in arguments]
-    labels = [model.label for model in models]
-    if twice := {label for label in labels if labels.count(label) > 1}:
-        raise RequestError(f"two models are called {min(twice)}; rename one of them")
+    counts = Counter(model.label for model in models)
+    repeated = [label for label, count in counts.items() if count > 1]
+    if repeated:
+        raise RequestError(f"two models are called {min(repeated)}; rename one of them")
     return models

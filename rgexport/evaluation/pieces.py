@@ -29,8 +29,12 @@ Settings = Mapping[str, Any]
 """The settings of a piece as JSON."""
 Measured = Sequence[tuple[Settings, Result]]
 """The settings and results of the pieces of one suite and model, in their order."""
-_FARTHEST_WINDOWS, _LEAST_WINDOW = 4, 16
+_FARTHEST_WINDOWS = 4
+"""The farthest distance of `memory` in windows, unless the request names one."""
+_LEAST_WINDOW = 16
+"""Tokens that a smaller window counts as, so that models without attention are tested, too."""
 _DIGITS = 20
+"""Hexadecimal digits of a piece's key."""
 _VERSION = 5
 """Increased when a suite measures something else; results of other versions are not used."""
 _MARK = "made by rgexport evaluate"
@@ -41,7 +45,7 @@ class EvaluationRequest:
     """The settings of all suites.
 
     Attributes:
-        folder: of the results; `length` writes state files into it, too.
+        folder: folder of the results; `length` writes state files into it, too.
         texts: files and folders; empty for the text that comes with rgexport.
         limit: most tokens of a document in `text`.
         context, stride: tokens of a chunk, and between the beginnings of overlapping chunks.
@@ -73,11 +77,13 @@ class EvaluationRequest:
             )
 
     def for_window(self, window: int) -> "EvaluationRequest":
+        """Returns the request with `farthest` set, by default to some windows of the models."""
         if self.farthest is not None:
             return self
         return replace(self, farthest=_FARTHEST_WINDOWS * max(window, _LEAST_WINDOW))
 
     def resolved(self) -> "EvaluationRequest":
+        """Returns the request with absolute paths, for processes in other folders."""
         return replace(
             self,
             folder=self.folder.absolute(),
@@ -89,9 +95,12 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a suite that is measured for one model, named by its identity.
+    """A part of a suite that is measured for one model.
 
-    `tokens` estimates the time.
+    Attributes:
+        model: identity of the model.
+        settings: everything else that the result depends on.
+        tokens: estimate of the time, for progress bars.
     """
 
     model: str
@@ -101,6 +110,7 @@ class Piece:
 
     @property
     def key(self) -> str:
+        """A hash of all that the result depends on, which names the files of the piece."""
         text = json.dumps([_VERSION, self.model, self.suite, self.settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
@@ -110,10 +120,18 @@ Chain = Sequence[Piece]
 
 
 class Results:
-    """A folder with a file for each measured piece."""
+    """A folder with a file for each measured piece.
+
+    Several processes may use one folder at once, if each holds the `lock` of the chain that it
+    measures.
+    """
 
     def __init__(self, folder: Path):
-        """Creates the folder, or opens an earlier one; several processes may use it at once."""
+        """Creates the folder, or opens an earlier one.
+
+        Raises:
+            RequestError: the folder has files that `evaluate` did not write.
+        """
         self._pieces = folder / "pieces"
         mark = self._pieces / _MARK
         is_empty = folder.is_dir() and not any(folder.iterdir())
@@ -130,16 +148,22 @@ class Results:
     def get(self, piece: Piece) -> Result | None:
         """Returns the result of a piece, or None if its file is missing or damaged."""
         try:
-            return read_json(self._pieces / f"{piece.key}.json").get("result")
+            return read_json(self._result_file(piece)).get("result")
         except RequestError:
             return None
 
     def put(self, piece: Piece, result: Result) -> None:
+        """Writes the result of a piece."""
         entry = {"suite": piece.suite, "work": dict(piece.settings), "result": result}
-        data = (json.dumps(entry, indent=1, allow_nan=False) + "\n").encode()
-        _write(self._pieces / f"{piece.key}.json", lambda file: file.write(data))
+        text = json.dumps(entry, indent=1, allow_nan=False) + "\n"
+        _write(self._result_file(piece), lambda file: file.write(text.encode()))
 
     def state(self, piece: Piece) -> State:
+        """Returns the state after a piece.
+
+        Raises:
+            RequestError: the file of the state is missing or damaged.
+        """
         path = self._state_file(piece)
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -150,29 +174,39 @@ class Results:
             ) from None
 
     def keep_state(self, piece: Piece, state: State) -> None:
-        # `allow_pickle` is no name of a state.
+        """Writes the state after a piece, from which the next one of its chain continues."""
+        # The names of the arrays are keyword arguments; none is called `allow_pickle`.
         _write(self._state_file(piece), lambda file: np.savez(file, **state))  # type: ignore[arg-type]
 
     def drop_state(self, piece: Piece) -> None:
+        """Removes the state after a piece, if there is one."""
         self._state_file(piece).unlink(missing_ok=True)
 
     def lock(self, chain: Chain) -> AbstractContextManager[Any]:
         """Lets one process at a time measure a chain that passes states on: it drops old ones."""
-        return FileLock(self._pieces / f"{chain[-1].key}.lock") if chain[1:] else nullcontext()
+        if len(chain) < 2:
+            return nullcontext()
+        return FileLock(self._pieces / f"{chain[-1].key}.lock")
 
     def missing(self, chain: Chain) -> list[int]:
         """Returns the indices of pieces that lack a result, or a state that the next one needs."""
         indices: list[int] = []
-        for index, piece in reversed([*enumerate(chain)]):
-            needs_state = index + 1 in indices
-            if self.get(piece) is None or (needs_state and not self._state_file(piece).is_file()):
+        for index in reversed(range(len(chain))):
+            piece = chain[index]
+            next_is_missing = index + 1 in indices
+            lacks_state = next_is_missing and not self._state_file(piece).is_file()
+            if lacks_state or self.get(piece) is None:
                 indices.append(index)
         return indices[::-1]
+
+    def _result_file(self, piece: Piece) -> Path:
+        return self._pieces / f"{piece.key}.json"
 
     def _state_file(self, piece: Piece) -> Path:
         return self._pieces / f"{piece.key}.npz"
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file under a temporary name and renames it, so that no reader sees half of it."""
     with report_os_errors(path, "write"), replacing(path) as partial, partial.open("wb") as file:
         write(file)

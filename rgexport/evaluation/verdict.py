@@ -17,8 +17,10 @@ from rgexport.evaluation.figures import Z
 from rgexport.evaluation.suites import SUITES
 from rgexport.reporting.numbers import number
 
-_MOST_LINES = 4  # lines after the conclusion; all but the last one are about a suite
-_MOST_MODELS = 3  # models in a line
+_MOST_LINES = 4
+"""Lines after the conclusion; all but the last one are about a suite."""
+_MOST_MODELS = 3
+"""Models in a line."""
 
 
 @dataclass(frozen=True)
@@ -41,39 +43,53 @@ class _SuiteLoss:
 
     @property
     def worst(self) -> Loss:
+        """The loss that exceeds its margin of error the most."""
         return max(self.by_place, key=_margins)
 
     @property
     def certainty(self) -> float:
-        """Above 1, the loss in all places or in the worst one is more than chance explains."""
-        # Of many places, some seem worse by chance (Bonferroni's correction).
-        margins = NormalDist().inv_cdf(1 - 0.025 / len(self.by_place)) / Z
-        total = _margins(self.total) if self.total else 0.0
-        return max(total, _margins(self.worst) / margins)
+        """The loss in margins of error; above 1, it is more than chance explains."""
+        total = 0.0
+        if self.total:
+            total = _margins(self.total)
+        # Among many places, some seem worse by chance (Bonferroni's correction).
+        corrected_z = NormalDist().inv_cdf(1 - 0.025 / len(self.by_place))
+        worst = _margins(self.worst) / (corrected_z / Z)
+        return max(total, worst)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the loss in all places, or in the worst one, is more than chance explains."""
+        return self.certainty > 1
 
 
 def verdict(models: Models) -> Verdict:
+    """Returns the verdict on several models, which are compared with the first one."""
     first, *others = models
     if not others:
         alone = f"{first['label']} was evaluated alone: name its original before it"
         return Verdict(f"{alone} to see what is lost.", [])
-    losses = [
-        _SuiteLoss(model["label"], name, by_place, _total(by_place, name))
-        for name in first["suites"]
-        for model in others
-        if (by_place := SUITES[name].lost(model))
-    ]
-    surest = sorted(losses, key=lambda loss: -max(1.0, loss.certainty))
-    chosen = list(dict.fromkeys(loss.suite for loss in surest))[: _MOST_LINES - 1]
-    detailed = [loss for loss in losses if loss.suite in chosen]
-    reasons = [
-        f"{name}: {_reason(group)}." for name, group in groupby(detailed, attrgetter("suite"))
-    ]
-    if detailed:
-        reasons.append(_how_sure(detailed))
-    conclusions = [_conclusion(model["label"], losses, len(others) == 1) for model in others]
-    is_loss = any(loss.certainty > 1 for loss in losses)
-    return Verdict(f"Against {first['label']}: {'; '.join(conclusions)}.", reasons, is_loss)
+
+    losses = _suite_losses(first["suites"], others)
+    is_pair = len(others) == 1
+    conclusions = [_conclusion(model["label"], losses, is_pair) for model in others]
+    return Verdict(
+        f"Against {first['label']}: {'; '.join(conclusions)}.",
+        _reasons(losses),
+        any(loss.is_certain for loss in losses),
+    )
+
+
+def _suite_losses(suites: Iterable[str], models: Models) -> list[_SuiteLoss]:
+    """Returns the losses of all models in all suites in which they can be compared."""
+    losses = []
+    for name in suites:
+        for model in models:
+            by_place = SUITES[name].lost(model)
+            if by_place:
+                total = _total(by_place, name)
+                losses.append(_SuiteLoss(model["label"], name, by_place, total))
+    return losses
 
 
 def _total(losses: Sequence[Loss], suite: str) -> Loss | None:
@@ -85,71 +101,122 @@ def _total(losses: Sequence[Loss], suite: str) -> Loss | None:
     value = float(weights @ [loss.value for loss in losses])
     if any(loss.margin is None for loss in losses):
         return Loss("all", value, None)
+
     margins = weights * [loss.margin for loss in losses]
-    margin = np.linalg.norm(margins) if SUITES[suite].INDEPENDENT else margins.sum()
-    return Loss("all", value, float(margin))
+    if SUITES[suite].INDEPENDENT:
+        margin = float(np.linalg.norm(margins))
+    else:
+        margin = float(margins.sum())
+    return Loss("all", value, margin)
 
 
 def _margins(loss: Loss) -> float:
     """Returns a loss as a multiple of its margin of error; 0 if that is unknown."""
     if loss.margin is None or loss.value == 0:
         return 0.0
-    return loss.value / loss.margin if loss.margin else math.copysign(math.inf, loss.value)
+    if loss.margin == 0:
+        return math.copysign(math.inf, loss.value)
+    return loss.value / loss.margin
 
 
 def _conclusion(label: str, losses: Sequence[_SuiteLoss], in_full: bool) -> str:
+    """Returns a model's clause of the conclusion; `in_full` also names the uncertain suites."""
     of_model = [loss for loss in losses if loss.label == label]
-    lost = [loss.suite for loss in of_model if loss.certainty > 1]
-    unsure = [loss.suite for loss in of_model if loss.certainty <= 1]
     if not of_model:
         return f"{label} reads other tokens and cannot be compared"
+
+    lost = [loss.suite for loss in of_model if loss.is_certain]
+    unsure = [loss.suite for loss in of_model if not loss.is_certain]
     if not lost:
         return f"{label} shows no certain loss in {_listed(unsure)}"
-    rest = f", but not for certain in {_listed(unsure)}" if unsure and in_full else ""
-    return f"{label} certainly loses in {_listed(lost)}{rest}"
+    text = f"{label} certainly loses in {_listed(lost)}"
+    if unsure and in_full:
+        text += f", but not for certain in {_listed(unsure)}"
+    return text
+
+
+def _reasons(losses: Sequence[_SuiteLoss]) -> list[str]:
+    """Returns a line for each of the suites with the surest losses, and one about the errors."""
+    if not losses:
+        return []
+    # Uncertain losses count alike, so their suites keep the order of the evaluation.
+    surest = sorted(losses, key=lambda loss: -max(1.0, loss.certainty))
+    suites = list(dict.fromkeys(loss.suite for loss in surest))[: _MOST_LINES - 1]
+    detailed = [loss for loss in losses if loss.suite in suites]
+
+    reasons = []
+    for name, group in groupby(detailed, attrgetter("suite")):
+        reasons.append(f"{name}: {_reason(group)}.")
+    reasons.append(_how_sure(detailed))
+    return reasons
 
 
 def _reason(losses: Iterable[_SuiteLoss]) -> str:
-    """Returns what the models lose in a suite, the largest loss first."""
+    """Returns the losses of the models in a suite, the largest loss first."""
     ordered = sorted(losses, key=lambda loss: -(loss.total or loss.worst).value)
+    texts = []
     unit = SUITES[ordered[0].suite].UNIT
-    texts = [_loss_text(loss, "" if index else unit) for index, loss in enumerate(ordered)]
-    rest = [loss.label for loss in ordered[_MOST_MODELS:]]
-    return "; ".join([*texts[:_MOST_MODELS], *([f"{_listed(rest)} less"] if rest else [])])
+    for loss in ordered[:_MOST_MODELS]:
+        texts.append(_loss_text(loss, unit))
+        unit = ""  # the first model's text names it
+
+    hidden = [loss.label for loss in ordered[_MOST_MODELS:]]
+    if hidden:
+        texts.append(f"{_listed(hidden)} less")
+    return "; ".join(texts)
 
 
 def _loss_text(loss: _SuiteLoss, unit: str) -> str:
-    worst, is_certain = loss.worst, loss.certainty > 1
-    most = f"most surely in {worst.where} ({_plus_minus(worst)})"
+    """Returns the clause of one model's loss or gain in a suite."""
+    most = f"most surely in {loss.worst.where} ({_plus_minus(loss.worst)})"
     if loss.total is None:
-        verb = "certainly loses" if is_certain else "shows no certain loss"
-        return f"{loss.label} {verb}, {most}"
-    is_gain = loss.total.value < 0
+        if loss.is_certain:
+            return f"{loss.label} certainly loses, {most}"
+        return f"{loss.label} shows no certain loss, {most}"
+
+    verb = "gains" if loss.total.value < 0 else "loses"
     amount = _plus_minus(loss.total._replace(value=abs(loss.total.value)))
-    text = f"{loss.label} {'gains' if is_gain else 'loses'} {amount} {unit}".rstrip()
-    if is_certain:
-        return f"{text}, {most}" if len(loss.by_place) > 1 else text
-    return text if _margins(loss.total) < -1 else f"{text}, perhaps by chance"
+    text = f"{loss.label} {verb} {amount} {unit}".rstrip()
+    if loss.is_certain:
+        if len(loss.by_place) > 1:
+            text += f", {most}"
+        return text
+    is_certain_gain = _margins(loss.total) < -1
+    if not is_certain_gain:
+        text += ", perhaps by chance"
+    return text
 
 
 def _how_sure(losses: Sequence[_SuiteLoss]) -> str:
-    """Returns what ± means, and how small a loss may have been missed."""
+    """Returns the meaning of ±, and how small a loss may have been missed."""
     totals = [(loss.suite, loss.total.margin or 0.0) for loss in losses if loss.total]
-    margins = dict(sorted(totals, key=itemgetter(1)))  # the largest of each suite remains
-    missed = [f"{m:.2g} {SUITES[name].UNIT}" for name, m in margins.items() if m]
-    limits = f" A loss below {_listed(missed)} may have been missed:" if missed else ""
+    # Of several margins of a suite, a dictionary keeps the last one: the largest.
+    largest_margins = dict(sorted(totals, key=itemgetter(1)))
+    missed = []
+    for suite, margin in largest_margins.items():
+        if margin:
+            missed.append(f"{margin:.2g} {SUITES[suite].UNIT}")
+
+    text = "How sure: ± holds the true value in 95 % of cases."
+    if missed:
+        text += f" A loss below {_listed(missed)} may have been missed:"
     advice = "longer texts (--text) show smaller losses, and `rgexport validate` measures the KL"
-    return f"How sure: ± holds the true value in 95 % of cases.{limits} {advice}."
+    return f"{text} {advice}."
 
 
 def _plus_minus(loss: Loss) -> str:
     """Returns a loss with as many digits as its margin of error has, at most five."""
     if loss.margin is None:
         return f"{number(loss.value)}, of unknown error"
-    digits = max(0, min(5, 1 - math.floor(math.log10(loss.margin)))) if loss.margin else 3
+    digits = 3
+    if loss.margin:
+        digits = max(0, min(5, 1 - math.floor(math.log10(loss.margin))))
     return f"{loss.value:.{digits}f} ± {loss.margin:.{digits}f}"
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Returns names as in `a, b and c`."""
     *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
+    if not most:
+        return last
+    return f"{', '.join(most)} and {last}"

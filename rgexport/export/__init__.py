@@ -1,1 +1,1 @@
-"""Exports a checkpoint to an artifact: the trace, one folder per format, the manifest."""
+"""Exports a checkpoint to an artifact: traces the model, and writes one folder or file."""

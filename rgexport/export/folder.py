@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rgexport._version import __version__
-from rgexport.export.artifact import record_files, remember_verified
-from rgexport.export.card import card
-from rgexport.export.manifest import CARD, Manifest, SelfCheck, Source, write_manifest
-from rgexport.export.manifest_reader import is_artifact
-from rgexport.export.origin import origin_of
-from rgexport.export.tokenizer import ControlIds, complete_tokenizer
+from rgexport.artifacts.artifact import record_files, remember_verified
+from rgexport.artifacts.card import card
+from rgexport.artifacts.control_ids import ControlIds
+from rgexport.artifacts.manifest import CARD, Manifest, SelfCheck, Source, write_manifest
+from rgexport.artifacts.manifest_reader import is_artifact
+from rgexport.artifacts.origin import origin_of
+from rgexport.export.tokenizer import complete_tokenizer
 from rgexport.files.atomic import evict_from_page_cache
 from rgexport.files.targets import check_target, replace_folder, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rgexport.artifacts.format import format_of
+from rgexport.artifacts.manifest import ACTIVATIONS
 from rgexport.choices import Quality, plan_advice
 from rgexport.errors import RequestError
-from rgexport.export.format import format_of
-from rgexport.export.manifest import ACTIVATIONS
 from rgexport.quantize.plan import MIXED, precision_of
-from rgexport.quantize.scheme import Ggml, Plan
+from rgexport.quantize.schemes.registry import Ggml, Plan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}

@@ -1,159 +1,58 @@
-"""The layout of weights in data files, and the writer that fills them.
+"""Lays out weights in data files, and fills them.
 
-Each slab is read, encoded and written at its own offset, several at a time. A tensor with several
-row groups has a matrix for each; the group's number begins its parts' names: `0.data`, `0.scales`.
+Each slab is read, encoded and written at its own offset, several at a time.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from rgexport.export.manifest import COLUMNS, StoredPart, StoredTensor
-from rgexport.export.program import Node
-from rgexport.griffin.config import RG_LRU_C
+from rgexport.artifacts.manifest import COLUMNS, StoredPart, StoredTensor
+from rgexport.artifacts.storage import aligned, groups_of
+from rgexport.artifacts.transforms import Shape
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import task
-from rgexport.quantize.scheme import Mixed, Parts, PartShapes, Plan, Scheme, Uniform
-
-Shape = tuple[int, ...]
-_Values = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Maps float32 rows of a checkpoint to rows of the file and back, and the canonical shape."""
-
-    store: _Values = lambda rows: rows
-    restore: _Values = lambda rows: rows
-    shape: Callable[[Shape], Shape] = lambda shape: shape
-
-
-def _decay(a_param: np.ndarray) -> np.ndarray:
-    p = a_param.astype(np.float64)
-    softplus = np.log1p(np.exp(-np.abs(p))) + np.maximum(p, 0)
-    return (RG_LRU_C * softplus).astype(np.float32)
-
-
-def _a_param(decay: np.ndarray) -> np.ndarray:
-    """Inverts softplus: log(exp(s) - 1) = s + log(1 - exp(-s))."""
-    softplus = np.maximum(decay.astype(np.float64) / RG_LRU_C, np.finfo(np.float32).tiny)
-    return (softplus + np.log(-np.expm1(-softplus))).astype(np.float32)
-
-
-PLAIN = Transform()
-NORM = Transform(lambda w: w + np.float32(1), lambda w: w - np.float32(1))
-DECAY = Transform(_decay, _a_param)
-
-
-@dataclass(frozen=True)
-class StoredGroup:
-    """Some `rows` of a tensor (None: all), and the `prefix` of their parts' names there."""
-
-    prefix: str
-    stored: StoredTensor
-    label: str
-    rows: np.ndarray | None = None
-
-    def run(self, start: int, stop: int) -> tuple[int, int]:
-        if self.rows is None:
-            return start, stop
-        first, last = np.searchsorted(self.rows, [start, stop]).tolist()
-        return first, last
-
-    def chosen(self, start: int, stop: int) -> slice | np.ndarray:
-        if self.rows is None:
-            return slice(None)
-        return self.rows[slice(*self.run(start, stop))] - start
-
-
-def groups_of(stored: StoredTensor) -> tuple[StoredGroup, ...]:
-    return tuple(
-        StoredGroup("", stored, label)
-        if rows is None
-        else StoredGroup(f"{i}.", _group_tensor(stored, f"{i}.", uniform, len(rows)), label, rows)
-        for i, (label, uniform, rows) in enumerate(stored.scheme.row_groups(stored.shape[0]))
-    )
-
-
-def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    groups = {
-        group_name(name, i): group.stored
-        for name, stored in tensors.items()
-        for i, group in enumerate(groups_of(stored))
-        if group.rows is not None
-    }
-    return {**tensors, **groups}
-
-
-def group_name(tensor: str, index: int) -> str:
-    return f"{tensor}.{index}"
-
-
-def lower_by_groups(
-    g: Any, node: Node, lower: Callable[..., Any], grouped: Mapping[str, Callable[..., Any]]
-) -> Any:
-    """Lowers a node; one with a weight in row groups by its function in `grouped`.
-
-    `g` is the format's emitter. The function gets the groups as weights, and the place of each row
-    among their rows, or None for the same order.
-    """
-    combine = grouped.get(node.op)
-    weight = node.inputs[1] if combine else None
-    scheme = g.stored(weight).scheme if weight else None
-    if combine is None or weight is None or not isinstance(scheme, Mixed):
-        return lower(g, node)
-    groups = [
-        replace(weight, name=group_name(weight.name, i), shape=(size, *weight.shape[1:]))
-        for i, size in enumerate(scheme.group_sizes(weight.size(0)))
-    ]
-    return [combine(g, node, lower, groups, scheme.positions(weight.size(0)))]
-
-
-def part_shapes_by_group(
-    shape: Shape, scheme: Scheme, part_shapes: Callable[[Shape, Uniform], PartShapes]
-) -> PartShapes:
-    """Returns the parts of a tensor; the group's number begins their names if it has several."""
-    if len(scheme.uniform) == 1:
-        return part_shapes(shape, scheme.uniform[0])
-    sizes = scheme.group_sizes(shape[0])
-    return {
-        f"{i}.{label}": dtype_and_shape
-        for i, (uniform, size) in enumerate(zip(scheme.uniform, sizes, strict=True))
-        for label, dtype_and_shape in part_shapes((size, *shape[1:]), uniform).items()
-    }
-
-
-def _group_tensor(stored: StoredTensor, prefix: str, scheme: Uniform, size: int) -> StoredTensor:
-    labels = [label for label in stored.parts if label.startswith(prefix)]
-    parts = {label.removeprefix(prefix): stored.parts[label] for label in labels}
-    return StoredTensor((size, *stored.shape[1:]), scheme, parts)
-
+from rgexport.quantize.schemes.registry import Parts, PartShapes, Plan, Scheme
 
 SLAB_BYTES = 1 << 20
 """Bytes of source weights. As float32 a slab fits the L2 cache, which makes encoding 2x faster."""
-_LARGER = 4  # factor by which slabs are larger that are written in short runs, or need statistics
+
+_LARGER = 4
+"""Factor by which slabs are larger that are written in short runs, or need statistics."""
+
 _MAX_WORKERS = 8
-_PENDING = 3  # slabs for each worker that are being encoded, or wait for their turn
+
+_PENDING = 3
+"""Slabs for each worker that are being encoded, or wait until earlier ones are done."""
 
 PartShapesOf = Callable[[Shape, Scheme], PartShapes]
 Encode = Callable[[str, np.ndarray, np.ndarray, StoredTensor], Parts]
 """Name, rows in the checkpoint's dtype, their numbers, stored tensor or group → parts."""
+
+Written = Callable[[str, Parts], None]
+"""Takes the name and the parts of a slab that was written."""
+
 _Result = TypeVar("_Result")
-
-
-def aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
 
 
 @dataclass
 class OffsetAllocator:
+    """The layout of one data file, which grows with each call of `allocate`.
+
+    Attributes:
+        file: the name of the file.
+        alignment: each part begins, before its header, at a multiple of this.
+        size: the bytes that are allocated.
+        header: the bytes in front of each part's data.
+    """
+
     file: str
     alignment: int
     size: int = 0
@@ -162,6 +61,7 @@ class OffsetAllocator:
     def allocate(
         self, plan: Plan, shapes: Mapping[str, Shape], part_shapes: PartShapesOf
     ) -> dict[str, StoredTensor]:
+        """Returns the tensors of a plan, each part at its offset in the file."""
         tensors = {}
         for name, scheme in plan.items():
             parts = {}
@@ -179,30 +79,50 @@ def fill(
     tensors: Mapping[str, StoredTensor],
     weights: WeightSource,
     encode: Encode,
-    written: Callable[[str, Parts], None] = lambda name, slab: None,
+    written: Written | None = None,
 ) -> None:
-    """Writes files of the given sizes with weights; `written` gets each slab's name and parts."""
+    """Writes data files.
+
+    Args:
+        folder: the folder of the files.
+        sizes: name of a file → its bytes.
+        tensors: the places of the weights in the files.
+        weights: the weights, which are read in slabs.
+        encode: encodes the rows of a slab.
+        written: called with each slab, in order.
+    """
     for file_name, file_size in sizes.items():
         path = folder / file_name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             file.truncate(file_size)
 
-    def slabs() -> Iterator[Callable[[], tuple[str, Parts, int]]]:
-        for name, stored in tensors.items():
-            source, rows, together = weights[name], stored.shape[0], stored.rows_together
-            size = slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts)
-            for start, stop in slab_bounds(rows, source.row_bytes, size, together):
-                yield partial(_write_slab, folder, name, stored, source, encode, start, stop)
-
-    with task("Writing the weights", sum(weights[name].nbytes for name in tensors)) as advance:
-        for name, slab, source_bytes in in_order(slabs()):
-            written(name, slab)
+    total = sum(weights[name].nbytes for name in tensors)
+    jobs = _slab_jobs(folder, tensors, weights, encode)
+    with task("Writing the weights", total) as advance:
+        for name, slab, source_bytes in in_order(jobs):
+            if written is not None:
+                written(name, slab)
             advance(source_bytes)
 
 
+def _slab_jobs(
+    folder: Path, tensors: Mapping[str, StoredTensor], weights: WeightSource, encode: Encode
+) -> Iterator[Callable[[], tuple[str, Parts, int]]]:
+    """Yields a function for each slab, which writes it as `_write_slab` does."""
+    for name, stored in tensors.items():
+        source = weights[name]
+        size = slab_bytes(stored.scheme, by_columns=COLUMNS in stored.parts)
+        bounds = slab_bounds(stored.shape[0], source.row_bytes, size, stored.rows_together)
+        for start, stop in bounds:
+            yield partial(_write_slab, folder, name, stored, source, encode, start, stop)
+
+
 def slab_bytes(scheme: Scheme, *, by_columns: bool = False) -> int:
-    return SLAB_BYTES * (_LARGER if by_columns or scheme.needs_statistics else 1)
+    """Returns the bytes of source weights in a slab of a tensor."""
+    if by_columns or scheme.needs_statistics:
+        return SLAB_BYTES * _LARGER
+    return SLAB_BYTES
 
 
 def _write_slab(
@@ -214,7 +134,7 @@ def _write_slab(
     start: int,
     stop: int,
 ) -> tuple[str, Parts, int]:
-    """Encodes and writes rows; returns the name, their parts, and bytes read."""
+    """Encodes and writes rows; returns the name, their parts, and the bytes that were read."""
     rows = source.read(start, stop)
     slab: Parts = {}
     for group in groups_of(stored):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,26 +13,16 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
+from rgexport.artifacts.control_ids import ControlIds
 from rgexport.errors import RequestError, reason
 from rgexport.files.paths import read_regular
 from rgexport.files.typed_json import parse_json
 from rgexport.griffin import control_tokens, tokenizer_files
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import warn
-from rgexport.quantize.statistics import BUILT_IN
+from rgexport.quantize.built_in_text import BUILT_IN
 
 _NEW_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlIds:
-    bos_token_id: int | None = 2
-    eos_token_id: tuple[int, ...] = (1,)
-    """The tokens that end a reply: the end of a text, and the end of a turn if there is one."""
-    pad_token_id: int | None = 0
-
-    def fields(self) -> dict[str, Any]:
-        return {key: ids for key, ids in vars(self).items() if ids not in (None, ())}
 
 
 def complete_tokenizer(folder: Path, name: str) -> ControlIds:

@@ -45,10 +45,24 @@ class GriffinConfig:
 
     @property
     def num_layers(self) -> int:
+        """The number of layers, recurrent and attention ones together."""
         return len(self.block_types)
 
+    @property
+    def query_width(self) -> int:
+        """The width of the queries of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def gate_block_width(self) -> int:
+        """The rows, and the columns, of one diagonal block of the RG-LRU gates."""
+        return self.lru_width // self.lru_heads
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"block_types": list(self.block_types)}
+        """Returns all fields, in the types of JSON."""
+        fields = dataclasses.asdict(self)
+        fields["block_types"] = list(self.block_types)
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +75,13 @@ class AskedFor:
 
     @property
     def flags(self) -> str:
-        options = {name.replace("_", "-"): value for name, value in vars(self).items()}
-        return " and ".join(f"`--{k} {value}`" for k, value in options.items() if value is not None)
+        """The changes as options of the command line, for a message; empty if there are none."""
+        options = []
+        for field, value in vars(self).items():
+            if value is not None:
+                option = field.replace("_", "-")
+                options.append(f"`--{option} {value}`")
+        return " and ".join(options)
 
 
 NOTHING_ASKED_FOR = AskedFor()
@@ -74,6 +93,7 @@ def sqrt_embedding_scale(width: int) -> float:
 
 
 DEMO = "demo"
+"""The word for the bundled demo model."""
 
 
 def _released(layers: int, width: int, heads: int) -> GriffinConfig:
@@ -96,16 +116,21 @@ CONFIG_9B = _released(layers=38, width=4096, heads=16)
 
 
 @dataclass(frozen=True)
-class Size:
+class ReleasedModel:
+    """A model that Google released on the Hugging Face hub."""
+
     hub_id: str
     config: GriffinConfig
     instruction_tuned: bool
 
 
-SIZES: dict[str, Size] = {
-    "2b": Size("google/recurrentgemma-2b", CONFIG_2B, False),
-    "2b-it": Size("google/recurrentgemma-2b-it", CONFIG_2B, True),
-    "9b": Size("google/recurrentgemma-9b", CONFIG_9B, False),
-    "9b-it": Size("google/recurrentgemma-9b-it", CONFIG_9B, True),
+SIZES: dict[str, ReleasedModel] = {
+    "2b": ReleasedModel("google/recurrentgemma-2b", CONFIG_2B, False),
+    "2b-it": ReleasedModel("google/recurrentgemma-2b-it", CONFIG_2B, True),
+    "9b": ReleasedModel("google/recurrentgemma-9b", CONFIG_9B, False),
+    "9b-it": ReleasedModel("google/recurrentgemma-9b-it", CONFIG_9B, True),
 }
+"""Value of `--size` → the released model."""
+
 SIZE_WORDS: tuple[str, ...] = (DEMO, *SIZES)
+"""All values of `--size`."""

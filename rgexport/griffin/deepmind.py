@@ -1,50 +1,56 @@
-"""Reads DeepMind's checkpoints: orbax folders, names, orientation and the shape of the model.
+"""Reads DeepMind's checkpoints: names, orientation and the shape of the model.
 
 The files hold no configuration. Sizes follow from the shapes; the window, the soft cap and RoPE are
 those of the released models (`recurrentgemma.common.Preset`), unless a user gives others.
 """
 
 import re
-from functools import lru_cache, partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rgexport.errors import NotInstalled, RequestError
+from rgexport.errors import RequestError
 from rgexport.griffin.config import BlockType, GriffinConfig, sqrt_embedding_scale
-from rgexport.griffin.layout import EMBEDDING, all_ops
-from rgexport.griffin.tensor import (
-    DTYPES,
-    DeepMindTensor,
-    DeepMindTensors,
-    FoundTensor,
-    RowTensor,
-    View,
-)
+from rgexport.griffin.layer_ops import all_ops
+from rgexport.griffin.layout import EMBEDDING, FINAL_NORM
+from rgexport.griffin.orbax import read_orbax
+from rgexport.griffin.tensor import DTYPES, DeepMindTensor, DeepMindTensors, FoundTensor
 from rgexport.griffin.torch_file import read_torch_file
 
-NAMES: dict[str, str] = {
-    f"{op.deepmind}{tensor.deepmind}": f"{op.site}{tensor.end}"
-    for op in all_ops().values()
-    if op.deepmind
-    for tensor in op.tensors
-}
+
+def _block_names() -> dict[str, str]:
+    names: dict[str, str] = {}
+    for op in all_ops().values():
+        if op.deepmind:
+            for tensor in op.tensors:
+                names[f"{op.deepmind}{tensor.deepmind}"] = f"{op.site}{tensor.end}"
+    return names
+
+
+NAMES = _block_names()
 """Within a block: DeepMind's name → canonical name, for tensors that map one to one."""
 
-GLOBAL_NAMES = {"embedder.input_embedding": EMBEDDING, "final_norm.scale": "final_norm.weight"}
-UP, UP_BIAS, CONV = "mlp_block.ffw_up.w", "mlp_block.ffw_up.b", "recurrent_block.conv_1d.w"
+GLOBAL_NAMES = {"embedder.input_embedding": EMBEDDING, "final_norm.scale": FINAL_NORM}
+"""Outside of blocks: DeepMind's name → canonical name."""
+
+UP = "mlp_block.ffw_up.w"
+UP_BIAS = "mlp_block.ffw_up.b"
 BRANCHES = ("mlp_block.gate_proj", "mlp_block.up_proj")
 """The two halves of `ffw_up`, in its order."""
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.((recurrent|attention)_block\.)?.+")
+CONV = "recurrent_block.conv_1d.w"
+
+_BLOCK_TENSOR = re.compile(r"blocks\.(?P<index>\d+)\.(?P<name>.+)")
+_BLOCK = re.compile(r"blocks\.(?P<index>\d+)\.((?P<kind>recurrent|attention)_block\.)?.+")
 
 
 def read_tensors(path: Path) -> DeepMindTensors:
     """Opens a `.pt` file or an orbax folder; tensors have the names of DeepMind's torch files."""
     if path.is_dir():
         return read_orbax(path)
-    return {n.removeprefix("params."): tensor for n, tensor in read_torch_file(path).items()}
+    tensors = read_torch_file(path)
+    return {name.removeprefix("params."): tensor for name, tensor in tensors.items()}
 
 
 def canonical(stored: DeepMindTensors) -> dict[str, FoundTensor]:
@@ -52,80 +58,164 @@ def canonical(stored: DeepMindTensors) -> dict[str, FoundTensor]:
     tensors: dict[str, FoundTensor] = {}
     for name, tensor in stored.items():
         if isinstance(tensor, DeepMindTensor) and tensor.dtype not in DTYPES.values():
-            tensor = tensor.dtype.name
-        tensors |= _convert(name, tensor)
+            tensors |= _convert(name, tensor.dtype.name)
+        else:
+            tensors |= _convert(name, tensor)
     return tensors
 
 
 def _convert(name: str, tensor: DeepMindTensor | str) -> dict[str, FoundTensor]:
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    prefix, suffix = (f"layers.{match[1]}.", match[2]) if match else ("", name)
-    if suffix in (UP, UP_BIAS) and match:
-        names = [f"{prefix}{branch}.{'weight' if suffix == UP else 'bias'}" for branch in BRANCHES]
-        return dict(zip(names, _branches(tensor), strict=True))
-    names_here = NAMES if match else GLOBAL_NAMES
-    canonical_name = prefix + names_here[suffix] if suffix in names_here else name
-    if isinstance(tensor, str):
-        return {canonical_name: tensor}
-    if suffix == CONV and len(tensor.shape) == 2:  # [K, W] → [W, 1, K]
-        return {canonical_name: tensor.rows(lambda array: array.T[:, None])}
-    return {canonical_name: tensor.rows()}
+    """Returns the canonical tensors that a stored tensor holds: two for `ffw_up`, else one."""
+    match = _BLOCK_TENSOR.fullmatch(name)
+    if match is None:
+        return {GLOBAL_NAMES.get(name, name): _whole(tensor)}
+
+    prefix = f"layers.{match['index']}."
+    local_name = match["name"]
+    if local_name == UP:
+        return _branches(prefix, "weight", tensor)
+    if local_name == UP_BIAS:
+        return _branches(prefix, "bias", tensor)
+    if local_name not in NAMES:
+        return {name: _whole(tensor)}
+
+    canonical_name = prefix + NAMES[local_name]
+    if local_name == CONV and isinstance(tensor, DeepMindTensor) and len(tensor.shape) == 2:
+        return {canonical_name: tensor.rows(_channels_first)}
+    return {canonical_name: _whole(tensor)}
 
 
-def _branches(tensor: DeepMindTensor | str) -> list[FoundTensor]:
-    """`ffw_up.w` [2, W, M] → two [M, W]; `ffw_up.b` [2, 1, 1, M] → two [M]."""
+def _whole(tensor: DeepMindTensor | str) -> FoundTensor:
+    """Returns a tensor in its stored shape."""
     if isinstance(tensor, str):
-        return [tensor] * 2
-    if tensor.shape[:1] == (2,) and len(tensor.shape) == 3:
-        return [tensor.rows(lambda array: array[0].T), tensor.rows(lambda array: array[1].T)]
-    if tensor.shape[:3] == (2, 1, 1) and len(tensor.shape) == 4:
-        return [tensor.rows(lambda array: array[0, 0, 0]), tensor.rows(lambda a: a[1, 0, 0])]
-    return [tensor.rows()] * 2  # the comparison with the model reports its shape
+        return tensor
+    return tensor.rows()
+
+
+def _branches(prefix: str, kind: str, tensor: DeepMindTensor | str) -> dict[str, FoundTensor]:
+    """Returns the halves of `ffw_up`, by the names of both branches' weight or bias."""
+    gate_branch, up_branch = BRANCHES
+    gate, up = _halves(tensor)
+    return {f"{prefix}{gate_branch}.{kind}": gate, f"{prefix}{up_branch}.{kind}": up}
+
+
+def _halves(tensor: DeepMindTensor | str) -> tuple[FoundTensor, FoundTensor]:
+    """Splits `ffw_up.w` [2, W, M] into two [M, W], and `ffw_up.b` [2, 1, 1, M] into two [M]."""
+    if isinstance(tensor, str):
+        return tensor, tensor
+    if len(tensor.shape) == 3 and tensor.shape[0] == 2:
+        return tensor.rows(_first_matrix), tensor.rows(_second_matrix)
+    if len(tensor.shape) == 4 and tensor.shape[:3] == (2, 1, 1):
+        return tensor.rows(_first_bias), tensor.rows(_second_bias)
+    # Another shape: the comparison with the model reports it.
+    return tensor.rows(), tensor.rows()
+
+
+def _first_matrix(array: np.ndarray) -> np.ndarray:
+    """[2, W, M] → [M, W]."""
+    return array[0].T
+
+
+def _second_matrix(array: np.ndarray) -> np.ndarray:
+    """[2, W, M] → [M, W]."""
+    return array[1].T
+
+
+def _first_bias(array: np.ndarray) -> np.ndarray:
+    """[2, 1, 1, M] → [M]."""
+    return array[0, 0, 0]
+
+
+def _second_bias(array: np.ndarray) -> np.ndarray:
+    """[2, 1, 1, M] → [M]."""
+    return array[1, 0, 0]
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """[taps, W] → [W, 1, taps], as torch stores the weight of a depthwise convolution."""
+    return array.T[:, None]
+
+
+@dataclass(frozen=True)
+class _AttentionSizes:
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class _RecurrentSizes:
+    lru_heads: int
+    lru_width: int
+    conv_width: int
 
 
 def infer_config(
     path: Path, stored: DeepMindTensors, window: int | None = None, soft_cap: float | None = None
 ) -> GriffinConfig:
-    """Returns the configuration that the shapes imply; RequestError for another model's."""
+    """Returns the configuration that the shapes imply.
+
+    Raises:
+        RequestError: the tensors are another model's.
+    """
     vocab_size, width = _shape(path, stored, r"embedder\.input_embedding", 2)
     mlp_width = _shape(path, stored, r"blocks\.\d+\.mlp_block\.ffw_up\.w", 3)[2]
-    types = _block_types(path, stored)
-    heads = head_dim = lru_heads = 0
-    lru_width, conv_width = width, 4
-    if "attention" in types:
-        head_dim = _shape(path, stored, r"blocks\.\d+\.attention_block\.proj_k\.weight", 2)[0]
-        queries = _shape(path, stored, r"blocks\.\d+\.attention_block\.proj_q\.weight", 2)[0]
-        heads = queries // head_dim
-        if heads * head_dim != queries or head_dim % 4:
-            raise RequestError(
-                f"{path}: queries of {queries} and keys of {head_dim} rows do not make heads; "
-                "expected one key head, of a multiple of 4 rows, that divides the queries"
-            )
-    if "recurrent" in types:
-        gate = _shape(path, stored, r"blocks\.\d+\.recurrent_block\.rg_lru\.a_gate\.w", 3)
-        lru_heads, lru_width = gate[0], gate[0] * gate[1]
-        conv_width = _shape(path, stored, r"blocks\.\d+\.recurrent_block\.conv_1d\.w", 2)[0]
-    heads = heads or lru_heads
-    head_dim = head_dim or max(4, width // heads)  # without attention nothing reads it
+    block_types = _block_types(path, stored)
+
+    attention: _AttentionSizes | None = None
+    if "attention" in block_types:
+        attention = _attention_sizes(path, stored)
+    recurrent: _RecurrentSizes | None = None
+    if "recurrent" in block_types:
+        recurrent = _recurrent_sizes(path, stored)
+
+    # Nothing reads the sizes of a kind of block that the model lacks; the fields must be set.
+    if recurrent is None:
+        assert attention is not None
+        recurrent = _RecurrentSizes(attention.num_heads, lru_width=width, conv_width=4)
+    if attention is None:
+        head_dim = max(4, width // recurrent.lru_heads)
+        attention = _AttentionSizes(recurrent.lru_heads, head_dim)
+
     return GriffinConfig(
         vocab_size=vocab_size,
         width=width,
         mlp_width=mlp_width,
-        lru_width=lru_width,
-        lru_heads=lru_heads or heads,
-        num_heads=heads,
-        head_dim=head_dim,
-        block_types=types,
+        lru_width=recurrent.lru_width,
+        lru_heads=recurrent.lru_heads,
+        num_heads=attention.num_heads,
+        head_dim=attention.head_dim,
+        block_types=block_types,
         window=window or 2048,
-        conv_width=conv_width,
-        rope_dims=head_dim // 2,
+        conv_width=recurrent.conv_width,
+        rope_dims=attention.head_dim // 2,
         soft_cap=30.0 if soft_cap is None else soft_cap,
         embedding_scale=sqrt_embedding_scale(width),
     )
 
 
+def _attention_sizes(path: Path, stored: DeepMindTensors) -> _AttentionSizes:
+    keys = _shape(path, stored, r"blocks\.\d+\.attention_block\.proj_k\.weight", 2)
+    queries = _shape(path, stored, r"blocks\.\d+\.attention_block\.proj_q\.weight", 2)
+    head_dim = keys[0]
+    query_width = queries[0]
+    if query_width % head_dim or head_dim % 4:
+        raise RequestError(
+            f"{path}: queries of {query_width} and keys of {head_dim} rows do not make heads; "
+            "expected one key head, of a multiple of 4 rows, that divides the queries"
+        )
+    return _AttentionSizes(query_width // head_dim, head_dim)
+
+
+def _recurrent_sizes(path: Path, stored: DeepMindTensors) -> _RecurrentSizes:
+    gate = _shape(path, stored, r"blocks\.\d+\.recurrent_block\.rg_lru\.a_gate\.w", 3)
+    conv = _shape(path, stored, r"blocks\.\d+\.recurrent_block\.conv_1d\.w", 2)
+    heads = gate[0]
+    block_width = gate[1]
+    return _RecurrentSizes(heads, lru_width=heads * block_width, conv_width=conv[0])
+
+
 def _shape(path: Path, stored: DeepMindTensors, pattern: str, rank: int) -> tuple[int, ...]:
-    """Returns the shape of the first tensor of that name and rank without empty axes."""
+    """Returns the shape of the first tensor with that name and rank, and without empty axes."""
     for name, tensor in stored.items():
         if not re.fullmatch(pattern, name) or not isinstance(tensor, DeepMindTensor):
             continue
@@ -140,8 +230,13 @@ def _shape(path: Path, stored: DeepMindTensors, pattern: str, rank: int) -> tupl
 def _block_types(path: Path, stored: DeepMindTensors) -> tuple[BlockType, ...]:
     kinds: dict[int, set[str]] = {}
     for name in stored:
-        if match := _BLOCK.fullmatch(name):
-            kinds.setdefault(int(match[1]), set()).update({match[3]} - {None})
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            continue
+        kinds_of_block = kinds.setdefault(int(match["index"]), set())
+        if match["kind"] is not None:
+            kinds_of_block.add(match["kind"])
+
     types: list[BlockType] = []
     for index in range(len(kinds)):
         blocks = sorted(kinds.get(index, ()))
@@ -152,84 +247,3 @@ def _block_types(path: Path, stored: DeepMindTensors) -> tuple[BlockType, ...]:
             )
         types.append("recurrent" if blocks == ["recurrent"] else "attention")
     return tuple(types)
-
-
-_METADATA, _DATABASE, _ARRAY = "_METADATA", "manifest.ocdbt", "/.zarray"
-_NESTED = "default"  # the item that has the parameters, in an orbax checkpoint of several items
-_KERNEL, _WEIGHT = ".kernel", ".weight"  # a matrix [in, out] in flax, its transpose in torch
-
-
-def orbax_folder(path: Path) -> Path | None:
-    """Returns the folder that has the parameters, if `path` is an orbax checkpoint."""
-    for folder in (path, path / _NESTED):
-        is_marked = (folder / _METADATA).is_file() or (folder / _DATABASE).is_file()
-        if is_marked or (folder.is_dir() and any(folder.glob(f"params.*{_ARRAY}"))):
-            return folder
-    return None
-
-
-def read_orbax(folder: Path) -> DeepMindTensors:
-    """Opens an orbax checkpoint; converts names and matrices to the form of DeepMind's torch files.
-
-    Each parameter is a zarr array, in a folder of its own or in one OCDBT database for all, and in
-    one compressed chunk, so it is read whole: the largest one of a 2B takes 1.3 GB of memory.
-    Raises NotInstalled without tensorstore, RequestError for a folder that cannot be read.
-    """
-    try:
-        import tensorstore
-    except ModuleNotFoundError:
-        raise NotInstalled(
-            f"{folder} is an orbax checkpoint and needs tensorstore: pip install 'rgexport[orbax]'"
-        ) from None
-    tensors: DeepMindTensors = {}
-    try:
-        store = tensorstore.KvStore.open(_orbax_store(folder)).result()
-        keys = sorted(key.decode() for key in store.list().result())
-        for parameter in (key.removesuffix(_ARRAY) for key in keys if key.endswith(_ARRAY)):
-            array = _open_array(folder, parameter)
-            shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
-            name, transposed = parameter.removeprefix("params."), False
-            if name.endswith(_KERNEL) and len(shape) == 2:
-                name, shape = name.removesuffix(_KERNEL) + _WEIGHT, shape[::-1]
-                transposed = True
-            view_rows = partial(_view_rows, folder, parameter, shape, dtype, transposed)
-            tensors[name] = DeepMindTensor(shape, dtype, view_rows)
-    except ValueError as error:  # tensorstore's
-        raise _unreadable(folder, error) from None
-    return tensors
-
-
-def _view_rows(
-    folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, transposed: bool, view: View
-) -> RowTensor:
-    def read(start: int, stop: int) -> np.ndarray:
-        array = _unpacked(folder, name)
-        return np.array(view(array.T if transposed else array)[start:stop], order="C")
-
-    return RowTensor(view(np.broadcast_to(np.zeros((), dtype), shape)).shape, dtype, read)
-
-
-def _orbax_store(folder: Path) -> dict[str, Any]:
-    files = {"driver": "file", "path": f"{folder.resolve().as_posix()}/"}
-    return {"driver": "ocdbt", "base": files} if (folder / _DATABASE).is_file() else files
-
-
-def _open_array(folder: Path, name: str) -> Any:
-    import tensorstore
-
-    store = _orbax_store(folder)
-    store["path"] = f"{store.get('path', '')}{name}/"
-    return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
-
-
-@lru_cache(maxsize=3)
-def _unpacked(folder: Path, name: str) -> np.ndarray:
-    try:
-        return np.asarray(_open_array(folder, name).read().result())
-    except ValueError as error:
-        raise _unreadable(folder, error) from None
-
-
-def _unreadable(folder: Path, error: ValueError) -> RequestError:
-    reason = " ".join(str(error).split())[:300]
-    return RequestError(f"{folder} cannot be read: {reason}; copy it again")

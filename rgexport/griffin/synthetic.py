@@ -19,14 +19,10 @@ from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.files.typed_json import read_json
 from rgexport.griffin.checkpoint import demo_folder
 from rgexport.griffin.config import SIZES, GriffinConfig
-from rgexport.griffin.huggingface import (
-    CONFIG,
-    SHARD_BYTES,
-    Dialect,
-    to_hugging_face,
-    write_weights,
-)
-from rgexport.griffin.layout import Role, TensorSpec, model_tensors
+from rgexport.griffin.huggingface import CONFIG, SHARD_BYTES, write_weights
+from rgexport.griffin.huggingface_config import Dialect, to_hugging_face
+from rgexport.griffin.layer_ops import Role
+from rgexport.griffin.layout import TensorSpec, model_tensors
 from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource, from_array
 
 POOL = 1 << 20

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from rgexport._version import __version__
+from rgexport.artifacts.opening import as_argument, model_argument
+from rgexport.artifacts.origin import folder_of
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.opening import as_argument, model_argument
-from rgexport.export.origin import folder_of
 from rgexport.files.hashing import hash_file, hash_new_files, remember_hashes
 from rgexport.files.targets import check_file_target, continue_file, require_free_disk
 from rgexport.griffin.checkpoint import Checkpoint
@@ -24,16 +24,17 @@ from rgexport.planning.calibration_folder import CalibrationFolder, StatisticsFi
 from rgexport.planning.cluster import encoder_statistics, spread_layer
 from rgexport.planning.passages import LENGTH, Passages, join, read_text, sample
 from rgexport.progress import expect_stages, group, note
-from rgexport.quantize import calibration as stored
-from rgexport.quantize.statistics import BUILT_IN, StatisticsOf
+from rgexport.quantize.algorithms import calibration_file as stored
+from rgexport.quantize.algorithms.statistics import StatisticsOf
+from rgexport.quantize.built_in_text import BUILT_IN
 from rgexport.runtimes.cluster import Cluster, connected
 from rgexport.runtimes.machine import torch_device
 from rgexport.units import amount
 
 SUFFIX = ".calibration"
 _BUILT_IN_PART = 6  # one token in so many is from the built-in text
-_SMALL, _TOKENS, _HELD_OUT = 1024, {True: 16384, False: 8192}, {True: 1, False: 4}
-"""Width of a small model; is small → tokens of the statistics, and tokens per held-out token."""
+_SMALL_WIDTH = 1024
+"""Width up to which a model is small: its statistics come from more tokens."""
 _MOST_TOKENS = 1 << 28  # their ids alone take 2 GB
 
 
@@ -79,17 +80,29 @@ class CalibrationOptions:
 
     def for_model(self, config: GriffinConfig, *, readable: bool) -> "CalibrationOptions":
         """Returns a copy with all defaults; `readable`: the model's tokenizer can read text."""
-        small = config.width <= _SMALL
-        tokens = _TOKENS[small] if self.tokens is None else self.tokens
-        sampled, held_out, text = self.sampled, self.held_out, self.text
+        is_small = config.width <= _SMALL_WIDTH
+        tokens = self.tokens
+        if tokens is None:
+            tokens = 16384 if is_small else 8192
+        sampled = self.sampled
         if sampled is None:
-            built_in = tokens // _BUILT_IN_PART if readable else 0
-            sampled = 0 if text is not None else tokens - built_in
+            sampled = self._sampled_by_default(tokens, readable)
+        held_out = self.held_out
         if held_out is None:
-            held_out = tokens // _HELD_OUT[small] // LENGTH * LENGTH
+            tokens_per_held_out = 1 if is_small else 4
+            held_out = tokens // tokens_per_held_out // LENGTH * LENGTH
+        text = self.text
         if not sampled and text is None:
             text = BUILT_IN
         return replace(self, text=text, tokens=tokens, held_out=held_out, sampled=sampled)
+
+    def _sampled_by_default(self, tokens: int, readable: bool) -> int:
+        """Returns how many of `tokens` the model writes, where the user gives no number."""
+        if self.text is not None:
+            return 0
+        if not readable:
+            return tokens
+        return tokens - tokens // _BUILT_IN_PART
 
     @property
     def from_model(self) -> int:
@@ -233,7 +246,7 @@ def collect(
     workers: Cluster | None = None,
 ) -> None:
     from rgexport.griffin.reference import Reference
-    from rgexport.planning.statistics import Collector, run_layer
+    from rgexport.planning.layer_pass import Collector, run_layer
 
     config = checkpoint.config
     gradients = text.first(options.gradient_tokens)

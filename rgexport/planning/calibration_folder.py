@@ -24,7 +24,7 @@ from rgexport.files.atomic import remove_partials, replacing
 from rgexport.files.safetensors import header
 from rgexport.files.targets import COMPLETE
 from rgexport.files.typed_json import read_json
-from rgexport.quantize.calibration import Arrays, Provenance
+from rgexport.quantize.algorithms.calibration_file import Arrays, Provenance
 
 
 class CalibrationFolder:

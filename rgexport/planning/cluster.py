@@ -15,19 +15,19 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.calibration import Calibration, open_calibration
-from rgexport.quantize.scheme import Parts, Uniform
-from rgexport.quantize.statistics import (
-    Calibrated,
-    LastInputs,
+from rgexport.quantize.algorithms.calibrated import Calibrated, LastInputs
+from rgexport.quantize.algorithms.calibration_file import Calibration, open_calibration
+from rgexport.quantize.algorithms.statistics import (
     RemoteStatistics,
+    RowEncoder,
     Statistics,
     StatisticsOf,
 )
+from rgexport.quantize.schemes.base import Parts
 from rgexport.runtimes.cluster import Cluster
 
 if TYPE_CHECKING:
-    from rgexport.planning.statistics import RunLayer
+    from rgexport.planning.layer_pass import RunLayer
 
 
 def spread_layer(cluster: Cluster, checkpoint: Checkpoint, device: str) -> "RunLayer":
@@ -59,7 +59,9 @@ class SpreadStatistics(LastInputs):
     def _read(self, name: str) -> RemoteStatistics:
         cluster, statistics = self._cluster, self._cluster.start(_read, *self._source, name)
 
-        def encode(name: str, rows: np.ndarray, scheme: Uniform, ids: np.ndarray | None) -> Parts:
+        def encode(
+            name: str, rows: np.ndarray, scheme: RowEncoder, ids: np.ndarray | None
+        ) -> Parts:
             return dict(cluster.result(cluster.start(scheme.encode, name, rows, statistics, ids)))
 
         return RemoteStatistics(encode)
@@ -104,7 +106,7 @@ _Model = tuple[str, Path, Path | None, GriffinConfig, str]
 def _forward(model: _Model, index: int, x: np.ndarray, threads: int) -> tuple[Any, Any]:
     import torch
 
-    from rgexport.planning.statistics import run_layer
+    from rgexport.planning.layer_pass import run_layer
 
     torch.set_num_threads(threads)
     reference = _reference(model, index)

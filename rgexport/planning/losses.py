@@ -22,11 +22,11 @@ from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import zero_state
 from rgexport.griffin.tensor import WeightSource, slab_bounds
 from rgexport.parallelism import parallel_jobs
-from rgexport.planning.layouts import PlanItem
+from rgexport.planning.plan_items import PlanItem
 from rgexport.progress import task
-from rgexport.quantize.calibration import Calibration
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.statistics import StatisticsOf, statistics_of
+from rgexport.quantize.algorithms.calibration_file import Calibration
+from rgexport.quantize.algorithms.statistics import StatisticsOf, statistics_of
+from rgexport.quantize.schemes.registry import Uniform
 
 _SAMPLE = 256  # rows of a matrix, or of a row group, that are quantized in every layout
 _SLAB_BYTES = 32 << 20  # most bytes of a slab of the embedding, and of its logits, in float32

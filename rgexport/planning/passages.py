@@ -148,9 +148,9 @@ def _continue(
 
 @contextmanager
 def _engine(checkpoint: Checkpoint, folder: Path) -> Iterator[Session]:
+    from rgexport.artifacts.opening import open_artifact
     from rgexport.export.onnx.exporter import export_onnx
     from rgexport.export.onnx.profiles import OnnxOptions
-    from rgexport.export.opening import open_artifact
     from rgexport.runtimes.engine import open_session
 
     config = checkpoint.config

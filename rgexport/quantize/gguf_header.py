@@ -15,7 +15,7 @@ import numpy as np
 
 from rgexport.errors import RequestError
 from rgexport.files.paths import report_os_errors, require_regular
-from rgexport.quantize.ggml_types import BY_VALUE, GgmlType
+from rgexport.quantize.schemes.ggml_types import BY_VALUE, GgmlType
 
 MAX_HEADER_BYTES = 64 << 20
 """Far above what a vocabulary needs (that of Gemma: 7 MB)."""

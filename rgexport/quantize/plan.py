@@ -19,9 +19,10 @@ from rgexport.griffin.tensor import DTYPES, RowTensor, WeightSource
 from rgexport.kernels.rounding import library
 from rgexport.parallelism import parallel_jobs
 from rgexport.progress import warn
-from rgexport.quantize import scheme as schemes
-from rgexport.quantize.row_groups import group_rows
-from rgexport.quantize.scheme import (
+from rgexport.quantize.algorithms.statistics import StatisticsOf
+from rgexport.quantize.schemes import registry as schemes
+from rgexport.quantize.schemes.base import nbytes_of
+from rgexport.quantize.schemes.registry import (
     BFLOAT16,
     FLOAT32,
     INT8_ROWS,
@@ -31,8 +32,7 @@ from rgexport.quantize.scheme import (
     Scheme,
     TwoLevel,
 )
-from rgexport.quantize.scheme_base import nbytes_of
-from rgexport.quantize.statistics import StatisticsOf
+from rgexport.quantize.schemes.row_groups import group_rows
 
 PRECISIONS: dict[str, Scheme] = {
     "fp32": FLOAT32,

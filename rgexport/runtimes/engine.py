@@ -6,9 +6,9 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest, StoredTensor
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, StoredTensor
 from rgexport.formats import format_on
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.state import State

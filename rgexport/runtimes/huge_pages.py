@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rgexport.export.storage import aligned
+from rgexport.artifacts.storage import aligned
 from rgexport.griffin.tensor import advise_kernel
 
 Area = tuple[int, int]

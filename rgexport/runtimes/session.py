@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.griffin.state import POSITION, State
 
 LOGITS_BYTES = 192 << 20

@@ -14,12 +14,12 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from rgexport.artifacts.manifest import Identity, identity_of
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import EngineError
 from rgexport.chat.prompts import PromptEncoder
 from rgexport.errors import RequestError
-from rgexport.export.manifest import Identity, identity_of
-from rgexport.export.opening import open_artifact
 from rgexport.progress import warn
 from rgexport.serve.errors import TooLong
 

@@ -11,26 +11,52 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from rgexport.artifacts.manifest import Manifest
 from rgexport.choices import GradeName
 from rgexport.errors import RequestError
-from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
-from rgexport.quantize import scheme as schemes
+from rgexport.quantize.schemes import registry as schemes
 from rgexport.validate.metrics import KL, Agreement, LogitError
 
 Outcome = Literal["PASS", "AMBIGUOUS", "FAIL"]
 
-TENSOR_CHECKS = tuple(
-    "reference.noise reference.row reference.shift reference.projection reference.output "
-    "weights.max_steps weights.noise weights.shift weights.projection weights.output".split()
+TENSOR_CHECKS = (
+    "reference.noise",
+    "reference.row",
+    "reference.shift",
+    "reference.projection",
+    "reference.output",
+    "weights.max_steps",
+    "weights.noise",
+    "weights.shift",
+    "weights.projection",
+    "weights.output",
 )
 """Kinds of checks that are made of single tensors; the tensor's name is in the check's name."""
 NAMES = (
-    *"dequantized.logits dequantized.rms dequantized.states position".split(),
-    *"steps ragged restored reset start long batch portable".split(),
-    *"original.rms original.kl reference.rms reference.kl reference.finite".split(),
+    "dequantized.logits",
+    "dequantized.rms",
+    "dequantized.states",
+    "position",
+    "steps",
+    "ragged",
+    "restored",
+    "reset",
+    "start",
+    "long",
+    "batch",
+    "portable",
+    "original.rms",
+    "original.kl",
+    "reference.rms",
+    "reference.kl",
+    "reference.finite",
     *TENSOR_CHECKS,
-    *"cost reproduced sites structure identity".split(),
+    "cost",
+    "reproduced",
+    "sites",
+    "structure",
+    "identity",
 )
 """Checks, or kinds of checks, that a limit can be set for; KL is checked only with one."""
 STANDARD_ERRORS = 2
@@ -61,21 +87,29 @@ class Check:
     @property
     def excess(self) -> float:
         """The value in units of its limit; infinite for NaN, and where the limit is 0."""
-        excess = self.value / self.limit if self.limit else math.inf
+        if not self.limit:
+            return math.inf
+        excess = self.value / self.limit
         return math.inf if math.isnan(excess) else excess
 
     @property
     def passed(self) -> bool:
+        """Whether the value is within the limit, margin included."""
         return self.outcome == "PASS"
 
 
 def verdict(checks: Iterable[Check]) -> Outcome:
-    """The worst outcome; PASS without checks."""
+    """Returns the worst outcome; PASS without checks."""
     outcomes = {check.outcome for check in checks}
-    return next((bad for bad in ("FAIL", "AMBIGUOUS") if bad in outcomes), "PASS")
+    if "FAIL" in outcomes:
+        return "FAIL"
+    if "AMBIGUOUS" in outcomes:
+        return "AMBIGUOUS"
+    return "PASS"
 
 
 def with_limits(checks: Iterable[Check], limits: Mapping[str, float]) -> Iterator[Check]:
+    """Replaces the limits of checks by those that the user set for their kinds."""
     for check in checks:
         kind = check.kind or check.name
         if kind in limits:
@@ -90,15 +124,15 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
         key, _, number = text.partition("=")
         name = key.replace("twin.", "dequantized.")  # its former name
         if name not in NAMES:
-            raise RequestError(
-                f"--limit {text}: expected NAME=VALUE with one of {', '.join(NAMES)}"
-            )
+            names = ", ".join(NAMES)
+            raise RequestError(f"--limit {text}: expected NAME=VALUE with one of {names}")
         try:
-            limits[name] = float(number)
+            limit = float(number)
         except ValueError:
-            limits[name] = -1.0
-        if not limits[name] >= 0:
+            limit = math.nan
+        if not limit >= 0:
             raise RequestError(f"--limit {text}: expected a number of 0 or more after {key}=")
+        limits[name] = limit
     return limits
 
 
@@ -152,25 +186,30 @@ class Quality:
     top1_margin: float
 
     def reaches(self, least: GradeName) -> bool:
+        """Whether the grade is as good as `least`, or better."""
         return GRADE_NAMES.index(self.grade) <= GRADE_NAMES.index(least)
 
 
 def grade_quality(against: Against, kl: KL, agreement: Agreement, positions: int) -> Quality:
+    """Grades an artifact by its mean KL, nats, and top-1 agreement over so many positions."""
     top1 = agreement.top1
     kl_margin = STANDARD_ERRORS * kl.standard_error
     # One more success and failure than seen: a share of 1 of few tokens is not certain.
     smoothed = (top1 * positions + 1) / (positions + 2)
     top1_margin = STANDARD_ERRORS * (smoothed * (1 - smoothed) / positions) ** 0.5
-    by_kl, by_top1 = _index(kl=kl.mean), _index(top1=top1)
-    best = _index(kl=kl.mean - kl_margin, top1=top1 + top1_margin)
-    worst = _index(kl=kl.mean + kl_margin, top1=top1 - top1_margin)
+
+    by_kl = _grade_index(kl=kl.mean)
+    by_top1 = _grade_index(top1=top1)
+    decided_by: Literal["kl", "top1"] = "top1" if by_top1 > by_kl else "kl"
+    best = _grade_index(kl=kl.mean - kl_margin, top1=top1 + top1_margin)
+    worst = _grade_index(kl=kl.mean + kl_margin, top1=top1 - top1_margin)
     grade = GRADES[max(by_kl, by_top1)]
     return Quality(
         grade=grade.name,
         best=GRADES[best].name,
         worst=GRADES[worst].name,
         meaning=grade.meaning,
-        decided_by="top1" if by_top1 > by_kl else "kl",
+        decided_by=decided_by,
         against=against,
         positions=positions,
         kl=kl.mean,
@@ -182,13 +221,15 @@ def grade_quality(against: Against, kl: KL, agreement: Agreement, positions: int
 
 def grade_of_kl(kl: float) -> GradeName:
     """Returns the grade of a mean KL in nats, whatever the agreement is."""
-    return GRADES[_index(kl=kl)].name
+    return GRADES[_grade_index(kl=kl)].name
 
 
-def _index(*, kl: float = 0.0, top1: float = 1.0) -> int:
-    """The index of the best grade that allows both numbers; of the last one for NaN."""
-    allowed = (i for i, grade in enumerate(GRADES) if kl <= grade.kl and top1 >= grade.top1)
-    return next(allowed, len(GRADES) - 1)
+def _grade_index(*, kl: float = 0.0, top1: float = 1.0) -> int:
+    """Returns the index of the best grade that allows both numbers; of the last one for NaN."""
+    for index, grade in enumerate(GRADES):
+        if kl <= grade.kl and top1 >= grade.top1:
+            return index
+    return len(GRADES) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +247,11 @@ class Tolerance:
     reason: str
 
     def at(self, position: int) -> "Tolerance":
-        """The tolerance after so many tokens."""
+        """Returns the tolerance after so many tokens."""
         angle = PER_POSITION * position
-        wider = {name: getattr(self, name) + angle for name in ("logits", "rms", "states")}
-        return replace(self, **wider)
+        return replace(
+            self, logits=self.logits + angle, rms=self.rms + angle, states=self.states + angle
+        )
 
 
 PER_POSITION = 2.0**-27
@@ -235,7 +277,7 @@ measured on ten random models of odd shapes, without native kernels too: up to 2
 
 
 def consistency(limit: Tolerance, position: int, logits: float, states: float) -> Tolerance:
-    """The tolerance of an artifact against itself, by its errors against its reference."""
+    """Returns the tolerance of an artifact against itself, by its errors against its reference."""
     least, most = FLOAT32.at(position), limit.at(position)
     return replace(
         most,
@@ -245,7 +287,7 @@ def consistency(limit: Tolerance, position: int, logits: float, states: float) -
 
 
 DEQUANTIZED = {"fp32": FLOAT32, "fp16": FLOAT16}
-"""What activations are computed in → tolerance, INT8 where they are rounded to int8.
+"""Dtype of the activations → tolerance, INT8 where they are rounded to int8.
 
 float32: sums of K terms in another order differ by about √K · 2⁻²⁴, some 1e-6 of the logits after
 all layers. More comes from the RG-LRU: at a = 0.99999, one unit in the last place of exp(2 log a)
@@ -259,7 +301,14 @@ makes a step differ from a prefill by as much. The logits cannot show smaller fa
 table shows those of weights, and an artifact made with `--exact` those of the graph.
 """
 
-ORIGINAL_RMS = dict(float32=0.0, float16=5e-2, int8=0.35, int4=1.1, int3=1.3, int2=1.3)
+ORIGINAL_RMS = {
+    "float32": 0.0,
+    "float16": 5e-2,
+    "int8": 0.35,
+    "int4": 1.1,
+    "int3": 1.3,
+    "int2": 1.3,
+}
 """Coarsest storage → `relative_rms` against the original that only a broken export exceeds.
 
 The tolerance of the arithmetic comes on top. Constant logits have 1, those of an unrelated model
@@ -272,14 +321,25 @@ positions, and to a reference file, which has other texts."""
 
 
 def tolerance(manifest: Manifest) -> Tolerance:
+    """Returns the tolerance of an artifact against its dequantized reference."""
     limit: Tolerance = format_on("validate", manifest.kind).tolerance(manifest)
     return limit
 
 
 def logit_checks(logits: LogitError, limit: Tolerance) -> Iterator[Check]:
-    pairs = {"logits": (logits.relative_max, limit.logits), "rms": (logits.relative_rms, limit.rms)}
-    for what, (value, most) in pairs.items():
-        yield Check(name=f"dequantized.{what}", value=value, limit=most, reason=limit.reason)
+    """Checks an artifact's logits against its dequantized reference's."""
+    yield Check(
+        name="dequantized.logits",
+        value=logits.relative_max,
+        limit=limit.logits,
+        reason=limit.reason,
+    )
+    yield Check(
+        name="dequantized.rms",
+        value=logits.relative_rms,
+        limit=limit.rms,
+        reason=limit.reason,
+    )
 
 
 def cost_checks(
@@ -287,13 +347,19 @@ def cost_checks(
 ) -> Iterator[Check]:
     """Checks an artifact against the `original` or a `reference`; KL only where `limits` has it."""
     yield original_rms(manifest, logits, side)
-    if (name := f"{side}.kl") in limits:
-        margin, reason = STANDARD_ERRORS * kl.standard_error, "mean KL to the original, nats"
-        yield Check(name=name, value=kl.mean, margin=margin, limit=limits[name], reason=reason)
+    name = f"{side}.kl"
+    if name in limits:
+        yield Check(
+            name=name,
+            value=kl.mean,
+            margin=STANDARD_ERRORS * kl.standard_error,
+            limit=limits[name],
+            reason="mean KL to the original, nats",
+        )
 
 
 def original_rms(manifest: Manifest, logits: LogitError, side: str = "original") -> Check:
-    """The check of an artifact's logits against the original's: is it ruined?"""
+    """Returns the check of an artifact's logits against the original's: it fails a ruined one."""
     storage = coarsest(manifest)
     return Check(
         name=f"{side}.rms",
@@ -305,4 +371,5 @@ def original_rms(manifest: Manifest, logits: LogitError, side: str = "original")
 
 
 def coarsest(manifest: Manifest) -> str:
+    """Returns the storage class of the coarsest weights, a key of `ORIGINAL_RMS`."""
     return schemes.coarsest(manifest.plan.values()).storage_class

@@ -6,7 +6,6 @@ for each token.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,14 @@ from rgexport.validate.reference.reference_file import ReferenceFile
 from rgexport.validate.reference_pass import ReferenceModel
 from rgexport.validate.text import short_prompts
 
-LEAST_TOKENS, MOST_TOKENS = 16, 24
-"""Tokens of a file's continuation: fewer say little, more cost time."""
+LEAST_TOKENS = 16
+"""Shorter continuations in a file are skipped: they say little."""
+MOST_TOKENS = 24
+"""Longer continuations in a file are cut: they cost time."""
+_MOST_PROMPTS = 3
+"""Prompts of a file that are continued."""
+_MOST_PROMPT_TOKENS = 128
+"""Longer prompts of a file are not continued."""
 SMALL_BYTES = 1 << 30
 """Float32 bytes of an original that continues prompts."""
 
@@ -50,25 +55,35 @@ class Continuation:
 
 
 def read_prompts(reference: ReferenceFile) -> list[ContinuedPrompt]:
-    short = (
-        (prompt.name, reference.tokens[span], reference.greedy(index)[:MOST_TOKENS])
-        for index, prompt, span in reference.spans()
-        if prompt.greedy_tokens >= LEAST_TOKENS and 1 < prompt.tokens <= 128
-    )
-    return list(islice(short, 3))
+    """Returns the file's first few short prompts with a continuation that is long enough."""
+    prompts: list[ContinuedPrompt] = []
+    for index, prompt, span in reference.spans():
+        if len(prompts) == _MOST_PROMPTS:
+            break
+        is_short = 1 < prompt.tokens <= _MOST_PROMPT_TOKENS
+        if is_short and prompt.greedy_tokens >= LEAST_TOKENS:
+            greedy = reference.greedy(index)[:MOST_TOKENS]
+            prompts.append((prompt.name, reference.tokens[span], greedy))
+    return prompts
 
 
 def continue_prompts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[ContinuedPrompt]:
     """Continues built-in prompts; the model's weights stay in memory meanwhile."""
     model = NumpyReference(checkpoint.config, checkpoint.weights, keep=True)
     prompts = short_prompts(tokenizer)
-    passes = model.run_each([(one.tokens[None], zero_state(model.config, 1)) for one in prompts])
-    hidden, states = [last for last, _ in passes], [states[-1] for _, states in passes]
+    inputs = [(prompt.tokens[None], zero_state(model.config, 1)) for prompt in prompts]
+
+    hidden = []
+    states = []
+    for last_hidden, prompt_states in model.run_each(inputs):
+        hidden.append(last_hidden)
+        states.append(prompt_states[-1])
+
     greedy = continue_greedily(model, hidden, states, MOST_TOKENS, tokenizer.stop_ids)
-    return [
-        (prompt.name, prompt.tokens, np.array(ids, np.int64))
-        for prompt, ids in zip(prompts, greedy, strict=True)
-    ]
+    continued = []
+    for prompt, ids in zip(prompts, greedy, strict=True):
+        continued.append((prompt.name, prompt.tokens, np.array(ids, np.int64)))
+    return continued
 
 
 def continue_greedily(
@@ -97,21 +112,29 @@ def compare(
     session: Session, prompts: Sequence[ContinuedPrompt], spell: TokenText
 ) -> Iterator[Continuation]:
     """Resets a session and continues prompts of more than one token."""
-    for name, tokens, theirs in prompts:
-        session.reset()
-        chosen = [int(session.prefill(tokens[None])[0, -1].argmax())]
-        while len(chosen) < len(theirs):
-            chosen.append(int(session.step(np.array(chosen[-1:], np.int64))[0].argmax()))
-        common = int(np.cumprod(np.array(chosen) == theirs).sum())
-        following = slice(common, common + 1)
+    for name, tokens, expected in prompts:
+        chosen = _continue_in_session(session, tokens, len(expected))
+        common = int(np.cumprod(np.array(chosen) == expected).sum())
+        next_token = slice(common, common + 1)
         yield Continuation(
             name=name,
-            prompt=spell(tokens[1:].tolist()),  # without the one that begins every text
-            reference=spell(theirs.tolist()),
+            prompt=spell(tokens[1:].tolist()),  # without the bos
+            reference=spell(expected.tolist()),
             artifact=spell(chosen),
-            tokens=len(theirs),
+            tokens=len(expected),
             common=common,
             shared=spell(chosen[:common]),
-            reference_next=spell(theirs[following].tolist()),
-            artifact_next=spell(chosen[following]),
+            reference_next=spell(expected[next_token].tolist()),
+            artifact_next=spell(chosen[next_token]),
         )
+
+
+def _continue_in_session(session: Session, tokens: np.ndarray, count: int) -> list[int]:
+    """Returns the `count` tokens that a session chooses greedily after a prompt [n]."""
+    session.reset()
+    logits = session.prefill(tokens[None])[0, -1]
+    chosen = [int(logits.argmax())]
+    while len(chosen) < count:
+        logits = session.step(np.array(chosen[-1:], np.int64))[0]
+        chosen.append(int(logits.argmax()))
+    return chosen

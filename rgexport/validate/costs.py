@@ -9,23 +9,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, StoredTensor
-from rgexport.export.storage import groups_of
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest, StoredTensor
+from rgexport.artifacts.storage import groups_of
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.numpy_reference import NumpyReference, Variants
 from rgexport.griffin.tensor import RowTensor, WeightSource
 from rgexport.validate import metrics
 from rgexport.validate.checks import STANDARD_ERRORS
 from rgexport.validate.reference_pass import Pass, watched_layers
-from rgexport.validate.weights.tensor_errors import shown_steps
+from rgexport.validate.weights.steps import shown_steps
 
-ROUNDED_TOKENS, POSITIONS = 256, 64
-"""The first tokens of the text, which the rounded model takes, and how many are compared."""
+ROUNDED_TOKENS = 256
+"""The first tokens of the text, which the rounded model takes."""
+POSITIONS = 64
+"""Positions among these tokens that are compared."""
+_LEAST_KL = 1e-12
+"""Divisor of ratios where rounding costs nothing."""
 _SEED = 20240411
 LAYER_TOKENS = 48
 """Most tokens: each of a 2B's 29 variants takes them."""
-_LOGITS_BYTES = 256 << 20  # logits of all variants that exist at a time
+_LOGITS_BYTES = 256 << 20
+"""Logits of all variants that exist at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +50,60 @@ def rounding_cost(
     artifact: Artifact, dequantized: Pass, original: Pass | None, tokens: np.ndarray
 ) -> RoundingCost | None:
     """Runs the artifact's weights with random errors; None where no weight is quantized."""
-    tensors, generator = artifact.manifest.tensors, np.random.default_rng(_SEED)
     if not is_rounded(artifact.manifest):
         return None
-    rounded = {
-        name: _with_errors(name, weight, tensors[name], generator)
-        for name, weight in artifact.weights.items()
-    }
-    with watched_layers("Rounding at random", rounded) as watched:
-        model = NumpyReference(artifact.manifest.config, watched)
-        hidden, _ = model.run(tokens[None, :ROUNDED_TOKENS])
-    positions = np.unique(np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int))
+    model, hidden = _run_rounded(artifact, tokens[None, :ROUNDED_TOKENS])
+    positions = np.linspace(0, hidden.shape[1] - 1, POSITIONS).round().astype(int)
+    positions = np.unique(positions)
+
     logits = dequantized.model.logits(dequantized.hidden[:, positions])[0]
-    kl_rounded = _divergence(logits, model.logits(hidden[:, positions])[0])
-    base = max(float(kl_rounded.mean()), 1e-12)
+    rounded_logits = model.logits(hidden[:, positions])[0]
+    kl_rounded = _divergence(logits, rounded_logits)
+    mean_rounded = max(float(kl_rounded.mean()), _LEAST_KL)
     if original is None:
-        return RoundingCost(kl_rounded=base, kl=None, ratio=None)
-    kl = _divergence(original.model.logits(original.hidden[:, positions])[0], logits)
-    mean, ratio = float(kl.mean()), float(kl.mean()) / base
-    error = float(np.std(kl - ratio * kl_rounded, ddof=len(kl) > 1)) / len(kl) ** 0.5
-    return RoundingCost(kl_rounded=base, kl=mean, ratio=ratio - STANDARD_ERRORS * error / base)
+        return RoundingCost(kl_rounded=mean_rounded, kl=None, ratio=None)
+
+    original_logits = original.model.logits(original.hidden[:, positions])[0]
+    kl = _divergence(original_logits, logits)
+    mean = float(kl.mean())
+    ratio = mean / mean_rounded
+    # Delta method: the error of a ratio of means is that of the differences, in units of the base.
+    ddof = 1 if len(kl) > 1 else 0
+    deviation = float(np.std(kl - ratio * kl_rounded, ddof=ddof))
+    standard_error = deviation / len(kl) ** 0.5
+    least_ratio = ratio - STANDARD_ERRORS * standard_error / mean_rounded
+    return RoundingCost(kl_rounded=mean_rounded, kl=mean, ratio=least_ratio)
 
 
 def is_rounded(manifest: Manifest) -> bool:
+    """Whether any weight of an artifact is quantized."""
     return any(stored.scheme.is_quantized for stored in manifest.tensors.values())
 
 
+def _run_rounded(artifact: Artifact, tokens: np.ndarray) -> tuple[NumpyReference, np.ndarray]:
+    """Runs the artifact's weights with random errors over tokens [1, T].
+
+    Returns the model and its hidden states [1, T, width].
+    """
+    generator = np.random.default_rng(_SEED)
+    rounded = {}
+    for name, weight in artifact.weights.items():
+        rounded[name] = _with_errors(name, weight, artifact.manifest.tensors[name], generator)
+    with watched_layers("Rounding at random", rounded) as watched:
+        model = NumpyReference(artifact.manifest.config, watched)
+        hidden, _ = model.run(tokens)
+    return model, hidden
+
+
 def _divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """KL at each position, nats, of logits [positions, vocab]."""
+    """Returns the KL at each position, nats, of logits [positions, vocab]."""
     return np.asarray(metrics.compare_logits(reference, candidate)["kl"])
 
 
 def _with_errors(
     name: str, weight: RowTensor, stored: StoredTensor, generator: np.random.Generator
 ) -> RowTensor:
-    """The weight with other errors, uniform within half a step, whenever it is read."""
+    """Returns the weight with errors uniform within half a step, others whenever it is read."""
     if not stored.scheme.is_quantized:
         return weight
 
@@ -87,10 +111,11 @@ def _with_errors(
         rows = weight.read(start, stop).astype(np.float32)
         for group in groups_of(stored):
             chosen = group.chosen(start, stop)
-            if len(some := rows[chosen]):
-                steps = shown_steps(name, some, group.stored.uniform).levels
-                errors = generator.random(some.shape, np.float32) - np.float32(0.5)
-                rows[chosen] = some + steps * errors
+            group_rows = rows[chosen]
+            if len(group_rows):
+                steps = shown_steps(name, group_rows, group.stored.uniform).levels
+                errors = generator.random(group_rows.shape, np.float32) - np.float32(0.5)
+                rows[chosen] = group_rows + steps * errors
         return rows
 
     return RowTensor(weight.shape, np.dtype(np.float32), read)
@@ -116,15 +141,25 @@ def layer_costs(
     with watched_layers("Measuring what each layer costs", original) as watched:
         model = Variants(config, watched, dequantized)
         hidden = model.run_all(tokens[:LAYER_TOKENS])
-    step = max(1, _LOGITS_BYTES // (4 * config.vocab_size * len(hidden)))
-    blocks: list[list[np.ndarray]] = [[] for _ in model.parts]
-    for start in range(0, hidden.shape[1], step):
-        first, *variants = model.all_logits(hidden[:, start : start + step])
-        for block, logits in zip(blocks, variants, strict=True):
-            block.append(metrics.compare_logits(first, logits))
+
     costs = []
-    for part, block in zip(model.parts, blocks, strict=True):
-        rows = np.concatenate(block)
-        kl, top1 = metrics.kl_summary(rows), float(rows["top1"].mean())
+    rows_of_parts = _compare_variants(model, hidden, config.vocab_size)
+    for part, rows in zip(model.parts, rows_of_parts, strict=True):
+        kl = metrics.kl_summary(rows)
+        top1 = float(rows["top1"].mean())
         costs.append(LayerCost(part=part, kl=kl.mean, standard_error=kl.standard_error, top1=top1))
     return costs
+
+
+def _compare_variants(model: Variants, hidden: np.ndarray, vocab_size: int) -> list[np.ndarray]:
+    """Returns `metrics.ROWS` [T] of each part's variant against the original.
+
+    `hidden` [1 + parts, T, width] are those of the original and of all variants.
+    """
+    step = max(1, _LOGITS_BYTES // (4 * vocab_size * len(hidden)))
+    blocks: list[list[np.ndarray]] = [[] for _ in model.parts]
+    for start in range(0, hidden.shape[1], step):
+        original, *variants = model.all_logits(hidden[:, start : start + step])
+        for block, logits in zip(blocks, variants, strict=True):
+            block.append(metrics.compare_logits(original, logits))
+    return [np.concatenate(block) for block in blocks]

@@ -16,12 +16,23 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.runtimes.session import Session, SessionInfo
 from rgexport.validate import metrics
-from rgexport.validate.metrics import StateError, checkpoints, recent, state_errors
+from rgexport.validate.metrics import (
+    StateError,
+    checkpoints,
+    is_cache,
+    recent,
+    state_errors,
+)
 from rgexport.validate.reference_pass import Pass
 
 STEPS = 8
 """The last tokens that are taken again; and a chunk more where its length is fixed."""
-_RAGGED = 3, 1, 2  # lengths of chunks, over and over
+_RAGGED = (3, 1, 2)
+"""Lengths of chunks, over and over."""
+_MOST_CALL_TOKENS = 2048
+"""Most tokens of a call."""
+_SCORES_BYTES = 64 << 20
+"""Most memory that a layer's attention scores take in one call, float32."""
 
 SAME = {
     "steps": "single tokens give what a chunk gives",
@@ -33,7 +44,7 @@ SAME = {
     "batch": "two texts in one batch give what each gives alone",
     "portable": "without native kernels, the same graph gives the same",
 }
-"""Name of an equivalence → what should hold."""
+"""Name of an equivalence → the statement that should hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,10 @@ class ChunkResult:
     state: State
 
 
+_Pair = tuple[ChunkResult, ChunkResult]
+"""The expected result of a chunk, and the repeated one."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """The last tokens [T] of a text, the state before them, and the chunk that they gave."""
@@ -63,14 +78,19 @@ class Ending:
 
 
 def repeated_tokens(info: SessionInfo) -> int:
-    return STEPS + (info.prefill_chunk if info.whole_chunks else 0)
+    """Returns the number of last tokens that are taken again."""
+    if info.whole_chunks:
+        return STEPS + info.prefill_chunk
+    return STEPS
 
 
 def longest_call(config: GriffinConfig) -> int:
     """Most tokens of a call: 2,048, or so many that a layer's scores take 64 MiB in float32."""
-    window, scores = config.window, (64 << 20) / 4 / config.num_heads
-    tokens = int((math.sqrt(window**2 + 4 * scores) - window) / 2)
-    return max(STEPS, min(2048, tokens))
+    window = config.window
+    scores_per_head = _SCORES_BYTES / 4 / config.num_heads
+    # T tokens have T · (T + window) scores: solve T² + window · T = scores_per_head.
+    tokens = int((math.sqrt(window**2 + 4 * scores_per_head) - window) / 2)
+    return max(STEPS, min(_MOST_CALL_TOKENS, tokens))
 
 
 def compare_with_itself(
@@ -87,18 +107,25 @@ def compare_with_itself(
     with the state before them. At most `most_logits` rows of logits exist at once. The convolution
     has no positions: at position 0, its state must be zeros.
     """
-    result = _compare_end(session, *again, ending.chunk, most_logits)
-    first, used = text[: len(head)], ending.chunk.state
-    fresh = _prefill(session, None, first, len(first))
-    recurrent = {n: a for n, a in fresh.state.items() if not n.endswith((".key", ".value"))}
-    no_position = used | zeros_of(used, (POSITION, ".conv1d"))
-    started = _prefill(session, no_position, first, len(first))
-    result["reset"] = _compare([(ChunkResult(head, {}), fresh)], len(first))
-    result["start"] = _compare([(ChunkResult(head, recurrent), started)], len(first))
-    if not session.info.whole_chunks:  # such an engine has no longer calls, and takes rows in turn
-        result["long"] = _compare([(ending.chunk, _at_once(session, ending))], len(ending.tokens))
-        result["batch"] = _compare(_in_batch(session, text, used), 2 * min(STEPS, len(text)))
-    return result
+    last_tokens, before = again
+    equivalences = _compare_end(session, last_tokens, before, ending.chunk, most_logits)
+
+    first_tokens = text[: len(head)]
+    fresh = _prefill(session, None, first_tokens, len(first_tokens))
+    recurrent = {name: a for name, a in fresh.state.items() if not is_cache(name)}
+    used_state = ending.chunk.state
+    no_position = used_state | zeros_of(used_state, (POSITION, ".conv1d"))
+    started = _prefill(session, no_position, first_tokens, len(first_tokens))
+    equivalences["reset"] = _compare([(ChunkResult(head, {}), fresh)], len(first_tokens))
+    equivalences["start"] = _compare([(ChunkResult(head, recurrent), started)], len(first_tokens))
+
+    # An engine with whole chunks has no longer calls, and takes the rows of a batch in turn.
+    if not session.info.whole_chunks:
+        at_once = _at_once(session, ending)
+        equivalences["long"] = _compare([(ending.chunk, at_once)], len(ending.tokens))
+        batch_pairs = _in_batch(session, text, used_state)
+        equivalences["batch"] = _compare(batch_pairs, 2 * min(STEPS, len(text)))
+    return equivalences
 
 
 def compare_portable(
@@ -106,33 +133,35 @@ def compare_portable(
 ) -> Equivalence:
     """Takes the beginning and the end of a text in a session without native kernels.
 
-    The beginning is compared with the reference; the end, one long call, with what native kernels
-    gave.
+    The beginning is compared with the reference; the end, one long call, with the result of native
+    kernels.
     """
     count = next(iter(checkpoints(len(text))), len(text))
-    state = reference.drift.get(count) or recent(reference.state)
-    start, sizes = zeros_of(ending.before), _chunk_and_steps(count)
-    (first,) = _in_pieces(session, text[None, :count], start, sizes, count)
+    expected_state = reference.drift.get(count) or recent(reference.state)
+    expected_first = ChunkResult(reference.logits(0, count), expected_state)
+
+    zero_state = zeros_of(ending.before)
+    (first,) = _in_pieces(session, text[None, :count], zero_state, _chunk_and_steps(count), count)
+    first = replace(first, state=recent(first.state))
+
     pairs = [
-        (ChunkResult(reference.logits(0, count), state), replace(first, state=recent(first.state))),
+        (expected_first, first),
         (ending.chunk, _at_once(session, ending)),
         *_in_batch(session, text, ending.chunk.state),
     ]
     return _compare(pairs, count + len(ending.tokens))
 
 
-def _compare(pairs: Sequence[tuple[ChunkResult, ChunkResult]], tokens: int) -> Equivalence:
+def _compare(pairs: Sequence[_Pair], tokens: int) -> Equivalence:
     """Compares pairs of expected and repeated chunks, by the last logits that both have."""
     rows = []
+    states: list[StateError] = []
     for expected, repeated in pairs:
         count = min(len(expected.logits), len(repeated.logits))
-        ours, theirs = (chunk.logits[-count:] for chunk in (expected, repeated))
-        rows.append(metrics.compare_logits(ours, theirs))
-    return Equivalence(
-        tokens=tokens,
-        logits=metrics.logit_error(np.concatenate(rows)),
-        states=[e for one, two in pairs for e in state_errors(one.state, two.state)],
-    )
+        rows.append(metrics.compare_logits(expected.logits[-count:], repeated.logits[-count:]))
+        states += state_errors(expected.state, repeated.state)
+    logits = metrics.logit_error(np.concatenate(rows))
+    return Equivalence(tokens=tokens, logits=logits, states=states)
 
 
 def _compare_end(
@@ -143,48 +172,61 @@ def _compare_end(
     Where chunks have a fixed length, the text may have been taken in steps: a whole chunk is then
     taken first, and a text that is too short for one is repeated.
     """
-    again, info = _prefill(session, before, tokens, len(chunk.logits)), session.info
-    restored = _compare([(chunk, again)], len(tokens))
+    info = session.info
+    prefilled = _prefill(session, before, tokens, len(chunk.logits))
+    restored = _compare([(chunk, prefilled)], len(tokens))
+
     if info.whole_chunks:
         tokens = np.resize(tokens, repeated_tokens(info))
-        rows = min(info.prefill_chunk, most_logits) if info.chunk_logits else 1
+        rows = 1
+        if info.chunk_logits:
+            rows = min(info.prefill_chunk, most_logits)
         first = _prefill(session, before, tokens[:-STEPS], rows)
         rest = session.prefill(tokens[None, -STEPS:], num_logits=STEPS)[0]
         chunk = ChunkResult(np.concatenate([first.logits, rest]), session.get_state())
-    result = {}
-    for name, sizes in (("steps", [1] * len(tokens)), ("ragged", list(_ragged(len(tokens), info)))):
+
+    sizes_of_ways = {"steps": [1] * len(tokens), "ragged": list(_ragged(len(tokens), info))}
+    equivalences = {}
+    for name, sizes in sizes_of_ways.items():
         (repeated,) = _in_pieces(session, tokens[None], before, sizes, len(chunk.logits))
-        result[name] = _compare([(chunk, repeated)], len(tokens))
-    return result | {"restored": restored}
+        equivalences[name] = _compare([(chunk, repeated)], len(tokens))
+    equivalences["restored"] = restored
+    return equivalences
 
 
 def _prefill(session: Session, before: State | None, tokens: np.ndarray, rows: int) -> ChunkResult:
+    """Takes tokens [T] in one chunk, from a reset session where `before` is None."""
     if before is None:
         session.reset()
     else:
         session.set_state(before)
-    return ChunkResult(session.prefill(tokens[None], num_logits=rows)[0], session.get_state())
-
-
-def _at_once(session: Session, ending: Ending) -> ChunkResult:
-    session.set_state(ending.before)
-    logits = session.prefill_at_once(ending.tokens[None], num_logits=len(ending.chunk.logits))[0]
+    logits = session.prefill(tokens[None], num_logits=rows)[0]
     return ChunkResult(logits, session.get_state())
 
 
-def _in_batch(
-    session: Session, text: np.ndarray, used: State
-) -> list[tuple[ChunkResult, ChunkResult]]:
+def _at_once(session: Session, ending: Ending) -> ChunkResult:
+    """Takes the end of a text in one call, however long it is."""
+    session.set_state(ending.before)
+    rows = len(ending.chunk.logits)
+    logits = session.prefill_at_once(ending.tokens[None], num_logits=rows)[0]
+    return ChunkResult(logits, session.get_state())
+
+
+def _in_batch(session: Session, text: np.ndarray, used: State) -> list[_Pair]:
     """Takes the last tokens of a text [T] from `used`, and its first ones, alone and in a batch."""
     count = min(STEPS, len(text))
-    tokens, states = np.stack([text[-count:], text[:count]]), [used, zeros_of(used)]
+    tokens = np.stack([text[-count:], text[:count]])
+    states = [used, zeros_of(used)]
     sizes = _chunk_and_steps(count)
-    alone = [
-        _in_pieces(session, row[None], state, sizes, count)[0]
-        for row, state in zip(tokens, states, strict=True)
-    ]
+
+    alone = []
+    for row, state in zip(tokens, states, strict=True):
+        (result,) = _in_pieces(session, row[None], state, sizes, count)
+        alone.append(result)
+
     before = {name: np.concatenate([state[name] for state in states]) for name in used}
-    return list(zip(alone, _in_pieces(session, tokens, before, sizes, count), strict=True))
+    batched = _in_pieces(session, tokens, before, sizes, count)
+    return list(zip(alone, batched, strict=True))
 
 
 def _in_pieces(
@@ -192,33 +234,42 @@ def _in_pieces(
 ) -> list[ChunkResult]:
     """Takes tokens [R, T] in chunks of these sizes; keeps each row's last logits, without gaps."""
     session.set_state(before)
-    last: deque[np.ndarray] = deque(maxlen=keep)
+    last_logits: deque[np.ndarray] = deque(maxlen=keep)
     start = 0
     for size in sizes:
-        part = tokens[:, start : start + size]
-        every = session.info.chunk_logits or size < session.info.prefill_chunk
-        count = min(size, keep) if every else 1
+        piece = tokens[:, start : start + size]
+        count = 1
+        if session.info.chunk_logits or size < session.info.prefill_chunk:
+            count = min(size, keep)
         if count < size:
-            last.clear()
+            last_logits.clear()
         if size == 1:
-            last.append(session.step(part[:, 0]))
+            last_logits.append(session.step(piece[:, 0]))
         else:
-            last.extend(session.prefill(part, count).swapaxes(0, 1))
+            last_logits.extend(session.prefill(piece, count).swapaxes(0, 1))
         start += size
-    logits, state = np.stack(last, 1), session.get_state()
-    return [
-        ChunkResult(logits[row], {name: array[row : row + 1] for name, array in state.items()})
-        for row in range(len(tokens))
-    ]
+
+    logits = np.stack(last_logits, 1)
+    state = session.get_state()
+    results = []
+    for row in range(len(tokens)):
+        row_state = {name: array[row : row + 1] for name, array in state.items()}
+        results.append(ChunkResult(logits[row], row_state))
+    return results
 
 
 def _chunk_and_steps(count: int) -> list[int]:
-    return [*([count - 3] if count > 3 else []), *[1] * min(count, 3)]
+    """Returns the sizes of a chunk and three single tokens, together `count`."""
+    if count > 3:
+        return [count - 3, 1, 1, 1]
+    return [1] * count
 
 
 def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
     """Cuts `count` tokens into sizes; a fixed chunk does not begin where the text's do."""
-    first = (_RAGGED[0], info.prefill_chunk) if info.whole_chunks else ()
+    first: tuple[int, ...] = ()
+    if info.whole_chunks:
+        first = (_RAGGED[0], info.prefill_chunk)
     sizes = chain(first, cycle(_RAGGED))
     while count > 0:
         size = min(count, next(sizes))
@@ -227,5 +278,5 @@ def _ragged(count: int, info: SessionInfo) -> Iterator[int]:
 
 
 def zeros_of(state: State, ends: tuple[str, ...] = ("",)) -> State:
-    """Zeros for the tensors with one of these endings, by default for all."""
+    """Returns zeros for the tensors whose names have one of these endings, by default for all."""
     return {name: np.zeros_like(array) for name, array in state.items() if name.endswith(ends)}

@@ -6,11 +6,11 @@ are taken over the rows at the end, so they do not depend on the size of blocks.
 """
 
 from dataclasses import dataclass
-from itertools import count, takewhile
 
 import numpy as np
 
 from rgexport.griffin.state import POSITION, State
+from rgexport.numerics import log_sum_exp
 
 ROWS = np.dtype(
     [
@@ -31,7 +31,8 @@ ROWS = np.dtype(
 )
 """One row per position."""
 
-_BLOCK_VALUES = 1 << 16  # logits per float64 block, whose temporaries stay in cache
+_BLOCK_VALUES = 1 << 16
+"""Logits of a float64 block; its temporaries stay in cache."""
 
 
 def compare_logits(
@@ -39,7 +40,8 @@ def compare_logits(
 ) -> np.ndarray:
     """Returns `ROWS` [n] of logits [n, vocab], any floats; `next_tokens` [n] are -1 at the end."""
     rows = np.empty(len(reference), ROWS)
-    next_tokens = np.full(len(rows), -1) if next_tokens is None else next_tokens
+    if next_tokens is None:
+        next_tokens = np.full(len(rows), -1)
     step = max(1, _BLOCK_VALUES // max(1, reference.shape[1]))
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, len(reference), step):
@@ -51,39 +53,55 @@ def compare_logits(
 def _compare_block(
     reference: np.ndarray, candidate: np.ndarray, next_tokens: np.ndarray, out: np.ndarray
 ) -> None:
-    ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
-    at = np.arange(len(ref))
-    delta = ref - cand
-    log_p, log_q = _log_sum_exp(ref), _log_sum_exp(cand)
-    # Σ p (log p - log q) with p = exp(ref - log_p); rounding may leave -1e-15 where it is 0.
-    kl = np.einsum("nv,nv->n", np.exp(ref - log_p[:, None]), delta) - log_p + log_q
-    first, first_candidate = ref.argmax(1), cand.argmax(1)
-    absolute = np.abs(delta, out=delta)
+    ref = reference.astype(np.float64)
+    cand = candidate.astype(np.float64)
+    out["max_logit"] = np.abs(ref).max(1)
+    out["variance"] = ref.var(1)
+    out["cosine"] = _row_cosine(ref, cand)
+    out["top5"] = _shared_top5(ref, cand)
+
+    positions = np.arange(len(ref))
+    first_ref = ref.argmax(1)
+    first_cand = cand.argmax(1)
+    out["top1"] = first_ref == first_cand
+    out["flip_margin"] = ref[positions, first_ref] - ref[positions, first_cand]
+
+    log_p = log_sum_exp(ref)
+    log_q = log_sum_exp(cand)
     known = next_tokens >= 0
     token = np.where(known, next_tokens, 0)
+    out["has_next"] = known
+    out["nll"] = np.where(known, log_p - ref[positions, token], 0)
+    out["nll_candidate"] = np.where(known, log_q - cand[positions, token], 0)
 
+    # Σ p (log p - log q) with p = exp(ref - log_p); rounding may leave -1e-15 where it is 0.
+    delta = ref - cand
+    kl = np.einsum("nv,nv->n", np.exp(ref - log_p[:, None]), delta) - log_p + log_q
+    out["kl"] = np.maximum(kl, 0)
+
+    absolute = np.abs(delta, out=delta)
     out["max_delta"] = absolute.max(1)
     out["mean_delta"] = absolute.mean(1)
     out["square_delta"] = np.einsum("nv,nv->n", absolute, absolute) / ref.shape[1]
-    out["max_logit"] = np.abs(ref).max(1)
-    out["variance"] = ref.var(1)
-    ab, aa, bb = (np.einsum("nv,nv->n", x, y) for x, y in ((ref, cand), (ref, ref), (cand, cand)))
-    norms = np.sqrt(aa * bb)
-    out["cosine"] = np.where(norms == 0, aa == bb, ab / np.where(norms == 0, 1, norms))
-    out["kl"] = np.maximum(kl, 0)
-    out["top1"] = first == first_candidate
-    most = min(5, ref.shape[1])
-    ours, theirs = (np.argpartition(x, -most, axis=1)[:, -most:] for x in (ref, cand))
-    out["top5"] = (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
-    out["flip_margin"] = ref[at, first] - ref[at, first_candidate]
-    out["has_next"] = known
-    out["nll"] = np.where(known, log_p - ref[at, token], 0)
-    out["nll_candidate"] = np.where(known, log_q - cand[at, token], 0)
 
 
-def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    top = logits.max(1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(1))
+def _row_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the cosine similarity of each pair of rows; 1 where both rows are zero."""
+    dot = np.einsum("nv,nv->n", a, b)
+    square_a = np.einsum("nv,nv->n", a, a)
+    square_b = np.einsum("nv,nv->n", b, b)
+    norms = np.sqrt(square_a * square_b)
+    cosine = dot / np.where(norms == 0, 1, norms)
+    return np.where(norms == 0, square_a == square_b, cosine)
+
+
+def _shared_top5(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Returns the share of the reference's five likeliest tokens among the candidate's, [n]."""
+    most = min(5, reference.shape[1])
+    reference_top = np.argpartition(reference, -most, axis=1)[:, -most:]
+    candidate_top = np.argpartition(candidate, -most, axis=1)[:, -most:]
+    equal = reference_top[:, :, None] == candidate_top[:, None, :]
+    return np.asarray(equal.any(2).mean(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,17 +171,23 @@ class Likelihood:
 
 
 def logit_error(rows: np.ndarray) -> LogitError:
-    largest, worst = float(rows["max_logit"].max()), float(rows["max_delta"].max())
-    square, variance = float(rows["square_delta"].mean()), float(rows["variance"].mean()) or 1
-    rms = (square / variance) ** 0.5
-    error = _standard_error(rows["square_delta"]) / variance
+    """Summarizes the errors of logits over all positions, `ROWS` [n]."""
+    largest_logit = float(rows["max_logit"].max())
+    largest_error = float(rows["max_delta"].max())
+    square_error = float(rows["square_delta"].mean())
+    variance = float(rows["variance"].mean()) or 1
+    rms = (square_error / variance) ** 0.5
+    rms_standard_error = 0.0
+    if rms:
+        # The error of a square is twice that of its root, relatively.
+        rms_standard_error = _standard_error(rows["square_delta"]) / variance / (2 * rms)
     return LogitError(
-        max=worst,
+        max=largest_error,
         mean=float(rows["mean_delta"].mean()),
-        relative_max=worst / (largest or 1),
+        relative_max=largest_error / (largest_logit or 1),
         relative_rms=rms,
-        rms_standard_error=error / (2 * rms) if rms else 0.0,
-        largest_logit=largest,
+        rms_standard_error=rms_standard_error,
+        largest_logit=largest_logit,
         cosine=float(rows["cosine"].mean()),
         lowest_cosine=float(rows["cosine"].min()),
         worst_position=int(rows["max_delta"].argmax()),
@@ -172,6 +196,7 @@ def logit_error(rows: np.ndarray) -> LogitError:
 
 
 def kl_summary(rows: np.ndarray) -> KL:
+    """Summarizes `kl` over all positions, `ROWS` [n]."""
     kl = rows["kl"]
     median, p95, p99 = np.quantile(kl, (0.5, 0.95, 0.99)).tolist()
     return KL(
@@ -208,28 +233,40 @@ def likelihood(rows: np.ndarray, text_bytes: int | None) -> Likelihood | None:
     if not len(known):
         return None
     deltas = known["nll_candidate"] - known["nll"]
-    ours, theirs = float(known["nll"].mean()), float(known["nll_candidate"].mean())
-    bits = len(known) / (np.log(2) * text_bytes) if text_bytes else None
+    nll = float(known["nll"].mean())
+    nll_candidate = float(known["nll_candidate"].mean())
+    bits_per_byte = None
+    bits_per_byte_candidate = None
+    if text_bytes:
+        bits_per_nat = len(known) / (np.log(2) * text_bytes)  # bits per byte for a nat per token
+        bits_per_byte = float(nll * bits_per_nat)
+        bits_per_byte_candidate = float(nll_candidate * bits_per_nat)
     with np.errstate(over="ignore"):
-        return Likelihood(
-            tokens=len(known),
-            nll=ours,
-            nll_candidate=theirs,
-            delta=float(deltas.mean()),
-            delta_standard_error=_standard_error(deltas),
-            perplexity=float(np.exp(ours)),
-            perplexity_candidate=float(np.exp(theirs)),
-            bits_per_byte=float(ours * bits) if bits else None,
-            bits_per_byte_candidate=float(theirs * bits) if bits else None,
-        )
+        perplexity = float(np.exp(nll))
+        perplexity_candidate = float(np.exp(nll_candidate))
+    return Likelihood(
+        tokens=len(known),
+        nll=nll,
+        nll_candidate=nll_candidate,
+        delta=float(deltas.mean()),
+        delta_standard_error=_standard_error(deltas),
+        perplexity=perplexity,
+        perplexity_candidate=perplexity_candidate,
+        bits_per_byte=bits_per_byte,
+        bits_per_byte_candidate=bits_per_byte_candidate,
+    )
 
 
 def _standard_error(values: np.ndarray) -> float:
+    """Returns the standard error of the mean; 0 for a single value."""
+    if len(values) <= 1:
+        return 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+        return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 FIRST_CHECKPOINT = 64
+"""The first position where states are compared."""
 RECENT = 64
 """Tokens per checkpoint with compared keys and values."""
 
@@ -260,26 +297,38 @@ def state_errors(reference: State, candidate: State) -> list[StateError]:
         with np.errstate(invalid="ignore", over="ignore"):
             expected = array.astype(np.float64)
             delta = np.abs(candidate[name].astype(np.float64) - expected)
-            most = float(delta.max() / (np.abs(expected).max() or 1))
-            norm = float(np.linalg.norm(delta) / (np.linalg.norm(expected) or 1))
-        errors.append(StateError(name=name, relative_max=most, relative_norm=norm))
+            relative_max = float(delta.max() / (np.abs(expected).max() or 1))
+            relative_norm = float(np.linalg.norm(delta) / (np.linalg.norm(expected) or 1))
+        error = StateError(name=name, relative_max=relative_max, relative_norm=relative_norm)
+        errors.append(error)
     return errors
 
 
+def is_cache(name: str) -> bool:
+    """Whether a canonical state has attention's keys or values."""
+    return name.endswith((".key", ".value"))
+
+
 def recent(state: State) -> State:
-    """A copy with the keys and values of the last `RECENT` tokens: a 2B's windows take 33 MB."""
-    return {
-        name: (array[:, -RECENT:] if name.endswith((".key", ".value")) else array).copy()
-        for name, array in state.items()
-    }
+    """Copies a state, with the last `RECENT` keys and values alone: a 2B has 33 MB of them."""
+    copied = {}
+    for name, array in state.items():
+        if is_cache(name):
+            array = array[:, -RECENT:]
+        copied[name] = array.copy()
+    return copied
 
 
 def checkpoints(length: int) -> list[int]:
-    """Positions inside a text of so many tokens where states are compared: 64, 128, 256, …"""
-    doubled = (FIRST_CHECKPOINT << n for n in count())
-    return list(takewhile(lambda position: position < length, doubled))
+    """Returns positions inside a text where states are compared: 64, 128, 256, …"""
+    positions = []
+    position = FIRST_CHECKPOINT
+    while position < length:
+        positions.append(position)
+        position *= 2
+    return positions
 
 
 def worst(errors: list[StateError]) -> float:
-    """The largest `relative_max`; NaN if there is one; 0 for a model without states."""
+    """Returns the largest `relative_max`; NaN if there is one; 0 for a model without states."""
     return float(np.max([error.relative_max for error in errors], initial=0))

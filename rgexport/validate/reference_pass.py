@@ -43,6 +43,7 @@ class Pass:
     inputs: Mixtures
 
     def logits(self, start: int, stop: int) -> np.ndarray:
+        """Computes the logits [stop - start, vocab] of the positions from `start` on."""
         return self.model.logits(self.hidden[:, start:stop])[0]
 
 
@@ -62,26 +63,38 @@ def run_side_by_side(
     label: str, models: Sequence[tuple[GriffinConfig, WeightSource, bool]], tokens: np.ndarray
 ) -> list[Pass]:
     """Runs references in a thread each, since reading takes one; the flag is `mix_inputs`."""
-    ended, stops = threading.Event(), checkpoints(len(tokens))
-
-    def run(
-        config: GriffinConfig, weights: WeightSource, mix_inputs: bool, watched: WeightSource
-    ) -> Pass:
-        recorder, model = MixtureRecorder(config, len(tokens)), NumpyReference(config, watched)
-        model.look = recorder.look if mix_inputs else None
-        ((hidden, states),) = model.run_each([(tokens[None], zero_state(config, 1))], stops=[stops])
-        drift = {stop: recent(state) for stop, state in zip(stops, states, strict=False)}
-        return Pass(NumpyReference(config, weights), hidden, states[-1], drift, recorder.mixtures)
-
+    ended = threading.Event()
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         jobs = []
         try:
             for config, weights, mix_inputs in models:
                 watched = stack.enter_context(watched_layers(label, weights, ended))
-                jobs.append(pool.submit(run, config, weights, mix_inputs, watched))
+                jobs.append(pool.submit(_run, config, weights, watched, tokens, mix_inputs))
             return [job.result() for job in jobs]
         finally:
             ended.set()  # an interrupt ends all of them
+
+
+def _run(
+    config: GriffinConfig,
+    weights: WeightSource,
+    watched: WeightSource,
+    tokens: np.ndarray,
+    mix_inputs: bool,
+) -> Pass:
+    """Runs one reference with `watched` weights; the pass reads the head from `weights`."""
+    stops = checkpoints(len(tokens))
+    recorder = MixtureRecorder(config, len(tokens))
+    model = NumpyReference(config, watched)
+    if mix_inputs:
+        model.look = recorder.look
+
+    text = (tokens[None], zero_state(config, 1))
+    ((hidden, states),) = model.run_each([text], stops=[stops])
+    drift = {}
+    for stop, state in zip(stops, states, strict=False):  # the last state is that after the text
+        drift[stop] = recent(state)
+    return Pass(NumpyReference(config, weights), hidden, states[-1], drift, recorder.mixtures)
 
 
 @contextmanager
@@ -90,7 +103,8 @@ def watched_layers(
 ) -> Iterator[WeightSource]:
     """Yields the same weights; reads of layers show progress, and raise once `ended` is set."""
     layers = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
-    with task(label, sum(tensor.nbytes for tensor in layers.values())) as advance:
+    total = sum(tensor.nbytes for tensor in layers.values())
+    with task(label, total) as advance:
 
         def read(tensor: RowTensor, start: int, stop: int) -> np.ndarray:
             if ended is not None and ended.is_set():
@@ -99,21 +113,31 @@ def watched_layers(
             advance(rows.nbytes)
             return rows
 
-        watched = {n: replace(one, read=partial(read, one)) for n, one in layers.items()}
-        yield {**weights, **watched}
+        watched = dict(weights)
+        for name, tensor in layers.items():
+            watched[name] = replace(tensor, read=partial(read, tensor))
+        yield watched
 
 
 class SharedPasses:
+    """The passes of originals over texts, kept for the artifacts that are validated next."""
+
     def __init__(self) -> None:
         self._passes: dict[tuple[Path, GriffinConfig, bytes], Pass] = {}
 
     def has(self, original: Checkpoint, tokens: np.ndarray) -> bool:
-        return (original.path, original.config, tokens.tobytes()) in self._passes
+        """Whether an original has run over tokens [T]."""
+        return _pass_key(original, tokens) in self._passes
 
     def run_reference(self, original: Checkpoint, tokens: np.ndarray) -> Pass:
         """Runs an original over tokens [T], or returns its earlier pass over them."""
-        label, config, weights = "Running the original", original.config, original.weights
-        key = original.path, config, tokens.tobytes()
+        key = _pass_key(original, tokens)
         if key not in self._passes:
-            self._passes[key] = run_reference(label, config, weights, tokens, mix_inputs=True)
+            self._passes[key] = run_reference(
+                "Running the original", original.config, original.weights, tokens, mix_inputs=True
+            )
         return self._passes[key]
+
+
+def _pass_key(original: Checkpoint, tokens: np.ndarray) -> tuple[Path, GriffinConfig, bytes]:
+    return original.path, original.config, tokens.tobytes()

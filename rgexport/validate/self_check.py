@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import CheckRecord, Manifest, skipped
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import CheckRecord, Manifest, skipped
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import layer_tensors
 from rgexport.progress import task
@@ -24,7 +24,7 @@ from rgexport.validate.identity import first_names
 from rgexport.validate.metrics import LogitError
 from rgexport.validate.reference_pass import run_side_by_side
 from rgexport.validate.text import first_tokens
-from rgexport.validate.weights.tensor_errors import WeightError, weight_errors
+from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import weight_checks
 
 _REST_BYTES = 384 << 20  # memory for temporaries, a few rows of logits, and libraries

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.chat.sample_text import built_in_text
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.files.typed_json import Mismatch, parse_json
 
 MAX_TOKENS = 4096

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import CARD
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, weight_files
+from rgexport.artifacts.onnx.program_files import CONFIG
+from rgexport.artifacts.origin import GEMMA, GEMMA_TERMS
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import CARD
-from rgexport.export.onnx.format import CONFIG
-from rgexport.export.onnx.model_file import MODEL_FILE, weight_files
-from rgexport.export.origin import GEMMA, GEMMA_TERMS
 from rgexport.files.hashing import hash_file
 from rgexport.files.targets import replace_folder, require_free_disk
 from rgexport.progress import Advance, task, warn

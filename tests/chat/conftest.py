@@ -11,13 +11,13 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers
 
+from rgexport.artifacts.manifest import Identity
 from rgexport.chat.masks import MaskThreads
 from rgexport.chat.model import Model
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import ChatTemplate
 from rgexport.chat.scheduler import Scheduler
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
-from rgexport.export.manifest import Identity
 from rgexport.griffin.control_tokens import GEMMA_TEMPLATE
 from tests.toy_session import ToySession
 from tests.vocabularies import write_vocabulary

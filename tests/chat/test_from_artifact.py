@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.from_artifact import continued_ids
 from rgexport.chat.model import load, open_model
 from rgexport.chat.reply import ReplyOptions
 from rgexport.chat.speculation import Speculation
 from rgexport.cli import run
 from rgexport.commands import standard_input
-from rgexport.export.opening import open_artifact
 from rgexport.files.safetensors import read_header
 from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_demo

@@ -7,6 +7,7 @@ import sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.gguf_text import LlamaCppVocabulary
 from rgexport.chat.prompts import load_template
@@ -15,7 +16,6 @@ from rgexport.chat.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.tokenizer_files import find_tokenizer_files
 from rgexport.runtimes.llama_cpp.library import load_model

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.format import GgufArtifact, open_gguf
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.gguf.format import GgufArtifact, open_gguf
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.schemes.registry import Affine
 from tests.artifacts import export_demo, export_random
 from tests.models import Weights, make_config
 

@@ -13,19 +13,20 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from rgexport.artifacts.artifact import Artifact, record_files, remember_verified
+from rgexport.artifacts.manifest import MANIFEST, NOT_ASKED_FOR, CheckRecord, write_manifest
+from rgexport.artifacts.manifest_reader import read_manifest
+from rgexport.artifacts.opening import open_artifact
+from rgexport.artifacts.storage import groups_of
 from rgexport.errors import RequestError
 from rgexport.export import storage
-from rgexport.export.artifact import Artifact, record_files, remember_verified
-from rgexport.export.manifest import MANIFEST, NOT_ASKED_FOR, CheckRecord, write_manifest
-from rgexport.export.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
-from rgexport.export.storage import groups_of, in_order
+from rgexport.export.storage import in_order
 from rgexport.files import hashing
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, model_tensors
-from rgexport.quantize.scheme import Mixed
+from rgexport.quantize.schemes.registry import Mixed
 from tests.models import ODD_CONFIGS, Weights, random_weights, write_hugging_face
 from tests.row_groups import BIASED, decoded, split_plan
 

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.config import CONFIG_2B
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, model_tensors
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import INT8_ROWS, Affine, Float, Ggml, Palette, Scheme, TwoLevel
+from rgexport.quantize.schemes.registry import (
+    INT8_ROWS,
+    Affine,
+    Float,
+    Ggml,
+    Palette,
+    Scheme,
+    TwoLevel,
+)
 from tests.models import ODD_CONFIGS, make_config
 
 REGULAR, NOT_BY_32 = ODD_CONFIGS["regular"], ODD_CONFIGS["not_by_32"]

@@ -7,20 +7,20 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
+from rgexport.artifacts import card as module
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.card import algorithms, levels_sentence, shares
+from rgexport.artifacts.describe import as_text, describe
+from rgexport.artifacts.hub import is_hub_name, parse
+from rgexport.artifacts.manifest import CARD, NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.artifacts.opening import as_argument, check_line, closing_line
+from rgexport.artifacts.origin import Origin, origin_of_card
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export import card as module
-from rgexport.export.artifact import Artifact
-from rgexport.export.card import algorithms, levels_sentence, shares
-from rgexport.export.describe import as_text, describe
-from rgexport.export.hub import is_hub_name, parse
-from rgexport.export.manifest import CARD, NOT_ASKED_FOR, CheckRecord, skipped
-from rgexport.export.opening import as_argument, check_line, closing_line
-from rgexport.export.origin import Origin, origin_of_card
 from rgexport.export.request import algorithm_word
 from rgexport.files.hashing import FileRecord
 from rgexport.files.targets import require_free_disk
-from rgexport.quantize.scheme import Affine
+from rgexport.quantize.schemes.registry import Affine
 from tests.artifacts import export_random_coreml, export_random_gguf
 from tests.files import windows_rules
 from tests.models import ODD_CONFIGS

@@ -9,16 +9,17 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.prompts import load_template
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.export.tokenizer import complete_tokenizer, write_tokenizer_json
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
 from rgexport.griffin.control_tokens import read_control_tokens

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import RecurrentGemmaForCausalLM
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.adapter import CONFIG, WEIGHTS
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.runtimes.onnx.session import OrtSession

@@ -7,7 +7,7 @@ import pytest
 
 from rgexport.errors import RequestError
 from rgexport.griffin.config import CONFIG_2B, CONFIG_9B
-from rgexport.griffin.huggingface import read_config
+from rgexport.griffin.huggingface_config import read_config
 
 HUB_2B = json.loads("""{
     "_block_types": ["recurrent", "recurrent", "attention"],

@@ -5,13 +5,14 @@ from importlib.resources import files
 
 import pytest
 
+from rgexport.artifacts.gguf.naming import file_tensors
 from rgexport.export.coreml.lowering import LOWERINGS as COREML
-from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.onnx.lowering import LOWERINGS as ONNX
 from rgexport.export.trace import trace
 from rgexport.griffin import ops
 from rgexport.griffin.deepmind import BRANCHES, NAMES
-from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, all_ops, input_site, model_tensors, sites
+from rgexport.griffin.layer_ops import all_ops
+from rgexport.griffin.layout import EMBEDDING, HEAD_SITES, input_site, model_tensors, sites
 from rgexport.runtimes.llama_cpp.engine import taps
 from tests.deepmind import deepmind_model
 from tests.models import ODD_CONFIGS, random_weights

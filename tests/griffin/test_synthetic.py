@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.checks import require_sound
-from rgexport.griffin.config import SIZES, GriffinConfig, Size
+from rgexport.griffin.config import SIZES, GriffinConfig, ReleasedModel
 from rgexport.griffin.synthetic import random_weights, write_random
 from rgexport.griffin.tensor import DTYPES
 from tests.models import make_config
@@ -67,7 +67,7 @@ def test_targets_are_guarded(tmp_path):
 def test_tokenizer_and_dialect_of_a_size(tmp_path, monkeypatch, word, chat):
     """The demo's pieces, and others up to the size of the vocabulary."""
     config = make_config("r", width=32, heads=2, vocab_size=9000)
-    monkeypatch.setitem(SIZES, word, Size("", config, chat))
+    monkeypatch.setitem(SIZES, word, ReleasedModel("", config, chat))
     write_random(word, tmp_path / "m")
     fields = json.loads((tmp_path / "m" / "config.json").read_text())
     assert ("block_types" in fields, "_block_types" in fields) == (chat, not chat)

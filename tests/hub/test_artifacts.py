@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from rgexport.artifacts.hub import HubName, parse
+from rgexport.artifacts.manifest import MANIFEST
 from rgexport.errors import RequestError
-from rgexport.export.hub import HubName, parse
-from rgexport.export.manifest import MANIFEST
 from rgexport.griffin.checkpoint import demo_folder
 from tests.artifacts import export_random_gguf
 from tests.hub.fake import TOKEN, Repository

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import rgexport
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.artifact_text import open_tokenizer
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.control_tokens import END_OF_TURN
 from rgexport.griffin.state import POSITION

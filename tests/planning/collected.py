@@ -5,7 +5,7 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.checks import require_sound
 from rgexport.planning.calibrate import CalibrationOptions, collect
 from rgexport.planning.calibration_folder import CalibrationFolder
-from rgexport.quantize.calibration import open_calibration
+from rgexport.quantize.algorithms.calibration_file import open_calibration
 from tests.models import ODD_CONFIGS, random_weights, write_hugging_face
 
 

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.sampling import Sampler
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.huggingface import SINGLE
 from rgexport.griffin.layout import QUANTIZABLE, role_of
@@ -19,10 +19,10 @@ from rgexport.planning import calibrate as module
 from rgexport.planning import passages
 from rgexport.planning.calibrate import CalibrationOptions, calibrate
 from rgexport.planning.calibration_folder import CalibrationFolder
+from rgexport.planning.layer_pass import Collector
 from rgexport.planning.passages import LENGTH, Passages, read_text
-from rgexport.planning.statistics import Collector
-from rgexport.quantize.calibration import Calibration, linears, open_calibration
-from rgexport.quantize.statistics import BUILT_IN
+from rgexport.quantize.algorithms.calibration_file import Calibration, linears, open_calibration
+from rgexport.quantize.built_in_text import BUILT_IN
 from tests.command_line import rgexport
 from tests.evaluation.small_model import small_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face

@@ -9,7 +9,7 @@ from distributed import Client, LocalCluster
 from rgexport.errors import RequestError
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.planning.calibrate import CalibrationOptions, calibrate
-from rgexport.planning.quantize import PlanOptions, make_plans
+from rgexport.planning.plan_request import PlanOptions, make_plans
 from rgexport.runtimes.cluster import connected
 from tests.command_line import rgexport
 from tests.models import make_config, random_weights, write_hugging_face

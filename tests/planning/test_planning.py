@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgexport.artifacts.format import format_of
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.export.format import format_of
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import GgufOptions, export_gguf
 from rgexport.export.onnx.exporter import OnnxOptions, export_onnx
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, input_site, model_tensors
-from rgexport.planning import planning
+from rgexport.planning import search
 from rgexport.planning.calibrate import CalibrationOptions, calibrate
-from rgexport.planning.layouts import PlanItem, artifact_bytes, items_of, layout_bytes, plan_of
 from rgexport.planning.losses import OriginalRun, PredictedLosses
-from rgexport.planning.planning import Planner, PlanTarget
-from rgexport.planning.quantize import (
+from rgexport.planning.plan_items import PlanItem, artifact_bytes, items_of, layout_bytes, plan_of
+from rgexport.planning.plan_request import (
     PlanOptions,
     closing_line,
     is_plan,
@@ -29,11 +29,13 @@ from rgexport.planning.quantize import (
     page_of,
     plan_paths,
 )
-from rgexport.quantize.calibration import open_calibration
+from rgexport.planning.search import Planner, PlanTarget
+from rgexport.quantize.algorithms.calibrated import Calibrated
+from rgexport.quantize.algorithms.calibration_file import open_calibration
+from rgexport.quantize.algorithms.statistics import no_statistics, statistics_of
 from rgexport.quantize.plan import bfloat16_gates, load_plan, plan_bits, quantized
-from rgexport.quantize.row_groups import rows_text
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float, Mixed, RowGroup, candidates
-from rgexport.quantize.statistics import Calibrated, no_statistics, statistics_of
+from rgexport.quantize.schemes.registry import BFLOAT16, Affine, Float, Mixed, RowGroup, candidates
+from rgexport.quantize.schemes.row_groups import rows_text
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source, write_hugging_face
 from tests.row_groups import decoded
@@ -122,7 +124,7 @@ def calibration(checkpoint, tmp_path_factory):
 def planner(checkpoint, calibration):
     known = open_calibration(calibration)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rgexport.planning.layouts.candidates", lambda: FEW)
+        patch.setattr("rgexport.planning.plan_items.candidates", lambda: FEW)
         return Planner(checkpoint, known, format_of("onnx"), Calibrated(known, checkpoint.config))
 
 
@@ -181,7 +183,7 @@ def test_what_cannot_be_reached_is_refused(planner, text):
 
 
 def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr("rgexport.planning.layouts.candidates", lambda: FEW)
+    monkeypatch.setattr("rgexport.planning.plan_items.candidates", lambda: FEW)
     target, other = tmp_path / "demo.plan.json", tmp_path / "other.json"
     options = PlanOptions(calibration=calibration, bits=4.5, tokens=64)
     (report,) = make_plans(checkpoint, [options], target)
@@ -212,7 +214,7 @@ def test_the_file_is_a_plan_for_exports(checkpoint, calibration, tmp_path, monke
 
 
 def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr("rgexport.planning.layouts.candidates", lambda: FEW)
+    monkeypatch.setattr("rgexport.planning.plan_items.candidates", lambda: FEW)
     alone, together = tmp_path / "alone.json", tmp_path / "all.plan.json"
     options = [
         PlanOptions(calibration=calibration, tokens=64, **target)
@@ -223,7 +225,7 @@ def test_several_targets_share_the_work(checkpoint, calibration, tmp_path, monke
     assert [str(path) for path in plan_paths(checkpoint, options[:1], None)] == [by_default]
     runs = []
     monkeypatch.setattr(
-        planning, "OriginalRun", lambda *a, make=planning.OriginalRun: runs.append(1) or make(*a)
+        search, "OriginalRun", lambda *a, make=search.OriginalRun: runs.append(1) or make(*a)
     )
     reports = make_plans(checkpoint, options, together)
     assert len(runs) == 1 and tuple(report.path.name for report in reports) == names

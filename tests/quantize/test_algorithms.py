@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgexport.errors import RequestError
-from rgexport.quantize.algorithms import centers
+from rgexport.quantize.algorithms.kmeans import centers
+from rgexport.quantize.algorithms.statistics import RowKinds, statistics_of
 from rgexport.quantize.plan import with_algorithm
-from rgexport.quantize.scheme import Affine, Float, Palette, scheme_from_dict
-from rgexport.quantize.statistics import RowKinds, statistics_of
+from rgexport.quantize.schemes.registry import Affine, Float, Palette, scheme_from_dict
 
 HALVES = [
     Affine(bits, block, symmetric, scale="float16")

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from rgexport.errors import RequestError
 from rgexport.griffin.layout import EMBEDDING
-from rgexport.quantize.calibration import (
+from rgexport.quantize.algorithms.calibration_file import (
     METADATA,
     Calibration,
     Provenance,
@@ -18,7 +18,7 @@ from rgexport.quantize.calibration import (
     open_calibration,
     pack,
 )
-from rgexport.quantize.statistics import statistics_of
+from rgexport.quantize.algorithms.statistics import statistics_of
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["regular"]

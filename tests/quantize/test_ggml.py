@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rgexport.artifacts.gguf.naming import file_tensors
 from rgexport.errors import RequestError
-from rgexport.export.gguf.naming import file_tensors
 from rgexport.griffin.tensor import DTYPES
-from rgexport.quantize import ggml_library
-from rgexport.quantize.ggml import HALVES, LAYOUTS, read_levels, replace_levels
-from rgexport.quantize.ggml_library import find_library, load_library, quantize_rows
-from rgexport.quantize.ggml_types import (
+from rgexport.quantize.algorithms.statistics import statistics_of
+from rgexport.quantize.schemes import ggml_library
+from rgexport.quantize.schemes.ggml import HALVES, LAYOUTS, read_levels, replace_levels
+from rgexport.quantize.schemes.ggml_library import find_library, load_library, quantize_rows
+from rgexport.quantize.schemes.ggml_types import (
     BY_VALUE,
     FILE_TYPES,
     TYPES,
@@ -25,8 +26,7 @@ from rgexport.quantize.ggml_types import (
     find_file_type,
     parse_override,
 )
-from rgexport.quantize.scheme import Ggml
-from rgexport.quantize.statistics import statistics_of
+from rgexport.quantize.schemes.registry import Ggml
 from tests.artifacts import require_ggml
 from tests.kernels.rounding.test_rounding import gptq
 from tests.models import make_config

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rgexport.errors import RequestError
-from rgexport.quantize.allocation import Option, solve
+from rgexport.planning.allocation import Option, solve
 from rgexport.quantize.plan import (
     COREML_PRECISIONS,
     WEB_PRECISIONS,
@@ -19,8 +19,7 @@ from rgexport.quantize.plan import (
     make_plan,
     precision_of,
 )
-from rgexport.quantize.row_groups import row_bounds, rows_of, rows_text
-from rgexport.quantize.scheme import (
+from rgexport.quantize.schemes.registry import (
     Affine,
     Float,
     Mixed,
@@ -29,6 +28,7 @@ from rgexport.quantize.scheme import (
     coarsest,
     scheme_from_dict,
 )
+from rgexport.quantize.schemes.row_groups import row_bounds, rows_of, rows_text
 from tests.models import ODD_CONFIGS
 
 CONFIG = ODD_CONFIGS["irregular"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
 from rgexport.export.onnx.profiles import PROFILES
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.llama_cpp import session as llama_cpp_session

@@ -12,14 +12,14 @@ from unittest.mock import Mock
 
 import pytest
 
+from rgexport.artifacts.manifest import identity_of
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat import prompts as prompts_module
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.jobs import EngineError
 from rgexport.chat.prompts import PromptEncoder, load_template
 from rgexport.chat.tokenizer import load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.manifest import identity_of
-from rgexport.export.opening import open_artifact
 from rgexport.serve import grammar as grammar_module
 from rgexport.serve import server as server_module
 from rgexport.serve import text_process as text_process_module

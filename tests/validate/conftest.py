@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rgexport.export.artifact import record_files
-from rgexport.export.gguf.integrity import data_start, seal
-from rgexport.export.manifest import write_manifest
-from rgexport.export.manifest_reader import read_manifest
+from rgexport.artifacts.artifact import record_files
+from rgexport.artifacts.gguf.integrity import data_start, seal
+from rgexport.artifacts.manifest import write_manifest
+from rgexport.artifacts.manifest_reader import read_manifest
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.files.hashing import hash_file

@@ -9,18 +9,12 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.scheme import Affine, Float
+from rgexport.quantize.schemes.registry import Affine, Float
 from rgexport.runtimes.engine import Observation
 from rgexport.validate import metrics
-from rgexport.validate.bisect import sites as per_op
-from rgexport.validate.bisect.sites import (
-    CONFIG_SITES,
-    ObservedCall,
-    SiteError,
-    find_suspects,
-    layer_of,
-    site_report,
-)
+from rgexport.validate.bisect.site_report import site_report, with_large_state
+from rgexport.validate.bisect.sites import ObservedCall, SiteError, layer_of, site_errors
+from rgexport.validate.bisect.suspects import CONFIG_SITES, find_suspects
 from rgexport.validate.checks import Check
 from rgexport.validate.costs import LAYER_TOKENS, layer_costs
 from tests.models import make_config, random_weights, weight_source
@@ -66,7 +60,7 @@ def observed(faults=None, tokens: np.ndarray = TOKENS) -> Observation:
 
 def compare(observation: Observation, scheme=FLOAT32, compute="fp32") -> list[SiteError]:
     manifest, model = manifest_of(CONFIG, scheme, compute), NumpyReference(CONFIG, WEIGHTS)
-    return per_op.site_errors(model, manifest, [ObservedCall(TOKENS, STATE, observation)])
+    return site_errors(model, manifest, [ObservedCall(TOKENS, STATE, observation)])
 
 
 def beyond(errors: list[SiteError]) -> list[str]:
@@ -101,14 +95,14 @@ def test_one_key_of_many_shows_where_the_oldest_are_amplified():
     quiet = state_after(config, source, tokens)
     narrow = dataclasses.replace(config, window=511)
     rms = []
-    for state in (quiet, per_op.with_large_state(quiet)):
+    for state in (quiet, with_large_state(quiet)):
         without_oldest = {
             name: array[:, 1:] if array.ndim == 3 and array.shape[1] == 512 else array
             for name, array in state.items()
         }
         shown = observe(narrow, source, tokens[:1], without_oldest)
         calls = [ObservedCall(tokens[:1], state, shown)]
-        errors = per_op.site_errors(NumpyReference(config, source), manifest_of(config), calls)
+        errors = site_errors(NumpyReference(config, source), manifest_of(config), calls)
         rms.append(next(e.rms for e in errors if e.op == "local_attention"))
     assert rms[0] < 0.01 and rms[1] > 0.15
 
@@ -118,7 +112,7 @@ def test_calls_of_several_lengths_read_every_weight_once():
     calls[1].observed.values[GATE] *= 2
     reads: list[str] = []
     model = NumpyReference(CONFIG, counted(WEIGHTS, reads))
-    errors = per_op.site_errors(model, manifest_of(CONFIG), calls)
+    errors = site_errors(model, manifest_of(CONFIG), calls)
     failed = [e for e in errors if not e.passed]
     assert failed[0].site == GATE and {e.length for e in failed} == {1}
     assert [e.site for e in errors if e.length == 6] == [e.site for e in errors if e.length == 1]

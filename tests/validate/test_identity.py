@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from rgexport.cli import run
 from rgexport.griffin import adapter
 from rgexport.kernels.onnx import library
+from rgexport.validate.opening import ValidationRequest, open_all
 from rgexport.validate.reference.reference_file import read_reference, write_reference
-from rgexport.validate.run import ValidationRequest, open_all, validate_artifact
+from rgexport.validate.run import validate_artifact
 from tests.llama_tools import needs_llama_cpp
 from tests.models import make_config, random_weights, write_hugging_face
 from tests.validate.conftest import at, claim

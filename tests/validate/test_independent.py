@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.gguf_text import LlamaCppVocabulary
 from rgexport.cli import run
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.runtimes.llama_cpp.library import load_model
 from rgexport.runtimes.llama_cpp.session import LlamaCppSession

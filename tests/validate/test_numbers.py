@@ -15,7 +15,7 @@ from rgexport.errors import RequestError
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.state import POSITION, State
 from rgexport.quantize.plan import COREML_PRECISIONS, choose_scheme, make_plan
-from rgexport.quantize.scheme import Ggml
+from rgexport.quantize.schemes.registry import Ggml
 from rgexport.validate import checks, metrics
 from rgexport.validate.checks import GRADE_NAMES, GRADES, NAMES, Check, parse_limits, verdict
 from rgexport.validate.measure import CHOICES, WORST, WorstPositions

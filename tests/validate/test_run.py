@@ -9,12 +9,13 @@ from unittest.mock import Mock
 
 import pytest
 
+from rgexport.artifacts.manifest_reader import read_manifest
 from rgexport.errors import RequestError
-from rgexport.export.manifest_reader import read_manifest
 from rgexport.griffin import checkpoint as checkpoints
 from rgexport.griffin.layout import model_tensors
 from rgexport.validate import reference_pass, source
-from rgexport.validate.run import ValidationRequest, validate_artifact, validate_artifacts
+from rgexport.validate.opening import ValidationRequest
+from rgexport.validate.run import validate_artifact, validate_artifacts
 from rgexport.validate.source import find_original
 from tests.deepmind import write_deepmind
 from tests.models import random_weights

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
 from rgexport.export.onnx import lowering
-from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.validate import self_check as module
 from tests.command_line import assert_matches, rgexport

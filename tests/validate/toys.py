@@ -6,12 +6,12 @@ from functools import partial
 
 import numpy as np
 
+from rgexport.artifacts.manifest import IoRecord, Manifest, Source
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.export.manifest import IoRecord, Manifest, Source
 from rgexport.griffin.state import POSITION, State
 from rgexport.griffin.tensor import WeightSource
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import Float
+from rgexport.quantize.schemes.registry import Float
 from rgexport.runtimes.session import SessionInfo
 from rgexport.validate.metrics import checkpoints
 from rgexport.validate.reference_pass import Pass

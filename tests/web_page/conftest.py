@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.web_page import build, site
 from tests.built import one_at_a_time

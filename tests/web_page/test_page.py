@@ -5,8 +5,8 @@ import re
 import pytest
 
 import rgexport
+from rgexport.artifacts.opening import open_artifact
 from rgexport.chat.state_file import read_state_header
-from rgexport.export.opening import open_artifact
 from rgexport.web_page import site
 from tests.npm.install import HERE, node_with_packages
 from tests.web_page.chat_page import LONGEST, Profile, plain

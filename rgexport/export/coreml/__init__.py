@@ -1,1 +1,1 @@
-"""Lowers a step program to Core ML's MIL, and writes the package."""
+"""Exports to Core ML: lowers the step program to MIL, and writes packages."""

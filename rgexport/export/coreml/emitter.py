@@ -10,7 +10,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var, types
 
-from rgexport.export.coreml.manifest import (
+from rgexport.artifacts.coreml.manifest import (
     LO_SCALE,
     RECURRENT,
     RECURRENT_OUTPUT,
@@ -18,11 +18,11 @@ from rgexport.export.coreml.manifest import (
     feature_name,
     pair,
 )
+from rgexport.artifacts.manifest import StoredPart, StoredTensor
 from rgexport.export.coreml.storage import blob_dtype
-from rgexport.export.manifest import StoredPart, StoredTensor
 from rgexport.export.program import Node, Value
-from rgexport.export.storage import with_groups
-from rgexport.quantize.scheme import Affine, Palette
+from rgexport.export.row_groups import with_groups
+from rgexport.quantize.schemes.registry import Affine, Palette
 
 _CAST_NAMES = {"float32": "fp32", "float16": "fp16", "int32": "int32", "bool": "bool"}
 DTYPES = {name: getattr(types, cast) for name, cast in _CAST_NAMES.items()} | {

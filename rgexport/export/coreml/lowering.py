@@ -7,10 +7,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 from coremltools.converters.mil.mil import Var
 
+from rgexport.artifacts.coreml.manifest import feature_name
 from rgexport.export.coreml.emitter import CoreMLEmitter
-from rgexport.export.coreml.manifest import feature_name
 from rgexport.export.program import Node, Value
-from rgexport.export.storage import lower_by_groups
+from rgexport.export.row_groups import lower_by_groups
 from rgexport.griffin.ops import rope_frequencies
 
 Lowering = Callable[[CoreMLEmitter, Node], Sequence[Var | None]]

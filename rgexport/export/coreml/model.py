@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 from coremltools import _SPECIFICATION_VERSION_IOS_18 as IOS_18
@@ -22,20 +21,19 @@ from coremltools.proto.MIL_pb2 import Value
 from coremltools.proto.Model_pb2 import Model
 
 from rgexport._version import __version__
-from rgexport.export.coreml import manifest as interface
+from rgexport.artifacts.coreml import manifest as interface
+from rgexport.artifacts.coreml.mil.checks import CONFIG, DIGESTS, short_digests
+from rgexport.artifacts.coreml.package import DECODE, PREFILL, PackagePlan, Segment
+from rgexport.artifacts.coreml.storage import BLOB_HEADER_BYTES
+from rgexport.artifacts.manifest import StoredPart, StoredTensor
+from rgexport.artifacts.origin import GEMMA_TERMS, origin_of
 from rgexport.export.coreml.emitter import DTYPES, CoreMLEmitter
 from rgexport.export.coreml.lowering import lower
-from rgexport.export.coreml.package import DECODE, PREFILL, PackagePlan, Segment
-from rgexport.export.coreml.storage import BLOB_HEADER_BYTES
-from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.export.mil.checks import CONFIG, DIGESTS, short_digests
-from rgexport.export.origin import GEMMA_TERMS, origin_of
+from rgexport.export.coreml.options import CoreMLOptions
+from rgexport.export.coreml.package import hidden_values, segment_nodes
 from rgexport.export.program import StepProgram
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
-
-if TYPE_CHECKING:
-    from rgexport.export.coreml.exporter import CoreMLOptions
 
 _STATE = re.compile(r"(?:layers_(?P<layer>\d+)_)?(?P<kind>.+?)(?P<half>_hi|_lo)?")
 
@@ -78,7 +76,7 @@ def _function(
         name: StateTensorPlaceholder(shape, dtype=DTYPES["float16"], name=name)
         for name, shape in interface.stored_states(config, form, segment).items()
     }
-    before, after = segment.hidden(program)
+    before, after = hidden_values(segment, program)
     with Function(inputs, opset_version=target.iOS18) as function:
         states = segment.of_layers(program.states)
         count = tokens if form.all_logits else 1
@@ -90,7 +88,7 @@ def _function(
             values[interface.HIDDEN] = before
         for name in function.inputs.keys() & values.keys():
             emitter.values[values[name].name] = function.inputs[name]
-        for node in segment.nodes(program):
+        for node in segment_nodes(segment, program):
             lower(emitter, node)
         result = emitter.values[(after or program.logits).name]
         if after:  # under a name of its own; the site keeps its own
@@ -103,7 +101,7 @@ def _function(
 def add_metadata(
     model: Model,
     checkpoint: Checkpoint,
-    options: "CoreMLOptions",
+    options: CoreMLOptions,
     plan: PackagePlan,
     blobs: Mapping[str, str],
 ) -> None:

@@ -1,1 +1,1 @@
-"""GGUF: one file for llama.cpp, written in one pass and read back."""
+"""Exports to GGUF: one file for llama.cpp, written in one pass."""

@@ -14,17 +14,18 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf import GGUFValueType as Kind
 
+from rgexport.artifacts.gguf import integrity
+from rgexport.artifacts.gguf.format import algorithms_value
+from rgexport.artifacts.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
+from rgexport.artifacts.gguf.naming import ARCHITECTURE, FileTensor, architecture
+from rgexport.artifacts.gguf.vocabulary import Vocabulary, read_vocabulary
+from rgexport.artifacts.manifest import SelfCheck
+from rgexport.artifacts.origin import GEMMA_TERMS, folder_of, origin_of
+from rgexport.artifacts.storage import aligned
 from rgexport.export.exporter import Exporter
 from rgexport.export.folder import common_fields
-from rgexport.export.gguf import integrity
-from rgexport.export.gguf.format import algorithms_value
-from rgexport.export.gguf.integrity import MANIFEST_KEY, EmbeddedManifest
-from rgexport.export.gguf.naming import ARCHITECTURE, FileTensor, architecture
 from rgexport.export.gguf.options import GgufOptions, GgufStorage
-from rgexport.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from rgexport.export.manifest import SelfCheck
-from rgexport.export.origin import GEMMA_TERMS, folder_of, origin_of
-from rgexport.export.storage import aligned, in_order, slab_bytes
+from rgexport.export.storage import in_order, slab_bytes
 from rgexport.files.hashing import remember_hashes
 from rgexport.files.targets import check_file_target, replace_file, require_free_disk
 from rgexport.files.typed_json import to_json
@@ -34,11 +35,11 @@ from rgexport.griffin.control_tokens import chosen_template
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.tensor import RowTensor, WeightSource, slab_bounds
 from rgexport.progress import Advance, expect_stages, group, note, task, warn
-from rgexport.quantize.ggml_library import load_library
-from rgexport.quantize.ggml_types import TYPES
+from rgexport.quantize.algorithms.statistics import Known, Statistics, StatisticsOf, no_statistics
 from rgexport.quantize.gguf_header import ALIGNMENT, is_gguf, read_header
-from rgexport.quantize.scheme import Ggml
-from rgexport.quantize.statistics import Known, Statistics, StatisticsOf, no_statistics
+from rgexport.quantize.schemes.ggml_library import load_library
+from rgexport.quantize.schemes.ggml_types import TYPES
+from rgexport.quantize.schemes.registry import Ggml
 
 Metadata = dict[str, Any]
 """Key → value, of a type that has a kind here; a list has values of one type."""
@@ -257,7 +258,7 @@ def _encode(
     return stored + bytes(-_tensor_bytes(tensor, scheme.type) % ALIGNMENT * last), rows.nbytes
 
 
-EXPORTER = Exporter(
+FORMAT = Exporter(
     make_options=GgufOptions,
     export=export_gguf,
     default_target=lambda model, options: Path(f"{model}-{options.file_type.name.upper()}.gguf"),

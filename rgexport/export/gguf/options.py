@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.gguf.naming import FileTensor, file_tensors
 from rgexport.errors import RequestError
-from rgexport.export.gguf.naming import FileTensor, file_tensors
 from rgexport.export.request import refuse_beside_plan, refuse_idle, require_levels, require_word
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize import ggml_types
-from rgexport.quantize.algorithms import ALGORITHMS
+from rgexport.quantize.algorithms.registry import ALGORITHMS
 from rgexport.quantize.imatrix import Imatrix, read_imatrix
-from rgexport.quantize.scheme import Ggml, Plan
+from rgexport.quantize.schemes import ggml_types
+from rgexport.quantize.schemes.registry import Ggml, Plan
 
 DEFAULT_TYPE = "q4_k_m"
 PRECISION_TYPES = {"fp32": "f32", "fp16": "f16", "int8": "q8_0", "int4": "q4_k_m"}

@@ -1,1 +1,1 @@
-"""ONNX: storage of the weights, lowering of the step program, the artifact's folder."""
+"""Exports to ONNX: lowers the step program, and writes the artifact's folder."""

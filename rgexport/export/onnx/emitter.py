@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 import onnx_ir as ir
 
-from rgexport.export.manifest import StoredPart, StoredTensor
-from rgexport.export.onnx.model_file import DOMAIN
+from rgexport.artifacts.manifest import StoredPart, StoredTensor
+from rgexport.artifacts.onnx.model_file import DOMAIN
 from rgexport.export.program import Node, Value
-from rgexport.export.storage import with_groups
+from rgexport.export.row_groups import with_groups
 
 OPSET = 23  # the first one with RMSNormalization and RotaryEmbedding as single nodes
 

@@ -8,25 +8,29 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from rgexport.artifacts.artifact import files_of
+from rgexport.artifacts.control_ids import ControlIds
+from rgexport.artifacts.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
+from rgexport.artifacts.onnx.format import FORMAT as ONNX_FORMAT
+from rgexport.artifacts.onnx.format import graph_interface
+from rgexport.artifacts.onnx.model_file import DATA_FILE, MODEL_FILE
+from rgexport.artifacts.storage import aligned
 from rgexport.errors import RequestError
-from rgexport.export.artifact import files_of
-from rgexport.export.exporter import Exporter
+from rgexport.export.exporter import Exporter, default_target
 from rgexport.export.folder import export_folder
-from rgexport.export.manifest import ACTIVATIONS, COLUMNS, Manifest, SelfCheck, StoredTensor
-from rgexport.export.onnx.format import FORMAT, graph_interface, require_kernels, with_interface
-from rgexport.export.onnx.model import add_description, build_model
-from rgexport.export.onnx.model_file import DATA_FILE, MODEL_FILE
+from rgexport.export.onnx.interface import with_interface
+from rgexport.export.onnx.model import add_description, build_model, narrowed
 from rgexport.export.onnx.profiles import PROFILES, FileLimit, OnnxOptions
-from rgexport.export.opening import default_target
-from rgexport.export.storage import OffsetAllocator, aligned, fill
-from rgexport.export.tokenizer import ControlIds, tokens_by_frequency
+from rgexport.export.storage import OffsetAllocator, fill
+from rgexport.export.tokenizer import tokens_by_frequency
 from rgexport.export.trace import trace
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
+from rgexport.kernels.onnx import library
 from rgexport.progress import task
+from rgexport.quantize.algorithms.statistics import StatisticsOf, no_statistics
 from rgexport.quantize.plan import bfloat16_gates
-from rgexport.quantize.scheme import Parts, Plan
-from rgexport.quantize.statistics import StatisticsOf, no_statistics
+from rgexport.quantize.schemes.registry import Parts, Plan
 
 _ALIGNMENT = 4096  # of every part: runtimes map the file, and a mapping starts at a page
 
@@ -43,10 +47,10 @@ def lay_out(
     allocator = OffsetAllocator(DATA_FILE, _ALIGNMENT)
     for name, scheme in plan.items():
         before = allocator.size
-        stored = allocator.allocate({name: scheme}, shapes, FORMAT.part_shapes)
+        stored = allocator.allocate({name: scheme}, shapes, ONNX_FORMAT.part_shapes)
         if limit and before and aligned(allocator.size, _ALIGNMENT) > limit.filled:
             allocator = OffsetAllocator(f"{DATA_FILE}.{len(sizes)}", _ALIGNMENT)
-            stored = allocator.allocate({name: scheme}, shapes, FORMAT.part_shapes)
+            stored = allocator.allocate({name: scheme}, shapes, ONNX_FORMAT.part_shapes)
         if limit and allocator.size > limit.largest:
             raise RequestError(
                 f"{name} takes {allocator.size:,} bytes as {scheme.label}, more than the "
@@ -63,6 +67,17 @@ def _encode(
 ) -> Parts:
     arrays = tensor.uniform.encode(name, rows, statistics(name), ids)
     return {COLUMNS: arrays.pop("data"), **arrays} if COLUMNS in tensor.parts else arrays
+
+
+def _require_kernels() -> Path:
+    """Returns the library of native kernels; raises RequestError if there is none."""
+    path = library.library()
+    if path is None:
+        raise RequestError(
+            f"--genai-native copies the native kernels, but {library.kernels().reason}; "
+            "or leave it out, and onnxruntime-genai runs its own"
+        )
+    return path
 
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "numpy")
@@ -88,7 +103,7 @@ def export_onnx(
     activation = ACTIVATIONS[options.compute_word]
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     profile = PROFILES[options.profile]
-    kernels = require_kernels() if options.genai_native else None  # before minutes of work
+    kernels = _require_kernels() if options.genai_native else None  # before minutes of work
     tensors, sizes = lay_out(plan, shapes, profile.files)
 
     def write_model(folder: Path, common: dict[str, Any], ids: ControlIds) -> Manifest:
@@ -112,17 +127,18 @@ def export_onnx(
         )
         if kernels is not None:
             shutil.copyfile(kernels, folder / kernels.name)
-        FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
+        ONNX_FORMAT.write_program_files(folder, manifest, ids, files_of(folder))
         return manifest
 
     size = sum(sizes.values())
     return export_folder(checkpoint, target, write_model, size, _TOOLS, force=force, check=check)
 
 
-EXPORTER = Exporter(
+FORMAT = Exporter(
     make_options=OnnxOptions,
     export=export_onnx,
     default_target=lambda model, options: default_target(
         model, options.precision_word, "onnx", options.profile
     ),
+    narrow=narrowed,
 )

@@ -10,14 +10,14 @@ from typing import Any
 import onnx_ir as ir
 from onnx import parser
 
-from rgexport.export.format import render
-from rgexport.export.manifest import StoredTensor
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.onnx.model_file import DOMAIN
+from rgexport.artifacts.onnx.trust import MICROSOFT
 from rgexport.export.onnx.emitter import DTYPES, OPSET
-from rgexport.export.onnx.model_file import DOMAIN
-from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, StepProgram
-from rgexport.quantize.scheme import Affine, TwoLevel
-from rgexport.quantize.two_level import PLANES, RUN
+from rgexport.quantize.schemes.registry import Affine, TwoLevel
+from rgexport.quantize.schemes.two_level import PLANES, RUN
+from rgexport.reporting.text_templates import render_text
 
 QUANT_LINEAR_SIZES = "N", "N2", "N3"  # attributes of QuantLinear: the number of rows of each matrix
 
@@ -25,7 +25,8 @@ QUANT_LINEAR_SIZES = "N", "N2", "N3"  # attributes of QuantLinear: the number of
 def _function(template: str, **facts: Any) -> ir.Function:
     float32 = int(DTYPES["float32"])
     facts |= {"domain": DOMAIN, "opset": OPSET, "microsoft": MICROSOFT, "float32": float32}
-    return ir.serde.deserialize_function(parser.parse_function(render(template, **facts)))
+    text = render_text("rgexport.export", template, **facts)
+    return ir.serde.deserialize_function(parser.parse_function(text))
 
 
 RG_LRU_SCAN = _function("rg_lru_scan.onnx.j2", gated=True)

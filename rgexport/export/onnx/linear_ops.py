@@ -7,12 +7,12 @@ from itertools import accumulate, chain, pairwise
 import numpy as np
 import onnx_ir as ir
 
+from rgexport.artifacts.onnx.trust import MICROSOFT
 from rgexport.export.onnx import functions
 from rgexport.export.onnx.emitter import OnnxEmitter
-from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
-from rgexport.quantize.scheme import Affine, TwoLevel
-from rgexport.quantize.two_level import PLANES, RUN
+from rgexport.quantize.schemes.registry import Affine, TwoLevel
+from rgexport.quantize.schemes.two_level import PLANES, RUN
 
 Lowering = Callable[[OnnxEmitter, Node], Sequence[ir.Value]]
 

@@ -10,7 +10,7 @@ from rgexport.export.onnx.emitter import END, Body, GraphBuilder, OnnxEmitter
 from rgexport.export.onnx.functions import RG_LRU_SCAN, UNGATED_SCAN
 from rgexport.export.onnx.linear_ops import GROUPED
 from rgexport.export.program import Node
-from rgexport.export.storage import lower_by_groups
+from rgexport.export.row_groups import lower_by_groups
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.ops import rope_frequencies
 

@@ -7,15 +7,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from rgexport._version import __version__
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, StoredTensor
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import ACTIVATIONS, StoredTensor
+from rgexport.artifacts.onnx.format import feature_names, graph_interface
+from rgexport.artifacts.onnx.model_file import DOMAIN, VERSION
+from rgexport.artifacts.onnx.trust import MICROSOFT
 from rgexport.export.onnx.emitter import DTYPES, OPSET, OnnxEmitter
-from rgexport.export.onnx.format import feature_names, graph_interface, with_interface
 from rgexport.export.onnx.functions import fused
+from rgexport.export.onnx.interface import with_interface
 from rgexport.export.onnx.lowering import lower
-from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx.profiles import PROFILES, LoweringProfile
-from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, StepProgram
 from rgexport.export.trace import trace
 from rgexport.griffin.config import GriffinConfig

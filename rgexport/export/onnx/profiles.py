@@ -5,17 +5,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rgexport.artifacts.onnx.format import is_storable
 from rgexport.choices import Profile
 from rgexport.errors import RequestError
-from rgexport.export.onnx.format import is_storable
 from rgexport.export.onnx.lowering import LOWERINGS, Lowering
 from rgexport.export.onnx.web_ops import WASM, WEBGPU
 from rgexport.export.request import FolderOptions, refuse_idle, require_word
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.quantize import plan as planning
-from rgexport.quantize import scheme as schemes
-from rgexport.quantize.two_level import PLANES
+from rgexport.quantize.schemes import registry as schemes
+from rgexport.quantize.schemes.two_level import PLANES
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from functools import partial
 
 import onnx_ir as ir
 
-from rgexport.export.manifest import COLUMNS
+from rgexport.artifacts.manifest import COLUMNS
+from rgexport.artifacts.onnx.trust import MICROSOFT
 from rgexport.export.onnx import linear_ops
 from rgexport.export.onnx.emitter import END, GraphBuilder, OnnxEmitter
 from rgexport.export.onnx.functions import EXACT
 from rgexport.export.onnx.lowering import ring_attention
-from rgexport.export.onnx.trust import MICROSOFT
 from rgexport.export.program import Node, Value
 from rgexport.griffin.config import RG_LRU_C
-from rgexport.quantize.scheme import INT8_ROWS, Affine
+from rgexport.quantize.schemes.registry import INT8_ROWS, Affine
 
 _ZERO_POINT = 128  # of weights and activations, which are symmetric and stored as unsigned bytes
 _LARGEST = 127

@@ -19,9 +19,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.state import POSITION, State
 from rgexport.progress import note, task
 from rgexport.reporting.tables import Table, markdown, render

@@ -4,10 +4,10 @@ import sys
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import CoreMLManifest, feature_name
-from rgexport.export.manifest import Manifest
-from rgexport.export.mil.package import open_package
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.coreml.manifest import CoreMLManifest, feature_name
+from rgexport.artifacts.coreml.mil.package import open_package
+from rgexport.artifacts.manifest import Manifest
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.coreml import manifest as interface
+from rgexport.artifacts.coreml.mil.package import open_package
+from rgexport.artifacts.coreml.package import DECODE, PREFILL, Segment, in_order
+from rgexport.artifacts.manifest import ACTIVATIONS, StateRecord
 from rgexport.errors import NotInstalled, RequestError, reason
-from rgexport.export.artifact import Artifact
-from rgexport.export.coreml import manifest as interface
-from rgexport.export.coreml.package import DECODE, PREFILL, Segment, in_order
-from rgexport.export.manifest import ACTIVATIONS, StateRecord
-from rgexport.export.mil.package import open_package
 from rgexport.griffin.state import POSITION, State, state_specs
 from rgexport.parallelism import usable_threads
 from rgexport.runtimes.coreml.interpreter.interpreter import InterpreterRunner

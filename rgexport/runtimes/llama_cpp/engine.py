@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
 from rgexport.griffin.config import GriffinConfig
-from rgexport.griffin.layout import all_ops, sites
+from rgexport.griffin.layer_ops import all_ops
+from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
 from rgexport.kernels.llama_cpp.port import BUILD_COMMAND
-from rgexport.quantize.ggml_library import load_library
+from rgexport.quantize.schemes.ggml_library import load_library
 from rgexport.runtimes.engine import LENGTHS, Engine, Observation, Observer, SessionOptions
 from rgexport.runtimes.llama_cpp.library import bindings
 from rgexport.runtimes.llama_cpp.session import UBATCH, LlamaCppSession

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rgexport import progress
+from rgexport.artifacts.gguf.naming import ARCHITECTURE
 from rgexport.errors import NotInstalled, RequestError
-from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.kernels.llama_cpp import port
 from rgexport.runtimes.huge_pages import huge_pages
 

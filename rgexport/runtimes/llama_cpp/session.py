@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.gguf.naming import ARCHITECTURE
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.naming import ARCHITECTURE
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.parallelism import usable_threads
 from rgexport.runtimes.llama_cpp import library

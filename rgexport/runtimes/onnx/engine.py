@@ -4,14 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest, StoredTensor
-from rgexport.export.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
-from rgexport.export.onnx.trust import require_trusted
-from rgexport.export.storage import groups_of
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest, StoredTensor
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
+from rgexport.artifacts.onnx.trust import require_trusted
+from rgexport.artifacts.storage import groups_of
+from rgexport.formats import format_on
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantize.scheme import Float, TwoLevel
+from rgexport.quantize.schemes.registry import Float, TwoLevel
 from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
@@ -23,8 +24,7 @@ _COPIES = 7.5  # of unpacked levels, measured: a 2B in 3 bits takes 12.5 GB
 class OnnxEngine(engine.Engine):
     @property
     def can_narrow(self) -> bool:
-        import rgexport.export.onnx.model  # noqa: F401  # without torch it fails here
-
+        _exporter()  # without torch it fails here
         return True
 
     def require_trusted(self, artifact: Artifact) -> None:
@@ -33,9 +33,7 @@ class OnnxEngine(engine.Engine):
     def session(self, artifact: Artifact, options: engine.SessionOptions) -> Session:
         graph = None
         if options.window is not None:
-            from rgexport.export.onnx.model import narrowed
-
-            artifact, graph = narrowed(artifact, options.window)
+            artifact, graph = _exporter().narrow(artifact, options.window)
         return OrtSession(artifact, threads=options.threads, graph=graph, native=options.native)
 
     def has_native(self, artifact: Artifact) -> bool:
@@ -57,6 +55,14 @@ class OnnxEngine(engine.Engine):
     def _held_bytes(self, tensor: StoredTensor) -> int:
         """Counts float16 weights twice: on a CPU they are converted to float32."""
         return super()._held_bytes(tensor) * (2 if tensor.scheme == Float("float16") else 1)
+
+
+def _exporter() -> Any:
+    """Returns the exporter, which lowers the graph of another window.
+
+    The registry loads it, so that engines do not depend on the package `export`.
+    """
+    return format_on("export", "onnx")
 
 
 FORMAT = OnnxEngine()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from rgexport.export.onnx.model_file import ExternalTensor
+from rgexport.artifacts.onnx.model_file import ExternalTensor
 from rgexport.griffin.tensor import advise_kernel
 from rgexport.runtimes.huge_pages import Area, BackgroundAdvice
 from rgexport.runtimes.machine import available_bytes

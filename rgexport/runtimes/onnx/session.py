@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import onnxruntime as ort
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import ACTIVATIONS, Manifest, StateRecord
+from rgexport.artifacts.onnx import model_file
+from rgexport.artifacts.onnx.trust import require_trusted
 from rgexport.errors import RequestError, one_line
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest, StateRecord
-from rgexport.export.onnx import model_file
-from rgexport.export.onnx.trust import require_trusted
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.state import POSITION, State
 from rgexport.parallelism import usable_threads

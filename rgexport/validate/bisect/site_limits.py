@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rgexport.export.manifest import Manifest
+from rgexport.artifacts.manifest import Manifest
 from rgexport.griffin.config import RG_LRU_C
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.validate.formats.expected import expected_of
@@ -22,6 +22,7 @@ class SiteLimit:
     median: float
 
     def plus(self, rms: float, median: float) -> "SiteLimit":
+        """Returns wider limits."""
         return SiteLimit(self.rms + rms, self.median + median)
 
 
@@ -46,7 +47,7 @@ float16 show as 1e-5.
 """
 
 ROUNDED = {"float32": 0.0, "float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1}
-"""What an op rounds its values to → what that adds to both limits.
+"""Dtype that an op rounds its values to → width that this adds to both limits.
 
 float16: ten times the mean of half a unit, 2e-4, since intermediate values are rounded too.
 bfloat16, at a linear's inputs: eight times as much. int8, there too: the rms error of a block is
@@ -56,25 +57,39 @@ max |x| / 440, at most √256 / 440 = 3.6 %, and the terms may cancel to a third
 GAIN = 0.02
 """The most that all values of an op may be too large together; measured: up to 0.003."""
 
-_ALWAYS_FLOAT32 = "embedding", "rms_norm", "block_diagonal_linear", "rg_lru_scan"
-HALF = dict.fromkeys(_ALWAYS_FLOAT32, 0.0) | {"soft_cap": 5e-4}
-"""Op → what float16 activations add to its limits; `ROUNDED` for all other ops.
+HALF = {
+    "embedding": 0.0,
+    "rms_norm": 0.0,
+    "block_diagonal_linear": 0.0,
+    "rg_lru_scan": 0.0,
+    "soft_cap": 5e-4,
+}
+"""Op → width that float16 activations add to its limits; `ROUNDED` for all other ops.
 
 These are float32 in every artifact. Only the soft cap takes logits that may have been rounded.
 """
 
 HALF_ATTENTION = 1e-2
-"""What attention adds where its scores (Core ML) or its keys and queries (GGUF) are float16: a
-weight is off by as much as its score, 30 · 2⁻¹¹ = 1.5 % if all its errors had one sign."""
+"""Added to attention's limits where its scores or its keys and queries are float16.
+
+The scores are so in Core ML, keys and queries in GGUF. A weight is off by as much as its score,
+30 · 2⁻¹¹ = 1.5 % if all its errors had one sign.
+"""
 ANGLE = 2.0**-23
 """Added per token of position: the rounding of a frequency and of an angle, in radians."""
 
 
 def site_limit(manifest: Manifest, op: str, site: str, position: int) -> SiteLimit:
-    """The limit of an op of `griffin.ops`, by the manifest: a gate in float16 is a fault."""
-    expected, rounding = expected_of(manifest.kind), 0.0
+    """Returns the limit of an op of `griffin.ops`, by the manifest: a gate in float16 is a fault.
+
+    `position` is that of the last token.
+    """
+    expected = expected_of(manifest.kind)
+    rounding = 0.0
     if op == "linear":
-        tensor = EMBEDDING if site == "lm_head" else f"{site}.weight"
+        tensor = f"{site}.weight"
+        if site == "lm_head":
+            tensor = EMBEDDING
         rounding += ROUNDED[expected.rounds_inputs_to(manifest, tensor)]
     if manifest.compute == "fp16":
         rounding += HALF.get(op, ROUNDED["float16"])
@@ -91,16 +106,20 @@ def scan_noise(recurrence_gate: np.ndarray, a_param: np.ndarray) -> np.ndarray:
     Two libraries' exp(2 log a) differ by a unit of 2⁻²⁴, and the root of 1 - a² by half as much of
     1 - a²: by 0.15 % at 1 - a = 1e-5. The gate [1, T, R] has pre-activations.
     """
-    gate, param = (x.astype(np.float64) for x in (recurrence_gate[0], a_param))
-    square = np.exp(2 * RG_LRU_C / (1 + np.exp(-gate)) * np.logaddexp(0, param))
+    gate = recurrence_gate[0].astype(np.float64)
+    param = a_param.astype(np.float64)
+    log_square = 2 * RG_LRU_C / (1 + np.exp(-gate)) * np.logaddexp(0, param)
+    square = np.exp(log_square)
     noise = 2.0**-25 / np.maximum(1 - square, 2.0**-24)
     return np.asarray(np.sqrt((noise**2).mean(0)))
 
 
 def state_limit(manifest: Manifest, state: str) -> SiteLimit:
-    """The limit of a canonical state: all but the RG-LRU's are copies of values at sites."""
+    """Returns the limit of a canonical state; all but the RG-LRU's are copies of ops' values."""
     if state.endswith(".rg_lru"):
         return FLOAT32["rg_lru_scan"]
-    half = manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest)
-    rounding = ROUNDED["float16" if half else "float32"]
+    dtype = "float32"
+    if manifest.compute == "fp16" or expected_of(manifest.kind).attends_in_half(manifest):
+        dtype = "float16"
+    rounding = ROUNDED[dtype]
     return FLOAT32_SUMS.plus(rounding, rounding)

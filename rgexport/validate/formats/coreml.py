@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.coreml.manifest import KIND, CoreMLManifest, Form
-from rgexport.export.coreml.package import PackagePlan, model_file, packages
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.coreml.manifest import KIND, CoreMLManifest, Form
+from rgexport.artifacts.coreml.mil.package import MAX_MODEL_BYTES
+from rgexport.artifacts.coreml.mil.program import messages
+from rgexport.artifacts.coreml.package import PackagePlan, model_file, packages
+from rgexport.artifacts.manifest import Manifest
 from rgexport.export.coreml.storage import CoreMLStorage
-from rgexport.export.manifest import Manifest
-from rgexport.export.mil.package import MAX_MODEL_BYTES
-from rgexport.export.mil.program import messages
 from rgexport.files.paths import read_regular
 from rgexport.griffin.layout import model_tensors
 from rgexport.validate.checks import Tolerance

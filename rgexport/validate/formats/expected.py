@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import one_line
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
 from rgexport.formats import format_on
 from rgexport.griffin.config import GriffinConfig
-from rgexport.quantize.scheme import Plan
+from rgexport.quantize.schemes.registry import Plan
 from rgexport.validate.checks import DEQUANTIZED, INT8, Tolerance
-from rgexport.validate.identity import IdentityItem, Items, folder_items, written_files
+from rgexport.validate.identity import IdentityItem
 from rgexport.validate.structure.elements import Element
+from rgexport.validate.text_items import Items, folder_items
+from rgexport.validate.written_files import written_files
 
 if TYPE_CHECKING:
     from rgexport.export.program import StepProgram

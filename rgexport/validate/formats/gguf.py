@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.gguf.format import GgufArtifact
+from rgexport.artifacts.gguf.naming import ARCHITECTURE, architecture, file_tensors
+from rgexport.artifacts.gguf.vocabulary import Vocabulary
+from rgexport.artifacts.manifest import Manifest
 from rgexport.chat.artifact_text import open_template
 from rgexport.chat.tokenizer import Tokenizer
-from rgexport.export.artifact import Artifact
-from rgexport.export.gguf.format import GgufArtifact
-from rgexport.export.gguf.naming import ARCHITECTURE, architecture, file_tensors
-from rgexport.export.gguf.vocabulary import Vocabulary
-from rgexport.export.manifest import Manifest
 from rgexport.griffin.control_tokens import END_OF_TURN, ControlToken, ControlTokens
 from rgexport.validate.checks import FLOAT16, FLOAT32, INT8, Tolerance
 from rgexport.validate.formats.expected import Expected, Recipe
-from rgexport.validate.identity import NO_MEANING, IdentityItem, Items, compared, meaning
+from rgexport.validate.identity import IdentityItem, compared
 from rgexport.validate.structure.elements import Element, shortened
+from rgexport.validate.text_items import NO_MEANING, Items, meaning
 
 _WHY_BFLOAT16 = "activations are rounded to 8 bits at every linear"
 _BFLOAT16 = Tolerance(logits=0.16, rms=5e-2, states=0.16, reason=_WHY_BFLOAT16)

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import ACTIVATIONS, Manifest
-from rgexport.export.onnx.model_file import MODEL_FILE, NUM_LOGITS, parse_model, read_graph
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import ACTIVATIONS, Manifest
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, NUM_LOGITS, parse_model, read_graph
 from rgexport.export.tokenizer import tokens_by_frequency
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors
@@ -47,7 +47,7 @@ class OnnxExpected(Expected):
         import onnx_ir as ir
 
         from rgexport.export.onnx.exporter import lay_out
-        from rgexport.export.onnx.format import with_interface
+        from rgexport.export.onnx.interface import with_interface
         from rgexport.export.onnx.model import build_model
         from rgexport.export.onnx.profiles import PROFILES
 

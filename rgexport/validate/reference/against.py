@@ -7,16 +7,16 @@ from itertools import chain
 
 import numpy as np
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.manifest import Manifest
 from rgexport.errors import RequestError
-from rgexport.export.artifact import Artifact
-from rgexport.export.manifest import Manifest
 from rgexport.progress import task
 from rgexport.runtimes.session import Session, blocks, whole_chunks
 from rgexport.validate import metrics
 from rgexport.validate.checks import Check, cost_checks, tolerance
 from rgexport.validate.reference.reference_file import PromptRecord, ReferenceFile
 from rgexport.validate.source import config_differences
-from rgexport.validate.weights.tensor_errors import SketchError, sketch_errors
+from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
 from rgexport.validate.weights.weight_limits import sketch_checks
 
 SHAPES = (

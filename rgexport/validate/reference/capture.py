@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.origin import folder_of
 from rgexport.chat.tokenizer import Tokenizer, load_tokenizer
 from rgexport.errors import RequestError
-from rgexport.export.origin import folder_of
 from rgexport.files.hashing import FileRecord, hash_new_files
 from rgexport.files.targets import check_file_target
 from rgexport.griffin.checkpoint import Checkpoint
@@ -28,12 +28,12 @@ from rgexport.progress import detail, expect_stages, note, task
 from rgexport.runtimes.machine import available_bytes, environment, torch_device
 from rgexport.units import amount
 from rgexport.validate.continuations import continue_greedily
-from rgexport.validate.identity import text_identity
 from rgexport.validate.metrics import checkpoints
 from rgexport.validate.reference import reference_file
 from rgexport.validate.reference_pass import ReferenceModel, watched_layers
 from rgexport.validate.structure.compare import can_record, record_structures
 from rgexport.validate.text import Text, choose_prompts
+from rgexport.validate.text_items import text_identity
 from rgexport.validate.weights.sketch import SLAB_BYTES, MixtureRecorder, products, sketch
 
 OWN = "rgexport"

@@ -33,8 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rgexport.artifacts.manifest_reader import check_config
 from rgexport.errors import RequestError
-from rgexport.export.manifest_reader import check_config
 from rgexport.files import safetensors
 from rgexport.files.hashing import FileRecord, hash_file
 from rgexport.files.kinds import read_typed_metadata
@@ -45,8 +45,8 @@ from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import linear_inputs, model_tensors
 from rgexport.griffin.state import POSITION, State, StateSpec, state_specs
 from rgexport.griffin.tensor import RowTensor, file_rows
-from rgexport.validate.identity import TextIdentity
 from rgexport.validate.structure.elements import Fingerprint
+from rgexport.validate.text_items import TextIdentity
 from rgexport.validate.weights.sketch import MIXTURES, sketch_shape
 
 FORMAT_VERSION = 3

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 from rgexport.reporting.chart import Chart, Series, logarithmic_axis, y_values
 from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.page import page_environment, visible
 from rgexport.units import amount
-from rgexport.validate.bisect.sites import site_evidence
+from rgexport.validate.bisect.suspects import site_evidence
 from rgexport.validate.checks import GRADES, verdict
 from rgexport.validate.report import sentences, tables
 from rgexport.validate.result import ValidationResult
@@ -16,13 +17,15 @@ from rgexport.validate.result import ValidationResult
 def render_page(results: Sequence[ValidationResult]) -> str:
     """Returns the page: the verdict first, then a table of the artifacts if they are several."""
     environment = page_environment("validate.report")
-    filters = amount, number, percent, piece, site_evidence
-    environment.filters |= {f.__name__: f for f in filters}
-    shared = {"sentences": sentences, "tables": tables, "kl_chart": kl_chart, "grades": GRADES}
-    environment.globals |= shared
-    return environment.get_template("page.html.j2").render(
-        results=results, verdict=verdict(check for result in results for check in result.checks)
-    )
+    for function in (amount, number, percent, piece, site_evidence):
+        environment.filters[function.__name__] = function
+    environment.globals["sentences"] = sentences
+    environment.globals["tables"] = tables
+    environment.globals["kl_chart"] = kl_chart
+    environment.globals["grades"] = GRADES
+    checks = chain.from_iterable(result.checks for result in results)
+    template = environment.get_template("page.html.j2")
+    return template.render(results=results, verdict=verdict(checks))
 
 
 def piece(text: str) -> str:
@@ -31,10 +34,19 @@ def piece(text: str) -> str:
 
 
 def kl_chart(r: ValidationResult) -> Chart:
-    sides = [(kind, sentences.LABELS[kind], side) for kind, side in reversed(tables.sides_of(r))]
-    series = [Series(k, label, [(b.start, b.kl_mean) for b in s.blocks]) for k, label, s in sides]
-    spans = {b.start: f"{b.start:,}–{b.stop - 1:,}" for b in r.dequantized.blocks}
-    spans |= {b.start: f"{b.start:,}" for b in r.dequantized.blocks if b.stop - b.start == 1}
+    """Returns the chart of the mean KL by position, a line for each comparison."""
+    series = []
+    for kind, side in reversed(tables.sides_of(r)):
+        points = [(block.start, block.kl_mean) for block in side.blocks]
+        series.append(Series(kind, sentences.LABELS[kind], points))
+
+    positions_of_start = {}
+    for block in r.dequantized.blocks:
+        text = f"{block.start:,}"
+        if block.stop - block.start > 1:
+            text += f"–{block.stop - 1:,}"
+        positions_of_start[block.start] = text
+
     ranges = ", ".join(f"against the {line.label} {_range(line)}" for line in series)
     return Chart(
         title="KL by position",
@@ -43,10 +55,12 @@ def kl_chart(r: ValidationResult) -> Chart:
         series=series,
         y=logarithmic_axis(y_values(series)),
         column="positions",
-        show_x=lambda x: spans[int(x)],
+        show_x=lambda x: positions_of_start[int(x)],
     )
 
 
 def _range(line: Series) -> str:
     ys = [y for _, y in line.points if math.isfinite(y)]
-    return f"{number(min(ys))} to {number(max(ys))}" if ys else "no finite value"
+    if not ys:
+        return "no finite value"
+    return f"{number(min(ys))} to {number(max(ys))}"

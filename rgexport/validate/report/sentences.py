@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from rgexport.reporting.numbers import number, plus_minus
@@ -32,10 +33,19 @@ LABELS = {"twin": "dequantized reference", "original": "original"}
 """Field of `ValidationResult` → its name for people."""
 ON_THE_TEXT = "PASS on the text that was run"
 """The verdict if all checks passed, but the graph was not compared with the exporter's."""
-_SEPARATE = "identity", "structure"  # kinds of checks that `proof_sentences` does not count
-_COSTS = "original.rms original.kl cost reference.rms reference.kl reference.finite".split()
-_PARTS = dict.fromkeys((*TENSOR_CHECKS, "reproduced"), "weights") | dict.fromkeys(_COSTS, "cost")
-"""Kind of a check → its part of the proof; `arithmetic` for all other kinds."""
+_SEPARATE = ("identity", "structure")
+"""Kinds of checks that `proof_sentences` does not count."""
+_WEIGHT_CHECKS = (*TENSOR_CHECKS, "reproduced")
+"""Kinds of checks that prove the weights."""
+_COST_CHECKS = (
+    "original.rms",
+    "original.kl",
+    "cost",
+    "reference.rms",
+    "reference.kl",
+    "reference.finite",
+)
+"""Kinds of checks that limit the cost; all other kinds prove the arithmetic."""
 MOST_NAMED = 12
 """Checks that are named below the verdict."""
 UNITS = "± is a standard error; bits are those in matrices and head, with their scales."
@@ -43,33 +53,48 @@ UNITS = "± is a standard error; bits are those in matrices and head, with their
 
 
 def mean_kl(kl: KL) -> str:
+    """Returns a mean KL with its standard error."""
     return plus_minus(kl.mean, kl.standard_error)
 
 
 def verdict_text(*results: ValidationResult) -> str:
-    """The worst verdict, and the limit of a PASS."""
-    worst = verdict(check for result in results for check in result.checks)
-    limited = worst == "PASS" and any(result.verdict_scope == "text" for result in results)
-    return ON_THE_TEXT if limited else worst
+    """Returns the worst verdict, and the limit of a PASS."""
+    checks = chain.from_iterable(result.checks for result in results)
+    worst = verdict(checks)
+    if worst == "PASS" and any(result.verdict_scope == "text" for result in results):
+        return ON_THE_TEXT
+    return worst
 
 
 def structure_text(r: ValidationResult) -> str:
     """Such as `as rgexport 0.1.0 writes it`."""
-    status, reason = r.structure.status, r.structure.reason
-    return reason if status == "as written" else f"{status}: {reason}"
+    structure = r.structure
+    if structure.status == "as written":
+        return structure.reason
+    return f"{structure.status}: {structure.reason}"
 
 
 def proof_sentences(r: ValidationResult) -> dict[str, str]:
-    """Part of the proof → one sentence on its outcome."""
-    groups: dict[str, list[Check]] = {"arithmetic": [], "weights": [], "cost": []}
+    """Returns one sentence on the outcome of each part of the proof."""
+    arithmetic = []
+    weights = []
+    cost = []
     for check in r.checks:
         kind = check.kind or check.name
-        if kind not in _SEPARATE:
-            groups[_PARTS.get(kind, "arithmetic")].append(check)
+        if kind in _SEPARATE:
+            continue
+        if kind in _WEIGHT_CHECKS:
+            weights.append(check)
+        elif kind in _COST_CHECKS:
+            cost.append(check)
+        else:
+            arithmetic.append(check)
     return {
         "identity": summary(r.identity),
         "structure": structure_text(r),
-        **{name: _outcome_of(checks) for name, checks in groups.items()},
+        "arithmetic": _outcome_of(arithmetic),
+        "weights": _outcome_of(weights),
+        "cost": _outcome_of(cost),
     }
 
 
@@ -77,11 +102,17 @@ def _outcome_of(checks: Sequence[Check]) -> str:
     """Such as `12 checks passed, up to 64 % of a limit (steps.logits)`."""
     if not checks:
         return "not compared, since the original was not given"
-    if wrong := [check.name for check in checks if not check.passed]:
+    wrong = [check.name for check in checks if not check.passed]
+    if wrong:
         return f"{len(wrong)} of {len(checks)} checks not passed: {first_names(wrong)}"
-    nearest = max(checks, key=lambda check: check.value / check.limit if check.limit else 0)
-    share = nearest.value / nearest.limit if nearest.limit else 0
+    nearest = max(checks, key=_share_of_limit)
+    share = _share_of_limit(nearest)
     return f"{len(checks)} checks passed, up to {share:.0%} of a limit ({nearest.name})"
+
+
+def _share_of_limit(check: Check) -> float:
+    """Returns a passed check's value in units of its limit; 0 where the limit is 0."""
+    return check.value / check.limit if check.limit else 0
 
 
 def counted_checks(r: ValidationResult) -> str:
@@ -91,8 +122,9 @@ def counted_checks(r: ValidationResult) -> str:
         return f"{counts['FAIL']} of {len(r.checks)} checks failed"
     if counts["AMBIGUOUS"]:
         return f"{counts['AMBIGUOUS']} of {len(r.checks)} checks cannot be decided"
-    correct = "export correct, " if r.verdict_scope == "structure" else ""
-    return f"{correct}every check passed"
+    if r.verdict_scope == "structure":
+        return "export correct, every check passed"
+    return "every check passed"
 
 
 def counted_verdicts(results: Sequence[ValidationResult]) -> str:
@@ -104,58 +136,73 @@ def counted_verdicts(results: Sequence[ValidationResult]) -> str:
 
 def closest_text(results: Sequence[ValidationResult]) -> str:
     """Names the artifact of the lowest KL, and says how sure that is; empty for fewer than two."""
-    kls = sorted(
-        (cost.kl.mean, cost.kl.standard_error, r.artifact.path)
-        for r in results
-        if r.verdict != "FAIL" and (cost := r.original or r.reference) is not None
-    )
+    kls = []
+    for result in results:
+        cost = result.original or result.reference
+        if result.verdict != "FAIL" and cost is not None:
+            kls.append((cost.kl.mean, cost.kl.standard_error, result.artifact.path))
+    kls.sort()
     if len(kls) < 2:
         return ""
     (lowest, error, closest), (second, second_error, runner_up) = kls[:2]
-    certain = second - lowest > STANDARD_ERRORS * math.hypot(error, second_error)
-    doubt = "certainly has more KL" if certain else "may be as close, within the margin of error"
+    doubt = "may be as close, within the margin of error"
+    if second - lowest > STANDARD_ERRORS * math.hypot(error, second_error):
+        doubt = "certainly has more KL"
     return f"Closest to the original: {closest}; the next, {runner_up}, {doubt}."
 
 
 def doubt_text(q: Quality) -> str:
     """Such as ` (or fair, within the margin of error)`; empty if it is certain."""
-    possible = GRADE_NAMES[GRADE_NAMES.index(q.best) : GRADE_NAMES.index(q.worst) + 1]
-    names = [name for name in possible if name != q.grade]
-    return f" (or {' or '.join(names)}, within the margin of error)" if names else ""
+    best = GRADE_NAMES.index(q.best)
+    worst = GRADE_NAMES.index(q.worst)
+    names = [name for name in GRADE_NAMES[best : worst + 1] if name != q.grade]
+    if not names:
+        return ""
+    return f" (or {' or '.join(names)}, within the margin of error)"
 
 
 def shortfall_text(r: ValidationResult) -> str:
     """Warns that the quality is below `--min-quality`; empty if it is not."""
-    return "" if r.good_enough else f"The quality is below {r.min_quality}, which was asked for."
+    if r.good_enough:
+        return ""
+    return f"The quality is below {r.min_quality}, which was asked for."
 
 
 def bits_text(r: ValidationResult) -> str:
     """Such as `5.39 bits per weight in matrices and head, 5.97 in all`."""
-    matrices, total = r.artifact.matrix_bits_per_weight, r.artifact.bits_per_weight
+    matrices = r.artifact.matrix_bits_per_weight
+    total = r.artifact.bits_per_weight
     return f"{matrices:.2f} bits per weight in matrices and head, {total:.2f} in all"
 
 
 def answers_of(c: Continuation) -> tuple[Answer, Answer]:
-    """The reference's and the artifact's."""
+    """Returns the reference's answer and the artifact's."""
+    reference = _answer(c.shared, c.reference_next, c.reference)
+    artifact = _answer(c.shared, c.artifact_next, c.artifact)
+    return reference, artifact
 
-    def answer(differing: str, text: str) -> Answer:
-        return Answer(c.shared, differing, text.removeprefix(c.shared).removeprefix(differing))
 
-    return answer(c.reference_next, c.reference), answer(c.artifact_next, c.artifact)
+def _answer(shared: str, differing: str, text: str) -> Answer:
+    rest = text.removeprefix(shared).removeprefix(differing)
+    return Answer(shared, differing, rest)
 
 
 def not_passed(r: ValidationResult) -> list[Check]:
-    """The checks that failed, followed by the ambiguous ones."""
+    """Returns the checks that failed, followed by the ambiguous ones."""
     checks = [check for check in r.checks if not check.passed]
     return sorted(checks, key=lambda check: check.outcome != "FAIL")
 
 
 def check_text(check: Check) -> str:
+    """Returns a check's value and limit as text."""
     return f"{value_text(check)}, limit {number(check.limit)}"
 
 
 def value_text(check: Check) -> str:
-    return plus_minus(check.value, check.margin) if check.margin else number(check.value)
+    """Returns a check's value as text, with its margin if there is one."""
+    if check.margin:
+        return plus_minus(check.value, check.margin)
+    return number(check.value)
 
 
 def source_text(r: ValidationResult) -> str:
@@ -164,5 +211,7 @@ def source_text(r: ValidationResult) -> str:
         return f"{r.source.made_from}, as the reference file has it"
     if not r.source.found:
         return f"{r.source.made_from}, not given (-m), so the cost is not measured"
-    differing = "" if r.source.same_files else ", other files than the artifact was made from"
-    return f"{r.source.path}{differing}"
+    text = f"{r.source.path}"
+    if not r.source.same_files:
+        text += ", other files than the artifact was made from"
+    return text

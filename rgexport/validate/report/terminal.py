@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rgexport import progress
-from rgexport.export.opening import as_argument
+from rgexport.artifacts.opening import as_argument
 from rgexport.reporting.numbers import number, percent
 from rgexport.reporting.tables import Table
 from rgexport.reporting.tables import render as render_blocks

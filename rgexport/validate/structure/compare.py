@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from typing import Literal
 
 from rgexport._version import __version__
+from rgexport.artifacts.artifact import Artifact
 from rgexport.errors import RequestError, one_line
-from rgexport.export.artifact import Artifact
 from rgexport.formats import FORMATS
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.progress import detail, note, task

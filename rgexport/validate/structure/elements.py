@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.errors import one_line
-from rgexport.export.manifest import StoredTensor
 
 TOLERANCE = 1e-6
 """Relative difference of equal floats: the last bits of RoPE's depend on the machine."""

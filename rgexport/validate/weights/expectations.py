@@ -8,9 +8,9 @@ further away, so that the errors of their products cancel.
 from dataclasses import dataclass, replace
 
 from rgexport.errors import RequestError
-from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.scheme import Uniform
-from rgexport.quantize.steps import Measure
+from rgexport.quantize.algorithms.registry import ALGORITHMS
+from rgexport.quantize.schemes.registry import Uniform
+from rgexport.quantize.schemes.steps import Measure
 
 MAX_STEPS = 0.501
 """Half a step, and 1e-5 more for the float32 arithmetic on 255 levels."""
@@ -41,10 +41,17 @@ With the original, its weights are encoded again to know what the search makes o
 class Expectation:
     """Limits of the quantities that `weight_limits` explains.
 
-    `why` is the reason of `max_steps`, which limits the error of a `measure`; `row_noise` is
-    `noise` of one row, as its sketch estimates it. `shrinks` is how much smaller weights become, at
-    least and at most, in units of the relative squared error: 0 for unbiased rounding, 1 for the
-    least squared error; the projection may be `projection` from that, besides its own uncertainty.
+    Attributes:
+        why: Reason of `max_steps`.
+        measure: The unit whose error `max_steps` limits.
+        row_noise: Limit of the `noise` of one row, as its sketch estimates it.
+        shrinks: The least and the most that weights become smaller, in units of the relative
+            squared error: 0 for unbiased rounding, 1 for the least squared error.
+        projection: Distance that the projection may have from that range, besides its own
+            uncertainty.
+        sketch_output_noise: Limit of the output noise where it differs without the weights.
+        embedding_output_noise: Limit of the output noise where the embedding's is larger.
+        weighted: Whether levels are chosen by calibration data.
     """
 
     why: str
@@ -55,8 +62,8 @@ class Expectation:
     shrinks: tuple[float, float] = (0.0, 0.0)
     projection: float = 0.004
     output_noise: float = OUTPUT_NOISE
-    sketch_output_noise: float | None = None  # where it differs without the weights
-    embedding_output_noise: float = 0.0  # where it is larger for the embedding
+    sketch_output_noise: float | None = None
+    embedding_output_noise: float = 0.0
     weighted: bool = False
 
     @property
@@ -114,7 +121,9 @@ _CODEBOOK = replace(
     output_noise=2.0,
 )
 EXPECTATIONS: dict[str, Expectation] = {
-    **dict.fromkeys(("cast", "rtn", "ggml"), _NEAREST),
+    "cast": _NEAREST,
+    "rtn": _NEAREST,
+    "ggml": _NEAREST,
     "search": _SEARCH,
     "search, coarse": replace(_SEARCH, sketch_output_noise=5.0),
     "importance": replace(_WEIGHED, why=_SCALES),
@@ -149,16 +158,19 @@ times the squared error, in 8 bits by up to 0.014; two rows that changed places 
 
 
 def expectation(scheme: Uniform, weighted: bool) -> Expectation:
+    """Returns the limits of a scheme; `weighted` if an importance matrix was used."""
     return EXPECTATIONS[expectation_key(scheme, weighted)]
 
 
 def expectation_key(scheme: Uniform, weighted: bool) -> str:
-    """The key of `EXPECTATIONS`; raises RequestError for an algorithm that is not known here."""
+    """Returns the key of `EXPECTATIONS`; RequestError for an algorithm that is not known here."""
     rule = scheme.rounding_rule(weighted)
     if rule not in EXPECTATIONS:
         raise RequestError(
             f"the artifact has levels chosen by {rule!r}, which this version cannot judge; "
             f"expected one of {', '.join(ALGORITHMS)}; validate it with a later rgexport"
         )
-    fine = f"{rule}, 8 bits"
-    return fine if scheme.bits_per_weight >= 8 and fine in EXPECTATIONS else rule
+    fine_rule = f"{rule}, 8 bits"
+    if scheme.bits_per_weight >= 8 and fine_rule in EXPECTATIONS:
+        return fine_rule
+    return rule

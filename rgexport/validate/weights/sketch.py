@@ -47,15 +47,22 @@ class SketchShape:
     @property
     def width(self) -> int:
         """Numbers for each row: its sum and its products, or the row itself."""
-        return 1 + self.directions if self.directions else self.columns
+        if not self.directions:
+            return self.columns
+        return 1 + self.directions
 
     def project(self, rows: np.ndarray) -> np.ndarray:
-        """Sketches rows [n, columns]: [n, width] float64."""
-        wide, count = rows.astype(np.float64), self.directions
-        return products(wide, directions(self.columns, count)) if count else wide
+        """Returns the sketches [n, width] float64 of rows [n, columns]."""
+        wide = rows.astype(np.float64)
+        if not self.directions:
+            return wide
+        return products(wide, directions(self.columns, self.directions))
 
     def sums(self, sketch: np.ndarray) -> np.ndarray:
-        return sketch[:, 0] if self.directions else sketch.sum(1)
+        """Returns the sum of each row, [n], from its sketch."""
+        if self.directions:
+            return sketch[:, 0]
+        return np.asarray(sketch.sum(1))
 
     def dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Returns the dot products of rows with rows, [n], as their sketches estimate them."""
@@ -65,23 +72,32 @@ class SketchShape:
 
 
 def sketch_shape(shape: tuple[int, ...]) -> SketchShape:
-    columns = shape[-1] if len(shape) > 1 else 1
+    """Returns the shape of the sketch of a tensor; vectors count as one column."""
+    columns = 1
+    if len(shape) > 1:
+        columns = shape[-1]
     rows = math.prod(shape) // columns
-    count = max(DIRECTIONS, -(-PRODUCTS // rows))
-    return SketchShape(rows, columns, count if 1 + count < columns else 0)
+    count = max(DIRECTIONS, math.ceil(PRODUCTS / rows))
+    if 1 + count >= columns:
+        count = 0  # the rows themselves are no larger
+    return SketchShape(rows, columns, count)
 
 
 @functools.cache
 def directions(columns: int, count: int) -> np.ndarray:
     """Returns [1 + count, columns]: ones and signs, equal in all releases of numpy (NEP 19)."""
-    numbers = PCG64(_SEED).random_raw(-(-columns * count // 64))
-    bits = np.unpackbits(numbers.astype("<u8").view(np.uint8))[: columns * count]
-    return np.vstack([np.ones(columns), 1.0 - 2.0 * bits.reshape(count, columns)])
+    numbers = PCG64(_SEED).random_raw(math.ceil(columns * count / 64))
+    octets = numbers.astype("<u8").view(np.uint8)
+    bits = np.unpackbits(octets)[: columns * count]
+    signs = 1.0 - 2.0 * bits.reshape(count, columns)
+    return np.vstack([np.ones(columns), signs])
 
 
 def sketch(tensor: RowTensor) -> tuple[np.ndarray, float]:
     """Returns the sketch [rows, width] float32 of a tensor, and the sum of its squares."""
-    shape, blocks, square = sketch_shape(tensor.shape), [], 0.0
+    shape = sketch_shape(tensor.shape)
+    blocks = []
+    square = 0.0
     row_bytes = 4 * math.prod(tensor.shape[1:])
     for start, stop in slab_bounds(tensor.shape[0], row_bytes, SLAB_BYTES):
         rows = tensor.read(start, stop).astype(np.float32, copy=False).reshape(-1, shape.columns)
@@ -111,7 +127,7 @@ class MixtureRecorder:
         self._signs = (2 * signs - 1).astype(np.float32)
         self._tokens: dict[str, int] = {}
         self.mixtures: dict[str, np.ndarray] = {}
-        """Those of the tokens so far."""
+        """Input site of linears → mixtures of its values at the tokens so far."""
 
     def look(
         self, site: str, op: str, arguments: tuple[Any, ...], results: tuple[np.ndarray, ...]

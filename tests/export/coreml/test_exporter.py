@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from rgexport._version import __version__
+from rgexport.artifacts.coreml.package import model_file, weight_file
+from rgexport.artifacts.manifest import MANIFEST
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
-from rgexport.export.coreml.package import model_file, weight_file
-from rgexport.export.manifest import MANIFEST
-from rgexport.export.opening import open_artifact
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.artifacts import export_random_coreml
 from tests.models import make_config, random_weights, write_hugging_face

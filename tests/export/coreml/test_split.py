@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from rgexport.artifacts.coreml.package import weight_file
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import weight_file
 from rgexport.export.coreml.storage import MOST_PADDING
-from rgexport.export.opening import open_artifact
 from rgexport.runtimes.coreml.session import CoreMLSession
 from tests.artifacts import export_random_coreml
 from tests.models import ODD_CONFIGS, make_config

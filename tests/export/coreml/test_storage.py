@@ -10,21 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rgexport.artifacts.coreml.package import packages, weight_file
+from rgexport.artifacts.coreml.storage import ALIGNMENT, decode, part_shapes
+from rgexport.artifacts.manifest import StoredPart, StoredTensor
 from rgexport.errors import RequestError
 from rgexport.export import storage
-from rgexport.export.coreml.package import packages, weight_file
-from rgexport.export.coreml.storage import (
-    ALIGNMENT,
-    CoreMLStorage,
-    blob_dtype,
-    decode,
-    encode,
-    part_shapes,
-)
-from rgexport.export.manifest import StoredPart, StoredTensor
+from rgexport.export.coreml.storage import CoreMLStorage, blob_dtype, encode
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.scheme import Affine, Float, Palette, Parts, Scheme
-from rgexport.quantize.statistics import no_statistics
+from rgexport.quantize.algorithms.statistics import no_statistics
+from rgexport.quantize.schemes.registry import Affine, Float, Palette, Parts, Scheme
 
 pytest.importorskip("coremltools")
 

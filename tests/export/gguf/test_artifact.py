@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
+from rgexport.artifacts.gguf import integrity
+from rgexport.artifacts.gguf.format import open_gguf
+from rgexport.artifacts.manifest import NOT_ASKED_FOR, CheckRecord, skipped
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.gguf import integrity
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.format import open_gguf
 from rgexport.export.gguf.options import GgufOptions
-from rgexport.export.manifest import NOT_ASKED_FOR, CheckRecord, skipped
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.quantize.gguf_header import read_header
 from tests.artifacts import export_random_gguf
@@ -163,5 +163,5 @@ def test_a_check_counts_only_for_the_types_that_it_was_made_for(checked, tmp_pat
 
 
 def test_a_manifest_of_another_version_is_refused(sound, monkeypatch):
-    monkeypatch.setattr("rgexport.export.gguf.integrity.FORMAT_VERSION", 2)
+    monkeypatch.setattr("rgexport.artifacts.gguf.integrity.FORMAT_VERSION", 2)
     assert "format version is 1; this rgexport reads 2" in refusal(sound.path)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from rgexport.artifacts.gguf import integrity
+from rgexport.artifacts.gguf.format import ALGORITHMS_KEY, GgufArtifact, open_gguf
+from rgexport.artifacts.gguf.naming import file_tensors
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.gguf import integrity
 from rgexport.export.gguf.exporter import export_gguf
-from rgexport.export.gguf.format import ALGORITHMS_KEY, GgufArtifact, open_gguf
-from rgexport.export.gguf.naming import file_tensors
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.griffin.checkpoint import open_checkpoint
-from rgexport.quantize.ggml_types import FILE_TYPES, TYPES
+from rgexport.quantize.algorithms.statistics import Statistics
 from rgexport.quantize.gguf_header import read_header
-from rgexport.quantize.statistics import Statistics
+from rgexport.quantize.schemes.ggml_types import FILE_TYPES, TYPES
 from tests.artifacts import export_random_gguf, require_ggml
 from tests.llama_tools import llama_quantize, needs_llama_cpp, run_tool
 from tests.models import ODD_CONFIGS, make_config, random_weights

@@ -6,10 +6,10 @@ import sentencepiece
 from gguf import GGUFReader, GGUFValueType
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from rgexport.artifacts.gguf import vocabulary as kinds
+from rgexport.artifacts.gguf.vocabulary import read_vocabulary
 from rgexport.errors import RequestError
-from rgexport.export.gguf import vocabulary as kinds
 from rgexport.export.gguf.exporter import metadata
-from rgexport.export.gguf.vocabulary import read_vocabulary
 from rgexport.export.tokenizer import write_tokenizer_json
 from rgexport.griffin.checkpoint import demo_folder, open_checkpoint
 from rgexport.griffin.control_tokens import read_chat_template

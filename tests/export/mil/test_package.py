@@ -14,10 +14,10 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.proto import Model_pb2
 
+from rgexport.artifacts.coreml.mil.package import open_package
+from rgexport.artifacts.coreml.mil.program import FileValue, Immediate, Name, TensorType
 from rgexport.cli import run
 from rgexport.errors import RequestError
-from rgexport.export.mil.package import open_package
-from rgexport.export.mil.program import FileValue, Immediate, Name, TensorType
 
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
 MODEL = "Data/com.apple.CoreML/model.mlmodel"

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from rgexport.artifacts.artifact import Artifact
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, NativeOps, native_ops
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
-from rgexport.export.artifact import Artifact
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.functions import DOMAIN
-from rgexport.export.onnx.model_file import MODEL_FILE, NativeOps, native_ops
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import EMBEDDING, model_tensors
 from rgexport.griffin.reference import Reference
 from rgexport.kernels.onnx import library as build
 from rgexport.kernels.onnx.library import NO_NATIVE, Kernels
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.scheme import BFLOAT16, Affine, Float
+from rgexport.quantize.schemes.registry import BFLOAT16, Affine, Float
 from rgexport.runtimes.onnx.mapped_weights import MappedWeights
 from rgexport.runtimes.onnx.session import OrtSession
-from rgexport.validate.weights.tensor_errors import step_sizes
+from rgexport.validate.weights.steps import step_sizes
 from tests.artifacts import export_random, load_graph
 from tests.models import ODD_CONFIGS, make_config, random_weights, write_hugging_face
 from tests.sessions import distance, ragged, random_tokens

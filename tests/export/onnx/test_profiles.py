@@ -9,13 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 
+from rgexport.artifacts.describe import as_text, describe
+from rgexport.artifacts.manifest import COLUMNS
+from rgexport.artifacts.onnx.trust import OPERATORS
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.describe import as_text, describe
-from rgexport.export.manifest import COLUMNS
 from rgexport.export.onnx.functions import DOMAIN
 from rgexport.export.onnx.profiles import PROFILES, FileLimit
-from rgexport.export.onnx.trust import OPERATORS
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.layout import EMBEDDING, sites
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random, load_graph

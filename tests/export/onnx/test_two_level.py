@@ -6,8 +6,8 @@ import pytest
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.reference import Reference
 from rgexport.quantize.plan import make_plan
-from rgexport.quantize.row_groups import rows_text
-from rgexport.quantize.scheme import Affine, Mixed, Plan, RowGroup, TwoLevel
+from rgexport.quantize.schemes.registry import Affine, Mixed, Plan, RowGroup, TwoLevel
+from rgexport.quantize.schemes.row_groups import rows_text
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_random
 from tests.models import ODD_CONFIGS

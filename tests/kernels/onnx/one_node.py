@@ -11,11 +11,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
+from rgexport.artifacts.onnx.model_file import DOMAIN, VERSION
 from rgexport.export.onnx import functions
 from rgexport.export.onnx.emitter import OPSET
-from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.onnx import library
-from rgexport.quantize.two_level import PLANES
+from rgexport.quantize.schemes.two_level import PLANES
 
 Arrays = dict[str, np.ndarray]
 _FUNCTIONS = [*functions.QUANT_LINEARS, functions.RG_LRU_SCAN]

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import pytest
 
+from rgexport.artifacts.onnx.model_file import DOMAIN, VERSION
 from rgexport.errors import RequestError
-from rgexport.export.onnx.model_file import DOMAIN, VERSION
 from rgexport.kernels.build import NOT_BUILT, BuildFailed, build
 from rgexport.kernels.onnx import library
 from rgexport.kernels.rounding import library as rounding
@@ -162,7 +162,7 @@ PROGRAM = """
 import json, sys
 import numpy as np
 import onnxruntime as ort
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.opening import open_artifact
 from rgexport.kernels.onnx.library import calls
 from rgexport.runtimes.onnx.session import OrtSession
 session = OrtSession(open_artifact(sys.argv[1]), threads=2)

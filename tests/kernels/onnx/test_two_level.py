@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rgexport.quantize.scheme import TwoLevel
+from rgexport.quantize.schemes.registry import TwoLevel
 from tests.kernels.onnx.one_node import Case, model, run_model
 from tests.kernels.onnx.quant_matrix import QuantMatrix, activations
 

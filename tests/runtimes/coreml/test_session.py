@@ -12,9 +12,9 @@ pytest.importorskip("coremltools")
 
 import coremltools
 
+from rgexport.artifacts.coreml.mil.package import open_package
+from rgexport.artifacts.coreml.package import PACKAGE
 from rgexport.errors import RequestError
-from rgexport.export.coreml.package import PACKAGE
-from rgexport.export.mil.package import open_package
 from rgexport.runtimes.coreml import session as coreml_session
 from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter, InterpreterRunner
 from rgexport.runtimes.coreml.interpreter.weights import WeightCache

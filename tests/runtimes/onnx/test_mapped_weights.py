@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rgexport.export.onnx.model_file import ExternalTensor
-from rgexport.export.opening import open_artifact
+from rgexport.artifacts.onnx.model_file import ExternalTensor
+from rgexport.artifacts.opening import open_artifact
 from rgexport.runtimes import huge_pages as module
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.huge_pages import huge_pages

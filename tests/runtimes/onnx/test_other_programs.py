@@ -13,11 +13,11 @@ import pytest
 
 import rgexport
 from bench.genai import run
+from rgexport.artifacts.onnx import program_files as files
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.onnx import format as files
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.kernels.onnx import library
 from tests.artifacts import export_random

@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 import torch
 
+from rgexport.artifacts.onnx.model_file import NativeOps, native_ops
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
 from rgexport.errors import RequestError
 from rgexport.export.onnx import web_ops
-from rgexport.export.onnx.model_file import NativeOps, native_ops
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.reference import Reference
 from rgexport.griffin.state import POSITION
 from rgexport.kernels.onnx.library import NO_NATIVE, calls, library

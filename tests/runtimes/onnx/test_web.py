@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import rgexport
+from rgexport.artifacts.opening import open_artifact
 from rgexport.export.onnx.profiles import PROFILES, FileLimit
-from rgexport.export.opening import open_artifact
 from rgexport.runtimes.onnx.session import OrtSession
 from tests.artifacts import export_demo, export_random
 from tests.command_line import ROOT

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from rgexport.export.coreml.exporter import CoreMLOptions, export_coreml
+from rgexport.export.coreml.exporter import export_coreml
+from rgexport.export.coreml.options import CoreMLOptions
 from rgexport.export.gguf.exporter import export_gguf
 from rgexport.export.gguf.options import GgufOptions
 from rgexport.export.onnx.exporter import export_onnx
 from rgexport.export.onnx.profiles import OnnxOptions
 from rgexport.griffin.checkpoint import Checkpoint, open_checkpoint
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.result import ValidationResult
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 from tests.artifacts import copy_cached
 from tests.built import digest_of
 from tests.llama_tools import needs_llama_cpp

@@ -5,7 +5,8 @@ With int4 weights activations are int8, whose noise hides most faults in the log
 
 import pytest
 
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.opening import ValidationRequest
+from rgexport.validate.run import validate_artifact
 from tests.validate.faults import onnx_edits as edits
 from tests.validate.faults.conftest import CONFIG, require_named
 

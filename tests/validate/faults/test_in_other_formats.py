@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from rgexport.export.gguf.naming import ARCHITECTURE
+from rgexport.artifacts.gguf.naming import ARCHITECTURE
 from rgexport.griffin.checkpoint import open_checkpoint
 from tests.llama_tools import needs_llama_cpp
 from tests.models import write_hugging_face
@@ -108,7 +108,7 @@ def test_wrong_metadata(copy, judge, key, value, site):
 def test_a_wrong_program(copy, judge, precision, reader, value, site):
     """An operation reads another value, in both functions."""
     pytest.importorskip("coremltools")
-    from rgexport.export.coreml.package import PACKAGE
+    from rgexport.artifacts.coreml.package import PACKAGE
     from tests.export.mil.package_edits import block, edit, in_both, name_of
 
     def change(model, function):

@@ -11,9 +11,10 @@ import pytest
 
 from bench.wrong_models import SPOILED, WRONG_WEIGHTS, matrix_of
 from rgexport.griffin.checkpoint import open_checkpoint
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import read_reference
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 from rgexport.validate.self_check import self_check
 from tests.models import write_hugging_face
 from tests.validate.faults.conftest import CONFIG, KINDS, case, export, sound_weights

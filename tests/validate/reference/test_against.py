@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.errors import RequestError
-from rgexport.export.opening import open_artifact
 from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.reference import Reference
@@ -22,6 +22,7 @@ from rgexport.validate.metrics import (
     kl_summary,
     logit_error,
 )
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference import against
 from rgexport.validate.reference.capture import capture, choose_positions
 from rgexport.validate.reference.reference_file import (
@@ -30,7 +31,7 @@ from rgexport.validate.reference.reference_file import (
     encode_logits,
     read_reference,
 )
-from rgexport.validate.run import ValidationRequest, validate_artifacts
+from rgexport.validate.run import validate_artifacts
 from rgexport.validate.weights.weight_limits import sketch_checks
 from tests.models import random_weights, write_hugging_face
 from tests.validate.conftest import CONFIG

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from rgexport.validate.bisect.sites import Suspect, site_report
+from rgexport.validate.bisect.site_report import site_report
+from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.measure import TokenChoice
 
 HOSTILE = """</script><script>alert(1)</script>"><img src=x onerror='alert(2)'>{{ 7*7 }}&amp;"""

@@ -23,16 +23,17 @@ from rgexport.griffin.checkpoint import open_checkpoint
 from rgexport.reporting import chart
 from rgexport.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Chart, Series
 from rgexport.reporting.page import breakable, visible
-from rgexport.validate.bisect.sites import Suspect
+from rgexport.validate.bisect.suspects import Suspect
 from rgexport.validate.continuations import Continuation
 from rgexport.validate.metrics import worst
+from rgexport.validate.opening import ValidationRequest
 from rgexport.validate.reference.capture import capture
 from rgexport.validate.reference.reference_file import read_reference
 from rgexport.validate.report.page import piece, render_page
 from rgexport.validate.report.sentences import MOST_NAMED
 from rgexport.validate.report.terminal import render
 from rgexport.validate.result import ValidationResult, as_json, require_writable
-from rgexport.validate.run import ValidationRequest, validate_artifact
+from rgexport.validate.run import validate_artifact
 from tests.validate.report import changed_results as changes
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "validate.schema.json"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
+from rgexport.artifacts.opening import open_artifact
 from rgexport.cli import run
-from rgexport.export.opening import open_artifact
 from rgexport.validate.structure.compare import compare_structure
 from tests import artifacts, models, row_groups
 from tests.validate.faults import onnx_edits as edits

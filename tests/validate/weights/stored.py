@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from rgexport.export.manifest import StoredTensor
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.griffin.layout import input_site
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.ggml_library import quantize_rows
-from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Affine, Ggml, Palette, Scheme, TwoLevel
-from rgexport.quantize.statistics import Hessian, Statistics
+from rgexport.quantize.algorithms.statistics import Hessian, Statistics
+from rgexport.quantize.schemes.ggml_library import quantize_rows
+from rgexport.quantize.schemes.ggml_types import TYPES
+from rgexport.quantize.schemes.registry import Affine, Ggml, Palette, Scheme, TwoLevel
 from rgexport.validate.weights.sketch import MIXTURES, sketch
-from rgexport.validate.weights.tensor_errors import WeightError, sketch_errors, weight_errors
+from rgexport.validate.weights.sketch_errors import sketch_errors
+from rgexport.validate.weights.weight_errors import WeightError, weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 
 LINEAR = "layers.0.mlp_block.up_proj.weight"

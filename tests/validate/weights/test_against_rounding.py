@@ -6,7 +6,7 @@ import pytest
 from rgexport.griffin.layout import input_site, linear_inputs
 from rgexport.griffin.numpy_reference import NumpyReference
 from rgexport.griffin.state import zero_state
-from rgexport.quantize.statistics import no_statistics
+from rgexport.quantize.algorithms.statistics import no_statistics
 from rgexport.validate.costs import rounding_cost
 from rgexport.validate.reference_pass import run_reference
 from rgexport.validate.weights.sketch import MIXTURES, MixtureRecorder

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.quantize.ggml import LAYOUTS
-from rgexport.quantize.ggml_types import TYPES
-from rgexport.quantize.scheme import Ggml
-from rgexport.validate.weights.tensor_errors import shown_steps
+from rgexport.quantize.schemes.ggml import LAYOUTS
+from rgexport.quantize.schemes.ggml_types import TYPES
+from rgexport.quantize.schemes.registry import Ggml
+from rgexport.validate.weights.steps import shown_steps
 from tests.llama_tools import needs_llama_cpp
 from tests.validate.weights.stored import (
     WEIGHTS,

@@ -7,22 +7,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rgexport.artifacts.manifest import StoredTensor
 from rgexport.errors import RequestError
-from rgexport.export.manifest import StoredTensor
 from rgexport.griffin.layout import EMBEDDING
 from rgexport.griffin.tensor import from_array
-from rgexport.quantize.algorithms import ALGORITHMS
-from rgexport.quantize.row_groups import rows_text
-from rgexport.quantize.scheme import Affine, Float, Mixed, Palette, RowGroup, Scheme
-from rgexport.quantize.two_level import TwoLevel
+from rgexport.quantize.algorithms.registry import ALGORITHMS
+from rgexport.quantize.schemes.registry import Affine, Float, Mixed, Palette, RowGroup, Scheme
+from rgexport.quantize.schemes.row_groups import rows_text
+from rgexport.quantize.schemes.two_level import TwoLevel
 from rgexport.validate.weights.expectations import EXPECTATIONS, MAX_STEPS
 from rgexport.validate.weights.sketch import directions, sketch, sketch_shape
-from rgexport.validate.weights.tensor_errors import (
-    SketchError,
-    decay_steps,
-    sketch_errors,
-    weight_errors,
-)
+from rgexport.validate.weights.sketch_errors import SketchError, sketch_errors
+from rgexport.validate.weights.steps import decay_steps
+from rgexport.validate.weights.weight_errors import weight_errors
 from rgexport.validate.weights.weight_limits import sketch_checks, weight_checks
 from tests.row_groups import ASYMMETRIC, INT4, INT8
 from tests.validate.weights.stored import (

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rgexport._version import __version__
+from rgexport.artifacts.coreml.mil import program as mil
+from rgexport.artifacts.coreml.mil.package import Package
 from rgexport.errors import RequestError
-from rgexport.export.mil import program as mil
-from rgexport.export.mil.package import Package
 from rgexport.runtimes.coreml.interpreter.operations import ARITHMETIC, OPS, OperationInputs
 from rgexport.runtimes.coreml.interpreter.weights import (
     FileWeight,

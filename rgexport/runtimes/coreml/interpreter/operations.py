@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil import program as mil
+from rgexport.artifacts.coreml.mil import program as mil
 from rgexport.runtimes.coreml.interpreter.weights import FileWeight, Unsupported
 
 _CASTS = {"fp16": "float16", "fp32": "float32"}

@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from rgexport.export.mil import program as mil
-from rgexport.export.mil.package import Package
+from rgexport.artifacts.coreml.mil import program as mil
+from rgexport.artifacts.coreml.mil.package import Package
 from rgexport.griffin.tensor import slab_bounds
 
 SLAB_BYTES = 16 << 20

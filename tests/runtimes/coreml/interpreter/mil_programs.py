@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rgexport.export.mil.package import BlobFile, Package
-from rgexport.export.mil.program import Function, Immediate, Operation, TensorType, Value
+from rgexport.artifacts.coreml.mil.package import BlobFile, Package
+from rgexport.artifacts.coreml.mil.program import Function, Immediate, Operation, TensorType, Value
 from rgexport.runtimes.coreml.interpreter.interpreter import Interpreter
 from rgexport.runtimes.coreml.interpreter.weights import WeightCache
 

@@ -15,8 +15,15 @@ from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.ops.defs.iOS18 import compression
 from coremltools.libmilstoragepython import _BlobStorageWriter
 
+from rgexport.artifacts.coreml.mil.program import (
+    BITS,
+    FileValue,
+    Name,
+    Operation,
+    TensorType,
+    numpy_type,
+)
 from rgexport.errors import RequestError
-from rgexport.export.mil.program import BITS, FileValue, Name, Operation, TensorType, numpy_type
 from rgexport.runtimes.coreml.interpreter import weights
 from tests.runtimes.coreml.interpreter.mil_programs import (
     FILE,

@@ -16,8 +16,8 @@ from coremltools.converters.mil.mil import Function as MilFunction
 from coremltools.converters.mil.mil import types
 from torch.nn.functional import gelu
 
-from rgexport.export.mil.checks import OPERATIONS
-from rgexport.export.mil.program import Name, TensorType
+from rgexport.artifacts.coreml.mil.checks import OPERATIONS
+from rgexport.artifacts.coreml.mil.program import Name, TensorType
 from rgexport.runtimes.coreml.interpreter.operations import OPS
 from tests.runtimes.coreml.interpreter.mil_programs import main, opened, operation
 

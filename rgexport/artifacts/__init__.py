@@ -1,0 +1,1 @@
+"""Reads artifacts: opens, describes, checks and downloads them, and returns their weights."""

@@ -1,0 +1,1 @@
+"""Core ML artifacts: packages, their interface, and the weights in their blob files."""

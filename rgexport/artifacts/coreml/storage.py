@@ -1,0 +1,87 @@
+"""Reads the weights of packages: the parts of tensors in MIL blob files, and their values.
+
+A blob file (version 2, as in MIL's C++ `StorageFormat.hpp`) begins with a header of 64 bytes. The
+blobs follow at multiples of 64, each with its own header of 64 bytes. MIL has two's complement
+where `quantize.schemes.affine` counts from -2^(bits-1) up: symmetric data differ in the top bit.
+"""
+
+import struct
+
+import numpy as np
+
+from rgexport.artifacts.manifest import StoredTensor
+from rgexport.artifacts.storage import part_shapes_by_group
+from rgexport.artifacts.transforms import DECAY, NORM, PLAIN, Transform
+from rgexport.errors import RequestError
+from rgexport.griffin.layer_ops import Role
+from rgexport.griffin.layout import role_of
+from rgexport.quantize.schemes import registry as schemes
+
+ALIGNMENT = 64
+"""A blob's header begins at a multiple of this."""
+
+BLOB_HEADER = struct.Struct("<IIQQQ32x")
+"""Sentinel, dtype, bytes of the data, their offset in the file, bits of padding."""
+
+BLOB_HEADER_BYTES = BLOB_HEADER.size
+"""A program has the offset of a blob's header; the data follow it."""
+
+SIGNED = {4: "uint8", 8: "int8"}
+"""Bits → dtype of integers in two's complement; two of 4 bits are a byte."""
+
+_TOP_BITS = {4: np.uint8(0x88), 8: np.uint8(0x80)}
+"""Bits → byte with the top bit of each integer."""
+
+_TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
+
+
+def transform_of(name: str) -> Transform:
+    """Returns the transform with which a tensor is stored."""
+    return _TRANSFORMS.get(role_of(name), PLAIN)
+
+
+def part_shapes(shape: tuple[int, ...], scheme: schemes.Scheme) -> schemes.PartShapes:
+    """Returns the parts of a scheme, signed where symmetric; raises RequestError for others."""
+    if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
+        raise RequestError(
+            f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
+        )
+    return part_shapes_by_group(shape, scheme, _group_part_shapes)
+
+
+def _is_storable(shape: tuple[int, ...], scheme: schemes.Uniform) -> bool:
+    if not scheme.is_quantized:
+        return not isinstance(scheme, schemes.Ggml)
+    is_known = isinstance(scheme, schemes.Affine | schemes.Palette) and scheme.bits in SIGNED
+    return is_known and len(shape) == 2 and scheme.fitted(shape) == scheme
+
+
+def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schemes.PartShapes:
+    shapes = scheme.part_shapes(shape)
+    if isinstance(scheme, schemes.Affine) and scheme.symmetric:
+        _, data_shape = shapes["data"]
+        shapes["data"] = (SIGNED[scheme.bits], data_shape)
+    return shapes
+
+
+def decode(name: str, arrays: schemes.Parts, stored: StoredTensor) -> np.ndarray:
+    """Returns rows of a tensor or row group as float32, as the checkpoint has them."""
+    columns = int(np.prod(stored.shape[1:], dtype=np.int64))
+    scheme = stored.uniform
+    if isinstance(scheme, schemes.Affine):
+        rows = scheme.decode(with_sign(arrays, scheme, "uint8"), columns)
+        rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
+    else:
+        rows = scheme.decode(arrays, columns)
+    return transform_of(name).restore(rows.astype(np.float32, copy=False))
+
+
+def with_sign(arrays: schemes.Parts, scheme: schemes.Affine, dtype: str) -> schemes.Parts:
+    """Converts symmetric data between two's complement and integers from -2^(bits-1) up.
+
+    Both directions flip the top bit of each integer; `dtype` is that of the result.
+    """
+    if not scheme.symmetric:
+        return arrays
+    data = arrays["data"].view(np.uint8) ^ _TOP_BITS[scheme.bits]
+    return arrays | {"data": data.view(dtype)}

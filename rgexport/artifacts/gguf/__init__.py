@@ -1,0 +1,1 @@
+"""GGUF files: tensor names, the header that rgexport checks, and the vocabulary."""
