@@ -26,7 +26,7 @@ from rgexport.chat.artifact_text import open_template, open_tokenizer
 from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, GenerationRequest, require_ids
 from rgexport.chat.prefix_store import PrefixStore
 from rgexport.chat.prompts import ChatTemplate, Message, PromptEncoder, PromptTokens
-from rgexport.chat.reading import show_reading
+from rgexport.chat.reading import Reading, show_reading
 from rgexport.chat.reply import (
     Deliver,
     Item,
@@ -46,14 +46,31 @@ from rgexport.progress import Listener, heard_by
 from rgexport.runtimes.engine import open_session
 from rgexport.runtimes.session import Session, SessionInfo
 
-CACHE_BYTES, FOLDER_BYTES = 1 << 30, 10 << 30
-"""Default memory and disk for states: 30 and 300 states of a 2B model."""
+CACHE_BYTES = 1 << 30
+"""Default memory for states: 30 states of a 2B model."""
+
+FOLDER_BYTES = 10 << 30
+"""Default disk for states: 300 states of a 2B model."""
+
 _UNWRITTEN_SHARE = 4
 """States that wait to be written take at most this fraction (1/4) of the memory for states."""
 
 
 class Model(PromptEncoder):
-    """An artifact in its engine, with the states of earlier prompts; any threads may use it."""
+    """An artifact in its engine, with the states of earlier prompts.
+
+    Any thread may call any method.
+
+    Attributes:
+        identity: the model, its window and its template, for state files.
+        info: facts about the engine.
+        vocab_size: number of logits of the model.
+        require_unchanged: raises RequestError if the artifact's files have changed.
+        state_precision: of state files, fp32 or fp16; None for the engine's.
+        shows_reading: whether progress is shown while this thread waits for a long prompt to be
+            read.
+        scheduler: runs the requests.
+    """
 
     def __init__(
         self,
@@ -82,14 +99,17 @@ class Model(PromptEncoder):
         state_file.require_precision(state_precision)
         if rows < 1:
             raise RequestError(f"rows is {rows}; expected at least 1")
-        self.identity, self._path = identity, path
-        self.info, self._shapes = session.info, session.state_shapes
+        self.identity = identity
+        self.info = session.info
         self.vocab_size = session.vocab_size
         self.require_unchanged = session.require_unchanged
         self.state_precision = state_precision
         self.shows_reading = False
-        """Whether progress is shown while this thread waits for a long prompt to be read."""
+        self._path = path
+        self._shapes = session.state_shapes
         self._numeric_identity = _numeric_identity(artifact, session.info, state_precision)
+        self._uses_drafts = lookup and session.info.exact_tokens > 1
+
         folder = None
         if state_folder is not None:
             folder = StateFolder(
@@ -104,17 +124,18 @@ class Model(PromptEncoder):
             )
         store = PrefixStore(cache_bytes, folder)
         super().__init__(tokenizer, template, store.length)
-        self._uses_drafts = lookup and session.info.exact_tokens > 1
         self.scheduler = Scheduler(
             session, store, rows=rows, max_waiting=max_waiting, lookup=lookup
         )
         self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
+        """Reads the ends of finished turns, as `_settle` does."""
 
     def __repr__(self) -> str:
         return f"<Model {self._path or self.name} in {self.info.title}>"
 
     @property
     def name(self) -> str:
+        """The name of the model."""
         return self.identity.name
 
     def require_chat(self) -> None:
@@ -135,6 +156,7 @@ class Model(PromptEncoder):
         return self.reply_to(messages, reply_options(**options))
 
     def reply_to(self, messages: Sequence[Message], options: ReplyOptions) -> ReplyStream:
+        """Returns the reply to a conversation, piece by piece; raises as `stream` does."""
         prompt = self.conversation_prompt(messages, namespace=options.namespace)
         return ReplyStream(partial(self.start, prompt, options), shows_reading=self.shows_reading)
 
@@ -143,6 +165,7 @@ class Model(PromptEncoder):
         return self.continue_ids(self.text_ids(text), reply_options(**options))
 
     def continue_ids(self, ids: list[int], options: ReplyOptions) -> ReplyStream:
+        """Returns the continuation of tokens, piece by piece."""
         start = partial(self.start, PromptTokens(ids), options)
         return ReplyStream(start, shows_reading=self.shows_reading)
 
@@ -154,15 +177,16 @@ class Model(PromptEncoder):
         """Yields the pieces of a reply as `stream` does, for asyncio; closing it ends the reply."""
         chosen = reply_options(**options)
         prompt = self.conversation_prompt(messages, namespace=chosen.namespace)
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Item]()
+        loop = asyncio.get_running_loop()
+        items = asyncio.Queue[Item]()
 
-        def take(item: Item) -> None:
+        def deliver(item: Item) -> None:
             with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
+                loop.call_soon_threadsafe(items.put_nowait, item)
 
-        job = self.start(prompt, chosen, take)
+        job = self.start(prompt, chosen, deliver)
         try:
-            while isinstance(item := await arrived.get(), TextPiece):
+            while isinstance(item := await items.get(), TextPiece):
                 yield item.text
             if isinstance(item, RequestError):
                 raise item
@@ -183,6 +207,8 @@ class Model(PromptEncoder):
             deliver(item)
 
         writer = ReplyWriter(self.tokenizer, prompt.ids, options, deliver_settled)
+        names = [option.name for option in fields(GenerationOptions)]
+        generation_options = {name: getattr(options, name) for name in names}
         request = GenerationRequest(
             ids=prompt.ids,
             listener=writer,
@@ -190,13 +216,13 @@ class Model(PromptEncoder):
             keep=prompt.keep,
             prompt_logits=writer.prompt if options.prompt_logprobs else None,
             lasting=prompt.messages is None,
-            **{option.name: getattr(options, option.name) for option in fields(GenerationOptions)},
+            **generation_options,
         )
         return self.scheduler.submit(request)
 
     def read(
         self, ids: Sequence[int], *, client: str = "", namespace: str = "", first: bool = False
-    ) -> "Reading":
+    ) -> Reading:
         """Reads tokens, so that prompts which begin with them go on from their state.
 
         Cancelling the future ends the reading. The options are those of `GenerationRequest`.
@@ -210,8 +236,14 @@ class Model(PromptEncoder):
             namespace=namespace,
             first=first,
         )
-        job = reading.job = self.scheduler.submit(request)
-        reading.add_done_callback(lambda future: job.cancel() if future.cancelled() else None)
+        job = self.scheduler.submit(request)
+        reading.job = job
+
+        def cancel_job(future: Future[End]) -> None:
+            if future.cancelled():
+                job.cancel()
+
+        reading.add_done_callback(cancel_job)
         return reading
 
     def state(self, ids: Sequence[int]) -> State:
@@ -220,14 +252,19 @@ class Model(PromptEncoder):
         Raises RequestError if there are none, or the model was closed.
         """
         reading = self.read(ids)
+
+        def has_ended(seconds: float) -> bool:
+            return bool(wait([reading], seconds).done)
+
         try:
             if self.shows_reading:
-                show_reading(reading.job, lambda seconds: bool(wait([reading], seconds).done))
+                show_reading(reading.job, has_ended)
             return _copy_state(reading.result())
         finally:
             reading.cancel()  # an interrupted wait ends the reading
 
     async def astate(self, ids: Sequence[int], *, client: str = "", namespace: str = "") -> State:
+        """Returns a copy of the state after these tokens as `state` does, for asyncio."""
         reading = self.read(ids, client=client, namespace=namespace)
         return _copy_state(await asyncio.wrap_future(reading))
 
@@ -248,7 +285,8 @@ class Model(PromptEncoder):
         path = Path(path)
         state_file.require_replaceable(path)
         require_ids(ids, self.vocab_size)
-        saved = self.saved_state(ids, self.state(ids[:-1] or ids), messages)
+        state = self.state(ids[:-1] or ids)
+        saved = self.saved_state(ids, state, messages)
         if not with_text:
             saved = replace(saved, tokens=None, messages=None)
         state_file.write_state(path, saved, precision=self.state_precision)
@@ -257,6 +295,7 @@ class Model(PromptEncoder):
     def saved_state(
         self, ids: Sequence[int], state: State, messages: Sequence[Message] | None
     ) -> state_file.SavedState:
+        """Returns the contents of a state file; the state has seen all `ids`, or all but one."""
         seen = int(state[POSITION][0])
         return state_file.SavedState(
             self.identity,
@@ -281,6 +320,7 @@ class Model(PromptEncoder):
         return saved
 
     def close(self) -> None:
+        """Cancels all requests, and frees the engine's memory and the artifact's files."""
         self._settling.shutdown()
         self.scheduler.close()
 
@@ -296,38 +336,31 @@ class Model(PromptEncoder):
         """Reads the end of the turn: the template may write other tokens for it than the reply."""
         with contextlib.suppress(RequestError):
             messages = [*(prompt.messages or ()), {"role": "assistant", "content": reply.text}]
-            ids, namespace = self.conversation_ids(messages), options.namespace
-            done = self.read(ids, client=options.client, namespace=namespace, first=True)
-            done.add_done_callback(lambda _: self._forget(prompt.ids, reply.ids, ids, namespace))
+            settled = self.conversation_ids(messages)
+            namespace = options.namespace
+            reading = self.read(settled, client=options.client, namespace=namespace, first=True)
+
+            def forget(_: Future[End]) -> None:
+                self._forget(prompt.ids, reply.ids, settled, namespace)
+
+            reading.add_done_callback(forget)
         deliver(reply)
 
     def _forget(
         self, prompt: list[int], reply: Sequence[int], settled: list[int], namespace: str
     ) -> None:
+        """Removes the states after the reply, which no prompt continues, from memory.
+
+        A reply that a stop id ended has a state after all its tokens, others after all but one.
+        """
         for count in (len(reply), len(reply) - 1):
             ids = [*prompt, *reply[:count]]
             if count > 0 and ids != settled:
                 self.scheduler.store.forget(ids, namespace)
 
 
-class Reading(Future[End]):
-    """The end of a `job` that only reads, which it listens to."""
-
-    job: GenerationJob
-
-    def token(self, token: int, logits: np.ndarray) -> bool:
-        return False
-
-    def end(self, end: End) -> None:
-        if not self.set_running_or_notify_cancel():
-            return
-        if end.error is not None:
-            self.set_exception(end.error)
-        else:
-            self.set_result(end)
-
-
 def _copy_state(end: End) -> State:
+    """Returns a copy of the state after a reading; the store shares the original."""
     if end.state is None:
         raise RequestError("the model was closed before the text was read")
     return {name: array.copy() for name, array in end.state.items()}
@@ -374,16 +407,31 @@ def load(
 def open_model(
     artifact: Artifact, *, threads: int | None = None, **options: Unpack[ModelOptions]
 ) -> Model:
-    tokenizer, template = open_tokenizer(artifact), open_template(artifact)
+    """Opens an opened artifact's engine, tokenizer and chat template; raises as `load` does."""
+    tokenizer = open_tokenizer(artifact)
+    template = open_template(artifact)
     identity = identity_of(artifact.manifest, template.source)
     session = open_session(artifact, threads=threads)
-    key = artifact_hash(artifact.manifest)
     return Model(
-        session, tokenizer, template, identity, artifact=key, path=artifact.path, **options
+        session,
+        tokenizer,
+        template,
+        identity,
+        artifact=artifact_hash(artifact.manifest),
+        path=artifact.path,
+        **options,
     )
 
 
 def _numeric_identity(artifact: str, info: SessionInfo, precision: str | None) -> str:
     """Returns a hash of everything that the bits of a state file depend on."""
-    facts = [artifact, info.engine, info.engine_version, info.kernels, info.activation_dtype]
-    return hashlib.sha256(json.dumps([*facts, precision]).encode()).hexdigest()
+    facts = [
+        artifact,
+        info.engine,
+        info.engine_version,
+        info.kernels,
+        info.activation_dtype,
+        precision,
+    ]
+    text = json.dumps(facts)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -26,17 +26,25 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
+        """The size of the arrays in bytes."""
         return state_bytes(self.state, self.logits)
 
 
 class PrefixStore:
-    """The states of a process, within a limit of memory, found only in their namespaces."""
+    """The states of a process, within a limit of memory, found only in their namespaces.
+
+    Any thread may call any method. The arrays of a state are shared, so nobody may change them.
+    """
 
     def __init__(self, max_bytes: int, folder: StateFolder | None = None) -> None:
-        self._max_bytes, self._folder = max_bytes, folder
+        self._max_bytes = max_bytes
+        self._folder = folder
         self._entries: OrderedDict[Key, Prefix] = OrderedDict()
+        """Key → the state, the least recently used first."""
         self.nbytes = 0
+        """Bytes of all states in memory."""
         self._lock = threading.Lock()
+        """Guards `_entries` and changes of `nbytes`."""
 
     def put(
         self,
@@ -55,9 +63,10 @@ class PrefixStore:
             self._folder.save(key, prefix.state, prefix.logits)
 
     def forget(self, ids: Sequence[int], namespace: str = "") -> None:
+        """Removes the state after these tokens from memory."""
+        key = in_namespace(key_of(ids), namespace)
         with self._lock:
-            if before := self._entries.pop(in_namespace(key_of(ids), namespace), None):
-                self.nbytes -= before.nbytes
+            self._remove(key)
 
     def fetch(
         self, ids: Sequence[int], callback: Callable[[], None], namespace: str = ""
@@ -66,17 +75,21 @@ class PrefixStore:
         if self._folder is None:
             return None
         keys = self._keys(ids, namespace, self._folder.lengths())
-        with self._lock:
-            known = next((key[0] for key in keys if self._continues(key, len(ids))), 0)
+        known = self._known_length(keys, len(ids))
         better = [key for key in keys if key[0] > known and self._folder.has(key)]
+        # A state after the whole prompt can only be continued with its logits.
         if better and better[0][0] == len(ids) and self._folder.has_logits(better[0]) is False:
             del better[0]
-        return self._folder.fetch(better, len(ids), callback) if better else None
+        if not better:
+            return None
+        return self._folder.fetch(better, len(ids), callback)
 
     def longest(
         self, ids: Sequence[int], namespace: str = "", fetch: Fetch | None = None
     ) -> Prefix | None:
-        if fetch and (saved := fetch.state):
+        """Returns the longest prefix in memory that can be continued, with that of `fetch`."""
+        saved = fetch.state if fetch else None
+        if saved:
             self._remember(saved.key, Prefix(saved.position, saved.state, saved.logits))
         for key in self._keys(ids, namespace):
             with self._lock:
@@ -88,7 +101,8 @@ class PrefixStore:
     def length(self, ids: Sequence[int], namespace: str = "") -> int:
         """Returns the length of the longest prefix that can be continued; reads no file."""
         folder = self._folder
-        for key in self._keys(ids, namespace, folder.lengths() if folder else ()):
+        saved_lengths = folder.lengths() if folder else ()
+        for key in self._keys(ids, namespace, saved_lengths):
             with self._lock:
                 if self._continues(key, len(ids)):
                     return key[0]
@@ -97,19 +111,29 @@ class PrefixStore:
         return 0
 
     def clear(self) -> None:
+        """Removes all states from memory."""
         with self._lock:
             self._entries.clear()
             self.nbytes = 0
 
     def close(self) -> None:
+        """Closes the folder, which writes the queued states."""
         if self._folder:
             self._folder.close()
 
     def _keys(self, ids: Sequence[int], namespace: str, lengths: Iterable[int] = ()) -> list[Key]:
+        """Returns the keys of prefixes of the lengths in memory and of `lengths`, longest first."""
         with self._lock:
-            all_lengths = {*lengths, *(length for length, _ in self._entries)}
-        keys = keys_of(ids, sorted(length for length in all_lengths if length <= len(ids)))
+            all_lengths = {length for length, _ in self._entries}
+        all_lengths.update(lengths)
+        fitting = sorted(length for length in all_lengths if length <= len(ids))
+        keys = keys_of(ids, fitting)
         return [in_namespace(key, namespace) for key in reversed(keys)]
+
+    def _known_length(self, keys: Sequence[Key], count: int) -> int:
+        """Returns the length of the first key whose state memory has, for `count` tokens."""
+        with self._lock:
+            return next((key[0] for key in keys if self._continues(key, count)), 0)
 
     def _continues(self, key: Key, count: int) -> bool:
         """Returns whether memory has a state with an unseen token or logits; the lock is held."""
@@ -119,12 +143,22 @@ class PrefixStore:
     def _remember(self, key: Key, prefix: Prefix) -> Prefix:
         """Stores a prefix, or leaves the stored one if only that has logits; returns which."""
         with self._lock:
-            if before := self._entries.pop(key, None):
-                self.nbytes -= before.nbytes
-                if prefix.logits is None and before.logits is not None:
-                    prefix = prefix if before.foreign and not prefix.foreign else before
+            before = self._remove(key)
+            if before and before.logits is not None and prefix.logits is None:
+                replaces_foreign = before.foreign and not prefix.foreign
+                if not replaces_foreign:
+                    prefix = before
             self._entries[key] = prefix
             self.nbytes += prefix.nbytes
+
             while self.nbytes > self._max_bytes and len(self._entries) > 1:
-                self.nbytes -= self._entries.popitem(last=False)[1].nbytes
+                oldest = next(iter(self._entries))
+                self._remove(oldest)
+        return prefix
+
+    def _remove(self, key: Key) -> Prefix | None:
+        """Removes a state from memory and returns it, if there is one; the lock is held."""
+        prefix = self._entries.pop(key, None)
+        if prefix:
+            self.nbytes -= prefix.nbytes
         return prefix

@@ -12,6 +12,7 @@ import numpy as np
 from rgexport.chat.jobs import End, GenerationJob, GenerationOptions, Reason
 from rgexport.chat.reading import show_reading
 from rgexport.chat.sampling import Sampling, log_probabilities, most_likely
+from rgexport.chat.stop_strings import StopStrings
 from rgexport.chat.tokenizer import StreamDecoder, Tokenizer
 from rgexport.errors import RequestError
 
@@ -42,14 +43,15 @@ class ReplyOptions(GenerationOptions):
 def reply_options(**options: Any) -> ReplyOptions:
     """Returns options by name; RequestError for an unknown name, or a value out of range."""
     reply_names = {field.name for field in fields(ReplyOptions)} - {"sampling"}
+    sampling_names = {field.name for field in fields(Sampling)}
     values = {name: options.pop(name) for name in reply_names & options.keys()}
     if isinstance(values.get("draft"), str):
         raise RequestError("draft is a text; expected its tokens, as Model.draft_of gives them")
-    sampling_names = {field.name for field in fields(Sampling)}
-    if unknown := sorted(options.keys() - sampling_names):
+    unknown = sorted(options.keys() - sampling_names)
+    if unknown:
+        expected = sorted(sampling_names | reply_names)
         raise RequestError(
-            f"there is no option {', '.join(unknown)}; expected some of "
-            f"{', '.join(sorted(sampling_names | reply_names))}"
+            f"there is no option {', '.join(unknown)}; expected some of {', '.join(expected)}"
         )
     try:
         return ReplyOptions(sampling=Sampling(**options), **values)
@@ -59,7 +61,10 @@ def reply_options(**options: Any) -> ReplyOptions:
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token, its log probability (None for a prompt's first), and the most likely ones."""
+    """A token, its log probability (None for a prompt's first), and the most likely ones.
+
+    `top` has the ids and the log probabilities of the most likely tokens.
+    """
 
     id: int
     logprob: float | None
@@ -78,8 +83,10 @@ class TextPiece:
 class ModelReply:
     """A complete reply, and why it ended.
 
-    `cached_tokens` of `prompt_tokens` had a known state. `read_seconds` last from admission to the
-    first token, `write_seconds` from there to the end.
+    Attributes:
+        cached_tokens: tokens of the prompt that had a known state.
+        read_seconds: time from admission to the first token.
+        write_seconds: time from the first token to the end.
     """
 
     text: str
@@ -92,6 +99,7 @@ class ModelReply:
 
     @property
     def new_tokens(self) -> int:
+        """The number of tokens of the reply."""
         return len(self.ids)
 
     @property
@@ -111,76 +119,61 @@ Deliver = Callable[[Item], None]
 """Takes the pieces of a reply, then the reply or an error; called in another thread."""
 
 
-class StopStrings:
-    """Ends a text at a stop string (`match`); holds back its end while one may begin there."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.match: str | None = None
-
-    def add(self, piece: str) -> str:
-        if self.match is not None:
-            return ""
-        text = self._held + piece
-        ends = ((text.index(stop), -len(stop), stop) for stop in self._stops if stop in text)
-        if first := min(ends, default=None):
-            self.match, self._held = first[2], ""
-            return text[: first[0]]
-        sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[sure:]
-        return text[:sure]
-
-    def finish(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class ReplyWriter:
+    """The listener of a scheduler that delivers a reply as text.
+
+    Only the scheduler's thread calls it.
+    """
+
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], options: ReplyOptions, deliver: Deliver
     ) -> None:
-        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(options.stop)
-        self._prompt_tokens, self._logprobs = len(prompt), options.logprobs
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = StopStrings(options.stop)
+        self._prompt_tokens = len(prompt)
+        self._logprobs = options.logprobs
         self._deliver = deliver
         self._texts: list[str] = []
-        self._undelivered = [ScoredToken(prompt[0], None, ())] if options.prompt_logprobs else []
         self._ids: list[int] = []
+        self._undelivered: list[ScoredToken] = []
+        """Tokens since the last piece, if they are asked for."""
+        if options.prompt_logprobs:
+            self._undelivered.append(ScoredToken(prompt[0], None, ()))
 
     def token(self, token: int, logits: np.ndarray) -> bool:
+        """Takes a token and its logits [vocab]; returns False after a stop string."""
         self._ids.append(token)
         if self._logprobs is not None:
             self._undelivered.append(_scored(token, logits, self._logprobs))
-        self._add(self._stop.add(self._decoder.add(token)))
+        text = self._decoder.add(token)
+        self._add(self._stop.add(text))
         return self._stop.match is None
 
     def prompt(self, ids: Sequence[int], logits: np.ndarray) -> None:
+        """Takes tokens of the prompt and the logits [T, vocab] that predict them."""
         for token, row in zip(ids, logits, strict=True):
             self._undelivered.append(_scored(token, row, self._logprobs or 0))
 
     def end(self, end: End) -> None:
-        self._add(self._stop.add(self._decoder.finish()) + self._stop.finish(), last=True)
+        """Delivers the text that was held back, then the reply or its error."""
+        text = self._stop.add(self._decoder.finish())
+        self._add(text + self._stop.finish(), last=True)
         if end.error is not None:
             self._deliver(end.error)
             return
-        self._deliver(
-            ModelReply(
-                text="".join(self._texts),
-                ids=tuple(self._ids),
-                reason=end.reason if self._stop.match is None else "stop",
-                prompt_tokens=self._prompt_tokens,
-                cached_tokens=end.cached_tokens,
-                read_seconds=end.read_seconds,
-                write_seconds=end.write_seconds,
-            )
+        reply = ModelReply(
+            text="".join(self._texts),
+            ids=tuple(self._ids),
+            reason=end.reason if self._stop.match is None else "stop",
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=end.cached_tokens,
+            read_seconds=end.read_seconds,
+            write_seconds=end.write_seconds,
         )
+        self._deliver(reply)
 
     def _add(self, text: str, *, last: bool = False) -> None:
+        """Delivers a piece unless it is empty; the `last` one may have only tokens."""
         if text or (last and self._undelivered):
             self._texts.append(text)
             self._deliver(TextPiece(text, tuple(self._undelivered)))
@@ -188,32 +181,44 @@ class ReplyWriter:
 
 
 def _scored(token: int, logits: np.ndarray, count: int) -> ScoredToken:
+    """Returns a token with its log probability, and those of the `count` most likely tokens."""
     values = log_probabilities(logits)
-    top = most_likely(logits, count) if count else ()
-    best = tuple((int(i), float(values[i])) for i in top)
-    return ScoredToken(token, float(values[token]), best)
+    best: list[tuple[int, float]] = []
+    if count:
+        best = [(int(index), float(values[index])) for index in most_likely(logits, count)]
+    return ScoredToken(token, float(values[token]), tuple(best))
 
 
 class ReplyStream(Iterator[str]):
-    """The pieces of a reply as they come, and their `text`; garbage collection cancels it."""
+    """The pieces of a reply as they come, and their `text`; garbage collection cancels it.
+
+    One thread at a time may iterate; any thread may cancel.
+    """
 
     def __init__(
         self, start: Callable[[Deliver], GenerationJob], *, shows_reading: bool = False
     ) -> None:
+        """Starts the reply; with `shows_reading`, the first wait shows the reading's progress."""
         self.text = ""
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._job = start(self._items.put)
         self._shows_reading = shows_reading
         self._end: ModelReply | RequestError | None = None
-        weakref.finalize(self, self._job.cancel).atexit = False
+        finalizer = weakref.finalize(self, self._job.cancel)
+        finalizer.atexit = False
 
     def __repr__(self) -> str:
-        end = self._end
-        state = end.reason if isinstance(end, ModelReply) else "failed" if end else "running"
+        if isinstance(self._end, ModelReply):
+            state: str = self._end.reason
+        elif self._end is not None:
+            state = "failed"
+        else:
+            state = "running"
         return f"<ReplyStream {state}: {self.text!r}>"
 
     @property
     def failed(self) -> bool:
+        """Whether it ended with an error."""
         return isinstance(self._end, RequestError)
 
     def __next__(self) -> str:
@@ -235,6 +240,7 @@ class ReplyStream(Iterator[str]):
             raise self._end
 
     def _has_item(self, seconds: float) -> bool:
+        """Waits for an item, at most so many seconds; returns whether there is one."""
         deadline = time.monotonic() + seconds
         while self._items.empty() and time.monotonic() < deadline:
             time.sleep(0.005)

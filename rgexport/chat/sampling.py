@@ -17,17 +17,24 @@ from rgexport.errors import RequestError
 
 _BLOCK = 512
 """Number of tokens whose maximum or sum is computed in one go: 256,000 tokens are 500 blocks."""
-_FIRST_SORTED = 64  # number of tokens that are sorted in the first attempt to reach top-p
+
+_FIRST_SORTED = 64
+"""Number of tokens that are sorted in the first attempt to reach top-p."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Options of sampling; the defaults choose the most likely token.
 
-    A temperature of 0 is greedy. 0 of `top_k` and 1 of `top_p` allow all tokens; `min_p` is
-    relative to the largest probability. `repetition_penalty` is Hugging Face's and counts the
-    prompt too, the other penalties are OpenAI's. `logit_bias` has numbers that are added to the
-    logits of ids.
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: number of the most likely tokens to choose from; 0 for all.
+        top_p: share of the probability that the most likely tokens must reach; 1 for all.
+        min_p: smallest probability of a token, relative to the largest one.
+        repetition_penalty: Hugging Face's, which counts the prompt too.
+        presence_penalty: OpenAI's, subtracted once from the logit of a token of the reply.
+        frequency_penalty: OpenAI's, subtracted for each occurrence in the reply.
+        logit_bias: id → number that is added to its logit.
     """
 
     temperature: float = 0.0
@@ -42,7 +49,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         repetition = self.repetition_penalty
-        for name, valid, expected in (
+        checks = [
             ("temperature", 0 <= self.temperature < math.inf, "a number of 0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or the number of tokens to choose from"),
             ("top_p", 0 < self.top_p <= 1, "a probability above 0, up to 1 (off)"),
@@ -51,8 +58,9 @@ class Sampling:
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number; 0 is off"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number; 0 is off"),
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
-        ):
-            if not valid:
+        ]
+        for name, is_valid, expected in checks:
+            if not is_valid:
                 raise RequestError(f"{name} is {getattr(self, name)}; expected {expected}")
         for token, bias in self.logit_bias.items():
             if token < 0 or math.isnan(bias):
@@ -60,11 +68,17 @@ class Sampling:
 
 
 class Sampler:
+    """The choice of one reply's tokens; it counts them for the penalties.
+
+    It is not thread-safe.
+    """
+
     def __init__(self, options: Sampling, prompt: Sequence[int] = ()) -> None:
         self.options = options
         self._random = default_rng(options.seed)
-        penalized = prompt if options.repetition_penalty != 1 else ()
-        self._prompt = np.unique(np.array(penalized, np.int64))
+        if options.repetition_penalty == 1:
+            prompt = ()  # no other penalty counts it, and sorting a long one is slow
+        self._prompt = np.unique(np.array(prompt, np.int64))
         self._reply = Counter[int]()
         bias = options.logit_bias
         self._biased = np.fromiter(bias.keys(), np.int64, len(bias))
@@ -92,9 +106,14 @@ class Sampler:
         if mask is not None:
             logits = logits + mask
         options = self.options
-        penalties = options.presence_penalty, options.frequency_penalty
-        if not any(penalties) and options.repetition_penalty == 1 and not options.logit_bias:
+        has_penalties = (
+            options.repetition_penalty != 1
+            or options.presence_penalty != 0
+            or options.frequency_penalty != 0
+        )
+        if not has_penalties and not options.logit_bias:
             return logits
+
         logits = logits.copy()
         reply = np.fromiter(self._reply.keys(), np.int64, len(self._reply))
         counts = np.fromiter(self._reply.values(), np.float32, len(self._reply))
@@ -103,6 +122,7 @@ class Sampler:
         factor = np.float32(options.repetition_penalty)
         logits[repeated] = np.where(before > 0, before / factor, before * factor)
         logits[reply] -= options.presence_penalty + options.frequency_penalty * counts
+
         in_vocabulary = self._biased < len(logits)
         logits[self._biased[in_vocabulary]] += self._biases[in_vocabulary]
         return logits
@@ -130,29 +150,40 @@ def _truncated(logits: np.ndarray, options: Sampling) -> tuple[np.ndarray | None
     if 0 < options.top_k < len(logits):
         tokens = most_likely(logits, options.top_k)
         logits = logits[tokens]
+
     # In place, since allocating 256,000 values takes longer than computing them.
     # The maximum is subtracted before the division, so that a tiny temperature cannot overflow.
     weights = logits.astype(np.float64)
     weights -= weights.max()
     weights /= options.temperature
     np.exp(weights, out=weights)
+
     if options.top_p < 1:
         remaining = _top_p_indices(weights, options.top_p)
-        tokens, weights = remaining if tokens is None else tokens[remaining], weights[remaining]
+        tokens = _selected(tokens, remaining)
+        weights = weights[remaining]
     if options.min_p > 0:
         remaining = np.flatnonzero(weights >= options.min_p * weights.max())
-        tokens, weights = remaining if tokens is None else tokens[remaining], weights[remaining]
+        tokens = _selected(tokens, remaining)
+        weights = weights[remaining]
     return tokens, weights
+
+
+def _selected(tokens: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
+    """Returns the tokens at these indices; None stands for the whole vocabulary."""
+    return indices if tokens is None else tokens[indices]
 
 
 def _top_p_indices(weights: np.ndarray, share: float) -> np.ndarray:
     """Returns the indices of the largest weights that reach this share of the sum of all."""
-    needed, count = share * weights.sum(), min(_FIRST_SORTED, len(weights))
+    needed = share * weights.sum()
+    count = min(_FIRST_SORTED, len(weights))
     while True:
         largest = most_likely(weights, count)
         sums = weights[largest].cumsum()
         if sums[-1] >= needed or count == len(weights):
-            indices: np.ndarray = largest[: int(np.searchsorted(sums, needed)) + 1]
+            last = int(np.searchsorted(sums, needed))
+            indices: np.ndarray = largest[: last + 1]
             return indices
         count = min(8 * count, len(weights))
 
@@ -176,13 +207,17 @@ def _draw(weights: np.ndarray, point: float) -> int:
     The cumulative sums of blocks give the block that it falls into, those of its weights the index.
     """
     whole = len(weights) // _BLOCK * _BLOCK
-    block_sums = np.append(weights[:whole].reshape(-1, _BLOCK).sum(1), weights[whole:].sum())
+    whole_sums = weights[:whole].reshape(-1, _BLOCK).sum(1)
+    block_sums = np.append(whole_sums, weights[whole:].sum())
     cumulative = block_sums.cumsum()
+
     offset = point * cumulative[-1]
     block = _first_above(cumulative, offset)
+    if block:
+        offset -= cumulative[block - 1]
     start = block * _BLOCK
-    offset -= cumulative[block - 1] if block else 0
-    return start + _first_above(weights[start : start + _BLOCK].cumsum(), offset)
+    cumulative_in_block = weights[start : start + _BLOCK].cumsum()
+    return start + _first_above(cumulative_in_block, offset)
 
 
 def _first_above(cumulative: np.ndarray, offset: float) -> int:

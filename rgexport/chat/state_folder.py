@@ -7,166 +7,83 @@ unwritten states is limited. After a failure, writing pauses for a while.
 
 import math
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from rgexport.artifacts.manifest import Identity
+from rgexport.chat.folder_index import FolderIndex
 from rgexport.chat.state_file import Key, SavedState, read_state, state_bytes, write_state
 from rgexport.errors import system_error
-from rgexport.files.atomic import remove_abandoned
 from rgexport.files.paths import report_os_errors
 from rgexport.griffin.state import State
 from rgexport.progress import warn
 
-_FOLDER = re.compile(r"[0-9a-f]{16}-\d+(-[0-9a-f]{16})?")
-"""Name of the folder of an artifact; earlier versions had one for each model and window."""
-_FILE = re.compile(r"(\d+)-([0-9a-f]{64})\.state")
-
-FileName = tuple[str, str]
-BACK_OFF_SECONDS = 1.0, 60.0
-"""Pause of writing after a first failure, and its maximum: each further failure doubles it."""
 READ_SECONDS = 5.0
 """Longest time that a request waits for a state; then the model reads its prompt instead."""
+
 CLOSE_SECONDS = 10.0
-_RETRY_SECONDS = 60.0  # time until a file is tried again after the system could not read it
+"""Longest time that `close` waits for states to be written."""
+
+_FIRST_BACK_OFF_SECONDS = 1.0
+"""Pause of writing after a first failure; each further failure doubles it."""
+
+_LONGEST_BACK_OFF_SECONDS = 60.0
+"""Longest pause of writing after failures."""
+
+_RETRY_SECONDS = 60.0
+"""Time until a file is tried again after the system could not read it."""
+
 _WARN_AGAIN_SECONDS = 600.0
-_SCAN_SECONDS, _SCAN_FACTOR = 1.0, 20
-"""Pause between scans for files of other processes: so many seconds, or so many times as long as a
-scan takes, whichever is longer."""
-_MIN_WAITING = 4  # number of states that may wait to be written whatever their size
+"""Time until a failure of the same kind is reported again."""
 
+_SCAN_SECONDS = 1.0
+"""Shortest pause between scans for files of other processes."""
 
-@dataclass
-class _File:
-    nbytes: int
-    used: float
-    has_logits: bool | None = None
+_SCAN_FACTOR = 20
+"""Shortest pause between scans, in times of the last scan: slow disks are scanned rarely."""
 
-
-class FolderIndex:
-    """The state files of all artifacts in a folder `root`; its subfolder `name` is this artifact's.
-
-    One thread changes it and uses the disk; any thread may look states up.
-    """
-
-    def __init__(self, root: Path, name: str) -> None:
-        self._root, self._name = root, name
-        self._files: dict[FileName, _File] = {}
-        self.lengths: frozenset[int] = frozenset()
-        """Numbers of tokens before the states of this artifact."""
-
-    def name_of(self, key: Key) -> FileName:
-        return self._name, f"{key[0]}-{key[1]}.state"
-
-    def has(self, key: Key) -> bool:
-        return self.name_of(key) in self._files
-
-    def has_logits(self, key: Key) -> bool | None:
-        """Returns whether the state has logits; None if only its file knows."""
-        file = self._files.get(self.name_of(key))
-        return None if file is None else file.has_logits
-
-    def add(self, key: Key, nbytes: int, *, has_logits: bool) -> None:
-        self._files[self.name_of(key)] = _File(nbytes, time.time(), has_logits)
-        self.lengths |= {key[0]}
-
-    def touch(self, key: Key, *, has_logits: bool) -> None:
-        if file := self._files.get(self.name_of(key)):
-            file.used, file.has_logits = time.time(), has_logits
-
-    def discard(self, key: Key) -> None:
-        files = dict(self._files)
-        files.pop(self.name_of(key), None)
-        self._set_files(files)
-
-    def scan(self) -> None:
-        """Reads the names on the disk; removes incomplete files of killed processes."""
-        files = dict[FileName, _File]()
-        for name, entry in self._entries():
-            with suppress(OSError):  # another process has removed it meanwhile
-                status = entry.stat()
-                file = self._files.get(name) or _File(0, 0.0)
-                used = max(status.st_mtime, file.used)
-                files[name] = _File(status.st_size, used, file.has_logits)
-        self._set_files(files)
-
-    def trim(self, max_bytes: int) -> None:
-        """Removes the least recently used files, if there are more than `max_bytes` in all."""
-        if self._nbytes() <= max_bytes:
-            return
-        self.scan()  # other processes may have used files meanwhile
-        files, nbytes = dict(self._files), self._nbytes()
-        for name, file in sorted(files.items(), key=lambda item: item[1].used):
-            if nbytes <= max_bytes:
-                break
-            nbytes -= file.nbytes
-            del files[name]
-            with suppress(OSError):
-                self._root.joinpath(*name).unlink()
-        self._set_files(files)
-
-    def _nbytes(self) -> int:
-        return sum(file.nbytes for file in self._files.values())
-
-    def _set_files(self, files: dict[FileName, _File]) -> None:
-        self._files = files
-        lengths = (name.partition("-")[0] for folder, name in files if folder == self._name)
-        self.lengths = frozenset(map(int, lengths))
-
-    def _entries(self) -> Iterator[tuple[FileName, os.DirEntry[str]]]:
-        for folder in _listed(self._root):
-            if not (_FOLDER.fullmatch(folder.name) and folder.is_dir()):
-                continue
-            for entry in _listed(Path(folder.path)):
-                if _FILE.fullmatch(entry.name):
-                    yield (folder.name, entry.name), entry
-                else:
-                    remove_abandoned(entry)
-
-
-def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        return []
+_MIN_WAITING = 4
+"""Number of states that may wait to be written whatever their size."""
 
 
 class Fetch:
     """A queued or finished read of a saved state from which `length` tokens can be continued.
 
-    It reads the first usable one of `keys`, the best first.
+    It reads the first usable one of `keys`, the best first. The folder's thread sets `saved`; any
+    thread may read the properties.
     """
 
     def __init__(self, keys: Sequence[Key], length: int) -> None:
-        self.keys, self.length = keys, length
-        self.found = Future[SavedState | None]()
+        self.keys = keys
+        self.length = length
+        self.saved = Future[SavedState | None]()
         self._deadline = time.monotonic() + READ_SECONDS
 
     @property
     def pending(self) -> bool:
-        return not self.found.done() and time.monotonic() < self._deadline
+        """Whether a request should still wait for it."""
+        return not self.saved.done() and time.monotonic() < self._deadline
 
     @property
     def state(self) -> SavedState | None:
-        return self.found.result() if self.found.done() else None
+        """The state, if it was read by now."""
+        return self.saved.result() if self.saved.done() else None
 
 
 class StateFolder:
     """A cache on disk: key of a prefix → the state that one artifact computed, one file per state.
 
     Files have a hash of the text instead of the text. They are written atomically, so a killed
-    process leaves the folder intact, and several processes may use it.
+    process leaves the folder intact, and several processes may use it. Any thread may call the
+    public methods; the private ones run in the folder's own thread.
     """
 
     def __init__(
@@ -187,13 +104,19 @@ class StateFolder:
         states that wait to be written.
         """
         name = f"{identity.weights[:16]}-{identity.window}-{artifact[:16]}"
-        self._folder, self._index = root / name, FolderIndex(root, name)
-        self._identity, self._shapes, self._artifact = identity, shapes, artifact
-        self._vocab_size, self._precision = vocab_size, precision
-        self._max_bytes, self._max_waiting_bytes = max_bytes, waiting_bytes
+        self._folder = root / name
+        self._index = FolderIndex(root, name)
+        self._identity = identity
+        self._shapes = shapes
+        self._artifact = artifact
+        self._vocab_size = vocab_size
+        self._precision = precision
+        self._max_bytes = max_bytes
+        self._max_waiting_bytes = waiting_bytes
         with report_os_errors(self._folder, "use"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._index.scan()
+
         self._waiting: OrderedDict[Key, SavedState] = OrderedDict()
         """States to write, the oldest first."""
         self._fetches: OrderedDict[Key, Fetch] = OrderedDict()
@@ -203,22 +126,29 @@ class StateFolder:
         self._warned: dict[tuple[str, object], float] = {}
         """Kind of failure → when it was last reported."""
         self._busy_since: float | None = None
-        self._back_off, self._write_at, self._scan_at = 0.0, 0.0, 0.0
-        # Guards `_waiting`, `_fetches` and `_closed`, and wakes the folder's thread.
-        self._changed, self._closed = threading.Condition(), False
+        """Time at which the current read, write or scan began."""
+        self._back_off = 0.0
+        self._write_at = 0.0
+        self._scan_at = 0.0
+        self._closed = False
+        self._changed = threading.Condition()
+        """Guards `_waiting`, `_fetches` and `_closed`, and wakes the folder's thread."""
         self._thread = threading.Thread(target=self._run, name="state folder", daemon=True)
         self._thread.start()
 
     def lengths(self) -> frozenset[int]:
         """Returns the lengths, in tokens, of the saved states; none while the disk hangs."""
-        started = self._busy_since
-        hangs = started is not None and time.monotonic() - started > READ_SECONDS
-        return frozenset() if hangs else self._index.lengths
+        busy_since = self._busy_since
+        if busy_since is not None and time.monotonic() - busy_since > READ_SECONDS:
+            return frozenset()
+        return self._index.lengths
 
     def has(self, key: Key) -> bool:
+        """Returns whether there is a file of the state, which may be tried now."""
         return self._index.has(key) and time.monotonic() >= self._retry_at.get(key, 0.0)
 
     def has_logits(self, key: Key) -> bool | None:
+        """Returns whether the saved state has logits; None if only its file knows."""
         return self._index.has_logits(key)
 
     def save(self, key: Key, state: State, logits: np.ndarray | None) -> None:
@@ -226,13 +156,16 @@ class StateFolder:
         if self.has(key) and (logits is None or self.has_logits(key)):
             return
         saved = SavedState(self._identity, key, state, logits=logits, artifact=self._artifact)
-        most = max(_MIN_WAITING, self._max_waiting_bytes // state_bytes(state, logits))
+        fitting = self._max_waiting_bytes // state_bytes(state, logits)
+        max_waiting = max(_MIN_WAITING, fitting)
         with self._changed:
+            if self._closed:
+                return
             queued = self._waiting.get(key)
-            if self._closed or (queued and queued.logits is not None and logits is None):
+            if queued and queued.logits is not None and logits is None:
                 return
             self._waiting[key] = saved
-            while len(self._waiting) > most:
+            while len(self._waiting) > max_waiting:
                 self._waiting.popitem(last=False)
             self._changed.notify()
 
@@ -241,10 +174,15 @@ class StateFolder:
         with self._changed:
             fetch = self._fetches.setdefault(keys[0], Fetch(keys, length))
             self._changed.notify()
-        fetch.found.add_done_callback(lambda _: callback())
+
+        def call_back(_: Future[SavedState | None]) -> None:
+            callback()
+
+        fetch.saved.add_done_callback(call_back)
         return fetch
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Writes the queued states, at most so many seconds, and ends the thread."""
         with self._changed:
             if self._closed:
                 return
@@ -269,51 +207,68 @@ class StateFolder:
             while True:
                 now = time.monotonic()
                 if self._fetches:
-                    return partial(self._read, next(iter(self._fetches.values())))
+                    oldest = next(iter(self._fetches.values()))
+                    return partial(self._read, oldest)
                 if self._waiting and (self._closed or now >= self._write_at):
-                    return partial(self._write, *self._waiting.popitem(last=False))
+                    key, saved = self._waiting.popitem(last=False)
+                    return partial(self._write, key, saved)
                 if self._closed:
                     return None
                 if now >= self._scan_at:
                     return self._scan
-                due = min(self._scan_at, self._write_at) if self._waiting else self._scan_at
+                due = self._scan_at
+                if self._waiting:
+                    due = min(due, self._write_at)
                 self._changed.wait(due - now)
 
     def _read(self, fetch: Fetch) -> None:
-        state = None
+        """Reads the files of a fetch until one can be continued."""
+        saved = None
         for key in fetch.keys:
-            state = self._load(key)
-            if state and (key[0] < fetch.length or state.logits is not None):
+            saved = self._load(key)
+            if saved and (key[0] < fetch.length or saved.logits is not None):
                 break
         with self._changed:
             del self._fetches[fetch.keys[0]]
-        fetch.found.set_result(state)
+        fetch.saved.set_result(saved)
 
     def _load(self, key: Key) -> SavedState | None:
+        """Returns a saved state; None if its file cannot be used, which is remembered."""
         try:
             with suppress(OSError):  # the disk may be read-only
                 os.utime(self._path(key))  # marks the file as recently used
             saved = read_state(self._path(key), self._shapes)
         except Exception as error:  # no file may end the thread
-            system = system_error(error)
-            if isinstance(system, FileNotFoundError):
-                self._index.discard(key)
-                return None
-            self._retry_at[key] = time.monotonic() + (_RETRY_SECONDS if system else math.inf)
-            self._warn("a saved state is not used", error)
+            self._remember_failed_read(key, error)
             return None
-        logits = saved.logits
-        has_other_size = logits is not None and logits.shape != (self._vocab_size,)
-        if has_other_size or (saved.key, saved.artifact) != (key, self._artifact):
+        if not self._is_usable(key, saved):
             self._retry_at[key] = math.inf
             return None
-        self._index.touch(key, has_logits=logits is not None)
+        self._index.touch(key, has_logits=saved.logits is not None)
         return saved
 
+    def _remember_failed_read(self, key: Key, error: Exception) -> None:
+        cause = system_error(error)
+        if isinstance(cause, FileNotFoundError):
+            self._index.discard(key)
+            return
+        delay = _RETRY_SECONDS if cause else math.inf
+        self._retry_at[key] = time.monotonic() + delay
+        self._warn("a saved state is not used", error)
+
+    def _is_usable(self, key: Key, saved: SavedState) -> bool:
+        """Returns whether a file has the state of its name, by this artifact."""
+        logits = saved.logits
+        if logits is not None and logits.shape != (self._vocab_size,):
+            return False
+        return saved.key == key and saved.artifact == self._artifact
+
     def _path(self, key: Key) -> Path:
-        return self._folder / self._index.name_of(key)[1]
+        _, name = self._index.name_of(key)
+        return self._folder / name
 
     def _write(self, key: Key, saved: SavedState) -> None:
+        """Writes a state and trims the folder; a failure pauses writing."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             nbytes = write_state(self._path(key), saved, precision=self._precision)
@@ -322,12 +277,13 @@ class StateFolder:
             self._index.trim(self._max_bytes)
             self._back_off = 0.0
         except Exception as error:
-            shortest, longest = BACK_OFF_SECONDS
-            self._back_off = min(max(shortest, 2 * self._back_off), longest)
+            doubled = max(_FIRST_BACK_OFF_SECONDS, 2 * self._back_off)
+            self._back_off = min(doubled, _LONGEST_BACK_OFF_SECONDS)
             self._write_at = time.monotonic() + self._back_off
             self._warn("states are not saved at the moment", error)
 
     def _scan(self) -> None:
+        """Looks for files of other processes, and forgets failures that are over."""
         began = time.monotonic()
         try:
             self._index.scan()
@@ -338,8 +294,11 @@ class StateFolder:
         self._retry_at = {key: at for key, at in self._retry_at.items() if at > now}
 
     def _warn(self, what: str, error: Exception) -> None:
-        system = system_error(error)
-        kind, now = (what, system.errno if system else type(error)), time.monotonic()
-        if now - self._warned.get(kind, -_WARN_AGAIN_SECONDS) >= _WARN_AGAIN_SECONDS:
+        """Reports a failure, unless one of its kind was reported lately."""
+        cause = system_error(error)
+        kind = (what, cause.errno if cause else type(error))
+        now = time.monotonic()
+        last_warning = self._warned.get(kind, -_WARN_AGAIN_SECONDS)
+        if now - last_warning >= _WARN_AGAIN_SECONDS:
             self._warned[kind] = now
             warn(f"{what}: {error}")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgexport.chat import sampling
-from rgexport.chat.reply import StopStrings
 from rgexport.chat.sampling import Sampler, Sampling, _truncated
+from rgexport.chat.stop_strings import StopStrings
 from rgexport.errors import RequestError
 
 # Eighths: many ties, and no difference so small that the exponential swallows it.
