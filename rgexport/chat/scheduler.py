@@ -28,7 +28,7 @@ from rgexport.chat.row_assignment import RowAssignment
 from rgexport.chat.rows import Rows
 from rgexport.chat.speculation import ChunkSize, Speculation
 from rgexport.chat.state_file import key_of
-from rgexport.chat.token_choice import TokenChoice
+from rgexport.chat.token_choice import TokenSelector
 from rgexport.errors import RequestError
 from rgexport.griffin.state import State
 from rgexport.progress import warn
@@ -98,7 +98,7 @@ class Scheduler:
         """The most tokens of a chunk if all of them need logits."""
         self._speculation = Speculation(session.info.exact_tokens if lookup else 1)
         self._masks = MaskThreads(session.vocab_size, self._admission.wake)
-        self._choice = TokenChoice(self.counters)
+        self._choice = TokenSelector(self.counters)
 
         self._passed = time.monotonic()
         """Time at which the last pass ended."""

@@ -9,7 +9,7 @@ from rgexport.chat.jobs import Ending, EngineError, GenerationJob
 from rgexport.errors import RequestError
 
 
-class TokenChoice:
+class TokenSelector:
     """Chooses tokens for the jobs of a scheduler. Only the scheduler's thread may use it.
 
     Attributes:
