@@ -44,7 +44,7 @@ float largest(const float* x, int64_t block, int64_t left) {
 struct Sums {
   alignas(64) float panels[kPanels][kMostRows / kPair][4 * kTile];
 
-  void clear(int64_t count) { std::memset(panels, 0, whole(count, kPanel) * sizeof panels[0]); }
+  void clear(int64_t count) { std::memset(panels, 0, ceil_div(count, kPanel) * sizeof panels[0]); }
 
   // Columns [first, last), rows [from, to) of activations, of which each `digits` are one of y. Whole
   // rows at once: in y they lie on their own pages, of which no pattern announces the next.
@@ -56,7 +56,7 @@ struct Sums {
         __builtin_prefetch(row + 2 * w.y_stride + n, 1);
         __m512 sum = at(m, n - first);
         if (digits == 2) sum = _mm512_add_ps(sum, at(m + 1, n - first));
-        const __mmask16 there = static_cast<__mmask16>((1u << least(last - n, kLanes)) - 1);
+        const __mmask16 there = static_cast<__mmask16>((1u << smaller_of(last - n, kLanes)) - 1);
         const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(there, w.bias + n) : _mm512_setzero_ps();
         _mm512_mask_storeu_ps(row + n, there, _mm512_add_ps(sum, bias));
       }
@@ -127,9 +127,9 @@ inline void load_step(const int8_t* x0, const int8_t* x1, const int8_t* weights,
 // A line of stored weights of 16 outputs: four bytes of each output for each lane, or zeros.
 void load_line(const QuantMatrix& w, int64_t first, int64_t at, __m512i (&lanes)[kLanes]) {
   const int64_t row_bytes = w.row_bytes();
-  const __mmask64 there = ~__mmask64{0} >> (kLine - least(row_bytes - at, kLine));
+  const __mmask64 there = ~__mmask64{0} >> (kLine - smaller_of(row_bytes - at, kLine));
   for (int64_t n = 0; n < kLanes; ++n) {
-    const int64_t row = least(first + n, w.rows - 1);
+    const int64_t row = smaller_of(first + n, w.rows - 1);
     lanes[n] = _mm512_maskz_loadu_epi8(there, w.data + row * row_bytes + at);
   }
   Avx512::transpose(lanes);
@@ -149,7 +149,7 @@ struct Part {
 
 // From memory into L2, while products are computed: the weights of the next part.
 void fetch_next(const QuantMatrix& w, const Part& p) {
-  for (int64_t row = p.next_panel; row < least(p.next_panel + kPanel, w.rows); ++row)
+  for (int64_t row = p.next_panel; row < smaller_of(p.next_panel + kPanel, w.rows); ++row)
     for (int64_t at = 0; at < kColumns * w.bits / 8; at += kLine)
       __builtin_prefetch(w.data + row * w.row_bytes() + p.next_column * w.bits / 8 + at, 0, 2);
 }
@@ -161,12 +161,12 @@ void by_parts(const QuantMatrix& w, const Activations& a, int64_t first, int64_t
   Sums& sums = thread_sums();
   const int64_t padded = w.blocks() * w.block;
   for (int64_t n = first; n < last; n += kPanels * kPanel) {
-    const int64_t end = least(last, n + kPanels * kPanel);
+    const int64_t end = smaller_of(last, n + kPanels * kPanel);
     for (int64_t from = 0; from < a.count; from += kMostRows) {
-      const int64_t to = least(a.count, from + kMostRows);
+      const int64_t to = smaller_of(a.count, from + kMostRows);
       sums.clear(end - n);
       for (int64_t column = 0; column < padded; column += kColumns) {
-        const int64_t columns = least(padded - column, kColumns);
+        const int64_t columns = smaller_of(padded - column, kColumns);
         for (int64_t panel = n; panel < end; panel += kPanel) {
           const bool last_panel = panel + kPanel >= end;
           add(Part{panel, column, columns, from, to, sums.panels[(panel - n) / kPanel][0],

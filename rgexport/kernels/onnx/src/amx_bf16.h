@@ -21,13 +21,13 @@ class AmxBf16 {
 
   // ---- Activations: by tiles of rows, by steps, by rows; their scales are in them.
 
-  static int64_t code_bytes(const QuantMatrix& w) { return whole(w.columns, kStep) * kLine; }
+  static int64_t code_bytes(const QuantMatrix& w) { return ceil_div(w.columns, kStep) * kLine; }
 
   static int64_t none(const QuantMatrix&) { return 0; }
 
   static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
     int8_t* to = a.codes + index / kRows * kRows * a.stride + index % kRows * kLine;
-    const int64_t padded = whole(w.columns, kStep) * kStep;
+    const int64_t padded = ceil_div(w.columns, kStep) * kStep;
     for (int64_t first = 0; first < padded; first += w.block) {
       const float most = largest(x + first, w.block, w.columns - first);
       const Digit<Avx512> digit(most, index % a.digits == 1);
@@ -53,7 +53,7 @@ class AmxBf16 {
     Scales(const QuantMatrix& w, int64_t first, int64_t block) {
       alignas(64) float zeros[kLanes] = {}, some[kLanes] = {};
       const int64_t blocks = w.blocks();
-      for (int64_t n = 0; n < least(w.rows - first, kLanes) && block < blocks; ++n) {
+      for (int64_t n = 0; n < smaller_of(w.rows - first, kLanes) && block < blocks; ++n) {
         some[n] = number_at(w.scales, (first + n) * blocks + block);
         if (w.zero_points) zeros[n] = kMagic + static_cast<float>(zero_point(w, first + n, block));
       }
@@ -128,7 +128,7 @@ class AmxBf16 {
       unpack_columns(w, p.panel, p.column, p.columns, weights.tiles);
       memory_is_read();
       fetch_next(w, p);
-      multiply_panel(a, p.from, p.to, p.column / kStep, whole(p.columns, kStep), weights.tiles,
+      multiply_panel(a, p.from, p.to, p.column / kStep, ceil_div(p.columns, kStep), weights.tiles,
                      p.sums);
     });
   }

@@ -83,7 +83,7 @@ class AmxInt8Layout {
 
   // Rows behind the last one are multiplied, too: with scales that cost no time.
   static void clear_padding(const Activations& a) {
-    for (int64_t m = a.count; m < whole(a.count, kPair) * kPair; ++m)
+    for (int64_t m = a.count; m < ceil_div(a.count, kPair) * kPair; ++m)
       for (int64_t b = 0; b < a.blocks; ++b) {
         const int64_t at = m / kRows * kRows * a.blocks + b * kRows + m % kRows;
         a.scales[at] = 0, a.sums[at] = 0;
@@ -95,7 +95,7 @@ class AmxInt8Layout {
   static __m512i shifts(const QuantMatrix& w, int64_t first, int64_t block) {
     if (kBits == 8 || !w.zero_points) return _mm512_set1_epi8(kBits == 8 ? -128 : 8);
     alignas(64) uint32_t bytes[kLanes] = {};
-    for (int64_t n = 0; n < least(w.rows - first, kLanes) && block < w.blocks(); ++n)
+    for (int64_t n = 0; n < smaller_of(w.rows - first, kLanes) && block < w.blocks(); ++n)
       bytes[n] = 0x01010101u * static_cast<uint32_t>(zero_point(w, first + n, block));
     return _mm512_load_si512(bytes);
   }

@@ -56,7 +56,7 @@ class StoredLines : QuantLayout<Simd> {
   // Those of the vector of blocks that begins with first + offset.
   Float scales(int64_t first, int64_t offset, int r) const {
     const int64_t block = first + offset, at = first_scale_ + r * shape_.blocks + block;
-    return Base::scales_of(w_, shape_, at, shape_.blocks - block);
+    return Base::load_scales(w_, shape_, at, shape_.blocks - block);
   }
 
   // What the products of a vector of blocks start from.
@@ -107,7 +107,7 @@ class QuantFew : QuantLayout<Simd> {
     static constexpr int64_t kStepLines = kBlockLanes / kShare, kVectorLines = kShare * kStepLines;
     static constexpr int kGroup = kShare < 4 ? kShare : 4, kGroups = kShare / kGroup;  // of steps
     static constexpr int64_t kLineCodes = Base::template kCodes<kBits>;
-    static_assert(Base::template kFits<kBits, kStepLines, kDigits>);
+    static_assert(Base::template kFitsShort<kBits, kStepLines, kDigits>);
     // Vectors of blocks that a tile has, where it has several.
     static constexpr int kVectors =
         Weights::kTileLines > kVectorLines ? Weights::kTileLines / kVectorLines : 1;
@@ -158,7 +158,7 @@ class QuantFew : QuantLayout<Simd> {
         if (zeros_) {
           const uint8_t* zeros = zeros_ + r * shape_.zero_point_bytes + block * kBits / 8;
           const Int offsets =
-              Base::template offsets<kBits>(zeros, zeros_end_, shape_.blocks - block);
+              Base::template load_zero_point_offsets<kBits>(zeros, zeros_end_, shape_.blocks - block);
           dot = Simd::add(dot, Simd::times(offsets, Simd::load(a_.sums + block)));
         }
         const Float scales = Simd::mul(weights_.scales(first, kVector * kLanes, r), x_scales);
@@ -213,12 +213,12 @@ class QuantFew : QuantLayout<Simd> {
       for (int64_t l = 0; l < kStepLines; ++l, codes += kDigits * kLineCodes)
         for (int r = 0; r < kRows; ++r) {
           const auto weights = weights_.template line<kRows, kAll>(start, offset + l, r);
-          dots[r] = Base::template line_dot<kBits>(dots[r], weights, codes + kLast * kLineCodes);
-          if (kDigits == 2) before[r] = Base::template line_dot<kBits>(before[r], weights, codes);
+          dots[r] = Base::template accumulate_line<kBits>(dots[r], weights, codes + kLast * kLineCodes);
+          if (kDigits == 2) before[r] = Base::template accumulate_line<kBits>(before[r], weights, codes);
         }
       for (int r = 0; r < kRows; ++r) {
-        const Int dot = Base::template close<kBits>(dots[r], Simd::zero());
-        dots[r] = Base::template both<kDigits>(before[r], dot);
+        const Int dot = Base::template end_block<kBits>(dots[r], Simd::zero());
+        dots[r] = Base::template combine_digits<kDigits>(before[r], dot);
       }
     }
 

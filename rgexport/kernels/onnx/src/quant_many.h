@@ -11,7 +11,7 @@ class QuantMany : QuantLayout<Simd> {
   using Base = QuantLayout<Simd>;
   using Base::kCacheLine;
   using Base::kLanes;
-  using Base::kMostHalf;
+  using Base::kMaxNibble;
   using Base::kVector;
   using typename Base::Float;
   using typename Base::Int;
@@ -36,7 +36,7 @@ class QuantMany : QuantLayout<Simd> {
     const Shape shape(w);
     Panel& panel = scratch();
     // Whole blocks, and an even number of them: the zero points of two share a byte.
-    const int64_t pair = 2 * shape.per_block;
+    const int64_t pair = 2 * shape.lines_per_block;
     static_assert(kPanelBytes >= 2 * 256 * kPanel, "a pair of the largest blocks fits");
     const int64_t step = kPanelBytes / kUnpacked / pair * pair;
     for (int64_t n = first; n < last; n += kPanels * kPanel) {
@@ -77,8 +77,8 @@ class QuantMany : QuantLayout<Simd> {
   template <int kBits, int kShare, int kDigits>
   static void add_lines(const QuantMatrix& w, const Shape& shape, const Activations& a,
                         const Part& p, Panel& panel) {
-    const int64_t block = p.line / shape.per_block * shape.per_line;
-    int64_t blocks = whole(p.lines, shape.per_block) * shape.per_line;
+    const int64_t block = p.line / shape.lines_per_block * shape.blocks_per_line;
+    int64_t blocks = ceil_div(p.lines, shape.lines_per_block) * shape.blocks_per_line;
     if (block + blocks > shape.blocks) blocks = shape.blocks - block;
     const bool zeros = kBits == 8 && w.zero_points;
     const auto run =
@@ -88,7 +88,7 @@ class QuantMany : QuantLayout<Simd> {
       unpack<kBits, kShare>(w, shape, n, p.line, p.lines, panel);
       const bool last = n + kPanel >= p.last;
       fetch_weights(w, shape, last ? p.first : n + kPanel, p.line + (last ? p.lines : 0), p.lines);
-      run(a, p.from, p.to, p.line, block, blocks, shape.per_block, panel,
+      run(a, p.from, p.to, p.line, block, blocks, shape.lines_per_block, panel,
           panel.y[(n - p.first) / kPanel]);
     }
   }
@@ -100,7 +100,7 @@ class QuantMany : QuantLayout<Simd> {
     constexpr int64_t n = Base::template kParts<kBits>, per_line = kLanes / kShare;
     Int rows[kLanes];
     for (int64_t l = 0; l < lines; ++l) {
-      const int32_t* moves = panel.moves + l / shape.per_block * per_line * kPanel;
+      const int32_t* moves = panel.moves + l / shape.lines_per_block * per_line * kPanel;
       uint8_t* out = panel.weights + l * kLanes * n * kWide * kVector;
       const int64_t at = (line + l) * kVector;
       const int64_t left = shape.row_bytes - at;
@@ -163,7 +163,7 @@ class QuantMany : QuantLayout<Simd> {
           const int64_t row = first + n + lane;
           const int64_t there = row < w.rows ? row : w.rows - 1;  // its results are not written
           const int64_t at = there * shape.blocks + block + b;
-          scales[lane] = Simd::bits(Base::scales_of(w, shape, at, count));
+          scales[lane] = Simd::bits(Base::load_scales(w, shape, at, count));
           if (zeros) points[lane] = zero_points<kBits>(w, shape, there, block + b, count);
         }
         Simd::transpose(scales);
@@ -183,18 +183,18 @@ class QuantMany : QuantLayout<Simd> {
                          int64_t count) {
     const uint8_t* from = w.zero_points + row * shape.zero_point_bytes + block * kBits / 8;
     const uint8_t* end = w.zero_points + w.rows * shape.zero_point_bytes;
-    return Base::template zeros_of<kBits>(from, end, count);
+    return Base::template load_zero_points<kBits>(from, end, count);
   }
 
   // Zero points of 4 bits go into the levels: w − z + 15 is a level without sign, and each group of four
   // columns is moved by four times the same byte. Of 8 bits, what the middle is beside them meets the sums
   // of codes.
   static Int moves(Int points) {
-    const Int most = Simd::broadcast(kMostHalf * kFourBytes);
+    const Int most = Simd::broadcast(kMaxNibble * kFourBytes);
     return Simd::add(most, Simd::times(points, Simd::broadcast(-kFourBytes)));
   }
   static Int middle_moves() {
-    return Simd::broadcast((kMostHalf - Base::template kMiddle<4>)*kFourBytes);
+    return Simd::broadcast((kMaxNibble - Base::template kZeroPoint<4>)*kFourBytes);
   }
 
   // kRows rows of activations times a panel, over `blocks` blocks; added to y [kRows / kDigits,
@@ -234,7 +234,7 @@ class QuantMany : QuantLayout<Simd> {
           const int64_t at = b * kPanel + j * kLanes;
           const Float scale = Simd::mul(Simd::load_float(panel.scales + at), x_scale);
           Int dot = dots[kLast][j];
-          dot = Base::template both<kDigits>(dots[kFirst][j], dot);
+          dot = Base::template combine_digits<kDigits>(dots[kFirst][j], dot);
           if constexpr (kZeros) {
             int32_t codes = x_sums[kLast * a.blocks + b];
             if constexpr (kDigits == 2) codes += kDigit * x_sums[kFirst * a.blocks + b];
@@ -264,13 +264,13 @@ class QuantMany : QuantLayout<Simd> {
                                                               Int (&dots)[kRows][kWide]) {
     constexpr int kParts = Base::template kParts<kBits>;
     constexpr int kGroups = kParts;  // lanes at a time
-    static_assert(2 * kGroups * kParts <= Base::kMostShort, "weights are from 0 to 30");
+    static_assert(2 * kGroups * kParts <= Base::kMaxShortProducts, "weights are from 0 to 30");
     for (int lane = 0; lane < kShare; lane += kGroups, codes += 4 * kGroups) {
       Int sums[kRows][kWide];
       const auto each = [](const auto& body) {
         unrolled<kRows>([&](auto r) { unrolled<kWide>([&](auto j) { body(r, j); }); });
       };
-      each([&](auto r, auto j) { sums[r][j] = Base::template open<kBits>(dots[r][j]); });
+      each([&](auto r, auto j) { sums[r][j] = Base::template begin_block<kBits>(dots[r][j]); });
       unrolled<kGroups * kParts>([&](auto g) {
         Int columns[kWide];
         unrolled<kWide>([&](auto j) { columns[j] = Simd::load(weights + j * kVector); });
@@ -279,11 +279,11 @@ class QuantMany : QuantLayout<Simd> {
           const int8_t* four = codes + r * stride + g / kParts * 4 + g % kParts * kVector;
           const Int x = Simd::broadcast_bytes(four);
           unrolled<kWide>(
-              [&](auto j) { sums[r][j] = Base::template add<kBits>(sums[r][j], columns[j], x); });
+              [&](auto j) { sums[r][j] = Base::template accumulate<kBits>(sums[r][j], columns[j], x); });
         });
       });
       each([&](auto r, auto j) {
-        dots[r][j] = Base::template close<kBits>(sums[r][j], dots[r][j]);
+        dots[r][j] = Base::template end_block<kBits>(sums[r][j], dots[r][j]);
       });
     }
     return weights;

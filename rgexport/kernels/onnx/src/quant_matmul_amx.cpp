@@ -19,7 +19,7 @@ QuantKernel many(const QuantMatrix& w) {
 
 QuantKernels quant_kernels_amx() {
   return {Few::few(), Few::two_level, Few::several(),
-          many,       unpack_rows,    QuantSeveral<Avx512>::kMost,
+          many,       unpack_rows,    QuantSeveral<Avx512>::kMaxRows,
           kPanel,     kPanels};
 }
 

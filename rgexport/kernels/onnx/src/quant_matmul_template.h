@@ -24,7 +24,7 @@ class QuantMatmul : QuantLayout<Simd> {
             several(),
             many,
             unpack_rows,
-            QuantSeveral<Simd>::kMost,
+            QuantSeveral<Simd>::kMaxRows,
             QuantMany<Simd>::kPanel,
             QuantMany<Simd>::kPanels};
   }

@@ -38,7 +38,7 @@ class QuantRound : QuantLayout<Simd> {
     static constexpr int64_t kBlocks = kColumns / kBlock, kBlockLanes = kBlock * kBits / 32;
     static constexpr int kVectors = kLine / kLanes;
     static constexpr int32_t kTaken =
-        kFew ? Base::template kMiddle<kBits> : Base::template kAdded<kBits>;
+        kFew ? Base::template kZeroPoint<kBits> : Base::template kPanelZeroPoint<kBits>;
 
     static void round(const QuantMatrix& w, const float* x, const Activations& a, int64_t index) {
       const int64_t rows = a.count / a.digits, step = kFew ? rows : 1;
