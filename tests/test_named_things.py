@@ -44,10 +44,9 @@ def developer_pages() -> list[str]:
     """Returns the paths of CONTRIBUTING, docs/development and all READMEs but model cards."""
     pages = ["CONTRIBUTING.md"]
     for path in tracked_paths():
-        is_readme = Path(path).name == "README.md"
-        if path.startswith("docs/development/") and path.endswith(".md"):
-            pages.append(path)
-        elif is_readme and path != "demo/model/README.md":
+        is_readme = Path(path).name == "README.md" and path != "demo/model/README.md"
+        is_development = path.startswith("docs/development/") and path.endswith(".md")
+        if is_readme or is_development:
             pages.append(path)
     return pages
 
@@ -96,7 +95,7 @@ def quoted_paths(page: str) -> list[str]:
     A word that starts with a slash is the path of a URL.
     """
     words = [word for phrase in quoted(page) for word in phrase.split()]
-    file_name = re.compile(rf"[\w.*/{{}},-]*\w\.({SUFFIXES}|{{h,cpp}})")
+    file_name = re.compile(rf"(?!/)[\w.*/{{}},-]*\w\.({SUFFIXES}|{{h,cpp}})")
     paths = []
     for word in words:
         is_folder = re.fullmatch(r"[\w.-]+(/[\w.*{},-]+)*/", word) is not None
