@@ -371,7 +371,7 @@ the highest of the texts. *Bits* are those of a weight of the matrices and the e
 zero points included. Time and memory are those of the
 export on {cpu}, two cores. GPTQ needs a calibration first, which took {calibration:.0f} s.
 
-| format | method and command | bits | KL | KL by text | top-1 | perplexity | size | seconds | memory |
+| format | method | bits | KL | KL by text | top-1 | perplexity | size | seconds | memory |
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
 
