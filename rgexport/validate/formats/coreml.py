@@ -7,8 +7,8 @@ from typing import Any
 
 from rgexport.artifacts.artifact import Artifact
 from rgexport.artifacts.coreml.manifest import KIND, CoreMLManifest, Form
+from rgexport.artifacts.coreml.mil.messages import messages
 from rgexport.artifacts.coreml.mil.package import MAX_MODEL_BYTES
-from rgexport.artifacts.coreml.mil.program import messages
 from rgexport.artifacts.coreml.package import PackagePlan, model_file, packages
 from rgexport.artifacts.manifest import Manifest
 from rgexport.export.coreml.storage import CoreMLStorage
