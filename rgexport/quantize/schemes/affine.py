@@ -90,6 +90,30 @@ class Affine(scheme_base.Uniform):
         return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
 
     @property
+    def symmetric_bits(self) -> int | None:
+        """Bits of levels around the fixed zero point; None with zero points for each block."""
+        if self.symmetric:
+            return self.bits
+        return None
+
+    @property
+    def scale_dtype(self) -> scheme_base.FloatDtype:
+        """The dtype of its scales, one for each block."""
+        return self.scale
+
+    @property
+    def largest_multiple(self) -> int:
+        """The distance of the outermost level from the zero point."""
+        if self.symmetric:
+            return int(2 ** (self.bits - 1))
+        return self._top
+
+    @property
+    def has_mil_op(self) -> bool:
+        """Whether `constexpr_blockwise_shift_scale` has integers of so many bits."""
+        return self.bits in (4, 8)
+
+    @property
     def _top(self) -> int:
         return int(2**self.bits - 1)
 

@@ -181,6 +181,26 @@ class Uniform(Scheme):
         return getattr(self, "bits", None)
 
     @property
+    def symmetric_bits(self) -> int | None:
+        """Bits of levels around the fixed zero point 2**(bits - 1); None for other levels."""
+        return None
+
+    @property
+    def scale_dtype(self) -> FloatDtype | None:
+        """The dtype of its scales, one float for each block; None without such scales."""
+        return None
+
+    @property
+    def largest_multiple(self) -> int:
+        """The largest multiple of a scale that a weight can be; 1 without such scales."""
+        return 1
+
+    @property
+    def has_mil_op(self) -> bool:
+        """Whether a constexpr op of MIL, Core ML's language, dequantizes its parts."""
+        return False
+
+    @property
     def precision(self) -> str:
         """The word of `--precision` or `--type` for such weights."""
         return self.label.partition("/")[0]

@@ -77,6 +77,11 @@ class TwoLevel(Uniform):
     rounds_activations = True
 
     @property
+    def symmetric_bits(self) -> int:
+        """Bits of a level: the zero point is always 2**(bits - 1)."""
+        return self.bits
+
+    @property
     def label(self) -> str:
         return f"int{self.bits}/{self.block} two-level"
 
