@@ -16,7 +16,7 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.quantize.schemes.base import nbytes_of
-from rgexport.quantize.schemes.registry import FLOAT32, Plan, TwoLevel, Uniform, candidates
+from rgexport.quantize.schemes.registry import FLOAT32, Plan, Uniform, candidates
 from rgexport.quantize.schemes.row_groups import group_rows
 
 _SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
@@ -35,8 +35,11 @@ def artifact_bytes(form: Format, plan: Plan, checkpoint: Checkpoint) -> int:
     shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
     weights = OffsetAllocator("", form.alignment, header=form.part_header)
     weights.allocate(plan, shapes, form.part_shapes)
-    two_level = (u for s in plan.values() for u in s.uniform if isinstance(u, TwoLevel))
-    graph = sum(_TWO_LEVEL_BYTES for _ in two_level)
+    graph = 0
+    for scheme in plan.values():
+        for uniform in scheme.uniform:
+            if uniform.needs_local_function:
+                graph += _TWO_LEVEL_BYTES
     graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
     overhead = form.overhead_bytes(checkpoint)
     if form.completes_tokenizer:

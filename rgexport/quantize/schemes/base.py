@@ -83,6 +83,11 @@ class Scheme(ABC):
         return False
 
     @property
+    def has_matmul_nbits_layout(self) -> bool:
+        """Whether its parts have the layout of ONNX Runtime's `MatMulNBits`."""
+        return False
+
+    @property
     def has_row_groups(self) -> bool:
         """Whether rows are stored in several groups, each in a scheme of its own."""
         return False
@@ -140,6 +145,13 @@ class Scheme(ABC):
     def with_dtype(self, dtype: FloatDtype) -> "Scheme":
         return self
 
+    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Scheme":
+        """Returns the scheme with a user's block size and symmetry, where it has those.
+
+        None leaves them as they are.
+        """
+        return self
+
     @abstractmethod
     def with_algorithm(self, algorithm: str) -> Self:
         """Returns the scheme filled by another algorithm; unchanged where that does not apply."""
@@ -181,6 +193,11 @@ class Uniform(Scheme):
         return getattr(self, "bits", None)
 
     @property
+    def has_block_options(self) -> bool:
+        """Whether users can choose its block size and symmetry."""
+        return False
+
+    @property
     def symmetric_bits(self) -> int | None:
         """Bits of levels around the fixed zero point 2**(bits - 1); None for other levels."""
         return None
@@ -194,6 +211,27 @@ class Uniform(Scheme):
     def largest_multiple(self) -> int:
         """The largest multiple of a scale that a weight can be; 1 without such scales."""
         return 1
+
+    @property
+    def has_onnx_op(self) -> bool:
+        """Whether ops of ONNX Runtime, or functions made of them, compute with its parts."""
+        return False
+
+    @property
+    def needs_local_function(self) -> bool:
+        """Whether an ONNX graph computes with it by a function of its own, of several ops."""
+        return False
+
+    def unpacked_bytes(self, shape: Shape) -> int:
+        """Returns the bytes of a matrix's levels that stock ONNX ops unpack before they use them.
+
+        Returns 0 if they use the levels as they are stored.
+        """
+        return 0
+
+    def pads_zero_points(self, columns: int) -> bool:
+        """Whether the packed zero points of a row of so many weights end within a byte."""
+        return False
 
     @property
     def has_mil_op(self) -> bool:

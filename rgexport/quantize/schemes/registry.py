@@ -35,6 +35,7 @@ class Float(Uniform):
     algorithm = "cast"
     is_quantized = False
     is_float_array = True
+    has_onnx_op = True
 
     @property
     def label(self) -> str:

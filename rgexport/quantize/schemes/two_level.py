@@ -75,6 +75,8 @@ class TwoLevel(Uniform):
     kind: Literal["two_level"] = "two_level"
 
     rounds_activations = True
+    has_onnx_op = True
+    needs_local_function = True
 
     @property
     def symmetric_bits(self) -> int:
@@ -125,6 +127,13 @@ class TwoLevel(Uniform):
             return self.block // 2
         width = self._row_bytes(columns)
         return min(_VECTOR * PLANES[self.bits][-1].groups, width & -width)
+
+    def unpacked_bytes(self, shape: Shape) -> int:
+        """Returns the bytes of levels, joined from planes; 0 for 4 bits, which have one plane."""
+        if self.bits == self.unpacked_bits:
+            return 0
+        rows, columns = shape
+        return rows * self._row_bytes(columns)
 
     def _row_bytes(self, columns: int) -> int:
         return self.num_blocks(columns) * self.block * self.unpacked_bits // 8

@@ -13,7 +13,7 @@ from rgexport.artifacts.storage import groups_of
 from rgexport.formats import format_on
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantize.schemes.registry import Float, TwoLevel
+from rgexport.quantize.schemes.registry import Float
 from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
@@ -80,10 +80,7 @@ def _unpacked_bytes(tensor: StoredTensor) -> int:
     """Returns the bytes of levels that stock ops unpack before they use them."""
     unpacked = 0
     for group in groups_of(tensor):
-        scheme = group.stored.uniform
-        if isinstance(scheme, TwoLevel) and scheme.bits != scheme.unpacked_bits:
-            packed = group.stored.parts["planes"].nbytes
-            unpacked += packed * scheme.unpacked_bits // scheme.bits
+        unpacked += group.stored.uniform.unpacked_bytes(group.stored.shape)
     return unpacked
 
 
