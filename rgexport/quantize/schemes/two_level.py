@@ -75,6 +75,7 @@ class TwoLevel(Uniform):
     kind: Literal["two_level"] = "two_level"
 
     rounds_activations = True
+    extra_graph_bytes = 1_200  # for more parts and nodes than other schemes have
 
     @property
     def label(self) -> str:
