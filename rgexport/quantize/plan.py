@@ -238,7 +238,7 @@ def _read_scheme(
 def quantized(weights: WeightSource, plan: Plan, statistics_of: StatisticsOf) -> WeightSource:
     """Returns the weights as a plan stores them; float schemes change nothing."""
     return {
-        n: t if isinstance(plan[n], Float) else _quantized(n, t, plan[n], statistics_of)
+        n: t if plan[n].is_float_array else _quantized(n, t, plan[n], statistics_of)
         for n, t in weights.items()
     }
 

@@ -73,6 +73,21 @@ class Scheme(ABC):
         return True
 
     @property
+    def is_float_array(self) -> bool:
+        """Whether weights are stored as an array of floats, not in parts or packed bytes."""
+        return False
+
+    @property
+    def is_gguf_only(self) -> bool:
+        """Whether only GGUF files can store weights in this scheme."""
+        return False
+
+    @property
+    def has_row_groups(self) -> bool:
+        """Whether rows are stored in several groups, each in a scheme of its own."""
+        return False
+
+    @property
     def rows_together(self) -> int:
         """Rows that share stored data, such as a palette, and are encoded together."""
         return 1
@@ -98,6 +113,13 @@ class Scheme(ABC):
     def group_sizes(self, rows: int) -> tuple[int, ...]:
         """Returns the rows of each group; RequestError where groups do not fit so many `rows`."""
         return (rows,)
+
+    def positions(self, rows: int) -> np.ndarray | None:
+        """Returns the position of each row among the groups' rows, int32 [rows].
+
+        Returns None if rows are stored in their own order.
+        """
+        return None
 
     def index_bytes(self, rows: int) -> int:
         """Returns the bytes that lists of the groups' rows take in a manifest and a graph."""

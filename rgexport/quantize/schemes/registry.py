@@ -34,6 +34,7 @@ class Float(Uniform):
     kind: Literal["float"] = "float"
     algorithm = "cast"
     is_quantized = False
+    is_float_array = True
 
     @property
     def label(self) -> str:
