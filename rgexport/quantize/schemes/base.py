@@ -253,6 +253,14 @@ class Uniform(Scheme):
         """Whether kernels may round activations to int8 in products with such weights."""
         return False
 
+    @property
+    def extra_graph_bytes(self) -> int:
+        """Bytes of a matrix or row group in a graph and its manifest, beyond other schemes' bytes.
+
+        An estimate, which `rgexport quantize` adds to the size of the weights.
+        """
+        return 0
+
     def rounding_rule(self, weighted: bool) -> str:
         """Returns a key of `weights.expectations.EXPECTATIONS`; `weighted` by importances."""
         return self.algorithm

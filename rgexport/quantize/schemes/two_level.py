@@ -77,6 +77,7 @@ class TwoLevel(Uniform):
     rounds_activations = True
     has_onnx_op = True
     needs_local_function = True
+    extra_graph_bytes = 1_200  # for more parts and nodes than other schemes have
 
     @property
     def symmetric_bits(self) -> int:

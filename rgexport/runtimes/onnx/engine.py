@@ -7,7 +7,8 @@ import numpy as np
 
 from rgexport.artifacts.artifact import Artifact
 from rgexport.artifacts.manifest import Manifest, StoredTensor
-from rgexport.artifacts.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
+from rgexport.artifacts.onnx.messages import parse_model
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, native_ops, read_graph
 from rgexport.artifacts.onnx.trust import require_trusted
 from rgexport.artifacts.storage import groups_of
 from rgexport.formats import format_on
