@@ -77,6 +77,8 @@ class Affine(scheme_base.Uniform):
     kind: Literal["affine"] = "affine"
 
     rounds_activations = True
+    has_matmul_nbits_layout = True
+    has_block_options = True
 
     @property
     def label(self) -> str:
@@ -88,6 +90,39 @@ class Affine(scheme_base.Uniform):
             return float(self.bits)
         zero_point = 0 if self.symmetric else self.bits
         return self.bits + (8 * np.dtype(self.scale).itemsize + zero_point) / self.block
+
+    @property
+    def symmetric_bits(self) -> int | None:
+        """Bits of levels around the fixed zero point; None with zero points for each block."""
+        if self.symmetric:
+            return self.bits
+        return None
+
+    @property
+    def scale_dtype(self) -> scheme_base.FloatDtype:
+        """The dtype of its scales, one for each block."""
+        return self.scale
+
+    @property
+    def largest_multiple(self) -> int:
+        """The distance of the outermost level from the zero point."""
+        if self.symmetric:
+            return int(2 ** (self.bits - 1))
+        return self._top
+
+    @property
+    def has_onnx_op(self) -> bool:
+        """Whether `MatMulNBits` takes such blocks, and graphs can unpack such levels."""
+        return self.block in BLOCKS and self.bits in (4, 8)
+
+    def pads_zero_points(self, columns: int) -> bool:
+        """Whether a row has an odd number of zero points of 4 bits."""
+        return not self.symmetric and self.bits == 4 and self.num_blocks(columns) % 2 == 1
+
+    @property
+    def has_mil_op(self) -> bool:
+        """Whether `constexpr_blockwise_shift_scale` has integers of so many bits."""
+        return self.bits in (4, 8)
 
     @property
     def _top(self) -> int:
@@ -276,6 +311,12 @@ class Affine(scheme_base.Uniform):
 
     def with_dtype(self, dtype: scheme_base.FloatDtype) -> "Affine":
         return replace(self, scale=dtype)
+
+    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Affine":
+        """Returns the scheme with another block size and symmetry; None keeps its own."""
+        if symmetric is None:
+            symmetric = self.symmetric
+        return replace(self, block=block or self.block, symmetric=symmetric)
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
         """Divides each block's range, from zero to the extreme if symmetric, by its steps."""

@@ -205,6 +205,8 @@ class Ggml(Uniform):
     algorithm: str = field(default="ggml", compare=False)
     kind: Literal["ggml"] = "ggml"
 
+    is_gguf_only = True
+
     @property
     def label(self) -> str:
         return self.type

@@ -37,6 +37,8 @@ class Palette(Uniform):
     algorithm: str = field(default="kmeans", compare=False)
     kind: Literal["palette"] = "palette"
 
+    has_mil_op = True
+
     @property
     def label(self) -> str:
         return f"pal{self.bits}/{self.group}"

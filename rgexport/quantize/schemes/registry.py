@@ -34,6 +34,8 @@ class Float(Uniform):
     kind: Literal["float"] = "float"
     algorithm = "cast"
     is_quantized = False
+    is_float_array = True
+    has_onnx_op = True
 
     @property
     def label(self) -> str:

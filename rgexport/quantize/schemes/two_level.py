@@ -75,6 +75,14 @@ class TwoLevel(Uniform):
     kind: Literal["two_level"] = "two_level"
 
     rounds_activations = True
+    has_onnx_op = True
+    needs_local_function = True
+    extra_graph_bytes = 1_200  # for more parts and nodes than other schemes have
+
+    @property
+    def symmetric_bits(self) -> int:
+        """Bits of a level: the zero point is always 2**(bits - 1)."""
+        return self.bits
 
     @property
     def label(self) -> str:
@@ -120,6 +128,13 @@ class TwoLevel(Uniform):
             return self.block // 2
         width = self._row_bytes(columns)
         return min(_VECTOR * PLANES[self.bits][-1].groups, width & -width)
+
+    def unpacked_bytes(self, shape: Shape) -> int:
+        """Returns the bytes of levels, joined from planes; 0 for 4 bits, which have one plane."""
+        if self.bits == self.unpacked_bits:
+            return 0
+        rows, columns = shape
+        return rows * self._row_bytes(columns)
 
     def _row_bytes(self, columns: int) -> int:
         return self.num_blocks(columns) * self.block * self.unpacked_bits // 8
