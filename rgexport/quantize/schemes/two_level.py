@@ -222,7 +222,7 @@ class TwoLevel(Uniform):
         """
         in_blocks = weights.reshape(*scales.shape, self.block)
         is_zero = ~in_blocks.any(2)
-        to_code = np.rint
+        to_code: np.ufunc = np.rint
         if self.algorithm == "rtn":
             to_code = np.ceil
         return _codes(np.where(is_zero, 0, scales), to_code)
