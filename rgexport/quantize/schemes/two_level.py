@@ -23,9 +23,11 @@ from rgexport.files.typed_json import Size
 from rgexport.kernels.rounding.library import Grid
 from rgexport.quantize.algorithms.gptq import choose_levels, output_gain
 from rgexport.quantize.algorithms.statistics import Statistics
-from rgexport.quantize.schemes.affine import Affine, pack, storable, unpack, with_least_padding
+from rgexport.quantize.schemes.affine import Affine
 from rgexport.quantize.schemes.base import Parts, PartShapes, Shape, Uniform
 from rgexport.quantize.schemes.bit_planes import Plane
+from rgexport.quantize.schemes.blocks import storable, with_least_padding
+from rgexport.quantize.schemes.packing import pack, unpack
 from rgexport.quantize.schemes.steps import Measure, StepSizes
 
 RUN = 16
