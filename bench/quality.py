@@ -366,27 +366,16 @@ TEXT = """# What quantization costs
 
 The demo model (11 M parameters, trained), each row in its own engine, over six texts of {tokens}
 tokens in all. KL is the mean Kullback–Leibler divergence from the
-original in float32, in nats per token, averaged over the texts; *bits* are those of a weight of
-the matrices and the embedding, scales and zero points included. Time and memory are those of the
+original in float32, in nats per token, averaged over the texts; *KL by text* gives the lowest and
+the highest of the texts. *Bits* are those of a weight of the matrices and the embedding, scales and
+zero points included. Time and memory are those of the
 export on {cpu}, two cores. GPTQ needs a calibration first, which took {calibration:.0f} s.
 
-| format | method | bits | KL | top-1 | perplexity | size | seconds | memory |
-|---|---|---|---|---|---|---|---|---|
+| format | method | bits | KL | KL by text | top-1 | perplexity | size | seconds | memory |
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 The original's perplexity is {perplexity:.1f}.
-
-## KL by text
-
-| format | method | bits | {kinds} |
-|---|---|---|{rule}|
-{texts}
-
-## The commands
-
-| format | method | bits | command |
-|---|---|---|---|
-{commands}
 
 `FILE` is of `rgexport calibrate`, or of llama-imatrix on the calibration's text. `PLAN` is of
 `rgexport quantize --calibration FILE --format FORMAT --bits BITS`; its seconds are counted.
@@ -397,35 +386,42 @@ checkpoint; mlx-lm computes in bfloat16.
 
 
 def page(rows: list[dict[str, Any]], tokens: int) -> str:
-    """The page, in Markdown; `tokens` is how many all texts have."""
-    kinds = list(rows[0]["kls"])
+    """Returns the page in Markdown, with a line for each row.
+
+    `tokens` is the number of tokens of all texts together.
+    """
+    calibration_seconds = 0.0
     calibration = FOLDER / "calibration.json"
-    seconds = json.loads(calibration.read_text())["seconds"] if calibration.exists() else 0.0
+    if calibration.exists():
+        calibration_seconds = json.loads(calibration.read_text())["seconds"]
 
-    def name(row: dict[str, Any]) -> str:
-        return f"{row['format']} | {row['method']} | {row['bits']:.2f}"
-
-    table = [
-        f"| {name(row)} | {row['kl']:.2e} | {row['top1']:.1%} | {row['perplexity_quantized']:.1f} "
-        f"| {row['bytes'] / 1e6:.1f} MB | {row['seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} GB |"
-        for row in rows
-    ]
-    by_text = [
-        f"| {name(row)} | " + " | ".join(f"{row['kls'][kind]:.2e}" for kind in kinds) + " |"
-        for row in rows
-    ]
-    commands = [f"| {name(row)} | `{row['command']}` |" for row in rows]
+    lines = [_line(row) for row in rows]
     return TEXT.format(
         tokens=f"{tokens:,}",
         cpu=rows[0]["cpu"],
-        calibration=seconds,
-        rows="\n".join(table),
+        calibration=calibration_seconds,
+        rows="\n".join(lines),
         perplexity=rows[0]["perplexity"],
-        kinds=" | ".join(kinds),
-        rule="|".join(["---"] * len(kinds)),
-        texts="\n".join(by_text),
-        commands="\n".join(commands),
     )
+
+
+def _line(row: dict[str, Any]) -> str:
+    """Returns the line of a measured row in the page's table."""
+    lowest = min(row["kls"].values())
+    highest = max(row["kls"].values())
+    cells = [
+        row["format"],
+        f"{row['method']}<br>`{row['command']}`",
+        f"{row['bits']:.2f}",
+        f"{row['kl']:.2e}",
+        f"{lowest:.2e} … {highest:.2e}",
+        f"{row['top1']:.1%}",
+        f"{row['perplexity_quantized']:.1f}",
+        f"{row['bytes'] / 1e6:.1f} MB",
+        f"{row['seconds']:.1f}",
+        f"{row['peak_bytes'] / 1e9:.2f} GB",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from rgexport.artifacts.coreml.manifest import (
     state_records,
     stored_states,
 )
-from rgexport.artifacts.coreml.mil.checks import check_package, describe_package, package_text
+from rgexport.artifacts.coreml.mil.checks import check_package
+from rgexport.artifacts.coreml.mil.description import describe_package, package_text
 from rgexport.artifacts.coreml.mil.package import Package, means_package, open_package
 from rgexport.artifacts.coreml.mil.program import TensorType
 from rgexport.artifacts.coreml.storage import decode, part_shapes
