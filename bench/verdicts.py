@@ -1,4 +1,4 @@
-"""How wrong models fare: the table in docs/validation.md.
+"""How wrong models fare: the table in docs/validation-checks.md.
 
     python -m bench.verdicts [-m MODEL] [--formats onnx …] [--trained-on FOLDER] [--docs FILE]
 

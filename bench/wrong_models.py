@@ -21,7 +21,7 @@ from rgexport.files.hashing import hash_file
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, QUANTIZABLE, layer_tensors, model_tensors
 from rgexport.quantize.gguf_header import read_header
-from rgexport.quantize.schemes.affine import pack, unpack
+from rgexport.quantize.schemes.packing import pack, unpack
 from rgexport.quantize.schemes.registry import Affine, Ggml
 
 Weights = dict[str, np.ndarray]

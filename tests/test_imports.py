@@ -34,7 +34,7 @@ runtimes.onnx runtimes.coreml runtimes.llama_cpp""".split()
 
 NEEDS_TORCH = {
     *(f"planning/{name}.py" for name in "losses layer_pass".split()),
-    *(f"griffin/{name}.py" for name in "ops reference".split()),
+    *(f"griffin/{name}.py" for name in "ops reference scan".split()),
     *("validate/reference/deepmind_model.py", "export/trace.py"),
 }
 FENCED = {

@@ -20,7 +20,6 @@ from rgexport.files.typed_json import Mismatch, from_json, read_json, require_ve
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import model_tensors
 from rgexport.griffin.state import state_specs
-from rgexport.quantize.schemes.registry import Ggml
 from rgexport.units import amount
 
 MAX_STATE_BYTES = 1 << 30  # the largest state of a conversation in float32: twenty times a 9B's
@@ -114,7 +113,7 @@ def _check_records(field: str, records: Sequence[Any], expected: Sequence[Any]) 
 def _check_parts(
     label: str, manifest: Manifest, stored: StoredTensor, artifact_format: FolderFormat
 ) -> None:
-    _require(not isinstance(stored.scheme, Ggml), f"{label}: only GGUF files have ggml types")
+    _require(not stored.scheme.is_gguf_only, f"{label}: only GGUF files have ggml types")
     is_quantized = stored.scheme.is_quantized
     _require(len(stored.shape) == 2 or not is_quantized, f"{label}: only matrices are quantized")
     try:

@@ -11,7 +11,7 @@ from rgexport.artifacts.manifest import ACTIVATIONS
 from rgexport.choices import Quality, plan_advice
 from rgexport.errors import RequestError
 from rgexport.quantize.plan import MIXED, precision_of
-from rgexport.quantize.schemes.registry import Ggml, Plan
+from rgexport.quantize.schemes.registry import Plan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -103,7 +103,7 @@ class FolderOptions(ABC):
         by_plan = "precision", "block_size", "symmetric", "embedding_precision"
         refuse_beside_plan(self, by_plan)
         for name, scheme in (self.plan or {}).items():
-            if isinstance(scheme, Ggml):
+            if scheme.is_gguf_only:
                 raise RequestError(
                     f"the plan stores {name} as {scheme.label}, which only GGUF files have"
                 )

@@ -7,7 +7,6 @@ from typing import Any
 from rgexport.artifacts.manifest import StoredTensor
 from rgexport.artifacts.storage import groups_of
 from rgexport.export.program import Node, Value
-from rgexport.quantize.schemes.registry import Mixed
 
 
 def with_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -44,7 +43,7 @@ def lower_by_groups(
     if weight is None:
         return lower(g, node)
     scheme = g.stored(weight).scheme
-    if not isinstance(scheme, Mixed):
+    if not scheme.has_row_groups:
         return lower(g, node)
     rows = weight.size(0)
     groups = _group_weights(weight, scheme.group_sizes(rows))

@@ -16,37 +16,58 @@ from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.config import GriffinConfig
 from rgexport.griffin.layout import EMBEDDING, input_site, model_tensors
 from rgexport.quantize.schemes.base import nbytes_of
-from rgexport.quantize.schemes.registry import FLOAT32, Plan, TwoLevel, Uniform, candidates
+from rgexport.quantize.schemes.registry import FLOAT32, Plan, Uniform, candidates
 from rgexport.quantize.schemes.row_groups import group_rows
 
-_SMALLEST_GROUP = 256  # rows of the embedding in the smallest groups; the largest has half of all
-_TWO_LEVEL_BYTES = 1_200  # of a matrix or row group: more parts and nodes than others have
+_SMALLEST_GROUP = 256
+"""Rows of the embedding in the smallest groups; the largest group has half of all rows."""
 
 
 def layout_bytes(form: Format, shape: tuple[int, ...]) -> dict[Uniform, int]:
     """Returns layout → stored bytes of a matrix; only float32 if no scheme fits its shape."""
-    fitting = [form.candidate(scheme, shape) for scheme in candidates()]
-    layouts = [layout for layout in fitting if layout is not None] or [FLOAT32]
-    return {layout: nbytes_of(form.part_shapes(shape, layout)) for layout in layouts}
+    layouts: list[Uniform] = []
+    for scheme in candidates():
+        layout = form.candidate(scheme, shape)
+        if layout is not None:
+            layouts.append(layout)
+    if not layouts:
+        layouts.append(FLOAT32)
+
+    sizes: dict[Uniform, int] = {}
+    for layout in layouts:
+        part_shapes = form.part_shapes(shape, layout)
+        sizes[layout] = nbytes_of(part_shapes)
+    return sizes
 
 
 def artifact_bytes(form: Format, plan: Plan, checkpoint: Checkpoint) -> int:
     """Estimates the size of an artifact, to within a few kB for each layer."""
-    shapes = {name: spec.shape for name, spec in model_tensors(checkpoint.config).items()}
+    specs = model_tensors(checkpoint.config)
+    shapes = {name: spec.shape for name, spec in specs.items()}
     weights = OffsetAllocator("", form.alignment, header=form.part_header)
     weights.allocate(plan, shapes, form.part_shapes)
-    two_level = (u for s in plan.values() for u in s.uniform if isinstance(u, TwoLevel))
-    graph = sum(_TWO_LEVEL_BYTES for _ in two_level)
-    graph += sum(scheme.index_bytes(shapes[name][0]) for name, scheme in plan.items())
+
+    graph_bytes = 0
+    for name, scheme in plan.items():
+        rows = shapes[name][0]
+        graph_bytes += scheme.index_bytes(rows)
+        graph_bytes += sum(layout.extra_graph_bytes for layout in scheme.uniform)
+
     overhead = form.overhead_bytes(checkpoint)
     if form.completes_tokenizer:
         overhead += bytes_to_add(checkpoint.tokenizer_files)
-    return weights.size + graph + overhead
+    return weights.size + graph_bytes + overhead
 
 
 @dataclass(frozen=True)
 class PlanItem:
-    """Matrices of one shape and input with one layout; or `rows` of one, most important first."""
+    """Matrices that get one layout, or a group of the embedding's rows.
+
+    Attributes:
+        tensors: the names of matrices with one shape and one input.
+        shape: of each matrix, or of the group of rows.
+        rows: the numbers of the group's rows, the most important first; None for whole matrices.
+    """
 
     tensors: tuple[str, ...]
     shape: tuple[int, int]
@@ -54,7 +75,9 @@ class PlanItem:
 
     @property
     def weights(self) -> int:
-        return len(self.tensors) * self.shape[0] * self.shape[1]
+        """The number of weights in all matrices."""
+        rows, columns = self.shape
+        return len(self.tensors) * rows * columns
 
 
 def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[PlanItem]:
@@ -63,40 +86,46 @@ def items_of(config: GriffinConfig, importance: np.ndarray | None) -> list[PlanI
     Linears of one shape and input get one layout, so that kernels can compute them together. With
     the importance of the head's rows, float32 [vocab], they are cut into groups.
     """
-    together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    names_of: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, spec in model_tensors(config).items():
-        if site := input_site(name):
-            together.setdefault((site, spec.shape), []).append(name)
-    items = []
-    for (_, (rows, columns)), names in together.items():
+        site = input_site(name)
+        if site is not None:
+            names_of.setdefault((site, spec.shape), []).append(name)
+
+    items: list[PlanItem] = []
+    for (_, (rows, columns)), names in names_of.items():
         if names == [EMBEDDING] and importance is not None:
-            items += [
-                PlanItem((EMBEDDING,), (len(ids), columns), ids) for ids in _groups(importance)
-            ]
+            for ids in _row_groups(importance):
+                shape = len(ids), columns
+                items.append(PlanItem((EMBEDDING,), shape, ids))
         else:
             items.append(PlanItem(tuple(names), (rows, columns)))
     return items
 
 
-def plan_of(config: GriffinConfig, items: Sequence[PlanItem], layouts: Sequence[Uniform]) -> Plan:
-    """Returns the plan with these layouts of the items, and float32 for all other tensors."""
-    plan: Plan = {name: FLOAT32 for name in model_tensors(config)}
-    groups: dict[Uniform, list[np.ndarray]] = {}
-    for item, layout in zip(items, layouts, strict=True):
-        if item.rows is None:
-            plan |= dict.fromkeys(item.tensors, layout)
-        else:
-            groups.setdefault(layout, []).append(item.rows)
-    if groups:
-        plan[EMBEDDING] = group_rows(
-            {layout: np.concatenate(ids) for layout, ids in groups.items()}
-        )
-    return plan
+def _row_groups(importance: np.ndarray) -> list[np.ndarray]:
+    """Returns groups of row numbers, the most important rows first.
 
-
-def _groups(importance: np.ndarray) -> list[np.ndarray]:
+    The last group has half of all rows, the one before it half of the others, and so on.
+    """
     order = np.argsort(-importance, kind="stable")
     ends = [len(order)]
     while ends[0] // 2 >= _SMALLEST_GROUP:
         ends.insert(0, ends[0] // 2)
     return np.split(order, ends[:-1])
+
+
+def plan_of(config: GriffinConfig, items: Sequence[PlanItem], layouts: Sequence[Uniform]) -> Plan:
+    """Returns the plan with these layouts of the items, and float32 for all other tensors."""
+    plan: Plan = dict.fromkeys(model_tensors(config), FLOAT32)
+    row_ids: dict[Uniform, list[np.ndarray]] = {}
+    for item, layout in zip(items, layouts, strict=True):
+        if item.rows is None:
+            plan |= dict.fromkeys(item.tensors, layout)
+        else:
+            row_ids.setdefault(layout, []).append(item.rows)
+
+    if row_ids:
+        groups = {layout: np.concatenate(ids) for layout, ids in row_ids.items()}
+        plan[EMBEDDING] = group_rows(groups)
+    return plan

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +68,7 @@ def choose_scheme(
     if precision not in precisions:
         expected = f"{', '.join(precisions)}{plan_advice(precision)}"
         raise RequestError(f"unknown precision {precision!r}; expected one of {expected}")
-    scheme = precisions[precision]
-    if not isinstance(scheme, Affine):
-        return scheme
-    symmetric = scheme.symmetric if symmetric is None else symmetric
-    return replace(scheme, block=block or scheme.block, symmetric=symmetric)
+    return precisions[precision].with_blocks(block, symmetric)
 
 
 def choose_schemes(
@@ -162,7 +157,7 @@ def plan_bits(plan: Plan, config: GriffinConfig) -> float:
 
 def has_blocks(scheme: Scheme) -> bool:
     """Whether users can set the block size and symmetry of a scheme."""
-    return any(isinstance(uniform, Affine) for uniform in scheme.uniform)
+    return any(uniform.has_block_options for uniform in scheme.uniform)
 
 
 def with_algorithm(plan: Plan, algorithm: str | None, *, keep: bool) -> Plan:
@@ -238,7 +233,7 @@ def _read_scheme(
 def quantized(weights: WeightSource, plan: Plan, statistics_of: StatisticsOf) -> WeightSource:
     """Returns the weights as a plan stores them; float schemes change nothing."""
     return {
-        n: t if isinstance(plan[n], Float) else _quantized(n, t, plan[n], statistics_of)
+        n: t if plan[n].is_float_array else _quantized(n, t, plan[n], statistics_of)
         for n, t in weights.items()
     }
 

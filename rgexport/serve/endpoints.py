@@ -15,8 +15,9 @@ from rgexport.chat.reply import ModelReply, ReplyOptions
 from rgexport.chat.sampling import Sampling
 from rgexport.errors import RequestError
 from rgexport.serve import bodies, errors
+from rgexport.serve.answers import OpenAIAnswer
 from rgexport.serve.clients import Client, slot_after, slot_from
-from rgexport.serve.exchange import EventStream, Exchange, Limits, OpenAIAnswer, PlannedReply
+from rgexport.serve.exchange import EventStream, Exchange, Limits, PlannedReply
 from rgexport.serve.grammar import GrammarSource, json_source
 from rgexport.serve.server import LONG, kind_of, server_of
 

@@ -1,12 +1,10 @@
-"""A running request: its replies as OpenAI's answers, whole or as server-sent events."""
+"""A running request: its replies, sent whole or as server-sent events."""
 
 import asyncio
 import contextlib
 import json
-import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,130 +16,18 @@ from rgexport.chat.jobs import GenerationJob
 from rgexport.chat.model import Model
 from rgexport.chat.prompts import PromptTokens
 from rgexport.chat.reply import Item, ModelReply, ReplyOptions, ScoredToken, TextPiece
-from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError
+from rgexport.serve.answers import OpenAIAnswer
+from rgexport.serve.disconnects import until_gone
 from rgexport.serve.errors import Gone, ServerEnds, TooLong, as_error
 
-_REASONS = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 _STARTED_AT_ONCE = 8
 """Replies that start before the event loop runs again: each takes about 0.05 ms."""
+
+_PING = b": reading\n\n"
+"""A comment, which clients ignore: a proxy may close a connection that is silent for long."""
+
 _DONE = b"data: [DONE]\n\n"
-
-
-@dataclass
-class OpenAIAnswer:
-    model: str
-    tokenizer: Tokenizer
-    chat: bool
-    logprobs: bool
-    n: int = 1
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(
-        self, replies: Sequence[ModelReply], tokens: Sequence[Sequence[ScoredToken]]
-    ) -> dict[str, Any]:
-        choices = []
-        for index, (reply, scored) in enumerate(zip(replies, tokens, strict=True)):
-            message = {"message": {"role": "assistant", "content": reply.text}}
-            choices.append(
-                {
-                    "index": index,
-                    **(message if self.chat else {"text": reply.text}),
-                    "logprobs": self._logprobs(scored),
-                    "finish_reason": _REASONS[reply.reason],
-                }
-            )
-        return self._object("chat.completion") | {
-            "choices": choices,
-            "usage": usage(replies, self.n),
-            "timings": timings(replies[0]),
-        }
-
-    def opening(self, index: int, before: str = "") -> dict[str, Any] | None:
-        if self.chat:
-            return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
-        return self._chunk(index, {"text": before}) if before else None
-
-    def piece(self, index: int, piece: TextPiece) -> dict[str, Any]:
-        text = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-        return self._chunk(index, text | {"logprobs": self._logprobs(piece.tokens)})
-
-    def closing(self, index: int, reply: ModelReply) -> dict[str, Any]:
-        empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        return self._chunk(index, empty, _REASONS[reply.reason]) | {"timings": timings(reply)}
-
-    def costs(self, replies: Sequence[ModelReply]) -> dict[str, Any]:
-        costs = {"choices": [], "usage": usage(replies, self.n)}
-        return self._object("chat.completion.chunk") | costs
-
-    def _chunk(self, index: int, text: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "logprobs": None, **text, "finish_reason": reason}
-        return self._object("chat.completion.chunk") | {"choices": [choice]}
-
-    def _object(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        return {
-            "id": f"{prefix}-{self.id}",
-            "object": kind if self.chat else "text_completion",
-            "created": self.created,
-            "model": self.model,
-        }
-
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        if self.chat:
-            tops = [[self._named(*pair) for pair in token.top] for token in tokens]
-            pairs = zip(tokens, tops, strict=True)
-            content = [self._named(t.id, t.logprob) | {"top_logprobs": top} for t, top in pairs]
-            return {"content": content}
-        # Nothing predicts a prompt's first token; OpenAI answers null for it.
-        return {
-            "tokens": [self._text(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                None if token.logprob is None else {self._text(i): p for i, p in token.top}
-                for token in tokens
-            ],
-        }
-
-    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "id": token,
-            "token": self._text(token),
-            "logprob": logprob,
-            "bytes": list(self.tokenizer.surface(token)),
-        }
-
-    def _text(self, token: int) -> str:
-        return self.tokenizer.surface(token).decode("utf-8", "replace")
-
-
-def usage(replies: Sequence[ModelReply], n: int = 1) -> dict[str, Any]:
-    """Returns OpenAI's usage of `n` replies to each prompt, which counts once, not `n` times."""
-    by_prompt = [replies[start : start + n] for start in range(0, len(replies), n)]
-    prompt = sum(group[0].prompt_tokens for group in by_prompt)
-    cached = sum(min(reply.cached_tokens for reply in group) for group in by_prompt)
-    new = sum(reply.new_tokens for reply in replies)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def timings(reply: ModelReply) -> dict[str, Any]:
-    return {
-        "cache_n": reply.cached_tokens,
-        "prompt_n": reply.prompt_tokens - reply.cached_tokens,
-        "prompt_ms": 1e3 * reply.read_seconds,
-        "prompt_per_second": reply.read_rate,
-        "predicted_n": reply.new_tokens,
-        "predicted_ms": 1e3 * reply.write_seconds,
-        "predicted_per_second": reply.write_rate,
-    }
 
 
 @dataclass(frozen=True)
@@ -156,13 +42,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlannedReply:
+    """A reply that has not begun; `before` is the text that the answer puts in front of it."""
+
     prompt: PromptTokens
     options: ReplyOptions
     before: str = ""
 
 
 class Exchange:
-    """The replies to one request; `finished` gets the first one. Its end cancels those that run."""
+    """The replies to one request.
+
+    The event loop's thread calls all methods. The model's threads deliver what it receives.
+    """
 
     def __init__(
         self,
@@ -173,98 +64,131 @@ class Exchange:
         limits: Limits,
         finished: Callable[[ModelReply], None],
     ) -> None:
-        self._request, self._model = request, model
-        self._answer, self._planned = answer, planned
-        self._limits, self._finished = limits, finished
-        self._arrived: asyncio.Queue[tuple[int, Item | Gone]] = asyncio.Queue()
+        """Takes `finished`, which is called with the first reply when it is complete."""
+        self._request = request
+        self._model = model
+        self._answer = answer
+        self._planned = planned
+        self._limits = limits
+        self._finished = finished
+        self._received: asyncio.Queue[tuple[int, Item | Gone]] = asyncio.Queue()
+        """The index of a reply, and a piece, its end or an error."""
         self._loop = asyncio.get_running_loop()
-        self._end = self._loop.time() + limits.seconds
+        self._deadline = self._loop.time() + limits.seconds
         self._replies: dict[int, ModelReply] = {}
         self._jobs: list[GenerationJob] = []
         self._is_over = False
 
     async def start(self) -> None:
-        if len(self._planned) > (most := self._model.scheduler.most_requests):
+        """Starts all replies, or none.
+
+        Raises:
+            RequestError: the model never runs as many requests at once, or refuses one.
+            Busy: too many requests wait.
+        """
+        limit = self._model.scheduler.most_requests
+        if len(self._planned) > limit:
             raise RequestError(
                 f"n: the request asks for {len(self._planned)} replies; this server takes up to "
-                f"{most} at once; send several requests"
+                f"{limit} at once; send several requests"
             )
         try:
-            for index, planned in enumerate(self._planned, 1):
-                take = partial(self._take, index - 1)
-                self._jobs.append(self._model.start(planned.prompt, planned.options, take))
-                if index % _STARTED_AT_ONCE == 0:
+            for index, planned in enumerate(self._planned):
+                deliver = partial(self._deliver, index)
+                job = self._model.start(planned.prompt, planned.options, deliver)
+                self._jobs.append(job)
+                if len(self._jobs) % _STARTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
             self.cancel()
             raise
 
     def cancel(self) -> None:
+        """Ends all replies; what they still deliver is ignored."""
         self._is_over = True
         for job in self._jobs:
             job.cancel()
 
     def stop(self) -> None:
-        self._arrived.put_nowait((0, ServerEnds()))
+        """Lets the answer end with the error that the server ends."""
+        self._received.put_nowait((0, ServerEnds()))
 
     async def whole(self) -> dict[str, Any]:
+        """Returns the answer when all replies are complete.
+
+        Raises:
+            Gone: the client left.
+            RequestError: a reply failed or the answer took too long; or the server ends.
+        """
         tokens: list[list[ScoredToken]] = [[] for _ in self._planned]
         async with contextlib.aclosing(self._items(None)) as items:
             async for index, item in items:
                 if isinstance(item, TextPiece):
                     tokens[index] += item.tokens
-        pairs = zip(self._planned, self._ordered, strict=True)
-        replies = [replace(reply, text=planned.before + reply.text) for planned, reply in pairs]
+
+        replies = []
+        for planned, reply in zip(self._planned, self._ordered_replies(), strict=True):
+            text = planned.before + reply.text
+            replies.append(replace(reply, text=text))
         return self._answer.whole(replies, tokens)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[bytes]:
-        opened: set[int] = set()
+        """Yields the answer as server-sent events; an error is the last of them."""
         try:
-            async with contextlib.aclosing(self._items(self._limits.ping_seconds)) as items:
-                async for index, item in items:
-                    if item is None:
-                        yield b": reading\n\n"
-                        continue
-                    if index not in opened:
-                        opened.add(index)
-                        if first := self._answer.opening(index, self._planned[index].before):
-                            yield _event(first)
-                    if isinstance(item, TextPiece):
-                        yield _event(self._answer.piece(index, item))
-                    else:
-                        yield _event(self._answer.closing(index, item))
+            async with contextlib.aclosing(self._reply_events()) as reply_events:
+                async for event in reply_events:
+                    yield event
             if with_usage:
-                yield _event(self._answer.costs(self._ordered))
+                yield _event(self._answer.costs(self._ordered_replies()))
             yield _DONE
         except RequestError as error:
-            yield _event(as_error(error)[1])
+            _, body = as_error(error)
+            yield _event(body)
         except Gone:
             return
 
-    @property
-    def _ordered(self) -> list[ModelReply]:
+    async def _reply_events(self) -> AsyncGenerator[bytes, None]:
+        """Yields the events of all replies as they come, and pings while nothing comes."""
+        opened: set[int] = set()
+        async with contextlib.aclosing(self._items(self._limits.ping_seconds)) as items:
+            async for index, item in items:
+                if item is None:
+                    yield _PING
+                    continue
+                if index not in opened:
+                    opened.add(index)
+                    opening = self._answer.opening(index, self._planned[index].before)
+                    if opening:
+                        yield _event(opening)
+                if isinstance(item, TextPiece):
+                    yield _event(self._answer.piece(index, item))
+                else:
+                    yield _event(self._answer.closing(index, item))
+
+    def _ordered_replies(self) -> list[ModelReply]:
         return [self._replies[index] for index in sorted(self._replies)]
 
-    def _take(self, index: int, item: Item) -> None:
+    def _deliver(self, index: int, item: Item) -> None:
+        """Hands an item to the event loop; the model's threads call it."""
         if self._is_over:
             return
         with contextlib.suppress(RuntimeError):  # the loop may be closed meanwhile
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, item))
+            self._loop.call_soon_threadsafe(self._received.put_nowait, (index, item))
 
     async def _items(
         self, silence: float | None
     ) -> AsyncGenerator[tuple[int, TextPiece | ModelReply | None], None]:
+        """Yields indices of replies with their pieces and ends, until all have ended.
+
+        Yields None for an item after each `silence`, in seconds. Its end cancels the replies that
+        run. Raises as `whole` does.
+        """
         leaving = asyncio.create_task(until_gone(self._request))
-        leaving.add_done_callback(lambda _: self._arrived.put_nowait((0, Gone())))
+        leaving.add_done_callback(self._on_gone)
         try:
             while len(self._replies) < len(self._planned):
-                rest = self._end - self._loop.time()
-                if rest <= 0:
-                    most = self._limits.seconds
-                    raise TooLong(f"the answer takes longer than {most:g} s; ask for fewer tokens")
                 try:
-                    wait = min(silence or rest, rest)
-                    index, item = await asyncio.wait_for(self._arrived.get(), wait)
+                    index, item = await self._next_item(silence)
                 except TimeoutError:
                     yield 0, None
                     continue
@@ -279,12 +203,33 @@ class Exchange:
             leaving.cancel()
             self.cancel()
 
+    async def _next_item(self, silence: float | None) -> tuple[int, Item | Gone]:
+        """Returns the next item; raises TimeoutError after `silence` or at the deadline.
+
+        Raises TooLong once the deadline has passed.
+        """
+        remaining = self._deadline - self._loop.time()
+        if remaining <= 0:
+            seconds = self._limits.seconds
+            raise TooLong(f"the answer takes longer than {seconds:g} s; ask for fewer tokens")
+        timeout = min(silence or remaining, remaining)
+        return await asyncio.wait_for(self._received.get(), timeout)
+
+    def _on_gone(self, _: asyncio.Task[None]) -> None:
+        self._received.put_nowait((0, Gone()))
+
 
 class EventStream(StreamingResponse):
+    """An answer as server-sent events; its end cancels the replies, however it ends."""
+
     def __init__(self, exchange: Exchange, headers: dict[str, str], *, with_usage: bool) -> None:
-        headers = headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        events = exchange.events(with_usage=with_usage)
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        # nginx would collect events before it passes them on.
+        stream_headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(
+            exchange.events(with_usage=with_usage),
+            media_type="text/event-stream",
+            headers=headers | stream_headers,
+        )
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -294,23 +239,7 @@ class EventStream(StreamingResponse):
             self._exchange.cancel()
 
 
-async def until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def until_done(
-    future: asyncio.Future[Any], request: Request, seconds: float | None = None
-) -> None:
-    """Waits for a future, at most for `seconds`; raises Gone if the client leaves before."""
-    leaving = asyncio.ensure_future(until_gone(request))
-    try:
-        await asyncio.wait((future, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done() and not future.done():
-            raise Gone
-    finally:
-        leaving.cancel()
-
-
 def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+    """Returns a server-sent event; lone surrogates become question marks."""
+    text = json.dumps(body, ensure_ascii=False)
+    return f"data: {text}\n\n".encode("utf-8", "replace")

@@ -21,10 +21,11 @@ from rgexport.chat.jobs import Busy
 from rgexport.chat.masks import DaemonExecutor
 from rgexport.chat.tokenizer import Tokenizer
 from rgexport.errors import RequestError, one_line
-from rgexport.serve.exchange import until_done
+from rgexport.serve.disconnects import until_done
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """JSON has no blanks: a model might write them for ever."""
+
 _LIMITS: dict[str, Any] = {
     "max_grammar_size": 20_000,
     "max_items_in_row": 1000,
@@ -33,23 +34,42 @@ _LIMITS: dict[str, Any] = {
 }
 """Below llguidance's defaults, so that a grammar compiles in about a second, a mask takes at most
 two, and the states of a grammar take up to 250 MB."""
-_MOST_SCHEMA_CHARACTERS = 150_000  # OpenAI allows 120,000 in the names and values of a schema
+
+_MOST_SCHEMA_CHARACTERS = 150_000
+"""OpenAI allows 120,000 in the names and values of a schema."""
+
 _MOST_KNOWN = 16
-_SHORT_SECONDS = 0.001  # after a slower mask, tokens are consumed without the interpreter's lock
-COMPILE_SECONDS, MOST_COMPILING = 10.0, 64
-"""Longest wait for a grammar; maximum number of grammars that wait."""
+"""Compiled grammars that are kept for each model."""
+
+_SHORT_SECONDS = 0.001
+"""After a slower mask, tokens are consumed without the interpreter's lock."""
+
+COMPILE_SECONDS = 10.0
+"""Longest wait for a grammar."""
+
+MOST_COMPILING = 64
+"""Maximum number of grammars that wait to be compiled."""
+
 _CLOSING_SECONDS = 0.2
+"""Longest wait for the thread at the server's end; it may hang in a grammar."""
 
 
 @dataclass(frozen=True)
 class GrammarSource:
+    """The text of a grammar; the kind `grammar` is GBNF or Lark."""
+
     kind: Literal["json", "regex", "grammar"]
     text: str
 
 
 def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
-    """Returns the grammar of JSON that fits a schema, or of any object."""
-    text = json.dumps(({"type": "object"} if schema is None else schema) | _COMPACT)
+    """Returns the grammar of JSON that fits a schema, or of any object.
+
+    Raises RequestError if the schema is too long.
+    """
+    if schema is None:
+        schema = {"type": "object"}
+    text = json.dumps(schema | _COMPACT)
     if len(text) > _MOST_SCHEMA_CHARACTERS:
         raise RequestError(
             f"the JSON schema has {len(text)} characters, more than {_MOST_SCHEMA_CHARACTERS}"
@@ -58,16 +78,22 @@ def json_source(schema: dict[str, Any] | None = None) -> GrammarSource:
 
 
 class GrammarMask:
-    """The mask of one reply; it copies matchers at the `start` of a grammar, and in an error state.
+    """The mask of one reply; a `chat.masks.Mask`.
 
-    The second one only fills a call that takes two matchers. `size` is the number of logits.
+    One thread at a time calls its methods. Any thread may create it.
     """
 
     def __init__(
         self, start: llguidance.LLMatcher, failed: llguidance.LLMatcher, size: int
     ) -> None:
-        self._start, self._error, self._size = start, failed, size
-        self._seconds = 0.0
+        """Takes matchers to copy: at the start of a grammar, and in an error state.
+
+        The second one only fills a call that takes two matchers. `size` is the number of logits.
+        """
+        self._start = start
+        self._error = failed
+        self._size = size
+        self._mask_seconds = 0.0
 
     # The copies are made by the thread that computes masks, when it is the reply's turn.
     @functools.cached_property
@@ -80,21 +106,28 @@ class GrammarMask:
 
     @functools.cached_property
     def _bits(self) -> np.ndarray:
-        return np.zeros((1, -(-self._size // 32)), np.int32)
+        """One bit for each logit, as int32 [1, N]."""
+        words = -(-self._size // 32)
+        return np.zeros((1, words), np.int32)
 
     def allowed(self) -> np.ndarray:
+        """Returns which tokens may come next, bool [size]; raises RequestError as `accept` does."""
         started = time.perf_counter()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
-        self._seconds = time.perf_counter() - started
+        self._mask_seconds = time.perf_counter() - started
+
         self._require_no_error()  # in an error state it allows only the end
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         return bits[: self._size].view(bool)
 
     def accept(self, token: int) -> None:
-        if self._seconds < _SHORT_SECONDS:
+        """Takes the next token of the reply; raises RequestError if the grammar cannot go on."""
+        if self._mask_seconds < _SHORT_SECONDS:
             self._matcher.consume_token(token)
-        else:  # only a call for two matchers releases the lock of the interpreter
-            _threads.executor.consume_token_par([(self._matcher, token), (self._failed, token)])
+        else:
+            # Only a call for two matchers releases the interpreter's lock.
+            tokens = [(self._matcher, token), (self._failed, token)]
+            _thread_local.executor.consume_token_par(tokens)
         self._require_no_error()
 
     def _require_no_error(self) -> None:
@@ -108,11 +141,17 @@ CompiledGrammar = Callable[[], GrammarMask]
 
 
 class Grammars:
-    """The compiled grammars of one vocabulary, of `vocab_size` logits; any thread may use them."""
+    """The last compiled grammars of one vocabulary.
+
+    Any thread may call its methods. Two that compile the same grammar at once both do the work.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer, self._size = tokenizer, vocab_size
+        """Takes the vocabulary, and its number of logits."""
+        self._tokenizer = tokenizer
+        self._size = vocab_size
         self._known: OrderedDict[GrammarSource, Future[CompiledGrammar]] = OrderedDict()
+        """Grammars that compiled or failed, the last used one at the end."""
         self._lock = threading.Lock()
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
@@ -122,13 +161,17 @@ class Grammars:
                 return None
             self._known.move_to_end(source)
             compiled = self._known[source]
-        if error := compiled.exception():
+        error = compiled.exception()
+        if error:
             raise RequestError(str(error))  # a new one, since an error keeps all frames it was in
         return compiled.result()
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
-        if known := self.known(source):
+        """Returns the compiled grammar; raises RequestError for one that cannot be used."""
+        known = self.known(source)
+        if known:
             return known
+
         compiled = Future[CompiledGrammar]()
         try:
             compiled.set_result(self._compiled(source))
@@ -143,13 +186,15 @@ class Grammars:
     def _compiled(self, source: GrammarSource) -> CompiledGrammar:
         vocabulary = self._vocabulary
         try:
-            limits, grammar = llguidance.LLParserLimits(**_LIMITS), _guidance(source)
+            limits = llguidance.LLParserLimits(**_LIMITS)
+            grammar = _guidance_grammar(source)
             matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         except Exception as error:  # it raises ValueError, TypeError and its own
             raise RequestError(f"the grammar cannot be used: {one_line(str(error))}") from None
         if matcher.is_error():
-            reason = one_line(matcher.get_error().replace("<non-verbose/>", ""))
-            raise RequestError(f"the grammar cannot be used: {reason}")
+            reason = matcher.get_error().replace("<non-verbose/>", "")
+            raise RequestError(f"the grammar cannot be used: {one_line(reason)}")
+
         compiled = partial(GrammarMask, matcher, self._failed, self._size)
         compiled().allowed()  # a grammar beyond the limits fails at its first mask
         return compiled
@@ -162,11 +207,15 @@ class Grammars:
 
     @functools.cached_property
     def _failed(self) -> llguidance.LLMatcher:
+        """A matcher in an error state."""
         return llguidance.LLMatcher(self._vocabulary, "no grammar", log_level=0)
 
 
 class GrammarThread:
-    """One thread that compiles grammars in turn; few wait, and not for long."""
+    """One thread that compiles grammars in turn; few wait, and not for long.
+
+    The event loop's thread calls its methods.
+    """
 
     def __init__(self) -> None:
         self._thread = DaemonExecutor("grammars", low_priority=True)
@@ -177,13 +226,17 @@ class GrammarThread:
     ) -> CompiledGrammar:
         """Returns the compiled grammar.
 
-        Raises Busy if too many grammars wait or take long, Gone if the client left, RequestError
-        for a grammar that cannot be used.
+        Raises:
+            Busy: too many grammars wait, or others take long.
+            Gone: the client left.
+            RequestError: the grammar takes long, or cannot be used.
         """
-        if compiled := grammars.known(source):
-            return compiled
+        known = grammars.known(source)
+        if known:
+            return known
         if self._waiting >= MOST_COMPILING:
             raise Busy(f"{self._waiting} grammars wait to be compiled; try again later")
+
         self._waiting += 1
         call = self._thread.submit(partial(grammars.compile, source))
         result = asyncio.wrap_future(call)
@@ -191,7 +244,7 @@ class GrammarThread:
             await until_done(result, request, COMPILE_SECONDS)
             if result.done():
                 return result.result()
-            if call.cancel():
+            if call.cancel():  # it had not begun
                 raise Busy(f"other grammars took {COMPILE_SECONDS:g} s to compile; try again later")
             raise RequestError(
                 f"the grammar takes longer than {COMPILE_SECONDS:g} s to compile; use a simpler one"
@@ -201,10 +254,12 @@ class GrammarThread:
             result.cancel()  # skips a call that has not begun
 
     def close(self) -> None:
+        """Ends the thread; one that hangs in a grammar is left to the end of the process."""
         self._thread.shutdown(_CLOSING_SECONDS)
 
 
-def _guidance(source: GrammarSource) -> str:
+def _guidance_grammar(source: GrammarSource) -> str:
+    """Returns a grammar in llguidance's own form."""
     matcher = llguidance.LLMatcher
     if source.kind == "json":
         return str(matcher.grammar_from_json_schema(source.text))
@@ -213,14 +268,14 @@ def _guidance(source: GrammarSource) -> str:
     return str(matcher.grammar_from_lark(any_to_lark(source.text)))
 
 
-class _Threads(threading.local):
+class _ThreadLocal(threading.local):
     @functools.cached_property
     def executor(self) -> llguidance.LLExecutor:
         """The executor of this thread, which has the priority of the thread."""
         return llguidance.LLExecutor(1)
 
 
-_threads = _Threads()
+_thread_local = _ThreadLocal()
 
 
 class _GuidanceVocabulary:
@@ -228,12 +283,21 @@ class _GuidanceVocabulary:
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         special = set(tokenizer.special.values()) - {tokenizer.unknown_id}
-        stop = tokenizer.end_of_turn_id
-        self.eos_token_id = tokenizer.eos_id if stop is None else stop
-        self.bos_token_id, self.unk_token_id = tokenizer.bos_id, tokenizer.unknown_id
+        self.eos_token_id = tokenizer.end_of_turn_id
+        if self.eos_token_id is None:
+            self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = tokenizer.bos_id
+        self.unk_token_id = tokenizer.unknown_id
         self.special_token_ids = sorted(special)
-        self.tokens = [b"" if i in special else tokenizer.surface(i) for i in range(size)]
+        self.tokens: list[bytes] = []
+        for token in range(size):
+            if token in special:
+                self.tokens.append(b"")  # no text of a grammar allows it
+            else:
+                self.tokens.append(tokenizer.surface(token))
         self._encode = tokenizer.encode_text
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        return self._encode(text)

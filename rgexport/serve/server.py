@@ -18,8 +18,9 @@ from rgexport.chat.reading import ReadingLog
 from rgexport.progress import note
 from rgexport.serve.bodies import parse
 from rgexport.serve.clients import Client, ClientSlots, NamedStates, network_of
+from rgexport.serve.disconnects import until_done
 from rgexport.serve.errors import NotFound
-from rgexport.serve.exchange import Exchange, Limits, until_done
+from rgexport.serve.exchange import Exchange, Limits
 from rgexport.serve.grammar import Grammars, GrammarThread
 from rgexport.serve.guards import Connections
 from rgexport.serve.monitoring import STALL_SECONDS, Health, Metrics

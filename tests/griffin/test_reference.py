@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rgexport.griffin import ops
 from rgexport.griffin.numpy_reference import NumpyReference
-from rgexport.griffin.ops import linear_scan
 from rgexport.griffin.reference import Reference
+from rgexport.griffin.scan import linear_scan
 from rgexport.griffin.state import POSITION
 from tests.deepmind import deepmind_logits, deepmind_model
 from tests.models import ODD_CONFIGS, make_config, random_weights, weight_source

@@ -14,7 +14,12 @@ from rgexport.errors import RequestError
 from rgexport.griffin.tensor import DTYPES
 from rgexport.quantize.algorithms.statistics import statistics_of
 from rgexport.quantize.schemes import ggml_library
-from rgexport.quantize.schemes.ggml import HALVES, LAYOUTS, read_levels, replace_levels
+from rgexport.quantize.schemes.ggml_layouts import (
+    HALVES,
+    LAYOUTS,
+    read_levels,
+    replace_levels,
+)
 from rgexport.quantize.schemes.ggml_library import find_library, load_library, quantize_rows
 from rgexport.quantize.schemes.ggml_types import (
     BY_VALUE,

@@ -51,16 +51,16 @@ def part_shapes(shape: tuple[int, ...], scheme: schemes.Scheme) -> schemes.PartS
 
 def _is_storable(shape: tuple[int, ...], scheme: schemes.Uniform) -> bool:
     if not scheme.is_quantized:
-        return not isinstance(scheme, schemes.Ggml)
-    is_known = isinstance(scheme, schemes.Affine | schemes.Palette) and scheme.bits in SIGNED
-    return is_known and len(shape) == 2 and scheme.fitted(shape) == scheme
+        return not scheme.is_gguf_only
+    return scheme.has_mil_op and len(shape) == 2 and scheme.fitted(shape) == scheme
 
 
 def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schemes.PartShapes:
     shapes = scheme.part_shapes(shape)
-    if isinstance(scheme, schemes.Affine) and scheme.symmetric:
+    bits = scheme.symmetric_bits
+    if bits is not None:
         _, data_shape = shapes["data"]
-        shapes["data"] = (SIGNED[scheme.bits], data_shape)
+        shapes["data"] = (SIGNED[bits], data_shape)
     return shapes
 
 
@@ -68,20 +68,19 @@ def decode(name: str, arrays: schemes.Parts, stored: StoredTensor) -> np.ndarray
     """Returns rows of a tensor or row group as float32, as the checkpoint has them."""
     columns = int(np.prod(stored.shape[1:], dtype=np.int64))
     scheme = stored.uniform
-    if isinstance(scheme, schemes.Affine):
-        rows = scheme.decode(with_sign(arrays, scheme, "uint8"), columns)
-        rows = rows.astype(scheme.scale)  # engines multiply in the dtype of the scales
-    else:
-        rows = scheme.decode(arrays, columns)
+    rows = scheme.decode(with_sign(arrays, scheme, "uint8"), columns)
+    if scheme.scale_dtype is not None:
+        rows = rows.astype(scheme.scale_dtype)  # engines multiply in the dtype of the scales
     return transform_of(name).restore(rows.astype(np.float32, copy=False))
 
 
-def with_sign(arrays: schemes.Parts, scheme: schemes.Affine, dtype: str) -> schemes.Parts:
+def with_sign(arrays: schemes.Parts, scheme: schemes.Uniform, dtype: str) -> schemes.Parts:
     """Converts symmetric data between two's complement and integers from -2^(bits-1) up.
 
     Both directions flip the top bit of each integer; `dtype` is that of the result.
     """
-    if not scheme.symmetric:
+    bits = scheme.symmetric_bits
+    if bits is None:
         return arrays
-    data = arrays["data"].view(np.uint8) ^ _TOP_BITS[scheme.bits]
+    data = arrays["data"].view(np.uint8) ^ _TOP_BITS[bits]
     return arrays | {"data": data.view(dtype)}

@@ -114,12 +114,7 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schem
 
 
 def is_storable(scheme: schemes.Scheme) -> bool:
-    return all(
-        one.block in schemes.BLOCKS and one.bits in (4, 8)
-        if isinstance(one, schemes.Affine)
-        else isinstance(one, schemes.Float | schemes.TwoLevel)
-        for one in scheme.uniform
-    )
+    return all(uniform.has_onnx_op for uniform in scheme.uniform)
 
 
 class OnnxFormat(FolderFormat):
@@ -138,8 +133,9 @@ class OnnxFormat(FolderFormat):
         return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
     def candidate(self, scheme: schemes.Uniform, shape: tuple[int, ...]) -> schemes.Uniform | None:
-        is_worse = isinstance(scheme, schemes.Affine) and scheme.bits < 8  # than `TwoLevel`
-        return None if is_worse else super().candidate(scheme, shape)
+        if scheme.scale_dtype is not None and scheme.level_bits != 8:
+            return None  # worse than `TwoLevel`, whose scales take half the bytes
+        return super().candidate(scheme, shape)
 
     def interface(self, manifest: Manifest) -> tuple[tuple[StateRecord, ...], IoRecord]:
         earlier = any(value.name == NUM_LOGITS for value in manifest.io.inputs)

@@ -83,7 +83,7 @@ def blob_dtype(label: str, stored: StoredTensor) -> str:
     scheme, dtype = stored.uniform, stored.parts[label].dtype
     if dtype != "uint8" or scheme.level_bits != 4:
         return dtype
-    return "int4" if isinstance(scheme, schemes.Affine) and scheme.symmetric else "uint4"
+    return "int4" if scheme.symmetric_bits == 4 else "uint4"
 
 
 def encode(
@@ -91,13 +91,14 @@ def encode(
 ) -> schemes.Parts:
     values = transform_of(name).store(rows.astype(np.float32, copy=False))
     scheme = stored.uniform
-    if not isinstance(scheme, schemes.Affine):
+    scale_dtype = scheme.scale_dtype
+    if scale_dtype is None:
         return scheme.encode(name, values, statistics(name), ids)
-    _require_held(name, np.abs(values).max(initial=0), scheme.scale)
+    _require_held(name, np.abs(values).max(initial=0), scale_dtype)
     arrays = scheme.encode(name, values, statistics(name), ids)
-    levels = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
     steps = np.abs(arrays["scales"].astype(np.float32))
-    _require_held(name, steps.max(initial=0) * np.float32(levels), scheme.scale)
+    largest = steps.max(initial=0) * np.float32(scheme.largest_multiple)
+    _require_held(name, largest, scale_dtype)
     return with_sign(arrays, scheme, stored.parts["data"].dtype)
 
 

@@ -160,4 +160,6 @@ def _planned(tensor: FileTensor, plan: Plan) -> Ggml:
         )
     if kind != "f32" and not tensor.quantizable:
         raise RequestError(f"the plan stores {tensor.canonical} as {kind}; expected f32")
-    return scheme if isinstance(scheme, Ggml) else Ggml(kind)
+    if isinstance(scheme, Ggml):  # the class is asked for: its algorithm stays as the plan has it
+        return scheme
+    return Ggml(kind)

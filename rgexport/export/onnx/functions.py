@@ -15,7 +15,7 @@ from rgexport.artifacts.onnx.model_file import DOMAIN
 from rgexport.artifacts.onnx.trust import MICROSOFT
 from rgexport.export.onnx.emitter import DTYPES, OPSET
 from rgexport.export.program import Node, StepProgram
-from rgexport.quantize.schemes.registry import Affine, TwoLevel
+from rgexport.quantize.schemes.registry import Scheme, TwoLevel
 from rgexport.quantize.schemes.two_level import PLANES, RUN
 from rgexport.reporting.text_templates import render_text
 
@@ -132,13 +132,13 @@ def _merge_gates(nodes: Nodes) -> Merges:
 
 
 def _merge_linears(nodes: Nodes, stored: Mapping[str, StoredTensor]) -> Merges:
-    alike: dict[tuple[str, Affine], list[Node]] = {}
+    alike: dict[tuple[str, Scheme], list[Node]] = {}
     for node in nodes:
         if node.op == "linear":
             x, weight, _ = node.inputs
             assert x is not None and weight is not None
             scheme = stored[weight.name].scheme
-            if isinstance(scheme, Affine):
+            if scheme.has_matmul_nbits_layout:
                 alike.setdefault((x.name, scheme), []).append(node)
     size = len(QUANT_LINEARS)
     batches = (g[start : start + size] for g in alike.values() for start in range(0, len(g), size))

@@ -69,6 +69,7 @@ GROUPED = {"embedding": _grouped_embedding, "linear": _grouped_linear}
 def embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     ids, table = node.tensors
     scheme = g.stored(table).scheme
+    # The classes are asked for: their parts and fields differ.
     if isinstance(scheme, Affine | TwoLevel):
         rows = _quantized_rows(g, g.value(ids), table, scheme)
     else:
@@ -144,6 +145,7 @@ def linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     dtype = node.outputs[0].dtype
     addend = None if bias is None else g.value(bias)
     scheme = g.stored(weight).scheme
+    # The classes are asked for: each has an op, or a function, with parts of its own.
     if isinstance(scheme, Affine):
         y = _quantized_linear(g, g.value(x), weight, addend)
     elif isinstance(scheme, TwoLevel):
@@ -239,7 +241,7 @@ def zero_points(g: OnnxEmitter, weight: Value, scheme: Affine) -> ir.Value | Non
 
 def _affine(g: OnnxEmitter, weight: Value) -> Affine:
     scheme = g.stored(weight).scheme
-    assert isinstance(scheme, Affine), weight.name
+    assert isinstance(scheme, Affine), weight.name  # for its fields
     return scheme
 
 

@@ -1,7 +1,7 @@
 """Lowering profiles, the ops and lowerings of a runtime; and the options of an ONNX export."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -150,12 +150,7 @@ class OnnxOptions(FolderOptions):
         return planning.make_plan(config, linear, embedding)
 
     def _with_even_zero_points(self, plan: schemes.Plan, width: int) -> schemes.Plan:
-        odd = [
-            scheme
-            for scheme in plan[EMBEDDING].uniform
-            if isinstance(scheme, schemes.Affine) and scheme.bits == 4 and not scheme.symmetric
-            if scheme.num_blocks(width) % 2 == 1
-        ]
+        odd = [scheme for scheme in plan[EMBEDDING].uniform if scheme.pads_zero_points(width)]
         if not self._profile.even_zero_points or not odd:
             return plan
         if self.plan or self.symmetric is False:
@@ -163,7 +158,7 @@ class OnnxOptions(FolderOptions):
                 f"--profile {self.profile} has no {odd[0].label} for {EMBEDDING}, whose rows of "
                 f"{width} are an odd number of blocks; store it as symmetric int4, or as int8"
             )
-        return plan | {EMBEDDING: replace(odd[0], symmetric=True)}
+        return plan | {EMBEDDING: odd[0].with_blocks(None, symmetric=True)}
 
     @property
     def _profile(self) -> LoweringProfile:
@@ -186,8 +181,8 @@ class OnnxOptions(FolderOptions):
             return
         bits = self._profile.bits
         stored = {s.level_bits for s in scheme.uniform if s.level_bits is not None}
-        two_level = any(isinstance(uniform, schemes.TwoLevel) for uniform in scheme.uniform)
-        unknown = two_level and not self._profile.functions
+        needs_function = any(uniform.needs_local_function for uniform in scheme.uniform)
+        unknown = needs_function and not self._profile.functions
         if not is_storable(scheme) or not bits >= stored or unknown:
             raise RequestError(
                 f"the plan stores {name} as {scheme.label}, which the profile {self.profile} does "

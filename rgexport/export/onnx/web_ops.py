@@ -38,6 +38,7 @@ def wasm_linear(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     assert x is not None and weight is not None
     scheme = g.stored(weight).scheme
     small = weight.size(0) * weight.size(1) <= PIECE
+    # The class is asked for, not its layout: `_in_pieces` needs its fields.
     if not isinstance(scheme, Affine) or (scheme != INT8_ROWS and small):
         return linear_ops.linear(g, node)
     addend = None if bias is None else g.cast(g.value(bias), "float32")
@@ -123,7 +124,7 @@ _UNSEEN = -1e30  # added to the score of a masked key; infinities are not safe i
 def webgpu_embedding(g: OnnxEmitter, node: Node) -> Sequence[ir.Value]:
     ids, table = node.tensors
     scheme, columns = g.stored(table).scheme, table.size(1)
-    if not isinstance(scheme, Affine):
+    if not isinstance(scheme, Affine):  # `GatherBlockQuantized` gets fields of the class
         return linear_ops.embedding(g, node)
     rows = g.op(
         "GatherBlockQuantized",

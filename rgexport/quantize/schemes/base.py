@@ -73,6 +73,26 @@ class Scheme(ABC):
         return True
 
     @property
+    def is_float_array(self) -> bool:
+        """Whether weights are stored as an array of floats, not in parts or packed bytes."""
+        return False
+
+    @property
+    def is_gguf_only(self) -> bool:
+        """Whether only GGUF files can store weights in this scheme."""
+        return False
+
+    @property
+    def has_matmul_nbits_layout(self) -> bool:
+        """Whether its parts have the layout of ONNX Runtime's `MatMulNBits`."""
+        return False
+
+    @property
+    def has_row_groups(self) -> bool:
+        """Whether rows are stored in several groups, each in a scheme of its own."""
+        return False
+
+    @property
     def rows_together(self) -> int:
         """Rows that share stored data, such as a palette, and are encoded together."""
         return 1
@@ -99,6 +119,13 @@ class Scheme(ABC):
         """Returns the rows of each group; RequestError where groups do not fit so many `rows`."""
         return (rows,)
 
+    def positions(self, rows: int) -> np.ndarray | None:
+        """Returns the position of each row among the groups' rows, int32 [rows].
+
+        Returns None if rows are stored in their own order.
+        """
+        return None
+
     def index_bytes(self, rows: int) -> int:
         """Returns the bytes that lists of the groups' rows take in a manifest and a graph."""
         return 0
@@ -116,6 +143,13 @@ class Scheme(ABC):
         return self
 
     def with_dtype(self, dtype: FloatDtype) -> "Scheme":
+        return self
+
+    def with_blocks(self, block: int | None, symmetric: bool | None) -> "Scheme":
+        """Returns the scheme with a user's block size and symmetry, where it has those.
+
+        None leaves them as they are.
+        """
         return self
 
     @abstractmethod
@@ -159,6 +193,52 @@ class Uniform(Scheme):
         return getattr(self, "bits", None)
 
     @property
+    def has_block_options(self) -> bool:
+        """Whether users can choose its block size and symmetry."""
+        return False
+
+    @property
+    def symmetric_bits(self) -> int | None:
+        """Bits of levels around the fixed zero point 2**(bits - 1); None for other levels."""
+        return None
+
+    @property
+    def scale_dtype(self) -> FloatDtype | None:
+        """The dtype of its scales, one float for each block; None without such scales."""
+        return None
+
+    @property
+    def largest_multiple(self) -> int:
+        """The largest multiple of a scale that a weight can be; 1 without such scales."""
+        return 1
+
+    @property
+    def has_onnx_op(self) -> bool:
+        """Whether ops of ONNX Runtime, or functions made of them, compute with its parts."""
+        return False
+
+    @property
+    def needs_local_function(self) -> bool:
+        """Whether an ONNX graph computes with it by a function of its own, of several ops."""
+        return False
+
+    def unpacked_bytes(self, shape: Shape) -> int:
+        """Returns the bytes of a matrix's levels that stock ONNX ops unpack before they use them.
+
+        Returns 0 if they use the levels as they are stored.
+        """
+        return 0
+
+    def pads_zero_points(self, columns: int) -> bool:
+        """Whether the packed zero points of a row of so many weights end within a byte."""
+        return False
+
+    @property
+    def has_mil_op(self) -> bool:
+        """Whether a constexpr op of MIL, Core ML's language, dequantizes its parts."""
+        return False
+
+    @property
     def precision(self) -> str:
         """The word of `--precision` or `--type` for such weights."""
         return self.label.partition("/")[0]
@@ -172,6 +252,14 @@ class Uniform(Scheme):
     def rounds_activations(self) -> bool:
         """Whether kernels may round activations to int8 in products with such weights."""
         return False
+
+    @property
+    def extra_graph_bytes(self) -> int:
+        """Bytes of a matrix or row group in a graph and its manifest, beyond other schemes' bytes.
+
+        An estimate, which `rgexport quantize` adds to the size of the weights.
+        """
+        return 0
 
     def rounding_rule(self, weighted: bool) -> str:
         """Returns a key of `weights.expectations.EXPECTATIONS`; `weighted` by importances."""

@@ -4,7 +4,6 @@ Scales and minimums are those of ggml's own search. GPTQ replaces the levels in 
 (in the layouts of ggml-common.h).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -15,186 +14,63 @@ import numpy as np
 from rgexport.kernels.rounding import library
 from rgexport.kernels.rounding.library import Grid
 from rgexport.quantize.algorithms.gptq import choose_levels, output_gain
-from rgexport.quantize.algorithms.statistics import Statistics
+from rgexport.quantize.algorithms.statistics import Hessian, Statistics
 from rgexport.quantize.schemes.base import Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.schemes.ggml_layouts import (
+    LAYOUTS,
+    GgmlLayout,
+    multiply_rows,
+    read_levels,
+    replace_levels,
+)
 from rgexport.quantize.schemes.ggml_library import quantize_rows
 from rgexport.quantize.schemes.ggml_types import TYPES
 from rgexport.quantize.schemes.steps import NEGLIGIBLE, StepSizes, float_steps
 
-Blocks = np.ndarray
-"""uint8 [blocks, bytes of a block]."""
-Scales = tuple[np.ndarray, np.ndarray | None]
-"""float32 [blocks, groups]: the distance of levels, and the value of level 0 or None."""
-
-
-def read_levels(packed: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns scales, offsets and levels of rows uint8 [n, row_bytes]; `kind` is in `LAYOUTS`.
-
-    A weight is `scale · level + offset` of its group: float32 [n, groups], the scale also negative,
-    and 0 where a group has one value. Levels are uint8 [n, columns], from 0 to the layout's top.
-    """
-    layout, blocks = LAYOUTS[kind], packed.reshape(-1, TYPES[kind].block_bytes)
-    with np.errstate(all="ignore"):
-        scale, offset = layout.scales(blocks)
-        if offset is None:
-            offset = -layout.zero * scale
-    levels = sum((plane.read(blocks) for plane in layout.planes), layout.bias)
-    rows, columns = len(packed), packed.shape[1] // TYPES[kind].block_bytes * TYPES[kind].block
-    groups = rows, columns // layout.group
-    scale, offset = (x.astype(np.float32, copy=False).reshape(groups) for x in (scale, offset))
-    return scale, offset, levels.reshape(rows, columns)
-
-
-def replace_levels(packed: np.ndarray, kind: str, levels: np.ndarray) -> np.ndarray:
-    """Returns a copy of packed rows with other levels, uint8 [n, columns], none above the top."""
-    layout, copy = LAYOUTS[kind], packed.copy()
-    blocks = copy.reshape(-1, TYPES[kind].block_bytes)
-    stored = levels.reshape(len(blocks), TYPES[kind].block) - layout.bias
-    for plane in layout.planes:
-        plane.write(blocks, stored)
-    return copy
-
-
-HALVES = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,)}
-HALVES |= {"q4_k": (0, 2), "q5_k": (0, 2)}
-"""Offsets of a block's float16 numbers, which all scales and minimums multiply; else 0."""
-
-
-def multiply_rows(packed: np.ndarray, kind: str, factors: np.ndarray) -> None:
-    """Multiplies the scales of packed rows by `factors`, float32 [n], in place."""
-    blocks = packed.reshape(-1, TYPES[kind].block_bytes)
-    by_block = np.repeat(factors, packed.shape[1] // TYPES[kind].block_bytes)
-    for start in HALVES.get(kind, (0,)):
-        scales = (_half(blocks, start)[:, 0] * by_block).clip(-_MOST_HALF, _MOST_HALF)
-        blocks[:, start : start + 2] = scales.astype("<f2")[:, None].view(np.uint8)
-
-
-@dataclass(frozen=True)
-class _Plane:
-    """Some bits of all levels of a block, the lowest at `shift`, in `count` bytes from `start` on.
-
-    A run of `width` bytes holds the bits of `8 / bits` such runs of levels, one above the other.
-    """
-
-    start: int
-    count: int
-    bits: int
-    width: int
-    shift: int = 0
-
-    def read(self, blocks: Blocks) -> np.ndarray:
-        runs = self._bytes(blocks).reshape(len(blocks), self.count // self.width, 1, self.width)
-        bits = (runs >> self._shifts) & np.uint8((1 << self.bits) - 1)
-        return bits.reshape(len(blocks), self.count * 8 // self.bits) << np.uint8(self.shift)
-
-    def write(self, blocks: Blocks, levels: np.ndarray) -> None:
-        bits = (levels >> np.uint8(self.shift)) & np.uint8((1 << self.bits) - 1)
-        shape = len(blocks), self.count // self.width, 8 // self.bits, self.width
-        joined = np.bitwise_or.reduce(bits.reshape(shape) << self._shifts, axis=2)
-        self._bytes(blocks)[:] = joined.reshape(len(blocks), self.count)
-
-    def _bytes(self, blocks: Blocks) -> np.ndarray:
-        return blocks[:, self.start : self.start + self.count]
-
-    @property
-    def _shifts(self) -> np.ndarray:
-        return np.arange(0, 8, self.bits, dtype=np.uint8)[:, None]
-
-
-def _half(blocks: Blocks, start: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
-
-
-def _one_scale(blocks: Blocks) -> Scales:
-    return _half(blocks, 0), None
-
-
-def _two_scales(blocks: Blocks) -> Scales:
-    return _half(blocks, 0), _half(blocks, 2)
-
-
-def _q2_k(blocks: Blocks) -> Scales:
-    """16 groups, with 4 bits each for scale and minimum."""
-    packed = blocks[:, :16]
-    return _half(blocks, 80) * (packed & 15), -_half(blocks, 82) * (packed >> 4)
-
-
-def _q3_k(blocks: Blocks) -> Scales:
-    """16 groups, with 6 bits each: the lower 4 in 8 bytes, the upper 2 in 4."""
-    low = _Plane(96, 8, 4, 8).read(blocks)
-    high = _Plane(104, 4, 2, 4, shift=4).read(blocks)
-    return _half(blocks, 108) * ((low | high).astype(np.float32) - 32), None
-
-
-def _q45_k(blocks: Blocks) -> Scales:
-    """8 groups, with 6 bits each for scale and minimum; the last four share bytes."""
-    scales, minimums, both = (blocks[:, start : start + 4] for start in (4, 8, 12))
-    scales = np.hstack((scales & 63, (both & 15) | (scales >> 6 << 4)))
-    minimums = np.hstack((minimums & 63, (both >> 4) | (minimums >> 6 << 4)))
-    return _half(blocks, 0) * scales, -_half(blocks, 2) * minimums
-
-
-def _q6_k(blocks: Blocks) -> Scales:
-    return _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8), None
-
-
-@dataclass(frozen=True)
-class GgmlLayout:
-    """The levels and scales of a block.
-
-    `group` levels share a scale; `zero` is the level that is 0, or 0 where level 0 is a minimum
-    that is stored. `multiples` is the largest multiple of the block's scale that is a group's
-    scale; types with more than 1 choose their scales for the least squared error. `bias` is added
-    to stored numbers.
-    """
-
-    group: int
-    top: int
-    zero: int
-    planes: tuple[_Plane, ...]
-    scales: Callable[[Blocks], Scales]
-    multiples: int = 1
-    bias: np.uint8 = np.uint8(0)  # noqa: RUF009
-
-    @property
-    def steps(self) -> int:
-        """Steps between 0, or the minimum, and the outermost level on its longer side."""
-        return self.zero or self.top
-
-    @property
-    def clips(self) -> bool:
-        """Whether the side above 0 has one level less."""
-        return 0 < self.top < 2 * self.zero
-
-
-LAYOUTS = {
-    # ggml writes no -128, which has no negative in the kernels
-    "q8_0": GgmlLayout(32, 254, 127, (_Plane(2, 32, 8, 32),), _one_scale, bias=np.uint8(127)),
-    "q4_0": GgmlLayout(32, 15, 8, (_Plane(2, 16, 4, 16),), _one_scale),
-    "q4_1": GgmlLayout(32, 15, 0, (_Plane(4, 16, 4, 16),), _two_scales),
-    "q5_0": GgmlLayout(32, 31, 16, (_Plane(6, 16, 4, 16), _Plane(2, 4, 1, 1, 4)), _one_scale),
-    "q5_1": GgmlLayout(32, 31, 0, (_Plane(8, 16, 4, 16), _Plane(4, 4, 1, 1, 4)), _two_scales),
-    "q2_k": GgmlLayout(16, 3, 0, (_Plane(16, 64, 2, 32),), _q2_k, 15),
-    "q3_k": GgmlLayout(16, 7, 4, (_Plane(32, 64, 2, 32), _Plane(0, 32, 1, 32, 2)), _q3_k, 32),
-    "q4_k": GgmlLayout(32, 15, 0, (_Plane(16, 128, 4, 32),), _q45_k, 63),
-    "q5_k": GgmlLayout(32, 31, 0, (_Plane(48, 128, 4, 32), _Plane(16, 32, 1, 32, 4)), _q45_k, 63),
-    "q6_k": GgmlLayout(16, 63, 32, (_Plane(0, 128, 4, 64), _Plane(128, 64, 2, 32, 4)), _q6_k, 128),
+_DIGITS = {
+    "f32": (23, 2.0**-126),
+    "f16": (10, 2.0**-24),
+    "bf16": (7, 2.0**-126),
 }
-
-
-_DIGITS = {"f32": (23, 2.0**-126), "f16": (10, 2.0**-24), "bf16": (7, 2.0**-126)}
 """Type of floats → binary digits after the point, smallest step."""
+
 _STORAGE_CLASSES = {
-    **{"f32": "float32", "f16": "float16", "bf16": "int8", "q8_0": "int8"},
-    **dict.fromkeys(("q3_k", "q2_k", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), "int2"),
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "int8",
+    "q8_0": "int8",
+    "q3_k": "int2",
+    "q2_k": "int2",
+    "iq3_s": "int2",
+    "iq3_xxs": "int2",
+    "iq2_s": "int2",
+    "iq2_xs": "int2",
+    "iq2_xxs": "int2",
 }
 """int4 for all other types, which have four to six bits."""
-_MOST_HALF = np.float32(np.finfo(np.float16).max)
-_HALF, _LEAST = 2.0**-11, 2.0**-25  # largest relative and absolute errors of rounding to float16
-_CODEBOOKS = {"iq2_xxs": (1.5, 167), "iq2_xs": (1.75, 167), "iq2_s": (2, 167), "iq3_xxs": (3, 480)}
-_CODEBOOKS |= {"iq3_s": (4, 465), "iq4_nl": (8, 127), "iq4_xs": (8, 32 * 127)}
+
+_HALF_ERROR = 2.0**-11
+"""Largest relative error of rounding to float16."""
+
+_LEAST_HALF_ERROR = 2.0**-25
+"""Largest absolute error of rounding to a float16 near 0."""
+
+_LEAST_SCALE = np.float32(1 / 32)
+"""Least scale of a group, of the largest in a block: half a step of 4-bit scales (q2_k)."""
+
+_CODEBOOKS = {
+    "iq2_xxs": (1.5, 167),
+    "iq2_xs": (1.75, 167),
+    "iq2_s": (2, 167),
+    "iq3_xxs": (3, 480),
+    "iq3_s": (4, 465),
+    "iq4_nl": (8, 127),
+    "iq4_xs": (8, 32 * 127),
+}
 """I-quant → even steps from 0 to a group's largest weight, largest multiple of a block's scale."""
-_LEAST_SCALE = np.float32(1 / 32)  # of a group's largest: half the distance of 4-bit scales (q2_k)
+
+_CODEBOOK_GROUP = 32
+"""Weights for which one step is computed; no group of an i-quant that has a scale is larger."""
 
 
 @dataclass(frozen=True)
@@ -205,33 +81,46 @@ class Ggml(Uniform):
     algorithm: str = field(default="ggml", compare=False)
     kind: Literal["ggml"] = "ggml"
 
+    is_gguf_only = True
+
     @property
     def label(self) -> str:
+        """The name of the type."""
         return self.type
 
     @property
     def is_quantized(self) -> bool:
+        """Whether weights share scales; f32, f16 and bf16 are floats."""
         return TYPES[self.type].is_quantized
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits of a block per weight."""
         return TYPES[self.type].bits_per_weight
 
     @property
     def storage_class(self) -> str:
+        """The class of precision whose tolerances hold for the type."""
         return _STORAGE_CLASSES.get(self.type, "int4")
 
     @property
     def ggml_type(self) -> str:
+        """The name of the type."""
         return self.type
 
     @property
     def rounds_activations(self) -> bool:
+        """Whether llama.cpp rounds activations to int8: for all types but floats."""
         return self.is_quantized
 
     def part_shapes(self, shape: Shape) -> PartShapes:
+        """Returns one part, the packed rows; ValueError where a row is no whole number of blocks.
+
+        Matrices of gates, [heads, block, block], have rows of several dimensions.
+        """
         rows, *row = shape
-        return {"data": ("uint8", (rows, TYPES[self.type].row_bytes(prod(row))))}
+        row_bytes = TYPES[self.type].row_bytes(prod(row))
+        return {"data": ("uint8", (rows, row_bytes))}
 
     def decode(self, arrays: Parts, columns: int) -> np.ndarray:
         """Decodes with gguf-py, which shares no code with the encoder."""
@@ -240,53 +129,81 @@ class Ggml(Uniform):
             return rows.view(np.float32)
         from gguf import GGMLQuantizationType, quants  # an extra; only validation dequantizes
 
-        return quants.dequantize(rows, GGMLQuantizationType(TYPES[self.type].value))
+        kind = GGMLQuantizationType(TYPES[self.type].value)
+        return quants.dequantize(rows, kind)
 
     def _quantize(self, rows: np.ndarray, statistics: Statistics | None) -> Parts:
-        importance = None if statistics is None else statistics.importance
+        importance = None
+        if statistics is not None:
+            importance = statistics.importance
         return {"data": quantize_rows(rows, self.type, importance)}
 
     def _gptq(self, rows: np.ndarray, statistics: Statistics) -> Parts:
+        """Replaces the levels or codes that ggml chose; floats stay as they are."""
         data = self._quantize(rows, statistics)["data"]
+        hessians = statistics.hessians
         if self.type in _CODEBOOKS:
-            weights, codes = np.ascontiguousarray(rows, np.float32), _codebook(self.type)
-            number = TYPES[self.type].value
-            for h in statistics.hessians:
-                library.choose_codes(weights, data, number, codes, h.start, h.matrix, h.factors)
-            stored = self.decode({"data": data}, rows.shape[1])
+            stored = self._replace_codes(rows, data, hessians)
         elif self.type in LAYOUTS:
-            layout = LAYOUTS[self.type]
-            *steps, levels = read_levels(data, self.type)
-            scale, offset = (np.repeat(x, layout.group, axis=1) for x in steps)
-            grid = Grid(1, layout.top, scale, offset)
-            levels = choose_levels(rows, grid, statistics.hessians, levels)
-            data, stored = replace_levels(data, self.type, levels), scale * levels + offset
+            data, stored = self._with_chosen_levels(rows, data, hessians)
         else:
             return {"data": data}
-        multiply_rows(data, self.type, output_gain(rows, stored, statistics.hessians))
+
+        gain = output_gain(rows, stored, hessians)
+        multiply_rows(data, self.type, gain)
         return {"data": data}
+
+    def _replace_codes(
+        self, rows: np.ndarray, data: np.ndarray, hessians: tuple[Hessian, ...]
+    ) -> np.ndarray:
+        """Replaces the codes of an i-quant's packed rows in place; returns their values."""
+        weights = np.ascontiguousarray(rows, np.float32)
+        codebook = _codebook(self.type)
+        number = TYPES[self.type].value
+        for hessian in hessians:
+            library.choose_codes(
+                weights, data, number, codebook, hessian.start, hessian.matrix, hessian.factors
+            )
+        return self.decode({"data": data}, rows.shape[1])
+
+    def _with_chosen_levels(
+        self, rows: np.ndarray, data: np.ndarray, hessians: tuple[Hessian, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a copy of packed rows with other levels, and their values."""
+        layout = LAYOUTS[self.type]
+        scales, offsets, nearest = read_levels(data, self.type)
+        scale = np.repeat(scales, layout.group, axis=1)
+        offset = np.repeat(offsets, layout.group, axis=1)
+
+        grid = Grid(1, layout.top, scale, offset)
+        levels = choose_levels(rows, grid, hessians, nearest)
+        return replace_levels(data, self.type, levels), scale * levels + offset
 
     encoders: ClassVar = {"ggml": _quantize, "gptq": _gptq}
 
     def rounding_rule(self, weighted: bool) -> str:
+        """Returns the rule by the type's kind: floats, i-quants, or even levels."""
         if not self.is_quantized:  # whatever algorithm a file names
             return "cast"
         if self.type in _CODEBOOKS:
-            return "codebook" if self.algorithm == "ggml" else f"codebook, {self.algorithm}"
+            if self.algorithm == "ggml":
+                return "codebook"
+            return f"codebook, {self.algorithm}"
         if self.algorithm != "ggml":
             return self.algorithm
         if weighted and self.type != "q8_0":  # an importance matrix is not for q8_0
             return "ggml weighted"
-        return "ggml search" if LAYOUTS[self.type].multiples > 1 else "ggml"
+        if LAYOUTS[self.type].multiples > 1:
+            return "ggml search"
+        return "ggml"
 
     def weight_steps(self, w: np.ndarray) -> StepSizes:
+        """Returns the distance of floats, of even levels, or of an i-quant as if it had these."""
         if not self.is_quantized:
-            return StepSizes(float_steps(w, *_DIGITS[self.type]))
+            digits, smallest = _DIGITS[self.type]
+            return StepSizes(float_steps(w, digits, smallest))
         if self.type in _CODEBOOKS:
-            steps, multiple = _CODEBOOKS[self.type]
-            step = np.abs(w).reshape(len(w), -1, 32).max(2) / np.float32(steps)
-            step += np.float32(2 * multiple * _LEAST)
-            return StepSizes(np.repeat(np.maximum(step, NEGLIGIBLE), 32, axis=1))
+            return _codebook_steps(w, self.type)
         return _block_steps(w, LAYOUTS[self.type], TYPES[self.type].block)
 
 
@@ -302,40 +219,91 @@ def _codebook(kind: str) -> np.ndarray:
     return np.ascontiguousarray(codec.grid[0, 0].T)
 
 
+def _codebook_steps(w: np.ndarray, kind: str) -> StepSizes:
+    """Returns even steps up to the largest weight of each group."""
+    steps, multiple = _CODEBOOKS[kind]
+    groups = np.abs(w).reshape(len(w), -1, _CODEBOOK_GROUP)
+    step = groups.max(2) / np.float32(steps)
+    step += np.float32(2 * multiple * _LEAST_HALF_ERROR)
+    step = np.maximum(step, NEGLIGIBLE)
+    return StepSizes(np.repeat(step, _CODEBOOK_GROUP, axis=1))
+
+
 def _block_steps(w: np.ndarray, layout: GgmlLayout, block: int) -> StepSizes:
-    """The steps of ggml-quants.c: quantize_row_*_ref, where float16 scales move all values."""
+    """Returns the steps of even levels, and what float16 scales and minimums move them.
+
+    The steps are those of `quantize_row_*_ref` in ggml-quants.c.
+    """
+    exact, base = _exact_steps(w, layout)
+
+    least = layout.multiples * _LEAST_HALF_ERROR  # rounding of the step, however small it is
+    scale_error = np.maximum(exact * _HALF_ERROR, least)
+    minimum_error = np.maximum(base * _HALF_ERROR, least)
+    moved = layout.steps * scale_error + minimum_error
+    # half a step, plus twice the rounding errors of scale and minimum
+    step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
+
+    if layout.multiples > 1:
+        return _grouped_steps(exact, step, layout, block)
+    return _single_scale_steps(exact, step, layout)
+
+
+def _exact_steps(w: np.ndarray, layout: GgmlLayout) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the step of each group before rounding, and the size of its minimum or 0.
+
+    Both are float32 [rows, groups].
+    """
     weights = w.reshape(len(w), -1, layout.group)
-    low, high = weights.min(2), weights.max(2)
-    is_grouped = layout.multiples > 1
+    low = weights.min(2)
+    high = weights.max(2)
     if layout.zero:
         exact = np.maximum(high, -low) / np.float32(layout.steps)
-        base = np.zeros_like(exact)
-    else:
-        minimum = np.minimum(low, 0) if is_grouped else low
-        exact, base = (high - minimum) / np.float32(layout.steps), np.abs(minimum)
+        return exact, np.zeros_like(exact)
 
-    def spread(values: np.ndarray) -> np.ndarray:
-        return np.repeat(values, layout.group, axis=1)
+    minimum = low
+    if layout.multiples > 1:  # k-quants store no positive minimum
+        minimum = np.minimum(low, 0)
+    exact = (high - minimum) / np.float32(layout.steps)
+    return exact, np.abs(minimum)
 
-    def largest_of_block(steps: np.ndarray) -> np.ndarray:
-        groups = block // layout.group
-        return np.repeat(steps.reshape(len(steps), -1, groups).max(2), groups, axis=1)
 
-    least = layout.multiples * _LEAST  # rounding of the step, however small it is
-    # half a step, plus twice the rounding errors of scale and minimum
-    moved = layout.steps * np.maximum(exact * _HALF, least) + np.maximum(base * _HALF, least)
-    step = np.maximum(exact + 2 * moved, NEGLIGIBLE).astype(np.float32)
-    distance = grid = None
-    if is_grouped:
-        # Small steps are not exact: the largest step of the block counts for all of it. Scales are
-        # multiples of a fraction of the largest one, so none is much smaller. And blocks may be too
-        # small for float16, which may store them as zeros.
-        step = largest_of_block(step)
-        smallest = largest_of_block(exact) * _LEAST_SCALE
-        smallest = np.maximum(smallest, np.float32(2 * layout.steps * least))
-        distance = spread(np.maximum(exact, smallest))
-    elif layout.zero:
-        grid = spread(np.maximum(exact, NEGLIGIBLE))
-    step = spread(step)
-    outermost = (step if grid is None else grid) * np.float32(layout.steps - 1)
-    return StepSizes(step, distance, limit=outermost if layout.clips else None, grid=grid)
+def _grouped_steps(
+    exact: np.ndarray, step: np.ndarray, layout: GgmlLayout, block: int
+) -> StepSizes:
+    """Returns the steps where the scale of a group is a multiple of its block's scale.
+
+    Small steps are not exact: the largest step of the block counts for all of it. Scales are
+    multiples of a fraction of the largest one, so none is much smaller. And blocks may be too
+    small for float16, which may store them as zeros.
+    """
+    groups = block // layout.group
+    step = _largest_of_block(step, groups)
+    smallest = _largest_of_block(exact, groups) * _LEAST_SCALE
+    least = layout.multiples * _LEAST_HALF_ERROR
+    smallest = np.maximum(smallest, np.float32(2 * layout.steps * least))
+
+    step = np.repeat(step, layout.group, axis=1)
+    distance = np.repeat(np.maximum(exact, smallest), layout.group, axis=1)
+    return StepSizes(step, distance, limit=_clip_limit(step, layout))
+
+
+def _largest_of_block(steps: np.ndarray, groups: int) -> np.ndarray:
+    """Returns the largest step of its block for each group, [rows, groups of a row]."""
+    blocks = steps.reshape(len(steps), -1, groups)
+    return np.repeat(blocks.max(2), groups, axis=1)
+
+
+def _single_scale_steps(exact: np.ndarray, step: np.ndarray, layout: GgmlLayout) -> StepSizes:
+    """Returns the steps where a block has one scale."""
+    step = np.repeat(step, layout.group, axis=1)
+    if not layout.zero:  # both ends of the range are stored: nothing is clipped
+        return StepSizes(step)
+    grid = np.repeat(np.maximum(exact, NEGLIGIBLE), layout.group, axis=1)
+    return StepSizes(step, limit=_clip_limit(grid, layout), grid=grid)
+
+
+def _clip_limit(distance: np.ndarray, layout: GgmlLayout) -> np.ndarray | None:
+    """Returns the outermost level on the shorter side; None if both sides are as long."""
+    if not layout.clips:
+        return None
+    return distance * np.float32(layout.steps - 1)

@@ -22,8 +22,10 @@ from rgexport.kernels.rounding import library
 from rgexport.quantize.algorithms.gptq import choose_levels
 from rgexport.quantize.algorithms.kmeans import centers
 from rgexport.quantize.algorithms.statistics import Statistics
-from rgexport.quantize.schemes.affine import Affine, largest_divisor, pack, packed_width, unpack
+from rgexport.quantize.schemes.affine import Affine
 from rgexport.quantize.schemes.base import FloatDtype, Parts, PartShapes, Shape, Uniform
+from rgexport.quantize.schemes.blocks import largest_divisor
+from rgexport.quantize.schemes.packing import pack, packed_width, unpack
 from rgexport.quantize.schemes.steps import NEGLIGIBLE, StepSizes, float16_spacing
 
 
@@ -36,6 +38,8 @@ class Palette(Uniform):
     lut: FloatDtype = "float16"
     algorithm: str = field(default="kmeans", compare=False)
     kind: Literal["palette"] = "palette"
+
+    has_mil_op = True
 
     @property
     def label(self) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 from rgexport.errors import RequestError
 from rgexport.files.typed_json import register_reader
 from rgexport.quantize.algorithms.statistics import Statistics
-from rgexport.quantize.schemes.affine import BLOCKS, INT8_ROWS, Affine
+from rgexport.quantize.schemes.affine import INT8_ROWS, Affine
 from rgexport.quantize.schemes.base import FloatDtype, Parts, PartShapes, Scheme, Shape, Uniform
+from rgexport.quantize.schemes.blocks import BLOCKS
 from rgexport.quantize.schemes.ggml import Ggml
 from rgexport.quantize.schemes.palette import Palette
 from rgexport.quantize.schemes.row_groups import Mixed, RowGroup
@@ -34,6 +35,8 @@ class Float(Uniform):
     kind: Literal["float"] = "float"
     algorithm = "cast"
     is_quantized = False
+    is_float_array = True
+    has_onnx_op = True
 
     @property
     def label(self) -> str:

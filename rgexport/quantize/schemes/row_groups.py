@@ -74,6 +74,11 @@ class Mixed(Scheme):
     def uniform(self) -> tuple[Uniform, ...]:
         return tuple(group.scheme for group in self.groups)
 
+    @property
+    def has_row_groups(self) -> bool:
+        """True: a mixed scheme has two groups or more."""
+        return True
+
     def row_groups(self, rows: int) -> list[tuple[str, Uniform, np.ndarray | None]]:
         self.group_sizes(rows)
         members = zip(self.groups, _members(self, rows), strict=True)

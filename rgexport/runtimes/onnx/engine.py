@@ -7,13 +7,14 @@ import numpy as np
 
 from rgexport.artifacts.artifact import Artifact
 from rgexport.artifacts.manifest import Manifest, StoredTensor
-from rgexport.artifacts.onnx.model_file import MODEL_FILE, native_ops, parse_model, read_graph
+from rgexport.artifacts.onnx.messages import parse_model
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, native_ops, read_graph
 from rgexport.artifacts.onnx.trust import require_trusted
 from rgexport.artifacts.storage import groups_of
 from rgexport.formats import format_on
 from rgexport.griffin.layout import sites
 from rgexport.griffin.state import State
-from rgexport.quantize.schemes.registry import Float, TwoLevel
+from rgexport.quantize.schemes.registry import Float
 from rgexport.runtimes import engine
 from rgexport.runtimes.onnx.session import OrtSession
 from rgexport.runtimes.session import Session
@@ -80,10 +81,7 @@ def _unpacked_bytes(tensor: StoredTensor) -> int:
     """Returns the bytes of levels that stock ops unpack before they use them."""
     unpacked = 0
     for group in groups_of(tensor):
-        scheme = group.stored.uniform
-        if isinstance(scheme, TwoLevel) and scheme.bits != scheme.unpacked_bits:
-            packed = group.stored.parts["planes"].nbytes
-            unpacked += packed * scheme.unpacked_bits // scheme.bits
+        unpacked += group.stored.uniform.unpacked_bytes(group.stored.shape)
     return unpacked
 
 

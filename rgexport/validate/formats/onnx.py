@@ -7,7 +7,8 @@ import numpy as np
 
 from rgexport.artifacts.artifact import Artifact
 from rgexport.artifacts.manifest import ACTIVATIONS, Manifest
-from rgexport.artifacts.onnx.model_file import MODEL_FILE, NUM_LOGITS, parse_model, read_graph
+from rgexport.artifacts.onnx.messages import parse_model
+from rgexport.artifacts.onnx.model_file import MODEL_FILE, NUM_LOGITS, read_graph
 from rgexport.export.tokenizer import tokens_by_frequency
 from rgexport.griffin.checkpoint import Checkpoint
 from rgexport.griffin.layout import model_tensors

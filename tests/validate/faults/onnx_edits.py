@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper, parser
 
-from rgexport.artifacts.onnx.model_file import MODEL_FILE, parse_model
+from rgexport.artifacts.onnx.messages import parse_model
+from rgexport.artifacts.onnx.model_file import MODEL_FILE
 from rgexport.runtimes.onnx.engine import _show_gelu
 from tests.validate.conftest import claim
 

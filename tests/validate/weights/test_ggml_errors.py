@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rgexport.quantize.schemes.ggml import LAYOUTS
+from rgexport.quantize.schemes.ggml_layouts import LAYOUTS
 from rgexport.quantize.schemes.ggml_types import TYPES
 from rgexport.quantize.schemes.registry import Ggml
 from rgexport.validate.weights.steps import shown_steps
