@@ -37,15 +37,17 @@ _TRANSFORMS: dict[Role, Transform] = {"norm": NORM, "a_param": DECAY}
 
 def transform_of(name: str) -> Transform:
     """Returns the transform with which a tensor is stored."""
-    return _TRANSFORMS.get(role_of(name), PLAIN)
+    role = role_of(name)
+    return _TRANSFORMS.get(role, PLAIN)
 
 
 def part_shapes(shape: tuple[int, ...], scheme: schemes.Scheme) -> schemes.PartShapes:
     """Returns the parts of a scheme, signed where symmetric; raises RequestError for others."""
-    if not all(_is_storable(shape, uniform) for uniform in scheme.uniform):
-        raise RequestError(
-            f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
-        )
+    for uniform in scheme.uniform:
+        if not _is_storable(shape, uniform):
+            raise RequestError(
+                f"{scheme.label} is a way to store {list(shape)} that Core ML does not have"
+            )
     return part_shapes_by_group(shape, scheme, _group_part_shapes)
 
 
@@ -66,21 +68,27 @@ def _group_part_shapes(shape: tuple[int, ...], scheme: schemes.Uniform) -> schem
 
 def decode(name: str, arrays: schemes.Parts, stored: StoredTensor) -> np.ndarray:
     """Returns rows of a tensor or row group as float32, as the checkpoint has them."""
-    columns = int(np.prod(stored.shape[1:], dtype=np.int64))
     scheme = stored.uniform
-    rows = scheme.decode(with_sign(arrays, scheme, "uint8"), columns)
+    columns = int(np.prod(stored.shape[1:], dtype=np.int64))
+    unsigned = with_sign(arrays, scheme, "uint8")
+    rows = scheme.decode(unsigned, columns)
     if scheme.scale_dtype is not None:
         rows = rows.astype(scheme.scale_dtype)  # engines multiply in the dtype of the scales
-    return transform_of(name).restore(rows.astype(np.float32, copy=False))
+
+    rows = rows.astype(np.float32, copy=False)
+    transform = transform_of(name)
+    return transform.restore(rows)
 
 
 def with_sign(arrays: schemes.Parts, scheme: schemes.Uniform, dtype: str) -> schemes.Parts:
     """Converts symmetric data between two's complement and integers from -2^(bits-1) up.
 
-    Both directions flip the top bit of each integer; `dtype` is that of the result.
+    Both directions flip the top bit of each integer. `dtype` names the dtype of the result.
     """
     bits = scheme.symmetric_bits
     if bits is None:
         return arrays
-    data = arrays["data"].view(np.uint8) ^ _TOP_BITS[bits]
-    return arrays | {"data": data.view(dtype)}
+
+    data = arrays["data"].view(np.uint8)
+    flipped = data ^ _TOP_BITS[bits]
+    return arrays | {"data": flipped.view(dtype)}
